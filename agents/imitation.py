@@ -24,7 +24,7 @@ from agents.observations import Builder, as_tensors, make_observer
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.costs import Counts
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.plan import MaskOrPlan
 from rap_env.request import Request
 

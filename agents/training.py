@@ -29,7 +29,7 @@ from agents.checkpoint import (
 )
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from benchmarks.decode_step import (
 from benchmarks.harness import ModelSettings, Target, launch, open_model, spread
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 
 _ORDER_NAMES = {"even": "attn and ffn alike", "ffn": "ffn alone", "attn": "attn first"}
 _READ_BYTES = 2**29

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.harness import Target, alternate, ratios
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.kv_cache import cache_argument
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
+from rap_env.models.caches.kv_cache import cache_argument
+from rap_env.models.live.elastic import ElasticLLM
 
 ORDERS = ("even", "ffn", "attn")
 """Orders in which blocks are removed: attn and ffn in turn, only ffn, or attn before ffn."""

@@ -58,8 +58,8 @@ class InOurRuntime:
 
     def __init__(self, task: dict[str, Any]) -> None:
         from rap_env.blocks import BlockMask
-        from rap_env.llm.device import free_memory_early, return_freed_memory
-        from rap_env.llm.live_batch import LiveBatch
+        from rap_env.models.device import free_memory_early, return_freed_memory
+        from rap_env.models.live.live_batch import LiveBatch
         from rap_env.serving.settings import ServerSettings
         from rap_env.serving.stack import load_served_model
 

@@ -52,7 +52,7 @@ def cells_of(names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
 
 def main(settings: EngineStepsSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.llm.device import use_threads  # loads torch
+    from rap_env.models.device import use_threads  # loads torch
 
     need_llama_cpp()
     threads = settings.threads or 1

@@ -33,10 +33,10 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.export.static_deployment import CACHE_TYPES, MaskBytes
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
-from rap_env.llm.pruned_checkpoint import save_pruned
-from rap_env.llm.vllm_config import vllm_entries
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 

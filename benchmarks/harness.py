@@ -22,7 +22,7 @@ from rap_env.errors import InvalidRequestError, RapError
 if TYPE_CHECKING:
     import torch
 
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 _EXIT_CODE = 2
 T = TypeVar("T")
@@ -56,8 +56,8 @@ class ModelSettings(Settings):
 
 def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
     """Set torch's threads and load the model, with unquantised weights unless asked otherwise."""
-    from rap_env.llm.device import use_threads  # these load torch
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.device import use_threads  # these load torch
+    from rap_env.models.files.loading import load_llm
 
     use_threads(settings.threads or "auto")
     return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
@@ -232,7 +232,7 @@ def measured_peak(device: torch.device) -> Iterator[Peak]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from rap_env.llm.device import take_library_workspace
+    from rap_env.models.device import take_library_workspace
 
     measured = Peak()
     if device.type == "cuda":

@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.record import write_record
 from rap_env.levels import WeightLevel
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 

@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
 
 
 @dataclass

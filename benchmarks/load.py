@@ -42,9 +42,9 @@ class LoadSettings(Settings):
 
 def main(settings: LoadSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.sources import locate
+    from rap_env.models.device import use_threads
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.files.sources import locate
 
     threads = use_threads(settings.threads or "auto")
     llm = load_llm(settings.model)  # downloads it, and fills the page cache

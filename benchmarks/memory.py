@@ -18,9 +18,9 @@ from benchmarks.decode_step import ORDERS, Decoding, MemoryTraffic
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.request import Request
 
 _TOLERATED = {"cpu": 0.10, "cuda": 0.05}

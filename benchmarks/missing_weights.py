@@ -176,7 +176,7 @@ def main(settings: MissingWeightsSettings) -> None:
 
 def _own_copy(model: str, cache: Path) -> list[Path]:
     """Copy a model into another cache; returns its files with weights there."""
-    from rap_env.llm.sources import locate  # loads torch
+    from rap_env.models.files.sources import locate  # loads torch
 
     folder = locate(model, packed=True).folder
     shutil.copytree(folder, cache / "models" / folder.name)

@@ -18,7 +18,7 @@ from benchmarks.record import write_record
 from benchmarks.scoring_setup import ScoringSettings, open_setup
 from experiments.training.score_tables import planned_masks
 from rap_env.blocks import BlockMask
-from rap_env.llm.loading import load_llm
+from rap_env.models.files.loading import load_llm
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.workers.pool import WorkerPool
 

@@ -14,7 +14,7 @@ from benchmarks.decode_step import MemoryTraffic, decode_seconds, of_proportiona
 from benchmarks.harness import ModelSettings, Target, alternate, launch, open_model, ratios, spread
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
 
 _FIT_S = 180.0

@@ -27,8 +27,8 @@ _IMPORTS = {
 _TOKENIZERS = {
     "rap_env": """
 from pathlib import Path
-from rap_env.llm.device import return_freed_memory
-from rap_env.llm.sources import load_tokenizer
+from rap_env.models.device import return_freed_memory
+from rap_env.models.files.sources import load_tokenizer
 tokenizer = load_tokenizer(Path(given["packed_folder"]))
 return_freed_memory()  # as load_llm does
 """,
@@ -37,8 +37,8 @@ tokenizer = AutoTokenizer.from_pretrained(given["folder"])
 """,
 }
 _SETTINGS = """
-from rap_env.llm.device import return_freed_memory
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.device import return_freed_memory
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, load_served_model
 settings = ServerSettings(
@@ -95,9 +95,9 @@ class ResidentSettings(Settings):
 
 def main(settings: ResidentSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.llm.device import use_threads
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.sources import locate
+    from rap_env.models.device import use_threads
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.files.sources import locate
 
     threads = use_threads(settings.threads or "auto")
     given: dict[str, Any] = {

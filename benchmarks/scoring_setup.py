@@ -13,8 +13,8 @@ import torch
 from benchmarks.harness import ModelSettings, open_model
 from benchmarks.naive_scorer import serve
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.sources import locate
+from rap_env.models.files.sources import locate
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 

@@ -94,8 +94,8 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.live.elastic import ElasticLLM
 
     facts = load_llm(settings.model, weights="bf16").facts
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
 
 def main(settings: StepSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.llm.device import use_threads
+    from rap_env.models.device import use_threads
 
     use_threads(settings.threads or 1)  # the timed code does not use torch
     context = known_context(settings)

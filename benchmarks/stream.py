@@ -20,7 +20,7 @@ from benchmarks import harness
 from benchmarks.record import write_record
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
 
 _PROCESS = """
@@ -45,7 +45,7 @@ def main(settings: StreamSettings) -> None:
     """Measure, check that the scores are equal, and write the record."""
     import torch
 
-    from rap_env.llm.streamed import stream_llm
+    from rap_env.models.files.streamed import stream_llm
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
 
@@ -151,9 +151,9 @@ def growth(settings: StreamSettings, threads: int, cap_bytes: int) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import rap_env.scoring.scorer  # noqa: F401
-    from rap_env.llm.adapter import read_config
-    from rap_env.llm.loading import shared_llm
-    from rap_env.llm.sources import locate
+    from rap_env.models.families.adapter import read_config
+    from rap_env.models.files.loading import shared_llm
+    from rap_env.models.files.sources import locate
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
 

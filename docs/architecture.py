@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rap_env"
 
 LAYERS = (
     ("values and bytes",),
-    ("workload", "llm"),
+    ("workload", "models"),
     ("scoring",),
     ("importance",),
     ("repair", "reward"),

@@ -20,8 +20,8 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.families import FAMILIES, Family
+from rap_env.models.families.families import FAMILIES, Family
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
 
 FAMILIES["olmo2"] = Family(  # by config.model_type; `rap_env.load_llm` then takes such models too

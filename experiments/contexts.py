@@ -20,7 +20,7 @@ from rap_env.scoring.score_table import table_path
 from rap_env.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.tasks import TaskConfig

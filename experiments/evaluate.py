@@ -43,7 +43,7 @@ from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, item_importance
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.plan import MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.scoring.plan_runner import chunks

@@ -201,7 +201,7 @@ def set_threads(config: Config) -> None:
     Rounding depends on the number of threads, so all stages of a comparison, including one that
     resumes, use the number that its first stage chose.
     """
-    from rap_env.llm.device import bound_kernel_caches, use_threads
+    from rap_env.models.device import bound_kernel_caches, use_threads
 
     bound_kernel_caches()  # before the first matrix product, which measures the threads
     use_threads(
@@ -214,7 +214,7 @@ def _stored_threads(path: Path, workers: int) -> int:
 
     It is measured, or 1 if workers measure masks: workers have as many threads as this process.
     """
-    from rap_env.llm.device import fastest_threads
+    from rap_env.models.device import fastest_threads
 
     try:
         return max(1, int(path.read_text()))

@@ -29,9 +29,9 @@ from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
-from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
@@ -174,7 +174,7 @@ def kind_costs(config: Config) -> KindCosts:
 
 def unquantised_facts(config: Config) -> ModelFacts:
     """Facts of the model with unquantised weights, whose peak budgets are fractions of."""
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
 
     model = config.model
     return load_llm(model.name, device=model.device, dtype=model.dtype, weights="bf16").facts

@@ -27,8 +27,8 @@ from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.scorer import bar_callback
 from rap_env.workload import make_sampler

@@ -29,7 +29,7 @@ from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from rap_env.artifacts import atomic_write
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 

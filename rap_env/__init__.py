@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
     from rap_env.leaderboard.evaluation import evaluate
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-    from rap_env.llm.streamed import stream_llm
     from rap_env.memory import MemoryModel
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+    from rap_env.models.files.streamed import stream_llm
     from rap_env.plan import CompressionPlan
     from rap_env.repair.cached_library import open_library
     from rap_env.request import Request
@@ -51,13 +51,13 @@ _MODULES = {
     "evaluate": "leaderboard.evaluation",
     "gsi": "importance.gsi_search",
     "load_corpus": "scoring.corpus_loading",
-    "load_llm": "llm.loading",
+    "load_llm": "models.files.loading",
     "load_policy": "runtime.policies",
-    "load_pruned": "llm.pruned_checkpoint",
+    "load_pruned": "models.files.pruned_checkpoint",
     "make_vec": "envs.vector",
     "open_library": "repair.cached_library",
-    "save_pruned": "llm.pruned_checkpoint",
-    "stream_llm": "llm.streamed",
+    "save_pruned": "models.files.pruned_checkpoint",
+    "stream_llm": "models.files.streamed",
 }
 """The module of each public name."""
 

@@ -83,7 +83,7 @@ def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
         facts = default_facts(weights)
         if model in (facts.name, facts.name.partition("@")[0]) and dtype in ("auto", facts.dtype):
             return facts
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
 
     return load_llm(model, device=device, dtype=dtype, weights=weights).facts
 

@@ -27,9 +27,9 @@ def describe() -> dict[str, Any]:
     """The installation as plain values."""
     import torch
 
-    from rap_env.llm.default_model import cached_models
-    from rap_env.llm.device import choose_device, device_kind
-    from rap_env.llm.progress import folder_bytes
+    from rap_env.models.device import choose_device, device_kind
+    from rap_env.models.files.default_model import cached_models
+    from rap_env.models.progress import folder_bytes
 
     device, folder = choose_device(), cache_dir()
     entries = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -134,7 +134,7 @@ class ModelFacts:
 
 
 class HasFacts(Protocol):
-    """A live model that provides its facts, such as `rap_env.llm.ElasticLLM`."""
+    """A live model that provides its facts, such as `rap_env.models.ElasticLLM`."""
 
     @property
     def facts(self) -> ModelFacts:

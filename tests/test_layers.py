@@ -23,7 +23,7 @@ LAYERS = (
         "observation", "block_rows", "ladder",
     ),
     ("workload",),
-    ("llm",),
+    ("models",),
     ("scoring",),
     ("importance",),
     ("repair",),

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 
 torch.set_num_threads(1)  # tiny tensors are slower on several
 

@@ -30,8 +30,8 @@ from experiments.ladder.summaries import LadderRecords
 from experiments.ladder.tables import publish
 from experiments.launch import launch
 from rap_env.blocks import BlockMask
-from rap_env.llm.progress import progress_bar
-from rap_env.llm.sources import gguf_source
+from rap_env.models.files.sources import gguf_source
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer
 
 PACKAGE = "llama-cpp-py-sync"

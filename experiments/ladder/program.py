@@ -18,9 +18,9 @@ from experiments.ladder.summaries import Ladder, LadderRecords
 from experiments.ladder.tables import publish
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
-from rap_env.llm.loading import shared_llm
-from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import shared_llm
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer
 
 FROZEN = ("model", "evaluate.text")

@@ -24,13 +24,13 @@ from experiments.console import say
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
-from rap_env.llm.calibration import calibrate
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
-from rap_env.llm.packing import PACKED_LEVELS, PackedLevel
-from rap_env.llm.quantisers import Quantiser, quantise, round_to_nearest
-from rap_env.llm.self_written import self_written
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.self_written import self_written
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel
+from rap_env.models.weights.quantisers import Quantiser, quantise, round_to_nearest
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.scorer import MaskScorer
 

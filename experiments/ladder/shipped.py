@@ -32,16 +32,16 @@ from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.levels import WeightLevel
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.gptq import HessianCollector, quantise_gptq
-from rap_env.llm.loading import load_llm
-from rap_env.llm.model_folder import manifest_source
-from rap_env.llm.packing import PackedMatrix
-from rap_env.llm.progress import progress_bar
-from rap_env.llm.quantisers import round_to_nearest
-from rap_env.llm.sources import locate
-from rap_env.llm.weights import read_header
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import manifest_source
+from rap_env.models.files.sources import locate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.progress import progress_bar
+from rap_env.models.weights.gptq import HessianCollector, quantise_gptq
+from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import round_to_nearest
+from rap_env.models.weights.tensors import read_header
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer

@@ -90,7 +90,7 @@ def check_file(
     """
     import torch
 
-    from rap_env.llm.progress import progress_bar
+    from rap_env.models.progress import progress_bar
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
     from rap_env.scoring.scorer import MaskScorer

@@ -18,8 +18,8 @@ from experiments.config.long_context import AnswersConfig
 from experiments.contexts import load_text
 from rap_env.artifacts import digest
 from rap_env.errors import CorpusError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.likelihoods import ContinuationScorer, TokenRequest
 from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll

@@ -32,7 +32,7 @@ from experiments.long_context.records import (
 from experiments.long_context.tables import Curves, publish
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.scoring.long_context_tasks import LongContextTask

@@ -17,7 +17,7 @@ from experiments.errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import distill
 from rap_env.repair.fitting import fit_library

@@ -21,9 +21,9 @@ from experiments.contexts import described_tasks, task_config
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.progress import progress_bar
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request

@@ -18,8 +18,8 @@ from experiments.replay.time_series import IDLE, Interval, TimeSeries
 from experiments.replay.workload import Workload
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
-from rap_env.llm.device import return_freed_memory
-from rap_env.llm.progress import progress_bar
+from rap_env.models.device import return_freed_memory
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -32,7 +32,7 @@ from rap_env.runtime.metrics import StepRecord
 from rap_env.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 MEASURING = "measure"
 """Kind of an interval in which a policy ran the model to choose a mask."""

@@ -67,7 +67,7 @@ class Replay:
     """What all systems share: model, workload and budget."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        from rap_env.llm.loading import load_llm
+        from rap_env.models.files.loading import load_llm
 
         self._config = config
         self._folder = folder

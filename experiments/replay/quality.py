@@ -14,10 +14,10 @@ from experiments.comparison.records import append_record, read_records
 from experiments.replay.workload import ReplayRequest, Workload, is_correct
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
-from rap_env.llm.partial_forward import PartialForward
-from rap_env.llm.progress import progress_bar
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.nll import token_nll
 from rap_env.scoring.scorer import MaskScorer

@@ -39,7 +39,7 @@ from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
     from rap_env.levels import WeightLevel
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 _GSI_SYSTEMS = ("static_gsi", "static_gsi_lean")
 

@@ -25,7 +25,7 @@ from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.errors import UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.generated_tasks import generated_task

@@ -70,7 +70,7 @@ class ServerReplay:
     """What all runs share: the model that judges answers, and the requests."""
 
     def __init__(self, config: Config, folder: Path, systems: Systems) -> None:
-        from rap_env.llm.loading import load_llm
+        from rap_env.models.files.loading import load_llm
 
         self._config, self._folder, self._systems = config, folder, systems
         model = config.model

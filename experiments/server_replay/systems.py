@@ -21,8 +21,8 @@ from experiments.server_replay.llama_server import LlamaDeployment
 from experiments.server_replay.processes import ServerProcess
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.sources import gguf_source
+from rap_env.models.files.sources import gguf_source
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 
 DEPLOYMENTS, GGUF_FILE = "deployments.jsonl", "served.gguf"

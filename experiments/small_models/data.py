@@ -15,8 +15,8 @@ import torch
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from rap_env.errors import CorpusError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import shared_llm
+from rap_env.models.files.loading import shared_llm
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 

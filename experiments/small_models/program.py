@@ -21,11 +21,11 @@ from experiments.errors import ExperimentError
 from experiments.small_models.data import TextSource, train_tokenizer
 from experiments.small_models.training import Trainer, untrained
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.llm.device import choose_device, choose_dtype
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
-from rap_env.llm.model_folder import made_once
-from rap_env.llm.progress import transformers_bars
+from rap_env.models.device import choose_device, choose_dtype
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import made_once
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.progress import transformers_bars
 from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import torch
 from experiments.config.studies import SmallModelConfig
 from rap_env.artifacts import atomic_write
 from rap_env.errors import ArtifactError
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.corpus import Corpus
 
 log = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from experiments.soak.recording import (
     plain_token_ids,
 )
 from rap_env.blocks import BlockMask
-from rap_env.llm.device import return_freed_memory
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.device import return_freed_memory
+from rap_env.models.files.loading import load_llm
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter, process_meter
 from rap_env.runtime.memory_source import GivenMemory

@@ -12,8 +12,8 @@ import torch
 
 from experiments.soak.recording import Answer
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.kv_cache import cache_argument
+from rap_env.models.caches.kv_cache import cache_argument
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 
 TIE_ROUNDINGS = 4.0

@@ -17,8 +17,8 @@ from experiments.comparison.records import append_record
 from experiments.console import say
 from rap_env.blocks import BlockMask, block_name
 from rap_env.importance.text_kinds import Shares
-from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan, MaskOrPlan, cache_name
 from rap_env.request import Request
 from rap_env.runtime.engine import Engine

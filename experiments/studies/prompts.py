@@ -38,8 +38,8 @@ from experiments.studies.texts import losses_by_window
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
-from rap_env.llm.progress import progress_bar
 from rap_env.memory import MemoryModel
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, as_plan, simplest
 from rap_env.policy import PlanPolicy
 from rap_env.request import Request
@@ -97,7 +97,7 @@ def prompts(config: Config, folder: Path) -> Path:
         ExperimentError: There is no text or no cell, or the folder has results of others.
         RapError: As for `load_policy`; or a text is not available or too short.
     """
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
 
     settings, started = config.prompts, time.monotonic()
     if not (settings.texts and settings.cells):

@@ -42,7 +42,7 @@ from rap_env.importance.kind_costs import KindCosts, mean_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import scan_levels
 from rap_env.importance.text_kinds import Shares, TextKinds
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy

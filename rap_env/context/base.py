@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy.typing as npt
 
     from rap_env.importance.item_gsi import ItemGSIProfile
-    from rap_env.llm.elastic import ElasticLLM
     from rap_env.memory import MemoryModel
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.interface import Scorer
     from rap_env.scoring.store import ScoreStore

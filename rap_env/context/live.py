@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rap_env.importance.item_gsi import ItemGSIProfile
     from rap_env.ladder.item_bytes import LadderBytes
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.store import ScoreStore

@@ -26,7 +26,7 @@ from rap_env.scoring.score_table import table_path
 from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.workers.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _model_settings(config: ContextConfig) -> dict[str, Any]:
 
 def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
     """The model of a context, shared within a process, with its stubs if it has any."""
-    from rap_env.llm.loading import shared_llm
+    from rap_env.models.files.loading import shared_llm
 
     loading = dict(settings)
     repair = loading.pop("repair")
@@ -104,7 +104,7 @@ def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
 
 def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
     """The workers for a context; contexts of one model share them."""
-    from rap_env.llm.sources import looks_like_path
+    from rap_env.models.files.sources import looks_like_path
     from rap_env.scoring.workers.pool import WorkerPool
 
     settings = _model_settings(config)  # "auto" may be something else on another machine

@@ -71,8 +71,8 @@ def export(
     wanted = Wanted.of(remove, plan_file, (batch, seq, budget), policy)
     _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder, write_gguf
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.sources import gguf_source
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.files.sources import gguf_source
     from rap_env.repair.cached_library import open_library
 
     source = gguf_source(model)
@@ -110,8 +110,8 @@ def prune(
     wanted = Wanted.of(remove, None, (batch, seq, budget), policy)
     _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder
-    from rap_env.llm.loading import load_llm
-    from rap_env.llm.sources import gguf_source
+    from rap_env.models.files.loading import load_llm
+    from rap_env.models.files.sources import gguf_source
 
     llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
     wish = Export(wanted, folder, command or "rap prune", gguf_file=gguf_source(model))

@@ -16,9 +16,9 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import ARCHITECTURE
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.gguf_tokenizer import Entry, tokenizer_entries
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.gguf_reader import GgufFile
-from rap_env.llm.vllm_config import LLAMA_LIKE
+from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.vllm_config import LLAMA_LIKE
+from rap_env.models.live.elastic import ElasticLLM
 
 _SOURCE = "llama"  # the architecture of GGUF files that can be exported
 _ROTARY = ("default", "linear", "llama3")

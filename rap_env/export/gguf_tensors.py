@@ -27,8 +27,8 @@ from gguf.quants import dequantize
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.levels import WeightLevel
-from rap_env.llm.packing import GROUP_INPUTS, PackedMatrix
-from rap_env.llm.quantisers import quantise
+from rap_env.models.weights.packing import GROUP_INPUTS, PackedMatrix
+from rap_env.models.weights.quantisers import quantise
 
 _PLAIN = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _MIDDLE = 8  # the int4 code that stands for the zero itself

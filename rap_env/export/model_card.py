@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rap_env.llm.gguf_reader import GgufFile
+from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.plan import CompressionPlan
 from rap_env.version import __version__
 

@@ -16,11 +16,11 @@ from rap_env.export.gguf_model import GgufModel
 from rap_env.export.llama_cpp import cache_flags, cache_type
 from rap_env.export.model_card import ModelCard, licence_of
 from rap_env.export.wanted import Chosen, Wanted
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.pruned_checkpoint import save_pruned, stubs_in_place
-from rap_env.llm.vllm_config import vllm_entries
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
+from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus

@@ -12,7 +12,7 @@ from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.gsi_strategies import STRATEGIES, GSIState, GSIStrategy
 from rap_env.importance.profiles import GSIProfile
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 

@@ -19,7 +19,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import Profile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.llm.progress import progress_bar
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer
 
 METHODS = ("lazy", "exact")

@@ -19,8 +19,8 @@ from rap_env.importance.level_costs import (
     window_share,
 )
 from rap_env.levels import CacheLevel
-from rap_env.llm.progress import progress_bar
 from rap_env.model_facts import ModelFacts
+from rap_env.models.progress import progress_bar
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name, is_cache
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 

@@ -11,9 +11,9 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.importance.profiles import OneShotProfile
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
-from rap_env.llm.progress import progress_bar
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 

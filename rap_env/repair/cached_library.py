@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rap_env.artifacts import digest
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.model_folder import locked
+from rap_env.models.files.model_folder import locked
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.repair.config import NO_LIBRARY, REPAIRS, FitConfig
 from rap_env.repair.fitting import fit_library

@@ -17,10 +17,10 @@ import torch
 from rap_env.artifacts import atomic_write, digest
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnsupportedModelError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
-from rap_env.llm.placeholders import Stub
-from rap_env.llm.progress import progress_bar
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 from rap_env.repair.config import DistillConfig
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary

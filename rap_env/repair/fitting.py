@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
-from rap_env.llm.placeholders import Stub, normalised
-from rap_env.llm.progress import progress_bar
+from rap_env.models.families.placeholders import Stub, normalised
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 from rap_env.repair.config import FitConfig
 from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 from rap_env.repair.stub_library import StubLibrary

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.placeholders import Stub
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.live.elastic import ElasticLLM
 
 _KIND, _FORMAT = "stub library", 1
 _PARTS = ("down", "up", "mean")

@@ -20,7 +20,7 @@ from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_controller import PlanController
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 
 IDLE_RESTORE_S = 60.0

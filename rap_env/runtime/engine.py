@@ -21,8 +21,8 @@ from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.kv_cache import Restore
+    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Engine:
         max_seq_len_tokens: Longest prompt and answer together; by default the model's positions.
         prefill_chunk_tokens: Most tokens of a prefill chunk.
         restore: How restored attention blocks treat earlier tokens: ``"refill"`` or
-            ``"next_request"`` (see `rap_env.llm.kv_cache`).
+            ``"next_request"`` (see `rap_env.models.caches.kv_cache`).
         queue_timeout_s: Longest that a request may wait; None for no limit.
         clock: Gives the time in seconds, for events and records. `step` never sleeps, so the clock
             may be virtual.

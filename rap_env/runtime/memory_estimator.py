@@ -6,7 +6,7 @@ Beyond `rap_env.memory`, a live model takes:
   that were used so far;
 - one layer's keys and values a second time: where rows join or leave and where quantised caches
   grow, caches are copied, one layer at a time;
-- 2 bytes a token and sequence for each removed attention block (see `rap_env.llm.placeholders`);
+- 2 bytes a token and sequence for each removed attention block (see `families.placeholders`);
 - the tail of a grouped cache for each row that the batch has while its rows are still short.
 
 The workspace is that of passes of at most `chunk_tokens` tokens, as the scheduler runs them.
@@ -30,7 +30,7 @@ from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 _PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
 _LOGIT_BYTES = 4  # logits are float32

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from rap_env.errors import MemorySourceError
-from rap_env.llm.device import free_memory_early, return_freed_memory
-from rap_env.llm.packing import PACKED_LEVELS
-from rap_env.llm.widening_buffer import buffer_bytes
+from rap_env.models.device import free_memory_early, return_freed_memory
+from rap_env.models.weights.packing import PACKED_LEVELS
+from rap_env.models.weights.widening_buffer import buffer_bytes
 from rap_env.plan import EMBEDDINGS, CompressionPlan
 from rap_env.policy import PlanPolicy
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 _PAGE_BYTES = 4096
 _SAMPLE_S = 0.005  # between samples; one takes 20 microseconds
@@ -93,7 +93,7 @@ class ResidentMeter:
     """Resident memory of this process (Linux), as the kernel counts it.
 
     Freed memory that the C library keeps counts until it is returned to the system
-    (`rap_env.llm.device.return_freed_memory`). To keep it little, large tensors get pages of their
+    (`models.device.return_freed_memory`). To keep it little, large tensors get pages of their
     own from now on. The baseline may shrink after the meter was made (kernels reclaim unused
     pages); see `correct_baseline`.
 
@@ -292,7 +292,7 @@ def warm_up(llm: ElasticLLM, tokens: int = 256) -> None:
     different code, so the prompt has more tokens than packed kernels multiply themselves.
     """
     import rap_env.runtime.sampling  # noqa: F401  takes tens of megabytes
-    from rap_env.llm.live_batch import LiveBatch
+    from rap_env.models.live.live_batch import LiveBatch
 
     with llm.exclusive():
         for weight in llm.model.state_dict().values():

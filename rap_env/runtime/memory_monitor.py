@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.errors import MemorySourceError
-from rap_env.llm.device import return_freed_memory
+from rap_env.models.device import return_freed_memory
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import Meter
 from rap_env.runtime.memory_source import MemorySource
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
-from rap_env.llm.device import free_bytes
+from rap_env.models.device import free_bytes
 
 T = TypeVar("T")
 

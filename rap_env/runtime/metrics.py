@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.live_blocks import HeldBytes
+from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import Reason
 

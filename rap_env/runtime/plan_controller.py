@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.blocks import BlockMask, block_index, block_name
 from rap_env.levels import WeightLevel
-from rap_env.llm.device import synchronise
+from rap_env.models.device import synchronise
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
@@ -21,7 +21,7 @@ from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256

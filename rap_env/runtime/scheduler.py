@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import QualityFloorError
-from rap_env.llm.device import synchronise
-from rap_env.llm.interruption import PassInterruptedError
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.device import synchronise
+from rap_env.models.live.interruption import PassInterruptedError
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
@@ -27,8 +27,8 @@ from rap_env.runtime.sequence import (
 )
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.kv_cache import Restore
+    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import RapError
-from rap_env.llm.interruption import PassInterruptedError
-from rap_env.llm.live_batch import LiveBatch
-from rap_env.llm.position_logits import PositionLogits
-from rap_env.llm.transfers import send
+from rap_env.models.live.interruption import PassInterruptedError
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.position_logits import PositionLogits
+from rap_env.models.weights.transfers import send
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape, QualityBound
 from rap_env.runtime.metrics import Counters
@@ -28,8 +28,8 @@ from rap_env.runtime.request_handle import (
 from rap_env.runtime.sampling import RowSampler, Sample, sample_rows, scored
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
-    from rap_env.llm.kv_cache import Restore
+    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 

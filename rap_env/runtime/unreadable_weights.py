@@ -11,7 +11,7 @@ from rap_env.errors import RapError
 from rap_env.plan import CompressionPlan
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from rap_env.errors import CorpusError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
-from rap_env.llm.progress import progress_bar
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.progress import progress_bar
 
 TokenRequest = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation whose likelihood is wanted."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from rap_env.llm.bfloat16_products import linear
-from rap_env.llm.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.bfloat16_products import linear
 
 HEAD_TOKENS = 256
 """Tokens whose logits are in memory at a time on a CPU, in the model's dtype."""

@@ -16,7 +16,7 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
-from rap_env.llm.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
 
 T = TypeVar("T")

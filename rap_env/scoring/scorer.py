@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from rap_env.blocks import Block, BlockMask
 from rap_env.errors import CorpusError, NonFiniteScoreError
-from rap_env.llm.bfloat16_products import uses_float32
-from rap_env.llm.cpu_decode import attention_name
-from rap_env.llm.device import device_kinds, keep_freed_memory
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.partial_forward import PartialForward
 from rap_env.memory import MemoryModel
+from rap_env.models.device import device_kinds, keep_freed_memory
+from rap_env.models.live.cpu_decode import attention_name
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.bfloat16_products import uses_float32
 from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order

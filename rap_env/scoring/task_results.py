@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rap_env.artifacts import canonical_json
 from rap_env.errors import CorpusError
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
 from rap_env.scoring.lm_eval_tasks import LoadedTask, is_generated
 from rap_env.scoring.long_context_tasks import long_context_task

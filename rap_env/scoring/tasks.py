@@ -18,8 +18,8 @@ from rap_env.errors import (
     UnknownNameError,
     check_name,
 )
-from rap_env.llm.elastic import ElasticLLM
 from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import MaskOrPlan, simplest
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder

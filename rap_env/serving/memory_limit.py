@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rap_env.errors import ServingSettingsError
-from rap_env.llm.device import choose_device
 from rap_env.memory import MemoryModel
+from rap_env.models.device import choose_device
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
 from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
@@ -18,7 +18,7 @@ from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.preflight import too_little
 
 if TYPE_CHECKING:
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
     from rap_env.serving.settings import ServerSettings
 

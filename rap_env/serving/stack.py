@@ -11,12 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rap_env.errors import ArtifactError, ServingSettingsError
-from rap_env.llm.device import use_threads
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
-from rap_env.llm.model_folder import made_apart
-from rap_env.llm.weights import copy_to_memory
 from rap_env.memory import MemoryModel
+from rap_env.models.device import use_threads
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import made_apart
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policy import PlanPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -42,8 +42,8 @@ from rap_env.serving.settings import ServerSettings, require_extra
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rap_env.llm.kv_cache import Restore
-    from rap_env.llm.residency import Residency
+    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.models.weights.residency import Residency
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from agents.trained_policy import TrainedPolicy
 from benchmarks.decide import DecideSettings, Side, main, torch_policy
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.observation import ObservationBuilder
 from rap_env.request import Request
 from rap_env.runtime.policies import NetworkPolicy

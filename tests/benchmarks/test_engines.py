@@ -10,9 +10,9 @@ import torch
 
 from benchmarks import engines
 from experiments.errors import ExperimentError
-from rap_env.llm.adapter import adapter_for
-from rap_env.llm.vllm_config import vllm_entries
-from tests.llm.tiny_gguf import write_tiny_gguf
+from rap_env.models.families.adapter import adapter_for
+from rap_env.models.files.vllm_config import vllm_entries
+from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import tiny_config, tiny_llm
 
 SERVED = {

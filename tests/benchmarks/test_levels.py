@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import levels, resident
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer

@@ -12,9 +12,9 @@ from benchmarks import apply, decode, live, load, memory, repair
 from benchmarks.decode_step import ORDERS, Decoding, MemoryTraffic
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
-from rap_env.llm.loading import load_llm
-from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.request import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 

@@ -9,7 +9,7 @@ import torch
 
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary

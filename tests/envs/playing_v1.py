@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.request import Request
 from tests.envs.conftest import LAYERS, tiny_tokens
 from tests.envs.playing import USUAL

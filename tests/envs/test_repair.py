@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.llm.loading import shared_llm
+from rap_env.models.files.loading import shared_llm
 from rap_env.request import Request
 from tests.envs.conftest import tiny_library
 from tests.envs.playing import DENSE_TIMING, assert_same, make, play, request_at

@@ -13,7 +13,7 @@ import rap_env
 from experiments.export_minari.episodes import export
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_task
-from rap_env.llm.families import FAMILIES
+from rap_env.models.families.families import FAMILIES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LONGEST_LINES = 150

@@ -8,7 +8,7 @@ import torch
 from experiments.config import Config
 from experiments.config.model import ScoringConfig
 from experiments.launch import set_threads
-from rap_env.llm import device
+from rap_env.models import device
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,15 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_file import read_plan
 from rap_env.export.static_deployment import choose_deployment
-from rap_env.llm.gguf_reader import GgufFile
-from rap_env.llm.loading import load_llm
-from rap_env.llm.placeholders import Stub
 from rap_env.memory import MemoryModel
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
-from tests.llm.stubs import random_stubs
-from tests.llm.tiny_gguf import write_tiny_gguf
+from tests.models.stubs import random_stubs
+from tests.models.tiny_gguf import write_tiny_gguf
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
 
@@ -281,7 +281,7 @@ def test_an_export_that_is_terminated_leaves_nothing(rap, gguf_file, tmp_path, m
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", terminated)
-    monkeypatch.setattr("rap_env.llm.pruned_checkpoint.code_files", terminated)
+    monkeypatch.setattr("rap_env.models.files.pruned_checkpoint.code_files", terminated)
     before, folder = signal.getsignal(signal.SIGTERM), tmp_path / "out"
     folder.mkdir()
     code, _, _ = rap("export", folder / "smaller", "--to", target, "--remove", "layer00.ffn",

@@ -15,14 +15,14 @@ from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelE
 from rap_env.export.gguf_export import check_stubs, export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.export.gguf_tokenizer import tokenizer_entries
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.gguf_reader import GgufFile
-from rap_env.llm.loading import load_llm
-from rap_env.llm.placeholders import Stub
-from rap_env.llm.vllm_config import LLAMA_LIKE
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.vllm_config import LLAMA_LIKE
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from tests.export.deci_forward import deci_logits
-from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import FAMILIES as TINY
 from tests.tiny import randomise, tiny_config, tiny_llm, tiny_tokenizer
 

@@ -11,11 +11,11 @@ from experiments.ladder.llama_cpp_process import LlamaCpp
 from rap_env.blocks import BlockMask
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, scaled_llm
-from tests.llm.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_llm
 
 pytest.importorskip("llama_cpp_py_sync", reason=f"llama.cpp: pip install {PACKAGE}=={VERSION}")
@@ -73,7 +73,7 @@ def test_means_of_stubs_are_added(tmp_path):
     llm, path = tiny_llm(), tmp_path / "a.gguf"
     mean = torch.linspace(-1, 1, 16)
     export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), path, {1: mean.numpy()})
-    from rap_env.llm.placeholders import Stub
+    from rap_env.models.families.placeholders import Stub
 
     stub = Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean)
     ours = masked_logits(llm.repaired({1: stub}, "mean"), BlockMask.of(1))

@@ -7,9 +7,9 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.importance.gsi_search import gsi
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import Trainer, distill

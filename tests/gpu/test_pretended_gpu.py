@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, RapError, UnsupportedModelError
-from rap_env.llm.calibration import calibrate
-from rap_env.llm.device import choose_device
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
-from rap_env.llm.loading import load_llm
-from rap_env.llm.self_written import self_written
-from rap_env.llm.streamed import stream_llm
-from rap_env.llm.transfers import DoubleBuffer
+from rap_env.models.device import choose_device
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.streamed import stream_llm
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.self_written import self_written
+from rap_env.models.weights.transfers import DoubleBuffer
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer
@@ -37,8 +37,8 @@ from tests.gpu.paths import (
 )
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.gpu.pretended_streams import Stream
-from tests.llm.stubs import random_stubs
-from tests.llm.tiny_gguf import write_tiny_gguf
+from tests.models.stubs import random_stubs
+from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import each_family, tiny_model, tiny_tokenizer
 
 SOME_FAMILIES = ("llama", "mistral_sliding", "gpt_neox")  # others are in `test_several_gpus`

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError, UnsupportedModelError
 from rap_env.importance.one_shot_scores import block_influence
-from rap_env.llm.adapter import adapter_for
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.models.families.adapter import adapter_for
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask

@@ -26,7 +26,7 @@ gsi = GSIProfile.load(f"{folder}/gsi.json", model)
 frontier = Frontier.load(f"{folder}/frontier.json", model)
 ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 frontier.entries
-torch_like = ("torch", "transformers", "rap_env.llm", "rap_env.scoring.scorer")
+torch_like = ("torch", "transformers", "rap_env.models", "rap_env.scoring.scorer")
 print([name for name in torch_like if name in sys.modules])
 """
 

@@ -1,3 +1,3 @@
-from tests.llm.conftest import lonely
+from tests.models.conftest import lonely
 
 __all__ = ["lonely"]

@@ -11,10 +11,10 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
-from rap_env.llm.loading import load_llm
-from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.models.files.streamed import stream_llm
 from rap_env.paths import cache_dir
 from rap_env.repair import cached_library
 from rap_env.repair.cached_library import open_library

@@ -6,16 +6,16 @@ import torch
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnsupportedModelError
-from rap_env.llm.streamed import stream_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.streamed import stream_llm
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import distill
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
-from tests.llm.stubs import random_stubs
-from tests.llm.test_elastic import weights_hash
+from tests.models.live.test_elastic import weights_hash
+from tests.models.stubs import random_stubs
 from tests.repair.texts import divergence_of, random_text, saved_model
 from tests.tiny import each_family, tiny_llm
 

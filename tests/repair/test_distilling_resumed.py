@@ -14,7 +14,7 @@ from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler
 from rap_env.workload.traffic import TraceSampler
-from tests.llm.stubs import random_stubs
+from tests.models.stubs import random_stubs
 from tests.repair.test_distilling import HELD_BACK, LAYERS, SHORT, distilled, draw, fitted, tiny
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.harness import measured_peak
-from rap_env.llm.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.repair.distilling import divergence
 from rap_env.scoring.nll import HEAD_TOKENS
 from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm

@@ -8,15 +8,15 @@ from torch import nn
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
-from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.llm.streamed import stream_llm
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.models.files.streamed import stream_llm
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask, fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
-from tests.llm.test_elastic import MASKS, logits, weights_hash
+from tests.models.live.test_elastic import MASKS, logits, weights_hash
 from tests.repair.texts import random_text, saved_model, state_error
 from tests.tiny import each_family, tiny_llm, tiny_model
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.llm.placeholders import Stub, normalised
+from rap_env.models.families.placeholders import Stub, normalised
 from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 
 H, N = 6, 200

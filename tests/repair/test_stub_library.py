@@ -10,10 +10,10 @@ import torch
 from rap_env.artifacts import save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.llm.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.repair.stub_library import StubLibrary
-from tests.llm.stubs import RANKS, random_stubs
-from tests.llm.test_elastic import MASKS, logits, weights_hash
+from tests.models.live.test_elastic import MASKS, logits, weights_hash
+from tests.models.stubs import RANKS, random_stubs
 from tests.tiny import FAMILIES, tiny_llm
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import Corpus
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 

@@ -11,7 +11,7 @@ from rap_env.errors import (
     MemorySourceError,
     UnknownNameError,
 )
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import PassSize

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape

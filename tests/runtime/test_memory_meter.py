@@ -9,9 +9,9 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError
-from rap_env.llm.live_batch import LiveBatch
-from rap_env.llm.widening_buffer import buffer_bytes
 from rap_env.memory import MemoryModel
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.weights.widening_buffer import buffer_bytes
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.memory_meter import (
     ResidentMeter,

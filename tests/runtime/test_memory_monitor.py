@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.runtime import memory_monitor
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize

@@ -149,7 +149,7 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
     ],
 )
 def test_the_packaged_policies_are_of_the_default_model(weights, names, caplog):
-    from rap_env.llm.loading import load_llm
+    from rap_env.models.files.loading import load_llm
 
     llm = load_llm(DEFAULT_MODEL, dtype="bfloat16", weights=weights)
     caplog.clear()  # the download, if there was one, is announced

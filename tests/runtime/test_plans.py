@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.live_batch import LiveBatch
 from rap_env.memory import MemoryModel
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rap_env.llm.widening_buffer import buffer_bytes
+from rap_env.models.weights.widening_buffer import buffer_bytes
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import ResidentMeter

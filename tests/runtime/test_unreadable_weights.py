@@ -9,11 +9,11 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import CompressionPlan
 from rap_env.runtime.batch_shape import BatchShape
-from tests.llm.test_level_residency import damage
+from tests.models.weights.test_level_residency import damage
 from tests.runtime.harness import Harness, alone, greedy, ordered, prompt
 
 SHAPE = BatchShape(1, 20)

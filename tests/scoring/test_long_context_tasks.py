@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval")
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
 from rap_env.scoring.likelihoods import ContinuationScorer

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from tests.scoring.test_scorer import tokens

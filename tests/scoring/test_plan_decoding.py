@@ -5,8 +5,8 @@ import torch
 import transformers as tf
 
 from rap_env.blocks import BlockMask, block_name
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.live_batch import LiveBatch
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
-from rap_env.llm.streamed import stream_llm
+from rap_env.models.files.streamed import stream_llm
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
-from tests.llm.stubs import random_stubs, repaired
+from tests.models.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import MASKS, plain_nll, tokens
 from tests.tiny import FAMILIES, each_family, tiny_llm, tiny_model, tiny_tokenizer
 

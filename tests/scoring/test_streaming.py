@@ -11,8 +11,8 @@ from benchmarks.harness import measured_peak
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.importance.gsi_search import gsi
-from rap_env.llm.loading import load_llm
-from rap_env.llm.streamed import stream_llm
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.streamed import stream_llm
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus

@@ -19,8 +19,8 @@ from rap_env.errors import (
     NonFiniteScoreError,
     UnknownNameError,
 )
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.pruned_checkpoint import save_pruned
+from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.store import ScoreStore

@@ -17,7 +17,7 @@ from rap_env.blocks import BlockMask
 from rap_env.context.base import ContextConfig
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, WorkerError
 from rap_env.importance.gsi_search import gsi
-from rap_env.llm.loading import load_llm
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan, simplest
 from rap_env.scoring.candidates import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rap_env.llm.elastic import ElasticLLM
-from rap_env.llm.loading import load_llm
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.elastic import ElasticLLM
 
 
 def open_together(folder: str, workers: int) -> ElasticLLM:

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.errors import ServingSettingsError
-from rap_env.llm import loading
+from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.process_memory import ProcessMemory
 from rap_env.serving import memory_limit

@@ -14,9 +14,9 @@ from rap_env.errors import (
     ServingSettingsError,
     UnknownNameError,
 )
-from rap_env.llm.kv_cache import RESTORES
-from rap_env.llm.loading import WEIGHTS
-from rap_env.llm.residency import RESIDENCIES
+from rap_env.models.caches.kv_cache import RESTORES
+from rap_env.models.files.loading import WEIGHTS
+from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (
     CHOICES,

@@ -49,7 +49,7 @@ def byte_llm(positions=512):
     """A random model for `byte_tokenizer`, with more logits than the tokenizer has tokens."""
     import transformers as tf
 
-    from rap_env.llm.elastic import ElasticLLM
+    from rap_env.models.live.elastic import ElasticLLM
     from tests.tiny import randomise, tiny_config
 
     config = tiny_config("llama", 3)

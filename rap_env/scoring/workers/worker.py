@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from rap_env.errors import WorkerError
-from rap_env.llm.device import bound_kernel_caches, use_threads
-from rap_env.llm.elastic import ElasticLLM
+from rap_env.models.device import bound_kernel_caches, use_threads
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import MaskOrPlan
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer

@@ -18,8 +18,8 @@ from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.tables import orders_table
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer

@@ -17,8 +17,8 @@ from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
 from experiments.replay.time_series import IDLE, Interval, TimeSeries, recorded_mask
 from experiments.replay.workload import is_correct, known_answers, make_workload
 from rap_env.blocks import BlockMask
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from rap_env.runtime.ladder_policy import LadderPolicy

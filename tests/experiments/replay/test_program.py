@@ -20,8 +20,8 @@ from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.time_series import recorded_mask
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, RapError, UnknownNameError
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import LAYERS, tiny_replay, write_model
 

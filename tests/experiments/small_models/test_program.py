@@ -20,8 +20,8 @@ from experiments.small_models.program import read_record, train_small_model
 from experiments.small_models.training import Trainer
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus

@@ -16,8 +16,8 @@ from experiments.errors import ExperimentError
 from experiments.studies.prompts import BLIND, ROWS_FILE, PolicyRow, PromptStudy, prompts
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import as_plan
 from rap_env.request import Request
 from rap_env.runtime.policies import load_policy

@@ -21,8 +21,8 @@ from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, 
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
-from rap_env.llm.loading import load_llm
 from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.request import Request
 from rap_env.runtime.knapsack import KnapsackPolicy

@@ -1,0 +1,1 @@
+"""KV caches, their levels, and attention over them."""

@@ -1,0 +1,435 @@
+"""A layer of a KV cache that stores groups of tokens at a level below native.
+
+Shapes: B sequences (rows), K key and value heads, D channels of a head, Q columns of a step, T
+columns so far, G stored groups.
+
+Rows are left-aligned: token n of a row is in its group ``n // 32``, whatever padding the batch has.
+Finished groups are stored packed (`models.caches.cache_codes`); the group that a row's next token
+continues is the *tail*, unquantised. A group leaves the tail when the first token of the next group
+arrives. For transformers the layer has columns as its own layers do, padding included.
+
+`GroupedLayer.update` returns a `Chunk` in place of keys and values; only the attention of
+`rap_env.models.caches.grouped_attention` understands it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from rap_env.errors import UnsupportedCacheError
+from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
+from rap_env.models.caches.cache_chunks import (
+    Bundle,
+    Chunk,
+    Step,
+    current_step,
+    equal_rows,
+    in_groups,
+    set_current_step,
+    stored_groups,
+)
+from rap_env.models.caches.cache_codes import Groups, pack, rounded, widen
+from rap_env.models.weights.transfers import send
+
+_PIECE_GROUPS = 16
+"""Groups of equal rows that are requantised together."""
+
+
+class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One attention block's keys and values at a level.
+
+    Args:
+        level: Not native.
+        sliding_window: Tokens that the model's own attention sees, itself included, or None.
+
+    Attributes:
+        keys: The tail of keys, (B, K, 32, D); None without rows.
+        values: The tail of values.
+        groups: Stored groups, tensors of shape (B, K, G, ...).
+        lengths: Tokens of each row, without padding, (B,).
+        cumulative_length: Columns so far, padding included.
+        reserve_tokens: As for `ReservedLayer`, for the layer that replaces this one.
+    """
+
+    reserve_tokens = 0
+    is_croppable = False
+    keys: Any  # a tensor, or None without rows
+    values: Any
+
+    def __init__(self, level: CacheLevel, sliding_window: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.level = level
+        self.is_sliding = sliding_window is not None
+        self.sliding_window = sliding_window
+        self.groups: Groups = ()
+        self.lengths: list[int] = []
+        self.cumulative_length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make an empty tail for rows such as those of the given states."""
+        batch, heads, _, size = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = (batch, heads, GROUP_TOKENS, size)
+        self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        self.groups = pack(self.level.bits, in_groups(self.keys, 0), in_groups(self.values, 0))
+        self.lengths = [0] * batch
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Add the new columns, (B, K, Q, D) each; returns a `Chunk` twice."""
+        batch, _, queries, _ = key_states.shape
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = self._step(batch, queries)
+        self.cumulative_length += queries
+        if queries == 1 and all(a > b for a, b in zip(step.after, self.lengths, strict=True)):
+            self._append(key_states, value_states, step)
+            chunk = Chunk(self.level, self.sliding_window, step, token=self)
+        else:
+            chunk = self._extend(key_states, value_states, step)
+        self.lengths = list(step.after)
+        return chunk, chunk
+
+    def _step(self, batch: int, queries: int) -> Step:
+        step, columns = current_step(), self.cumulative_length + queries
+        if step is None or len(step.after) != batch or step.columns != columns:
+            return Step(self.lengths, [n + queries for n in self.lengths], columns)
+        if step.before != self.lengths:
+            raise UnsupportedCacheError(
+                f"The cache holds {self.lengths} tokens of its rows, but the attention mask has "
+                f"{step.before} before the new ones. Give the mask of all tokens so far."
+            )
+        return step
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
+        """Add one token to each row."""
+        full = [n for n, held in enumerate(self.lengths) if held and held % GROUP_TOKENS == 0]
+        if full:
+            index: Any = slice(None) if len(full) == len(self.lengths) else full
+            tails = (self.keys[index][:, :, None], self.values[index][:, :, None])
+            self._grow(step.after)
+            self._write(full, [stored_groups(self.lengths[n] + 1) - 1 for n in full], tails)
+        key = ("places", self.device)
+        places = step.memo.get(key)
+        if places is None:
+            within = torch.tensor([n % GROUP_TOKENS for n in self.lengths])
+            places = (torch.arange(len(within), device=self.device), send(within, self.device))
+            step.memo[key] = places
+        self.keys[places[0], :, places[1]] = key_states[:, :, 0]
+        self.values[places[0], :, places[1]] = value_states[:, :, 0]
+
+    def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
+        """Add several tokens, with different numbers for different rows."""
+        before = self.groups
+        # The ring of a window is written to a copy: the chunk's first tokens see the groups
+        # that its last ones replace.
+        if not self._grow(step.after) and self._ring() is not None:
+            self.groups = tuple(tensor.clone() for tensor in self.groups)
+        bundles = []
+        for (held, after), rows in equal_rows(self.lengths, step.after).items():
+            whole = len(rows) == len(self.lengths)
+            index: Any = slice(None) if whole else rows
+            new, first = after - held, stored_groups(held)
+            tail = held - first * GROUP_TOKENS
+            keys, values = (
+                torch.cat([tails[index][:, :, :tail], states[index][:, :, -new:]], dim=2)
+                for tails, states in ((self.keys, key_states), (self.values, value_states))
+            )
+            slots = self._slots(held)
+            stored = self._fill(rows, first, keys, values)
+            later = widen(self.level.bits, stored, self.dtype)
+            bundles.append(
+                Bundle(None if whole else rows, held, new, keys, values, before, slots, later)
+            )
+        return Chunk(self.level, self.sliding_window, step, tuple(bundles))
+
+    def _fill(
+        self, rows: list[int], first: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> Groups:
+        """Store rows' tokens from the start of group `first` on, (b, K, tokens, D); the last stay.
+
+        Returns:
+            The groups that were complete, as they are stored.
+        """
+        index: Any = slice(None) if len(rows) == len(self.lengths) else rows
+        count = stored_groups(keys.shape[2])
+        done = count * GROUP_TOKENS
+        stored = pack(self.level.bits, in_groups(keys, count), in_groups(values, count))
+        self._store(rows, first, stored)
+        self.keys[index, :, : keys.shape[2] - done] = keys[:, :, done:]
+        self.values[index, :, : keys.shape[2] - done] = values[:, :, done:]
+        return stored
+
+    @classmethod
+    def of_native(cls, level: CacheLevel, layer: Any, lengths: Sequence[int]) -> GroupedLayer:
+        """The tokens of a dynamic layer with rows of these lengths, padded on the left."""
+        made = cls(level, layer.sliding_window if layer.is_sliding else None)
+        made.reserve_tokens = getattr(layer, "reserve_tokens", 0)
+        made.lazy_initialization(layer.keys, layer.values)
+        made.cumulative_length = layer.get_seq_length()
+        made.lengths = list(lengths)
+        made._grow(lengths)
+        held = layer.keys.shape[2]
+        for (_, length), rows in equal_rows([0] * len(lengths), lengths).items():
+            index: Any = slice(None) if len(rows) == len(lengths) else rows
+            kept = min(held, length)
+            # A sliding window may have lost the start of a group; copies of the first token left
+            # take its place. No later token sees them.
+            first, lost = divmod(length - kept, GROUP_TOKENS)
+            parts = (t[index][:, :, held - kept :] for t in (layer.keys, layer.values))
+            if lost:
+                parts = (torch.cat([t[:, :, :1]] * lost + [t], dim=2) for t in parts)
+            made._fill(rows, first, *parts)
+        return made
+
+    def lowered(self, level: CacheLevel) -> GroupedLayer:
+        """The same tokens at another level, which keeps no more tokens than this one."""
+        made = GroupedLayer(level, self.sliding_window)
+        made.reserve_tokens = self.reserve_tokens
+        made.lazy_initialization(self.keys, self.values)
+        made.keys, made.values = self.keys, self.values
+        made.lengths, made.cumulative_length = self.lengths, self.cumulative_length
+        made._grow(self.lengths)
+        for (_, length), rows in equal_rows([0] * len(self.lengths), self.lengths).items():
+            slots = self._slots(length)
+            own = stored_groups(length)
+            kept = {
+                slot: made._slot(group)
+                for slot, group in enumerate(slots)
+                if group >= 0 and level.sees(own, group)
+            }
+            old = list(kept)
+            for start in range(0, len(old), _PIECE_GROUPS):
+                piece = old[start : start + _PIECE_GROUPS]
+                place = torch.tensor(rows, device=self.device)[:, None]
+                old_place = torch.tensor(piece, device=self.device)
+                new_place = torch.tensor([kept[slot] for slot in piece], device=self.device)
+                held = tuple(t[place, :, old_place] for t in self.groups)  # (b, P, K, ...)
+                if level.bits != self.level.bits:
+                    held = pack(level.bits, *widen(self.level.bits, held, self.dtype))
+                for mine, new in zip(made.groups, held, strict=True):
+                    mine[place, :, new_place] = new
+        return made
+
+    def undo(self) -> Callable[[], None] | None:
+        """What takes tokens that are appended from now on off the layer again.
+
+        None if the layer is empty, or if new groups replace old ones.
+        """
+        if not self.is_initialized or self._ring() is not None:
+            return None
+        tails = self.keys.clone(), self.values.clone()
+        lengths, columns = list(self.lengths), self.cumulative_length
+
+        def undo() -> None:
+            self.keys, self.values = tails
+            self.lengths, self.cumulative_length = lengths, columns
+
+        return undo
+
+    def _ring(self) -> tuple[int, int] | None:
+        """Slots that are kept and slots that are reused in turn; None if all groups are kept."""
+        model, own = self._model_groups(), self.level.window_tokens
+        window = None if own is None else own // GROUP_TOKENS
+        if window is not None and (model is None or window + SINK_GROUPS <= model):
+            return SINK_GROUPS, window
+        return None if model is None else (0, model)
+
+    def _model_groups(self) -> int | None:
+        if self.sliding_window is None:
+            return None
+        return -(-(self.sliding_window - 1) // GROUP_TOKENS)
+
+    def _slot(self, group: int) -> int:
+        ring = self._ring()
+        if ring is None or group < ring[0]:
+            return group
+        return ring[0] + (group - ring[0]) % ring[1] if ring[1] else -1
+
+    def _slots(self, tokens: int) -> list[int]:
+        """The group in each slot for a row of `tokens` tokens, -1 for none."""
+        slots = [-1] * self.capacity
+        for group in range(stored_groups(tokens)) if tokens else ():
+            slot = self._slot(group)
+            if slot >= 0:
+                slots[slot] = group
+        return slots
+
+    @property
+    def capacity(self) -> int:
+        """G, slots for stored groups."""
+        return self.groups[0].shape[2] if self.groups else 0
+
+    def slot_groups(self) -> torch.Tensor:
+        """The group in each slot of each row, -1 for none, (B, G), on the CPU."""
+        found = {held: self._slots(held) for held in set(self.lengths)}
+        rows = [found[held] for held in self.lengths]
+        return torch.tensor(rows, dtype=torch.long).view(len(rows), -1)
+
+    def _grow(self, after: Sequence[int]) -> bool:
+        """Make slots for rows of these lengths; returns whether tensors were copied."""
+        model = None if self.sliding_window is None else self.sliding_window - 1
+        longest = max(after)
+        slots = self.level.groups_held(longest, model) if longest else 0
+        more = slots - self.capacity
+        if more <= 0:
+            return False
+        self.groups = tuple(
+            torch.cat([t, t.new_zeros((*t.shape[:2], more, *t.shape[3:]))], dim=2)
+            for t in self.groups
+        )
+        return True
+
+    def _store(self, rows: list[int], first: int, stored: Groups) -> None:
+        """Write the groups from `first` on of some rows to their slots, older ones first."""
+        index: Any = slice(None) if len(rows) == len(self.lengths) else rows
+        count = stored[0].shape[2]
+        ring = self._ring()
+        if ring is None:
+            for mine, new in zip(self.groups, stored, strict=True):
+                mine[index, :, first : first + count] = new
+            return
+        kept = {self._slot(first + n): n for n in range(count)}  # the last one of each slot
+        for slot, number in kept.items():
+            if slot >= 0:
+                for mine, new in zip(self.groups, stored, strict=True):
+                    mine[index, :, slot] = new[:, :, number]
+
+    def _write(
+        self, rows: list[int], groups: list[int], tails: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Store one full tail of each of some rows, (b, K, 1, 32, D) each."""
+        stored = pack(self.level.bits, *tails)
+        slots = [self._slot(group) for group in groups]
+        if len(rows) == len(self.lengths) and len(set(slots)) == 1:
+            if slots[0] >= 0:
+                for mine, new in zip(self.groups, stored, strict=True):
+                    mine[:, :, slots[0]] = new[:, :, 0]
+            return
+        for number, (row, slot) in enumerate(zip(rows, slots, strict=True)):
+            if slot >= 0:
+                for mine, new in zip(self.groups, stored, strict=True):
+                    mine[row, :, slot] = new[number, :, 0]
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that the layer holds."""
+        return (self.keys, self.values, *self.groups) if self.is_initialized else ()
+
+    def get_seq_length(self) -> int:
+        """Columns so far, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The length and offset of the columns that a mask must have, as for unquantised layers."""
+        held = self.cumulative_length
+        if self.sliding_window is None:
+            return held + query_length, 0
+        return min(held, self.sliding_window - 1) + query_length, max(
+            held - self.sliding_window + 1, 0
+        )
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1 for no limit."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    get_max_cache_shape = get_max_length  # its name in transformers before 5.24
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep some rows, in this order; a row may be repeated."""
+        if not self.is_initialized:
+            return
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        model = None if self.sliding_window is None else self.sliding_window - 1
+        longest = max(self.lengths, default=0)
+        slots = self.level.groups_held(longest, model) if longest else 0
+        self.groups = tuple(tensor[rows, :, :slots] for tensor in self.groups)
+
+    def append_rows(self, other: GroupedLayer, columns: int) -> None:
+        """Append the rows of another layer at the same level, which is empty afterwards."""
+        lengths = self.lengths + other.lengths
+        for layer in (self, other):
+            layer._grow(lengths)
+        self.keys = torch.cat([self.keys, other.keys])
+        self.values = torch.cat([self.values, other.values])
+        pairs = zip(self.groups, other.groups, strict=True)
+        self.groups = tuple(torch.cat(pair) for pair in pairs)
+        self.lengths, self.cumulative_length = lengths, columns
+        other.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder rows for a beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows, given by their indices or by a mask."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.select_rows(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Free everything; the layer can be filled again."""
+        self.keys = self.values = None
+        self.groups, self.lengths, self.cumulative_length = (), [], 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove no token: groups cannot be taken apart.
+
+        Raises:
+            UnsupportedCacheError: Tokens should be removed.
+        """
+        if tokens_to_remove:
+            raise UnsupportedCacheError(
+                f"A cache at level {self.level.name} cannot remove tokens again: finished groups "
+                "are quantised. Use a native cache for decoding methods that do so."
+            )
+
+
+def chunk_of(
+    level: CacheLevel,
+    window: int | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries: int,
+) -> Chunk:
+    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache.
+
+    Raises:
+        UnsupportedCacheError: The mask of the pass has padding between tokens.
+    """
+    batch, _, columns, _ = keys.shape
+    step = current_step()
+    if columns > queries:
+        layer = GroupedLayer(level, window)
+        held, known = columns - queries, step
+        if known is not None and len(known.after) == batch and known.columns == columns:
+            set_current_step(Step([0] * batch, known.before, held))
+        try:
+            layer.update(keys[:, :, :held], values[:, :, :held])
+        finally:
+            set_current_step(known)
+        chunk: Chunk = layer.update(keys[:, :, held:], values[:, :, held:])[0]
+        return chunk
+    if step is None or len(step.after) != batch or step.columns != columns:
+        step = Step([0] * batch, [columns] * batch, columns)
+    bundles = []
+    for (_, after), rows in equal_rows(step.before, step.after).items():
+        whole = len(rows) == batch
+        mine, theirs = (
+            t[:, :, -after:] if whole else t[rows][:, :, -after:] for t in (keys, values)
+        )
+        count = stored_groups(after)
+        later = rounded(level.bits, in_groups(mine, count), in_groups(theirs, count))
+        bundles.append(Bundle(None if whole else rows, 0, after, mine, theirs, None, [], later))
+    return Chunk(level, window, step, tuple(bundles))

@@ -1,0 +1,1 @@
+"""Supported model families, the place of the blocks in them, and placeholders for blocks."""

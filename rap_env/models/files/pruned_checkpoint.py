@@ -1,0 +1,249 @@
+"""Save a pruned model as a smaller checkpoint without the removed tensors, and load it.
+
+The folder holds safetensors, config, generation config and tokenizer as transformers writes them,
+and ``rap_pruned.json`` with the names of the removed blocks, the ranks of their stubs, if there are
+any, and checksums. The family's own class would fill the removed blocks with random weights, leave
+the stubs out, and only warn. So ``config.json`` states the model type ``rap_pruned``, and the
+folder has the code that transformers opens it with (`rap_env.models.files.pruned_code`): without
+``trust_remote_code=True`` its Auto classes reject the folder. `load_pruned` runs no such code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rap_env.artifacts import disk_errors, load_artifact, save_artifact
+from rap_env.blocks import BlockMask, block_name
+from rap_env.errors import ArtifactError, UnsupportedModelError
+from rap_env.models.families.adapter import FamilyAdapter, adapter_for
+from rap_env.models.families.placeholders import RemovedBlock, Stub, remove_blocks
+from rap_env.models.files.model_folder import file_sha256
+from rap_env.models.files.pruned_code import code_files, removed_entries, with_code, without_code
+from rap_env.models.live.cpu_decode import attention_name, speed_up_decoding
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.progress import transformers_bars
+
+PRUNED_FILE = "rap_pruned.json"
+"""Name of the file that marks a folder as a pruned checkpoint."""
+
+_KIND, _VERSION = "pruned-checkpoint", 1
+_PORTABLE_ATTENTION = ("eager", "sdpa")  # others may be missing on the machine that loads it
+
+
+def save_pruned(
+    llm: ElasticLLM,
+    mask: BlockMask,
+    folder: str | os.PathLike[str],
+    *,
+    readme: str = "",
+) -> Path:
+    """Save a model without the tensors of the blocks of `mask`.
+
+    The folder appears only when it is complete. An older pruned checkpoint there is replaced.
+    The stubs of the removed blocks of a repaired model are saved too. Besides `load_pruned`,
+    ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` opens the folder.
+
+    Args:
+        llm: The model; its current mask has no effect and is applied again afterwards.
+        mask: The blocks to leave out, in addition to those that the model was built without.
+        folder: The folder to write.
+        readme: Text of the folder's README.md; without it there is none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnknownNameError: The mask names a block that the model does not have.
+        UnsupportedModelError: The model's own weights are packed.
+        ArtifactError: The folder has content and is no pruned checkpoint, or it is a file.
+        StorageFullError: The disk is full; the folder is unchanged.
+    """
+    folder = Path(folder)
+    mask.check(llm.num_blocks)
+    if llm.facts.packed:
+        raise UnsupportedModelError(
+            f"The weights of {llm.name} are packed, and a pruned checkpoint has unquantised ones: "
+            "load the model with weights='bf16' and save that."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file, not a folder; choose another folder.")
+    if folder.exists() and not (folder / PRUNED_FILE).exists() and any(folder.iterdir()):
+        raise ArtifactError(
+            f"{folder} has content that is no pruned checkpoint; choose another folder."
+        )
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # tempfile would create a folder that only its owner can read, as safetensors does files.
+        work = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+        work.mkdir()
+        try:
+            _write(llm, mask, work)
+            if readme:
+                (work / "README.md").write_text(readme, encoding="utf-8")
+            mode = (work / PRUNED_FILE).stat().st_mode
+            for path in work.iterdir():
+                path.chmod(mode)
+            _replace(folder, work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> ElasticLLM:
+    """Load a pruned checkpoint; the removed blocks take no memory, not even while loading.
+
+    Its logits equal those of the masked model bit for bit. Its blocks keep their names and
+    indices; the removed ones are in `ElasticLLM.pruned`, and no mask restores them. A removed
+    block has the bytes of the stub that was saved in its place, which a mask of that block
+    removes, and 0 bytes without one.
+
+    Args:
+        folder: A folder that `save_pruned` wrote.
+        device: Device of the weights.
+
+    Raises:
+        FileNotFoundError: There is no pruned checkpoint in the folder.
+        ArtifactError: It was truncated or altered, or a tensor is missing or unexpected.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / PRUNED_FILE).exists():
+        raise FileNotFoundError(
+            f"{folder} holds no pruned checkpoint (there is no {PRUNED_FILE}); give a folder that "
+            "save_pruned or `rap prune` wrote."
+        )
+    body = load_artifact(folder / PRUNED_FILE, _KIND, _VERSION)
+    if _checksums(folder) != body["files"]:
+        raise ArtifactError(
+            f"A file in {folder} was altered, truncated or removed after it was saved (its "
+            f"checksum differs from {PRUNED_FILE}); save the pruned checkpoint again."
+        )
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(**without_code(entries, body["model_type"]))
+    ranks = dict.fromkeys(body["removed"]) | body.get("stub_ranks", {})
+    model = _load_model(folder, config, ranks, body["attention"])
+    tokenizer = None
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    model = model.to(device)
+    speed_up_decoding(model)
+    llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
+    for _, placeholder, stub in stubs_in_place(llm):
+        # Tensors that are mapped from a file have another alignment than those in memory, so
+        # that a product with a single row would be summed in another order.
+        placeholder.stub = stub.on(llm.device)
+    return llm
+
+
+def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
+    with llm.masked(mask), transformers_bars(shown=False):
+        # With the names that the model has, so that transformers need not know its model type.
+        llm.model.save_pretrained(folder, save_original_format=False)
+        stub_ranks = {block_name(index): stub.rank for index, _, stub in stubs_in_place(llm)}
+    if llm.tokenizer is not None:
+        llm.tokenizer.save_pretrained(folder)
+    removed = (mask | llm.pruned).names
+    config_file = folder / "config.json"
+    entries = with_code(
+        json.loads(config_file.read_text(encoding="utf-8")),
+        removed_entries(llm.adapter, dict.fromkeys(removed) | stub_ranks),
+        llm.adapter,
+    )
+    config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    for name, code in code_files(llm.model).items():
+        (folder / name).write_text(code, encoding="utf-8")
+    attention = attention_name(llm.model)
+    body = {
+        "name": llm.name,
+        "removed": list(removed),
+        "stub_ranks": stub_ranks,
+        "num_blocks": llm.num_blocks,
+        "model_type": llm.model.config.model_type,
+        "source_fingerprint": llm.fingerprint,
+        "attention": attention if attention in _PORTABLE_ATTENTION else None,
+        "files": _checksums(folder),
+    }
+    save_artifact(folder / PRUNED_FILE, _KIND, _VERSION, body)
+
+
+def stubs_in_place(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
+    """The stubs that are in the model now: block index, placeholder and stub."""
+    for site in llm.adapter.sites(llm.model):
+        module = site.modules[0]
+        if isinstance(module, RemovedBlock) and isinstance(module.stub, Stub):
+            yield site.index, module, module.stub
+
+
+def _replace(folder: Path, work: Path) -> None:
+    """Move `work` to `folder`, after moving an older checkpoint away."""
+    aside = work.with_name(f"{work.name}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, aside)
+    os.replace(work, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file that determines what the model computes."""
+    sums = {}
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors*")]):
+        with contextlib.suppress(FileNotFoundError):
+            sums[path.name] = file_sha256(path)
+    return sums
+
+
+def _load_model(
+    folder: Path, config: Any, removed: Mapping[str, int | None], attention: str | None
+) -> Any:
+    """The model without the blocks of `removed`, which maps each to its stub's rank or None."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    adapter = adapter_for(config)
+    BlockMask.of(*removed).check(adapter.num_blocks)
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    try:
+        with transformers_bars(shown=False):
+            model, report = _without(base, adapter, removed).from_pretrained(
+                folder,
+                config=config,
+                dtype=config.dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"The tensors in {folder} do not fit its config; save the pruned checkpoint again."
+        ) from error
+    for problem, text in (("missing_keys", "lacks the"), ("unexpected_keys", "has unexpected")):
+        if report[problem]:
+            raise ArtifactError(
+                f"{folder} {text} tensors {', '.join(sorted(report[problem]))}; save the "
+                "pruned checkpoint again."
+            )
+    model.__class__ = base
+    return model
+
+
+def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None]) -> Any:
+    """A subclass of `base` without some blocks, so that loading neither expects nor creates them.
+
+    It has their stubs, for loading to fill.
+    """
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        remove_blocks(self, removed_entries(adapter, removed))
+
+    # The same name, by which transformers finds a class's renamed checkpoint keys.
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

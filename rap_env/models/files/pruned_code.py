@@ -1,0 +1,139 @@
+"""The Python files of a pruned checkpoint, with which transformers opens it by itself.
+
+`modeling_file` derives a model class from that of the family; its constructor leaves the removed
+blocks out. Their placeholders are a copy of `families.placeholders`. vLLM runs its own code, by
+`rap_env.models.files.vllm_config`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rap_env.blocks import BlockMask, block_index
+from rap_env.errors import UnsupportedModelError
+from rap_env.models.families import placeholders
+from rap_env.models.families.adapter import FamilyAdapter
+from rap_env.models.files.vllm_config import VLLM_ENTRIES, vllm_entries
+from rap_env.version import __version__
+
+MODEL_TYPE = "rap_pruned"
+"""Model type in the config of pruned checkpoints, which transformers alone does not know."""
+
+REMOVED_ENTRY = "removed_blocks"
+"""Entry of the config with the removed blocks; see `models.families.placeholders.remove_blocks`."""
+
+_CODE, _PLACEHOLDERS = "modeling_rap_pruned", "rap_placeholders"
+_CONFIG_CLASS, _MODEL_CLASS = "RapPrunedConfig", "RapPrunedForCausalLM"
+
+_TEMPLATE = '''"""{model} without some of its blocks; written by rap_env {version}.
+
+Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). `removed_blocks`
+in config.json names the blocks that are left out, and the modules that they consist of.
+"""
+
+from transformers import {config}, {model}
+
+from .{placeholders} import remove_blocks
+
+
+class Entries(dict):
+    """A dictionary whose values are attributes, too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class {config_class}({config}):
+    """The config of {model}, with `removed_blocks`, and `block_configs` for vLLM."""
+
+    model_type = "{model_type}"
+
+    @property
+    def block_configs(self):
+        stored = self.__dict__.get("block_configs") or []
+        return [Entries({{k: Entries(v) for k, v in block.items()}}) for block in stored]
+
+    @block_configs.setter
+    def block_configs(self, value):
+        self.__dict__["block_configs"] = value
+
+
+class {model_class}({model}):
+    """{model} with placeholders, or stubs, in the places of the removed blocks."""
+
+    config_class = {config_class}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        remove_blocks(self, config.{entry})
+'''
+
+
+def code_files(model: Any) -> dict[str, str]:
+    """The content of the Python files for a model of transformers, by name."""
+    code = _TEMPLATE.format(
+        config=type(model.config).__name__,
+        model=type(model).__name__,
+        version=__version__,
+        placeholders=_PLACEHOLDERS,
+        config_class=_CONFIG_CLASS,
+        model_class=_MODEL_CLASS,
+        model_type=MODEL_TYPE,
+        entry=REMOVED_ENTRY,
+    )
+    source = Path(placeholders.__file__).read_text(encoding="utf-8")
+    return {f"{_CODE}.py": code, f"{_PLACEHOLDERS}.py": source}
+
+
+def with_code(
+    entries: Mapping[str, Any], removed: Mapping[str, Any], adapter: FamilyAdapter
+) -> dict[str, Any]:
+    """Entries of a config that lead transformers to the code, and vLLM to its own.
+
+    Args:
+        entries: The entries of the family's config.
+        removed: What `removed_entries` returned.
+        adapter: Of the model.
+    """
+    more: dict[str, Any] = {"architectures": [_MODEL_CLASS]}
+    stubs = any(entry["stub_rank"] is not None for entry in removed.values())
+    with contextlib.suppress(UnsupportedModelError):
+        more = vllm_entries(adapter, BlockMask.of(*removed), stubs=stubs)
+    auto_map = {
+        "AutoConfig": f"{_CODE}.{_CONFIG_CLASS}",
+        "AutoModelForCausalLM": f"{_CODE}.{_MODEL_CLASS}",
+    }
+    return {
+        **entries,
+        **more,
+        "model_type": MODEL_TYPE,
+        "auto_map": auto_map,
+        REMOVED_ENTRY: dict(removed),
+    }
+
+
+def without_code(entries: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The entries of the family's config again, from those that `with_code` returned."""
+    own = {"architectures", "auto_map", REMOVED_ENTRY, *VLLM_ENTRIES}
+    return {k: v for k, v in entries.items() if k not in own} | {"model_type": model_type}
+
+
+def removed_entries(
+    adapter: FamilyAdapter, ranks: Mapping[str, int | None]
+) -> dict[str, dict[str, Any]]:
+    """What `remove_blocks` takes.
+
+    Args:
+        adapter: Of the model.
+        ranks: The rank of the stub of each removed block by the block's name, or None.
+    """
+    return {
+        name: {"modules": list(adapter.module_paths(block_index(name))), "stub_rank": rank}
+        for name, rank in ranks.items()
+    }

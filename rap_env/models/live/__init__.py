@@ -1,0 +1,1 @@
+"""A model in use: its plan, batches, generation and single blocks."""

@@ -1,0 +1,481 @@
+"""A live model whose blocks can be removed and restored exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rap_env.blocks import Block, BlockMask, block_index, block_name
+from rap_env.errors import RapError, check_name
+from rap_env.levels import CacheLevel
+from rap_env.model_facts import ModelFacts
+from rap_env.models.caches.attention_levels import check_attention, install_levels
+from rap_env.models.caches.kv_cache import Restore
+from rap_env.models.device import return_freed_memory
+from rap_env.models.families.adapter import adapter_for
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.live.device_map import find_device_map, install_device_map, keep_in_place
+from rap_env.models.live.generation import generate
+from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
+from rap_env.models.weights.packed_modules import PackedModule
+from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
+from rap_env.models.weights.tensors import fingerprint_of, named_weights, tensor_key, untied_weights
+from rap_env.models.weights.weight_levels import (
+    block_items,
+    embeddings_item,
+    level_bytes,
+    packed_level,
+)
+from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, check_levels
+
+
+class ElasticLLM:
+    """A causal language model whose blocks and caches follow a plan.
+
+    A removed block's modules are replaced by placeholders without weights or computation, and those
+    of a block with other weights by packed ones. This object keeps the originals, so that any plan
+    can be undone exactly; they never change. While a plan is applied, `model` is what it leaves:
+    its `state_dict()` and `parameters()` contain only the kept blocks, at their levels, so apply
+    the empty plan before you move, convert or save `model` as a whole.
+
+    Generation with a KV cache is exact under any mask, and `apply` may change the plan between any
+    two steps, from any thread: see `generate`, `rap_env.models.live.live_batch.LiveBatch` and
+    `set_residency`. Two things differ from a dense model: ``output_attentions`` and
+    ``output_router_logits`` list only the kept blocks, and a removed attention block keeps 2 bytes
+    per token and sequence in the cache (see `RemovedAttention`). If you call `model` directly
+    while another thread changes masks, hold `exclusive`.
+
+    Args:
+        model: A causal language model of a known family. It is put into evaluation mode.
+        tokenizer: Its tokenizer, or None if only token ids are used.
+        name: Name of the model in results.
+        folder: The folder from which its weights were read, if from safetensors files.
+
+    Attributes:
+        model: The live model, as the current plan leaves it.
+        adapter: Describes the blocks, from the config.
+        device_map: Where its parts are, if it is on several GPUs; None on one device.
+
+    Raises:
+        UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
+            are on several devices that are not all GPUs.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
+    ) -> None:
+        self.adapter = adapter_for(model.config)
+        self.device_map = find_device_map(model, self.adapter, name)
+        if self.device_map is not None:
+            install_device_map(model, self.adapter, self.device_map)
+            keep_in_place(model, "its layers are on several devices")
+        self.model = model.eval()
+        install_levels(self.model, self.adapter)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.folder = folder
+        sites = self.adapter.sites(model)
+        self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
+        self._stubs: Mapping[int, Stub] = {}
+        self._repair = ""
+        self._whole: ElasticLLM | None = None  # the model of which this is a view
+
+    @property
+    def num_blocks(self) -> int:
+        """2L, an attn and an ffn block a layer."""
+        return self.adapter.num_blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embeddings, where token ids are sent."""
+        if self.device_map is not None:
+            return self.device_map.embeddings
+        return torch.device(self.model.device)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices of the weights, that of the embeddings first; mostly a single one."""
+        return (self.device,) if self.device_map is None else self.device_map.devices
+
+    @property
+    def head_device(self) -> torch.device:
+        """Device of the head, of the decoder's output and of logits."""
+        return self.device if self.device_map is None else self.device_map.head
+
+    def device_of(self, block: int) -> torch.device:
+        """Device of a block, of its stub and its cache, by the block's index."""
+        return self.device if self.device_map is None else self.device_map.layers[block // 2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and so of activations and KV cache."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def mask(self) -> BlockMask:
+        """The blocks that are removed now."""
+        return self._live.state.plan.removed
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """The plan that is applied now."""
+        return self._live.state.plan
+
+    def cache_level(self, layer: int) -> CacheLevel:
+        """The level at which a layer's KV cache is stored now."""
+        return self.plan.cache_level(layer)
+
+    @cached_property
+    def pruned(self) -> BlockMask:
+        """Blocks that the model was built without (`load_pruned`); no mask restores them."""
+        return BlockMask(frozenset(site.index for site in self._live.sites if site.pruned))
+
+    def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
+        """A view of this model with stubs in the places of removed blocks.
+
+        It shares the weights and the applied mask with this one; nothing changes until one of the
+        two applies a mask. Prefer `StubLibrary.attach`, which checks that the stubs belong to it.
+
+        Args:
+            stubs: Stubs by index of their block, on its device (`device_of`) and in the model's
+                dtype. A removed block without one adds nothing.
+            digest: Hash of the stubs; part of the keys of scores.
+        """
+        view = copy.copy(self)
+        view.__dict__.pop("facts", None)
+        view._stubs, view._repair, view._whole = dict(stubs), digest, self
+        keep_in_place(self.model, "stubs are attached to it")
+        return view
+
+    def has_stub(self, blocks: Iterable[int]) -> bool:
+        """Whether any of these blocks has a stub that replaces it when it is removed."""
+        return any(index in self._stubs for index in blocks)
+
+    def apply(self, plan: MaskOrPlan) -> None:
+        """Give every item its level in a mask or plan; a mask's kept blocks are native.
+
+        Waits for a step of another thread to end. Then the keys and values of removed blocks are
+        evicted from every cache in use, those of lowered caches are requantised, and weights that
+        the plan does not use are freed as `set_residency` selects, before others are loaded. Each
+        cache is updated to restored blocks and raised levels before its own next step.
+
+        Raises:
+            UnknownNameError: The model does not have an item or a level; nothing changes.
+            UnsupportedCacheError: A cache in use cannot follow the plan; nothing changes.
+            UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
+                the embeddings; nothing changes.
+            StorageFullError: No space for the file of a level; nothing changes.
+            ChecksumError: A file of weights is damaged or has other content than before; blocks
+                whose weights are not in memory are removed now.
+            ModelNotAvailableError: The same for a file that is missing.
+        """
+        plan = as_plan(plan)
+        with self.exclusive():
+            wanted = self._wanted(plan)
+            self._live.prepare(wanted)
+            self._live.lower_caches(plan)
+            self._live.set(wanted, evict=True)
+
+    def apply_readable(self, plan: MaskOrPlan) -> dict[str, RapError]:
+        """`apply` a plan without the weights that cannot be read now.
+
+        Returns:
+            The error for each of them, by item; empty if the whole plan is applied. Such items
+            keep their level if they can, else they are removed: `plan` is what is applied.
+
+        Raises:
+            RapError: As for `apply`, except for files that are damaged or missing.
+        """
+        plan = as_plan(plan)
+        with self.exclusive():
+            wanted = self._wanted(plan)
+            self._live.lower_caches(plan)
+            errors = self._live.set_readable(wanted)
+            if errors:  # evict the caches of what is removed, and put in its stubs
+                self._live.lower_caches(self.plan)
+                self._live.set(self._wanted(self.plan), evict=True)
+            names = (*map(block_name, range(self.num_blocks)), EMBEDDINGS)
+            return {names[key]: error for key, error in errors.items()}
+
+    def verify_weights(self, item: str) -> None:
+        """Check that an item's native weights are in memory, or that they can be loaded.
+
+        They are read, but not kept.
+
+        Raises:
+            UnknownNameError: There is no such item with weights.
+            ChecksumError: Their file is damaged, or has other content than before.
+            ModelNotAvailableError: Their file is missing or cannot be read.
+        """
+        with self.exclusive():
+            key = self.num_blocks if item == EMBEDDINGS else block_index(item)
+            self._live.verify(key)
+
+    @contextlib.contextmanager
+    def masked(self, plan: MaskOrPlan, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:
+        """Apply a mask or plan for the duration of a ``with`` block.
+
+        The earlier plan is restored afterwards, also after an error. Other threads neither run the
+        model nor change its plan in the meantime. Weights that are unused only inside the ``with``
+        block stay in memory. Blocks of `bare` get no stub, even if there is one.
+        """
+        with self.exclusive():
+            before = self._live.state
+            try:
+                self._live.set(self._wanted(as_plan(plan), bare))
+                yield self
+            finally:
+                self._live.set(before, evict=True)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Keep other threads from running the model or changing its mask, in a ``with`` block.
+
+        It may be nested. `apply`, `masked` and each step of a generation use it themselves.
+        """
+        return self._live.lock
+
+    @contextlib.contextmanager
+    def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
+        """Run without more blocks than the mask removes, for the duration of one step."""
+        before = self._live.state
+        more = BlockMask(frozenset(blocks - before.stubs.keys() - self.pruned.indices))
+        if not more:
+            yield
+            return
+        try:
+            stubs = {index: self._stubs.get(index) for index in more.indices}
+            self._live.set(LiveState(before.plan.without(more), {**stubs, **before.stubs}))
+            yield
+        finally:
+            self._live.set(before)
+
+    @property
+    def residency(self) -> Residency:
+        """Where weights are kept that are not in use; see `rap_env.models.weights.residency`."""
+        return "resident" if self._live.store is None else self._live.store.residency
+
+    def set_residency(self, residency: Residency) -> None:
+        """Select where weights are kept that the plan does not use, including those unused now.
+
+        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer of
+        its own and checks that they can be read again; this takes seconds per GB.
+
+        Raises:
+            UnknownNameError: There is no such residency.
+            UnsupportedModelError: ``"drop"`` without the model's own files.
+            StorageFullError: No space for a file to offload to.
+        """
+        check_name("residency", residency, RESIDENCIES)
+        with self.exclusive():
+            if residency == self.residency:
+                return
+            live, before = self._live, self._live.state
+            live.set(LiveState())  # all native weights are in memory, and those in use before
+            live.forget_evicted()
+            live.store = None
+            try:
+                if residency != "resident":
+                    live.store = self._weight_store(residency)
+                    keep_in_place(self.model, "residency is not 'resident'")
+            finally:
+                live.set(before, evict=True)
+        return_freed_memory(self.device)
+
+    def _weight_store(self, residency: Residency) -> WeightStore:
+        live = self._live
+        own, rest = untied_weights(self.model, (site.modules for site in live.sites))
+        taken = {
+            name: tensor
+            for place in live.embeddings.places
+            if place.tied is None
+            for name, tensor in place.weights.items()
+        }
+        ids = {id(tensor) for tensor in taken.values()}
+        return WeightStore(
+            live.all_items,
+            [*own, taken],
+            {name: tensor for name, tensor in rest.items() if id(tensor) not in ids},
+            self.folder,
+            residency,
+            self.fingerprint,
+        )
+
+    @property
+    def held_bytes(self) -> HeldBytes:
+        """Bytes that the model's tensors and the KV caches in use take in memory now."""
+        with self.exclusive():
+            own, base = self._own_bytes
+            evicted = 0 if self._live.store is None else self._live.store.evicted_bytes
+            made = sum(item.made_bytes for item in self._live.all_items)
+            weights = base + sum(own) - evicted + made + sum(self._stub_bytes())
+            return HeldBytes(weights, self._live.kv_bytes())
+
+    def resident_bytes(self, plan: CompressionPlan) -> int:
+        """Bytes of packed weights beside the native ones under a plan, if all stay in memory.
+
+        With residency ``"resident"`` these are those of the plan, and of all levels used so far.
+        """
+        lowered = {**dict(plan.weights), self.num_blocks: plan.embeddings}
+        held = 0
+        with self.exclusive():
+            for key, item in enumerate(self._live.all_items):
+                made, wanted = item.made, packed_level(lowered.get(key, "native"))
+                held += sum(map(item.bytes_to_make, made))
+                if wanted is not None and wanted not in made:
+                    held += item.bytes_to_make(wanted)
+        return held
+
+    def track_cache(self, cache: Any) -> None:
+        """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""
+        self._live.caches.add(cache)
+
+    @property
+    def removed_attention(self) -> frozenset[int]:
+        """Layers whose attention block is removed now."""
+        return frozenset(index // 2 for index in self._live.removed if index % 2 == 0) | frozenset(
+            index // 2 for index in self.pruned.indices if index % 2 == 0
+        )
+
+    def _wanted(self, plan: CompressionPlan, bare: BlockMask = BlockMask()) -> LiveState:
+        self._check_levels(plan.check(self.num_blocks))
+        stubs = {
+            index: None if index in bare.indices else self._stubs.get(index)
+            for index in plan.removed.indices
+        }
+        return LiveState(plan, stubs)
+
+    def _check_levels(self, plan: CompressionPlan) -> None:
+        """Raise an error unless all items have their levels."""
+        if plan.caches:
+            check_attention(self.model)
+        for index, level in plan.weights:
+            if level not in (known := self._live.items[index].levels):
+                check_levels(plan, known)
+        check_levels(CompressionPlan(embeddings=plan.embeddings), self._live.embeddings.levels)
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """Bytes left for hidden states under a memory cap; None without a cap."""
+        return None
+
+    def load_layer(self, number: int) -> None:
+        """Load the weights of a layer before it is called; here they are always in memory."""
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The decoder's output under the current mask, (B, T) -> (B, T, H), with gradients.
+
+        Sequences have no padding.
+        """
+        with self.exclusive():
+            output = self.adapter.decoder(self.model)(input_ids=input_ids, use_cache=False)
+        last: torch.Tensor = output.last_hidden_state
+        return last
+
+    def generate(
+        self,
+        *args: Any,
+        restore: Restore = "refill",
+        before_step: Callable[[], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`model.generate` without gradients, under masks that may change between its steps.
+
+        Several threads may generate concurrently: their steps alternate.
+
+        Args:
+            *args: As for transformers' ``generate``.
+            restore: What happens to the earlier tokens of a restored attention block:
+                ``"refill"`` or ``"next_request"``; see `rap_env.models.caches.kv_cache`.
+            before_step: Called before each forward pass; it may apply another mask.
+            **kwargs: As for transformers' ``generate``.
+
+        Raises:
+            UnknownNameError: There is no such restore mode.
+            UnsupportedCacheError: The mask changed, and the cache or the decoding method cannot
+                follow. `apply` raises it too if such a cache would have to follow.
+        """
+        with torch.no_grad():
+            return generate(self, restore, before_step, args, kwargs)
+
+    @cached_property
+    def _own_bytes(self) -> tuple[tuple[int, ...], int]:
+        """Bytes of each block's own tensors, (2L,), and bytes of all other tensors."""
+        with self.masked(BlockMask()):
+            everywhere = [tensor_key(tensor) for _, tensor in named_weights(self.model)]
+            seen = Counter(everywhere)
+            own = []
+            for site in self._live.sites:
+                inside = Counter(
+                    tensor_key(t) for part in site.modules for _, t in named_weights(part)
+                )
+                # A tensor that is also used elsewhere (tied) is not freed with the block.
+                own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
+        return tuple(own), sum(key[-1] for key in seen) - sum(own)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in order of index."""
+        return tuple(Block(i, n) for i, n in enumerate(self._own_bytes[0]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
+
+        Computed once, in about a second per GB, and not again if the weights change. It does not
+        depend on the mask, the device or the source of the model.
+        """
+        with self.masked(BlockMask()):
+            return fingerprint_of(self.model, self._read)
+
+    def _stub_bytes(self) -> tuple[int, ...]:
+        if not self._stubs:
+            return ()
+        stubs = (self._stubs.get(index) for index in range(self.num_blocks))
+        return tuple(0 if stub is None else stub.nbytes for stub in stubs)
+
+    def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The content of a weight of the model."""
+        return tensor
+
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """Facts about the unmasked model for the memory arithmetic."""
+        adapter = self.adapter
+        per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
+        kept = [2 * layer not in self.pruned for layer in range(adapter.num_layers)]
+        own, base = self._own_bytes
+        items, embeddings = self._live.items, self._live.embeddings
+        native = (place.original for item in self._live.all_items for place in item.places)
+        packed = any(isinstance(module, PackedModule) for module in native)
+        return ModelFacts(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            block_param_bytes=own,
+            base_bytes=base,
+            kv_bytes_per_token=tuple(per_token if has_cache else 0 for has_cache in kept),
+            kv_window_tokens=adapter.kv_window_tokens,
+            itemsize=self.dtype.itemsize,
+            hidden_size=adapter.hidden_size,
+            ffn_width=adapter.ffn_width,
+            vocab_size=adapter.vocab_size,
+            max_positions=adapter.max_positions,
+            stub_bytes=self._stub_bytes(),
+            repair=self._repair,
+            weights="packed" if packed else "unquantised",
+            calibration=items[0].calibration,
+            **level_bytes(items, own, embeddings, base),
+            widen_bytes=max(item.widen_bytes for item in self._live.all_items),
+            kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
+            kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
+        )

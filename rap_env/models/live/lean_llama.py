@@ -1,0 +1,321 @@
+"""A Llama decoder in plain torch, for serving in little memory.
+
+Transformers' Llama imports what inference does not use: the compiler, distributed tensors, computer
+algebra and training losses, about 130 MiB of resident memory. This one has the same modules under
+the same names and computes the same numbers, bit for bit, so masks, levels and caches work on it as
+on transformers' own. It has only what `models.live.live_batch.LiveBatch` needs: it cannot be
+scored and has no ``generate``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedConfig
+
+from rap_env.errors import UnsupportedModelError
+from rap_env.models.caches.attention_levels import with_levels
+from rap_env.models.live.cpu_decode import PACKED_ATTENTION, grouped_query_attention
+from rap_env.models.weights.packed_modules import meta_embedding
+
+_SIZES = (
+    "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+_FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+
+
+class LeanConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """The config of a Llama model, from a file that states every entry."""
+
+    model_type = "llama"
+
+
+def lean_config(folder: Path) -> LeanConfig | None:
+    """The config of a model folder if it is a Llama model that `LeanLlama` computes, else None."""
+    try:
+        entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        rope = entries["rope_parameters"]
+        supported = (
+            entries["model_type"] == "llama"
+            and entries["hidden_act"] == "silu"
+            and rope["rope_type"] == "default"
+            and isinstance(rope["rope_theta"], int | float)
+            and isinstance(entries["rms_norm_eps"], float)
+            and all(type(entries[name]) is int for name in _SIZES)
+            and all(type(entries[name]) is bool for name in _FLAGS)
+        )
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # transformers reads it, or names what is wrong
+    return LeanConfig.from_dict(entries) if supported else None
+
+
+def reject_lean(model: Any, action: str) -> None:
+    """Raise an `UnsupportedModelError` for a `LeanLlama`; `action` says what it cannot do."""
+    if isinstance(model, LeanLlama):
+        raise UnsupportedModelError(
+            f"A model that was loaded with lean=True cannot {action}; load it with lean=False."
+        )
+
+
+class LeanLlama(nn.Module):
+    """A causal language model whose parameters are on the meta device until they are loaded.
+
+    Shapes: B sequences, T new tokens, H hidden width, V entries of the vocabulary.
+
+    Args:
+        config: From `lean_config`.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, config: LeanConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        config._attn_implementation = PACKED_ATTENTION
+        self.generation_config: Any = None
+        with torch.device("meta"):
+            self.model = _Decoder(config, dtype).to(dtype)
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, False).to(dtype)
+        self.model.rotary_emb = _Rotary(config)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of activations, and of weights that are not packed."""
+        return self.model.norm.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        """Replace the head."""
+        self._modules["lm_head"] = head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> SimpleNamespace:
+        """Compute the logits of the last tokens (of all, if `logits_to_keep` is 0).
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: 0 for padding, (B, cached + T).
+            position_ids: (B, T).
+            cache: A KV cache of transformers, to which the new tokens are appended.
+            use_cache: Has no effect: a given cache is used.
+            logits_to_keep: Number of tokens of each sequence.
+
+        Returns:
+            An object with ``logits``, (B, tokens, V).
+        """
+        states = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache
+        ).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(states[:, -logits_to_keep:]))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: LeanConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = meta_embedding(config.vocab_size, config.hidden_size, dtype)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(_Layer(config, number) for number in layers)
+        self.norm = _RMSNorm(config)
+        self.rotary_emb: nn.Module = nn.Identity()  # its buffer is never on the meta device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+    ) -> SimpleNamespace:
+        new = input_ids.shape[1]
+        held = 0 if cache is None else int(cache.get_seq_length())
+        if position_ids is None:
+            position_ids = torch.arange(held, held + new, device=input_ids.device)[None]
+        mask = causal_mask(attention_mask, new, held, input_ids.device)
+        states: torch.Tensor = self.embed_tokens(input_ids)
+        rotary = self.rotary_emb(position_ids, states.dtype)
+        for layer in self.layers:
+            states = layer(states, mask, rotary, cache)
+        return SimpleNamespace(last_hidden_state=self.norm(states))
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: LeanConfig, number: int) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config, number)
+        self.mlp = _MLP(config)
+        self.input_layernorm = _RMSNorm(config)
+        self.post_attention_layernorm = _RMSNorm(config)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(states)
+        states.add_(self.self_attn(normed, mask=mask, rotary=rotary, cache=cache)[0])
+        return states.add_(self.mlp(self.post_attention_layernorm(states)))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LeanConfig, number: int) -> None:
+        super().__init__()
+        heads, kv_heads, size = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.layer_idx = number
+        self.head_dim = size
+        self._heads = [heads, kv_heads]
+        self.num_key_value_groups = heads // kv_heads  # transformers' attention reads it
+        self.scaling = size**-0.5
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = _linear(width, heads * size, bias)
+        self.k_proj = _linear(width, kv_heads * size, bias)
+        self.v_proj = _linear(width, kv_heads * size, bias)
+        self.o_proj = _linear(heads * size, width, bias)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+    ) -> tuple[torch.Tensor, None]:
+        batch, tokens, _ = states.shape
+        query, key, value = self.q_proj(states), self.k_proj(states), self.v_proj(states)
+        if tokens == 1:  # the heads of both in one operation take half of the time
+            both = torch.cat((query, key), dim=-1).view(batch, -1, 1, self.head_dim)
+            query, key = torch.split(_rotated(both, *rotary), self._heads, dim=1)
+            value = value.view(batch, -1, 1, self.head_dim)
+        else:
+            shape = (batch, tokens, -1, self.head_dim)
+            query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+            query, key = _rotated(query, *rotary), _rotated(key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        found, _ = _attention(self, query, key, value, mask, scaling=self.scaling)
+        return self.o_proj(found.reshape(batch, tokens, -1)), None
+
+
+_attention = with_levels(grouped_query_attention)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = _linear(width, inner, bias)
+        self.up_proj = _linear(width, inner, bias)
+        self.down_proj = _linear(inner, width, bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        gate = functional.silu(self.gate_proj(states), inplace=True)
+        found: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(states)))
+        return found
+
+
+_NORM_VALUES = 28 * 1024
+"""Values that are normalised at a time. More take over 128 KiB in float32, which the C library gets
+from the system anew for each operation: a twentieth of a prefill."""
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self._epsilon = config.rms_norm_eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel() <= _NORM_VALUES:
+            return self._normed(states).mul_(self.weight)
+        found = torch.empty_like(states)
+        rows = max(1, _NORM_VALUES // states.shape[-1])
+        parts, outs = (torch.split(flat.flatten(0, -2), rows) for flat in (states, found))
+        for part, out in zip(parts, outs, strict=True):
+            torch.mul(self._normed(part), self.weight, out=out)
+        return found
+
+    def _normed(self, states: torch.Tensor) -> torch.Tensor:
+        # Without the weight, because transformers rounds to the dtype before it multiplies.
+        return functional.rms_norm(states, self.weight.shape, eps=self._epsilon)
+
+
+class _Rotary(nn.Module):
+    """Cosines and sines of rotary position embeddings, (B, 1, T, D) each for heads of D channels.
+
+    The first half of the sines has the sign with which `_rotated` adds them.
+    """
+
+    frequencies: torch.Tensor
+
+    def __init__(self, config: LeanConfig) -> None:
+        super().__init__()
+        base, size = config.rope_parameters["rope_theta"], config.head_dim
+        frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(
+        self, position_ids: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[:, None, :, None].float() * self.frequencies.float()
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys (B, heads, T, D) to their positions, in place."""
+    swapped = states.roll(states.shape[-1] // 2, dims=-1)
+    return states.mul_(cos).add_(swapped.mul_(sin))
+
+
+def causal_mask(
+    attention_mask: torch.Tensor | None, new: int, held: int, device: torch.device
+) -> torch.Tensor | None:
+    """The mask of scaled dot product attention, (B, 1, new, held + new), True for what is seen.
+
+    None if attention needs none: no token is padding, and either one query sees everything, or
+    nothing is cached, which the kernel's own causal attention handles.
+    """
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and (new == 1 or not held):
+        return None
+    keys = torch.arange(held + new, device=device)
+    seen = (keys[None] <= keys[held:, None])[None, None]
+    if attention_mask is None or not padded:
+        return seen
+    return seen & attention_mask.bool()[:, None, None]
+
+
+def _linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)

@@ -1,0 +1,280 @@
+"""The plan that is applied to a live model, and its changes."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rap_env.blocks import BlockMask, block_name
+from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
+from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
+from rap_env.models.caches.cache_levels import check_levels, lower
+from rap_env.models.caches.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
+from rap_env.models.families.adapter import BlockSite
+from rap_env.models.families.placeholders import Stub
+from rap_env.models.weights.residency import WeightStore
+from rap_env.models.weights.weight_levels import WeightItem, packed_level
+from rap_env.plan import EMBEDDINGS, CompressionPlan
+
+UNREADABLE = (ChecksumError, ModelNotAvailableError)
+"""Errors for weights whose file cannot be read, or not now."""
+
+
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes in memory of the weights, stubs included, and of the KV caches in use."""
+
+    weights: int
+    kv_cache: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of weights and KV caches."""
+        return self.weights + self.kv_cache
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """A plan and what replaces its removed blocks.
+
+    Attributes:
+        plan: The level of each item.
+        stubs: The stub in the place of each removed block, or None, by index.
+    """
+
+    plan: CompressionPlan = field(default_factory=CompressionPlan)
+    stubs: Mapping[int, Stub | None] = field(default_factory=dict)
+
+
+@dataclass
+class LiveBlocks:
+    """The applied plan of a model and what depends on it; shared by all views of the model.
+
+    Attributes:
+        sites: Where each block is, (2L,).
+        items: The weights of each block at their levels, (2L,).
+        embeddings: The same for embeddings with head.
+        state: The present plan.
+        lock: Held by the thread that runs the model or changes its plan.
+        caches: KV caches in use.
+        store: Evicts weights that are not in use; None if they stay in memory.
+    """
+
+    sites: tuple[BlockSite, ...]
+    items: tuple[WeightItem, ...]
+    embeddings: WeightItem
+    state: LiveState = field(default_factory=LiveState)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    store: WeightStore | None = None
+    _removed: dict[int, Stub | None] = field(default_factory=dict)
+    _cache_levels: dict[int, CacheLevel] = field(default_factory=dict)
+
+    @property
+    def all_items(self) -> tuple[WeightItem, ...]:
+        """The weights of all blocks, and of embeddings with head."""
+        return (*self.items, self.embeddings)
+
+    @property
+    def removed(self) -> Mapping[int, Stub | None]:
+        """The removed blocks by index, with the stub in the block's place, or None."""
+        return self._removed
+
+    @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
+    def prepare(self, wanted: LiveState) -> None:
+        """Make levels that did not exist so far, as far as they can be kept out of memory.
+
+        Raises:
+            RapError: As for `WeightStore.prepare`; nothing changes.
+        """
+        for key, level in self._changes(wanted).items():
+            self._prepare(key, level)
+
+    def verify(self, key: int) -> None:
+        """Check that native weights are in memory or can be loaded.
+
+        Raises:
+            ChecksumError: Their file is damaged or has other content than before.
+            ModelNotAvailableError: It is missing, or cannot be read.
+        """
+        if self.store is not None:
+            self.store.verify(self._item(key))
+
+    def _prepare(self, key: int, level: WeightLevel) -> None:
+        if self.store is not None:
+            self.store.prepare(self._item(key), level)
+
+    def _keeping(self, wanted: LiveState, keys: Iterable[int]) -> LiveState:
+        """A state in which some items have the levels that they have now."""
+        names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
+        present = self.state.plan.levels
+        plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in keys})
+        stubs = {index: self._removed.get(index) for index in plan.removed.indices}
+        return LiveState(plan, {**stubs, **wanted.stubs})
+
+    @torch.inference_mode(False)
+    def set(self, wanted: LiveState, *, evict: bool = False) -> None:
+        """Give every item its level in `wanted`.
+
+        Args:
+            wanted: The new state, whose levels all exist.
+            evict: Free the weights that it does not use, unless the residency keeps them. This
+                happens before others are loaded, so that memory never holds more than either plan
+                needs.
+
+        Raises:
+            RapError: Weights cannot be read. If a level could not be made, nothing changes; else
+                blocks whose weights are not in memory are removed now, and all others are set.
+        """
+        self.prepare(wanted)
+        for error in self._set(wanted, evict).values():
+            raise error
+
+    @torch.inference_mode(False)
+    def set_readable(self, wanted: LiveState) -> dict[int, RapError]:
+        """`set` with `evict`, without weights that cannot be read.
+
+        Returns:
+            The error for each of them by key. Such items keep their level if they can; else they
+            are removed now.
+        """
+        errors: dict[int, RapError] = {}
+        for key, level in self._changes(wanted).items():
+            try:
+                self._prepare(key, level)
+                if self.store is not None:  # before weights are freed that cannot be read either
+                    self.store.check(self._item(key), level)
+            except UNREADABLE as error:
+                errors[key] = error
+        return errors | self._set(self._keeping(wanted, errors), evict=True)
+
+    def _set(self, wanted: LiveState, evict: bool) -> dict[int, RapError]:
+        """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
+        changes = self._changes(wanted)
+        for index, stub in wanted.stubs.items():
+            if index not in self._removed or self._removed[index] is not stub:
+                self.sites[index].remove(stub)
+                self._removed[index] = stub
+        self._set_caches(wanted.plan.caches)
+        if self.store is not None and evict:
+            for key, item in enumerate(self.all_items):
+                self.store.release(item, self._level(wanted, key))
+        errors: dict[int, RapError] = {}
+        try:
+            errors = self._set_weights(changes)
+        except BaseException:
+            self.state = self._found_state()
+            raise
+        self.state = self._found_state() if errors else wanted
+        return errors
+
+    def forget_evicted(self) -> None:
+        """Forget levels of weights that are not in memory; no item may use one."""
+        for item in self.all_items:
+            for level in item.made:
+                if self.store is not None and not self.store.holds(item, level):
+                    item.forget(level)
+
+    def _changes(self, wanted: LiveState) -> dict[int, WeightLevel]:
+        """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
+        before = self.state.plan
+        keys: set[int] = set()
+        if before.embeddings != wanted.plan.embeddings:
+            keys.add(len(self.items))
+        if before.weights != wanted.plan.weights:
+            changed = {*before.weights} ^ {*wanted.plan.weights}
+            keys.update(index for index, _ in changed)
+        keys.update(self._removed)
+        keys -= wanted.stubs.keys()
+        return {key: self._level(wanted, key) for key in sorted(keys, reverse=True)}
+
+    def _set_weights(self, changes: Mapping[int, WeightLevel]) -> dict[int, RapError]:
+        done, errors = set(), dict[int, RapError]()
+        try:
+            for key, level in changes.items():
+                try:
+                    self._set_level(key, level)
+                    done.add(key)
+                except UNREADABLE as error:
+                    errors[key] = error
+        finally:
+            self._without_lost_weights(changes.keys() - done)
+        return errors
+
+    def _set_level(self, key: int, level: WeightLevel) -> None:
+        item = self._item(key)
+        if self.store is not None:
+            self.store.load(item, level)
+        elif (packed := packed_level(level)) is not None and packed not in item.made:
+            item.quantise(packed)
+        item.put(level)
+        if key in self._removed:
+            self.sites[key].restore()
+            del self._removed[key]
+
+    def _without_lost_weights(self, keys: Set[int]) -> None:
+        """Load weights at their earlier level if they are not in memory, or remove their block."""
+        for key in keys - self._removed.keys():
+            item = self._item(key)
+            if self.store is None or self.store.holds(item, item.level):
+                continue
+            try:
+                self._set_level(key, item.level)
+            except RapError:
+                if item is not self.embeddings:
+                    self.sites[key].remove(None)
+                    self._removed[key] = None
+
+    def _found_state(self) -> LiveState:
+        """The state as it is, by looking at each item."""
+        kept = (index for index in range(len(self.items)) if index not in self._removed)
+        plan = CompressionPlan(
+            BlockMask(frozenset(self._removed)),
+            tuple((index, self.items[index].level) for index in kept),
+            tuple(self._cache_levels.items()),
+            self.embeddings.level,
+        )
+        return LiveState(plan, dict(self._removed))
+
+    def _item(self, key: int) -> WeightItem:
+        return self.embeddings if key == len(self.items) else self.items[key]
+
+    def _level(self, state: LiveState, key: int) -> WeightLevel:
+        is_block = key < len(self.items)
+        return state.plan.weight_level(key) if is_block else state.plan.embeddings
+
+    def _set_caches(self, levels: Iterable[tuple[int, CacheLevel]]) -> None:
+        wanted = dict(levels)
+        for layer in self._cache_levels.keys() - wanted.keys():
+            self.sites[2 * layer].set_cache_level(NATIVE_CACHE)
+        for layer, level in wanted.items():
+            if self._cache_levels.get(layer) != level:
+                self.sites[2 * layer].set_cache_level(level)
+        self._cache_levels = wanted
+
+    def lower_caches(self, plan: CompressionPlan) -> None:
+        """Evict and requantise keys and values in every cache in use, down to a plan's levels.
+
+        Raises:
+            UnsupportedCacheError: A cache does not allow it; none has changed.
+        """
+        caches = list(self.caches)
+        if not caches:
+            return
+        layers = frozenset(index // 2 for index in plan.removed.indices if index % 2 == 0)
+        for cache in caches:
+            if layers_with_keys(cache, layers):
+                check_cache(cache)
+            check_levels(cache, dict(plan.caches))
+        for cache in caches:
+            evict(cache, layers)
+            lower(cache, dict(plan.caches))
+
+    def kv_bytes(self) -> int:
+        """Bytes of all caches in use."""
+        return sum(cache_bytes(cache) for cache in list(self.caches))

@@ -1,0 +1,242 @@
+"""Forward passes one block at a time, without a copy of any `forward`.
+
+The model's own code runs unchanged. Its decoder is called once with layers that only record their
+arguments (positions, rotary tables, attention masks). After that any layer can be called with the
+same arguments on any hidden state. A single block runs as its layer with the other block removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rap_env.blocks import BlockMask
+from rap_env.levels import WeightLevel
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.lean_llama import reject_lean
+from rap_env.models.weights import bfloat16_products
+from rap_env.models.weights.transfers import send
+from rap_env.models.weights.widened_weights import WidenedWeights
+from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class PartialForward:
+    """Runs a live model in steps: the embedding, each block, the last norm, the head.
+
+    Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
+    mask or plan that is applied to the model has no effect: each step names the blocks that it runs
+    and their levels.
+
+    Args:
+        llm: The live model.
+        widen: Whether packed weights are widened once and kept, which is faster for many rows (see
+            `rap_env.models.weights.widened_weights`).
+
+    Attributes:
+        steps: Blocks that run together, in order: each block alone, except that both blocks of a
+            layer run together if they read the same state (parallel residual).
+    """
+
+    def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
+        reject_lean(llm.model, "be scored")
+        self._llm = llm
+        self._widened = WidenedWeights.of(llm.model) if widen else None
+        self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
+        self._decoder = llm.adapter.decoder(llm.model)
+        self._layers = list(llm.adapter.layers(llm.model))
+        self._calls: dict[int, list[_Call]] = {}
+        together = 2 if llm.adapter.parallel else 1
+        count = llm.num_blocks
+        self.steps = tuple(tuple(range(b, b + together)) for b in range(0, count, together))
+
+    @torch.inference_mode()
+    def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:
+        """The input of the first layer, (B, T) -> (B, T, H), with embeddings at a level."""
+        entered: list[torch.Tensor] = []
+
+        def note(_number: int, hidden: torch.Tensor, _call: _Call) -> torch.Tensor:
+            entered.append(hidden)
+            return hidden
+
+        with self.embeddings(embeddings):
+            self._pass(input_ids, note)
+        return entered[0]
+
+    @torch.inference_mode()
+    def run(
+        self, blocks: tuple[int, ...], state: torch.Tensor, plan: MaskOrPlan = BlockMask()
+    ) -> torch.Tensor:
+        """Run blocks of one layer and no other block, (B, T, H) -> (B, T, H).
+
+        Args:
+            blocks: Some of the blocks of one step.
+            state: Their input.
+            plan: The level of each of these blocks; the stubs of those that it removes run in
+                their place, if they have any. Other items of the plan have no effect.
+        """
+        if not blocks:
+            return state
+        state = self.entering(blocks, state)
+        layer, kept, removed, inside, bare = _layer_plan(blocks, plan)
+        if not kept and not self._llm.has_stub(removed):
+            return state
+        args, kwargs = self._calls_for(state)[layer]
+        with self._llm.masked(inside, bare=bare):
+            if kept:
+                self._llm.load_layer(layer)
+            with self._wide(self._layers[layer]), bfloat16_products.in_float32():
+                output = self._layers[layer](state, *args, **kwargs)
+        left: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return left
+
+    def entering(self, blocks: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
+        """A state, (B, T, H), on the device of the blocks of a step."""
+        devices = self._llm.device_map
+        return state if devices is None else send(state, devices.layers[blocks[0] // 2])
+
+    @torch.inference_mode()
+    def leave(self, state: torch.Tensor) -> torch.Tensor:
+        """The decoder's output for the output of the last layer, (B, T, H), on the head's device.
+
+        Call it in the ``with`` block of `embeddings` that the head runs in.
+        """
+        last = len(self._layers) - 1
+        return self._pass(
+            self._placeholder(state), lambda number, hidden, _: state if number == last else hidden
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's head on decoder outputs, (N, H) -> (N, V).
+
+        Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
+        """
+        return self.head_logits(hidden)
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `logits`, with gradients."""
+        return self.cap(self._model_head(hidden))
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def embeddings(self, level: WeightLevel) -> AbstractContextManager[object]:
+        """Run embeddings and head at a level in a ``with`` block, without any change for native."""
+        if level == "native":
+            return contextlib.nullcontext()
+        return self._llm.masked(CompressionPlan(embeddings=level))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The module that computes logits, unquantised if packed weights are widened."""
+        head: nn.Linear = self._llm.model.get_output_embeddings()
+        return head if self._widened is None else cast(nn.Linear, self._widened.linear(head))
+
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The decoder's output under the applied plan, (B, T) -> (B, T, H), with gradients."""
+        with self._llm.exclusive(), self._wide(self._decoder), bfloat16_products.in_float32():
+            output = self._decoder(input_ids=input_ids, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def release(self) -> None:
+        """Free the widened weights that are kept."""
+        if self._widened is not None:
+            self._widened.clear()
+
+    def _wide(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Compute with widened weights in a module, if they are used."""
+        if self._widened is None:
+            return contextlib.nullcontext()
+        return self._widened.used_in(module)
+
+    def _model_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        with bfloat16_products.in_float32():
+            logits: torch.Tensor = self.head(hidden)
+        return logits
+
+    def _calls_for(self, state: torch.Tensor) -> list[_Call]:
+        """The arguments with which the decoder calls each layer for sequences of this length.
+
+        Recorded for one sequence, they hold for any number: no sequence has padding, so positions
+        and attention masks are the same for all, and broadcast.
+        """
+        length = state.shape[1]
+        if length not in self._calls:
+            calls: list[_Call] = []
+
+            def note(_number: int, hidden: torch.Tensor, call: _Call) -> torch.Tensor:
+                calls.append(call)
+                return hidden
+
+            self._pass(self._placeholder(state[:1]), note)
+            self._calls[length] = calls
+        return self._calls[length]
+
+    def _placeholder(self, state: torch.Tensor) -> torch.Tensor:
+        """Token ids for states of this shape; their values have no effect."""
+        device = state.device if self._llm.device_map is None else self._llm.device
+        return torch.zeros(state.shape[:2], dtype=torch.long, device=device)
+
+    def _pass(
+        self,
+        input_ids: torch.Tensor,
+        layer: Callable[[int, torch.Tensor, _Call], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the decoder with `layer` in place of every layer, so that no layer is computed."""
+        with self._llm.exclusive(), _replaced_forwards(self._layers, layer):
+            output = self._decoder(input_ids=input_ids, use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+
+@lru_cache(maxsize=4096)
+def _layer_plan(
+    blocks: tuple[int, ...], plan: MaskOrPlan
+) -> tuple[int, tuple[int, ...], tuple[int, ...], MaskOrPlan, BlockMask]:
+    """How a layer runs some of its blocks at their levels, and no other block.
+
+    Returns:
+        The layer, the blocks that run, those that are removed, the plan to apply to the model, and
+        the removed blocks without a stub.
+    """
+    layer, gone = blocks[0] // 2, as_plan(plan).removed.indices
+    kept = tuple(block for block in blocks if block not in gone)
+    removed = tuple(block for block in blocks if block in gone)
+    others = BlockMask(frozenset((2 * layer, 2 * layer + 1)) - frozenset(kept))
+    inside: MaskOrPlan = others
+    if isinstance(plan, CompressionPlan):
+        weights = tuple(pair for pair in plan.weights if pair[0] in kept)
+        caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
+        inside = simplest(CompressionPlan(others, weights, caches))
+    return layer, kept, removed, inside, BlockMask(others.indices - frozenset(removed))
+
+
+@contextlib.contextmanager
+def _replaced_forwards(
+    layers: list[nn.Module], forward: Callable[[int, torch.Tensor, _Call], torch.Tensor]
+) -> Iterator[None]:
+    """Replace the `forward` of the layers inside a ``with`` block, as instance attributes."""
+
+    def replacement(number: int) -> Callable[..., torch.Tensor]:
+        def called(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return forward(number, hidden_states, (args, kwargs))
+
+        return called
+
+    try:
+        for number, layer in enumerate(layers):
+            layer.forward = replacement(number)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)

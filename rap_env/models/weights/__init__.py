@@ -1,0 +1,1 @@
+"""Weights and their levels: packing, quantisation, and where they reside."""

@@ -1,0 +1,388 @@
+"""Modules that compute with packed weights, in the places of a model's own.
+
+====================================  =====================  ===================================
+A model's module                      Packed                 Weights while it computes
+====================================  =====================  ===================================
+``nn.Linear``, GPT-2's ``Conv1D``     `PackedLinear`         packed kernel, or widened
+experts with 3-D parameters           `PackedExperts`        widened for the call
+token embeddings                      `PackedEmbedding`      the looked-up rows
+head, tied to the embeddings or not   `PackedLinear`         packed kernel, or widened
+====================================  =====================  ===================================
+
+Biases, norms, routers and learned positions are not packed: a packed module uses the bias of the
+module it replaces, which stays in memory. Only inference is supported.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rap_env.errors import ArtifactError
+from rap_env.models.weights.packing import PackedLevel, PackedMatrix, piece_rows
+from rap_env.models.weights.quantisers import Quantiser, quantise
+from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+
+
+class PackedModule(nn.Module):
+    """Base class of modules with packed weights.
+
+    Attributes:
+        level: Level of the weights.
+        dtype: Dtype of the weights in the module that it replaces.
+    """
+
+    level: PackedLevel
+    dtype: torch.dtype
+
+    def __init__(self, matrices: Mapping[str, PackedMatrix], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.level = next(iter(matrices.values())).level
+        self._shapes = {name: matrix.shape for name, matrix in matrices.items()}
+        for name, matrix in matrices.items():
+            for part, tensor in matrix.tensors.items():
+                self.register_buffer(f"{name}_{part}", tensor)
+        self.matrices = dict(matrices)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Codes and scales by name, as a file stores them."""
+        return {
+            f"{name}_{part}": tensor
+            for name, matrix in self.matrices.items()
+            for part, tensor in matrix.tensors.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(matrix.nbytes for matrix in self.matrices.values())
+
+    @property
+    def widen_bytes(self) -> int:
+        """Bytes of the shared buffer into which the module widens weights."""
+        return max(map(_piece_bytes, self._shapes.values())) * self.dtype.itemsize
+
+    def widened(self) -> nn.Module:
+        """An unquantised module with the same weights, in memory of its own."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # torch calls this to move a module; scales keep their dtype when the model changes its own
+        moved = super()._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: _same_dtype(fn(tensor), tensor), recurse
+        )
+        for name, matrix in self.matrices.items():
+            parts = {part: getattr(self, f"{name}_{part}") for part in matrix.tensors}
+            self.matrices[name] = PackedMatrix(matrix.level, matrix.shape, **parts)
+        self._moved()
+        return moved
+
+    def _moved(self) -> None:
+        """Refresh what depends on the tensors."""
+
+
+class PackedLinear(PackedModule):
+    """``states @ weight.T + bias`` with packed weights.
+
+    Args:
+        matrix: The weights (out, in).
+        bias: (out,), or None.
+        dtype: Dtype of the weights in the module that it replaces.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, matrix: PackedMatrix, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__({"weight": matrix}, dtype)
+        self.out_features, self.in_features = matrix.shape
+        self.register_parameter("bias", bias)
+        self._matrix = matrix
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        found = self._matrix.product(states)
+        bias = self.bias
+        return found if bias is None else found.add_(bias)
+
+    def widened(self) -> nn.Linear:
+        """A linear layer with the same weights, in memory of its own, and the same bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = _fixed(self._matrix.widened(self.dtype))
+        linear.register_parameter("bias", self.bias)
+        return linear.eval()
+
+    def _moved(self) -> None:
+        self._matrix = self.matrices["weight"]
+
+
+class PackedEmbedding(PackedModule):
+    """Token embeddings with packed rows.
+
+    Args:
+        matrix: The rows (vocabulary, hidden).
+        dtype: Dtype of the embeddings.
+        scale: Factor of each embedding, as Gemma has it.
+    """
+
+    embed_scale: torch.Tensor | None
+
+    def __init__(
+        self, matrix: PackedMatrix, dtype: torch.dtype, scale: torch.Tensor | None = None
+    ) -> None:
+        super().__init__({"weight": matrix}, dtype)
+        self.num_embeddings, self.embedding_dim = matrix.shape
+        self.register_buffer("embed_scale", scale, persistent=False)
+        self._matrix = matrix
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """(...) to (..., hidden)."""
+        found = self._matrix.rows(token_ids, self.dtype)
+        scale = self.embed_scale
+        return found if scale is None else found * scale.to(self.dtype)
+
+    @property
+    def widen_bytes(self) -> int:
+        """0: rows are widened into the result."""
+        return 0
+
+    def widened(self) -> nn.Module:
+        """Embeddings with the same rows, in memory of their own."""
+        wide = _WideEmbedding(self._matrix.widened(self.dtype))
+        wide.register_buffer("embed_scale", self.embed_scale, persistent=False)
+        return wide.eval()
+
+    def _moved(self) -> None:
+        self._matrix = self.matrices["weight"]
+
+
+class _WideEmbedding(nn.Module):
+    embed_scale: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = _fixed(weight)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        found = functional.embedding(token_ids, self.weight)
+        scale = self.embed_scale
+        return found if scale is None else found * scale.to(found.dtype)
+
+
+class PackedExperts(PackedModule):
+    """A module with 3-D weights (experts, out, in), widened for each call of its own `forward`.
+
+    Args:
+        child: The module that it replaces.
+        matrices: Its weights by the names of its parameters, each (experts * out, in).
+    """
+
+    def __init__(self, child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> None:
+        weights = raw_weights(child)
+        super().__init__(matrices, next(iter(weights.values())).dtype)
+        self._full = {name: tuple(weights[name].shape) for name in matrices}
+        self._child = [_without(child, matrices)]  # in a list: it is no submodule
+
+    @property
+    def widen_bytes(self) -> int:
+        """Bytes of the shared buffer that the module needs: for all its weights at once."""
+        return sum(map(math.prod, self._full.values())) * self.dtype.itemsize
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the module that it replaces returns."""
+        (child,) = self._child
+        sizes = [math.prod(shape) for shape in self._full.values()]
+        device = next(iter(self.matrices.values())).device
+        with buffer_in_use():
+            buffer = widening_buffer(sum(sizes), self.dtype, device)
+            for (name, shape), wide in zip(
+                self._full.items(), torch.split(buffer, sizes), strict=True
+            ):
+                matrix = self.matrices[name]
+                matrix.widen(wide.view(matrix.shape))
+                child._parameters[name] = _fixed(wide.view(shape))
+            try:
+                return child(*args, **kwargs)
+            finally:
+                for name in self._full:
+                    child._parameters[name] = None
+
+    def widened(self) -> nn.Module:
+        """A module of the original class with the same weights, in memory of its own."""
+        wide = _without(self._child[0], self._full)
+        for name, shape in self._full.items():
+            weight = self.matrices[name].widened(self.dtype).view(shape)
+            wide._parameters[name] = _fixed(weight)
+        return wide
+
+
+def packable(
+    module: nn.Module, parent: nn.Module | None = None, attribute: str = ""
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The parts of a block's module that are packed or can be, as (parent, attribute, child).
+
+    Args:
+        module: A module of a block.
+        parent: The module that holds it; needed where `module` itself can be packed, as in OPT.
+        attribute: Its name there.
+
+    Raises:
+        ValueError: `module` itself can be packed, and there is no parent.
+    """
+    if isinstance(module, PackedModule) or is_packable(module):
+        if parent is None:
+            raise ValueError(f"{type(module).__name__} can be packed only in its parent.")
+        yield parent, attribute, module
+        return
+    for name, child in module.named_children():
+        yield from packable(child, module, name)
+
+
+def is_packable(module: nn.Module) -> bool:
+    """Whether `packed` accepts a module. A linear layer with a single output (a gate) is left."""
+    if isinstance(module, PackedModule):
+        return False
+    if isinstance(module, nn.Linear):
+        return module.out_features > 1
+    return _is_conv1d(module) or bool(raw_weights(module))
+
+
+def raw_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own 3-D parameters (experts, out, in), by name."""
+    own = module.named_parameters(recurse=False)
+    return {name: parameter for name, parameter in own if parameter.dim() == 3}
+
+
+def matrices_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that are packed, by name, as matrices (out, in)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": module.weight}
+    if _is_conv1d(module):
+        return {"weight": cast("torch.Tensor", module.weight).T}
+    return {name: value.flatten(0, 1) for name, value in raw_weights(module).items()}
+
+
+def packed(child: nn.Module, level: PackedLevel, quantise: Quantiser = quantise) -> PackedModule:
+    """The packed module for a child of `packable`; it shares the child's bias.
+
+    Args:
+        child: A module with the model's own weights.
+        level: ``"int8"`` or ``"int4"``.
+        quantise: Packs one matrix.
+    """
+    matrices = {name: quantise(weight, level) for name, weight in matrices_of(child).items()}
+    return from_matrices(child, matrices)
+
+
+def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> PackedModule:
+    """The packed module for a child of `packable` with given weights, such as those of a file.
+
+    Of the child only the bias and the sizes are used, so its weights may be on the meta device.
+    """
+    if isinstance(child, nn.Linear) or _is_conv1d(child):
+        dtype = cast("torch.Tensor", child.weight).dtype
+        bias = cast("nn.Parameter | None", child.bias)
+        return PackedLinear(matrices["weight"], bias, dtype).eval()
+    if isinstance(child, nn.Embedding):
+        scale = cast("torch.Tensor | None", getattr(child, "embed_scale", None))
+        return PackedEmbedding(matrices["weight"], child.weight.dtype, scale).eval()
+    return PackedExperts(child, matrices).eval()
+
+
+def from_tensors(
+    child: nn.Module, level: PackedLevel, tensors: Mapping[str, torch.Tensor]
+) -> PackedModule:
+    """The packed module for a child of `packable` from the `PackedModule.tensors` of another.
+
+    Raises:
+        ArtifactError: They are not the tensors of such a module at this level.
+    """
+    matrices = {}
+    for name, weight in matrices_of(child).items():
+        parts = {part: tensors.get(f"{name}_{part}") for part in ("codes", "scales")}
+        if any(tensor is None for tensor in parts.values()):
+            raise ArtifactError(
+                f"Packed weights of {type(child).__name__} need {name}_codes and {name}_scales; "
+                f"there are {sorted(tensors)}."
+            )
+        shape = (weight.shape[0], weight.shape[1])
+        whole = cast("dict[str, torch.Tensor]", parts)
+        matrices[name] = PackedMatrix.from_tensors(level, shape, whole)
+    return from_matrices(child, matrices)
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A child for `from_tensors` without weights of its own: they are on the meta device.
+
+    Args:
+        module: A child of `packable`, or a packed module, whose unquantised shape is then meant.
+    """
+    if isinstance(module, PackedLinear):
+        size = (module.in_features, module.out_features)
+        linear = nn.Linear(*size, bias=False, device="meta", dtype=module.dtype)
+        linear.register_parameter("bias", module.bias)
+        return linear
+    if isinstance(module, PackedEmbedding):
+        rows = meta_embedding(module.num_embeddings, module.embedding_dim, module.dtype)
+        rows.register_buffer("embed_scale", module.embed_scale, persistent=False)
+        return rows
+    if isinstance(module, PackedExperts):
+        full, child, dtype = module._full, module._child[0], module.dtype
+    else:
+        child, names = module, list(raw_weights(module)) or ["weight"]
+        weights = {name: cast("torch.Tensor", getattr(module, name)) for name in names}
+        full = {name: tuple(weight.shape) for name, weight in weights.items()}
+        dtype = next(iter(weights.values())).dtype
+    bare = _without(child, full)
+    for name, shape in full.items():
+        bare._parameters[name] = _fixed(torch.empty(shape, dtype=dtype, device="meta"))
+    return bare
+
+
+def meta_embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
+    """Embeddings on the meta device, (rows, width).
+
+    The constructor would fill them with random numbers, for which torch imports its compiler (70
+    MiB of memory) on that device.
+    """
+    weight = torch.empty((rows, width), dtype=dtype, device="meta")
+    return nn.Embedding(rows, width, _weight=weight, _freeze=True)
+
+
+def module_widen_bytes(child: nn.Module) -> int:
+    """Bytes of the shared buffer that a child's packed module needs, from its sizes alone."""
+    if isinstance(child, nn.Embedding):
+        return 0
+    matrices = matrices_of(child)
+    if weights := raw_weights(child):
+        return sum(weight.numel() * weight.element_size() for weight in weights.values())
+    return max(_piece_bytes((m.shape[0], m.shape[1])) * m.element_size() for m in matrices.values())
+
+
+def _piece_bytes(shape: tuple[int, int]) -> int:
+    return piece_rows(shape) * shape[1]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _fixed(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _same_dtype(moved: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def _without(child: nn.Module, names: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of a module without some of its parameters."""
+    shell = copy.copy(child)
+    shell._parameters = {**child._parameters, **dict.fromkeys(names)}
+    return shell

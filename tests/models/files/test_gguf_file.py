@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rap_env.errors import (
+    ChecksumError,
+    ModelNotAvailableError,
+    StorageFullError,
+    UnsupportedModelError,
+)
+from rap_env.models.files import gguf_file
+from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import is_intact
+from tests.models.tiny_gguf import TEMPLATE, TOKENS, write_tiny_gguf
+
+fork = multiprocessing.get_context("fork")
+IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
+
+
+def test_a_gguf_file_becomes_the_model_that_it_holds(lonely: Path, tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "tiny.gguf")
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
+    assert llm.name == "tiny"
+    assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
+    assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
+    assert llm.adapter.max_positions == 64
+
+
+def test_the_converted_folder_holds_a_tied_head_once(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    folder = converted_gguf(tmp_path / "tiny.gguf")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_the_tokenizer_is_kept(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu")
+    tokenizer, generation = llm.tokenizer, llm.model.generation_config
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (2, 0)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.model_max_length == 64
+    assert len(tokenizer) == len(TOKENS)
+    text = "the  1 Ünïcode 12"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_digits_are_single_tokens_as_in_the_original_tokenizer(
+    lonely: Path, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    tokenizer = load_llm(tmp_path / "tiny.gguf", device="cpu").tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("he  1").input_ids) == ["he", "ĠĠ", "1"]
+
+
+def test_the_second_load_converts_nothing(
+    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    first = converted_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("converted again"))
+    (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
+    assert converted_gguf(tmp_path / "moved.gguf") == first  # by content, not by path
+
+
+def test_other_content_is_another_model(lonely: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_tiny_gguf(tmp_path / str(seed) / "tiny.gguf", seed=seed)
+    folders = {converted_gguf(tmp_path / str(seed) / "tiny.gguf") for seed in (0, 1)}
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "edit", "lose"])
+def test_a_damaged_conversion_is_made_again(
+    damage: str, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_tiny_gguf(tmp_path / "tiny.gguf")
+    weights = converted_gguf(tmp_path / "tiny.gguf") / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(content[:-100])
+    elif damage == "edit":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        weights.unlink()
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
+    assert "is damaged; it is created again" in caplog.text
+    assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
+
+
+def _die_while_converting(path: Path) -> None:
+    def half(_: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    gguf_file._convert = half
+    converted_gguf(path)
+
+
+def test_a_killed_conversion_is_repaired_by_the_next_call(lonely: Path, tmp_path: Path) -> None:
+    source = write_tiny_gguf(tmp_path / "tiny.gguf")
+    child = fork.Process(target=_die_while_converting, args=(tmp_path / "tiny.gguf",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    models = lonely / "models"
+    assert [path for path in models.rglob("model.safetensors") if path.read_bytes() == b"half"]
+    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
+    assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
+    assert [path.name for path in models.iterdir() if path.is_dir()] == [
+        gguf_file.gguf_folder_name(gguf_file.file_sha256(tmp_path / "tiny.gguf"))
+    ]
+
+
+def _convert_and_note(path: Path, notes: Path) -> None:
+    original = gguf_file._convert
+
+    def noted(source: Path, folder: Path) -> None:
+        (notes / str(os.getpid())).touch()
+        original(source, folder)
+
+    gguf_file._convert = noted
+    assert is_intact(converted_gguf(path))
+
+
+def test_two_processes_share_one_conversion(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    arguments = (tmp_path / "tiny.gguf", notes)
+    children = [fork.Process(target=_convert_and_note, args=arguments) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert len(list(notes.iterdir())) == 1
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+
+    def full(_: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        # what safetensors raises, which is no OSError
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf_file, "_convert", full)
+    with pytest.raises(StorageFullError, match=r"No space left while writing .* run the same"):
+        converted_gguf(tmp_path / "tiny.gguf")
+    assert not [path for path in (lonely / "models").iterdir() if path.is_dir()]
+
+
+def test_no_file(lonely: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotAvailableError, match=r"There is no model folder or GGUF file"):
+        load_llm(tmp_path / "none.gguf")
+
+
+def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ChecksumError, match=r"text\.gguf is not a GGUF file: it begins with"):
+        load_llm(tmp_path / "text.gguf")
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_a_truncated_file_is_rejected(kept: float, lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated .*download it again"):
+        load_llm(tmp_path / "tiny.gguf")
+    assert not list((lonely / "models").glob("gguf-*"))
+
+
+@pytest.mark.parametrize("architecture", ["starcoder2", "rwkv6"])
+def test_an_unknown_family_is_rejected_before_its_weights_are_read(
+    architecture: str, lonely: Path, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "other.gguf", architecture=architecture)
+    with pytest.raises(UnsupportedModelError, match=f"{architecture}.*known are .*llama.*To add"):
+        load_llm(tmp_path / "other.gguf")

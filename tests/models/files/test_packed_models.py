@@ -1,0 +1,195 @@
+"""Models whose own weights are packed: loaded in a format, masked, lowered, evicted, restored."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnknownNameError, UnsupportedModelError
+from rap_env.memory import MemoryModel
+from rap_env.models.files import loading, quantised_folder
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.packed_folder import is_packed
+from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.files.streamed import stream_llm
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.self_written import self_written
+from rap_env.models.weights.packed_modules import PackedModule
+from rap_env.paths import cache_dir
+from rap_env.plan import CompressionPlan
+from rap_env.request import Request
+from tests.models.states import logits, tensor_bytes, weights_hash
+from tests.tiny import (
+    DISTINCT_FAMILIES,
+    FAMILIES,
+    LAYERS,
+    each_family,
+    padded_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+SEVERAL = pytest.mark.parametrize(
+    "name", ["llama", "llama_tied", "gemma3", "gpt2", "opt", "mixtral"]
+)
+REQUEST = Request(1, 8, 1)
+CALIBRATION_TOKENS = 630
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised_folder, "_CALIBRATION_TOKENS", CALIBRATION_TOKENS)
+
+
+def saved(tmp_path: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    folder = tmp_path / "model"
+    tiny_model(name, dtype=dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def loaded(tmp_path: Path, name: str, weights: str, dtype: str = "float32") -> ElasticLLM:
+    return load_llm(saved(tmp_path, name), device="cpu", dtype=dtype, weights=weights)
+
+
+@each_family("name", DISTINCT_FAMILIES, level=["int8", "int4"], dtype=["float32", "bfloat16"])
+def test_a_format_equals_the_level_of_a_live_model(
+    tmp_path: Path, name: str, level: str, dtype: str
+) -> None:
+    stored = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    folder = saved(tmp_path, name, stored)
+    packed = load_llm(folder, device="cpu", dtype=dtype, weights=level)
+    live = load_llm(folder, device="cpu", dtype=dtype)
+    if level == "int4":
+        calibrate(live, self_written(live, CALIBRATION_TOKENS // 63, 63, seed=0))
+    live.apply(CompressionPlan.uniform(LAYERS, weights=level, embeddings="int8"))
+    assert torch.equal(logits(packed), logits(live))
+    assert packed.dtype == live.dtype
+    assert packed.facts.weights == "packed"
+    assert packed.facts.identity["weights"] == "packed"
+    assert tensor_bytes(packed.model) == tensor_bytes(live.model)
+    assert tensor_bytes(packed.model) == packed.facts.base_bytes + sum(
+        packed.facts.block_param_bytes
+    )
+    assert packed.fingerprint != live.fingerprint
+
+
+@EVERY_FAMILY
+def test_masks_and_levels_of_packed_weights(tmp_path: Path, name: str) -> None:
+    llm = loaded(tmp_path, name, "int8")
+    memory, before = MemoryModel(llm), weights_hash(llm.model)
+    native = logits(llm)
+    assert list(llm.facts.weight_levels(0)) == ["native", "int4", "removed"]
+    plans = [
+        CompressionPlan(BlockMask.of(0, 3)),
+        CompressionPlan.uniform(LAYERS, weights="int4", embeddings="int4"),
+        CompressionPlan.of({"layer00.attn": "removed", "layer01.attn": "int4"}),
+    ]
+    for residency in ("resident", "offload", "drop"):
+        llm.set_residency(residency)
+        for plan in plans:
+            llm.apply(plan)
+            parts = memory.breakdown(plan, REQUEST)
+            assert tensor_bytes(llm.model) == parts.weights + parts.embeddings
+            if residency != "resident":
+                assert llm.held_bytes.weights == parts.weights + parts.embeddings
+            assert not torch.equal(logits(llm), native)
+        llm.apply(BlockMask())
+        assert torch.equal(logits(llm), native)
+        assert weights_hash(llm.model) == before
+    with pytest.raises(UnknownNameError, match="level of weights 'int8'"):
+        llm.apply(CompressionPlan.uniform(LAYERS, weights="int8"))
+    assert torch.equal(logits(llm), native)
+
+
+@SEVERAL
+def test_int4_weights_have_no_level_but_removed(tmp_path: Path, name: str) -> None:
+    llm = loaded(tmp_path, name, "int4")
+    assert list(llm.facts.weight_levels(0)) == ["native", "removed"]
+    assert list(llm.facts.embedding_levels) == ["native", "int4"]
+    native, own = logits(llm), llm.held_bytes.weights
+    llm.set_residency("drop")  # the packed folder has these bytes
+    llm.apply(CompressionPlan.of({"layer00.ffn": "removed", "embeddings": "int4"}))
+    assert llm.held_bytes.weights < own
+    llm.apply(BlockMask())
+    assert torch.equal(logits(llm), native)
+    assert not (cache_dir() / "offloaded").exists()
+
+
+def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> None:
+    llm = loaded(tmp_path, "llama", "int8")
+    narrow = llm._live.items[1].places[0]
+    llm._live.items[1].quantise("int4")
+    module = llm._live.items[1]._made["int4"][narrow]
+    narrow.put(module)  # as in a file whose tensors have different types
+    mixed = ElasticLLM(llm.model, None, name="mixed")
+    native = logits(mixed)
+    mixed.set_residency("offload")
+    held = mixed.held_bytes.weights
+    mixed.apply(CompressionPlan.of({"layer00.ffn": "int4"}))
+    assert mixed.model.get_submodule(narrow.name) is module
+    assert (
+        held - mixed.held_bytes.weights
+        == mixed.facts.weight_levels(1)["native"] - (mixed.facts.weight_levels(1)["int4"])
+    )
+    assert torch.equal(
+        mixed.model.get_submodule(narrow.name)(torch.ones(1, 16)), module(torch.ones(1, 16))
+    )
+    mixed.apply(BlockMask())
+    assert torch.equal(logits(mixed), native)
+
+
+def test_it_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, "llama")
+    first = load_llm(folder, device="cpu", weights="int4")
+    monkeypatch.setattr(quantised_folder, "_quantised", None)
+    again = load_llm(folder, device="cpu", weights="int4")
+    assert again.fingerprint == first.fingerprint
+    assert again.name == first.name == "model"
+    assert again.tokenizer("abc").input_ids == first.tokenizer("abc").input_ids
+    assert again.folder is not None
+    assert is_packed(again.folder)
+    with pytest.raises(UnsupportedModelError, match="only packed weights"):
+        load_llm(again.folder, device="cpu", weights="bf16")
+    assert load_llm(again.folder, device="cpu").fingerprint == first.fingerprint
+
+
+def test_changed_weights_are_quantised_again(tmp_path: Path) -> None:
+    first = loaded(tmp_path, "llama", "int8")
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
+    assert (
+        load_llm(tmp_path / "model", device="cpu", weights="int8").fingerprint != first.fingerprint
+    )
+
+
+def test_generation_with_packed_weights(tmp_path: Path) -> None:
+    llm = loaded(tmp_path, "llama", "int4")
+    ids = padded_batch()["input_ids"][:1]
+    tokens = llm.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, ids.shape[1] + 4)
+    assert any(isinstance(module, PackedModule) for module in llm.model.modules())
+
+
+def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path: Path) -> None:
+    llm = loaded(tmp_path, "llama", "int8")
+    with pytest.raises(UnsupportedModelError, match="weights='bf16'"):
+        save_pruned(llm, BlockMask.of(0), tmp_path / "pruned")
+    with pytest.raises(UnsupportedModelError, match="pass weights='bf16'"):
+        stream_llm(tmp_path / "model", max_memory_bytes=10**6, weights="int8")
+    save_pruned(load_llm(tmp_path / "model", device="cpu"), BlockMask.of(0), tmp_path / "pruned")
+    with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
+        load_llm(tmp_path / "pruned", device="cpu", weights="int8")
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama"])
+def test_a_tied_head_stays_tied_on_another_device(tmp_path: Path, name: str) -> None:
+    llm = loaded(tmp_path, name, "int8")
+    before = tensor_bytes(llm.model)
+    model = loading._moved(llm.model, torch.device("meta"))
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert rows.tensors()["weight_codes"].is_meta
+    assert head.tensors()["weight_codes"].is_meta
+    assert tensor_bytes(model) == before

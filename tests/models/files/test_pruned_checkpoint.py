@@ -1,0 +1,243 @@
+"""A saved pruned model is smaller, whole, and the same function as the masked one."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from rap_env.artifacts import load_artifact, save_artifact
+from rap_env.blocks import BlockMask
+from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError
+from rap_env.memory import MemoryModel
+from rap_env.models.files import pruned_checkpoint
+from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
+from rap_env.models.live.cpu_decode import attention_name
+from rap_env.request import Request
+from tests.models.generation import token_by_token
+from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_tokenizer
+
+MASK = BlockMask.of("layer00.attn", "layer01.ffn")
+EVERYTHING = BlockMask.of(*range(2 * LAYERS))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**padded_batch()).logits
+
+
+def tensor_bytes(folder) -> int:
+    """Bytes of all tensors in a folder's safetensors files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    return total
+
+
+def resign(folder) -> None:
+    """Rewrite the mask file with the checksums of the changed files."""
+    body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
+    body["files"] = pruned_checkpoint._checksums(folder)
+    save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_pruned(tiny_llm(), MASK, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("mask", [MASK, EVERYTHING], ids=["two blocks", "everything"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loaded_model_is_the_masked_one(name: str, mask: BlockMask, tmp_path) -> None:
+    llm = tiny_llm(name)
+    loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
+    assert llm.mask == BlockMask()
+    with llm.masked(mask):
+        assert torch.equal(logits(loaded.model), logits(llm.model))
+        assert type(loaded.model) is type(llm.model)
+        assert set(loaded.model.state_dict()) == set(llm.model.state_dict())
+    facts = llm.facts
+    kept = [n for i, n in enumerate(facts.block_param_bytes) if i not in mask]
+    assert tensor_bytes(tmp_path / "pruned") == facts.base_bytes + sum(kept)
+    assert loaded.pruned == mask
+    assert loaded.mask == BlockMask()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_path) -> None:
+    llm = tiny_llm(name)
+    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
+    batch = padded_batch()
+    seen = batch["attention_mask"].bool()
+    stepped = token_by_token(loaded.model, **batch, prompt=4)
+    torch.testing.assert_close(stepped[seen], logits(loaded.model)[seen], rtol=1e-4, atol=1e-4)
+    more = BlockMask.of(0, 1)
+    with llm.masked(MASK | more), loaded.masked(more):
+        assert torch.equal(logits(loaded.model), logits(llm.model))
+    again = load_pruned(save_pruned(loaded, more, tmp_path / "more"))
+    assert again.pruned == MASK | more
+
+
+def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
+    llm = tiny_llm()
+    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
+    request = Request(2, 16, 1)
+    pruned = MemoryModel(loaded).breakdown(BlockMask(), request)
+    assert pruned == MemoryModel(llm).breakdown(MASK, request)
+    assert loaded.fingerprint != llm.fingerprint
+    assert [b.param_bytes == 0 for b in loaded.blocks] == [True, False, False, True]
+
+
+def test_the_empty_mask_saves_the_whole_model(tmp_path) -> None:
+    llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
+    loaded = load_pruned(save_pruned(llm, BlockMask(), tmp_path / "pruned"))
+    assert loaded.fingerprint == llm.fingerprint
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_the_tokenizer_is_saved_along(tmp_path) -> None:
+    llm = tiny_llm(tokenizer=tiny_tokenizer())
+    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
+    assert loaded.tokenizer("so it goes").input_ids == llm.tokenizer("so it goes").input_ids
+    assert loaded.tokenizer.padding_side == "left"
+    assert loaded.name == "tiny-llama"
+    assert load_pruned(save_pruned(tiny_llm(), MASK, tmp_path / "without")).tokenizer is None
+
+
+def test_the_attention_implementation_is_kept(tmp_path) -> None:
+    llm = tiny_llm()
+    llm.model.set_attn_implementation("eager")
+    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
+    assert attention_name(loaded.model) == "eager"
+    with llm.masked(MASK):
+        assert torch.equal(logits(loaded.model), logits(llm.model))
+
+
+def test_plain_transformers_would_initialise_removed_weights_at_random(saved) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    _, report = LlamaForCausalLM.from_pretrained(saved, output_loading_info=True)
+    dense, kept = tiny_llm().model.state_dict(), load_file(saved / "model.safetensors")
+    assert set(report["missing_keys"]) == set(dense) - set(kept) != set()
+
+
+def test_a_missing_tensor_is_an_error(saved) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    resign(saved)
+    with pytest.raises(ArtifactError, match=r"lacks the tensors model\.norm\.weight; save the"):
+        load_pruned(saved)
+
+
+def test_an_unexpected_tensor_is_an_error(saved) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(16, 16)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    resign(saved)
+    with pytest.raises(ArtifactError, match=r"unexpected tensors model\.layers\.0\.self_attn"):
+        load_pruned(saved)
+
+
+def test_a_tensor_of_another_shape_is_an_error(saved) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    resign(saved)
+    with pytest.raises(ArtifactError, match="do not fit its config"):
+        load_pruned(saved)
+
+
+def test_another_mask_than_the_one_saved_is_an_error(saved) -> None:
+    path = saved / PRUNED_FILE
+    path.write_text(path.read_text().replace("layer01.ffn", "layer00.ffn"))
+    with pytest.raises(ArtifactError, match=r"was altered after it was written"):
+        load_pruned(saved)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ArtifactError, match="is truncated"):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_cut_or_lost_file_is_an_error(saved, name: str) -> None:
+    path = saved / name
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ArtifactError, match="altered, truncated or removed"):
+        load_pruned(saved)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="altered, truncated or removed"):
+        load_pruned(saved)
+
+
+def test_a_folder_without_a_pruned_checkpoint_is_not_found(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{PRUNED_FILE}.*rap prune"):
+        load_pruned(tmp_path)
+
+
+def test_a_block_that_the_model_lacks_is_rejected_and_nothing_is_written(tmp_path) -> None:
+    with pytest.raises(UnknownNameError, match="layer07"):
+        save_pruned(tiny_llm(), BlockMask.of("layer07.ffn"), tmp_path / "pruned")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(
+    saved, tmp_path
+) -> None:
+    save_pruned(tiny_llm(), EVERYTHING, saved)
+    assert load_pruned(saved).pruned == EVERYTHING
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="has content that is no pruned checkpoint"):
+        save_pruned(tiny_llm(), MASK, tmp_path / "other")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_others_may_read_what_the_umask_lets_them(saved, tmp_path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "file").touch()
+    for path in saved, *saved.iterdir():
+        other = plain if path.is_dir() else plain / "file"
+        assert path.stat().st_mode == other.stat().st_mode, path
+
+
+def test_a_file_is_no_folder_for_a_checkpoint(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="is a file, not a folder"):
+        save_pruned(tiny_llm(), BlockMask(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("as_safetensors", [False, True])
+def test_a_full_disk_leaves_the_older_checkpoint(
+    saved, tmp_path, monkeypatch, as_safetensors: bool
+) -> None:
+    from safetensors import SafetensorError
+
+    full = (
+        SafetensorError("I/O error: No space left on device (os error 28)")
+        if as_safetensors
+        else OSError(errno.ENOSPC, "No space left on device")
+    )
+    llm = tiny_llm()
+
+    def save(folder, **_options) -> None:
+        (folder / "model.safetensors").write_bytes(b"half of")
+        raise full
+
+    monkeypatch.setattr(llm.model, "save_pretrained", save)
+    with pytest.raises(StorageFullError, match="No space left while writing"):
+        save_pruned(llm, EVERYTHING, saved)
+    assert llm.mask == BlockMask()
+    assert load_pruned(saved).pruned == MASK
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+def test_the_tokenizer_loads_by_itself(tmp_path) -> None:
+    llm = tiny_llm(tokenizer=tiny_tokenizer())
+    folder = save_pruned(llm, MASK, tmp_path / "pruned")
+    assert AutoTokenizer.from_pretrained(folder)("so").input_ids == llm.tokenizer("so").input_ids

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    ChecksumError,
+    InvalidRequestError,
+    ModelNotAvailableError,
+    UnsupportedModelError,
+)
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.files.streamed import StreamedLLM, stream_llm
+from tests.tiny import LAYERS, each_family, tiny_llm, tiny_model, tiny_tokenizer
+
+IDS = torch.tensor([[5, 9, 33, 7], [8, 4, 12, 51]])
+MASKS = (BlockMask(), BlockMask.of("layer00.attn"), BlockMask.of("layer00.ffn", "layer01.attn"))
+ENOUGH = 2**20
+
+
+def save(folder: Path, name: str = "llama_tied", **how: Any) -> Path:
+    tiny_model(name).save_pretrained(folder, **how)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(lonely: Path, tmp_path: Path) -> Path:
+    """A model folder as transformers saves it."""
+    return save(tmp_path / "tiny")
+
+
+def stream(folder: Path, dtype: str = "float32", cap: int = ENOUGH) -> StreamedLLM:
+    return stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=cap)
+
+
+def layers_in_memory(llm: StreamedLLM) -> list[int]:
+    layers = enumerate(llm.adapter.layers(llm.model))
+    return [n for n, layer in layers if any(not p.is_meta for p in layer.parameters())]
+
+
+@each_family("family", dtype=["float32", "bfloat16"])
+def test_it_is_the_model_that_would_be_loaded(
+    family: str, dtype: str, lonely: Path, tmp_path: Path
+) -> None:
+    save(tmp_path / "m", family)
+    whole, streamed = (
+        load_llm(tmp_path / "m", device="cpu", dtype=dtype),
+        stream(tmp_path / "m", dtype),
+    )
+    assert layers_in_memory(streamed) == []
+    assert streamed.facts == whole.facts  # the fingerprint too
+    assert streamed.blocks == whole.blocks
+    assert streamed.pruned == whole.pruned == BlockMask()
+    for mask in MASKS:
+        with torch.no_grad(), whole.masked(mask), streamed.masked(mask):
+            assert torch.equal(streamed.model(IDS).logits, whole.model(IDS).logits), mask
+        assert len(layers_in_memory(streamed)) == 1
+
+
+def test_one_layer_at_a_time_is_in_memory(folder: Path) -> None:
+    llm = stream(folder)
+    layers = llm.adapter.layers(llm.model)
+    llm.load_layer(0)
+    weight = layers[0].mlp.down_proj.weight
+    assert layers_in_memory(llm) == [0]
+    llm.load_layer(0)
+    assert layers[0].mlp.down_proj.weight is weight  # not read again
+    assert llm.layer_reads == 1
+    llm.load_layer(1)
+    assert layers_in_memory(llm) == [1]
+    assert layers[0].mlp.down_proj.weight.is_meta
+    assert [o for o in gc.get_referrers(weight) if isinstance(o, dict)] == []
+
+
+def test_a_layer_is_in_memory_under_any_mask(folder: Path) -> None:
+    llm = stream(folder)
+    with llm.masked(BlockMask.of("layer01.ffn")):
+        llm.load_layer(1)
+    with torch.no_grad():
+        expected = load_llm(folder, device="cpu", dtype="float32").model(IDS).logits
+        assert torch.equal(llm.model(IDS).logits, expected)
+
+
+def test_a_mask_that_removes_a_layer_saves_reading_it(folder: Path) -> None:
+    llm = stream(folder)
+    with torch.no_grad(), llm.masked(BlockMask.of(0, 1)):
+        llm.model(IDS)
+    assert llm.layer_reads == LAYERS - 1
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3", "mixtral"])
+def test_generation_reads_the_layers_for_every_token(
+    family: str, lonely: Path, tmp_path: Path
+) -> None:
+    save(tmp_path / "m", family)
+    llm = stream(tmp_path / "m")
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = load_llm(tmp_path / "m", device="cpu", dtype="float32").generate(IDS, **settings)
+    assert torch.equal(llm.generate(IDS, **settings), expected)
+    assert llm.layer_reads == 6 * LAYERS
+
+
+def test_weights_in_several_files(lonely: Path, tmp_path: Path) -> None:
+    save(tmp_path / "m", max_shard_size=4096)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    assert stream(tmp_path / "m").fingerprint == tiny_llm("llama_tied").fingerprint
+
+
+def test_a_tied_head_is_one_tensor_even_if_the_file_has_it_twice(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for twice in (False, True):
+        if twice:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        llm = stream(folder)
+        assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
+        assert llm.facts == load_llm(folder, device="cpu", dtype="float32").facts
+
+
+def test_converted_tensors_are_kept_only_as_long_as_the_model(lonely: Path, tmp_path: Path) -> None:
+    llm = stream(save(tmp_path / "m", "mixtral"))
+    assert list(lonely.glob("converted-*/*experts*"))
+    del llm
+    gc.collect()
+    assert not list(lonely.glob("converted-*"))
+
+
+def test_spare_bytes_are_the_cap_less_base_and_one_layer(folder: Path) -> None:
+    llm = stream(folder)
+    layer = sum(block.param_bytes for block in llm.blocks[:2])
+    assert llm.spare_bytes == ENOUGH - llm.facts.base_bytes - layer
+    with pytest.raises(InvalidRequestError, match=rf"one layer take {ENOUGH - llm.spare_bytes:,}"):
+        stream(folder, cap=ENOUGH - llm.spare_bytes)
+    stream(folder, cap=ENOUGH - llm.spare_bytes + 1)
+
+
+def test_reading_in_another_dtype_counts(folder: Path) -> None:
+    layer = sum(block.param_bytes for block in tiny_llm("llama_tied").blocks[:2])
+    base = tiny_llm("llama_tied").facts.base_bytes
+    largest_in_file = 16 * 24 * 4
+    assert ENOUGH - stream(folder, "bfloat16").spare_bytes == (base + layer) // 2 + largest_in_file
+
+
+# Errors
+
+
+def test_a_pruned_checkpoint_is_rejected(lonely: Path, tmp_path: Path) -> None:
+    save_pruned(tiny_llm(tokenizer=tiny_tokenizer()), BlockMask.of(0), tmp_path / "pruned")
+    with pytest.raises(UnsupportedModelError, match=r"pruned checkpoint.* use load_llm\(\)"):
+        stream(tmp_path / "pruned")
+
+
+def test_packed_weights_are_rejected(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"weights='int8' .* pass weights='bf16'"):
+        stream_llm(folder, max_memory_bytes=ENOUGH, weights="int8")
+
+
+def test_missing_tensors_and_tensors_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(UnsupportedModelError, match=r"lacks 13 tensors .*'model\.layers\.2"):
+        stream(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
+    ):
+        stream(folder)
+
+
+def test_lost_and_truncated_weights(folder: Path, lonely: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
+        stream(folder)
+    weights.unlink()
+    with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
+        stream(folder)
+    torch.save(tiny_model("llama_tied").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelNotAvailableError, match=r"no safetensors file.*load_llm\(\)"):
+        stream(folder)
+    assert not list(lonely.glob("converted-*"))
+
+
+def test_weights_deleted_while_the_model_is_open(folder: Path) -> None:
+    llm, weights = stream(folder), folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ChecksumError, match=r"truncated or damaged; download the model again"):
+        llm.load_layer(1)
+    assert layers_in_memory(llm) == []
+    weights.unlink()
+    with pytest.raises(ModelNotAvailableError, match="cannot be read any more .No such file"):
+        llm.load_layer(1)
+    weights.write_bytes(content)
+    llm.load_layer(1)
+    assert layers_in_memory(llm) == [1]
+
+
+def test_quantised_weights_are_rejected(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"'model\.layers\.1.* is of type I8, and only"):
+        stream(folder)
+
+
+def test_another_file_format_is_rejected(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
+        stream(folder)
+
+
+def test_a_fork_does_not_delete_its_parents_converted_tensors(lonely: Path, tmp_path: Path) -> None:
+    llm = stream(save(tmp_path / "m", "mixtral"))
+
+    def forget() -> None:
+        nonlocal llm
+        del llm
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=forget)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    llm.load_layer(1)

@@ -1,0 +1,69 @@
+"""Decoding single tokens with the CPU optimisations equals transformers' own decoding."""
+
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.models.live.cpu_decode import PACKED_ATTENTION, attention_name, speed_up_decoding
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
+
+
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
+def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
+    plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
+    speed_up_decoding(packed.model)
+    for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
+        for mask in (BlockMask(), BlockMask.of(0, 3)):
+            found = []
+            for llm in (plain, packed):
+                llm.apply(mask)
+                batch = LiveBatch(llm)
+                batch.prefill(prompts)
+                found.append(torch.stack([batch.extend([n, n + 1]) for n in range(3, 9)]))
+            torch.testing.assert_close(
+                *found, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
+            )
+
+
+def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
+    llm = tiny_llm()
+    speed_up_decoding(llm.model)
+    seen = []
+    llm.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].stride())
+    )
+    prompts = [[5, 9, 14, 3], [7, 8, 9, 10]]
+    logits = LiveBatch(llm).prefill(prompts)
+    assert seen == [(16, 16, 1)]
+    torch.testing.assert_close(logits, LiveBatch(tiny_llm()).prefill(prompts))
+
+
+def test_packed_attention_is_used_only_where_heads_share_keys() -> None:
+    for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
+        for live in (False, True):
+            model = tiny_model(name)
+            if live:
+                ElasticLLM(model, None, name=name)
+            usual = model.config._attn_implementation
+            speed_up_decoding(model)
+            assert model.config._attn_implementation == (PACKED_ATTENTION if taken else usual)
+            assert attention_name(model) == ("eager" if name == "gemma2" else "sdpa")
+
+
+def test_the_packed_attention_name_is_not_saved(tmp_path) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    llm = load_llm(folder, dtype="float32", device="cpu")
+    assert llm.model.config._attn_implementation == PACKED_ATTENTION
+    assert llm.fingerprint == ElasticLLM(tiny_model(), None, name="same").fingerprint
+    save_pruned(llm, BlockMask.of(1), tmp_path / "pruned")
+    written = "".join(
+        path.read_text() for path in (tmp_path / "pruned").glob("*.json") if "rap" in path.name
+    )
+    assert PACKED_ATTENTION not in written
+    assert '"sdpa"' in written
+    assert load_pruned(tmp_path / "pruned").model.config._attn_implementation == PACKED_ATTENTION

@@ -1,0 +1,367 @@
+"""Masking a live model equals deleting the blocks, and is exactly reversible."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnknownNameError
+from rap_env.memory import MemoryModel
+from rap_env.models.families.adapter import BlockSite
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.request import Request
+from tests.models.generation import token_by_token
+from tests.tiny import FAMILIES, LAYERS, padded_batch, randomise, tiny_llm, tiny_model
+
+NUM_BLOCKS = 2 * LAYERS
+MASKS = {
+    "first attention": BlockMask.of(0),
+    "all attention": BlockMask.of(*range(0, NUM_BLOCKS, 2)),
+    "all ffn": BlockMask.of(*range(1, NUM_BLOCKS, 2)),
+    "everything": BlockMask.of(*range(NUM_BLOCKS)),
+}
+EVERY_MASK = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+# The last linear map of each block: with its weights at zero the block adds nothing.
+OUTPUTS = (
+    (
+        "self_attn.o_proj",
+        "self_attn.out_proj",
+        "attn.c_proj",
+        "attention.dense",
+    ),
+    (
+        "mlp.down_proj",
+        "mlp.experts.down_proj",
+        "mlp.shared_expert.down_proj",
+        "mlp.c_proj",
+        "mlp.dense_4h_to_h",
+        "fc2",
+    ),
+)
+
+
+def logits(model, **changes) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{**padded_batch(), **changes}).logits
+
+
+def weights_hash(model) -> str:
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def zeroed(llm: ElasticLLM, mask: BlockMask):
+    """A copy of the model in which the masked blocks' outputs are zero by their weights."""
+    model = copy.deepcopy(llm.model)
+    layers = llm.adapter.layers(model)
+    for index in mask:
+        found = [
+            parameter
+            for name, parameter in layers[index // 2].named_parameters()
+            if name.startswith(OUTPUTS[index % 2])
+        ]
+        assert found
+        with torch.no_grad():
+            for parameter in found:
+                parameter.zero_()
+    return model
+
+
+def without_layer(llm: ElasticLLM, number: int):
+    """A copy of the model that never had one of its layers."""
+    model = copy.deepcopy(llm.model)
+    del llm.adapter.layers(model)[number]
+    config = model.config.get_text_config(decoder=True)
+    config.num_hidden_layers -= 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = [t for i, t in enumerate(config.layer_types) if i != number]
+    return model
+
+
+@EVERY_FAMILY
+def test_the_empty_mask_is_the_original_model_bit_for_bit(name: str) -> None:
+    model = tiny_model(name)
+    before = logits(model)
+    llm = ElasticLLM(model, None, name=name)
+    assert torch.equal(logits(llm.model), before)
+    for mask in MASKS.values():
+        llm.apply(mask)
+        assert not torch.equal(logits(llm.model), before)
+    llm.apply(BlockMask())
+    assert torch.equal(logits(llm.model), before)
+
+
+@pytest.mark.engine_feature("here", "Families", "all")
+@pytest.mark.engine_feature("here", "Removed blocks", "any")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in FAMILIES]
+    + [(name, torch.bfloat16) for name in ("llama", "gemma2", "gpt2", "opt", "qwen2_moe")],
+)
+def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype) -> None:
+    llm = tiny_llm(name, dtype=dtype)
+    for mask in [*MASKS.values(), *map(BlockMask.of, range(NUM_BLOCKS))]:
+        with llm.masked(mask):
+            masked = logits(llm.model)
+        assert torch.equal(masked, logits(zeroed(llm, mask))), mask
+
+
+@EVERY_FAMILY
+def test_a_mask_of_both_blocks_equals_a_deleted_layer(name: str) -> None:
+    llm = tiny_llm(name)
+    for layer in range(LAYERS):
+        with llm.masked(BlockMask.of(2 * layer, 2 * layer + 1)):
+            masked = logits(llm.model, use_cache=False)
+        assert torch.equal(masked, logits(without_layer(llm, layer), use_cache=False)), layer
+
+
+@pytest.mark.engine_feature("here", "Removed blocks", "any")
+@EVERY_FAMILY
+def test_removing_everything_leaves_embedding_and_head(name: str) -> None:
+    llm = tiny_llm(name)
+    with llm.masked(MASKS["everything"]):
+        # Without attention a token's logits depend on itself and its position alone.
+        ids = padded_batch()["input_ids"]
+        other = ids.clone()
+        other[:, :-1] = 3
+        full = torch.ones_like(ids)
+        one = logits(llm.model, input_ids=ids, attention_mask=full)[:, -1]
+        two = logits(llm.model, input_ids=other, attention_mask=full)[:, -1]
+    assert torch.equal(one, two)
+
+
+@EVERY_MASK
+@EVERY_FAMILY
+def test_generation_with_cache_equals_generation_without(name: str, mask: BlockMask) -> None:
+    llm = tiny_llm(name)
+    llm.apply(mask)
+    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with_cache = llm.generate(**ask, use_cache=True)
+    assert with_cache.shape == (3, 9 + 4)
+    assert torch.equal(with_cache, llm.generate(**ask, use_cache=False))
+
+
+@EVERY_MASK
+@EVERY_FAMILY
+def test_a_loop_over_tokens_equals_one_pass(name: str, mask: BlockMask) -> None:
+    llm = tiny_llm(name)
+    batch = padded_batch()
+    seen = batch["attention_mask"].bool()
+    with llm.masked(mask):
+        at_once = logits(llm.model)
+        in_steps = token_by_token(llm.model, **batch, prompt=5)
+    torch.testing.assert_close(in_steps[seen], at_once[seen], rtol=1e-4, atol=1e-4)
+
+
+@EVERY_MASK
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_loop_over_tokens_in_bfloat16(name: str, mask: BlockMask) -> None:
+    llm = tiny_llm(name, dtype=torch.bfloat16)
+    batch = padded_batch()
+    seen = batch["attention_mask"].bool()
+    with llm.masked(mask):
+        at_once = logits(llm.model).float()
+        in_steps = token_by_token(llm.model, **batch, prompt=5).float()
+    gap = (in_steps[seen] - at_once[seen]).abs().max()
+    assert gap <= 0.02 * at_once[seen].abs().max()  # bfloat16 keeps 8 bits
+
+
+@EVERY_MASK
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_beam_search_reorders_the_cache_of_masked_models_too(name: str, mask: BlockMask) -> None:
+    llm = tiny_llm(name)
+    ask = {**padded_batch(), "max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    with llm.masked(mask):
+        with_cache = llm.generate(**ask, use_cache=True)
+        assert torch.equal(with_cache, llm.generate(**ask, use_cache=False))
+
+
+@EVERY_MASK
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_static_cache_serves_masked_models_too(name: str, mask: BlockMask) -> None:
+    llm = tiny_llm(name)
+    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with llm.masked(mask):
+        static = llm.generate(**ask, cache_implementation="static")
+        assert torch.equal(static, llm.generate(**ask, use_cache=False))
+
+
+@EVERY_FAMILY
+def test_weights_are_bit_identical_after_use(name: str) -> None:
+    llm = tiny_llm(name)
+    before = weights_hash(llm.model)
+    for mask in MASKS.values():
+        with llm.masked(mask):
+            llm.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
+    assert weights_hash(llm.model) == before
+
+
+def test_an_exception_inside_a_mask_restores_the_model() -> None:
+    llm = tiny_llm()
+    weights, dense = weights_hash(llm.model), logits(llm.model)
+    with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
+        raise KeyboardInterrupt
+    assert llm.mask == BlockMask()
+    assert weights_hash(llm.model) == weights
+    assert torch.equal(logits(llm.model), dense)
+
+
+def test_nested_masks_restore_the_previous_mask() -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(3))
+    outer = logits(llm.model)
+    with llm.masked(BlockMask.of(0, 1)) as same:
+        assert same is llm
+        with llm.masked(BlockMask.of(1, 2)):
+            assert llm.mask == BlockMask.of(1, 2)
+        assert llm.mask == BlockMask.of(0, 1)
+    assert llm.mask == BlockMask.of(3)
+    assert torch.equal(logits(llm.model), outer)
+
+
+def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(1))
+    before = logits(llm.model)
+    with pytest.raises(UnknownNameError, match=r"block 'layer02.attn'; known are 'layer00.attn"):
+        llm.apply(BlockMask.of(0, 4))
+    with pytest.raises(UnknownNameError), llm.masked(BlockMask.of("layer99.ffn")):
+        pytest.fail("the mask should not have been applied")
+    assert llm.mask == BlockMask.of(1)
+    assert torch.equal(logits(llm.model), before)
+
+
+@EVERY_FAMILY
+def test_a_module_swap_equals_setting_the_attributes(name: str) -> None:
+    llm = tiny_llm(name)
+    for site in llm.adapter.sites(llm.model):
+        for slot in site.slots:
+            assert getattr(slot.parent, slot.attribute) is slot.original
+            slot.remove()
+            assert getattr(slot.parent, slot.attribute) is slot.placeholder
+            swapped = list(slot.parent.named_children())
+            setattr(slot.parent, slot.attribute, slot.placeholder)
+            assert list(slot.parent.named_children()) == swapped
+            slot.restore()
+            assert getattr(slot.parent, slot.attribute) is slot.original
+
+
+def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0, 1))
+    touched = []
+    for move in ("remove", "restore"):
+        real = getattr(BlockSite, move)
+        monkeypatch.setattr(
+            BlockSite,
+            move,
+            lambda s, *stub, m=move, r=real: (touched.append((m, s.index)), r(s, *stub)),
+        )
+    llm.apply(BlockMask.of(1, 2))
+    assert sorted(touched) == [("remove", 2), ("restore", 0)]
+
+
+@EVERY_FAMILY
+def test_no_module_of_a_removed_block_runs(name: str) -> None:
+    llm = tiny_llm(name)
+    ran: list[int] = []
+    for site in llm.adapter.sites(llm.model):
+        for part in site.modules:
+            part.register_forward_hook(lambda *_, index=site.index: ran.append(index))
+    for mask in MASKS.values():
+        ran.clear()
+        with llm.masked(mask):
+            logits(llm.model)
+        assert set(ran) == set(range(NUM_BLOCKS)) - mask.indices
+
+
+@EVERY_FAMILY
+def test_bytes_of_blocks_and_base_add_up_to_the_unique_tensors(name: str) -> None:
+    llm = tiny_llm(name)
+    unique = {p.data_ptr(): p.nbytes for p in llm.model.parameters()}
+    for module in llm.model.modules():
+        kept = set(module.state_dict(keep_vars=True))
+        unique |= {
+            b.data_ptr(): b.nbytes for n, b in module.named_buffers(recurse=False) if n in kept
+        }
+    facts = llm.facts
+    assert sum(facts.block_param_bytes) + facts.base_bytes == sum(unique.values())
+    for index, size in enumerate(facts.block_param_bytes):
+        with llm.masked(BlockMask.of(index)):
+            left = {p.data_ptr(): p.nbytes for p in llm.model.parameters()}
+        assert size == sum(unique.values()) - sum(left.values()) > 0
+    assert [block.param_bytes for block in llm.blocks] == list(facts.block_param_bytes)
+
+
+def test_bytes_of_a_llama_by_hand() -> None:
+    llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
+    hidden, kv, inner = 16, 8, 24
+    # Queries, keys, values and output, each with a bias, and the norm in front.
+    attn = (2 * hidden * hidden + 2 * hidden * kv) + (2 * hidden + 2 * kv) + hidden
+    ffn = 3 * hidden * inner + hidden
+    assert llm.facts.block_param_bytes == (2 * attn, 2 * ffn) * LAYERS
+    assert llm.facts.base_bytes == 2 * (61 * hidden + hidden)  # the tied head counts once
+    assert (llm.facts.dtype, llm.facts.itemsize) == ("bfloat16", 2)
+    assert (llm.dtype, llm.device) == (torch.bfloat16, torch.device("cpu"))
+
+
+def test_a_tensor_tied_across_blocks_belongs_to_neither() -> None:
+    plain, model = tiny_llm(), tiny_model()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.down_proj.weight = first.down_proj.weight
+    tied = ElasticLLM(model, None, name="tied")
+    shared = first.down_proj.weight.nbytes
+    assert tied.blocks[1].param_bytes == plain.blocks[1].param_bytes - shared
+    assert tied.blocks[3].param_bytes == plain.blocks[3].param_bytes - shared
+    assert tied.facts.base_bytes == plain.facts.base_bytes + shared
+
+
+def test_each_removed_block_lowers_the_peak() -> None:
+    memory = MemoryModel(tiny_llm())
+    request = Request(2, 16, 1)
+    peaks = [
+        memory.peak_bytes(BlockMask(frozenset(range(n))), request) for n in range(NUM_BLOCKS + 1)
+    ]
+    assert peaks == sorted(set(peaks), reverse=True)
+
+
+def test_a_masked_model_exposes_only_kept_weights() -> None:
+    llm = tiny_llm()
+    names = list(llm.model.state_dict())
+    with llm.masked(BlockMask.of("layer00.attn")):
+        left = list(llm.model.state_dict())
+    gone = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.")
+    assert left == [n for n in names if not n.startswith(gone)]
+    assert list(llm.model.state_dict()) == names
+
+
+class TestFingerprint:
+    def test_equal_models_agree_under_any_mask(self) -> None:
+        llm = tiny_llm()
+        llm.apply(MASKS["everything"])
+        assert llm.fingerprint == tiny_llm().fingerprint == llm.facts.fingerprint
+        assert llm.mask == MASKS["everything"]
+
+    def test_the_fingerprint_survives_saving_and_loading(self, tmp_path) -> None:
+        llm = tiny_llm("llama_tied")
+        llm.model.save_pretrained(tmp_path)
+        loaded = type(llm.model).from_pretrained(tmp_path)
+        assert ElasticLLM(loaded, None, name="elsewhere").fingerprint == llm.fingerprint
+
+    def test_the_fingerprint_depends_on_weights_dtype_config_and_family(self) -> None:
+        one_value = tiny_model()
+        with torch.no_grad():
+            one_value.model.norm.weight[3] += 1e-6
+        other_config = tiny_model()
+        other_config.config.rms_norm_eps *= 2
+        retyped = tiny_model("mistral")
+        randomise(retyped)
+        models = [tiny_model(), one_value, other_config, tiny_model(dtype=torch.bfloat16), retyped]
+        prints = {ElasticLLM(model, None, name="same").fingerprint for model in models}
+        assert len(prints) == len(models)

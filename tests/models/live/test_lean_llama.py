@@ -1,0 +1,235 @@
+"""The lean Llama computes what transformers' computes, bit for bit, and imports far less."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from transformers import DynamicCache
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnsupportedModelError
+from rap_env.models.caches.kv_cache import cache_argument
+from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, causal_mask, lean_config
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.plan import CompressionPlan
+from rap_env.repair.stub_library import StubLibrary
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import load_served_model
+from tests.models.stubs import random_stubs
+from tests.models.tiny_gguf import write_tiny_gguf
+from tests.tiny import padded_batch, randomise, tiny_config
+
+PROMPTS = [[5, 9, 33, 7, 100, 12, 40, 8, 21] * 4, [3, 60, 14], [70, 8, 9, 10, 11, 12, 13] * 5]
+HEAVY = (
+    "accelerate",
+    "gguf",
+    "scipy",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.onnx",
+    "transformers.generation.utils",
+    "transformers.masking_utils",
+    "transformers.modeling_utils",
+)
+"""What transformers' Llama imports and serving does not need."""
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lean")
+    path = folder / "tiny.gguf"
+    write_tiny_gguf(path, kind="Q8_0", hidden=64, ffn=96)
+    return path
+
+
+@pytest.fixture
+def both(gguf_path, tmp_path, monkeypatch) -> tuple[ElasticLLM, ElasticLLM]:
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
+    lean = load_llm(gguf_path, device="cpu", dtype="float32", lean=True)
+    full = load_llm(gguf_path, device="cpu", dtype="float32")
+    assert isinstance(lean.model, LeanLlama)
+    assert isinstance(full.model, tf.LlamaForCausalLM)
+    return lean, full
+
+
+def served(llm: ElasticLLM, plan: CompressionPlan | BlockMask) -> list[torch.Tensor]:
+    """Logits of all passes of batches that join, shrink, and change to a plan and back."""
+    batch, other = LiveBatch(llm), LiveBatch(llm, most_tokens=6)
+    found = [batch.prefill(PROMPTS[:1]), batch.extend([7])]
+    found.append(other.prefill(PROMPTS[1:]))
+    batch.join(other)
+    found.append(batch.extend([1, 2, 3]))
+    llm.apply(plan)
+    found += [batch.extend([4, 5, 6]), batch.append([[7, 8], [9, 10], [11, 12]])]
+    llm.apply(BlockMask())
+    found.append(batch.extend([13, 14, 15]))
+    batch.keep([1])
+    found.append(batch.extend([16]))
+    batch.close()
+    return found
+
+
+PLANS = {
+    "mask": BlockMask.of("layer00.ffn", "layer01.attn"),
+    "caches": CompressionPlan.uniform(2, caches="int4"),
+    "window": CompressionPlan.uniform(2, caches="int4-window32"),
+    "weights": CompressionPlan.uniform(2, weights="int4"),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_it_serves_the_same_logits(both, plan):
+    lean, full = (served(llm, plan) for llm in both)
+    assert len(lean) == len(full)
+    assert all(map(torch.equal, lean, full))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, _NORM_VALUES // 64 + 1])
+def test_norms_of_few_and_of_many_rows_are_those_of_transformers(both, dtype, rows):
+    lean, full = (llm.model.model.norm.to(dtype) for llm in both)
+    states = torch.randn(2, rows, 64).to(dtype)
+    given = states.clone()
+    assert torch.equal(lean(states), full(states))
+    assert torch.equal(states, given)
+
+
+def test_removed_blocks_leave_the_same_stubs(both, gguf_path, tmp_path):
+    lean, full = both
+    stubs = random_stubs(full)
+    expected = served(full.repaired(stubs, "r"), PLANS["mask"])
+    assert all(map(torch.equal, served(lean.repaired(stubs, "r"), PLANS["mask"]), expected))
+    assert not all(map(torch.equal, served(full, PLANS["mask"]), expected))
+    StubLibrary(full.name, full.fingerprint, stubs, {}).save(tmp_path / "stubs.safetensors")
+    settings = {"model": str(gguf_path), "device": "cpu", "dtype": "float32"}
+    server = load_served_model(
+        ServerSettings(**settings, repair=str(tmp_path / "stubs.safetensors"))
+    )
+    assert isinstance(server.model, LeanLlama)
+    assert all(map(torch.equal, served(server, PLANS["mask"]), expected))
+
+
+def test_identity_sizes_and_tokenizer_are_those_of_the_other_model(both):
+    lean, full = both
+    assert lean.fingerprint == full.fingerprint
+    assert lean.facts == full.facts
+    assert str(lean.tokenizer) == str(full.tokenizer)
+    assert type(lean.tokenizer) is type(full.tokenizer)
+    assert lean.model.generation_config.to_dict() == full.model.generation_config.to_dict()
+    assert list(lean.model.state_dict()) == list(full.model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("biased", [False, True])
+def test_unpacked_weights_give_the_same_logits(tmp_path, dtype, kv_heads, biased):
+    config = tiny_config()
+    config.num_attention_heads, config.num_key_value_heads = 4, kv_heads
+    config.head_dim = config.hidden_size // 4
+    config.attention_bias = config.mlp_bias = biased
+    wide = tf.LlamaForCausalLM(config)
+    randomise(wide)
+    wide = wide.to(dtype).eval()
+    config.save_pretrained(tmp_path)
+    lean = LeanLlama(lean_config(tmp_path), dtype)
+    lean.load_state_dict(wide.state_dict(), assign=True)
+    lean.eval()
+    caches = DynamicCache(config=config), DynamicCache(config=config)
+    inputs = padded_batch()
+    more = torch.cat((inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)), dim=1)
+    with torch.no_grad():
+        for given in (
+            {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)},
+            {"input_ids": torch.tensor([[5], [6], [7]]), "attention_mask": more},
+        ):
+            found = lean(**given, cache=caches[0]).logits
+            wanted = wide(**given, **{cache_argument(wide): caches[1]}).logits
+            assert torch.equal(found, wanted)
+        ids = inputs["input_ids"]
+        assert torch.equal(lean(ids, logits_to_keep=2).logits, wide(ids, logits_to_keep=2).logits)
+
+
+def test_a_mask_is_made_only_where_attention_needs_one():
+    device = torch.device("cpu")
+    assert causal_mask(None, 4, 0, device) is None
+    assert causal_mask(torch.ones(1, 5), 1, 4, device) is None
+    chunk = causal_mask(torch.ones(1, 5), 2, 3, device)
+    assert chunk is not None
+    assert chunk.int().tolist() == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
+    padded = causal_mask(torch.tensor([[0, 1, 1]]), 2, 1, device)
+    assert padded is not None
+    assert padded.int().tolist() == [[[[0, 1, 0], [0, 1, 1]]]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral"},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": None},
+        {"head_dim": None},
+        {"mlp_bias": None},
+    ],
+)
+def test_other_models_are_left_to_transformers(tmp_path, changes):
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    assert lean_config(tmp_path) is not None
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert lean_config(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}"])
+def test_a_damaged_config_is_left_to_transformers(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert lean_config(tmp_path) is None
+
+
+def test_what_it_cannot_do_is_one_clear_error(both):
+    lean, _ = both
+    with pytest.raises(UnsupportedModelError, match=r"lean=True cannot generate.*lean=False"):
+        lean.generate(torch.tensor([[5]]))
+    with pytest.raises(UnsupportedModelError, match=r"lean=True cannot be scored"):
+        PartialForward(lean)
+
+
+SERVE = """
+import json, sys, torch, rap_env.serving.server
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import build_stack
+llm = build_stack(ServerSettings(model=sys.argv[1], device='cpu')).engine.llm
+batch = LiveBatch(llm)
+logits = batch.prefill([[5, 9, 33, 7], [3, 60]])
+batch.extend(logits.argmax(dim=-1).tolist())
+print(json.dumps([type(llm.model).__name__, *(n for n in {heavy!r} if n in sys.modules)]))
+"""
+
+
+def test_serving_a_packed_llama_imports_nothing_heavy(gguf_path, tmp_path, monkeypatch):
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
+    converted_gguf(gguf_path, packed=True)  # conversion imports all of them
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE.format(heavy=HEAVY), str(gguf_path)],
+        env={**os.environ, "RAP_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["LeanLlama"]

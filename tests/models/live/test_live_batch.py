@@ -1,0 +1,277 @@
+"""Batches across mask changes, compared with one pass with a gate for each token."""
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.models.live import live_batch
+from rap_env.models.live.live_batch import LiveBatch
+from tests.models.gated import gated_logits
+from tests.models.stubs import repaired
+from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_llm
+
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+ATTENTION = BlockMask.of(*range(0, 2 * LAYERS, 2))
+SWITCHES = {
+    "first attention comes back": (BlockMask.of(0), BlockMask()),
+    "last attention comes back": (BlockMask.of(2), BlockMask()),
+    "all attention comes back": (ATTENTION, BlockMask()),
+    "one for another": (BlockMask.of(0, 3), BlockMask.of(1, 2)),
+    "everything comes back": (BlockMask.of(*range(2 * LAYERS)), BlockMask()),
+}
+
+
+def random_tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def grown(batch: LiveBatch, steps: int, seed: int = 1) -> torch.Tensor:
+    """Logits after some more tokens."""
+    for column in zip(*random_tokens(*[steps] * batch.size, seed=seed), strict=True):
+        logits = batch.extend(column)
+    return logits
+
+
+def rows_of(batch: LiveBatch) -> list[list[int]]:
+    return [list(row) for row in batch._rows]
+
+
+@pytest.mark.engine_feature("here", "Live changes", "yes")
+@each_family("name", switch=SWITCHES)
+def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switch) -> None:
+    before, after = switch
+    llm = tiny_llm(name)
+    llm.apply(before)
+    batch = LiveBatch(llm)
+    batch.prefill(random_tokens(7, 4, 9))
+    grown(batch, 2)
+    llm.apply(after)
+    logits = grown(batch, 1, seed=2)
+    with llm.masked(BlockMask()):
+        length = batch.length
+        gates = {index: [True] * length for index in after}
+        close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
+
+
+@EVERY_FAMILY
+def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
+    llm = tiny_llm(name)
+    llm.apply(ATTENTION)
+    batch = LiveBatch(llm)
+    batch.prefill(random_tokens(6, 6))
+    llm.apply(BlockMask.of(1))
+    (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
+    logits = batch.extend(column)
+    fresh = LiveBatch(llm)
+    fresh.prefill(random_tokens(6, 6))
+    assert torch.equal(logits, fresh.extend(column))
+
+
+@each_family("name", switch=SWITCHES)
+def test_a_removal_affects_only_later_tokens(name, switch) -> None:
+    before, after = switch
+    llm = tiny_llm(name)
+    llm.apply(after)  # the switch the other way round: what was there goes
+    batch = LiveBatch(llm, restore="next_request")
+    batch.prefill(random_tokens(7, 4, 9))
+    grown(batch, 2)
+    old = batch.length
+    llm.apply(before)
+    logits = grown(batch, 2, seed=2)
+    absent = before | BlockMask.of(*(i for i in after if i % 2 == 0))  # restored attn stays out
+    gates = {
+        index: [index in after] * old + [index in absent] * (batch.length - old)
+        for index in before | after
+    }
+    with llm.masked(BlockMask()):
+        close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
+
+
+@EVERY_FAMILY
+def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
+    llm = tiny_llm(name)
+    llm.apply(ATTENTION)
+    batch = LiveBatch(llm, restore="next_request")
+    batch.prefill(random_tokens(5, 3))
+    llm.apply(BlockMask())
+    logits = grown(batch, 2)
+    gates = {index: [True] * batch.length for index in ATTENTION}
+    close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
+    batch.keep([])
+    dense = batch.prefill(random_tokens(5, 3, seed=4))
+    close(dense, gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
+@EVERY_FAMILY
+def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
+    llm = tiny_llm(name)
+    llm.apply(BlockMask.of(0, 3))
+    batch, other = LiveBatch(llm), LiveBatch(llm)
+    batch.prefill(random_tokens(3, 8))
+    other.prefill(random_tokens(12, 2, seed=3))
+    batch.join(other)
+    assert (batch.size, batch.length, other.size, other.length) == (4, 12, 0, 0)
+    gone = {index: [True] * 40 for index in (0, 3)}
+
+    def expected() -> torch.Tensor:
+        gates = {index: gate[: batch.length] for index, gate in gone.items()}
+        with llm.masked(BlockMask()):
+            return gated_logits(llm, rows_of(batch), gates)[:, -1]
+
+    close(grown(batch, 2), expected())
+    batch.keep([3, 0])  # the longest leaves, and the padding that it asked for
+    assert (batch.size, batch.length) == (2, 5)
+    close(grown(batch, 7, seed=7), expected())
+
+
+@EVERY_FAMILY
+def test_a_chunked_prefill_equals_one_prefill(name) -> None:
+    llm = tiny_llm(name)
+    prompts = random_tokens(11, 3, 7)
+    for chunk in (1, 4, 11, 50):
+        batch = LiveBatch(llm, most_tokens=chunk * len(prompts))
+        close(batch.prefill(prompts), gated_logits(llm, prompts, {})[:, -1])
+    batch = LiveBatch(llm)
+    batch.prefill([prompt[:3] for prompt in prompts])
+    more = random_tokens(4, 4, 4, seed=9)
+    logits = batch.append(more)
+    close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
+def test_a_joining_row_under_another_mask_is_updated_first() -> None:
+    llm = tiny_llm()
+    batch, newcomer = LiveBatch(llm), LiveBatch(llm)
+    batch.prefill(random_tokens(6))
+    llm.apply(BlockMask.of(0))
+    newcomer.prefill(random_tokens(4, seed=2))
+    llm.apply(BlockMask.of(2))
+    batch.join(newcomer)
+    logits = grown(batch, 1)
+    with llm.masked(BlockMask()):
+        # The first row's block 2 was there for six tokens; block 0 of both was refilled.
+        newer = gated_logits(llm, rows_of(batch)[1:], {2: [True] * 5})[:, -1]
+    close(logits[1:], newer)
+
+
+def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
+    llm = tiny_llm(dtype=torch.bfloat16)
+    batch = LiveBatch(llm)
+    batch.prefill(random_tokens(8, 8))
+    one_layer = 2 * 8 * llm.facts.kv_bytes_per_token[0]
+    assert batch.kv_bytes == llm.held_bytes.kv_cache == 2 * one_layer
+    llm.apply(BlockMask.of(0))
+    places = 2 * 2 * 8  # a byte as key and one as value for each token
+    assert batch.kv_bytes == llm.held_bytes.kv_cache == one_layer + places
+    batch.keep([1])
+    assert batch.kv_bytes == (one_layer + places) // 2
+    batch.close()
+    assert batch.kv_bytes == llm.held_bytes.kv_cache == 0
+
+
+def test_a_failed_step_leaves_the_rows_and_the_next_one_is_right(monkeypatch) -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0))
+    batch = LiveBatch(llm)
+    batch.prefill(random_tokens(6, 4))
+    before = rows_of(batch)
+    llm.apply(BlockMask())
+    down = llm.adapter.layers(llm.model)[1].mlp.down_proj
+    handle = down.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("full")))
+    with pytest.raises(MemoryError):
+        batch.extend([5, 6])
+    handle.remove()
+    assert rows_of(batch) == before
+    close(batch.extend([5, 6]), gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
+def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
+    llm = tiny_llm()
+    batch, other = LiveBatch(llm), LiveBatch(llm)
+    batch.prefill(random_tokens(6))
+    other.prefill(random_tokens(4))
+    real, calls = live_batch._concatenate, []
+
+    def fails_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        real(*args)
+
+    monkeypatch.setattr(live_batch, "_concatenate", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        batch.join(other)
+    assert (batch.size, other.size) == (1, 1)
+    close(other.extend([7]), gated_logits(llm, rows_of(other), {})[:, -1])
+    batch.join(other)
+    close(batch.extend([3, 4]), gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
+def test_a_refill_respects_its_token_limit() -> None:
+    llm = tiny_llm()
+    llm.apply(BlockMask.of(0))
+    batch = LiveBatch(llm, most_tokens=6)
+    ran = []
+    llm.adapter.decoder(llm.model).register_forward_pre_hook(
+        lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    batch.prefill(random_tokens(8, 8))
+    llm.apply(BlockMask())
+    logits = grown(batch, 1)
+    assert ran == [6, 6, 4, 6, 6, 4, 2]
+    close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_callers_may_change_the_logits_and_differentiate_what_they_compute_from_them(dtype) -> None:
+    batch = LiveBatch(tiny_llm(dtype=dtype))
+    batch.prefill([[3, 4, 5]])
+    logits = batch.extend([6])
+    assert logits.dtype == torch.float32
+    kept = logits.clone()
+    logits[:, 0] = -torch.inf
+    scale = torch.ones((), requires_grad=True)
+    (kept * scale).sum().backward()
+    assert scale.grad == kept.sum()
+
+
+def test_bad_calls_are_rejected_and_change_nothing() -> None:
+    llm = tiny_llm()
+    with pytest.raises(UnknownNameError, match="restore mode"):
+        LiveBatch(llm, restore="refil")
+    batch = LiveBatch(llm)
+    with pytest.raises(InvalidRequestError, match="at least one token each"):
+        batch.prefill([[3], []])
+    batch.prefill([[3, 4], [5]])
+    with pytest.raises(InvalidRequestError, match=r"empty it with keep\(\[\]\)"):
+        batch.prefill([[3]])
+    with pytest.raises(InvalidRequestError, match="2 rows need 2 lists"):
+        batch.extend([3])
+    other = LiveBatch(tiny_llm())
+    other.prefill([[3]])
+    with pytest.raises(InvalidRequestError, match="of the same model"):
+        batch.join(other)
+    assert rows_of(batch) == [[3, 4], [5]]
+
+
+def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
+    llm = tiny_llm()
+    view = repaired(llm)
+    view.apply(BlockMask.of(0, 3))
+    batch = LiveBatch(view)
+    batch.prefill(random_tokens(6, 6))
+    bare = LiveBatch(llm)
+    view.apply(BlockMask.of(3))
+    (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
+    logits = batch.extend(column)
+    fresh = LiveBatch(view)
+    fresh.prefill(random_tokens(6, 6))
+    assert torch.equal(logits, fresh.extend(column))
+    llm.apply(BlockMask.of(3))  # the same mask without stubs gives other logits
+    bare.prefill(random_tokens(6, 6))
+    assert not torch.equal(logits, bare.extend(column))

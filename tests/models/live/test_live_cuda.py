@@ -1,0 +1,60 @@
+"""Live masks on a CUDA device: the same states, and memory that the allocator really has back."""
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from tests.tiny import LAYERS, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def on_cuda(name: str = "llama", dtype: torch.dtype = torch.float32) -> ElasticLLM:
+    return ElasticLLM(tiny_model(name, dtype=dtype).to("cuda"), None, name=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
+@pytest.mark.parametrize("residency", ["resident", "offload"])
+def test_a_refill_equals_a_fresh_prefill(name, residency) -> None:
+    llm = on_cuda(name)
+    llm.set_residency(residency)
+    llm.apply(BlockMask.of(0, 3))
+    batch = LiveBatch(llm)
+    batch.prefill([[5, 6, 7, 8], [9, 10]])
+    llm.apply(BlockMask())
+    logits = batch.extend([3, 4])
+    fresh = LiveBatch(llm).prefill([[5, 6, 7, 8, 3], [9, 10, 4]])
+    torch.testing.assert_close(logits, fresh, rtol=1e-4, atol=1e-4)
+
+
+def test_offload_returns_memory_to_the_allocator() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=4096,
+        num_attention_heads=4, num_hidden_layers=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).requires_grad_(False).to("cuda", torch.bfloat16)
+    llm = ElasticLLM(model, None, name="wide")
+    llm.set_residency("offload")
+    mask = BlockMask.of(1, 2)
+    freed = sum(llm.blocks[index].param_bytes for index in mask)
+    dense = torch.cuda.memory_allocated()
+    before = [p.detach().cpu().clone() for p in llm.model.parameters()]
+    llm.apply(mask)
+    assert dense - torch.cuda.memory_allocated() == pytest.approx(freed, rel=0.05)
+    llm.apply(BlockMask())
+    assert torch.cuda.memory_allocated() == pytest.approx(dense, rel=0.05)
+    for was, now in zip(before, llm.model.parameters(), strict=True):
+        assert torch.equal(was, now.detach().cpu())
+
+
+def test_keys_and_values_are_freed_immediately() -> None:
+    llm = on_cuda(dtype=torch.bfloat16)
+    batch = LiveBatch(llm)
+    batch.prefill([list(range(3, 43))] * 8)
+    before = batch.kv_bytes
+    llm.apply(BlockMask.of(*range(0, 2 * LAYERS, 2)))
+    assert batch.kv_bytes == 8 * 40 * 2 * LAYERS < before / 8

@@ -1,0 +1,117 @@
+"""Passes a block at a time are the model's own passes, bit for bit."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from rap_env.blocks import BlockMask
+from rap_env.models.live.partial_forward import PartialForward
+from tests.models.stubs import random_stubs, repaired
+from tests.scoring.test_scorer import tokens
+from tests.tiny import FAMILIES, each_family, tiny_llm
+
+MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2),
+         BlockMask.of(0, 1), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
+
+
+def by_blocks(partial, ids, mask):
+    state = partial.enter(ids)
+    for step in partial.steps:
+        state = partial.run(step, state, mask)
+    return partial.leave(state)
+
+
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
+def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype):
+    llm, ids = tiny_llm(family, dtype=dtype), tokens()
+    partial = PartialForward(llm)
+    for mask in MASKS:
+        with torch.inference_mode(), llm.masked(mask):
+            decoder = llm.adapter.decoder(llm.model)
+            expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            logits = llm.model(ids, use_cache=False).logits
+        found = by_blocks(partial, ids, mask)
+        assert torch.equal(found, expected), mask
+        head = partial.logits(found.reshape(-1, found.shape[-1])).view(logits.shape)
+        assert torch.allclose(head, logits, atol=1e-6)
+
+
+@each_family("family", dtype=[torch.float32, torch.bfloat16])
+def test_blocks_run_one_by_one_with_stubs_equal_the_full_pass(family, dtype):
+    llm, ids = tiny_llm(family, dtype=dtype), tokens()
+    view = repaired(llm)
+    partial, plain = PartialForward(view), PartialForward(llm)
+    for mask in MASKS:
+        with torch.inference_mode(), view.masked(mask):
+            expected = view.hidden(ids)
+        assert torch.equal(by_blocks(partial, ids, mask), expected), mask
+        assert torch.equal(by_blocks(plain, ids, mask), expected) == (mask == BlockMask()), mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_blocks_that_are_not_named_leave_no_stub(family):
+    llm, ids = tiny_llm(family), tokens()
+    stubs = random_stubs(llm)
+    partial, plain = PartialForward(llm.repaired(stubs, "random")), PartialForward(llm)
+    state = plain.enter(ids)
+    assert torch.equal(partial.run((1,), state), plain.run((1,), state))
+    assert partial.run((), state) is state
+    with torch.inference_mode():
+        alone, added = partial.run((0,), state, BlockMask.of(0)), stubs[0](state)
+    torch.testing.assert_close(alone, state + added)
+    no_stub = PartialForward(llm.repaired({1: stubs[1]}, "one"))
+    assert no_stub.run((0,), state, BlockMask.of(0)) is state
+
+
+def test_parallel_blocks_are_one_step():
+    assert PartialForward(tiny_llm("gpt_neox")).steps == ((0, 1), (2, 3))
+    assert PartialForward(tiny_llm("gpt_neox_sequential")).steps == ((0,), (1,), (2,), (3,))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "gpt_neox"])
+def test_other_shapes_and_the_mask_in_force_do_not_matter(family):
+    llm = tiny_llm(family)
+    partial = PartialForward(llm)
+    for shape in ((1, 4), (5, 9), (1, 4)):
+        ids = tokens(*shape)
+        expected = by_blocks(PartialForward(llm), ids, BlockMask.of(1))
+        with llm.masked(BlockMask.of(0, 3)):
+            assert torch.equal(by_blocks(partial, ids, BlockMask.of(1)), expected)
+            assert llm.mask == BlockMask.of(0, 3)
+
+
+def test_the_model_is_left_as_it_was():
+    llm, ids = tiny_llm(), tokens()
+    partial = PartialForward(llm)
+    with torch.inference_mode():
+        before = llm.model(ids).logits
+        by_blocks(partial, ids, BlockMask.of(2))
+        llm.model.get_decoder().layers[0].mlp.register_forward_hook(_fail)
+        with pytest.raises(ZeroDivisionError):
+            by_blocks(partial, ids, BlockMask())
+        llm.model.get_decoder().layers[0].mlp._forward_hooks.clear()
+        assert torch.equal(llm.model(ids).logits, before)
+    assert all("forward" not in layer.__dict__ for layer in llm.model.get_decoder().layers)
+    assert llm.mask == BlockMask()
+
+
+def _fail(*_args):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_recorded_does_not_grow_with_the_batch(family):
+    """Positions and attention masks are recorded once for each length, for one sequence."""
+    llm = tiny_llm(family)
+    partial = PartialForward(llm)
+    for count in (1, 2, 7):
+        for length in (5, 9):
+            state = partial.enter(tokens(windows=count, length=length))
+            for block in partial.steps[0]:
+                partial.run((block,), state)
+    calls = partial._calls
+    assert sorted(calls) == [5, 9]
+    tensors = [
+        leaf for call in calls.values() for leaf in tree_leaves(call) if torch.is_tensor(leaf)
+    ]
+    assert all(tensor.shape[0] in (1, 5, 9) for tensor in tensors)

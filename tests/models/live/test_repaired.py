@@ -1,0 +1,223 @@
+"""Stubs on live models: exact in generation, reversible, and shared by view and base."""
+
+import copy
+
+import pytest
+import torch
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import UnknownNameError
+from rap_env.models.live.elastic import ElasticLLM
+from tests.models.generation import token_by_token
+from tests.models.live.test_elastic import EVERY_FAMILY, MASKS, NUM_BLOCKS, logits, weights_hash
+from tests.models.stubs import random_stubs, repaired
+from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model
+
+DTYPES = [torch.float32, torch.bfloat16]
+SOME = BlockMask.of(0, 3)
+
+
+def hooked(llm: ElasticLLM, stubs, mask: BlockMask):
+    """A copy of the dense model in which hooks put a stub's output in each masked block's place.
+
+    All modules run; nothing of how this project removes blocks is used.
+    """
+    model = copy.deepcopy(llm.model)
+    family = llm.adapter.family
+    for index in mask:
+        layer = llm.adapter.layers(model)[index // 2]
+        norms = family.attn_norms if index % 2 == 0 else family.ffn_norms
+        module = family.attn if index % 2 == 0 else family.ffn[-1]
+        last = norms[1] if len(norms) == 2 else module  # Gemma has a norm behind the block too
+        entered = []
+
+        def note(_module, args, kwargs, entered=entered):
+            entered[:] = [args[0] if args else kwargs["hidden_states"]]
+
+        def put(_module, _args, output, entered=entered, stub=stubs[index]):
+            added = stub(entered[0])
+            return (added, *output[1:]) if isinstance(output, tuple) else added
+
+        layer.get_submodule(norms[0]).register_forward_pre_hook(note, with_kwargs=True)
+        layer.get_submodule(last).register_forward_hook(put)
+    return model
+
+
+@pytest.mark.engine_feature("here", "Stubs", "all")
+@each_family("name", dtype=DTYPES)
+def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
+    llm = tiny_llm(name, dtype=dtype)
+    stubs = random_stubs(llm)
+    view = llm.repaired(stubs, "random")
+    for mask in [*MASKS.values(), *map(BlockMask.of, range(NUM_BLOCKS))]:
+        expected = logits(hooked(llm, stubs, mask))
+        with view.masked(mask):
+            assert torch.equal(logits(view.model), expected), mask
+        with llm.masked(mask):
+            assert not torch.equal(logits(llm.model), expected), mask
+
+
+@each_family("name", mask=MASKS, dtype=DTYPES)
+def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> None:
+    view = repaired(tiny_llm(name, dtype=dtype))
+    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with view.masked(mask):
+        with_cache = view.generate(**ask, use_cache=True)
+        assert with_cache.shape == (3, 9 + 4)
+        assert torch.equal(with_cache, view.generate(**ask, use_cache=False))
+
+
+@each_family("name", mask=MASKS, dtype=DTYPES)
+def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
+    view = repaired(tiny_llm(name, dtype=dtype))
+    batch = padded_batch()
+    seen = batch["attention_mask"].bool()
+    with view.masked(mask):
+        at_once = logits(view.model).float()[seen]
+        in_steps = token_by_token(view.model, **batch, prompt=5).float()[seen]
+    rounding = 1e-4 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
+    assert (in_steps - at_once).abs().max() <= rounding * at_once.abs().max()
+
+
+@EVERY_FAMILY
+def test_beams_and_a_static_cache(name: str) -> None:
+    view = repaired(tiny_llm(name))
+    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with view.masked(MASKS["first attention"]):
+        beams = view.generate(**ask, num_beams=3, use_cache=True)
+        assert torch.equal(beams, view.generate(**ask, num_beams=3, use_cache=False))
+        static = view.generate(**ask, cache_implementation="static")
+        assert torch.equal(static, view.generate(**ask, use_cache=False))
+
+
+@each_family("name", dtype=DTYPES)
+def test_without_a_mask_it_is_the_dense_model_and_no_weight_changes(name, dtype) -> None:
+    llm = tiny_llm(name, dtype=dtype)
+    before, weights = logits(llm.model), weights_hash(llm.model)
+    view = repaired(llm)
+    assert view.model is llm.model
+    for mask in MASKS.values():
+        with view.masked(mask):
+            view.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
+        view.apply(mask)
+        view.apply(BlockMask())
+        assert torch.equal(logits(view.model), before)
+    assert weights_hash(llm.model) == weights
+
+
+class TestSharing:
+    """A view and its base show one model under one mask."""
+
+    @pytest.fixture
+    def pair(self) -> tuple[ElasticLLM, ElasticLLM]:
+        llm = tiny_llm()
+        return llm, repaired(llm)
+
+    def test_a_mask_applied_to_either_view_affects_both(self, pair) -> None:
+        llm, view = pair
+        view.apply(SOME)
+        assert llm.mask == view.mask == SOME
+        with_stubs = logits(llm.model)
+        llm.apply(SOME)  # the same mask, without stubs
+        assert view.mask == SOME
+        without = logits(view.model)
+        assert not torch.equal(with_stubs, without)
+        with tiny_llm().masked(SOME) as plain:
+            assert torch.equal(without, logits(plain.model))
+        view.apply(SOME)
+        assert torch.equal(logits(llm.model), with_stubs)
+        llm.apply(BlockMask())
+        assert view.mask == BlockMask()
+
+    @pytest.mark.parametrize(
+        "inner", [SOME, BlockMask.of(0), BlockMask.of(1), BlockMask()], ids=str
+    )
+    @pytest.mark.parametrize("view_outside", [True, False])
+    def test_masks_of_both_nest(self, pair, view_outside: bool, inner: BlockMask) -> None:
+        outer, other = pair[::-1] if view_outside else pair
+        with outer.masked(SOME):
+            before = logits(outer.model)
+        with other.masked(inner):
+            expected = logits(other.model)
+        with outer.masked(SOME):
+            with other.masked(inner):
+                assert torch.equal(logits(other.model), expected)
+                assert outer.mask == inner
+            assert outer.mask == SOME
+            assert torch.equal(logits(outer.model), before)
+        assert list(outer.model.state_dict()) == list(tiny_model().state_dict())
+
+    def test_two_views_with_different_stubs_do_not_interfere(self, pair) -> None:
+        llm, one = pair
+        two = repaired(llm, seed=1)
+        with one.masked(SOME):
+            first = logits(llm.model)
+            with two.masked(SOME):
+                assert not torch.equal(logits(llm.model), first)
+            assert torch.equal(logits(llm.model), first)
+
+    def test_an_exception_restores_the_previous_stubs(self, pair) -> None:
+        llm, view = pair
+        with view.masked(SOME):
+            before = logits(view.model)
+            with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
+                raise KeyboardInterrupt
+            with pytest.raises(UnknownNameError), view.masked(BlockMask.of(99)):
+                pytest.fail("the mask should not have been applied")
+            assert torch.equal(logits(view.model), before)
+
+    def test_a_view_of_a_view_uses_only_its_own_stubs(self, pair) -> None:
+        llm, view = pair
+        other = view.repaired({3: random_stubs(llm, seed=1)[3]}, "other")
+        assert (other.facts.repair, view.facts.repair, llm.facts.repair) == (
+            "other", "random-0", "",
+        )  # fmt: skip
+        assert [other.has_stub([block]) for block in range(NUM_BLOCKS)] == [False] * 3 + [True]
+        with other.masked(BlockMask.of(0)):
+            found = logits(llm.model)
+        with llm.masked(BlockMask.of(0)):
+            assert torch.equal(logits(llm.model), found)
+
+
+def test_removed_blocks_without_stubs_leave_no_module() -> None:
+    llm = tiny_llm()
+    stubs = random_stubs(llm)
+    view = llm.repaired(stubs, "random")
+    with view.masked(SOME, bare=BlockMask.of(3)):
+        assert view.mask == SOME
+        found = logits(view.model)
+    with llm.repaired({0: stubs[0]}, "one").masked(SOME) as one:
+        assert torch.equal(logits(one.model), found)
+    with view.masked(SOME, bare=SOME):
+        found = logits(view.model)
+    with llm.masked(SOME):
+        assert torch.equal(logits(llm.model), found)
+
+
+def test_a_block_without_a_stub_leaves_no_module() -> None:
+    llm = tiny_llm()
+    view = llm.repaired({0: random_stubs(llm)[0]}, "one")
+    assert view.has_stub([0, 3])
+    assert not view.has_stub([1, 2, 3])
+    assert not llm.has_stub(range(NUM_BLOCKS))
+    with view.masked(BlockMask.of(3)):
+        found = logits(view.model)
+    with llm.masked(BlockMask.of(3)):
+        assert torch.equal(logits(llm.model), found)
+
+
+def test_the_view_has_the_weights_fingerprint_and_facts_of_its_own() -> None:
+    llm = tiny_llm()
+    plain = llm.facts
+    view = repaired(llm)
+    assert view.fingerprint == llm.fingerprint
+    assert view.blocks == llm.blocks
+    assert llm.facts is plain
+    assert (plain.repair, plain.stub_bytes) == ("", ())
+    assert view.facts.repair == "random-0"
+    assert plain.identity == {"model": llm.fingerprint, "dtype": "float32"}
+    assert view.facts.identity == {**plain.identity, "repair": "random-0"}
+    with view.masked(MASKS["everything"]):  # stubs in the tree are no weights of the model
+        assert repaired(tiny_llm()).facts == view.facts
+        again = ElasticLLM(tiny_model(), None, name="tiny-llama")
+        assert again.fingerprint == view.fingerprint

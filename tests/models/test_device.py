@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rap_env.errors import UnknownNameError
+from rap_env.models import device
+from rap_env.models.device import (
+    choose_device,
+    choose_dtype,
+    device_kind,
+    measured_dtype,
+    products_per_second,
+    remembered_dtype,
+    use_threads,
+)
+from rap_env.paths import cache_dir
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_auto_is_the_cpu_without_cuda(no_cuda: None) -> None:
+    assert choose_device("auto") == choose_device("cpu") == CPU
+
+
+def test_auto_is_the_first_cuda_device(two_cuda: None) -> None:
+    assert str(choose_device("auto")) == str(choose_device("cuda")) == "cuda:0"
+    assert str(choose_device("cuda:1")) == "cuda:1"
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "gpu"])
+def test_a_missing_device_is_rejected(name: str, no_cuda: None) -> None:
+    with pytest.raises(
+        UnknownNameError, match=f"device '{name}'; known are 'auto', 'cpu'.*has no CUDA device"
+    ):
+        choose_device(name)
+
+
+def test_a_cuda_index_out_of_range_is_rejected(two_cuda: None) -> None:
+    with pytest.raises(UnknownNameError, match=r"'cuda:2'; known are 'auto', 'cpu', 'cuda:0'"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_by_name(name: str) -> None:
+    assert choose_dtype(name, CPU) is getattr(torch, name)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp16", "torch.float32"])
+def test_another_dtype_is_rejected(name: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"dtype '{name}'; known are 'auto', 'bfloat16'"):
+        choose_dtype(name, CPU)
+
+
+def test_auto_dtype_is_the_cached_choice_for_this_processor(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        device, "remembered_dtype", lambda *about: asked.append(about) or torch.bfloat16
+    )
+    assert choose_dtype("auto", CPU) is torch.bfloat16
+    assert asked == [(CPU, device_kind(CPU))]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_threads_by_number(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert use_threads(threads + 1) == torch.get_num_threads() == threads + 1
+    assert f"torch uses {threads + 1} threads." in caplog.text
+
+
+def test_threads_by_measurement(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert use_threads() == torch.get_num_threads() <= (os.cpu_count() or 1)
+    assert "Products per second by number of threads: 1: " in caplog.text
+    assert f"{torch.get_num_threads()} is chosen" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, -2, "two", 1.5])
+def test_an_impossible_number_of_threads(number: object, threads: int) -> None:
+    with pytest.raises(UnknownNameError, match=f"number of threads {number!r}; known are 'auto'"):
+        use_threads(number)  # type: ignore[arg-type]
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+@pytest.mark.slow
+def test_freed_memory_stays_with_the_process() -> None:
+    code = """
+import pathlib, sys, torch
+from rap_env.models.device import free_memory_early, keep_freed_memory
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+modes = {"keep": [keep_freed_memory], "early": [keep_freed_memory, free_memory_early], "plain": []}
+for call in modes[sys.argv[1]]:
+    call()
+tensor = torch.zeros(25_000_000)
+before = resident()
+del tensor
+print((before - resident()) // 1_000_000)
+"""
+    for mode, given_back in (("keep", False), ("early", True), ("plain", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, mode], capture_output=True, text=True, check=True
+        )
+        assert (int(done.stdout) > 90) is given_back, mode  # of 100 MB
+
+
+def _rate(bfloat16: float, float32: float) -> device.ProductRate:
+    found = {torch.bfloat16: bfloat16, torch.float32: float32}
+    return lambda dtype, seconds: found[dtype]
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "float32", "expected"),
+    [
+        (400.0, 200.0, torch.bfloat16),
+        (20.0, 200.0, torch.float32),  # emulated
+        (210.0, 200.0, torch.float32),  # no clear gain: the more exact one
+    ],
+)
+def test_the_clearly_faster_dtype_is_chosen(
+    bfloat16: float,
+    float32: float,
+    expected: torch.dtype,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        assert measured_dtype(CPU, _rate(bfloat16, float32)) is expected
+    assert f"bfloat16 {bfloat16 / float32:.2f} times as fast as float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ((100.0, 30.0, 400.0), torch.float16),  # V100, T4: bfloat16 is emulated
+        ((100.0, 390.0, 400.0), torch.bfloat16),  # Ampere: as fast, with the range of float32
+        ((100.0, 90.0, 110.0), torch.float32),
+    ],
+)
+def test_a_gpu_without_units_for_bfloat16_uses_float16(rates, expected) -> None:
+    known = dict(zip((torch.float32, torch.bfloat16, torch.float16), rates, strict=True))
+    gpu = torch.device("cuda:0")
+    assert measured_dtype(gpu, lambda dtype, seconds: known[dtype]) is expected
+
+
+def test_one_slow_slice_does_not_decide() -> None:
+    disturbed = iter([1.0] * 3)
+
+    def rate(dtype: torch.dtype, seconds: float) -> float:
+        return next(disturbed, 300.0) if dtype is torch.bfloat16 else 100.0
+
+    assert measured_dtype(CPU, rate) is torch.bfloat16
+
+
+def test_the_measurement_is_bounded_and_keeps_the_thread_count() -> None:
+    asked = []
+
+    def rate(dtype: torch.dtype, seconds: float) -> float:
+        assert torch.get_num_threads() == 1
+        asked.append(seconds)
+        return 1.0
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        measured_dtype(CPU, rate)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert sum(asked) == pytest.approx(0.5)
+
+
+def test_a_real_measurement_picks_the_faster_dtype() -> None:
+    found: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    real = device._rate_on(CPU)
+
+    def rate(dtype: torch.dtype, seconds: float) -> float:
+        found[dtype].append(real(dtype, seconds))
+        return found[dtype][-1]
+
+    chosen = measured_dtype(CPU, rate)
+    gain = max(found[torch.bfloat16]) / max(found[torch.float32])
+    assert chosen is (torch.bfloat16 if gain > device.CLEAR_GAIN else torch.float32)
+
+
+def test_the_rate_is_work_per_second() -> None:
+    small, large = torch.ones(8, 8), torch.ones(400, 400)
+    assert products_per_second(small, small, 0.02) > products_per_second(large, large, 0.02) > 0
+
+
+class TestRemembered:
+    """The choice in a later process, simulated by `cache_clear`."""
+
+    @pytest.fixture(autouse=True)
+    def new_process(self):
+        remembered_dtype.cache_clear()
+        yield
+        remembered_dtype.cache_clear()
+
+    @pytest.fixture
+    def measurements(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+        """Answers of the measurement, the last one first; it fails when it has none left."""
+        answers: list[torch.dtype] = []
+        monkeypatch.setattr(device, "measured_dtype", lambda device: answers.pop())
+        return answers
+
+    def test_it_is_measured_once(self, measurements: list[torch.dtype]) -> None:
+        measurements.append(torch.bfloat16)
+        assert remembered_dtype(CPU, "one") is torch.bfloat16
+        remembered_dtype.cache_clear()
+        assert remembered_dtype(CPU, "one") is torch.bfloat16
+
+    def test_another_processor_or_torch_is_measured_again(
+        self, measurements: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measurements += [torch.bfloat16, torch.float32, torch.bfloat16]
+        assert remembered_dtype(CPU, "one") is torch.bfloat16
+        assert remembered_dtype(CPU, "two") is torch.float32
+        remembered_dtype.cache_clear()
+        monkeypatch.setattr(torch, "__version__", "99")
+        assert remembered_dtype(CPU, "two") is torch.bfloat16
+        assert len(list(cache_dir().glob("dtype-*.json"))) == 3
+
+    @pytest.mark.parametrize("damage", ["", "{}", "nonsense"])
+    def test_a_damaged_file_is_measured_again(
+        self, damage: str, measurements: list[torch.dtype]
+    ) -> None:
+        measurements += [torch.bfloat16, torch.float32]
+        remembered_dtype(CPU, "one")
+        (file,) = cache_dir().glob("dtype-*.json")
+        file.write_text(damage)
+        remembered_dtype.cache_clear()
+        assert remembered_dtype(CPU, "one") is torch.bfloat16
+        remembered_dtype.cache_clear()
+        assert remembered_dtype(CPU, "one") is torch.bfloat16  # replaced by the new measurement
+
+    def test_a_cache_that_cannot_be_written_is_no_error(
+        self, measurements: list[torch.dtype], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "file"))  # no folder: nothing goes in
+        measurements.append(torch.bfloat16)
+        assert remembered_dtype(CPU, "one") is torch.bfloat16
+        assert remembered_dtype(CPU, "one") is torch.bfloat16  # once for each process

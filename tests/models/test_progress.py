@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import io
+import logging as std_logging
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging
+
+from rap_env.models.progress import (
+    folder_bytes,
+    growing_folder_bar,
+    hub_bars,
+    progress_bar,
+    transformers_bars,
+)
+
+
+def test_bytes_of_a_folder_with_folders_in_it(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "deep" / "er" / "b").write_bytes(b"12345")
+    assert folder_bytes(tmp_path) == 8
+    assert folder_bytes(tmp_path / "none") == 0
+
+
+def test_folders_may_be_deleted_while_being_counted(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            (tmp_path / "x" / "y" / "z").mkdir(parents=True)
+            (tmp_path / "x" / "y" / "z" / "file").write_bytes(b"1")
+            shutil.rmtree(tmp_path / "x")
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    try:
+        assert {folder_bytes(tmp_path) for _ in range(500)} <= {0, 1}
+    finally:
+        done.set()
+        writer.join()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that bars see; no terminal."""
+    now = [100.0]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("rap_env.models.progress.monotonic", lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_is_logged_every_ten_seconds(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(std_logging.INFO, "rap_env.models.progress")
+    with progress_bar(True, total=40, desc="GSI", unit="mask", leave=False) as bar:
+        for step in range(40):
+            clock[0] += 1.0
+            bar.update()
+            bar.set_postfix(delta_nll=step)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"GSI: {done}/40 mask [00:{done}<00:{40 - done:02}, delta_nll={done - 2}]"
+        for done in (10, 20, 30, 40)
+    ]
+
+
+def test_short_work_and_bars_that_are_not_wanted_log_nothing(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(std_logging.INFO, "rap_env.models.progress")
+    for shown, seconds in ((True, 0.2), (False, 5.0)):
+        for _ in progress_bar(shown, range(40), desc="GSI"):
+            clock[0] += seconds
+    assert not caplog.records
+
+
+def test_lines_reach_a_user_who_has_not_configured_logging() -> None:
+    program = (
+        "import tqdm.std; t = [0.0]; tqdm.std.time = lambda: t[0]\n"
+        "from rap_env.models import progress; progress.monotonic = tqdm.std.time\n"
+        "for _ in progress.progress_bar(True, range(20), desc='levels', unit='plan'): t[0] += 1.0\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "levels: 10/20 plan [00:10<00:10" in ran.stderr
+
+
+def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with growing_folder_bar(tmp_path, 10, "Downloading"):
+        # tqdm's own monitor thread stays for all later bars.
+        started = {t for t in threading.enumerate() if t.name != "tqdm_monitor"} - before
+        assert started
+    assert not started & set(threading.enumerate())
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_is_shown_on_a_terminal_unless_disabled(
+    tmp_path: Path, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with growing_folder_bar(tmp_path, 10, "Downloading", shown=shown):
+        pass
+    assert ("Downloading" in sys.stderr.getvalue()) == shown
+
+
+def test_the_hubs_progress_bars_are_restored() -> None:
+    assert not are_progress_bars_disabled()
+    for shown in (True, False):
+        with hub_bars(shown=shown):
+            assert are_progress_bars_disabled() is not shown
+        assert not are_progress_bars_disabled()
+
+
+def test_the_transformers_progress_bars_are_restored() -> None:
+    before = logging.is_progress_bar_enabled()
+    for shown in (True, False):
+        with transformers_bars(shown=shown):
+            assert logging.is_progress_bar_enabled() is shown
+        assert logging.is_progress_bar_enabled() is before

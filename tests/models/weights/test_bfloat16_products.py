@@ -1,0 +1,110 @@
+"""Products of bfloat16 matrices through float32, on CPUs without instructions for them."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from rap_env.blocks import BlockMask
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights import bfloat16_products
+from rap_env.scoring.scorer import MaskScorer
+from tests.scoring.test_scorer import tokens
+from tests.tiny import tiny_model
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Sets whether the CPU emulates products of bfloat16 matrices."""
+
+    def emulates(answer):
+        monkeypatch.setattr(bfloat16_products, "emulated", lambda: answer)
+
+    emulates(True)
+    return emulates
+
+
+def wide_product(states, weight, bias=None):
+    return functional.linear(states.float(), weight.float(), None if bias is None else bias.float())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+        ({}, False),
+    ],
+)
+def test_only_an_x86_cpu_without_the_instructions_emulates(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(bfloat16_products, "cpu_capabilities", lambda: capabilities)
+    bfloat16_products.emulated.cache_clear()
+    assert bfloat16_products.emulated() is expected
+    assert bfloat16_products.uses_float32(CPU, torch.bfloat16) is expected
+    assert not bfloat16_products.uses_float32(CPU, torch.float32)
+    assert not bfloat16_products.uses_float32(META, torch.bfloat16)
+    bfloat16_products.emulated.cache_clear()
+
+
+def test_sums_are_those_of_float32_rounded_once(on_a_cpu):
+    layer = torch.nn.Linear(48, 40).bfloat16()
+    states = torch.randn(3, 20, 48).bfloat16()
+    with bfloat16_products.in_float32():
+        found = layer(states)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, wide_product(states, layer.weight, layer.bias).bfloat16())
+    on_a_cpu(False)
+    with bfloat16_products.in_float32():
+        assert torch.equal(layer(states), functional.linear(states, layer.weight, layer.bias))
+
+
+def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
+    monkeypatch.setattr(bfloat16_products, "_WEIGHTS", 16 * 10)
+    monkeypatch.setattr(bfloat16_products, "TOKENS_AT_ONCE", 4)
+    layer, states = torch.nn.Linear(16, 37).bfloat16(), torch.randn(2, 5, 16).bfloat16()
+    with bfloat16_products.in_float32():
+        found = layer(states)
+    expected = wide_product(states, layer.weight, layer.bias).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    extra = bfloat16_products.extra_bytes(CPU, torch.bfloat16, 10, 16, 37)
+    assert extra == 4 * (4 * 16 + 4 * 10 + 10 * 16)
+
+
+def test_a_transposed_layer_of_gpt2_is_multiplied_the_same_way(on_a_cpu):
+    layer, states = Conv1D(40, 48).bfloat16(), torch.randn(7, 48).bfloat16()
+    with bfloat16_products.in_float32():
+        found = layer(states)
+    assert torch.equal(found, wide_product(states, layer.weight.T, layer.bias).bfloat16())
+
+
+def test_gradients_are_those_of_the_float32_product(on_a_cpu):
+    weight = torch.randn(24, 16).bfloat16().requires_grad_()
+    states = torch.randn(9, 16).bfloat16().requires_grad_()
+    with bfloat16_products.in_float32():
+        functional.linear(states, weight).sum().backward()
+    ones = torch.ones(9, 24)
+    assert torch.equal(weight.grad, (ones.T @ states.detach().float()).bfloat16())
+    assert torch.equal(states.grad, (ones @ weight.detach().float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_other_dtypes_are_left_alone(on_a_cpu, dtype):
+    layer, states = torch.nn.Linear(8, 4).to(dtype), torch.randn(3, 8).to(dtype)
+    expected = layer(states)
+    with bfloat16_products.in_float32():
+        assert torch.equal(layer(states), expected)
+
+
+def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
+    llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
+    masks = [BlockMask(), BlockMask.of(1), BlockMask.of(0, 3)]
+    through_float32 = MaskScorer(llm, tokens())
+    found = through_float32.nll_many(masks)
+    on_a_cpu(False)
+    emulated = MaskScorer(llm, tokens())
+    assert found == pytest.approx(emulated.nll_many(masks), abs=2e-3)
+    assert through_float32.context != emulated.context

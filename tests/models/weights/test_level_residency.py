@@ -1,0 +1,357 @@
+"""Levels of weights that are not in use leave memory, and come back bit for bit."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.memory import MemoryModel
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.residency import Residency
+from rap_env.models.weights.tensors import named_weights, tensor_key
+from rap_env.models.weights.weight_levels import WeightItem
+from rap_env.paths import cache_dir
+from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.request import Request
+from tests.models.states import logits, weights_hash
+from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm, tiny_model
+
+REQUEST = Request(1, 8, 1)
+INT8 = CompressionPlan.uniform(LAYERS, weights="int8", embeddings="int8")
+INT4 = CompressionPlan.uniform(LAYERS, weights="int4", embeddings="int8")
+MIXED = CompressionPlan.of(
+    {"layer00.attn": "int8", "layer00.ffn": "int4", "layer01.ffn": "removed", "embeddings": "int4"}
+)
+PLANS: list[MaskOrPlan] = [
+    INT4,
+    BlockMask.of(1, 2),
+    MIXED,
+    INT8,
+    INT8.without(BlockMask.of(*range(2 * LAYERS))),
+    INT4.without(BlockMask.of(0)),
+    BlockMask(),
+    MIXED,
+]
+
+
+def tensor_bytes(llm: ElasticLLM) -> int:
+    """Bytes of all tensors of weights in memory, of the model and of what stands aside."""
+    tensors = [tensor for _, tensor in named_weights(llm.model)]
+    for site in llm._live.sites:
+        tensors += [tensor for part in site.modules for _, tensor in named_weights(part)]
+    for item in llm._live.all_items:
+        tensors += [tensor for place in item.places for tensor in place.weights.values()]
+        tensors += [tensor for level in item.made for tensor in item.tensors(level).values()]
+    return sum(key[-1] for key in {tensor_key(tensor) for tensor in tensors})
+
+
+def saved(tmp_path: Path, name: str = "llama") -> Path:
+    folder = tmp_path / "model"
+    tiny_model(name, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.bfloat16) -> ElasticLLM:
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
+
+
+@each_family("name", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
+def test_held_bytes_are_those_of_the_plan(name: str, dtype: torch.dtype) -> None:
+    llm, resident = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
+    llm.set_residency("offload")
+    memory, before = MemoryModel(llm), weights_hash(llm.model)
+    for plan in PLANS:
+        llm.apply(plan)
+        resident.apply(plan)
+        parts = memory.breakdown(plan, REQUEST)
+        assert llm.held_bytes.weights == parts.weights + parts.embeddings == tensor_bytes(llm)
+        assert torch.equal(logits(llm), logits(resident))
+    llm.apply(BlockMask())
+    assert weights_hash(llm.model) == before
+
+
+def test_resident_weights_stay_in_memory_at_every_level_used() -> None:
+    llm, memory = tiny_llm(), MemoryModel(tiny_llm())
+    native = llm.held_bytes.weights
+    packed = [memory.breakdown(plan, REQUEST) for plan in (INT8, INT4)]
+    small = sum(t.nbytes for n, t in named_weights(llm.model) if "norm" in n)
+    for plan in (INT8, INT4, BlockMask(), INT8):
+        llm.apply(plan)
+    head = packed[0].embeddings  # int8 in both plans, with the last norm
+    assert llm.held_bytes.weights == tensor_bytes(llm)
+    last_norm = llm.model.model.norm.weight.nbytes
+    norms = 2 * (small - last_norm)  # counted with the blocks in both plans, shared with native
+    made = sum(part.weights for part in packed) - norms + head - last_norm
+    assert llm.held_bytes.weights == native + made
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "gpt2", "opt", "phi3"])
+def test_dropped_weights_are_read_and_made_again(tmp_path: Path, name: str) -> None:
+    llm, plain = opened(saved(tmp_path, name)), tiny_llm(name, dtype=torch.bfloat16)
+    llm.set_residency("drop")
+    memory = MemoryModel(llm)
+    for plan in PLANS:
+        llm.apply(plan)
+        plain.apply(plan)
+        parts = memory.breakdown(plan, REQUEST)
+        assert llm.held_bytes.weights == parts.weights + parts.embeddings == tensor_bytes(llm)
+        assert torch.equal(logits(llm), logits(plain))
+    assert not (cache_dir() / "offloaded").exists()
+
+
+def test_weights_are_freed_before_others_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    for plan in (INT8, INT4, MIXED):  # every level is made
+        llm.apply(plan)
+    most = [llm.held_bytes.weights]
+    put = WeightItem.put
+
+    def noted(item: WeightItem, level: str) -> None:
+        most.append(llm.held_bytes.weights)
+        put(item, level)
+
+    monkeypatch.setattr(WeightItem, "put", noted)
+    for plan in PLANS:
+        before = llm.held_bytes.weights
+        most.clear()
+        llm.apply(plan)
+        assert max(most, default=0) <= max(before, llm.held_bytes.weights)
+
+
+def test_a_level_is_written_once_and_read_by_later_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = tiny_llm()
+    first.set_residency("offload")
+    first.apply(INT4)
+    files = {path: path.stat().st_mtime_ns for path in cache_dir().rglob("*.int*.safetensors")}
+    assert len(files) == 2 * LAYERS + 1
+    expected = logits(first)
+    monkeypatch.setattr(WeightItem, "quantise", None)  # nothing is made again
+    later = tiny_llm()
+    later.set_residency("offload")
+    later.apply(INT4)
+    assert torch.equal(logits(later), expected)
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_damaged_file_of_an_earlier_process_is_made_again() -> None:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    expected = logits(llm)
+    for path in cache_dir().rglob("*.int*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    later = tiny_llm()
+    later.set_residency("offload")
+    later.apply(INT4)
+    assert torch.equal(logits(later), expected)
+
+
+def test_a_killed_process_leaves_only_whole_files() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    pid = os.fork()
+    if pid == 0:
+        done: list[object] = []
+        move = os.replace
+
+        def killed(*args: object) -> None:  # the third file is written, but not in its place
+            done.append(args)
+            if len(done) == 3:
+                os._exit(9)
+            move(*args)
+
+        os.replace = killed
+        llm.apply(INT4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    # The embeddings' native and int8 weights came first.
+    assert len(list(cache_dir().rglob("*.int*.safetensors"))) == 1
+    llm.apply(INT4)
+    plain.apply(INT4)
+    assert torch.equal(logits(llm), logits(plain))
+
+
+def test_plans_may_change_while_another_thread_generates() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    ids = padded_batch()["input_ids"][:1]
+    failed: list[BaseException] = []
+
+    def generate() -> None:
+        try:
+            for _ in range(4):
+                llm.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    changes = 0
+    while thread.is_alive() or changes < len(PLANS):
+        llm.apply(PLANS[changes % len(PLANS)])
+        changes += 1
+    thread.join()
+    assert not failed
+    for plan in (MIXED, BlockMask()):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:  # other content of the same size
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_a_level_whose_file_cannot_be_read_is_made_again(how: str) -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    llm.apply(BlockMask())
+    for name in ("block002.int4*", "embeddings.int8*"):
+        damage(next(cache_dir().rglob(name)), how)
+    for plan in (INT4, CompressionPlan(embeddings="int8"), BlockMask(), INT4):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
+        assert llm.held_bytes.weights == tensor_bytes(llm)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(how: str) -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    llm.apply(BlockMask())
+    assert llm.held_bytes.weights == tensor_bytes(llm)
+    files = [*cache_dir().rglob("block002.*")]
+    assert len(files) == 2
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        damage(file, how)
+    with pytest.raises((ModelNotAvailableError, ChecksumError), match="block002"):
+        llm.apply(INT4)
+    assert llm.plan == INT4.without(BlockMask.of(2))
+    plain.apply(llm.plan)
+    assert torch.equal(logits(llm), logits(plain))
+    assert llm.held_bytes.weights == tensor_bytes(llm)
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    for plan in (INT4, BlockMask()):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
+
+
+def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    llm.apply(BlockMask())
+    llm.apply(CompressionPlan(embeddings="int8"))
+    before = logits(llm)
+    (file,) = cache_dir().rglob("embeddings.safetensors")
+    file.unlink()
+    with pytest.raises(ModelNotAvailableError, match="embeddings"):
+        llm.apply(CompressionPlan())
+    assert llm.plan == CompressionPlan(embeddings="int8")
+    assert torch.equal(logits(llm), before)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
+@pytest.mark.parametrize("present", ["native", "int8"])
+def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(
+    present: str, how: str
+) -> None:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    for plan in (INT4, BlockMask(), CompressionPlan(embeddings=present)):
+        llm.apply(plan)
+    before, other = logits(llm), {"native": INT4, "int8": CompressionPlan()}[present]
+    files = [*cache_dir().rglob("*.safetensors")]
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        damage(file, how)
+    errors = llm.apply_readable(other)
+    assert "embeddings" in errors
+    assert not llm.plan.removed
+    assert torch.equal(logits(llm), before)
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    assert llm.apply_readable(other) == {}
+    assert llm.plan == other
+
+
+def test_dropped_embeddings_need_the_models_own_files(tmp_path: Path) -> None:
+    llm = opened(saved(tmp_path))
+    with torch.no_grad():
+        llm.model.lm_head.weight[0, 0] += 1
+    llm.set_residency("drop")
+    before = logits(llm)
+    with pytest.raises(UnsupportedModelError, match="hold other values"):
+        llm.apply(INT4)
+    assert llm.plan == CompressionPlan()
+    assert torch.equal(logits(llm), before)
+
+
+@pytest.mark.parametrize("plan", [INT4, MIXED], ids=["int4", "mixed"])
+def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: CompressionPlan) -> None:
+    llm, plain = opened(saved(tmp_path)), tiny_llm(dtype=torch.bfloat16)
+    llm.apply(plan)
+    plain.apply(plan)
+    order: list[Residency] = ["offload", "resident", "drop", "offload", "resident"]
+    for residency in order:
+        llm.set_residency(residency)
+        assert llm.plan == plan
+        assert torch.equal(logits(llm), logits(plain))
+        assert llm.held_bytes.weights == tensor_bytes(llm)
+    for other in (BlockMask(), INT8, plan):
+        llm.apply(other)
+        plain.apply(other)
+        assert torch.equal(logits(llm), logits(plain))
+
+
+@pytest.mark.parametrize("residency", ["resident", "offload", "drop"])
+def test_levels_made_in_inference_mode_are_used_outside_of_it(
+    tmp_path: Path, residency: Residency
+) -> None:
+    folder = saved(tmp_path)  # stored in bfloat16, so that loading converts
+    llm, plain = opened(folder, torch.float32), opened(folder, torch.float32)
+    llm.set_residency(residency)
+    with torch.inference_mode():
+        for plan in (INT4, BlockMask(), INT8, INT4):
+            llm.apply(plan)
+    plain.apply(INT4)
+    for plan in (INT4, BlockMask(), INT8):
+        llm.apply(plan)
+        plain.apply(plan)
+        assert torch.equal(logits(llm), logits(plain))
+
+
+def test_a_temporary_plan_loads_and_evicts_weights() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(INT4)
+    held = llm.held_bytes.weights
+    with llm.masked(MIXED), plain.masked(MIXED):
+        assert torch.equal(logits(llm), logits(plain))
+    assert llm.held_bytes.weights == held
+    assert llm.fingerprint == plain.fingerprint
+    assert llm.held_bytes.weights == held

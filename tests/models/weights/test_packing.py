@@ -1,0 +1,261 @@
+"""Packed matrices: exact bytes, exact widening, and products equal to those of widened weights."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.models import device
+from rap_env.models.weights import bfloat16_products, packing
+from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, packed_bytes
+from rap_env.models.weights.quantisers import quantise
+from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+
+SHAPES = [(64, 32), (192, 96), (128, 64), (24, 16), (61, 33), (7, 9), (1, 32), (16, 24)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative error of a sum of products whose operands are rounded once to the dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _random(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _grid(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and minima that bfloat16 holds exactly, and so do all weights."""
+    generator = torch.Generator().manual_seed(1)
+    groups = -(-shape[1] // 32)
+    codes = torch.randint(0, 16, shape, generator=generator)
+    scale = 2.0 ** torch.randint(-4, 2, (shape[0], groups), generator=generator)
+    minimum = -scale * torch.randint(0, 16, (shape[0], groups), generator=generator)
+    return codes, scale, minimum
+
+
+def _by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
+    return scale.repeat_interleave(32, dim=1)[:, :inputs]
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_int4_codes_widen_exactly(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    codes, scale, minimum = _grid(shape)
+    matrix = PackedMatrix.from_codes(codes, scale, minimum)
+    wanted = codes * _by_input(scale, shape[1]) + _by_input(minimum, shape[1])
+    assert torch.equal(matrix.widened(dtype), wanted.to(dtype))
+    centred = PackedMatrix.from_codes(codes, scale, zero=minimum + 8 * scale)
+    assert torch.equal(centred.widened(dtype), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_given_int8_codes_widen_exactly(
+    shape: tuple[int, int], dtype: torch.dtype, grouped: bool
+) -> None:
+    codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(2))
+    scale = _grid(shape)[1]
+    if not grouped:
+        scale = scale[:, 0]
+    matrix = PackedMatrix.from_codes(codes, scale)
+    wide = _by_input(scale, shape[1]) if grouped else scale[:, None]
+    assert torch.equal(matrix.widened(dtype), (codes * wide).to(dtype))
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, 100])
+def test_products_equal_those_of_widened_weights(
+    level: PackedLevel, shape: tuple[int, int], dtype: torch.dtype, rows: int
+) -> None:
+    matrix = quantise(_random(shape), level)
+    states = _random((rows, shape[1]), seed=3).to(dtype)
+    wanted = states.double() @ matrix.widened(torch.float32).double().T
+    found = matrix.product(states[None])
+    assert found.dtype == dtype
+    assert found.shape == (1, rows, shape[0])
+    _close(found[0], wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_states_of_several_sequences_may_be_a_slice(
+    level: PackedLevel, dtype: torch.dtype
+) -> None:
+    matrix = quantise(_random((128, 64)), level)
+    states = _random((6, 64), seed=1).to(dtype).view(3, 2, 64)[:, -1:]
+    assert torch.equal(matrix.product(states), matrix.product(states.clone()))
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widening_in_pieces_changes_nothing(
+    level: PackedLevel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = quantise(_random((320, 64)), level)
+    states = _random((200, 64), seed=3).to(dtype)
+    whole = matrix.product(states)
+    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
+    assert packing.piece_rows(matrix.shape) == 128
+    assert torch.equal(matrix.product(states), whole)
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("tokens", [5, 300, 512])
+def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
+    level: PackedLevel, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16_products, "emulated", lambda: True)
+    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
+    matrix = quantise(_random((320, 64)), level)
+    states = _random((tokens, 64), seed=3).bfloat16()
+    found = matrix._by_widening(states)
+    exact = functional.linear(states.float(), matrix.widened(torch.float32))
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=1e-2, atol=1e-3)
+    assert (found.float() - exact).abs().max() <= exact.abs().max() / 256
+    assert torch.equal(matrix._by_widening(states), found)
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes_are_those_of_the_tensors(level: PackedLevel, shape: tuple[int, int]) -> None:
+    matrix = quantise(_random(shape), level)
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in matrix.tensors.values())
+    assert packed_bytes(level, shape) == matrix.nbytes == stored
+
+
+def test_bytes_of_known_sizes() -> None:
+    assert packed_bytes("int4", (1536, 576)) == 1536 * 576 // 2 + 1536 * 18 * 4
+    assert packed_bytes("int8", (1536, 576)) == 1536 * 576 + 1536 * 2
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_is_rebuilt_from_its_tensors(level: PackedLevel, shape: tuple[int, int]) -> None:
+    matrix = quantise(_random(shape), level)
+    same = PackedMatrix.from_tensors(level, shape, dict(matrix.tensors))
+    assert torch.equal(same.widened(torch.float32), matrix.widened(torch.float32))
+    with pytest.raises(ArtifactError, match="not"):
+        PackedMatrix.from_tensors(level, (shape[0] + 64, shape[1]), matrix.tensors)
+
+
+def test_an_unknown_level_is_rejected() -> None:
+    with pytest.raises(UnknownNameError, match="int3"):
+        PackedMatrix.from_tensors("int3", (1, 1), {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_those_of_the_widened_matrix(
+    level: PackedLevel, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    matrix = quantise(_random(shape), level)
+    ids = torch.randint(0, shape[0], (2, 5), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(matrix.rows(ids, dtype), matrix.widened(dtype)[ids])
+
+
+def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = quantise(_random((128, 64)), "int4")
+    states = _random((2, 64), seed=3)
+    wanted = matrix.product(states)
+    monkeypatch.setattr(packing, "kernel_block_rows", lambda: 0)
+    monkeypatch.setattr(PackedMatrix, "_by_kernel", lambda *_: pytest.fail("kernel used"))
+    _close(matrix.product(states), wanted, 1e-6)
+
+
+PRODUCTS_OF_HALF_BLOCKS = """
+import torch
+from rap_env.models.weights import packing
+from rap_env.models.weights.quantisers import quantise
+from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+
+print(packing.kernel_block_rows())
+for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():
+    matrix = quantise(torch.randn(shape), "int4")
+    for rows in (1, 5):
+        states = torch.randn(rows, shape[1]).bfloat16()
+        wanted = states.float() @ matrix.widened(torch.float32).T
+        found = matrix._by_kernel(states).float()
+        assert (found - wanted).norm() < 0.01 * wanted.norm(), (shape, rows)
+"""
+
+
+def test_kernels_that_read_half_blocks_compute_the_same_product() -> None:
+    """As on CPUs with AVX2 alone, which torch imitates where the CPU has more."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", PRODUCTS_OF_HALF_BLOCKS]
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    if ran.stdout.strip() == "0":
+        pytest.skip("this CPU has no int4 kernel that reads blocks of 32 rows")
+    assert ran.stdout.strip() == "32"
+
+
+def test_the_buffer_is_shared_and_grows() -> None:
+    device = torch.device("cpu")
+    small = widening_buffer(64, torch.float16, device)
+    large = widening_buffer(4096, torch.float16, device)
+    again = widening_buffer(64, torch.float16, device)
+    assert again.data_ptr() == large.data_ptr()
+    assert len(small) == len(again) == 64
+
+
+def test_products_work_inside_and_after_inference_mode() -> None:
+    matrix = quantise(_random((24, 16)), "int8")
+    states = _random((3, 16))
+    with torch.inference_mode():
+        inside = matrix.product(states)
+    assert torch.equal(matrix.product(states), inside)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_widens_while_a_thread_of_its_parent_does() -> None:
+    matrix = quantise(_random((24, 16)), "int8")
+    with buffer_in_use():  # no thread of the child could release it
+        forked = multiprocessing.get_context("fork")
+        child = forked.Process(target=_product_in_thread, args=(matrix,))
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+
+
+def _product_in_thread(matrix: PackedMatrix) -> None:
+    thread = threading.Thread(target=matrix.product, args=(_random((3, 16)),), daemon=True)
+    thread.start()
+    thread.join(30)
+    os._exit(int(thread.is_alive()))
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "rows", "expected"),
+    [
+        ("auto", 64, 96, torch.bfloat16),  # even if unquantised products are faster in float32
+        ("auto", 32, 96, torch.bfloat16),
+        ("auto", 64, 0, torch.float32),
+        ("auto", 0, 96, torch.float32),  # the kernel is fast, but for another layout
+        ("float32", 64, 96, torch.float32),
+        ("float16", 64, 96, torch.float16),
+    ],
+)
+def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, block, rows, expected):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(packing, "kernel_block_rows", lambda: block)
+    monkeypatch.setattr(packing, "kernel_rows", lambda level, dtype: rows)
+    monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
+    assert packing.choose_packed_dtype(name, cpu) is expected
+    assert packing.choose_packed_dtype("auto", torch.device("meta")) is torch.float32

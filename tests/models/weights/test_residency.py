@@ -1,0 +1,248 @@
+"""Weights of removed blocks really leave memory, and are restored bit for bit."""
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from rap_env.blocks import BlockMask
+from rap_env.errors import (
+    ChecksumError,
+    ModelNotAvailableError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from rap_env.memory import MemoryModel
+from rap_env.models.device import return_freed_memory
+from rap_env.models.files.streamed import stream_llm
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.paths import cache_dir
+from rap_env.request import Request
+from rap_env.serving.settings import ServerSettings
+from rap_env.serving.stack import load_served_model
+from tests.models.states import logits, weights_hash
+from tests.tiny import (
+    FAMILIES,
+    LAYERS,
+    tiny_llm,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+MASKS = [
+    BlockMask.of(0),
+    BlockMask.of(1, 2),
+    BlockMask.of(*range(2 * LAYERS)),
+    BlockMask.of(3),
+    BlockMask(),
+]
+EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+
+def saved(tmp_path, name="llama", dtype=torch.bfloat16) -> Path:
+    folder = tmp_path / "model"
+    tiny_model(name, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path, dtype: str = "bfloat16") -> ElasticLLM:
+    kind = getattr(torch, dtype)
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
+
+
+@EVERY_FAMILY
+def test_masks_under_offload_are_those_of_resident_weights(name) -> None:
+    resident, offloaded = tiny_llm(name), tiny_llm(name)
+    before = weights_hash(offloaded.model)
+    offloaded.set_residency("offload")
+    for mask in MASKS:
+        resident.apply(mask)
+        offloaded.apply(mask)
+        assert torch.equal(logits(resident), logits(offloaded))
+    assert weights_hash(offloaded.model) == before
+
+
+@EVERY_FAMILY
+def test_held_bytes_equal_the_memory_arithmetic(name) -> None:
+    llm = tiny_llm(name)
+    memory, request = MemoryModel(llm), Request(1, 8, 1)
+    dense = llm.held_bytes.weights
+    llm.set_residency("offload")
+    for mask in MASKS:
+        llm.apply(mask)
+        parts = memory.breakdown(mask, request)
+        assert llm.held_bytes.weights == parts.weights + parts.embeddings
+        tensors = {p.untyped_storage().data_ptr(): 1 for p in llm.model.parameters()}
+        for site in llm.adapter.sites(llm.model):
+            assert (site.index in mask) == (
+                site.slots[0].original.__class__.__name__[:7] == "Removed"
+            )
+        assert tensors
+    assert llm.held_bytes.weights == dense
+
+
+def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
+    llm = tiny_llm()
+    parameters = [
+        list(site.slots[0].original.parameters()) for site in llm.adapter.sites(llm.model)
+    ]
+    llm.set_residency("offload")
+    llm.apply(BlockMask.of(1))
+    assert all(p.untyped_storage().nbytes() == 0 for p in parameters[1])
+    assert all(p.untyped_storage().nbytes() > 0 for p in parameters[0])
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.linear(torch.ones(1, 16), parameters[1][0])
+
+
+def test_a_temporary_mask_loads_and_evicts_blocks() -> None:
+    llm, plain = tiny_llm(), tiny_llm()
+    llm.set_residency("offload")
+    llm.apply(BlockMask.of(0, 3))
+    held = llm.held_bytes.weights
+    with llm.masked(BlockMask.of(1)), plain.masked(BlockMask.of(1)):
+        assert torch.equal(logits(llm), logits(plain))
+    assert llm.held_bytes.weights == held
+    assert llm.fingerprint == plain.fingerprint
+    assert llm.held_bytes.weights == held
+
+
+def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
+    folder = saved(tmp_path)
+    for residency in ("offload", "drop"):
+        for dtype in ("bfloat16", "float32"):  # wider than in the files: converted as in loading
+            llm = opened(folder, dtype)
+            before = weights_hash(llm.model)
+            llm.set_residency(residency)
+            llm.apply(BlockMask.of(*range(2 * LAYERS)))
+            llm.apply(BlockMask())
+            assert weights_hash(llm.model) == before
+    assert not (cache_dir() / "offloaded").exists()
+
+
+def test_a_model_without_files_writes_them_once() -> None:
+    written = []
+    for _ in range(2):
+        tiny_llm().set_residency("offload")
+        files = sorted(cache_dir().rglob("*.safetensors"))
+        written.append([(file.name, file.stat().st_mtime_ns) for file in files])
+    assert len(written[0]) == 2 * LAYERS
+    assert written[0] == written[1]
+
+
+def test_files_with_other_values_are_not_used(tmp_path) -> None:
+    llm = opened(saved(tmp_path))
+    with torch.no_grad():
+        llm.model.model.layers[0].mlp.down_proj.weight[0, 0] += 1
+    before = weights_hash(llm.model)
+    with pytest.raises(UnsupportedModelError, match="hold other values than the model"):
+        llm.set_residency("drop")
+    assert llm.residency == "resident"
+    llm.set_residency("offload")
+    llm.apply(BlockMask.of(*range(2 * LAYERS)))
+    llm.apply(BlockMask())
+    assert weights_hash(llm.model) == before
+
+
+def test_drop_needs_model_files() -> None:
+    llm = tiny_llm()
+    with pytest.raises(
+        UnsupportedModelError,
+        match="residency='drop' reads weights again",
+    ):
+        llm.set_residency("drop")
+    with pytest.raises(UnknownNameError, match="Did you mean 'offload'"):
+        llm.set_residency("offlad")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, damage) -> None:
+    folder = saved(tmp_path)
+    llm, plain = opened(folder), tiny_llm(dtype=torch.bfloat16)  # in memory, not mapped
+    llm.set_residency("drop")
+    llm.apply(BlockMask.of(1, 2))
+    file = next(folder.glob("*.safetensors"))
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 3])
+    with pytest.raises((ModelNotAvailableError, ChecksumError), match=re.escape(str(file))):
+        llm.apply(BlockMask())
+    assert llm.mask <= BlockMask.of(1, 2)
+    plain.apply(llm.mask)
+    assert torch.equal(logits(llm), logits(plain))
+    file.write_bytes(content)
+    llm.apply(BlockMask())
+    plain.apply(BlockMask())
+    assert torch.equal(logits(llm), logits(plain))
+
+
+def test_switching_back_to_resident_loads_all_blocks(tmp_path) -> None:
+    llm = opened(saved(tmp_path))
+    dense = llm.held_bytes.weights
+    llm.apply(BlockMask.of(0, 1))
+    llm.set_residency("offload")
+    assert llm.mask == BlockMask.of(0, 1)
+    assert llm.held_bytes.weights < dense
+    llm.set_residency("resident")
+    assert llm.mask == BlockMask.of(0, 1)
+    assert llm.held_bytes.weights == dense
+    llm.apply(BlockMask())
+    assert torch.equal(logits(llm), logits(opened(tmp_path / "model")))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_no_file_of_a_served_model_stays_mapped(tmp_path, name) -> None:
+    folder = saved(tmp_path, name)
+    tiny_tokenizer().save_pretrained(folder)
+    plain = opened(folder)
+    settings = ServerSettings(model=str(folder), dtype="bfloat16", residency="resident")
+    llm = load_served_model(settings)
+    before, tied = logits(plain), llm.model.get_input_embeddings().weight.data_ptr()
+    assert torch.equal(logits(llm), before)
+    assert (llm.model.get_output_embeddings().weight.data_ptr() == tied) == (name == "llama_tied")
+    del plain
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_streamed_model_rejects_residency_changes(tmp_path) -> None:
+    folder = saved(tmp_path)
+    tiny_tokenizer().save_pretrained(folder)
+    llm = stream_llm(folder, max_memory_bytes=10**6, dtype="bfloat16")
+    llm.set_residency("resident")
+    with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
+        llm.set_residency("offload")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_resident_memory_really_falls_and_rises() -> None:
+    config = tf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=4096,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+    )
+    llm = ElasticLLM(tf.LlamaForCausalLM(config).requires_grad_(False), None, name="wide")
+    llm.set_residency("offload")
+    ffn = BlockMask.of(1, 3)
+    freed = sum(llm.blocks[index].param_bytes for index in ffn)
+    assert freed > 40e6
+    for _ in range(3):
+        return_freed_memory()
+        dense = resident_bytes()
+        llm.apply(ffn)
+        assert dense - resident_bytes() == pytest.approx(freed, rel=0.05)
+        llm.apply(BlockMask())
+        assert resident_bytes() == pytest.approx(dense, rel=0.05)
