@@ -20,7 +20,7 @@ from experiments.training.score_tables import planned_masks
 from rap_env.blocks import BlockMask
 from rap_env.models.files.loading import load_llm
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.workers.pool import WorkerPool
+from rap_env.scoring.workers import WorkerPool
 
 
 @dataclass

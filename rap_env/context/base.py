@@ -63,7 +63,7 @@ class ContextConfig:
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
         workers: Number of workers that measure, each with a model (see
-            `rap_env.scoring.workers.pool.WorkerPool`); 0 measures in this process.
+            `rap_env.scoring.workers.WorkerPool`); 0 measures in this process.
         workers_address: ``HOST:PORT`` of a Ray cluster, or ``"auto"``; None starts workers on this
             machine.
 

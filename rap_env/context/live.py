@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.store import ScoreStore
-    from rap_env.scoring.workers.pool import WorkerPool
+    from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.workers.pool import WorkerPool
+    from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
 def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
     """The workers for a context; contexts of one model share them."""
     from rap_env.models.files.sources import looks_like_path
-    from rap_env.scoring.workers.pool import WorkerPool
+    from rap_env.scoring.workers import WorkerPool
 
     settings = _model_settings(config)  # "auto" may be something else on another machine
     settings |= {"device": llm.device.type, "dtype": str(llm.dtype).removeprefix("torch.")}

@@ -1,9 +1,13 @@
-"""The interface of everything that scores masks and plans: a live model's scorer, a table's."""
+"""The interfaces of what scores masks and plans: a live model's scorer, a table's, workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from rap_env.blocks import Block
 from rap_env.plan import MaskOrPlan
@@ -79,3 +83,53 @@ class Scorer(Protocol):
 
     def scan(self, plan: MaskOrPlan, /, on_score: OnScore | None = None) -> dict[Block, float]:
         """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringJob:
+    """A text and how it is scored: what a worker needs to make the scorer that the driver has.
+
+    Attributes:
+        tokens: Token ids, int64, shape (windows, T).
+        options: Further arguments of `MaskScorer`.
+        context: `MaskScorer.context` of the driver; a worker's must be equal.
+        search: Whether to find the best of some masks or plans, instead of measuring all.
+        near: As in `find_best_mask`.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    options: Mapping[str, Any]
+    context: Mapping[str, Any]
+    search: bool = False
+    near: MaskOrPlan | None = None
+
+    def same_text(self, other: ScoringJob) -> bool:
+        """Whether another job has the same text (by its hash), options and context."""
+        return (self.options, self.context) == (other.options, other.context)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a worker measured.
+
+    Attributes:
+        plans: The masks and plans of the batch.
+        window_nll: By mask or plan: NLL of each window, nats per token, shape (windows,). A search
+            leaves out those that it dropped.
+        lower_bounds: Lower bounds of the NLL of those, nats per token.
+        block_runs: Blocks that the model ran, as `PlanRunner.block_runs` counts them.
+    """
+
+    plans: Sequence[MaskOrPlan]
+    window_nll: Mapping[MaskOrPlan, npt.NDArray[np.float64]]
+    lower_bounds: Mapping[MaskOrPlan, float]
+    block_runs: int
+
+
+class Workers(Protocol):
+    """Workers that hold the model of a scorer; `rap_env.scoring.workers.WorkerPool` is one."""
+
+    def measure(
+        self, job: ScoringJob, plans: Sequence[MaskOrPlan], least: int = 1, /
+    ) -> Iterator[Measured]:
+        """Score masks and plans, in batches of at least some, or find the best of them."""

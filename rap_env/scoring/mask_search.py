@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -183,8 +183,9 @@ def find_best_mask(
     missing = [mask for mask in masks if mask not in known]
     lower_bounds: dict[MaskOrPlan, float] = {}
     if scorer.workers is not None and len(missing) > 1:
+        job = replace(scorer.job, search=True, near=near)
         # A lower bound above the best of a part is above the best of all.
-        for found in scorer.workers.search(scorer.job, missing, near):
+        for found in scorer.workers.measure(job, missing):
             scorer.take(found)
             known |= {mask: float(values.mean()) for mask, values in found.window_nll.items()}
             lower_bounds |= found.lower_bounds

@@ -25,7 +25,7 @@ from rap_env.plan import MaskOrPlan, as_plan, simplest
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.interface import OnScore, notify
+from rap_env.scoring.interface import Measured, OnScore, ScoringJob, Workers, notify
 from rap_env.scoring.nll import tokens_at_once, window_nll
 from rap_env.scoring.plan_runner import (
     Node,
@@ -36,7 +36,6 @@ from rap_env.scoring.plan_runner import (
     joined,
 )
 from rap_env.scoring.store import ScoreStore, context_key
-from rap_env.scoring.workers.job import Measured, ScoringJob, Workers
 
 METRIC = "window_nll"
 """The store's metric for the scores of a text: one value per window."""
@@ -68,7 +67,7 @@ class MaskScorer:
             for every step of a plan, the states of every second (third, ...) step are kept.
         masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and
             as many as fill an accelerator.
-        workers: Workers that hold the same model (`rap_env.scoring.workers.pool.WorkerPool`); what
+        workers: Workers that hold the same model (`rap_env.scoring.workers.WorkerPool`); what
             several masks or plans need is spread over them. None runs everything in this process.
 
     Attributes:

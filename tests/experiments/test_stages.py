@@ -29,11 +29,11 @@ from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.request import Request
+from rap_env.scoring import workers
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.workers import pool
-from rap_env.scoring.workers.worker import ScoringWorker
+from rap_env.scoring.workers import ScoringWorker
 from tests.scoring.fake_ray import FakeRay
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -162,7 +162,7 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     """GSI, what the baselines search and what all methods chose is measured by workers."""
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
     fake = FakeRay(pytest.importorskip("ray"), ScoringWorker)
-    monkeypatch.setattr(pool, "_import_ray", lambda: fake)
+    monkeypatch.setattr(workers, "_import_ray", lambda: fake)
     folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
     spread = replace(
         evaluated, name="spread", store=None, scoring=ScoringConfig(workers=2),
@@ -170,7 +170,6 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     )  # fmt: skip
     evaluate(spread, spread.stage_dir("evaluate"))
     assert fake.calls["load"] == 2
-    assert fake.calls["search"] >= 2, "rounds of GSI"
     assert fake.calls["measure"] > 10
 
     def rows(config):

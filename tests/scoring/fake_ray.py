@@ -53,4 +53,4 @@ class FakeRay:
 
             return SimpleNamespace(remote=remote)
 
-        return SimpleNamespace(**{name: method(name) for name in ("load", "measure", "search")})
+        return SimpleNamespace(**{name: method(name) for name in ("load", "measure")})

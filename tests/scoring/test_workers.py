@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import itertools
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -19,12 +17,11 @@ from rap_env.errors import InvalidRequestError, NonFiniteScoreError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan, simplest
+from rap_env.scoring import workers as workers_module
 from rap_env.scoring.candidates import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
-from rap_env.scoring.workers import pool as pools
-from rap_env.scoring.workers.pool import WorkerPool, batches_of
-from rap_env.scoring.workers.worker import ScoringWorker
+from rap_env.scoring.workers import ScoringWorker, WorkerPool, batches_of
 from tests.scoring.fake_ray import FakeRay
 from tests.scoring.test_scorer import tokens
 from tests.scoring.worker_models import open_together
@@ -173,11 +170,11 @@ def test_an_error_in_a_worker_is_that_of_one_process_and_the_pool_goes_on():
     with pytest.raises(NonFiniteScoreError):
         scorer.nll_many(MASKS)
     assert scorer.nll_many(MASKS) == MaskScorer(llm, tokens()).nll_many(MASKS)
-    assert workers._ray.started == 2
+    assert workers._ray.started == 4, "the error ended the first two"
 
 
 def test_more_workers_than_cores_are_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(pools.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda _: {0, 1})
     llm = tiny_llm("llama", layers=3)
     for count, warned in ((2, False), (3, True)):
         caplog.clear()
@@ -194,15 +191,8 @@ def test_addresses_of_another_form(address):
         WorkerPool(tiny_llm, 2, address=address)
 
 
-def test_an_address_that_does_not_answer_is_an_error_within_seconds(monkeypatch):
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the cluster of another test
+def test_an_address_that_does_not_answer_is_an_error_within_seconds():
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"Nothing answers at 127\.0\.0\.1:1 .*ray start --head"):
         WorkerPool(tiny_llm, 2, address="127.0.0.1:1")
-    monkeypatch.setattr(pools, "_CONNECT_S", 1.0)
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(WorkerError, match="is no Ray cluster"):
-            WorkerPool(tiny_llm, 2, address=f"127.0.0.1:{server.server_port}")
-        server.shutdown()
     assert time.monotonic() - began < 10
