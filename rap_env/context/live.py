@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PACKAGED_COSTS = Path(__file__).parents[1] / "runtime" / "saved" / "smollm2-135m.levels.json"
+_SAVED = Path(__file__).parents[1] / "runtime" / "saved"
+
+PACKAGED_COSTS = _SAVED / "smollm2-135m.levels.json"
 """Costs of the levels of the default model, measured on text that it wrote."""
+
+PACKAGED_ORDERS = tuple(sorted(_SAVED.glob("*.gsi*.json")))
+"""GSI orders of the default model with default settings, on text that it wrote; one a dtype."""
 
 
 class LiveContext:
@@ -115,11 +121,13 @@ class LiveContext:
 
     @cached_property
     def gsi(self) -> GSIProfile:
-        """The GSI order, measured on first use (minutes) and cached."""
+        """The GSI order: in the package for default settings, else measured (minutes), cached."""
         from rap_env.importance.gsi_search import gsi
 
         if self.importance not in IMPORTANCES:
             return GSIProfile.load(self.importance, self.llm)
+        if (packaged := self._packaged_gsi()) is not None:
+            return packaged
         # What an agent observes depends on how far and how GSI ran, so each has its own file.
         path = self._artifact(f"gsi-{self._gsi_method}-{self._gsi_removals or 'all'}")
         if path is None or not path.exists():
@@ -186,6 +194,17 @@ class LiveContext:
             path=path,
             progress=self._progress,
         )
+
+    def _packaged_gsi(self) -> GSIProfile | None:
+        """The order in the package that was measured with this model, text and settings."""
+        for path in PACKAGED_ORDERS:
+            with contextlib.suppress(ArtifactError):
+                profile = GSIProfile.load(path, self.llm)
+                settings = profile.method, len(profile.order_indices)
+                text = profile.provenance["text"]["sha256"]
+                if (*settings, text) == (self._gsi_method, self._gsi_removals, self.corpus.sha256):
+                    return profile
+        return None
 
     def _packaged_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts | None:
         """The costs in the package, if they are of this model and have these levels of caches.

@@ -4,14 +4,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from rap_env.artifacts import load_artifact
 from rap_env.blocks import BlockMask
+from rap_env.context import live as live_module
 from rap_env.context.base import ContextConfig
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError, WorkerError
 from rap_env.importance.gsi_search import gsi
+from rap_env.importance.profiles import GSIProfile
+from rap_env.memory import MemoryModel
+from rap_env.runtime.policies import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import tiny_library
 from tests.scoring.test_scorer import tokens
@@ -61,6 +68,31 @@ def test_an_artifact_by_path(tmp_path):
     )
     with pytest.raises(ArtifactError, match="other weights"):
         _ = other.gsi
+
+
+def test_a_packaged_order_is_used_where_it_fits(tmp_path, monkeypatch):
+    path = tmp_path / "packaged.json"
+    profile = gsi(make_live(tmp_path).scorer, stop=3, path=path, progress=False)
+    monkeypatch.setattr(live_module, "PACKAGED_ORDERS", (path,))
+    fitting = make_live(tmp_path / "folder", gsi_removals=3)
+    assert fitting.gsi == profile
+    assert fitting.scorer.evaluations == 0
+    for settings in ({"gsi_removals": 2}, {"gsi_removals": 3, "gsi_method": "lazy"}):
+        other = make_live(tmp_path / "folder", **settings)
+        assert len(other.gsi.order) == settings["gsi_removals"]
+        assert other.scorer.evaluations > 0
+    text = LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens(seed=1)), gsi_removals=3)
+    assert text.gsi.dense_nll != profile.dense_nll
+
+
+def test_the_package_has_the_order_of_the_default_settings():
+    (path,) = (p for p in live_module.PACKAGED_ORDERS if p.name == "smollm2-135m.gsi.json")
+    profile = GSIProfile.load(path, MemoryModel(default_facts("bf16")))
+    settings = ContextConfig()
+    assert (profile.method, len(profile.order)) == (settings.gsi_method, settings.gsi_removals)
+    (written,) = TEXTS.glob("987854d9*.json")
+    text = Corpus.of_tokens(torch.tensor(load_artifact(written, "corpus", 1)["tokens"]))
+    assert profile.provenance["text"]["sha256"] == text.sha256
 
 
 def test_one_context_for_each_config(tmp_path):
