@@ -1,50 +1,43 @@
-"""Read a GGUF file's header and find its tensors: a fast stand-in for gguf's own reader.
+"""Read GGUF files: their headers, and their quantised tensors as packed matrices.
 
-`gguf.GGUFReader` makes several arrays for each entry of a vocabulary, which takes seconds, and
-transformers creates one for each of config, tokenizer and weights. `GgufFile` has the part of its
-interface that transformers uses, and reads a vocabulary of 262,144 entries in a fraction of a
-second.
+============================  =================================================================
+Types in the file             Packed as
+============================  =================================================================
+Q4_0, Q4_1, Q4_K              int4 with the file's own codes, scale and minimum of each group of
+                              32 inputs; only scales and zeros are rounded, to bfloat16
+all other quantised types     int8 with one scale per row, rounded to the nearest code
+F32, F16, BF16                unquantised
+============================  =================================================================
+
+No tensor is widened as a whole. The layouts of the blocks are those of llama.cpp's
+``ggml-common.h``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFValueType, ReaderField
-from gguf.gguf_reader import ReaderTensor
-from gguf.quants import quant_shape_to_byte_shape
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf.quants import dequantize
 
 from rap_env.errors import ChecksumError, UnsupportedModelError
+from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import quantise
 
 _MAGIC = b"GGUF"
-_ALIGNMENT = 32  # unless the header names another one
-_NUMBERS: dict[int, str] = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
-}
-"""How struct and numpy read a number of each type."""
 
 
-class GgufFile:
-    """The header of a GGUF file, and views of its tensors' stored bytes.
+class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
+    """gguf's reader with errors of this project, and fast for large vocabularies.
 
     Args:
         path: The file. It stays mapped as long as this object or one of its tensors exists.
@@ -62,93 +55,48 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            magic = file.read(4)
-            if magic != _MAGIC:
-                raise ChecksumError(
-                    f"{path} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}."
-                )
-            try:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._read()
-            except UnsupportedModelError:
-                raise
-            except (ValueError, KeyError, IndexError, struct.error, OverflowError) as error:
-                # The type of the error depends on the place of the damage.
-                raise ChecksumError(
-                    f"{path} is truncated or damaged ({error}); download it again."
-                ) from error
+            magic, version = file.read(4), int.from_bytes(file.read(4), "little")
+        if magic != _MAGIC:
+            raise ChecksumError(
+                f"{path} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}."
+            )
+        if version not in (2, 3):
+            raise UnsupportedModelError(
+                f"{path} has GGUF version {version:#x}, and little-endian files of version 2 "
+                "or 3 can be read; convert it with llama.cpp's tools."
+            )
+        try:
+            super().__init__(path)
+        except (ValueError, KeyError, IndexError, struct.error, OverflowError) as error:
+            # The type of the error depends on the place of the damage.
+            raise ChecksumError(
+                f"{path} is truncated or damaged ({error}); download it again."
+            ) from error
+        for name in ("version", "tensor_count", "kv_count"):  # of the file, not of the model
+            del self.fields[f"GGUF.{name}"]
 
     def value(self, name: str, default: Any = None) -> Any:
         """The content of a header entry, or `default` without such an entry."""
         field = self.fields.get(name)
         return default if field is None else field.contents()
 
-    def _read(self) -> None:
-        self._at = 4
-        version = self._number("<I")
-        if version not in (2, 3):
-            raise UnsupportedModelError(
-                f"{self.path} has GGUF version {version:#x}, and little-endian files of version 2 "
-                "or 3 can be read; convert it with llama.cpp's tools."
-            )
-        tensors, entries = self._number("<Q"), self._number("<Q")
-        self.fields: dict[str, ReaderField] = {}
-        for _ in range(entries):
-            name = self._text().decode()
-            self.fields[name] = self._field(name)
-        found = [self._tensor_entry() for _ in range(tensors)]
-        alignment = int(self.value("general.alignment", _ALIGNMENT))
-        start = -(-self._at // alignment) * alignment
-        self.tensors = [self._tensor(start, *entry) for entry in found]
-
-    def _number(self, form: str) -> Any:
-        (value,) = struct.unpack_from(form, self._bytes, self._at)
-        self._at += struct.calcsize(form)
-        return value
-
-    def _text(self) -> bytes:
-        begin = self._at + 8
-        (length,) = struct.unpack_from("<Q", self._bytes, self._at)
-        self._at = begin + length
-        if self._at > len(self._bytes):
-            raise ValueError(f"a text ends at byte {self._at} of {len(self._bytes)}")
-        return self._bytes[begin : self._at]
-
-    def _field(self, name: str) -> ReaderField:
-        begin = self._at
-        kind = GGUFValueType(self._number("<I"))
-        if kind == GGUFValueType.STRING:
-            return ReaderField(begin, name, [np.frombuffer(self._text(), np.uint8)], [0], [kind])
-        if kind != GGUFValueType.ARRAY:
-            return ReaderField(begin, name, [np.array([self._number(_NUMBERS[kind])])], [0], [kind])
-        inner, count = GGUFValueType(self._number("<I")), self._number("<Q")
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """As gguf's, which takes seconds for the arrays of a vocabulary."""
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        content = memoryview(self.data)
+        kind, count = struct.unpack_from("<IQ", content, orig_offs)
+        inner, end = GGUFValueType(kind), orig_offs + 12
+        parts: list[npt.NDArray[Any]] = []
         if inner == GGUFValueType.STRING:
-            parts: list[Any] = [np.frombuffer(self._text(), np.uint8) for _ in range(count)]
+            for _ in range(count):
+                (length,) = struct.unpack_from("<Q", content, end)
+                parts.append(np.frombuffer(content, np.uint8, length, end + 8))
+                end += 8 + length
         else:
-            values = np.frombuffer(self._bytes, np.dtype(_NUMBERS[inner]), count, self._at)
-            self._at += values.nbytes
-            parts = list(values.reshape(-1, 1))
-        return ReaderField(begin, name, parts, list(range(count)), [kind, inner])
-
-    def _tensor_entry(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name = self._text().decode()
-        sizes = tuple(self._number("<Q") for _ in range(self._number("<I")))
-        return name, sizes, GGMLQuantizationType(self._number("<I")), self._number("<Q")
-
-    def _tensor(
-        self, start: int, name: str, sizes: tuple[int, ...], kind: GGMLQuantizationType, offset: int
-    ) -> ReaderTensor:
-        shape = tuple(reversed(sizes))  # the file has the fastest index first
-        plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-        dtype: npt.DTypeLike = plain.get(kind, np.uint8)
-        stored = shape if kind in plain else quant_shape_to_byte_shape(shape, kind)
-        count = int(np.prod(stored))
-        data = np.frombuffer(self._bytes, dtype, count, start + offset).reshape(stored)
-        field = ReaderField(start + offset, name, [], [], [])
-        return ReaderTensor(
-            name, kind, np.array(sizes, np.uint32), int(np.prod(shape)), data.nbytes,
-            start + offset, data, field,
-        )  # fmt: skip
+            values = np.frombuffer(content, self.gguf_scalar_to_np[inner], count, end)
+            parts, end = list(values.reshape(-1, 1)), end + values.nbytes
+        return end - orig_offs, parts, list(range(count)), [GGUFValueType.ARRAY, inner]
 
 
 @contextlib.contextmanager
@@ -170,3 +118,106 @@ def transformers_reads(file: GgufFile) -> Iterator[None]:
         yield
     finally:
         package.GGUFReader, package.get_tensor_name_map = reader, names
+
+
+UNQUANTISED = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+"""Types that are kept as they are, with their dtypes."""
+
+Blocks = npt.NDArray[np.uint8]
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_PIECE_VALUES = 2**21  # values of an int8 matrix that are dequantised at a time
+_GROUP = 32  # inputs with a common scale
+
+
+def packed_blocks(
+    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64] | None = None
+) -> PackedMatrix:
+    """Pack the rows of a quantised tensor.
+
+    Args:
+        blocks: (out, bytes of a row), as the file stores them.
+        kind: Their type.
+        order: The row of the file that becomes each row of the matrix, (out,); None keeps them.
+    """
+    unpack = _INT4.get(kind)
+    if unpack is None:
+        return _int8(blocks, kind, order)
+    if order is not None:
+        blocks = blocks[order]
+    size = GGML_QUANT_SIZES[kind][1]
+    codes, scale, minimum = unpack(torch.from_numpy(blocks.reshape(len(blocks), -1, size).copy()))
+    return PackedMatrix.from_codes(codes, scale, minimum)
+
+
+def packs_as_int4(kind: GGMLQuantizationType) -> bool:
+    """Whether tensors of a type have 4-bit codes, scales and minima of groups of 32."""
+    return kind in _INT4
+
+
+def _int8(
+    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64] | None
+) -> PackedMatrix:
+    elements, size = GGML_QUANT_SIZES[kind]
+    inputs = blocks.shape[1] // size * elements
+    rows = max(1, _PIECE_VALUES // inputs)
+    codes = torch.empty((len(blocks), inputs), dtype=torch.int8)
+    scales = []
+    for first in range(0, len(blocks), rows):
+        piece = slice(first, first + rows)
+        chosen = blocks[piece] if order is None else blocks[order[piece]]
+        packed = quantise(torch.from_numpy(dequantize(chosen, kind)), "int8")
+        codes[piece] = packed.codes
+        scales.append(packed.scales)
+    return PackedMatrix.from_codes(codes, torch.cat(scales))
+
+
+def _halves(blocks: torch.Tensor, begin: int) -> torch.Tensor:
+    """Two 16-bit floats at a byte of each block, (..., 2), as float32."""
+    return blocks[..., begin : begin + 4].contiguous().view(torch.float16).float()
+
+
+def _nibbles(stored: torch.Tensor) -> torch.Tensor:
+    """Codes of groups whose first half is in the low bits, (rows, n, b) to (rows, n * 2 b)."""
+    return torch.cat((stored & 15, stored >> 4), dim=-1).flatten(1)
+
+
+def _q4_0(blocks: torch.Tensor) -> _Parts:
+    """A 16-bit scale, then 16 bytes of codes; weight = scale * (code - 8)."""
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()[..., 0]
+    return _nibbles(blocks[..., 2:]), scale, -8 * scale
+
+
+def _q4_1(blocks: torch.Tensor) -> _Parts:
+    """A 16-bit scale and minimum, then 16 bytes of codes; weight = scale * code + minimum."""
+    scale, minimum = _halves(blocks, 0).unbind(-1)
+    return _nibbles(blocks[..., 4:]), scale, minimum
+
+
+def _q4_k(blocks: torch.Tensor) -> _Parts:
+    """Two 16-bit factors, 8 scales and minima of 6 bits in 12 bytes, then 128 bytes of codes.
+
+    Each 32 bytes of codes hold one group in the low and the next one in the high bits.
+    """
+    factor, low_factor = torch.chunk(_halves(blocks, 0), 2, dim=-1)
+    first, second, high = torch.chunk(blocks[..., 4:16], 3, dim=-1)
+    # the last four scales and minima: low bits in `high`, high bits above those of the first four
+    scale = torch.cat((first & 63, (high & 15) | ((first >> 6) << 4)), dim=-1)
+    minimum = torch.cat((second & 63, (high >> 4) | ((second >> 6) << 4)), dim=-1)
+    codes = blocks[..., 16:].reshape(len(blocks), -1, _GROUP)
+    return (
+        _nibbles(codes),
+        (factor * scale).flatten(1),
+        (-low_factor * minimum).flatten(1),
+    )
+
+
+_INT4: dict[GGMLQuantizationType, Callable[[torch.Tensor], _Parts]] = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q4_K: _q4_k,
+}

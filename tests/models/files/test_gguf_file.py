@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,36 +103,41 @@ def test_a_damaged_conversion_is_made_again(
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
 
 
-def _die_while_converting(path: Path) -> None:
-    def half(_: Path, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half")
+def _die_while_converting(path: Path, packed: bool) -> None:
+    def half(*arguments: Any) -> None:
+        (arguments[-1] / "half").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    gguf_file._convert = half
-    converted_gguf(path)
+    gguf_file._convert = gguf_file._pack = half
+    converted_gguf(path, packed=packed)
 
 
-def test_a_killed_conversion_is_repaired_by_the_next_call(lonely: Path, tmp_path: Path) -> None:
-    source = write_tiny_gguf(tmp_path / "tiny.gguf")
-    child = fork.Process(target=_die_while_converting, args=(tmp_path / "tiny.gguf",))
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_killed_conversion_is_repaired_by_the_next_call(
+    packed: bool, lonely: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    source = write_tiny_gguf(path)
+    child = fork.Process(target=_die_while_converting, args=(path, packed))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     models = lonely / "models"
-    assert [path for path in models.rglob("model.safetensors") if path.read_bytes() == b"half"]
-    llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
+    assert list(models.rglob("half"))
+    weights = "native" if packed else "bf16"
+    llm = load_llm(path, device="cpu", dtype="float32", weights=weights)
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
     assert [path.name for path in models.iterdir() if path.is_dir()] == [
-        gguf_file.gguf_folder_name(gguf_file.file_sha256(tmp_path / "tiny.gguf"))
+        gguf_file.gguf_folder_name(gguf_file.file_sha256(path), packed=packed)
     ]
 
 
 def _convert_and_note(path: Path, notes: Path) -> None:
     original = gguf_file._convert
 
-    def noted(source: Path, folder: Path) -> None:
+    def noted(*arguments: Any) -> None:
         (notes / str(os.getpid())).touch()
-        original(source, folder)
+        original(*arguments)
 
     gguf_file._convert = noted
     assert is_intact(converted_gguf(path))
@@ -158,7 +164,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
 
-    def full(_: Path, folder: Path) -> None:
+    def full(_file: Any, _config: Any, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         # what safetensors raises, which is no OSError
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -180,13 +186,16 @@ def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> Non
         load_llm(tmp_path / "text.gguf")
 
 
+@pytest.mark.parametrize("weights", ["native", "bf16"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
-def test_a_truncated_file_is_rejected(kept: float, lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
+def test_a_truncated_file_is_rejected(
+    kept: float, weights: str, lonely: Path, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated .*download it again"):
-        load_llm(tmp_path / "tiny.gguf")
+        load_llm(tmp_path / "tiny.gguf", weights=weights)
     assert not list((lonely / "models").glob("gguf-*"))
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.files import gguf_packing
 from rap_env.models.files.gguf_file import converted_gguf
 from rap_env.models.files.packed_folder import PACKED_FILE, is_packed, load_native
 from rap_env.models.files.sources import locate
 from rap_env.models.files.weight_files import load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
-from tests.models.files.test_gguf_file import fork
 from tests.models.tiny_gguf import write_tiny_gguf
 
 IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
@@ -260,16 +256,6 @@ def test_a_file_without_a_tensor_is_rejected(lonely: Path, tmp_path: Path) -> No
     assert not list((lonely / "models").glob("gguf-*"))
 
 
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
-def test_a_truncated_file_is_rejected(kept: float, lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
-    content = (tmp_path / "tiny.gguf").read_bytes()
-    (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ChecksumError, match=r"tiny\.gguf is truncated .*download it again"):
-        converted_gguf(tmp_path / "tiny.gguf", packed=True)
-    assert not list((lonely / "models").glob("gguf-*"))
-
-
 def test_a_truncated_packed_file_is_rejected_or_made_again(lonely: Path, tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
     folder = converted_gguf(tmp_path / "tiny.gguf", packed=True)
@@ -282,25 +268,3 @@ def test_a_truncated_packed_file_is_rejected_or_made_again(lonely: Path, tmp_pat
     (folder / PACKED_FILE).unlink()
     with pytest.raises(ModelNotAvailableError, match=r"has no packed\.safetensors"):
         load_native(folder, torch.float32)
-
-
-def _die_while_packing(path: Path) -> None:
-    def half(_file: Any, _config: Any, folder: Path) -> str:
-        (folder / PACKED_FILE).write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-        return ""
-
-    gguf_packing.write_packed = half
-    converted_gguf(path, packed=True)
-
-
-def test_a_killed_conversion_is_repaired_by_the_next_call(lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", **SIZES)
-    child = fork.Process(target=_die_while_packing, args=(tmp_path / "tiny.gguf",))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
-    assert [p for p in (lonely / "models").rglob(PACKED_FILE) if p.read_bytes() == b"half"]
-    folder = converted_gguf(tmp_path / "tiny.gguf", packed=True)
-    assert load_native(folder, torch.float32)(IDS).logits.isfinite().all()
-    assert [path for path in (lonely / "models").iterdir() if path.is_dir()] == [folder]
