@@ -4,9 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
-BENCHMARKS := step load apply live decide decode repair memory nll_many gsi stream levels resident process_limit ray_workers packaged_table missing_weights
-
-GPU_BENCHMARKS := apply live decode repair memory nll_many gsi stream levels
+BENCHMARKS := step decide scoring live levels memory engine_steps engines
+GPU_BENCHMARKS := scoring live levels memory
 
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.
 export PYTHONDONTWRITEBYTECODE :=
@@ -34,14 +33,14 @@ test-all: setup  ## Run also the slow tests, and those of families and agents on
 test-network: setup  ## Run the tests that download the default model or install other engines.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m network --all-cases
 
-gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table and what differs from the CPU.
+gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu --all-cases
 	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
-	@$(RUN) -m benchmarks.table
+	@$(RUN) -m benchmarks.record
 
 bench: setup  ## Run all benchmarks and print their table (needs an idle machine).
 	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
-	@$(RUN) -m benchmarks.table
+	@$(RUN) -m benchmarks.record
 
 soak: setup  ## Serve 10,000 valid and invalid requests under a changing budget (at most half an hour).
 	@OMP_NUM_THREADS=1 $(RUN) -m experiments.soak

@@ -6,22 +6,23 @@ process, in turn: a prefill in each, then the decode steps in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks import harness
-from benchmarks.engine_process import InLlamaCpp, InOurRuntime, Serving
-from benchmarks.record import write_record
+from benchmarks.engine_process import InLlamaCpp, InOurRuntime
+from benchmarks.harness import Settings, alternate, launch, parse_request, ratios, spread
+from benchmarks.record import Target, write_record
 from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
 """Wanted times of llama.cpp's decode step, by rows."""
 _PREFILL_TOKENS, _PREFILL_AT_MOST = 512, 0.35
+_AGAINST = "llama.cpp, the same file, one thread"
 
 
 @dataclass
-class EngineStepsSettings(harness.Settings):
+class EngineStepsSettings(Settings):
     """Settings of this benchmark; its device is the CPU."""
 
     model: str = "smollm2-135m"
@@ -30,24 +31,6 @@ class EngineStepsSettings(harness.Settings):
     """What is timed: rows x tokens of each row before the first step."""
     steps: int = 24
     """Decode steps of one measurement."""
-
-    def __post_init__(self) -> None:
-        """Reject malformed cells."""
-        super().__post_init__()
-        list(cells_of(self.cells))
-
-
-def cells_of(names: Iterable[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, rows and tokens of each cell.
-
-    Raises:
-        ValueError: A name is not of the form rows x tokens.
-    """
-    for name in names:
-        rows, times, tokens = name.partition("x")
-        if not (times and rows.isdecimal() and tokens.isdecimal() and int(rows) * int(tokens)):
-            raise ValueError(f"{name!r} is no cell; write rows x tokens, such as 4x128.")
-        yield name, int(rows), int(tokens)
 
 
 def main(settings: EngineStepsSettings) -> None:
@@ -60,16 +43,18 @@ def main(settings: EngineStepsSettings) -> None:
     common = {"threads": threads, "steps": settings.steps}
     own = {"model": settings.model, "weights": "native", "removed": [], **common}
     other = {"file": str(gguf_file(settings.model)), **common}
-    cells, found = list(cells_of(settings.cells)), {}
-    for name, rows, tokens in cells:
+    seconds = {}
+    targets: list[Target] = []
+    for cell in settings.cells:
+        rows, tokens = parse_request(cell)
         size = {"rows": rows, "context_tokens": tokens}
-        found[name] = times_of(
-            {"own": InOurRuntime({**own, **size}), "llama.cpp": InLlamaCpp({**other, **size})},
-            settings.repeats,
-        )
-    targets = [
-        target for name, rows, tokens in cells for target in targets_of(found[name], rows, tokens)
-    ]
+        ours, theirs = InOurRuntime({**own, **size}), InLlamaCpp({**other, **size})
+        sides = {
+            "own prefill_s": ours.prefill, "llama.cpp prefill_s": theirs.prefill,
+            "own decode_s": ours.decode, "llama.cpp decode_s": theirs.decode,
+        }  # fmt: skip
+        seconds[cell] = alternate(sides, settings.repeats)
+        targets += targets_of(seconds[cell], rows, tokens)
     write_record(
         "engine_steps",
         device="cpu",
@@ -77,11 +62,8 @@ def main(settings: EngineStepsSettings) -> None:
         targets=targets,
         measured={
             "cells": {
-                name: {
-                    engine: {what: harness.spread(values) for what, values in times.items()}
-                    for engine, times in engines.items()
-                }
-                for name, engines in found.items()
+                cell: {name: spread(each) for name, each in sides.items()}
+                for cell, sides in seconds.items()
             },
             "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
         },
@@ -92,45 +74,25 @@ def main(settings: EngineStepsSettings) -> None:
     )
 
 
-def times_of(engines: Mapping[str, Serving], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """``prefill_s`` and ``decode_s`` of each engine, one number for each repeat."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for what in ("prefill", "decode"):
-            for name, engine in engines.items():
-                seconds = harness.seconds_of(getattr(engine, what))
-                if repeat:
-                    found[name].setdefault(f"{what}_s", []).append(seconds)
-    return found
-
-
-def targets_of(
-    engines: Mapping[str, Mapping[str, list[float]]], rows: int, tokens: int
-) -> Iterator[harness.Target]:
-    """What is wanted of one cell, and was measured there.
+def targets_of(seconds: Mapping[str, list[float]], rows: int, tokens: int) -> Iterator[Target]:
+    """The targets of one cell.
 
     Args:
-        engines: ``prefill_s`` and ``decode_s`` of each engine, paired.
+        seconds: ``ENGINE prefill_s`` and ``ENGINE decode_s`` of both engines, paired.
         rows: Rows of the cell.
         tokens: Tokens of each.
     """
-    own, other = engines["own"], engines["llama.cpp"]
-    case = f"{rows} x {tokens} tokens"
+
+    def target(what: str, name: str, at_most: float) -> Target:
+        measured = ratios(seconds[f"own {name}"], seconds[f"llama.cpp {name}"])
+        what = f"{what} against llama.cpp's, {rows} x {tokens} tokens"
+        return Target.of(what, measured, at_most=at_most, against=_AGAINST)
+
     if rows in _STEP_AT_MOST:
-        yield harness.Target.of(
-            f"decode step against llama.cpp's, {case}",
-            harness.ratios(own["decode_s"], other["decode_s"]),
-            at_most=_STEP_AT_MOST[rows],
-            against="llama.cpp, the same file, one thread",
-        )
+        yield target("decode step", "decode_s", _STEP_AT_MOST[rows])
     if (rows, tokens) == (1, _PREFILL_TOKENS):
-        yield harness.Target.of(
-            f"prefill against llama.cpp's, {case}",
-            harness.ratios(own["prefill_s"], other["prefill_s"]),
-            at_most=_PREFILL_AT_MOST,
-            against="llama.cpp, the same file, one thread",
-        )
+        yield target("prefill", "prefill_s", _PREFILL_AT_MOST)
 
 
 if __name__ == "__main__":
-    harness.launch(EngineStepsSettings, main)
+    launch(EngineStepsSettings, main)

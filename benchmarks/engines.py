@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import harness
-from benchmarks.record import write_record
+from benchmarks.harness import ModelSettings, launch, open_model, ratios, spread
+from benchmarks.record import Target, write_record
 from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
@@ -32,13 +31,11 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
-from rap_env.export.static_deployment import CACHE_TYPES, MaskBytes
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.vllm_config import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan
-from rap_env.request import Request
 
 _TEXTS = (
     "The garden behind the old house had not been tended for years, and the",
@@ -50,12 +47,12 @@ _TEXTS = (
     "Question: How many legs do a spider and two cats have together? Answer:",
     "She opened the letter slowly, read the first line twice, and then began",
 )
-_VLLM_PROGRAM = Path(__file__).with_name("vllm_process.py")
+_PROCESS = str(Path(__file__).with_name("engine_process.py"))
 _SAME_NLL = 1e-4
 
 
 @dataclass
-class EnginesSettings(harness.ModelSettings):
+class EnginesSettings(ModelSettings):
     """Settings of this benchmark; its device is the CPU."""
 
     device: str = "cpu"
@@ -123,7 +120,7 @@ def _masked_nll(llm: ElasticLLM, mask: BlockMask, window: torch.Tensor) -> float
 def main(settings: EnginesSettings) -> None:
     """Measure, and write the record."""
     need_llama_cpp()
-    llm = harness.open_model(settings)
+    llm = open_model(settings)
     masks, source = masks_of(llm.adapter.num_layers), GgufModel.of_file(gguf_file(settings.model))
     with tempfile.TemporaryDirectory() as folder:
         agreement = _agreement(settings, llm, masks, Path(folder))
@@ -131,17 +128,14 @@ def main(settings: EnginesSettings) -> None:
         for name, mask in plans.items() if settings.vllm_python else ():
             folders[name] = save_pruned(llm, mask, Path(folder, name))
         del llm
-        began = time.perf_counter()
         for name, mask in plans.items():
             files[name] = Path(folder, f"{name}.gguf")
             export_gguf(source, CompressionPlan(mask), files[name])
-        export_s = (time.perf_counter() - began) / len(plans)
         packed = load_llm(settings.model, device="cpu", dtype=settings.dtype, weights="native")
         quantised = _quantised(settings, packed, plans, files)
-        held = {name: _bytes(settings, packed, plans[name], path) for name, path in files.items()}
         del packed
         serving = _serving(settings, plans, files, folders)
-    _write(settings, agreement, quantised, held, serving, export_s)
+    _write(settings, agreement, quantised, serving)
 
 
 def prompts_of(settings: EnginesSettings, llm: ElasticLLM) -> torch.Tensor:
@@ -213,7 +207,7 @@ def _vllm(
         "sequences": ours[0].tolist(),
         "prompt_tokens": settings.prompt_tokens,
     }
-    answer = _answer([settings.vllm_python, str(_VLLM_PROGRAM)], task)
+    answer = _answer(settings.vllm_python, task)
     compared = _compared(*ours, answer["tokens"], answer["nll"], settings)
     return {**compared, "version": answer["version"]}
 
@@ -266,62 +260,46 @@ def _serving(
     names = ("context_tokens", "steps", "repeats")
     common = {name: getattr(settings, name) for name in names}
     common["threads"] = settings.threads or 1
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    measured: dict[str, dict[str, dict[str, list[float]]]] = {}
     for _ in range(settings.rounds):
         for name, mask in plans.items():
-            tasks: dict[str, dict[str, Any]] = {
-                "llama.cpp": {"engine": "llama.cpp", "file": str(files[name])},
-                "own": {"engine": "own", "model": settings.model, "weights": "native",
-                        "removed": list(mask.indices)},
-            }  # fmt: skip
+            own = {"model": settings.model, "weights": "native", "removed": list(mask.indices)}
+            tasks: dict[str, dict[str, Any]] = {"llama.cpp": {"file": str(files[name])}, "own": own}
             if folders:
                 tasks["vLLM"] = {"folder": str(folders[name]), "dtype": settings.dtype}
             for engine, task in tasks.items():
-                program = [sys.executable, "-m", "benchmarks.engine_process"]
-                if engine == "vLLM":
-                    program = [settings.vllm_python, str(_VLLM_PROGRAM)]
-                answer = _answer(program, {**common, **task})
-                kept = found.setdefault(engine, {}).setdefault(name, {})
+                python = settings.vllm_python if engine == "vLLM" else sys.executable
+                answer = _answer(python, {**common, **task, "engine": engine})
+                times = measured.setdefault(engine, {}).setdefault(name, {})
                 for what, value in answer.items():
-                    kept.setdefault(what, []).extend(value if isinstance(value, list) else [value])
-    return found
+                    times.setdefault(what, []).extend(value if isinstance(value, list) else [value])
+    return measured
 
 
-def _answer(program: list[str], task: Mapping[str, Any]) -> Any:
-    """What a process answers to a task on its standard input."""
+def _answer(python: str, task: Mapping[str, Any]) -> Any:
+    """What `benchmarks.engine_process` answers to a task."""
     threads = str(task.get("threads", 1))
     done = subprocess.run(
-        program,
+        [python, _PROCESS],
         input=json.dumps(task),
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "PYTHONPATH": os.pathsep.join(sys.path) if python == sys.executable else "",
+        },
     )
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def _bytes(
-    settings: EnginesSettings, packed: ElasticLLM, mask: BlockMask, path: Path
-) -> dict[str, int]:
-    """Predicted and measured bytes of a plan in llama.cpp: weights, cache and workspace."""
-    tokens = settings.context_tokens + settings.steps
-    engine = LlamaCpp(str(path), "f16", 1, tokens, settings.threads or 1)
-    buffers = engine.buffers
-    measured = engine.model_bytes + sum(buffers.get(n, 0) for n in ("KV", "compute", "output"))
-    engine.close()
-    held = MaskBytes.of(packed.facts, mask)
-    predicted = held.with_request(packed.facts, CACHE_TYPES[0], Request(1, tokens, 1), 256)
-    return {"predicted": sum(predicted.values()), "measured": measured}
 
 
 def _write(
     settings: EnginesSettings,
     agreement: Mapping[str, Mapping[str, Any]],
     quantised: Mapping[str, float],
-    held: Mapping[str, Mapping[str, int]],
     serving: Mapping[str, Mapping[str, Mapping[str, list[float]]]],
-    export_s: float,
 ) -> None:
     targets = []
     for engine, cells in agreement.items():
@@ -331,26 +309,23 @@ def _write(
         what = f"{engine}: prompts whose {settings.new_tokens} tokens are ours"
         apart = max(cell["nll_apart"] for cell in ran)
         targets += [
-            harness.Target(what, prompts, None, equal, case),
-            harness.Target(f"{engine}: nats/token apart, at worst", None, _SAME_NLL, apart, case),
+            Target(what, prompts, None, equal, case),
+            Target(f"{engine}: nats/token apart, at worst", None, _SAME_NLL, apart, case),
         ]
     plans = serving["llama.cpp"]
     ten = plans["five attention and five FFN blocks"]
-    faster = harness.ratios(ten["decode_s"], plans["dense"]["decode_s"])
-    off = [100 * abs(found["predicted"] / found["measured"] - 1) for found in held.values()]
+    faster = ratios(ten["decode_s"], plans["dense"]["decode_s"])
     worst = max(map(abs, quantised.values()))
     file = "the model's own GGUF file"
     targets += [
-        harness.Target("llama.cpp: nats/token apart from our plan", None, 0.01, worst, file),
-        harness.Target.of(
+        Target("llama.cpp: nats/token apart from our plan", None, 0.01, worst, file),
+        Target.of(
             "llama.cpp: decode time without ten blocks", faster, at_most=0.95, against="dense"
         ),
-        harness.Target("llama.cpp: % off in bytes, at worst", None, 5.0, max(off), file),
-        harness.Target("seconds of an export to GGUF", None, 15.0, export_s, file),
     ]
     spreads = {
         engine: {
-            name: {what: harness.spread(values) for what, values in found.items()}
+            name: {what: spread(values) for what, values in found.items()}
             for name, found in sides.items()
         }
         for engine, sides in serving.items()
@@ -358,7 +333,6 @@ def _write(
     measured = {
         "agreement": agreement,
         "quantised_nll_apart": quantised,
-        "bytes": held,
         "serving": spreads,
         "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
     }
@@ -379,4 +353,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    harness.launch(EnginesSettings, main)
+    launch(EnginesSettings, main)

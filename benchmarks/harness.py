@@ -1,4 +1,4 @@
-"""Shared parts of all benchmarks: settings, alternating measurements, memory peaks, targets."""
+"""Shared parts of all benchmarks: settings, alternating measurements, memory peaks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class Settings:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        """Reject a number of repeats below 1."""
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, not {self.repeats}")
 
@@ -63,43 +62,36 @@ def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
     return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
 
 
-def settings_from_cli(schema: type[T]) -> T:
-    """The settings of a benchmark, with ``key=value`` arguments of the command line.
+def launch(schema: type[T], run: Callable[[T], object]) -> None:
+    """Run a benchmark with the ``key=value`` settings of the command line.
 
-    A misspelt key or a value of the wrong type ends the program with a message and exit code 2,
-    ``--help`` with the benchmark's text, its settings and their defaults.
+    A misspelt key, a value of the wrong type and a `RapError` of `run` end the program with a
+    message and exit code 2; ``--help`` prints the benchmark's text and the default settings.
     """
     words = sys.argv[1:]
     if {"-h", "--help"}.intersection(words):
-        known = OmegaConf.to_yaml(OmegaConf.structured(schema))
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
         text = inspect.getdoc(sys.modules[schema.__module__])
-        sys.stdout.write(f"{text}\n\nSettings, given as key=value, and their defaults:\n\n{known}")
-        sys.exit()
+        sys.stdout.write(
+            f"{text}\n\nSettings, given as key=value, and their defaults:\n\n{defaults}"
+        )
+        return
     try:
-        given = OmegaConf.from_cli(words)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
-        made: Any = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(words))
+        settings: Any = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, RapError, ValueError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(schema))  # type: ignore[arg-type]
+        names = ", ".join(field.name for field in dataclasses.fields(schema))  # type: ignore[arg-type]
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        sys.stderr.write(f"Error: {reason}. Settings are given as key=value; known are {known}.\n")
-        sys.exit(_EXIT_CODE)
-    settings: T = made
-    return settings
-
-
-def launch(schema: type[T], run: Callable[[T], object]) -> None:
-    """Run a benchmark with the settings of the command line.
-
-    A `RapError` of `run`, such as for a model that cannot be loaded, ends the program with its
-    message and exit code 2.
-    """
-    settings = settings_from_cli(schema)
+        _fail(f"{reason}. Settings are given as key=value; known are {names}.")
     try:
         run(settings)
     except RapError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        sys.exit(_EXIT_CODE)
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"Error: {message}\n")
+    sys.exit(_EXIT_CODE)
 
 
 def alternate(
@@ -137,53 +129,6 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-@dataclass(frozen=True)
-class Target:
-    """A bound for a measured number, and the number that was reached.
-
-    Attributes:
-        what: What the number is, with its unit or what it is a ratio of.
-        at_least: Lowest value that meets it, or None.
-        at_most: Highest value that meets it, or None.
-        reached: The median that was measured.
-        against: The reference of the comparison.
-        low: Lowest measurement, where there are several.
-        high: Highest measurement.
-    """
-
-    what: str
-    at_least: float | None
-    at_most: float | None
-    reached: float
-    against: str = ""
-    low: float | None = None
-    high: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.at_least is None and self.at_most is None:
-            raise ValueError(f"The target {self.what!r} needs at_least or at_most.")
-
-    @classmethod
-    def of(
-        cls,
-        what: str,
-        measured: Mapping[str, float],
-        *,
-        at_least: float | None = None,
-        at_most: float | None = None,
-        against: str = "",
-    ) -> Target:
-        """A target for measurements as `spread` or `ratios` returns them; the median decides."""
-        median, low, high = measured["median"], measured["low"], measured["high"]
-        return cls(what, at_least, at_most, median, against, low, high)
-
-    @property
-    def met(self) -> bool:
-        """Whether the number is within its bounds."""
-        above = self.at_least is None or self.reached >= self.at_least
-        return above and (self.at_most is None or self.reached <= self.at_most)
-
-
 def seconds_of(run: Callable[[], object]) -> float:
     """Seconds of a call, including the work of a CUDA device that is in use."""
     gc.collect()  # so that no side pays for garbage of another one
@@ -204,7 +149,7 @@ def _synchronise() -> None:
 def parse_request(text: str) -> tuple[int, int]:
     """Batch size and sequence length in tokens from a text such as ``4x1024``."""
     batch_size, _, tokens = text.partition("x")
-    if not (batch_size.isdigit() and tokens.isdigit()):
+    if not (batch_size.isdigit() and tokens.isdigit() and int(batch_size) * int(tokens)):
         raise InvalidRequestError(
             f"A request is written like 4x1024 (batch size x tokens), not {text!r}."
         )
@@ -248,7 +193,7 @@ def measured_peak(device: torch.device) -> Iterator[Peak]:
         yield measured
     results: Any = seen.profiler
     reports = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = 0
+    allocated_bytes = 0
     for report in sorted(reports, key=lambda report: report.start_ns()):
-        held += report.nbytes()  # negative for freed memory
-        measured.peak_bytes = max(measured.peak_bytes, held)
+        allocated_bytes += report.nbytes()  # negative for freed memory
+        measured.peak_bytes = max(measured.peak_bytes, allocated_bytes)

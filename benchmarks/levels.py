@@ -8,12 +8,21 @@ batch change at once, and the bytes of every level are compared with those of it
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.record import write_record
+from benchmarks.harness import (
+    ModelSettings,
+    alternate,
+    launch,
+    open_model,
+    parse_request,
+    ratios,
+    seconds_of,
+    spread,
+)
+from benchmarks.record import Target, write_record
 from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
@@ -21,13 +30,14 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
-_DECODE_TARGETS = {1: 0.85, 8: 1.0}
-_PREFILL_TARGET, _CACHE_TARGET, _CHANGE_TARGET = 1.15, 1.3, 3.0
-_FREED_TARGET = 5.0
+_DECODE_AT_MOST = {1: 0.85, 8: 1.0}
+_PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST, _FREED_PERCENT_AT_MOST = 1.15, 1.3, 3.0, 5.0
+
+Measured = dict[str, Any]
 
 
 @dataclass
-class LevelsSettings(harness.ModelSettings):
+class LevelsSettings(ModelSettings):
     """Settings of this benchmark."""
 
     packed: str = "native"
@@ -52,51 +62,58 @@ class LevelsSettings(harness.ModelSettings):
 
 def main(settings: LevelsSettings) -> None:
     """Measure, and write the record."""
-    wide = harness.open_model(settings, weights="bf16")
-    packed = harness.open_model(settings, weights=settings.packed)
-    decode = {rows: _decoding(wide, packed, rows, settings) for rows in settings.rows}
-    prefill = _prefilling(wide, packed, settings)
-    cache = _cached(packed, settings)
-    change = _changing(wide, settings)
-    sizes = _bytes_of_levels(wide, settings)
-    freed = _freeing(wide)
-    unquantised, against = f"{wide.facts.dtype} weights", "times the time of"
-    targets = [
-        harness.Target.of(
-            f"{against} a decode step of {rows} row{'s' if rows > 1 else ''}, weights packed",
-            found["ratio"],
-            at_most=_DECODE_TARGETS.get(rows, 1.0),
-            against=unquantised,
-        )
-        for rows, found in decode.items()
-    ]
+    wide = open_model(settings, weights="bf16")
+    packed = open_model(settings, weights=settings.packed)
+    wide_weights, targets = f"{wide.facts.dtype} weights", []
+
+    def compare(what: str, sides: Measured, calls: int, at_most: float, against: str) -> Measured:
+        compared = _compared(sides, settings.repeats, calls)
+        what = f"times the time of a {what}"
+        targets.append(Target.of(what, compared["ratio"], at_most=at_most, against=against))
+        return compared
+
+    measured: dict[str, Any] = {"decode": {}, "cache": {}}
+    for rows in settings.rows:
+        measured["decode"][f"{rows}_rows"] = compare(
+            f"decode step of {rows} row{'s' * (rows > 1)}, weights packed",
+            {
+                name: _stepping(batch_of(llm, rows, settings.context_tokens), settings.steps)
+                for name, llm in (("new", packed), ("old", wide))
+            },
+            settings.steps, _DECODE_AT_MOST.get(rows, 1.0), wide_weights,
+        )  # fmt: skip
+    measured["prefill"] = compare(
+        f"prefill of {settings.context_tokens} tokens, weights packed",
+        {
+            "new": lambda: batch_of(packed, 1, settings.context_tokens),
+            "old": lambda: batch_of(wide, 1, settings.context_tokens),
+        },
+        1, _PREFILL_AT_MOST, wide_weights,
+    )  # fmt: skip
+    for name, sides in _cache_sides(settings):
+        measured["cache"][name] = compare(
+            f"decode step of {settings.cache_request} tokens, cache in {settings.cache}",
+            sides, settings.steps, _CACHE_AT_MOST, f"a {wide.facts.dtype} cache, {name}",
+        )  # fmt: skip
+    change = measured["change"] = _changing(wide, settings)
+    sizes = measured["bytes"] = _bytes_of_levels(wide, settings)
+    freed = measured["freed"] = _freeing(wide)
     targets += [
-        harness.Target.of(
-            f"{against} a prefill of {settings.context_tokens} tokens, weights packed",
-            prefill["ratio"], at_most=_PREFILL_TARGET, against=unquantised,
-        ),
-        *(
-            harness.Target.of(
-                f"{against} a decode step of {settings.cache_request} tokens, cache in "
-                f"{settings.cache}",
-                found["ratio"], at_most=_CACHE_TARGET,
-                against=f"a {wide.facts.dtype} cache, {name}",
-            )
-            for name, found in cache.items()
-        ),
-        harness.Target.of(
+        Target.of(
             "decode steps that a change of the levels of all weights and caches takes",
-            change["ratio"], at_most=_CHANGE_TARGET,
+            change["ratio"],
+            at_most=_CHANGE_AT_MOST,
             against=f"a decode step: {1000 * change['step_s']['median']:.1f} ms",
         ),
-        harness.Target(
+        Target(
             "bytes between predicted and held, at most, over all levels", None, 0.0,
             max(abs(row["difference_bytes"]) for row in sizes.values()),
             f"{len(sizes)} levels of weights and caches",
         ),
-        harness.Target(
+        Target(
             "% that memory freed by lower weights differs from the predicted, at most", None,
-            _FREED_TARGET, max(abs(row["difference_percent"]) for row in freed.values()),
+            _FREED_PERCENT_AT_MOST,
+            max(abs(row["difference_percent"]) for row in freed.values()),
             "the bytes of the levels; weights offloaded",
         ),
     ]  # fmt: skip
@@ -105,14 +122,7 @@ def main(settings: LevelsSettings) -> None:
         device=str(wide.device),
         settings=settings,
         targets=targets,
-        measured={
-            "decode": {f"{rows}_rows": found for rows, found in decode.items()},
-            "prefill": prefill,
-            "cache": cache,
-            "change": change,
-            "bytes": sizes,
-            "freed": freed,
-        },
+        measured=measured,
         notes=[
             f"{wide.facts.dtype}; packed weights are {packed.facts.weights}; "
             f"{settings.context_tokens} tokens of context.",
@@ -131,7 +141,7 @@ def batch_of(llm: ElasticLLM, rows: int, tokens: int, reserve_tokens: int = 0) -
     return batch
 
 
-def stepping(batch: LiveBatch, steps: int) -> Callable[[], None]:
+def _stepping(batch: LiveBatch, steps: int) -> Callable[[], None]:
     """A call that runs some decode steps."""
 
     def run() -> None:
@@ -142,68 +152,34 @@ def stepping(batch: LiveBatch, steps: int) -> Callable[[], None]:
 
 
 def _compared(
-    sides: dict[str, Callable[[], object]], settings: LevelsSettings, calls: int
+    sides: Mapping[str, Callable[[], object]], repeats: int, calls: int
 ) -> dict[str, Any]:
     """Seconds of one call of ``new`` and ``old``, measured in turn, and their ratio."""
-    seconds = harness.alternate(sides, settings.repeats)
-    one = {name: [total / calls for total in found] for name, found in seconds.items()}
+    seconds = {n: [total / calls for total in t] for n, t in alternate(sides, repeats).items()}
     return {
-        "ratio": harness.ratios(one["new"], one["old"]),
-        "new_s": harness.spread(one["new"]),
-        "old_s": harness.spread(one["old"]),
+        "ratio": ratios(seconds["new"], seconds["old"]),
+        "new_s": spread(seconds["new"]),
+        "old_s": spread(seconds["old"]),
     }
 
 
-def _decoding(
-    wide: ElasticLLM, packed: ElasticLLM, rows: int, settings: LevelsSettings
-) -> dict[str, Any]:
-    models = {"new": packed, "old": wide}
-    sides: dict[str, Callable[[], object]] = {
-        name: stepping(batch_of(llm, rows, settings.context_tokens), settings.steps)
-        for name, llm in models.items()
-    }
-    return _compared(sides, settings, settings.steps)
-
-
-def _prefilling(wide: ElasticLLM, packed: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
-    tokens = settings.context_tokens
-    sides: dict[str, Callable[[], object]] = {
-        "new": lambda: batch_of(packed, 1, tokens),
-        "old": lambda: batch_of(wide, 1, tokens),
-    }
-    return _compared(sides, settings, 1)
-
-
-def _cached(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
+def _cache_sides(settings: LevelsSettings) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
     """Steps with a quantised and with unquantised caches; each has its own copy of the model.
 
     The unquantised caches are copied at each step, as transformers' own, or have room for all
     tokens, as those of the server.
     """
-    rows, tokens = harness.parse_request(settings.cache_request)
-    layers = llm.facts.num_layers
+    rows, tokens = parse_request(settings.cache_request)
     room = settings.steps * (settings.repeats + 1)
-    sides: dict[str, Callable[[], object]] = {}
-    kinds = {
-        "copied": ("native", 0),
-        "with room": ("native", tokens + room),
-        "new": (settings.cache, 0),
-    }
-    for name, (cache, reserve_tokens) in kinds.items():
-        model = harness.open_model(settings, weights=settings.packed)
-        model.apply(CompressionPlan.uniform(layers, caches=cache))
+
+    def side(cache: str, reserve_tokens: int) -> Callable[[], None]:
+        model = open_model(settings, weights=settings.packed)
+        model.apply(CompressionPlan.uniform(model.facts.num_layers, caches=cache))
         batch = batch_of(model, rows, max(1, tokens - room // 2), reserve_tokens)
-        sides[name] = stepping(batch, settings.steps)
-    seconds = harness.alternate(sides, settings.repeats)
-    steps = {name: [s / settings.steps for s in some] for name, some in seconds.items()}
-    return {
-        name: {
-            "ratio": harness.ratios(steps["new"], steps[name]),
-            "new_s": harness.spread(steps["new"]),
-            "old_s": harness.spread(steps[name]),
-        }
-        for name in ("copied", "with room")
-    }
+        return _stepping(batch, settings.steps)
+
+    for name, reserve_tokens in (("copied", 0), ("with room", tokens + room)):
+        yield name, {"old": side("native", reserve_tokens), "new": side(settings.cache, 0)}
 
 
 def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
@@ -212,23 +188,22 @@ def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
     change_s, step_s, back_s = [], [], []
     for _ in range(settings.repeats + 1):  # the first one makes the levels
         batch = batch_of(llm, 1, settings.context_tokens)
-        step_s.append(harness.seconds_of(stepping(batch, settings.steps)) / settings.steps)
-        change_s.append(harness.seconds_of(lambda: llm.apply(lowered)))
-        back_s.append(harness.seconds_of(lambda: llm.apply(CompressionPlan())))
+        step_s.append(seconds_of(_stepping(batch, settings.steps)) / settings.steps)
+        change_s.append(seconds_of(lambda: llm.apply(lowered)))
+        back_s.append(seconds_of(lambda: llm.apply(CompressionPlan())))
         batch.close()
     return {
-        "ratio": harness.ratios(change_s[1:], step_s[1:]),
-        "change_s": harness.spread(change_s[1:]),
-        "back_s": harness.spread(back_s[1:]),
-        "step_s": harness.spread(step_s[1:]),
+        "ratio": ratios(change_s[1:], step_s[1:]),
+        "change_s": spread(change_s[1:]),
+        "back_s": spread(back_s[1:]),
+        "step_s": spread(step_s[1:]),
         "first_change_s": change_s[0],
     }
 
 
 def _all_lowered(llm: ElasticLLM) -> CompressionPlan:
     """Every item at int4 (embeddings at int8), as far as the model has these levels."""
-    levels = [plan for name, plan in weight_plans(llm) if name == "int4"]
-    lowered = levels[0] if levels else CompressionPlan()
+    lowered = dict(weight_plans(llm)).get("int4", CompressionPlan())
     caches = CompressionPlan.uniform(llm.facts.num_layers, caches="int4").levels
     return lowered.lower(caches) if llm.facts.kv_heads else lowered
 
@@ -238,11 +213,8 @@ def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, CompressionPlan
     facts = llm.facts
     levels: tuple[WeightLevel, ...] = ("int8", "int4")
     for level in levels:
-        weights = tuple(
-            (index, level)
-            for index in range(facts.num_blocks)
-            if level in facts.weight_levels(index)
-        )
+        blocks = (i for i in range(facts.num_blocks) if level in facts.weight_levels(i))
+        weights = tuple((index, level) for index in blocks)
         embeddings: WeightLevel = "int8" if "int8" in facts.embedding_levels else "native"
         if weights:
             yield level, CompressionPlan(weights=weights, embeddings=embeddings)
@@ -250,30 +222,29 @@ def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, CompressionPlan
 
 def _bytes_of_levels(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, dict[str, int]]:
     """Predicted and held bytes of each level of weights and of caches."""
-    memory, tokens = MemoryModel(llm), settings.bytes_tokens
+    memory, tokens, rows = MemoryModel(llm), settings.bytes_tokens, {}
     request = Request(2, tokens, budget_bytes=2**62)
-    layers, found = llm.facts.num_layers, {}
     llm.set_residency("offload")  # so that only the levels in use are in memory
     plans = {"weights native": CompressionPlan()}
     plans |= {f"weights {level}": plan for level, plan in weight_plans(llm)}
     plans |= {
-        f"cache {cache}": CompressionPlan.uniform(layers, caches=cache)
+        f"cache {cache}": CompressionPlan.uniform(llm.facts.num_layers, caches=cache)
         for cache in (settings.caches if llm.facts.kv_heads else [])
     }
     for name, plan in plans.items():
         llm.apply(plan)
         batch = batch_of(llm, request.batch_size, tokens)
-        held = memory.breakdown(plan, request)
-        predicted = held.weights + held.stubs + held.embeddings + held.kv_cache
+        parts = memory.breakdown(plan, request)
+        predicted = parts.weights + parts.stubs + parts.embeddings + parts.kv_cache
         measured = llm.held_bytes.weights + batch.kv_bytes
         batch.close()
-        found[name] = {
+        rows[name] = {
             "predicted_bytes": predicted,
             "held_bytes": measured,
             "difference_bytes": predicted - measured,
         }
     llm.apply(CompressionPlan())
-    return found
+    return rows
 
 
 def _freeing(llm: ElasticLLM) -> dict[str, dict[str, Any]]:
@@ -290,17 +261,17 @@ def _freeing(llm: ElasticLLM) -> dict[str, dict[str, Any]]:
         native, lowered = (memory.breakdown(p, request) for p in (CompressionPlan(), plan))
         predicted = native.peak - native.workspace - lowered.peak + lowered.workspace
         before = meter.used_bytes()
-        seconds = harness.seconds_of(lambda: llm.apply(plan))  # noqa: B023
+        change_s = seconds_of(lambda: llm.apply(plan))  # noqa: B023
         freed = before - meter.used_bytes()
         llm.apply(CompressionPlan())
         rows[level] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,
             "difference_percent": 100 * (freed - predicted) / predicted,
-            "change_s": seconds,
+            "change_s": change_s,
         }
     return rows
 
 
 if __name__ == "__main__":
-    harness.launch(LevelsSettings, main)
+    launch(LevelsSettings, main)

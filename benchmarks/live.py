@@ -9,18 +9,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from benchmarks import harness
-from benchmarks.record import write_record
+from benchmarks.harness import (
+    ModelSettings,
+    alternate,
+    launch,
+    open_model,
+    ratios,
+    seconds_of,
+    spread,
+)
+from benchmarks.record import Target, write_record
 from rap_env.blocks import BlockMask
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 
 
 @dataclass
-class LiveSettings(harness.ModelSettings):
+class LiveSettings(ModelSettings):
     """Settings of this benchmark."""
 
     blocks: int = 20
@@ -36,40 +43,43 @@ class LiveSettings(harness.ModelSettings):
 
 def main(settings: LiveSettings) -> None:
     """Measure, and write the record."""
-    llm = harness.open_model(settings)
+    llm = open_model(settings)
     drawn = random.Random(0).sample(range(llm.num_blocks), llm.num_blocks)
     mask = BlockMask.of(*drawn[: settings.blocks])
     switch = _switching(llm, mask, settings)
     refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
     offload = _offloading(llm, [BlockMask.of(*drawn[:n]) for n in settings.offloaded])
+    targets = [
+        Target.of(
+            "% of a decode step that removing blocks takes, their keys and values included",
+            switch["share_percent"],
+            at_most=2.0,
+            against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
+        )
+    ]
+    targets += [
+        Target.of(
+            f"times a prefill that a refill of {tokens} tokens takes",
+            refill["ratio"],
+            at_most=1.1,
+            against=f"a prefill: {refill['prefill_s']['median']:.2f} s",
+        )
+        for tokens, refill in refills.items()
+    ]
+    targets.append(
+        Target(
+            "% that memory freed by offload differs from the predicted, at most",
+            None,
+            5.0,
+            max(abs(row["difference_percent"]) for row in offload.values()),
+            "the bytes of the blocks",
+        )
+    )
     write_record(
         "live",
         device=str(llm.device),
         settings=settings,
-        targets=[
-            harness.Target.of(
-                "% of a decode step that removing blocks takes, their keys and values included",
-                switch["share_percent"],
-                at_most=2.0,
-                against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
-            ),
-            *(
-                harness.Target.of(
-                    f"times a prefill that a refill of {n} tokens takes",
-                    found["ratio"],
-                    at_most=1.1,
-                    against=f"a prefill: {found['prefill_s']['median']:.2f} s",
-                )
-                for n, found in refills.items()
-            ),
-            harness.Target(
-                "% that memory freed by offload differs from the predicted, at most",
-                None,
-                5.0,
-                max(abs(row["difference_percent"]) for row in offload.values()),
-                "the bytes of the blocks",
-            ),
-        ],
+        targets=targets,
         measured={"switch": switch, "refill": refills, "offload": offload},
         notes=[
             f"{llm.facts.dtype}; {settings.blocks} random blocks with resident weights; "
@@ -86,27 +96,33 @@ def _prompt(llm: ElasticLLM, tokens: int) -> list[int]:
 def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict[str, Any]:
     """Seconds of removing and restoring blocks with a full cache, and of decode steps."""
     prompt = _prompt(llm, settings.context_tokens)
-    remove_s, restore_s, step_s = [], [], []
-    for _ in range(settings.repeats + 1):  # the first one is a warm-up
-        batch = LiveBatch(llm, restore="next_request")
-        batch.prefill([prompt])
-        batch.extend([0])
-        step_s.append(harness.seconds_of(partial(_decode, batch, settings.steps)))
-        remove_s.append(harness.seconds_of(lambda: llm.apply(mask)))
-        restore_s.append(harness.seconds_of(lambda: llm.apply(BlockMask())))
-    steps = [seconds / settings.steps for seconds in step_s[1:]]
-    share = harness.ratios([100 * seconds for seconds in remove_s[1:]], steps)
+    batches: list[LiveBatch] = []
+
+    def prepare() -> None:
+        batches[:] = [LiveBatch(llm, restore="next_request")]
+        batches[0].prefill([prompt])
+        batches[0].extend([0])
+
+    def decode() -> None:
+        for _ in range(settings.steps):
+            batches[0].extend([0])
+
+    seconds = alternate(
+        {
+            "prepare": prepare,
+            "decode": decode,
+            "remove": lambda: llm.apply(mask),
+            "restore": lambda: llm.apply(BlockMask()),
+        },
+        settings.repeats,
+    )
+    steps = [total / settings.steps for total in seconds["decode"]]
     return {
-        "share_percent": share,
-        "step_s": harness.spread(steps),
-        "remove_s": harness.spread(remove_s[1:]),
-        "restore_s": harness.spread(restore_s[1:]),
+        "share_percent": ratios([100 * total for total in seconds["remove"]], steps),
+        "step_s": spread(steps),
+        "remove_s": spread(seconds["remove"]),
+        "restore_s": spread(seconds["restore"]),
     }
-
-
-def _decode(batch: LiveBatch, steps: int) -> None:
-    for _ in range(steps):
-        batch.extend([0])
 
 
 def _refilling(
@@ -114,29 +130,29 @@ def _refilling(
 ) -> dict[str, Any]:
     """Time of the step that refills the cache minus a plain step, and of a prefill."""
     prompt = _prompt(llm, tokens)
-    ready: list[LiveBatch] = []
+    batches: list[LiveBatch] = []
 
     def prepare() -> None:
-        ready.clear()
+        batches.clear()
         llm.apply(mask)
         batch = LiveBatch(llm)
         batch.prefill([prompt])
         llm.apply(BlockMask())
-        ready.append(batch)
+        batches.append(batch)
 
     sides = {
         "prepare": prepare,
-        "refill": lambda: ready[0].extend([0]),
-        "step": lambda: ready[0].extend([0]),
+        "refill": lambda: batches[0].extend([0]),
+        "step": lambda: batches[0].extend([0]),
         "prefill": lambda: LiveBatch(llm).prefill([prompt]),
     }
-    seconds = harness.alternate(sides, settings.repeats)
-    refill = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
+    seconds = alternate(sides, settings.repeats)
+    refill_s = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
     return {
-        "ratio": harness.ratios(refill, seconds["prefill"]),
-        "refill_s": harness.spread(refill),
-        "prefill_s": harness.spread(seconds["prefill"]),
-        "affected_layers": sum(index % 2 == 0 for index in mask),
+        "ratio": ratios(refill_s, seconds["prefill"]),
+        "refill_s": spread(refill_s),
+        "prefill_s": spread(seconds["prefill"]),
+        "affected_layers": mask.count("attn"),
     }
 
 
@@ -150,9 +166,9 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
     for mask in masks:
         predicted = sum(llm.blocks[index].param_bytes for index in mask)
         before = meter.used_bytes()
-        offload_s = harness.seconds_of(lambda: llm.apply(mask))  # noqa: B023
+        offload_s = seconds_of(lambda: llm.apply(mask))  # noqa: B023
         freed = before - meter.used_bytes()
-        restore_s = harness.seconds_of(lambda: llm.apply(BlockMask()))
+        restore_s = seconds_of(lambda: llm.apply(BlockMask()))
         rows[f"{len(mask)}_blocks"] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,
@@ -164,4 +180,4 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
 
 
 if __name__ == "__main__":
-    harness.launch(LiveSettings, main)
+    launch(LiveSettings, main)

@@ -8,7 +8,6 @@ changes how freed memory is kept, which would speed up the naive loop too.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Collection
 from multiprocessing.connection import Connection
@@ -52,9 +51,9 @@ class NaiveModel:
     def nll(self, removed: Collection[int]) -> float:
         """Mean NLL without some blocks, nats per token."""
         for index, layer in enumerate(self._model.model.layers):
-            gone = 2 * index in removed, 2 * index + 1 in removed
-            layer.self_attn = _NoAttention() if gone[0] else self._parts[2 * index]
-            layer.mlp = _NoFFN() if gone[1] else self._parts[2 * index + 1]
+            attention, ffn = 2 * index, 2 * index + 1
+            layer.self_attn = _NoAttention() if attention in removed else self._parts[attention]
+            layer.mlp = _NoFFN() if ffn in removed else self._parts[ffn]
         logits = self._model(self._tokens, use_cache=False).logits.float()
         loss = nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, logits.shape[-1]), self._tokens[:, 1:].reshape(-1)
@@ -62,20 +61,15 @@ class NaiveModel:
         return float(loss)
 
 
-def serve(pipe: Connection, threads: int, keep_freed_memory: bool, *model_arguments: Any) -> None:
+def serve(pipe: Connection, threads: int, *model_arguments: Any) -> None:
     """Answer each list of removed blocks with (seconds, NLL), until None is received.
 
     Args:
         pipe: Connection for the lists and the answers.
         threads: Threads of torch.
-        keep_freed_memory: Let the C library keep freed memory, as this project does.
         model_arguments: As for `NaiveModel`.
     """
     torch.set_num_threads(threads)
-    if keep_freed_memory:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-1, 2**30)
-        mallopt(-3, 2**30)
     model = NaiveModel(*model_arguments)
     model.nll(())
     pipe.send("ready")

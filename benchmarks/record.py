@@ -1,4 +1,4 @@
-"""The record of one benchmark: machine and versions, targets, measurements, and its text form."""
+"""A benchmark's record, and the table of all records: ``python -m benchmarks.record [FOLDER]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,57 @@ RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 _PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "rap-env")
 _INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+_HEAD = (
+    "| Benchmark | What | Against | Reached | Target | Met | Device |\n"
+    "| :--- | :--- | :--- | ---: | ---: | :---: | :--- |"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A bound for a measured number, and the number that was reached.
+
+    Attributes:
+        what: What the number is, with its unit or what it is a ratio of.
+        at_least: Lowest value that meets it, or None.
+        at_most: Highest value that meets it, or None.
+        reached: The median that was measured.
+        against: The reference of the comparison.
+        low: Lowest measurement, where there are several.
+        high: Highest measurement.
+    """
+
+    what: str
+    at_least: float | None
+    at_most: float | None
+    reached: float
+    against: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"The target {self.what!r} needs at_least or at_most.")
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        measured: Mapping[str, float],
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        against: str = "",
+    ) -> Target:
+        """A target for measurements as `spread` or `ratios` returns them; the median decides."""
+        median, low, high = measured["median"], measured["low"], measured["high"]
+        return cls(what, at_least, at_most, median, against, low, high)
+
+    @property
+    def met(self) -> bool:
+        """Whether the number is within its bounds."""
+        above = self.at_least is None or self.reached >= self.at_least
+        return above and (self.at_most is None or self.reached <= self.at_most)
 
 
 def write_record(
@@ -28,30 +79,31 @@ def write_record(
     *,
     device: str,
     settings: Any,
-    targets: Sequence[Any],
+    targets: Sequence[Target],
     measured: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write one benchmark's record as JSON and print it as a short table.
+    """Write one benchmark's record as JSON and print its targets.
 
     Args:
         name: Name of the benchmark; the file is ``NAME-cpu.json`` or ``NAME-cuda.json``.
         device: Device that was measured, such as ``"cpu"`` or ``"cuda:0"``.
-        settings: A dataclass; its `results_dir`, if it has one, is the folder of the record.
+        settings: A dataclass; its `results_dir` is the folder of the record.
         targets: The targets with the numbers that were reached.
         measured: All other measurements; plain values, with units in the names.
         notes: Sentences that explain the numbers, such as what bounds a missed target.
     """
-    chosen = dataclasses.asdict(settings)
-    folder = Path(chosen.pop("results_dir", RESULTS))
+    settings_used = dataclasses.asdict(settings)
+    folder = Path(settings_used.pop("results_dir"))
+    packages = {name.replace("-", "_"): v for name, v in package_versions(_PACKAGES).items()}
     record = {
         "benchmark": name,
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **(git_state() or {"commit": None, "dirty": None}),
         "machine": machine(),
-        "versions": versions(),
-        "settings": chosen,
+        "versions": {"python": platform.python_version(), **packages},
+        "settings": settings_used,
         "targets": [{**dataclasses.asdict(target), "met": target.met} for target in targets],
         "measured": dict(measured),
         "notes": list(notes),
@@ -59,7 +111,7 @@ def write_record(
     path = folder / f"{name}-{device.partition(':')[0]}.json"
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
-    sys.stdout.write(summary(record) + f"\nRecord: {path}\n")
+    sys.stdout.write(f"{markdown([record])}\nRecord: {path}\n")
     return path
 
 
@@ -70,35 +122,35 @@ def machine() -> dict[str, Any]:
         **machine_facts(),
         "cores": os.cpu_count(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that determine the speed."""
-    packages = {name.replace("-", "_"): v for name, v in package_versions(_PACKAGES).items()}
-    return {"python": platform.python_version(), **packages}
+def read_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All records of a folder, in order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+def markdown(records: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
+    rows = [_HEAD]
+    for record in records:
+        for target in record["targets"]:
+            cells = (
+                f"`{record['benchmark']}`",
+                target["what"],
+                target["against"] or "-",
+                _reached(target),
+                _bound(target),
+                "yes" if target["met"] else "no",
+                _processor(record),
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
-def summary(record: Mapping[str, Any]) -> str:
-    """A record as text: targets first, then other measurements, then notes."""
-    lines = [f"{record['benchmark']} on {processor(record)}"]
-    for target in record["targets"]:
-        verdict = "met" if target["met"] else "MISSED"
-        lines.append(f"  {verdict:<6} {target['what']}: {reached(target)}, wanted {bound(target)}")
-    lines += _lines(record["measured"])
-    return "\n".join([*lines, *(f"  Note: {note}" for note in record["notes"])])
-
-
-def processor(record: Mapping[str, Any]) -> str:
-    """The processor of a record: the GPU, or the CPU with its number of threads."""
+def _processor(record: Mapping[str, Any]) -> str:
+    """The GPU, or the CPU with its number of threads."""
     machine = record["machine"]
     if record["device"].startswith("cuda"):
         return str(machine.get("gpu", record["device"]))
@@ -108,39 +160,26 @@ def processor(record: Mapping[str, Any]) -> str:
     return f"{name}{shown}"
 
 
-def reached(target: Mapping[str, Any]) -> str:
-    """A target's number as text, with its spread if there is one."""
+def _reached(target: Mapping[str, Any]) -> str:
     text = _short(target["reached"])
     if target["low"] is None:
         return text
     return f"{text} [{_short(target['low'])}, {_short(target['high'])}]"
 
 
-def bound(target: Mapping[str, Any]) -> str:
-    """The bounds of a target as text."""
+def _bound(target: Mapping[str, Any]) -> str:
     sides = (("≥", target["at_least"]), ("≤", target["at_most"]))
     return " and ".join(f"{sign} {_short(value)}" for sign, value in sides if value is not None)
 
 
-def _lines(tree: Mapping[str, Any], name: str = "") -> list[str]:
-    """A line for each group of values, under its dotted name."""
-    groups = {key: value for key, value in tree.items() if _is_group(value)}
-    values = [f"{key} {_short(value)}" for key, value in tree.items() if key not in groups]
-    lines = [f"  {name}: {', '.join(values)}" if name else f"  {', '.join(values)}"]
-    for key, value in groups.items():
-        lines += _lines(value, f"{name}.{key}" if name else key)
-    return lines if values else lines[1:]
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, Mapping) and "median" not in value  # a spread is one value
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{_short(value['median'])} [{_short(value['low'])}, {_short(value['high'])}]"
+def _short(value: float) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    return f"{value:,}"
+
+
+if __name__ == "__main__":
+    committed = read_records(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    if not committed:
+        sys.exit("No records here; run a benchmark first, such as `python -m benchmarks.step`.")
+    sys.stdout.write(markdown(committed) + "\n")

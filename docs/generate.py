@@ -282,7 +282,7 @@ def leaderboard_markdown() -> str:
 
 def benchmarks_table() -> str:
     """The table of all benchmarks."""
-    from benchmarks.table import markdown, read_records
+    from benchmarks.record import markdown, read_records
 
     return markdown(read_records()) + "\n"
 

@@ -80,6 +80,13 @@ def tables_of(text: str) -> list[dict[str, list[str]]]:
     return tables
 
 
+def benchmark(name: str) -> list[float]:
+    """What a benchmark reached, one number for each of its targets."""
+    path = RESULTS / "benchmarks" / f"{name}-cpu.json"
+    targets = json.loads(path.read_text(encoding="utf-8"))["targets"]
+    return [target["reached"] for target in targets]
+
+
 def readme_results() -> str:
     """The README's results, with every number taken from the records."""
     summary, verdicts, *_ = tables_of(comparison_markdown("learning"))
@@ -87,14 +94,7 @@ def readme_results() -> str:
     served, _, quality, *_ = tables_of(replay_markdown("replay"))
     repair = tables_of(repair_markdown())[0]
     policy, greedy = summary["RAP policy (5)"], summary["Greedy per byte"]
-    targets = [
-        target["reached"]
-        for name in ("decide", "gsi", "step")
-        for target in json.loads(
-            (RESULTS / "benchmarks" / f"{name}-cpu.json").read_text(encoding="utf-8")
-        )["targets"]
-    ]
-    decision_ms, _, _, lazy, *_, steps = targets
+    (decision_ms,), (_, lazy, _), (_, steps) = map(benchmark, ("decide", "gsi", "step"))
     results = (
         *ladder_results(),
         *plan_results(),

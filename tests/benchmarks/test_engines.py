@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import engines
 from experiments.errors import ExperimentError
 from rap_env.models.families.adapter import adapter_for
@@ -18,6 +22,16 @@ from tests.tiny import tiny_config, tiny_llm
 SERVED = {
     "dense", "five attention and five FFN blocks", "ten attention blocks", "ten FFN blocks",
 }  # fmt: skip
+
+
+def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
+    lines = Path("Makefile").read_text().splitlines()
+    listed = next(line for line in lines if line.startswith("BENCHMARKS :=")).split(":=")[1].split()
+    modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    assert all(importlib.import_module(f"benchmarks.{name}").__doc__ for name in modules)
+    assert set(listed) == {
+        name for name in modules if hasattr(importlib.import_module(f"benchmarks.{name}"), "main")
+    }
 
 
 def test_masks_name_what_they_remove():
@@ -76,4 +90,3 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
             assert found["resident_bytes"]["low"] > found["library_bytes"]["low"] > 2**20
     met = {target["what"]: target["met"] for target in record["targets"]}
     assert met["llama.cpp: prompts whose 8 tokens are ours"]
-    assert met["seconds of an export to GGUF"]

@@ -1,0 +1,284 @@
+"""Scoring against full forward passes of a plain model: ``python -m benchmarks.scoring``.
+
+Record ``nll_many``: many masks are scored at once. They are those that a MaskablePPO agent scored
+during a training on the model, in two ways: with a reward at each step, all masks of its episodes;
+with a reward at the end, only the last mask of each episode, which share far fewer blocks. Record
+``gsi``: exact and lazy GSI against the naive loop over all candidates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from agents.algorithms import AgentConfig
+from agents.training import train
+from benchmarks.harness import ModelSettings, launch, open_model, ratios, spread
+from benchmarks.naive_scorer import serve
+from benchmarks.record import Target, write_record
+from rap_env.blocks import BlockMask
+from rap_env.context.live import LiveContext
+from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.importance.gsi_search import gsi
+from rap_env.importance.profiles import GSIProfile
+from rap_env.models.files.sources import locate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.scorer import METRIC, MaskScorer
+from rap_env.scoring.store import ScoreStore, context_key
+
+_EACH_MASK = "one full forward of a plain model for each mask"
+_EACH_CANDIDATE = "one full forward of a plain model for each candidate"
+_NAMES = {
+    "dense": "all masks of episodes, times as fast",
+    "terminal": "last masks of episodes, times as fast",
+}
+_LEAST_SLICES = 8
+_TOLERANCE = 1e-3  # a plain model's loss sums in another order
+
+NaiveLoop = Callable[[BlockMask], tuple[float, float]]
+"""The naive loop in a process of its own: returns seconds and NLL of a mask."""
+
+
+@dataclass
+class ScoringSettings(ModelSettings):
+    """Settings of this benchmark."""
+
+    windows: int = 8
+    window_tokens: int = 128
+    masks: int = 256
+    """Number of masks to score."""
+    train_steps: int = 6144
+    """Steps of the training that gives the last masks of episodes."""
+    removals: int = 24
+    """Blocks that GSI removes."""
+
+
+@dataclass(frozen=True)
+class ScoringSetup:
+    """A model and a text."""
+
+    llm: ElasticLLM
+    corpus: Corpus
+    settings: ScoringSettings
+
+    @classmethod
+    def open(cls, settings: ScoringSettings) -> ScoringSetup:
+        """Load the model and the text, and set torch's threads."""
+        llm = open_model(settings)
+        text = CorpusConfig(windows=settings.windows, window_tokens=settings.window_tokens)
+        return cls(llm, load_corpus(text, llm), settings)
+
+    @contextlib.contextmanager
+    def naive_loop(self) -> Iterator[NaiveLoop]:
+        """A process with a plain model of the same weights, dtype, text and threads.
+
+        Its C library returns freed memory; this project's keeps it.
+        """
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        model = (
+            os.fspath(locate(self.settings.model).folder),
+            str(self.llm.dtype).removeprefix("torch."),
+            str(self.llm.device),
+            self.corpus.tokens.tolist(),
+        )
+        arguments = (theirs, torch.get_num_threads(), *model)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+
+        def score(mask: BlockMask) -> tuple[float, float]:
+            ours.send(list(mask))
+            answer: tuple[float, float] = ours.recv()
+            return answer
+
+        process.start()
+        try:
+            theirs.close()
+            ours.recv()
+            yield score
+        finally:
+            with contextlib.suppress(OSError):
+                ours.send(None)
+            process.join(timeout=10)
+            process.kill()
+
+
+def main(settings: ScoringSettings) -> None:
+    """Measure, check the scores, and write both records."""
+    setup = ScoringSetup.open(settings)
+    for name, measure in (("nll_many", measure_masks), ("gsi", measure_gsi)):
+        targets, measured = measure(setup)
+        write_record(
+            name,
+            device=str(setup.llm.device),
+            settings=settings,
+            targets=targets,
+            measured=measured,
+            notes=[
+                "A ratio is total naive seconds over total seconds; the spread of many masks is "
+                "that of slices of them, each against the naive loop."
+            ],
+        )
+
+
+def measure_masks(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
+    """Time `nll_many` on masks of trainings."""
+    settings, targets, measured = setup.settings, [], {}
+    for timing, steps in (("dense", settings.masks), ("terminal", settings.train_steps)):
+        masks = rollout_masks(setup, timing, steps)[: settings.masks]
+        ours_s, naive_s, facts = _in_turn(setup, masks, max(_LEAST_SLICES, settings.repeats))
+        ratio, slices = sum(naive_s) / sum(ours_s), ratios(naive_s, ours_s)
+        targets.append(
+            Target(_NAMES[timing], 1.8, None, ratio, _EACH_MASK, slices["low"], slices["high"])
+        )
+        measured[timing] = {
+            "masks": len(masks),
+            "blocks_removed": spread([len(mask) for mask in masks]),
+            "seconds": sum(ours_s),
+            "naive_s": sum(naive_s),
+            **facts,
+        }
+    return targets, measured
+
+
+def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMask]:
+    """Masks that a training on the model scored, shuffled with a fixed seed.
+
+    Args:
+        setup: The model. The training's own text is short, since only its masks are used.
+        timing: Timing of the reward (see `rap_env.reward`).
+        steps: Steps of the training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = ScoreStore(Path(folder) / "scores.sqlite")
+        text = load_corpus(
+            CorpusConfig(windows=1, window_tokens=setup.settings.window_tokens), setup.llm
+        )
+        context = LiveContext(setup.llm, text, store, importance="none", progress=False)
+        train(
+            AgentConfig(name="maskable_ppo", total_timesteps=steps),
+            lambda num_envs: RAPPruneVectorEnv(
+                num_envs=num_envs,
+                context=context,
+                reward={"name": "perplexity", "timing": timing},
+                autoreset_mode="SameStep",
+            ),
+            Path(folder) / "run",
+        )
+        rows = store.rows(context_key(context.scorer.context), METRIC)
+        masks = sorted((mask for mask, _ in rows if mask), key=tuple)
+        store.close()
+    return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
+
+
+def _in_turn(
+    setup: ScoringSetup, masks: list[BlockMask], slices: int
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Call `nll_many` once; after each slice of it the naive loop scores the same masks.
+
+    Returns:
+        Seconds of each slice on both sides, and facts for the record.
+    """
+    scorer = MaskScorer(setup.llm, setup.corpus)
+    scorer_s: list[float] = []
+    naive_s: list[float] = []
+    naive_nll: list[float] = []
+    waiting: list[BlockMask] = []
+    with setup.naive_loop() as loop:
+        began = time.perf_counter()
+
+        def on_score(mask: BlockMask) -> None:
+            nonlocal began
+            waiting.append(mask)
+            scored = len(naive_nll) + len(waiting)
+            if len(waiting) * slices < len(masks) and scored < len(masks):
+                return
+            scorer_s.append(time.perf_counter() - began)
+            answers = [loop(mask) for mask in waiting]
+            naive_s.append(sum(seconds for seconds, _ in answers))
+            naive_nll.extend(nll for _, nll in answers)
+            order.extend(waiting)
+            waiting.clear()
+            began = time.perf_counter()
+
+        order: list[BlockMask] = []
+        nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
+    apart = max(abs(nll[mask] - naive) for mask, naive in zip(order, naive_nll, strict=True))
+    if apart > _TOLERANCE:
+        raise SystemExit(f"Scores differ by {apart} from the naive loop's; nothing was recorded.")
+    return (
+        scorer_s,
+        naive_s,
+        {
+            "share_of_blocks_saved": scorer.share_saved,
+            "largest_nll_difference_to_naive": apart,
+        },
+    )
+
+
+def measure_gsi(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
+    """Time exact and lazy GSI, and check that the exact order is the naive loop's."""
+    naive_order, naive_s = _naive_gsi(setup)
+    exact_s, exact = _timed_gsi(setup, "exact")
+    if setup.llm.device.type == "cpu" and naive_order != list(exact.order_indices):
+        raise SystemExit("Exact GSI gave another order than the naive loop; nothing was recorded.")
+    runs = [_timed_gsi(setup, "lazy") for _ in range(setup.settings.repeats)]
+    lazy_s, lazy = [seconds for seconds, _ in runs], runs[0][1]
+    lazy_nll = MaskScorer(setup.llm, setup.corpus).nll(BlockMask.of(*lazy.order_indices))
+    near = lazy_nll / exact.nll_after[-1]
+    times = spread([naive_s / seconds for seconds in lazy_s])
+    targets = [
+        Target("exact GSI, times as fast", 2.2, None, naive_s / exact_s, _EACH_CANDIDATE),
+        Target.of("lazy GSI, times as fast", times, at_least=9.0, against=_EACH_CANDIDATE),
+        Target("lazy GSI, final NLL over exact's", None, 1.01, near),
+    ]
+    measured = {
+        "naive_s": naive_s,
+        "order": [block.name for block in exact.order],
+        "exact": {"seconds": exact_s, "candidates": sum(exact.candidates)},
+        "lazy": {
+            "seconds": spread(lazy_s),
+            "candidates": sum(lazy.candidates),
+            "blocks_removed_as_by_exact": len({*lazy.order_indices} & {*exact.order_indices}),
+            "final_nll": lazy_nll,
+        },
+    }
+    return targets, measured
+
+
+def _naive_gsi(setup: ScoringSetup) -> tuple[list[int], float]:
+    """Removed blocks in order, and seconds of all candidates."""
+    order: list[int] = []
+    total_s = 0.0
+    with setup.naive_loop() as loop:
+        for _ in range(setup.settings.removals):
+            scores = {}
+            for block in setup.llm.blocks:
+                if block.index not in order:
+                    seconds, scores[block.index] = loop(BlockMask.of(*order, block.index))
+                    total_s += seconds
+            order.append(min(scores, key=lambda index: scores[index]))
+    return order, total_s
+
+
+def _timed_gsi(setup: ScoringSetup, method: Literal["exact", "lazy"]) -> tuple[float, GSIProfile]:
+    scorer = MaskScorer(setup.llm, setup.corpus)
+    _ = scorer.dense_nll  # the naive loop does not measure the dense model
+    began = time.perf_counter()
+    profile = gsi(scorer, method=method, stop=setup.settings.removals, progress=False)
+    return time.perf_counter() - began, profile
+
+
+if __name__ == "__main__":
+    launch(ScoringSettings, main)
