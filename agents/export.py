@@ -18,10 +18,10 @@ from agents.observations import make_builder
 from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
 from rap_env.ladder.item_observation import ItemObservationBuilder
-from rap_env.runtime.ladder_network import ItemNetworkWeights
-from rap_env.runtime.ladder_policy import LadderPolicyFile
-from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
-from rap_env.runtime.policy_network import Floats, NetworkWeights
+from rap_env.policies.block_network import Floats, NetworkWeights
+from rap_env.policies.item_network import ItemNetworkWeights
+from rap_env.policies.network import LadderPolicyFile
+from rap_env.policies.policy_file import PolicyFile, PolicyModel, order_of
 from rap_env.version import __version__
 
 if TYPE_CHECKING:

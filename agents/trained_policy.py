@@ -25,6 +25,7 @@ from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
 from rap_env.ladder.item_observation import ItemObservationBuilder
 from rap_env.plan import MaskOrPlan
+from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ _Q_TEMPERATURE = 0.25
 """Temperature of sampling by Q values, in units of their spread over an observation's blocks."""
 
 
-class TrainedPolicy:
-    """Chooses masks or plans with a trained network of any agent; implements `PlanPolicy`.
+class TrainedPolicy(Policy):
+    """Chooses masks or plans with a trained network of any agent.
 
     It repeatedly takes the action with the highest logit until the request fits: it removes a
     block (v0), or lowers an item (v1). Invalid actions are never considered, also for agents that

@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks.harness import ModelSettings, launch, open_model, parse_request, spread
 from benchmarks.record import Target, write_record
 from rap_env.memory import MemoryModel
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
 
 _MOST_MS = 5.0
 

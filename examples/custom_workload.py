@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rap_env.runtime.policies import load_policy
+from rap_env.policies.loading import load_policy
 
 MODEL = "score_table:smollm2-135m"
 

@@ -21,7 +21,7 @@ from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
 from rap_env.importance.frontier import Frontier
-from rap_env.runtime.policy_file import PolicyFile
+from rap_env.policies.policy_file import PolicyFile
 
 FRONTIER_SUFFIX = ".frontier.json"
 

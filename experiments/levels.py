@@ -33,10 +33,10 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, as_plan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import FACTS_VERSION
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policies import FACTS_VERSION
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def grid(
 
 
 def plan_rows(
-    policy: PlanPolicy,
+    policy: Policy,
     memory: MemoryModel,
     cells: Sequence[tuple[Cell, Request]],
     scorer: MaskScorer,

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.models.files.streamed import stream_llm
     from rap_env.plan import CompressionPlan
+    from rap_env.policies.loading import load_policy
     from rap_env.repair.cached_library import open_library
     from rap_env.request import Request
     from rap_env.runtime.controller import RuntimeController
-    from rap_env.runtime.policies import load_policy
     from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
     from rap_env.scoring.scorer import MaskScorer

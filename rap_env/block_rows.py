@@ -1,6 +1,6 @@
 """The input row of a block-wise policy network for each block: its columns and constants.
 
-Training (`agents.networks`, in torch) and the runtime (`rap_env.runtime.policy_network`, in
+Training (`agents.networks`, in torch) and the runtime (`rap_env.policies.block_network`, in
 NumPy) build the same rows from these definitions.
 """
 

@@ -165,8 +165,8 @@ def choose(
 
     The default model needs neither its weights nor torch.
     """
-    from rap_env.runtime.delta_nll import find_delta_nll
-    from rap_env.runtime.policies import load_policy
+    from rap_env.policies.delta_nll import find_delta_nll
+    from rap_env.policies.loading import load_policy
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
     memory = MemoryModel(facts_of(model, device, dtype, weights))

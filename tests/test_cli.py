@@ -16,9 +16,9 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.delta_nll import find_delta_nll
+from rap_env.policies.loading import StaticPolicy, default_facts, load_policy
 from rap_env.request import Request
-from rap_env.runtime.delta_nll import find_delta_nll
-from rap_env.runtime.policies import StaticPolicy, default_facts, load_policy
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from rap_env.version import __version__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy, PolicyLike
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ PlanT = TypeVar("PlanT", BlockMask, CompressionPlan)
 """What a method chooses: masks, or plans over a ladder."""
 
 
-class CountingPolicy(PlanPolicy, Protocol):
+class CountingPolicy(PolicyLike, Protocol):
     """A policy that counts the masks or plans it had to score.
 
     Attributes:
@@ -37,11 +37,11 @@ class CountingPolicy(PlanPolicy, Protocol):
     evaluations: int
 
     def choose(self, request: Request) -> MaskOrPlan:
-        """Return a mask or plan for a request, as in `PlanPolicy`."""
+        """Return a mask or plan for a request, as in `PolicyLike`."""
 
 
-class AnyBaseline(ABC, Generic[PlanT]):
-    """Chooses a mask or plan without learning; implements `CountingPolicy`.
+class AnyBaseline(Policy, Generic[PlanT]):
+    """Chooses a mask or plan without learning; counts what it scores.
 
     Args:
         context: Memory model, scorer and importance of the model that is pruned.
@@ -59,7 +59,6 @@ class AnyBaseline(ABC, Generic[PlanT]):
         evaluations: As in `CountingPolicy`.
     """
 
-    name: str
     kv_aware = True
     seeded = False
     setup_evaluations = 0

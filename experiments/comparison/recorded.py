@@ -10,6 +10,7 @@ from experiments.comparison.records import ResultRow, read_rows, rows_below
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.plan import MaskOrPlan
+from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 _MEASURED = ("report_text", "report_sha256", "tasks")
@@ -59,7 +60,7 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
     return list(rows.values())
 
 
-class RecordedPlans:
+class RecordedPlans(Policy):
     """The plans that a method chose in an earlier evaluation, as a policy.
 
     Args:

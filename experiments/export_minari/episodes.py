@@ -21,8 +21,8 @@ from rap_env.errors import check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.leaderboard.tasks import PinnedTask
 from rap_env.plan import MaskOrPlan
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
 from rap_env.version import __version__
 
 BEHAVIOURS = ("random", "greedy", "frontier", "policy")

@@ -15,9 +15,9 @@ from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, as_plan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +109,7 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Compre
     return found
 
 
-def named_policy(
-    name: str | None, context: PruningContext, memory: MemoryModel
-) -> PlanPolicy | None:
+def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:
     """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
 
     None without a name, or if the packaged one is of another model.

@@ -12,7 +12,7 @@ from experiments.ladder.plans import named_policy
 from experiments.long_context.records import NATIVE
 from rap_env.context.base import PruningContext
 from rap_env.plan import CompressionPlan, as_plan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 
@@ -29,7 +29,7 @@ class PlanSource:
 
     name: str
     caches: str = NATIVE
-    policy: PlanPolicy | None = None
+    policy: Policy | None = None
     budget_fraction: float = 1.0
 
     def plan(self, context: PruningContext, batch_size: int, length: int) -> CompressionPlan:

@@ -22,17 +22,17 @@ from rap_env.costs import RequestCosts, request_costs
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan
-from rap_env.policy import PlanPolicy
-from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.ladder_policy import LadderPolicy
-from rap_env.runtime.policies import (
+from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import (
     FrontierPolicy,
     NetworkPolicy,
     StaticPolicy,
     load_policy,
 )
-from rap_env.runtime.uniform_policy import UniformPolicy
+from rap_env.policies.network import LadderPolicy
+from rap_env.policies.uniform import UniformPolicy
+from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -60,7 +60,7 @@ class ReplayState(Protocol):
         """Enter while a policy runs the model itself, so that its time and memory are counted."""
 
 
-class OraclePolicy:
+class OraclePolicy(Policy):
     """Wraps a policy with knowledge of the future budget.
 
     It chooses for the minimum of the budget over the time that the running requests still need,
@@ -69,7 +69,7 @@ class OraclePolicy:
 
     name = "oracle"
 
-    def __init__(self, inner: PlanPolicy, budget: Budget, state: ReplayState) -> None:
+    def __init__(self, inner: Policy, budget: Budget, state: ReplayState) -> None:
         self._inner = inner
         self._budget = budget
         self._state = state
@@ -82,7 +82,7 @@ class OraclePolicy:
         return self._inner.choose(Request(request.batch_size, request.seq_len_tokens, budget_bytes))
 
 
-class GreedyPolicy:
+class GreedyPolicy(Policy):
     """Greedy per byte, measured while serving.
 
     It keeps one path of removals. A request gets the shortest prefix of the path that fits. If
@@ -138,7 +138,7 @@ class System:
     """
 
     name: str
-    policy: PlanPolicy
+    policy: Policy
     guard_order: tuple[int, ...] | None
     notes: dict[str, Any] = field(default_factory=dict)
     start: MaskOrPlan = BlockMask()
@@ -168,9 +168,7 @@ class SystemFactory:
             "static_shortgpt": lambda: self._static("static_shortgpt", self._layers(), full),
             "greedy": lambda: self._greedy(state),
             "frontier": lambda: System(name, self._frontier, self._guard_order),
-            "rap": lambda: System(
-                name, self._trained, getattr(self._trained, "order", ()) or self._guard_order
-            ),
+            "rap": lambda: System(name, self._trained, self._trained.order or self._guard_order),
             "knapsack": lambda: System(name, self._knapsack, None),
             "oracle": lambda: System(
                 name, OraclePolicy(self._frontier, self._budget, state), self._guard_order
@@ -200,11 +198,11 @@ class SystemFactory:
         return digest(list(self._gsi_order())) if name in _GSI_SYSTEMS else None
 
     @cached_property
-    def _trained(self) -> PlanPolicy:
+    def _trained(self) -> Policy:
         return load_policy(self._config.replay.policy, self._memory)
 
     @cached_property
-    def _packaged(self) -> PlanPolicy | None:
+    def _packaged(self) -> Policy | None:
         """The packaged policy over blocks; None for a model that it cannot serve."""
         try:
             return load_policy("rap-v0", self._memory)
@@ -212,7 +210,7 @@ class SystemFactory:
             return None
 
     @cached_property
-    def _knapsack(self) -> PlanPolicy:
+    def _knapsack(self) -> Policy:
         return load_policy(self._config.replay.knapsack, self._memory)
 
     def _uniform(self, name: str) -> System:

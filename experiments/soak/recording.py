@@ -20,9 +20,9 @@ from rap_env.importance.text_kinds import Shares
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import CompressionPlan, MaskOrPlan, cache_name
+from rap_env.policies.loading import OrderPolicy
 from rap_env.request import Request
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.policies import OrderPolicy
 from rap_env.runtime.request_handle import Event, Listener, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 

@@ -41,10 +41,10 @@ from rap_env.importance.text_kinds import Shares
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, as_plan, simplest
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
+from rap_env.policies.by_text import BY_TEXT, TextPolicy
+from rap_env.policies.loading import load_policy, packaged_kinds
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy, packaged_kinds
-from rap_env.runtime.text_policy import BY_TEXT, TextPolicy, for_text
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 ROWS_FILE = "prompts.jsonl"
@@ -110,7 +110,7 @@ def prompts(config: Config, folder: Path) -> Path:
     run.start(config, frozen=_FROZEN)
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-    policies: dict[str, PlanPolicy] = {name: load_policy(name, llm) for name in settings.policies}
+    policies: dict[str, Policy] = {name: load_policy(name, llm) for name in settings.policies}
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
     kinds = packaged_kinds(MemoryModel(llm)) if settings.networks else None
@@ -133,7 +133,7 @@ def prompts(config: Config, folder: Path) -> Path:
             policies.items(), requests.items()
         ):
             shares = _shares(policy, starts)
-            plans = [as_plan(for_text(policy, one).choose(request)) for one in shares]
+            plans = [as_plan(policy.for_text(one).choose(request)) for one in shares]
             known = {"plans": digest([plan.levels for plan in plans])}
             provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git}
             key = row_key(name, text, cell, provenance)
@@ -150,7 +150,7 @@ def prompts(config: Config, folder: Path) -> Path:
     return folder / ROWS_FILE
 
 
-def _shares(policy: PlanPolicy, starts: Sequence[Sequence[int]]) -> list[Shares]:
+def _shares(policy: Policy, starts: Sequence[Sequence[int]]) -> list[Shares]:
     """Return the kinds of text that a policy sees in prompts; empty ones if it sees none."""
     if not isinstance(policy, TextPolicy):
         return [()] * len(starts)

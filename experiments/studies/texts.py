@@ -44,9 +44,9 @@ from rap_env.importance.level_scan import scan_levels
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.text_policy import TextPolicy
 from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAVED = Path(__file__).parents[1] / "runtime" / "saved"
+_PACKAGED = Path(__file__).parents[1] / "policies" / "packaged"
 
-PACKAGED_COSTS = _SAVED / "smollm2-135m.levels.json"
+PACKAGED_COSTS = _PACKAGED / "smollm2-135m.levels.json"
 """Costs of the levels of the default model, measured on text that it wrote."""
 
-PACKAGED_ORDERS = tuple(sorted(_SAVED.glob("*.gsi*.json")))
+PACKAGED_ORDERS = tuple(sorted(_PACKAGED.glob("*.gsi*.json")))
 """GSI orders of the default model with default settings, on text that it wrote; one a dtype."""
 
 

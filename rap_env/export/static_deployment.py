@@ -15,8 +15,8 @@ from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
 from rap_env.export.llama_cpp import cache_flags
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.policies.loading import FrontierPolicy, default_facts, load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import FrontierPolicy, default_facts, load_policy
 
 BATCHES = (256, 128, 64, 32)
 """Tokens of a batch in llama.cpp (``-b`` and ``-ub``), which determine its compute buffer."""

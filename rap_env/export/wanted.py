@@ -12,10 +12,10 @@ from rap_env.export.plan_file import read_plan
 from rap_env.export.static_deployment import Deployment, choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, as_plan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
+from rap_env.policies.delta_nll import find_delta_nll
+from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.request import Request
-from rap_env.runtime.delta_nll import find_delta_nll
-from rap_env.runtime.policies import StaticPolicy, load_policy
 from rap_env.serving.settings import parse_bytes
 
 DEFAULT_POLICY = "rap-v0"
@@ -102,7 +102,7 @@ class Wanted:
         if self.request is None:
             assert self.plan is not None
             plan, seq = self.plan.check(memory.facts.num_blocks), None
-            policy: PlanPolicy = StaticPolicy(plan)
+            policy: Policy = StaticPolicy(plan)
         else:
             policy = load_policy(self.policy or DEFAULT_POLICY, memory)
             plan, seq = as_plan(policy.choose(self.request)), self.request.seq_len_tokens

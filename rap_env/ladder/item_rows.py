@@ -1,7 +1,7 @@
 """The input row of an item-wise policy network for each item: its columns and constants.
 
 They are for `RAPPrune-v1` what `rap_env.block_rows` has for `RAPPrune-v0`. Training
-(`agents.networks`, in torch) and the runtime (`rap_env.runtime.ladder_network`, in NumPy) build
+(`agents.networks`, in torch) and the runtime (`rap_env.policies.item_network`, in NumPy) build
 the same rows from these definitions.
 """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
@@ -51,7 +51,7 @@ class RuntimeController:
     Args:
         llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
             frees nothing, and the guard takes that into account.
-        policy: Chooses masks or plans.
+        policy: Chooses plans; an object with a name and `choose(request)` suffices.
         memory: Gives the budget: a source, or what `open_memory` accepts.
         meter: Measures what is used; by default the process or the device.
         guard_order: Indices of blocks in the order in which the guard removes them. By
@@ -85,7 +85,7 @@ class RuntimeController:
     def __init__(
         self,
         llm: ElasticLLM,
-        policy: PlanPolicy,
+        policy: PolicyLike,
         memory: MemorySource | Callable[[], float] | int | str,
         *,
         meter: Meter | None = None,
@@ -119,7 +119,7 @@ class RuntimeController:
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self.chooser = PlanChooser(
-            policy, self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll
+            as_policy(policy), self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll
         )
         self.plans = PlanController(
             llm,

@@ -21,7 +21,7 @@ from rap_env.models.device import free_memory_early, return_freed_memory
 from rap_env.models.weights.packing import PACKED_LEVELS
 from rap_env.models.weights.widening_buffer import buffer_bytes
 from rap_env.plan import EMBEDDINGS, CompressionPlan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -264,14 +264,14 @@ def process_meter(llm: ElasticLLM, *, reset_mark: bool = False) -> Meter:
     return TensorMeter(llm)
 
 
-def make_levels(llm: ElasticLLM, policy: PlanPolicy) -> None:
+def make_levels(llm: ElasticLLM, policy: Policy) -> None:
     """Make all levels of weights once, if a policy chooses among them; the plan is native then.
 
     Levels are made at their first use, which takes more memory than any plan: half as much again as
     the native weights for the default model. A service should have that behind it when its budget
     begins to count.
     """
-    if not getattr(policy, "lowers", False):
+    if not policy.lowers:
         return
     free_memory_early()
     facts = llm.facts

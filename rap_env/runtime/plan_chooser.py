@@ -13,10 +13,9 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.plan import CompressionPlan, MaskOrPlan
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.text_policy import TextPolicy, for_text, predicted_rise
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +23,9 @@ _ASKS = 4  # of a policy, each with a lower limit
 _CACHED_RISES = 1024
 
 
-def predicts(policy: PlanPolicy) -> bool:
+def predicts(policy: Policy) -> bool:
     """Whether a policy predicts the rise in NLL of its plans."""
-    return predicted_rise(policy, CompressionPlan(), 1) is not None
+    return policy.delta_nll(CompressionPlan(), 1) is not None
 
 
 def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
@@ -72,7 +71,7 @@ class PlanChooser:
 
     def __init__(
         self,
-        policy: PlanPolicy,
+        policy: Policy,
         estimator: MemoryEstimator,
         *,
         guard_order: Sequence[int] | None,
@@ -83,7 +82,7 @@ class PlanChooser:
         self.max_delta_nll = max_delta_nll
         self._estimator = estimator
         if guard_order is None:
-            guard_order = getattr(policy, "order", None)
+            guard_order = policy.order
         self._order = None if guard_order is None else tuple(guard_order)
         self._guards = self._order != ()
         BlockMask.of(*(self._order or ())).check(estimator.memory.facts.num_blocks)
@@ -131,7 +130,7 @@ class PlanChooser:
     @property
     def text_kinds(self) -> TextKinds | None:
         """Tells the kinds of text of prompts; None for a policy that does not choose by them."""
-        return self.policy.text_kinds if isinstance(self.policy, TextPolicy) else None
+        return self.policy.text_kinds
 
     def delta_nll(
         self, plan: CompressionPlan, seq_len_tokens: int, text_shares: Shares = ()
@@ -141,7 +140,7 @@ class PlanChooser:
         Args:
             plan: The plan; the native one has a rise of 0.
             seq_len_tokens: Length of sequences, on which the cost of windows depends.
-            text_shares: Kinds of text, on which the prediction of a `TextPolicy` depends.
+            text_shares: Kinds of text, on which the prediction of a policy by text depends.
 
         Returns:
             The prediction; None if the policy has none for the plan.
@@ -149,7 +148,7 @@ class PlanChooser:
         if not plan:
             return 0.0
         try:
-            return predicted_rise(for_text(self.policy, text_shares), plan, seq_len_tokens)
+            return self.policy.for_text(text_shares).delta_nll(plan, seq_len_tokens)
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
@@ -258,7 +257,7 @@ class PlanChooser:
         """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
         budget = self._estimator.budget_for_policy(shape, limit_bytes)
         try:
-            policy = for_text(self.policy, shape.text_shares)
+            policy = self.policy.for_text(shape.text_shares)
             found: MaskOrPlan = policy.choose(shape.request(budget))
             return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
         except Exception:

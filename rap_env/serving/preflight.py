@@ -9,15 +9,15 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError, ServingSetting
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts, ModelFacts
-from rap_env.request import Request
-from rap_env.runtime.plan_chooser import no_prediction_text
-from rap_env.runtime.policies import (
+from rap_env.policies.loading import (
     KNAPSACKS,
     NAMED,
     default_facts,
     load_policy,
     policy_blocks,
 )
+from rap_env.request import Request
+from rap_env.runtime.plan_chooser import no_prediction_text
 from rap_env.serving.settings import ServerSettings
 
 WITHOUT_PREDICTIONS = ("dense", "frontier", "rap-v0")

@@ -17,7 +17,9 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.tensors import copy_to_memory
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy, PolicyLike, as_policy
+from rap_env.policies.loading import KNAPSACKS, load_policy
+from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -25,8 +27,6 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.runtime.policies import KNAPSACKS, load_policy
-from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
 from rap_env.serving.live_limit import LiveLimit
 from rap_env.serving.memory_limit import (
     check_process_limit,
@@ -90,7 +90,7 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
     return llm
 
 
-def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> PlanPolicy:
+def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> Policy:
     """The policy of the settings; for a model without level costs, one that needs none.
 
     Raises:
@@ -114,7 +114,7 @@ def build_stack(
     settings: ServerSettings,
     *,
     llm: ElasticLLM | None = None,
-    policy: PlanPolicy | None = None,
+    policy: PolicyLike | None = None,
     memory: MemorySource | None = None,
     engine_class: type[Engine] = Engine,
     **controls: Any,
@@ -145,8 +145,8 @@ def build_stack(
         )
         if limit is not None and limit.name == "memory":
             grammars.load()  # its memory counts at the start, and not for the first grammar
-        policy = load_serving_policy(settings, llm) if policy is None else policy
-        make_levels(llm, policy)
+        chosen = load_serving_policy(settings, llm) if policy is None else as_policy(policy)
+        make_levels(llm, chosen)
         if memory is None:
             meter = controls.pop("meter", None)
             memory, controls["meter"] = open_budget(settings, llm, limit, meter)
@@ -154,9 +154,9 @@ def build_stack(
                 check_started(settings, limit)
         controller = RuntimeController(
             llm,
-            policy,
+            chosen,
             memory,
-            max_delta_nll=_floor(settings, policy),
+            max_delta_nll=_floor(settings, chosen),
             log=decisions,
             chunk_tokens=settings.prefill_chunk_tokens,
             **controls,
@@ -184,7 +184,7 @@ def build_stack(
     return ServerStack(settings, engine, app, decisions, limit)
 
 
-def _floor(settings: ServerSettings, policy: PlanPolicy) -> float | None:
+def _floor(settings: ServerSettings, policy: Policy) -> float | None:
     """The floor of the settings; none, with a warning, if it is the default and unpredictable."""
     if settings.max_delta_nll != "auto" or predicts(policy):
         return settings.floor_if_predicted

@@ -13,8 +13,8 @@ from rap_env.ladder.items import CACHE_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import as_plan
 from rap_env.request import Request
-from tests.runtime.test_knapsack import costs as costs_of
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import costs as costs_of
+from tests.policies.test_knapsack import facts
 
 SPEC = {"levels": "all", "together": ["int8", "int4"]}
 WORKLOAD = {"name": "grid", "batch_sizes": [2, 8], "seq_lens_tokens": [500, 2000],

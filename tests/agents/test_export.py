@@ -12,9 +12,9 @@ from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
-from rap_env.runtime.policies import NetworkPolicy, load_policy
-from rap_env.runtime.policy_file import PolicyFile
-from rap_env.runtime.policy_network import BlockNetwork, NetworkWeights
+from rap_env.policies.block_network import BlockNetwork, NetworkWeights
+from rap_env.policies.loading import NetworkPolicy, load_policy
+from rap_env.policies.policy_file import PolicyFile
 from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
 SHAPES = [(1, 10), (4, 500), (16, 2000)]

@@ -16,8 +16,8 @@ from agents.training import make_vector_env, train
 from rap_env.context.base import item_order
 from rap_env.errors import ArtifactError, InfeasibleBudgetError
 from rap_env.plan import CompressionPlan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
 from tests.agents.ladders import (
     SPEC,
     LadderContext,

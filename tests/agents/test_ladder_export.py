@@ -17,10 +17,10 @@ from rap_env.ladder.item_rows import DEPTH
 from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import CompressionPlan
+from rap_env.policies.item_network import ItemNetwork, ItemNetworkWeights
+from rap_env.policies.loading import load_policy
+from rap_env.policies.network import LadderPolicy, LadderPolicyFile
 from rap_env.request import Request
-from rap_env.runtime.ladder_network import ItemNetwork, ItemNetworkWeights
-from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
-from rap_env.runtime.policies import load_policy
 from tests.agents.ladders import LadderContext, builder_of, feasible, make_envs, requests_of
 from tests.agents.test_ladder_agents import model_of, short
 

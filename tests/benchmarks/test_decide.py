@@ -8,7 +8,7 @@ from benchmarks.decide import DecideSettings, main
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from tests.runtime import made_ladder
+from tests.policies import made_ladder
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

@@ -20,7 +20,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import LADDERS, Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.policies import default_facts
+from rap_env.policies.loading import default_facts
 from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1

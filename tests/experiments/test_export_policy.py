@@ -25,8 +25,8 @@ from experiments.profile import profile
 from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
+from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
 from tests.experiments.test_config import run_program
 from tests.tiny import tiny_model, tiny_tokenizer
 

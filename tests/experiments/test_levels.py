@@ -19,9 +19,9 @@ from experiments.levels import COSTS_FILE, GRID_FILE, KINDS_FILE, PlanRow, level
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import CompressionPlan
+from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
-from rap_env.runtime.text_policy import TextPolicy
 from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_model, tiny_tokenizer
 

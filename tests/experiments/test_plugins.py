@@ -21,7 +21,7 @@ from experiments.train import run_trial
 from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.plugins import PluginError, entry_points
-from rap_env.runtime.policies import load_policy
+from rap_env.policies.loading import load_policy
 from tests.agents.synthetic import SyntheticContext, facts, request_at
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_named_with_its_package(package):
     with pytest.raises(PluginError, match="module rap_example.policies is a type, not an agents"):
         AgentConfig("rap_example.policies:LargestFirst")
     with pytest.raises(PluginError, match="called with .MemoryModel.: missing a required"):
-        load_policy("rap_env.runtime.policies:OrderPolicy", MemoryModel(facts()))
+        load_policy("rap_env.policies.loading:OrderPolicy", MemoryModel(facts()))
     with pytest.raises(PluginError, match="makes a str, which is no policy"):
         load_policy("builtins:repr", MemoryModel(facts()))
 

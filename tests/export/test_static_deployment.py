@@ -16,8 +16,8 @@ from rap_env.export.static_deployment import (
     choose_deployment,
 )
 from rap_env.memory import MemoryModel
+from rap_env.policies.loading import default_facts
 from rap_env.request import Request
-from rap_env.runtime.policies import default_facts
 from tests.tiny import tiny_llm
 
 RECORD = Path(__file__).parents[2] / "results" / "ladder" / "llama_cpp" / "llama_cpp.jsonl"

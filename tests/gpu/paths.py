@@ -11,6 +11,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
+from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import Trainer, distill
 from rap_env.repair.fitting import fit_library
@@ -21,7 +22,6 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.workload.sampler import GridSampler

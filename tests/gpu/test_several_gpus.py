@@ -16,11 +16,11 @@ from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
+from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import CudaMeter
-from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.scorer import MaskScorer
 from tests.gpu.paths import (

@@ -31,7 +31,7 @@ RECORDED = [
         for path in sorted(ROOT.glob("results/*/profile/frontier.json"))
         if artifact_kind(path) == Frontier.KIND
     ),
-    ROOT / "rap_env/runtime/saved/smollm2-135m.frontier.json",
+    ROOT / "rap_env/policies/packaged/smollm2-135m.frontier.json",
 ]
 
 

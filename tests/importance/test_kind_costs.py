@@ -11,7 +11,7 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts, mean_costs
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel
-from tests.runtime.test_knapsack import costs, facts
+from tests.policies.test_knapsack import costs, facts
 
 VOCAB = 40
 

@@ -12,11 +12,11 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import default_facts
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policies import default_facts
 from rap_env.workload import make_sampler
-from tests.runtime.test_knapsack import costs, facts
+from tests.policies.test_knapsack import costs, facts
 
 CACHES = ("int8", "int4", "int4-window128")
 LEVELS = {

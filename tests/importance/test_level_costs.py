@@ -15,7 +15,7 @@ from rap_env.importance.level_costs import LevelCosts, window_share
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.levels import CacheLevel
 from rap_env.plan import CompressionPlan
-from tests.runtime.test_knapsack import costs, facts
+from tests.policies.test_knapsack import costs, facts
 
 SINGLE = {"int8": 0.01, "int4": 0.1, "int2": 0.5, "int4-window64": 0.3, "removed": 1.0}
 
@@ -192,7 +192,7 @@ LOAD = """
 import sys
 from types import SimpleNamespace
 from rap_env.importance.level_costs import LevelCosts
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import facts
 made = LevelCosts.load(sys.argv[1], SimpleNamespace(facts=facts(packed=True)))
 print(len(made.one_shot), [name for name in ("torch", "transformers") if name in sys.modules])
 """

@@ -13,7 +13,7 @@ from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import facts
 from tests.tiny import FAMILIES, tiny_llm
 
 SHAPES = [(1, 1), (1, 33), (3, 200), (64, 1000), (2, 4096)]

@@ -16,7 +16,7 @@ from rap_env.ladder.items import KINDS, Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import facts
 
 COLUMN = {name: number for number, name in enumerate(ITEM_FEATURES)}
 

@@ -11,7 +11,7 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.items import LADDERS, Ladder, parse_levels
 from rap_env.plan import CompressionPlan, item_names
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import facts
 
 LAYERS = 2
 UNPACKED, PACKED = facts(), facts(packed=True)

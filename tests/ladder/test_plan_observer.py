@@ -16,7 +16,7 @@ from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
-from tests.runtime.test_knapsack import facts
+from tests.policies.test_knapsack import facts
 
 TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)]
 SHAPES = [(2, 2000, 0.5), (1, 64, 0.8), (2, 2000, 0.3), (8, 300, 0.4)]

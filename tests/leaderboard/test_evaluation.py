@@ -19,7 +19,7 @@ from rap_env.errors import ArtifactError, CorpusError, InvalidRequestError, Unkn
 from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
 from rap_env.plan import CompressionPlan
-from rap_env.runtime.policies import StaticPolicy, load_policy
+from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_tokenizer

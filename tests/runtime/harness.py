@@ -7,12 +7,13 @@ import os
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.policies import OrderPolicy, StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -121,7 +122,7 @@ def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
     return ids[len(prompt_ids) :]
 
 
-class FakePolicy:
+class FakePolicy(Policy):
     """A fake policy that returns a given mask, or raises, and records the requests."""
 
     name = "fake"

@@ -12,10 +12,10 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.memory_estimator import PassSize
-from rap_env.runtime.policies import StaticPolicy
 from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
 
 

@@ -14,6 +14,7 @@ from rap_env.errors import (
     QueueFullError,
 )
 from rap_env.plan import CompressionPlan
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
@@ -26,7 +27,7 @@ MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
 def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
     harness = Harness(name=name, mask=mask)
-    harness.controller.chooser.policy = _Static(mask)
+    harness.controller.chooser.policy = StaticPolicy(mask)
     engine = harness.engine(max_batch_size=3, prefill_chunk_tokens=4)
     prompts = [prompt(length, seed) for seed, length in enumerate((3, 9, 14, 1, 6))]
     handles = [engine.submit(ids, greedy(7 + n)) for n, ids in enumerate(prompts)]
@@ -36,16 +37,6 @@ def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
         assert handle.reason == "length"
         assert handle.token_ids == alone(harness.llm, ids, 7 + number, mask)
         assert set(handle.masks) == {mask}
-
-
-class _Static:
-    name = "static"
-
-    def __init__(self, mask) -> None:
-        self.mask = mask
-
-    def choose(self, request):
-        return self.mask
 
 
 def test_later_requests_join_between_steps():

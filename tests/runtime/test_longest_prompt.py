@@ -7,10 +7,10 @@ import pytest
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.knapsack import KnapsackPolicy
+from tests.policies.test_knapsack import costs
 from tests.runtime.harness import Harness, greedy, prompt
-from tests.runtime.test_knapsack import costs
 from tests.tiny import tiny_llm
 
 SHAPE = BatchShape(1, 30)

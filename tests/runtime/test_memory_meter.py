@@ -13,6 +13,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.widening_buffer import buffer_bytes
 from rap_env.plan import CompressionPlan
+from rap_env.policies.loading import StaticPolicy
+from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.runtime.memory_meter import (
     ResidentMeter,
     TensorMeter,
@@ -20,8 +22,6 @@ from rap_env.runtime.memory_meter import (
     process_meter,
     resident_bytes,
 )
-from rap_env.runtime.policies import StaticPolicy
-from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm
 

@@ -13,10 +13,10 @@ from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import CompressionPlan
+from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.uniform_policy import UniformPolicy, uniform_plans
 from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
 from tests.tiny import tiny_llm
 

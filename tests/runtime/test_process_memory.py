@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from rap_env.models.weights.widening_buffer import buffer_bytes
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
 from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm

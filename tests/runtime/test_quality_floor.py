@@ -11,10 +11,10 @@ from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.knapsack import KnapsackPolicy
+from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
-from tests.runtime.test_knapsack import costs
 from tests.tiny import tiny_llm
 
 NATIVE = CompressionPlan()

@@ -12,10 +12,10 @@ pytest.importorskip("llguidance", reason="the extra structured is not installed"
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidGrammarError, UnsupportedModelError
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.policies import StaticPolicy
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler
 from tests.serving.tokenizers import byte_llm, byte_tokenizer

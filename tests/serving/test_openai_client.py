@@ -11,12 +11,12 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.plan import CompressionPlan
+from rap_env.policies.loading import OrderPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
-from rap_env.runtime.policies import OrderPolicy
 from tests.serving.conftest import client_of, served
 from tests.tiny import tiny_llm
 

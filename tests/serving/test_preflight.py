@@ -11,8 +11,8 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
+from rap_env.policies.loading import NAMED, SAVED, default_facts, load_policy, policy_blocks
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.runtime.policies import NAMED, SAVED, default_facts, load_policy, policy_blocks
 from rap_env.serving.preflight import WITHOUT_PREDICTIONS, check_before_loading
 from rap_env.serving.settings import ServerSettings
 

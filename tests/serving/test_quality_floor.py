@@ -8,14 +8,14 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
-from tests.runtime.test_knapsack import costs
+from tests.policies.test_knapsack import costs
 from tests.serving.conftest import served
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post

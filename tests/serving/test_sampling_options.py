@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rap_env.blocks import BlockMask
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.policies import StaticPolicy
 from tests.serving.conftest import client_of, served
 from tests.tiny import tiny_llm
 

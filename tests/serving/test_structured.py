@@ -11,10 +11,10 @@ import pytest
 from pydantic import BaseModel
 
 from rap_env.blocks import BlockMask
+from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.policies import StaticPolicy
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from tests.serving.conftest import client_of, served

@@ -8,11 +8,11 @@ import pytest
 
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
-from rap_env.runtime.text_policy import TextPolicy
 from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack

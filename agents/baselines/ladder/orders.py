@@ -13,8 +13,8 @@ from rap_env.context.base import item_order, load_plan_frontier
 from rap_env.importance.ladder_order import Step
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.plan import CompressionPlan, as_plan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext

@@ -16,9 +16,9 @@ from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, only_mask
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
@@ -70,7 +70,7 @@ class MaskPolicyBaseline(LadderBaseline):
         context: Memory model of the model.
         item_bytes: The ladder with its bytes.
         seed: Unused.
-        policy: A policy over masks, as `rap_env.runtime.policies.load_policy` takes it.
+        policy: A policy over masks, as `rap_env.policies.loading.load_policy` takes it.
 
     Raises:
         ArtifactError: The policy is not for a model of this shape.
@@ -87,7 +87,7 @@ class MaskPolicyBaseline(LadderBaseline):
     ) -> None:
         super().__init__(context, item_bytes, seed)
         facts = self.memory.facts
-        self._bases: list[tuple[CompressionPlan, PlanPolicy, MemoryModel]] = []
+        self._bases: list[tuple[CompressionPlan, Policy, MemoryModel]] = []
         for level in _BASES:
             memory = LoweredCacheMemory(facts, CacheLevel.of(level))
             base = CompressionPlan.uniform(facts.num_layers, caches=level)

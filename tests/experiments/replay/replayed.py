@@ -14,8 +14,8 @@ from experiments.config.serving import ReplayConfig
 from rap_env.blocks import BlockMask
 from rap_env.importance.frontier import Frontier
 from rap_env.models.files.loading import load_llm
-from rap_env.runtime.policy_file import PolicyFile, PolicyModel
-from tests.runtime import made_policies
+from rap_env.policies.policy_file import PolicyFile, PolicyModel
+from tests.policies import made_policies
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 4

@@ -20,14 +20,14 @@ from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan
+from rap_env.policies.loading import OrderPolicy
+from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
-from rap_env.runtime.ladder_policy import LadderPolicy
-from rap_env.runtime.policies import OrderPolicy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import LAYERS, tiny_replay, write_model
-from tests.runtime import made_ladder
+from tests.policies import made_ladder
 from tests.tiny import tiny_llm
 
 

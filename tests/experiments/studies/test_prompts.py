@@ -19,15 +19,15 @@ from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import as_plan
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.runtime.policies import load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.synthetic_records import DEPENDS, make_row
-from tests.runtime.made_ladder import policy_file
-from tests.runtime.test_knapsack import costs
+from tests.policies.made_ladder import policy_file
+from tests.policies.test_knapsack import costs
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LETTERS = {"few": "abcde ", "many": "FGHIJKLMNOP"}

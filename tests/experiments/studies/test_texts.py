@@ -24,8 +24,8 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import CompressionPlan, as_plan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer

@@ -48,9 +48,9 @@ from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.plan import CompressionPlan, as_plan
+from rap_env.policies.loading import load_policy
+from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
-from rap_env.runtime.ladder_policy import LadderPolicy
-from rap_env.runtime.policies import load_policy
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_model, tiny_tokenizer

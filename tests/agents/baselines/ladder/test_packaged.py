@@ -13,8 +13,8 @@ from rap_env.ladder.items import Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.loading import default_facts
 from rap_env.request import Request
-from rap_env.runtime.policies import default_facts
 
 SHAPES = ((1, 128), (8, 2048), (16, 4096))
 

@@ -12,9 +12,8 @@ from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan, simplest
-from rap_env.request import Request
-from rap_env.runtime import policies
-from rap_env.runtime.policies import (
+from rap_env.policies import loading as policies
+from rap_env.policies.loading import (
     FrontierPolicy,
     NetworkPolicy,
     OrderPolicy,
@@ -22,9 +21,10 @@ from rap_env.runtime.policies import (
     StaticPolicy,
     load_policy,
 )
-from tests.runtime.made_policies import facts, features, memory, policy_file
-from tests.runtime.test_knapsack import costs as level_costs
-from tests.runtime.test_knapsack import facts as levelled_facts
+from rap_env.request import Request
+from tests.policies.made_policies import facts, features, memory, policy_file
+from tests.policies.test_knapsack import costs as level_costs
+from tests.policies.test_knapsack import facts as levelled_facts
 
 PLANS = (
     {"layer00.cache": "int8", "layer01.cache": "int8"},

@@ -18,9 +18,9 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import CompressionPlan, MaskOrPlan
-from rap_env.request import Request, whole_number
-from rap_env.runtime.ladder_network import ItemNetwork, ItemNetworkWeights
-from rap_env.runtime.policy_file import (
+from rap_env.policies.base import Policy
+from rap_env.policies.item_network import ItemNetwork, ItemNetworkWeights
+from rap_env.policies.policy_file import (
     EXPORT_AGAIN,
     Arrays,
     ExportedPolicy,
@@ -29,6 +29,7 @@ from rap_env.runtime.policy_file import (
     weights_of,
     write_policy,
 )
+from rap_env.request import Request, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class LadderPolicyFile(ExportedPolicy):
         )
 
 
-class LadderPolicy:
+class LadderPolicy(Policy):
     """A trained item-wise network, which lowers its best item until the request fits.
 
     If no plan fits, it lowers every item as far as possible. Threads may share a policy.

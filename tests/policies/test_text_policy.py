@@ -9,10 +9,9 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
-from rap_env.request import Request
-from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.policies import (
+from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import (
     DEFAULT_MODEL,
     SAVED,
     default_facts,
@@ -20,7 +19,8 @@ from rap_env.runtime.policies import (
     packaged_kinds,
     policy_blocks,
 )
-from rap_env.runtime.text_policy import TextPolicy, for_text
+from rap_env.request import Request
+from rap_env.runtime.batch_shape import BatchShape
 from tests.importance.test_kind_costs import kind_costs
 from tests.runtime.harness import Harness, greedy
 from tests.tiny import VOCAB_SIZE, tiny_llm
@@ -55,12 +55,12 @@ def test_it_chooses_the_plan_of_the_kind_of_text(memory, costs, policy):
     assert own[0] != own[1]
     assert policy.for_text((1.0, 0.0)).choose(request) == own[0]
     assert policy.for_text((0.0, 1.0)).choose(request) == own[1]
-    assert for_text(policy, (0.0, 1.0)).choose(request) == own[1]
+    assert policy.for_text((0.0, 1.0)).choose(request) == own[1]
     general = KnapsackPolicy(memory, costs.mean())
     assert policy.choose(request) == general.choose(request)
     assert policy.delta_nll(own[0], 40) == general.delta_nll(own[0], 40)
     assert (policy.name, policy.lowers, policy.order) == ("knapsack-by-text", True, general.order)
-    assert for_text(general, (1.0, 0.0)) is general, "other policies do not see the text"
+    assert general.for_text((1.0, 0.0)) is general, "other policies do not see the text"
 
 
 def test_it_is_loaded_from_its_file(memory, costs, policy, tmp_path):
@@ -152,6 +152,6 @@ def test_kinds_are_refused_by_policies_that_do_not_observe_them(default):
 
 
 def test_costs_by_kind_that_the_package_lacks_are_to_be_measured(default, monkeypatch, tmp_path):
-    monkeypatch.setattr("rap_env.runtime.policies.SAVED", tmp_path)
+    monkeypatch.setattr("rap_env.policies.loading.SAVED", tmp_path)
     with pytest.raises(ArtifactError, match=r"no level costs of .*kinds\.json"):
         packaged_kinds(default)

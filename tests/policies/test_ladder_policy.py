@@ -22,17 +22,17 @@ from rap_env.ladder.item_rows import NEIGHBOURS, neighbours, row_columns
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies import loading as policies
+from rap_env.policies.delta_nll import find_delta_nll
+from rap_env.policies.item_network import ItemNetwork
+from rap_env.policies.loading import NetworkPolicy, load_policy
+from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.policy_file import PolicyFile
 from rap_env.request import Request
-from rap_env.runtime import policies
-from rap_env.runtime.delta_nll import find_delta_nll
-from rap_env.runtime.ladder_network import ItemNetwork
-from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
-from rap_env.runtime.policies import NetworkPolicy, load_policy
-from rap_env.runtime.policy_file import PolicyFile
-from tests.runtime import made_policies
+from tests.policies import made_policies
+from tests.policies.made_ladder import builder, importance, ladder, memory, policy_file, weights
+from tests.policies.test_policy_file import rewritten
 from tests.runtime.harness import SHAPE, Harness
-from tests.runtime.made_ladder import builder, importance, ladder, memory, policy_file, weights
-from tests.runtime.test_policy_file import rewritten
 
 SHAPES = [(1, 10), (8, 2000), (4, 500)]
 FRACTIONS = (0.3, 0.5, 0.7, 0.9, 0.99)
@@ -260,8 +260,8 @@ def test_other_weights_are_told_which_packaged_policy_serves_them(tmp_path, monk
 def test_choosing_loads_neither_torch_nor_a_training_library():
     code = (
         "import sys\n"
-        "from tests.runtime.made_ladder import memory, policy_file\n"
-        "from rap_env.runtime.ladder_policy import LadderPolicy\n"
+        "from tests.policies.made_ladder import memory, policy_file\n"
+        "from rap_env.policies.network import LadderPolicy\n"
         "from rap_env.request import Request\n"
         "model = memory()\n"
         "score = lambda plans: [len(plan.levels) for plan in plans]\n"

@@ -8,9 +8,9 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance, ItemObservationBuilder
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.runtime.ladder_network import ItemNetworkWeights
-from rap_env.runtime.ladder_policy import LadderPolicyFile
-from tests.runtime.test_knapsack import facts as made_facts
+from rap_env.policies.item_network import ItemNetworkWeights
+from rap_env.policies.network import LadderPolicyFile
+from tests.policies.test_knapsack import facts as made_facts
 
 SPEC = {"levels": "all", "together": ["int8", "int4"]}
 

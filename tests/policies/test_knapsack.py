@@ -14,8 +14,8 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
 
 CACHES = ("int8", "int4", "int4-window64")
 

@@ -30,18 +30,18 @@ from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.plan import MaskOrPlan
 from rap_env.plugins import PluginError, find_plugin
-from rap_env.policy import PlanPolicy
+from rap_env.policies.base import Policy, as_policy
+from rap_env.policies.block_network import BlockNetwork
+from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.policy_file import PolicyFile, read_policy
 from rap_env.request import Request
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
-from rap_env.runtime.policy_file import PolicyFile, read_policy
-from rap_env.runtime.policy_network import BlockNetwork
-from rap_env.runtime.text_policy import TextPolicy
 
 _Kind = TypeVar("_Kind")
 _Costs = TypeVar("_Costs", LevelCosts, KindCosts)
 
-SAVED = Path(__file__).parent / "saved"
+SAVED = Path(__file__).parent / "packaged"
 """Folder of the policy files in the package, named after their model."""
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -98,7 +98,7 @@ def default_facts(weights: str = "native") -> ModelFacts:
     return ModelFacts(**fields)
 
 
-class StaticPolicy:
+class StaticPolicy(Policy):
     """The same mask or plan for every request."""
 
     def __init__(self, mask: MaskOrPlan, name: str = "static") -> None:
@@ -110,7 +110,7 @@ class StaticPolicy:
         return self.mask
 
 
-class OrderPolicy:
+class OrderPolicy(Policy):
     """Removes blocks in a fixed order until the request fits; all of them if it never does.
 
     Raises:
@@ -118,6 +118,7 @@ class OrderPolicy:
     """
 
     name = "order"
+    order: tuple[int, ...]
 
     def __init__(self, memory: MemoryModel, order: Iterable[int]) -> None:
         self.memory = memory
@@ -130,7 +131,7 @@ class OrderPolicy:
         return costs.remove_until_fits(self.order, request.budget_bytes)
 
 
-class FrontierPolicy:
+class FrontierPolicy(Policy):
     """Looks up the best known mask that fits, or the smallest known one if none does.
 
     Raises:
@@ -160,7 +161,7 @@ class FrontierPolicy:
         return found
 
 
-class PlanFrontierPolicy:
+class PlanFrontierPolicy(Policy):
     """Looks up the best measured plan that fits, or the smallest known one if none does.
 
     Args:
@@ -192,7 +193,7 @@ class PlanFrontierPolicy:
         return smallest if found is None else found
 
 
-class NetworkPolicy:
+class NetworkPolicy(Policy):
     """A trained block-wise network, which removes its best block until the request fits.
 
     If no mask fits, it removes every block. Threads may share a policy.
@@ -237,7 +238,7 @@ def load_policy(
     *,
     features: ImportanceFeatures | ItemImportance | None = None,
     kinds: KindCosts | None = None,
-) -> PlanPolicy:
+) -> Policy:
     """Load a policy for a live model.
 
     Args:
@@ -408,13 +409,14 @@ def _path_of(source: str | os.PathLike[str]) -> Path | None:
     return path if path.is_file() else None
 
 
-def _policy_of_package(name: str, memory: MemoryModel) -> PlanPolicy:
+def _policy_of_package(name: str, memory: MemoryModel) -> Policy:
     """The policy that another package makes for a model."""
     plugin = find_plugin("policy", name, NAMED, _HINT)
-    policy: PlanPolicy = plugin.make(memory)
-    if not callable(getattr(policy, "choose", None)) or not hasattr(policy, "name"):
+    made = plugin.make(memory)
+    try:
+        return as_policy(made)
+    except TypeError:
         raise PluginError(
-            f"{plugin} makes a {type(policy).__name__}, which is no policy: it needs a name and "
+            f"{plugin} makes a {type(made).__name__}, which is no policy: it needs a name and "
             "choose(request)."
-        )
-    return policy
+        ) from None

@@ -8,10 +8,11 @@ from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 
-class UniformPolicy:
+class UniformPolicy(Policy):
     """Chooses the first of some plans that fits, else the last one with blocks removed in an order.
 
     Args:
@@ -26,6 +27,7 @@ class UniformPolicy:
     """
 
     lowers = True
+    order: tuple[int, ...]
 
     def __init__(
         self,

@@ -13,8 +13,9 @@ from rap_env.importance.level_costs import LevelCosts, is_as_exact
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name, is_cache
+from rap_env.policies.base import Policy
+from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.request import Request
-from rap_env.runtime.multiple_choice import MultipleChoice
 
 _CACHED_CHOICES = 1024
 _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
@@ -66,7 +67,7 @@ class _Problem:
         return CompressionPlan.of(dict(itertools.chain(*(option.levels for option in picked))))
 
 
-class KnapsackPolicy:
+class KnapsackPolicy(Policy):
     """Chooses the plan of the least predicted rise in NLL whose exact bytes fit the request.
 
     Costs are one-shot costs with measured corrections (`LevelCosts`). An attention block and its

@@ -12,16 +12,15 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
 from rap_env.plan import MaskOrPlan, as_plan
-from rap_env.policy import PlanPolicy
-from rap_env.runtime.knapsack import KnapsackPolicy
-from rap_env.runtime.ladder_policy import LadderPolicy
-from rap_env.runtime.policies import FrontierPolicy, NetworkPolicy, load_policy
-from rap_env.runtime.text_policy import for_text
+from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
+from rap_env.policies.network import LadderPolicy
 from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
 
 def find_delta_nll(
-    memory: MemoryModel, policy: PlanPolicy, plan: MaskOrPlan, seq_len_tokens: int | None = None
+    memory: MemoryModel, policy: Policy, plan: MaskOrPlan, seq_len_tokens: int | None = None
 ) -> tuple[float | None, str]:
     """Rise in NLL of a mask or plan in nats per token, None if unknown, and where it is from.
 
@@ -32,7 +31,7 @@ def find_delta_nll(
     measured), or else from the order over items in the policy's file. Those by kind of text are
     taken for equal shares of all kinds.
     """
-    plan, policy = as_plan(plan), for_text(policy, ())
+    plan, policy = as_plan(plan), policy.for_text(())
     if not plan:
         return 0.0, "the dense model"
     if plan.is_mask and not isinstance(policy, KnapsackPolicy):
@@ -48,9 +47,7 @@ def find_delta_nll(
     return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
 
 
-def _rise_of_mask(
-    memory: MemoryModel, policy: PlanPolicy, mask: BlockMask
-) -> tuple[float | None, str]:
+def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: BlockMask) -> tuple[float | None, str]:
     """Rise in NLL of a mask by the scores of masks, None if unknown, and where it is from."""
     table = policy
     if not isinstance(policy, FrontierPolicy):

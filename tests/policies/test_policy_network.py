@@ -16,11 +16,11 @@ from rap_env.block_rows import row_columns, row_width
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
+from rap_env.policies.block_network import BlockNetwork
+from rap_env.policies.loading import NetworkPolicy
 from rap_env.request import Request
-from rap_env.runtime.policies import NetworkPolicy
-from rap_env.runtime.policy_network import BlockNetwork
-from tests.runtime.made_policies import features, memory, policy_file, weights
-from tests.runtime.test_policies import frontier
+from tests.policies.made_policies import features, memory, policy_file, weights
+from tests.policies.test_policies import frontier
 
 SHAPES = [(1, 10), (16, 2000), (4, 500)]
 
@@ -124,8 +124,8 @@ def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):
     frontier().save(tmp_path / "masks.json")
     code = (
         "import sys\n"
-        "from tests.runtime.made_policies import memory, policy_file\n"
-        "from rap_env.runtime.policies import NetworkPolicy, load_policy\n"
+        "from tests.policies.made_policies import memory, policy_file\n"
+        "from rap_env.policies.loading import NetworkPolicy, load_policy\n"
         "from rap_env.request import Request\n"
         "model = memory()\n"
         "policy = NetworkPolicy(model, policy_file())\n"

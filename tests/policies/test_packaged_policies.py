@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from rap_env.memory import MemoryModel
+from rap_env.policies.loading import DEFAULT_MODEL, SAVED, NetworkPolicy, default_facts, load_policy
+from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.policy_file import PolicyFile, read_policy
 from rap_env.request import Request
-from rap_env.runtime.ladder_policy import LadderPolicy, LadderPolicyFile
-from rap_env.runtime.policies import DEFAULT_MODEL, SAVED, NetworkPolicy, default_facts, load_policy
-from rap_env.runtime.policy_file import PolicyFile, read_policy
 
 POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
 COSTS = SAVED / f"{DEFAULT_MODEL}.levels.json"
@@ -21,7 +21,7 @@ TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"
 @pytest.fixture(scope="module")
 def memory():
     """The default model's byte arithmetic, without the model."""
-    from tests.runtime.made_policies import facts
+    from tests.policies.made_policies import facts
 
     made, policy = facts(30), PolicyFile.load(POLICY)
     return MemoryModel(

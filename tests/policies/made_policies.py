@@ -8,8 +8,8 @@ from rap_env.block_rows import row_width
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
-from rap_env.runtime.policy_file import PolicyFile, PolicyModel, order_of
-from rap_env.runtime.policy_network import NetworkWeights
+from rap_env.policies.block_network import NetworkWeights
+from rap_env.policies.policy_file import PolicyFile, PolicyModel, order_of
 
 
 def facts(layers=6, fingerprint="a" * 64, name="made"):

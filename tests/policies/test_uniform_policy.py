@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
+from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
 from rap_env.request import Request
-from rap_env.runtime.uniform_policy import UniformPolicy, middle_first, uniform_plans
-from tests.runtime.made_policies import facts
+from tests.policies.made_policies import facts
 
 
 def with_levels():

@@ -35,8 +35,8 @@ from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.observation import BYTES_OVER, Observation, bytes_over
 from rap_env.plan import CompressionPlan
+from rap_env.policies.block_network import Floats, NetworkWeights, UpperLayers, standardise
 from rap_env.request import Request
-from rap_env.runtime.policy_network import Floats, NetworkWeights, UpperLayers, standardise
 
 _FEATURES = len(ITEM_FEATURES)
 _COMPARED = _FEATURES + len(PRICED)

@@ -1,7 +1,7 @@
 """A trained policy as one small file, with all that is needed to choose masks for a live model.
 
 It is a safetensors file, so reading it executes no code. Policies that choose plans have a kind of
-their own, `rap_env.runtime.ladder_policy.LadderPolicyFile`.
+their own, `rap_env.policies.network.LadderPolicyFile`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
 from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
-from rap_env.runtime.policy_network import NetworkWeights
+from rap_env.policies.block_network import NetworkWeights
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rap_env.runtime.multiple_choice import MultipleChoice
+from rap_env.policies.multiple_choice import MultipleChoice
 
 
 def made(rng, style):

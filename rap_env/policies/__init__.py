@@ -1,0 +1,1 @@
+"""What chooses a plan for a request: one interface, one registry, one file format."""

@@ -1,0 +1,97 @@
+"""The interface of everything that chooses plans: methods, trained policies, lookup tables."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
+
+from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.plan import MaskOrPlan
+from rap_env.request import Request
+
+
+@runtime_checkable
+class PolicyLike(Protocol):
+    """The least that a policy of your own needs; `as_policy` makes a `Policy` of it.
+
+    Attributes:
+        name: Its name in records and tables.
+    """
+
+    name: str
+
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return a plan for a request, as in `Policy`."""
+
+
+class Policy(ABC):
+    """Chooses the plan for a request.
+
+    Only `name` and `choose` are needed. All other members have a default that means that the
+    policy cannot do this.
+
+    Attributes:
+        name: Its name in records and tables.
+        lowers: Whether its plans lower weights that they keep; such levels are made at the start
+            of a service.
+        order: Blocks in the order in which they may be removed beyond its plans, by index; None if
+            it has no such order.
+        text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
+    """
+
+    name: str
+    lowers: bool = False
+    order: tuple[int, ...] | None = None
+    text_kinds: TextKinds | None = None
+
+    @abstractmethod
+    def choose(self, request: Request) -> MaskOrPlan:
+        """Return a plan for a request. It does not have to fit the budget.
+
+        The call changes no model.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch size or the length.
+        """
+
+    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float | None:
+        """Predict the rise in NLL of a plan.
+
+        Args:
+            plan: The plan.
+            seq_len_tokens: Length of sequences; None is the length of the calibration text.
+
+        Returns:
+            The rise in nats per token; None if the policy predicts nothing for the plan.
+        """
+        return None
+
+    def for_text(self, shares: Shares) -> Policy:
+        """Return the policy for text with some shares of `text_kinds`; by default itself."""
+        return self
+
+
+class _Wrapped(Policy):
+    """A user's object with only a name and `choose`."""
+
+    def __init__(self, chooser: PolicyLike) -> None:
+        self.name = chooser.name
+        self._chooser = chooser
+
+    def choose(self, request: Request) -> MaskOrPlan:
+        return self._chooser.choose(request)
+
+
+def as_policy(chooser: PolicyLike) -> Policy:
+    """A `Policy` as it is; any other object with a name and `choose`, wrapped in one.
+
+    Raises:
+        TypeError: It has no name, or no `choose`.
+    """
+    if isinstance(chooser, Policy):
+        return chooser
+    if isinstance(chooser, type) or not isinstance(chooser, PolicyLike):
+        raise TypeError(
+            f"A {type(chooser).__name__} is no policy: it needs a name and choose(request)."
+        )
+    return _Wrapped(chooser)
