@@ -15,12 +15,15 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rap_env.errors import ServingSettingsError
-from rap_env.serving.errors import ApiError, error_response
-from rap_env.serving.probes import PROBE_PATHS
+from rap_env.serving.errors import ApiError
 from rap_env.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health"})
+"""Paths of the probes, which need no key."""
+UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
+"""Paths that are answered above the connection limit too."""
 _KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
 
 
@@ -60,10 +63,6 @@ class ApiKeys:
         return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]:
     """The keys of clients and those of administrators; None for a file that is not set.
 
@@ -81,29 +80,34 @@ def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]
     return keys, admin_keys
 
 
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
 def _read_keys(path: str, name: str) -> frozenset[bytes]:
-    """The digests of the keys in a file."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ServingSettingsError(f"{name} {path} must be a text file in UTF-8.") from None
-    keys = set()
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if line and not line.startswith("#"):
-            if not _KEY.fullmatch(line):
-                raise ServingSettingsError(
-                    f"Line {number} of {name} {path} must be a key of visible ASCII characters "
-                    "without spaces, or a comment that begins with #."
-                )
-            keys.add(_digest(line))
+    keys = {
+        number: line
+        for number, line in enumerate(map(str.strip, lines), start=1)
+        if line and not line.startswith("#")
+    }
+    for number, key in keys.items():
+        if not _KEY.fullmatch(key):
+            raise ServingSettingsError(
+                f"Line {number} of {name} {path} must be a key of visible ASCII characters "
+                "without spaces, or a comment that begins with #."
+            )
     if not keys:
         raise ServingSettingsError(
             f"{name} {path} has no key; write one per line, for example the output of "
             "'openssl rand -hex 32'."
         )
-    return frozenset(keys)
+    return frozenset(map(_digest, keys.values()))
 
 
 class RequireApiKey:
@@ -124,16 +128,13 @@ class RequireApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        app = self._app
-        keys = self._keys
-        if self._admin_keys is not None and scope["path"].startswith("/admin"):
-            keys = self._admin_keys
-        if scope["type"] == "http" and keys is not None and scope["path"] not in PROBE_PATHS:
+        app, keys = self._app, self._keys
+        if scope["type"] == "http" and scope["path"] not in PROBE_PATHS:
+            if self._admin_keys is not None and scope["path"].startswith("/admin"):
+                keys = self._admin_keys
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or key.strip() not in keys:
-                app = error_response(_unauthorized(missing=not key), scope)
+            if keys is not None and (scheme.lower() != "bearer" or key.strip() not in keys):
+                app = _unauthorized(missing=not key).response(scope)
         await app(scope, receive, send)
 
 
@@ -178,13 +179,7 @@ def check_access(settings: ServerSettings) -> None:
 
 
 def check_address(bound: socket.socket, settings: ServerSettings) -> None:
-    """Refuse to serve at an address that others can reach without a key.
-
-    With `insecure`, a warning is logged instead.
-
-    Args:
-        bound: The bound socket.
-        settings: Settings of the server.
+    """Refuse to serve without keys at an address that others can reach, unless `insecure` is set.
 
     Raises:
         ServingSettingsError: The address is no loopback address, and there are no keys.

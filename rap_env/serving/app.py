@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,31 +20,27 @@ from rap_env.errors import RapError
 from rap_env.importance.text_kinds import mean_shares
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.access import RequireApiKey, open_keys
-from rap_env.serving.admin import admin_router
-from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import (
     CLIENT_CLOSED_REQUEST,
     ApiError,
-    error_response,
     failed,
-    unavailable,
+    shutting_down,
     unknown_model,
 )
-from rap_env.serving.generation import Generation
-from rap_env.serving.live_limit import LiveLimit
+from rap_env.serving.generation import AnswerPlans, Generation
+from rap_env.serving.limits import LiveLimit
+from rap_env.serving.logs import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.metrics import ServingMetrics
-from rap_env.serving.probes import probe_router
-from rap_env.serving.prompts import RequestBuilder, stop_tokens
-from rap_env.serving.request_id import REQUEST_ID_HEADER, RequestIds
+from rap_env.serving.prompts import RequestBuilder, grammar_compiler, stop_tokens
 from rap_env.serving.responses import (
     EventStreamResponse,
     ResponseWriter,
     cancel_on_disconnect,
     usage_of,
 )
+from rap_env.serving.routes import admin_router, probe_router, tokenization_router
 from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.tokenization import tokenization_router
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -57,7 +54,8 @@ Schema = type[ChatCompletionRequest] | type[CompletionRequest]
 class Service:
     """State that the routes share: the engine, the metrics and the running generations.
 
-    While `closing`, the server shuts down and accepts no more requests.
+    While `closing`, the server shuts down and accepts no more requests. The arguments are those of
+    `create_app`.
     """
 
     def __init__(
@@ -76,19 +74,17 @@ class Service:
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
         self._running: set[Generation] = set()
-        stops = stop_tokens(engine.llm, tokenizer)
+        chooser = engine.controller.chooser
         self.builder = RequestBuilder(
             tokenizer,
             settings,
             context_tokens=engine.max_seq_len_tokens,
-            grammars=grammars
-            or GrammarCompiler(tokenizer, vocab_size=engine.vocab_size, stop_token_ids=stops),
-            stop_token_ids=stops,
+            grammars=grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size),
+            stop_token_ids=stop_tokens(engine.llm, tokenizer),
             longest_prompt=engine.longest_prompt.tokens,
-            text_kinds=engine.controller.chooser.text_kinds,
+            text_kinds=chooser.text_kinds,
         )
-        made_of = (engine.llm.fingerprint, engine.controller.chooser.policy.name, __version__)
-        self._made_of = repr(made_of)
+        self._server = repr((engine.llm.fingerprint, chooser.policy.name, __version__))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -103,7 +99,38 @@ class Service:
     def cancel_running(self) -> None:
         """Cancel all running generations because the server shuts down."""
         for generation in list(self._running):
-            generation.cancel(_shutting_down())
+            generation.cancel(shutting_down())
+
+    def reload(self, reread: Callable[[], ServerSettings] | None) -> None:
+        """At SIGHUP: read the files of keys and the settings again; invalid ones change nothing.
+
+        Of the settings, the number of bytes of `memory` or `model_memory` changes at once. Others
+        that differ are logged: they change when the server starts again.
+
+        Args:
+            reread: Reads the settings again; None if they cannot have changed.
+        """
+        for keys in (self.api_keys, self.admin_keys):
+            if keys is not None:
+                keys.reload()
+        if reread is None:
+            return
+        try:
+            new = reread()
+            if self.limit is not None:
+                self.limit.reload(new)
+        except (RapError, OSError) as error:
+            log.error("The settings stay as they were: %s", error)
+            return
+        names = [field.name for field in fields(new)]
+        live = () if self.limit is None else (self.limit.name,)
+        changed = [
+            name
+            for name in names
+            if getattr(new, name) != getattr(self.settings, name) and name not in live
+        ]
+        if changed:
+            log.warning("The server must start again for changes of: %s.", ", ".join(changed))
 
     async def respond(self, request: Request, schema: Schema) -> Response:
         """Respond to a completion request; errors become responses in the format of the API."""
@@ -114,15 +141,15 @@ class Service:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except ApiError as error:
             self.count(request, error.outcome)
-            return error_response(error, request.scope)
+            return error.response(request.scope)
         except RapError as error:
             log.exception("Request %s failed", request.state.request_id)
             self.count(request, "error")
-            return error_response(failed(str(error)), request.scope)
+            return failed(str(error)).response(request.scope)
 
     async def _complete(self, request: Request, schema: Schema) -> Response:
         if self.closing:
-            raise _shutting_down()
+            raise shutting_down()
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
         predict = partial(
@@ -130,7 +157,7 @@ class Service:
             seq_len_tokens=built.final_tokens,
             text_shares=mean_shares(built.text_shares),
         )
-        plans = AnswerPlans(predict, self._made_of)
+        plans = AnswerPlans(predict, self._server)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)
         request.state.log_fields = generation.log_fields
         generation.start()
@@ -207,11 +234,24 @@ def create_app(
     keys, admin_keys = service.api_keys, service.admin_keys
     if (keys, admin_keys) != (None, None):
         app.add_middleware(RequireApiKey, keys=keys, admin_keys=admin_keys)
+    app.add_middleware(RequestIds)
+    _add_completion_routes(app, service)
+    _add_error_handlers(app, service)
     if admin_keys is not None:
         app.include_router(admin_router(engine.controller.monitor, limit))
-    app.add_middleware(RequestIds)
-    served = settings.served_name
-    model = {"id": served, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
+    app.include_router(
+        probe_router(engine, service.metrics, settings, closing=lambda: service.closing)
+    )
+    context_tokens = engine.max_seq_len_tokens
+    app.include_router(
+        tokenization_router(service.builder, tokenizer, settings, context_tokens=context_tokens)
+    )
+    return app
+
+
+def _add_completion_routes(app: FastAPI, service: Service) -> None:
+    name = service.settings.served_name
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -230,24 +270,17 @@ def create_app(
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> Response:
-        if name != served:
-            raise unknown_model(name, served)
+    @app.get("/v1/models/{asked:path}")
+    async def retrieve_model(asked: str) -> Response:
+        if asked != name:
+            raise unknown_model(asked, name)
         return JSONResponse(model)
 
-    app.include_router(
-        probe_router(engine, service.metrics, settings, closing=lambda: service.closing)
-    )
-    app.include_router(
-        tokenization_router(
-            service.builder, tokenizer, settings, context_tokens=engine.max_seq_len_tokens
-        )
-    )
 
+def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error, request.scope)
+        return error.response(request.scope)
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(_request: Request, _error: ClientDisconnect) -> Response:
@@ -259,18 +292,11 @@ def create_app(
         texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
-        found = ApiError(error.status_code, message, headers=headers)
-        return error_response(found, request.scope)
+        return ApiError(error.status_code, message, headers=headers).response(request.scope)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, _error: Exception) -> Response:
         service.count(request, "error")
         error = failed("The server had an error while it processed your request.")
         error.headers[REQUEST_ID_HEADER] = request.state.request_id  # outside of the middleware
-        return error_response(error, request.scope)
-
-    return app
-
-
-def _shutting_down() -> ApiError:
-    return unavailable("The server is shutting down; ask again later.", "shutting_down")
+        return error.response(request.scope)

@@ -23,12 +23,10 @@ class Detokenizer:
 
     Args:
         tokenizer: The model's tokenizer.
-        keep_special: Whether special tokens are text.
     """
 
-    def __init__(self, tokenizer: Any, *, keep_special: bool = False) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._keep_special = keep_special
         self._window: list[int] = []
         self._context = 0  # leading tokens of the window whose text was returned
         self._given = 0  # characters of the window's text that were returned
@@ -36,9 +34,8 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Add a token and return the text that is final now, often that of the token alone."""
         self._window.append(token_id)
-        text = self._text(self._window)
-        waiting = len(text) - len(text.rstrip(UNFINISHED))
-        waiting = min(waiting, _MAX_UNFINISHED)
+        text = plain_text(self._tokenizer, self._window)
+        waiting = min(len(text) - len(text.rstrip(UNFINISHED)), _MAX_UNFINISHED)
         if len(self._window) - self._context > _MAX_TOKENS:
             waiting = 0
         certain = len(text) - waiting
@@ -50,25 +47,22 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back; call it after the last token."""
-        text = self._text(self._window)
+        text = plain_text(self._tokenizer, self._window)
         piece = text[self._given :]
         self._given = len(text)
         return piece
 
     def _move_on(self) -> None:
         recent = self._window[self._context :]
-        if text := self._text(recent):  # a window without text would be no context
+        if text := plain_text(self._tokenizer, recent):  # a window without text would be no context
             self._window, self._given = recent, len(text)
         self._context = len(self._window)
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        return plain_text(self._tokenizer, token_ids, keep_special=self._keep_special)
 
-
-def plain_text(tokenizer: Any, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
-    """Decode tokens, by default without special tokens, and without cleaning up spaces."""
+def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Decode tokens, without special tokens and without cleaning up spaces."""
     text: str = tokenizer.decode(
-        list(token_ids), skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return text
 
@@ -76,32 +70,32 @@ def plain_text(tokenizer: Any, token_ids: Sequence[int], *, keep_special: bool =
 class StopStrings:
     """Truncates streamed text before the first of several stop strings, none of them empty.
 
-    After one was `found`, no text is returned.
+    After one has `matched`, no text is returned.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
         self._strings = tuple(strings)
-        self._held = ""
-        self.found = False
+        self._waiting = ""
+        self.matched = False
 
     def add(self, piece: str) -> str:
         """Add text and return the part that cannot belong to a stop string."""
-        if self.found:
+        if self.matched:
             return ""
-        text = self._held + piece
+        text = self._waiting + piece
         starts = [start for start in map(text.find, self._strings) if start >= 0]
         if starts:
-            self.found = True
-            self._held = ""
+            self.matched = True
+            self._waiting = ""
             return text[: min(starts)]
         keep = self._partial_match(text)
-        self._held = text[len(text) - keep :]
+        self._waiting = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def finish(self) -> str:
         """Return the text that was held back; call it after the last text."""
-        held, self._held = self._held, ""
-        return held
+        text, self._waiting = self._waiting, ""
+        return text
 
     def _partial_match(self, text: str) -> int:
         """Length of the longest suffix of `text` that is a prefix of a stop string."""

@@ -16,16 +16,7 @@ CLIENT_CLOSED_REQUEST = 499
 
 @dataclass(eq=False)
 class ApiError(RapError):
-    """Error response to a request.
-
-    Attributes:
-        status: HTTP status code.
-        message: What is wrong, the value seen, what to do.
-        kind: The API's error type.
-        param: The field of the request that is wrong, if it is one field.
-        code: The API's error code, if there is one.
-        headers: Additional headers of the response.
-    """
+    """Error response: an HTTP status, and the API's message, type, field (`param`) and code."""
 
     status: int
     message: str
@@ -44,26 +35,20 @@ class ApiError(RapError):
         return self.code or ("invalid" if self.status < 500 else "error")
 
     def to_json(self, scope: Scope | None = None) -> dict[str, Any]:
-        """Body of the response.
-
-        Args:
-            scope: ASGI scope of the request, with its id; None if it has none.
-        """
-        request_id = (scope or {}).get("state", {}).get("request_id")
+        """Body of the response to the request of an ASGI scope, which has the request's id."""
         return {
             "error": {
                 "message": self.message,
                 "type": self.kind,
                 "param": self.param,
                 "code": self.code,
-                "request_id": request_id,
+                "request_id": (scope or {}).get("state", {}).get("request_id"),
             }
         }
 
-
-def error_response(error: ApiError, scope: Scope) -> JSONResponse:
-    """Response for an error, in the format of the API, to the request of an ASGI scope."""
-    return JSONResponse(error.to_json(scope), error.status, headers=error.headers)
+    def response(self, scope: Scope) -> JSONResponse:
+        """Response to the request of an ASGI scope."""
+        return JSONResponse(self.to_json(scope), self.status, headers=self.headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
@@ -98,6 +83,11 @@ def unavailable(
     """503: the server cannot answer this request now, but may after some seconds."""
     headers = {"retry-after": str(retry_after_s)}
     return ApiError(503, message, kind="server_error", code=code, headers=headers)
+
+
+def shutting_down() -> ApiError:
+    """503: the server accepts no more requests."""
+    return unavailable("The server is shutting down; ask again later.", "shutting_down")
 
 
 def failed(message: str) -> ApiError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import hashlib
+import json
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +18,7 @@ from rap_env.errors import (
     QueueFullError,
 )
 from rap_env.importance.text_kinds import Shares
+from rap_env.plan import CompressionPlan
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,
@@ -27,7 +31,6 @@ from rap_env.runtime.request_handle import (
     rejection_of,
 )
 from rap_env.runtime.sampling import Sample, SamplingParams
-from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.detokenizer import Detokenizer, StopStrings
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import AnswerTimer, ServingMetrics
@@ -112,15 +115,71 @@ class GenerationRequest:
         return replace(self.params, seed=(self.params.seed + number) % 2**63)
 
 
-@dataclass(frozen=True)
-class OutputDelta:
-    """New output of one answer.
+class AnswerPlans:
+    """The plans that computed the answers to one request, in the order of their passes.
+
+    What is reported describes one of them: the plan with the largest predicted rise in NLL. A plan
+    without a prediction counts as larger than any other, and of equal ones the last is reported.
+
+    Args:
+        predict: Gives the rise in NLL of a plan in nats per token, None without a prediction.
+        server: Names what else determines the answers, such as the model's weights.
 
     Attributes:
-        index: Number of the answer.
-        text: New text; may be empty.
-        logprobs: Log probabilities of its tokens, if requested.
-        finish_reason: ``"stop"`` or ``"length"`` in the last delta.
+        fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal plans.
+        changed: Whether the plan changed from one pass to the next.
+    """
+
+    def __init__(self, predict: Callable[[CompressionPlan], float | None], server: str) -> None:
+        self._predict = predict
+        self._digest = server
+        self._last: CompressionPlan | None = None
+        self._reported = CompressionPlan()
+        self._delta_nll: float | None = 0.0
+        self.fingerprint = ""
+        self.changed = False
+
+    def add(self, plan: CompressionPlan) -> None:
+        """Add the plan of the next pass."""
+        if plan == self._last:
+            return
+        rise = self._predict(plan)
+        if self._last is None or _order(rise) >= _order(self._delta_nll):
+            self._reported, self._delta_nll = plan, rise
+        self.changed = self._last is not None
+        self._last = plan
+        self._digest = hashlib.sha256(f"{self._digest} {plan.digest}".encode()).hexdigest()
+        self.fingerprint = f"fp_{self._digest[:10]}"
+
+    def report(self) -> dict[str, Any]:
+        """The object ``rap`` of a response; ``delta_nll`` is in nats per token."""
+        return {
+            "plan": self._reported.digest,
+            "levels": self._reported.summary,
+            "delta_nll": self._delta_nll,
+            "plan_changed": self.changed,
+        }
+
+    def headers(self) -> dict[str, str]:
+        """The report as response headers; what is null there has no header."""
+        return {
+            f"x-rap-{name.replace('_', '-')}": value
+            if isinstance(value, str)
+            else json.dumps(value)
+            for name, value in self.report().items()
+            if value is not None
+        }
+
+
+def _order(rise: float | None) -> float:
+    return math.inf if rise is None else rise
+
+
+@dataclass(frozen=True)
+class OutputDelta:
+    """New output of answer `index`, with the log probabilities of its tokens if requested.
+
+    The last one has a `finish_reason`: ``"stop"`` or ``"length"``.
     """
 
     index: int
@@ -198,17 +257,21 @@ class Generation:
         Raises:
             ApiError: The engine rejects them: 400, 429 or 503.
         """
+        request = self.request
         try:
-            for number in range(self.request.size):
-                detokenizer = Detokenizer(self._tokenizer)
-                stops = StopStrings(self.request.stop_strings)
-                prompt = self.request.prompts[number // self.request.n]
+            for number in range(request.size):
+                prompt = request.prompts[number // request.n]
                 timer = AnswerTimer(self._metrics, len(prompt), self._engine.clock())
-                handle = self._submit(number, prompt, timer)
-                choice = _Choice(number, handle, detokenizer, stops, timer)
-                if self.request.echo:
-                    choice.echo = self.request.echo[number // self.request.n]
-                self._choices.append(choice)
+                self._choices.append(
+                    _Choice(
+                        number,
+                        self._submit(number, prompt, timer),
+                        Detokenizer(self._tokenizer),
+                        StopStrings(request.stop_strings),
+                        timer,
+                        echo=request.echo[number // request.n] if request.echo else "",
+                    )
+                )
         except BaseException as error:
             self.cancel()
             raise self._as_api_error(error) from error
@@ -219,10 +282,14 @@ class Generation:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
-        params, floor = self.request.params_of(number), self.request.max_delta_nll
         texts = self.request.text_shares
-        shares = texts[number // self.request.n] if texts else ()
-        return self._engine.submit(prompt, params, listen, max_delta_nll=floor, text_shares=shares)
+        return self._engine.submit(
+            prompt,
+            self.request.params_of(number),
+            listen,
+            max_delta_nll=self.request.max_delta_nll,
+            text_shares=texts[number // self.request.n] if texts else (),
+        )
 
     def cancel(self, cause: Exception | None = None) -> None:
         """Cancel all answers; `deltas` soon raises the cause, or a general error."""
@@ -242,20 +309,7 @@ class Generation:
         while running:
             number, event = await self._queue.get()
             choice = self._choices[number]
-            if choice.ended or isinstance(event, AdmitEvent):
-                continue
-            if isinstance(event, PlanEvent):
-                self._plans.add(event.plan)
-                continue
-            if isinstance(event, PromptEvent):
-                self._add_prompt(choice, event)
-                continue
-            if self.request.prompt_only and (delta := self._prompt_alone(choice, event)):
-                choice.handle.cancel()
-            elif isinstance(event, TokenEvent):
-                delta = self._token(choice, event)
-            else:
-                delta = self._end(choice, event)
+            delta = None if choice.ended else self._delta_of(choice, event)
             if delta is None:
                 continue
             if delta.finish_reason is not None:
@@ -263,37 +317,46 @@ class Generation:
                 running -= 1
             yield delta
 
+    def _delta_of(self, choice: _Choice, event: Event) -> OutputDelta | None:
+        """Take in an event; return the new output, if there is any."""
+        if isinstance(event, AdmitEvent):
+            return None
+        if isinstance(event, PlanEvent):
+            self._plans.add(event.plan)
+            return None
+        if isinstance(event, PromptEvent):
+            first = Sample(choice.handle.prompt_ids[0], 0.0)
+            choice.pending.append(self._logprob(first)._replace(logprob=None))
+            choice.pending += map(self._logprob, event.samples)
+            return None
+        has_failed = isinstance(event, EndEvent) and event.reason not in ("stop", "length")
+        if self.request.prompt_only and not has_failed:  # its one new token is left out
+            choice.handle.cancel()
+            return self._delta(choice, "", "length")
+        if isinstance(event, TokenEvent):
+            return self._token(choice, event)
+        return self._end(choice, event)
+
     def _token(self, choice: _Choice, event: TokenEvent) -> OutputDelta | None:
         choice.tokens += 1
         text = choice.stops.add(choice.detokenizer.add(event.token_id))
-        if self.request.logprobs and not choice.stops.found:
-            sample = Sample(event.token_id, event.logprob, event.top)
-            choice.pending.append(self._logprob(sample))
-        if choice.stops.found:
+        if choice.stops.matched:
             choice.handle.cancel()
             return self._delta(choice, text, "stop")
+        if self.request.logprobs:
+            sample = Sample(event.token_id, event.logprob, event.top)
+            choice.pending.append(self._logprob(sample))
         return self._delta(choice, text, None) if text or choice.echo else None
 
     def _end(self, choice: _Choice, event: EndEvent) -> OutputDelta:
         if event.reason not in ("stop", "length"):
             raise self._failure(event)
         text = choice.stops.add(choice.detokenizer.finish())
-        reason = "stop" if choice.stops.found else event.reason
+        reason = "stop" if choice.stops.matched else event.reason
         text += choice.stops.finish()
         if event.stop_token and self.request.logprobs and not self.request.chat:
             choice.pending.append(self._logprob(event.stop_token))
         return self._delta(choice, text, reason)
-
-    def _add_prompt(self, choice: _Choice, event: PromptEvent) -> None:
-        first = choice.handle.prompt_ids[0]
-        choice.pending.append(self._logprob(Sample(first, 0.0))._replace(logprob=None))
-        choice.pending += map(self._logprob, event.samples)
-
-    def _prompt_alone(self, choice: _Choice, event: TokenEvent | EndEvent) -> OutputDelta | None:
-        """The whole answer without the token that the engine generates; None if it failed."""
-        if isinstance(event, EndEvent) and event.reason not in ("stop", "length"):
-            return None
-        return self._delta(choice, "", "length")
 
     def _delta(self, choice: _Choice, text: str, reason: str | None) -> OutputDelta:
         """New output, with what the answer has to begin with."""

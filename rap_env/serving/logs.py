@@ -1,18 +1,29 @@
-"""Log lines of a server: text or JSON, to standard error or to a file that is rotated."""
+"""Log lines of a server, and the ids of its requests, which each response and line names."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from rap_env.errors import ServingSettingsError
+from rap_env.serving.access import UNLIMITED_PATHS
+from rap_env.serving.errors import CLIENT_CLOSED_REQUEST, shown
 from rap_env.serving.settings import ServerSettings
 
+log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+_VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _TEXT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -39,7 +50,7 @@ class JsonFormatter(TextFormatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **vars(record).get("fields", {}),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
@@ -49,10 +60,7 @@ class JsonFormatter(TextFormatter):
 class LogFile(RotatingFileHandler):
     """A file that becomes ``NAME.1`` and so on when it is full; lines that fail are left out.
 
-    The first failure, such as a full disk, is one line on standard error.
-
-    Attributes:
-        lost: Number of lines that could not be written.
+    The first failure, such as a full disk, is one line on standard error; `lost` counts all.
     """
 
     lost = 0
@@ -60,10 +68,8 @@ class LogFile(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Count a line that could not be written."""
         if not self.lost:
-            print(
-                f"Lines can no longer be logged in {self.baseFilename}: {sys.exc_info()[1]}",
-                file=sys.stderr,
-            )
+            reason = f"{self.baseFilename}: {sys.exc_info()[1]}"
+            print(f"Lines can no longer be logged in {reason}", file=sys.stderr)
         self.lost += 1
 
 
@@ -78,16 +84,16 @@ def server_logging(settings: ServerSettings) -> Iterator[None]:
     """
     root, package = logging.getLogger(), logging.getLogger("rap_env")
     level = settings.log_level.upper()
-    before, package_level = root.handlers[:], package.level
+    handlers, package_level = root.handlers[:], package.level
     handler = _handler(settings)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     handler.setLevel(level)
     package.setLevel(level)
-    root.handlers[:] = [*(h for h in before if type(h) is not logging.StreamHandler), handler]
+    root.handlers[:] = [*(h for h in handlers if type(h) is not logging.StreamHandler), handler]
     try:
         yield
     finally:
-        root.handlers[:] = before
+        root.handlers[:] = handlers
         package.setLevel(package_level)
         handler.close()
 
@@ -107,3 +113,68 @@ def _handler(settings: ServerSettings) -> logging.Handler:
             f"Cannot write log_file {settings.log_file}: {error.strerror}; give the path of a file "
             "in a folder that exists and that the server may write to."
         ) from None
+
+
+class RequestIds:
+    """ASGI middleware that gives each request an id, and logs one line when it has ended.
+
+    A client's own id is kept if it has 1 to 128 letters, digits or characters of ``._:/+=@-``.
+    Applications find the id as ``request.state.request_id``, and may add to the line:
+    ``request.state.outcome``, and what the function ``request.state.log_fields`` returns.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.monotonic(), CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                header = REQUEST_ID_HEADER.encode(), request_id.encode()
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            _log_request(scope, status, time.monotonic() - started)
+
+
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    state, method = scope["state"], scope["method"]
+    path = shown(scope["raw_path"].decode("ascii"))  # as sent: no line breaks
+    known = {"outcome": state.get("outcome"), **state.get("log_fields", dict)()}
+    known = {name: value for name, value in known.items() if value is not None}
+    fields = {
+        "request_id": state["request_id"],
+        "method": method,
+        "path": path,
+        "status": status,
+        "seconds": round(seconds, 3),
+        **known,
+    }
+    log.log(
+        logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
+        "%s %s %s %d %.3f s%s", state["request_id"], method, path, status, seconds,
+        "".join(f" {name}={_quoted(value)}" for name, value in known.items()),
+        extra={"fields": fields},
+    )  # fmt: skip
+
+
+def _quoted(value: object) -> str:
+    """Text of a value, in quotes if it has spaces."""
+    text = str(value)
+    return json.dumps(text) if " " in text else text

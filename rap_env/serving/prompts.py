@@ -1,4 +1,4 @@
-"""Convert a validated body to a generation request: tokenize it and check the server's limits."""
+"""Makes generation requests from validated bodies: tokenizes them and checks the limits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.detokenizer import plain_text
 from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
 from rap_env.serving.generation import GenerationRequest
-from rap_env.serving.messages import template_messages
-from rap_env.serving.schemas import (
-    BaseCompletionRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-)
+from rap_env.serving.schemas import BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.structured import constraint_of
 
@@ -25,6 +20,9 @@ Body = ChatCompletionRequest | CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles of messages, and their names in chat templates."""
+_UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "audio")
 
 
 class RequestBuilder:
@@ -65,13 +63,7 @@ class RequestBuilder:
         self.check_model(body.model)
         self._check_floor(body.max_delta_nll)
         stop_strings = self._stop_strings(body)
-        most = self._settings.max_new_tokens
-        if body.new_tokens is not None and body.new_tokens > most:
-            raise invalid(
-                f"max_tokens is too large: {body.new_tokens}. This server gives at most {most} "
-                "tokens in an answer.",
-                "max_tokens",
-            )
+        self._check_new_tokens(body.new_tokens)
         echo: Sequence[str] = ()
         if isinstance(body, ChatCompletionRequest):
             prompts = [self.encode_chat(body.messages)]
@@ -79,18 +71,12 @@ class RequestBuilder:
             entries = self._entries(body.prompt)
             prompts = [self._prompt(entry) for entry in entries]
             if body.echo:
-                pairs = zip(entries, prompts, strict=True)
                 echo = [
                     entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
-                    for entry, prompt in pairs
+                    for entry, prompt in zip(entries, prompts, strict=True)
                 ]
         chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
-        if n * len(prompts) > self._settings.max_choices:
-            raise invalid(
-                f"This server gives at most {self._settings.max_choices} answers to one request, "
-                f"and {n * len(prompts)} were asked for.",
-                "n",
-            )
+        self._check_choices(n * len(prompts))
         longest = max(map(len, prompts))
         self._check_prompt(longest, body)
         return GenerationRequest(
@@ -124,6 +110,24 @@ class RequestBuilder:
         if name not in (None, self._settings.served_name):
             raise unknown_model(name, self._settings.served_name)
 
+    def _check_new_tokens(self, new_tokens: int | None) -> None:
+        most = self._settings.max_new_tokens
+        if new_tokens is not None and new_tokens > most:
+            raise invalid(
+                f"max_tokens is too large: {new_tokens}. This server gives at most {most} "
+                "tokens in an answer.",
+                "max_tokens",
+            )
+
+    def _check_choices(self, number: int) -> None:
+        most = self._settings.max_choices
+        if number > most:
+            raise invalid(
+                f"This server gives at most {most} answers to one request, "
+                f"and {number} were asked for.",
+                "n",
+            )
+
     def _check_floor(self, max_delta_nll: float | None) -> None:
         strictest = self._settings.min_quality_per_request
         if max_delta_nll is None or (strictest is not None and max_delta_nll >= strictest):
@@ -137,18 +141,18 @@ class RequestBuilder:
 
     def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
         most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars
-        found = [body.stop] if isinstance(body.stop, str) else body.stop
-        if found is None:
+        strings = [body.stop] if isinstance(body.stop, str) else body.stop
+        if strings is None:
             return []
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
             raise invalid("'stop' must be a string or a list of strings.", "stop", "invalid_type")
-        if not all(found):
+        if not all(strings):
             raise invalid("A stop string must not be empty.", "stop")
-        if len(found) > most:
-            raise invalid(f"'stop' may have at most {most} strings, not {len(found)}.", "stop")
-        if any(len(text) > longest for text in found):
+        if len(strings) > most:
+            raise invalid(f"'stop' may have at most {most} strings, not {len(strings)}.", "stop")
+        if any(len(text) > longest for text in strings):
             raise invalid(f"A stop string may have at most {longest} characters.", "stop")
-        return found
+        return strings
 
     def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
         most = self._settings.max_prompt_tokens
@@ -323,10 +327,57 @@ def _is_ids(value: Any) -> bool:
     )
 
 
+def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Check messages and convert them: known roles and text.
+
+    Raises:
+        ApiError: A message is invalid (400).
+    """
+    return [_turn(f"messages[{number}]", message) for number, message in enumerate(messages)]
+
+
+def _turn(where: str, message: dict[str, Any]) -> dict[str, str]:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise invalid(
+            f"Invalid value for '{where}.role': {shown(repr(role))}; supported are "
+            f"{', '.join(map(repr, ROLES))}.",
+            f"{where}.role",
+        )
+    for name in _UNSUPPORTED_FIELDS:
+        if message.get(name):
+            raise invalid(f"'{where}.{name}' is not supported in a message of '{role}'.", where)
+    return {"role": ROLES[role], "content": _content(message.get("content"), where)}
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content:
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(parts):
+            return "".join(texts)
+    raise invalid(
+        f"'{where}.content' must be a string or a list of parts of type 'text'.",
+        f"{where}.content",
+        "invalid_type",
+    )
+
+
 def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:
     """Token ids that end an answer: those of the generation config and of the tokenizer."""
     config = getattr(llm.model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ids = set(found if isinstance(found, list | tuple) else [found])
+    end = getattr(config, "eos_token_id", None)
+    ids = set(end if isinstance(end, list | tuple) else [end])
     ids.add(getattr(tokenizer, "eos_token_id", None))
     return tuple(sorted(token for token in ids if token is not None))
+
+
+def grammar_compiler(llm: Any, tokenizer: Any, vocab_size: int) -> GrammarCompiler:
+    """Make what compiles the grammars of answers, for a model with its tokenizer."""
+    stops = stop_tokens(llm, tokenizer)
+    return GrammarCompiler(tokenizer, vocab_size=vocab_size, stop_token_ids=stops)

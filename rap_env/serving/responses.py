@@ -14,9 +14,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError
-from rap_env.serving.generation import Generation, GenerationRequest, OutputDelta, TokenLogprob
+from rap_env.serving.generation import (
+    AnswerPlans,
+    Generation,
+    GenerationRequest,
+    OutputDelta,
+    TokenLogprob,
+)
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""
@@ -118,20 +123,20 @@ class ResponseWriter:
         fingerprint = self._plans.fingerprint  # of the plans so far
         return {**self._head, "system_fingerprint": fingerprint, "object": kind}
 
-    def _logprobs_json(self, index: int, found: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def _logprobs_json(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
         most = self._request.params.top_logprobs
         if self._request.chat:
-            return {"content": [_chat_logprob(entry) for entry in found], "refusal": None}
+            return {"content": [_chat_logprob(entry) for entry in entries], "refusal": None}
         offsets = []
-        for entry in found:
+        for entry in entries:
             offsets.append(self._lengths.get(index, 0))
             self._lengths[index] = offsets[-1] + len(entry.token) * entry.in_text
         return {
-            "tokens": [entry.token for entry in found],
-            "token_logprobs": [entry.logprob for entry in found],
-            "top_logprobs": [_likely(entry) for entry in found] if most else None,
+            "tokens": [entry.token for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [_likely(entry) for entry in entries] if most else None,
             "text_offset": offsets,
         }
 

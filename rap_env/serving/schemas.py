@@ -97,6 +97,32 @@ class CompletionRequest(BaseCompletionRequest):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
+class TokenizeRequest(BaseModel):
+    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` of a chat.
+
+    `add_special_tokens` is true for a text and false for messages unless it is given, since a chat
+    template writes the special tokens itself.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of ``POST /detokenize``: token ids."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
 BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
 FieldsT = TypeVar("FieldsT", bound=BaseModel)
 
@@ -125,10 +151,6 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
             code="unsupported_content_type",
         )
-    return parse_json(await _read(request, settings))
-
-
-async def _read(request: Request, settings: ServerSettings) -> bytes:
     most = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
@@ -152,7 +174,7 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
     if len(body) > most:
         await _drop_rest(request)
         raise too_large(most)
-    return bytes(body)
+    return parse_json(bytes(body))
 
 
 async def _drop_rest(request: Request) -> None:
@@ -170,19 +192,19 @@ async def _drop_rest(request: Request) -> None:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Parse a JSON object; anything else is an `ApiError` (400)."""
     try:
-        found = json.loads(body, parse_constant=_reject_constant)
+        value = json.loads(body, parse_constant=_reject_constant)
         if b"\\u" in body:  # may be half of a surrogate pair, which no response could quote
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise invalid(
             f"We could not parse the JSON body of your request: {shown(str(error))}.",
             code="invalid_json",
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise invalid(
-            f"The body must be a JSON object, not {type(found).__name__}.", code="invalid_json"
+            f"The body must be a JSON object, not {type(value).__name__}.", code="invalid_json"
         )
-    return found
+    return value
 
 
 def _reject_constant(name: str) -> NoReturn:
@@ -212,21 +234,21 @@ def validate_fields(schema: type[FieldsT], body: dict[str, Any]) -> FieldsT:
 
 def _first_error(error: ValidationError) -> ApiError:
     """Convert the first error of pydantic to one of the API."""
-    found = error.errors(include_url=False)[0]
-    name, *inside = found["loc"]
+    details = error.errors(include_url=False)[0]
+    name, *inside = details["loc"]
     param = str(name) + "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside
     )
-    if found["type"] == "missing":
+    if details["type"] == "missing":
         return invalid(
             f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
         )
-    if found["type"] == "extra_forbidden":
+    if details["type"] == "extra_forbidden":
         return _unknown_parameter(param)
-    wrong_type = found["type"].endswith("_type")
+    wrong_type = details["type"].endswith("_type")
     return invalid(
-        f"Invalid {'type' if wrong_type else 'value'} for '{param}': {found['msg']}, "
-        f"but got {shown(repr(found['input']))}.",
+        f"Invalid {'type' if wrong_type else 'value'} for '{param}': {details['msg']}, "
+        f"but got {shown(repr(details['input']))}.",
         param,
         "invalid_type" if wrong_type else "invalid_value",
     )

@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rap_env.errors import ServingSettingsError
+from rap_env.serving.access import UNLIMITED_PATHS
 from rap_env.serving.app import Service
-from rap_env.serving.errors import ApiError, error_response, unavailable
-from rap_env.serving.probes import UNLIMITED_PATHS
+from rap_env.serving.errors import ApiError, unavailable
 from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
@@ -114,10 +114,10 @@ def _answer_above_limit(app: ASGIApp, on_refusal: Callable[[], None]) -> ASGIApp
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
-        known = scope["path"] in UNLIMITED_PATHS
-        if not known:
+        unlimited = scope["path"] in UNLIMITED_PATHS
+        if not unlimited:
             on_refusal()
-        response = app if known else error_response(_too_many(), scope)
+        response = app if unlimited else _too_many().response(scope)
         await response(scope, receive, send_and_close)
 
     return answer
@@ -213,8 +213,8 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         if not 0 <= port <= 65535:  # the system would take its lower 16 bits
             raise OverflowError("a port is a number from 0 to 65535")
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

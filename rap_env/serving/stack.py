@@ -1,4 +1,4 @@
-"""Build a server from its settings: model, policy, controller, engine and HTTP application."""
+"""Builds a server from its settings: model, policy, controller, engine and HTTP application."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.serving.live_limit import LiveLimit
-from rap_env.serving.memory_limit import (
-    check_process_limit,
-    check_start,
-    check_started,
-    limit_text,
-    open_budget,
-    open_limit,
-)
+from rap_env.serving import limits
 from rap_env.serving.preflight import check_before_loading, load_kinds
 from rap_env.serving.settings import ServerSettings, require_extra
 
@@ -56,7 +48,7 @@ class ServerStack:
     engine: Engine
     app: FastAPI
     decisions: DecisionLog | None
-    limit: LiveLimit | None
+    limit: limits.LiveLimit | None
 
     def close(self) -> None:
         """Close the log of decisions."""
@@ -64,13 +56,15 @@ class ServerStack:
             self.decisions.close()
 
 
-def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
+def load_served_model(
+    settings: ServerSettings, limit: limits.LiveLimit | None = None
+) -> ElasticLLM:
     """Load the model, set its residency, and attach the stubs of the settings.
 
     With a limit of the process, the start is checked before the weights are read, and a model that
     has to be converted first is converted in another process.
     """
-    limits_process = limit is not None and limit.name == "memory"
+    limits_process = limit is not None and limit.of_process
     with made_apart() if limits_process else nullcontext():
         llm = load_llm(
             settings.model,
@@ -78,7 +72,9 @@ def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) 
             dtype=settings.dtype,
             weights=settings.weights,
             lean=settings.repair != "library",  # a lean model cannot be fitted to
-            before_weights=partial(check_start, settings, limit),
+            before_weights=partial(limits.check_start, settings.model, limit)
+            if limit is not None and limits_process
+            else None,
         )
     if settings.residency == "resident":  # else weights are copied in any case
         copy_to_memory(llm.model)
@@ -128,30 +124,24 @@ def build_stack(
             suit the model, or the extra ``serve`` is not installed.
     """
     require_extra()
-    from rap_env.runtime.structured_output import GrammarCompiler
     from rap_env.serving.app import create_app
-    from rap_env.serving.prompts import stop_tokens
+    from rap_env.serving.prompts import grammar_compiler
 
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
     try:
-        check_process_limit(settings)
-        limit = open_limit(settings) if memory is None else None
+        limit = limits.open_limit(settings) if memory is None else None
         loaded = llm is None
         llm = load_served_model(settings, limit) if llm is None else llm
-        grammars = GrammarCompiler(
-            llm.tokenizer,
-            vocab_size=llm.facts.vocab_size,
-            stop_token_ids=stop_tokens(llm, llm.tokenizer),
-        )
-        if limit is not None and limit.name == "memory":
+        grammars = grammar_compiler(llm, llm.tokenizer, llm.facts.vocab_size)
+        if limit is not None and limit.of_process:
             grammars.load()  # its memory counts at the start, and not for the first grammar
         chosen = load_serving_policy(settings, llm) if policy is None else as_policy(policy)
         make_levels(llm, chosen)
         if memory is None:
             meter = controls.pop("meter", None)
-            memory, controls["meter"] = open_budget(settings, llm, limit, meter)
-            if loaded:
-                check_started(settings, limit)
+            memory, controls["meter"] = limits.open_budget(settings, llm, limit, meter)
+            if loaded and limit is not None and limit.of_process:
+                limits.check_started(settings.model, limit)
         controller = RuntimeController(
             llm,
             chosen,
@@ -225,7 +215,6 @@ def serve(
     require_extra()
     from rap_env.serving.access import check_access, check_address
     from rap_env.serving.logs import server_logging
-    from rap_env.serving.reload import reload_settings
     from rap_env.serving.server import Server, bind, url_of
 
     check_access(settings)
@@ -239,7 +228,7 @@ def serve(
         try:
             text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
             changes = reread or settings.api_key_file or settings.admin_key_file
-            on_hangup = partial(reload_settings, stack.app.state.service, reread)
+            on_hangup = partial(stack.app.state.service.reload, reread)
             Server(
                 stack.app, on_ready=lambda: say(text), on_hangup=on_hangup if changes else None
             ).run(sockets=[bound])
@@ -258,7 +247,7 @@ def greeting(stack: ServerStack, url: str) -> str:
         route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
-        limit_text(controller),
+        limits.limit_text(controller),
         f"Policy: {controller.chooser.policy.name}; unused weights: {stack.settings.residency}.",
     ]
     if controller.chooser.max_delta_nll is not None:

@@ -11,7 +11,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from rap_env.plan import CompressionPlan
-from rap_env.serving.answer_plans import AnswerPlans
+from rap_env.serving.generation import AnswerPlans
 from tests.serving.conftest import client_of, served
 from tests.serving.fake_engine import NATIVE, PLAN, FakeEngine, delta_nll
 from tests.serving.test_app import CHAT, PLAIN, events_of, post

@@ -90,7 +90,7 @@ def test_spaces_before_words_survive_and_special_tokens_are_no_text():
 def test_text_ends_before_the_first_stop_string(pieces, stops, expected):
     stop = StopStrings(stops)
     text = "".join(map(stop.add, pieces))
-    assert stop.found
+    assert stop.matched
     assert text == expected
     assert stop.add("more") == stop.finish() == ""
 
@@ -99,7 +99,7 @@ def test_partial_stop_strings_are_released():
     stop = StopStrings(["\n\nUser:", "###"])
     pieces = ["Hello", "\n", "\n", "User", "s #", "#", " end ##"]
     given = [stop.add(piece) for piece in pieces]
-    assert not stop.found
+    assert not stop.matched
     assert given[1:4] == ["", "", ""]
     assert "".join(given) == "Hello\n\nUsers ## end "
     assert stop.finish() == "##"

@@ -1,0 +1,268 @@
+"""The memory limit of a server: set, checked before and after the model is loaded, and changed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rap_env.errors import ServingSettingsError
+from rap_env.memory import MemoryModel
+from rap_env.models.device import choose_device
+from rap_env.request import Request
+from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
+from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
+from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
+from rap_env.serving.preflight import too_little
+from rap_env.serving.settings import ServerSettings, parse_bytes
+
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
+    from rap_env.runtime.controller import RuntimeController
+
+log = logging.getLogger(__name__)
+
+LimitSource = Literal["setting", "file", "admin"]
+"""What set a limit last: a setting, the file, or a request of an administrator."""
+
+_SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one changes again
+_LONGEST_TEXT = 64
+_MIB = 2**20
+_SLACK_BYTES = 8 * _MIB
+"""Allowance for what the estimate of the bytes that loading takes leaves out."""
+_GRAMMAR_BYTES = 44 * _MIB
+"""Allowance for the vocabulary of grammars: 41 MiB for the default model's 49,152 tokens."""
+
+
+class LiveLimit:
+    """A limit that operators change while the server runs; call it to get the present bytes.
+
+    The last change holds, whether a setting, the file or an administrator made it. As long as the
+    file does not exist the limit stays as it is. A file that is incomplete, wrong or too small
+    changes nothing, and one warning is logged.
+
+    Args:
+        name: The setting that it is: ``memory``, of the whole process, or ``model_memory``.
+        limit_bytes: Value of the setting.
+        file: A file with a size such as ``300MiB``, which is read whenever it changes.
+
+    Attributes:
+        setting_bytes: Value of the setting, as last read.
+        source: What set the present value.
+        check: Raises a `ServingSettingsError` for a number of bytes that is too small.
+
+    Raises:
+        ServingSettingsError: The file exists and does not hold a size.
+    """
+
+    def __init__(self, name: str, limit_bytes: int, file: str | None = None) -> None:
+        self.name = name
+        self.source: LimitSource = "setting"
+        self.check: Callable[[int], None] = lambda limit_bytes: None
+        self._bytes = self.setting_bytes = limit_bytes
+        self._file = None if file is None else Path(file)
+        self._lock = threading.RLock()
+        self._seen = self._read_state = self._state()
+        self._seen_s = time.monotonic()
+        if self._seen is not None:
+            self.set(self._read(), "file")
+
+    def __call__(self) -> int:
+        """The bytes that are allowed now."""
+        if self._file is not None:
+            with self._lock:
+                self._follow()
+        return self._bytes
+
+    @property
+    def of_process(self) -> bool:
+        """Whether it limits the whole process, not the model alone."""
+        return self.name == "memory"
+
+    def set(self, limit_bytes: int, source: LimitSource) -> None:
+        """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
+        self.check(limit_bytes)
+        with self._lock:
+            if (limit_bytes, source) != (self._bytes, self.source):
+                log.info("%s is now %d bytes (%s).", self.name, limit_bytes, source)
+            self._bytes, self.source = limit_bytes, source
+            if source == "setting":
+                self.setting_bytes = limit_bytes
+
+    def reload(self, settings: ServerSettings) -> None:
+        """Apply the limit of new settings if it is one of the same kind and differs."""
+        limit_bytes = settings.process_bytes if self.of_process else settings.model_bytes
+        if limit_bytes is not None and limit_bytes != self.setting_bytes:
+            self.set(limit_bytes, "setting")
+
+    def _follow(self) -> None:
+        """Read the file if it has changed, once it stays as it is for a moment.
+
+        The moment counts from the time that the file itself has of its last change, so that one
+        look is enough where looks are far apart.
+        """
+        state, now_s = self._state(), time.monotonic()
+        if state != self._seen:
+            self._seen, self._seen_s = state, now_s
+        if state == self._read_state:
+            return
+        age_s = 0.0 if state is None else time.time() - state[2] / 1e9
+        if max(age_s, now_s - self._seen_s) < _SETTLE_S:
+            return
+        self._read_state = state
+        try:
+            self.set(self._read(), "file")
+        except ServingSettingsError as error:
+            log.warning("%s stays at %d bytes: %s", self.name, self._bytes, error)
+
+    def _state(self) -> tuple[int, int, int] | None:
+        """What changes with the content of the file; None if there is none."""
+        if self._file is None:
+            return None
+        try:
+            status = self._file.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _read(self) -> int:
+        assert self._file is not None
+        try:
+            with self._file.open("rb") as file:
+                text = file.read(_LONGEST_TEXT + 1).decode("ascii", errors="replace")
+        except OSError as error:
+            raise ServingSettingsError(
+                f"Cannot read memory_file {self._file}: {error.strerror}."
+            ) from None
+        if len(text) > _LONGEST_TEXT:
+            text = f"{text[:_LONGEST_TEXT]}..."
+        return parse_bytes(f"memory_file {self._file}", text)
+
+
+def open_limit(settings: ServerSettings) -> LiveLimit | None:
+    """The limit of the settings; None if the budget is the system's free memory.
+
+    Raises:
+        ServingSettingsError: `memory_file` exists and does not hold a size, or the memory of the
+            process is limited and the model is not on a CPU under Linux.
+    """
+    if settings.model_bytes is not None:
+        return LiveLimit("model_memory", settings.model_bytes, settings.memory_file)
+    if settings.process_bytes is None:
+        return None
+    device = choose_device(settings.device)
+    if device.type != "cpu" or sys.platform != "linux":
+        raise ServingSettingsError(
+            f"memory={settings.memory} limits the resident memory of the process, which is measured"
+            f" only for a model on a CPU under Linux, not on {device} under {sys.platform}; set "
+            "model_memory, the bytes of the model alone, instead."
+        )
+    return LiveLimit("memory", settings.process_bytes, settings.memory_file)
+
+
+def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
+    """Check that the process will stay within its limit while it loads the model.
+
+    Args:
+        model: What messages call the model.
+        limit: The limit of the process.
+        loading_bytes: Bytes that loading still takes at its peak.
+
+    Raises:
+        ServingSettingsError: It would not; the message says how much is needed.
+    """
+    import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
+
+    resident = resident_bytes()[1]
+    need = resident + loading_bytes + _SLACK_BYTES
+    if find_spec("llguidance") is not None:  # the server loads it at its start
+        need += _GRAMMAR_BYTES
+    if need > limit():
+        raise ServingSettingsError(
+            f"memory is {_mib(limit())}, but the process needs {_mib(need)} to "
+            f"start with {model}: {_mib(resident)} without it, and "
+            f"{_mib(need - resident)} while it is loaded. Set memory to at least that, or "
+            "model_memory to limit the model alone."
+        )
+
+
+def check_started(model: str, limit: LiveLimit) -> None:
+    """Check that the process stayed within its limit while it started.
+
+    Raises:
+        ServingSettingsError: It did not; the message says how much it took.
+    """
+    peak = resident_bytes()[0]
+    if peak > limit():
+        raise ServingSettingsError(
+            f"memory is {_mib(limit())}, but the process took {_mib(peak)} to start with "
+            f"{model}; set memory to at least that, or model_memory to limit the model alone."
+        )
+
+
+def open_budget(
+    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter | None = None
+) -> tuple[MemorySource, Meter]:
+    """The source of the model's budget, and the meter that measures what it uses.
+
+    The present and later values of the limit are checked from now on.
+
+    Raises:
+        ServingSettingsError: Not even one token fits within the limit.
+        MemorySourceError: The system does not report its free memory.
+    """
+    meter = process_meter(llm) if meter is None else meter
+    if limit is None:
+        reserve = settings.reserve_bytes
+        return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
+    memory: MemorySource
+    if limit.of_process:
+        assert isinstance(meter, ResidentMeter)
+        memory = ProcessMemory(limit, meter)
+    else:
+        memory = GivenMemory(limit)
+    limit.check = partial(_check_least, settings.model, least, memory)
+    limit.check(limit())
+    return memory, meter
+
+
+def _check_least(model: str, least: int, memory: MemorySource, limit_bytes: int) -> None:
+    """Reject a limit within which not even one token fits with every block removed."""
+    if not isinstance(memory, ProcessMemory):
+        if limit_bytes < least:
+            raise ServingSettingsError(too_little(model, least, limit_bytes))
+        return
+    others = memory.other_bytes + HEADROOM_BYTES
+    if limit_bytes < least + others:
+        raise ServingSettingsError(
+            f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for one "
+            f"token without any block and {_mib(others)} for everything else in the process, not "
+            f"{_mib(limit_bytes)}; give more."
+        )
+
+
+def limit_text(controller: RuntimeController) -> str:
+    """What a user should know of the memory limit, as a sentence."""
+    monitor = controller.monitor
+    source, budget = monitor.source, _mib(monitor.budget_bytes)
+    if isinstance(source, ProcessMemory):
+        return (
+            f"Memory: at most {_mib(source.process_bytes)} for the whole process, of which "
+            f"{_mib(source.other_bytes)} are everything but the model; it may take {budget} now."
+        )
+    text = f"Memory: at most {budget} for the model now ({source.name})"
+    if isinstance(monitor.meter, ResidentMeter):
+        return f"{text}; the rest of the process takes {_mib(monitor.meter.baseline_bytes)} more."
+    return f"{text}."
+
+
+def _mib(number: int) -> str:
+    """A number of bytes, rounded up to whole MiB, as settings accept it."""
+    return f"{-(-number // _MIB)}MiB"

@@ -1,0 +1,201 @@
+"""Routes for operators and for tokens: probes, versions, metrics, the limit, and tokenizing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from rap_env.errors import ServingSettingsError
+from rap_env.runtime.process_memory import ProcessMemory
+from rap_env.serving.errors import ApiError, invalid
+from rap_env.serving.limits import LiveLimit
+from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
+from rap_env.serving.prompts import RequestBuilder
+from rap_env.serving.schemas import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    read_json,
+    validate_fields,
+)
+from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.version import __version__
+
+if TYPE_CHECKING:
+    from rap_env.runtime.engine import Engine
+    from rap_env.runtime.memory_monitor import MemoryMonitor
+
+_MOST_ADMIN_BYTES = 1024
+
+
+def probe_router(
+    engine: Engine,
+    metrics: ServingMetrics,
+    settings: ServerSettings,
+    *,
+    closing: Callable[[], bool],
+) -> APIRouter:
+    """Make the routes ``/livez``, ``/readyz``, ``/healthz``, ``/version`` and ``/metrics``.
+
+    ``/health`` is ``/healthz`` under the name that it has in vLLM's and llama.cpp's servers.
+    `closing` tells whether the server shuts down.
+    """
+    router, model = APIRouter(), settings.served_name
+    versions = {
+        "version": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "model": model,
+        "fingerprint": engine.llm.fingerprint,
+    }
+
+    @router.get("/livez")
+    async def livez() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        reason = "The server is shutting down." if closing() else engine.unready_reason()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": reason}, 503)
+
+    @router.get("/health")
+    @router.get("/healthz")
+    async def healthz() -> Response:
+        if closing():
+            return JSONResponse({"status": "closing"}, 503)
+        if not engine.alive:
+            return JSONResponse({"status": "engine stopped"}, 503)
+        return JSONResponse({"status": "ok", "model": model})
+
+    @router.get("/version")
+    async def show_versions() -> Response:
+        # In a thread: a new budget takes a search.
+        longest = settings.max_prompt_tokens or await asyncio.to_thread(
+            engine.longest_prompt.tokens
+        )
+        return JSONResponse({**versions, "max_prompt_tokens": longest})
+
+    @router.get("/metrics")
+    async def show_metrics() -> Response:
+        # In a thread: reading the memory of the process may wait for a step to end.
+        text = await asyncio.to_thread(metrics.render)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
+
+    return router
+
+
+def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
+    """Make the routes that show and set the memory limit, for administrators.
+
+    `limit` is None if the system's free memory is the budget, which cannot be set.
+    """
+    router = APIRouter()
+
+    def present() -> Response:
+        answer: dict[str, Any] = {
+            "limit": None if limit is None else limit.name,
+            "bytes": None if limit is None else limit(),
+            "source": monitor.source.name if limit is None else limit.source,
+            "budget_bytes": monitor.budget_bytes,
+            "used_bytes": monitor.used_bytes,
+        }
+        if isinstance(monitor.source, ProcessMemory):
+            answer["other_bytes"] = monitor.source.other_bytes
+        return JSONResponse(answer)
+
+    @router.get("/admin/budget")
+    async def show_budget() -> Response:
+        return present()
+
+    @router.put("/admin/budget")
+    async def set_budget(request: Request) -> Response:
+        if limit is None:
+            raise ApiError(
+                409,
+                "The budget is the system's free memory, which cannot be set; start the server "
+                "with memory or model_memory as a number of bytes.",
+                code="budget_not_settable",
+            )
+        body = await _read_small_body(request)
+        size = body.get(limit.name) if isinstance(body, dict) and len(body) == 1 else None
+        if not isinstance(size, str | int) or isinstance(size, bool):
+            example = f'{{"{limit.name}": "500MiB"}}'
+            raise invalid(f"The body must be a JSON object such as {example}.", limit.name)
+        try:
+            await asyncio.to_thread(limit.set, parse_bytes(limit.name, size), "admin")
+        except ServingSettingsError as error:
+            raise invalid(str(error), limit.name) from None
+        return present()
+
+    return router
+
+
+async def _read_small_body(request: Request) -> Any:
+    """The JSON value of a short body; None if it is not valid."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MOST_ADMIN_BYTES:
+            raise invalid(f"The body is longer than {_MOST_ADMIN_BYTES} bytes.")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def tokenization_router(
+    builder: RequestBuilder, tokenizer: Any, settings: ServerSettings, *, context_tokens: int
+) -> APIRouter:
+    """Make the routes ``/tokenize`` and ``/detokenize``, as in vLLM's server.
+
+    `builder` encodes texts and messages exactly as for completions; `context_tokens` is the most
+    tokens of a prompt and its answer together.
+    """
+    router = APIRouter()
+
+    def encode(body: TokenizeRequest) -> list[int]:
+        if body.prompt is not None and body.messages is None:
+            special = body.add_special_tokens is not False
+            return builder.encode_text(body.prompt, add_special_tokens=special)
+        if body.messages is None or body.prompt is not None:
+            raise invalid("Give either 'prompt' or 'messages'.", "prompt")
+        return builder.encode_chat(
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+
+    def decode(tokens: list[int]) -> str:
+        if tokens and max(tokens) >= len(tokenizer):
+            raise invalid(
+                f"Token {max(tokens)} is not in the tokenizer's vocabulary "
+                f"(0 to {len(tokenizer) - 1}).",
+                "tokens",
+            )
+        text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = validate_fields(TokenizeRequest, await read_json(request, settings))
+        builder.check_model(body.model)
+        tokens = await asyncio.to_thread(encode, body)
+        answer = {"count": len(tokens), "max_model_len": context_tokens, "tokens": tokens}
+        texts = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+        return JSONResponse({**answer, "token_strs": texts})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = validate_fields(DetokenizeRequest, await read_json(request, settings))
+        builder.check_model(body.model)
+        return JSONResponse({"prompt": await asyncio.to_thread(decode, body.tokens)})
+
+    return router
