@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from benchmarks.engine_process import InLlamaCpp, InOurRuntime
 from benchmarks.harness import Settings, alternate, launch, parse_request, ratios, spread
 from benchmarks.record import Target, write_record
-from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
+from experiments.study.run_folder import package_versions
 
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
 """Wanted times of llama.cpp's decode step, by rows."""

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.harness import ModelSettings, launch, open_model, ratios, spread
 from benchmarks.record import Target, write_record
-from experiments.comparison.run_folder import package_versions
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
+from experiments.study.run_folder import package_versions
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf

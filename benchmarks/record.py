@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.run_folder import cpuinfo, git_state, machine_facts, package_versions
+from experiments.study.run_folder import cpuinfo, git_state, machine_facts, package_versions
 from rap_env.artifacts import atomic_write
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"

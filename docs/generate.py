@@ -168,9 +168,9 @@ def ladder_markdown() -> str:
 
 def draw_ladder(folder: Path) -> None:
     """Draw loss against bytes, and write the text that shows the picture."""
-    from experiments.comparison.plotting import PNG_DPI, style
     from experiments.ladder.figures import loss_against_bytes
     from experiments.ladder.summaries import read_ladder
+    from experiments.study.figures import PNG_DPI, style
 
     found = read_ladder(RESULTS / "ladder")
     shown = "No records.\n"
@@ -204,8 +204,8 @@ def write_long_context(docs: Path) -> None:
 
 def write_texts(folder: Path) -> None:
     """Write the tables and the picture of how plans depend on the calibration text."""
-    from experiments.comparison.formatting import markdown
     from experiments.studies.tables import TextStudy, save_figure, texts_markdown
+    from experiments.study.tables import markdown
 
     found = TextStudy.read(RESULTS / "texts")
     save_figure(found, folder / "texts.png")
@@ -246,8 +246,8 @@ def write_learning_curves(folder: Path) -> None:
 
 def leaderboard_markdown() -> str:
     """The published entries of each comparison, the best on held-out text first."""
-    from experiments.comparison.formatting import markdown, seconds
     from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
+    from experiments.study.tables import markdown, seconds
     from rap_env.leaderboard.entries import published_entries
     from rap_env.leaderboard.tasks import pinned_tasks
 

@@ -82,12 +82,13 @@ def plan_tables(
 
 def stubs_markdown(results: Path) -> str:
     """Methods that choose plans with and without stubs, on the same budgets and windows."""
-    from experiments.comparison.records import read_rows
+    from experiments.comparison.records import ResultRow
     from experiments.comparison.summaries import Comparison
     from experiments.comparison.tables import tables_markdown
 
     bare, repaired = (
-        read_rows(results / name / "evaluate" / "results.jsonl") for name in (PLANS, PLANS_STUBS)
+        ResultRow.read(results / name / "evaluate" / "results.jsonl")
+        for name in (PLANS, PLANS_STUBS)
     )
     others = [
         replace(row, method=f"{row.method}-without stubs")
@@ -99,15 +100,15 @@ def stubs_markdown(results: Path) -> str:
 
 def shipped_markdown(results: Path) -> str:
     """ΔNLL of the candidates for the packaged policy, on a third text and on the report text."""
-    from experiments.comparison.records import read_rows
-    from experiments.comparison.statistics import bootstrap_mean
+    from experiments.comparison.records import ResultRow
+    from experiments.study.statistics import bootstrap_mean
 
     folder = results / "tight_shipped"
-    judged = read_rows(folder / "validation" / "results.jsonl")
-    reported = read_rows(results / PLANS / "evaluate" / "results.jsonl")
+    judged = ResultRow.read(folder / "validation" / "results.jsonl")
+    reported = ResultRow.read(results / PLANS / "evaluate" / "results.jsonl")
     reported += [
         replace(row, method="rap-shipped")
-        for row in read_rows(folder / "evaluate" / "results.jsonl")
+        for row in ResultRow.read(folder / "evaluate" / "results.jsonl")
         if row.method == "rap"
     ]
     names = {"frontier": "Frontier table", "rap-shipped": "RAP policy, packaged"}
@@ -125,11 +126,11 @@ def shipped_markdown(results: Path) -> str:
 
 def plan_rows(results: Path, comparison: str = PLANS) -> list[ResultRow]:
     """Rows of all methods of a comparison of plans, and its policies of `RANKED`, if any."""
-    from experiments.comparison.records import read_rows
+    from experiments.comparison.records import ResultRow
 
-    rows = read_rows(results / comparison / "evaluate" / "results.jsonl")
+    rows = ResultRow.read(results / comparison / "evaluate" / "results.jsonl")
     if comparison in RANKED:
-        ranked = read_rows(results / RANKED[comparison] / "evaluate" / "results.jsonl")
+        ranked = ResultRow.read(results / RANKED[comparison] / "evaluate" / "results.jsonl")
         rows += [replace(row, method="rap-best of 8") for row in ranked if row.method == "rap"]
     return rows
 
@@ -158,12 +159,13 @@ def ranked_markdown(results: Path, comparison: str = PLANS) -> str:
 
 def search_markdown(results: Path, search: Search) -> str:
     """A search at some requests and budgets, and the methods that were measured there."""
-    from experiments.comparison.formatting import look, markdown
-    from experiments.comparison.records import read_rows
+    from experiments.comparison.records import ResultRow
     from experiments.comparison.summaries import Comparison
     from experiments.comparison.tables import ratio_table, tables_markdown
+    from experiments.study.looks import look
+    from experiments.study.tables import markdown
 
-    rows = read_rows(results / search.folder / "evaluate" / "results.jsonl")
+    rows = ResultRow.read(results / search.folder / "evaluate" / "results.jsonl")
     searched = [row for row in rows if row.method == search.method]
     cells = {row.cell for row in searched}
     others = (row for row in plan_rows(results, search.comparison) if row.cell in cells)
@@ -180,16 +182,16 @@ def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
         results: The folder of all records.
         name: The folder of these plans; the native model is measured in ``tight_tasks``.
     """
-    from experiments.comparison.formatting import look
-    from experiments.comparison.records import read_rows
-    from experiments.comparison.statistics import wilson_interval
+    from experiments.comparison.records import ResultRow
+    from experiments.study.looks import look
+    from experiments.study.statistics import wilson_interval
 
     dense = next(
         row
-        for row in read_rows(results / "tight_tasks" / "evaluate" / "results.jsonl")
+        for row in ResultRow.read(results / "tight_tasks" / "evaluate" / "results.jsonl")
         if row.method == "dense"
     )
-    rows = read_rows(results / name / "evaluate" / "results.jsonl")
+    rows = ResultRow.read(results / name / "evaluate" / "results.jsonl")
     tasks = list(rows[0].accuracies)
 
     def cell(row: ResultRow, task: str) -> str:
@@ -235,11 +237,11 @@ def tasks_markdown(results: Path, name: str = "tight_tasks") -> str:
 
 def agents_markdown(results: Path) -> str:
     """Agents on the packaged score table, judged on the pinned task's held-out text."""
-    from experiments.comparison.records import read_rows
+    from experiments.comparison.records import ResultRow
 
     folder = results / "tight_agents" / "evaluate" / "SmolLM2-Table-v1-test"
     by_run: dict[str, dict[int | None, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_rows(folder / "results.jsonl"):
+    for row in ResultRow.read(folder / "results.jsonl"):
         by_run[row.method][row.seed].append(row)
     lines = []
     for method, seeds in by_run.items():

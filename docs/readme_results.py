@@ -48,7 +48,7 @@ def long_context_results() -> list[str]:
 
 def recall_policy_finding(found: Any) -> str:
     """What a policy that was trained for recall answers; empty without records."""
-    from experiments.comparison.formatting import percent
+    from experiments.study.tables import percent
 
     shares = {}
     for policy in ("rap", "rap-recall"):
@@ -150,8 +150,8 @@ def plan_results() -> list[str]:
 
 def prompt_result() -> str:
     """What the README says of policies that see the prompt."""
-    from experiments.comparison.formatting import relative_words
     from experiments.studies.prompts import BLIND, PolicyRow, PromptStudy
+    from experiments.study.tables import relative_words
 
     rows = PolicyRow.read(RESULTS / "prompts" / "prompts.jsonl")
     found = PromptStudy(rows, prompt_tokens=0)

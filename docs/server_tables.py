@@ -22,7 +22,7 @@ def server_replay_markdown(results: Path) -> str:
 
 def load_generator_markdown(results: Path) -> str:
     """A line for each report of the load generator."""
-    from experiments.comparison.formatting import markdown
+    from experiments.study.tables import markdown
 
     header = ["Server", "Requests", "Errors", "TTFT p50", "p95", "ITL p50", "p95", "Latency p50",
               "p95"]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def soak_table(results: Path) -> str:
     """What the soak test counted."""
-    from experiments.comparison.formatting import percent
+    from experiments.study.tables import percent
 
     record = json.loads((results / "soak.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     agreement, memory = record["agreement"], record["rss_bytes"]
@@ -30,7 +30,7 @@ def soak_table(results: Path) -> str:
 
 def floor_table(results: Path) -> str:
     """What a server with a floor of quality answered under budgets that jump."""
-    from experiments.comparison.formatting import mebibytes
+    from experiments.study.tables import mebibytes
 
     path = results / "soak_floor.jsonl"
     record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])

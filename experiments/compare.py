@@ -14,20 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.formatting import (
-    Table,
-    TitledTable,
-    look,
-    markdown,
-    plain,
-    seconds,
-    short_label,
-    text_words,
-    wrapped,
-)
 from experiments.comparison.loading import Group, Learning, read_groups
 from experiments.comparison.pairwise import targets_table
-from experiments.comparison.run_folder import TrainingRun, short_keys
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     COUNTS_CAPTION,
@@ -39,9 +27,21 @@ from experiments.comparison.tables import (
     terminal_text,
     tight_document,
 )
-from experiments.config.common import Cell
+from experiments.comparison.training_runs import TrainingRun
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import launch_reader
+from experiments.study.looks import look, short_label
+from experiments.study.records import Cell
+from experiments.study.run_names import short_keys
+from experiments.study.tables import (
+    Table,
+    TitledTable,
+    markdown,
+    plain,
+    seconds,
+    text_words,
+    wrapped,
+)
 
 
 def compare(config: CompareConfig) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from hydra import compose
 from omegaconf import OmegaConf
 
-from experiments.comparison.run_folder import run_label
 from experiments.config import Config
 from experiments.config.training import AgentConfig
 from experiments.console import say
@@ -23,6 +22,7 @@ from experiments.ladder.program import ladder
 from experiments.launch import launch
 from experiments.profile import profile
 from experiments.report import report
+from experiments.study.run_names import run_label
 from experiments.train import train
 
 log = logging.getLogger(__name__)

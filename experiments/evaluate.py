@@ -18,16 +18,7 @@ from experiments.comparison.evaluation import (
     evaluation_cells,
 )
 from experiments.comparison.recorded import again_depends_on, read_recorded
-from experiments.comparison.records import (
-    ResultRow,
-    append_record,
-    delta_nll_fields,
-    read_records,
-    row_key,
-    trim_metrics,
-    write_records,
-)
-from experiments.comparison.run_folder import RunFolder, git_state
+from experiments.comparison.records import ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
@@ -39,6 +30,15 @@ from experiments.contexts import (
     task_config,
 )
 from experiments.launch import launch
+from experiments.study.records import (
+    append_record,
+    delta_nll_fields,
+    read_records,
+    row_key,
+    trim_metrics,
+    write_records,
+)
+from experiments.study.run_folder import RunFolder, git_state
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.blocks import BlockMask

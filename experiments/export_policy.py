@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config, as_config
 from experiments.config.evaluation import ExportPolicyConfig
 from experiments.console import message, say
 from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
+from experiments.study.run_folder import RunFolder
 from rap_env.importance.frontier import Frontier
 from rap_env.policies.policy_file import PolicyFile
 

@@ -20,12 +20,13 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from experiments.comparison.run_folder import TABLE_FILE, RunFolder
+from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context, held_out_scorer
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.run_folder import RunFolder
 from experiments.training.recorded_scores import held_out_losses, recorded_scores
 from experiments.training.score_tables import (
     importance_orders,

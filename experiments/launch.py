@@ -23,11 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.comparison.run_folder import run_label
 from experiments.config import Config, as_config
 from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
 from experiments.console import fail, message
 from experiments.errors import ExperimentError
+from experiments.study.run_names import run_label
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
 from rap_env.plugins import GROUPS as PLUGIN_KINDS

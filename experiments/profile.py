@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact, kind_contexts
 from experiments.launch import launch
+from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
 from rap_env.artifacts import atomic_write

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from experiments.comparison.formatting import counted, look, number, seconds, wrapped
-from experiments.comparison.html import Gallery, write_page
 from experiments.comparison.loading import ReportData, gather
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.sections import (
@@ -34,6 +32,9 @@ from experiments.repair.report import (
     repair_terminal_text,
 )
 from experiments.repair.tables import repair_markdown
+from experiments.study.looks import look
+from experiments.study.page import Gallery, write_page
+from experiments.study.tables import counted, number, seconds, wrapped
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.uniform import UniformBaseline
-from experiments.comparison.formatting import counted
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import Pinned
 from experiments.console import say
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.run_folder import RunFolder
+from experiments.study.tables import counted
 from rap_env.artifacts import atomic_write
 from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan

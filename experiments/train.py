@@ -15,13 +15,12 @@ from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
 from experiments.comparison.figures import removal_picture
-from experiments.comparison.plotting import PNG_DPI, style
-from experiments.comparison.records import trim_metrics
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
-from experiments.config.common import Cell
 from experiments.contexts import build_context, kind_contexts, ladder_bytes
 from experiments.launch import launch, swept_settings
+from experiments.study.figures import PNG_DPI, style
+from experiments.study.records import Cell, trim_metrics
+from experiments.study.run_folder import RunFolder
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
 from experiments.training.sweeps import (

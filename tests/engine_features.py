@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from experiments.comparison.run_folder import package_versions
+from experiments.study.run_folder import package_versions
 
 PACKAGES = ("transformers", "llama-cpp-py-sync")
 

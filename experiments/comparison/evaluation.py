@@ -13,14 +13,14 @@ from agents.baselines import check_baseline, make_baseline
 from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.formatting import mebibytes, percent
-from experiments.comparison.run_folder import TABLE_FILE, TrainingRun, training_dirs
 from experiments.comparison.summaries import REFERENCE
+from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, training_dirs
 from experiments.config import Config
-from experiments.config.common import Cell
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
+from experiments.study.records import Cell
+from experiments.study.tables import mebibytes, percent
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.ladder.item_bytes import LadderBytes

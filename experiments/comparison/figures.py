@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import KIND_COLOURS, look, shape_words, short_label
-from experiments.comparison.plotting import (
+from experiments.comparison.summaries import REFERENCE, Comparison
+from experiments.comparison.training_runs import TrainingRun
+from experiments.study.figures import (
     FAINT,
     INK,
     NARROW_IN,
@@ -19,9 +20,9 @@ from experiments.comparison.plotting import (
     plain_log_ticks,
     style,
 )
-from experiments.comparison.run_folder import TrainingRun
-from experiments.comparison.summaries import REFERENCE, Comparison
-from experiments.config.common import Cell
+from experiments.study.looks import KIND_COLOURS, look, short_label
+from experiments.study.records import Cell
+from experiments.study.tables import shape_words
 from rap_env.blocks import BlockMask
 from rap_env.memory_picture import draw_memory
 

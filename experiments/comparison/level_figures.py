@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import LEVEL_COLOURS, mebibytes, percent, shape_words
-from experiments.comparison.plotting import FAINT, INK, panels, style
 from experiments.comparison.records import ResultRow
+from experiments.study.figures import FAINT, INK, panels, style
+from experiments.study.looks import LEVEL_COLOURS
+from experiments.study.tables import mebibytes, percent, shape_words
 from rap_env.blocks import block_name
 from rap_env.plan import EMBEDDINGS, as_plan, cache_name
 

@@ -12,13 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import PARTS, ResultRow, read_json, read_rows
-from experiments.comparison.run_folder import RunFolder, TrainingRun, training_dirs
+from experiments.comparison.records import PARTS, ResultRow
 from experiments.comparison.summaries import Comparison
+from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.errors import ExperimentError
 from experiments.ladder.summaries import LadderRecords, read_ladder
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.summaries import RepairComparison
+from experiments.study.records import read_json
+from experiments.study.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def gather(root: Path) -> ReportData:
     """
     files = sorted((root / "evaluate").rglob("results.jsonl"))
     runs = [TrainingRun(path) for path in training_dirs(root)]
-    rows = with_training_s([row for file in files for row in read_rows(file)], runs)
+    rows = with_training_s([row for file in files for row in ResultRow.read(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
     repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
     ladder = read_ladder(root)
@@ -192,7 +194,7 @@ def _groups(
         name, folder = names[_home(file.parent)], RunFolder(file.parent)
         runs = [run for part in learning if part.name == name for run in part.runs]
         settings = folder.settings() or {}
-        for row in with_training_s(read_rows(file), runs):
+        for row in with_training_s(ResultRow.read(file), runs):
             depends = row.provenance.get("depends_on", {})
             key = (name, *(str(depends.get(part)) for part in _SEPARATE))
             if key not in found:

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.comparison.formatting import Table, look, number, relative_words, signed_percent
-from experiments.comparison.statistics import (
+from experiments.comparison.summaries import Comparison, Summary
+from experiments.study.looks import look
+from experiments.study.records import Cell
+from experiments.study.statistics import (
     Estimate,
     difference_p,
     holm,
     paired_difference,
     relative_difference,
 )
-from experiments.comparison.summaries import Comparison, Summary
-from experiments.config.common import Cell
+from experiments.study.tables import Table, number, relative_words, signed_percent
 
 
 class Counts(NamedTuple):

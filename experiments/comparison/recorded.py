@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import ResultRow, read_rows, rows_below
+from experiments.comparison.records import ResultRow, rows_below
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.plan import MaskOrPlan
@@ -41,7 +41,7 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
     for path in map(Path, paths):
         found = [path] if path.is_file() else sorted(path.rglob("results.jsonl"))
         files |= dict.fromkeys(file.resolve() for file in found)
-    rows = {row.key: row for file in files for row in read_rows(file)}
+    rows = {row.key: row for file in files for row in ResultRow.read(file)}
     if not rows:
         raise ExperimentError(
             f"There are no results in {', '.join(paths)}; evaluate.plans names folders or files "

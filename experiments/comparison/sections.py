@@ -6,18 +6,12 @@ from functools import partial
 from typing import Any
 
 from experiments.comparison import figures, tables
-from experiments.comparison.formatting import (
-    TIMES,
-    counted,
-    look,
-    seconds,
-    shape_words,
-    text_words,
-)
-from experiments.comparison.html import Gallery, Section
 from experiments.comparison.level_figures import levels_picture, short_and_long
 from experiments.comparison.loading import ReportData
 from experiments.comparison.summaries import Comparison
+from experiments.study.looks import look
+from experiments.study.page import Gallery, Section
+from experiments.study.tables import TIMES, counted, seconds, shape_words, text_words
 
 INTERVAL_WORDS = (
     "Intervals are 95 % percentile bootstrap over held-out windows, resampled jointly for all "

@@ -10,10 +10,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import look, rank
 from experiments.comparison.records import ResultRow
-from experiments.comparison.statistics import Estimate, bootstrap_mean
-from experiments.config.common import Cell
+from experiments.study.looks import look, rank
+from experiments.study.records import Cell
+from experiments.study.statistics import Estimate, bootstrap_mean
 from rap_env.errors import ArtifactError
 
 REFERENCE = "dense"

@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from experiments.comparison.formatting import (
+from experiments.comparison.pairwise import pairwise_comparisons, targets_table
+from experiments.comparison.records import ResultRow
+from experiments.comparison.summaries import REFERENCE, Comparison, Summary
+from experiments.study.looks import full_label, look, rank, short_label
+from experiments.study.records import Cell
+from experiments.study.statistics import bootstrap_mean, paired_ratio
+from experiments.study.tables import (
     Table,
     TitledTable,
     document,
-    full_label,
-    look,
     mebibytes,
     number,
     percent,
     plain,
-    rank,
     relative_words,
     seconds,
     shape_words,
-    short_label,
     signed,
     wrapped,
 )
-from experiments.comparison.pairwise import pairwise_comparisons, targets_table
-from experiments.comparison.records import ResultRow
-from experiments.comparison.statistics import bootstrap_mean, paired_ratio
-from experiments.comparison.summaries import REFERENCE, Comparison, Summary
-from experiments.config.common import Cell
 from rap_env.plan import as_plan
 
 PART_TITLES = {

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from experiments.config.common import (
-    Cell,
     CellText,
     Count,
     Fraction,
@@ -28,6 +27,7 @@ from experiments.config.common import (
     some,
 )
 from experiments.errors import ExperimentError
+from experiments.study.records import Cell
 from rap_env.importance.level_costs import CACHE_LEVELS
 from rap_env.levels import CacheLevel
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from experiments.config.common import (
-    Count,
-    Fraction,
-    Section,
-    TextConfig,
-    distinct,
-    form,
-    within,
-)
+from experiments.config.common import Count, Fraction, Section, TextConfig, distinct, form, within
 from rap_env.errors import check_name
 from rap_env.levels import CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS

@@ -8,7 +8,6 @@ from typing import Annotated
 from omegaconf import MISSING
 
 from experiments.config.common import (
-    Cell,
     CellText,
     Count,
     CountOrZero,
@@ -19,6 +18,7 @@ from experiments.config.common import (
     parse_cell,
 )
 from experiments.errors import ExperimentError
+from experiments.study.records import Cell
 from rap_env.errors import check_name
 
 REPAIRS = ("none", "library", "distilled", "per_mask")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiments.comparison.formatting import shape_words
-from experiments.comparison.plotting import FAINT, INK, panels, style
 from experiments.ladder.records import LadderRow, LlamaCppRow, RequestRecord
 from experiments.ladder.summaries import Ladder, Shape
+from experiments.study.figures import FAINT, INK, panels, style
+from experiments.study.tables import shape_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import RowFile, delta_nll_fields, row_key
-from experiments.comparison.run_folder import RunFolder, git_state, package_versions
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context, held_out_scorer
@@ -29,6 +27,8 @@ from experiments.ladder.records import LLAMA_CPP_FILE, LlamaCppRow, request_fiel
 from experiments.ladder.summaries import LadderRecords
 from experiments.ladder.tables import publish
 from experiments.launch import launch
+from experiments.study.records import RowFile, delta_nll_fields, row_key
+from experiments.study.run_folder import RunFolder, git_state, package_versions
 from rap_env.blocks import BlockMask
 from rap_env.models.files.sources import gguf_source
 from rap_env.models.progress import progress_bar

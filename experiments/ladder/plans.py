@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agents.baselines import BASELINES, make_baseline
-from experiments.comparison.formatting import percent
 from experiments.config.ladder import LadderConfig
+from experiments.study.tables import percent
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import RowFile, delta_nll_fields, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context, held_out_scorer
@@ -16,6 +14,8 @@ from experiments.ladder.plans import Candidate, candidates
 from experiments.ladder.records import LADDER_FILE, LadderRow, request_field
 from experiments.ladder.summaries import Ladder, LadderRecords
 from experiments.ladder.tables import publish
+from experiments.study.records import RowFile, delta_nll_fields, row_key
+from experiments.study.run_folder import RunFolder, git_state
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.memory import MemoryModel

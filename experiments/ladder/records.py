@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from experiments.comparison.records import Record
+from experiments.study.records import Record
 
 LADDER_FILE, LLAMA_CPP_FILE, SHIPPED_FILE = "ladder.jsonl", "llama_cpp.jsonl", "shipped.jsonl"
 METHODS = ("uniform", "removal", "knapsack")
@@ -53,7 +52,6 @@ class LadderRow(RequestRecord):
         breakdown: Bytes by what they hold, as `MemoryBreakdown.as_dict` gives them.
         levels: Levels of all items that are not native, as `CompressionPlan.of` takes them.
         packed: Whether native weights are those of the model's file, packed; else unquantised.
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
     method: str
@@ -70,7 +68,6 @@ class LadderRow(RequestRecord):
     loss_ci_low: float
     loss_ci_high: float
     window_losses: list[float]
-    provenance: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
 
     record_name = "A record of the ladder"
@@ -90,7 +87,6 @@ class LlamaCppRow(RequestRecord):
         compute_bytes: Bytes of its buffers for activations and logits.
         resident_bytes: Resident memory of a process whose cache is allocated and in which one
             sequence was run, beyond what the process had before it loaded the model.
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
     cache: str
@@ -104,7 +100,6 @@ class LlamaCppRow(RequestRecord):
     loss_ci_low: float
     loss_ci_high: float
     window_losses: list[float]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A record of llama.cpp"
     identity = ("cache", "shape")
@@ -131,7 +126,6 @@ class ShippedRow(Record):
         window_tokens: Tokens of its windows.
         loss: ΔNLL over the unquantised model, nats per token; interval and windows as in
             `RequestRecord`.
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
     model: str
@@ -146,7 +140,6 @@ class ShippedRow(Record):
     loss_ci_low: float
     loss_ci_high: float
     window_losses: list[float]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A record of a model's levels"
     rerun = "run experiments.ladder.shipped again"

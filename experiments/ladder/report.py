@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from experiments.comparison.formatting import TIMES, percent, shape_words
-from experiments.comparison.html import Gallery, Section
 from experiments.ladder.figures import loss_against_bytes
 from experiments.ladder.summaries import LadderRecords
 from experiments.ladder.tables import ladder_document
+from experiments.study.page import Gallery, Section
+from experiments.study.tables import TIMES, percent, shape_words
 
 LADDER_ABSTRACT = [
     "A model can be fitted into a memory budget by storing its weights and its KV cache in fewer "

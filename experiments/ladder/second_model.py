@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from experiments.comparison.run_folder import git_state
 from experiments.console import say
+from experiments.study.run_folder import git_state
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel

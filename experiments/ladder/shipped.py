@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from experiments.comparison.records import RowFile, delta_nll_fields, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context, held_out_scorer
@@ -28,6 +26,8 @@ from experiments.ladder.records import SHIPPED_FILE, ShippedRow
 from experiments.ladder.summaries import LadderRecords
 from experiments.ladder.tables import publish
 from experiments.launch import launch
+from experiments.study.records import RowFile, delta_nll_fields, row_key
+from experiments.study.run_folder import RunFolder, git_state
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError

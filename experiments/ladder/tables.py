@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison.formatting import (
+from experiments.ladder.records import LadderRow, LlamaCppRow, ShippedRow, shapes_of
+from experiments.ladder.summaries import Ladder, LadderRecords
+from experiments.study.tables import (
     Table,
     TitledTable,
     document,
@@ -14,8 +16,6 @@ from experiments.comparison.formatting import (
     shape_words,
     terminal,
 )
-from experiments.ladder.records import LadderRow, LlamaCppRow, ShippedRow, shapes_of
-from experiments.ladder.summaries import Ladder, LadderRecords
 
 UNIFORM_CAPTION = (
     "One level for all weights and one for all caches (embeddings with the head at int8 where "

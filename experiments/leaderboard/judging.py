@@ -8,9 +8,9 @@ from typing import Any
 
 import rap_env
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.records import write_records
-from experiments.comparison.run_folder import TrainingRun, training_dirs
+from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.errors import ExperimentError
+from experiments.study.records import write_records
 from rap_env.leaderboard.evaluation import Evaluation
 from rap_env.leaderboard.tasks import pinned_task
 

@@ -11,8 +11,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from experiments.comparison.formatting import look
 from experiments.comparison.records import ResultRow, rows_below
+from experiments.study.looks import look
 from rap_env.artifacts import atomic_write
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.plan import as_plan

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.comparison.plotting import PNG_DPI, panels, style
 from experiments.learning_curves.records import CurvePoint, read_points
+from experiments.study.figures import PNG_DPI, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

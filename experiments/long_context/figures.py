@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.comparison.plotting import FAINT, PNG_DPI, panels, style
 from experiments.long_context.records import ANSWERS, NATIVE, POSITIONS
 from experiments.long_context.tables import Curves, title_of
+from experiments.study.figures import FAINT, PNG_DPI, panels, style
 from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from experiments.comparison.formatting import percent
 from experiments.config.long_context import LongContextConfig
 from experiments.ladder.plans import named_policy
 from experiments.long_context.records import NATIVE
+from experiments.study.tables import percent
 from rap_env.context.base import PruningContext
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policies.base import Policy

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.records import RowFile, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
-from experiments.comparison.statistics import wilson_interval
 from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import build_context
@@ -30,6 +27,9 @@ from experiments.long_context.records import (
     TaskRow,
 )
 from experiments.long_context.tables import Curves, publish
+from experiments.study.records import RowFile, row_key
+from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.statistics import wilson_interval
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
 from rap_env.models.progress import progress_bar

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.comparison.records import Record
+from experiments.study.records import Record
 
 TASKS_FILE, LOSSES_FILE = "tasks.jsonl", "losses.jsonl"
 NATIVE = "native"
@@ -27,7 +26,6 @@ class PlanRecord(Record):
         peak_bytes: Peak bytes of the plan for a batch of sequences of this length.
         native_peak_bytes: The same of the native model.
         batch_size: Sequences of that batch.
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
     plan: str
@@ -73,7 +71,6 @@ class TaskRow(PlanRecord):
     right: list[int]
     choice_nlls: list[float]
     kinds: list[str]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A result of a long-context task"
     identity = ("plan", "kind", "length")
@@ -101,7 +98,6 @@ class LossRow(PlanRecord):
     nll: float
     buckets: list[list[int]]
     values: list[list[float]]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A loss over a long context"
     identity = ("plan", "measure", "length")

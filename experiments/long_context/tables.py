@@ -8,17 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.comparison.formatting import (
-    Table,
-    TitledTable,
-    counted,
-    document,
-    percent,
-    publish_tables,
-    signed,
-    terminal,
-)
-from experiments.comparison.statistics import paired_difference, wilson_interval
 from experiments.long_context.records import (
     ANSWERS,
     LOSSES_FILE,
@@ -27,6 +16,17 @@ from experiments.long_context.records import (
     TASKS_FILE,
     LossRow,
     TaskRow,
+)
+from experiments.study.statistics import paired_difference, wilson_interval
+from experiments.study.tables import (
+    Table,
+    TitledTable,
+    counted,
+    document,
+    percent,
+    publish_tables,
+    signed,
+    terminal,
 )
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from experiments.comparison.formatting import TIMES, look
-from experiments.comparison.plotting import INK, panels, style
 from experiments.repair.summaries import RepairComparison
 from experiments.repair.tables import text_label
+from experiments.study.figures import INK, panels, style
+from experiments.study.looks import look
+from experiments.study.tables import TIMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

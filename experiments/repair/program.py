@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from agents.baselines.searches import GreedyPerByteBaseline
-from experiments.comparison.records import RowFile, delta_nll_fields, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
-from experiments.config.common import Cell
 from experiments.contexts import described_tasks, task_config
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
+from experiments.study.records import Cell, RowFile, delta_nll_fields, row_key
+from experiments.study.run_folder import RunFolder, git_state
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM

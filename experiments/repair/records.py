@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.records import CellRecord, read_json
+from experiments.study.records import CellRecord, read_json
 from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class RepairRow(CellRecord):
         mask_from: The repair whose greedy search chose the mask.
         accuracies: Accuracy of each lm-eval task in [0, 1] under the mask; the same for all texts,
             empty without tasks.
-        provenance: ``{"depends_on": hashes and settings, "git": commit}``.
     """
 
     study: str
@@ -56,7 +55,6 @@ class RepairRow(CellRecord):
     loss_ci_high: float
     window_losses: list[float]
     accuracies: dict[str, float] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A repair record"
     rerun = "make it again"

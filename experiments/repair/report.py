@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from experiments.comparison.formatting import TIMES, look, percent, plain, wrapped
-from experiments.comparison.html import Gallery, Section
 from experiments.comparison.loading import ReportData
 from experiments.repair import figures as repair_figures
 from experiments.repair import tables as repair_tables
 from experiments.repair.summaries import PLAIN, RepairComparison
 from experiments.repair.tables import repair_ratio
+from experiments.study.looks import look
+from experiments.study.page import Gallery, Section
+from experiments.study.tables import TIMES, percent, plain, wrapped
 
 REPAIR_ABSTRACT = [
     "A model can fit a memory budget by removing attention and feed-forward (FFN) blocks. A stub "

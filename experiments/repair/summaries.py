@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import rank
-from experiments.comparison.statistics import RESAMPLES, SEED, Estimate, resample_weights
-from experiments.config.common import Cell
 from experiments.repair.records import RepairRow
+from experiments.study.looks import rank
+from experiments.study.records import Cell
+from experiments.study.statistics import RESAMPLES, SEED, Estimate, resample_weights
 from rap_env.errors import ArtifactError
 
 Pair = tuple[Cell, str]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.comparison.formatting import (
+from experiments.repair.records import RepairRow
+from experiments.repair.summaries import PLAIN, RepairComparison
+from experiments.study.looks import look
+from experiments.study.records import Cell
+from experiments.study.statistics import Estimate
+from experiments.study.tables import (
     TIMES,
     Table,
     TitledTable,
     counted,
     document,
-    look,
     mebibytes,
     number,
     percent,
 )
-from experiments.comparison.statistics import Estimate
-from experiments.config.common import Cell
-from experiments.repair.records import RepairRow
-from experiments.repair.summaries import PLAIN, RepairComparison
 
 ARROW = " \N{RIGHTWARDS ARROW} "
 

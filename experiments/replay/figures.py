@@ -16,25 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import (
-    KIND_COLOURS,
-    Look,
-    look,
-    percent,
-)
-from experiments.comparison.plotting import (
-    FAINT,
-    INK,
-    PNG_DPI,
-    WIDE_IN,
-    panels,
-    plain_log_ticks,
-    style,
-)
-from experiments.comparison.records import read_records
 from experiments.replay.records import ReplayRow
 from experiments.replay.tables import megabyte_seconds, system_label
 from experiments.replay.time_series import recorded_mask
+from experiments.study.figures import FAINT, INK, PNG_DPI, WIDE_IN, panels, plain_log_ticks, style
+from experiments.study.looks import KIND_COLOURS, Look, look
+from experiments.study.records import read_records
+from experiments.study.tables import percent
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
 

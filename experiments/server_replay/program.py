@@ -11,10 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.formatting import mebibytes, publish_tables
-from experiments.comparison.records import RowFile, row_key, write_records
-from experiments.comparison.run_folder import RunFolder
-from experiments.comparison.run_folder import provenance as run_provenance
 from experiments.config import Config
 from experiments.config.servers import ServerReplayConfig
 from experiments.errors import ExperimentError
@@ -26,6 +22,10 @@ from experiments.server_replay.processes import Sample, ServerProcess
 from experiments.server_replay.records import ServerReplayRow
 from experiments.server_replay.systems import System, Systems
 from experiments.server_replay.tables import server_replay_markdown, server_replay_text
+from experiments.study.records import RowFile, row_key, write_records
+from experiments.study.run_folder import RunFolder
+from experiments.study.run_folder import provenance as run_provenance
+from experiments.study.tables import mebibytes, publish_tables
 from rap_env.serving.prompts import stop_tokens
 from rap_env.serving.settings import parse_bytes
 

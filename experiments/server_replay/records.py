@@ -5,10 +5,9 @@ They are in order of time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from experiments.comparison.records import Record
+from experiments.study.records import Record
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class ServerReplayRow(Record):
         loss_ci_low: Lower end of its 95 % interval over requests.
         loss_ci_high: Upper end.
         same_fraction: Share of tokens equal to those of that continuation.
-        provenance: What the row depends on, and what made it.
     """
 
     system: str
@@ -86,7 +84,6 @@ class ServerReplayRow(Record):
     loss_ci_low: float | None
     loss_ci_high: float | None
     same_fraction: float | None
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     record_name = "A row of the replay on servers"
     rerun = "run the replay on servers again"

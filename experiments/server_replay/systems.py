@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import RowFile, row_key
 from experiments.config import Config
 from experiments.config.servers import LLAMA_CACHES
 from experiments.errors import ExperimentError
@@ -19,6 +18,7 @@ from experiments.server_replay import llama_server
 from experiments.server_replay.client import MODEL_NAME, Client
 from experiments.server_replay.llama_server import LlamaDeployment
 from experiments.server_replay.processes import ServerProcess
+from experiments.study.records import RowFile, row_key
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.models.files.sources import gguf_source

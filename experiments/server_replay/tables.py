@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.comparison.formatting import (
-    Table,
-    markdown,
-    mebibytes,
-    percent,
-    plain,
-    seconds,
-    wrapped,
-)
-from experiments.comparison.statistics import Estimate
 from experiments.server_replay.records import ServerReplayRow
+from experiments.study.statistics import Estimate
+from experiments.study.tables import Table, markdown, mebibytes, percent, plain, seconds, wrapped
 
 LEGEND = (
     "Each server gets the same arrivals over HTTP in real time, with one thread and greedy "

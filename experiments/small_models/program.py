@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.run_folder import RunFolder, provenance
 from experiments.config import Config
 from experiments.console import say
 from experiments.errors import ExperimentError
 from experiments.small_models.data import TextSource, train_tokenizer
 from experiments.small_models.training import Trainer, untrained
+from experiments.study.run_folder import RunFolder, provenance
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.models.device import choose_device, choose_dtype
 from rap_env.models.files.loading import load_llm

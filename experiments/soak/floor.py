@@ -20,13 +20,13 @@ from typing import Any
 
 import httpx
 
-from experiments.comparison.run_folder import provenance
 from experiments.config import Config
 from experiments.config.serving import SoakConfig
 from experiments.contexts import server_settings
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.soak.recording import plain_token_ids, publish
+from experiments.study.run_folder import provenance
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.metrics import StepRecord

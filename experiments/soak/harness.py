@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.run_folder import provenance
 from experiments.config import Config
 from experiments.contexts import server_settings
 from experiments.soak.clients import LoadClient, Target
@@ -29,6 +28,7 @@ from experiments.soak.recording import (
     SoakState,
     plain_token_ids,
 )
+from experiments.study.run_folder import provenance
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.device import return_freed_memory

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import append_record
 from experiments.console import say
+from experiments.study.records import append_record
 from rap_env.blocks import BlockMask, block_name
 from rap_env.importance.text_kinds import Shares
 from rap_env.memory import MemoryModel

@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import (
+from experiments.comparison.recorded import RecordedPlans
+from experiments.config import Config
+from experiments.config.common import parse_pinned
+from experiments.contexts import load_texts, reject_table
+from experiments.errors import ExperimentError
+from experiments.launch import launch
+from experiments.studies.texts import losses_by_window
+from experiments.study.records import Record, RowFile, row_key
+from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
+from experiments.study.tables import (
     Table,
     TitledTable,
     document,
@@ -25,16 +35,6 @@ from experiments.comparison.formatting import (
     relative_words,
     terminal,
 )
-from experiments.comparison.recorded import RecordedPlans
-from experiments.comparison.records import Record, RowFile, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
-from experiments.comparison.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.config import Config
-from experiments.config.common import parse_pinned
-from experiments.contexts import load_texts, reject_table
-from experiments.errors import ExperimentError
-from experiments.launch import launch
-from experiments.studies.texts import losses_by_window
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
@@ -84,7 +84,6 @@ class PolicyRow(Record):
     shares: list[list[float]]
     plans: list[str]
     window_losses: list[float]
-    provenance: dict[str, Any]
 
 
 def prompts(config: Config, folder: Path) -> Path:
@@ -172,7 +171,8 @@ def _measured(
     provenance: dict[str, Any],
 ) -> PolicyRow:
     hashes, losses = [plan.digest for plan in plans], losses_by_window(scorer, plans)
-    return PolicyRow(*names, [list(one) for one in shares], hashes, losses, provenance)
+    kinds = [list(one) for one in shares]
+    return PolicyRow(*names, kinds, hashes, losses, provenance=provenance)
 
 
 class PromptStudy:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.formatting import (
+from experiments.config.common import parse_pinned
+from experiments.study.figures import PNG_DPI, panels, style
+from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
+from experiments.study.tables import (
     Table,
     TitledTable,
     document,
@@ -22,9 +25,6 @@ from experiments.comparison.formatting import (
     terminal,
     wrapped,
 )
-from experiments.comparison.plotting import PNG_DPI, panels, style
-from experiments.comparison.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.config.common import parse_pinned
 from rap_env.artifacts import atomic_write
 from rap_env.plan import EMBEDDINGS
 

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import Record, RowFile, row_key
-from experiments.comparison.run_folder import RunFolder, git_state
 from experiments.config import Config
 from experiments.config.common import TextConfig, parse_pinned
 from experiments.config.studies import TextsConfig
@@ -36,6 +34,8 @@ from experiments.studies.tables import (
     publish,
     save_figure,
 )
+from experiments.study.records import Record, RowFile, row_key
+from experiments.study.run_folder import RunFolder, git_state
 from rap_env.artifacts import atomic_write, digest
 from rap_env.context.opening import require_live
 from rap_env.importance.kind_costs import KindCosts, mean_costs
@@ -74,7 +74,6 @@ class CostRow(Record):
     seed: int
     tokens: int
     costs: dict[str, Any]
-    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ class PlanRow(Record):
     judged_on: str
     levels: dict[str, str]
     window_losses: list[float]
-    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,6 @@ class PromptRow(Record):
     shares: list[list[float]]
     window_losses: list[float]
     general_losses: list[float]
-    provenance: dict[str, Any]
 
 
 def texts(config: Config, folder: Path) -> Path:
@@ -262,7 +259,7 @@ class TextMeasurements:
     def _cost_row(self, draw: Draw, scorer: MaskScorer, provenance: dict[str, Any]) -> CostRow:
         levels, together = self._ladder.cache_levels, self._ladder.together
         costs = scan_levels(scorer, levels, together=together, progress=self._config.progress)
-        return CostRow(*draw, asdict(costs), provenance)
+        return CostRow(*draw, asdict(costs), provenance=provenance)
 
     def _measure_plans(self, costs: Mapping[Draw, LevelCosts]) -> list[PlanRow]:
         """Return a row for each draw, cell, and text that the plan is judged on."""
@@ -366,7 +363,7 @@ def _prompt_row(
 ) -> PromptRow:
     losses, of_general = losses_by_window(scorer, plans), _window_losses(scorer, general).tolist()
     kinds = [list(one) for one in shares]
-    return PromptRow(seed, cell, name, known, kinds, losses, of_general, provenance)
+    return PromptRow(seed, cell, name, known, kinds, losses, of_general, provenance=provenance)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from experiments.comparison.records import append_record, read_records
-from experiments.comparison.run_folder import RunFolder, flatten
 from experiments.config import Config
 from experiments.errors import ExperimentError, MissingGroupError
+from experiments.study.records import append_record, read_records
+from experiments.study.run_folder import RunFolder, flatten
 
 
 class MetricLogger:
@@ -109,7 +109,7 @@ class TensorBoard(MetricLogger):
 
     def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Add a table as Markdown text."""
-        from experiments.comparison.formatting import markdown
+        from experiments.study.tables import markdown
 
         text = markdown((list(header), [[str(cell) for cell in row] for row in rows]))
         self._writer.add_text(name, text)

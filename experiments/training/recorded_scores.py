@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.comparison.records import ResultRow, read_records, rows_below
+from experiments.comparison.records import ResultRow, rows_below
 from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
+from experiments.study.records import read_records
 from experiments.training.score_model import ROUNDS_FILE, native_shift, scored_masks
 from rap_env.artifacts import artifact_kind
 from rap_env.blocks import BlockMask

@@ -31,11 +31,11 @@ from agents.observations import make_builder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
-from experiments.comparison.records import append_record, read_records
-from experiments.comparison.run_folder import TABLE_FILE
+from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import ladder_bytes, of_kind
 from experiments.errors import ExperimentError
+from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, load_plan_frontier

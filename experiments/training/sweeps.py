@@ -24,9 +24,9 @@ from omegaconf import DictConfig, read_write
 
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import Choice, choices, grid_requests
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer, ladder_bytes
+from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.errors import RapError
 

@@ -13,9 +13,9 @@ import yaml
 
 from experiments.compare import compare, final_delta_nll
 from experiments.comparison.loading import read_groups
-from experiments.comparison.records import append_record
 from experiments.config.evaluation import CompareConfig
 from experiments.errors import ExperimentError
+from experiments.study.records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, FACTORS, make_row, make_rows, write_root
 from tests.programs import run_python

@@ -16,7 +16,6 @@ from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
 from agents.baselines import baselines_of
-from experiments.comparison.run_folder import run_label
 from experiments.config import as_config
 from experiments.config.common import TasksConfig, parse_shape
 from experiments.config.evaluation import EvaluateConfig
@@ -24,6 +23,7 @@ from experiments.config.training import AgentConfig
 from experiments.contexts import context_config, described_tasks
 from experiments.errors import ExperimentError
 from experiments.launch import CONF_DIR, register
+from experiments.study.run_names import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.scoring.generated_tasks import GENERATED_TASKS

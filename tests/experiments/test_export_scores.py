@@ -13,8 +13,7 @@ import gymnasium as gym
 import pytest
 
 from experiments.comparison.evaluation import decision_scores
-from experiments.comparison.records import read_records
-from experiments.comparison.run_folder import TABLE_FILE, RunFolder
+from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
@@ -24,6 +23,8 @@ from experiments.contexts import build_context, held_out_scorer
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
+from experiments.study.records import read_records
+from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.recorded_scores import recorded_scores
 from rap_env.blocks import BlockMask

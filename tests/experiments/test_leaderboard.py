@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from experiments.compare import compare
-from experiments.comparison.records import read_rows
+from experiments.comparison.records import ResultRow
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig
@@ -123,7 +123,9 @@ def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
     ran = CliRunner().invoke(main, ["judge", task, str(tmp_path / "mine")])
 
     assert ran.exit_code == 0, ran.output
-    rows = read_rows(tmp_path / "mine" / "evaluate" / "SmolLM2-Table-v0-test" / "results.jsonl")
+    rows = ResultRow.read(
+        tmp_path / "mine" / "evaluate" / "SmolLM2-Table-v0-test" / "results.jsonl"
+    )
     for seed in (0, 1):
         own = [row for row in rows if row.seed == seed]
         assert [Request(*row.shape, row.budget_bytes) for row in own] == list(

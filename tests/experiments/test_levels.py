@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.config.common import KindTextConfig, TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.levels import COSTS_FILE, GRID_FILE, KINDS_FILE, PlanRow, levels
+from experiments.levels import COSTS_FILE, KINDS_FILE, STUDY, PlanRow
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import CompressionPlan
@@ -51,7 +50,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(config):
-    levels(config, config.stage_dir("levels"))
+    STUDY.run(config, config.stage_dir("levels"))
     return config
 
 
@@ -72,7 +71,7 @@ def test_costs_are_measured_on_the_model(measured):
 
 
 def test_the_grid_has_the_policys_plans_with_their_loss_on_other_text(measured):
-    rows = PlanRow.read(measured.stage_dir("levels") / GRID_FILE)
+    rows = STUDY.read(measured.stage_dir("levels"))
     context = build_context(measured, profiled=False)
     policy = load_policy(measured.levels.out, context.memory)
     assert len(rows) == 4
@@ -97,14 +96,13 @@ def test_facts_are_written_beside_the_costs(measured):
 
 def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
     folder = measured.stage_dir("levels")
-    before = (folder / COSTS_FILE).read_bytes(), read_records(folder / GRID_FILE)
-    levels(measured, folder)
-    after = (folder / COSTS_FILE).read_bytes(), read_records(folder / GRID_FILE)
-    assert after[0] == before[0]
-    assert [row["loss"] for row in after[1]] == [row["loss"] for row in before[1]]
+    before = {path.name: path.read_bytes() for path in folder.glob("[!r]*.*") if path.is_file()}
+    assert {COSTS_FILE, PlanRow.file, "tables.md"} <= before.keys()
+    STUDY.run(measured, folder)
+    assert before == {name: (folder / name).read_bytes() for name in before}
     other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
     with pytest.raises(ExperimentError, match=r"levels\.caches"):
-        levels(other, folder)
+        STUDY.run(other, folder)
 
 
 def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
@@ -114,7 +112,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
-    levels(config, folder := config.stage_dir("levels"))
+    STUDY.run(config, folder := config.stage_dir("levels"))
     context = build_context(config, profiled=False)
     policy = load_policy(folder / KINDS_FILE, context.llm)
     assert isinstance(policy, TextPolicy)
@@ -133,14 +131,14 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
     assert found.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
     before = (folder / KINDS_FILE).read_bytes()
-    levels(config, folder)
+    STUDY.run(config, folder)
     assert (folder / KINDS_FILE).read_bytes() == before
     other = {**kinds, "code": kinds["prose"]}
     with pytest.raises(ExperimentError, match=r"kinds\.code"):
-        levels(replace(config, kinds=other), folder)
+        STUDY.run(replace(config, kinds=other), folder)
     short = replace(config, name="short", calibration=replace(calibration, windows=5))
     with pytest.raises(ExperimentError, match="at least 256 tokens of each kind"):
-        levels(short, short.stage_dir("levels"))
+        STUDY.run(short, short.stage_dir("levels"))
 
 
 def test_wrong_settings_are_rejected():

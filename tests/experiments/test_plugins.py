@@ -14,7 +14,7 @@ from agents.algorithms import AgentConfig
 from agents.baselines import check_baseline, make_baseline
 from agents.checkpoint import checkpoint_of
 from agents.settings import AgentConfigError
-from experiments.comparison.records import read_rows
+from experiments.comparison.records import ResultRow
 from experiments.evaluate import evaluate
 from experiments.launch import launch
 from experiments.train import run_trial
@@ -77,7 +77,7 @@ def compared(site, tmp_path_factory):
 
 def test_the_programs_train_and_evaluate_with_the_package(compared, package):
     (folder,) = (compared / "train").glob("fading_ppo*")
-    rows = {row.method: row for row in read_rows(compared / "evaluate" / "results.jsonl")}
+    rows = {row.method: row for row in ResultRow.read(compared / "evaluate" / "results.jsonl")}
     assert rows["largest_first"].mask
     assert rows[folder.name.removesuffix("-s0")].mask
     checkpoint = checkpoint_of(folder)
@@ -90,7 +90,7 @@ def test_the_programs_train_and_evaluate_with_the_package(compared, package):
 
 
 def test_rows_of_a_changed_baseline_are_not_used_again(compared):
-    rows = read_rows(compared / "evaluate" / "results.jsonl")
+    rows = ResultRow.read(compared / "evaluate" / "results.jsonl")
     sources = {row.method: row.provenance["depends_on"]["method"].get("source") for row in rows}
     assert len(sources["largest_first"]) == 64
     assert sources["dense"] is None, "ours keep their keys"

@@ -9,9 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from experiments.comparison.figures import delta_nll_against_budget
-from experiments.comparison.formatting import look
 from experiments.comparison.loading import gather
-from experiments.comparison.records import ResultRow, append_record
+from experiments.comparison.records import ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     accuracy_table,
@@ -24,6 +23,8 @@ from experiments.comparison.tables import (
 from experiments.config import Config
 from experiments.errors import ExperimentError
 from experiments.report import findings, report
+from experiments.study.looks import look
+from experiments.study.records import append_record
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
 

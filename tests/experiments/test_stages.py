@@ -11,8 +11,8 @@ from hydra import initialize_config_dir
 
 from experiments.comparison.evaluation import check_names
 from experiments.comparison.loading import gather
-from experiments.comparison.records import append_record, read_records, read_rows
-from experiments.comparison.run_folder import RunFolder, training_dirs
+from experiments.comparison.records import ResultRow
+from experiments.comparison.training_runs import training_dirs
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
@@ -25,6 +25,8 @@ from experiments.errors import ExperimentError
 from experiments.evaluate import SET_ASIDE, evaluate
 from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
+from experiments.study.records import append_record, read_records
+from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
@@ -140,7 +142,7 @@ def test_a_finished_training_is_kept_and_a_longer_one_continues(trained):
 
 
 def test_every_method_has_a_row_for_every_cell(evaluated):
-    rows = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
+    rows = ResultRow.read(evaluated.stage_dir("evaluate") / "results.jsonl")
     assert {row.method for row in rows} == {"dense", "maskable_ppo", *BASELINES}
     assert len(rows) == 4 * (1 + 1 + 2 + 3)  # random has two seeds
     for row in rows:
@@ -173,7 +175,7 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     assert fake.calls["measure"] > 10
 
     def rows(config):
-        found = read_rows(config.stage_dir("evaluate") / "results.jsonl")
+        found = ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
         return [(r.method, r.seed, r.cell, r.mask, r.loss, r.loss_calibration) for r in found]
 
     assert sorted(rows(spread), key=str) == sorted(rows(evaluated), key=str)
@@ -195,7 +197,7 @@ def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
     whole = read_records(path)
     smaller = replace(evaluated, evaluate=replace(evaluated.evaluate, budgets=[0.9]))
     evaluate(smaller, path.parent)
-    assert {row.budget_fraction for row in read_rows(path)} == {0.9}
+    assert {row.budget_fraction for row in ResultRow.read(path)} == {0.9}
     assert len(read_records(path.parent / SET_ASIDE)) == len(whole) // 2
     evaluate(evaluated, path.parent)
 
@@ -272,7 +274,7 @@ def test_unknown_names_and_folders_are_rejected(trained, tmp_path):
 def test_a_damaged_row_raises_an_error(evaluated, tmp_path):
     append_record(tmp_path / "results.jsonl", {"method": "gsi"})
     with pytest.raises(ArtifactError, match="missing or unknown keys"):
-        read_rows(tmp_path / "results.jsonl")
+        ResultRow.read(tmp_path / "results.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +289,8 @@ def repaired(evaluated):
 
 @pytest.mark.slow
 def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
-    rows = read_rows(repaired.stage_dir("evaluate") / "results.jsonl")
-    plain = read_rows(evaluated.stage_dir("evaluate") / "results.jsonl")
+    rows = ResultRow.read(repaired.stage_dir("evaluate") / "results.jsonl")
+    plain = ResultRow.read(evaluated.stage_dir("evaluate") / "results.jsonl")
     assert len(rows) == len(plain)
     context = build_context(repaired)
     text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
@@ -309,8 +311,8 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
     def depends(rows):
         return [row.provenance["depends_on"] for row in rows]
 
-    with_stubs = depends(read_rows(repaired.stage_dir("evaluate") / "results.jsonl"))
-    plain = depends(read_rows(evaluated.stage_dir("evaluate") / "results.jsonl"))
+    with_stubs = depends(ResultRow.read(repaired.stage_dir("evaluate") / "results.jsonl"))
+    plain = depends(ResultRow.read(evaluated.stage_dir("evaluate") / "results.jsonl"))
     assert {each["repair"] for each in with_stubs} == {build_context(repaired).memory.facts.repair}
     texts = ("calibration_sha256", "report_sha256", "model_fingerprint")
     for name in texts:  # the dense model writes the texts
@@ -318,7 +320,7 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
     published = sorted((Path(__file__).parents[2] / "results").rglob("results.jsonl"))
     assert published
     for path in published:
-        for each in depends(read_rows(path)):
+        for each in depends(ResultRow.read(path)):
             if "task" in each:  # a row of rap_env.evaluate
                 continue
             like = with_stubs[0] if "repair" in each else plain[0]

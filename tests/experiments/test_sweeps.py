@@ -13,9 +13,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments.compare import compare
-from experiments.comparison.run_folder import RunFolder
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
+from experiments.study.run_folder import RunFolder
 from rap_env.scoring.store import ScoreStore
 from tests.programs import run_python
 from tests.tiny import tiny_model, tiny_tokenizer

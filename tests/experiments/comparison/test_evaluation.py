@@ -15,7 +15,7 @@ from experiments.comparison.evaluation import (
     evaluation_cells,
 )
 from experiments.comparison.loading import read_groups
-from experiments.comparison.records import read_rows
+from experiments.comparison.records import ResultRow
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
@@ -67,7 +67,7 @@ def evaluated(config):
 
 
 def rows_of(config):
-    return read_rows(config.stage_dir("evaluate") / "results.jsonl")
+    return ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
 
 
 def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):

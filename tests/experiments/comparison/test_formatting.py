@@ -6,7 +6,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from agents.baselines import BASELINES
-from experiments.comparison.formatting import look, rank
+from experiments.study.looks import look, rank
 
 METHODS = ("rap", "maskable_ppo", "ppo", "masked_dqn", "dqn", *BASELINES)
 

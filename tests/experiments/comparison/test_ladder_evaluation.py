@@ -10,7 +10,7 @@ import pytest
 from experiments.compare import compare
 from experiments.comparison.evaluation import check_names, evaluation_cells, grid_requests
 from experiments.comparison.loading import gather
-from experiments.comparison.records import append_record, read_records, read_rows
+from experiments.comparison.records import ResultRow
 from experiments.config import Config
 from experiments.config.common import TasksConfig, TextConfig, parse_pinned
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
@@ -20,6 +20,7 @@ from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.report import report
+from experiments.study.records import append_record, read_records
 from experiments.train import train
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
 from rap_env.plan import CompressionPlan
@@ -64,7 +65,7 @@ def evaluated(config):
 
 
 def rows_of(config, stage="evaluate"):
-    return read_rows(config.stage_dir(stage) / "results.jsonl")
+    return ResultRow.read(config.stage_dir(stage) / "results.jsonl")
 
 
 def test_pinned_cells_are_requests_with_bytes():
@@ -181,7 +182,7 @@ def test_older_records_have_masks_only(evaluated, tmp_path):
     record = read_records(evaluated.stage_dir("evaluate") / "results.jsonl")[0]
     del record["levels"], record["target_loss"]
     append_record(tmp_path / "results.jsonl", json.loads(json.dumps(record)))
-    (row,) = read_rows(tmp_path / "results.jsonl")
+    (row,) = ResultRow.read(tmp_path / "results.jsonl")
     assert row.levels is None
     assert row.plan.names == tuple(row.mask)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison.records import (
-    ResultRow,
+from experiments.comparison.records import ResultRow
+from experiments.study.records import (
     append_record,
     read_records,
-    read_rows,
     row_key,
     trim_metrics,
     write_records,
@@ -97,7 +96,7 @@ def test_metrics_after_a_checkpoint_are_removed_on_resume(tmp_path):
 def test_rows_keep_every_field(tmp_path):
     row = make_row("gsi", (4, 1024), 0.8)
     append_record(tmp_path / "r.jsonl", row.to_record())
-    assert read_rows(tmp_path / "r.jsonl") == [row]
+    assert ResultRow.read(tmp_path / "r.jsonl") == [row]
     assert row.cell == (4, 1024, 0.8)
     assert row.attn_removed + row.ffn_removed == len(row.mask)
 
@@ -119,7 +118,7 @@ def test_missing_fields_of_older_rows_get_defaults():
     published = sorted((Path(__file__).parents[3] / "results").glob("*/evaluate"))
     assert published
     for folder in published:
-        assert all(row.part == "grid" for row in read_rows(folder / "results.jsonl"))
+        assert all(row.part == "grid" for row in ResultRow.read(folder / "results.jsonl"))
 
 
 def test_the_row_key_depends_on_all_inputs():

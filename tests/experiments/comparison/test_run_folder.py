@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.comparison.run_folder import RunFolder, flatten, provenance
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.training import AgentConfig
 from experiments.errors import ExperimentError
+from experiments.study.run_folder import RunFolder, flatten, provenance
 from rap_env.errors import ArtifactError
 
 

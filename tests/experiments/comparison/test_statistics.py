@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.comparison.statistics import (
+from experiments.study.statistics import (
     RESAMPLES,
     Estimate,
     bootstrap_mean,

@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.comparison import figures
-from experiments.comparison.formatting import shape_words
 from experiments.comparison.level_figures import levels_picture, short_and_long
-from experiments.comparison.plotting import svg_uri
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     budget_words,
@@ -20,6 +18,8 @@ from experiments.comparison.tables import (
     terminal_text,
     tight_document,
 )
+from experiments.study.figures import svg_uri
+from experiments.study.tables import shape_words
 from rap_env.plan import CompressionPlan
 from tests.experiments.synthetic_records import LAYERS, make_row
 

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments.comparison.formatting import TIMES
-from experiments.comparison.plotting import style
-from experiments.comparison.records import append_record
 from experiments.config import Config
 from experiments.ladder import llama_cpp_process
 from experiments.ladder.figures import loss_against_bytes, pareto
@@ -33,6 +30,9 @@ from experiments.ladder.tables import (
     uniform_table,
 )
 from experiments.report import report
+from experiments.study.figures import style
+from experiments.study.records import append_record
+from experiments.study.tables import TIMES
 
 MIB = 2**20
 ROOT = Path(experiments.__file__).parents[1]

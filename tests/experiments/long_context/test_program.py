@@ -12,8 +12,6 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from experiments.comparison.records import read_records
-from experiments.comparison.statistics import wilson_interval
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.long_context import AnswersConfig, LongContextConfig, TaskLengths
@@ -25,6 +23,8 @@ from experiments.long_context.figures import over_length
 from experiments.long_context.program import long_context
 from experiments.long_context.records import ANSWERS, POSITIONS, TASKS_FILE
 from experiments.long_context.tables import Curves, long_context_findings, long_context_markdown
+from experiments.study.records import read_records
+from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.plan import CompressionPlan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS

@@ -8,9 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.comparison.formatting import TIMES, look
 from experiments.comparison.loading import gather
-from experiments.comparison.statistics import bootstrap_mean
 from experiments.config import Config
 from experiments.repair.figures import delta_nll_against_peak, ratio_against_tokens
 from experiments.repair.report import repair_findings, repair_terminal_text
@@ -28,6 +26,9 @@ from experiments.repair.tables import (
     token_table,
 )
 from experiments.report import report
+from experiments.study.looks import look
+from experiments.study.statistics import bootstrap_mean
+from experiments.study.tables import TIMES
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import (
     FIT_TEXTS,

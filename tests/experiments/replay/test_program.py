@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.serving import MASK_SYSTEMS, ReplayConfig
@@ -18,6 +17,7 @@ from experiments.replay.program import DECISIONS, FILE, REFERENCES, replay
 from experiments.replay.records import OUTCOMES, ReplayRow
 from experiments.replay.tables import replay_markdown, replay_text
 from experiments.replay.time_series import recorded_mask
+from experiments.study.records import read_records
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, RapError, UnknownNameError
 from rap_env.memory import MemoryModel

@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
@@ -22,6 +21,7 @@ from experiments.server_replay.program import REFERENCES, REQUESTS, server_repla
 from experiments.server_replay.records import ServerReplayRow
 from experiments.server_replay.systems import DEPLOYMENTS
 from experiments.server_replay.tables import server_replay_markdown, server_replay_text
+from experiments.study.records import read_records
 from rap_env.errors import RapError
 from tests.experiments.server_replay.fake_llama_server import BYTES_PER_TOKEN
 from tests.serving.tokenizers import byte_llm, byte_tokenizer

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from experiments.comparison.recorded import RecordedPlans
-from experiments.comparison.records import append_record
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
 from experiments.errors import ExperimentError
 from experiments.studies.prompts import BLIND, ROWS_FILE, PolicyRow, PromptStudy, prompts
+from experiments.study.records import append_record
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel

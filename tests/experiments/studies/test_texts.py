@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.comparison.records import read_records
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.config.model import ImportanceConfig, ModelConfig
@@ -18,6 +17,7 @@ from experiments.errors import ExperimentError
 from experiments.studies import texts as program
 from experiments.studies.tables import ALL, CALIBRATION, OTHERS, TextStudy, kendall_tau
 from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, texts
+from experiments.study.records import read_records
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder

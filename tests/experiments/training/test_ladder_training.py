@@ -9,8 +9,8 @@ import pytest
 
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import decision_scores
-from experiments.comparison.records import read_records, read_rows
-from experiments.comparison.run_folder import TABLE_FILE, RunFolder
+from experiments.comparison.records import ResultRow
+from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.common import KindTextConfig, TextConfig
 from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
@@ -34,6 +34,8 @@ from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.export_policy import export
 from experiments.profile import profile
+from experiments.study.records import read_records
+from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_model import (
     ROUNDS_FILE,
@@ -183,7 +185,7 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
                     text=TextConfig(source="self", windows=2, window_tokens=12))  # fmt: skip
     changed = replace(config, stage="evaluate", evaluate=given)
     evaluate(changed, changed.stage_dir("evaluate"))
-    rows = read_rows(changed.stage_dir("evaluate") / "results.jsonl")
+    rows = ResultRow.read(changed.stage_dir("evaluate") / "results.jsonl")
     agents = [row for row in rows if row.method.startswith("agent")]
     assert {row.method for row in agents} == {"agent", "agent-best_of=4"}
     trained = TrainedPolicy.load(run, build_context(config))

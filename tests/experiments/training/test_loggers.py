@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.comparison.records import append_record, read_records, trim_metrics
-from experiments.comparison.run_folder import flatten
 from experiments.config import Config
 from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.errors import ExperimentError
+from experiments.study.records import append_record, read_records, trim_metrics
+from experiments.study.run_folder import flatten
 from experiments.training.loggers import (
     READ,
     Loggers,
@@ -188,7 +188,7 @@ def inspect(run: Path) -> list[dict]:
 
 KILLED = """
 import os, sys
-from experiments.comparison.run_folder import flatten
+from experiments.study.run_folder import flatten
 from experiments.config import Config
 from experiments.config.training import AgentConfig, LoggerConfig
 from experiments.training.loggers import open_loggers

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.records import append_record, read_records
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
@@ -23,6 +21,8 @@ from experiments.config.training import (
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.profile import profile
+from experiments.study.records import append_record, read_records
+from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_model import (
     ROUNDS_FILE,

@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import grid_requests
-from experiments.comparison.records import read_records
-from experiments.comparison.run_folder import RunFolder
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.config.training import AgentConfig
 from experiments.contexts import build_context
+from experiments.study.records import read_records
+from experiments.study.run_folder import RunFolder
 from experiments.train import facts_of_stopped, is_done, run_trial
 from experiments.training.sweeps import (
     Pruning,

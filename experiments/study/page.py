@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.comparison.formatting import Table, TitledTable, look
-from experiments.comparison.plotting import PNG_DPI, Draw, style, svg_uri
 from experiments.errors import MissingGroupError
+from experiments.study.figures import PNG_DPI, Draw, style, svg_uri
+from experiments.study.looks import look
+from experiments.study.tables import Table, TitledTable
 from rap_env.artifacts import atomic_write
 
 

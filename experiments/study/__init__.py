@@ -1,0 +1,51 @@
+"""The harness of all studies: rows, resume, provenance, tables, figures and intervals.
+
+A study is one file with three things: a row type, a function that yields what to measure, and the
+tables made from the rows. The rest is done here::
+
+    from experiments.study.harness import Job, Study
+    from experiments.study.records import LossRecord, RequestRecord, delta_nll_fields, request_field
+    from experiments.study.tables import TitledTable, columns_table
+
+    @dataclass(frozen=True)
+    class CacheRow(RequestRecord, LossRecord):  # base classes have the usual fields
+        caches: str
+
+        file = "caches.jsonl"
+        identity = ("caches", "shape")          # tells the rows apart
+
+    def jobs(config: Config, folder: Path) -> Iterator[Job[CacheRow]]:
+        context = build_context(config)
+        for level in config.caches.levels:
+            identity, depends_on = (level, (8, 2048)), {"model": context.llm.fingerprint}
+            yield Job(CacheRow, identity, depends_on, partial(measure, context, level))
+
+    def measure(context, level, provenance) -> CacheRow: ...
+
+    def tables(rows: list[CacheRow]) -> list[TitledTable]:
+        columns = {"Caches": lambda row: row.caches, "ΔNLL": lambda row: str(row.estimate)}
+        return [TitledTable(columns_table(rows, columns), "Caches", "What the numbers mean.")]
+
+    STUDY = Study("caches", "Levels of caches", [CacheRow], jobs, tables)
+
+    if __name__ == "__main__":
+        launch(STUDY.name, STUDY.run)           # python -m experiments.caches, conf/caches.yaml
+
+`Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same command
+continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions, machine, seeds),
+``tables.md`` and a PNG of each figure; and prints the tables. `Study.read` and `Study.markdown`
+make the tables of the documentation from committed rows, in ``caches.jsonl`` or
+``caches.jsonl.gz``.
+
+Where a study has rows of several types, `jobs` yields jobs of each type, and `Study.data` makes
+one object of all rows, to which tables and figures refer. Plans that a job lists with its `scorer`
+are scored together.
+
+- `records`: base classes of rows, and JSON lines
+- `run_folder`: settings and provenance of a run
+- `tables`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
+- `figures`: style, panels, series with intervals
+- `looks`: label and colour of each method
+- `statistics`: means, differences and ratios with intervals
+- `page`: an HTML page of sections
+"""

@@ -1,0 +1,198 @@
+"""Style, panels and series that all figures share.
+
+Each figure has a wide form for pages and a narrow form for phones. A study gives the panels of a
+figure; colours of methods are those of `experiments.study.looks`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rap_env.artifacts import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Draw = Callable[[bool], "Figure"]
+"""Draws a figure; the argument selects the narrow form."""
+
+INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
+
+WIDE_IN, NARROW_IN = 9.2, 4.2
+
+PNG_DPI = 160
+
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "rap",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Set the style of all figures within the block."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(cast(Any, _STYLE)):
+        yield
+
+
+def panels(
+    rows: int, columns: int, *, narrow: bool, height: float, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure with a grid of panels, `height` inches per row, without pyplot's state."""
+    from matplotlib.figure import Figure
+
+    width = NARROW_IN if narrow else WIDE_IN
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(grid.flat)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a figure.
+
+    Attributes:
+        draw: Draws into the axes.
+        title: Its title.
+        x: Label of its horizontal axis.
+        y: Label of its vertical axis.
+    """
+
+    draw: Callable[[Axes], object]
+    title: str = ""
+    x: str = ""
+    y: str = ""
+
+
+def panel_figure(
+    parts: Sequence[Panel],
+    *,
+    narrow: bool,
+    columns: int = 3,
+    height: float = 2.8,
+    legend: int = 5,
+    same_axes: bool = False,
+    **options: Any,
+) -> Figure:
+    """Draw panels in rows, below each other in the narrow form, with one legend below all.
+
+    Args:
+        parts: The panels.
+        narrow: Whether to draw the narrow form.
+        columns: Panels in a row of the wide form, at most.
+        height: Height of a row in inches.
+        legend: Columns of the legend of the first panel's series; 0 for none.
+        same_axes: Whether only panels at the left and bottom edge have labels of axes.
+        **options: As for `matplotlib.figure.Figure.subplots`, such as ``sharey``.
+    """
+    columns = 1 if narrow else min(columns, len(parts))
+    rows = -(-len(parts) // columns)
+    with style():
+        figure, axes = panels(rows, columns, narrow=narrow, height=height, **options)
+        for place, (axis, part) in enumerate(zip(axes, parts, strict=False)):
+            part.draw(axis)
+            axis.set_title(part.title)
+            if part.y and not (same_axes and place % columns):
+                axis.set_ylabel(part.y)
+            if part.x and not (same_axes and place + columns < len(parts)):
+                axis.set_xlabel(part.x)
+        for axis in axes[len(parts) :]:
+            axis.set_visible(False)
+        if legend:
+            handles, labels = axes[0].get_legend_handles_labels()
+            wide = min(legend, 2) if narrow else legend
+            figure.legend(handles, labels, loc="outside lower center", ncols=wide)
+    return figure
+
+
+def draw_series(
+    axis: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    intervals: Sequence[tuple[float, float]] | None = None,
+    **looks: Any,
+) -> None:
+    """Draw points joined by a line, with intervals if there are any.
+
+    Args:
+        axis: Where to draw.
+        x: Horizontal places.
+        y: Values.
+        intervals: Lower and upper end of the interval of each value.
+        **looks: As for `matplotlib.axes.Axes.errorbar`, such as ``color``, ``label``, ``marker``.
+    """
+    spread = None
+    if intervals is not None:
+        spread = [
+            [value - low for value, (low, _) in zip(y, intervals, strict=True)],
+            [high - value for value, (_, high) in zip(y, intervals, strict=True)],
+        ]
+    axis.errorbar(x, y, yerr=spread, **{"marker": "o", "markersize": 4, **looks})
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure into a PNG file."""
+    with style(), atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=PNG_DPI)
+
+
+def svg_uri(figure: Figure) -> str:
+    """Return the figure as a ``data:`` URI, so that the page needs no other file."""
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def delta_nll_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
+    """Label an axis of ΔNLL; it is logarithmic if all means are positive and span a decade."""
+    log = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
+    text = f"ΔNLL (nats/token{', log scale' if log else ''})" if label else ""
+    axis.set(**{f"{which}label": text})
+    if log:
+        axis.set(**{f"{which}scale": "log"})
+        plain_log_ticks(axis.xaxis if which == "x" else axis.yaxis)
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Format tick labels as plain numbers such as 0.5 or 20, whatever the scale."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

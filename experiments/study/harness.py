@@ -1,0 +1,163 @@
+"""The harness that runs, resumes, publishes and reads a study; see `experiments.study`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from experiments.config import Config
+from experiments.console import say
+from experiments.study.figures import save_png
+from experiments.study.records import Record, RowFile, row_key
+from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.tables import TitledTable, document, publish_tables, terminal, wrapped
+from rap_env.models.progress import progress_bar
+from rap_env.plan import MaskOrPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from rap_env.scoring.scorer import MaskScorer
+
+RowT = TypeVar("RowT", bound=Record)
+DataT = TypeVar("DataT")
+
+
+@dataclass(frozen=True)
+class Job(Generic[RowT]):
+    """A row that belongs to a study, before it is measured.
+
+    Attributes:
+        row_type: Type of the row; its `Record.file` is where it is stored.
+        identity: Values of what `Record.identity` names, in that order.
+        depends_on: Hashes and settings that the row depends on. A row is measured once for each
+            identity and `depends_on`.
+        make: Measures the row; called with its provenance.
+        facts: More entries of its provenance, on which it does not depend.
+        scorer: Scores `plans` before the row is made, together with those of the neighbouring jobs
+            with the same scorer, since steps that plans share then run once; None to score nothing
+            before.
+        plans: What the row needs scored.
+    """
+
+    row_type: type[RowT]
+    identity: tuple[Any, ...]
+    depends_on: Mapping[str, Any]
+    make: Callable[[dict[str, Any]], RowT]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    scorer: MaskScorer | None = None
+    plans: Sequence[MaskOrPlan] = ()
+
+    @property
+    def key(self) -> str:
+        """The key that the row will have."""
+        return row_key(*self.identity, {"depends_on": self.depends_on})
+
+
+@dataclass(frozen=True)
+class Study(Generic[DataT]):
+    """A study: rows that a program measures, and the tables and figures that are made from them.
+
+    Attributes:
+        name: Name of the program, its file in ``conf/`` and its run folder.
+        title: Heading of ``tables.md``.
+        row_types: Types of its rows, each with a `Record.file`.
+        jobs: Returns all rows that belong to the study; called with the settings and run folder.
+        tables: Makes the tables from the data.
+        data: Makes the data from all rows; by default they are the rows themselves.
+        words: What the tables say, in a sentence or two above them; empty for nothing.
+        figures: Draws each figure, by name; the second argument selects the narrow form.
+        frozen: Sections of the settings that must not change when a run resumes.
+        captions: Whether ``tables.md`` has the captions of the tables.
+    """
+
+    name: str
+    title: str
+    row_types: Sequence[type[Record]]
+    jobs: Callable[[Config, Path], Iterable[Job[Any]]]
+    tables: Callable[[DataT], Sequence[TitledTable]]
+    data: Callable[[list[Any]], DataT] = list  # type: ignore[assignment]  # DataT is then a list
+    words: Callable[[DataT], str] = lambda data: ""
+    figures: Mapping[str, Callable[[DataT, bool], Figure]] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ("model",)
+    captions: bool = True
+
+    def run(self, config: Config, folder: Path) -> Path:
+        """Measure the rows that the folder lacks, then write tables and figures, and print them.
+
+        Returns:
+            The run folder.
+
+        Raises:
+            ExperimentError: The folder has results of other settings.
+            RapError: As `jobs` and what they measure raise.
+        """
+        run, started = RunFolder(folder), time.monotonic()
+        run.start(config, frozen=self.frozen)
+        rows = measured(list(self.jobs(config, folder)), folder, self.name, config.progress)
+        run.finish(started, rows=len(rows))
+        self.publish(self.data(rows), folder)
+        say(f"{len(rows)} records are in {folder}.")
+        return folder
+
+    def read(self, folder: Path) -> DataT:
+        """Return the data of all rows in a folder, which need not have any."""
+        return self.data([row for kind in self.row_types for row in kind.read(folder / kind.file)])
+
+    def publish(self, data: DataT, folder: Path) -> None:
+        """Write ``tables.md`` and the figures into a folder, and print the tables."""
+        shown = [terminal(self.tables(data)), wrapped(self.words(data))]
+        publish_tables(folder, self.markdown(data), "\n\n".join(filter(None, shown)))
+        if find_spec("matplotlib") is not None:  # an extra, and the tables say the same
+            self.draw(data, folder)
+
+    def markdown(self, data: DataT) -> str:
+        """Return title, words and all tables in Markdown."""
+        tables = document(self.tables(data), captions=self.captions)
+        parts = [f"# {self.title}", self.words(data), tables]
+        return "\n\n".join(filter(None, parts))
+
+    def draw(self, data: DataT, folder: Path) -> None:
+        """Draw every figure in its wide form into ``FIGURE.png``."""
+        for name, figure in self.figures.items():
+            save_png(figure(data, False), folder / f"{name}.png")
+
+
+def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) -> list[Any]:
+    """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
+
+    Args:
+        jobs: The jobs.
+        folder: The run folder.
+        name: Name of the study, for the progress bar.
+        progress: Whether to show progress.
+    """
+    from rap_env.scoring.scorer import bar_callback
+
+    files = {kind: RowFile(folder / kind.file, kind) for kind in {job.row_type for job in jobs}}
+    missing = {id(job) for job in jobs if not files[job.row_type].has(job.key)}
+    if missing:
+        say(f"{name}: {len(missing)} of {len(jobs)} rows are to be measured.")
+    git, rows = git_state(), []
+    with progress_bar(progress, total=len(jobs), desc=name, unit="row") as bar:
+        for _, group in itertools.groupby(jobs, key=lambda job: id(job.scorer)):
+            neighbours = list(group)
+            scorer = neighbours[0].scorer
+            plans = [plan for job in neighbours if id(job) in missing for plan in job.plans]
+            if scorer is not None and plans:
+                with progress_bar(progress, total=len(set(plans)), desc="plans") as of_plans:
+                    scorer.nll_many(plans, bar_callback(of_plans))
+            for job in neighbours:
+                provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
+                make = partial(job.make, provenance)
+                rows.append(files[job.row_type].get(job.key, make))
+                bar.update()
+            if scorer is not None:
+                scorer.release()
+    return rows

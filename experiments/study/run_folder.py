@@ -1,0 +1,189 @@
+"""Run folders: settings, provenance, results and metrics of one run of a program."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from experiments.study.records import read_json
+from rap_env.artifacts import atomic_write
+
+PACKAGES = (
+    "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
+    "lm-eval", "hydra-core", "wandb", "tensorboard", "matplotlib",
+)  # fmt: skip
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def provenance(seeds: dict[str, int]) -> dict[str, Any]:
+    """Return versions, machine, commit and seeds as plain values for a record."""
+    return {
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "machine": machine_facts(),
+        "git": git_state(),
+        "seeds": seeds,
+    }
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Folder of one run: ``config.yaml``, ``run.json`` and the files of its stage."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Path of the metrics: one JSON line for each step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """Path of the result rows: one JSON line each."""
+        return self.path / "results.jsonl"
+
+    def start(
+        self, config: Config, *, frozen: tuple[str, ...] = (), **facts: Any
+    ) -> dict[str, Any]:
+        """Write settings and provenance; called again when a run resumes.
+
+        Args:
+            config: All settings.
+            frozen: Dotted names of sections that must not change when a run resumes.
+            **facts: More entries of ``run.json``.
+
+        Returns:
+            The content of ``run.json``.
+
+        Raises:
+            ExperimentError: A frozen section differs from that of the first start.
+            ArtifactError: ``run.json`` is damaged.
+        """
+        settings = asdict(config)
+        self._check_unchanged(settings, frozen)
+        self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        record = self.read() or {"stage": config.stage, "starts": [], "seconds": 0.0}
+        seeds = {"run": config.seed, "calibration": config.calibration.seed,
+                 "report_text": config.evaluate.text.seed}  # fmt: skip
+        record.update(facts, provenance=provenance(seeds))
+        record["starts"].append(datetime.now(UTC).isoformat(timespec="seconds"))
+        self._write("run.json", json.dumps(record, indent=1))
+        return record
+
+    def finish(self, started: float, **facts: Any) -> None:
+        """Record in ``run.json`` that the run finished.
+
+        Args:
+            started: `time.monotonic()` at the start of this process.
+            **facts: More entries of ``run.json``.
+        """
+        record = self.read() or {"seconds": 0.0}
+        record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 2)
+        record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        record.update(facts)
+        self._write("run.json", json.dumps(record, indent=1))
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the content of ``run.json``; None if the run never started."""
+        return read_json(self.path / "run.json", made_by="the program")
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the content of ``config.yaml``, or None."""
+        path = self.path / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.exists() else None
+
+    def _check_unchanged(self, settings: dict[str, Any], frozen: tuple[str, ...]) -> None:
+        before = self.settings()
+        if before is None:
+            return
+        old, new = flatten(before), flatten(settings)
+        changed = sorted(
+            key for key in old.keys() | new.keys()
+            if old.get(key) != new.get(key)
+            and any(key == name or key.startswith(f"{name}.") for name in frozen)
+            and key != "agent.total_timesteps"  # a longer training continues the run
+        )  # fmt: skip
+        if changed:
+            shown = "; ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed[:4])
+            raise ExperimentError(
+                f"{self.path} holds a run with other settings ({shown}); choose another name=..., "
+                "or delete the folder to start again."
+            )
+
+    def _write(self, name: str, text: str) -> None:
+        with atomic_write(self.path / name) as file:
+            file.write(text.encode())
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts into one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of those packages that are installed, by name."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine_facts() -> dict[str, Any]:
+    """System and processor; with torch loaded, its number of threads and the GPUs."""
+    cpu = cpuinfo().get("model name") or platform.processor() or platform.machine()
+    machine: dict[str, Any] = {"system": platform.system(), "cpu": cpu}
+    if "torch" in sys.modules:  # recording provenance must not load torch
+        torch = sys.modules["torch"]
+        machine["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            gpus = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+            machine["gpu"] = ", ".join(gpus)
+    return machine
+
+
+def cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty on systems other than Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the checkout's commit and whether it has local changes; None outside a repository."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(_REPOSITORY), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

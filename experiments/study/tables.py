@@ -1,0 +1,182 @@
+"""Labels and colours of methods, and number and table formats, the same in all output."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from experiments.console import say
+from experiments.study.statistics import Estimate
+from rap_env.artifacts import atomic_write
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+"""Sign between batch size and tokens."""
+
+TERMINAL_COLUMNS = 100
+
+TABLES_FILE = "tables.md"
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+class TitledTable(NamedTuple):
+    """A table with its place in a document.
+
+    Attributes:
+        table: Header and rows.
+        title: Heading; empty for none.
+        caption: Meaning of its numbers; empty for none. Markdown has it only if asked to.
+        name: Short name of the table, by which a page places figures.
+        by_method: Whether each line is a method or repair.
+        detail: Whether it is a detail, which is folded in HTML.
+    """
+
+    table: Table
+    title: str = ""
+    caption: str = ""
+    name: str = ""
+    by_method: bool = True
+    detail: bool = False
+
+
+LineT = TypeVar("LineT")
+ColumnT = TypeVar("ColumnT")
+
+
+def columns_table(lines: Iterable[LineT], columns: Mapping[str, Callable[[LineT], str]]) -> Table:
+    """Return a table with a row for each line.
+
+    Args:
+        lines: What the rows are made from.
+        columns: What each column shows of a line, by the column's header.
+    """
+    return list(columns), [[show(line) for show in columns.values()] for line in lines]
+
+
+def crossed_table(
+    corner: str,
+    lines: Mapping[str, LineT],
+    columns: Mapping[str, ColumnT],
+    entry: Callable[[LineT, ColumnT], str],
+) -> Table:
+    """Return a table with an entry for each pair of line and column.
+
+    Args:
+        corner: Header of the first column.
+        lines: The lines by their first cell.
+        columns: The columns by their header.
+        entry: Formats an entry.
+    """
+    rows = [
+        [name, *(entry(line, column) for column in columns.values())]
+        for name, line in lines.items()
+    ]
+    return [corner, *columns], rows
+
+
+def document(tables: Iterable[TitledTable], *, captions: bool = False) -> str:
+    """Format tables as Markdown, each below its title."""
+    parts = []
+    for part in tables:
+        parts += [f"## {part.title}\n"] if part.title else []
+        parts += [f"{part.caption}\n"] if part.caption and captions else []
+        parts.append(markdown(part.table))
+    return "\n".join(parts)
+
+
+def terminal(tables: Iterable[TitledTable]) -> str:
+    """Format tables as aligned text, each with its caption."""
+    return "\n\n".join(f"{plain(part.table)}\n{wrapped(part.caption)}" for part in tables)
+
+
+def markdown(table: Table) -> str:
+    """Format a table as Markdown; the first column is left-aligned, the others right-aligned."""
+    header, rows = table
+    rule = [":---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]) + "\n"
+
+
+def plain(table: Table) -> str:
+    """Format a table as aligned text."""
+    header, rows = table
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def wrapped(text: str) -> str:
+    """Break text into lines for the terminal."""
+    return textwrap.fill(text, TERMINAL_COLUMNS)
+
+
+def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
+    """Write ``tables.md`` into a run folder, and print the terminal form."""
+    with atomic_write(folder / TABLES_FILE) as file:
+        file.write(in_markdown.encode())
+    say(in_terminal)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Format a share as per cent; a dash for None."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def signed_percent(value: float, digits: int = 1) -> str:
+    """Format a relative difference as per cent, with its sign."""
+    return f"{100 * value:+.{digits}f} %"
+
+
+def signed(found: Estimate) -> str:
+    """Format a difference with its sign and interval."""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def relative_words(found: Estimate | None) -> str:
+    """Format a relative difference with its interval in per cent; a dash for None."""
+    if found is None:
+        return "-"
+    return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def seconds(value: float) -> str:
+    """Format a duration in ms, s or min."""
+    if value >= 120:
+        return f"{value / 60:.1f} min"
+    return f"{1000 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def number(value: float) -> str:
+    """Format a count or a mean of counts, with a decimal only if it needs one."""
+    return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a number with its noun, such as "1 pair" or "4 pairs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shape_words(shape: Sequence[float]) -> str:
+    """Format batch size and tokens, the first two values of a shape or cell."""
+    return f"{shape[0]} {TIMES} {shape[1]:,}"
+
+
+def mebibytes(value: float) -> str:
+    """Format bytes as MiB."""
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def text_words(text: dict[str, object]) -> str:
+    """Describe source and size of a text, from its provenance."""
+    if not text:
+        return "unknown"
+    source = "written by the dense model itself" if text["source"] == "self" else text["source"]
+    return f"{source}, {text['windows']} windows of {text['window_tokens']} tokens"
