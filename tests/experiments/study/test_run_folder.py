@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
 
 from experiments.config import Config
-from experiments.config.common import TextConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig
 from experiments.config.training import AgentConfig
 from experiments.errors import ExperimentError
 from experiments.study.run_folder import RunFolder, flatten, provenance
@@ -71,32 +67,3 @@ def test_provenance_and_flattening():
     assert found["python"].count(".") == 2
     assert found["git"] is None or len(found["git"]["commit"]) == 40
     assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
-
-
-def test_older_runs_without_repair_read_as_none(tmp_path, config):
-    run = RunFolder(tmp_path)
-    run.start(config, frozen=("agent", "repair"))
-    settings = run.settings()
-    for section in ("repair", "stubs"):
-        del settings[section]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(ExperimentError, match=r"repair\.name: 'none' -> 'library'"):
-        run.start(replace(config, repair=RepairConfig("library")), frozen=("agent", "repair"))
-    run.start(config, frozen=("agent", "repair"))
-    assert run.settings()["repair"] == {"name": "none"}
-
-
-@pytest.mark.parametrize("name", ["main", "seeds"])
-def test_published_runs_can_be_continued(tmp_path, name):
-    """They were written before there were repair and ways of GSI."""
-    published = Path(__file__).parents[3] / "results" / name / "evaluate/config.yaml"
-    settings = yaml.safe_load(published.read_text())
-    (tmp_path / "config.yaml").write_text(published.read_text())
-    sections = {
-        "model": ModelConfig, "calibration": TextConfig, "importance": ImportanceConfig,
-    }  # fmt: skip
-    same = Config(stage="profile", **{key: made(**settings[key]) for key, made in sections.items()})
-    frozen = (*sections, "repair")
-    RunFolder(tmp_path).start(same, frozen=frozen)
-    with pytest.raises(ExperimentError, match="holds a run with other settings"):
-        RunFolder(tmp_path).start(replace(same, repair=RepairConfig("library")), frozen=frozen)

@@ -61,7 +61,7 @@ def test_killed_writers_lose_no_appended_record(tmp_path):
     path = tmp_path / "r.jsonl"
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from experiments.comparison.records import append_record\n"
+        "from experiments.study.records import append_record\n"
         "n = 0\nwhile True:\n"
         "    append_record(Path(sys.argv[1]), {'n': n, 'pad': 'x' * 200})\n"
         "    print(n, flush=True)\n    n += 1\n"
@@ -79,7 +79,7 @@ def test_killed_writers_lose_no_appended_record(tmp_path):
     process.communicate()
     numbers = [record["n"] for record in read_records(path)]
     assert numbers == list(range(len(numbers)))
-    assert len(numbers) > confirmed
+    assert len(numbers) > confirmed >= 20
 
 
 def test_metrics_after_a_checkpoint_are_removed_on_resume(tmp_path):

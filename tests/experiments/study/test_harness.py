@@ -1,0 +1,139 @@
+"""A study resumes, writes tables and figures, and is read from plain and compressed records."""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from experiments.config import Config
+from experiments.errors import ExperimentError
+from experiments.study.figures import Panel, draw_series, panel_figure
+from experiments.study.harness import Job, Study
+from experiments.study.records import LossRecord, RequestRecord, delta_nll_fields, request_field
+from experiments.study.tables import TitledTable, columns_table, crossed_table
+
+
+@dataclass(frozen=True)
+class CacheRow(RequestRecord, LossRecord):
+    level: str
+
+    file = "caches.jsonl"
+    identity = ("level", "shape")
+
+
+class FakeScorer:
+    """Counts the plans that it is asked to score together."""
+
+    def __init__(self):
+        self.asked, self.released = [], 0
+
+    def nll_many(self, plans, on_score):
+        self.asked.append(list(plans))
+
+    def release(self):
+        self.released += 1
+
+
+class FakeStudy:
+    """A study of caches whose rows are counted as they are made."""
+
+    def __init__(self, levels):
+        self.levels, self.made, self.scorer = levels, Counter(), FakeScorer()
+        self.study = Study(
+            "caches", "Caches", [CacheRow], self.jobs, self.tables, words=self.words,
+            figures={"losses": self.figure},
+        )  # fmt: skip
+
+    def jobs(self, config, folder):
+        for level in self.levels:
+            make = partial(self.row, level)
+            depends_on = {"seed": config.seed}
+            yield Job(CacheRow, (level, (8, 64)), depends_on, make, {"by": "test"}, self.scorer,
+                      [level])  # fmt: skip
+
+    def row(self, level, provenance):
+        self.made[level] += 1
+        losses = delta_nll_fields([len(level), len(level)])
+        return CacheRow(level, request=request_field((8, 64)), **losses, provenance=provenance)
+
+    def tables(self, rows):
+        columns = {"Caches": lambda row: row.level, "ΔNLL": lambda row: str(row.estimate)}
+        return [TitledTable(columns_table(rows, columns), "Caches", "What it means.")]
+
+    def words(self, rows):
+        return f"There are {len(rows)} levels."
+
+    def figure(self, rows, narrow):
+        def draw(axis):
+            ends = [(row.loss_ci_low, row.loss_ci_high) for row in rows]
+            draw_series(axis, range(len(rows)), [row.loss for row in rows], ends, label="all")
+
+        return panel_figure([Panel(draw, title="Losses", y="ΔNLL")], narrow=narrow)
+
+
+def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
+    first, folder = FakeStudy(["int8"]), tmp_path / "run"
+    config = Config(stage="levels", progress=False)
+    first.study.run(config, folder)
+    second = FakeStudy(["int8", "int4", "int16"])
+    second.study.run(config, folder)
+    assert second.made == Counter(["int4", "int16"])
+    assert second.scorer.asked == [["int4", "int16"]]
+    assert second.scorer.released == 1
+    rows = second.study.read(folder)
+    assert [row.level for row in rows] == ["int8", "int4", "int16"]
+    assert {row.shape for row in rows} == {(8, 64)}
+    assert rows[0].provenance.keys() == {"depends_on", "git", "by"}
+    assert rows[0].key == next(iter(second.jobs(config, folder))).key
+    text = second.study.markdown(rows)
+    assert text == (folder / "tables.md").read_text()
+    assert text.startswith(
+        "# Caches\n\nThere are 3 levels.\n\n## Caches\n\nWhat it means.\n\n| Cach"
+    )
+    assert "| int16 | 5.000 [5.000, 5.000] |" in text
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    other = FakeStudy(["int8"])
+    other.study.run(Config(stage="levels", progress=False, seed=1), folder)
+    assert other.made == Counter(["int8"])
+
+
+def test_compressed_records_are_read_in_the_place_of_plain_ones(tmp_path):
+    fake = FakeStudy(["int8", "int4"])
+    fake.study.run(Config(stage="levels", progress=False), tmp_path)
+    rows = fake.study.read(tmp_path)
+    plain = tmp_path / "caches.jsonl"
+    plain.with_name("caches.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert fake.study.read(tmp_path) == rows
+
+
+def test_frozen_settings_are_checked(tmp_path):
+    fake = FakeStudy(["int8"])
+    fake.study.run(Config(stage="levels", progress=False), tmp_path)
+    config = Config(stage="levels", progress=False)
+    config.model.name = "another"
+    with pytest.raises(ExperimentError, match=r"model\.name"):
+        fake.study.run(config, tmp_path)
+
+
+def test_a_crossed_table_has_an_entry_for_each_pair():
+    table = crossed_table("x", {"a": 1, "b": 2}, {"c": 10, "d": 20}, lambda x, y: str(x + y))
+    assert table == (["x", "c", "d"], [["a", "11", "21"], ["b", "12", "22"]])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_panels_share_a_legend_and_hide_what_is_left(narrow):
+    parts = [
+        Panel(lambda axis: axis.plot([1], [2], label="s"), str(place), "x", "y")
+        for place in range(4)
+    ]
+    figure = panel_figure(parts, narrow=narrow, columns=3, same_axes=True)
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(shown) == 4
+    assert len(figure.legends) == 1
+    assert [bool(axis.get_ylabel()) for axis in shown] == ([True] * 4 if narrow else
+                                                           [True, False, False, True])  # fmt: skip
