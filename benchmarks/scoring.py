@@ -177,7 +177,9 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMas
             Path(folder) / "run",
         )
         rows = store.rows(context_key(context.scorer.context), METRIC)
-        masks = sorted((mask for mask, _ in rows if mask), key=tuple)
+        masks = sorted(
+            (mask for mask, _ in rows if isinstance(mask, BlockMask) and mask), key=tuple
+        )
         store.close()
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
 

@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -156,12 +156,8 @@ def _document(path: str | os.PathLike[str]) -> Any:
     return json.loads(content.decode(errors="replace"))
 
 
-def load_artifact(
-    path: str | os.PathLike[str], kind: str, version: int, *, older: Collection[int] = ()
-) -> dict[str, Any]:
+def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
     """Read the body of an artifact that `save_artifact` wrote, compressed or not.
-
-    Its format must be the current `version`, or one of the `older` ones that the caller can read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -179,7 +175,7 @@ def load_artifact(
         ) from None
     if found != kind:
         raise ArtifactError(f"{path} is of the kind {found!r}, but {kind!r} was expected.")
-    if written != version and written not in older:
+    if written != version:
         raise ArtifactError(
             f"{path} has format {written}, but this version reads {version}; {remedy}."
         )

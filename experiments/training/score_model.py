@@ -47,7 +47,6 @@ from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
-from rap_env.scoring.store import mask_from_indices
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
@@ -340,14 +339,8 @@ def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningCont
 
 
 def scored_masks(record: Mapping[str, Any]) -> dict[MaskOrPlan, float]:
-    """Return the NLL of the masks or plans that a round scored, nats per token.
-
-    Earlier versions wrote masks as comma-separated indices.
-    """
-    scored = record["scored"]
-    if isinstance(scored, dict):
-        return {mask_from_indices(key): nll for key, nll in scored.items()}
+    """Return the NLL of the masks or plans that a round scored, nats per token."""
     return {
         BlockMask.of(*found) if isinstance(found, list) else CompressionPlan.of(found): nll
-        for found, nll in scored
+        for found, nll in record["scored"]
     }

@@ -180,7 +180,7 @@ def stored_scores(context: PruningContext, *, plans: bool) -> dict[MaskOrPlan, f
     assert store is not None
     found: dict[MaskOrPlan, float] = {}
     for determined_by in (scorer.context, *([scorer.plan_context] if plans else [])):
-        for plan, values in store.plan_rows(context_key(determined_by), METRIC):
+        for plan, values in store.rows(context_key(determined_by), METRIC):
             found[plan] = float(np.mean(values))
     return found
 

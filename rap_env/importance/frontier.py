@@ -22,10 +22,8 @@ from rap_env.importance.profiles import load_profile
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.request import Request
-from rap_env.scoring.store import mask_from_indices
 
 _FORMAT = 2
-_INDEX_FORMAT = 1  # masks were comma-separated indices
 
 Counts = tuple[int, int]
 """Numbers of attn and ffn blocks removed."""
@@ -96,12 +94,9 @@ class Frontier:
             FileNotFoundError: There is no such file.
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
-        body = load_profile(path, cls.KIND, _FORMAT, model, older=[_INDEX_FORMAT])
-        if "scored" in body:
-            scores = {mask_from_indices(key): nll for key, nll in body.pop("scored").items()}
-        else:
-            masks = (BlockMask.of(*names) for names in body.pop("masks"))
-            scores = dict(zip(masks, body.pop("nll"), strict=True))
+        body = load_profile(path, cls.KIND, _FORMAT, model)
+        masks = (BlockMask.of(*names) for names in body.pop("masks"))
+        scores = dict(zip(masks, body.pop("nll"), strict=True))
         return cls(scores=scores, **body)
 
 

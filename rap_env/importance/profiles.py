@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -151,22 +151,15 @@ class GSIProfile(Profile):
 
 
 def load_profile(
-    path: str | os.PathLike[str],
-    kind: str,
-    version: int,
-    model: HasFacts,
-    *,
-    older: Collection[int] = (),
+    path: str | os.PathLike[str], kind: str, version: int, model: HasFacts
 ) -> dict[str, Any]:
     """The fields of a saved profile of this model, lists as tuples.
-
-    `older` are earlier formats than `version` that the caller can read too.
 
     Raises:
         FileNotFoundError: There is no such file.
         ArtifactError: It is truncated, altered, or made from other weights or with other stubs.
     """
-    body = load_artifact(path, kind, version, older=older)
+    body = load_artifact(path, kind, version)
     check_measured(path, body["provenance"], model)
     return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
 

@@ -16,8 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.blocks import Block, BlockMask, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
@@ -44,18 +42,6 @@ TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
 _KIND, _FORMAT = "score table", 7
-_FORMAT_WITHOUT_NETWORK = 6
-_FORMAT_WITHOUT_HELD_OUT = 5
-_FORMAT_WITHOUT_LEVELS = 4
-_MASK_FORMAT = 3  # had no plans
-_HEX_FORMAT = 2  # masks were hex strings with one bit per block, pessimism was called doubt
-_OLDER = (
-    _FORMAT_WITHOUT_NETWORK,
-    _FORMAT_WITHOUT_HELD_OUT,
-    _FORMAT_WITHOUT_LEVELS,
-    _MASK_FORMAT,
-    _HEX_FORMAT,
-)
 _NO_PREDICTION = (
     "This score table has no costs of levels, so it predicts masks only, and this plan was not "
     "measured: score it with a live model."
@@ -100,8 +86,7 @@ class ScoreTable:
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
-            (of `CorpusConfig`), ``importance``, ``gsi_removals``, ``gsi_method`` and ``repair``
-            (missing in older tables, which were measured without stubs).
+            (of `CorpusConfig`), ``importance``, ``gsi_removals``, ``gsi_method`` and ``repair``.
         features: The importance that an agent observes (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
@@ -212,7 +197,7 @@ class ScoreTable:
             ArtifactError: It is truncated, altered, not a score table, or of an unknown format.
         """
         try:
-            body = load_artifact(path, _KIND, _FORMAT, older=_OLDER)
+            body = load_artifact(path, _KIND, _FORMAT)
         except OSError as error:
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
@@ -224,27 +209,21 @@ class ScoreTable:
         plans = _read_plans(body.pop("masks"), facts.num_blocks)
         predictor = body["predictor"]
         members = map(_read_predictor, predictor["members"])
-        pessimism = predictor.get("pessimism", predictor.get("doubt"))
-        body["predictor"] = ScoreModel(tuple(members), pessimism)
+        body["predictor"] = ScoreModel(tuple(members), predictor["pessimism"])
         body["fidelity"] = Fidelity.from_json(body["fidelity"])
-        if body.get("held_out") is not None:
+        if body["held_out"] is not None:
             body["held_out"] = HeldOutLosses.from_json(body["held_out"])
         return cls(facts=facts, scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 
 
 def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
-    if (residual := values.get("residual")) is not None:
+    if (residual := values["residual"]) is not None:
         values["residual"] = ResidualNetwork(**with_tuples(residual))
     return DeltaNLLPredictor(**with_tuples(values))
 
 
 def _read_plans(written: Sequence[Any], num_blocks: int) -> list[MaskOrPlan]:
-    """Masks from lists of block names or earlier versions' hex strings; plans from levels."""
-    if written and isinstance(written[0], str):
-        # One bit per block, the first block in the highest bit of the first byte.
-        packed = np.frombuffer(bytes.fromhex("".join(written)), dtype=np.uint8)
-        bits = np.unpackbits(packed.reshape(len(written), -1), axis=1, count=num_blocks)
-        return [BlockMask.of(*np.flatnonzero(row).tolist()) for row in bits]
+    """Masks from lists of block names, plans from levels."""
     index = {block_name(number): number for number in range(num_blocks)}
     return [
         CompressionPlan.of(one)

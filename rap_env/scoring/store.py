@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.artifacts import canonical_json, digest
-from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, StoreError
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 
 _FORMAT = 2
-_INDEX_FORMAT = 1  # masks were comma-separated indices; such a file is converted when opened
 _BUSY_TIMEOUT_S = 60.0
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL)",
@@ -104,13 +102,7 @@ class ScoreStore:
             connection.execute(_INSERT, (*key, text, _checksum(*key, text)))
         self._known_contexts.add(context_key)
 
-    def rows(self, context_key: str, metric: str) -> Iterator[tuple[BlockMask, list[float]]]:
-        """All masks with their values for one context and metric; see `plan_rows`."""
-        for plan, values in self.plan_rows(context_key, metric):
-            if isinstance(plan, BlockMask):
-                yield plan, values
-
-    def plan_rows(self, context_key: str, metric: str) -> Iterator[tuple[MaskOrPlan, list[float]]]:
+    def rows(self, context_key: str, metric: str) -> Iterator[tuple[MaskOrPlan, list[float]]]:
         """All masks and plans with their values for one context and metric."""
         query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
         with self._errors():
@@ -135,19 +127,17 @@ class ScoreStore:
         return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _prepare(self) -> None:
-        """Create the tables of a new file, or convert the rows of an older one."""
+        """Create the tables of a new file."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")  # one process at a time
             found = self._format()
-            if found not in (0, _INDEX_FORMAT, _FORMAT):
+            if found not in (0, _FORMAT):
                 raise StoreError(
                     f"The score store {self.path} has format {found}, but this version reads "
                     f"{_FORMAT}; give another path or delete it."
                 )
             for statement in _SCHEMA:
                 connection.execute(statement)
-            if found == _INDEX_FORMAT:
-                _convert_indices(connection)
             connection.execute(f"PRAGMA user_version = {_FORMAT}")
 
     def _check_file(self) -> None:
@@ -188,22 +178,6 @@ class ScoreStore:
 def context_key(context: Mapping[str, Any]) -> str:
     """The digest that identifies a context in the store."""
     return digest(dict(context))
-
-
-def mask_from_indices(text: str) -> BlockMask:
-    """The mask of comma-separated indices, as earlier versions wrote masks (``"0,14,15"``)."""
-    return BlockMask.of(*map(int, text.split(","))) if text else BlockMask()
-
-
-def _convert_indices(connection: sqlite3.Connection) -> None:
-    """Rewrite all rows with names in the place of indices; damaged rows stay damaged."""
-    rows = connection.execute("SELECT * FROM scores").fetchall()
-    connection.execute("DELETE FROM scores")
-    for context, mask, metric, values, checksum in rows:
-        key = (context, mask_from_indices(mask).to_json(), metric)
-        if checksum == _checksum(context, mask, metric, values):
-            checksum = _checksum(*key, values)
-        connection.execute(_INSERT, (*key, values, checksum))
 
 
 def _checksum(*parts: str) -> str:

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rap_env.artifacts import artifact_kind, save_artifact
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.frontier import Frontier
@@ -24,15 +23,7 @@ from tests.tiny import tiny_llm
 
 LAYERS = 5
 FRACTIONS = (0.9, 0.8, 0.7, 0.6)
-ROOT = Path(__file__).parents[2]
-RECORDED = [
-    *(
-        path
-        for path in sorted(ROOT.glob("results/*/profile/frontier.json"))
-        if artifact_kind(path) == Frontier.KIND
-    ),
-    ROOT / "rap_env/policies/packaged/smollm2-135m.frontier.json",
-]
+PACKAGED = Path(__file__).parents[2] / "rap_env/policies/packaged/smollm2-135m.frontier.json"
 
 
 def requests(llm):
@@ -130,21 +121,12 @@ def test_impossible_settings_are_rejected(wrong):
         replace(FrontierConfig(), **wrong)
 
 
-def test_frontiers_with_masks_as_indices_are_still_read(llm, frontier, tmp_path):
-    path = tmp_path / "frontier.json"
-    body = {f.name: getattr(frontier, f.name) for f in fields(frontier) if f.name != "scores"}
-    body["scored"] = {",".join(map(str, mask)): nll for mask, nll in frontier.scores.items()}
-    save_artifact(path, "frontier", 1, body)
-    assert Frontier.load(path, llm).scores == frontier.scores
-
-
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.parent.name)
-def test_committed_frontiers_are_still_read(path):
-    provenance = json.loads(path.read_text())["body"]["provenance"]
+def test_the_packaged_frontier_is_read():
+    provenance = json.loads(PACKAGED.read_text())["body"]["provenance"]
     facts = SimpleNamespace(
         fingerprint=provenance["fingerprint"], repair=provenance["scoring"].get("repair", "")
     )
-    frontier = Frontier.load(path, SimpleNamespace(facts=facts))
+    frontier = Frontier.load(PACKAGED, SimpleNamespace(facts=facts))
     assert frontier.scores[BlockMask()] == frontier.dense_nll
     assert all(mask.check(frontier.num_blocks) for mask in frontier.scores if mask)
     assert frontier.entries[0][1] <= 0

@@ -174,29 +174,6 @@ def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
     assert TableScorer(again).nll_many(masks) == context.scorer.nll_many(masks)
 
 
-def test_older_tables_have_no_stubs(table, path):
-    document = json.loads(gzip.decompress(path.read_bytes()))
-    body = document["body"]
-    for name in ("stub_bytes", "repair"):
-        del body["facts"][name]
-    assert "repair" not in body["settings"]
-    save_artifact(path, document["kind"], document["version"], body)
-    assert ScoreTable.load(path).facts == table.facts
-
-
-def test_tables_with_packed_masks_and_the_old_pessimism_key_are_read(table, path):
-    document = json.loads(gzip.decompress(path.read_bytes()))
-    body = document["body"]
-    masks = [BlockMask.of(*names) for names in body["masks"]]
-    body["masks"] = [f"{sum(128 >> index for index in mask):02x}" for mask in masks]
-    body["predictor"]["doubt"] = body["predictor"].pop("pessimism") + 1.5
-    save_artifact(path, "score table", 2, body)
-    again = ScoreTable.load(path)
-    assert again.scores == table.scores
-    assert again.predictor.pessimism == 1.5
-    assert again.predictor.members[0].linear == table.predictor.members[0].linear
-
-
 def test_measured_plans_stand_beside_masks(context, table, tmp_path):
     plan = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     scores = {**table.scores, plan: 7.25, CompressionPlan(BlockMask.of(0, 1, 2, 3)): 9.5}
@@ -218,12 +195,6 @@ def test_measured_plans_stand_beside_masks(context, table, tmp_path):
         scorer.nll(other)
     with pytest.raises(UnknownNameError, match=r"layer09"):
         scorer.nll(CompressionPlan.of({"layer09.cache": "int2"}))
-
-
-def test_a_table_of_the_format_before_plans_still_loads(table, path):
-    body = json.loads(gzip.decompress(path.read_bytes()))["body"]
-    save_artifact(path, "score table", 3, body, compress=True)
-    assert ScoreTable.load(path).scores == table.scores
 
 
 def test_the_predictors_input_of_a_plan_is_its_removed_blocks():

@@ -1,7 +1,6 @@
 """The score store: durable, shared by processes, and protected by checksums."""
 
 import errno
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -152,61 +151,3 @@ def test_a_kill_at_any_moment_keeps_all_that_was_stored(path):
         assert store.get("k", BlockMask.of(index), "nll") == [float(index)]
     store.put("k", MASK, "nll", [7.0])
     assert store.get("k", MASK, "nll") == [7.0]
-
-
-INDEX_SCHEMA = """
-CREATE TABLE contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL);
-CREATE TABLE scores (
-    context TEXT NOT NULL, mask TEXT NOT NULL, metric TEXT NOT NULL,
-    "values" TEXT NOT NULL, sha256 TEXT NOT NULL,
-    PRIMARY KEY (context, mask, metric)
-) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
-
-
-def write_index_store(path, rows, *, damaged=()):
-    """A store as earlier versions wrote it, with masks as comma-separated indices."""
-    path.parent.mkdir(parents=True)
-    with sqlite3.connect(path) as connection:
-        connection.executescript(INDEX_SCHEMA)
-        connection.execute("INSERT INTO contexts VALUES (?, ?)", (KEY, '{"model":"m"}'))
-        for mask, values in rows.items():
-            key = (KEY, mask, "nll")
-            text = "wrong" if mask in damaged else values
-            checksum = hashlib.sha256("\x1f".join((*key, text)).encode()).hexdigest()
-            connection.execute(
-                "INSERT INTO scores VALUES (?, ?, ?, ?, ?)", (*key, values, checksum)
-            )
-    connection.close()
-
-
-def test_a_store_with_masks_as_indices_is_converted(path):
-    write_index_store(path, {"": "[2.5]", "0,3": "[2.75,1e-300]", "12": "[0.1]"}, damaged=["12"])
-    for _ in range(2):  # the second time the file is in the current format
-        store = ScoreStore(path)
-        assert store.get(KEY, BlockMask(), "nll") == [2.5]
-        assert store.get(KEY, MASK, "nll") == [2.75, 1e-300]
-        with pytest.raises(StoreError, match=r"altered .*delete the file"):
-            store.get(KEY, BlockMask.of(12), "nll")
-        store.close()
-    with sqlite3.connect(path) as connection:
-        masks = {mask for (mask,) in connection.execute("SELECT mask FROM scores")}
-        assert connection.execute("SELECT key FROM contexts").fetchall() == [(KEY,)]
-    connection.close()
-    assert masks == {"[]", '["layer00.attn", "layer01.ffn"]', '["layer06.attn"]'}
-
-
-def test_several_processes_may_open_an_old_store_concurrently(path):
-    write_index_store(path, {str(index): f"[{index}.0]" for index in range(200)})
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write, args=(path, 200 + 50 * n)) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    store = ScoreStore(path)
-    assert [store.get(KEY, BlockMask.of(i), "nll") for i in range(400)] == [
-        [float(i)] for i in range(400)
-    ]
