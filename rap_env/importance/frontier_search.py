@@ -29,7 +29,7 @@ from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import DeltaNLLPredictor, Features, Floats
+from rap_env.scoring.predictor import Features, Floats, ScoreModel
 from rap_env.scoring.predictor_fit import (
     PredictorFit,
     feature_matrix,
@@ -190,12 +190,15 @@ class _Search:
             if found is not None:
                 mask, predicted = found
                 gain = float(expected[pair]) - predicted
-                gains[mask] = gain, gain / (abs(float(expected[pair])) + predictor.offset)
+                gains[mask] = (
+                    gain,
+                    gain / (abs(float(expected[pair])) + predictor.members[0].offset),
+                )
         chosen = _alternately(gains)
         self.measure(chosen[: min(self._config.batch, self.left)])
         return bool(chosen)
 
-    def _fit(self) -> DeltaNLLPredictor:
+    def _fit(self) -> ScoreModel:
         """A predictor fitted to all scores; its settings are chosen again from time to time."""
         masks = list(self.nll)
         features = feature_matrix(masks, self.blocks)
@@ -204,10 +207,10 @@ class _Search:
         if chosen is None or len(masks) > _CHOOSE_AGAIN * chosen.masks:
             predictor, _ = fit_predictor(features, measured, self.alone, seed=self._config.seed)
             self._settings = _Settings(len(masks), predictor.reach, predictor.ridge)
-            return predictor
+            return ScoreModel((predictor,))
         parts = [np.arange(len(masks))]
         fit = PredictorFit(features, measured, self.alone, parts, reaches=(chosen.reach,))
-        return fit.solved([0], chosen.reach, chosen.ridge)
+        return ScoreModel((fit.solved([0], chosen.reach, chosen.ridge),))
 
     def _expected(self, best: dict[Counts, BlockMask]) -> Floats:
         """delta_nll per pair of counts: of its best mask, or of a mask that removes more."""
@@ -258,7 +261,7 @@ class UsefulCounts:
 def propose(
     pair: Counts,
     best: Mapping[Counts, BlockMask],
-    predictor: DeltaNLLPredictor,
+    predictor: ScoreModel,
     measured: Collection[BlockMask],
 ) -> tuple[BlockMask, float] | None:
     """The best predicted mask with these counts that was not measured, and its delta_nll.
@@ -267,7 +270,7 @@ def propose(
     many masks: the 401 swaps of a mask of 20 among 60 blocks take 0.5 ms to make and predict as
     rows, and 2.0 ms as `BlockMask` objects.
     """
-    blocks = len(predictor.alone)
+    blocks = len(predictor.members[0].alone)
     starts = feature_matrix(list(_starts(pair, best, blocks)), blocks)
     found: list[tuple[float, BlockMask]] = []
     for start in starts[np.argsort(predictor.delta_nll_many(starts, clamped=False))[:_STARTS]]:

@@ -81,7 +81,7 @@ def fit_predictor(
         solved = fit.solved(parts, *best)
         return fit.corrected(solved, parts, seed) if network else solved
 
-    evaluated = fitted([0, 1])
+    evaluated = ScoreModel((fitted([0, 1]),))
     fidelity = Fidelity.of(
         evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
         features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
@@ -160,8 +160,8 @@ class PredictorFit:
     ) -> Floats:
         """Predicted log(delta_nll + offset)."""
         features, lowered = self.features[part], self.lowered[part]
-        found = predictor.delta_nll_many(features, lowered, clamped=clamped)
-        return np.asarray(np.log(np.maximum(found, -self.offset / 2) + self.offset))
+        predicted = ScoreModel((predictor,)).delta_nll_many(features, lowered, clamped=clamped)
+        return np.asarray(np.log(np.maximum(predicted, -self.offset / 2) + self.offset))
 
     def _moments(self, part: npt.NDArray[np.int64]) -> Floats:
         """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over masks."""

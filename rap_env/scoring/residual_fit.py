@@ -1,4 +1,4 @@
-"""Fits the network of `rap_env.scoring.residual`, with torch."""
+"""Fits the residual network of a predictor, with torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rap_env.scoring.residual import SCALE, ResidualNetwork
+from rap_env.scoring.predictor import SCALE, ResidualNetwork
 
 _HIDDEN = (256, 32)
 _EPOCHS = 60

@@ -25,7 +25,7 @@ from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import DeltaNLLPredictor, ScoreModel
+from rap_env.scoring.predictor import DeltaNLLPredictor, ResidualNetwork, ScoreModel
 from rap_env.scoring.predictor_fit import (
     NETWORK_SCORES,
     Lowered,
@@ -33,7 +33,6 @@ from rap_env.scoring.predictor_fit import (
     lowered_cost,
     necessary_masks,
 )
-from rap_env.scoring.residual import ResidualNetwork
 
 PREFIX = "score_table:"
 """Prefix of a model name that is the name or path of a table."""

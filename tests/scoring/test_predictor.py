@@ -61,11 +61,11 @@ def test_it_predicts_held_out_plans_from_what_their_other_levels_cost():
     fit, held = slice(None, -200), slice(-200, None)
     single = losses(np.eye(BLOCKS, dtype=bool))
     predictor, _ = fit_predictor(removed[fit], values[fit], single, lowered[fit])
-    found = predictor.delta_nll_many(removed[held], lowered[held])
+    found = ScoreModel((predictor,)).delta_nll_many(removed[held], lowered[held])
     assert np.median(np.abs(found / values[held] - 1)) < 0.05
     one = predictor.delta_nll(mask_of(removed[-1]), float(lowered[-1]))
     assert one == pytest.approx(found[-1])
-    blind = predictor.delta_nll_many(removed[held])
+    blind = ScoreModel((predictor,)).delta_nll_many(removed[held])
     few = removed[held].sum(axis=1) < 5  # where the other levels matter
     errors = [np.abs(predicted - values[held])[few].mean() for predicted in (blind, found)]
     assert errors[0] > 1.3 * errors[1]
@@ -230,7 +230,7 @@ def test_no_masks_have_no_predictions(model):
 
 def test_bounds_hold_for_many_masks_as_for_one(model):
     other = masks(200, seed=7)
-    member = model.members[0]
+    member = ScoreModel(model.members[:1])
     alone = [member.delta_nll(mask_of(row)) for row in other]
     assert member.delta_nll_many(other) == pytest.approx(alone, abs=1e-9)
     free = member.delta_nll_many(other, clamped=False)

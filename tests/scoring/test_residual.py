@@ -52,7 +52,7 @@ def test_it_predicts_what_pairs_of_blocks_miss(fitted):
     removed = masks(500, 3)[1 + BLOCKS :]
     removed = removed[removed.any(axis=1)]
     errors = [
-        np.median(np.abs(predictor.delta_nll_many(removed) / losses(removed) - 1))
+        np.median(np.abs(ScoreModel((predictor,)).delta_nll_many(removed) / losses(removed) - 1))
         for predictor, _ in fitted
     ]
     assert errors[1] < errors[0] / 2
@@ -74,7 +74,9 @@ def test_corrections_do_not_depend_on_the_order_of_additions(predictor):
 def test_one_mask_is_predicted_as_among_others_and_below_others(predictor):
     removed = masks(200, 5)
     alone = [predictor.delta_nll(BlockMask.of(*indices(row).tolist())) for row in removed]
-    assert predictor.delta_nll_many(removed) == pytest.approx(alone, rel=1e-9, abs=1e-9)
+    assert ScoreModel((predictor,)).delta_nll_many(removed) == pytest.approx(
+        alone, rel=1e-9, abs=1e-9
+    )
     assert alone[0] == 0.0
     parents = np.repeat(np.arange(len(removed)), 2)
     more = np.full(len(parents), -1)
