@@ -36,7 +36,7 @@ from experiments.training.score_tables import (
 )
 from rap_env.blocks import BlockMask, every_mask
 from rap_env.context.base import PruningContext
-from rap_env.ladder.items import LADDERS
+from rap_env.ladder.named_ladders import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import MaskOrPlan
 from rap_env.scoring.held_out import HeldOutLosses

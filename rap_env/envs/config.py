@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rap_env.errors import InvalidRequestError, check_name
-from rap_env.ladder.items import parse_levels, parse_together
+from rap_env.ladder.named_ladders import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import table_path

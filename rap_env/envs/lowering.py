@@ -17,13 +17,14 @@ from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.removal import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import PruningTask
 from rap_env.importance.frontier import Frontier
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import (
     FREED,
     ItemObservationBuilder,
     ItemObservationTracker,
 )
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.state import LadderCosts
 from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.observation import Observation
 from rap_env.plan import CompressionPlan, MaskOrPlan
@@ -138,14 +139,14 @@ class LoweringState:
 
     def peak_after(self, action: int) -> int:
         """Peak bytes with the item at its next level."""
-        return self._levels.peak_after(action)
+        return self._levels.lowering(action).peak_bytes
 
     def plan_after(self, action: int | None = None) -> CompressionPlan:
         """The plan after an item was lowered, if it can be."""
         levels = self._levels
-        return self._ladder.plan(
-            levels.positions if action is None else levels.positions_after(action)
-        )
+        if action is None or not levels.is_valid(action):
+            return levels.plan
+        return self._ladder.plan(levels.positions_after(action))
 
     def apply(self, action: int) -> None:
         """Lower an item that has a lower level."""

@@ -7,8 +7,8 @@ from rap_env.envs.config import LadderEnvConfig
 from rap_env.envs.lowering import LoweringTask
 from rap_env.envs.task import PruningTask
 from rap_env.envs.vector import PruningVectorEnv
-from rap_env.ladder.item_bytes import LadderCosts
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.state import LadderCosts
 
 
 class RAPPruneV1Env(PruningEnv[LadderCosts]):

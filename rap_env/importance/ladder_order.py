@@ -78,9 +78,9 @@ class LadderWalk:
         lower = self.positions[item] + 1
         return lower if lower < len(self.ladder.items[item].levels) else -1
 
-    def takers(self, item: int) -> tuple[int, ...]:
+    def takers(self, item: int) -> list[int]:
         """The items that are lowered with one, itself included."""
-        return self.ladder.takers(item, self.next_of)
+        return self.ladder.every_step.companions(self.positions, item)
 
     def freed_bytes(self, item: int, lower: int) -> int:
         """Bytes that are freed if an item, and all taken with it, goes to a level."""

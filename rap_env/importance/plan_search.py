@@ -29,7 +29,8 @@ from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import LadderCosts
 from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore

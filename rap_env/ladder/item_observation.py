@@ -10,8 +10,8 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from rap_env.costs import freed_share
-from rap_env.ladder.item_bytes import LadderBytes, LevelSteps
-from rap_env.ladder.items import KINDS, Ladder
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import KINDS, Ladder, LevelSteps
 from rap_env.observation import (
     BYTES_OVER,
     REQUEST_FEATURES,
@@ -111,16 +111,17 @@ class ItemObservationBuilder:
             UnknownNameError: The plan has levels that the ladder does not have.
         """
         costs = self.item_bytes.costs(request.batch_size, request.seq_len_tokens)
-        positions = self.ladder.positions(plan)
-        held, counters = costs.held(positions)
+        state = costs.state(self.ladder.positions(plan))
+        positions = state.positions
         seen = request_features(
             self.item_bytes.memory,
             **vars(request),
             dense_peak_bytes=costs.dense_peak_bytes,
             kv_cache_bytes=costs.kv_cache_bytes,
         )
-        peak_bytes = held + costs.shared.of(counters)
-        seen[BYTES_OVER] = bytes_over(peak_bytes, request.budget_bytes, costs.dense_peak_bytes)
+        seen[BYTES_OVER] = bytes_over(
+            state.peak_bytes, request.budget_bytes, costs.dense_peak_bytes
+        )
         items = self.rows_of(costs.steps)[self._numbers, positions]
         items[:, FREED] = freed_share(costs.freed_bytes(positions), costs.dense_peak_bytes)
         valid = costs.steps.next_level[self._numbers, positions] >= 0
@@ -155,7 +156,7 @@ class ItemObservationTracker:
         self._rows = builder.rows_of(self._costs.steps)
         self._numbers = np.arange(len(builder.ladder))
         self.observation = builder.build(request, CompressionPlan())
-        self.levels = self._costs.tracker()
+        self.levels = self._costs.state()
 
     def lower(self, item: int) -> set[int]:
         """Lower an item that has a lower level.

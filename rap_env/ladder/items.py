@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -13,41 +12,16 @@ import numpy.typing as npt
 
 from rap_env.blocks import BlockMask, block_name
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError, check_name
-from rap_env.levels import WEIGHT_LEVELS, CacheLevel
+from rap_env.ladder.named_ladders import LevelSpec, parse_levels, parse_together
+from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name
-from rap_env.specs import check_settings
 
 Kind = Literal["attn", "ffn", "cache", "embeddings"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
 """Kinds of items: weights of the two kinds of blocks, caches, embeddings with head."""
 
-CACHE_LEVELS = ("int8", "int4", "int4-window512", "int4-window256", "int4-window128")
-"""Levels of caches in the named ladders, below the native one.
-
-The level int2 is not among them: at 1,024 tokens a cache of the default model needs more bytes in
-int2 than in int4-window128, and costs twice as much.
-"""
-
-LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "masks": {"weights": ("removed",)},
-    "caches": {"caches": CACHE_LEVELS},
-    "all": {
-        "weights": WEIGHT_LEVELS[1:],
-        "caches": CACHE_LEVELS,
-        "embeddings": ("int8", "int4"),
-    },
-}
-"""Named ladders: the levels below the native one, from the most to the least exact."""
-
-_GROUPS = ("weights", "caches", "embeddings")
-_KNOWN: dict[str, tuple[str, ...]] = {
-    "weights": WEIGHT_LEVELS,
-    "embeddings": ("native", "int8", "int4"),
-}
-
-LevelSpec = str | Mapping[str, Sequence[str]]
-"""A name of `LADDERS`, or lists of levels for ``weights``, ``caches`` and ``embeddings``."""
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -121,28 +95,28 @@ class Ladder:
             ArtifactError: Levels of caches are asked for, and the facts do not say how caches
                 can be stored.
         """
-        wanted = parse_levels(levels)
-        found: list[Item] = []
+        asked = parse_levels(levels)
+        items: list[Item] = []
 
         def add(name: str, kind: Kind, layer: int | None, names: Iterable[str]) -> None:
             chain = ("native", *names)
             if len(chain) > 1:
-                found.append(Item(name, kind, layer, chain))
+                items.append(Item(name, kind, layer, chain))
 
         for index in range(facts.num_blocks):
             exists = facts.weight_levels(index)
-            names = (level for level in wanted["weights"] if level in exists)
+            names = (level for level in asked["weights"] if level in exists)
             add(block_name(index), "ffn" if index % 2 else "attn", index // 2, names)
-        if wanted["caches"] and not facts.kv_heads:
+        if asked["caches"] and not facts.kv_heads:
             raise ArtifactError(
                 f"The facts of {facts.name} do not say how its caches can be stored, so that they "
                 "have no levels; leave out caches, or export the facts again with this version."
             )
         for layer in range(facts.num_layers):
-            add(cache_name(layer), "cache", layer, wanted["caches"])
+            add(cache_name(layer), "cache", layer, asked["caches"])
         exists = facts.embedding_levels
-        add(EMBEDDINGS, "embeddings", None, (n for n in wanted["embeddings"] if n in exists))
-        return cls(tuple(found), parse_together(together), wanted)
+        add(EMBEDDINGS, "embeddings", None, (n for n in asked["embeddings"] if n in exists))
+        return cls(tuple(items), parse_together(together), asked)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -174,13 +148,13 @@ class Ladder:
     @cached_property
     def partners(self) -> tuple[int, ...]:
         """The cache of each attention block and the reverse, by number; else the item itself."""
-        found = list(range(len(self)))
+        partners = list(range(len(self)))
         for number, item in enumerate(self.items):
             if item.layer is not None and item.kind in ("attn", "cache"):
                 attn = item.kind == "attn"
                 other = cache_name(item.layer) if attn else block_name(2 * item.layer)
-                found[number] = self.numbers.get(other, number)
-        return tuple(found)
+                partners[number] = self.numbers.get(other, number)
+        return tuple(partners)
 
     @cached_property
     def removals(self) -> tuple[int, ...]:
@@ -191,19 +165,17 @@ class Ladder:
         )
 
     @cached_property
-    def item_array(self) -> npt.NDArray[np.int64]:
-        """The numbers of the items, (items,)."""
-        return np.arange(len(self))
+    def cache_owners(self) -> Counts:
+        """The attention blocks that take a cache of the ladder with them, by number."""
+        return np.array(
+            [n for n, other in enumerate(self.partners) if n != other and self.removals[n] >= 0],
+            dtype=np.int64,
+        )
 
     @cached_property
-    def partner_array(self) -> npt.NDArray[np.int64]:
-        """`partners` as an array, (items,)."""
-        return np.array(self.partners)
-
-    @cached_property
-    def removal_array(self) -> npt.NDArray[np.int64]:
-        """`removals` as an array, (items,)."""
-        return np.array(self.removals)
+    def owned_caches(self) -> Counts:
+        """The cache of each of `cache_owners`, by number."""
+        return np.array(self.partners, dtype=np.int64)[self.cache_owners]
 
     @cached_property
     def caches(self) -> tuple[int, ...]:
@@ -211,24 +183,49 @@ class Ladder:
         return tuple(number for number, item in enumerate(self.items) if item.kind == "cache")
 
     @cached_property
+    def cache_levels(self) -> tuple[str, ...]:
+        """The names of the levels of caches below the native one."""
+        return self.items[self.caches[0]].levels[1:] if self.caches else ()
+
+    @cached_property
     def shared_positions(self) -> frozenset[int]:
         """The positions of the levels that caches take together."""
-        levels = self.items[self.caches[0]].levels if self.caches else ()
-        return frozenset(n for n, level in enumerate(levels) if level in self.together)
+        levels = enumerate(self.cache_levels, start=1)
+        return frozenset(position for position, level in levels if level in self.together)
 
-    def takers(self, item: int, next_of: Callable[[int], int]) -> tuple[int, ...]:
-        """The items that are lowered with one, itself included.
+    @cached_property
+    def every_step(self) -> LevelSteps:
+        """Steps that skip no level."""
+        next_level = np.full((len(self), self.width), -1, dtype=np.int64)
+        for number, item in enumerate(self.items):
+            next_level[number, : len(item.levels) - 1] = range(1, len(item.levels))
+        return LevelSteps(self, next_level)
+
+    def lowered(self, positions: Counts, items: Counts, nexts: Counts) -> Counts:
+        """The positions of n plans after an item of each, with its companions, was lowered.
+
+        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
 
         Args:
-            item: Number of the item.
-            next_of: Gives the position of an item's next level, or -1 if it has none.
+            positions: The position of each item's level, (n, items).
+            items: The item of each plan, (n,).
+            nexts: The position of the next level of each item, -1 without one, (n, items).
         """
-        lower = next_of(item)
-        if lower in self.shared_positions and self.items[item].kind == "cache":
-            return tuple(cache for cache in self.caches if next_of(cache) == lower)
-        return (item,)
+        plans, after = np.arange(len(items)), positions.copy()
+        lower = nexts[plans, items]
+        valid = lower >= 0
+        after[plans[valid], items[valid]] = lower[valid]
+        is_cache = np.isin(np.arange(len(self)), self.caches)
+        shared = is_cache[items] & np.isin(lower, list(self.shared_positions))
+        if shared.any():
+            level = lower[shared, None]
+            after[shared] = np.where(is_cache & (nexts[shared] == level), level, after[shared])
+        owners, caches = self.cache_owners, self.owned_caches
+        removed = after[:, owners] == np.array(self.removals)[owners]
+        after[:, caches] = np.where(removed, 1 + len(self.cache_levels), after[:, caches])
+        return after
 
-    def reaches(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def reaches(self, positions: Counts) -> npt.NDArray[np.bool_]:
         """Whether plans can be reached although caches take some levels together, (n,).
 
         They can if all kept caches have the same level, or have passed all levels taken together.
@@ -239,16 +236,10 @@ class Ladder:
         if not self.shared_positions:
             return np.ones(len(positions), dtype=bool)
         caches = positions[:, list(self.caches)]
-        gone = len(self.items[self.caches[0]].levels)
-        least = np.where(caches < gone, caches, gone).min(axis=1)
-        most = np.where(caches < gone, caches, -1).max(axis=1)
+        removed = 1 + len(self.cache_levels)
+        least = caches.min(axis=1)  # all removed: nothing is kept that could differ
+        most = np.where(caches < removed, caches, -1).max(axis=1)
         return np.asarray((least >= most) | (least >= max(self.shared_positions)))
-
-    @cached_property
-    def cache_levels(self) -> tuple[str, ...]:
-        """The names of the levels of caches below the native one."""
-        caches = (item.levels[1:] for item in self.items if item.kind == "cache")
-        return next(caches, ())
 
     def positions(self, plan: MaskOrPlan) -> list[int]:
         """The position of each item's level in its levels, (items,).
@@ -261,16 +252,16 @@ class Ladder:
         plan = as_plan(plan)
         if not plan:
             return [0] * len(self)
-        levels, found = plan.levels, []
+        levels, positions = plan.levels, []
         for item in self.items:
             level = levels.pop(item.name, "native")
             check_name(f"level of {item.name} in the ladder", level, item.levels)
-            gone = item.kind == "cache" and 2 * (item.layer or 0) in plan.removed
-            found.append(len(item.levels) if gone else item.levels.index(level))
+            removed = item.kind == "cache" and 2 * (item.layer or 0) in plan.removed
+            positions.append(len(item.levels) if removed else item.levels.index(level))
         if levels:
             name, level = next(iter(levels.items()))
             raise UnknownNameError(f"level of {name} in the ladder", level, ["native"])
-        return found
+        return positions
 
     def has(self, plan: MaskOrPlan) -> bool:
         """Whether all levels of a plan are in the ladder."""
@@ -282,16 +273,16 @@ class Ladder:
 
     def plan(self, positions: Sequence[int]) -> CompressionPlan:
         """The plan whose items have the levels at these positions, (items,)."""
-        found: dict[str, list[Any]] = {"removed": [], "weights": [], "caches": [], "embeddings": []}
+        parts: dict[str, list[Any]] = {"removed": [], "weights": [], "caches": [], "embeddings": []}
         for entries, position in zip(self._entries, positions, strict=True):
             if position and position < len(entries):
                 part, entry = entries[position]
-                found[part].append(entry)
+                parts[part].append(entry)
         return CompressionPlan(
-            BlockMask(frozenset(found["removed"])),
-            tuple(found["weights"]),
-            tuple(found["caches"]),
-            found["embeddings"][0] if found["embeddings"] else "native",
+            BlockMask(frozenset(parts["removed"])),
+            tuple(parts["weights"]),
+            tuple(parts["caches"]),
+            parts["embeddings"][0] if parts["embeddings"] else "native",
         )
 
     @cached_property
@@ -311,8 +302,8 @@ class Ladder:
             UnknownNameError: There is no such item, or the plan is none of the ladder's.
         """
         number = self._number(item)
-        levels, position = self.items[number].levels, self.positions(plan)[number]
-        return levels[position + 1] if position + 1 < len(levels) else None
+        lower = self.every_step.nexts[number][self.positions(plan)[number]]
+        return self.items[number].levels[lower] if lower >= 0 else None
 
     def lower(self, plan: MaskOrPlan, item: str | int) -> CompressionPlan:
         """The plan after an item, by name or number, and all that are taken together, is lowered.
@@ -321,16 +312,13 @@ class Ladder:
             UnknownNameError: There is no such item, it is at its lowest level, or the plan is none
                 of the ladder's.
         """
-        number = self._number(item)
-        positions = self.positions(plan)
-        lasts = [len(found.levels) - 1 for found in self.items]
-        if positions[number] >= lasts[number]:
-            lower = [o.name for n, o in enumerate(self.items) if positions[n] < lasts[n]]
+        number, valid = self._number(item), self.valid_actions(plan)
+        if not valid[number]:
+            lower = [self.items[other].name for other in np.flatnonzero(valid)]
             raise UnknownNameError("item with a lower level", self.items[number].name, lower)
-        for one in self.takers(
-            number, lambda n: positions[n] + 1 if positions[n] < lasts[n] else -1
-        ):
-            positions[one] += 1
+        positions = self.positions(plan)
+        for moved, position in self.every_step.moves(positions, number):
+            positions[moved] = position
         return self.plan(positions)
 
     def valid_actions(self, plan: MaskOrPlan) -> npt.NDArray[np.bool_]:
@@ -339,8 +327,8 @@ class Ladder:
         Raises:
             UnknownNameError: The plan has levels that the ladder does not have.
         """
-        last = [len(item.levels) - 1 for item in self.items]
-        return np.array(self.positions(plan)) < np.array(last)
+        nexts = zip(self.every_step.nexts, self.positions(plan), strict=True)
+        return np.array([levels[position] >= 0 for levels, position in nexts])
 
     def _number(self, item: str | int) -> int:
         if isinstance(item, str):
@@ -351,6 +339,69 @@ class Ladder:
         return int(item)
 
 
+@dataclass(frozen=True, eq=False)
+class LevelSteps:
+    """The level to which lowering takes each item from each of its levels.
+
+    Requests of most lengths skip the same levels, so that they share these steps.
+
+    Attributes:
+        ladder: The items.
+        next_level: Position of the next level, -1 if there is none, (items, W), read-only. Levels
+            of a cache that need no fewer bytes than the level above them are skipped, such as a
+            window that is longer than the sequence.
+    """
+
+    ladder: Ladder
+    next_level: Counts
+
+    def __post_init__(self) -> None:
+        self.next_level.flags.writeable = False
+
+    @cached_property
+    def nexts(self) -> list[list[int]]:
+        """`next_level` as Python integers, which are faster one at a time."""
+        nexts: list[list[int]] = self.next_level.tolist()
+        return nexts
+
+    @cached_property
+    def lowest(self) -> list[int]:
+        """The position of each item's level once no action is valid, (items,)."""
+        positions = [0] * len(self.ladder)
+        for item, nexts in enumerate(self.nexts):
+            while nexts[positions[item]] >= 0:
+                for moved, position in self.moves(positions, item):
+                    positions[moved] = position
+        return positions
+
+    def moves(self, positions: Sequence[int], item: int) -> list[tuple[int, int]]:
+        """What lowering an item that has a lower level changes, that item and its companions.
+
+        Caches take some levels together, and a removed attention block takes its cache with it.
+        `Ladder.lowered` is the same for many plans.
+
+        Args:
+            positions: The position of each item's level, (items,).
+            item: Number of the item.
+
+        Returns:
+            Each item that moves, and the position of its new level.
+        """
+        ladder, lower = self.ladder, self.nexts[item][positions[item]]
+        if lower == ladder.removals[item] and (cache := ladder.partners[item]) != item:
+            return [(item, lower), (cache, 1 + len(ladder.cache_levels))]
+        if lower in ladder.shared_positions and ladder.items[item].kind == "cache":
+            nexts = self.nexts
+            return [(n, lower) for n in ladder.caches if nexts[n][positions[n]] == lower]
+        return [(item, lower)]
+
+    def companions(self, positions: Sequence[int], item: int) -> list[int]:
+        """The items that take the same level with one action, in order, the item included."""
+        if self.ladder.items[item].kind != "cache":
+            return [item]
+        return [cache for cache, _ in self.moves(positions, item)]
+
+
 def _entry(item: Item, level: str) -> tuple[str, Any]:
     """The attribute of `CompressionPlan` that has an item's level, and its entry there."""
     if item.layer is None:
@@ -359,64 +410,3 @@ def _entry(item: Item, level: str) -> tuple[str, Any]:
         return "caches", (item.layer, CacheLevel.of(level))
     index = 2 * item.layer + (item.kind == "ffn")
     return ("removed", index) if level == "removed" else ("weights", (index, level))
-
-
-def parse_levels(levels: LevelSpec) -> dict[str, tuple[str, ...]]:
-    """The levels below the native one that a spec names, for each of the three kinds of items.
-
-    Raises:
-        UnknownNameError: There is no such ladder, kind of item or level.
-        InvalidRequestError: Levels are neither a name nor lists of names, or not in order.
-    """
-    if isinstance(levels, str):
-        check_name("ladder", levels, LADDERS)
-        levels = LADDERS[levels]
-    if not isinstance(levels, Mapping):
-        raise InvalidRequestError(
-            f"levels must be a name ({', '.join(LADDERS)}) or a dict of lists, not {levels!r}."
-        )
-    check_settings(levels, "levels", _GROUPS)
-    found: dict[str, tuple[str, ...]] = {}
-    for group in _GROUPS:
-        given = levels.get(group, ())
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise InvalidRequestError(f"levels of {group} must be a list of names, not {given!r}.")
-        names = tuple(given)
-        chain = names if names[:1] == ("native",) else ("native", *names)
-        for name in chain:
-            _check_level(group, name)
-        pairs = itertools.pairwise(chain)
-        if not all(_is_below(group, lower, higher) for higher, lower in pairs):
-            raise InvalidRequestError(
-                f"Levels of {group} must go from the most to the least exact one, each with no "
-                f"more bits and no longer window than the one before it, not {list(given)!r}."
-            )
-        found[group] = chain[1:]
-    return found
-
-
-def parse_together(names: Sequence[str]) -> tuple[str, ...]:
-    """The levels of caches that a list names.
-
-    Raises:
-        UnknownNameError: There is no such level of a cache.
-        InvalidRequestError: It is no list.
-    """
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InvalidRequestError(f"together must be a list of levels of caches, not {names!r}.")
-    return tuple(CacheLevel.of(name).name for name in names)
-
-
-def _check_level(group: str, name: Any) -> None:
-    if group == "caches":
-        CacheLevel.of(name)
-    else:
-        check_name(f"level of {group}", name, _KNOWN[group])
-
-
-def _is_below(group: str, lower: str, higher: str) -> bool:
-    if group == "caches":
-        below, above = CacheLevel.of(lower), CacheLevel.of(higher)
-        return below != above and above.lowest(below) == below
-    order = _KNOWN[group]
-    return order.index(lower) > order.index(higher)

@@ -8,7 +8,7 @@ import numpy as np
 
 from rap_env.costs import Counts, Flags, freed_share
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder
-from rap_env.ladder.vector_tracker import VectorLevelTracker
+from rap_env.ladder.state import StackedCosts
 from rap_env.observation import BYTES_OVER, Observation, request_features
 from rap_env.plan import CompressionPlan, MaskOrPlan
 from rap_env.request import Request
@@ -33,20 +33,19 @@ class PlanObserver:
         for request in requests:
             shapes.setdefault((request.batch_size, request.seq_len_tokens), len(shapes))
         self._shape = np.array([shapes[r.batch_size, r.seq_len_tokens] for r in requests])
-        self._levels = VectorLevelTracker(len(shapes), ladder)
         costs = [builder.item_bytes.costs(*shape) for shape in shapes]
-        self._levels.start(np.arange(len(shapes)), costs, [0] * len(ladder))
-        self._rows = np.stack([builder.rows_of(one.steps) for one in costs])
+        self._costs = StackedCosts(costs)
+        self._rows = np.stack([builder.rows_of(entry.steps) for entry in costs])
         self._lengths = np.array([len(item.levels) for item in ladder.items])
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._budget = np.array([request.budget_bytes for request in requests])
-        kv_cache_bytes = np.array([one.kv_cache_bytes for one in costs])
+        kv_cache_bytes = np.array([entry.kv_cache_bytes for entry in costs])
         self._request = request_features(
             builder.item_bytes.memory,
             batch_size=np.array([request.batch_size for request in requests]),
             seq_len_tokens=np.array([request.seq_len_tokens for request in requests]),
             budget_bytes=self._budget,
-            dense_peak_bytes=self._levels.dense_peak_bytes[self._shape],
+            dense_peak_bytes=self._costs.dense_peak_bytes[self._shape],
             kv_cache_bytes=kv_cache_bytes[self._shape],
         )
 
@@ -76,7 +75,7 @@ class PlanObserver:
         Returns:
             Bytes, (n,).
         """
-        peaks = self._levels.peaks_of(self._shape[which], positions)
+        peaks = self._costs.peaks(positions, self._shape[which])
         return np.asarray(np.maximum(0, peaks - self._budget[which]))
 
     def observe(self, which: Counts, positions: Counts) -> Observation:
@@ -85,20 +84,20 @@ class PlanObserver:
         Returns:
             ``request`` (n, R), ``ladder`` (n, N, F) and ``action_mask`` (n, N), all float32.
         """
-        shape, levels = self._shape[which], self._levels
-        dense_peak_bytes = levels.dense_peak_bytes[shape]
+        shape, costs = self._shape[which], self._costs
+        dense_peak_bytes = costs.dense_peak_bytes[shape]
         over = self.over_bytes(which, positions) / dense_peak_bytes
         request = self._request[which]
         request[:, BYTES_OVER] = np.minimum(1.0, over)
         items = self._rows[shape[:, None], np.arange(len(self.ladder)), positions]
-        freed = levels.freed_of(shape, positions)
+        freed = costs.freed_bytes(positions, shape)
         items[:, :, FREED] = freed_share(freed, dense_peak_bytes[:, None])
-        valid = (levels.nexts_of(shape, positions) >= 0).astype(np.float32)
+        valid = (costs.nexts(positions, shape) >= 0).astype(np.float32)
         return {"request": request, "ladder": items, "action_mask": valid}
 
     def act(self, which: Counts, positions: Counts, items: Counts) -> Counts:
         """The positions after items, (n,), and all that are taken with them, were lowered."""
-        return self._levels.lowered(self._shape[which], positions, items)
+        return self._costs.lowered(positions, items, self._shape[which])
 
     def right_actions(self, which: Counts, positions: Counts, targets: Counts) -> Flags:
         """The items that a plan on the way to a target may lower next, (n, N).
@@ -112,7 +111,7 @@ class PlanObserver:
             positions: The positions of each plan's levels, (n, N).
             targets: Those of the target's levels, (n, N).
         """
-        lower = self._levels.nexts_of(self._shape[which], positions)
+        lower = self._costs.nexts(positions, self._shape[which])
         stays = targets < self._lengths  # a cache that goes with its block is past its last level
         right = (lower >= 0) & (lower <= targets) & stays
         for shared in self.ladder.shared_positions:

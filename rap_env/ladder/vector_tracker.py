@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from rap_env.costs import Counts, Flags
-from rap_env.ladder.item_bytes import CACHE_BITS, FFN_BITS, WEIGHTS_BITS, LadderCosts
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.state import LadderCosts
+
+FFN_BITS, CACHE_BITS, WEIGHTS_BITS = 0xFFFF, 0xFFFF << 20, 0xFFFF << 40
 
 
 class VectorLevelTracker:
@@ -34,7 +36,7 @@ class VectorLevelTracker:
         self._caches = np.array(ladder.caches, dtype=np.int64)
         self._is_cache = np.isin(np.arange(len(ladder)), self._caches)
         self._is_shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
-        self._partners, self._removal = ladder.partner_array, ladder.removal_array
+        self._partners, self._removal = np.array(ladder.partners), np.array(ladder.removals)
         self._gone = np.array([len(item.levels) for item in ladder.items])
         self._takes_cache = (self._removal >= 0) & (self._partners != np.arange(len(ladder)))
 
@@ -47,7 +49,8 @@ class VectorLevelTracker:
         self.item_bytes[rows] = [one.item_bytes for one in costs]
         self.next_level[rows] = [one.steps.next_level for one in costs]
         self._constant[rows] = [one.constant_bytes for one in costs]
-        self._counts = costs[0].counters  # the same for all requests
+        flags = costs[0].flags.astype(np.int64)
+        self._counts = (flags & 1) | ((flags & 2) >> 1 << 20) | ((flags & 4) >> 2 << 40)
         self._last_ffn[rows] = [one.shared.last_ffn for one in costs]
         self._cache[rows] = [one.shared.lowered_cache for one in costs]
         self._weights[rows] = [one.shared.lowered_weights for one in costs]

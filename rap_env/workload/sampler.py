@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.items import LADDERS, Ladder
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.named_ladders import LADDERS
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request, whole_number
 

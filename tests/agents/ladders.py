@@ -9,7 +9,7 @@ import numpy as np
 from agents.observations import make_builder
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.ladder.item_observation import ItemObservationBuilder
-from rap_env.ladder.items import CACHE_LEVELS
+from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import as_plan
 from rap_env.request import Request

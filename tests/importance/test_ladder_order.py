@@ -49,12 +49,12 @@ def test_each_step_has_the_least_cost_per_freed_byte():
     found, item_bytes = made()
     order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
     costs_there = item_bytes.costs(REFERENCE_BATCH_SIZE, 1024)
-    tracker = costs_there.tracker()
+    state = costs_there.state()
 
     def price(item: int) -> float:
         """The least cost per freed byte of all levels to which the item can go from here."""
-        before, found_prices = ladder.plan(tracker.positions), []
-        trial = costs_there.tracker(tracker.positions)
+        before, found_prices = ladder.plan(state.positions), []
+        trial = costs_there.state(state.positions)
         freed = 0
         while trial.is_valid(item):
             freed += trial.freed_bytes(item)
@@ -65,12 +65,12 @@ def test_each_step_has_the_least_cost_per_freed_byte():
         return min(found_prices)
 
     for (item, position), rise in zip(order.steps, order.rises, strict=True):
-        prices = {n: price(n) for n in range(len(ladder)) if tracker.is_valid(n)}
+        prices = {n: price(n) for n in range(len(ladder)) if state.is_valid(n)}
         assert prices[item] == pytest.approx(min(prices.values()))
-        before = found.delta_nll(ladder.plan(tracker.positions))
-        tracker.lower(item)
-        after = found.delta_nll(ladder.plan(tracker.positions))
-        assert tracker.positions[item] == position
+        before = found.delta_nll(ladder.plan(state.positions))
+        state.lower(item)
+        after = found.delta_nll(ladder.plan(state.positions))
+        assert state.positions[item] == position
         assert rise == pytest.approx(max(0.0, after - before))
 
 
@@ -112,15 +112,15 @@ def test_taking_the_first_levels_together_halves_episodes_and_costs_nothing():
         taken, reached = [], []
         for request in requests:
             there = item_bytes.costs(request.batch_size, request.seq_len_tokens)
-            tracker, count = there.tracker(), 0
+            state, count = there.state(), 0
             for item, position in order.steps:
-                if tracker.peak_bytes <= max(request.budget_bytes, there.least_peak_bytes):
+                if state.peak_bytes <= max(request.budget_bytes, there.least_peak_bytes):
                     break
-                if there.steps.nexts[item][tracker.positions[item]] == position:
-                    tracker.lower(item)
+                if there.steps.nexts[item][state.positions[item]] == position:
+                    state.lower(item)
                     count += 1
             taken.append(count)
-            reached.append(found.delta_nll(item_bytes.ladder.plan(tracker.positions)))
+            reached.append(found.delta_nll(item_bytes.ladder.plan(state.positions)))
         steps[together], delta_nll[together] = np.mean(taken), np.mean(reached)
     alone, grouped = steps.values()
     assert grouped < 0.55 * alone

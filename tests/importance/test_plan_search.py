@@ -51,21 +51,21 @@ def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
     ladder, costs = item_bytes.ladder, item_bytes.costs(2, 300)
     moves, rng = PlanMoves(costs), np.random.default_rng(0)
     for _ in range(20):
-        tracker = costs.tracker()
+        state = costs.state()
         for _ in range(rng.integers(0, 9)):
-            valid = [item for item in range(len(ladder)) if tracker.is_valid(item)]
-            tracker.lower(int(rng.choice(valid)))
-        positions = np.array([tracker.positions])
+            valid = [item for item in range(len(ladder)) if state.is_valid(item)]
+            state.lower(int(rng.choice(valid)))
+        positions = np.array([state.positions])
         found, parents, items = moves.lower(np.concatenate([positions, positions]))
         expected = {
-            tuple(tracker.positions_after(item))
+            tuple(state.positions_after(item))
             for item in range(len(ladder))
-            if tracker.is_valid(item)
+            if state.is_valid(item)
         }
         assert {tuple(row) for row in found[parents == 0].tolist()} == expected
         assert np.array_equal(found[parents == 0], found[parents == 1])
         assert len(found[parents == 0]) == len(expected), "no plan twice"
-        assert [tracker.positions_after(item) for item in items.tolist()] == found.tolist()
+        assert [state.positions_after(item) for item in items.tolist()] == found.tolist()
         above = {tuple(row) for row in moves.raised(positions[0]).tolist()}
         for row in above:  # whatever was raised can be lowered again
             down, *_ = moves.lower(np.array([row]))

@@ -32,21 +32,21 @@ LADDERS = ["all", "masks", "caches", {"weights": ["int8"], "caches": ["int4", "i
 def walk(memory, ladder, shape, seed, start=None):
     """Lower random items until none is valid; compare with the memory model at each step."""
     costs, request = LadderBytes(memory, ladder).costs(*shape), Request(*shape, 1)
-    rng, tracker = np.random.default_rng(seed), costs.tracker(start)
+    rng, tracker = np.random.default_rng(seed), costs.state(start)
     plan = ladder.plan(tracker.positions)
     assert tracker.peak_bytes == memory.peak_bytes(plan, request)
     while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
         item = int(rng.choice(valid))
         all_freed = costs.freed_bytes(tracker.positions).tolist()
         assert all_freed == list(map(tracker.freed_bytes, range(len(ladder))))
-        expected, held = tracker.peak_after(item), tracker.freed_bytes(item)
+        expected, held = tracker.lowering(item).peak_bytes, tracker.freed_bytes(item)
         tracker.lower(item)
         plan = ladder.plan(tracker.positions)
         assert tracker.peak_bytes == expected == memory.peak_bytes(plan, request), plan
         assert ladder.positions(plan) == tracker.positions
         if ladder.items[item].kind == "cache":
             assert held > 0
-    assert tracker.positions == costs.steps.lowest.tolist()
+    assert tracker.positions == costs.steps.lowest
     assert tracker.peak_bytes == costs.least_peak_bytes
     return tracker
 
@@ -88,7 +88,7 @@ def test_masks_have_the_costs_of_removals(name, shape):
     assert costs.dense_peak_bytes == expected.dense_peak_bytes
     assert costs.kv_cache_bytes == expected.kv_cache_bytes
     assert costs.least_peak_bytes == expected.least_peak_bytes
-    tracker = costs.tracker()
+    tracker = costs.state()
     assert tuple(map(tracker.freed_bytes, range(len(ladder)))) == expected.freed
 
 
@@ -98,7 +98,7 @@ def test_levels_that_need_no_fewer_bytes_are_skipped():
     levels = ladder.items[0].levels
 
     def reached(tokens: int) -> list[str]:
-        tracker, found = LadderBytes(memory, ladder).costs(1, tokens).tracker(), []
+        tracker, found = LadderBytes(memory, ladder).costs(1, tokens).state(), []
         while tracker.is_valid(0):
             tracker.lower(0)
             found.append(levels[tracker.positions[0]])
@@ -140,7 +140,7 @@ def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
     for row, shape in enumerate(SHAPES):
         costs = made_bytes.costs(*shape)
         start = ladder.positions(CompressionPlan.of({"layer01.cache": "int8"} if row else {}))
-        singles.append(costs.tracker(start))
+        singles.append(costs.state(start))
         vector.start(np.array([row]), [costs], start)
     for _ in range(60):
         valid = [[n for n in range(len(ladder)) if s.is_valid(n)] for s in singles]

@@ -9,7 +9,8 @@ import pytest
 
 from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
-from rap_env.ladder.items import LADDERS, Ladder, parse_levels
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.named_ladders import LADDERS, parse_levels
 from rap_env.plan import CompressionPlan, item_names
 from tests.policies.test_knapsack import facts
 

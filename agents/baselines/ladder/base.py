@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from agents.baselines.base import AnyBaseline, CountingScorer, price_per_byte
 from rap_env.importance.ladder_order import one_shot_costs
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts, LevelTracker
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import LadderCosts, LadderState
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
@@ -81,23 +82,23 @@ class Steps:
         self._one_shot: list[list[float]] = one_shot_costs(known, self.ladder).tolist()
         self._measured: dict[tuple[int, int, int], float] = {}
 
-    def tracker(self, positions: Positions | None = None) -> LevelTracker:
-        """A tracker of the bytes that starts with some levels, by default native ones."""
-        return self._costs.tracker(positions)
+    def state(self, positions: Positions | None = None) -> LadderState:
+        """A state of the bytes that starts with some levels, by default native ones."""
+        return self._costs.state(positions)
 
-    def candidates(self, tracker: LevelTracker) -> list[Candidate]:
+    def candidates(self, state: LadderState) -> list[Candidate]:
         """The steps that free bytes; all steps if none does. Levels taken together are one step."""
         found = []
-        for item in filter(tracker.is_valid, range(len(self.ladder))):
-            takers = tracker.takers(item)
+        for item in filter(state.is_valid, range(len(self.ladder))):
+            takers = state.companions(item)
             if takers[0] != item:
                 continue
-            step = self._step(tracker, item)
-            predicted = sum(self._predicted(tracker, taker) for taker in takers)
+            step = self._step(state, item)
+            predicted = sum(self._predicted(state, taker) for taker in takers)
             found.append(
                 Candidate(
-                    tuple(tracker.positions_after(item)),
-                    sum(map(tracker.freed_bytes, takers)),
+                    tuple(state.positions_after(item)),
+                    sum(map(state.freed_bytes, takers)),
                     self._measured.get(step, predicted),
                     step,
                 )
@@ -116,17 +117,17 @@ class Steps:
         self._measured |= {one.step: value - nll for one, value in zip(tried, found, strict=True)}
         return dict(zip(tried, found, strict=True))
 
-    def _step(self, tracker: LevelTracker, item: int) -> tuple[int, int, int]:
+    def _step(self, state: LadderState, item: int) -> tuple[int, int, int]:
         partner = self.ladder.partners[item]
-        return item, tracker.positions[item], tracker.positions[partner]
+        return item, state.positions[item], state.positions[partner]
 
-    def _predicted(self, tracker: LevelTracker, item: int) -> float:
+    def _predicted(self, state: LadderState, item: int) -> float:
         """Predicted ΔNLL of an item's next level, at least 0."""
-        position, after = tracker.positions[item], tracker.positions_after(item)
+        position, after = state.positions[item], state.positions_after(item)
         rise = self._one_shot[item][after[item]] - self._one_shot[item][position]
         partner = self.ladder.partners[item]
         if partner != item and after[item] == self.ladder.removals[item]:  # its cache goes too
-            rise -= self._one_shot[partner][tracker.positions[partner]]
+            rise -= self._one_shot[partner][state.positions[partner]]
         return max(0.0, rise)
 
 
@@ -150,7 +151,7 @@ def raised(
         for item in order:
             higher = level_above(costs, positions, item)
             while higher is not None:
-                if costs.tracker(higher).peak_bytes <= budget_bytes:
+                if costs.state(higher).peak_bytes <= budget_bytes:
                     positions = higher
                 higher = level_above(costs, higher, item)
     return positions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,8 @@ from agents.baselines.ladder.orders import (
     LadderKnapsackBaseline,
     LadderOneShotBaseline,
 )
-from rap_env.ladder.item_bytes import LadderBytes, LadderCosts
-from rap_env.ladder.items import Ladder
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import LadderCosts
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
@@ -60,8 +59,7 @@ class LadderEvolutionaryBaseline(LadderBaseline):
     def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
         if self._native_fits(request):
             return CompressionPlan()
-        alone = Ladder(self.ladder.items)  # nothing is taken together
-        costs = replace(self.costs(request), ladder=alone)
+        costs = self.costs(request).one_by_one
         mutate = partial(mutated, costs, request.budget_bytes)
         search = Evolution(
             CompressionPlan(), mutate, scores, request, self.seed, self.max_evaluations
@@ -85,11 +83,11 @@ def mutated(
     for item in chosen:
         higher = level_above(costs, positions, item)
         positions = positions if higher is None else higher
-    tracker = costs.tracker(positions)
-    while tracker.peak_bytes > budget_bytes:
-        valid = [n for n in range(len(ladder)) if tracker.is_valid(n) and n not in chosen]
+    state = costs.state(positions)
+    while state.peak_bytes > budget_bytes:
+        valid = [n for n in range(len(ladder)) if state.is_valid(n) and n not in chosen]
         if not valid:
             return None
-        tracker.lower(int(rng.choice(valid)))
+        state.lower(int(rng.choice(valid)))
     order = rng.permutation(len(ladder)).tolist()
-    return ladder.plan(raised(costs, tuple(tracker.positions), order, budget_bytes))
+    return ladder.plan(raised(costs, tuple(state.positions), order, budget_bytes))

@@ -38,11 +38,11 @@ class LadderRandomBaseline(LadderBaseline):
 
     def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
         key = [self.seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
-        rng, tracker = np.random.default_rng(key), self.costs(request).tracker()
-        while tracker.peak_bytes > request.budget_bytes:
-            valid = [item for item in range(len(self.ladder)) if tracker.is_valid(item)]
-            tracker.lower(int(rng.choice(valid)))
-        return self.ladder.plan(tracker.positions)
+        rng, state = np.random.default_rng(key), self.costs(request).state()
+        while state.peak_bytes > request.budget_bytes:
+            valid = [item for item in range(len(self.ladder)) if state.is_valid(item)]
+            state.lower(int(rng.choice(valid)))
+        return self.ladder.plan(state.positions)
 
 
 class _LadderOrderBaseline(LadderBaseline):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from agents.baselines.base import CountingScorer, price_per_byte
 from agents.baselines.ladder.base import Candidate, LadderBaseline, Positions, Steps, price
-from rap_env.ladder.item_bytes import LadderBytes, LevelTracker
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import LadderState
 from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 
@@ -39,23 +40,23 @@ class LadderGreedyBaseline(LadderBaseline):
         if costs.dense_peak_bytes <= request.budget_bytes:
             return CompressionPlan()
         steps = Steps(self._context, costs)
-        tracker, nll = steps.tracker(), scores.nll(CompressionPlan())
-        while tracker.peak_bytes > request.budget_bytes:
-            best, nll = self._next(steps, tracker, scores, nll, request.budget_bytes)
-            tracker.lower(best.step[0])
-        return self.ladder.plan(tracker.positions)
+        state, nll = steps.state(), scores.nll(CompressionPlan())
+        while state.peak_bytes > request.budget_bytes:
+            best, nll = self._next(steps, state, scores, nll, request.budget_bytes)
+            state.lower(best.step[0])
+        return self.ladder.plan(state.positions)
 
     def _next(
         self,
         steps: Steps,
-        tracker: LevelTracker,
+        state: LadderState,
         scores: CountingScorer,
         nll: float,
         budget_bytes: int,
     ) -> tuple[Candidate, float]:
         """Return the step with the lowest measured price, and the NLL after it."""
-        needed = tracker.peak_bytes - budget_bytes
-        waiting = steps.candidates(tracker)
+        needed = state.peak_bytes - budget_bytes
+        waiting = steps.candidates(state)
         waiting.sort(key=lambda one: price(one, one.rise, needed))
         batch = len(waiting) if self.exact else _LAZY_BATCH
         measured: dict[Candidate, float] = {}
@@ -113,14 +114,14 @@ class LadderBeamBaseline(LadderBaseline):
             useful = min(native_bytes - peak_bytes, native_bytes - budget)
             return price_per_byte(nll - native_nll, useful)
 
-        native: Positions = tuple(steps.tracker().positions)
+        native: Positions = tuple(steps.state().positions)
         beam, peaks, nlls = [native], {native: native_bytes}, {native: native_nll}
         while unfit := [one for one in beam if peaks[one] > budget]:
             children: list[Positions] = []
             for plan in unfit:
-                found = steps.candidates(steps.tracker(plan))
+                found = steps.candidates(steps.state(plan))
                 for child in found:
-                    peaks[child.positions] = steps.tracker(child.positions).peak_bytes
+                    peaks[child.positions] = steps.state(child.positions).peak_bytes
                 expected = {c: total_price(peaks[c.positions], nlls[plan] + c.rise) for c in found}
                 tried = sorted(found, key=expected.__getitem__)[: _CHILDREN * self.width]
                 measured = steps.measure(scores, nlls[plan], tried)

@@ -76,7 +76,7 @@ class UniformBaseline(LadderBaseline):
         """The setting with the least NLL of those that fit."""
         settings = self.settings(request)
         if not settings:
-            return self.ladder.plan(self.costs(request).steps.lowest.tolist())
+            return self.ladder.plan(self.costs(request).steps.lowest)
         best, best_nll = settings[0].plan, float("inf")
         for setting in settings:
             if setting.least_delta_nll >= best_nll - self._native_nll:

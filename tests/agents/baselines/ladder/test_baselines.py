@@ -110,20 +110,20 @@ def test_greedy_takes_the_least_measured_price_per_useful_byte(context, item_byt
     """Against a plain loop over all items."""
     request = request_at(SHAPES[1], 0.7)
     costs, ladder = item_bytes.costs(*SHAPES[1]), item_bytes.ladder
-    tracker, scorer = costs.tracker(), context.scorer
-    while tracker.peak_bytes > request.budget_bytes:
-        nll, needed = scorer.nll(ladder.plan(tracker.positions)), tracker.peak_bytes
+    state, scorer = costs.state(), context.scorer
+    while state.peak_bytes > request.budget_bytes:
+        nll, needed = scorer.nll(ladder.plan(state.positions)), state.peak_bytes
         needed -= request.budget_bytes
         prices = {}
-        for item in filter(tracker.is_valid, range(len(ladder))):
-            freed = sum(map(tracker.freed_bytes, tracker.takers(item)))
-            rise = scorer.nll(ladder.plan(tracker.positions_after(item))) - nll
+        for item in filter(state.is_valid, range(len(ladder))):
+            freed = sum(map(state.freed_bytes, state.companions(item)))
+            rise = scorer.nll(ladder.plan(state.positions_after(item))) - nll
             if freed > 0:
                 prices[item] = rise if rise <= 0 else rise / min(freed, needed)
-        tracker.lower(min(prices, key=prices.__getitem__))
+        state.lower(min(prices, key=prices.__getitem__))
     exact = make_baseline("greedy_per_byte-exact", context, 0, item_bytes)
     plan = exact.choose(request)
-    assert scorer.nll(plan) == pytest.approx(scorer.nll(ladder.plan(tracker.positions)))
+    assert scorer.nll(plan) == pytest.approx(scorer.nll(ladder.plan(state.positions)))
     lazy = make_baseline("greedy_per_byte", context, 0, item_bytes)
     lazy.choose(request)
     assert lazy.evaluations < exact.evaluations
@@ -145,23 +145,23 @@ def test_greedy_shares_the_first_steps_of_smaller_budgets(context, item_bytes, r
 def test_predicted_rises_are_those_of_the_greedy_order(context, item_bytes):
     costs, ladder = context.level_costs(LEVELS["caches"]), item_bytes.ladder
     found = Steps(context, item_bytes.costs(16, 500))
-    tracker, walk = found.tracker(), LadderWalk(costs, item_bytes)
+    state, walk = found.state(), LadderWalk(costs, item_bytes)
     for item in (ladder.numbers["layer00.cache"], 0, 0, 0, 1):  # the first block is removed
-        rises = {one.step[0]: one.rise for one in found.candidates(tracker)}
+        rises = {one.step[0]: one.rise for one in found.candidates(state)}
         for number, rise in rises.items():
             assert rise == pytest.approx(walk.rise(number, walk.next_of(number)))
-        tracker.lower(item)
+        state.lower(item)
         walk.take(step for step, _ in walk.steps(item))
 
 
 def test_a_measured_rise_replaces_the_predicted_one(context, item_bytes):
     steps = Steps(context, item_bytes.costs(16, 500))
-    scores, tracker = CountingScorer(context.scorer), steps.tracker()
-    first, *others = steps.candidates(tracker)
+    scores, state = CountingScorer(context.scorer), steps.state()
+    first, *others = steps.candidates(state)
     nll = scores.nll(CompressionPlan())
     (after,) = steps.measure(scores, nll, [first]).values()
-    assert steps.candidates(tracker)[0].rise == after - nll
-    assert [one.rise for one in steps.candidates(tracker)[1:]] == [one.rise for one in others]
+    assert steps.candidates(state)[0].rise == after - nll
+    assert [one.rise for one in steps.candidates(state)[1:]] == [one.rise for one in others]
 
 
 def test_the_knapsack_keeps_to_the_levels_of_the_ladder(context, request_at):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,6 @@ from agents.baselines import make_baseline
 from agents.baselines.base import measure_choice
 from agents.baselines.ladder.base import level_above, raised
 from agents.baselines.ladder.evolutionary import LadderEvolutionaryBaseline, mutated
-from rap_env.ladder.items import Ladder
 from tests.agents.baselines.ladder.conftest import SHAPES
 
 
@@ -22,7 +19,7 @@ def shape(request):
 
 def alone(item_bytes, shape):
     """The bytes for a request, with a ladder in which nothing is taken together."""
-    return replace(item_bytes.costs(*shape), ladder=Ladder(item_bytes.ladder.items))
+    return item_bytes.costs(*shape).one_by_one
 
 
 def test_offspring_fit_and_no_item_is_lower_than_it_must(context, item_bytes, request_at, shape):
@@ -39,37 +36,37 @@ def test_offspring_fit_and_no_item_is_lower_than_it_must(context, item_bytes, re
         for item in range(len(positions)):
             higher = level_above(costs, positions, item)
             if higher is not None:
-                assert costs.tracker(higher).peak_bytes > request.budget_bytes
+                assert costs.state(higher).peak_bytes > request.budget_bytes
 
 
 def test_raising_undoes_lowering(item_bytes, shape):
     costs = alone(item_bytes, shape)
     rng = np.random.default_rng(1)
     for _ in range(20):
-        tracker = costs.tracker()
+        state = costs.state()
         for _ in range(int(rng.integers(0, 25))):
-            valid = [item for item in range(len(costs.ladder)) if tracker.is_valid(item)]
+            valid = [item for item in range(len(costs.ladder)) if state.is_valid(item)]
             if not valid:
                 break
             item = int(rng.choice(valid))
-            before = tuple(tracker.positions)
-            tracker.lower(item)
-            after = level_above(costs, tuple(tracker.positions), item)
+            before = tuple(state.positions)
+            state.lower(item)
+            after = level_above(costs, tuple(state.positions), item)
             partner = costs.ladder.partners[item]
             # A cache that comes back with its block has the level of the others.
             assert [n for n, p in enumerate(after) if p != before[n]] in ([], [partner])
         order = rng.permutation(len(costs.ladder)).tolist()
-        assert not any(raised(costs, tuple(tracker.positions), order, 2**40))
+        assert not any(raised(costs, tuple(state.positions), order, 2**40))
 
 
 def test_a_block_returns_with_the_level_of_most_caches(item_bytes):
     costs = alone(item_bytes, SHAPES[1])
-    ladder, tracker = costs.ladder, costs.tracker()
+    ladder, state = costs.ladder, costs.state()
     for _ in range(3):
-        tracker.lower(0)  # the first attention block is removed
+        state.lower(0)  # the first attention block is removed
     for cache in ladder.caches[1:]:
-        tracker.lower(cache)
-    higher = level_above(costs, tuple(tracker.positions), 0)
+        state.lower(cache)
+    higher = level_above(costs, tuple(state.positions), 0)
     assert [ladder.items[cache].levels[higher[cache]] for cache in ladder.caches] == ["int8"] * 3
 
 
