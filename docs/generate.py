@@ -62,8 +62,6 @@ ENVIRONMENTS = {"v0": "RAPPruneEnv", "v1": "RAPPruneV1Env"}
 
 LADDER_FIGURE = "loss_against_bytes.png"
 
-REPLAY_FIGURES = ("memory", "latency")
-
 
 def write_all(docs: Path) -> None:
     """Write every generated file.
@@ -94,9 +92,7 @@ def write_all(docs: Path) -> None:
     write(folder / "ablation.md", ablation_table())
     for name in REPLAYS:
         write(folder / f"{name}.md", replay_markdown(name))
-        for figure in REPLAY_FIGURES:
-            drawn = REPLAYS[name] / "figures" / f"replay_{figure}.png"
-            shutil.copy(drawn, folder / f"{name}_{figure}.png")
+        draw_replay(folder, name)
     write_repair(docs)
     write(folder / "ladder.md", ladder_markdown())
     draw_ladder(folder)
@@ -121,6 +117,16 @@ def write_all(docs: Path) -> None:
     from architecture import draw_architecture
 
     draw_architecture(folder / "architecture.svg")
+
+
+def draw_replay(folder: Path, name: str) -> None:
+    """Draw memory and latency of a replay."""
+    from experiments.replay.study import STUDY
+    from experiments.study.figures import save_png
+
+    rows = STUDY.read(REPLAYS[name])
+    for figure, draw in STUDY.figures.items():
+        save_png(draw(rows, False), folder / f"{name}_{figure.removeprefix('replay_')}.png")
 
 
 def write_details(docs: Path, name: str, text: str) -> None:
@@ -159,7 +165,7 @@ def write_repair(docs: Path) -> None:
 
 def ladder_markdown() -> str:
     """The tables of the ladder, below the page's first level."""
-    from experiments.ladder.summaries import read_ladder
+    from experiments.ladder.rows import read_ladder
     from experiments.ladder.tables import ladder_markdown as tables
 
     text = tables(read_ladder(RESULTS / "ladder")).partition("\n")[2]
@@ -169,13 +175,13 @@ def ladder_markdown() -> str:
 def draw_ladder(folder: Path) -> None:
     """Draw loss against bytes, and write the text that shows the picture."""
     from experiments.ladder.figures import loss_against_bytes
-    from experiments.ladder.summaries import read_ladder
+    from experiments.ladder.rows import read_ladder
     from experiments.study.figures import PNG_DPI, style
 
     found = read_ladder(RESULTS / "ladder")
     shown = "No records.\n"
-    if found.ladder:
-        figure = loss_against_bytes(found.ladder, found.llama_cpp, narrow=False)
+    if found.plans:
+        figure = loss_against_bytes(found, narrow=False)
         with style():
             figure.savefig(folder / LADDER_FIGURE, dpi=PNG_DPI)
         shown = f"```{{image}} _generated/{LADDER_FIGURE}\n:alt: Loss against bytes\n```\n"

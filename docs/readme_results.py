@@ -27,8 +27,8 @@ RECALL_BUDGET, RECALL_TOKENS = "30 %", 2048
 
 def ladder_results() -> list[str]:
     """The README's results of the ladder; empty without records."""
-    from experiments.ladder.report import ladder_findings
-    from experiments.ladder.summaries import read_ladder
+    from experiments.ladder.rows import read_ladder
+    from experiments.ladder.tables import ladder_findings
 
     texts = ladder_findings(read_ladder(RESULTS / "ladder"))
     return [f"**Precision before removal**: {text[0].lower()}{text[1:]}" for text in texts]

@@ -27,11 +27,10 @@ def comparison_markdown(name: str) -> str:
 
 def replay_markdown(name: str) -> str:
     """The tables of a replay, below the page's second level."""
-    from experiments.replay.records import ReplayRow
-    from experiments.replay.tables import replay_markdown as tables
+    from experiments.replay.study import STUDY
 
-    rows = ReplayRow.read(REPLAYS[name] / "replay.jsonl")
-    return tables(rows).partition("\n")[2].replace("\n## ", "\n### ")
+    text = STUDY.markdown(STUDY.read(REPLAYS[name]))
+    return text.partition("\n")[2].replace("\n## ", "\n### ")
 
 
 def repair_markdown() -> str:

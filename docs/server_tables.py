@@ -12,12 +12,10 @@ SERVER_LABELS = {"rap": "rap serve", "llama_cpp": "llama.cpp's server, f16 cache
 
 def server_replay_markdown(results: Path) -> str:
     """The tables of the replay on servers, below the page's first level."""
-    from experiments.server_replay.program import FILE
-    from experiments.server_replay.records import ServerReplayRow
-    from experiments.server_replay.tables import server_replay_markdown as tables
+    from experiments.server_replay.study import STUDY
 
-    rows = ServerReplayRow.read(results / "server_replay" / FILE)
-    return tables(rows).partition("\n")[2].replace("\n## ", "\n### ")
+    text = STUDY.markdown(STUDY.read(results / "server_replay"))
+    return text.partition("\n")[2].replace("\n## ", "\n### ")
 
 
 def load_generator_markdown(results: Path) -> str:

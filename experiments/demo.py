@@ -18,7 +18,7 @@ from experiments.config import Config
 from experiments.config.training import AgentConfig
 from experiments.console import say
 from experiments.evaluate import evaluate
-from experiments.ladder.program import ladder
+from experiments.ladder.study import STUDY as LADDER
 from experiments.launch import launch
 from experiments.profile import profile
 from experiments.report import report
@@ -38,7 +38,7 @@ def demo(config: Config, folder: Path) -> Path:
     """
     started = time.monotonic()
     say("[1/5] precision before removal: loss against bytes")
-    ladder(ladder_settings(config), config.stage_dir("ladder"))
+    LADDER.run(ladder_settings(config), config.stage_dir("ladder"))
     say("[2/5] importance of each block, and a search of good plans, on calibration text")
     profile(replace(config, stage="profile"), config.stage_dir("profile"))
     say(f"[3/5] training on {config.env.id}")

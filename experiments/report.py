@@ -21,8 +21,13 @@ from experiments.comparison.summaries import Summary
 from experiments.comparison.tables import tables_markdown, terminal_text
 from experiments.config import Config
 from experiments.console import say
-from experiments.ladder.report import LADDER_ABSTRACT, ladder_findings, ladder_section
-from experiments.ladder.tables import ladder_markdown, ladder_terminal_text
+from experiments.ladder.tables import (
+    LADDER_ABSTRACT,
+    ladder_findings,
+    ladder_markdown,
+    ladder_section,
+    ladder_tables,
+)
 from experiments.launch import launch
 from experiments.repair.report import (
     REPAIR_ABSTRACT,
@@ -34,7 +39,7 @@ from experiments.repair.report import (
 from experiments.repair.tables import repair_markdown
 from experiments.study.looks import look
 from experiments.study.page import Gallery, write_page
-from experiments.study.tables import counted, number, seconds, wrapped
+from experiments.study.tables import counted, number, seconds, terminal, wrapped
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
 
@@ -72,7 +77,7 @@ def report(config: Config, folder: Path) -> Path:
         with atomic_write(folder / "ladder_tables.md") as file:
             file.write(ladder_markdown(data.ladder).encode())
         if not data.comparison:
-            say(f"\n{ladder_terminal_text(data.ladder)}\n")
+            say(f"\n{terminal(ladder_tables(data.ladder))}\n")
     if data.comparison:
         with atomic_write(folder / "tables.md") as file:
             file.write(tables_markdown(data.comparison).encode())

@@ -16,7 +16,7 @@ from experiments.comparison.records import PARTS, ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.errors import ExperimentError
-from experiments.ladder.summaries import LadderRecords, read_ladder
+from experiments.ladder.rows import Ladder, read_ladder
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.summaries import RepairComparison
 from experiments.study.records import read_json
@@ -47,7 +47,7 @@ class ReportData:
     repair: RepairComparison | None
     repair_orders: dict[str, Any]
     repair_notes: list[dict[str, Any]]
-    ladder: LadderRecords
+    ladder: Ladder
 
 
 def gather(root: Path) -> ReportData:

@@ -87,7 +87,9 @@ class Config(Section):
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     serve: dict[str, Any] = field(default_factory=serve_defaults)
     soak: SoakConfig = field(default_factory=SoakConfig)
-    budget: dict[str, Any] = field(default_factory=dict)
+    budget: Any = "cotenants"
+    """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
+    it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     server_replay: ServerReplayConfig = field(default_factory=ServerReplayConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)

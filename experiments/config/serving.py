@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from experiments.config.common import (
     Count,
-    CountOrZero,
     NotNegative,
     Positive,
     Section,
@@ -119,8 +118,8 @@ class ReplayConfig(Section):
     trace: str | None = None
     """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null generates
     `traffic`."""
-    traffic: str = "azure-conv"
-    """Model of the synthetic traffic: ``azure-conv`` or ``azure-code``."""
+    traffic: Annotated[str, among("azure-conv", "azure-code")] = "azure-conv"
+    """Model of the synthetic traffic."""
     arrivals_per_minute: Positive = 300.0
     """Arrival rate of the synthetic traffic, in trace time and before `every` is applied."""
     minutes: Positive = 10.0
@@ -156,9 +155,6 @@ class ReplayConfig(Section):
     """Table of the systems ``frontier`` and ``oracle``: a file, or the name of a bundled one."""
     gsi: str | None = None
     """GSI artifact of the system ``static_gsi``; null for the order in the policy file."""
-    static_batch: Count | None = None
-    """Batch size that static masks are chosen for (``static_gsi_lean``: 1); null for
-    `max_batch_size`."""
     greedy_tokens: Annotated[int, within(2)] = 16
     """Tokens of text on which the system ``greedy`` evaluates masks while it serves."""
     max_batch_size: Count = 8
@@ -167,9 +163,6 @@ class ReplayConfig(Section):
     queue_timeout_s: Positive = 30.0
     """Seconds after which a waiting request times out."""
     prefill_chunk_tokens: Count = 256
-    restore: Annotated[str, among(*CHOICES["restore"])] = "refill"
-    """When a restored attention block is used again: after a cache ``refill``, or from the
-    ``next_request`` on."""
     residency: Annotated[str, among(*CHOICES["residency"])] = "offload"
     """Where removed weights go: ``resident``, ``offload`` or ``drop``."""
     meter: Meter = "process"
@@ -177,14 +170,10 @@ class ReplayConfig(Section):
     timing: Annotated[str, among("wall", "cpu")] = "wall"
     """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the machine
     do not lengthen (CPU devices only)."""
-    margin_share: NotNegative = 0.0
-    hysteresis_share: NotNegative = 0.05
-    """Share of the budget that must be free before blocks are restored."""
     hold_s: NotNegative = 2.0
     """Minimum time for which a mask is kept before blocks are restored, in seconds."""
-    mask_loss_windows: CountOrZero = 2
-    """Windows of `text` on which ΔNLL of the used masks is measured; 0 for none."""
-    figures: bool = True
+    mask_loss_windows: Count = 2
+    """Windows of `text` on which ΔNLL of the used plans is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
-"""``python -m experiments.ladder``: see `experiments.ladder.program`."""
+"""``python -m experiments.ladder``: see `experiments.ladder.study`."""
 
-from experiments.ladder.program import ladder
+from experiments.ladder.study import STUDY
 from experiments.launch import launch
 
-launch("ladder", ladder)
+launch(STUDY.name, STUDY.run)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from experiments.ladder.records import LadderRow, LlamaCppRow, RequestRecord
-from experiments.ladder.summaries import Ladder, Shape
-from experiments.study.figures import FAINT, INK, panels, style
+from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow
+from experiments.study.figures import FAINT, INK, Panel, panel_figure
+from experiments.study.records import Shape
 from experiments.study.tables import shape_words
 
 if TYPE_CHECKING:
@@ -25,22 +26,20 @@ Point = tuple[float, float]
 """MiB and ΔNLL."""
 
 
-def loss_against_bytes(found: Ladder, llama: Sequence[LlamaCppRow], narrow: bool) -> Figure:
+def loss_against_bytes(data: Ladder, narrow: bool) -> Figure:
     """ΔNLL over bytes of weights and cache, a panel for each request, everything labelled."""
-    columns = 1 if narrow or len(found.shapes) == 1 else 2
-    rows = -(-len(found.shapes) // columns)
-    with style():
-        figure, axes = panels(rows, columns, narrow=narrow, height=3.3, sharey=True)
-        for axis in axes[len(found.shapes) :]:
-            axis.set_visible(False)
-        for place, (axis, shape) in enumerate(zip(axes, found.shapes, strict=False)):
-            _draw_request(axis, found, [row for row in llama if row.shape == shape], shape)
-            axis.set_title(f"{shape_words(shape)} tokens")
-            if place % columns == 0:
-                axis.set_ylabel("ΔNLL (nats/token)")
-            if place + columns >= len(found.shapes):
-                axis.set_xlabel("weights and KV cache (MiB, log scale)")
-    return figure
+    parts = [
+        Panel(
+            partial(_draw_request, data, shape),
+            f"{shape_words(shape)} tokens",
+            "weights and KV cache (MiB, log scale)",
+            "ΔNLL (nats/token)",
+        )
+        for shape in data.shapes
+    ]
+    return panel_figure(
+        parts, narrow=narrow, columns=2, height=3.3, legend=0, same_axes=True, sharey=True
+    )
 
 
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:
@@ -57,43 +56,43 @@ def named(uniform: Sequence[LadderRow]) -> list[LadderRow]:
 
     A larger setting must lower the loss by a fifth, and by more than `_LEAST_GAIN`.
     """
-    found: list[LadderRow] = []
+    differing: list[LadderRow] = []
     for row in reversed(pareto(uniform)):
-        if not found or row.loss < 0.8 * found[-1].loss - _LEAST_GAIN:
-            found.append(row)
-    native = [row for row in uniform if not row.levels and not row.packed and row not in found]
-    return [*native, *reversed(found)]
+        if not differing or row.loss < 0.8 * differing[-1].loss - _LEAST_GAIN:
+            differing.append(row)
+    native = [r for r in uniform if not r.levels and not r.packed and r not in differing]
+    return [*native, *reversed(differing)]
 
 
-def _draw_request(axis: Axes, found: Ladder, llama: Sequence[LlamaCppRow], shape: Shape) -> None:
+def _draw_request(data: Ladder, shape: Shape, axis: Axes) -> None:
+    uniform = data.at("uniform", shape)
+    native = [row for row in uniform if not row.levels and not row.packed]
     lines = (("removal", REMOVAL, "blocks removed"), ("knapsack", KNAPSACK, "knapsack over levels"))
     for method, colour, words in lines:
-        rows = [row for row in found.at(method, shape) if row.fits]
-        if not rows:
-            continue
-        native = [r for r in found.at("uniform", shape) if not r.levels and not r.packed]
-        points = _points([*native, *rows])
-        axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5,
-                  linewidth=1.5, zorder=4)  # fmt: skip
-        _label(axis, points[-1], words, colour, above=method == "removal", bold=True)
-    uniform = found.at("uniform", shape)
+        rows = [row for row in data.at(method, shape) if row.fits]
+        if rows:
+            points = _points([*native, *rows])
+            axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3.5,
+                      linewidth=1.5, zorder=4)  # fmt: skip
+            _label(axis, points[-1], words, colour, above=method == "removal", bold=True)
     axis.plot(*zip(*_points(uniform), strict=True), "s", color=UNIFORM, markersize=3.5, zorder=5)
     for row in named(uniform):
         unquantised = not row.levels and not row.packed
-        _label(axis, _points([row])[0], found.label(row.name), INK, above=True, left=unquantised)
-    if llama:
-        points = _points(llama)
-        axis.plot(*zip(*points, strict=True), "D", color=LLAMA, markersize=4, zorder=6)
-        labelled: LlamaCppRow | None = None
-        for cached in sorted(llama, key=lambda row: row.held_bytes):
-            # Labels of points that nearly coincide would hide each other.
-            if labelled is None or cached.loss < labelled.loss / 1.5:
-                _label(axis, _points([cached])[0], cached.cache, LLAMA, above=labelled is None)
-                labelled = cached
+        _label(axis, _points([row])[0], data.label(row.name), INK, above=True, left=unquantised)
+    labelled: LlamaCppRow | None = None
+    for cached in sorted(data.llama_cpp, key=lambda row: row.held_bytes):
+        if cached.shape != shape:
+            continue
+        (point,) = _points([cached])
+        axis.plot(*point, "D", color=LLAMA, markersize=4, zorder=6)
+        # Labels of points that nearly coincide would hide each other.
+        if labelled is None or cached.loss < labelled.loss / 1.5:
+            _label(axis, point, cached.cache, LLAMA, above=labelled is None)
+            labelled = cached
     _scale(axis)
 
 
-def _points(rows: Sequence[RequestRecord]) -> list[Point]:
+def _points(rows: Sequence[LadderRow] | Sequence[LlamaCppRow]) -> list[Point]:
     return [(row.held_bytes / _MIB, row.loss) for row in rows]
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
-from experiments.console import say
 from experiments.contexts import build_context, held_out_scorer
 from experiments.errors import ExperimentError
-from experiments.ladder.program import FROZEN, report_identity
-from experiments.ladder.records import LLAMA_CPP_FILE, LlamaCppRow, request_field
-from experiments.ladder.summaries import LadderRecords
-from experiments.ladder.tables import publish
+from experiments.ladder.rows import Ladder, LlamaCppRow
+from experiments.ladder.study import report_identity
+from experiments.ladder.tables import ladder_tables
 from experiments.launch import launch
-from experiments.study.records import RowFile, delta_nll_fields, row_key
-from experiments.study.run_folder import RunFolder, git_state, package_versions
+from experiments.study.harness import Job, Study
+from experiments.study.records import Shape, delta_nll_fields, request_field
+from experiments.study.run_folder import package_versions
 from rap_env.blocks import BlockMask
 from rap_env.models.files.sources import gguf_source
-from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import MaskScorer
 
 PACKAGE = "llama-cpp-py-sync"
@@ -41,54 +39,36 @@ VERSION = "0.11739"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def llama_cpp(config: Config, folder: Path) -> Path:
-    """Measure every format of llama.cpp's cache; existing rows are not measured again.
-
-    Returns:
-        The path of ``llama_cpp.jsonl``.
+def llama_cpp_jobs(config: Config, folder: Path) -> Iterator[Job[LlamaCppRow]]:
+    """Yield every format of llama.cpp's cache for every request.
 
     Raises:
         ExperimentError: llama.cpp is not installed, or the model does not come from a GGUF file.
     """
     need_llama_cpp()
-    run, started = RunFolder(folder), time.monotonic()
-    file = gguf_file(config.model.name)
-    run.start(config, frozen=FROZEN, llama_cpp=package_versions([PACKAGE]).get(PACKAGE))
+    settings, file = config.ladder, gguf_file(config.model.name)
     context = build_context(config)
-    report = held_out_scorer(config.ladder.text_of(config.evaluate.text), "report", context)
-    depends_on = {
-        **report_identity(report),
-        "file": file.name,
-        "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
-    }
-    provenance = {"depends_on": depends_on, "git": git_state()}
-    rows_file = RowFile(folder / LLAMA_CPP_FILE, LlamaCppRow)
-    caches, rows = config.ladder.llama_cpp_caches, []
-    for cache in progress_bar(config.progress, caches, desc="llama.cpp", unit="format"):
-        measured = LlamaCppCache(file, cache, report, config.ladder.llama_cpp_threads)
-        for shape in config.ladder.shapes:
-            key = row_key(cache, shape, provenance)
-            rows.append(rows_file.get(key, partial(measured.row, shape, provenance)))
-    run.finish(started, rows=len(rows))
-    publish(folder, LadderRecords(llama_cpp=rows))
-    say(f"{len(rows)} records in {folder / LLAMA_CPP_FILE}.")
-    return folder / LLAMA_CPP_FILE
+    report = held_out_scorer(settings.text_of(config.evaluate.text), "report", context)
+    versions = package_versions([PACKAGE])
+    identity = {"file": file.name, "llama_cpp": versions.get(PACKAGE)}
+    depends_on = {**report_identity(report), **identity}
+    for cache in settings.llama_cpp_caches:
+        task = {"file": str(file), "cache": cache, "threads": settings.llama_cpp_threads}
+        measured = LlamaCppCache(task, report)
+        for shape in settings.shapes:
+            yield Job(LlamaCppRow, (cache, shape), depends_on, partial(measured.row, shape))
 
 
 class LlamaCppCache:
     """Measures llama.cpp with one format of the cache.
 
     Args:
-        file: The GGUF file.
-        cache: The format, for keys and values.
+        task: File, format of the cache, and threads, for `run_process`.
         report: Scorer of our model on the text that both are measured on.
-        threads: Threads of llama.cpp.
     """
 
-    def __init__(self, file: Path, cache: str, report: MaskScorer, threads: int) -> None:
-        self._report = report
-        self._cache = cache
-        self._task = {"file": str(file), "cache": cache, "threads": threads}
+    def __init__(self, task: dict[str, Any], report: MaskScorer) -> None:
+        self._task, self._report = task, report
 
     @cached_property
     def delta_nll(self) -> npt.NDArray[np.float64]:
@@ -97,18 +77,14 @@ class LlamaCppCache:
         task = {**self._task, "rows": 1, "tokens": windows.shape[1], "windows": windows.tolist()}
         return np.array(run_process(task)["nll"]) - self._report.window_nll(BlockMask())
 
-    def row(self, shape: tuple[int, int], provenance: dict[str, Any]) -> LlamaCppRow:
+    def row(self, shape: Shape, provenance: dict[str, Any]) -> LlamaCppRow:
         """Measure one request."""
-        held = run_process({**self._task, "rows": shape[0], "tokens": shape[1]})
-        buffers = held["buffers"]
+        measured = run_process({**self._task, "rows": shape[0], "tokens": shape[1]})
         return LlamaCppRow(
-            cache=self._cache,
+            cache=self._task["cache"],
             request=request_field(shape),
-            model_bytes=held["model_bytes"],
-            cache_bytes=buffers["KV"],
-            held_bytes=held["model_bytes"] + buffers["KV"],
-            compute_bytes=buffers.get("compute", 0) + buffers.get("output", 0),
-            resident_bytes=held["resident_bytes"] - held["before_bytes"],
+            held_bytes=measured["model_bytes"] + measured["buffers"]["KV"],
+            resident_bytes=measured["resident_bytes"] - measured["before_bytes"],
             **delta_nll_fields(self.delta_nll),
             provenance=provenance,
         )
@@ -130,8 +106,8 @@ def run_process(task: dict[str, Any]) -> dict[str, Any]:
             f"llama.cpp failed with a cache in {task['cache']} for {task['rows']} x "
             f"{task['tokens']} tokens: {last}"
         )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
 
 
 def need_llama_cpp() -> None:
@@ -166,5 +142,16 @@ def gguf_file(model: str) -> Path:
     return path
 
 
+STUDY = Study(
+    "llama_cpp",
+    "The ladder",
+    [LlamaCppRow],
+    llama_cpp_jobs,
+    ladder_tables,
+    data=Ladder.of,
+    frozen=("model", "evaluate.text"),
+)
+
+
 if __name__ == "__main__":
-    launch("llama_cpp", llama_cpp)
+    launch(STUDY.name, STUDY.run)

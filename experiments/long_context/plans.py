@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from experiments.config.long_context import LongContextConfig
-from experiments.ladder.plans import named_policy
+from experiments.ladder.study import named_policy
 from experiments.long_context.records import NATIVE
 from experiments.study.tables import percent
 from rap_env.context.base import PruningContext

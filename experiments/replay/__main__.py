@@ -1,6 +1,6 @@
-"""``python -m experiments.replay``: see `experiments.replay.program`."""
+"""``python -m experiments.replay``: see `experiments.replay.study`."""
 
 from experiments.launch import launch
-from experiments.replay.program import replay
+from experiments.replay.study import STUDY
 
-launch("replay", replay)
+launch(STUDY.name, STUDY.run)

@@ -1,37 +1,50 @@
-"""Figures of a replay, from its records alone.
-
-They are drawn at the end of a replay, and again with::
-
-    python -m experiments.replay.figures FOLDER   # a folder that holds replay.jsonl
-"""
+"""Rows of a replay, and their figures: memory against the budget, and latency."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from experiments.replay.records import ReplayRow
-from experiments.replay.tables import megabyte_seconds, system_label
-from experiments.replay.time_series import recorded_mask
-from experiments.study.figures import FAINT, INK, PNG_DPI, WIDE_IN, panels, plain_log_ticks, style
-from experiments.study.looks import KIND_COLOURS, Look, look
-from experiments.study.records import read_records
+from experiments.config.serving import UNIFORM_SYSTEMS
+from experiments.study.figures import (
+    FAINT,
+    INK,
+    WIDE_IN,
+    Panel,
+    panel_figure,
+    plain_log_ticks,
+    style,
+)
+from experiments.study.looks import KIND_COLOURS, look
+from experiments.study.records import Record
 from experiments.study.tables import percent
-from rap_env.artifacts import atomic_write
-from rap_env.errors import RapError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABELS = {
+    "dense": "Dense",
+    "static_gsi": "Static, GSI",
+    "static_gsi_lean": "Static, lean",
+    "static_shortgpt": "Static, ShortGPT",
+    "greedy": "Greedy, live",
+    "frontier": "Frontier table",
+    "rap": "RAP policy",
+    "oracle": "Oracle",
+    "knapsack": "Knapsack over levels",
+    **{
+        name: "Uniform, {1} weights, {2} cache".format(*name.split("_")) for name in UNIFORM_SYSTEMS
+    },
+}
+"""Names of systems in tables and figures."""
+
 SHOWN = ("dense", "static_gsi", "rap")
-"""Systems whose memory over time is drawn in one figure; each has its own figure as well."""
+"""Systems whose memory over time is drawn, if they were run; else the first three."""
 
 _METHODS = {
     "static_gsi": "gsi",
@@ -39,122 +52,123 @@ _METHODS = {
     "static_shortgpt": "shortgpt",
     "greedy": "greedy_per_byte",
 }
-_MARKERS = {"dense": "o", "static_gsi_lean": "v"}
 _STRIP_COLUMNS = 1200
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class ReplayRecords:
-    """All records of a replay.
+class ReplayRow(Record):
+    """One system. Times are seconds of the replay's clock.
 
     Attributes:
-        rows: A row for each system.
-        steps: By system: its downsampled time series.
-        requests: By system: a record for each request.
+        system: Its name, as in ``replay.systems``.
+        outcomes: Number of requests with each of the outcomes of `RequestOutcome`.
+        servable: Requests that, alone, some plan fits into the maximum of the budget.
+        waited: Requests that waited because memory was short.
+        preemptions: How often a running request was returned to the queue.
+        violation_byte_s: Integral of the measured bytes above the budget at the start of each
+            step, in byte-seconds, idle time included.
+        violations: Steps and idle intervals with measured bytes above the budget.
+        peak_bytes: Maximum of the measured bytes.
+        budget_least_bytes: Minimum of the budget while the system ran.
+        ttft_s: Time to the first token of each served request, from its arrival.
+        tpot_s: Time per output token after the first.
+        several_tokens: Requests for at least two tokens, which have the latter.
+        tokens_per_s: Tokens of served requests per second from first arrival to last token.
+        overhead_fraction: Seconds of decisions and switches as a share of the work.
+        decisions: Number of decisions; `decision_s` are their seconds.
+        switches: Changes of the plan; `switch_s` are their seconds.
+        plans: Different plans under which tokens were generated.
+        removed_mean: Removed blocks, mean over generated tokens.
+        lowered_mean: Kept items below their native level, mean over generated tokens.
+        losses: NLL of each served request's tokens under the dense model minus that of the dense
+            model's own greedy continuation of the same prompt and length, nats per token.
+        mask_loss_mean: ΔNLL of the plans on held-out text, mean over generated tokens, nats per
+            token; None if it was not measured.
+        same_fraction: Share of generated tokens equal to the dense model's own continuation.
+        right: For each served request with a known answer whether it was given.
+        steps: About 600 times: start and end in seconds; bytes and budget where the bytes exceeded
+            it most; the removed blocks of the plan that lasted longest.
     """
 
-    rows: list[ReplayRow]
-    steps: dict[str, list[dict[str, Any]]]
-    requests: dict[str, list[dict[str, Any]]]
+    file = "replay.jsonl"
+    record_name = "A replay record"
+    rerun = "run the replay again"
+    identity = ("system",)
+
+    system: str
+    outcomes: dict[str, int]
+    servable: int
+    waited: int
+    preemptions: int
+    violation_byte_s: float
+    violations: int
+    peak_bytes: int
+    budget_least_bytes: int
+    ttft_s: list[float]
+    tpot_s: list[float]
+    several_tokens: int
+    tokens_per_s: float
+    overhead_fraction: float
+    decisions: int
+    decision_s: float
+    switches: int
+    switch_s: float
+    plans: int
+    removed_mean: float | None
+    lowered_mean: float | None
+    losses: list[float]
+    mask_loss_mean: float | None
+    same_fraction: float | None
+    right: list[bool]
+    steps: list[list[Any]]
 
     @property
-    def num_layers(self) -> int:
-        """Layers of the model; without provenance, up to the highest layer with a removed block."""
-        known = [row.provenance.get("depends_on", {}).get("num_layers") for row in self.rows]
-        masks = [recorded_mask(step["mask"]) for steps in self.steps.values() for step in steps]
-        highest = max((index for mask in masks for index in mask.indices), default=0)
-        return next((int(n) for n in known if n), highest // 2 + 1)
+    def requests(self) -> int:
+        """Requests that arrived."""
+        return sum(self.outcomes.values())
+
+    @property
+    def served(self) -> int:
+        """Requests that got all their tokens."""
+        return self.outcomes.get("served", 0)
+
+    @property
+    def over_words(self) -> str:
+        """The byte-seconds above the budget, in words."""
+        amount = self.violation_byte_s / 1e6
+        return "0" if amount == 0 else f"{amount:{',.0f' if amount >= 100 else '.3g'}} MB s"
 
 
-def read_replay(folder: Path) -> ReplayRecords:
-    """Read the records of a run folder, or of a folder that they were copied to."""
-    latest = {row.system: row for row in ReplayRow.read(folder / "replay.jsonl")}
-    rows = list(latest.values())
-    steps = {n: read_records(folder / "replay_steps" / f"{n}.jsonl") for n in latest}
-    requests = {n: read_records(folder / "replay_requests" / f"{n}.jsonl") for n in latest}
-    return ReplayRecords(rows, steps, requests)
-
-
-def draw_all(source: Path, target: Path) -> list[Path]:
-    """Draw every figure as a PNG file."""
-    found = read_replay(source)
-    if not found.rows:
-        return []
-    figures = {
-        "replay_latency": latency(found),
-        "replay_quality": quality(found),
-    }
-    with_steps = [row.system for row in found.rows if found.steps[row.system]]
-    shown = [name for name in SHOWN if name in with_steps] or with_steps[:3]
-    if shown:
-        figures["replay_memory"] = memory_over_time(found, shown)
-    for name in with_steps:
-        figures[f"replay_memory_{name}"] = memory_over_time(found, [name])
-    paths = []
-    for name, figure in figures.items():
-        paths.append(target / f"{name}.png")
-        with style(), atomic_write(paths[-1]) as file:
-            figure.savefig(file, format="png", dpi=PNG_DPI)
-    return paths
-
-
-def memory_over_time(found: ReplayRecords, systems: Sequence[str]) -> Figure:
+def memory_over_time(rows: Sequence[ReplayRow], narrow: bool) -> Figure:
     """Measured memory against the budget, and below it which blocks were removed."""
     from matplotlib.figure import Figure
 
-    rows = {row.system: row for row in found.rows}
-    end = max(step["until_s"] for name in systems for step in found.steps[name])
-    values = [step[key] for name in systems for step in found.steps[name]
-              for key in ("peak_bytes", "budget_bytes")]  # fmt: skip
-    bounds = 0.97 * min(values) / 2**20, 1.02 * max(values) / 2**20
     with style():
-        figure = Figure(figsize=(WIDE_IN, 3.4 * len(systems)), layout="constrained")
-        parts = np.atleast_1d(np.asarray(figure.subfigures(len(systems), 1)))
-        for part, name in zip(parts.flat, systems, strict=True):
-            _draw_system(part, rows[name], found.steps[name], found.num_layers, bounds, end)
+        shown = [row for row in rows if row.system in SHOWN] or rows[:3]
+        end = max(step[1] for row in shown for step in row.steps)
+        values = [value for row in shown for step in row.steps for value in step[2:4]]
+        bounds = 0.97 * min(values) / _MIB, 1.02 * max(values) / _MIB
+        figure = Figure(figsize=(WIDE_IN, 3.4 * len(shown)), layout="constrained")
+        parts = np.atleast_1d(np.asarray(figure.subfigures(len(shown), 1)))
+        for part, row in zip(parts.flat, shown, strict=True):
+            upper, lower = part.subplots(
+                2, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1.0], "hspace": 0.03}
+            )
+            _draw_memory(upper, row, bounds)
+            _draw_removed(lower, row, end)
+            upper.set_xlim(0, end)
     return figure
 
 
-def system_look(name: str) -> Look:
-    """Style of a system in figures: that of the method that chooses its masks."""
-    found = look(_METHODS.get(name, name))
-    return replace(found, marker=_MARKERS.get(name, found.marker))
-
-
-def _draw_system(
-    part: Any,
-    row: ReplayRow,
-    steps: Sequence[Mapping[str, Any]],
-    num_layers: int,
-    bounds: tuple[float, float],
-    end_s: float,
-) -> None:
-    """Draw a system: its memory above, within `bounds` in MiB, and its masks below."""
-    upper, lower = part.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": [1.5, 1.0], "hspace": 0.03}
-    )
-    _draw_memory(upper, row, steps, bounds)
-    _draw_strip(lower, steps, num_layers, end_s)
-    upper.set_xlim(0, end_s)
-    upper.set_title(
-        f"{system_label(row.system)}: {percent(row.served_fraction, 0)} served, "
-        f"{megabyte_seconds(row)} over the budget, {row.switches} switches"
-    )
-    upper.legend(loc="upper right", ncols=3, fontsize=7.5)
-
-
-def _draw_memory(
-    axis: Axes, row: ReplayRow, steps: Sequence[Mapping[str, Any]], bounds: tuple[float, float]
-) -> None:
-    times = np.array([step["time_s"] for step in steps] + [steps[-1]["until_s"]])
-    budget, peak = (
-        np.array([step[key] for step in steps] + [steps[-1][key]]) / _MIB
-        for key in ("budget_bytes", "peak_bytes")
+def _draw_memory(axis: Axes, row: ReplayRow, bounds: tuple[float, float]) -> None:
+    times = np.array([step[0] for step in row.steps] + [row.steps[-1][1]])
+    peak, budget = (
+        np.array([step[place] for step in (*row.steps, row.steps[-1])]) / _MIB for place in (2, 3)
     )
     low, high = bounds
     top = high + 0.2 * (high - low)  # space for the legend
-    colour = FAINT if row.system == "dense" else system_look(row.system).colour
+    colour = FAINT if row.system == "dense" else _colour(row.system)
     axis.fill_between(times, budget, top, step="post", color="#EFEDE8", linewidth=0, zorder=0)
     axis.fill_between(
         times, budget, np.maximum(peak, budget), step="post", color="#C53030", alpha=0.4,
@@ -162,30 +176,38 @@ def _draw_memory(
     )  # fmt: skip
     axis.step(times, budget, where="post", color=INK, linewidth=1.3, label="budget", zorder=3)
     axis.step(times, peak, where="post", color=colour, linewidth=1.0, label="measured", zorder=2)
-    axis.set_ylim(low, top)
-    axis.set_ylabel("memory (MiB)")
+    axis.set(ylim=(low, top), ylabel="memory (MiB)")
+    axis.set_title(
+        f"{LABELS[row.system]}: {percent(row.served / row.requests, 0)} served, "
+        f"{row.over_words} over the budget, {row.switches} switches"
+    )
     axis.tick_params(labelbottom=False)
     axis.grid(axis="x", visible=False)
+    axis.legend(loc="upper right", ncols=3, fontsize=7.5)
 
 
-def _draw_strip(
-    axis: Axes, steps: Sequence[Mapping[str, Any]], num_layers: int, end_s: float
-) -> None:
+def _draw_removed(axis: Axes, row: ReplayRow, end_s: float) -> None:
     """Draw removed blocks over time: one line per layer, attn blocks above ffn blocks."""
     from matplotlib.colors import to_rgb
 
-    picture = np.ones((2 * num_layers + 1, _STRIP_COLUMNS, 3))
-    removed = _removed_over_time(steps, num_layers, end_s)
+    layers = int(row.depends_on["num_layers"])
+    times = (np.arange(_STRIP_COLUMNS) + 0.5) * end_s / _STRIP_COLUMNS
+    places = np.searchsorted([step[0] for step in row.steps], times, side="right") - 1
+    removed = np.zeros((len(row.steps), 2 * layers), dtype=bool)
+    for number, step in enumerate(row.steps):
+        removed[number, step[4]] = True
+    shown = removed[np.clip(places, 0, None)]
+    shown[times > row.steps[-1][1]] = False
+    picture = np.ones((2 * layers + 1, _STRIP_COLUMNS, 3))
     for half, kind in enumerate(("attn", "ffn")):
-        top = half * (num_layers + 1)
-        part = picture[top : top + num_layers]
+        part = picture[half * (layers + 1) :][:layers]
         part[:] = to_rgb("#F4F3EF")
-        part[removed[half]] = to_rgb(KIND_COLOURS[kind])
+        part[shown[:, half::2].T] = to_rgb(KIND_COLOURS[kind])
     axis.imshow(
         picture, aspect="auto", interpolation="nearest", origin="upper",
-        extent=(0, end_s, 2 * num_layers + 1, 0),
+        extent=(0, end_s, 2 * layers + 1, 0),
     )  # fmt: skip
-    axis.set_yticks([num_layers / 2, 1.5 * num_layers + 1], ["attn", "ffn"])
+    axis.set_yticks([layers / 2, 1.5 * layers + 1], ["attn", "ffn"])
     axis.tick_params(axis="y", length=0)
     for label, kind in zip(axis.get_yticklabels(), ("attn", "ffn"), strict=True):
         label.set_color(KIND_COLOURS[kind])
@@ -194,128 +216,39 @@ def _draw_strip(
     axis.grid(visible=False)
 
 
-def _removed_over_time(
-    steps: Sequence[Mapping[str, Any]], num_layers: int, end_s: float
-) -> npt.NDArray[np.bool_]:
-    """Whether each block is removed at each time, shape (2 kinds, L, times)."""
-    starts = [step["time_s"] for step in steps]
-    times = (np.arange(_STRIP_COLUMNS) + 0.5) * end_s / _STRIP_COLUMNS
-    places = np.clip(np.searchsorted(starts, times, side="right") - 1, 0, None)
-    masks = np.zeros((len(steps), 2 * num_layers), dtype=bool)
-    for number, step in enumerate(steps):
-        masks[number, list(recorded_mask(step["mask"]))] = True
-    shown = masks[places]
-    shown[times > steps[-1]["until_s"]] = False
-    return np.stack([shown[:, 0::2].T, shown[:, 1::2].T])
-
-
-def latency(found: ReplayRecords) -> Figure:
+def latency(rows: Sequence[ReplayRow], narrow: bool) -> Figure:
     """Cumulative share of requests over latency, one line per system."""
-    with style():
-        figure, axes = panels(1, 2, narrow=False, height=3.3)
-        for axis, key, title in (
-            (axes[0], "ttft_s", "Time to the first token"),
-            (axes[1], "tpot_s", "Time per output token"),
-        ):
-            for row in found.rows:
-                requests = found.requests[row.system]
-                _draw_shares(axis, row.system, _values(requests, key), _expected(requests, key))
-            axis.set_title(title)
-            axis.set_xlabel("seconds (log scale)")
-            axis.set_xscale("log")
-            plain_log_ticks(axis.xaxis)
-            axis.set_ylim(0, 102)
-        axes[0].set_ylabel("share of all requests (%)")
-        _shared_legend(figure, axes[0])
-    return figure
+
+    def draw(name: str, axis: Axes) -> None:
+        for row in rows:
+            _draw_shares(axis, row, name)
+        axis.set_xscale("log")
+        plain_log_ticks(axis.xaxis)
+        axis.set_ylim(0, 102)
+
+    parts = [
+        Panel(partial(draw, name), title, "seconds (log scale)", y)
+        for name, title, y in (
+            ("ttft_s", "Time to the first token", "share of all requests (%)"),
+            ("tpot_s", "Time per output token", ""),
+        )
+    ]
+    return panel_figure(parts, narrow=narrow, columns=2, height=3.3, legend=4)
 
 
-def quality(found: ReplayRecords) -> Figure:
-    """ΔNLL of the generated text against budget violations, and against served requests.
-
-    Marks are shifted slightly sideways, so that equal values remain visible.
-    """
-    with style():
-        figure, axes = panels(1, 2, narrow=False, height=3.3, sharey=True)
-        shares = [100 * row.served_fraction for row in found.rows]
-        apart = 0.018 * max(20.0, max(shares) - min(shares))
-        for place, row in enumerate(found.rows):
-            shift = place - (len(found.rows) - 1) / 2
-            over = row.violation_byte_s / 1e6
-            _draw_delta_nll(axes[0], row, over + 0.05 * shift if over < 1 else over)
-            _draw_delta_nll(axes[1], row, shares[place] + apart * shift)
-        most = max(row.violation_byte_s for row in found.rows) / 1e6
-        axes[0].set_xscale("symlog", linthresh=1.0)
-        axes[0].set_xlim(-0.3, max(2.0, 3 * most))
-        plain_log_ticks(axes[0].xaxis)
-        axes[0].set_xlabel("measured bytes above the budget (MB s, log scale from 1)")
-        axes[1].set_xlabel("requests served (%)")
-        axes[0].set_title("ΔNLL against budget violations")
-        axes[1].set_title("ΔNLL against served requests")
-        axes[0].set_ylabel("ΔNLL of the generated text\n(nats/token, dense model)")
-        _shared_legend(figure, axes[0])
-    return figure
-
-
-def _draw_shares(axis: Axes, system: str, values: Sequence[float], expected: int) -> None:
+def _draw_shares(axis: Axes, row: ReplayRow, name: str) -> None:
     """Draw shares of all requests; requests without a value lower the end of the line."""
-    shown = system_look(system)
-    if not values:
-        axis.plot([], [], color=shown.colour, label=system_label(system))
-        return
-    ordered = np.sort(np.asarray([min(values), *values]))
-    shares = 100 * np.arange(len(ordered)) / expected
-    width = 2.0 if shown.learned else 1.2
+    label, learned = LABELS[row.system], row.system == "rap"
+    values: list[float] = getattr(row, name)
+    expected = max(1, row.several_tokens if name == "tpot_s" else row.requests)
+    ordered = np.sort([min(values), *values] if values else [])
     axis.step(
-        ordered, shares, where="post", color=shown.colour, linewidth=width,
-        linestyle="-" if shown.learned or system == "dense" else (0, (4, 1.5)),
-        label=system_label(system), zorder=5 if shown.learned else 3,
+        ordered, 100 * np.arange(len(ordered)) / expected, where="post",
+        color=_colour(row.system), linewidth=2.0 if learned else 1.2,
+        linestyle="-" if learned or row.system == "dense" else (0, (4, 1.5)),
+        label=label, zorder=5 if learned else 3,
     )  # fmt: skip
 
 
-def _draw_delta_nll(axis: Axes, row: ReplayRow, x: float) -> None:
-    shown = system_look(row.system)
-    if row.loss_mean is None or row.loss_ci_low is None or row.loss_ci_high is None:
-        return
-    spread = [[row.loss_mean - row.loss_ci_low], [row.loss_ci_high - row.loss_mean]]
-    axis.errorbar(
-        x, row.loss_mean, yerr=spread, fmt=shown.marker, color=shown.colour,
-        markersize=10 if shown.learned else 7, capsize=3, elinewidth=0.9,
-        label=system_label(row.system), zorder=5 if shown.learned else 3,
-    )  # fmt: skip
-    axis.axhline(0, color=FAINT, linewidth=0.7, zorder=1)
-
-
-def _values(requests: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    served = (request for request in requests if request["outcome"] == "served")
-    return [request[key] for request in served if request[key] is not None]
-
-
-def _expected(requests: Sequence[Mapping[str, Any]], key: str) -> int:
-    """Requests that have a value if served; TPOT needs at least two tokens."""
-    least = 2 if key == "tpot_s" else 1
-    return max(1, sum(1 for request in requests if request["new_tokens"] >= least))
-
-
-def _shared_legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=1.8)
-
-
-def main(arguments: list[str]) -> int:
-    """Draw the figures of the folder named on the command line; return the exit status."""
-    if len(arguments) != 1:
-        sys.stderr.write("Usage: python -m experiments.replay.figures FOLDER\n")
-        return 2
-    folder = Path(arguments[0])
-    try:
-        paths = draw_all(folder, folder / "figures")
-    except RapError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 2
-    sys.stdout.write("".join(f"{path}\n" for path in paths) or f"{folder} has no rows to draw.\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _colour(system: str) -> str:
+    return look(_METHODS.get(system, system)).colour

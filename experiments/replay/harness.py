@@ -1,10 +1,11 @@
-"""Runs one system of a replay: submits the requests to an engine in time, and records the steps."""
+"""Runs the systems of a replay: submits the requests to an engine in time, records its steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,12 @@ from tqdm import tqdm
 
 from experiments.config.serving import ReplayConfig
 from experiments.replay.budgets import Budget
-from experiments.replay.outcomes import RequestOutcome, SystemRun
-from experiments.replay.systems import System, SystemFactory
-from experiments.replay.time_series import IDLE, Interval, TimeSeries
-from experiments.replay.workload import Workload
-from rap_env.blocks import BlockMask
+from experiments.replay.workload import ReplayRequest, Workload
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.models.device import return_freed_memory
 from rap_env.models.progress import progress_bar
 from rap_env.plan import CompressionPlan
+from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -28,21 +26,108 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import UNKNOWN_PASS, PassSize
 from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_source import GivenMemory
-from rap_env.runtime.metrics import StepRecord
+from rap_env.runtime.metrics import EngineStats, StepRecord
+from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
-MEASURING = "measure"
-"""Kind of an interval in which a policy ran the model to choose a mask."""
+NATIVE = CompressionPlan()
 
 _SMOOTHING = 0.1  # weight of the newest step in the mean duration of decoding steps
 _MIN_JUMP_S, _WAITING_JUMP_S = 1e-3, 0.25
 
+_STOPWATCHES = {"wall": time.perf_counter, "cpu": time.process_time}
+_REJECTED = {"queue_timeout": "timed_out", "infeasible": "refused", "below_floor": "refused"}
 
-STOPWATCHES: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Stopwatch of the engine's work, by the value of `ReplayConfig.timing`."""
+
+@dataclass(frozen=True)
+class System:
+    """One way to serve.
+
+    Attributes:
+        name: As in ``replay.systems``.
+        guard_order: Blocks that may be removed if the policy's plan does not fit, in the order of
+            removal; None leaves that to the controller, an empty tuple forbids it.
+        start: The plan before the first request.
+    """
+
+    name: str
+    policy: Policy
+    guard_order: tuple[int, ...] | None
+    start: CompressionPlan = NATIVE
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One engine step, a measurement of a policy, or a time without a running request.
+
+    Attributes:
+        peak_bytes: Maximum of the measured bytes.
+        budget_bytes: The budget at the start.
+    """
+
+    time_s: float
+    duration_s: float
+    plan: CompressionPlan
+    peak_bytes: int
+    budget_bytes: int
+
+    @property
+    def end_s(self) -> float:
+        """End of the interval."""
+        return self.time_s + self.duration_s
+
+    @property
+    def over_bytes(self) -> int:
+        """Measured bytes above the budget."""
+        return max(0, self.peak_bytes - self.budget_bytes)
+
+
+@dataclass
+class RequestOutcome:
+    """Outcome of one request.
+
+    Attributes:
+        handle: Its handle in the engine; None if it was rejected on arrival.
+        outcome: ``served`` to its last token; ``refused``, because no plan can ever fit it;
+            ``queue_full``; ``timed_out`` in the queue; ``failed``; ``unserved`` at the end.
+        waited: Whether it waited because memory was short.
+    """
+
+    request: ReplayRequest
+    handle: RequestHandle | None = None
+    outcome: str = "unserved"
+    waited: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, in seconds from the arrival; None without a token."""
+        if self.handle is None or self.handle.first_token_s is None:
+            return None
+        return self.handle.first_token_s - self.request.time_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first, in seconds; None with fewer than two tokens."""
+        handle = self.handle
+        if handle is None or handle.first_token_s is None or handle.ended_s is None:
+            return None
+        more = len(handle.token_ids) - 1
+        return (handle.ended_s - handle.first_token_s) / more if more > 0 else None
+
+    def update(self) -> None:
+        """Set the outcome from the handle, if the handle is done."""
+        handle = self.handle
+        if handle is None or not handle.done:
+            return
+        if handle.reason in ("length", "stop"):
+            self.outcome = "served"
+        elif handle.rejection is not None:
+            self.outcome = _REJECTED[handle.rejection]
+        elif handle.reason == "error":
+            self.outcome = "failed"
 
 
 class ReplayClock:
@@ -114,88 +199,77 @@ class MonitoredController(RuntimeController):
             self.monitor.meter.peak_bytes()
 
 
-def horizon_s(settings: ReplayConfig, workload: Workload) -> float:
-    """Time until which every system is monitored: when the last request would stop waiting."""
-    return workload.last_s + settings.queue_timeout_s
+@dataclass
+class SystemRun:
+    """One system that serves all requests of a workload.
 
+    Attributes:
+        log: File of the controller's decisions.
+        intervals: Steps and idle times in order, once it ran.
+        stats: The engine's counters at the end.
+    """
 
-class ReplayHarness:
-    """Runs one system over all requests of a workload."""
+    settings: ReplayConfig
+    llm: ElasticLLM
+    workload: Workload
+    budget: Budget
+    log: Path
+    intervals: list[Interval] = field(default_factory=list)
+    stats: EngineStats = field(init=False)
+    controller: MonitoredController = field(init=False)
+    _arrived: int = 0
+    _step_s: float = 0.0
+    _meter: Meter = field(init=False)
+    _engine: Engine = field(init=False)
 
-    def __init__(
-        self, settings: ReplayConfig, llm: ElasticLLM, workload: Workload, budget: Budget, log: Path
-    ) -> None:
-        self._settings = settings
-        self._llm = llm
-        self._budget = budget
-        self._log = log
-        self._horizon_s = horizon_s(settings, workload)
-        self._clock = ReplayClock(STOPWATCHES[settings.timing])
-        self._outcomes = [RequestOutcome(request) for request in workload.requests]
-        self._intervals: list[Interval] = []
-        self._arrived = 0
-        self._step_s = self._busy_s = 0.0
-        self._meter: Meter
-        self._decisions: DecisionLog
-        self._controller: MonitoredController
-        self._engine: Engine
+    def __post_init__(self) -> None:
+        self.outcomes = [RequestOutcome(request) for request in self.workload.requests]
+        self.clock = ReplayClock(_STOPWATCHES[self.settings.timing])
+        self._horizon_s = self.workload.last_s + self.settings.queue_timeout_s
 
-    def run(self, name: str, factory: SystemFactory, *, progress: bool = False) -> SystemRun:
+    def serve(self, system: System, *, progress: bool = False) -> None:
         """Serve all requests until no further event can occur."""
-        system = factory.make(name, self)
-        self._open(system)
-        bar = progress_bar(
-            progress, total=len(self._outcomes), desc=name, unit="request", leave=False
-        )
+        decisions = DecisionLog(self.log)
+        self._open(system, decisions)
+        total = len(self.outcomes)
+        bar = progress_bar(progress, total=total, desc=system.name, unit="request", leave=False)
         try:
             with bar:
                 self._loop(bar)
         finally:
             self._engine.close()
-            self._decisions.close()
-            self._llm.apply(BlockMask())
-        for outcome in self._outcomes:
+            decisions.close()
+            self.llm.apply(NATIVE)
+        for outcome in self.outcomes:
             outcome.update()
-        return SystemRun(
-            system, tuple(self._outcomes), TimeSeries(tuple(self._intervals)), self._controller,
-            self._engine.stats(), self._busy_s,
-        )  # fmt: skip
+        self.stats = self._engine.stats()
 
-    def time_s(self) -> float:
-        """Current time of the replay."""
-        return self._clock()
+    @property
+    def end_s(self) -> float:
+        """End of the last interval."""
+        return self.intervals[-1].end_s if self.intervals else 0.0
 
+    @property
     def remaining_s(self) -> float:
         """Estimate of the seconds until the oldest requests, a full batch of them, finish."""
-        open_ = [h for h in self._outcomes[: self._arrived] if h.handle and not h.handle.done]
-        tokens = [
-            h.request.new_tokens - len(h.handle.token_ids)
-            for h in open_[: self._settings.max_batch_size]
-            if h.handle is not None
-        ]
-        return max(tokens, default=0) * self._step_s
-
-    def margin_bytes(self) -> int:
-        """Bytes that the controller keeps free below the budget."""
-        return self._controller.monitor.margin.bytes
+        running = [(o.request, h) for o in self.outcomes[: self._arrived] if (h := o.handle)]
+        tokens = [r.new_tokens - len(h.token_ids) for r, h in running if not h.done]
+        return max(tokens[: self.settings.max_batch_size], default=0) * self._step_s
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Record the time and memory of a policy that runs the model to choose a mask."""
+        """Record the time and memory of a policy that runs the model to choose a plan."""
         self._meter.peak_bytes()
-        started = self._clock()
+        started = self.clock()
         yield
-        seconds, peak = self._clock() - started, self._meter.peak_bytes()
-        budget_bytes = self._budget.at(started)
-        self._intervals.append(
-            Interval(started, seconds, MEASURING, 0, 0, CompressionPlan(), peak, budget_bytes)
-        )
+        seconds, peak = self.clock() - started, self._meter.peak_bytes()
+        budget_bytes = self.budget.at(started)
+        self.intervals.append(Interval(started, seconds, NATIVE, peak, budget_bytes))
 
-    def _open(self, system: System) -> None:
+    def _open(self, system: System, decisions: DecisionLog) -> None:
         """Bring model, meter and engine into the state at the start of a service."""
-        settings, llm = self._settings, self._llm
+        settings, llm = self.settings, self.llm
         residency: Any = settings.residency  # plain strings in the settings
-        restore: Any = settings.restore
         llm.set_residency(residency)
         make_levels(llm, system.policy)
         llm.apply(system.start)
@@ -203,28 +277,24 @@ class ReplayHarness:
         self._meter = (
             TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm, reset_mark=True)
         )
-        most = self._budget.most(0.0, self._horizon_s)
-        memory = GivenMemory(lambda: self._budget.at(self._clock()), limit_bytes=most)
-        self._decisions = DecisionLog(self._log)
-        self._controller = MonitoredController(
-            llm, system.policy, memory,
+        most = self.budget.most(0.0, self._horizon_s)
+        self.controller = MonitoredController(
+            llm, system.policy,
+            GivenMemory(lambda: self.budget.at(self.clock()), limit_bytes=most),
             meter=self._meter,
             guard_order=system.guard_order,
-            margin_share=settings.margin_share,
-            hysteresis_share=settings.hysteresis_share,
             hold_s=settings.hold_s,
             chunk_tokens=settings.prefill_chunk_tokens,
-            log=self._decisions,
-            clock=self._clock,
+            log=decisions,
+            clock=self.clock,
         )  # fmt: skip
         self._engine = Engine(
-            llm, self._controller,
+            llm, self.controller,
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
-            restore=restore,
             queue_timeout_s=settings.queue_timeout_s,
-            clock=self._clock,
+            clock=self.clock,
         )  # fmt: skip
         self._engine.warm_up()  # as `Engine.start` does; not counted in the time of the replay
         self._engine.observers.append(self._on_step)
@@ -232,23 +302,22 @@ class ReplayHarness:
     def _loop(self, bar: tqdm[Any]) -> None:
         while True:
             self._submit()
-            self._controller.admission_failed = False
-            started = self._clock()
-            self._clock.resume()
+            self.controller.admission_failed = False
+            started = self.clock()
+            self.clock.resume()
             worked = self._engine.step()
-            self._clock.stop()
-            self._busy_s += (self._clock() - started) * worked
+            self.clock.stop()
             self._mark_waiting()
-            bar.update(sum(h.ended for h in self._outcomes[: self._arrived]) - bar.n)
+            ended = sum(o.handle is None or o.handle.done for o in self.outcomes[: self._arrived])
+            bar.update(ended - bar.n)
             if not worked and not self._skip_idle_time(started):
                 return
 
     def _submit(self) -> None:
         """Submit the requests that have arrived by now."""
-        while self._arrived < len(self._outcomes):
-            outcome = self._outcomes[self._arrived]
+        for outcome in self.outcomes[self._arrived :]:
             request = outcome.request
-            if request.time_s > self._clock():
+            if request.time_s > self.clock():
                 return
             self._arrived += 1
             params = SamplingParams(max_new_tokens=request.new_tokens)
@@ -268,51 +337,43 @@ class ReplayHarness:
         Returns:
             False if no event is left.
         """
-        now = self._clock()
-        if self._budget.next_change(since_s, now) is not None:
+        now = self.clock()
+        if self.budget.next_change(since_s, now) is not None:
             return True
-        events = []
-        if self._arrived < len(self._outcomes):
-            events.append(self._outcomes[self._arrived].request.time_s)
-        waiting = [h for h in self._outcomes[: self._arrived] if h.handle and not h.handle.done]
+        events = [outcome.request.time_s for outcome in self.outcomes[self._arrived :][:1]]
+        waiting = [o for o in self.outcomes[: self._arrived] if o.handle and not o.handle.done]
         if waiting:
-            timeout = waiting[0].request.time_s + self._settings.queue_timeout_s
+            timeout = waiting[0].request.time_s + self.settings.queue_timeout_s
             events.append(max(timeout, now + _WAITING_JUMP_S))
         if now < self._horizon_s:  # all systems are monitored equally long
             events.append(self._horizon_s)
         if not events:
             return False
-        change = self._budget.next_change(now, min(events))
+        change = self.budget.next_change(now, min(events))
         until = max(min(events) if change is None else change, now + _MIN_JUMP_S)
-        self._clock.jump_to(until)
-        used = self._meter.used_bytes()
-        budget_bytes = self._budget.at(now)
-        plan = self._llm.plan
-        self._intervals.append(Interval(now, until - now, IDLE, 0, 0, plan, used, budget_bytes))
+        self.clock.jump_to(until)
+        used, budget_bytes = self._meter.used_bytes(), self.budget.at(now)
+        self.intervals.append(Interval(now, until - now, self.llm.plan, used, budget_bytes))
         return True
 
     def _mark_waiting(self) -> None:
         """Mark the requests that stay in the queue because this step could not admit them."""
         stats = self._engine.stats()
-        if not self._controller.admission_failed and stats.running < self._settings.max_batch_size:
+        if not self.controller.admission_failed and stats.running < self.settings.max_batch_size:
             return
-        queued = stats.queued
-        for outcome in reversed(self._outcomes[: self._arrived]):
-            if queued <= 0:
-                return
-            handle = outcome.handle
-            if handle is not None and not handle.done and handle.first_token_s is None:
-                outcome.waited = True
-                queued -= 1
+        queued = [
+            outcome
+            for outcome in self.outcomes[: self._arrived]
+            if (handle := outcome.handle) and not handle.done and handle.first_token_s is None
+        ]
+        for outcome in queued[len(queued) - stats.queued :] if stats.queued else ():
+            outcome.waited = True
 
     def _on_step(self, record: StepRecord) -> None:
-        seconds = self._clock() - record.time_s
+        seconds = self.clock() - record.time_s
         if record.kind == "decode":
             weight = _SMOOTHING if self._step_s else 1.0
             self._step_s += weight * (seconds - self._step_s)
-        self._intervals.append(
-            Interval(
-                record.time_s, seconds, record.kind, record.rows, record.length,
-                record.plan, record.peak_bytes, record.budget_bytes,
-            )
-        )  # fmt: skip
+        self.intervals.append(
+            Interval(record.time_s, seconds, record.plan, record.peak_bytes, record.budget_bytes)
+        )

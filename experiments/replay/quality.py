@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,46 +18,31 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
-from rap_env.plan import CompressionPlan
 from rap_env.scoring.nll import token_nll
-from rap_env.scoring.scorer import MaskScorer
 
 _BATCH_SIZE = 8
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The dense model's own greedy continuation of one request.
-
-    Attributes:
-        token_ids: Its tokens, as many as the request asks for.
-        nll: Their NLL under the dense model, nats per token.
-    """
+class Reference(NamedTuple):
+    """The dense model's own greedy continuation of a request, and its NLL, nats per token."""
 
     token_ids: tuple[int, ...]
     nll: float
 
 
-@dataclass(frozen=True)
-class OutputQuality:
+class OutputQuality(NamedTuple):
     """Quality of the text generated for one request.
 
     Attributes:
-        nll: NLL of its tokens under the dense model, nats per token.
-        reference_nll: NLL of the dense model's own greedy continuation.
+        delta_nll: NLL of its tokens under the dense model, above that of the dense model's own
+            greedy continuation, nats per token.
         same: Number of tokens equal to that continuation at the same position.
         right: Whether it begins with the known answer; None without a known answer.
     """
 
-    nll: float
-    reference_nll: float
+    delta_nll: float
     same: int
     right: bool | None
-
-    @property
-    def delta_nll(self) -> float:
-        """NLL above that of the dense model's own continuation, nats per token."""
-        return self.nll - self.reference_nll
 
 
 class QualityEvaluator:
@@ -67,46 +52,34 @@ class QualityEvaluator:
         llm: The live model; each call restores its plan.
         workload: The requests.
         path: JSON-lines file of the dense model's own continuations.
-        scorer: Measures plans on held-out text; None skips that measurement.
         progress: Whether to draw progress bars.
     """
 
     def __init__(
-        self,
-        llm: ElasticLLM,
-        workload: Workload,
-        path: Path,
-        scorer: MaskScorer | None = None,
-        *,
-        progress: bool = False,
+        self, llm: ElasticLLM, workload: Workload, path: Path, *, progress: bool = False
     ) -> None:
         self._llm = llm
         self._workload = workload
         self._path = path
-        self._scorer = scorer
         self._progress = progress
 
     @cached_property
     def references(self) -> dict[int, Reference]:
         """The dense model's continuation of every request, by number; computed once and stored."""
-        found = {
+        known = {
             int(record["number"]): Reference(tuple(record["token_ids"]), float(record["nll"]))
             for record in read_records(self._path)
         }
-        left = [r for r in self._workload.requests if r.number not in found]
+        left = [r for r in self._workload.requests if r.number not in known]
         left.sort(key=lambda request: (request.new_tokens, len(request.prompt_ids)))
-        desc = "dense continuations"
-        bar = progress_bar(self._progress, total=len(left), desc=desc, unit="request", leave=False)
-        with bar:
-            for start in range(0, len(left), _BATCH_SIZE):
-                group = left[start : start + _BATCH_SIZE]
-                for request, reference in zip(group, self._continue(group), strict=True):
-                    found[request.number] = reference
-                    record = {"number": request.number, "token_ids": list(reference.token_ids),
-                              "nll": round(reference.nll, 6)}  # fmt: skip
-                    append_record(self._path, record, durable=False)
-                bar.update(len(group))
-        return found
+        groups = [left[start : start + _BATCH_SIZE] for start in range(0, len(left), _BATCH_SIZE)]
+        for group in progress_bar(self._progress, groups, desc="dense continuations", unit="batch"):
+            for request, reference in zip(group, self._continue(group), strict=True):
+                known[request.number] = reference
+                record = {"number": request.number, "token_ids": list(reference.token_ids),
+                          "nll": round(reference.nll, 6)}  # fmt: skip
+                append_record(self._path, record, durable=False)
+        return known
 
     def evaluate(self, request: ReplayRequest, token_ids: Sequence[int]) -> OutputQuality:
         """Measure what was generated for a request, at least one token.
@@ -122,15 +95,7 @@ class QualityEvaluator:
         if request.answer is not None:
             text = self._llm.tokenizer.decode(list(token_ids), skip_special_tokens=True)
             right = is_correct(request.answer, text)
-        return OutputQuality(nll, reference.nll, same, right)
-
-    def mask_delta_nll(self, tokens: Mapping[CompressionPlan, int]) -> float | None:
-        """ΔNLL of plans on held-out text, mean over generated tokens; None if not measured."""
-        if self._scorer is None or not tokens:
-            return None
-        plans = list(tokens)
-        deltas = np.array(self._scorer.nll_many(plans)) - self._scorer.dense_nll
-        return float(np.average(deltas, weights=[tokens[plan] for plan in plans]))
+        return OutputQuality(nll - reference.nll, same, right)
 
     @torch.inference_mode()
     def _nll(self, prompt: Sequence[int], generated: Sequence[int]) -> float:

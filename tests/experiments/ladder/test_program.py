@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
@@ -13,12 +17,12 @@ from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
-from experiments.ladder.llama_cpp import gguf_file, llama_cpp
-from experiments.ladder.plans import candidates, uniform_plans
-from experiments.ladder.program import ladder
-from experiments.ladder.records import LADDER_FILE, LadderRow, ShippedRow
-from experiments.ladder.shipped import shipped
-from experiments.ladder.summaries import read_ladder
+from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
+from experiments.ladder.llama_cpp import gguf_file
+from experiments.ladder.rows import LadderRow, ShippedRow, read_ladder
+from experiments.ladder.shipped import STUDY as SHIPPED
+from experiments.ladder.shipped import with_start
+from experiments.ladder.study import STUDY, ladder_jobs, uniform_plans
 from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels
@@ -55,7 +59,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(config):
-    return LadderRow.read(ladder(config, config.stage_dir("ladder")))
+    return LadderRow.read(STUDY.run(config, config.stage_dir("ladder")))
 
 
 def test_every_setting_and_budget_has_a_row_for_each_request(rows):
@@ -93,7 +97,7 @@ def test_losses_are_those_of_the_scorer(rows, config):
 
 
 def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
-    path = config.stage_dir("ladder") / LADDER_FILE
+    path = config.stage_dir("ladder") / LadderRow.file
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-2]) + lines[-1][:20])  # killed while it wrote a row
     measured = []
@@ -101,7 +105,7 @@ def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
     monkeypatch.setattr(
         MaskScorer, "window_nll", lambda self, plan: measured.append(plan) or scored(self, plan)
     )
-    again = LadderRow.read(ladder(config, config.stage_dir("ladder")))
+    again = LadderRow.read(STUDY.run(config, config.stage_dir("ladder")))
     assert [row.window_losses for row in again] == [row.window_losses for row in rows]
     lowered = [plan for plan in measured if isinstance(plan, CompressionPlan)]
     assert len(lowered) == 2, "one for each missing row"
@@ -127,21 +131,26 @@ def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
         budgets=[0.95, 0.9],
         removal=None,
     )
-    found = [c for c in candidates(settings, context) if c.method == "knapsack"]
-    assert [c.name for c in found] == ["95 %", "90 %"] * 2
-    for candidate in found:
-        peak = context.memory.peak_bytes(candidate.plan, candidate.request)
-        assert peak <= candidate.request.budget_bytes
-        assert candidate.plan.weights or candidate.plan.caches, "precision comes first"
+    jobs = [
+        job for job in ladder_jobs(replace(config, ladder=settings), tmp_path)
+        if job.identity[0] == "knapsack"
+    ]  # fmt: skip
+    assert [job.identity[1] for job in jobs] == ["95 %", "90 %"] * 2
+    for job in jobs:
+        row = job.make({})
+        assert row.fits
+        assert row.peak_bytes <= row.budget_bytes
+        assert set(row.levels.values()) & {"int8", "int4"}, "precision comes first"
 
 
 def test_packaged_policies_of_another_model_are_left_out(config, caplog):
     settings = replace(config.ladder, removal="frontier", knapsack=None)
-    methods = {c.method for c in candidates(settings, build_context(config))}
-    assert methods == {"uniform"}
+    jobs = ladder_jobs(replace(config, ladder=settings), Path())
+    assert {job.identity[0] for job in jobs} == {"uniform"}
     assert "packaged policy frontier" in caplog.text
+    missing = replace(config, ladder=replace(settings, knapsack="missing.json"))
     with pytest.raises(UnknownNameError):
-        list(candidates(replace(settings, knapsack="missing.json"), build_context(config)))
+        list(ladder_jobs(missing, Path()))
 
 
 def test_the_text_has_the_ladders_own_windows_if_there_are_any(config):
@@ -153,7 +162,7 @@ def test_the_text_has_the_ladders_own_windows_if_there_are_any(config):
 
 def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
     folder = config.stage_dir("shipped")
-    rows = ShippedRow.read(shipped(replace(config, stage="shipped"), folder))
+    rows = ShippedRow.read(SHIPPED.run(replace(config, stage="shipped"), folder))
     by_name = {(row.what, row.level, row.rounding): row for row in rows}
     assert set(by_name) == {
         ("weights", "int8", "fitted"), ("weights", "int4", "fitted"),
@@ -164,13 +173,15 @@ def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
     assert {row.shipped for row in rows} == {"float32"}
     losses = {row.loss for row in rows if (row.what, row.level) == ("weights", "int4")}
     assert len(losses) == 3, "each rounding gives other weights"
-    facts = build_context(config).memory.facts
-    fitted = by_name["weights", "int8", "fitted"]
-    assert fitted.saved == pytest.approx(
-        1 - sum(facts.int8_param_bytes) / sum(facts.block_param_bytes)
-    )
     other = replace(config, stage="shipped", model=replace(config.model, dtype="bfloat16"))
-    assert len(ShippedRow.read(shipped(other, folder))) == 2 * len(rows), "earlier rows stay"
+    assert len(ShippedRow.read(SHIPPED.run(other, folder))) == 2 * len(rows), "earlier rows stay"
+
+
+def test_windows_begin_with_the_start_token_if_the_tokenizer_adds_one(config):
+    llm, tokens = build_context(config).llm, torch.arange(12).view(2, 6)
+    assert with_start(llm, tokens) is tokens
+    fake = SimpleNamespace(tokenizer=Mock(return_value={"input_ids": [1, 7]}, bos_token_id=1))
+    assert with_start(fake, tokens).tolist() == [[1, 0, 1, 2, 3, 4], [1, 6, 7, 8, 9, 10]]
 
 
 @pytest.mark.parametrize(
@@ -190,8 +201,8 @@ def test_an_impossible_setting_is_rejected(settings, error):
 def test_without_llama_cpp_the_program_says_what_to_install(config, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync=="):
-        llama_cpp(config, tmp_path / "llama_cpp")
-    assert not (tmp_path / "llama_cpp").exists()
+        LLAMA_CPP.run(config, tmp_path)
+    assert not (tmp_path / "llama_cpp.jsonl").exists()
 
 
 def test_a_model_without_a_gguf_file_is_rejected(config, tmp_path):
@@ -204,6 +215,5 @@ def test_a_model_without_a_gguf_file_is_rejected(config, tmp_path):
 def test_records_are_found_by_the_report(rows, config):
     found = read_ladder(config.root)
     assert found
-    assert found.ladder is not None
-    assert found.ladder.shapes == [(1, 48), (4, 64)]
+    assert found.shapes == [(1, 48), (4, 64)]
     assert not read_ladder(config.root / "nothing")

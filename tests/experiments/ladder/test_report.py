@@ -7,35 +7,18 @@ from pathlib import Path
 
 import pytest
 
-import experiments
 from experiments.config import Config
 from experiments.ladder import llama_cpp_process
 from experiments.ladder.figures import loss_against_bytes, pareto
 from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
-from experiments.ladder.records import (
-    LADDER_FILE,
-    LLAMA_CPP_FILE,
-    SHIPPED_FILE,
-    LadderRow,
-    LlamaCppRow,
-    ShippedRow,
-    request_field,
-)
-from experiments.ladder.summaries import Ladder, LadderRecords, read_ladder
-from experiments.ladder.tables import (
-    ladder_markdown,
-    llama_cpp_table,
-    policy_table,
-    shipped_table,
-    uniform_table,
-)
+from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, ShippedRow
+from experiments.ladder.tables import ladder_findings, ladder_markdown, ladder_tables
 from experiments.report import report
 from experiments.study.figures import style
-from experiments.study.records import append_record
+from experiments.study.records import append_record, request_field
 from experiments.study.tables import TIMES
 
 MIB = 2**20
-ROOT = Path(experiments.__file__).parents[1]
 PROVENANCE = {"depends_on": {"dtype": "bfloat16"}, "git": None}
 
 
@@ -46,23 +29,24 @@ def losses(value):
 
 def row(method, name, mib, loss, *, budget=None, fits=True, shape=(1, 128), levels=None):
     return LadderRow(
-        method, name, request_field(shape), budget, None if budget is None else 300 * MIB,
-        int(mib * MIB), int((mib + 20) * MIB), fits, {"weights_bytes": int(mib * MIB)},
-        levels or {}, **losses(loss), provenance=PROVENANCE,
+        method=method, name=name, request=request_field(shape), budget_fraction=budget,
+        budget_bytes=None if budget is None else 300 * MIB, held_bytes=int(mib * MIB),
+        peak_bytes=int((mib + 20) * MIB), fits=fits, levels=levels or {}, packed=False,
+        **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
 
 def llama(cache, mib, loss, shape=(1, 128)):
     return LlamaCppRow(
-        cache, request_field(shape), 92 * MIB, int((mib - 92) * MIB), int(mib * MIB), 26 * MIB,
-        int((mib + 30) * MIB), **losses(loss), provenance=PROVENANCE,
+        cache=cache, request=request_field(shape), held_bytes=int(mib * MIB),
+        resident_bytes=int((mib + 30) * MIB), **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
 
 def shipped(model, how, level, loss, rounding="nearest"):
     return ShippedRow(
-        model, how, "weights", level, rounding, 0.7, "wikitext", 512, **losses(loss),
-        provenance=PROVENANCE,
+        model=model, shipped=how, what="weights", level=level, rounding=rounding, text="wikitext",
+        **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
 
@@ -83,8 +67,12 @@ SHIPPED = [
 ]
 
 
+DATA = Ladder(ROWS, LLAMA, SHIPPED)
+TABLES = {part.name: part.table for part in ladder_tables(DATA)}
+
+
 def test_the_table_of_settings_has_losses_and_bytes():
-    header, lines = uniform_table(Ladder(ROWS))
+    header, lines = TABLES["uniform"]
     assert header[-1].endswith("MiB")
     assert lines[0] == ["bf16 / bf16", "0.0000 [-0.0010, 0.0010]", "270"]
     assert [line[0] for line in lines] == [
@@ -93,16 +81,17 @@ def test_the_table_of_settings_has_losses_and_bytes():
 
 
 def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
-    _, lines = policy_table(Ladder(ROWS))
-    by_budget = {line[1]: line[3:] for line in lines}
+    by_budget = {line[1]: line[3:] for line in TABLES["policies"][1]}
     assert by_budget["80 %"] == ["0.710 [0.709, 0.711]", "-"]
     assert by_budget["60 %"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
+    (finding,) = ladder_findings(DATA)
+    assert "costs 0.002 nats per token" in finding
+    assert finding.endswith("costs 3.20 and does not fit.")
 
 
 def test_the_other_tables_name_formats_and_models():
-    _, lines = llama_cpp_table(LLAMA)
-    assert lines[1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
-    header, lines = shipped_table(SHIPPED)
+    assert TABLES["llama_cpp"][1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
+    header, lines = TABLES["shipped"]
     assert header[1:] == ["smollm2-135m, shipped in Q4_1", "small, shipped in bfloat16"]
     assert [line[0] for line in lines] == [
         "weights int4, rounded to nearest", "weights int4"
@@ -118,7 +107,7 @@ def test_a_dominated_setting_is_not_on_the_pareto_front():
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_figure_has_a_panel_for_each_request_and_names_its_points(narrow):
     rows = [*ROWS, row("uniform", "native / native", 650, 0.0, shape=(8, 2048))]
-    figure = loss_against_bytes(Ladder(rows), LLAMA, narrow)
+    figure = loss_against_bytes(Ladder(rows, LLAMA, []), narrow)
     drawn = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title(loc="left") for axis in drawn] == [
         f"1 {TIMES} 128 tokens", f"8 {TIMES} 2,048 tokens"
@@ -134,18 +123,14 @@ def test_the_figure_has_a_panel_for_each_request_and_names_its_points(narrow):
 
 def test_the_report_starts_with_the_ladder(tmp_path):
     root = tmp_path / "runs" / "shown"
-    for folder, file, rows in (
-        ("ladder", LADDER_FILE, ROWS), ("llama_cpp", LLAMA_CPP_FILE, LLAMA),
-        ("shipped", SHIPPED_FILE, SHIPPED),
-    ):  # fmt: skip
-        for record in rows:
-            append_record(root / folder / file, record.to_record())
+    for record in (*ROWS, *LLAMA, *SHIPPED):
+        append_record(root / Path(record.file).stem / record.file, record.to_record())
     page = report(Config(stage="report", name="shown", runs_dir=str(root.parent)), root / "report")
     text = page.read_text()
     assert "Precision before removal" in text
     assert (root / "report" / "figures" / "loss_against_bytes.png").stat().st_size > 10_000
     tables = (root / "report" / "ladder_tables.md").read_text()
-    assert tables == ladder_markdown(LadderRecords(Ladder(ROWS), LLAMA, SHIPPED))
+    assert tables == ladder_markdown(DATA)
     assert "llama.cpp's cache" in tables
 
 
@@ -206,15 +191,3 @@ def test_a_process_measures_windows_or_memory(monkeypatch):
     }  # fmt: skip
     found = measure(task)
     assert found["resident_bytes"] >= found["before_bytes"] > 2**20
-
-
-def test_the_record_of_the_second_model_stands_in_the_table_of_models():
-    found = read_ladder(ROOT / "results" / "ladder").shipped
-    gemma = [row for row in found if row.model == "gemma3-270m"]
-    by_name = {(row.what, row.level, row.rounding): row for row in gemma}
-    nearest, fitted = by_name["weights", "int4", "nearest"], by_name["weights", "int4", "fitted"]
-    assert fitted.loss < nearest.loss
-    assert nearest.loss_ci_low < nearest.loss < nearest.loss_ci_high
-    header, lines = shipped_table(gemma)
-    assert header[1] == "gemma3-270m, shipped in Q4_K_M"
-    assert "weights int8" in {line[0] for line in lines}

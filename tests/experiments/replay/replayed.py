@@ -57,7 +57,6 @@ def tiny_replay(base: Path, **changed) -> Config:
         policy=str(base / "policy.safetensors"), frontier=str(base / "frontier.json"),
         max_batch_size=3, max_queue=8, queue_timeout_s=1.5, prefill_chunk_tokens=16, hold_s=0.2,
         greedy_tokens=8, meter="tensors", residency="drop", mask_loss_windows=1,
-        figures=False,
     )  # fmt: skip
     config = Config(
         stage="replay", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,

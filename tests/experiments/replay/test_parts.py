@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
-from experiments.replay.budgets import StepBudget
-from experiments.replay.harness import ReplayClock
+from experiments.replay.budgets import Budget
+from experiments.replay.harness import Interval, ReplayClock
+from experiments.replay.study import sampled_steps
 from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
-from experiments.replay.time_series import IDLE, Interval, TimeSeries, recorded_mask
 from experiments.replay.workload import is_correct, known_answers, make_workload
 from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
@@ -41,21 +41,19 @@ class Time:
         return self.now
 
 
-class FakeState:
-    """A replay whose running requests take ten more seconds."""
+class FakeRun:
+    """A run whose running requests take ten more seconds."""
 
-    def __init__(self, time_s=0.0, margin=0):
-        self.measured = 0
-        self._time_s, self._margin = time_s, margin
+    remaining_s = 10.0
 
-    def time_s(self):
-        return self._time_s
+    def __init__(self, budget=None, margin=0):
+        self.measured, self.budget = 0, budget
+        self.controller = SimpleNamespace(
+            monitor=SimpleNamespace(margin=SimpleNamespace(bytes=margin))
+        )
 
-    def remaining_s(self):
-        return 10.0
-
-    def margin_bytes(self):
-        return self._margin
+    def clock(self):
+        return 0.0
 
     @contextlib.contextmanager
     def measuring(self):
@@ -66,8 +64,8 @@ class FakeState:
 NATIVE = CompressionPlan()
 
 
-def moment(time_s, seconds, peak, budget, kind="decode", plan=NATIVE):
-    return Interval(time_s, seconds, kind, 1, 8, plan, peak, budget)
+def moment(time_s, seconds, peak, budget, plan=NATIVE):
+    return Interval(time_s, seconds, plan, peak, budget)
 
 
 @pytest.fixture(scope="module")
@@ -103,48 +101,19 @@ def test_the_clock_runs_only_while_there_is_work():
     assert clock() == 10.75
 
 
-def test_violations_are_bytes_times_seconds_above_the_budget_at_the_start():
-    series = TimeSeries((
-        moment(0, 2, peak=120, budget=100), moment(2, 3, peak=90, budget=100),
-        moment(5, 4, peak=130, budget=100, kind=IDLE),
-    ))  # fmt: skip
-    assert series.violation_byte_s == 2 * 20 + 4 * 30
-    assert series.violations == 2
-    assert series.peak_bytes == 130
-
-
-def test_budget_drops_during_a_step_are_counted_separately():
-    budget = StepBudget((0, 10), (100, 60))
-    series = TimeSeries((moment(8, 5, peak=90, budget=100), moment(13, 1, peak=50, budget=60)))
-    assert series.violation_byte_s == 0
-    assert series.late_byte_s(budget) == pytest.approx(30 * 3)
-    over = TimeSeries((moment(8, 5, peak=110, budget=100),))
-    assert over.violation_byte_s == 50  # the 10 bytes that were too many from the start
-    assert over.late_byte_s(budget) == pytest.approx(40 * 3)
-
-
-def test_a_downsampled_series_keeps_the_worst_intervals():
-    moments = [
-        moment(n, 1, peak=50, budget=100, plan=CompressionPlan(BlockMask.of(n % 2)))
-        for n in range(1000)
-    ]
-    moments[555] = moment(555, 1, peak=150, budget=100)
-    kept = TimeSeries(tuple(moments)).downsampled(count=100)
-    assert len(kept) == 100
-    assert max(step["peak_bytes"] - step["budget_bytes"] for step in kept) == 50
-    assert kept[0]["time_s"] == 0
-    assert kept[-1]["until_s"] == 1000
-    assert all(a["until_s"] <= b["time_s"] for a, b in itertools.pairwise(kept))
-    assert TimeSeries(()).downsampled() == []
-
-
-def test_masks_are_recorded_by_name_and_older_numbers_are_read():
-    mask = BlockMask.of(3, 59, 17)
-    (record,) = TimeSeries((moment(0, 1, 5, 9, plan=CompressionPlan(mask)),)).downsampled()
-    assert record["mask"] == list(mask.names)
-    assert recorded_mask(record["mask"]) == mask
-    assert recorded_mask("800000000020008") == mask
-    assert recorded_mask("0") == recorded_mask([]) == BlockMask()
+def test_sampled_steps_keep_the_worst_intervals():
+    plans = [CompressionPlan(BlockMask.of(3, n % 2)) for n in range(2)]
+    intervals = [moment(n, 1, 50, 100, plans[n % 2]) for n in range(1000)]
+    intervals[555] = moment(555, 1, peak=150, budget=100)
+    assert intervals[555].over_bytes == 50
+    assert intervals[554].over_bytes == 0
+    steps = sampled_steps(intervals, count=100)
+    assert len(steps) == 100
+    assert max(peak - budget for _, _, peak, budget, _ in steps) == 50
+    assert (steps[0][0], steps[-1][1]) == (0, 1000)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(steps))
+    assert steps[0][4] in ([0, 3], [1, 3])
+    assert sampled_steps([]) == []
 
 
 def test_prompts_are_cut_from_the_text_to_the_requested_lengths(loaded):
@@ -200,13 +169,13 @@ def test_the_oracle_chooses_for_the_lowest_future_budget():
     llm = tiny_llm(layers=LAYERS)
     memory = MemoryModel(llm)
     dense = memory.dense_peak_bytes(2, 16)
-    budget = StepBudget((0, 8, 50), (2 * dense, int(0.9 * dense), int(0.5 * dense)))
+    budget = Budget((0, 8, 50), (2 * dense, int(0.9 * dense), int(0.5 * dense)))
     inner = OrderPolicy(memory, range(2 * LAYERS))
     request = Request(2, 16, 2 * dense)
-    oracle = OraclePolicy(inner, budget, FakeState(time_s=0))
+    oracle = OraclePolicy(inner, FakeRun(budget))
     assert len(inner.choose(request)) == 0
     assert oracle.choose(request) == inner.choose(Request(2, 16, int(0.9 * dense)))
-    margin = OraclePolicy(inner, budget, FakeState(time_s=0, margin=dense // 5))
+    margin = OraclePolicy(inner, FakeRun(budget, margin=dense // 5))
     assert len(margin.choose(request)) > len(oracle.choose(request)) > 0
     small = Request(2, 16, dense // 2)  # what there is now counts too
     assert oracle.choose(small) == inner.choose(small)
@@ -217,7 +186,7 @@ def test_greedy_removes_what_costs_least_and_measures_no_mask_twice():
 
     llm = tiny_llm(layers=LAYERS)
     memory = MemoryModel(llm)
-    scorer, state = MaskScorer(llm, torch.arange(3, 15)[None]), FakeState()
+    scorer, state = MaskScorer(llm, torch.arange(3, 15)[None]), FakeRun()
     policy = GreedyPolicy(memory, scorer, state)
     dense = memory.dense_peak_bytes(1, 16)
     assert policy.choose(Request(1, 16, dense)) == BlockMask()
@@ -243,26 +212,26 @@ def test_static_masks_are_the_least_pruned_of_their_order(loaded):
     config, llm = loaded
     workload, memory = make_workload(config, llm), MemoryModel(llm)
     dense = memory.dense_peak_bytes(3, workload.longest_tokens)
-    factory = SystemFactory(config, llm, workload, StepBudget((0,), (int(0.9 * dense),)))
-    system = factory.make("static_gsi", FakeState())
-    order = factory._gsi_order()
+    factory = SystemFactory(config, llm, workload, Budget((0,), (int(0.9 * dense),)))
+    system = factory.make("static_gsi", FakeRun())
+    order = factory._guard_order
     count = len(system.policy.mask)
     assert system.policy.mask == BlockMask.of(*order[:count])
     assert system.guard_order == ()
     request = Request(3, workload.longest_tokens, int(0.9 * dense))
     assert memory.peak_bytes(BlockMask.of(*order[:count]), request) <= request.budget_bytes
     assert memory.peak_bytes(BlockMask.of(*order[: count - 1]), request) > request.budget_bytes
-    layers = factory.make("static_shortgpt", FakeState()).policy.mask
+    layers = factory.make("static_shortgpt", FakeRun()).policy.mask
     assert {index ^ 1 for index in layers} == set(layers)  # whole layers
 
 
 def test_dense_and_static_systems_may_not_be_guarded(loaded):
     config, llm = loaded
-    factory = SystemFactory(config, llm, make_workload(config, llm), StepBudget((0,), (10**9,)))
+    factory = SystemFactory(config, llm, make_workload(config, llm), Budget((0,), (10**9,)))
     for name in ("dense", "static_gsi", "static_shortgpt"):
-        assert factory.make(name, FakeState()).guard_order == ()
+        assert factory.make(name, FakeRun()).guard_order == ()
     for name in ("rap", "frontier", "oracle", "greedy"):
-        assert sorted(factory.make(name, FakeState()).guard_order) == list(range(2 * LAYERS))
+        assert sorted(factory.make(name, FakeRun()).guard_order) == list(range(2 * LAYERS))
 
 
 def test_a_policy_over_levels_is_guarded_by_its_own_order(loaded, tmp_path):
@@ -270,20 +239,9 @@ def test_a_policy_over_levels_is_guarded_by_its_own_order(loaded, tmp_path):
     made_ladder.policy_file(MemoryModel(llm)).save(tmp_path / "levels.safetensors")
     changed = replace(config.replay, policy=str(tmp_path / "levels.safetensors"))
     config, workload = replace(config, replay=changed), make_workload(config, llm)
-    factory = SystemFactory(config, llm, workload, StepBudget((0,), (10**9,)))
-    system = factory.make("rap", FakeState())
+    factory = SystemFactory(config, llm, workload, Budget((0,), (10**9,)))
+    system = factory.make("rap", FakeRun())
     assert isinstance(system.policy, LadderPolicy)
     assert system.guard_order == system.policy.order
-    assert len(str(factory.source_sha256("rap"))) == 64
     with pytest.raises(ExperimentError, match="holds no GSI order"):
-        factory.make("static_gsi", FakeState())
-
-
-def test_systems_depend_on_what_is_in_their_files(loaded, base):
-    config, llm = loaded
-    workload = make_workload(config, llm)
-    factory = SystemFactory(config, llm, workload, StepBudget((0,), (10**9,)))
-    hashes = {n: factory.source_sha256(n) for n in ("rap", "frontier", "oracle", "dense", "greedy")}
-    assert hashes["dense"] is hashes["greedy"] is None
-    assert hashes["frontier"] == hashes["oracle"] != hashes["rap"]
-    assert np.unique([len(str(h)) for h in hashes.values() if h]).tolist() == [64]
+        factory.make("static_gsi", FakeRun())

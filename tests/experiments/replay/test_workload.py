@@ -7,12 +7,7 @@ import pytest
 
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
-from experiments.replay.workload import (
-    FITTED_TRAFFIC,
-    Arrival,
-    read_arrivals,
-    sample_arrivals,
-)
+from experiments.replay.workload import FITTED_TRAFFIC, read_arrivals, sample_arrivals
 from rap_env.errors import UnknownNameError
 from rap_env.workload.traces import TraceError
 
@@ -42,12 +37,9 @@ def trace(tmp_path):
 
 
 def test_times_count_from_the_first_request(trace):
-    found = read_arrivals(trace, thinning(minutes=10, max_prompt_tokens=9999))
-    assert found == (
-        Arrival(0.0, 100, 10), Arrival(0.5, 200, 20), Arrival(4.25, 4000, 1), Arrival(60.0, 7, 7),
-        Arrival(302.0, 1, 1),
-    )  # fmt: skip
-    assert found[1].prompt_tokens + found[1].new_tokens == 220
+    assert read_arrivals(trace, thinning(minutes=10, max_prompt_tokens=9999)) == [
+        (0.0, 100, 10), (0.5, 200, 20), (4.25, 4000, 1), (60.0, 7, 7), (302.0, 1, 1)
+    ]  # fmt: skip
 
 
 def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
@@ -55,16 +47,16 @@ def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
         trace,
         thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300),
     )
-    assert found == (Arrival(0.0, 10, 1), Arrival(4.25 / 4, 300, 1))
+    assert found == [(0.0, 10, 1), (4.25 / 4, 300, 1)]
     other = thinning(minutes=1, token_scale=0.1, new_token_scale=2.0)
-    assert read_arrivals(trace, other)[1] == Arrival(0.5, 20, 40)
+    assert read_arrivals(trace, other)[1] == (0.5, 20, 40)
     assert len(read_arrivals(trace, thinning(minutes=1))) == 3  # the end is not part of it
 
 
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("", "has no request"),
+        ("", "No request arrives"),
         ("yesterday,1,1\n", "Line 2 .*'yesterday'"),
         ("2023-11-16 18:59:58,one,1\n", "Line 2"),
         ("2023-11-16 18:59:58,-1,5\n", "Line 2"),
@@ -96,25 +88,27 @@ def test_impossible_thinning_is_rejected(settings, name):
         thinning(**settings)
 
 
-def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
-    settings = thinning(minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6)
-    for name, (table, share) in FITTED_TRAFFIC.items():
-        found = sample_arrivals(name, 60, settings, seed=1)
-        assert len(found) == pytest.approx(3600, rel=0.05)
-        gaps = np.diff([arrival.time_s for arrival in found])
-        assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
-        totals = [arrival.prompt_tokens + arrival.new_tokens for arrival in found]
-        assert np.median(totals) == pytest.approx(float(table.at(0.5)), rel=0.1)
-        new = sum(arrival.new_tokens for arrival in found)
-        assert new / sum(totals) == pytest.approx(share, rel=0.1)
-        assert found == sample_arrivals(name, 60, settings, seed=1)
-        assert found != sample_arrivals(name, 60, settings, seed=2)
+@pytest.mark.parametrize("name", FITTED_TRAFFIC)
+def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic(name):
+    table, share = FITTED_TRAFFIC[name]
+    settings = thinning(
+        minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6, traffic=name,
+        arrivals_per_minute=60,
+    )  # fmt: skip
+    times, prompts, new = np.array(sample_arrivals(settings, seed=1)).T
+    assert len(times) == pytest.approx(3600, rel=0.05)
+    gaps = np.diff(times)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
+    assert np.median(prompts + new) == pytest.approx(float(table.at(0.5)), rel=0.1)
+    assert new.sum() / (prompts + new).sum() == pytest.approx(share, rel=0.1)
+    assert sample_arrivals(settings, seed=1) == sample_arrivals(settings, seed=1)
+    assert sample_arrivals(settings, seed=1) != sample_arrivals(settings, seed=2)
 
 
 def test_unknown_traffic_and_no_arrivals_are_rejected():
     with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
-        sample_arrivals("azure-conf", 60, thinning())
-    with pytest.raises(TraceError, match="arrivals_per_minute"):
-        sample_arrivals("azure-conv", 0, thinning())
+        thinning(traffic="azure-conf")
+    with pytest.raises(ExperimentError, match="arrivals_per_minute"):
+        thinning(arrivals_per_minute=0)
     with pytest.raises(TraceError, match="No request arrives"):
-        sample_arrivals("azure-conv", 0.001, thinning(minutes=0.001))
+        sample_arrivals(thinning(minutes=0.001, arrivals_per_minute=0.001))

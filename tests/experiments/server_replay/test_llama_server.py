@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.server_replay.llama_server import buffer_bytes, largest_context, options
+from experiments.server_replay.systems import buffer_bytes, largest_context
 
 LOG = """\
 load_tensors:   CPU_Mapped model buffer size =    86.25 MiB
@@ -20,11 +20,6 @@ def test_buffers_are_read_from_the_log():
         "output": round(1.5 * MIB),
     }  # fmt: skip
     assert buffer_bytes([]) == {"model": 0, "KV": 0, "compute": 0, "output": 0}
-
-
-def test_a_quantised_cache_gets_flash_attention():
-    assert "-fa on -t 1" in " ".join(options("q8_0", 512, 4, 256))
-    assert "-fa" not in options("f16", 512, 4, 256)
 
 
 def search(budget, most_tokens=6000, max_starts=6, bend=0):

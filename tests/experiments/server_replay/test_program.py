@@ -17,10 +17,8 @@ from experiments.config.model import ModelConfig
 from experiments.config.servers import ServerReplayConfig
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
-from experiments.server_replay.program import REFERENCES, REQUESTS, server_replay
-from experiments.server_replay.records import ServerReplayRow
-from experiments.server_replay.systems import DEPLOYMENTS
-from experiments.server_replay.tables import server_replay_markdown, server_replay_text
+from experiments.server_replay.study import STUDY
+from experiments.server_replay.systems import LlamaDeployment
 from experiments.study.records import read_records
 from rap_env.errors import RapError
 from tests.experiments.server_replay.fake_llama_server import BYTES_PER_TOKEN
@@ -74,14 +72,12 @@ def config(tmp_path_factory):
 def folder(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAP_CACHE_DIR", str(Path(config.runs_dir) / "cache"))
-        path = config.stage_dir("server_replay")
-        server_replay(config, path)
-        return path
+        return STUDY.run(config, config.stage_dir("server_replay"))
 
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return ServerReplayRow.read(folder / "server_replay.jsonl")
+    return STUDY.read(folder)
 
 
 def test_each_budget_has_every_system_in_an_order_that_is_reversed_each_time(rows):
@@ -92,14 +88,13 @@ def test_each_budget_has_every_system_in_an_order_that_is_reversed_each_time(row
 def test_a_large_budget_takes_one_start_and_serves_every_request(rows):
     row = rows[0]
     assert (row.context_tokens, row.trial_starts) == (1280, 1)  # 4 slots of 304 tokens, rounded up
-    assert (row.served, row.requests, row.tokens) == (6, 6, sum(4 + n for n in range(6)))
-    assert row.reasons == {}
+    assert row.outcomes == {"served": 6}
     assert row.peak_bytes > row.context_tokens * BYTES_PER_TOKEN
     assert row.samples > 5
     assert row.samples_over == 0
     assert row.model_bytes == pytest.approx(12.5 * MIB + 1280 * BYTES_PER_TOKEN, abs=MIB / 100)
-    assert 0 < row.ttft_p50_s <= row.ttft_p99_s < 20
-    assert 0 <= row.tpot_p50_s <= row.tpot_p99_s
+    assert len(row.ttft_s) == len(row.tpot_s) == 6
+    assert 0 < min(row.ttft_s) <= max(row.ttft_s) < 20
 
 
 def test_a_small_budget_gets_the_largest_context_within_it_and_rejects_what_does_not_fit(
@@ -108,57 +103,50 @@ def test_a_small_budget_gets_the_largest_context_within_it_and_rejects_what_does
     row = rows[3]
     assert 256 <= row.context_tokens < 1280
     found = next(
-        d for d in read_records(folder / DEPLOYMENTS)
-        if d["cache"] == "f16" and d["budget_bytes"] == 45 * MIB
+        deployment for deployment in LlamaDeployment.read(folder)
+        if (deployment.cache, deployment.budget_bytes) == ("f16", 45 * MIB)
     )  # fmt: skip
-    assert found["starts"] == len(found["trials"]) == row.trial_starts == 3
-    fits = {int(tokens) for tokens, peak in found["trials"].items() if peak <= 45 * MIB}
+    assert len(found.trials) == row.trial_starts == 3
+    fits = {int(tokens) for tokens, peak in found.trials.items() if peak <= 45 * MIB}
     assert row.context_tokens == max(fits)
-    assert row.served + row.refused == 6
-    assert row.reasons == ({"400": row.refused} if row.refused else {})
+    assert row.outcomes.keys() <= {"served", "refused"}
+    assert sum(row.outcomes.values()) == 6
 
 
 def test_a_budget_below_the_smallest_context_is_a_row_that_says_so(rows):
     row = rows[4]
     assert row.startup_error.startswith("llama.cpp's server with a cache in f16 takes ")
-    assert (row.served, row.refused, row.samples, row.loss_mean) == (0, 6, 0, None)
+    assert (row.outcomes, row.samples, row.losses) == ({"refused": 6}, 0, [])
 
 
 def test_answers_are_judged_by_the_dense_model(folder, rows):
-    requests = read_records(folder / REQUESTS / f"llama_f16-{2**30}.jsonl")
-    assert [r["tokens"] for r in requests] == [r["tokenised"] for r in requests]
-    mean = sum(r["loss"] for r in requests) / len(requests)
-    assert rows[0].loss_mean == pytest.approx(mean, abs=1e-3)
-    assert rows[0].loss_ci_low <= rows[0].loss_mean <= rows[0].loss_ci_high
-    assert rows[0].same_fraction == sum(r["same"] for r in requests) / rows[0].tokens
-    assert len(read_records(folder / REFERENCES)) == 6
+    assert len(rows[0].losses) == 6
+    assert 0 <= rows[0].same_fraction <= 1
+    assert len(read_records(folder / "references.jsonl")) == 6
 
 
 def test_rows_are_not_measured_again_and_hold_no_paths(config, folder, rows):
     before = (folder / "server_replay.jsonl").read_bytes()
-    server_replay(replace(config, server_replay=replace(
+    STUDY.run(replace(config, server_replay=replace(
         config.server_replay, systems=["llama_f16"], budgets=["1GiB"])), folder)  # fmt: skip
     assert (folder / "server_replay.jsonl").read_bytes() == before
-    kept = [{**row.to_record(), "provenance": row.provenance["depends_on"]} for row in rows]
+    kept = [{**row.to_record(), "provenance": row.depends_on} for row in rows]
     assert str(folder.parent) not in json.dumps(kept)
 
 
 def test_tables_have_a_line_for_each_system_and_the_reason_of_each_that_did_not_start(rows):
-    in_markdown, in_terminal = server_replay_markdown(rows), server_replay_text(rows)
-    assert (
-        in_markdown.count("| llama.cpp, f16 cache |") == 7
-    )  # thrice three, but one started in none
-    assert "version 1234 (abcdef)" in in_markdown
-    for text in (in_markdown, in_terminal):
-        assert "with its smallest context" in " ".join(text.split())
-        assert "6 requests of trace.csv" in text
+    text = STUDY.markdown(rows)
+    assert text.count("| llama.cpp, f16 cache |") == 7  # three tables thrice; one did not start
+    assert "version 1234 (abcdef)" in text
+    assert "with its smallest context" in text
+    assert "6 requests of trace.csv" in text
 
 
 def test_a_missing_program_is_reported_before_the_model_is_loaded(config, tmp_path):
     settings = replace(config.server_replay, llama_server="no-such-server")
     nothing = replace(config, server_replay=settings, model=ModelConfig(name="nothing"))
     with pytest.raises(ExperimentError, match=r"'no-such-server' was not found; .*pip install"):
-        server_replay(nothing, tmp_path)
+        STUDY.run(nothing, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +168,10 @@ def test_our_own_server_is_replayed_and_says_if_its_memory_does_not_suffice(conf
     settings = replace(
         config.server_replay, systems=["rap", "rap_model_memory"], budgets=["1GiB", "1MiB"]
     )
-    server_replay(replace(config, server_replay=settings), tmp_path)
-    rows = ServerReplayRow.read(tmp_path / "server_replay.jsonl")
-    assert [(row.system, row.served) for row in rows] == [
+    rows = STUDY.read(STUDY.run(replace(config, server_replay=settings), tmp_path))
+    assert [(row.system, row.outcomes.get("served", 0)) for row in rows] == [
         ("rap", 6), ("rap_model_memory", 6), ("rap_model_memory", 0), ("rap", 0),
     ]  # fmt: skip
     assert rows[0].samples_over == 0
-    assert rows[0].tokens == sum(4 + n for n in range(6))
     assert rows[1].options[:2] == ["--model-memory", str(rows[1].model_bytes)]
     assert "memory is 1MiB, but the process needs" in rows[3].startup_error
