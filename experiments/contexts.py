@@ -51,25 +51,9 @@ def gsi_artifact(config: Config) -> Path:
     return config.stage_dir("profile") / GSI_FILE
 
 
-def frontier_artifact(config: Config, kind: str = "") -> Path:
-    """Return the path of this comparison's frontier table, which its profile writes.
-
-    Args:
-        config: All settings.
-        kind: Kind of text that it was measured on, one of `Config.kinds`; empty for the
-            calibration text.
-    """
-    return config.stage_dir("profile") / of_kind(FRONTIER_FILE, kind)
-
-
-def of_kind(name: str, kind: str) -> str:
-    """Return the name of a file for a kind of text.
-
-    >>> of_kind("frontier.json", "prose"), of_kind("frontier.json", "")
-    ('frontier.prose.json', 'frontier.json')
-    """
-    path = Path(name)
-    return f"{path.stem}.{kind}{path.suffix}" if kind else name
+def frontier_artifact(config: Config) -> Path:
+    """Return the path of this comparison's frontier table, which its profile writes."""
+    return config.stage_dir("profile") / FRONTIER_FILE
 
 
 def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
@@ -114,23 +98,18 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     return open_context(context_config(config, profiled=profiled))
 
 
-def kind_contexts(config: Config, *, profiled: bool = True) -> dict[str, PruningContext]:
+def kind_contexts(config: Config) -> dict[str, PruningContext]:
     """Return a context for the text of each kind, by its name, in the order of `Config.kinds`.
 
-    All texts are read before anything is measured. Without kinds, there is one context, that of the
-    calibration text, and its name is empty; only its importance may come from a profile
-    (`profiled`). Errors are those of `build_context`.
+    All texts are read before anything is measured. Errors are those of `build_context`.
     """
-    if not config.kinds:
-        return {"": build_context(config, profiled=profiled)}
     reject_table(config)
-    settings, found = context_config(config, profiled=False), {}
+    settings, contexts = context_config(config, profiled=False), {}
     for name, kind in config.kinds.items():
         windows = kind.windows or settings.calibration.windows
         text = replace(settings.calibration, source=kind.source, field=kind.field, windows=windows)
-        table = str(frontier_artifact(config, name))
-        found[name] = open_context(replace(settings, calibration=text, frontier=table))
-    return found
+        contexts[name] = open_context(replace(settings, calibration=text))
+    return contexts
 
 
 def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:

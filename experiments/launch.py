@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -34,6 +35,9 @@ from rap_env.plugins import GROUPS as PLUGIN_KINDS
 from rap_env.plugins import entry_points
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+CHOICES_FILE = CONF_DIR / "choices.yaml"
+"""Options of the groups that have no folder of their own in ``conf/``."""
+
 GROUPS = {"hydra/sweeper/optuna": "sweeps", "hydra/launcher/submitit": "sweeps"}
 """Dependency group that provides a plugin, by the name that Hydra reports as missing."""
 
@@ -46,13 +50,24 @@ S = TypeVar("S")
 
 
 def register() -> None:
-    """Register the schemas and the resolver that names run folders with Hydra."""
+    """Register schemas, small groups and the resolver that names run folders with Hydra."""
     store = ConfigStore.instance()
+    for group, options in yaml.safe_load(CHOICES_FILE.read_text(encoding="utf-8")).items():
+        for name, node in options.items():
+            package = "_global_" if "_global_" in node else group
+            store.store(group=group, name=name, node=node.get("_global_", node), package=package)
     store.store(name="rap_schema", node=Config)
     store.store(name="compare_schema", node=CompareConfig)
     store.store(name="export_policy_schema", node=ExportPolicyConfig)
     if not OmegaConf.has_resolver("rap_label"):
         OmegaConf.register_new_resolver("rap_label", _run_label)
+
+
+def register_program(stage: str) -> None:
+    """Register a program with Hydra, unless it has a file in ``conf/``."""
+    if not (CONF_DIR / f"{stage}.yaml").exists():
+        node = {"defaults": ["config", "_self_"], "stage": stage, "hydra": {"job": {"name": stage}}}
+        ConfigStore.instance().store(name=stage, node=node)
 
 
 def _run_label(
@@ -115,10 +130,11 @@ def launch(stage: str, run: Stage) -> None:
     """Compose the settings with Hydra and run one stage, or a sweep of it.
 
     Args:
-        stage: Name of the program and of its file in ``conf/``.
+        stage: Name of the program, and of its file in ``conf/`` if it has one.
         run: Called with the settings and the run folder. A number that it returns is the
             objective that an optimising sweeper minimises.
     """
+    register_program(stage)
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
     def main(node: DictConfig) -> float | None:

@@ -172,10 +172,7 @@ def check_kinds(config: Config) -> None:
 
 def kind_costs(config: Config) -> KindCosts:
     """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart."""
-    contexts = {
-        name: require_live(context)
-        for name, context in kind_contexts(config, profiled=False).items()
-    }
+    contexts = {name: require_live(context) for name, context in kind_contexts(config).items()}
     texts = {name: context.corpus.tokens.numpy() for name, context in contexts.items()}
     kinds = TextKinds.of(texts, next(iter(contexts.values())).memory.facts.vocab_size)
     costs = {}

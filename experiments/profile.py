@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.contexts import GSI_FILE, build_context, frontier_artifact, kind_contexts
+from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
 from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
@@ -40,8 +40,7 @@ def profile(config: Config, folder: Path) -> Path:
     """Measure importance and write artifacts; existing artifacts are kept.
 
     The folder gets ``profile.json``, ``gsi.json``, ``one_shot.json`` and, if
-    `frontier.evaluations` is above 0, ``frontier.json``, or with `kinds` a table for the text of
-    each kind, ``frontier.KIND.json``.
+    `frontier.evaluations` is above 0, ``frontier.json``.
 
     Returns:
         The path of ``profile.json``.
@@ -52,14 +51,13 @@ def profile(config: Config, folder: Path) -> Path:
     run = RunFolder(folder)
     started = time.monotonic()
     path = folder / "profile.json"
-    run.start(config, frozen=("model", "calibration", "kinds", "importance", "repair"))
+    run.start(config, frozen=("model", "calibration", "importance", "repair"))
     context = build_context(config, profiled=False)
     if not path.exists():
         _measure(config, context, folder, path)
-    if config.frontier.evaluations:
-        for kind, of_text in kind_contexts(config, profiled=False).items():
-            if not (table := frontier_artifact(config, kind)).exists():
-                build_frontier_table(config, of_text, table)
+    table = frontier_artifact(config)
+    if config.frontier.evaluations and not table.exists():
+        build_frontier_table(config, context, table)
     run.finish(started)
     log.info("Importance: %s.", path)
     return path

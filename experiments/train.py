@@ -16,7 +16,7 @@ from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
 from experiments.comparison.figures import removal_picture
 from experiments.config import Config
-from experiments.contexts import build_context, kind_contexts, ladder_bytes
+from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.figures import PNG_DPI, style
 from experiments.study.records import Cell, trim_metrics
@@ -38,7 +38,7 @@ from rap_env.request import Request
 log = logging.getLogger(__name__)
 
 FROZEN = (
-    "model", "calibration", "kinds", "importance", "repair", "workload", "reward", "env", "agent",
+    "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent",
     "seed", "warm_start", "score_model", "frontier",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""
@@ -84,7 +84,7 @@ def train(
         if trial is not None:
             sinks.append(Pruning(trial, agent.total_timesteps, folder))
         try:
-            result = learn(config, agent, kind_contexts(config), folder, sinks)
+            result = learn(config, agent, context, folder, sinks)
             facts = facts_of(result)
         except (TrialPrunedError, TrainingDivergedError) as stop:
             facts = facts_of_stopped(folder, trial, stop)

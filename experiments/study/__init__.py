@@ -29,7 +29,7 @@ tables made from the rows. The rest is done here::
     STUDY = Study("caches", "Levels of caches", [CacheRow], jobs, tables)
 
     if __name__ == "__main__":
-        launch(STUDY.name, STUDY.run)           # python -m experiments.caches, conf/caches.yaml
+        launch(STUDY.name, STUDY.run)           # python -m experiments.caches
 
 `Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same command
 continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions, machine, seeds),

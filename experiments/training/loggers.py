@@ -232,7 +232,7 @@ class Wandb(MetricLogger):
 
 
 _READ_BY_BOTH = (
-    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration", "kinds",
+    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration",
     "importance", "repair",
 )  # fmt: skip
 

@@ -5,10 +5,6 @@ round fits the score model to all scores measured so far, trains the agent on it
 then measures the masks that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
 iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the next round
 corrects it.
-
-With `kinds`, one agent is trained on the texts of several kinds: each has its own scores,
-importance and score model, and an equal share of the sub-environments and of the teacher's
-requests.
 """
 
 from __future__ import annotations
@@ -33,14 +29,13 @@ from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.contexts import ladder_bytes, of_kind
+from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, load_plan_frontier
 from rap_env.context.table import TableContext
-from rap_env.envs.joined import JoinedVectorEnv
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
@@ -60,19 +55,19 @@ _DRAWN = 4  # sampled masks for each verified request; the best by prediction is
 def learn(
     config: Config,
     agent: AgentConfig,
-    contexts: Mapping[str, PruningContext],
+    context: PruningContext,
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
-    A score table that it is trained on, fitted here or given as the model, is saved in its folder:
-    `TABLE_FILE`, or one for each kind of text.
+    A score table that it is trained on, fitted here or given as the model, is saved as `TABLE_FILE`
+    in its folder.
 
     Args:
         config: All settings.
         agent: The agent.
-        contexts: The contexts of `kind_contexts`.
+        context: The model and text.
         folder: The run's folder.
         sinks: Take the metrics.
 
@@ -81,36 +76,32 @@ def learn(
         it scored for a table that is the model here.
     """
     if not config.score_model.rounds:
-        result = _train(config, agent, list(contexts.values()), folder, sinks)
-        tables = {k: c.table for k, c in contexts.items() if isinstance(c, TableContext)}
-        for kind, table in tables.items():
-            table.save(folder / of_kind(TABLE_FILE, kind))
-        evaluations = sum(len(table.scores) for table in tables.values())
-        return replace(result, evaluations=evaluations) if tables else result
-    texts = [_ScoredText(config, kind, context) for kind, context in contexts.items()]
+        result = _train(config, agent, context, folder, sinks)
+        if not isinstance(context, TableContext):
+            return result
+        context.table.save(folder / TABLE_FILE)
+        return replace(result, evaluations=len(context.table.scores))
+    text = _ScoredText(config, context)
     rounds = config.score_model.rounds
     for number in range(rounds):
         steps = agent.total_timesteps * (number + 1) // rounds
+        predicted = text.predicted()
         part = replace(agent, total_timesteps=steps)
-        predicted = [text.predicted() for text in texts]
         result = _train(config, part, predicted, folder, sinks)
-        for text, scores in zip(texts, predicted, strict=True):
-            text.verify(number, scores, folder, sinks, result.timesteps)
-    for text, scores in zip(texts, predicted, strict=True):
-        scores.table.save(folder / of_kind(TABLE_FILE, text.kind))
-    return replace(result, evaluations=sum(len(text.known) for text in texts))
+        text.verify(number, predicted, folder, sinks, result.timesteps)
+    predicted.table.save(folder / TABLE_FILE)
+    return replace(result, evaluations=len(text.known))
 
 
 class _ScoredText:
-    """The scores of one text that are known, and the score models fitted to them.
+    """The scores of a text that are known, and the score models fitted to them.
 
     Attributes:
-        kind: Kind of the text; empty if there is only one.
         known: NLL of masks and plans, nats per token.
     """
 
-    def __init__(self, config: Config, kind: str, context: PruningContext) -> None:
-        self.kind, self.known = kind, _known(config, context)
+    def __init__(self, config: Config, context: PruningContext) -> None:
+        self.known = _known(config, context)
         self._config, self._context = config, context
         item_bytes, self._levels = ladder_bytes(config, context), None
         if item_bytes is not None:
@@ -118,13 +109,13 @@ class _ScoredText:
 
     def predicted(self) -> TableContext:
         """Return a context whose scores a score model predicts, fitted to what is known now."""
-        settings, name = self._config.score_model, of_kind(TABLE_FILE, self.kind)
+        settings = self._config.score_model
         table = table_of(
             self._config, self._context, self.known, levels=self._levels,
             members=settings.members, pessimism=settings.pessimism,
         )  # fmt: skip
         importance, frontier = self._config.importance.method, self._context.frontier_path
-        return TableContext(table, name, importance=importance, frontier=frontier)
+        return TableContext(table, TABLE_FILE, importance=importance, frontier=frontier)
 
     def verify(
         self,
@@ -135,19 +126,19 @@ class _ScoredText:
         step: int,
     ) -> None:
         """Measure and record the masks or plans that the policy chooses after a round."""
-        path = folder / of_kind(ROUNDS_FILE, self.kind)
+        path = folder / ROUNDS_FILE
         done = {record["round"]: record for record in read_records(path)}
         if number not in done:
             policy = TrainedPolicy.load(folder, predicted, seed=number)
             done[number] = {"round": number, "step": step, **self._measured(policy, predicted)}
             append_record(path, done[number])
-        record, place = done[number], f"verify/{self.kind}".rstrip("/")
-        metrics = {f"{place}/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
+        record = done[number]
+        metrics = {f"verify/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
         for sink in sinks:
             sink(metrics, step)
         log.info(
-            "Round %d%s: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
-            number, self.kind and f", {self.kind}", record["loss"], record["predicted_loss"],
+            "Round %d: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
+            number, record["loss"], record["predicted_loss"],
         )  # fmt: skip
         self.known |= scored_masks(record)
 
@@ -170,26 +161,8 @@ class _ScoredText:
         }
 
 
-def make_envs(
-    config: Config, contexts: Sequence[PruningContext], num_envs: int
-) -> PruningVectorEnv[Any] | JoinedVectorEnv:
-    """Make the vector environment on a context, or one with an equal share for each of several.
-
-    Raises:
-        ExperimentError: There are fewer sub-environments than contexts.
-    """
-    if num_envs < len(contexts):
-        raise ExperimentError(
-            f"{len(contexts)} kinds of text cannot share agent.n_envs={num_envs} sub-environments; "
-            "give at least as many."
-        )
-    ends = [num_envs * (number + 1) // len(contexts) for number in range(len(contexts))]
-    shares = np.diff([0, *ends]).tolist()
-    parts = [_envs(config, *part) for part in zip(contexts, shares, strict=True)]
-    return parts[0] if len(parts) == 1 else JoinedVectorEnv(parts)
-
-
-def _envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv[Any]:
+def make_envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv[Any]:
+    """Make the vector environment on a context."""
     kind: type[PruningVectorEnv[Any]] = RAPPruneVectorEnv
     if config.env.lowers:
         kind = RAPPruneV1VectorEnv
@@ -231,22 +204,22 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
 def _train(
     config: Config,
     agent: AgentConfig,
-    contexts: Sequence[PruningContext],
+    context: PruningContext,
     folder: Path,
     sinks: Sequence[MetricSink],
 ) -> TrainResult:
-    """Train the agent on the scores of one or several contexts."""
+    """Train the agent on the scores of a context."""
     return train_agent(
         agent,
-        lambda num_envs: make_envs(config, contexts, num_envs),
+        lambda num_envs: make_envs(config, context, num_envs),
         folder,
         log_fns=sinks,
         progress=config.progress,
-        warm_start=_warm_start(config, contexts),
+        warm_start=_warm_start(config, context),
     )
 
 
-def _warm_start(config: Config, contexts: Sequence[PruningContext]) -> WarmStart | None:
+def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
     settings = config.warm_start
     if settings.teacher == "none":
         return None
@@ -256,34 +229,24 @@ def _warm_start(config: Config, contexts: Sequence[PruningContext]) -> WarmStart
             updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
         )
         ladder = config.env.ladder if config.env.lowers else None
-        lessons = [
-            Lesson(demonstrations(config, context, len(contexts)), make_builder(context, ladder))
-            for context in contexts
-        ]
-        result = imitate(model, lessons, how, progress=config.progress)
+        lesson = Lesson(demonstrations(config, context), make_builder(context, ladder))
+        result = imitate(model, [lesson], how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            sum(len(lesson.shown) for lesson in lessons), settings.teacher, 100 * result.agreement,
+            len(lesson.shown), settings.teacher, 100 * result.agreement,
         )  # fmt: skip
 
     return start
 
 
-def demonstrations(
-    config: Config, context: PruningContext, shared_by: int = 1
-) -> list[Demonstration]:
+def demonstrations(config: Config, context: PruningContext) -> list[Demonstration]:
     """Return the teacher's masks or plans for requests of the workload.
-
-    Args:
-        config: All settings.
-        context: The model and text.
-        shared_by: Number of texts that `warm_start.requests` are divided among.
 
     Raises:
         ArtifactError: The teacher is the frontier table, and there is none.
     """
     settings, item_bytes = config.warm_start, ladder_bytes(config, context)
-    requests = draw_requests(config, context, max(1, settings.requests // shared_by), 1)
+    requests = draw_requests(config, context, settings.requests, 1)
     if settings.teacher == "frontier" and item_bytes is None:
         known = [context.frontier.best(context.memory, request) for request in requests]
         pairs = zip(requests, known, strict=True)

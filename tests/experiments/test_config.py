@@ -22,7 +22,7 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.config.training import AgentConfig
 from experiments.contexts import context_config, described_tasks
 from experiments.errors import ExperimentError
-from experiments.launch import CONF_DIR, register
+from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
 from experiments.study.run_names import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
@@ -31,21 +31,20 @@ from rap_env.workload import SAMPLERS
 from tests.programs import run_python
 
 PUBLISHED = sorted((CONF_DIR.parent / "results").glob("*/train/*/config.yaml"))
-FILES = sorted(CONF_DIR.rglob("*.yaml"))
-GROUPS = {
-    name: sorted((CONF_DIR / name).glob("*.yaml"))
-    for name in ("agent", "budget", "calibration", "env", "experiment", "importance", "logger",
-                 "model", "repair", "reward", "stubs", "workload")
-}  # fmt: skip
-SECTIONS = [name for name in GROUPS if name != "experiment"]
-"""Groups whose files set the section of their name."""
+CHOICES = yaml.safe_load(CHOICES_FILE.read_text())
+FOLDERS = {
+    group: {path.stem: yaml.safe_load(path.read_text()) for path in (CONF_DIR / group).glob("*")}
+    for group in ("agent", "experiment")
+}
+GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
+"""Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
     "small_models", "replay", "server_replay", "serve", "soak", "levels", "tight_grid", "prompts",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
-    (PROGRAMS[number % len(PROGRAMS)], path.stem)
-    for number, path in enumerate(GROUPS["experiment"])
+    (PROGRAMS[number % len(PROGRAMS)], name)
+    for number, name in enumerate(sorted(FOLDERS["experiment"]))
 ]
 NEEDED = {
     "model/custom": ["model.name=some/model"],
@@ -59,6 +58,8 @@ NEEDED = {
 @pytest.fixture(autouse=True, scope="module")
 def hydra():
     register()
+    for program in PROGRAMS:
+        register_program(program)
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         yield
 
@@ -78,12 +79,11 @@ def with_values(node, *overrides):
 
 
 def test_some_files_were_found():
-    assert len(FILES) >= 25
     assert len(PUBLISHED) >= 25
     assert all(GROUPS.values())
     assert {program for program, _ in PROGRAMS_AND_EXPERIMENTS} == set(PROGRAMS)
-    folders = {path.parent.name for path in FILES if path.parent.parent == CONF_DIR}
-    assert folders - {"sweep", "grid"} == set(GROUPS)
+    folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    assert folders == {"agent", "experiment", "grid", "hydra", "sweep"}
 
 
 @pytest.mark.parametrize(("program", "experiment"), PROGRAMS_AND_EXPERIMENTS)
@@ -116,25 +116,24 @@ def test_by_default_there_are_no_repair_and_no_workers():
     assert (found.repair, found.workers) == ("none", 0)
 
 
-@pytest.mark.parametrize("number", range(max(len(GROUPS[name]) for name in SECTIONS)))
-def test_every_file_of_every_group_composes(number):
-    """The first files of all groups compose together, then the second ones, and so on."""
-    paths = [GROUPS[name][number % len(GROUPS[name])] for name in SECTIONS]
-    needed = [NEEDED.get(f"{path.parent.name}/{path.stem}", []) for path in paths]
-    chosen = [f"{path.parent.name}={path.stem}" for path in paths]
+@pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
+def test_every_option_of_every_group_composes(number):
+    """The first options of all groups compose together, then the second ones, and so on."""
+    names = {group: sorted(options)[number % len(options)] for group, options in GROUPS.items()}
+    needed = [NEEDED.get(f"{group}/{name}", []) for group, name in names.items()]
+    chosen = [f"{group}={name}" for group, name in names.items()]
     config = composed("train", *chosen, *itertools.chain(*needed))
-    for path in paths:
-        assert_is_as_in(path, getattr(config, path.parent.name))
+    for group, name in names.items():
+        assert_has(getattr(config, group), GROUPS[group][name], group)
     assert agent_config(config).name == config.agent.name
 
 
-def assert_is_as_in(path, section):
-    values = yaml.safe_load(path.read_text())
-    values = values.get(path.parent.name, values)  # a file may also set other sections
+def assert_has(section, values, group):
+    values = values.get("_global_", {group: values})[group]  # an option may set other sections too
     for key, value in values.items():
-        found = section[key] if isinstance(section, dict) else getattr(section, key)
+        own = section[key] if isinstance(section, dict) else getattr(section, key)
         if value != "???" and not isinstance(value, dict):
-            assert found == value
+            assert own == value
 
 
 @pytest.mark.parametrize("choice", sorted(NEEDED))
@@ -146,11 +145,9 @@ def test_missing_values_of_a_file_must_be_given(choice):
 
 
 def test_names_in_the_files_exist():
-    agents = {path.stem for path in (CONF_DIR / "agent").glob("*.yaml")}
-    assert agents == set(ALGORITHMS)
-    workloads = list((CONF_DIR / "workload").glob("*.yaml"))
-    assert {yaml.safe_load(path.read_text())["name"] for path in workloads} == set(SAMPLERS)
-    assert {path.stem for path in workloads} >= set(SAMPLERS)
+    assert set(GROUPS["agent"]) == set(ALGORITHMS)
+    assert {values["name"] for values in GROUPS["workload"].values()} == set(SAMPLERS)
+    assert set(GROUPS["workload"]) >= set(SAMPLERS)
     for experiment in ("demo", "main"):
         settings = composed("evaluate", f"experiment={experiment}")
         found = settings.evaluate

@@ -12,7 +12,7 @@ from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.config.common import KindTextConfig, TextConfig
+from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
 from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
@@ -26,7 +26,6 @@ from experiments.config.training import (
 from experiments.contexts import (
     build_context,
     frontier_artifact,
-    kind_contexts,
     ladder_bytes,
 )
 from experiments.demo import demo
@@ -46,15 +45,12 @@ from experiments.training.score_model import (
 )
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.importance.text_kinds import TextKinds
 from rap_env.plan import CompressionPlan, as_plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
-from tests.experiments.letter_texts import write_letters
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
@@ -94,7 +90,7 @@ def run(config):
 
 def test_the_section_env_makes_the_environment_and_feasible_requests(config):
     context = build_context(config)
-    envs = make_envs(config, [context], 2)
+    envs = make_envs(config, context, 2)
     assert isinstance(envs, RAPPruneV1VectorEnv)
     assert envs.ladder.spec == {"levels": LEVELS, "together": ["int8"]}
     item_bytes = ladder_bytes(config, context)
@@ -237,80 +233,3 @@ def test_settings_of_the_environment_are_checked():
         EnvConfig(id="RAPPrune-v2")
     with pytest.raises(UnknownNameError, match="teacher"):
         WarmStartConfig(teacher="best")
-
-
-@pytest.fixture(scope="module")
-def by_text(config, tmp_path_factory):
-    """Settings of a training on two kinds of text, whose profile is made."""
-    folder, kinds = tmp_path_factory.mktemp("kinds"), {}
-    for name, letters in {"few": "abcde ", "many": "FGHIJKLMNOP"}.items():
-        path = write_letters(folder, name, letters)
-        kinds[name] = KindTextConfig(path, windows=len(kinds) + 2)
-    made = replace(
-        config,
-        name="by_text",
-        kinds=kinds,
-        frontier=FrontierConfig(evaluations=50, requests=16),
-        agent=replace(config.agent, n_envs=4),
-        warm_start=WarmStartConfig(teacher="score_model", requests=8, updates=50),
-        score_model=ScoreModelConfig(rounds=2, verify_requests=4, members=2),
-        reward={"name": "perplexity", "relative_to": "one_shot"},
-    )
-    profile(replace(made, stage="profile"), made.stage_dir("profile"))
-    return made
-
-
-def test_one_agent_is_trained_on_the_texts_of_several_kinds(by_text):
-    assert not frontier_artifact(by_text).exists()
-    folder = train(by_text, by_text.stage_dir("train") / "agent-s0")
-    contexts, evaluations = kind_contexts(by_text), 0
-    assert list(contexts) == ["few", "many"]
-    assert [context.corpus.tokens.shape for context in contexts.values()] == [(2, 12), (3, 12)]
-    for kind, context in contexts.items():
-        table = PlanFrontier.load(frontier_artifact(by_text, kind), context.memory)
-        assert table.provenance["scoring"]["tokens"] == context.scorer.context["tokens"]
-        rounds = read_records(folder / f"rounds.{kind}.jsonl")
-        assert [record["round"] for record in rounds] == [0, 1]
-        known = dict(table.scores)
-        for record in rounds:
-            assert scored_masks(record) == {p: context.scorer.nll(p) for p in scored_masks(record)}
-            known |= scored_masks(record)
-        scores = ScoreTable.load(folder / f"score_table.{kind}.json")
-        assert set(scored_masks(rounds[0])) <= set(scores.scores) <= set(known)
-        assert scores.levels["one_shot"] == context.level_costs(LEVELS["caches"]).one_shot
-        evaluations += len(known)
-    assert RunFolder(folder).read()["evaluations"] == evaluations
-    assert not (folder / ROUNDS_FILE).exists()
-    tables = [context.scorer.nll(CompressionPlan()) for context in contexts.values()]
-    assert tables[0] != tables[1]
-
-
-def test_an_agent_that_learned_on_several_kinds_serves_by_the_kind_of_a_prompt(by_text, tmp_path):
-    run = train(by_text, by_text.stage_dir("train") / "agent-s0")
-    export(ExportPolicyConfig(run=str(run), out=str(tmp_path / "policy.safetensors")))
-    contexts = kind_contexts(by_text)
-    llm = next(iter(contexts.values())).llm
-    texts = {kind: np.tile(c.corpus.tokens.numpy(), 20) for kind, c in contexts.items()}
-    costs = {kind: c.level_costs(LEVELS["caches"]) for kind, c in contexts.items()}
-    kinds = KindCosts(TextKinds.of(texts, llm.facts.vocab_size), costs)
-    policy = load_policy(tmp_path / "policy.safetensors", llm, kinds=kinds)
-    for number, context in enumerate(contexts.values()):
-        trained = TrainedPolicy.load(run, context)
-        shares = tuple(float(number == other) for other in range(2))
-        for request in draw_requests(by_text, context, 8, 3):
-            plan = policy.for_text(shares).choose(request)
-            assert as_plan(plan) == as_plan(trained.choose(request))
-
-
-def test_each_kind_needs_a_table_and_a_sub_environment(by_text):
-    contexts = list(kind_contexts(by_text).values())
-    envs = make_envs(by_text, contexts, 5)
-    assert [part.num_envs for part in envs.parts] == [2, 3]
-    with pytest.raises(ExperimentError, match=r"2 kinds of text cannot share agent\.n_envs=1"):
-        make_envs(by_text, contexts, 1)
-    alone = replace(by_text, name="no_profile")
-    with pytest.raises(ArtifactError, match=r"no table of measured plans \(.*frontier\.few\.json"):
-        train(alone, alone.stage_dir("train") / "agent-s0")
-    renamed = replace(by_text, kinds={"few": by_text.kinds["few"]})
-    with pytest.raises(ExperimentError, match=r"kinds\.many"):
-        train(renamed, by_text.stage_dir("train") / "agent-s0")
