@@ -53,24 +53,12 @@ class SoakConfig(Section):
     """Minutes after which it ends, even if fewer requests were made."""
     clients: Count = 6
     """Number of concurrent clients."""
-    prompt_tokens: Count = 24
-    """Longest prompt, in tokens."""
-    answer_tokens: Count = 8
-    """Longest answer, in tokens."""
-    floor_budgets: list[str] = field(default_factory=lambda: ["60MiB", "160MiB"])
-    """Smallest and largest budget of the model in ``experiments.soak.floor``."""
-    cancel_share: NotNegative = 0.08
-    """Share of requests whose stream the client closes while it runs."""
-    disconnect_share: NotNegative = 0.07
-    """Share of requests whose client disconnects, before or after the request is complete."""
-    bad_share: NotNegative = 0.15
-    """Share of invalid requests."""
+    random_plans: bool = True
+    """Whether plans are random; else the policy and the floor of the section ``serve`` hold."""
     checks: Count = 400
-    """Answers generated under one mask that are recomputed and compared afterwards."""
+    """About how many answers under one plan are recomputed and compared afterwards."""
     phase_s: Positive = 2.0
     """Mean seconds between changes of the budget."""
-    least_budget: Positive = 0.4
-    """Smallest budget, as a fraction of what the dense model needs."""
     meter: Meter = "process"
     """How memory is measured: ``process``, or ``tensors`` for a tiny model."""
     hang_s: Positive = 90.0
@@ -81,11 +69,6 @@ class SoakConfig(Section):
     """Allowed relative growth between the second and the last tenth of the samples."""
     out: str | None = None
     """File that the record is appended to; null for ``soak.jsonl`` in the run folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cancel_share + self.disconnect_share + self.bad_share > 1:
-            raise ExperimentError("The sum of the shares of soak must be at most 1.")
 
 
 MASK_SYSTEMS = (

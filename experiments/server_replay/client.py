@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from experiments.replay.workload import ReplayRequest
-from experiments.soak.clients import REJECTED_CODES
+from experiments.soak import REJECTED_CODES
 
 MODEL_NAME = "served"
 """Name under which every server offers its model."""
