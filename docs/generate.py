@@ -190,22 +190,20 @@ def draw_ladder(folder: Path) -> None:
 
 def write_long_context(docs: Path) -> None:
     """Write the pictures and tables of recall and loss over the length: the main ones, and all."""
-    from experiments.long_context.figures import save_figure
-    from experiments.long_context.tables import Curves, long_context_markdown
+    from experiments.long_context.study import STUDY
+    from experiments.study.figures import save_png
 
     folder = docs / "_generated"
     for name, records in LONG_CONTEXTS.items():
-        found, shown = Curves.read(records), "No records.\n"
-        if found:
-            save_figure(found, folder / f"{name}.png")
-            figure = (
-                f"```{{image}} ../_generated/{name}.png\n"
-                ":alt: Right answers, loss by position and loss of answers over the length\n```\n"
-            )
-            text = long_context_markdown(found)
-            write_details(docs, name, text)
-            shown = figure + text.split("\n## ")[1].partition("\n")[2]
-        write(folder / f"{name}.md", shown)
+        data = STUDY.read(records)
+        save_png(STUDY.figures["long_context"](data, False), folder / f"{name}.png")
+        figure = (
+            f"```{{image}} ../_generated/{name}.png\n"
+            ":alt: Right answers, loss by position and loss of answers over the length\n```\n"
+        )
+        text = STUDY.markdown(data)
+        write_details(docs, name, text)
+        write(folder / f"{name}.md", figure + text.split("\n## ")[1].partition("\n")[2])
 
 
 def write_texts(folder: Path) -> None:

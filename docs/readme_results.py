@@ -36,10 +36,11 @@ def ladder_results() -> list[str]:
 
 def long_context_results() -> list[str]:
     """The README's results on recall over the context; empty without records."""
-    from experiments.long_context.tables import Curves, long_context_findings
+    from experiments.long_context.study import STUDY
+    from experiments.long_context.tables import long_context_findings
 
-    texts = long_context_findings(Curves.read(RESULTS / "long_context"))
-    kept = recall_policy_finding(Curves.read(LONG_CONTEXTS["tight_recall"]))
+    texts = long_context_findings(STUDY.read(LONG_CONTEXTS["long_context"]))
+    kept = recall_policy_finding(STUDY.read(LONG_CONTEXTS["tight_recall"]))
     return [
         f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}{kept}"
         for text in texts
@@ -52,11 +53,9 @@ def recall_policy_finding(found: Any) -> str:
 
     shares = {}
     for policy in ("rap", "rap-recall"):
-        rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS) if found else []
-        if not rows:
-            return ""
-        right = sum(sum(row.right) for row in rows)
-        shares[policy] = right / sum(row.questions for row in rows)
+        rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS)
+        right = [value for row in rows for value in row.right]
+        shares[policy] = sum(right) / len(right)
     return (
         f" At {RECALL_BUDGET} of the native peak, a policy trained on text with questions "
         f"answers {percent(shares['rap-recall'], 0)} of those on {RECALL_TOKENS:,} tokens, one "

@@ -1,6 +1,6 @@
-"""``python -m experiments.long_context``: see `experiments.long_context.program`."""
+"""``python -m experiments.long_context``: see `experiments.long_context.study`."""
 
 from experiments.launch import launch
-from experiments.long_context.program import long_context
+from experiments.long_context.study import STUDY
 
-launch("long_context", long_context)
+launch(STUDY.name, STUDY.run)

@@ -37,7 +37,6 @@ class PositionLoss:
         length: Tokens of a document.
         buckets: First and last position (exclusive) of each bucket.
         identity: What the losses depend on besides model and plan.
-        passes: Tokens of each sequence that the model runs.
     """
 
     def __init__(self, llm: ElasticLLM, text: TextConfig, bucket_tokens: int) -> None:
@@ -49,7 +48,6 @@ class PositionLoss:
         self.buckets = [[low, high] for low, high in itertools.pairwise(edges)]
         text_hash = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
         self.identity = {"tokens": text_hash, "buckets": self.buckets}
-        self.passes = [self.length] * len(self.tokens)
 
     @torch.inference_mode()
     def measure(self, plan: CompressionPlan) -> Losses:
@@ -91,7 +89,6 @@ class AnswerLoss:
         self._answer_tokens = np.array([len(answer) for _, answer in requests])
         self._scorer = ContinuationScorer(llm, requests, llm.facts.max_positions)
         self.identity = {"requests": digest(requests)}
-        self.passes = self._scorer.lengths
 
     def measure(self, plan: CompressionPlan) -> Losses:
         """The losses under a plan, nats per token of an answer."""
