@@ -25,7 +25,7 @@ from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.costs import Counts
 from rap_env.models.progress import progress_bar
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 Floats = npt.NDArray[np.float64]
@@ -46,7 +46,7 @@ class Demonstration:
     """
 
     request: Request
-    plan: MaskOrPlan
+    plan: Plan
     episode_return: float | None = None
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, item_importance
 from rap_env.costs import Counts, Flags, VectorByteTracker, request_costs
 from rap_env.ladder.item_bytes import LadderBytes
@@ -18,7 +17,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.memory import MemoryModel
 from rap_env.observation import BYTES_OVER, KEPT_AND_FREED, Observation, ObservationBuilder
-from rap_env.plan import MaskOrPlan, only_mask
+from rap_env.plan import Plan, only_mask
 from rap_env.request import Request
 
 Builder = ObservationBuilder | ItemObservationBuilder
@@ -38,10 +37,10 @@ class Observer(Protocol):
     def start(self, count: int, /) -> State:
         """The states of `count` unchanged models, (count, actions)."""
 
-    def position(self, plan: MaskOrPlan, /) -> State:
+    def position(self, plan: Plan, /) -> State:
         """The state of a mask or plan, (actions,)."""
 
-    def plan(self, state: State, /) -> MaskOrPlan:
+    def plan(self, state: State, /) -> Plan:
         """The mask or plan of a state, (actions,)."""
 
     def over_bytes(self, which: Counts, states: State, /) -> Counts:
@@ -87,16 +86,16 @@ class MaskObserver:
         """Return the states of dense models: nothing is removed, (count, 2L)."""
         return np.zeros((count, self._blocks.shape[1]), dtype=bool)
 
-    def position(self, plan: MaskOrPlan) -> Flags:
+    def position(self, plan: Plan) -> Flags:
         """Return the blocks that a mask removes, (2L,)."""
         mask = only_mask(plan, "RAPPrune-v0 removes blocks only; lower items in RAPPrune-v1.")
         removed = np.zeros(self._blocks.shape[1], dtype=bool)
-        removed[list(mask.check(len(removed)).indices)] = True
+        removed[sorted(mask.check(len(removed)).removed)] = True
         return removed
 
-    def plan(self, positions: Flags) -> BlockMask:
+    def plan(self, positions: Flags) -> Plan:
         """Return the mask of a state."""
-        return BlockMask(frozenset(np.flatnonzero(positions).tolist()))
+        return Plan(frozenset(np.flatnonzero(positions).tolist()))
 
     def over_bytes(self, which: Counts, removed: Flags) -> Counts:
         """Return the bytes above the budget, 0 where the request fits.

@@ -24,7 +24,7 @@ from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
 from rap_env.ladder.item_observation import ItemObservationBuilder
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 
@@ -131,7 +131,7 @@ class TrainedPolicy(Policy):
             seed=seed,
         )
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the blocks to remove, or the levels of items, for a request.
 
         Raises:
@@ -151,7 +151,7 @@ class TrainedPolicy(Policy):
         return plans[int(np.argmin(scores))]
 
     @torch.inference_mode()
-    def sample(self, request: Request, count: int) -> list[MaskOrPlan]:
+    def sample(self, request: Request, count: int) -> list[Plan]:
         """Return masks or plans that fit `request`: the greedy one, then `count` - 1 samples.
 
         All of them grow in parallel, by one action in each pass of the network.

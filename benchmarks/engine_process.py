@@ -62,16 +62,16 @@ class InOurRuntime:
     """The model as ``rap serve`` runs it, under a plan that is not changed."""
 
     def __init__(self, task: Task) -> None:
-        from rap_env.blocks import BlockMask
         from rap_env.models.device import free_memory_early, return_freed_memory
         from rap_env.models.live.live_batch import LiveBatch
+        from rap_env.plan import Plan
         from rap_env.serving.settings import ServerSettings
         from rap_env.serving.stack import load_served_model
 
         settings = ServerSettings(model=task["model"], weights=task["weights"], device="cpu")
         llm = load_served_model(settings)
         free_memory_early()
-        llm.apply(BlockMask.of(*task["removed"]))
+        llm.apply(Plan.removing(*task["removed"]))
         return_freed_memory()
         self._batch = LiveBatch(llm)
         self._prompts = [[1] * task["context_tokens"]] * task.get("rows", 1)

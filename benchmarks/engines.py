@@ -27,7 +27,6 @@ from benchmarks.record import Target, write_record
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
 from experiments.study.run_folder import package_versions
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
@@ -35,7 +34,7 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.vllm_config import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 _TEXTS = (
     "The garden behind the old house had not been tended for years, and the",
@@ -70,7 +69,7 @@ class EnginesSettings(ModelSettings):
     """Python of an environment with vLLM; empty leaves vLLM out."""
 
 
-def masks_of(num_layers: int) -> dict[str, BlockMask]:
+def masks_of(num_layers: int) -> dict[str, Plan]:
     """The removed blocks by what they are, for a model of at least 4 layers."""
     last, middle = num_layers - 1, num_layers // 2
     ten = [(last - n, n % 2) for n in range(1, min(10, num_layers - 2) + 1)]
@@ -81,10 +80,10 @@ def masks_of(num_layers: int) -> dict[str, BlockMask]:
         "first and last": [(0, 0), (last, 1)],
         "ten blocks": ten,
     }
-    return {name: BlockMask.of(*(2 * n + k for n, k in blocks)) for name, blocks in named.items()}
+    return {name: Plan.removing(*(2 * n + k for n, k in blocks)) for name, blocks in named.items()}
 
 
-def served_masks(llm: ElasticLLM) -> dict[str, BlockMask]:
+def served_masks(llm: ElasticLLM) -> dict[str, Plan]:
     """The plans whose time and memory are measured: nothing removed, and ten blocks in three ways.
 
     Those blocks are removed that cost least alone on the texts of the prompts; fewer of a small
@@ -95,14 +94,14 @@ def served_masks(llm: ElasticLLM) -> dict[str, BlockMask]:
 
     def cheapest(kind: int, number: int) -> list[int]:
         indices = [2 * layer + kind for layer in layers]
-        return sorted(indices, key=lambda i: _masked_nll(llm, BlockMask.of(i), window))[:number]
+        return sorted(indices, key=lambda i: _masked_nll(llm, Plan.removing(i), window))[:number]
 
     attention, ffn = cheapest(0, 10), cheapest(1, 10)
     return {
-        "dense": BlockMask(),
-        "five attention and five FFN blocks": BlockMask.of(*attention[:5], *ffn[:5]),
-        "ten attention blocks": BlockMask.of(*attention),
-        "ten FFN blocks": BlockMask.of(*ffn),
+        "dense": Plan(),
+        "five attention and five FFN blocks": Plan.removing(*attention[:5], *ffn[:5]),
+        "ten attention blocks": Plan.removing(*attention),
+        "ten FFN blocks": Plan.removing(*ffn),
     }
 
 
@@ -112,7 +111,7 @@ def text_window(llm: ElasticLLM) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _masked_nll(llm: ElasticLLM, mask: BlockMask, window: torch.Tensor) -> float:
+def _masked_nll(llm: ElasticLLM, mask: Plan, window: torch.Tensor) -> float:
     with llm.masked(mask), torch.no_grad():
         return _nll(llm.model(window).logits[0].float().numpy(), window[0])
 
@@ -130,7 +129,7 @@ def main(settings: EnginesSettings) -> None:
         del llm
         for name, mask in plans.items():
             files[name] = Path(folder, f"{name}.gguf")
-            export_gguf(source, CompressionPlan(mask), files[name])
+            export_gguf(source, mask, files[name])
         packed = load_llm(settings.model, device="cpu", dtype=settings.dtype, weights="native")
         quantised = _quantised(settings, packed, plans, files)
         del packed
@@ -145,7 +144,7 @@ def prompts_of(settings: EnginesSettings, llm: ElasticLLM) -> torch.Tensor:
 
 
 def _agreement(
-    settings: EnginesSettings, llm: ElasticLLM, masks: Mapping[str, BlockMask], folder: Path
+    settings: EnginesSettings, llm: ElasticLLM, masks: Mapping[str, Plan], folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Equal prompts and the largest difference in NLL, by engine and mask."""
     prompts, model = prompts_of(settings, llm), GgufModel.of_llm(llm)
@@ -159,7 +158,7 @@ def _agreement(
             )
             nll = [_nll(llm.model(row[None]).logits[0].numpy(), row) for row in ours]
         path = folder / "agreement.gguf"
-        export_gguf(model, CompressionPlan(mask), path)
+        export_gguf(model, mask, path)
         theirs = _llama_cpp_choices(path, ours, settings)
         found["llama.cpp"][name] = _compared(ours, nll, *theirs, settings)
         if settings.vllm_python:
@@ -192,7 +191,7 @@ def _llama_cpp_choices(
 def _vllm(
     settings: EnginesSettings,
     llm: ElasticLLM,
-    mask: BlockMask,
+    mask: Plan,
     ours: tuple[torch.Tensor, list[float]],
     folder: Path,
 ) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def _compared(
 def _quantised(
     settings: EnginesSettings,
     packed: ElasticLLM,
-    plans: Mapping[str, BlockMask],
+    plans: Mapping[str, Plan],
     files: Mapping[str, Path],
 ) -> dict[str, float]:
     """NLL in llama.cpp minus ours under each plan, both from the quantised file."""
@@ -245,7 +244,7 @@ def _quantised(
 
 def _serving(
     settings: EnginesSettings,
-    plans: Mapping[str, BlockMask],
+    plans: Mapping[str, Plan],
     files: Mapping[str, Path],
     folders: Mapping[str, Path],
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
@@ -263,7 +262,7 @@ def _serving(
     measured: dict[str, dict[str, dict[str, list[float]]]] = {}
     for _ in range(settings.rounds):
         for name, mask in plans.items():
-            own = {"model": settings.model, "weights": "native", "removed": list(mask.indices)}
+            own = {"model": settings.model, "weights": "native", "removed": list(mask.removed)}
             tasks: dict[str, dict[str, Any]] = {"llama.cpp": {"file": str(files[name])}, "own": own}
             if folders:
                 tasks["vLLM"] = {"folder": str(folders[name]), "dtype": settings.dtype}

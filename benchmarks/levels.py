@@ -27,7 +27,7 @@ from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 _DECODE_AT_MOST = {1: 0.85, 8: 1.0}
@@ -174,7 +174,7 @@ def _cache_sides(settings: LevelsSettings) -> Iterator[tuple[str, dict[str, Call
 
     def side(cache: str, reserve_tokens: int) -> Callable[[], None]:
         model = open_model(settings, weights=settings.packed)
-        model.apply(CompressionPlan.uniform(model.facts.num_layers, caches=cache))
+        model.apply(Plan.uniform(model.facts.num_layers, caches=cache))
         batch = batch_of(model, rows, max(1, tokens - room // 2), reserve_tokens)
         return _stepping(batch, settings.steps)
 
@@ -190,7 +190,7 @@ def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
         batch = batch_of(llm, 1, settings.context_tokens)
         step_s.append(seconds_of(_stepping(batch, settings.steps)) / settings.steps)
         change_s.append(seconds_of(lambda: llm.apply(lowered)))
-        back_s.append(seconds_of(lambda: llm.apply(CompressionPlan())))
+        back_s.append(seconds_of(lambda: llm.apply(Plan())))
         batch.close()
     return {
         "ratio": ratios(change_s[1:], step_s[1:]),
@@ -201,14 +201,14 @@ def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
     }
 
 
-def _all_lowered(llm: ElasticLLM) -> CompressionPlan:
+def _all_lowered(llm: ElasticLLM) -> Plan:
     """Every item at int4 (embeddings at int8), as far as the model has these levels."""
-    lowered = dict(weight_plans(llm)).get("int4", CompressionPlan())
-    caches = CompressionPlan.uniform(llm.facts.num_layers, caches="int4").levels
+    lowered = dict(weight_plans(llm)).get("int4", Plan())
+    caches = Plan.uniform(llm.facts.num_layers, caches="int4").levels
     return lowered.lower(caches) if llm.facts.kv_heads else lowered
 
 
-def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, CompressionPlan]]:
+def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, Plan]]:
     """Plans with all blocks at one level, as far as blocks have it, and embeddings at int8."""
     facts = llm.facts
     levels: tuple[WeightLevel, ...] = ("int8", "int4")
@@ -217,7 +217,7 @@ def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, CompressionPlan
         weights = tuple((index, level) for index in blocks)
         embeddings: WeightLevel = "int8" if "int8" in facts.embedding_levels else "native"
         if weights:
-            yield level, CompressionPlan(weights=weights, embeddings=embeddings)
+            yield level, Plan(weights=weights, embeddings=embeddings)
 
 
 def _bytes_of_levels(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, dict[str, int]]:
@@ -225,10 +225,10 @@ def _bytes_of_levels(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, dic
     memory, tokens, rows = MemoryModel(llm), settings.bytes_tokens, {}
     request = Request(2, tokens, budget_bytes=2**62)
     llm.set_residency("offload")  # so that only the levels in use are in memory
-    plans = {"weights native": CompressionPlan()}
+    plans = {"weights native": Plan()}
     plans |= {f"weights {level}": plan for level, plan in weight_plans(llm)}
     plans |= {
-        f"cache {cache}": CompressionPlan.uniform(llm.facts.num_layers, caches=cache)
+        f"cache {cache}": Plan.uniform(llm.facts.num_layers, caches=cache)
         for cache in (settings.caches if llm.facts.kv_heads else [])
     }
     for name, plan in plans.items():
@@ -243,7 +243,7 @@ def _bytes_of_levels(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, dic
             "held_bytes": measured,
             "difference_bytes": predicted - measured,
         }
-    llm.apply(CompressionPlan())
+    llm.apply(Plan())
     return rows
 
 
@@ -257,13 +257,13 @@ def _freeing(llm: ElasticLLM) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for level, plan in weight_plans(llm):
         llm.apply(plan)  # makes the level, once
-        llm.apply(CompressionPlan())
-        native, lowered = (memory.breakdown(p, request) for p in (CompressionPlan(), plan))
+        llm.apply(Plan())
+        native, lowered = (memory.breakdown(p, request) for p in (Plan(), plan))
         predicted = native.peak - native.workspace - lowered.peak + lowered.workspace
         before = meter.used_bytes()
         change_s = seconds_of(lambda: llm.apply(plan))  # noqa: B023
         freed = before - meter.used_bytes()
-        llm.apply(CompressionPlan())
+        llm.apply(Plan())
         rows[level] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,

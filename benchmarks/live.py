@@ -21,9 +21,9 @@ from benchmarks.harness import (
     spread,
 )
 from benchmarks.record import Target, write_record
-from rap_env.blocks import BlockMask
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 
 
 @dataclass
@@ -45,10 +45,10 @@ def main(settings: LiveSettings) -> None:
     """Measure, and write the record."""
     llm = open_model(settings)
     drawn = random.Random(0).sample(range(llm.num_blocks), llm.num_blocks)
-    mask = BlockMask.of(*drawn[: settings.blocks])
+    mask = Plan.removing(*drawn[: settings.blocks])
     switch = _switching(llm, mask, settings)
     refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
-    offload = _offloading(llm, [BlockMask.of(*drawn[:n]) for n in settings.offloaded])
+    offload = _offloading(llm, [Plan.removing(*drawn[:n]) for n in settings.offloaded])
     targets = [
         Target.of(
             "% of a decode step that removing blocks takes, their keys and values included",
@@ -93,7 +93,7 @@ def _prompt(llm: ElasticLLM, tokens: int) -> list[int]:
     return random.Random(1).choices(range(llm.adapter.vocab_size), k=tokens)
 
 
-def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict[str, Any]:
+def _switching(llm: ElasticLLM, mask: Plan, settings: LiveSettings) -> dict[str, Any]:
     """Seconds of removing and restoring blocks with a full cache, and of decode steps."""
     prompt = _prompt(llm, settings.context_tokens)
     batches: list[LiveBatch] = []
@@ -112,7 +112,7 @@ def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict
             "prepare": prepare,
             "decode": decode,
             "remove": lambda: llm.apply(mask),
-            "restore": lambda: llm.apply(BlockMask()),
+            "restore": lambda: llm.apply(Plan()),
         },
         settings.repeats,
     )
@@ -125,9 +125,7 @@ def _switching(llm: ElasticLLM, mask: BlockMask, settings: LiveSettings) -> dict
     }
 
 
-def _refilling(
-    llm: ElasticLLM, mask: BlockMask, tokens: int, settings: LiveSettings
-) -> dict[str, Any]:
+def _refilling(llm: ElasticLLM, mask: Plan, tokens: int, settings: LiveSettings) -> dict[str, Any]:
     """Time of the step that refills the cache minus a plain step, and of a prefill."""
     prompt = _prompt(llm, tokens)
     batches: list[LiveBatch] = []
@@ -137,7 +135,7 @@ def _refilling(
         llm.apply(mask)
         batch = LiveBatch(llm)
         batch.prefill([prompt])
-        llm.apply(BlockMask())
+        llm.apply(Plan())
         batches.append(batch)
 
     sides = {
@@ -152,11 +150,11 @@ def _refilling(
         "ratio": ratios(refill_s, seconds["prefill"]),
         "refill_s": spread(refill_s),
         "prefill_s": spread(seconds["prefill"]),
-        "affected_layers": mask.count("attn"),
+        "affected_layers": mask.count_removed("attn"),
     }
 
 
-def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[str, Any]]:
+def _offloading(llm: ElasticLLM, masks: Sequence[Plan]) -> dict[str, dict[str, Any]]:
     """Memory that offloading blocks frees, the blocks' bytes, and the time it takes."""
     from rap_env.runtime.memory_meter import process_meter
 
@@ -164,12 +162,12 @@ def _offloading(llm: ElasticLLM, masks: Sequence[BlockMask]) -> dict[str, dict[s
     meter = process_meter(llm, reset_mark=True)
     rows = {}
     for mask in masks:
-        predicted = sum(llm.blocks[index].param_bytes for index in mask)
+        predicted = sum(llm.blocks[index].param_bytes for index in mask.removed)
         before = meter.used_bytes()
         offload_s = seconds_of(lambda: llm.apply(mask))  # noqa: B023
         freed = before - meter.used_bytes()
-        restore_s = seconds_of(lambda: llm.apply(BlockMask()))
-        rows[f"{len(mask)}_blocks"] = {
+        restore_s = seconds_of(lambda: llm.apply(Plan()))
+        rows[f"{len(mask.removed)}_blocks"] = {
             "predicted_bytes": predicted,
             "freed_bytes": freed,
             "difference_percent": 100 * (freed - predicted) / predicted,

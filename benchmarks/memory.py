@@ -25,12 +25,12 @@ from benchmarks.harness import (
     spread,
 )
 from benchmarks.record import Target, write_record
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 _TOLERATED_PERCENT = {"cpu": 10.0, "cuda": 5.0}
@@ -48,13 +48,13 @@ class MemorySettings(ModelSettings):
     """Tokens of the answer."""
 
 
-def masks_of(num_blocks: int, share: float) -> dict[str, BlockMask]:
+def masks_of(num_blocks: int, share: float) -> dict[str, Plan]:
     """The dense model, and masks of random blocks of both kinds and of either kind."""
     drawn = random.Random(0).sample(range(num_blocks), num_blocks)
     count = round(share * num_blocks)
     kinds = {"even": drawn, "attn": [i for i in drawn if i % 2 == 0]}
     kinds["ffn"] = [i for i in drawn if i % 2]
-    return {"dense": BlockMask()} | {n: BlockMask.of(*some[:count]) for n, some in kinds.items()}
+    return {"dense": Plan()} | {n: Plan.removing(*some[:count]) for n, some in kinds.items()}
 
 
 def main(settings: MemorySettings) -> None:
@@ -73,7 +73,7 @@ def main(settings: MemorySettings) -> None:
             for text in settings.requests:
                 request = Request(*parse_request(text), budget_bytes=2**62)
                 cells[f"{name} {text}"] = {
-                    "blocks_removed": len(mask),
+                    "blocks_removed": len(mask.removed),
                     **_compared(memory, mask, request, measure(pruned, request, settings.steps)),
                 }
             del pruned
@@ -133,7 +133,7 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
                 logits_to_keep=1,
                 **{cache_argument(pruned.model): cache},
             )
-    kept = (layer for n, layer in enumerate(cache.layers) if 2 * n not in pruned.pruned)
+    kept = (layer for n, layer in enumerate(cache.layers) if 2 * n not in pruned.pruned.removed)
     return {
         "weights_bytes": weights,
         "kv_cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in kept),
@@ -142,7 +142,7 @@ def measure(pruned: ElasticLLM, request: Request, steps: int) -> dict[str, int]:
 
 
 def _compared(
-    memory: MemoryModel, mask: BlockMask, request: Request, measured: dict[str, int]
+    memory: MemoryModel, mask: Plan, request: Request, measured: dict[str, int]
 ) -> dict[str, Any]:
     """Measured and predicted bytes, and how far they are apart."""
     predicted = memory.breakdown(mask, request)

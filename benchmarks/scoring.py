@@ -26,13 +26,13 @@ from agents.training import train
 from benchmarks.harness import ModelSettings, launch, open_model, ratios, spread
 from benchmarks.naive_scorer import serve
 from benchmarks.record import Target, write_record
-from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.models.files.sources import locate
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import METRIC, MaskScorer
@@ -47,7 +47,7 @@ _NAMES = {
 _LEAST_SLICES = 8
 _TOLERANCE = 1e-3  # a plain model's loss sums in another order
 
-NaiveLoop = Callable[[BlockMask], tuple[float, float]]
+NaiveLoop = Callable[[Plan], tuple[float, float]]
 """The naive loop in a process of its own: returns seconds and NLL of a mask."""
 
 
@@ -97,8 +97,8 @@ class ScoringSetup:
         arguments = (theirs, torch.get_num_threads(), *model)
         process = context.Process(target=serve, args=arguments, daemon=True)
 
-        def score(mask: BlockMask) -> tuple[float, float]:
-            ours.send(list(mask))
+        def score(mask: Plan) -> tuple[float, float]:
+            ours.send(sorted(mask.removed))
             answer: tuple[float, float] = ours.recv()
             return answer
 
@@ -144,7 +144,7 @@ def measure_masks(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
         )
         measured[timing] = {
             "masks": len(masks),
-            "blocks_removed": spread([len(mask) for mask in masks]),
+            "blocks_removed": spread([len(mask.removed) for mask in masks]),
             "seconds": sum(ours_s),
             "naive_s": sum(naive_s),
             **facts,
@@ -152,7 +152,7 @@ def measure_masks(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
     return targets, measured
 
 
-def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMask]:
+def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[Plan]:
     """Masks that a training on the model scored, shuffled with a fixed seed.
 
     Args:
@@ -177,15 +177,14 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[BlockMas
             Path(folder) / "run",
         )
         rows = store.rows(context_key(context.scorer.context), METRIC)
-        masks = sorted(
-            (mask for mask, _ in rows if isinstance(mask, BlockMask) and mask), key=tuple
-        )
+        masks = [plan for plan, _ in rows if plan.is_mask and plan]
+        masks.sort(key=lambda mask: sorted(mask.removed))
         store.close()
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
 
 
 def _in_turn(
-    setup: ScoringSetup, masks: list[BlockMask], slices: int
+    setup: ScoringSetup, masks: list[Plan], slices: int
 ) -> tuple[list[float], list[float], dict[str, float]]:
     """Call `nll_many` once; after each slice of it the naive loop scores the same masks.
 
@@ -196,11 +195,11 @@ def _in_turn(
     scorer_s: list[float] = []
     naive_s: list[float] = []
     naive_nll: list[float] = []
-    waiting: list[BlockMask] = []
+    waiting: list[Plan] = []
     with setup.naive_loop() as loop:
         began = time.perf_counter()
 
-        def on_score(mask: BlockMask) -> None:
+        def on_score(mask: Plan) -> None:
             nonlocal began
             waiting.append(mask)
             scored = len(naive_nll) + len(waiting)
@@ -214,7 +213,7 @@ def _in_turn(
             waiting.clear()
             began = time.perf_counter()
 
-        order: list[BlockMask] = []
+        order: list[Plan] = []
         nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
     apart = max(abs(nll[mask] - naive) for mask, naive in zip(order, naive_nll, strict=True))
     if apart > _TOLERANCE:
@@ -237,7 +236,7 @@ def measure_gsi(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
         raise SystemExit("Exact GSI gave another order than the naive loop; nothing was recorded.")
     runs = [_timed_gsi(setup, "lazy") for _ in range(setup.settings.repeats)]
     lazy_s, lazy = [seconds for seconds, _ in runs], runs[0][1]
-    lazy_nll = MaskScorer(setup.llm, setup.corpus).nll(BlockMask.of(*lazy.order_indices))
+    lazy_nll = MaskScorer(setup.llm, setup.corpus).nll(Plan.removing(*lazy.order_indices))
     near = lazy_nll / exact.nll_after[-1]
     times = spread([naive_s / seconds for seconds in lazy_s])
     targets = [
@@ -268,7 +267,7 @@ def _naive_gsi(setup: ScoringSetup) -> tuple[list[int], float]:
             scores = {}
             for block in setup.llm.blocks:
                 if block.index not in order:
-                    seconds, scores[block.index] = loop(BlockMask.of(*order, block.index))
+                    seconds, scores[block.index] = loop(Plan.removing(*order, block.index))
                     total_s += seconds
             order.append(min(scores, key=lambda index: scores[index]))
     return order, total_s

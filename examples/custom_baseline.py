@@ -21,7 +21,7 @@ import rap_env
 from agents.baselines import LadderBaseline, make_baseline
 from agents.baselines.base import CountingScorer
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 TASK = "RAPPrune/SmolLM2-Table-v1"
 ASKED = ("knapsack", "one_shot")
@@ -41,7 +41,7 @@ class BetterOfTwo(LadderBaseline):
         self.asked = [make_baseline(name, context, seed, item_bytes) for name in ASKED]
         self.setup_evaluations = sum(one.setup_evaluations for one in self.asked)
 
-    def _choose(self, request: rap_env.Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: rap_env.Request, scores: CountingScorer) -> Plan:
         """The choice for a request that can be met; `scores` counts what it measures."""
         return scores.best([one.choose(request) for one in self.asked])
 

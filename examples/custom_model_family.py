@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.models.families.families import FAMILIES, Family
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 
 FAMILIES["olmo2"] = Family(  # by config.model_type; `rap_env.load_llm` then takes such models too
@@ -67,13 +67,13 @@ def check(model: Olmo2ForCausalLM, llm: ElasticLLM) -> None:
     """Test the family: nothing removed changes nothing, all removed leaves embeddings and head."""
     tokens = text()[:2]
     before = model(tokens).logits
-    with llm.masked(BlockMask.of(*range(2 * LAYERS))):
+    with llm.masked(Plan.removing(*range(2 * LAYERS))):
         left = model(tokens).logits
     torch.testing.assert_close(
         left, model.lm_head(model.model.norm(model.model.embed_tokens(tokens)))
     )
     for block in range(2 * LAYERS):
-        with llm.masked(BlockMask.of(block)):
+        with llm.masked(Plan.removing(block)):
             assert not torch.equal(model(tokens).logits, before), f"block {block} is not removed"
     assert torch.equal(model(tokens).logits, before), "removed blocks come back unchanged"
 

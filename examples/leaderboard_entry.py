@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 import rap_env
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 
 TASK = "RAPPrune/SmolLM2-Table-v1"
 
@@ -29,27 +29,27 @@ class LocalSearch:
         self.tries = tries
         self.rng = np.random.default_rng(seed)
 
-    def choose(self, request: rap_env.Request) -> CompressionPlan:
+    def choose(self, request: rap_env.Request) -> Plan:
         """The best plan that was found."""
-        best = as_plan(self.env.context.best_measured(request))
+        best = self.env.context.best_measured(request)
         for _ in range(self.tries):
             other = self.exchanged(best)
             if self.fits(other, request) and self.scorer.nll(other) < self.scorer.nll(best):
                 best = other
         return best
 
-    def fits(self, plan: CompressionPlan, request: rap_env.Request) -> bool:
+    def fits(self, plan: Plan, request: rap_env.Request) -> bool:
         """Whether a plan is within the budget."""
         return self.memory.peak_bytes(plan, request) <= request.budget_bytes
 
-    def exchanged(self, plan: CompressionPlan) -> CompressionPlan:
+    def exchanged(self, plan: Plan) -> Plan:
         """The plan with one lowered item back at its native level and another one lowered."""
         items, levels = self.env.ladder.items, dict(plan.levels)
         if levels:
             levels.pop(str(self.rng.choice(sorted(levels))))
         item = items[self.rng.integers(len(items))]
         levels[item.name] = str(self.rng.choice(item.levels[1:]))
-        return CompressionPlan.of(levels)
+        return Plan.of(levels)
 
 
 if __name__ == "__main__":

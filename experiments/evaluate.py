@@ -41,10 +41,9 @@ from experiments.study.records import (
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, item_importance
 from rap_env.models.progress import progress_bar
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.plan_runner import chunks
 
@@ -87,14 +86,14 @@ class Evaluator:
         if context.memory.facts.repair:  # rows without stubs keep their former keys
             self.depends_on["repair"] = context.memory.facts.repair
 
-    def score(self, plans: Sequence[MaskOrPlan]) -> None:
+    def score(self, plans: Sequence[Plan]) -> None:
         """Measure plans on both texts in one call each, so that workers share them."""
         self.context.scorer.nll_many(plans)
         self.report.nll_many(plans)
 
     def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
-        plan, request, scorer = as_plan(choice.plan), cell.request, self.context.scorer
+        plan, request, scorer = choice.plan, cell.request, self.context.scorer
         peak_bytes = self.context.memory.peak_bytes(plan, request)
         return ResultRow(
             method=method.name,
@@ -105,9 +104,9 @@ class Evaluator:
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
             fits=peak_bytes <= request.budget_bytes,
-            attn_removed=plan.removed.count("attn"),
-            ffn_removed=plan.removed.count("ffn"),
-            mask=list(plan.removed.names),
+            attn_removed=plan.count_removed("attn"),
+            ffn_removed=plan.count_removed("ffn"),
+            mask=list(plan.removed_names),
             loss_calibration=float(scorer.nll(plan) - scorer.dense_nll),
             **self.losses(plan),
             decision_s=choice.decision_s,
@@ -121,9 +120,9 @@ class Evaluator:
             target_loss=cell.target_delta_nll,
         )
 
-    def losses(self, plan: MaskOrPlan) -> dict[str, Any]:
+    def losses(self, plan: Plan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
-        delta_nll = self.report.window_nll(plan) - self.report.window_nll(BlockMask())
+        delta_nll = self.report.window_nll(plan) - self.report.window_nll(Plan())
         if self.tasks is None:
             none = {"accuracies_norm": None, "task_documents": None}
             return {**delta_nll_fields(delta_nll), "accuracies": {}, **none}

@@ -34,11 +34,10 @@ from experiments.training.score_tables import (
     stored_scores,
     table_of,
 )
-from rap_env.blocks import BlockMask, every_mask
 from rap_env.context.base import PruningContext
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.models.progress import progress_bar
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan, every_mask
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.plan_runner import chunks
 from rap_env.scoring.scorer import bar_callback
@@ -68,7 +67,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     # Machines differ in the last digits: what was published keeps its rise over the native model.
     scores = stored_scores(context, plans=config.export.levels) | recorded
     if levels is None:
-        scores = {plan: nll for plan, nll in scores.items() if isinstance(plan, BlockMask)}
+        scores = {plan: nll for plan, nll in scores.items() if plan.is_mask}
     held_out = measure_held_out(config, context, scores)
     table = table_of(config, context, scores, levels=levels, held_out=held_out)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
@@ -81,11 +80,11 @@ def export_scores(config: Config, folder: Path) -> Path:
     return path
 
 
-def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:
+def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
     """Score planned masks until the records and the store have `config.export.masks`."""
     wanted, blocks = config.export.masks or 0, context.memory.facts.num_blocks
     known = set(recorded) | set(stored_scores(context, plans=False))
-    known = {plan for plan in known if isinstance(plan, BlockMask)}
+    known = {plan for plan in known if plan.is_mask}
     plan = every_mask(blocks)
     if wanted < 2**blocks:
         plan = planned_masks(blocks, importance_orders(context, config), config.seed)
@@ -102,14 +101,14 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[MaskOrPla
 
 
 def measure_held_out(
-    config: Config, context: PruningContext, scores: Mapping[MaskOrPlan, float]
+    config: Config, context: PruningContext, scores: Mapping[Plan, float]
 ) -> HeldOutLosses | None:
     """Return what plans lose on held-out text: the recorded ones, and as many masks as wanted."""
     records, wanted = config.export.records, config.export.held_out_masks
     if wanted is None:
         return held_out_losses(records, context)
     masks = sorted(
-        (one for one in scores if isinstance(one, BlockMask) and one), key=lambda one: one.names
+        (one for one in scores if one.is_mask and one), key=lambda one: one.removed_names
     )
     drawn = random.Random(config.seed).sample(masks, min(wanted, len(masks)))
     scorer = held_out_scorer(config.evaluate.text, "report", context)
@@ -117,7 +116,7 @@ def measure_held_out(
         return held_out_losses(records, context, scorer, drawn, bar_callback(bar))
 
 
-def _check(config: Config, context: PruningContext, recorded: Mapping[MaskOrPlan, float]) -> None:
+def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
     """Check that a table can be made, before anything is measured.
 
     Raises:

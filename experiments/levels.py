@@ -37,7 +37,7 @@ from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import FACTS_VERSION
 from rap_env.request import Request
@@ -104,7 +104,7 @@ def plan_jobs(config: Config, folder: Path) -> Iterator[Job[PlanRow]]:
     scorer = held_out_scorer(settings.text, "report", context)
     for fraction, request in grid(reference, settings.shapes, settings.budgets):
         began = time.perf_counter()
-        plan = as_plan(policy.choose(request))
+        plan = policy.choose(request)
         field = request_field((request.batch_size, request.seq_len_tokens))
         chosen = {
             "policy": policy.name,
@@ -125,14 +125,14 @@ def plan_jobs(config: Config, folder: Path) -> Iterator[Job[PlanRow]]:
             partial(_measured, scorer, plan, chosen),
             facts=scorer.provenance,
             scorer=scorer,
-            plans=[CompressionPlan(), plan],
+            plans=[Plan(), plan],
         )
 
 
 def _measured(
-    scorer: MaskScorer, plan: CompressionPlan, chosen: dict[str, Any], provenance: dict[str, Any]
+    scorer: MaskScorer, plan: Plan, chosen: dict[str, Any], provenance: dict[str, Any]
 ) -> PlanRow:
-    delta_nll = scorer.window_nll(plan) - scorer.window_nll(CompressionPlan())
+    delta_nll = scorer.window_nll(plan) - scorer.window_nll(Plan())
     return PlanRow(**chosen, **delta_nll_fields(delta_nll), provenance=provenance)
 
 

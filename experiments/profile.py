@@ -18,7 +18,6 @@ from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
 from rap_env.artifacts import atomic_write
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.frontier import Frontier
@@ -88,7 +87,7 @@ def _mask_frontier(config: Config, context: PruningContext, on_score: OnScore) -
     if context.store is None:
         return found
     stored = stored_scores(context, plans=False)
-    masks = {mask: nll for mask, nll in stored.items() if isinstance(mask, BlockMask)}
+    masks = {mask: nll for mask, nll in stored.items() if mask.is_mask}
     return replace(found, scores={**masks, **found.scores})
 
 

@@ -32,13 +32,13 @@ from experiments.contexts import server_settings
 from experiments.launch import launch
 from experiments.study.records import append_record
 from experiments.study.run_folder import provenance
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
 from rap_env.models.device import return_freed_memory
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan, cache_name
+from rap_env.plan import Plan, cache_name
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
@@ -71,9 +71,9 @@ class RandomPlans(Policy):
     def __init__(self, memory: MemoryModel, seed: int) -> None:
         self._memory, self._random = memory, random.Random(seed)
 
-    def choose(self, request: Request) -> CompressionPlan:
+    def choose(self, request: Request) -> Plan:
         """Return a random plan; it fits the request unless even all blocks are too few."""
-        facts, draw, plan = self._memory.facts, self._random, CompressionPlan()
+        facts, draw, plan = self._memory.facts, self._random, Plan()
         for index in draw.sample(range(facts.num_blocks), facts.num_blocks):
             if self._memory.peak_bytes(plan, request) <= request.budget_bytes:
                 break
@@ -81,7 +81,7 @@ class RandomPlans(Policy):
             levels = plan.levels | {block_name(index): level}
             if index % 2 == 0 and level != "removed":
                 levels[cache_name(index // 2)] = draw.choice(["native", "int8", "int4", "int2"])
-            plan = CompressionPlan.of(levels)
+            plan = Plan.of(levels)
         return plan
 
 
@@ -131,13 +131,13 @@ def check_answers(
         wrong = _is_wrong(fresh, answer, plan)
         counts.update(answers=1, tokens=len(answer.token_ids), wrong_answers=wrong)
         if number < controls:
-            other = BlockMask(plan.removed.indices ^ {fresh.num_blocks // 2})
+            other = plan.removed ^ {fresh.num_blocks // 2}
             wrong = _is_wrong(fresh, answer, replace(plan, removed=other))
             counts.update(control_answers=1, control_wrong=wrong)
     return dict(counts)
 
 
-def _is_wrong(fresh: ElasticLLM, answer: RequestHandle, plan: CompressionPlan) -> bool:
+def _is_wrong(fresh: ElasticLLM, answer: RequestHandle, plan: Plan) -> bool:
     """Whether a token of an answer is not the model's under a plan, given the tokens before it."""
     rows, cache = [], None
     with fresh.masked(plan), torch.no_grad():
@@ -203,7 +203,7 @@ class Soak:
         with BackgroundServer(self._stack.app) as server:
             self._measure_at_rest()
             full_bytes = self._engine.controller.estimator.peak_bytes(
-                CompressionPlan(), BatchShape(self._stack.settings.max_batch_size, 40)
+                Plan(), BatchShape(self._stack.settings.max_batch_size, 40)
             )
             # The memory of libraries and clients in this process does not depend on the plan.
             full_bytes += max(0, monitor.used_bytes - monitor.held.total)

@@ -30,7 +30,7 @@ from experiments.study.run_folder import RunFolder
 from experiments.study.tables import counted
 from rap_env.artifacts import atomic_write
 from rap_env.models.progress import progress_bar
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class TightBudget:
 
     pinned: Pinned
     delta_nll: float
-    plan: CompressionPlan
+    plan: Plan
 
     @property
     def line(self) -> str:

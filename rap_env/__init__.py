@@ -15,7 +15,6 @@ from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
-    from rap_env.blocks import BlockMask
     from rap_env.envs.prune import RAPPruneEnv
     from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
     from rap_env.envs.vector import RAPPruneVectorEnv, make_vec
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from rap_env.models.files.loading import load_llm
     from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
     from rap_env.models.files.streamed import stream_llm
-    from rap_env.plan import CompressionPlan
+    from rap_env.plan import Plan
     from rap_env.policies.loading import load_policy
     from rap_env.repair.cached_library import open_library
     from rap_env.request import Request
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer
 
 _MODULES = {
-    "BlockMask": "blocks",
-    "CompressionPlan": "plan",
+    "Plan": "plan",
     "CorpusConfig": "scoring.corpus",
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
@@ -62,11 +60,10 @@ _MODULES = {
 """The module of each public name."""
 
 __all__ = [
-    "BlockMask",
-    "CompressionPlan",
     "CorpusConfig",
     "MaskScorer",
     "MemoryModel",
+    "Plan",
     "RAPPruneEnv",
     "RAPPruneV1Env",
     "RAPPruneV1VectorEnv",

@@ -34,7 +34,6 @@ from rap_env.errors import RapError
 from rap_env.export.commands import deployment_answer, deployment_text, export, prune
 from rap_env.export.static_deployment import choose_deployment
 from rap_env.memory import MemoryModel
-from rap_env.plan import as_plan
 from rap_env.request import Request
 from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
@@ -172,7 +171,7 @@ def choose(
     memory = MemoryModel(facts_of(model, device, dtype, weights))
     facts, chooser = memory.facts, load_policy(policy, memory)
     started = time.perf_counter()
-    plan = as_plan(chooser.choose(request))
+    plan = chooser.choose(request)
     seconds = time.perf_counter() - started
     rise, source = find_delta_nll(memory, chooser, plan, seq)
     parts = memory.breakdown(plan, request)
@@ -181,7 +180,7 @@ def choose(
         "dtype": facts.dtype,
         "policy": policy,
         "request": asdict(request),
-        "removed": list(plan.removed.names),
+        "removed": list(plan.removed_names),
         "levels": plan.levels,
         "fits": parts.peak <= request.budget_bytes,
         "peak_bytes": parts.peak,

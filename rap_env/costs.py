@@ -14,8 +14,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 Flags = npt.NDArray[np.bool_]
@@ -66,7 +66,7 @@ class RequestCosts:
         """A tracker that starts with the `removed` blocks, given by index."""
         return ByteTracker(self.dense_peak_bytes, self.freed, self.last_ffn_bytes, removed)
 
-    def remove_until_fits(self, order: Iterable[int], budget_bytes: int) -> BlockMask:
+    def remove_until_fits(self, order: Iterable[int], budget_bytes: int) -> Plan:
         """The shortest prefix of an order that fits the budget, or all of it if none does."""
         tracker, removed = self.tracker(), []
         for index in order:
@@ -74,7 +74,7 @@ class RequestCosts:
                 break
             tracker.remove(int(index))
             removed.append(int(index))
-        return BlockMask.of(*removed)
+        return Plan.removing(*removed)
 
 
 def freed_share(freed_bytes: Counts, dense_peak_bytes: int | Counts) -> npt.NDArray[np.float32]:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, CacheLevel
 from rap_env.model_facts import HasFacts, ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, check_levels
+from rap_env.plan import Plan, check_levels
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -154,13 +153,13 @@ class MemoryModel:
         heads, size = facts.kv_heads[layer], facts.kv_head_size[layer]
         return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
 
-    def check_plan(self, plan: MaskOrPlan) -> CompressionPlan:
+    def check_plan(self, plan: Plan) -> Plan:
         """Return a mask or plan as a plan if the model has all its items and levels.
 
         Raises:
             UnknownNameError: It names an item or a level that the model does not have.
         """
-        plan = as_plan(plan).check(self.facts.num_blocks)
+        plan = plan.check(self.facts.num_blocks)
         for index, level in plan.weights:
             if level not in (known := self.facts.weight_levels(index)):
                 check_levels(plan, [name for name in known if name != "native"])
@@ -168,7 +167,7 @@ class MemoryModel:
             check_levels(plan, known)
         return plan
 
-    def breakdown(self, plan: MaskOrPlan, request: Request) -> MemoryBreakdown:
+    def breakdown(self, plan: Plan, request: Request) -> MemoryBreakdown:
         """The bytes that the model with a mask or plan holds while it serves `request`.
 
         Raises:
@@ -193,7 +192,7 @@ class MemoryModel:
             stubs=held.stubs,
         )
 
-    def peak_bytes(self, plan: MaskOrPlan, request: Request) -> int:
+    def peak_bytes(self, plan: Plan, request: Request) -> int:
         """Kept weights + stubs + embeddings and head + KV cache of kept attn blocks + workspace."""
         return self.breakdown(plan, request).peak
 
@@ -209,7 +208,7 @@ class MemoryModel:
 
     def least_peak_bytes(self, request: Request) -> int:
         """Peak bytes with every block removed: no mask needs less."""
-        return self.peak_bytes(BlockMask.all_of(self.facts.blocks), request)
+        return self.peak_bytes(Plan.removing(*self.facts.blocks), request)
 
     def check_feasible(self, request: Request) -> None:
         """Reject a budget that no mask can meet.
@@ -243,7 +242,7 @@ class MemoryModel:
         rows = []
         for batch_size in batch_sizes:
             for seq_len_tokens in lengths:
-                parts = self.breakdown(BlockMask(), _unbounded(batch_size, seq_len_tokens))
+                parts = self.breakdown(Plan(), _unbounded(batch_size, seq_len_tokens))
                 shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
                 # Nothing is removed, so there are no stubs.
                 names = [part.name for part in fields(parts) if part.name != "stubs"]
@@ -268,7 +267,7 @@ class MemoryModel:
 
         return draw_memory(self.shares(batch_sizes, seq_lens_tokens))
 
-    def check_fits(self, plan: MaskOrPlan, request: Request) -> None:
+    def check_fits(self, plan: Plan, request: Request) -> None:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
         if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
             least = min(need, self.least_peak_bytes(request))
@@ -317,14 +316,14 @@ class _HeldBytes:
 
 
 @lru_cache(maxsize=_CACHED_PLANS)
-def _held_by(memory: MemoryModel, plan: MaskOrPlan) -> _HeldBytes:
+def _held_by(memory: MemoryModel, plan: Plan) -> _HeldBytes:
     """What a plan holds; the most recent ones are cached, since workloads ask for one plan only.
 
     Raises:
         UnknownNameError: The plan names items or levels that the model does not have.
     """
     facts, plan = memory.facts, memory.check_plan(plan)
-    removed = plan.removed.indices
+    removed = plan.removed
     params, stubs = list(facts.block_param_bytes), facts.stub_bytes or (0,) * facts.num_blocks
     for index, level in plan.weights:
         params[index] = facts.weight_levels(index)[level]

@@ -107,7 +107,7 @@ class ModelFacts:
         return levels
 
     def blocks_at(self, level: WeightLevel) -> dict[str, str]:
-        """The level for each block that has it, by name: what `CompressionPlan.of` takes."""
+        """The level for each block that has it, by name: what `Plan.of` takes."""
         return {b.name: level for b in self.blocks if level in self.weight_levels(b.index)}
 
     @property

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, request_costs
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
@@ -127,7 +127,7 @@ class ObservationBuilder:
         blocks[..., FREED] = freed_share
         return blocks
 
-    def build(self, request: Request, mask: BlockMask) -> Observation:
+    def build(self, request: Request, mask: Plan) -> Observation:
         """The observation of `mask` under `request`, in new arrays.
 
         Raises:
@@ -137,7 +137,7 @@ class ObservationBuilder:
         seen = self.dense(request)
         if not mask:
             return seen
-        removed = list(mask.check(self.memory.facts.num_blocks).indices)
+        removed = sorted(mask.check(self.memory.facts.num_blocks).removed)
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         seen["request"][BYTES_OVER] = bytes_over(
             costs.peak_bytes(removed), request.budget_bytes, costs.dense_peak_bytes

@@ -1,19 +1,21 @@
-"""Compression plans: a level for each item of a model. Plain values without torch.
+"""Plans: a level for each item of a model. Plain values without torch.
 
 The items of a model with L layers are the weights of its 2L blocks (``layer07.ffn``), the KV cache
-of each attention block (``layer07.cache``), and the embeddings with the head (``embeddings``).
+of each attention block (``layer07.cache``), and the embeddings with the head (``embeddings``). A
+plan whose items are native or removed is a mask.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from itertools import combinations
+from typing import Any
 
-from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.blocks import KINDS, Block, BlockKind, block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError, check_name
 from rap_env.levels import NATIVE_CACHE, WEIGHT_LEVELS, CacheLevel, WeightLevel
 
@@ -22,6 +24,7 @@ EMBEDDINGS = "embeddings"
 
 _CACHE = ".cache"
 _LOWERED: tuple[WeightLevel, ...] = ("int8", "int4")
+_INT = frozenset((int,))
 
 
 @lru_cache(maxsize=4096)
@@ -42,15 +45,15 @@ def item_names(num_layers: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class CompressionPlan:
-    """A level for each item: a frozen, hashable value. ``CompressionPlan()`` is the native model.
+class Plan:
+    """A level for each item: a frozen, hashable value. ``Plan()`` is the native model.
 
-    Prefer `of` and `uniform` to the constructor, and the methods below to the attributes. Equal
-    plans are equal values: entries are sorted, native ones are left out, and a removed block has no
-    other level and no cache.
+    Prefer `of`, `removing` and `uniform` to the constructor, and the methods below to the
+    attributes. Equal plans are equal values: entries are sorted, native ones are left out, and a
+    removed block has no other level and no cache.
 
     Attributes:
-        removed: The removed blocks.
+        removed: The indices of the removed blocks.
         weights: Lowered blocks that are kept, as pairs of index and level.
         caches: Lowered caches of kept attention blocks, as pairs of layer and level.
         embeddings: The level of embeddings and head.
@@ -58,32 +61,40 @@ class CompressionPlan:
     Raises:
         UnknownNameError: There is no such block or level.
 
-    >>> plan = CompressionPlan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
-    >>> plan.weight_level(7), plan.cache_level(0).name, plan.removed.names
+    >>> plan = Plan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
+    >>> plan.weight_level(7), plan.cache_level(0).name, plan.removed_names
     ('removed', 'int4', ('layer03.ffn',))
+    >>> Plan.removing("layer03.ffn", 14).removed_names
+    ('layer03.ffn', 'layer07.attn')
     """
 
-    removed: BlockMask = BlockMask()
+    removed: frozenset[int] = frozenset()
     weights: tuple[tuple[int, WeightLevel], ...] = ()
     caches: tuple[tuple[int, CacheLevel], ...] = ()
     embeddings: WeightLevel = "native"
 
     def __post_init__(self) -> None:
+        # Nearly always they are indices already, which this tells faster than one call for each.
+        removed = self.removed
+        indices = type(removed) is frozenset and {*map(type, removed)} <= _INT
+        if not indices or min(removed, default=0) < 0:
+            removed = frozenset(map(block_index, removed))
+            object.__setattr__(self, "removed", removed)
+        if self.is_mask:
+            return
         for _, level in self.weights:
             check_name("level of weights", level, WEIGHT_LEVELS)
         check_name("level of embeddings", self.embeddings, ("native", *_LOWERED))
         weights = {block_index(index): level for index, level in self.weights}
-        removed = BlockMask.of(*(i for i, level in weights.items() if level == "removed"))
-        if removed:
-            object.__setattr__(self, "removed", self.removed | removed)
-        gone = self.removed.indices
-        kept = {i: v for i, v in weights.items() if v in _LOWERED and i not in gone}
-        caches = {n: v for n, v in self.caches if not v.native and 2 * n not in gone}
+        removed = removed.union(i for i, level in weights.items() if level == "removed")
+        kept = {i: v for i, v in weights.items() if v in _LOWERED and i not in removed}
+        caches = {n: v for n, v in self.caches if not v.native and 2 * n not in removed}
+        object.__setattr__(self, "removed", removed)
         object.__setattr__(self, "weights", tuple(sorted(kept.items())))
         object.__setattr__(self, "caches", tuple(sorted(caches.items())))
 
     @classmethod
-    def of(cls, levels: Mapping[str, str]) -> CompressionPlan:
+    def of(cls, levels: Mapping[str, str]) -> Plan:
         """The plan of some items' levels, by their names; all other items are native.
 
         Raises:
@@ -100,7 +111,16 @@ class CompressionPlan:
                 caches.append((layer, CacheLevel.of(level)))
             else:
                 weights.append((block_index(item), level))
-        return cls(BlockMask(), tuple(weights), tuple(caches), embeddings)
+        return cls(frozenset(), tuple(weights), tuple(caches), embeddings)
+
+    @classmethod
+    def removing(cls, *blocks: Block | str | int) -> Plan:
+        """The mask that removes the given blocks (objects, names or indices).
+
+        Raises:
+            UnknownNameError: One of them does not name a block.
+        """
+        return cls(frozenset(map(block_index, blocks)))
 
     @classmethod
     def uniform(
@@ -110,8 +130,8 @@ class CompressionPlan:
         weights: WeightLevel = "native",
         caches: str | CacheLevel = NATIVE_CACHE,
         embeddings: WeightLevel = "native",
-        removed: BlockMask = BlockMask(),
-    ) -> CompressionPlan:
+        removed: frozenset[int] = frozenset(),
+    ) -> Plan:
         """The same level for all blocks, and one for all caches, as llama.cpp has them.
 
         Raises:
@@ -132,6 +152,10 @@ class CompressionPlan:
     def __hash__(self) -> int:
         return self._hash  # computed once: scorers look plans up again and again
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the hash, since that of a string differs between processes.
+        return Plan, (self.removed, self.weights, self.caches, self.embeddings)
+
     @cached_property
     def _weights(self) -> dict[int, WeightLevel]:
         return dict(self.weights)
@@ -145,30 +169,49 @@ class CompressionPlan:
         """Whether every item is native or removed."""
         return not self.weights and not self.caches and self.embeddings == "native"
 
+    @property
+    def removed_names(self) -> tuple[str, ...]:
+        """Names of the removed blocks, in ascending order of index."""
+        return tuple(map(block_name, sorted(self.removed)))
+
+    @property
+    def mask(self) -> Plan:
+        """The plan that removes the same blocks and lowers nothing else."""
+        return self if self.is_mask else Plan(self.removed)
+
+    def count_removed(self, kind: BlockKind) -> int:
+        """Number of removed blocks of one kind."""
+        return sum(KINDS[index % 2] == kind for index in self.removed)
+
     def weight_level(self, index: int) -> WeightLevel:
         """The level of a block's weights, by the block's index."""
-        return "removed" if index in self.removed.indices else self._weights.get(index, "native")
+        return "removed" if index in self.removed else self._weights.get(index, "native")
 
     def cache_level(self, layer: int) -> CacheLevel:
         """The level of a layer's KV cache; meaningless where the attention block is removed."""
         return self._caches.get(layer, NATIVE_CACHE)
 
-    def lower(self, levels: Mapping[str, str]) -> CompressionPlan:
+    def lower(self, levels: Mapping[str, str]) -> Plan:
         """This plan with other levels for some items; removed blocks stay removed.
 
         Raises:
             UnknownNameError: There is no such item or level.
         """
-        return CompressionPlan.of({**self.levels, **levels}).without(self.removed)
+        return Plan.of({**self.levels, **levels}).without(*self.removed)
 
-    def without(self, blocks: BlockMask) -> CompressionPlan:
-        """This plan with more blocks removed."""
-        return self if blocks <= self.removed else replace(self, removed=self.removed | blocks)
+    def without(self, *blocks: Block | str | int) -> Plan:
+        """This plan with more blocks removed (objects, names or indices).
 
-    def before(self, index: int) -> CompressionPlan:
+        Raises:
+            UnknownNameError: One of them does not name a block.
+        """
+        removed = self.removed.union(map(block_index, blocks))
+        return self if removed == self.removed else replace(self, removed=removed)
+
+    def before(self, index: int) -> Plan:
         """The part of the plan that concerns the embeddings and blocks below `index`."""
-        return CompressionPlan(
-            BlockMask(frozenset(block for block in self.removed.indices if block < index)),
+        return Plan(
+            frozenset(block for block in self.removed if block < index),
             tuple(pair for pair in self.weights if pair[0] < index),
             tuple(pair for pair in self.caches if 2 * pair[0] < index),
             self.embeddings,
@@ -177,10 +220,10 @@ class CompressionPlan:
     @property
     def levels(self) -> dict[str, str]:
         """The levels of all items that are not native, by name; what `of` takes."""
-        found: dict[str, str] = dict.fromkeys(self.removed.names, "removed")
-        found |= {block_name(index): level for index, level in self.weights}
-        found |= {cache_name(layer): level.name for layer, level in self.caches}
-        return found if self.embeddings == "native" else {**found, EMBEDDINGS: self.embeddings}
+        levels: dict[str, str] = dict.fromkeys(self.removed_names, "removed")
+        levels |= {block_name(index): level for index, level in self.weights}
+        levels |= {cache_name(layer): level.name for layer, level in self.caches}
+        return levels if self.embeddings == "native" else {**levels, EMBEDDINGS: self.embeddings}
 
     @cached_property
     def digest(self) -> str:
@@ -190,91 +233,92 @@ class CompressionPlan:
     @property
     def summary(self) -> str:
         """All lowered items in one line: ``removed ffn 3; int4 cache 0-2``, or ``native``."""
-        found = layers_by_level(self.levels).items()
-        parts = (f"{level} {kind} {layer_ranges(numbers)}" for (level, kind), numbers in found)
+        layers = layers_by_level(self.levels).items()
+        parts = (f"{level} {kind} {layer_ranges(numbers)}" for (level, kind), numbers in layers)
         return "; ".join(part.rstrip() for part in parts) or "native"
 
-    def check(self, num_blocks: int) -> CompressionPlan:
+    def check(self, num_blocks: int) -> Plan:
         """Return the plan itself if all its items exist in a model with `num_blocks` blocks.
 
         Raises:
             UnknownNameError: It names a block or a cache that the model does not have.
         """
-        self.removed.check(num_blocks)
-        worst = max([*self._weights, *(2 * layer for layer in self._caches)], default=-1)
+        lowered = (*self.removed, *self._weights, *(2 * layer for layer in self._caches))
+        worst = max(lowered, default=-1)
         if worst >= num_blocks:
-            BlockMask.of(worst).check(num_blocks)
+            known = [f"layer00.attn ... {block_name(num_blocks - 1)}"]
+            raise UnknownNameError("block", block_name(worst), known)
         return self
 
     def to_json(self) -> str:
-        """A JSON object of items and levels; for a mask the list of its blocks, as masks have."""
-        return self.removed.to_json() if self.is_mask else json.dumps(self.levels, sort_keys=True)
+        """A JSON object of items and levels, sorted by item."""
+        return json.dumps(self.levels, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> CompressionPlan:
-        """The plan that `to_json` wrote, here or in `BlockMask`.
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
 
         Raises:
-            ArtifactError: The text is neither a JSON object of names nor a list of names.
+            ArtifactError: The text is no JSON object of names.
             UnknownNameError: There is no such item or level.
         """
         try:
-            found = json.loads(text)
+            levels = json.loads(text)
         except (json.JSONDecodeError, TypeError) as error:
             raise ArtifactError(
                 f"A plan should be a JSON object of items and levels: {error}."
             ) from None
-        if isinstance(found, list):
-            return cls(BlockMask.of(*found))
-        if not isinstance(found, dict):
+        if not isinstance(levels, dict):
             raise ArtifactError(
                 f"A plan should be a JSON object of items and levels, not {text!r}."
             )
-        return cls.of(found)
+        return cls.of(levels)
+
+    @classmethod
+    def of_record(cls, levels: Mapping[str, str] | Sequence[str]) -> Plan:
+        """The plan of a published record: levels by item, or a list of removed blocks.
+
+        Raises:
+            UnknownNameError: There is no such item or level.
+        """
+        return cls.of(levels) if isinstance(levels, Mapping) else cls.removing(*levels)
 
     def __bool__(self) -> bool:
         return not self.is_mask or bool(self.removed)
 
     def __str__(self) -> str:
+        if not self:
+            return "dense"
         if self.is_mask:
-            return str(self.removed)
+            return f"without {', '.join(self.removed_names)}"
         return ", ".join(f"{level} {_shortened(items)}" for level, items in self._by_level())
 
     def _by_level(self) -> list[tuple[str, list[str]]]:
-        found: dict[str, list[str]] = {}
+        by_level: dict[str, list[str]] = {}
         for item, level in self.levels.items():
-            found.setdefault(level, []).append(item)
-        return list(found.items())
+            by_level.setdefault(level, []).append(item)
+        return list(by_level.items())
 
 
-MaskOrPlan: TypeAlias = BlockMask | CompressionPlan
-"""What functions accept that take plans: a mask is a plan whose items are native or removed."""
+def every_mask(num_blocks: int) -> Iterator[Plan]:
+    """All masks of a model, those that remove few blocks first."""
+    for count in range(num_blocks + 1):
+        yield from (Plan.removing(*chosen) for chosen in combinations(range(num_blocks), count))
 
 
-def as_plan(plan: MaskOrPlan) -> CompressionPlan:
-    """A mask or a plan as a plan."""
-    return plan if isinstance(plan, CompressionPlan) else CompressionPlan(plan)
-
-
-def simplest(plan: MaskOrPlan) -> MaskOrPlan:
-    """A plan as a mask where it is one: equal plans are then equal keys, whichever was given."""
-    return plan.removed if isinstance(plan, CompressionPlan) and plan.is_mask else plan
-
-
-def only_mask(plan: MaskOrPlan, hint: str) -> BlockMask:
-    """Return a mask or plan as a mask, for what works with blocks that are kept or removed only.
+def only_mask(plan: Plan, hint: str) -> Plan:
+    """Return a plan that is a mask, for what works with blocks that are kept or removed only.
 
     Raises:
         UnknownNameError: The plan lowers an item; `hint` ends the message.
     """
-    plan = simplest(plan)
-    if isinstance(plan, BlockMask):
+    if plan.is_mask:
         return plan
     lowered = [f"{level} ({item})" for item, level in plan.levels.items() if level != "removed"]
     raise UnknownNameError("level", lowered[0], ["native", "removed"], hint)
 
 
-def check_levels(plan: CompressionPlan, known: Iterable[str]) -> None:
+def check_levels(plan: Plan, known: Iterable[str]) -> None:
     """Raise an `UnknownNameError` unless all lowered weights have a level among the known ones."""
     for level in {*plan._weights.values(), plan.embeddings} - {"native"}:
         if level not in known:
@@ -283,13 +327,13 @@ def check_levels(plan: CompressionPlan, known: Iterable[str]) -> None:
 
 def layers_by_level(levels: Mapping[str, str]) -> dict[tuple[str, str], list[int]]:
     """The layers of items by level and kind of item; the embeddings have no layer."""
-    found: dict[tuple[str, str], list[int]] = {}
+    layers: dict[tuple[str, str], list[int]] = {}
     for item, level in levels.items():
         layer, _, kind = item.partition(".")
-        numbers = found.setdefault((level, kind or item), [])
+        numbers = layers.setdefault((level, kind or item), [])
         if kind:
             numbers.append(int(layer.removeprefix("layer")))
-    return found
+    return layers
 
 
 def layer_ranges(numbers: Sequence[int]) -> str:

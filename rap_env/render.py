@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import KINDS, BlockMask
+from rap_env.blocks import KINDS
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, is_cache
+from rap_env.plan import EMBEDDINGS, Plan, is_cache
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ class Scene:
 
     memory: MemoryModel
     request: Request
-    given: MaskOrPlan
+    given: Plan
     delta_nll: float | None = None
     unchanged: str = "dense"
 
     @cached_property
-    def plan(self) -> CompressionPlan:
+    def plan(self) -> Plan:
         """The levels of all items."""
-        return as_plan(self.given)
+        return self.given
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         """The removed blocks."""
-        return self.plan.removed
+        return self.plan.mask
 
     @property
     def over_bytes(self) -> int:
@@ -121,7 +121,7 @@ class Scene:
     def removed_words(self) -> str:
         """The number of removed blocks of each kind, in words."""
         layers = self.memory.facts.num_layers
-        attn, ffn = (self.mask.count(kind) for kind in KINDS)
+        attn, ffn = (self.plan.count_removed(kind) for kind in KINDS)
         return f"{attn} of {layers} attention blocks, {ffn} of {layers} FFN blocks"
 
     @property
@@ -145,7 +145,7 @@ class Scene:
 
     def cache_share_left(self, layer: int) -> float:
         """Share of a layer's native cache bytes that its cache has at its level, at most 1."""
-        if 2 * layer in self.mask:
+        if 2 * layer in self.plan.removed:
             return 0.0
         shape = self.request.batch_size, self.request.seq_len_tokens
         held = self.memory.cache_bytes(self.plan.cache_level(layer), layer, *shape)
@@ -179,7 +179,7 @@ def render_ansi(scene: Scene) -> str:
             symbols = (_SYMBOLS[plan.weight_level(2 * n + number)] for n in layers)
             lines.append(f"{kind:<8} " + "".join(symbols))
         if plan.caches:
-            symbols = ("." if 2 * n in scene.mask else _cache_symbol(plan, n) for n in layers)
+            symbols = ("." if 2 * n in plan.removed else _cache_symbol(plan, n) for n in layers)
             lines.append("cache    " + "".join(symbols))
     peak, budget = scene.memory.peak_bytes(plan, scene.request), scene.request.budget_bytes
     dense = scene.memory.dense_peak_bytes(scene.request.batch_size, scene.request.seq_len_tokens)
@@ -195,7 +195,7 @@ def render_ansi(scene: Scene) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cache_symbol(plan: CompressionPlan, layer: int) -> str:
+def _cache_symbol(plan: Plan, layer: int) -> str:
     level = plan.cache_level(layer)
     return _SYMBOLS[level.name] if level.window_tokens is None else "w"
 

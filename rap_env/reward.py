@@ -17,9 +17,8 @@ from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, check_name
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.specs import check_settings, check_types, split_spec
 
 TIMINGS = ("terminal", "dense")
@@ -34,10 +33,10 @@ COMPARED_TO = ("gsi", "one_shot", "frontier")
 class MeasuresAccuracy(Protocol):
     """Gives results of tasks under plans, such as `rap_env.scoring.tasks.TaskScorer`."""
 
-    def mean_accuracy(self, plan: MaskOrPlan, /) -> float:
+    def mean_accuracy(self, plan: Plan, /) -> float:
         """Mean accuracy over the tasks, in [0, 1]."""
 
-    def mean_choice_nll(self, plan: MaskOrPlan, /) -> float:
+    def mean_choice_nll(self, plan: Plan, /) -> float:
         """Mean NLL of the right choice among the choices, over the tasks, in nats."""
 
 
@@ -55,7 +54,7 @@ class StepOutcome(NamedTuple):
             episode continues.
     """
 
-    mask: MaskOrPlan
+    mask: Plan
     delta_nll: float
     delta_nll_before: float | None
     ends: bool
@@ -209,7 +208,7 @@ class AccuracyReward(RewardTerm):
         """The change in accuracy, at most 0 unless pruning helped."""
         if not outcome.ends or not outcome.mask:
             return 0.0
-        return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(BlockMask())
+        return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(Plan())
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ class RecallReward(RewardTerm):
         """Minus the rise in nats; a model that guesses among four choices has an NLL of 1.39."""
         if not outcome.ends or not outcome.mask:
             return 0.0
-        return self.tasks.mean_choice_nll(BlockMask()) - self.tasks.mean_choice_nll(outcome.mask)
+        return self.tasks.mean_choice_nll(Plan()) - self.tasks.mean_choice_nll(outcome.mask)
 
 
 @dataclass(frozen=True)

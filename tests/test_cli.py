@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, default_facts, load_policy
 from rap_env.request import Request
@@ -81,7 +80,7 @@ def test_the_choice_is_that_of_the_policy_with_bytes_by_part(rap):
     assert code == 0
     assert answer["policy"] == "knapsack-by-text"
     assert answer["levels"] == plan.levels
-    assert answer["removed"] == list(plan.removed.names) != []
+    assert answer["removed"] == list(plan.removed_names) != []
     assert answer["bytes"] == memory.breakdown(plan, request).as_dict()
     assert sum(answer["bytes"].values()) == answer["peak_bytes"] <= 110 * 2**20
     assert answer["request"] == asdict(request)
@@ -104,7 +103,7 @@ def test_the_plan_is_shown_by_levels(rap):
     found = re.search(r"Removed \((\d+)\): attn of layers (.*); ffn of layers (.*)", out)
     assert int(found[1]) == len(plan.removed)
     blocks = [*(2 * n for n in numbers(found[2])), *(2 * n + 1 for n in numbers(found[3]))]
-    assert BlockMask.of(*blocks) == plan.removed
+    assert set(blocks) == plan.removed
 
 
 def numbers(text):
@@ -121,23 +120,23 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     def found(mask, chooser=policy):
         return find_delta_nll(memory, chooser, mask)
 
-    assert found(BlockMask()) == (0.0, "the dense model")
+    assert found(Plan()) == (0.0, "the dense model")
     mask = table.choose(request)
     rise, source = found(mask)
     assert rise == frontier.scores[mask] - frontier.dense_nll
     assert "512 tokens of wikitext" in source
     assert found(mask, table) == (rise, source)
     prefix = next(
-        BlockMask.of(*file.order[:n])
+        Plan.removing(*file.order[:n])
         for n in range(2, 60)
-        if BlockMask.of(*file.order[:n]) not in frontier.scores
+        if Plan.removing(*file.order[:n]) not in frontier.scores
     )
     rise, source = found(prefix)
-    assert rise == pytest.approx(sum(file.features.gsi_marginal_loss[i] for i in prefix.indices))
+    assert rise == pytest.approx(sum(file.features.gsi_marginal_loss[i] for i in prefix.removed))
     assert source == "GSI scores in the policy file"
-    single = next(BlockMask.of(n) for n in range(60) if BlockMask.of(n) not in frontier.scores)
-    assert found(single)[0] == file.features.one_shot[next(iter(single.indices))]
-    near = mask - BlockMask.of(max(mask.indices))
+    single = next(Plan.removing(n) for n in range(60) if Plan.removing(n) not in frontier.scores)
+    assert found(single)[0] == file.features.one_shot[next(iter(single.removed))]
+    near = Plan(mask.removed - {max(mask.removed)})
     assert near not in frontier.scores
     rise, source = found(near)
     assert rise == pytest.approx(frontier.scores[mask] - frontier.dense_nll, rel=0.3)
@@ -148,11 +147,11 @@ def test_the_rise_in_nll_is_measured_or_predicted():
 def test_other_policies_plans_are_predicted_from_level_costs():
     memory = MemoryModel(default_facts())
     costs = load_policy("knapsack", memory).costs
-    for plan in (CompressionPlan.uniform(30, caches="int4"), BlockMask.of(8)):
+    for plan in (Plan.uniform(30, caches="int4"), Plan.removing(8)):
         rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
         assert rise == costs.delta_nll(plan, 2048) > 0
         assert "predicted from one-shot costs of levels" in source
-    unknown = CompressionPlan.uniform(30, caches="window64")
+    unknown = Plan.uniform(30, caches="window64")
     found = find_delta_nll(memory, StaticPolicy(unknown), unknown)
     assert found == (None, "never measured for this plan")
 

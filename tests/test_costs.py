@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import VectorByteTracker, request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 LAYERS = 4
@@ -51,17 +51,17 @@ def memory(request, stub_bytes) -> MemoryModel:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_peaks_are_those_of_the_memory_model(memory, shape):
     costs, request = request_costs(memory, *shape), Request(*shape, 1)
-    masks = [BlockMask(frozenset(np.flatnonzero(bits))) for bits in _bits(2 * LAYERS)]
+    masks = [Plan(frozenset(np.flatnonzero(bits))) for bits in _bits(2 * LAYERS)]
     assert len(masks) == 256
     for mask in masks:
-        assert costs.peak_bytes(mask.indices) == memory.peak_bytes(mask, request), mask
+        assert costs.peak_bytes(mask.removed) == memory.peak_bytes(mask, request), mask
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_are_those_of_the_memory_model(memory, shape):
     costs, request = request_costs(memory, *shape), Request(*shape, 1)
     assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
-    assert costs.kv_cache_bytes == memory.breakdown(BlockMask(), request).kv_cache
+    assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
     assert costs.least_peak_bytes == memory.least_peak_bytes(request)
     assert costs.freed == tuple(memory.freed_bytes(request))
     assert costs.freed_share == pytest.approx(np.array(costs.freed) / costs.dense_peak_bytes)
@@ -116,10 +116,10 @@ def test_an_order_is_followed_until_the_budget_is_met_or_it_ends(memory):
     for fraction in (1.0, 0.95, 0.8, 0.1):
         budget = int(fraction * costs.dense_peak_bytes)
         mask = costs.remove_until_fits(order, budget)
-        assert mask == BlockMask.of(*order[: len(mask)])
-        assert costs.peak_bytes(mask.indices) <= budget or len(mask) == len(order)
+        assert mask == Plan.removing(*order[: len(mask.removed)])
+        assert costs.peak_bytes(mask.removed) <= budget or len(mask.removed) == len(order)
         if mask:
-            assert costs.peak_bytes(order[: len(mask) - 1]) > budget
+            assert costs.peak_bytes(order[: len(mask.removed) - 1]) > budget
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,7 +134,7 @@ def test_trackers_follow_removals_in_any_order(memory, shape):
         index, removes = orders[:, step], np.ones(len(orders), dtype=bool)
         vector.remove(index, removes, vector.peak_without(index, removes))
         for row, (tracker, order) in enumerate(zip(singles, orders, strict=True)):
-            expected = memory.peak_bytes(BlockMask.of(*order[: step + 1]), Request(*shape, 1))
+            expected = memory.peak_bytes(Plan.removing(*order[: step + 1]), Request(*shape, 1))
             assert tracker.peak_without(order[step]) == expected
             tracker.remove(order[step])
             assert tracker.peak_bytes == vector.peak_bytes[row] == expected
@@ -161,5 +161,5 @@ def test_peaks_of_whole_masks_are_those_of_the_memory_model(memory):
     vector.start(np.arange(len(SHAPES)), costs)
     rows = np.arange(len(removed)) % len(SHAPES)
     for row, bits, peak in zip(rows, removed, vector.peaks_of(rows, removed), strict=True):
-        mask = BlockMask(frozenset(np.flatnonzero(bits)))
+        mask = Plan(frozenset(np.flatnonzero(bits)))
         assert peak == memory.peak_bytes(mask, Request(*SHAPES[row], 1))

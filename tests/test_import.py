@@ -39,7 +39,7 @@ def test_importing_loads_nothing_heavy_and_registers_the_environment():
 def test_the_parts_without_a_model_load_no_torch():
     code = (
         "import sys, rap_env; "
-        "rap_env.BlockMask, rap_env.Request, rap_env.MemoryModel; "
+        "rap_env.Plan, rap_env.Request, rap_env.MemoryModel; "
         "import rap_env.render, rap_env.reward, rap_env.workload, rap_env.context; "
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     ArtifactError,
     InfeasibleBudgetError,
@@ -17,6 +16,7 @@ from rap_env.errors import (
 )
 from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 FACTS = ModelFacts(
@@ -39,11 +39,11 @@ REPAIRED = MemoryModel(replace(FACTS, stub_bytes=STUB_BYTES, repair="r" * 64))
 REQUEST = Request(2, 10, 1)
 
 SHAPES = st.tuples(st.integers(1, 512), st.integers(1, FACTS.max_positions))
-MASKS = st.builds(BlockMask, st.frozensets(st.integers(0, FACTS.num_blocks - 1)))
+MASKS = st.builds(Plan, st.frozensets(st.integers(0, FACTS.num_blocks - 1)))
 
 
 def test_every_byte_of_a_small_case_by_hand() -> None:
-    parts = MEMORY.breakdown(BlockMask.of("layer00.attn", "layer02.ffn"), REQUEST)
+    parts = MEMORY.breakdown(Plan.removing("layer00.attn", "layer02.ffn"), REQUEST)
     assert parts.attn_weights == 100 + 110
     assert parts.ffn_weights == 300 + 300
     assert parts.embeddings == 1000
@@ -66,18 +66,16 @@ def test_a_live_model_or_its_facts_give_the_same() -> None:
     class Live:
         facts = FACTS
 
-    assert MemoryModel(Live()).peak_bytes(BlockMask(), REQUEST) == MEMORY.peak_bytes(
-        BlockMask(), REQUEST
-    )
+    assert MemoryModel(Live()).peak_bytes(Plan(), REQUEST) == MEMORY.peak_bytes(Plan(), REQUEST)
 
 
 @given(SHAPES, MASKS, st.integers(0, FACTS.num_blocks - 1))
 def test_each_removed_block_lowers_the_peak_by_what_it_frees(
-    shape: tuple[int, int], mask: BlockMask, index: int
+    shape: tuple[int, int], mask: Plan, index: int
 ) -> None:
     request = Request(*shape, budget_bytes=1)
-    without = mask - BlockMask.of(index)
-    before, after = (MEMORY.breakdown(m, request) for m in (without, without | BlockMask.of(index)))
+    kept = Plan(mask.removed - {index})
+    before, after = (MEMORY.breakdown(m, request) for m in (kept, kept.without(index)))
     freed = int(MEMORY.freed_bytes(request)[index])
     workspace = before.workspace - after.workspace
     assert freed > 0
@@ -89,7 +87,7 @@ def test_each_removed_block_lowers_the_peak_by_what_it_frees(
 
 
 def test_stubs_of_a_small_case_by_hand() -> None:
-    mask = BlockMask.of("layer00.attn", "layer01.ffn", "layer02.attn")
+    mask = Plan.removing("layer00.attn", "layer01.ffn", "layer02.attn")
     ours, plain = (memory.breakdown(mask, REQUEST) for memory in (REPAIRED, MEMORY))
     assert ours == replace(plain, stubs=10 + 30 + 0)
     assert ours.peak == plain.peak + 40
@@ -103,27 +101,25 @@ def test_stubs_reduce_the_bytes_that_a_removal_frees() -> None:
 
 
 def test_stubs_of_kept_blocks_take_nothing() -> None:
-    assert REPAIRED.breakdown(BlockMask(), REQUEST) == MEMORY.breakdown(BlockMask(), REQUEST)
+    assert REPAIRED.breakdown(Plan(), REQUEST) == MEMORY.breakdown(Plan(), REQUEST)
     assert REPAIRED.dense_peak_bytes(2, 10) == MEMORY.dense_peak_bytes(2, 10)
     assert REPAIRED.shares() == MEMORY.shares()
 
 
 @given(SHAPES, MASKS)
-def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: BlockMask) -> None:
+def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: Plan) -> None:
     request = Request(*shape, budget_bytes=1)
     extra = REPAIRED.peak_bytes(mask, request) - MEMORY.peak_bytes(mask, request)
-    assert extra == sum(STUB_BYTES[block] for block in mask)
+    assert extra == sum(STUB_BYTES[block] for block in sorted(mask.removed))
 
 
 @given(SHAPES, MASKS, st.integers(0, FACTS.num_blocks - 1))
 def test_each_removed_block_lowers_the_peak_by_what_it_frees_with_stubs_too(
-    shape: tuple[int, int], mask: BlockMask, index: int
+    shape: tuple[int, int], mask: Plan, index: int
 ) -> None:
     request = Request(*shape, budget_bytes=1)
-    without = mask - BlockMask.of(index)
-    before, after = (
-        REPAIRED.breakdown(m, request) for m in (without, without | BlockMask.of(index))
-    )
+    kept = Plan(mask.removed - {index})
+    before, after = (REPAIRED.breakdown(m, request) for m in (kept, kept.without(index)))
     freed = int(REPAIRED.freed_bytes(request)[index])
     assert before.peak - after.peak == freed + before.workspace - after.workspace
 
@@ -145,7 +141,7 @@ def test_stubs_are_part_of_what_scores_depend_on() -> None:
 
 @given(SHAPES, MASKS)
 def test_no_mask_needs_less_than_the_least_or_more_than_dense(
-    shape: tuple[int, int], mask: BlockMask
+    shape: tuple[int, int], mask: Plan
 ) -> None:
     request = Request(*shape, budget_bytes=1)
     peak = MEMORY.peak_bytes(mask, request)
@@ -153,7 +149,7 @@ def test_no_mask_needs_less_than_the_least_or_more_than_dense(
 
 
 @given(SHAPES, MASKS)
-def test_more_to_serve_never_needs_less(shape: tuple[int, int], mask: BlockMask) -> None:
+def test_more_to_serve_never_needs_less(shape: tuple[int, int], mask: Plan) -> None:
     batch, length = shape
     peak = MEMORY.peak_bytes(mask, Request(batch, length, 1))
     assert MEMORY.peak_bytes(mask, Request(batch + 1, length, 1)) > peak
@@ -172,7 +168,7 @@ def test_only_attention_frees_cache() -> None:
 
 def test_the_workspace_is_bounded_by_the_prefill_chunk() -> None:
     full, beyond = (
-        MEMORY.breakdown(BlockMask(), Request(1, length, 1)).workspace
+        MEMORY.breakdown(Plan(), Request(1, length, 1)).workspace
         for length in (PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS + 1)
     )
     assert full == beyond
@@ -180,7 +176,7 @@ def test_the_workspace_is_bounded_by_the_prefill_chunk() -> None:
 
 def test_sizes_beyond_32_bits_are_exact() -> None:
     big = replace(FACTS, block_param_bytes=(2**40,) * 6, kv_bytes_per_token=(2**20,) * 3)
-    parts = MemoryModel(big).breakdown(BlockMask(), Request(4096, 4096, 1))
+    parts = MemoryModel(big).breakdown(Plan(), Request(4096, 4096, 1))
     assert parts.weights == 6 * 2**40
     assert parts.kv_cache == 4096 * 2**20 * (4096 + 5 + 4096)
 
@@ -214,7 +210,7 @@ def test_a_length_beyond_the_models_positions_is_rejected() -> None:
     with pytest.raises(
         InvalidRequestError, match=r"from 1 to 4096 tokens \(the positions of made-up\), not 4097"
     ):
-        MEMORY.peak_bytes(BlockMask(), Request(1, 4097, 1))
+        MEMORY.peak_bytes(Plan(), Request(1, 4097, 1))
     with pytest.raises(InvalidRequestError, match="batch size must be at least 1, not 0"):
         MEMORY.check(0, 10)
 
@@ -222,15 +218,15 @@ def test_a_length_beyond_the_models_positions_is_rejected() -> None:
 def test_a_batch_beyond_64_bit_arithmetic_is_rejected() -> None:
     for batch_size in (MAX_BATCH_SIZE + 1, 10**30):
         with pytest.raises(InvalidRequestError, match=f"at most 1048576, not {batch_size}"):
-            MEMORY.peak_bytes(BlockMask(), Request(batch_size, 10, 1))
+            MEMORY.peak_bytes(Plan(), Request(batch_size, 10, 1))
     request = Request(MAX_BATCH_SIZE, 4096, 1)
-    peak = MEMORY.peak_bytes(BlockMask(), request)
+    peak = MEMORY.peak_bytes(Plan(), request)
     assert peak == MEMORY.dense_peak_bytes(MAX_BATCH_SIZE, 4096) > 0
 
 
 def test_a_mask_of_another_model_is_rejected() -> None:
     with pytest.raises(UnknownNameError, match=r"'layer03\.attn'; known are 'layer00\.attn \.\.\."):
-        MEMORY.peak_bytes(BlockMask.of("layer03.attn"), REQUEST)
+        MEMORY.peak_bytes(Plan.removing("layer03.attn"), REQUEST)
 
 
 def test_a_budget_below_every_mask_is_rejected_with_the_least() -> None:
@@ -254,7 +250,7 @@ def test_a_budget_as_a_fraction_of_the_dense_peak(shape: tuple[int, int], fracti
 
 def test_the_whole_dense_peak_needs_no_pruning() -> None:
     request = Request.at_fraction(MEMORY, 3, 100, 1.0)
-    assert MEMORY.peak_bytes(BlockMask(), request) <= request.budget_bytes
+    assert MEMORY.peak_bytes(Plan(), request) <= request.budget_bytes
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, float("nan"), float("inf")])

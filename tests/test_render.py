@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
 from rap_env.request import Request
 
@@ -39,7 +38,7 @@ def make_memory(layers: int = 4, **facts) -> MemoryModel:
 def make_scene(*blocks: int, layers: int = 4, loss: float | None = None, fraction: float = 0.7):
     memory = make_memory(layers)
     request = Request.at_fraction(memory, 2, 1024, fraction)
-    return Scene(memory, request, BlockMask.of(*blocks), loss)
+    return Scene(memory, request, Plan.removing(*blocks), loss)
 
 
 def area(picture: np.ndarray, colour: tuple[int, int, int], right: int = SIZE[0]) -> int:
@@ -108,7 +107,7 @@ STUBBED = {"stub_bytes": (_MIB // 2, _MIB) * 4, "repair": "r" * 64}
 def test_the_parts_of_the_bar_add_up_to_the_peak(facts, removed):
     memory = make_memory(**facts)
     request = Request.at_fraction(memory, 2, 1024, 0.7)
-    scene = Scene(memory, request, BlockMask.of(*removed))
+    scene = Scene(memory, request, Plan.removing(*removed))
     peak = memory.peak_bytes(scene.mask, request)
     assert sum(scene.parts.values()) == peak
     assert ("stubs" in scene.parts) == bool(facts and removed)
@@ -135,14 +134,14 @@ def test_a_plan_shows_its_levels_and_stays_inside_the_picture(levels):
     memory = make_memory(6, kv_heads=(1,) * 6, kv_head_size=(128,) * 6)
     request = Request.at_fraction(memory, 2, 1024, 0.7)
     plan = {f"layer{n:02}.cache": levels[n % len(levels)] for n in range(6)}
-    scene = Scene(memory, request, CompressionPlan.of({**plan, "layer05.ffn": "removed"}), 0.1)
+    scene = Scene(memory, request, Plan.of({**plan, "layer05.ffn": "removed"}), 0.1)
     assert sum(scene.parts.values()) == memory.peak_bytes(scene.plan, request)
     text = render_ansi(scene)
     assert re.search(rf"^cache +{'842www' if len(levels) > 1 else '888888'}$", text, re.M)
     assert "lowered  " in text
     picture = render_rgb(scene)
     assert all((edge == 255).all() for edge in (picture[:, -20:], picture[-8:]))
-    native = render_rgb(Scene(memory, request, BlockMask.of(11)))
+    native = render_rgb(Scene(memory, request, Plan.removing(11)))
     light = tuple(bytes.fromhex(_COLOURS["KV cache"][1:]))
     stack = SIZE[0] // 2 - 60
     assert area(picture, light, stack) < area(native, light, stack)

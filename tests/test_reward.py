@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.plan import Plan
 from rap_env.reward import (
     REWARDS,
     AccuracyReward,
@@ -20,8 +20,8 @@ from rap_env.reward import (
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
-PATH = [BlockMask.of(*blocks) for blocks in ((), (1,), (1, 4), (1, 4), (0, 1, 4))]  # one invalid
-BASELINE = BlockMask.of(2, 3)
+PATH = [Plan.removing(*blocks) for blocks in ((), (1,), (1, 4), (1, 4), (0, 1, 4))]  # one invalid
+BASELINE = Plan.removing(2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def scorer() -> MaskScorer:
 class KeptShare:
     """A fake accuracy: the share of the six blocks that is kept."""
 
-    def mean_accuracy(self, mask: BlockMask) -> float:
-        return 1 - len(mask) / 6
+    def mean_accuracy(self, mask: Plan) -> float:
+        return 1 - len(mask.removed) / 6
 
-    def mean_choice_nll(self, mask: BlockMask) -> float:
-        return 0.1 + len(mask) / 3
+    def mean_choice_nll(self, mask: Plan) -> float:
+        return 0.1 + len(mask.removed) / 3
 
 
 def no_tasks() -> KeptShare:
@@ -160,7 +160,7 @@ def test_a_dense_reward_without_the_loss_before_is_rejected():
 
 
 def test_no_removal_is_the_baseline_of_every_term():
-    nothing = StepOutcome(BlockMask(), 0.0, 0.0, ends=True)
+    nothing = StepOutcome(Plan(), 0.0, 0.0, ends=True)
     for term in (PerplexityReward(), PerplexityReward("dense"), AccuracyReward(KeptShare())):
         assert term.step(nothing) == 0.0
 
@@ -190,9 +190,9 @@ def test_recall_pays_the_rise_in_nats_at_the_end(scorer):
     spec = {"name": "combined", "weights": {"perplexity": 1, "recall": 0.5}}
     *before, last = play(make_reward(spec, KeptShare), scorer)
     assert [terms["recall"] for terms in before] == [0.0] * len(before)
-    assert last["recall"] == pytest.approx(-0.5 * len(PATH[-1]) / 3)
+    assert last["recall"] == pytest.approx(-0.5 * len(PATH[-1].removed) / 3)
     alone = make_reward("recall", KeptShare)
-    assert alone.step(StepOutcome(BlockMask(), 0.0, None, ends=True)) == {"recall": 0.0}
+    assert alone.step(StepOutcome(Plan(), 0.0, None, ends=True)) == {"recall": 0.0}
 
 
 @pytest.mark.parametrize("kind", [PerplexityReward, AccuracyReward, RecallReward])

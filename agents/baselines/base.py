@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy, PolicyLike
 from rap_env.request import Request
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 
-PlanT = TypeVar("PlanT", BlockMask, CompressionPlan)
+PlanT = TypeVar("PlanT", Plan, Plan)
 """What a method chooses: masks, or plans over a ladder."""
 
 
@@ -36,7 +35,7 @@ class CountingPolicy(PolicyLike, Protocol):
 
     evaluations: int
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return a mask or plan for a request, as in `PolicyLike`."""
 
 
@@ -94,7 +93,7 @@ class AnyBaseline(Policy, Generic[PlanT]):
         """Return the choice; score masks and plans only through `scores`, which counts them."""
 
 
-class Baseline(AnyBaseline[BlockMask]):
+class Baseline(AnyBaseline[Plan]):
     """Chooses a mask without learning.
 
     A baseline removes blocks until the request's peak bytes, KV cache included, are within the
@@ -114,7 +113,7 @@ class CountingScorer:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self._nll: dict[MaskOrPlan, float] = {}
+        self._nll: dict[Plan, float] = {}
         self._windows = 0  # scored on a part of the text
 
     @property
@@ -127,20 +126,20 @@ class CountingScorer:
         """Passes over the whole text so far, rounded up; a part of the text counts as that part."""
         return len(self._nll) + -(-self._windows // self.num_windows)
 
-    def nll_many(self, plans: Sequence[MaskOrPlan]) -> list[float]:
+    def nll_many(self, plans: Sequence[Plan]) -> list[float]:
         """NLL of several masks or plans, nats per token; prefixes that they share run once."""
-        keys = list(map(simplest, plans))
+        keys = list(plans)
         new = [key for key in dict.fromkeys(keys) if key not in self._nll]
         if new:
             self._nll |= dict(zip(new, self._scorer.nll_many(new), strict=True))
         return [self._nll[key] for key in keys]
 
-    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int]) -> list[float]:
+    def nll_on(self, plans: Sequence[Plan], windows: Sequence[int]) -> list[float]:
         """NLL of several masks or plans on some windows, nats per token; not remembered."""
         self._windows += len(plans) * len(windows)
         return self._scorer.nll_on(plans, windows)
 
-    def nll(self, plan: MaskOrPlan) -> float:
+    def nll(self, plan: Plan) -> float:
         """NLL of one mask or plan, nats per token."""
         return self.nll_many([plan])[0]
 
@@ -149,7 +148,7 @@ class CountingScorer:
         nll = dict(zip(plans, self.nll_many(plans), strict=True))
         return min(nll, key=nll.__getitem__)
 
-    def first_affordable(self, masks: Sequence[BlockMask], limit: int) -> list[BlockMask]:
+    def first_affordable(self, masks: Sequence[Plan], limit: int) -> list[Plan]:
         """Score and return the first masks that keep `evaluations` within `limit`."""
         left = limit - self.evaluations
         chosen = []
@@ -171,7 +170,7 @@ class MeasuredChoice:
             one pass over the calibration text.
     """
 
-    plan: MaskOrPlan
+    plan: Plan
     evaluations: int
     decision_s: float
 
@@ -189,18 +188,18 @@ def measure_choice(policy: CountingPolicy, request: Request, scorer: Scorer) -> 
     return MeasuredChoice(plan, evaluations, decision_s)
 
 
-def fits(memory: MemoryModel, mask: BlockMask, request: Request) -> bool:
+def fits(memory: MemoryModel, mask: Plan, request: Request) -> bool:
     """Whether the request's peak bytes under `mask` are within its budget."""
     return memory.peak_bytes(mask, request) <= request.budget_bytes
 
 
 def restore_unneeded(
-    memory: MemoryModel, mask: BlockMask, order: Iterable[int], request: Request
-) -> BlockMask:
+    memory: MemoryModel, mask: Plan, order: Iterable[int], request: Request
+) -> Plan:
     """Restore, in `order`, every removed block without which the request still fits."""
     for index in order:
-        fewer = mask - BlockMask.of(index)
-        if index in mask and fits(memory, fewer, request):
+        fewer = Plan(mask.removed - {index})
+        if index in mask.removed and fits(memory, fewer, request):
             mask = fewer
     return mask
 

@@ -18,8 +18,8 @@ from agents.baselines.base import (
 )
 from agents.baselines.knapsack import KnapsackBaseline
 from agents.baselines.orders import GSIBaseline, OneShotPerByteBaseline
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -65,19 +65,19 @@ class EvolutionaryBaseline(Baseline):
         # Of the orders that the first parents follow; GSI's first round measures one-shot too.
         self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        if fits(self.memory, BlockMask(), request):
-            return BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if fits(self.memory, Plan(), request):
+            return Plan()
         mutate = partial(mutated, self.memory, request)
-        search: Evolution[BlockMask] = Evolution(
-            BlockMask(), mutate, scores, request, self.seed, self.max_evaluations
+        search: Evolution[Plan] = Evolution(
+            Plan(), mutate, scores, request, self.seed, self.max_evaluations
         )
         search.begin(self._start_masks(request))
         while search.step():
             pass
         return search.parent
 
-    def _start_masks(self, request: Request) -> list[BlockMask]:
+    def _start_masks(self, request: Request) -> list[Plan]:
         """Cheap masks under which the request fits, with and without unneeded removals."""
         masks = [start.choose(request) for start in self._starts]
         masks += [restore_unneeded(self.memory, m, self._last, request) for m in masks]
@@ -194,18 +194,18 @@ class Evolution(Generic[PlanT]):
 
 
 def mutated(
-    memory: MemoryModel, request: Request, parent: BlockMask, rng: np.random.Generator
-) -> BlockMask | None:
+    memory: MemoryModel, request: Request, parent: Plan, rng: np.random.Generator
+) -> Plan | None:
     """Return a mask after a few switches; fewer are likelier, as in EvoPress."""
     switches = int(rng.integers(1, MOST_SWITCHES + 1, size=2).min())
-    restored = rng.permutation(list(parent))[:switches]
-    mask = parent - BlockMask.of(*restored.tolist())
-    kept = [i for i in range(memory.facts.num_blocks) if i not in parent]
+    restored = rng.permutation(sorted(parent.removed))[:switches]
+    mask = Plan(parent.removed.difference(restored.tolist()))
+    kept = [i for i in range(memory.facts.num_blocks) if i not in parent.removed]
     for index in rng.permutation(kept).tolist():
         if fits(memory, mask, request):
             break
-        mask |= BlockMask.of(index)
+        mask = mask.without(index)
     if not fits(memory, mask, request):
         return None
-    order = rng.permutation(list(mask)).tolist()
+    order = rng.permutation(sorted(mask.removed)).tolist()
     return restore_unneeded(memory, mask, order, request)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from agents.baselines.base import CountingScorer, fits
 from agents.baselines.orders import OneShotBaseline
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -20,16 +20,16 @@ class KnapsackBaseline(OneShotBaseline):
 
     name = "knapsack"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        if fits(self.memory, BlockMask(), request):
-            return BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if fits(self.memory, Plan(), request):
+            return Plan()
         dense = self.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
         chosen = cheapest_cover(
             self._delta_nll, self.memory.freed_bytes(request), dense - request.budget_bytes
         )
         if chosen is None:  # it fits only with the workspace of the last FFN block freed as well
-            return BlockMask.all_of(self.memory.facts.blocks)
-        return BlockMask.of(*chosen)
+            return Plan.removing(*self.memory.facts.blocks)
+        return Plan.removing(*chosen)
 
 
 def cheapest_cover(

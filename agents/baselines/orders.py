@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from agents.baselines.base import Baseline, CountingScorer, fits, price_per_byte
 from agents.baselines.searches import whole_layer
-from rap_env.blocks import BlockKind, BlockMask
+from rap_env.blocks import BlockKind
 from rap_env.costs import request_costs
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class OrderBaseline(Baseline):
 
     _blocks: Sequence[int] = ()
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         return costs.remove_until_fits(self._order(request), request.budget_bytes)
 
@@ -144,12 +145,12 @@ class ShortGPTBaseline(Baseline):
         super().__init__(context, seed)
         self._layers = _ascending(context.layer_influence)
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        mask = BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        mask = Plan()
         for layer in self._layers:
             if fits(self.memory, mask, request):
                 break
-            mask |= whole_layer(layer)
+            mask = mask.without(*whole_layer(layer).removed)
         return mask
 
 
@@ -170,9 +171,9 @@ class FrontierBaseline(Baseline):
         self._frontier = context.frontier
         self.setup_evaluations = self._frontier.evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        if fits(self.memory, BlockMask(), request):
-            return BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if fits(self.memory, Plan(), request):
+            return Plan()
         found = self._frontier.best(self.memory, request)
         return GSIBaseline(self._context).choose(request) if found is None else found
 

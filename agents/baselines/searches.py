@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agents.baselines.base import Baseline, CountingScorer, fits, price_per_byte
-from rap_env.blocks import BlockMask, every_mask
 from rap_env.errors import SearchTooLargeError
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan, every_mask
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -28,24 +28,24 @@ class GreedyPerByteBaseline(Baseline):
 
     name = "greedy_per_byte"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return greedy_per_byte(self.memory, scores, request)
 
 
-def greedy_per_byte(memory: MemoryModel, scores: CountingScorer, request: Request) -> BlockMask:
+def greedy_per_byte(memory: MemoryModel, scores: CountingScorer, request: Request) -> Plan:
     """Return the mask of `GreedyPerByteBaseline`."""
     freed = memory.freed_bytes(request)
-    mask = BlockMask()
+    mask = Plan()
     while not fits(memory, mask, request):
         over = memory.peak_bytes(mask, request) - request.budget_bytes
         nll = scores.nll(mask)
-        kept = [index for index in range(memory.facts.num_blocks) if index not in mask]
-        without = scores.nll_many([mask | BlockMask.of(index) for index in kept])
+        kept = [index for index in range(memory.facts.num_blocks) if index not in mask.removed]
+        without = scores.nll_many([mask.without(index) for index in kept])
         prices = {
             index: price_per_byte(value - nll, min(int(freed[index]), over))
             for index, value in zip(kept, without, strict=True)
         }
-        mask |= BlockMask.of(min(kept, key=prices.__getitem__))
+        mask = mask.without(min(kept, key=prices.__getitem__))
     return mask
 
 
@@ -72,9 +72,9 @@ class GreedySwapsBaseline(Baseline):
         super().__init__(context, seed)
         self.extra_evaluations = extra_evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        if fits(self.memory, BlockMask(), request):
-            return BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if fits(self.memory, Plan(), request):
+            return Plan()
         mask = greedy_per_byte(self.memory, scores, request)
         limit = scores.evaluations + self.extra_evaluations
         while (better := self._improved(mask, scores, limit, request)) is not None:
@@ -82,20 +82,20 @@ class GreedySwapsBaseline(Baseline):
         return mask
 
     def _improved(
-        self, mask: BlockMask, scores: CountingScorer, limit: int, request: Request
-    ) -> BlockMask | None:
+        self, mask: Plan, scores: CountingScorer, limit: int, request: Request
+    ) -> Plan | None:
         """Return a better mask one swap away; None if there is none within the limit."""
-        restored = [mask - BlockMask.of(index) for index in mask]
+        restored = [Plan(mask.removed - {index}) for index in sorted(mask.removed)]
         for fewer in sorted(scores.first_affordable(restored, limit), key=scores.nll):
             near = scores.first_affordable(self._swaps(fewer, mask, request), limit)
             if near and scores.nll(best := scores.best(near)) < scores.nll(mask):
                 return best
         return None
 
-    def _swaps(self, fewer: BlockMask, mask: BlockMask, request: Request) -> list[BlockMask]:
+    def _swaps(self, fewer: Plan, mask: Plan, request: Request) -> list[Plan]:
         """Return `fewer`, and `fewer` with any block removed that `mask` keeps, where they fit."""
         blocks = range(self.memory.facts.num_blocks)
-        grown = [fewer | BlockMask.of(index) for index in blocks if index not in mask]
+        grown = [fewer.without(index) for index in blocks if index not in mask.removed]
         return [near for near in (fewer, *grown) if fits(self.memory, near, request)]
 
 
@@ -120,25 +120,27 @@ class BeamBaseline(Baseline):
         super().__init__(context, seed)
         self.width = width
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        beam, ended = [BlockMask()], set[BlockMask]()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        beam, ended = [Plan()], set[Plan]()
         while unfit := [mask for mask in beam if not fits(self.memory, mask, request)]:
             grown = [child for mask in unfit for child in self._children(mask)]
             masks = list(dict.fromkeys([*(mask for mask in beam if mask not in unfit), *grown]))
-            scores.nll_many([BlockMask(), *masks])  # in one call, since they share prefixes
+            scores.nll_many([Plan(), *masks])  # in one call, since they share prefixes
             ended |= {mask for mask in masks if fits(self.memory, mask, request)}
             beam = sorted(masks, key=lambda m: self._price(scores, m, request))[: self.width]
-        return scores.best(sorted(ended, key=tuple)) if ended else BlockMask()
+        return (
+            scores.best(sorted(ended, key=lambda mask: sorted(mask.removed))) if ended else Plan()
+        )
 
-    def _children(self, mask: BlockMask) -> list[BlockMask]:
+    def _children(self, mask: Plan) -> list[Plan]:
         blocks = range(self.memory.facts.num_blocks)
-        return [mask | BlockMask.of(index) for index in blocks if index not in mask]
+        return [mask.without(index) for index in blocks if index not in mask.removed]
 
-    def _price(self, scores: CountingScorer, mask: BlockMask, request: Request) -> float:
+    def _price(self, scores: CountingScorer, mask: Plan, request: Request) -> float:
         """Rise in NLL of a mask per useful byte."""
         dense_bytes = self.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
         freed = dense_bytes - self.memory.peak_bytes(mask, request)
-        delta_nll = scores.nll(mask) - scores.nll(BlockMask())
+        delta_nll = scores.nll(mask) - scores.nll(Plan())
         return price_per_byte(delta_nll, min(freed, dense_bytes - request.budget_bytes))
 
 
@@ -151,12 +153,14 @@ class SLEBBaseline(Baseline):
 
     name = "sleb"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        mask = BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        mask = Plan()
         left = set(range(self.memory.facts.num_layers))
         while not fits(self.memory, mask, request):
-            mask = scores.best([mask | whole_layer(layer) for layer in sorted(left)])
-            left = {layer for layer in left if not whole_layer(layer) <= mask}
+            mask = scores.best(
+                [mask.without(*whole_layer(layer).removed) for layer in sorted(left)]
+            )
+            left = {layer for layer in left if not whole_layer(layer).removed <= mask.removed}
         return mask
 
 
@@ -184,12 +188,12 @@ class OracleBaseline(Baseline):
             )
         self._masks = list(every_mask(blocks))
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
-        if fits(self.memory, BlockMask(), request):
-            return BlockMask()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if fits(self.memory, Plan(), request):
+            return Plan()
         return scores.best([mask for mask in self._masks if fits(self.memory, mask, request)])
 
 
-def whole_layer(layer: int) -> BlockMask:
+def whole_layer(layer: int) -> Plan:
     """Return the mask that removes both blocks of a layer."""
-    return BlockMask.of(2 * layer, 2 * layer + 1)
+    return Plan.removing(2 * layer, 2 * layer + 1)

@@ -25,7 +25,7 @@ from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
 
@@ -61,7 +61,7 @@ class Choice:
     """
 
     cell: Cell
-    plan: CompressionPlan
+    plan: Plan
     budget_bytes: int
     peak_bytes: int
     loss_calibration: float
@@ -69,7 +69,7 @@ class Choice:
     @property
     def mask(self) -> list[str]:
         """Names of the removed blocks."""
-        return list(self.plan.removed.names)
+        return list(self.plan.removed_names)
 
 
 def grid_requests(
@@ -147,7 +147,7 @@ def choices(
     """Let a policy choose on the grid, and score what it chooses on the calibration text."""
     found = []
     for cell, request in requests:
-        plan = as_plan(policy.choose(request))
+        plan = policy.choose(request)
         found.append(
             Choice(
                 cell=cell,
@@ -167,7 +167,7 @@ def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | fl
     rows: list[list[str | float]] = [
         [
             f"{c.cell[0]}x{c.cell[1]}", percent(c.cell[2], 0), mebibytes(c.budget_bytes),
-            mebibytes(c.peak_bytes), c.plan.removed.count("attn"), c.plan.removed.count("ffn"),
+            mebibytes(c.peak_bytes), c.plan.count_removed("attn"), c.plan.count_removed("ffn"),
             round(c.loss_calibration, 4),
         ]
         for c in found
@@ -175,7 +175,7 @@ def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | fl
     return header, rows
 
 
-Scores = Callable[[Sequence[MaskOrPlan]], Sequence[float]]
+Scores = Callable[[Sequence[Plan]], Sequence[float]]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from experiments.study.figures import (
 from experiments.study.looks import KIND_COLOURS, look, short_label
 from experiments.study.records import Cell
 from experiments.study.tables import shape_words
-from rap_env.blocks import BlockMask
 from rap_env.memory_picture import draw_memory
+from rap_env.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -308,7 +308,7 @@ def _removed_share(
     masks = [mask for place, mask in removed if place == cell]
     share = np.zeros(2 * num_layers)
     for mask in masks:
-        share[list(BlockMask.of(*mask))] += 1 / len(masks)
+        share[sorted(Plan.removing(*mask).removed)] += 1 / len(masks)
     return share
 
 

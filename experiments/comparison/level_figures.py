@@ -13,7 +13,7 @@ from experiments.study.figures import FAINT, INK, panels, style
 from experiments.study.looks import LEVEL_COLOURS
 from experiments.study.tables import mebibytes, percent, shape_words
 from rap_env.blocks import block_name
-from rap_env.plan import EMBEDDINGS, as_plan, cache_name
+from rap_env.plan import EMBEDDINGS, cache_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +77,7 @@ def _row_label(row: ResultRow) -> str:
 
 def _level_of(row: ResultRow, name: str) -> str:
     """The level of an item; a cache whose block is removed counts as removed."""
-    levels = as_plan(row.plan).levels
+    levels = row.plan.levels
     if levels.get(name.replace(".cache", ".attn")) == "removed":
         return "removed"
     return levels.get(name, "native")

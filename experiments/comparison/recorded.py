@@ -9,7 +9,7 @@ from typing import Any
 from experiments.comparison.records import ResultRow, rows_below
 from experiments.errors import ExperimentError
 from rap_env.artifacts import digest
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 
@@ -84,7 +84,7 @@ class RecordedPlans(Policy):
         if not self._plans:
             raise ExperimentError(f"{path} has no plans of {name} for this model.")
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the plan that was recorded for a request.
 
         Raises:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.study.records import CellRecord, record_files
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 
 PARTS = ("grid", "sparsity", "outside")
 """Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at a
@@ -74,11 +73,11 @@ class ResultRow(CellRecord):
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
     @property
-    def plan(self) -> MaskOrPlan:
+    def plan(self) -> Plan:
         """The mask, or the plan where methods choose plans."""
         if self.levels is None:
-            return BlockMask.of(*self.mask)
-        return CompressionPlan.of(self.levels)
+            return Plan.removing(*self.mask)
+        return Plan.of(self.levels)
 
     @property
     def mean_accuracy(self) -> float | None:

@@ -25,7 +25,6 @@ from experiments.study.tables import (
     signed,
     wrapped,
 )
-from rap_env.plan import as_plan
 
 PART_TITLES = {
     "sparsity": "At fixed sparsity",
@@ -141,7 +140,7 @@ def _budget_table(
 
 def _kept_levels(row: ResultRow, num_layers: int) -> str:
     """Return the level of most kept caches, and that of the embeddings if it is not native."""
-    plan = as_plan(row.plan)
+    plan = row.plan
     kept = [n for n in range(num_layers) if 2 * n not in plan.removed]
     levels = Counter(plan.cache_level(layer).name for layer in kept)
     caches = levels.most_common(1)[0][0] if levels else "none"

@@ -20,7 +20,7 @@ from experiments.errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.leaderboard.tasks import PinnedTask
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.version import __version__
@@ -31,7 +31,7 @@ BEHAVIOURS = ("random", "greedy", "frontier", "policy")
 POLICIES = {"RAPPrune-v0": "rap-v0", "RAPPrune-v1": "rap"}
 """The packaged policy of each environment."""
 
-Choose = Callable[[Request], MaskOrPlan]
+Choose = Callable[[Request], Plan]
 
 
 def export(

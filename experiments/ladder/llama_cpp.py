@@ -28,8 +28,8 @@ from experiments.launch import launch
 from experiments.study.harness import Job, Study
 from experiments.study.records import Shape, delta_nll_fields, request_field
 from experiments.study.run_folder import package_versions
-from rap_env.blocks import BlockMask
 from rap_env.models.files.sources import gguf_source
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 
 PACKAGE = "llama-cpp-py-sync"
@@ -75,7 +75,7 @@ class LlamaCppCache:
         """NLL of llama.cpp minus that of our unquantised model, on each window, (windows,)."""
         windows = self._report.corpus.tokens
         task = {**self._task, "rows": 1, "tokens": windows.shape[1], "windows": windows.tolist()}
-        return np.array(run_process(task)["nll"]) - self._report.window_nll(BlockMask())
+        return np.array(run_process(task)["nll"]) - self._report.window_nll(Plan())
 
     def row(self, shape: Shape, provenance: dict[str, Any]) -> LlamaCppRow:
         """Measure one request."""

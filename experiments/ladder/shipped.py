@@ -24,7 +24,6 @@ from experiments.ladder.tables import ladder_tables
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
 from experiments.study.records import delta_nll_fields
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
@@ -36,7 +35,7 @@ from rap_env.models.weights.gptq import HessianCollector, quantise_gptq
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import round_to_nearest
 from rap_env.models.weights.tensors import read_header
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 
@@ -52,7 +51,7 @@ class Lowering(NamedTuple):
     what: str
     level: str
     rounding: str
-    plan: CompressionPlan
+    plan: Plan
 
 
 def shipped_jobs(config: Config, folder: Path) -> Iterator[Job[ShippedRow]]:
@@ -90,15 +89,15 @@ def lowerings(facts: ModelFacts) -> Iterator[Lowering]:
     """Yield every level of all weights, of the embeddings, and of all caches that exists."""
     for level in WEIGHTS:
         having = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
-        plan = CompressionPlan(weights=tuple((index, level) for index in having))
+        plan = Plan(weights=tuple((index, level) for index in having))
         roundings = ("nearest", "calibrated", "fitted") if level == "int4" else ("fitted",)
         for rounding in roundings if having else ():
             yield Lowering("weights", level, rounding, plan)
     for level in WEIGHTS:
         if level in facts.embedding_levels:
-            yield Lowering("embeddings", level, "fitted", CompressionPlan(embeddings=level))
+            yield Lowering("embeddings", level, "fitted", Plan(embeddings=level))
     for cache in CACHES if facts.kv_heads else ():
-        yield Lowering("caches", cache, "", CompressionPlan.uniform(facts.num_layers, caches=cache))
+        yield Lowering("caches", cache, "", Plan.uniform(facts.num_layers, caches=cache))
 
 
 def _row(
@@ -122,7 +121,7 @@ def _row(
         level=level,
         rounding=rounding,
         text=text,
-        **delta_nll_fields(nll - report.window_nll(BlockMask())),
+        **delta_nll_fields(nll - report.window_nll(Plan())),
         provenance=provenance,
     )
 
@@ -145,7 +144,7 @@ def rounded_nll(
             else:
                 packed = quantise_gptq(layer.weight, sums[name])
             layer.weight.copy_(packed.widened(layer.weight.dtype))
-    return MaskScorer(llm, text).window_nll(BlockMask())
+    return MaskScorer(llm, text).window_nll(Plan())
 
 
 def linear_layers(llm: ElasticLLM) -> dict[str, torch.nn.Linear]:

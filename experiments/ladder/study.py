@@ -20,14 +20,13 @@ from experiments.study.records import delta_nll_fields, request_field
 from experiments.study.tables import (
     percent,
 )
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import shared_llm
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -63,7 +62,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
         for name, plan in uniform_plans(settings, context.memory.facts).items():
             yield uniform(name, plan, side=report, report=report)
         for caches in settings.caches if packed else ():
-            plan = CompressionPlan.uniform(start.facts.num_layers, caches=caches)
+            plan = Plan.uniform(start.facts.num_layers, caches=caches)
             yield uniform(f"as shipped / {caches}", plan, side=packed or report, report=report)
         for method, policy, budgets, side in (
             ("removal", removal, settings.removal_budgets, report),
@@ -71,7 +70,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
         ):
             for fraction in sorted(set(budgets), reverse=True) if policy else ():
                 request = Request.at_fraction(context.memory, *shape, fraction)
-                plan = as_plan(policy.choose(request)) if policy else CompressionPlan()
+                plan = policy.choose(request) if policy else Plan()
                 yield _job(
                     method, percent(fraction, 0), plan, request, fraction, side=side, report=report
                 )  # fmt: skip
@@ -80,7 +79,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
 def _job(
     method: str,
     name: str,
-    plan: CompressionPlan,
+    plan: Plan,
     request: Request,
     fraction: float | None,
     *,
@@ -104,7 +103,7 @@ def _job(
     }
 
     def measure(provenance: dict[str, Any]) -> LadderRow:
-        delta_nll = side.window_nll(plan) - report.window_nll(BlockMask())
+        delta_nll = side.window_nll(plan) - report.window_nll(Plan())
         return LadderRow(**fields, **delta_nll_fields(delta_nll), provenance=provenance)
 
     return Job(
@@ -124,7 +123,7 @@ def report_identity(report: MaskScorer) -> dict[str, Any]:
     }
 
 
-def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, CompressionPlan]:
+def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Plan]:
     """Plans with one level of weights and one of caches, by name; levels that exist.
 
     Embeddings with the head are at int8 wherever weights are lowered, if they have that level.
@@ -137,7 +136,7 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Compre
             continue
         lowered = level != "native" and "int8" in facts.embedding_levels
         for caches in settings.caches:
-            plans[f"{level} / {caches}"] = CompressionPlan.uniform(
+            plans[f"{level} / {caches}"] = Plan.uniform(
                 facts.num_layers,
                 weights=level,
                 caches=caches,

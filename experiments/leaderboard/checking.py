@@ -11,7 +11,7 @@ from experiments.errors import ExperimentError
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, simplest
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_entry(
         if len(run.plans) != len(requests):
             return [f"It has {len(run.plans)} plans for {len(requests)} requests."]
         for number in range(0, len(requests), every):
-            request, plan = requests[number], simplest(CompressionPlan.of(run.plans[number]))
+            request, plan = requests[number], Plan.of(run.plans[number])
             where = f"Seed {run.seed}, request {number} ({request})"
             peak_bytes = memory.peak_bytes(plan, request)
             if (peak_bytes <= request.budget_bytes) != run.fits[number]:

@@ -15,7 +15,6 @@ from experiments.comparison.records import ResultRow, rows_below
 from experiments.study.looks import look
 from rap_env.artifacts import atomic_write
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
-from rap_env.plan import as_plan
 from rap_env.request import Request
 
 TASKS_FILE = ENTRIES.parent / "tasks.json"
@@ -139,7 +138,7 @@ def _entry(
         runs.append(
             Run(
                 seed,
-                tuple(as_plan(row.plan).levels for row in chosen),
+                tuple(row.plan.levels for row in chosen),
                 {
                     "calibration": tuple(row.loss_calibration for row in chosen),
                     "test": tuple(row.loss for row in chosen),

@@ -10,7 +10,7 @@ import numpy as np
 
 from rap_env.leaderboard.entries import published_entries
 from rap_env.leaderboard.tasks import pinned_tasks
-from rap_env.plan import CompressionPlan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import spearman
 from rap_env.scoring.held_out import HeldOutLosses
 
@@ -37,7 +37,7 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
     calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
     found = {}
     for entry in published_entries(comparison):
-        plans = [simplest(CompressionPlan.of(plan)) for run in entry.runs for plan in run.plans]
+        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
         values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
         own = set(plans)
         others = {plan: value for plan, value in measured.measured.items() if plan not in own}

@@ -20,7 +20,7 @@ from rap_env.artifacts import digest
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.likelihoods import ContinuationScorer, TokenRequest
 from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
 
@@ -50,7 +50,7 @@ class PositionLoss:
         self.identity = {"tokens": text_hash, "buckets": self.buckets}
 
     @torch.inference_mode()
-    def measure(self, plan: CompressionPlan) -> Losses:
+    def measure(self, plan: Plan) -> Losses:
         """The losses under a plan; the prediction of a token counts at the token's position."""
         found = []
         for ids in self.tokens.to(self._llm.device):
@@ -90,7 +90,7 @@ class AnswerLoss:
         self._scorer = ContinuationScorer(llm, requests, llm.facts.max_positions)
         self.identity = {"requests": digest(requests)}
 
-    def measure(self, plan: CompressionPlan) -> Losses:
+    def measure(self, plan: Plan) -> Losses:
         """The losses under a plan, nats per token of an answer."""
         with self._llm.masked(plan):
             sums = self._scorer.run()[:, 0]

@@ -21,12 +21,12 @@ from experiments.study.harness import Job, Study
 from experiments.study.tables import percent
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.long_context_tasks import LongContextTask
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
-PlanOf = Callable[[Request], CompressionPlan]
+PlanOf = Callable[[Request], Plan]
 """Gives a plan for a request, whose budget is the native peak."""
 
 
@@ -46,7 +46,7 @@ class _Measure:
     length: int
     identity: dict[str, Any]
     row_type: type[TaskRow] | type[LossRow]
-    fields: Callable[[CompressionPlan], dict[str, Any]]
+    fields: Callable[[Plan], dict[str, Any]]
 
 
 def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | LossRow]]:
@@ -87,12 +87,13 @@ def plans_of(config: Config, context: PruningContext) -> dict[str, PlanOf]:
     """
     settings, memory = config.long_context, context.memory
 
-    def uniform(caches: str, _: Request) -> CompressionPlan:
-        return CompressionPlan.uniform(memory.facts.num_layers, caches=caches)
+    def uniform(caches: str, _: Request) -> Plan:
+        return Plan.uniform(memory.facts.num_layers, caches=caches)
 
-    def chosen(policy: Any, fraction: float, whole: Request) -> CompressionPlan:
+    def chosen(policy: Any, fraction: float, whole: Request) -> Plan:
         shape = whole.batch_size, whole.seq_len_tokens
-        return as_plan(policy.choose(Request.at_fraction(memory, *shape, fraction)))
+        plan: Plan = policy.choose(Request.at_fraction(memory, *shape, fraction))
+        return plan
 
     plans: dict[str, PlanOf] = {
         level: partial(uniform, level) for level in dict.fromkeys([NATIVE, *settings.caches])
@@ -124,18 +125,18 @@ def _measures(config: Config, context: PruningContext) -> Iterator[_Measure]:
         yield _Measure(ANSWERS, length, answers.identity, LossRow, partial(_losses, answers))
 
 
-def _answers(scorer: TaskScorer, name: str, plan: CompressionPlan) -> dict[str, Any]:
+def _answers(scorer: TaskScorer, name: str, plan: Plan) -> dict[str, Any]:
     right = scorer.results(plan)[name].per_document["acc"]
     return {"chance": scorer.chance[name], "right": list(map(int, right)),
             "kinds": scorer.kinds(name)}  # fmt: skip
 
 
-def _losses(loss: PositionLoss | AnswerLoss, plan: CompressionPlan) -> dict[str, Any]:
+def _losses(loss: PositionLoss | AnswerLoss, plan: Plan) -> dict[str, Any]:
     return {"buckets": loss.buckets, "values": np.round(loss.measure(plan), 5).tolist()}
 
 
 def _row(
-    measure: _Measure, plan: CompressionPlan, fields: dict[str, Any], provenance: dict[str, Any]
+    measure: _Measure, plan: Plan, fields: dict[str, Any], provenance: dict[str, Any]
 ) -> TaskRow | LossRow:
     return measure.row_type(**fields, **measure.fields(plan), provenance=provenance)
 

@@ -19,10 +19,10 @@ from experiments.repair.libraries import StubLibraries
 from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
 from experiments.study.records import Cell, RowFile, delta_nll_fields, row_key
 from experiments.study.run_folder import RunFolder, git_state
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
@@ -74,7 +74,7 @@ def repair(config: Config, folder: Path) -> Path:
     orders = {name: libraries.importance(name) for name in grid if name != "per_mask"}
     if orders:
         write_orders(folder / ORDERS_FILE, orders)
-    dense = evaluator.accuracies(libraries.llm, BlockMask())
+    dense = evaluator.accuracies(libraries.llm, Plan())
     run.finish(started, rows=len(rows), dense_accuracies=dense)
     log.info("Repair: %d rows in %s.", len(rows), folder / FILE)
     return folder / FILE
@@ -114,9 +114,9 @@ class RepairEvaluator:
         self._libraries = libraries
         self._git = git_state()
         self._file = RowFile(libraries.folder / FILE, RepairRow)
-        self._masks: dict[tuple[str, Cell], BlockMask] = {}
+        self._masks: dict[tuple[str, Cell], Plan] = {}
         self._own_stubs: dict[Cell, StubLibrary] = {}
-        self._accuracies: dict[tuple[str, BlockMask], dict[str, float]] = {}
+        self._accuracies: dict[tuple[str, Plan], dict[str, float]] = {}
 
     def rows(self, compared: list[Entry]) -> list[RepairRow]:
         """Return the rows of all entries, cells and texts; new rows are appended to the file."""
@@ -138,7 +138,7 @@ class RepairEvaluator:
         library = self._stubs(entry, cell)
         libraries = self._libraries
         view = libraries.view(library)
-        dense = libraries.report[text].window_nll(BlockMask())
+        dense = libraries.report[text].window_nll(Plan())
         scorer = MaskScorer(view, libraries.texts.report[text], libraries.context.store)
         return RepairRow(
             study=entry.study,
@@ -151,7 +151,7 @@ class RepairEvaluator:
             fitted_on=entry.fitted_on,
             fit_tokens=0 if library is None else int(library.provenance["text"]["tokens"]),
             mean_rank=0.0 if library is None else float(np.mean(list(library.ranks.values()))),
-            mask=list(mask.names),
+            mask=list(mask.removed_names),
             mask_from=entry.searched_with[0],
             **delta_nll_fields(scorer.window_nll(mask) - dense),
             accuracies=self.accuracies(view, mask) if entry.study == "grid" else {},
@@ -162,7 +162,7 @@ class RepairEvaluator:
         """Return the request of a cell; its budget is a fraction of the dense peak."""
         return Request.at_fraction(self._libraries.context.memory, *cell)
 
-    def _mask(self, entry: Entry, cell: Cell) -> BlockMask:
+    def _mask(self, entry: Entry, cell: Cell) -> Plan:
         """Return the mask of the greedy search with the entry's search stubs, at equal bytes."""
         name, library = entry.searched_with
         if (name, cell) not in self._masks:
@@ -188,7 +188,7 @@ class RepairEvaluator:
             )
         return self._own_stubs[cell]
 
-    def accuracies(self, view: ElasticLLM, mask: BlockMask) -> dict[str, float]:
+    def accuracies(self, view: ElasticLLM, mask: Plan) -> dict[str, float]:
         """Return the accuracy of each lm-eval task in [0, 1]; empty without tasks."""
         settings = self._libraries.config.evaluate.tasks
         if not settings.names:

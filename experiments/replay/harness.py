@@ -17,7 +17,7 @@ from experiments.replay.workload import ReplayRequest, Workload
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.models.device import return_freed_memory
 from rap_env.models.progress import progress_bar
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -33,7 +33,7 @@ from rap_env.runtime.sampling import SamplingParams
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
-NATIVE = CompressionPlan()
+NATIVE = Plan()
 
 _SMOOTHING = 0.1  # weight of the newest step in the mean duration of decoding steps
 _MIN_JUMP_S, _WAITING_JUMP_S = 1e-3, 0.25
@@ -56,7 +56,7 @@ class System:
     name: str
     policy: Policy
     guard_order: tuple[int, ...] | None
-    start: CompressionPlan = NATIVE
+    start: Plan = NATIVE
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Interval:
 
     time_s: float
     duration_s: float
-    plan: CompressionPlan
+    plan: Plan
     peak_bytes: int
     budget_bytes: int
 

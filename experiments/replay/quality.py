@@ -12,12 +12,12 @@ import torch
 
 from experiments.replay.workload import ReplayRequest, Workload, is_correct
 from experiments.study.records import append_record, read_records
-from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.scoring.nll import token_nll
 
 _BATCH_SIZE = 8
@@ -101,14 +101,14 @@ class QualityEvaluator:
     def _nll(self, prompt: Sequence[int], generated: Sequence[int]) -> float:
         """NLL of generated tokens after their prompt under the dense model, nats per token."""
         ids = torch.tensor([[*prompt, *generated]], device=self._llm.device)
-        with self._llm.masked(BlockMask()):
+        with self._llm.masked(Plan()):
             states = self._llm.hidden(ids)[0, len(prompt) - 1 : -1]
             logits = PartialForward(self._llm).logits(states)
         return self._finite(float(token_nll(logits, ids[0, len(prompt) :]).double().mean()))
 
     def _continue(self, group: Sequence[ReplayRequest]) -> list[Reference]:
         """Return the greedy continuations of a batch of requests."""
-        with self._llm.masked(BlockMask()):
+        with self._llm.masked(Plan()):
             batch = LiveBatch(self._llm)
             running = list(range(len(group)))
             tokens: list[list[int]] = [[] for _ in group]

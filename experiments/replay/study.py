@@ -25,7 +25,7 @@ from experiments.study.harness import Job, Study
 from experiments.study.statistics import bootstrap_mean, wilson_interval
 from experiments.study.tables import TitledTable, mebibytes, percent, seconds
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 
@@ -138,9 +138,7 @@ def replayed(
     )
 
 
-def held_out_delta_nll(
-    config: Config, run: SystemRun, plans: Sequence[CompressionPlan]
-) -> list[float]:
+def held_out_delta_nll(config: Config, run: SystemRun, plans: Sequence[Plan]) -> list[float]:
     """ΔNLL of plans on the first windows of the prompts' text, nats per token."""
     from rap_env.context.opening import open_store
 
@@ -162,7 +160,7 @@ def sampled_steps(intervals: Sequence[Interval], count: int = _STEPS) -> list[li
     steps = []
     for group in groups.values():
         worst = max(group, key=lambda interval: interval.peak_bytes - interval.budget_bytes)
-        lasted: Counter[CompressionPlan] = Counter()
+        lasted: Counter[Plan] = Counter()
         for interval in group:
             lasted[interval.plan] += interval.duration_s  # type: ignore[assignment]  # seconds
         times = [round(group[0].time_s, 4), round(group[-1].end_s, 4)]

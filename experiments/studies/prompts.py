@@ -40,7 +40,7 @@ from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.plan import CompressionPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.by_text import BY_TEXT, TextPolicy
 from rap_env.policies.loading import load_policy, packaged_kinds
@@ -127,12 +127,12 @@ def prompts(config: Config, folder: Path) -> Path:
     for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
         scorer = MaskScorer(llm, corpus, store)
         starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
-        wanted, missing = {}, [CompressionPlan()]
+        wanted, missing = {}, [Plan()]
         for (name, policy), (cell, request) in itertools.product(
             policies.items(), requests.items()
         ):
             shares = _shares(policy, starts)
-            plans = [as_plan(policy.for_text(one).choose(request)) for one in shares]
+            plans = [policy.for_text(one).choose(request) for one in shares]
             known = {"plans": digest([plan.levels for plan in plans])}
             provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git}
             key = row_key(name, text, cell, provenance)
@@ -156,16 +156,16 @@ def _shares(policy: Policy, starts: Sequence[Sequence[int]]) -> list[Shares]:
     return [policy.text_kinds.shares(start) for start in starts]
 
 
-def _measure(scorer: MaskScorer, plans: Sequence[CompressionPlan], *, progress: bool) -> None:
+def _measure(scorer: MaskScorer, plans: Sequence[Plan], *, progress: bool) -> None:
     """Measure plans together, since steps that they share run once."""
-    count = len(set(map(simplest, plans)))
+    count = len(set(plans))
     with progress_bar(progress, total=count, desc="plans", unit="plan") as bar:
         scorer.nll_many(plans, bar_callback(bar))
 
 
 def _measured(
     scorer: MaskScorer,
-    plans: Sequence[CompressionPlan],
+    plans: Sequence[Plan],
     names: tuple[str, str, str],
     shares: Sequence[Shares],
     provenance: dict[str, Any],

@@ -43,7 +43,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import scan_levels
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.models.progress import progress_bar
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
@@ -327,7 +327,7 @@ class TextMeasurements:
             plans = {cell: policy.choose(request) for cell, request in self._requests.items()}
             keys = {cell: row_key(*draw, cell, name, provenance) for cell in plans}
             if missing := [plans[c] for c, key in keys.items() if not self._plan_rows.has(key)]:
-                scorer.nll_many([CompressionPlan(), *missing])  # steps that plans share run once
+                scorer.nll_many([Plan(), *missing])  # steps that plans share run once
             for cell, plan in plans.items():
                 row = partial(PlanRow, *draw, cell, name, plan.levels, provenance=provenance)
                 rows.append(self._plan_rows.get(keys[cell], partial(_judged, scorer, plan, row)))
@@ -335,16 +335,16 @@ class TextMeasurements:
         return rows
 
 
-def _judged(scorer: MaskScorer, plan: CompressionPlan, row: Callable[..., PlanRow]) -> PlanRow:
+def _judged(scorer: MaskScorer, plan: Plan, row: Callable[..., PlanRow]) -> PlanRow:
     return row(window_losses=_window_losses(scorer, plan).tolist())
 
 
-def _window_losses(scorer: MaskScorer, plan: MaskOrPlan) -> npt.NDArray[np.float64]:
+def _window_losses(scorer: MaskScorer, plan: Plan) -> npt.NDArray[np.float64]:
     """ΔNLL of each window, nats per token, (windows,)."""
-    return np.asarray(scorer.window_nll(as_plan(plan)) - scorer.window_nll(CompressionPlan()))
+    return np.asarray(scorer.window_nll(plan) - scorer.window_nll(Plan()))
 
 
-def losses_by_window(scorer: MaskScorer, plans: Sequence[MaskOrPlan]) -> list[float]:
+def losses_by_window(scorer: MaskScorer, plans: Sequence[Plan]) -> list[float]:
     """Return the ΔNLL of each window with a plan of its own, nats per token."""
     by_plan = {plan: _window_losses(scorer, plan) for plan in dict.fromkeys(plans)}
     return [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
@@ -357,8 +357,8 @@ def _prompt_row(
     known: bool,
     shares: Sequence[Shares],
     scorer: MaskScorer,
-    plans: Sequence[MaskOrPlan],
-    general: MaskOrPlan,
+    plans: Sequence[Plan],
+    general: Plan,
     provenance: dict[str, Any],
 ) -> PromptRow:
     losses, of_general = losses_by_window(scorer, plans), _window_losses(scorer, general).tolist()

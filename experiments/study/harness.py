@@ -18,7 +18,7 @@ from experiments.study.records import Record, RowFile, row_key
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.study.tables import TitledTable, document, publish_tables, terminal, wrapped
 from rap_env.models.progress import progress_bar
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ class Job(Generic[RowT]):
     make: Callable[[dict[str, Any]], RowT]
     facts: Mapping[str, Any] = field(default_factory=dict)
     scorer: MaskScorer | None = None
-    plans: Sequence[MaskOrPlan] = ()
+    plans: Sequence[Plan] = ()
 
     @property
     def key(self) -> str:

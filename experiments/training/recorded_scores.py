@@ -14,11 +14,10 @@ from experiments.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.training.score_model import ROUNDS_FILE, native_shift, scored_masks
 from rap_env.artifacts import artifact_kind
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.plan import MaskOrPlan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 Folders = Sequence[str | os.PathLike[str]]
 
 
-def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPlan, float]:
+def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:
     """Return the mean NLL of all masks and plans that comparisons recorded, nats per token.
 
     So that scores of several machines go together, each has its own rise; see `native_shift`.
@@ -42,11 +41,11 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPla
         ExperimentError: A folder has no scores, or they were measured on another text.
         ArtifactError: A table is of another model, or damaged.
     """
-    found: dict[MaskOrPlan, float] = {}
+    found: dict[Plan, float] = {}
     for folder in map(Path, folders):
         own = _table_scores(folder, context)
         for row in _rows(folder, context):
-            own.setdefault(simplest(row.plan), row.loss_calibration + context.scorer.dense_nll)
+            own.setdefault(row.plan, row.loss_calibration + context.scorer.dense_nll)
         if not own:
             raise ExperimentError(
                 f"{folder} has no recorded scores of this model and calibration text."
@@ -55,7 +54,7 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[MaskOrPla
     return found
 
 
-def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, float]:
+def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
     """Return the scores of a comparison's table and training runs; none without a table."""
     path = folder / "profile" / FRONTIER_FILE
     if not path.is_file():
@@ -63,7 +62,7 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[MaskOrPlan, flo
     kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
     table = kind.load(path, context.memory)
     shift = native_shift(table, str(path), context)
-    found: dict[MaskOrPlan, float] = {}
+    found: dict[Plan, float] = {}
     found.update(table.scores.items())
     for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
         for record in read_records(path):
@@ -75,7 +74,7 @@ def held_out_losses(
     folders: Folders,
     context: PruningContext,
     scorer: MaskScorer | None = None,
-    masks: Sequence[BlockMask] = (),
+    masks: Sequence[Plan] = (),
     on_score: OnScore | None = None,
 ) -> HeldOutLosses | None:
     """Return what plans lose on held-out text: those of some comparisons, and measured masks.

@@ -33,14 +33,13 @@ from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext, load_plan_frontier
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.workload import make_sampler
 
@@ -256,7 +255,7 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 
-def _known(config: Config, context: PruningContext) -> dict[MaskOrPlan, float]:
+def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     """Return measured scores before the first round: of the frontier, or of planned masks.
 
     Over a ladder, they are those of the table of measured plans.
@@ -301,9 +300,9 @@ def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningCont
     return context.scorer.dense_nll - native
 
 
-def scored_masks(record: Mapping[str, Any]) -> dict[MaskOrPlan, float]:
+def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
     """Return the NLL of the masks or plans that a round scored, nats per token."""
     return {
-        BlockMask.of(*found) if isinstance(found, list) else CompressionPlan.of(found): nll
+        Plan.removing(*found) if isinstance(found, list) else Plan.of(found): nll
         for found, nll in record["scored"]
     }

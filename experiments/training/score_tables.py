@@ -25,11 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.held_out import HeldOutLosses
@@ -48,9 +47,7 @@ DEEPEST = 0.6
 _Indices = npt.NDArray[np.int64]
 
 
-def planned_masks(
-    num_blocks: int, orders: Sequence[Sequence[int]], seed: int
-) -> Iterator[BlockMask]:
+def planned_masks(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[Plan]:
     """Yield masks without repetition and without end; equal arguments give equal masks.
 
     Callers must not request more masks than the model has, because the iterator then never returns.
@@ -60,18 +57,18 @@ def planned_masks(
         orders: Importance orders, each of all block indices, least important first.
         seed: Seed of the random masks.
     """
-    seen: set[BlockMask] = set()
+    seen: set[Plan] = set()
     for mask in _drawn(num_blocks, orders, seed):
         if mask not in seen:
             seen.add(mask)
             yield mask
 
 
-def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[BlockMask]:
+def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Iterator[Plan]:
     everything = range(num_blocks)
-    yield BlockMask()
-    yield from (BlockMask.of(index) for index in everything)
-    yield from (BlockMask.of(*part) for part in (everything[::2], everything[1::2], everything))
+    yield Plan()
+    yield from (Plan.removing(index) for index in everything)
+    yield from (Plan.removing(*part) for part in (everything[::2], everything[1::2], everything))
     rng = np.random.default_rng(seed)
     draw = _draws(num_blocks, [np.argsort(order) for order in orders])
     count = dict.fromkeys(SHARES, 0)
@@ -80,7 +77,7 @@ def _drawn(num_blocks: int, orders: Sequence[Sequence[int]], seed: int) -> Itera
         kind = min(SHARES, key=lambda name: count[name] / SHARES[name])
         masks = draw[kind](rng)
         count[kind] += len(masks)
-        yield from (BlockMask.of(*mask.tolist()) for mask in masks)
+        yield from (Plan.removing(*mask.tolist()) for mask in masks)
 
 
 def _draws(
@@ -113,7 +110,7 @@ def _draws(
 def table_of(
     config: Config,
     context: PruningContext,
-    scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
+    scores: Mapping[Plan, float] | Mapping[Plan, float],
     *,
     levels: LevelCosts | None = None,
     held_out: HeldOutLosses | None = None,
@@ -169,7 +166,7 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
     }
 
 
-def stored_scores(context: PruningContext, *, plans: bool) -> dict[MaskOrPlan, float]:
+def stored_scores(context: PruningContext, *, plans: bool) -> dict[Plan, float]:
     """Return the mean NLL of all stored masks of this model and text, nats per token.
 
     Args:
@@ -178,7 +175,7 @@ def stored_scores(context: PruningContext, *, plans: bool) -> dict[MaskOrPlan, f
     """
     store, scorer = context.store, require_live(context).scorer
     assert store is not None
-    found: dict[MaskOrPlan, float] = {}
+    found: dict[Plan, float] = {}
     for determined_by in (scorer.context, *([scorer.plan_context] if plans else [])):
         for plan, values in store.rows(context_key(determined_by), METRIC):
             found[plan] = float(np.mean(values))

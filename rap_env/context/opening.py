@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rap_env.artifacts import canonical_json
-from rap_env.blocks import BlockMask
 from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
 from rap_env.errors import ModelNotAvailableError, check_name
 from rap_env.paths import cache_dir
+from rap_env.plan import Plan
 from rap_env.repair.config import REPAIRS, check_repair
 from rap_env.request import Request
 from rap_env.scoring.corpus import check_source
@@ -129,7 +129,7 @@ def _warn_of_copies(context: LiveContext) -> None:
     workers = worker_processes()
     if len(workers) < 2 or os.getpid() != min(workers):
         return
-    dense = context.memory.breakdown(BlockMask(), Request(1, 1, budget_bytes=1))
+    dense = context.memory.breakdown(Plan(), Request(1, 1, budget_bytes=1))
     weights = dense.weights + dense.embeddings
     log.warning(
         "%d worker processes load a copy of %s each: %d x %.0f MiB of weights. To share one model, "

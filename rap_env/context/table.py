@@ -22,7 +22,7 @@ from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.observation import ImportanceFeatures
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.repair.config import repair_label
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
@@ -110,18 +110,18 @@ class TableContext:
             return ImportanceFeatures(**arrays)
         return importance_features(self, self.importance)
 
-    def best_measured(self, request: Request) -> MaskOrPlan | None:
+    def best_measured(self, request: Request) -> Plan | None:
         """The measured mask or plan of least NLL that fits a request; None if none does.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch size or the length.
         """
         peak_bytes, budget = self.memory.peak_bytes, request.budget_bytes
-        fitting = (p for p in self._by_nll if peak_bytes(as_plan(p), request) <= budget)
+        fitting = (p for p in self._by_nll if peak_bytes(p, request) <= budget)
         return next(fitting, None)
 
     @cached_property
-    def _by_nll(self) -> list[MaskOrPlan]:
+    def _by_nll(self) -> list[Plan]:
         scores = self.table.scores
         return sorted(scores, key=scores.__getitem__)
 

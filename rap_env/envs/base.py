@@ -15,7 +15,7 @@ from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import CostsT, Episode, EpisodeStart
 from rap_env.envs.task import PruningTask, RewardedStep
 from rap_env.observation import Observation
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request
 
@@ -72,9 +72,9 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         return self._current.start.request
 
     @property
-    def plan(self) -> CompressionPlan:
+    def plan(self) -> Plan:
         """The levels of all items now."""
-        return as_plan(self._current.state.plan_after())
+        return self._current.state.plan_after()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

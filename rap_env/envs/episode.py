@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rap_env.costs import Counts, Flags
 from rap_env.observation import BYTES_OVER, Observation, bytes_over
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -92,7 +92,7 @@ class EpisodeState(Protocol):
     def peak_after(self, action: int) -> int:
         """Peak bytes after a valid action."""
 
-    def plan_after(self, action: int | None = None) -> MaskOrPlan:
+    def plan_after(self, action: int | None = None) -> Plan:
         """The mask or plan after an action, valid or not; without one, the current one."""
 
     def apply(self, action: int) -> None:
@@ -117,7 +117,7 @@ class VectorState(Protocol[_StartsWith]):
         """Peak bytes of each request now, (n,)."""
 
     def start(
-        self, rows: Counts, costs: Sequence[_StartsWith], plan: MaskOrPlan, seen: Observation, /
+        self, rows: Counts, costs: Sequence[_StartsWith], plan: Plan, seen: Observation, /
     ) -> None:
         """Start the sub-environments `rows`, (m,), all with a mask or plan.
 
@@ -136,7 +136,7 @@ class VectorState(Protocol[_StartsWith]):
         `seen` is updated as by `start`.
         """
 
-    def plans(self, rows: Counts, actions: Counts | None = None, /) -> Sequence[MaskOrPlan]:
+    def plans(self, rows: Counts, actions: Counts | None = None, /) -> Sequence[Plan]:
         """The masks or plans of the sub-environments `rows`, (m,), now or after actions, (m,)."""
 
     def infos(self, rows: Counts, /) -> list[list[str]]:
@@ -145,7 +145,7 @@ class VectorState(Protocol[_StartsWith]):
     def info_array(self) -> npt.NDArray[np.int8]:
         """The values of `info_key` as a new array, (n, actions)."""
 
-    def saved_plan(self, state: Mapping[str, Any], /) -> MaskOrPlan:
+    def saved_plan(self, state: Mapping[str, Any], /) -> Plan:
         """The mask or plan of a saved state."""
 
 

@@ -27,7 +27,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.state import LadderCosts
 from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.observation import Observation
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -62,7 +62,7 @@ class LoweringTask(PruningTask[LadderCosts]):
         return VectorLoweringState(num_envs, self.builder)
 
     @property
-    def lowest(self) -> CompressionPlan:
+    def lowest(self) -> Plan:
         """The plan with every item at its lowest level."""
         return self.ladder.lowest
 
@@ -78,7 +78,7 @@ class LoweringTask(PruningTask[LadderCosts]):
         """Raise an `InfeasibleBudgetError`: the lowest levels need more than the budget."""
         self.item_bytes.check_feasible(start.request)
 
-    def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
+    def baseline(self, name: str) -> Callable[[EpisodeStart[LadderCosts]], Plan]:
         """An order followed until the request fits, or the best plan or mask of the frontier."""
         if name == "frontier":
             return self._from_frontier()
@@ -87,14 +87,14 @@ class LoweringTask(PruningTask[LadderCosts]):
         steps = item_order(self.context, self.item_bytes, name).steps
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
-    def _from_frontier(self) -> Callable[[EpisodeStart[LadderCosts]], MaskOrPlan]:
+    def _from_frontier(self) -> Callable[[EpisodeStart[LadderCosts]], Plan]:
         """The best known plan for each request; the best mask if the table has masks only."""
         path = self.context.frontier_path
         if path is not None and Path(path).is_file() and artifact_kind(path) == Frontier.KIND:
             return from_frontier(self.context)
         known = load_plan_frontier(path, self.memory).on(self.ladder)
 
-        def best(start: EpisodeStart[LadderCosts]) -> MaskOrPlan:
+        def best(start: EpisodeStart[LadderCosts]) -> Plan:
             found = known.best(start.costs, start.request.budget_bytes)
             if found is None:
                 raise nothing_known("plan", start.request)
@@ -141,7 +141,7 @@ class LoweringState:
         """Peak bytes with the item at its next level."""
         return self._levels.lowering(action).peak_bytes
 
-    def plan_after(self, action: int | None = None) -> CompressionPlan:
+    def plan_after(self, action: int | None = None) -> Plan:
         """The plan after an item was lowered, if it can be."""
         levels = self._levels
         if action is None or not levels.is_valid(action):
@@ -188,7 +188,7 @@ class VectorLoweringState:
         return self._tracker.peak_bytes
 
     def start(
-        self, rows: Counts, costs: Sequence[LadderCosts], plan: MaskOrPlan, seen: Observation
+        self, rows: Counts, costs: Sequence[LadderCosts], plan: Plan, seen: Observation
     ) -> None:
         """Start the sub-environments `rows`, (m,), all with a plan."""
         self._tracker.start(rows, costs, self._ladder.positions(plan))
@@ -215,7 +215,7 @@ class VectorLoweringState:
         seen["ladder"][rows, items] = shown
         seen["action_mask"][rows, items] = tracker.next_level[rows, items, positions] >= 0
 
-    def plans(self, rows: Counts, actions: Counts | None = None) -> list[CompressionPlan]:
+    def plans(self, rows: Counts, actions: Counts | None = None) -> list[Plan]:
         """The plans of the sub-environments `rows`, (m,), now or after items, (m,), were lowered.
 
         An item without a lower level stays as it is.
@@ -234,10 +234,10 @@ class VectorLoweringState:
         """The position of each item's level in its levels, (n, items)."""
         return self._tracker.positions.astype(np.int8)
 
-    def saved_plan(self, state: Mapping[str, Any]) -> CompressionPlan:
+    def saved_plan(self, state: Mapping[str, Any]) -> Plan:
         """The plan of a saved state."""
         levels = zip(self._ladder.items, state[self.info_key], strict=True)
-        return CompressionPlan.of(
+        return Plan.of(
             {
                 item.name: level
                 for item, level in levels

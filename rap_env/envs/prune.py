@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.removal import RemovalTask
+from rap_env.plan import Plan
 
 
 class RAPPruneEnv(PruningEnv[RequestCosts]):
@@ -188,6 +188,6 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     make_task = staticmethod(RemovalTask)
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         """The blocks removed so far."""
-        return self.plan.removed
+        return self.plan

@@ -127,7 +127,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     cache that went with its block is `removed`) in the place of `removed`. With `info="arrays"`,
     `levels` is an int8 array of shape (N,): the position of each level in those of its item, 0
     for `native`, and one past the last for a cache that went with its block. The property `plan`
-    is the `CompressionPlan`.
+    is the `Plan`.
 
     ## Arguments
     Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.costs import (
     Counts,
     Flags,
@@ -23,13 +23,13 @@ from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.task import PruningTask
 from rap_env.errors import InvalidRequestError
 from rap_env.observation import KEPT_AND_FREED, Observation, ObservationBuilder
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
-BaselineMask = Callable[[EpisodeStart[RequestCosts]], BlockMask]
+BaselineMask = Callable[[EpisodeStart[RequestCosts]], Plan]
 """Returns the mask that a baseline has for the request of an episode."""
 
 
@@ -48,16 +48,16 @@ class RemovalTask(PruningTask[RequestCosts]):
 
     def new_state(self, start: EpisodeStart[RequestCosts]) -> RemovalState:
         """The dense model."""
-        return RemovalState(start, self.observations.build(start.request, BlockMask()))
+        return RemovalState(start, self.observations.build(start.request, Plan()))
 
     def new_vector_state(self, num_envs: int) -> VectorRemovalState:
         """The removed blocks of many sub-environments."""
         return VectorRemovalState(num_envs, self.builder)
 
     @property
-    def lowest(self) -> BlockMask:
+    def lowest(self) -> Plan:
         """The mask of all blocks."""
-        return BlockMask(frozenset(range(self.num_actions)))
+        return Plan(frozenset(range(self.num_actions)))
 
     def action_name(self, action: int) -> str:
         """The name of the block that an action removes."""
@@ -81,7 +81,7 @@ class RemovalTask(PruningTask[RequestCosts]):
         return lambda start: start.costs.remove_until_fits(order, start.request.budget_bytes)
 
 
-def from_frontier(context: PruningContext) -> Callable[[EpisodeStart[Any]], BlockMask]:
+def from_frontier(context: PruningContext) -> Callable[[EpisodeStart[Any]], Plan]:
     """The best known mask for each request.
 
     Raises:
@@ -89,7 +89,7 @@ def from_frontier(context: PruningContext) -> Callable[[EpisodeStart[Any]], Bloc
     """
     frontier = context.frontier
 
-    def best(start: EpisodeStart[Any]) -> BlockMask:
+    def best(start: EpisodeStart[Any]) -> Plan:
         found = frontier.best(context.memory, start.request)
         if found is None:
             raise nothing_known("mask", start.request)
@@ -136,10 +136,10 @@ class RemovalState:
         """Peak bytes without the kept block."""
         return self._bytes.peak_without(action)
 
-    def plan_after(self, action: int | None = None) -> BlockMask:
+    def plan_after(self, action: int | None = None) -> Plan:
         """The mask that also removes a block."""
         more = () if action is None else (action,)
-        return BlockMask(frozenset((*self._removed, *more)))
+        return Plan(frozenset((*self._removed, *more)))
 
     def apply(self, action: int) -> None:
         """Remove a kept block."""
@@ -179,16 +179,16 @@ class VectorRemovalState:
         return self._bytes.peak_bytes
 
     def start(
-        self, rows: Counts, costs: Sequence[RequestCosts], plan: MaskOrPlan, seen: Observation
+        self, rows: Counts, costs: Sequence[RequestCosts], plan: Plan, seen: Observation
     ) -> None:
         """Start the sub-environments `rows`, (m,), all with a mask."""
-        assert isinstance(plan, BlockMask)
-        removed, tracker = list(plan), self._bytes
+        assert plan.is_mask
+        removed, tracker = sorted(plan.removed), self._bytes
         tracker.start(rows, costs, removed)
         self._removed[rows] = False
         self._removed[rows[:, None], removed] = True
         for row in rows.tolist():
-            self._names[row] = list(plan.names)
+            self._names[row] = list(plan.removed_names)
         shares = freed_share(tracker.freed_bytes[rows], tracker.dense_peak_bytes[rows, None])
         blocks = self._builder.dense_blocks(shares)
         blocks[:, removed, KEPT_AND_FREED] = 0.0
@@ -211,12 +211,12 @@ class VectorRemovalState:
         seen["blocks"][rows, blocks, KEPT_AND_FREED] = 0.0
         seen["action_mask"][rows, blocks] = 0
 
-    def plans(self, rows: Counts, actions: Counts | None = None) -> list[BlockMask]:
+    def plans(self, rows: Counts, actions: Counts | None = None) -> list[Plan]:
         """The masks of the sub-environments `rows`, (m,), now or after removals, (m,)."""
         removed = self._removed[rows]
         if actions is not None:
             removed[np.arange(len(rows)), actions] = True
-        return [BlockMask(frozenset(np.flatnonzero(flags).tolist())) for flags in removed]
+        return [Plan(frozenset(np.flatnonzero(flags).tolist())) for flags in removed]
 
     def infos(self, rows: Counts) -> list[list[str]]:
         """The names of the blocks that each of the sub-environments `rows`, (m,), has removed."""
@@ -226,6 +226,6 @@ class VectorRemovalState:
         """1 for each block that a sub-environment has removed, (n, blocks)."""
         return self._removed.astype(np.int8)
 
-    def saved_plan(self, state: Mapping[str, Any]) -> BlockMask:
+    def saved_plan(self, state: Mapping[str, Any]) -> Plan:
         """The mask of a saved state."""
-        return BlockMask.of(*state[self.info_key])
+        return Plan.removing(*state[self.info_key])

@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.blocks import BlockMask
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
 from rap_env.envs.episode import (
@@ -29,7 +28,7 @@ from rap_env.envs.episode import (
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.observation import Observation
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward, uses_tasks
 from rap_env.specs import check_settings
@@ -55,7 +54,7 @@ class RewardedStep(NamedTuple):
     """
 
     start: EpisodeStart[Any]
-    plan: MaskOrPlan
+    plan: Plan
     delta_nll_before: float | None
     ends: bool
 
@@ -133,7 +132,7 @@ class PruningTask(ABC, Generic[CostsT]):
 
     @property
     @abstractmethod
-    def lowest(self) -> MaskOrPlan:
+    def lowest(self) -> Plan:
         """The mask or plan after which no valid action is left."""
 
     @abstractmethod
@@ -141,7 +140,7 @@ class PruningTask(ABC, Generic[CostsT]):
         """The block or item that an action acts on."""
 
     @abstractmethod
-    def baseline(self, name: str) -> Callable[[EpisodeStart[CostsT]], MaskOrPlan]:
+    def baseline(self, name: str) -> Callable[[EpisodeStart[CostsT]], Plan]:
         """What gives the plan of a baseline of the reward for the request of an episode.
 
         Raises:
@@ -160,9 +159,9 @@ class PruningTask(ABC, Generic[CostsT]):
     def measured_start(self) -> Measurement:
         """The measurement of the unchanged model."""
         nll = self.context.scorer.dense_nll
-        return Measurement(nll, 0.0, self.context.scorer.is_predicted(BlockMask()))
+        return Measurement(nll, 0.0, self.context.scorer.is_predicted(Plan()))
 
-    def measure(self, plans: Sequence[MaskOrPlan]) -> list[Measurement]:
+    def measure(self, plans: Sequence[Plan]) -> list[Measurement]:
         """Measure masks or plans; missing scores are measured together."""
         scorer, start_nll = self.context.scorer, self.measured_start.nll
         scores = zip(plans, scorer.nll_many(plans), strict=True)
@@ -177,7 +176,7 @@ class PruningTask(ABC, Generic[CostsT]):
 
         All missing scores are measured together, those of the baseline's plans included.
         """
-        baselines: dict[int, MaskOrPlan] = {}
+        baselines: dict[int, Plan] = {}
         if self._baseline is not None:
             baselines = {n: self._baseline(s.start) for n, s in enumerate(steps) if s.ends}
         measured = self.measure([*(step.plan for step in steps), *baselines.values()])

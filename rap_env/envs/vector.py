@@ -13,7 +13,6 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags, RequestCosts
 from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
@@ -23,7 +22,7 @@ from rap_env.envs.task import PruningTask, reset_options
 from rap_env.envs.vector_episodes import VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.observation import Observation
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request, whole_number
 from rap_env.specs import check_settings
@@ -108,9 +107,9 @@ class PruningVectorEnv(
         return tuple(self._started.starts[index].request for index in range(self.num_envs))
 
     @property
-    def plans(self) -> tuple[CompressionPlan, ...]:
+    def plans(self) -> tuple[Plan, ...]:
         """The plan of each sub-environment."""
-        return tuple(map(as_plan, self._started.state.plans(np.arange(self.num_envs))))
+        return tuple(self._started.state.plans(np.arange(self.num_envs)))
 
     def reset(
         self,
@@ -314,9 +313,9 @@ class RAPPruneVectorEnv(PruningVectorEnv[RequestCosts]):
     single_type = RAPPruneEnv
 
     @property
-    def masks(self) -> tuple[BlockMask, ...]:
+    def masks(self) -> tuple[Plan, ...]:
         """The blocks that each sub-environment has removed."""
-        return tuple(plan.removed for plan in self.plans)
+        return self.plans
 
 
 def make_vec(

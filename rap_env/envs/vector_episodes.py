@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector.utils import create_empty_array
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import Counts, Flags
 from rap_env.envs.episode import CostsT, EpisodeStart, Measurement, usable_masks
 from rap_env.envs.task import PruningTask, RewardedStep
 from rap_env.observation import BYTES_OVER, Observation, request_features
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 Terms = dict[str, npt.NDArray[np.float64]]
@@ -84,7 +83,7 @@ class VectorEpisodes(Generic[CostsT]):
         self,
         starts: Mapping[int, EpisodeStart[CostsT]],
         measurement: Measurement | None,
-        plan: MaskOrPlan = BlockMask(),
+        plan: Plan = Plan(),
     ) -> None:
         """Start the episodes of some sub-environments, or restore them, all with a mask or plan.
 

@@ -141,12 +141,12 @@ def _show_written(answer: dict[str, Any], as_json: bool) -> None:
 
 def deployment_answer(deployment: Deployment, facts: ModelFacts) -> dict[str, Any]:
     """A deployment as plain values, with the commands that make the file and serve it."""
-    remove = f" --remove {','.join(deployment.mask.names)}" if deployment.mask else ""
+    remove = f" --remove {','.join(deployment.mask.removed_names)}" if deployment.mask else ""
     file = f"{facts.name.partition('@')[0].rpartition('/')[2].removesuffix('.gguf')}.pruned.gguf"
     export_command = f"rap export {file} --to gguf --model {facts.name}{remove}"
     return {
-        "removed": list(deployment.mask.names),
-        "levels": dict.fromkeys(deployment.mask.names, "removed"),
+        "removed": list(deployment.mask.removed_names),
+        "levels": dict.fromkeys(deployment.mask.removed_names, "removed"),
         "cache_type": deployment.cache.name,
         "bytes": deployment.bytes,
         "peak_bytes": deployment.peak_bytes,

@@ -19,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.blocks import block_index, block_name
 from rap_env.errors import UnsupportedModelError
+from rap_env.plan import Plan
 
 ARCHITECTURE = "deci"
 
@@ -45,9 +46,7 @@ class DeciLayer:
     ffn_bias: tuple[int, ...] = ()
 
 
-def deci_layers(
-    num_layers: int, removed: BlockMask, means: Iterable[int] = ()
-) -> tuple[DeciLayer, ...]:
+def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> tuple[DeciLayer, ...]:
     """Pack the kept blocks of a model into layers.
 
     Args:
@@ -64,7 +63,7 @@ def deci_layers(
     last = ""  # the kind of the last kept block
     for index in range(2 * num_layers):
         kind = "ffn" if index % 2 else "attn"
-        if index not in removed.indices:
+        if index not in removed.removed:
             if kind == "attn" or not layers or "ffn" in layers[-1]:
                 layers.append({})
                 biases.append({"attn": [], "ffn": []})

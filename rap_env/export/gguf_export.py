@@ -24,15 +24,13 @@ from rap_env.export.deci import (
 from rap_env.export.gguf_model import ATTN_PARTS, FFN_PARTS, GgufModel
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.llama_cpp import cache_type
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 Means = Mapping[int, npt.NDArray[np.float32]]
 """What is added to the residual stream in the place of removed blocks, (H,), by index."""
 
 
-def export_gguf(
-    model: GgufModel, plan: CompressionPlan, path: Path, means: Means | None = None
-) -> int:
+def export_gguf(model: GgufModel, plan: Plan, path: Path, means: Means | None = None) -> int:
     """Write a GGUF file of the architecture ``deci``.
 
     The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
@@ -56,7 +54,7 @@ def export_gguf(
     plan.check(2 * model.num_layers)
     cache_type(plan, model.num_layers)
     means = means or {}
-    layers = deci_layers(model.num_layers, plan.removed, means)
+    layers = deci_layers(model.num_layers, plan, means)
     tensors = dict(_all_tensors(model, plan, layers, means))
     with atomic_write(path) as file:
         writer = GGUFWriter(file.name, ARCHITECTURE)
@@ -84,7 +82,7 @@ def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[
 
 
 def _all_tensors(
-    model: GgufModel, plan: CompressionPlan, layers: tuple[DeciLayer, ...], means: Means
+    model: GgufModel, plan: Plan, layers: tuple[DeciLayer, ...], means: Means
 ) -> Iterator[tuple[str, GgufTensor]]:
     for name, tensor in model.tensors.items():
         if not name.startswith("blk."):
@@ -107,7 +105,7 @@ def _all_tensors(
 
 
 def _block(
-    model: GgufModel, plan: CompressionPlan, index: int, place: str
+    model: GgufModel, plan: Plan, index: int, place: str
 ) -> Iterator[tuple[str, GgufTensor]]:
     """The tensors of a kept block but for the bias of its output."""
     level = plan.weight_level(index)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from gguf import GGUFValueType as Value
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import ARCHITECTURE
 from rap_env.export.gguf_tensors import GgufTensor
@@ -19,6 +18,7 @@ from rap_env.export.gguf_tokenizer import Entry, tokenizer_entries
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.vllm_config import LLAMA_LIKE
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 
 _SOURCE = "llama"  # the architecture of GGUF files that can be exported
 _ROTARY = ("default", "linear", "llama3")
@@ -155,7 +155,7 @@ class GgufModel:
         key = f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon"
         entries[key] = (epsilon, Value.FLOAT32, None)
         entries[f"{ARCHITECTURE}.rope.freq_base"] = (base, Value.FLOAT32, None)
-        with llm.masked(BlockMask()):
+        with llm.masked(Plan()):
             tensors = dict(_tensors(llm, heads, llm.adapter.kv_heads))
             factors = _rotary_factors(llm.model, base, size)
         if factors is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 CACHE_TYPES = {"native": "f16", "int8": "q8_0", "int4": "q4_1"}
 """llama.cpp's formats of a cache by level; it has one for all keys and one for all values."""
 
 
-def cache_type(plan: CompressionPlan, num_layers: int) -> str:
+def cache_type(plan: Plan, num_layers: int) -> str:
     """llama.cpp's format of the caches of a plan, for ``-ctk`` and ``-ctv``.
 
     Args:
@@ -19,7 +19,7 @@ def cache_type(plan: CompressionPlan, num_layers: int) -> str:
     Raises:
         UnsupportedModelError: Its kept caches have several levels, or one without a counterpart.
     """
-    kept = (n for n in range(num_layers) if 2 * n not in plan.removed.indices)
+    kept = (n for n in range(num_layers) if 2 * n not in plan.removed)
     levels = {plan.cache_level(layer).name for layer in kept} or {"native"}
     if len(levels) > 1 or levels - CACHE_TYPES.keys():
         raise UnsupportedModelError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rap_env.models.files.gguf_reader import GgufFile
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.version import __version__
 
 UNKNOWN_LICENCE = "unknown"
@@ -40,7 +40,7 @@ class ModelCard:
     model: str
     fingerprint: str
     target: str
-    plan: CompressionPlan
+    plan: Plan
     bytes_before: int
     bytes_after: int
     predicted: tuple[float | None, str]

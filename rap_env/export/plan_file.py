@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from rap_env.errors import ArtifactError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 
-def read_plan(path: Path) -> CompressionPlan:
+def read_plan(path: Path) -> Plan:
     """Read a plan from a file.
 
-    The file holds what `CompressionPlan.to_json` gives (an object of items and levels, or a list of
-    removed blocks), or what ``rap choose --json`` prints, whose entry ``levels`` is such an object.
+    The file holds what `Plan.to_json` gives (an object of items and levels), or what
+    ``rap choose --json`` prints, whose entry ``levels`` is such an object.
 
     Raises:
         ArtifactError: There is no such file, or it holds no plan.
@@ -27,7 +27,7 @@ def read_plan(path: Path) -> CompressionPlan:
         found = json.loads(text)
         if isinstance(found, dict) and isinstance(found.get("levels"), dict):
             text = json.dumps(found["levels"])
-        return CompressionPlan.from_json(text)
+        return Plan.from_json(text)
     except (ArtifactError, ValueError) as error:
         raise ArtifactError(
             f"{path} holds no plan ({error}); write it with `rap choose ... --json`, or as a JSON "

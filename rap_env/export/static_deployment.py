@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
 from rap_env.export.llama_cpp import cache_flags
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan
 from rap_env.policies.loading import FrontierPolicy, default_facts, load_policy
 from rap_env.request import Request
 
@@ -65,7 +65,7 @@ class Deployment:
         source: Where that is from.
     """
 
-    mask: BlockMask
+    mask: Plan
     cache: CacheType
     batch_tokens: int
     request: Request
@@ -102,7 +102,7 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     facts, found = memory.facts, []
     masks, source = _known_masks(facts)
     for mask, rise in masks:
-        if mask.count("attn") == facts.num_blocks // 2:
+        if mask.count_removed("attn") == facts.num_blocks // 2:
             continue  # llama.cpp needs an attention block
         held = MaskBytes.of(facts, mask)
         for cache in CACHE_TYPES:
@@ -117,7 +117,7 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
             f"No deployment in llama.cpp that is known fits into {request.budget_bytes:,} bytes; "
             f"the smallest one needs {least:,}."
         )
-    return min(fitting, key=lambda one: (one.delta_nll, len(one.mask), -one.batch_tokens))
+    return min(fitting, key=lambda one: (one.delta_nll, len(one.mask.removed), -one.batch_tokens))
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class MaskBytes:
     cached_values: int
 
     @classmethod
-    def of(cls, facts: ModelFacts, mask: BlockMask) -> MaskBytes:
+    def of(cls, facts: ModelFacts, mask: Plan) -> MaskBytes:
         """The bytes of a mask."""
         width, layers = facts.hidden_size, deci_layers(facts.num_blocks // 2, mask)
-        kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.indices)
+        kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed)
         no_ffn = (1 + 3 * ZERO_FFN_LENGTH) * width * _FLOAT
         weights = facts.base_bytes + kept + no_ffn * sum(layer.ffn is None for layer in layers)
         if layers[0].attn is None:
@@ -145,7 +145,7 @@ class MaskBytes:
         values = sum(
             2 * heads * size
             for layer, (heads, size) in enumerate(sizes)
-            if 2 * layer not in mask.indices
+            if 2 * layer not in mask.removed
         )
         return cls(weights, values)
 
@@ -172,7 +172,7 @@ def _padded(tokens: int) -> int:
     return -(-tokens // _PADDING) * _PADDING
 
 
-def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[BlockMask, float]], str]:
+def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[Plan, float]], str]:
     """Masks with their rise in NLL, and where it is from."""
     caches = "caches measured with the default model in llama.cpp"
     known = {weights: default_facts(weights) for weights in ("native", "bf16")}
@@ -182,6 +182,6 @@ def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[BlockMask, float]], 
         frontier = policy.frontier
         text = frontier.provenance["text"]
         tokens = text["windows"] * text["window_tokens"]
-        masks = {BlockMask(): 0.0, **dict(frontier.entries)}
+        masks = {Plan(): 0.0, **dict(frontier.entries)}
         return masks.items(), f"masks measured on {tokens} tokens of {text['source']}, {caches}"
-    return [(BlockMask(), 0.0)], f"the dense model, {caches}"
+    return [(Plan(), 0.0)], f"the dense model, {caches}"

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.export.plan_file import read_plan
 from rap_env.export.static_deployment import Deployment, choose_deployment
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, load_policy
@@ -32,7 +31,7 @@ class Chosen:
         source: Where that is from, or why it is not known.
     """
 
-    plan: CompressionPlan
+    plan: Plan
     rise: float | None
     source: str
 
@@ -44,7 +43,7 @@ class Wanted:
     Exactly one of `plan` and `request` is given. Without a policy, the engine's own chooses.
     """
 
-    plan: CompressionPlan | None
+    plan: Plan | None
     request: Request | None
     policy: str | None
 
@@ -79,7 +78,7 @@ class Wanted:
             )
         if request is not None:
             return cls(None, request, policy)
-        plan = read_plan(plan_file) if plan_file else CompressionPlan(BlockMask.of(*names))
+        plan = read_plan(plan_file) if plan_file else Plan.removing(*names)
         return cls(plan, None, policy)
 
     def deployment(self, memory: MemoryModel) -> Deployment | None:
@@ -105,7 +104,7 @@ class Wanted:
             policy: Policy = StaticPolicy(plan)
         else:
             policy = load_policy(self.policy or DEFAULT_POLICY, memory)
-            plan, seq = as_plan(policy.choose(self.request)), self.request.seq_len_tokens
+            plan, seq = policy.choose(self.request), self.request.seq_len_tokens
             memory.check_fits(plan, self.request)
         if memory.facts.repair and plan.removed:
             return Chosen(plan, None, "no prediction knows stubs")

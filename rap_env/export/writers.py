@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rap_env.artifacts import atomic_write
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError
 from rap_env.export.gguf_export import check_stubs, export_gguf
 from rap_env.export.gguf_model import GgufModel
@@ -21,7 +21,7 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
 from rap_env.models.files.vllm_config import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -69,20 +69,20 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
             "choose another policy, such as 'frontier'."
         )
     if for_vllm:
-        removed = plan.removed | llm.pruned
-        with llm.masked(plan.removed):
+        removed = plan.mask.without(*llm.pruned.removed)
+        with llm.masked(plan.mask):
             has_stubs = any(True for _ in stubs_in_place(llm))
         vllm_entries(llm.adapter, removed, stubs=has_stubs)
     sizes, stubs = facts.block_param_bytes, facts.stub_bytes or (0,) * facts.num_blocks
     before = facts.base_bytes + sum(sizes)
-    after = before - sum(sizes[i] - stubs[i] for i in plan.removed.indices)
+    after = before - sum(sizes[i] - stubs[i] for i in plan.removed)
     card = _card(
         export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
         use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
         + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
         "`rap_env.load_llm(FOLDER)`.",
     )  # fmt: skip
-    save_pruned(llm, plan.removed, export.out, readme=card.text)
+    save_pruned(llm, plan.mask, export.out, readme=card.text)
     return _answer(export, facts, card)
 
 
@@ -102,15 +102,15 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     if deployment is None:
         chosen = export.wanted.choose(MemoryModel(facts))
     else:
-        kept = CompressionPlan(deployment.mask)
+        kept = deployment.mask
         chosen = Chosen(kept, deployment.delta_nll, deployment.source)
-    plan = chosen.plan if llm is None else chosen.plan.without(llm.pruned)
+    plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if export.gguf_file is not None:
         model = GgufModel.of_file(export.gguf_file)
     else:
         assert llm is not None
         model = GgufModel.of_llm(llm)
-    means = {} if llm is None else _means(llm, plan.removed)
+    means = {} if llm is None else _means(llm, plan)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     after = export_gguf(model, plan, export.out, means)
     if deployment is None:
@@ -127,7 +127,7 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     return _answer(export, facts, card) | {"cache_type": caches}
 
 
-def measured_rise(llm: ElasticLLM, plan: CompressionPlan, source: str) -> tuple[float, str]:
+def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:
     """The rise in NLL under a plan on a text, in nats per token, and the text in words.
 
     Args:
@@ -141,11 +141,11 @@ def measured_rise(llm: ElasticLLM, plan: CompressionPlan, source: str) -> tuple[
     tokens = min(_MEASURED_TOKENS, llm.adapter.max_positions)
     config = CorpusConfig(source, _MEASURED_WINDOWS, tokens, role="report")
     scorer = MaskScorer(llm, load_corpus(config, llm))
-    rise = scorer.nll(plan) - scorer.nll(BlockMask())
+    rise = scorer.nll(plan) - scorer.nll(Plan())
     return rise, f"{_MEASURED_WINDOWS} x {tokens} tokens of {Path(source).name}"
 
 
-def _means(llm: ElasticLLM, removed: BlockMask) -> dict[int, Any]:
+def _means(llm: ElasticLLM, removed: Plan) -> dict[int, Any]:
     """The means in the place of removed blocks, (H,), by index."""
     with llm.masked(removed):
         stubs = {index: stub for index, _, stub in stubs_in_place(llm)}
@@ -187,7 +187,7 @@ def _answer(export: Export, facts: ModelFacts, card: ModelCard) -> dict[str, Any
         "model": facts.name,
         "dtype": facts.dtype,
         "out": str(export.out),
-        "removed": list(card.plan.removed.names),
+        "removed": list(card.plan.removed_names),
         "levels": card.plan.levels,
         "weight_bytes_before": card.bytes_before,
         "weight_bytes_after": card.bytes_after,

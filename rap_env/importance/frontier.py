@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from rap_env.artifacts import save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.importance.profiles import load_profile
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 _FORMAT = 2
@@ -47,7 +47,7 @@ class Frontier:
 
     num_blocks: int
     dense_nll: float
-    scores: dict[BlockMask, float]
+    scores: dict[Plan, float]
     evaluations_run: int
     seconds: float
     settings: dict[str, Any]
@@ -59,13 +59,13 @@ class Frontier:
         return len(self.scores)
 
     @cached_property
-    def entries(self) -> tuple[tuple[BlockMask, float], ...]:
+    def entries(self) -> tuple[tuple[Plan, float], ...]:
         """The best mask of each pair of counts with its delta_nll, nats per token; least first."""
         best = best_by_counts(self.scores)
         found = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
-        return tuple(sorted(found, key=lambda entry: (entry[1], len(entry[0]))))
+        return tuple(sorted(found, key=lambda entry: (entry[1], len(entry[0].removed))))
 
-    def best(self, memory: MemoryModel, request: Request) -> BlockMask | None:
+    def best(self, memory: MemoryModel, request: Request) -> Plan | None:
         """The mask of least delta_nll that fits the request; None if no entry fits.
 
         Raises:
@@ -74,7 +74,7 @@ class Frontier:
         memory.check(request.batch_size, request.seq_len_tokens)
         costs = request_costs(memory, request.batch_size, request.seq_len_tokens)
         for mask, _ in self.entries:
-            if costs.peak_bytes(mask.indices) <= request.budget_bytes:
+            if costs.peak_bytes(mask.removed) <= request.budget_bytes:
                 return mask
         return None
 
@@ -82,7 +82,7 @@ class Frontier:
         """Write it as a checked JSON artifact."""
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         del body["scores"]
-        body["masks"] = [mask.names for mask in self.scores]
+        body["masks"] = [mask.removed_names for mask in self.scores]
         body["nll"] = list(self.scores.values())
         save_artifact(path, self.KIND, _FORMAT, body)
 
@@ -95,16 +95,16 @@ class Frontier:
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
         body = load_profile(path, cls.KIND, _FORMAT, model)
-        masks = (BlockMask.of(*names) for names in body.pop("masks"))
+        masks = (Plan.removing(*names) for names in body.pop("masks"))
         scores = dict(zip(masks, body.pop("nll"), strict=True))
         return cls(scores=scores, **body)
 
 
-def best_by_counts(nll: Mapping[BlockMask, float]) -> dict[Counts, BlockMask]:
+def best_by_counts(nll: Mapping[Plan, float]) -> dict[Counts, Plan]:
     """The mask of the least NLL for each pair of counts."""
-    found: dict[Counts, BlockMask] = {}
+    found: dict[Counts, Plan] = {}
     for mask in nll:
-        pair = mask.count("attn"), mask.count("ffn")
+        pair = mask.count_removed("attn"), mask.count_removed("ffn")
         if pair not in found or nll[mask] < nll[found[pair]]:
             found[pair] = mask
     return found

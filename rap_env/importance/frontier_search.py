@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.frontier import Counts, Frontier, best_by_counts
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Features, Floats, ScoreModel
@@ -128,7 +128,7 @@ class _Search:
         self._scorer, self._config, self._on_score = scorer, config, on_score
         self._settings: _Settings | None = None
         self.blocks = scorer.llm.facts.num_blocks
-        self.nll: dict[BlockMask, float] = {}
+        self.nll: dict[Plan, float] = {}
         dense, *singles = necessary_masks(self.blocks)
         self.measure([dense, *singles])
         self.dense_nll = self.nll[dense]
@@ -139,11 +139,11 @@ class _Search:
         """Masks that may still be scored, before the last path."""
         return self._config.evaluations - self.blocks - len(self.nll)
 
-    def delta_nll(self, mask: BlockMask) -> float:
+    def delta_nll(self, mask: Plan) -> float:
         """Measured delta_nll, nats per token."""
         return self.nll[mask] - self.dense_nll
 
-    def measure(self, masks: Sequence[BlockMask]) -> None:
+    def measure(self, masks: Sequence[Plan]) -> None:
         """Score masks."""
         found = self._scorer.nll_many(masks, self._on_score) if masks else []
         self.nll |= dict(zip(masks, found, strict=True))
@@ -155,14 +155,14 @@ class _Search:
 
     def _path(self, price: float) -> None:
         bytes_freed = np.array([min(price, 1.0), min(1 / price, 1.0)])[np.arange(self.blocks) % 2]
-        rise, mask = self.alone.copy(), BlockMask()
+        rise, mask = self.alone.copy(), Plan()
 
         def price_per_byte(index: int) -> float:
             return float(max(rise[index], _LEAST_RISE) / max(bytes_freed[index], 1e-9))
 
         while self.left > 0 and self.delta_nll(mask) <= self._config.deepest_loss:
-            kept = sorted((i for i in range(self.blocks) if i not in mask), key=price_per_byte)
-            larger = {index: mask | BlockMask.of(index) for index in kept[: self._config.looks]}
+            kept = sorted(set(range(self.blocks)) - mask.removed, key=price_per_byte)
+            larger = {index: mask.without(index) for index in kept[: self._config.looks]}
             if not larger:
                 break
             self.measure(list(larger.values()))
@@ -172,10 +172,10 @@ class _Search:
 
     def finish(self) -> None:
         """Extend the mask with most removals in one-shot order until no block is left."""
-        mask = max(self.nll, key=lambda m: (len(m), -self.nll[m]))
+        mask = max(self.nll, key=lambda m: (len(m.removed), -self.nll[m]))
         path = []
-        for index in sorted(set(range(self.blocks)) - mask.indices, key=lambda i: self.alone[i]):
-            mask |= BlockMask.of(index)
+        for index in sorted(set(range(self.blocks)) - mask.removed, key=lambda i: self.alone[i]):
+            mask = mask.without(index)
             path.append(mask)
         self.measure(path)
 
@@ -184,7 +184,7 @@ class _Search:
         predictor = self._fit()
         best = best_by_counts(self.nll)
         expected = self._expected(best)
-        gains: dict[BlockMask, tuple[float, float]] = {}
+        gains: dict[Plan, tuple[float, float]] = {}
         for pair in sorted(useful.pairs(expected, self._config.slack)):
             found = propose(pair, best, predictor, self.nll)
             if found is not None:
@@ -212,7 +212,7 @@ class _Search:
         fit = PredictorFit(features, measured, self.alone, parts, reaches=(chosen.reach,))
         return ScoreModel((fit.solved([0], chosen.reach, chosen.ridge),))
 
-    def _expected(self, best: dict[Counts, BlockMask]) -> Floats:
+    def _expected(self, best: dict[Counts, Plan]) -> Floats:
         """delta_nll per pair of counts: of its best mask, or of a mask that removes more."""
         layers = self.blocks // 2
         table = np.full((layers + 1, layers + 1), np.inf)
@@ -223,7 +223,7 @@ class _Search:
         return np.where(table <= self._config.deepest_loss, table, np.inf)
 
 
-def _alternately(gains: Mapping[BlockMask, tuple[float, float]]) -> list[BlockMask]:
+def _alternately(gains: Mapping[Plan, tuple[float, float]]) -> list[Plan]:
     """Masks by gain in nats and by relative gain in turn, so that neither kind takes all."""
     orders = [sorted(gains, key=lambda mask: -gains[mask][kind]) for kind in (0, 1)]
     return list(dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))))
@@ -260,19 +260,19 @@ class UsefulCounts:
 
 def propose(
     pair: Counts,
-    best: Mapping[Counts, BlockMask],
+    best: Mapping[Counts, Plan],
     predictor: ScoreModel,
-    measured: Collection[BlockMask],
-) -> tuple[BlockMask, float] | None:
+    measured: Collection[Plan],
+) -> tuple[Plan, float] | None:
     """The best predicted mask with these counts that was not measured, and its delta_nll.
 
     Masks are rows of the predictor's feature matrix here, because a round predicts all swaps of
     many masks: the 401 swaps of a mask of 20 among 60 blocks take 0.5 ms to make and predict as
-    rows, and 2.0 ms as `BlockMask` objects.
+    rows, and 2.0 ms as `Plan` objects.
     """
     blocks = len(predictor.members[0].alone)
     starts = feature_matrix(list(_starts(pair, best, blocks)), blocks)
-    found: list[tuple[float, BlockMask]] = []
+    found: list[tuple[float, Plan]] = []
     for start in starts[np.argsort(predictor.delta_nll_many(starts, clamped=False))[:_STARTS]]:
         row = start
         for _ in range(_SWAPS):
@@ -288,17 +288,17 @@ def propose(
 
 
 def _unmeasured(
-    features: Features, predicted: Floats, measured: Collection[BlockMask]
-) -> list[tuple[float, BlockMask]]:
+    features: Features, predicted: Floats, measured: Collection[Plan]
+) -> list[tuple[float, Plan]]:
     """The first of some masks that was not measured, with its predicted delta_nll; or nothing."""
     for row, delta_nll in zip(features, predicted, strict=True):
-        mask = BlockMask.of(*np.flatnonzero(row).tolist())
+        mask = Plan.removing(*np.flatnonzero(row).tolist())
         if mask not in measured:
             return [(float(delta_nll), mask)]
     return []
 
 
-def _starts(pair: Counts, best: Mapping[Counts, BlockMask], blocks: int) -> Iterator[BlockMask]:
+def _starts(pair: Counts, best: Mapping[Counts, Plan], blocks: int) -> Iterator[Plan]:
     """The best known mask of the pair, and masks one step away from those of its neighbours."""
     attn, ffn = pair
     if pair in best:
@@ -306,13 +306,13 @@ def _starts(pair: Counts, best: Mapping[Counts, BlockMask], blocks: int) -> Iter
     for kind, fewer in ((0, (attn - 1, ffn)), (1, (attn, ffn - 1))):
         if fewer in best:
             for index in range(kind, blocks, 2):
-                if index not in best[fewer]:
-                    yield best[fewer] | BlockMask.of(index)
+                if index not in best[fewer].removed:
+                    yield best[fewer].without(index)
     for kind, more in ((0, (attn + 1, ffn)), (1, (attn, ffn + 1))):
         if more in best:
-            for index in sorted(best[more].indices):
+            for index in sorted(best[more].removed):
                 if index % 2 == kind:
-                    yield BlockMask(best[more].indices - {index})
+                    yield Plan(best[more].removed - {index})
 
 
 def _swaps(row: npt.NDArray[np.bool_]) -> Features:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.gsi_strategies import STRATEGIES, GSIState, GSIStrategy
 from rap_env.importance.profiles import GSIProfile
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 
@@ -63,7 +64,7 @@ def gsi_rounds(
     method: str = "exact",
     stop: int | None = None,
     path: str | os.PathLike[str] | None = None,
-    on_score: Callable[[BlockMask], None] = lambda _: None,
+    on_score: Callable[[Plan], None] = lambda _: None,
 ) -> Iterator[GSIProfile]:
     """Run `gsi` with its arguments, and yield the profile at the start and after each removal.
 
@@ -122,7 +123,7 @@ def _start(scorer: MaskScorer, method: str, path: str | os.PathLike[str] | None)
 
 
 def _next_round(
-    strategy: GSIStrategy, profile: GSIProfile, rounds: int, on_score: Callable[[BlockMask], None]
+    strategy: GSIStrategy, profile: GSIProfile, rounds: int, on_score: Callable[[Plan], None]
 ) -> GSIProfile:
     """Remove the block whose removal raises the NLL least."""
     began = time.perf_counter()

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rap_env.blocks import Block, BlockMask
+from rap_env.blocks import Block
+from rap_env.plan import Plan
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 
-OnScore = Callable[[BlockMask], None]
+OnScore = Callable[[Plan], None]
 
 _NEIGHBOURS = 2
 _LAZY_BATCH = 6
@@ -34,9 +35,9 @@ class GSIState:
     last: bool = False
 
     @property
-    def removed(self) -> BlockMask:
+    def removed(self) -> Plan:
         """The blocks removed so far."""
-        return BlockMask.of(*self.order)
+        return Plan.removing(*self.order)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class GSIStrategy(ABC):
         found = self.scorer.scan(state.removed, on_score)
         return _result(state, {block.index: nll for block, nll in found.items()})
 
-    def _candidates(self, state: GSIState) -> list[tuple[Block, BlockMask]]:
+    def _candidates(self, state: GSIState) -> list[tuple[Block, Plan]]:
         """Blocks with the masks that remove them too, likely winners first.
 
         The neighbours of the block removed last come before the others: next to a removed block,
@@ -92,7 +93,7 @@ class GSIStrategy(ABC):
         found = self.scorer.candidates(state.removed)
         nearest = nearest_kept(state.order[-1], [block.index for block in found])
 
-        def likely(item: tuple[Block, BlockMask]) -> tuple[bool, float, int]:
+        def likely(item: tuple[Block, Plan]) -> tuple[bool, float, int]:
             index = item[0].index
             return index not in nearest, state.delta_nll[index], index
 
@@ -115,8 +116,8 @@ class ExactStrategy(GSIStrategy):
     def _best(
         self,
         state: GSIState,
-        candidates: Sequence[tuple[Block, BlockMask]],
-        near: BlockMask | None,
+        candidates: Sequence[tuple[Block, Plan]],
+        near: Plan | None,
         on_score: OnScore,
     ) -> RoundResult:
         masks = [mask for _, mask in candidates]
@@ -149,7 +150,7 @@ class LazyStrategy(ExactStrategy):
         if not state.order:
             return self._scan(state, on_score)
         waiting = self._candidates(state)
-        tried: list[tuple[Block, BlockMask]] = []
+        tried: list[tuple[Block, Plan]] = []
         delta_nll: dict[int, float] = {}
         count = _LAZY_BATCH + _NEIGHBOURS
         while True:

@@ -12,7 +12,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
 from rap_env.ladder.items import Ladder
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024
 """The request at which an order weighs costs against bytes; fewer tokens for shorter models."""
@@ -69,7 +69,7 @@ class LadderWalk:
         self._costs: list[list[float]] = self.one_shot.tolist()
 
     @property
-    def plan(self) -> CompressionPlan:
+    def plan(self) -> Plan:
         """The current plan."""
         return self.ladder.plan(self.positions)
 

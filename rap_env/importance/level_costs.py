@@ -32,15 +32,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
-from rap_env.plan import (
-    EMBEDDINGS,
-    CompressionPlan,
-    MaskOrPlan,
-    as_plan,
-    cache_name,
-    is_cache,
-    item_names,
-)
+from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
 
 CACHE_LEVELS = (
     "int8", "int4", "int2", "int4-window512", "int4-window256", "int4-window128",
@@ -145,14 +137,14 @@ class LevelCosts(Profile):
 
     def _uniform(self, level: str, items: list[str]) -> float | None:
         """Measured rise in NLL if all items of a group have a level; None for a single item."""
-        plan = CompressionPlan.of(dict.fromkeys(items, level))
+        plan = Plan.of(dict.fromkeys(items, level))
         return self.joint.get(plan.to_json()) if len(items) > 1 else None
 
     def _removal_factors(self, others: dict[str, float]) -> dict[str, float]:
         kinds = sorted(group for group in self._groups if group[1] == "removed")
         rows, wanted = [], []
         for text, measured in sorted(self.joint.items()):
-            levels = CompressionPlan.from_json(text).levels
+            levels = Plan.from_json(text).levels
             if measured <= 0 or "removed" not in levels.values():
                 continue
             sums = dict.fromkeys(kinds, 0.0)
@@ -258,20 +250,20 @@ class LevelCosts(Profile):
         kept = 0.0 if precision not in costs else min(cost, costs[precision])
         return kept + (cost - kept) * window_share(stored, seq_len_tokens) / measured
 
-    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan: the sum of the costs of its levels, nats per token.
 
         Raises:
             UnknownNameError: A level of the plan was not measured.
         """
-        levels = as_plan(plan).levels.items()
+        levels = plan.levels.items()
         return sum(self.cost(item, level, seq_len_tokens) for item, level in levels)
 
     def predictions(self) -> list[dict[str, Any]]:
         """Predicted and measured rise in NLL of every plan that was measured jointly."""
         return [
             {
-                "predicted": self.delta_nll(plan := CompressionPlan.from_json(text)),
+                "predicted": self.delta_nll(plan := Plan.from_json(text)),
                 "measured": measured,
                 "plan": str(plan),
                 "levels": plan.levels,

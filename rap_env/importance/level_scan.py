@@ -21,7 +21,7 @@ from rap_env.importance.level_costs import (
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.progress import progress_bar
-from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name, is_cache
+from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 _ByItem = dict[str, dict[str, float]]
@@ -72,7 +72,7 @@ def scan_levels(
         seconds=0.0,
         provenance=scorer.provenance,
     )
-    alone = [CompressionPlan.of({item: n}) for item, names in single.items() for n in names]
+    alone = [Plan.of({item: n}) for item, names in single.items() for n in names]
     costs, rises = _measured(empty, scorer, [*alone, *uniform.values()], progress)
     left = iter(rises)
     measured = {item: {n: next(left) for n in names} for item, names in single.items()}
@@ -87,7 +87,7 @@ def scan_levels(
             errors[item] |= {level: 0.0}
     return replace(
         costs,
-        native_nll=scorer.nll(CompressionPlan()),
+        native_nll=scorer.nll(Plan()),
         one_shot=one_shot,
         errors=errors,
         joint={uniform[pair].to_json(): rise for pair, rise in joint.items()},
@@ -113,7 +113,7 @@ def _shares(
 def measure_jointly(
     costs: LevelCosts,
     scorer: MaskScorer,
-    plans: Sequence[CompressionPlan],
+    plans: Sequence[Plan],
     *,
     progress: bool = True,
 ) -> LevelCosts:
@@ -139,7 +139,7 @@ def one_shot_plans(facts: ModelFacts, cache_levels: Sequence[str]) -> dict[str, 
     return found | {EMBEDDINGS: [n for n in facts.embedding_levels if n != "native"]}
 
 
-def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], CompressionPlan]:
+def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], Plan]:
     """Plans with one level for all caches or all blocks, by ``caches`` or ``blocks`` and level.
 
     Removal of all blocks is left out.
@@ -151,7 +151,7 @@ def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], Compres
         for name in names:
             lowered = [item for item in levels if item in items and name in levels[item]]
             if name != "removed":
-                plans[kind, name] = CompressionPlan.of(dict.fromkeys(lowered, name))
+                plans[kind, name] = Plan.of(dict.fromkeys(lowered, name))
     return plans
 
 
@@ -160,14 +160,14 @@ def _standard_error(rise: Rise) -> float:
 
 
 def _measured(
-    costs: LevelCosts, scorer: MaskScorer, plans: list[CompressionPlan], progress: bool
+    costs: LevelCosts, scorer: MaskScorer, plans: list[Plan], progress: bool
 ) -> tuple[LevelCosts, list[Rise]]:
     """Rise in NLL of each window, nats per token, and the costs with what measuring took added."""
     began = time.perf_counter()
     before = scorer.evaluations, scorer.block_forwards
-    distinct = {CompressionPlan(), *plans}
+    distinct = {Plan(), *plans}
     with progress_bar(progress, total=len(distinct), desc="levels", unit="plan") as bar:
-        scorer.nll_many([CompressionPlan(), *plans], bar_callback(bar))
+        scorer.nll_many([Plan(), *plans], bar_callback(bar))
     spent = replace(
         costs,
         evaluations=costs.evaluations + len(distinct),
@@ -175,5 +175,5 @@ def _measured(
         block_forwards=costs.block_forwards + scorer.block_forwards - before[1],
         seconds=costs.seconds + time.perf_counter() - began,
     )
-    native = scorer.window_nll(CompressionPlan())
+    native = scorer.window_nll(Plan())
     return spent, [scorer.window_nll(plan) - native for plan in plans]

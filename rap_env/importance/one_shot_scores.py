@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.importance.profiles import OneShotProfile
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
 
@@ -26,7 +26,7 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     with progress_bar(
         progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
     ) as bar:
-        without = scorer.scan(BlockMask(), on_score=bar_callback(bar))
+        without = scorer.scan(Plan(), on_score=bar_callback(bar))
     return OneShotProfile(
         dense_nll=dense,
         nll_without=tuple(without[block] for block in blocks),
@@ -48,7 +48,7 @@ def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
     """
     partial = scorer.runner.partial
     total = torch.zeros(scorer.llm.num_blocks, dtype=torch.float64)
-    with scorer.llm.masked(BlockMask()):
+    with scorer.llm.masked(Plan()):
         for tokens in scorer.batches:
             state = partial.enter(tokens)
             for step in partial.steps:
@@ -69,7 +69,7 @@ def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDA
     """
     partial = PartialForward(llm, widen=True)
     total = torch.zeros(llm.facts.num_layers, dtype=torch.float64)
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         for tokens in batches:
             state = before = partial.enter(tokens)
             for step in partial.steps:

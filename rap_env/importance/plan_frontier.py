@@ -22,7 +22,7 @@ from rap_env.importance.profiles import load_profile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.state import LadderCosts
 from rap_env.model_facts import HasFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 
 _FORMAT = 1
 
@@ -45,7 +45,7 @@ class PlanFrontier:
 
     num_layers: int
     native_nll: float
-    scores: dict[MaskOrPlan, float]
+    scores: dict[Plan, float]
     evaluations_run: int
     seconds: float
     settings: dict[str, Any]
@@ -65,7 +65,7 @@ class PlanFrontier:
         """Write it as a checked, compressed JSON artifact."""
         body = {field.name: getattr(self, field.name) for field in fields(self)}
         del body["scores"]
-        body["plans"] = [as_plan(plan).levels for plan in self.scores]
+        body["plans"] = [plan.levels for plan in self.scores]
         body["nll"] = list(self.scores.values())
         save_artifact(path, self.KIND, _FORMAT, body, compress=True)
 
@@ -78,7 +78,7 @@ class PlanFrontier:
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
         body = load_profile(path, cls.KIND, _FORMAT, model)
-        plans = map(simplest, map(CompressionPlan.of, body.pop("plans")))
+        plans = map(Plan.of, body.pop("plans"))
         return cls(scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 
     def on(self, ladder: Ladder) -> KnownPlans:
@@ -96,12 +96,12 @@ class KnownPlans:
         positions: The position of each item's level in each plan, (n, items).
     """
 
-    plans: tuple[MaskOrPlan, ...]
+    plans: tuple[Plan, ...]
     delta_nll: npt.NDArray[np.float64]
     positions: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, ladder: Ladder, scores: Mapping[MaskOrPlan, float], native_nll: float) -> Self:
+    def of(cls, ladder: Ladder, scores: Mapping[Plan, float], native_nll: float) -> Self:
         """Measured plans; those with levels that the ladder does not have are left out.
 
         Args:
@@ -109,7 +109,7 @@ class KnownPlans:
             scores: NLL of masks and plans, nats per token.
             native_nll: NLL of the native model, nats per token.
         """
-        found: list[tuple[float, MaskOrPlan, list[int]]] = []
+        found: list[tuple[float, Plan, list[int]]] = []
         for plan, nll in scores.items():
             try:
                 found.append((nll - native_nll, plan, ladder.positions(plan)))
@@ -133,7 +133,7 @@ class KnownPlans:
         """Peak bytes of each plan under a request, (n,)."""
         return costs.peaks(self.positions)
 
-    def best(self, costs: LadderCosts, budget_bytes: int) -> MaskOrPlan | None:
+    def best(self, costs: LadderCosts, budget_bytes: int) -> Plan | None:
         """The plan of least ΔNLL that fits a budget, None if none does."""
         fitting = np.flatnonzero(self.peak_bytes(costs) <= budget_bytes)
         return self.plans[fitting[0]] if len(fitting) else None

@@ -10,13 +10,13 @@ from rap_env.costs import Counts
 from rap_env.importance.ladder_order import one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.scoring.predictor import Features, Floats, ScoreModel
 from rap_env.scoring.predictor_fit import fit_scores
 
 
 def fit_plan_predictor(
-    scores: Mapping[MaskOrPlan, float],
+    scores: Mapping[Plan, float],
     costs: LevelCosts,
     ladder: Ladder,
     *,

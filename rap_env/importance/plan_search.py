@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import Counts
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.ladder_order import greedy_order
@@ -31,7 +30,7 @@ from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
-from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Floats
@@ -85,7 +84,7 @@ def build_plan_frontier(
     item_bytes: LadderBytes,
     requests: Sequence[Request],
     config: PlanSearchConfig = PlanSearchConfig(),
-    known: Mapping[MaskOrPlan, float] | None = None,
+    known: Mapping[Plan, float] | None = None,
     on_score: OnScore | None = None,
     start: PlanFrontier | None = None,
 ) -> PlanFrontier:
@@ -128,7 +127,7 @@ class _Search:
         item_bytes: LadderBytes,
         requests: Sequence[Request],
         config: PlanSearchConfig,
-        known: Mapping[MaskOrPlan, float],
+        known: Mapping[Plan, float],
         on_score: OnScore | None,
     ) -> None:
         self._scorer, self._config, self._on_score = scorer, config, on_score
@@ -136,22 +135,22 @@ class _Search:
         self._order = greedy_order(costs, item_bytes)
         self._ladder = item_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
-        self.nll = {simplest(plan): nll for plan, nll in known.items() if self._ladder.has(plan)}
+        self.nll = {plan: nll for plan, nll in known.items() if self._ladder.has(plan)}
         self.measure(necessary_masks(item_bytes.memory.facts.num_blocks))
-        self.native_nll = self.nll[BlockMask()]
+        self.native_nll = self.nll[Plan()]
 
-    def measure(self, plans: Sequence[MaskOrPlan]) -> None:
+    def measure(self, plans: Sequence[Plan]) -> None:
         """Score plans that are not known yet."""
-        new = [plan for plan in map(simplest, plans) if plan not in self.nll]
+        new = [plan for plan in plans if plan not in self.nll]
         if new:
             found = self._scorer.nll_many(new, self._on_score)
             self.nll |= dict(zip(new, found, strict=True))
 
-    def rounds(self, start: PlanFrontier | None) -> Iterator[list[MaskOrPlan]]:
+    def rounds(self, start: PlanFrontier | None) -> Iterator[list[Plan]]:
         """Plans to measure: of another table, of the greedy order, then proposals."""
         if start is not None:
             yield self._best_of(start.on(self._ladder))
-        first = dict.fromkeys(simplest(self._greedy(request)) for request in self._requests)
+        first = dict.fromkeys(self._greedy(request) for request in self._requests)
         yield list(first)[: self._config.batch]
         number, idle = 0, 0
         while idle < len(_PESSIMISM):
@@ -164,7 +163,7 @@ class _Search:
             if plans:
                 yield plans
 
-    def _best_of(self, known: KnownPlans) -> list[MaskOrPlan]:
+    def _best_of(self, known: KnownPlans) -> list[Plan]:
         """For each request, the best of some plans that fits, without repetitions."""
         best = (
             known.best(self._bytes.costs(r.batch_size, r.seq_len_tokens), r.budget_bytes)
@@ -172,10 +171,10 @@ class _Search:
         )
         return list(dict.fromkeys(plan for plan in best if plan is not None))
 
-    def _proposals(self, predictor: PlanPredictor) -> list[MaskOrPlan]:
+    def _proposals(self, predictor: PlanPredictor) -> list[Plan]:
         """Unmeasured plans that are expected to be better than the best known ones."""
         known = KnownPlans.of(self._ladder, self.nll, self.native_nll)
-        gains: dict[MaskOrPlan, float] = {}
+        gains: dict[Plan, float] = {}
         count = min(self._config.requests, len(self._requests))
         for number in self._rng.choice(len(self._requests), size=count, replace=False):
             request = self._requests[number]
@@ -189,13 +188,13 @@ class _Search:
                 positions, expected = search.improve(start)
                 if expected > self._config.deepest_loss:
                     continue
-                found = simplest(self._ladder.plan(positions.tolist()))
+                found = self._ladder.plan(positions.tolist())
                 gain = (min(best, 1e3) - expected) / (max(expected, 0.0) + _GAIN_FLOOR)
                 if found not in self.nll and gain > 0:
                     gains[found] = max(gain, gains.get(found, 0.0))
         return sorted(gains, key=lambda plan: -gains[plan])[: self._config.batch]
 
-    def _greedy(self, request: Request) -> CompressionPlan:
+    def _greedy(self, request: Request) -> Plan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
         return costs.lower_until_fits(self._order.steps, request.budget_bytes)
 

@@ -19,7 +19,7 @@ from rap_env.observation import (
     bytes_over,
     request_features,
 )
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 ITEM_FEATURES = (
@@ -103,7 +103,7 @@ class ItemObservationBuilder:
         self._numbers = np.arange(count)
         self.rows_of = lru_cache(_CACHED_ROWS)(self._rows_of)
 
-    def build(self, request: Request, plan: MaskOrPlan) -> Observation:
+    def build(self, request: Request, plan: Plan) -> Observation:
         """The observation of a plan under `request`, in new arrays.
 
         Raises:
@@ -155,7 +155,7 @@ class ItemObservationTracker:
         self._costs = builder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         self._rows = builder.rows_of(self._costs.steps)
         self._numbers = np.arange(len(builder.ladder))
-        self.observation = builder.build(request, CompressionPlan())
+        self.observation = builder.build(request, Plan())
         self.levels = self._costs.state()
 
     def lower(self, item: int) -> set[int]:

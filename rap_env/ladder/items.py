@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError, check_name
 from rap_env.ladder.named_ladders import LevelSpec, parse_levels, parse_together
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, cache_name
 
 Kind = Literal["attn", "ffn", "cache", "embeddings"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
@@ -241,7 +241,7 @@ class Ladder:
         most = np.where(caches < removed, caches, -1).max(axis=1)
         return np.asarray((least >= most) | (least >= max(self.shared_positions)))
 
-    def positions(self, plan: MaskOrPlan) -> list[int]:
+    def positions(self, plan: Plan) -> list[int]:
         """The position of each item's level in its levels, (items,).
 
         A cache whose block is removed is one past its last level.
@@ -249,7 +249,6 @@ class Ladder:
         Raises:
             UnknownNameError: The plan has levels that the ladder does not have.
         """
-        plan = as_plan(plan)
         if not plan:
             return [0] * len(self)
         levels, positions = plan.levels, []
@@ -263,7 +262,7 @@ class Ladder:
             raise UnknownNameError(f"level of {name} in the ladder", level, ["native"])
         return positions
 
-    def has(self, plan: MaskOrPlan) -> bool:
+    def has(self, plan: Plan) -> bool:
         """Whether all levels of a plan are in the ladder."""
         try:
             self.positions(plan)
@@ -271,15 +270,15 @@ class Ladder:
             return False
         return True
 
-    def plan(self, positions: Sequence[int]) -> CompressionPlan:
+    def plan(self, positions: Sequence[int]) -> Plan:
         """The plan whose items have the levels at these positions, (items,)."""
         parts: dict[str, list[Any]] = {"removed": [], "weights": [], "caches": [], "embeddings": []}
         for entries, position in zip(self._entries, positions, strict=True):
             if position and position < len(entries):
                 part, entry = entries[position]
                 parts[part].append(entry)
-        return CompressionPlan(
-            BlockMask(frozenset(parts["removed"])),
+        return Plan(
+            frozenset(parts["removed"]),
             tuple(parts["weights"]),
             tuple(parts["caches"]),
             parts["embeddings"][0] if parts["embeddings"] else "native",
@@ -291,11 +290,11 @@ class Ladder:
         return tuple(tuple(_entry(item, level) for level in item.levels) for item in self.items)
 
     @cached_property
-    def lowest(self) -> CompressionPlan:
+    def lowest(self) -> Plan:
         """The plan with each item at its lowest level."""
         return self.plan([len(item.levels) - 1 for item in self.items])
 
-    def next_level(self, plan: MaskOrPlan, item: str | int) -> str | None:
+    def next_level(self, plan: Plan, item: str | int) -> str | None:
         """The level below that of an item, by name or number; None if there is none.
 
         Raises:
@@ -305,7 +304,7 @@ class Ladder:
         lower = self.every_step.nexts[number][self.positions(plan)[number]]
         return self.items[number].levels[lower] if lower >= 0 else None
 
-    def lower(self, plan: MaskOrPlan, item: str | int) -> CompressionPlan:
+    def lower(self, plan: Plan, item: str | int) -> Plan:
         """The plan after an item, by name or number, and all that are taken together, is lowered.
 
         Raises:
@@ -321,7 +320,7 @@ class Ladder:
             positions[moved] = position
         return self.plan(positions)
 
-    def valid_actions(self, plan: MaskOrPlan) -> npt.NDArray[np.bool_]:
+    def valid_actions(self, plan: Plan) -> npt.NDArray[np.bool_]:
         """True for each item that has a lower level, (items,).
 
         Raises:
@@ -403,7 +402,7 @@ class LevelSteps:
 
 
 def _entry(item: Item, level: str) -> tuple[str, Any]:
-    """The attribute of `CompressionPlan` that has an item's level, and its entry there."""
+    """The attribute of `Plan` that has an item's level, and its entry there."""
     if item.layer is None:
         return "embeddings", level
     if item.kind == "cache":

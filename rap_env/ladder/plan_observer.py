@@ -10,7 +10,7 @@ from rap_env.costs import Counts, Flags, freed_share
 from rap_env.ladder.item_observation import FREED, ItemObservationBuilder
 from rap_env.ladder.state import StackedCosts
 from rap_env.observation import BYTES_OVER, Observation, request_features
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -53,7 +53,7 @@ class PlanObserver:
         """The positions of `count` native plans, (count, N)."""
         return np.zeros((count, len(self.ladder)), dtype=np.int64)
 
-    def position(self, plan: MaskOrPlan) -> Counts:
+    def position(self, plan: Plan) -> Counts:
         """The positions of a plan's levels, (N,).
 
         Raises:
@@ -61,7 +61,7 @@ class PlanObserver:
         """
         return np.array(self.ladder.positions(plan), dtype=np.int64)
 
-    def plan(self, positions: Counts) -> CompressionPlan:
+    def plan(self, positions: Counts) -> Plan:
         """The plan with levels at some positions, (N,)."""
         return self.ladder.plan(positions.tolist())
 

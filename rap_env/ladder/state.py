@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.ladder.items import Counts, Item, Ladder, LevelSteps
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS = 1, 2, 4
 """Flags of an item's level: what of it determines the bytes that items share."""
@@ -124,9 +124,7 @@ class LadderCosts:
         """A state that starts with levels at some positions, by default native ones."""
         return LadderState(self, positions)
 
-    def lower_until_fits(
-        self, steps: Sequence[tuple[int, int]], budget_bytes: int
-    ) -> CompressionPlan:
+    def lower_until_fits(self, steps: Sequence[tuple[int, int]], budget_bytes: int) -> Plan:
         """Follow an order of steps until the request fits.
 
         A step is an item and the position of the level that it shall have; steps to levels that
@@ -187,7 +185,7 @@ class LadderState:
         self.peak_bytes = self._held_bytes + _shared_bytes(costs.shared, self._counts)
 
     @property
-    def plan(self) -> CompressionPlan:
+    def plan(self) -> Plan:
         """The current plan."""
         return self.costs.ladder.plan(self.positions)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard.tasks import SPLITS
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 ENTRIES = Path(__file__).parent / "published"
 """Folder of the published entries, ``COMPARISON/NAME.json`` each."""
@@ -110,7 +110,7 @@ class Entry:
                     "match; write it with Evaluation.entry(...).save(path)."
                 )
             for plan in run.plans:
-                CompressionPlan.of(plan)  # unknown items and levels are found here
+                Plan.of(plan)  # unknown items and levels are found here
         return cls(runs=runs, **body)
 
 

@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import digest, disk_errors
-from rap_env.blocks import BlockMask
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.leaderboard.entries import Entry, Run, published_entries
 from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task
-from rap_env.plan import MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.version import __version__
 
@@ -52,7 +51,7 @@ class CellResult:
     """
 
     request: Request
-    plan: MaskOrPlan
+    plan: Plan
     peak_bytes: int
     budget_fraction: float
     delta_nll: float
@@ -103,7 +102,7 @@ class Evaluation:
     @cached_property
     def digest(self) -> str:
         """Hash of the task and of the plans: what was evaluated, whatever its name."""
-        plans = [json.loads(as_plan(cell.plan).to_json()) for cell in self.cells]
+        plans = [json.loads(cell.plan.to_json()) for cell in self.cells]
         return digest([self.task.name, self.split, self.text_sha256, plans])
 
     def against(self, entry: Entry) -> tuple[float, float, float]:
@@ -157,7 +156,7 @@ class Evaluation:
         return [self._row(cell) for cell in self.cells]
 
     def _row(self, cell: CellResult) -> dict[str, Any]:
-        plan, request = as_plan(cell.plan), cell.request
+        plan, request = cell.plan, cell.request
         depends_on = {
             "task": self.task.name,
             "split": self.split,
@@ -177,9 +176,9 @@ class Evaluation:
             "budget_bytes": request.budget_bytes,
             "peak_bytes": cell.peak_bytes,
             "fits": cell.fits,
-            "attn_removed": plan.removed.count("attn"),
-            "ffn_removed": plan.removed.count("ffn"),
-            "mask": list(plan.removed.names),
+            "attn_removed": plan.count_removed("attn"),
+            "ffn_removed": plan.count_removed("ffn"),
+            "mask": list(plan.removed_names),
             "loss_calibration": cell.calibration_delta_nll,
             "loss": cell.delta_nll,
             "loss_ci_low": cell.delta_nll,
@@ -215,7 +214,7 @@ class Evaluation:
         """
         run = Run(
             seed=None,
-            plans=tuple(as_plan(cell.plan).levels for cell in self.cells),
+            plans=tuple(cell.plan.levels for cell in self.cells),
             delta_nll={self.split: tuple(self.delta_nll.tolist())},
             fits=tuple(cell.fits for cell in self.cells),
         )
@@ -290,13 +289,13 @@ def evaluate(
 
 
 def _cell(
-    context: PruningContext, judge: _Judge, request: Request, plan: MaskOrPlan, decision_s: float
+    context: PruningContext, judge: _Judge, request: Request, plan: Plan, decision_s: float
 ) -> CellResult:
     """The result of one request; a plan that does not fit is scored as no model at all."""
     memory, scorer = context.memory, context.scorer
-    peak_bytes = memory.peak_bytes(as_plan(plan), request)
+    peak_bytes = memory.peak_bytes(plan, request)
     fits = peak_bytes <= request.budget_bytes
-    scored = plan if fits else BlockMask.of(*range(memory.facts.num_blocks))
+    scored = plan if fits else Plan.removing(*range(memory.facts.num_blocks))
     calibration = scorer.nll(scored) - scorer.dense_nll
     delta_nll, predicted = judge.delta_nll(scored, calibration)
     return CellResult(
@@ -312,13 +311,13 @@ def _cell(
     )
 
 
-Decide = Callable[[Any, Request, int], MaskOrPlan]
+Decide = Callable[[Any, Request, int], Plan]
 
 
 def _decider(policy: Any) -> Decide:
     """What gives the plan of a policy for a request in an environment, with a seed."""
     if hasattr(policy, "choose"):
-        return lambda _env, request, _seed: simplest(policy.choose(request))
+        return lambda _env, request, _seed: policy.choose(request)
     if hasattr(policy, "predict"):
         masked = "action_masks" in inspect.signature(policy.predict).parameters
 
@@ -337,14 +336,15 @@ def _decider(policy: Any) -> Decide:
 
 def _episode(
     env: Any, act: Callable[[Mapping[str, Any]], Any], request: Request, seed: int
-) -> MaskOrPlan:
+) -> Plan:
     """The plan at the end of an episode."""
     observation, _ = env.reset(seed=seed, options={"request": request})
     over = False
     while not over:
         observation, _, terminated, truncated, _ = env.step(act(observation))
         over = terminated or truncated
-    return simplest(env.unwrapped.plan)
+    plan: Plan = env.unwrapped.plan
+    return plan
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class _Judge:
     """
 
     sha256: str
-    delta_nll: Callable[[MaskOrPlan, float], tuple[float, bool]]
+    delta_nll: Callable[[Plan, float], tuple[float, bool]]
 
 
 def _judge(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 from rap_env.importance.text_kinds import Shares, TextKinds
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -20,7 +20,7 @@ class PolicyLike(Protocol):
 
     name: str
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return a plan for a request, as in `Policy`."""
 
 
@@ -45,7 +45,7 @@ class Policy(ABC):
     text_kinds: TextKinds | None = None
 
     @abstractmethod
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return a plan for a request. It does not have to fit the budget.
 
         The call changes no model.
@@ -54,7 +54,7 @@ class Policy(ABC):
             InvalidRequestError: The model cannot serve the batch size or the length.
         """
 
-    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float | None:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Predict the rise in NLL of a plan.
 
         Args:
@@ -78,7 +78,7 @@ class _Wrapped(Policy):
         self.name = chooser.name
         self._chooser = chooser
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         return self._chooser.choose(request)
 
 

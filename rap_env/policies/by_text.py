@@ -8,7 +8,7 @@ from functools import lru_cache
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.text_kinds import Shares, TextKinds
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 
@@ -47,10 +47,10 @@ class TextPolicy(Policy):
         """The policy for text with some shares of the kinds; see `TextKinds.shares`."""
         return self._made(shares)
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the plan for a request whose text is not known."""
         return self.for_text(()).choose(request)
 
-    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float | None:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Predicted rise in NLL of a plan on equal shares of all kinds, nats per token."""
         return self.for_text(()).delta_nll(plan, seq_len_tokens)

@@ -7,11 +7,10 @@ import contextlib
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
@@ -20,7 +19,7 @@ from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
 
 def find_delta_nll(
-    memory: MemoryModel, policy: Policy, plan: MaskOrPlan, seq_len_tokens: int | None = None
+    memory: MemoryModel, policy: Policy, plan: Plan, seq_len_tokens: int | None = None
 ) -> tuple[float | None, str]:
     """Rise in NLL of a mask or plan in nats per token, None if unknown, and where it is from.
 
@@ -31,11 +30,11 @@ def find_delta_nll(
     measured), or else from the order over items in the policy's file. Those by kind of text are
     taken for equal shares of all kinds.
     """
-    plan, policy = as_plan(plan), policy.for_text(())
+    policy = policy.for_text(())
     if not plan:
         return 0.0, "the dense model"
     if plan.is_mask and not isinstance(policy, KnapsackPolicy):
-        rise, source = _rise_of_mask(memory, policy, plan.removed)
+        rise, source = _rise_of_mask(memory, policy, plan)
         if rise is not None:
             return rise, source
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
@@ -47,7 +46,7 @@ def find_delta_nll(
     return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
 
 
-def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: BlockMask) -> tuple[float | None, str]:
+def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: Plan) -> tuple[float | None, str]:
     """Rise in NLL of a mask by the scores of masks, None if unknown, and where it is from."""
     table = policy
     if not isinstance(policy, FrontierPolicy):
@@ -61,7 +60,7 @@ def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: BlockMask) -> tuple
         return frontier.scores[mask] - frontier.dense_nll, where
     own = policy.file if isinstance(policy, NetworkPolicy) else None
     if own and own.model.fingerprint == memory.facts.fingerprint:
-        features, indices = own.features, sorted(mask.indices)
+        features, indices = own.features, sorted(mask.removed)
         if len(indices) == 1 and features.one_shot.any():
             return float(features.one_shot[indices[0]]), "one-shot score in the policy file"
         if own.order and set(own.order[: len(indices)]) == set(indices):
@@ -79,7 +78,7 @@ def _level_source(policy: KnapsackPolicy) -> str:
 
 
 def predicted_delta_nll(
-    frontier: Frontier, alone: npt.NDArray[np.float64], mask: BlockMask
+    frontier: Frontier, alone: npt.NDArray[np.float64], mask: Plan
 ) -> tuple[float, str]:
     """Rise in NLL of a mask in nats per token, predicted from a frontier's measured masks.
 

@@ -34,7 +34,7 @@ from rap_env.ladder.item_rows import (
 from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.observation import BYTES_OVER, Observation, bytes_over
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.block_network import Floats, NetworkWeights, UpperLayers, standardise
 from rap_env.request import Request
 
@@ -90,7 +90,7 @@ class ItemNetwork:
         self._request = parts["request"] * self._see_request
         vectors = weights.vectors if weights.block_vectors else np.zeros((count, 0), np.float32)
         self._own = np.asarray(vectors @ parts["vectors"] + weights.first_offset())
-        items = builder.build(Request(1, 1, budget_bytes=1), CompressionPlan())["ladder"]
+        items = builder.build(Request(1, 1, budget_bytes=1), Plan())["ladder"]
         items = items * self._seen
         kinds = items[:, : len(KINDS)] / np.maximum(items[:, : len(KINDS)].sum(axis=0), 1)
         # What one item at its lowest level adds to the terms that all items share, (N, H + 1).
@@ -101,7 +101,7 @@ class ItemNetwork:
         first = _NEAR.start * count
         self._touched = [first + places[item == self.near.T] for item in range(count)]
 
-    def plan(self, request: Request) -> CompressionPlan:
+    def plan(self, request: Request) -> Plan:
         """The plan that fits the request; the lowest levels if none does.
 
         Raises:
@@ -111,14 +111,14 @@ class ItemNetwork:
         costs = builder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         dense_peak = costs.dense_peak_bytes
         if dense_peak <= budget:
-            return CompressionPlan()
+            return Plan()
         state = _Pass(self, request)
         levels = state.levels
         while levels.peak_bytes > budget and state.left:
             state.lower(state.best_item(bytes_over(levels.peak_bytes, budget, dense_peak)))
         return builder.ladder.plan(levels.positions)
 
-    def sample(self, request: Request, count: int, seed: int = 0) -> list[CompressionPlan]:
+    def sample(self, request: Request, count: int, seed: int = 0) -> list[Plan]:
         """Plans that fit the request if any does: the greedy one, then `count` - 1 samples.
 
         All of them grow in parallel, by one action in each pass of the network.

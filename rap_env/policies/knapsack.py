@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts, is_as_exact
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, cache_name, is_cache
+from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
 from rap_env.policies.base import Policy
 from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.request import Request
@@ -61,10 +61,10 @@ class _Problem:
     options: tuple[tuple[_Option, ...], ...]
     solver: MultipleChoice
 
-    def plan(self, chosen: Iterable[int]) -> CompressionPlan:
+    def plan(self, chosen: Iterable[int]) -> Plan:
         """The plan of the chosen options, by their positions."""
         picked = (options[i] for options, i in zip(self.options, chosen, strict=True))
-        return CompressionPlan.of(dict(itertools.chain(*(option.levels for option in picked))))
+        return Plan.of(dict(itertools.chain(*(option.levels for option in picked))))
 
 
 class KnapsackPolicy(Policy):
@@ -112,11 +112,11 @@ class KnapsackPolicy(Policy):
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
-    def choose(self, request: Request) -> CompressionPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the best plan that fits, or the smallest one if none does."""
         return self._cached_choice(request)
 
-    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan, nats per token; see `LevelCosts.delta_nll`."""
         return self.costs.delta_nll(plan, seq_len_tokens)
 
@@ -127,10 +127,10 @@ class KnapsackPolicy(Policy):
         costs = [self.costs.cost(name, "removed") for name in names]
         return tuple(sorted(range(len(names)), key=costs.__getitem__))
 
-    def _choose(self, request: Request) -> CompressionPlan:
+    def _choose(self, request: Request) -> Plan:
         memory, budget = self.memory, request.budget_bytes
         if memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens) <= budget:
-            return CompressionPlan()
+            return Plan()
         problems = self._problems_of(request.batch_size, request.seq_len_tokens)
         found = [
             (problem.solver.cost(chosen), problem.plan(chosen))
@@ -251,7 +251,7 @@ def _is_kept_ffn(index: int, option: _Option, num_blocks: int) -> bool:
 
 def _example(
     options: list[tuple[_Option, ...]], num_blocks: int, ffn: bool, weights: bool, caches: bool
-) -> CompressionPlan:
+) -> Plan:
     """A plan that keeps an FFN block, lowers weights and lowers caches as the flags say.
 
     A flag is ignored if no option of the model does what it says.
@@ -266,5 +266,5 @@ def _example(
         )
         if wanted and (option := next(found, None)) is not None:
             levels |= dict(option.levels)
-    plan = CompressionPlan.of(levels)
-    return plan if ffn else plan.without(BlockMask.of(*range(1, num_blocks, 2)))
+    plan = Plan.of(levels)
+    return plan if ffn else plan.without(*range(1, num_blocks, 2))

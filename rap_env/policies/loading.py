@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rap_env.artifacts import artifact_kind, load_artifact
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
@@ -28,7 +27,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.observation import ImportanceFeatures, ObservationBuilder
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.plugins import PluginError, find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.block_network import BlockNetwork
@@ -101,11 +100,11 @@ def default_facts(weights: str = "native") -> ModelFacts:
 class StaticPolicy(Policy):
     """The same mask or plan for every request."""
 
-    def __init__(self, mask: MaskOrPlan, name: str = "static") -> None:
+    def __init__(self, mask: Plan, name: str = "static") -> None:
         self.mask = mask
         self.name = name
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the mask or plan."""
         return self.mask
 
@@ -123,9 +122,9 @@ class OrderPolicy(Policy):
     def __init__(self, memory: MemoryModel, order: Iterable[int]) -> None:
         self.memory = memory
         self.order = tuple(order)
-        BlockMask.of(*self.order).check(memory.facts.num_blocks)
+        Plan.removing(*self.order).check(memory.facts.num_blocks)
 
-    def choose(self, request: Request) -> BlockMask:
+    def choose(self, request: Request) -> Plan:
         """Return the shortest prefix of the order that fits the budget."""
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         return costs.remove_until_fits(self.order, request.budget_bytes)
@@ -149,15 +148,15 @@ class FrontierPolicy(Policy):
         self.memory = memory
         self.frontier = frontier
 
-    def choose(self, request: Request) -> BlockMask:
+    def choose(self, request: Request) -> Plan:
         """Return the empty mask if it fits, else the known mask of least delta_nll that does."""
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
         if costs.dense_peak_bytes <= request.budget_bytes:
-            return BlockMask()
+            return Plan()
         found = self.frontier.best(self.memory, request)
         if found is None:
             known = (mask for mask, _ in self.frontier.entries)
-            found = min(known, key=lambda mask: costs.peak_bytes(mask.indices), default=BlockMask())
+            found = min(known, key=lambda mask: costs.peak_bytes(mask.removed), default=Plan())
         return found
 
 
@@ -180,14 +179,14 @@ class PlanFrontierPolicy(Policy):
         self._known = frontier.on(ladder)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
-    def choose(self, request: Request) -> MaskOrPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the native plan if it fits, else the known plan of least delta_nll that does."""
         return self._cached_choice(request)
 
-    def _choose(self, request: Request) -> MaskOrPlan:
+    def _choose(self, request: Request) -> Plan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
         if costs.dense_peak_bytes <= request.budget_bytes:
-            return BlockMask()
+            return Plan()
         found = self._known.best(costs, request.budget_bytes)
         smallest = self._known.plans[int(np.argmin(self._known.peak_bytes(costs)))]
         return smallest if found is None else found
@@ -224,12 +223,12 @@ class NetworkPolicy(Policy):
         self._network = BlockNetwork(file.weights, ObservationBuilder(memory, seen))
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
-    def choose(self, request: Request) -> BlockMask:
+    def choose(self, request: Request) -> Plan:
         """Return the blocks that the network removes until the request fits."""
         return self._cached_choice(request)
 
-    def _choose(self, request: Request) -> BlockMask:
-        return BlockMask(frozenset(self._network.removals(request)))
+    def _choose(self, request: Request) -> Plan:
+        return Plan(frozenset(self._network.removals(request)))
 
 
 def load_policy(
@@ -276,7 +275,7 @@ def load_policy(
             "itself a policy, a knapsack."
         )
     if source == "dense":
-        return StaticPolicy(BlockMask(), "dense")
+        return StaticPolicy(Plan(), "dense")
     if source == "knapsack":
         return KnapsackPolicy(memory, _packaged_costs(LevelCosts, "levels", memory))
     if source == "knapsack-by-text":

@@ -17,7 +17,7 @@ from rap_env.ladder.item_observation import ItemImportance, ItemObservationBuild
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.item_network import ItemNetwork, ItemNetworkWeights
 from rap_env.policies.policy_file import (
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _IMPORTANCE = "importance."
 _CACHED_CHOICES = 1024
 
-ScorePlans = Callable[[Sequence[CompressionPlan]], Sequence[float]]
+ScorePlans = Callable[[Sequence[Plan]], Sequence[float]]
 """Gives a number for each plan, lower is better: its delta_nll or its NLL."""
 
 
@@ -211,7 +211,7 @@ class LadderPolicy(Policy):
         self._network = ItemNetwork(file.weights, builder)
         self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
 
-    def choose(self, request: Request) -> CompressionPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the levels that the network chooses so that the request fits.
 
         Raises:
@@ -219,7 +219,7 @@ class LadderPolicy(Policy):
         """
         return self._cached_choice(request)
 
-    def delta_nll(self, plan: MaskOrPlan, seq_len_tokens: int | None = None) -> float | None:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Rise in NLL that the order over items predicts for a plan, nats per token.
 
         It is the sum of what the order's steps added when it was made, whatever the length of
@@ -232,7 +232,7 @@ class LadderPolicy(Policy):
         rise = float(self._reached[np.arange(len(positions)), positions].sum())
         return rise if self._reached.any() else None
 
-    def _choose(self, request: Request) -> CompressionPlan:
+    def _choose(self, request: Request) -> Plan:
         if self._best_of == 1:
             return self._network.plan(request)
         plans = list(dict.fromkeys(self._network.sample(request, self._best_of)))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 
@@ -32,7 +31,7 @@ class UniformPolicy(Policy):
     def __init__(
         self,
         memory: MemoryModel,
-        plans: Sequence[CompressionPlan],
+        plans: Sequence[Plan],
         order: Iterable[int] = (),
         name: str = "uniform",
     ) -> None:
@@ -40,32 +39,32 @@ class UniformPolicy(Policy):
         self.memory = memory
         self.order = tuple(order)
         self._plans = tuple(map(memory.check_plan, plans))
-        BlockMask.of(*self.order).check(memory.facts.num_blocks)
+        Plan.removing(*self.order).check(memory.facts.num_blocks)
 
-    def choose(self, request: Request) -> CompressionPlan:
+    def choose(self, request: Request) -> Plan:
         """Return the most exact plan that fits, or the smallest one if none does."""
         plan = self._plans[-1]
         for plan in self._plans:
             if self._fits(plan, request):
                 return plan
         for index in self.order:
-            plan = plan.without(BlockMask.of(index))
+            plan = plan.without(index)
             if self._fits(plan, request):
                 break
         return plan
 
-    def _fits(self, plan: CompressionPlan, request: Request) -> bool:
+    def _fits(self, plan: Plan, request: Request) -> bool:
         return self.memory.peak_bytes(plan, request) <= request.budget_bytes
 
 
-def uniform_plans(facts: ModelFacts) -> list[CompressionPlan]:
+def uniform_plans(facts: ModelFacts) -> list[Plan]:
     """Uniform plans of a model from native down: caches first, since they cost least, then weights.
 
     Levels that some block does not have are left native there.
     """
-    layers, found = facts.num_layers, [CompressionPlan()]
+    layers, found = facts.num_layers, [Plan()]
     if facts.kv_heads:
-        found += [CompressionPlan.uniform(layers, caches=level) for level in ("int8", "int4")]
+        found += [Plan.uniform(layers, caches=level) for level in ("int8", "int4")]
     for level in ("int8", "int4"):
         names = facts.blocks_at(level)
         if "int8" in facts.embedding_levels:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from rap_env.artifacts import atomic_write, digest
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
@@ -224,7 +224,7 @@ class Trainer:
         """Output of the dense decoder for a window, (T, H), cached up to `_TEACHER_BYTES`."""
         if window not in self._teacher_states:
             ids = self._tokens[window : window + 1].to(self._llm.device)
-            with self._llm.masked(BlockMask()):
+            with self._llm.masked(Plan()):
                 hidden = self._partial.hidden(ids)[0]
             if self._teacher_bytes + hidden.nbytes > _TEACHER_BYTES:
                 return hidden

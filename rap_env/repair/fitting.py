@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.families.placeholders import Stub, normalised
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
 from rap_env.repair.config import FitConfig
 from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 from rap_env.repair.stub_library import StubLibrary
@@ -66,7 +66,7 @@ def fit_library(
     fits = [
         fit
         for fit in block_fits(llm, text, held_back, config, progress=progress)
-        if fit.block not in llm.pruned  # the model has already lost it
+        if fit.block not in llm.pruned.removed  # the model has already lost it
     ]
     ranks = _ranks(fits, config)
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
@@ -97,7 +97,7 @@ def block_fits(
     bar = progress_bar(
         progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
     )
-    with bar, llm.masked(BlockMask()):
+    with bar, llm.masked(Plan()):
         states = [[partial.enter(ids) for ids in text_batches(t, llm)] for t in (text, held_back)]
         for step in partial.steps:
             sums = [_advance(partial, step, several) for several in states]
@@ -155,7 +155,7 @@ def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:
 
 def fit_for_mask(
     llm: ElasticLLM,
-    mask: BlockMask,
+    mask: Plan,
     text: Corpus,
     held_back: Corpus,
     config: FitConfig = FitConfig(),
@@ -179,13 +179,13 @@ def fit_for_mask(
     began = time.perf_counter()
     stubs: dict[int, Stub] = {}
     partial = PartialForward(llm, widen=True)
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         tracks = [_Track(partial, text_batches(t, llm)) for t in (text, held_back)]
         for step in partial.steps:
-            kept = tuple(block for block in step if block not in mask)
+            kept = tuple(block for block in step if block not in mask.removed)
             for track in tracks:
                 track.advance(step, kept)
-            for block in (block for block in step if block in mask):
+            for block in (block for block in step if block in mask.removed):
                 fit_on, judge_on = (track.moments() for track in tracks)
                 rank = config.rank if ranks is None else ranks[block]
                 fit = best_fit(block, fit_on, judge_on, replace(config, rank=rank), rank)
@@ -195,7 +195,7 @@ def fit_for_mask(
     made_by = {
         **_made_by(text, held_back, config, began),
         "method": "ridge regression for one mask, towards the dense model's states",
-        "mask": list(mask.names),
+        "mask": list(mask.removed_names),
     }
     return StubLibrary(llm.name, llm.fingerprint, stubs, made_by)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.workload import RequestSampler
 
 NOISE = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -54,7 +54,7 @@ class MaskSampler:
             "noise": list(self.noise),
         }
 
-    def draw(self, rng: np.random.Generator) -> BlockMask:
+    def draw(self, rng: np.random.Generator) -> Plan:
         """Sample a mask; all randomness comes from the generator."""
         request = self.requests.sample(rng)
         costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rap_env.artifacts import remove_incomplete_line
-from rap_env.plan import MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Decision:
     time_s: float
     wall_time: str
     trigger: Trigger
-    before: MaskOrPlan
-    after: MaskOrPlan
+    before: Plan
+    after: Plan
     bytes_before: int
     bytes_after: int
     budget_bytes: int
@@ -75,10 +75,9 @@ class Decision:
         }
 
 
-def plan_record(plan: MaskOrPlan) -> list[str] | dict[str, str]:
+def plan_record(plan: Plan) -> list[str] | dict[str, str]:
     """A plan in a record: the names of a mask's blocks, or all lowered items with their levels."""
-    plan = as_plan(plan)
-    return list(plan.removed.names) if plan.is_mask else plan.levels
+    return list(plan.removed_names) if plan.is_mask else plan.levels
 
 
 class DecisionLog:

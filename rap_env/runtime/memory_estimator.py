@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import RequestCosts, request_costs
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel, WeightLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 
@@ -113,14 +112,13 @@ class MemoryEstimator:
         self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
         self._cached_costs = lru_cache(maxsize=_CACHED_SHAPES)(self._compute_costs)
 
-    def peak_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
+    def peak_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Most bytes that the model takes with a mask or plan while it serves a batch.
 
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        plan = as_plan(plan)
-        return self._costs(plan, shape).peak_bytes(plan.removed.indices)
+        return self._costs(plan, shape).peak_bytes(plan.removed)
 
     def workspace_bytes(self, shape: BatchShape) -> int:
         """The memory model's estimate for activations and logits, plus one copied cache layer."""
@@ -135,25 +133,23 @@ class MemoryEstimator:
         """
         return limit_bytes + self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
 
-    def more_than_policy_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
+    def more_than_policy_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Bytes that a plan needs beyond those with which a policy reckons, workspace aside."""
         request = shape.request(1)
         reckoned = self.memory.peak_bytes(plan, request) - self.budget_for_policy(shape, 0)
         return self.peak_bytes(plan, shape) - reckoned
 
-    def refill_bytes(self, plan: MaskOrPlan, shape: BatchShape) -> int:
+    def refill_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Bytes that a cache refill of all rows may take beyond the workspace of its passes.
 
         The caches grow from nothing, each time into new memory, and the old copies leave holes in
         the heap: up to half of the final bytes were measured.
         """
-        plan = as_plan(plan)
         layers = enumerate(self._costs(plan, shape).cache_bytes)
-        return sum(size for layer, size in layers if 2 * layer not in plan.removed.indices) // 2
+        return sum(size for layer, size in layers if 2 * layer not in plan.removed) // 2
 
-    def pass_estimate(self, plan: MaskOrPlan, shape: BatchShape, size: PassSize) -> PassEstimate:
+    def pass_estimate(self, plan: Plan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
-        plan = as_plan(plan)
         copied = max(self._costs(plan, shape).cache_bytes)
         if size.tokens == 0:
             return PassEstimate(workspace=copied, prefills=size.prefills)
@@ -165,15 +161,14 @@ class MemoryEstimator:
         return PassEstimate(workspace, growth, size.prefills)
 
     def shrink_to_fit(
-        self, plan: MaskOrPlan, order: Iterable[int], shape: BatchShape, limit_bytes: int
-    ) -> CompressionPlan | None:
+        self, plan: Plan, order: Iterable[int], shape: BatchShape, limit_bytes: int
+    ) -> Plan | None:
         """Remove more blocks, in `order`, until a plan fits a limit; None if it never does.
 
         Blocks whose removal frees nothing are skipped.
         """
-        plan = as_plan(plan)
         costs = self._costs(plan, shape)
-        removed = set(plan.removed.indices)
+        removed = set(plan.removed)
         need = costs.peak_bytes(removed)
         skipped = []
         for index in order:
@@ -190,16 +185,16 @@ class MemoryEstimator:
         if need > limit_bytes and skipped:  # together they may free the last FFN block's workspace
             removed.update(skipped)
             need = costs.peak_bytes(removed)
-        return plan.without(BlockMask(frozenset(removed))) if need <= limit_bytes else None
+        return plan.without(*removed) if need <= limit_bytes else None
 
-    def freed_bytes(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> tuple[int, ...]:
+    def freed_bytes(self, shape: BatchShape, plan: Plan = Plan()) -> tuple[int, ...]:
         """Bytes that the removal of each block frees from its level in a plan, (2L,)."""
-        return self._costs(as_plan(plan), shape).costs.freed
+        return self._costs(plan, shape).costs.freed
 
-    def least_raise_bytes(self, plan: CompressionPlan, shape: BatchShape) -> int:
+    def least_raise_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Fewest bytes with which some removed block returns or some item gets a better level."""
         facts, freed = self.memory.facts, self.freed_bytes(shape)
-        steps = [freed[index] for index in plan.removed.indices]
+        steps = [freed[index] for index in plan.removed]
         for index, level in plan.weights:
             sizes = facts.weight_levels(index)
             steps.append(min(size - sizes[level] for size in sizes.values() if size > sizes[level]))
@@ -213,10 +208,10 @@ class MemoryEstimator:
             steps.append(facts.base_bytes - facts.embedding_levels[plan.embeddings])
         return max(1, min(steps, default=1))
 
-    def _growth_bytes(self, plan: CompressionPlan, shape: BatchShape, tokens: int) -> int:
+    def _growth_bytes(self, plan: Plan, shape: BatchShape, tokens: int) -> int:
         """Bytes of keys and values that stay after `tokens` more tokens."""
         facts, lowered = self.memory.facts, dict(plan.caches)
-        removed = plan.removed.indices
+        removed = plan.removed
         native = sum(
             size
             for layer, size in enumerate(facts.kv_bytes_per_token)
@@ -253,7 +248,7 @@ class MemoryEstimator:
         logits = (batch - 1) * self.memory.facts.vocab_size * _LOGIT_BYTES
         return self.memory.workspace_bytes(one_pass, any_ffn) + logits
 
-    def _costs(self, plan: CompressionPlan, shape: BatchShape) -> _ShapeCosts:
+    def _costs(self, plan: Plan, shape: BatchShape) -> _ShapeCosts:
         added = self._llm.resident_bytes(plan) if self._llm.residency == "resident" else None
         return self._cached_costs(shape, plan.weights, plan.caches, plan.embeddings, added)
 

@@ -20,7 +20,7 @@ from rap_env.errors import MemorySourceError
 from rap_env.models.device import free_memory_early, return_freed_memory
 from rap_env.models.weights.packing import PACKED_LEVELS
 from rap_env.models.weights.widening_buffer import buffer_bytes
-from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -279,8 +279,8 @@ def make_levels(llm: ElasticLLM, policy: Policy) -> None:
         levels = facts.blocks_at(level)
         if level in facts.embedding_levels:
             levels[EMBEDDINGS] = level
-        llm.apply(CompressionPlan.of(levels))
-    llm.apply(CompressionPlan())
+        llm.apply(Plan.of(levels))
+    llm.apply(Plan())
     return_freed_memory()
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.live_blocks import HeldBytes
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import Reason
 
 StepKind = Literal["prefill", "decode"]
@@ -34,15 +33,15 @@ class StepRecord:
     kind: StepKind
     rows: int
     length: int
-    plan: CompressionPlan
+    plan: Plan
     held: HeldBytes
     peak_bytes: int
     budget_bytes: int
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         """The blocks that the plan removes."""
-        return self.plan.removed
+        return self.plan.mask
 
 
 @dataclass
@@ -100,13 +99,13 @@ class EngineStats(Counters):
 
     queued: int
     running: int
-    plan: CompressionPlan
+    plan: Plan
     budget_bytes: int
     held: HeldBytes
     used_bytes: int
     margin_bytes: int
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         """The blocks that the plan removes."""
-        return self.plan.removed
+        return self.plan.mask

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.text_kinds import Shares, TextKinds
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
@@ -25,7 +24,7 @@ _CACHED_RISES = 1024
 
 def predicts(policy: Policy) -> bool:
     """Whether a policy predicts the rise in NLL of its plans."""
-    return policy.delta_nll(CompressionPlan(), 1) is not None
+    return policy.delta_nll(Plan(), 1) is not None
 
 
 def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
@@ -40,7 +39,7 @@ def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
 class PlanChoice:
     """A plan that fits."""
 
-    plan: CompressionPlan
+    plan: Plan
     need_bytes: int
     guarded: bool
     decision_s: float = 0.0
@@ -78,14 +77,14 @@ class PlanChooser:
         max_delta_nll: float | None,
     ) -> None:
         self.policy = policy
-        self.restrict: Callable[[CompressionPlan], CompressionPlan] = lambda plan: plan
+        self.restrict: Callable[[Plan], Plan] = lambda plan: plan
         self.max_delta_nll = max_delta_nll
         self._estimator = estimator
         if guard_order is None:
             guard_order = policy.order
         self._order = None if guard_order is None else tuple(guard_order)
         self._guards = self._order != ()
-        BlockMask.of(*(self._order or ())).check(estimator.memory.facts.num_blocks)
+        Plan.removing(*(self._order or ())).check(estimator.memory.facts.num_blocks)
         self.rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
         if max_delta_nll is not None:
             self.check_bound("max_delta_nll", max_delta_nll)
@@ -132,9 +131,7 @@ class PlanChooser:
         """Tells the kinds of text of prompts; None for a policy that does not choose by them."""
         return self.policy.text_kinds
 
-    def delta_nll(
-        self, plan: CompressionPlan, seq_len_tokens: int, text_shares: Shares = ()
-    ) -> float | None:
+    def delta_nll(self, plan: Plan, seq_len_tokens: int, text_shares: Shares = ()) -> float | None:
         """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.
 
         Args:
@@ -152,7 +149,7 @@ class PlanChooser:
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
-    def allows(self, plan: CompressionPlan, shape: BatchShape) -> bool:
+    def allows(self, plan: Plan, shape: BatchShape) -> bool:
         """Whether a batch may run with a plan by the quality floor; any plan may be idle."""
         return not shape or all(
             (rise := self.rise(plan, bound.seq_len_tokens, bound.text_shares)) is not None
@@ -198,7 +195,7 @@ class PlanChooser:
             return None
         return self.rise(plan, shape.longest_tokens, shape.text_shares)
 
-    def guard_order(self, shape: BatchShape, plan: MaskOrPlan = BlockMask()) -> Sequence[int]:
+    def guard_order(self, shape: BatchShape, plan: Plan = Plan()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
         if self._order is not None:
             return self._order
@@ -209,35 +206,35 @@ class PlanChooser:
         """Bytes that the smallest plan for a batch needs, whatever the quality floor."""
         return self._estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
 
-    def smallest(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+    def smallest(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """A small plan: all that the guard may remove, else the policy's plan.
 
         Where the former does not fit, the guard's blocks are removed from the policy's least plan.
         """
         if not self._guards:
             return self._ask_policy(shape, limit_bytes)[0]
-        mask = BlockMask.of(*self.guard_order(shape))
-        plan = CompressionPlan(mask)
+        mask = Plan.removing(*self.guard_order(shape))
+        plan = mask
         if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
             return plan
         return min(
-            (plan, self._ask_policy(shape, 1)[0].without(mask)),
+            (plan, self._ask_policy(shape, 1)[0].without(*mask.removed)),
             key=lambda plan: self._estimator.peak_bytes(plan, shape),
         )
 
-    def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool] | None:
+    def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan, bool] | None:
         """The plan for a limit and whether the guard changed it; None if no allowed one fits."""
         plan, guarded = self._shrunk(shape, limit_bytes)
         return None if plan is None or not self.allows(plan, shape) else (plan, guarded)
 
-    def _shrunk(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan | None, bool]:
+    def _shrunk(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan | None, bool]:
         """The plan for a limit, whatever its quality, and whether the guard changed it."""
         wanted = self.restrict(self._wanted(shape, limit_bytes))
         order = self.guard_order(shape, wanted)
         plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
         return plan, plan != wanted
 
-    def _wanted(self, shape: BatchShape, limit_bytes: int) -> CompressionPlan:
+    def _wanted(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower limit if that for the limit needs more than it."""
         limit = limit_bytes
         plan, is_mask = self._ask_policy(shape, limit)
@@ -253,13 +250,13 @@ class PlanChooser:
             plan, is_mask = self._ask_policy(shape, limit)
         return plan
 
-    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[CompressionPlan, bool]:
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan, bool]:
         """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
         budget = self._estimator.budget_for_policy(shape, limit_bytes)
         try:
             policy = self.policy.for_text(shape.text_shares)
-            found: MaskOrPlan = policy.choose(shape.request(budget))
-            return self._estimator.memory.check_plan(found), isinstance(found, BlockMask)
+            found: Plan = policy.choose(shape.request(budget))
+            return self._estimator.memory.check_plan(found), found.is_mask
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
-            return CompressionPlan(), True
+            return Plan(), True

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rap_env.blocks import BlockMask, block_index, block_name
+from rap_env.blocks import block_index, block_name
 from rap_env.levels import WeightLevel
 from rap_env.models.device import synchronise
-from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
@@ -231,12 +231,12 @@ class PlanController:
         before = self._llm.plan
         if not self._refills(choice.plan):
             return choice
-        returning = {i for i in (before.removed - choice.plan.removed).indices if i % 2 == 0}
+        returning = {i for i in before.removed - choice.plan.removed if i % 2 == 0}
         lower = [(layer, level.lowest(choice.plan.cache_level(layer)))
                  for layer, level in before.caches]  # fmt: skip
         plan = replace(
             choice.plan,
-            removed=choice.plan.removed | BlockMask(frozenset(returning)),
+            removed=choice.plan.removed | returning,
             caches=(*(p for p in choice.plan.caches if p[0] not in dict(lower)), *lower),
         )
         for item in self._newly_lowered(plan, shape):
@@ -248,13 +248,13 @@ class PlanController:
         need_bytes = self._estimator.peak_bytes(plan, shape)
         return PlanChoice(plan, need_bytes, guarded=True, decision_s=choice.decision_s)
 
-    def _newly_lowered(self, plan: CompressionPlan, shape: BatchShape) -> list[str]:
+    def _newly_lowered(self, plan: Plan, shape: BatchShape) -> list[str]:
         """Items that a plan lowers below the present one: removed blocks, weights, caches."""
         before = self._llm.plan
         order = list(reversed(self._chooser.guard_order(shape)))
-        removed = [i for i in order if i in plan.removed.indices - before.removed.indices]
+        removed = [i for i in order if i in plan.removed - before.removed]
         weights = [i for i, level in plan.weights if self._is_lower(i, level)]
-        caches = [n for n, level in plan.caches if 2 * n not in before.removed.indices
+        caches = [n for n, level in plan.caches if 2 * n not in before.removed
                   and before.cache_level(n).lowest(level) != before.cache_level(n)]  # fmt: skip
         sizes = self._estimator.memory.facts.embedding_levels
         embeddings = [EMBEDDINGS] if sizes[plan.embeddings] < sizes[before.embeddings] else []
@@ -309,16 +309,16 @@ class PlanController:
                 attempt = self._without_refill(attempt, shape, available)
         return False
 
-    def _refills(self, plan: CompressionPlan) -> bool:
+    def _refills(self, plan: Plan) -> bool:
         """Whether a plan returns attention blocks or raises caches of those that are kept."""
         before = self._llm.plan
         return self._returns_attention(plan) or any(
             level.lowest(plan.cache_level(layer)) != plan.cache_level(layer)
             for layer, level in before.caches
-            if 2 * layer not in plan.removed.indices
+            if 2 * layer not in plan.removed
         )
 
-    def _refill_pays(self, plan: CompressionPlan) -> bool:
+    def _refill_pays(self, plan: Plan) -> bool:
         """Whether what a refill raises costs more quality than a pass is worth.
 
         That holds for removed attention blocks and for caches of 2 bits, not for better ones.
@@ -326,11 +326,11 @@ class PlanController:
         return self._returns_attention(plan) or any(
             level.bits == 2 and plan.cache_level(layer).bits > 2
             for layer, level in self._llm.plan.caches
-            if 2 * layer not in plan.removed.indices
+            if 2 * layer not in plan.removed
         )
 
-    def _returns_attention(self, plan: CompressionPlan) -> bool:
-        return (self._llm.plan.removed - plan.removed).count("attn") > 0
+    def _returns_attention(self, plan: Plan) -> bool:
+        return any(index % 2 == 0 for index in self._llm.plan.removed - plan.removed)
 
     def _switch(
         self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
@@ -370,10 +370,10 @@ class PlanController:
         self._retry_above = None
 
 
-def _with_level_of(plan: CompressionPlan, other: CompressionPlan, item: str) -> CompressionPlan:
+def _with_level_of(plan: Plan, other: Plan, item: str) -> Plan:
     """A plan in which one item has its level in another plan, with its cache if it returns."""
     items = [item]
     if plan.levels.get(item) == "removed" and item.endswith(".attn"):
         items.append(cache_name(block_index(item) // 2))
     levels = plan.levels | {name: other.levels.get(name, "native") for name in items}
-    return CompressionPlan.of({name: value for name, value in levels.items() if value != "native"})
+    return Plan.of({name: value for name, value in levels.items() if value != "native"})

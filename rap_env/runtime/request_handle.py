@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError
 from rap_env.importance.text_kinds import Shares
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.sampling import Sample, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def rejection_of(error: InfeasibleBudgetError) -> Rejection:
 
 
 _ids = itertools.count(1)
-_NATIVE = CompressionPlan()
+_NATIVE = Plan()
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PlanEvent:
         time_s: On the engine's clock, when the pass had ended.
     """
 
-    plan: CompressionPlan
+    plan: Plan
     time_s: float
 
 
@@ -85,7 +84,7 @@ class TokenEvent:
     token_id: int
     logprob: float
     time_s: float
-    plan: CompressionPlan = _NATIVE
+    plan: Plan = _NATIVE
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -159,8 +158,8 @@ class RequestHandle:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.prompt_samples: tuple[Sample, ...] | None = None
-        self.plans: list[CompressionPlan] = []
-        self.plan: CompressionPlan | None = None
+        self.plans: list[Plan] = []
+        self.plan: Plan | None = None
         self.reason: Reason | None = None
         self.error: str | None = None
         self.rejection: Rejection | None = None
@@ -173,9 +172,9 @@ class RequestHandle:
         self._on_cancel = on_cancel
 
     @property
-    def masks(self) -> list[BlockMask]:
+    def masks(self) -> list[Plan]:
         """The removed blocks of each token's plan."""
-        return [plan.removed for plan in self.plans]
+        return [plan.mask for plan in self.plans]
 
     @property
     def final_tokens(self) -> int:
@@ -215,7 +214,7 @@ class RequestHandle:
             for event in self._events:
                 self._notify(callback, event)
 
-    def note_plan(self, plan: CompressionPlan, time_s: float) -> None:
+    def note_plan(self, plan: Plan, time_s: float) -> None:
         """Note the plan of a pass for the request that has ended; only the engine calls this."""
         if plan is not self.plan and plan != self.plan:
             self.emit(PlanEvent(plan, time_s))

@@ -13,7 +13,7 @@ from rap_env.errors import QualityFloorError
 from rap_env.models.device import synchronise
 from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
@@ -216,7 +216,7 @@ class Scheduler:
         kind: StepKind,
         rows: int,
         length: int,
-        plan: CompressionPlan,
+        plan: Plan,
     ) -> None:
         prefilling = 0 if self._prefilling is None else self._prefilling.batch.size
         longest = max(length, self._batch.length)

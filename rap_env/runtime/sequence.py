@@ -14,7 +14,7 @@ from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.position_logits import PositionLogits
 from rap_env.models.weights.transfers import send
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape, QualityBound
 from rap_env.runtime.metrics import Counters
 from rap_env.runtime.request_handle import (
@@ -178,7 +178,7 @@ class OutputProcessor:
         self._counters = counters
 
     def deliver(
-        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plan: CompressionPlan
+        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plan: Plan
     ) -> list[bool]:
         """Sample a token for each sequence and deliver it.
 
@@ -233,7 +233,7 @@ class OutputProcessor:
             self.end(sequence, "error", f"The step failed: {error}")
 
     def _deliver(
-        self, sequence: TokenSequence, sample: Sample | None, plan: CompressionPlan, now: float
+        self, sequence: TokenSequence, sample: Sample | None, plan: Plan, now: float
     ) -> bool:
         handle, params = sequence.handle, sequence.handle.params
         if sample is None:

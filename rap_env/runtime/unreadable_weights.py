@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rap_env.errors import RapError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -60,7 +60,7 @@ class UnreadableWeights:
             self._retry_at_s = self._clock() + _RETRY_S
         self.items = (*self.items, *(item for item in errors if item not in self.items))
 
-    def without(self, plan: CompressionPlan) -> CompressionPlan:
+    def without(self, plan: Plan) -> Plan:
         """A plan in which each of the items has the level that it has now, or is removed."""
         items, present = self.items, self._llm.plan
         return plan.lower({item: present.levels.get(item, "native") for item in items})

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import reduce
-from typing import Any, overload
+from typing import Any
 
-from rap_env.blocks import Block, BlockMask, block_name
+from rap_env.blocks import Block, block_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, cache_name, simplest
+from rap_env.plan import EMBEDDINGS, Plan, cache_name
 
 LEVELS = (*WEIGHT_LEVELS[1:], "int2")
 """Levels that `level_candidates` tries by default, of weights and of caches."""
 
 
-@overload
-def removal_candidates(blocks: Iterable[Block], plan: BlockMask) -> dict[Block, BlockMask]: ...
-@overload
-def removal_candidates(blocks: Iterable[Block], plan: MaskOrPlan) -> dict[Block, MaskOrPlan]: ...
-def removal_candidates(blocks: Iterable[Block], plan: MaskOrPlan) -> Any:
-    """For every block that a mask or plan keeps: the plan that also removes it."""
-    kept = (block for block in blocks if block not in as_plan(plan).removed)
-    if isinstance(plan, BlockMask):
-        return {block: plan | BlockMask.of(block) for block in kept}
-    return {block: simplest(plan.without(BlockMask.of(block))) for block in kept}
+def removal_candidates(blocks: Iterable[Block], plan: Plan) -> dict[Block, Plan]:
+    """For every block that a plan keeps: the plan that also removes it."""
+    kept = (block for block in blocks if block.index not in plan.removed)
+    return {block: plan.without(block.index) for block in kept}
 
 
 def level_candidates(
-    facts: ModelFacts, plan: MaskOrPlan = BlockMask(), levels: Collection[str] | None = None
-) -> dict[tuple[str, str], MaskOrPlan]:
+    facts: ModelFacts, plan: Plan = Plan(), levels: Collection[str] | None = None
+) -> dict[tuple[str, str], Plan]:
     """For every item and each level below its own: the plan with the item at that level.
 
     Args:
@@ -45,17 +38,17 @@ def level_candidates(
     Raises:
         UnknownNameError: A level has a name that neither weights nor caches have.
     """
-    start, wanted = as_plan(plan), tuple(LEVELS if levels is None else levels)
-    found: dict[tuple[str, str], MaskOrPlan] = {}
+    start, wanted = plan, tuple(LEVELS if levels is None else levels)
+    found: dict[tuple[str, str], Plan] = {}
     for item, level in _lower_levels(facts, plan, wanted):
-        found[item, level] = simplest(start.lower({item: level}))
+        found[item, level] = start.lower({item: level})
     return found
 
 
 def _lower_levels(
-    facts: ModelFacts, plan: MaskOrPlan, wanted: tuple[str, ...]
+    facts: ModelFacts, plan: Plan, wanted: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    start = as_plan(plan)
+    start = plan
     caches = [CacheLevel.of(name) for name in wanted if name not in ("native", "removed")]
     for index in range(facts.num_blocks):
         own = start.weight_level(index)
@@ -83,29 +76,29 @@ def _lower(cache: CacheLevel, other: CacheLevel) -> bool:
     return cache != other and other.lowest(cache) == cache
 
 
-def shared_plan(plans: Sequence[MaskOrPlan]) -> MaskOrPlan:
+def shared_plan(plans: Sequence[Plan]) -> Plan:
     """What most of several plans share: from it, each plan of a search differs in a few items.
 
     Of masks it is what all of them remove. Of plans it is the most frequent level of each item, so
     that the plans that lower one item of a plan share that plan.
     """
-    masks = [plan for plan in plans if isinstance(plan, BlockMask)]
+    masks = [plan for plan in plans if plan.is_mask]
     if len(masks) == len(plans):
-        return reduce(BlockMask.__and__, masks)
-    levels = [as_plan(plan).levels for plan in plans]
+        return Plan(frozenset.intersection(*(mask.removed for mask in masks)))
+    levels = [plan.levels for plan in plans]
     items = dict.fromkeys(item for one in levels for item in one)
     shared = {item: Counter(one.get(item) for one in levels).most_common(1)[0][0] for item in items}
     found = {item: level for item, level in shared.items() if level is not None}
-    return simplest(CompressionPlan.of(found))
+    return Plan.of(found)
 
 
-def sharing_order(plan: MaskOrPlan, num_blocks: int) -> tuple[Any, ...]:
+def sharing_order(plan: Plan, num_blocks: int) -> tuple[Any, ...]:
     """Sort key that puts plans next to those with which they share most of their first steps.
 
     Masks come in the order of their blocks, kept before removed ones.
     """
-    if isinstance(plan, BlockMask):
-        return ("", *((index in plan.indices, "", "") for index in range(num_blocks)))
+    if plan.is_mask:
+        return ("", *((index in plan.removed, "", "") for index in range(num_blocks)))
     steps = []
     for index in range(num_blocks):
         weights = plan.weight_level(index)

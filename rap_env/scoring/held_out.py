@@ -17,10 +17,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.levels import GROUP_TOKENS
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import SMALL_DELTA_NLL, Fidelity
 
 Floats = npt.NDArray[np.float64]
@@ -44,7 +43,7 @@ class HeldOutLosses:
     """
 
     text: dict[str, Any]
-    measured: dict[MaskOrPlan, float]
+    measured: dict[Plan, float]
     weights: tuple[float, ...]
     log_ratios: tuple[float, float]
     fidelity: Fidelity
@@ -54,8 +53,8 @@ class HeldOutLosses:
     def fitted(
         cls,
         text: Mapping[str, Any],
-        measured: Mapping[MaskOrPlan, float],
-        calibration: Mapping[MaskOrPlan, float],
+        measured: Mapping[Plan, float],
+        calibration: Mapping[Plan, float],
         num_blocks: int,
         seed: int = 0,
     ) -> Self:
@@ -71,9 +70,9 @@ class HeldOutLosses:
         Raises:
             ArtifactError: There are fewer than 100 plans.
         """
-        measured = {simplest(plan): value for plan, value in measured.items()}
-        calibration = {simplest(plan): value for plan, value in calibration.items()}
-        plans = [plan for plan in measured if as_plan(plan) != CompressionPlan()]
+        measured = dict(measured.items())
+        calibration = dict(calibration.items())
+        plans = [plan for plan in measured if plan != Plan()]
         if len(plans) < _LEAST_PLANS:
             raise ArtifactError(
                 f"{len(plans)} plans were measured on the held-out text, which is too few to "
@@ -92,7 +91,7 @@ class HeldOutLosses:
             predicted[held] = _predicted(
                 inputs[held], searched[held], weights, _range(ratios[kept])
             )
-        removed = np.array([len(as_plan(plan).removed) for plan in plans])
+        removed = np.array([len(plan.removed) for plan in plans])
         fidelity = Fidelity.of(
             predicted, values, removed, num_blocks, len(plans) - len(plans) // _FOLDS
         )
@@ -105,15 +104,14 @@ class HeldOutLosses:
             num_blocks,
         )
 
-    def delta_nll(self, plan: MaskOrPlan, calibration_delta_nll: float) -> float:
+    def delta_nll(self, plan: Plan, calibration_delta_nll: float) -> float:
         """ΔNLL of a mask or plan on the held-out text, nats per token.
 
         Args:
             plan: The mask or plan.
             calibration_delta_nll: Its ΔNLL on the calibration text, nats per token.
         """
-        plan = simplest(plan)
-        if plan == BlockMask():
+        if plan == Plan():
             return 0.0
         if plan in self.measured:
             return self.measured[plan]
@@ -121,9 +119,9 @@ class HeldOutLosses:
         inputs = _features([plan], searched, self.num_blocks)
         return float(_predicted(inputs, searched, self._weights, self.log_ratios)[0])
 
-    def is_predicted(self, plan: MaskOrPlan) -> bool:
+    def is_predicted(self, plan: Plan) -> bool:
         """Whether the plan was not measured on the held-out text."""
-        return simplest(plan) not in self.measured and simplest(plan) != BlockMask()
+        return plan not in self.measured and plan != Plan()
 
     @cached_property
     def _weights(self) -> Floats:
@@ -133,7 +131,7 @@ class HeldOutLosses:
         """Plain values for a file; `from_json` reads them."""
         return {
             "text": self.text,
-            "plans": [as_plan(plan).levels for plan in self.measured],
+            "plans": [plan.levels for plan in self.measured],
             "delta_nll": list(self.measured.values()),
             "weights": list(self.weights),
             "log_ratios": list(self.log_ratios),
@@ -144,7 +142,7 @@ class HeldOutLosses:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_json` gave."""
-        plans = map(simplest, map(CompressionPlan.of, values["plans"]))
+        plans = map(Plan.of, values["plans"])
         return cls(
             text=values["text"],
             measured=dict(zip(plans, values["delta_nll"], strict=True)),
@@ -155,20 +153,20 @@ class HeldOutLosses:
         )
 
 
-def _features(plans: Sequence[MaskOrPlan], calibration: Floats, num_blocks: int) -> Floats:
+def _features(plans: Sequence[Plan], calibration: Floats, num_blocks: int) -> Floats:
     """A cubic of the log of the calibration ΔNLL, and shares of what is left out, (N, 19)."""
     x = _scaled(calibration)[:, None]
-    shares = np.array([_shares(as_plan(plan), num_blocks) for plan in plans])
+    shares = np.array([_shares(plan, num_blocks) for plan in plans])
     return np.hstack([np.ones_like(x), x, x**2, x**3, shares, shares**2, shares * x])
 
 
-def _shares(plan: CompressionPlan, num_blocks: int) -> list[float]:
+def _shares(plan: Plan, num_blocks: int) -> list[float]:
     """Shares of removed attention and feed-forward blocks and of windows, and the embeddings."""
     windows = [level.window_tokens for _, level in plan.caches if level.window_tokens]
     layers = num_blocks / 2
     return [
-        plan.removed.count("attn") / layers,
-        plan.removed.count("ffn") / layers,
+        plan.count_removed("attn") / layers,
+        plan.count_removed("ffn") / layers,
         len(windows) / layers,
         sum(GROUP_TOKENS / tokens for tokens in windows) / layers,  # shorter ones count more
         float(plan.embeddings != "native"),

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import Block
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 
 OnScore = Callable[[Any], object]
-"""Called with each mask or plan after it was scored, as `rap_env.plan.simplest` gives it."""
+"""Called with each mask or plan after it was scored."""
 
 
-def notify(on_score: OnScore | None, plans: Sequence[MaskOrPlan]) -> None:
+def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:
     """Call `on_score`, if there is one, for each mask or plan."""
     if on_score is not None:
         for plan in plans:
@@ -62,10 +62,10 @@ class Scorer(Protocol):
     def evaluation_s(self) -> float:
         """Seconds that one pass over the text takes."""
 
-    def is_predicted(self, plan: MaskOrPlan, /) -> bool:
+    def is_predicted(self, plan: Plan, /) -> bool:
         """Whether the score of a plan is a prediction rather than a measurement."""
 
-    def nll(self, plan: MaskOrPlan, /) -> float:
+    def nll(self, plan: Plan, /) -> float:
         """Mean NLL of the text under a mask or plan, nats per token.
 
         Raises:
@@ -73,15 +73,13 @@ class Scorer(Protocol):
             NonFiniteScoreError: The model gave NaN or infinity.
         """
 
-    def nll_many(
-        self, plans: Sequence[MaskOrPlan], /, on_score: OnScore | None = None
-    ) -> list[float]:
+    def nll_many(self, plans: Sequence[Plan], /, on_score: OnScore | None = None) -> list[float]:
         """NLL of several masks or plans, in their order; `on_score` is called after each one."""
 
-    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int], /) -> list[float]:
+    def nll_on(self, plans: Sequence[Plan], windows: Sequence[int], /) -> list[float]:
         """NLL of several masks or plans on some windows of the text only, nats per token."""
 
-    def scan(self, plan: MaskOrPlan, /, on_score: OnScore | None = None) -> dict[Block, float]:
+    def scan(self, plan: Plan, /, on_score: OnScore | None = None) -> dict[Block, float]:
         """For every block that a mask or plan keeps: the NLL if that block is removed too."""
 
 
@@ -101,7 +99,7 @@ class ScoringJob:
     options: Mapping[str, Any]
     context: Mapping[str, Any]
     search: bool = False
-    near: MaskOrPlan | None = None
+    near: Plan | None = None
 
     def same_text(self, other: ScoringJob) -> bool:
         """Whether another job has the same text (by its hash), options and context."""
@@ -120,9 +118,9 @@ class Measured:
         block_runs: Blocks that the model ran, as `PlanRunner.block_runs` counts them.
     """
 
-    plans: Sequence[MaskOrPlan]
-    window_nll: Mapping[MaskOrPlan, npt.NDArray[np.float64]]
-    lower_bounds: Mapping[MaskOrPlan, float]
+    plans: Sequence[Plan]
+    window_nll: Mapping[Plan, npt.NDArray[np.float64]]
+    lower_bounds: Mapping[Plan, float]
     block_runs: int
 
 
@@ -130,6 +128,6 @@ class Workers(Protocol):
     """Workers that hold the model of a scorer; `rap_env.scoring.workers.WorkerPool` is one."""
 
     def measure(
-        self, job: ScoringJob, plans: Sequence[MaskOrPlan], least: int = 1, /
+        self, job: ScoringJob, plans: Sequence[Plan], least: int = 1, /
     ) -> Iterator[Measured]:
         """Score masks and plans, in batches of at least some, or find the best of them."""

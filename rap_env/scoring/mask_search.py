@@ -10,8 +10,7 @@ from functools import partial
 
 import torch
 
-from rap_env.blocks import BlockMask
-from rap_env.plan import MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring.candidates import shared_plan
 from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
@@ -24,14 +23,14 @@ class Candidate:
     """A mask or plan that runs through a text batch by batch.
 
     Attributes:
-        mask: The mask or plan, as `simplest` gives it.
+        mask: The plan.
         hidden: Decoder output for each batch that was run but not measured yet, (windows, T, H).
         contributions: For each batch, its share of the text's NLL, or a lower bound of it.
         window_nll: For each batch that was measured exactly, the NLL of its windows.
         states: Hidden states at the nodes on its path, held while it may still win.
     """
 
-    mask: MaskOrPlan
+    mask: Plan
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     contributions: dict[int, float] = field(default_factory=dict)
     window_nll: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class CandidateRunner:
     what `shared_plan` finds.
     """
 
-    def __init__(self, scorer: MaskScorer, masks: Sequence[MaskOrPlan]) -> None:
+    def __init__(self, scorer: MaskScorer, masks: Sequence[Plan]) -> None:
         self._scorer = scorer
         self._prefixes = scorer.runner.prefixes(shared_plan(masks))
         self._capped = scorer.llm.spare_bytes is not None
@@ -82,7 +81,7 @@ class CandidateRunner:
             alone = hold_states and len(group) == 1 and not self._capped
             visit = partial(self._visit, batch, group[0] if alone else None)
             last = runner.run(batch, [candidate.mask for candidate in group], visit)
-            hidden: dict[MaskOrPlan, torch.Tensor] = {}
+            hidden: dict[Plan, torch.Tensor] = {}
             for level, masks in runner.share_head(last):
                 with runner.partial.embeddings(level):
                     left = runner.partial.leave(joined([last[mask] for mask in masks]))
@@ -92,7 +91,7 @@ class CandidateRunner:
 
     def head(self, candidate: Candidate) -> AbstractContextManager[object]:
         """Run the head at the candidate's level in a ``with`` block."""
-        return self._scorer.runner.partial.embeddings(as_plan(candidate.mask).embeddings)
+        return self._scorer.runner.partial.embeddings(candidate.mask.embeddings)
 
     def measure(self, candidate: Candidate, batch: int) -> torch.Tensor:
         """Measure a batch with the whole head, add its contribution and free its `hidden`.
@@ -144,16 +143,16 @@ class SearchResult:
         lower_bounds: For the other masks, a lower bound of their NLL (up to rounding).
     """
 
-    best: MaskOrPlan
-    nll: dict[MaskOrPlan, float]
-    lower_bounds: dict[MaskOrPlan, float]
+    best: Plan
+    nll: dict[Plan, float]
+    lower_bounds: dict[Plan, float]
 
 
 def find_best_mask(
     scorer: MaskScorer,
-    masks: Sequence[MaskOrPlan],
+    masks: Sequence[Plan],
     *,
-    near: MaskOrPlan | None = None,
+    near: Plan | None = None,
     on_score: OnScore | None = None,
 ) -> SearchResult:
     """Find the mask of the least NLL exactly; drops each mask as soon as it cannot win.
@@ -174,14 +173,14 @@ def find_best_mask(
     Raises:
         NonFiniteScoreError: The model gave NaN or infinity.
     """
-    masks = [simplest(mask) for mask in masks]
+    masks = list(masks)
     if scorer.llm.spare_bytes is not None:
         # The memory cap leaves no room for the vocabulary bound and the held states.
         nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
         return SearchResult(min(masks, key=nll.__getitem__), nll, {})
     known = {m: float(v.mean()) for m in masks if (v := scorer.look_up(m)) is not None}
     missing = [mask for mask in masks if mask not in known]
-    lower_bounds: dict[MaskOrPlan, float] = {}
+    lower_bounds: dict[Plan, float] = {}
     if scorer.workers is not None and len(missing) > 1:
         job = replace(scorer.job, search=True, near=near)
         # A lower bound above the best of a part is above the best of all.
@@ -191,10 +190,10 @@ def find_best_mask(
             lower_bounds |= found.lower_bounds
             notify(on_score, found.plans)
     elif missing:
-        with scorer.llm.masked(BlockMask()):
+        with scorer.llm.masked(Plan()):
             bound = None
-            if near is not None and len({as_plan(mask).embeddings for mask in (near, *masks)}) == 1:
-                bound = _vocabulary(scorer, simplest(near))
+            if near is not None and len({mask.embeddings for mask in (near, *masks)}) == 1:
+                bound = _vocabulary(scorer, near)
             runner = CandidateRunner(scorer, masks)
             state = _SearchState(scorer, runner, bound, known)
             for group in chunks(missing, runner.together if bound else scorer.in_flight):
@@ -205,7 +204,7 @@ def find_best_mask(
     return SearchResult(min(measured, key=known.__getitem__), known, lower_bounds)
 
 
-def _vocabulary(scorer: MaskScorer, near: MaskOrPlan) -> VocabularyBound:
+def _vocabulary(scorer: MaskScorer, near: Plan) -> VocabularyBound:
     """The bound from the entries that are likely under a mask."""
     runner, candidate = CandidateRunner(scorer, [near]), Candidate(near)
     batches = scorer.batches
@@ -224,7 +223,7 @@ class _SearchState:
         scorer: MaskScorer,
         runner: CandidateRunner,
         bound: VocabularyBound | None,
-        known: dict[MaskOrPlan, float],
+        known: dict[Plan, float],
     ) -> None:
         self._scorer, self._runner, self._bound = scorer, runner, bound
         self._known = known  # NLL of the masks measured to the end; grows
@@ -232,7 +231,7 @@ class _SearchState:
         self._tolerance = 0.0 if bound is None else bound.tolerance
         self._winner: Candidate | None = None
 
-    def evaluate(self, masks: Sequence[MaskOrPlan]) -> dict[MaskOrPlan, float]:
+    def evaluate(self, masks: Sequence[Plan]) -> dict[Plan, float]:
         """Run masks; returns the lower bounds of those that were dropped."""
         candidates = [Candidate(mask) for mask in masks]
         alive = candidates

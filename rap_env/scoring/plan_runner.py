@@ -14,17 +14,16 @@ from typing import TypeVar
 
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 
 T = TypeVar("T")
 
 Steps = tuple[tuple[int, ...], ...]
 """Blocks that run together, in order (`PartialForward.steps`)."""
 
-Node = tuple[int, MaskOrPlan]
+Node = tuple[int, Plan]
 """A node of the prefix tree: the number of a step, and the plan of what runs before that step."""
 
 Visit = Callable[[Node, torch.Tensor], None]
@@ -32,39 +31,27 @@ Visit = Callable[[Node, torch.Tensor], None]
 
 
 @lru_cache(maxsize=4096)
-def plan_prefixes(plan: MaskOrPlan, steps: Steps) -> tuple[MaskOrPlan, ...]:
-    """The part of a plan before each step; the last entry is the plan itself.
-
-    Plans are given as `simplest` gives them, and so are the prefixes: a mask where one says it all.
-    """
-    found: list[MaskOrPlan] = []
+def plan_prefixes(plan: Plan, steps: Steps) -> tuple[Plan, ...]:
+    """The part of a plan before each step; the last entry is the plan itself."""
+    prefixes: list[Plan] = []
     for step in steps:
-        prefix = _before(plan, step[0])
+        prefix = plan.before(step[0])
         # Equal prefixes are one object, which makes comparing and hashing them cheap.
-        found.append(found[-1] if found and found[-1] == prefix else prefix)
-    return (*found, plan)
+        prefixes.append(prefixes[-1] if prefixes and prefixes[-1] == prefix else prefix)
+    return (*prefixes, plan)
 
 
 @lru_cache(maxsize=4096)
-def plan_steps(plan: MaskOrPlan, steps: Steps) -> tuple[MaskOrPlan, ...]:
+def plan_steps(plan: Plan, steps: Steps) -> tuple[Plan, ...]:
     """The part of a plan that concerns the blocks of each step, without the embeddings."""
-    if isinstance(plan, BlockMask):
-        return tuple(BlockMask(plan.indices.intersection(step)) for step in steps)
-    found: list[MaskOrPlan] = []
-    for step in steps:
-        within = CompressionPlan(
-            BlockMask(plan.removed.indices.intersection(step)),
+    return tuple(
+        Plan(
+            plan.removed.intersection(step),
             tuple(pair for pair in plan.weights if pair[0] in step),
             tuple(pair for pair in plan.caches if 2 * pair[0] in step),
         )
-        found.append(simplest(within))
-    return tuple(found)
-
-
-def _before(plan: MaskOrPlan, index: int) -> MaskOrPlan:
-    if isinstance(plan, BlockMask):
-        return BlockMask(frozenset(block for block in plan.indices if block < index))
-    return simplest(plan.before(index))
+        for step in steps
+    )
 
 
 class StateCache:
@@ -115,7 +102,7 @@ class StateCache:
             self.held_bytes -= state.nbytes
 
 
-def branch_nodes(plans: Sequence[MaskOrPlan], steps: Steps) -> set[Node]:
+def branch_nodes(plans: Sequence[Plan], steps: Steps) -> set[Node]:
     """The nodes at which later plans of a list leave the path of earlier ones.
 
     Plans and steps are in the order in which they run.
@@ -137,7 +124,7 @@ def branch_nodes(plans: Sequence[MaskOrPlan], steps: Steps) -> set[Node]:
     return nodes
 
 
-def _last_shared(one: Sequence[MaskOrPlan], other: Sequence[MaskOrPlan]) -> int:
+def _last_shared(one: Sequence[Plan], other: Sequence[Plan]) -> int:
     """The last step that two paths enter in the same state; -1 if their embeddings differ."""
     pairs = enumerate(zip(one, other, strict=True))
     return max((step for step, (a, b) in pairs if a == b), default=-1)
@@ -169,20 +156,18 @@ class PlanRunner:
         self.block_runs = 0
         self._depth = len(partial.steps)
 
-    def prefixes(self, plan: MaskOrPlan) -> tuple[MaskOrPlan, ...]:
+    def prefixes(self, plan: Plan) -> tuple[Plan, ...]:
         """The part of a plan before each step; the last entry is the plan itself."""
         return plan_prefixes(plan, self.partial.steps)
 
-    def run(
-        self, batch: int, plans: Sequence[MaskOrPlan], visit: Visit
-    ) -> dict[MaskOrPlan, torch.Tensor]:
+    def run(self, batch: int, plans: Sequence[Plan], visit: Visit) -> dict[Plan, torch.Tensor]:
         """Run plans on one batch of the text; returns each one's output, (windows, T, H).
 
         `visit` is called with every state on the way, the output of the last step included.
         """
         starts = {plan: self._nearest(batch, plan) for plan in plans}
         first = min(step for step, _ in starts.values())
-        states: dict[MaskOrPlan, torch.Tensor] = {}  # by the plan of what ran before the step
+        states: dict[Plan, torch.Tensor] = {}  # by the plan of what ran before the step
         for number in range(first, self._depth):
             for plan, (step, at) in starts.items():
                 if step == number:
@@ -196,42 +181,40 @@ class PlanRunner:
             visit((self._depth, plan), state)
         return states
 
-    def share_head(
-        self, plans: Iterable[MaskOrPlan]
-    ) -> Iterator[tuple[WeightLevel, Sequence[MaskOrPlan]]]:
+    def share_head(self, plans: Iterable[Plan]) -> Iterator[tuple[WeightLevel, Sequence[Plan]]]:
         """Groups of plans that may share a batch in the last norm and the head, and their level."""
-        by_level: dict[WeightLevel, list[MaskOrPlan]] = {}
+        by_level: dict[WeightLevel, list[Plan]] = {}
         for plan in plans:
-            by_level.setdefault(as_plan(plan).embeddings, []).append(plan)
+            by_level.setdefault(plan.embeddings, []).append(plan)
         for level, alike in by_level.items():
             for group in chunks(alike, self.width):
                 yield level, group
 
-    def _nearest(self, batch: int, plan: MaskOrPlan) -> tuple[int, torch.Tensor]:
+    def _nearest(self, batch: int, plan: Plan) -> tuple[int, torch.Tensor]:
         """The last step whose state is cached for a plan, and that state."""
         prefixes = self.prefixes(plan)
         for number in range(self._depth, -1, -1):
             state = self.cache.get(batch, (number, prefixes[number]))
             if state is not None:
                 return number, state
-        entered = self.partial.enter(self.batches[batch], as_plan(plan).embeddings)
+        entered = self.partial.enter(self.batches[batch], plan.embeddings)
         self.cache.put(batch, (0, prefixes[0]), entered)
         return 0, entered
 
     def _advance(
-        self, number: int, states: dict[MaskOrPlan, torch.Tensor], plans: Sequence[MaskOrPlan]
-    ) -> dict[MaskOrPlan, torch.Tensor]:
+        self, number: int, states: dict[Plan, torch.Tensor], plans: Sequence[Plan]
+    ) -> dict[Plan, torch.Tensor]:
         """Run one step: from the states that enter it to its outputs, by the plan so far."""
         blocks, steps = self.partial.steps[number], self.partial.steps
         # For each way in which plans run this step: the prefix before and after it.
-        ends: dict[MaskOrPlan, dict[MaskOrPlan, MaskOrPlan]] = {}
+        ends: dict[Plan, dict[Plan, Plan]] = {}
         for plan in plans:
             prefixes = self.prefixes(plan)
             within = plan_steps(plan, steps)[number]
             ends.setdefault(within, {})[prefixes[number]] = prefixes[number + 1]
-        after: dict[MaskOrPlan, torch.Tensor] = {}
+        after: dict[Plan, torch.Tensor] = {}
         for within, prefix_after in ends.items():
-            kept = len(blocks) - len(as_plan(within).removed)
+            kept = len(blocks) - len(within.removed)
             for group in chunks(list(prefix_after), self.width if kept else 1):
                 self.block_runs += kept * len(group)
                 outputs = self._run_together(blocks, within, [states[prefix] for prefix in group])
@@ -240,7 +223,7 @@ class PlanRunner:
         return after
 
     def _run_together(
-        self, blocks: tuple[int, ...], plan: MaskOrPlan, states: list[torch.Tensor]
+        self, blocks: tuple[int, ...], plan: Plan, states: list[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
         together = self.partial.run(blocks, joined(states), plan)
         return torch.split(together, [len(s) for s in states])

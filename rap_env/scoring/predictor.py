@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 
 Features = npt.NDArray[np.bool_]
 """Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
@@ -135,7 +135,7 @@ class DeltaNLLPredictor:
     most: float
     residual: ResidualNetwork | None = None
 
-    def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
+    def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
         """The predicted delta_nll of a mask or plan, nats per token.
 
         Args:
@@ -145,7 +145,7 @@ class DeltaNLLPredictor:
         if not mask and lowered <= 0:
             return 0.0
         # Ascending: sums of floats depend on their order.
-        index = np.array(list(mask), dtype=np.int64)
+        index = np.array(sorted(mask.removed), dtype=np.int64)
         alone = self._alone[index]
         ffn = int((index % 2).sum())
         alone_costs = float(np.maximum(alone, 0).sum()) + lowered
@@ -187,7 +187,7 @@ class ScoreModel:
     members: tuple[DeltaNLLPredictor, ...]
     pessimism: float = 0.0
 
-    def delta_nll(self, mask: BlockMask, lowered: float = 0.0) -> float:
+    def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
         """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
         if len(self.members) == 1:
             return self.members[0].delta_nll(mask, lowered)

@@ -11,8 +11,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.predictor import (
     DeltaNLLPredictor,
@@ -23,7 +22,7 @@ from rap_env.scoring.predictor import (
     shape_terms,
 )
 
-Lowered = Callable[[CompressionPlan], float]
+Lowered = Callable[[Plan], float]
 """Gives the sum of what the levels of a plan cost alone, nats per token."""
 
 MEMBERS = 5
@@ -216,7 +215,7 @@ def fit_score_model(
 
 
 def fit_scores(
-    scores: Mapping[MaskOrPlan, float],
+    scores: Mapping[Plan, float],
     num_blocks: int,
     lowered: Lowered | None = None,
     *,
@@ -249,27 +248,27 @@ def fit_scores(
     )
 
 
-def necessary_masks(num_blocks: int) -> list[BlockMask]:
+def necessary_masks(num_blocks: int) -> list[Plan]:
     """The masks that every fit needs: the dense model's, and every single removal."""
-    return [BlockMask(), *(BlockMask.of(index) for index in range(num_blocks))]
+    return [Plan(), *(Plan.removing(index) for index in range(num_blocks))]
 
 
-def feature_matrix(plans: Collection[MaskOrPlan], num_blocks: int) -> Features:
+def feature_matrix(plans: Collection[Plan], num_blocks: int) -> Features:
     """The predictor's input: True for each removed block of each mask or plan, (N, 2L)."""
     features = np.zeros((len(plans), num_blocks), dtype=bool)
     for row, plan in zip(features, plans, strict=True):
-        row[list(as_plan(plan).removed.indices)] = True
+        row[list(plan.removed)] = True
     return features
 
 
-def lowered_costs(plans: Collection[MaskOrPlan], lowered: Lowered) -> Floats:
+def lowered_costs(plans: Collection[Plan], lowered: Lowered) -> Floats:
     """The predictor's second input: what levels other than removal cost alone, (N,)."""
     return np.array([lowered_cost(plan, lowered) for plan in plans])
 
 
-def lowered_cost(plan: MaskOrPlan, lowered: Lowered) -> float:
+def lowered_cost(plan: Plan, lowered: Lowered) -> float:
     """What the levels of a mask or plan other than removal cost alone, nats per token."""
-    kept = replace(as_plan(plan), removed=BlockMask())
+    kept = replace(plan, removed=frozenset())
     return max(0.0, lowered(kept)) if kept else 0.0
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import Block, BlockMask, block_name
+from rap_env.blocks import Block, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, MaskOrPlan, only_mask, simplest
+from rap_env.plan import Plan, only_mask
 from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
@@ -97,7 +97,7 @@ class ScoreTable:
     """
 
     facts: ModelFacts
-    scores: dict[MaskOrPlan, float]
+    scores: dict[Plan, float]
     context: dict[str, Any]
     text: dict[str, Any]
     settings: dict[str, Any]
@@ -114,7 +114,7 @@ class ScoreTable:
     def fitted(
         cls,
         facts: ModelFacts,
-        scores: Mapping[MaskOrPlan, float] | Mapping[BlockMask, float],
+        scores: Mapping[Plan, float] | Mapping[Plan, float],
         *,
         lowered: Lowered | None = None,
         seed: int = 0,
@@ -139,9 +139,10 @@ class ScoreTable:
             ArtifactError: The dense model or a single removal was not measured, or there are
                 fewer scores to fit than twice the blocks.
         """
-        scores = {simplest(plan): float(nll) for plan, nll in scores.items()}
-        masks = sorted((mask for mask in scores if isinstance(mask, BlockMask)), key=tuple)
-        held: dict[MaskOrPlan, float] = {mask: scores[mask] for mask in masks}
+        scores = {plan: float(nll) for plan, nll in scores.items()}
+        masks = [plan for plan in scores if plan.is_mask]
+        masks.sort(key=lambda mask: sorted(mask.removed))
+        held: dict[Plan, float] = {mask: scores[mask] for mask in masks}
         held |= {plan: nll for plan, nll in scores.items() if plan not in held}
         fitted = held
         if lowered is None:
@@ -169,7 +170,7 @@ class ScoreTable:
     @property
     def dense_nll(self) -> float:
         """NLL of the dense model, nats per token."""
-        return self.scores[BlockMask()]
+        return self.scores[Plan()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked JSON artifact, compressed to about 25 bytes per mask.
@@ -221,13 +222,11 @@ def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
     return DeltaNLLPredictor(**with_tuples(values))
 
 
-def _read_plans(written: Sequence[Any], num_blocks: int) -> list[MaskOrPlan]:
+def _read_plans(written: Sequence[Any], num_blocks: int) -> list[Plan]:
     """Masks from lists of block names, plans from levels."""
     index = {block_name(number): number for number in range(num_blocks)}
     return [
-        CompressionPlan.of(one)
-        if isinstance(one, dict)
-        else BlockMask(frozenset(map(index.__getitem__, one)))
+        Plan.of(one) if isinstance(one, dict) else Plan(frozenset(map(index.__getitem__, one)))
         for one in written
     ]
 
@@ -258,7 +257,7 @@ class TableScorer:
         self.evaluation_s = table.evaluation_s
         self._facts = table.facts
         self._measured = table.scores
-        self._asked: set[MaskOrPlan] = set()
+        self._asked: set[Plan] = set()
         self._model = table.predictor
         self._predict = lru_cache(_PREDICTIONS_KEPT)(self._predicted)
 
@@ -277,18 +276,17 @@ class TableScorer:
         """
         return len(self._asked) + self._predict.cache_info().misses
 
-    def is_predicted(self, plan: MaskOrPlan) -> bool:
+    def is_predicted(self, plan: Plan) -> bool:
         """Whether the mask was not measured, so that its score comes from the predictor."""
-        return simplest(plan) not in self._measured
+        return plan not in self._measured
 
-    def nll(self, plan: MaskOrPlan) -> float:
+    def nll(self, plan: Plan) -> float:
         """Mean NLL of the text under a mask or plan, nats per token; measured or predicted.
 
         Raises:
             UnknownNameError: The plan names blocks that the model does not have, or lowers an item
                 and was not measured, and its levels are not predicted.
         """
-        plan = simplest(plan)
         found = self._measured.get(plan)
         if found is None:
             plan.check(self._facts.num_blocks)
@@ -298,30 +296,30 @@ class TableScorer:
         self._asked.add(plan)
         return found
 
-    def _predicted(self, plan: MaskOrPlan) -> float:
+    def _predicted(self, plan: Plan) -> float:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
-        if isinstance(plan, BlockMask):
+        if plan.is_mask:
             return self._model.delta_nll(plan)
         assert self._lowered is not None  # `nll` rejects such plans without it
-        mask = plan.removed
+        mask = plan.mask
         found = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
             return found
         return self._measured[mask] - self.dense_nll + found - self._model.delta_nll(mask)
 
-    def nll_many(self, plans: Sequence[MaskOrPlan], on_score: OnScore | None = None) -> list[float]:
+    def nll_many(self, plans: Sequence[Plan], on_score: OnScore | None = None) -> list[float]:
         """NLL of several masks or plans, in their order; `on_score` is called after each one."""
         if on_score is not None:
-            for plan in dict.fromkeys(map(simplest, plans)):
+            for plan in dict.fromkeys(plans):
                 self.nll(plan)
                 on_score(plan)
         return [self.nll(plan) for plan in plans]
 
-    def nll_on(self, plans: Sequence[MaskOrPlan], _windows: Sequence[int]) -> list[float]:
+    def nll_on(self, plans: Sequence[Plan], _windows: Sequence[int]) -> list[float]:
         """NLL of several plans on the whole text, because a table does not divide it."""
         return self.nll_many(plans)
 
-    def scan(self, plan: MaskOrPlan, on_score: OnScore | None = None) -> dict[Block, float]:
+    def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
         """For every block that a mask or plan keeps: the NLL if that block is removed too."""
         candidates = removal_candidates(self._facts.blocks, plan)
         nll = self.nll_many(list(candidates.values()), on_score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rap_env.blocks import Block, BlockMask
+from rap_env.blocks import Block
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
 from rap_env.models.device import device_kinds, keep_freed_memory
@@ -21,7 +21,7 @@ from rap_env.models.live.cpu_decode import attention_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.bfloat16_products import uses_float32
-from rap_env.plan import MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
@@ -124,7 +124,7 @@ class MaskScorer:
         state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
         self.stride = max(1, -(-path_bytes // max(1, width.cache_bytes)))
-        self._scores: dict[MaskOrPlan, npt.NDArray[np.float64]] = {}  # masks as masks
+        self._scores: dict[Plan, npt.NDArray[np.float64]] = {}  # masks as masks
         self._memory = MemoryModel(llm)
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
         self._part_windows = 0  # windows that parts ran, summed over plans
@@ -197,7 +197,7 @@ class MaskScorer:
         """Seconds that one pass of the dense model over the text takes, measured once."""
         alone = PlanRunner(self.runner.partial, self.batches, StateCache(0))
         began = time.perf_counter()
-        self._values(alone, [BlockMask()], keep=())
+        self._values(alone, [Plan()], keep=())
         return time.perf_counter() - began
 
     @property
@@ -208,13 +208,13 @@ class MaskScorer:
     @property
     def dense_nll(self) -> float:
         """NLL of the dense model, nats per token."""
-        return self.nll(BlockMask())
+        return self.nll(Plan())
 
-    def is_predicted(self, _plan: MaskOrPlan) -> bool:
+    def is_predicted(self, _plan: Plan) -> bool:
         """Whether the score of a plan is predicted: never, because a live model measures it."""
         return False
 
-    def nll(self, plan: MaskOrPlan) -> float:
+    def nll(self, plan: Plan) -> float:
         """Mean NLL of the text under a mask or plan, nats per token.
 
         Raises:
@@ -223,16 +223,15 @@ class MaskScorer:
         """
         return float(self.window_nll(plan).mean())
 
-    def window_nll(self, plan: MaskOrPlan) -> npt.NDArray[np.float64]:
+    def window_nll(self, plan: Plan) -> npt.NDArray[np.float64]:
         """Mean NLL of each window under a mask or plan, nats per token, shape (windows,)."""
         values = self.look_up(plan)
         if values is None:
-            plan = simplest(plan)
             self._measure([plan], self._path(plan))
             values = self._scores[plan]
         return values
 
-    def nll_many(self, plans: Sequence[MaskOrPlan], on_score: OnScore | None = None) -> list[float]:
+    def nll_many(self, plans: Sequence[Plan], on_score: OnScore | None = None) -> list[float]:
         """NLL of several masks or plans, in their order; steps that they share run once.
 
         Args:
@@ -243,7 +242,7 @@ class MaskScorer:
         if on_score is None and len(known) == len(plans):  # the common case in a vector environment
             return [float(values.mean()) for values in known]
         order = partial(sharing_order, num_blocks=self.llm.facts.num_blocks)
-        distinct = sorted(set(map(simplest, plans)), key=order)
+        distinct = sorted(set(plans), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
         if self.workers is not None and len(missing) > 1:
             for found in self.workers.measure(self.job, missing, self.in_flight):
@@ -255,14 +254,14 @@ class MaskScorer:
         notify(on_score, [plan for plan in distinct if plan not in measured])
         return [self.nll(plan) for plan in plans]
 
-    def _measure_here(self, missing: Sequence[MaskOrPlan], on_score: OnScore | None) -> None:
+    def _measure_here(self, missing: Sequence[Plan], on_score: OnScore | None) -> None:
         branches = branch_nodes(missing, self.runner.partial.steps)
         for group in chunks(missing, self.in_flight):
             last = group[-1] is missing[-1]
             self._measure(group, branches | self._path(group[-1]) if last else branches)
             notify(on_score, group)
 
-    def nll_on(self, plans: Sequence[MaskOrPlan], windows: Sequence[int]) -> list[float]:
+    def nll_on(self, plans: Sequence[Plan], windows: Sequence[int]) -> list[float]:
         """NLL of several masks or plans on some windows of the text only, nats per token.
 
         A plan that is known on the whole text is not run again. Nothing is stored for the others,
@@ -273,7 +272,7 @@ class MaskScorer:
             windows: Numbers of the windows, at least one.
         """
         chosen = tuple(windows)
-        known = {plan: self.look_up(plan) for plan in map(simplest, plans)}
+        known = {plan: self.look_up(plan) for plan in plans}
         nll = {p: float(v[list(chosen)].mean()) for p, v in known.items() if v is not None}
         missing = [plan for plan in known if plan not in nll]
         if missing:
@@ -281,25 +280,21 @@ class MaskScorer:
             ran = part.evaluations
             nll |= dict(zip(missing, part.nll_many(missing), strict=True))
             self._part_windows += (part.evaluations - ran) * len(chosen)
-        return [nll[simplest(plan)] for plan in plans]
+        return [nll[plan] for plan in plans]
 
-    def scan(self, plan: MaskOrPlan, on_score: OnScore | None = None) -> dict[Block, float]:
+    def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
         """For every block that a mask or plan keeps: the NLL if that block is removed too."""
         candidates = self.candidates(plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
 
-    @overload
-    def candidates(self, plan: BlockMask) -> dict[Block, BlockMask]: ...
-    @overload
-    def candidates(self, plan: MaskOrPlan) -> dict[Block, MaskOrPlan]: ...
-    def candidates(self, plan: MaskOrPlan) -> Any:
+    def candidates(self, plan: Plan) -> dict[Block, Plan]:
         """For every block that a mask or plan keeps: the plan that also removes it."""
         return removal_candidates(self.llm.blocks, plan)
 
     def scan_levels(
         self,
-        plan: MaskOrPlan = BlockMask(),
+        plan: Plan = Plan(),
         levels: Collection[str] | None = None,
         on_score: OnScore | None = None,
     ) -> dict[tuple[str, str], float]:
@@ -311,36 +306,35 @@ class MaskScorer:
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
 
-    def look_up(self, plan: MaskOrPlan) -> npt.NDArray[np.float64] | None:
+    def look_up(self, plan: Plan) -> npt.NDArray[np.float64] | None:
         """NLL of each window if it is known, shape (windows,), or None.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
         """
         found = self._scores.get(plan)
-        return self._look_further(simplest(plan)) if found is None else found
+        return self._look_further(plan) if found is None else found
 
-    def _look_further(self, plan: MaskOrPlan) -> npt.NDArray[np.float64] | None:
+    def _look_further(self, plan: Plan) -> npt.NDArray[np.float64] | None:
         if plan not in self._scores:
             self._check(plan)
-            key = self._mask_key if isinstance(plan, BlockMask) else self._plan_key
+            key = self._mask_key if plan.is_mask else self._plan_key
             values = None if self.store is None else self.store.get(key, plan, METRIC)
             if values is None:
                 return None
             self._scores[plan] = np.array(values)
         return self._scores[plan]
 
-    def record(self, plan: MaskOrPlan, values: npt.NDArray[np.float64]) -> None:
+    def record(self, plan: Plan, values: npt.NDArray[np.float64]) -> None:
         """Store the measured NLL of each window under a mask or plan, shape (windows,).
 
         Raises:
             NonFiniteScoreError: A value is NaN or infinite; nothing is stored.
         """
-        plan = simplest(plan)
         if not np.isfinite(values).all():
             self.raise_non_finite(plan)
         if self.store is not None:
-            context = self.context if isinstance(plan, BlockMask) else self.plan_context
+            context = self.context if plan.is_mask else self.plan_context
             self.store.put(context_key(context), plan, METRIC, values.tolist(), context)
         self._scores[plan] = values
 
@@ -352,7 +346,7 @@ class MaskScorer:
             self.count(plan)
         self.runner.block_runs += found.block_runs
 
-    def raise_non_finite(self, plan: MaskOrPlan) -> NoReturn:
+    def raise_non_finite(self, plan: Plan) -> NoReturn:
         """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a mask or plan."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
         raise NonFiniteScoreError(
@@ -360,18 +354,18 @@ class MaskScorer:
             "weights, or load the model with dtype='float32'."
         )
 
-    def count(self, plan: MaskOrPlan) -> None:
+    def count(self, plan: Plan) -> None:
         """Count a mask or plan that the model ran."""
         self.evaluations += 1
-        self.full_block_forwards += self.llm.facts.num_blocks - len(as_plan(plan).removed)
+        self.full_block_forwards += self.llm.facts.num_blocks - len(plan.removed)
 
-    def _check(self, plan: MaskOrPlan) -> None:
-        if isinstance(plan, BlockMask):
+    def _check(self, plan: Plan) -> None:
+        if plan.is_mask:
             plan.check(self.llm.facts.num_blocks)
         else:
             self._memory.check_plan(plan)
 
-    def _path(self, plan: MaskOrPlan) -> set[Node]:
+    def _path(self, plan: Plan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""
         return set(list(enumerate(self.runner.prefixes(plan)[:-1]))[:: self.stride])
 
@@ -392,21 +386,21 @@ class MaskScorer:
     def _share(self, part: MaskScorer) -> float:
         return part.num_windows / self.num_windows
 
-    def _measure(self, plans: Sequence[MaskOrPlan], keep: Collection[Node]) -> None:
+    def _measure(self, plans: Sequence[Plan], keep: Collection[Node]) -> None:
         values = self._values(self.runner, plans, keep)
         for plan, row in zip(plans, values, strict=True):
             self.record(plan, row)
             self.count(plan)
 
     def _values(
-        self, runner: PlanRunner, plans: Sequence[MaskOrPlan], keep: Collection[Node]
+        self, runner: PlanRunner, plans: Sequence[Plan], keep: Collection[Node]
     ) -> npt.NDArray[np.float64]:
         """Mean NLL of each window for each plan, (plans, windows); caches the states of `keep`."""
         parts = []
-        with self.llm.masked(BlockMask()):
+        with self.llm.masked(Plan()):
             for batch, ids in enumerate(runner.batches):
                 last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
-                nll: dict[MaskOrPlan, torch.Tensor] = {}
+                nll: dict[Plan, torch.Tensor] = {}
                 for level, group in runner.share_head(plans):
                     with runner.partial.embeddings(level):
                         hidden = runner.partial.leave(joined([last[plan] for plan in group]))
@@ -430,15 +424,15 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
     }
 
 
-def levels_context(plan: MaskOrPlan) -> Mapping[str, Any]:
+def levels_context(plan: Plan) -> Mapping[str, Any]:
     """What determines a plan's scores besides `model_context`: nothing for masks."""
-    return {} if isinstance(simplest(plan), BlockMask) else _LEVELS
+    return {} if plan.is_mask else _LEVELS
 
 
 def bar_callback(bar: tqdm[Any]) -> Callable[[Any], None]:
     """A callback for `MaskScorer.nll_many` that advances a progress bar."""
 
-    def advance(_plan: MaskOrPlan) -> None:
+    def advance(_plan: Plan) -> None:
         bar.update()
 
     return advance

@@ -20,7 +20,7 @@ from typing import Any
 
 from rap_env.artifacts import canonical_json, digest
 from rap_env.errors import StorageFullError, StoreError
-from rap_env.plan import CompressionPlan, MaskOrPlan, simplest
+from rap_env.plan import Plan
 
 _FORMAT = 2
 _BUSY_TIMEOUT_S = 60.0
@@ -56,7 +56,7 @@ class ScoreStore:
             if self._format() != _FORMAT:
                 self._prepare()
 
-    def get(self, context_key: str, plan: MaskOrPlan, metric: str) -> list[float] | None:
+    def get(self, context_key: str, plan: Plan, metric: str) -> list[float] | None:
         """Values of a metric of a mask or plan, or None if they are not stored.
 
         Raises:
@@ -78,7 +78,7 @@ class ScoreStore:
     def put(
         self,
         context_key: str,
-        plan: MaskOrPlan,
+        plan: Plan,
         metric: str,
         values: Sequence[float],
         context: Mapping[str, Any] | None = None,
@@ -102,13 +102,13 @@ class ScoreStore:
             connection.execute(_INSERT, (*key, text, _checksum(*key, text)))
         self._known_contexts.add(context_key)
 
-    def rows(self, context_key: str, metric: str) -> Iterator[tuple[MaskOrPlan, list[float]]]:
+    def rows(self, context_key: str, metric: str) -> Iterator[tuple[Plan, list[float]]]:
         """All masks and plans with their values for one context and metric."""
         query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
         with self._errors():
             plans = self._connection.execute(query, (context_key, metric)).fetchall()
         for (text,) in plans:
-            plan = simplest(CompressionPlan.from_json(text))
+            plan = Plan.from_json(text)
             values = self.get(context_key, plan, metric)
             if values is not None:
                 yield plan, values

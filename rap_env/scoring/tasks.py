@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     InvalidRequestError,
     NonFiniteScoreError,
@@ -20,7 +19,7 @@ from rap_env.errors import (
 )
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import MaskOrPlan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.long_context_tasks import check_fits, long_context_task
@@ -154,7 +153,7 @@ class TaskScorer:
                 )
                 for name, task in members.items()
             }
-        self._results: dict[MaskOrPlan, dict[str, TaskResult]] = {}
+        self._results: dict[Plan, dict[str, TaskResult]] = {}
         common = {
             **model_context(llm),
             "batch": [likelihoods.BATCH_ROWS, likelihoods.BATCH_TOKENS, likelihoods.HEAD_TOKENS],
@@ -171,7 +170,7 @@ class TaskScorer:
     @property
     def dense_accuracies(self) -> dict[str, float]:
         """Accuracies of the dense model."""
-        return self.accuracies(BlockMask())
+        return self.accuracies(Plan())
 
     @cached_property
     def chance(self) -> dict[str, float]:
@@ -192,7 +191,7 @@ class TaskScorer:
         """The kind of each document of a generated task, in the order of the results."""
         return self._members[name].kinds()
 
-    def accuracies(self, plan: MaskOrPlan, metric: str = "acc") -> dict[str, float]:
+    def accuracies(self, plan: Plan, metric: str = "acc") -> dict[str, float]:
         """Accuracy by task under a mask or plan, each in [0, 1].
 
         Tasks without it (wikitext has none) are left out; `results` has all their metrics.
@@ -209,7 +208,7 @@ class TaskScorer:
         results = self.results(plan)
         return {n: r.metrics[metric] for n, r in results.items() if metric in r.metrics}
 
-    def mean_accuracy(self, plan: MaskOrPlan) -> float:
+    def mean_accuracy(self, plan: Plan) -> float:
         """Mean of the tasks' accuracies under a mask or plan.
 
         Raises:
@@ -221,7 +220,7 @@ class TaskScorer:
             raise UnknownNameError("accuracy task", ", ".join(self.config.names), known)
         return statistics.fmean(accuracies.values())
 
-    def mean_choice_nll(self, plan: MaskOrPlan) -> float:
+    def mean_choice_nll(self, plan: Plan) -> float:
         """Mean over the tasks of `TaskResult.choice_nll` under a mask or plan, in nats.
 
         Raises:
@@ -233,12 +232,11 @@ class TaskScorer:
                 raise UnknownNameError("multiple-choice task", name, _MULTIPLE_CHOICE)
         return statistics.fmean(float(values.mean()) for values in found)
 
-    def results(self, plan: MaskOrPlan) -> dict[str, TaskResult]:
+    def results(self, plan: Plan) -> dict[str, TaskResult]:
         """All metrics, standard errors and document counts by task under a mask or plan.
 
         The errors are those of `accuracies`.
         """
-        plan = simplest(plan)
         if plan not in self._results:
             MemoryModel(self.llm).check_plan(plan)
             outputs = self._outputs(plan)
@@ -250,7 +248,7 @@ class TaskScorer:
                 }
         return dict(self._results[plan])
 
-    def _outputs(self, plan: MaskOrPlan) -> dict[str, Outputs]:
+    def _outputs(self, plan: Plan) -> dict[str, Outputs]:
         """Likelihoods by member task, from the store or the model."""
         outputs = {name: self._look_up(name, plan) for name in self._members}
         missing = [name for name, found in outputs.items() if found is None]
@@ -260,14 +258,14 @@ class TaskScorer:
         self.evaluations += bool(missing)
         return {name: found for name, found in outputs.items() if found is not None}
 
-    def _look_up(self, name: str, plan: MaskOrPlan) -> Outputs | None:
+    def _look_up(self, name: str, plan: Plan) -> Outputs | None:
         if self.store is None:
             return None
         key = context_key({**self._contexts[name], **levels_context(plan)})
         values = self.store.get(key, plan, _METRIC)
         return None if values is None else np.array(values).reshape(-1, 2)
 
-    def _measure(self, name: str, plan: MaskOrPlan) -> Outputs:
+    def _measure(self, name: str, plan: Plan) -> Outputs:
         outputs = self._members[name].run(name if self._progress else None)
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(

@@ -15,7 +15,7 @@ import torch
 from rap_env.errors import InvalidRequestError, MissingDependencyError, WorkerError
 from rap_env.models.device import bound_kernel_caches, use_threads
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.scoring.interface import Measured, ScoringJob
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
@@ -42,7 +42,7 @@ class ScoringWorker:
         use_threads(self._threads)
         self._llm = self._open_model()
 
-    def measure(self, job: ScoringJob, plans: Sequence[MaskOrPlan]) -> Measured:
+    def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
         """Score masks and plans, or find the best of them, as the job says."""
         if self._last is None or not job.same_text(self._last[0]):
             if self._last is not None:
@@ -119,9 +119,7 @@ class WorkerPool:
         self._idle: list[Any] = []
         self._running: dict[Any, tuple[Any, Any]] = {}  # by result: worker, batch or None (loads)
 
-    def measure(
-        self, job: ScoringJob, plans: Sequence[MaskOrPlan], least: int = 1
-    ) -> Iterator[Measured]:
+    def measure(self, job: ScoringJob, plans: Sequence[Plan], least: int = 1) -> Iterator[Measured]:
         """Score masks and plans on the whole text, or find the best of them.
 
         Args:
@@ -234,9 +232,7 @@ class WorkerPool:
             ) from error
 
 
-def batches_of(
-    plans: Sequence[MaskOrPlan], workers: int, least: int = 1
-) -> list[Sequence[MaskOrPlan]]:
+def batches_of(plans: Sequence[Plan], workers: int, least: int = 1) -> list[Sequence[Plan]]:
     """Cut plans into batches of neighbours, large ones first, so that workers end together.
 
     No batch but the last one has fewer than `least` plans.

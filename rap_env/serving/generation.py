@@ -18,7 +18,7 @@ from rap_env.errors import (
     QueueFullError,
 )
 from rap_env.importance.text_kinds import Shares
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,
@@ -130,16 +130,16 @@ class AnswerPlans:
         changed: Whether the plan changed from one pass to the next.
     """
 
-    def __init__(self, predict: Callable[[CompressionPlan], float | None], server: str) -> None:
+    def __init__(self, predict: Callable[[Plan], float | None], server: str) -> None:
         self._predict = predict
         self._digest = server
-        self._last: CompressionPlan | None = None
-        self._reported = CompressionPlan()
+        self._last: Plan | None = None
+        self._reported = Plan()
         self._delta_nll: float | None = 0.0
         self.fingerprint = ""
         self.changed = False
 
-    def add(self, plan: CompressionPlan) -> None:
+    def add(self, plan: Plan) -> None:
         """Add the plan of the next pass."""
         if plan == self._last:
             return

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from rap_env.blocks import KINDS
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name, is_cache, item_names
+from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.runtime.process_memory import ProcessMemory
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
@@ -176,7 +176,7 @@ class _EngineState(Collector):
         chooser, plans = controller.chooser, controller.plans
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
-        removed: dict[str, float] = {kind: stats.mask.count(kind) for kind in KINDS}
+        removed: dict[str, float] = {kind: stats.mask.count_removed(kind) for kind in KINDS}
         answers = {
             "served": stats.served,
             "refused": stats.refused,
@@ -238,14 +238,14 @@ def _limit(monitor: MemoryMonitor) -> dict[str, float]:
     return {"model": monitor.budget_bytes}
 
 
-def _items_by_level(plan: CompressionPlan, num_layers: int) -> dict[str, float]:
+def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:
     """Numbers of items by kind (as an item's name ends) and level; common levels also if 0.
 
     The cache of a removed attention block counts as removed.
     """
     kinds = (*KINDS, "cache", EMBEDDINGS)
     counts = Tally({f"{kind} {level}": 0 for kind in kinds for level in WEIGHT_LEVELS})
-    caches = {cache_name(index // 2) for index in plan.removed.indices if index % 2 == 0}
+    caches = {cache_name(index // 2) for index in plan.removed if index % 2 == 0}
     levels = plan.levels | dict.fromkeys(caches, "removed")
     for item in item_names(num_layers):
         kind = "cache" if is_cache(item) else item.rpartition(".")[2]

@@ -17,7 +17,7 @@ import numpy as np
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class TightSampler(RequestSampler):
                 )
 
     @cached_property
-    def _lowered(self) -> CompressionPlan:
+    def _lowered(self) -> Plan:
         facts = self.memory.facts
         levels = "all" if facts.kv_heads else {**LADDERS["all"], "caches": ()}
         ladder = Ladder.of(facts, levels)

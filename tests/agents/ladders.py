@@ -11,7 +11,6 @@ from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.ladder.item_observation import ItemObservationBuilder
 from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.memory import MemoryModel
-from rap_env.plan import as_plan
 from rap_env.request import Request
 from tests.policies.test_knapsack import costs as costs_of
 from tests.policies.test_knapsack import facts
@@ -39,7 +38,7 @@ class FormulaScorer:
         return len(self.asked)
 
     def loss(self, plan):
-        return self.costs.delta_nll(as_plan(plan))
+        return self.costs.delta_nll(plan)
 
     def nll(self, plan):
         self.asked.add(plan)

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rap_env.blocks import Block, BlockMask
+from rap_env.blocks import Block
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 DENSE_NLL = 2.5
@@ -63,7 +64,7 @@ class SyntheticScorer:
 
     def loss(self, mask):
         removed = np.zeros(len(self.costs))
-        removed[list(mask)] = 1
+        removed[sorted(mask.removed)] = 1
         total = removed @ self.costs + removed @ self.pairs @ removed / 2
         return total if np.isinf(self.cap) else self.cap * (1 - np.exp(-total / self.cap))
 
@@ -83,13 +84,13 @@ class SyntheticScorer:
 
     @property
     def dense_nll(self):
-        return self.nll(BlockMask())
+        return self.nll(Plan())
 
     def nll(self, mask):
         if mask not in self.scores:
             self.scores[mask] = DENSE_NLL + float(self.loss(mask))
             self.evaluations += 1
-            self.block_forwards += len(self.costs) - len(mask)
+            self.block_forwards += len(self.costs) - len(mask.removed)
         return self.scores[mask]
 
     def nll_many(self, masks):
@@ -100,7 +101,7 @@ class SyntheticScorer:
 
     def scan(self, mask):
         blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
-        return {block: self.nll(mask | BlockMask.of(block)) for block in blocks}
+        return {block: self.nll(mask | Plan.removing(block)) for block in blocks}
 
 
 class SyntheticContext:
@@ -111,15 +112,15 @@ class SyntheticContext:
         self.scorer = SyntheticScorer(costs, **scorer)
         loss = self.scorer.loss
         count = len(costs)
-        rise = np.array([loss(BlockMask.of(i)) for i in range(count)])
+        rise = np.array([loss(Plan.removing(i)) for i in range(count)])
         self.one_shot = SimpleNamespace(delta_nll=rise, block_influence=rise[::-1].copy())
-        order, mask, marginal = [], BlockMask(), np.zeros(count)
+        order, mask, marginal = [], Plan(), np.zeros(count)
         for _ in range(count):
-            rest = [i for i in range(count) if i not in mask]
-            best = min(rest, key=lambda i: loss(mask | BlockMask.of(i)))
-            marginal[best] = loss(mask | BlockMask.of(best)) - loss(mask)
+            rest = [i for i in range(count) if i not in mask.removed]
+            best = min(rest, key=lambda i: loss(mask.without(i)))
+            marginal[best] = loss(mask.without(best)) - loss(mask)
             order.append(best)
-            mask |= BlockMask.of(best)
+            mask = mask.without(best)
         self.layer_influence = self.one_shot.block_influence.reshape(-1, 2).sum(axis=1)
         self.gsi = SimpleNamespace(full_order=tuple(order), evaluations=100)
         rank = np.argsort(order) / (count - 1)
@@ -131,7 +132,7 @@ class SyntheticContext:
         order = np.argsort(self.one_shot.delta_nll)
         attn, ffn = [int(i) for i in order if not i % 2], [int(i) for i in order if i % 2]
         masks = [
-            BlockMask.of(*attn[:a], *ffn[:f])
+            Plan.removing(*attn[:a], *ffn[:f])
             for a in range(len(attn) + 1)
             for f in range(len(ffn) + 1)
         ]

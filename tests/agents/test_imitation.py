@@ -12,9 +12,9 @@ from agents.observations import make_builder
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.observation import ObservationBuilder
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import ONE_OF_EACH_KIND, SyntheticContext, make_envs
 
@@ -28,7 +28,7 @@ def teacher(context):
     """Masks that no search would find; the budget of each request is met by all of its mask."""
     shown = []
     for blocks, shape in zip(MASKS, SHAPES, strict=True):
-        mask = BlockMask.of(*blocks)
+        mask = Plan.removing(*blocks)
         request = Request(*shape, context.memory.peak_bytes(mask, Request(*shape, 1)))
         shown.append(Demonstration(request, mask, -float(context.scorer.loss(mask))))
     return shown
@@ -73,12 +73,12 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
     for right, valid, value in zip(batch.right, batch.valid, batch.returns, strict=True):
         left = frozenset(torch.nonzero(right).ravel().tolist())
         gone = frozenset(torch.nonzero(~valid).ravel().tolist())
-        target = BlockMask(left | gone)
+        target = Plan(left | gone)
         shown = next(one for one in teacher if one.plan == target)
         assert left
         assert value == pytest.approx(shown.episode_return * 0.5 ** (len(left) - 1))
         seen_masks.add((target, gone))
-    assert len(seen_masks) == sum(2 ** len(mask) - 1 for mask in MASKS)  # every one of them
+    assert len(seen_masks) == sum(2 ** len(mask.removed) - 1 for mask in MASKS)  # every one of them
     assert torch.equal(batch.seen["action_mask"] > 0, batch.valid)
 
 
@@ -89,12 +89,12 @@ def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher,
     imitate(model, [Lesson(teacher, builder)], config, progress=False)
     rewards = np.array([one.episode_return for one in teacher])
     if normalize:
-        steps = [0.0] * sum(len(mask) - 1 for mask in MASKS)  # only the last one pays
+        steps = [0.0] * sum(len(mask.removed) - 1 for mask in MASKS)  # only the last one pays
         unit = np.std([*steps, *rewards])
         normalised = model.get_vec_normalize_env().normalize_reward(rewards)
         assert normalised == pytest.approx(rewards / unit, rel=1e-3)
         rewards = normalised
-    seen = [builder.build(one.request, BlockMask()) for one in teacher]
+    seen = [builder.build(one.request, Plan()) for one in teacher]
     stacked = {key: np.stack([one[key] for one in seen]) for key in seen[0]}
     with torch.no_grad():
         values = model.policy.predict_values(model.policy.obs_to_tensor(stacked)[0])
@@ -107,7 +107,7 @@ def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, bu
     config = ImitationConfig(updates=400, batch_size=64, margin=0.5)
     imitate(model, [Lesson(teacher, builder)], config, progress=False)
     for one in teacher:
-        tensors, _ = model.policy.obs_to_tensor(builder.build(one.request, BlockMask()))
+        tensors, _ = model.policy.obs_to_tensor(builder.build(one.request, Plan()))
         with torch.no_grad():
             values = model.policy.q_net(tensors)[0].numpy()
             assert np.array_equal(model.policy.q_net_target(tensors)[0].numpy(), values)
@@ -145,7 +145,7 @@ def test_lessons_on_two_models_are_both_learned(context, builder, teacher):
     other = SyntheticContext(context.scorer.costs[::-1])
     shown = []
     for one in teacher:
-        mask = BlockMask.of(*(len(other.scorer.costs) - 1 - block for block in one.plan.indices))
+        mask = Plan.removing(*(len(other.scorer.costs) - 1 - block for block in one.plan.removed))
         request = replace(one.request, budget_bytes=1)
         budget = other.memory.peak_bytes(mask, request)
         shown.append(Demonstration(replace(request, budget_bytes=budget), mask))
@@ -165,10 +165,10 @@ def test_lessons_on_two_models_are_both_learned(context, builder, teacher):
 
 def test_unsupported_imitation_is_rejected(context, builder, teacher):
     model = new_model("ppo", context)
-    idle = [Demonstration(teacher[0].request, BlockMask())]
+    idle = [Demonstration(teacher[0].request, Plan())]
     with pytest.raises(AgentConfigError, match="none of 1 demonstrations"):
         imitate(model, [Lesson(idle, builder)])
-    foreign = [Demonstration(teacher[0].request, BlockMask.of(40))]
+    foreign = [Demonstration(teacher[0].request, Plan.removing(40))]
     with pytest.raises(UnknownNameError):
         imitate(model, [Lesson(foreign, builder)])
     with pytest.raises(AgentConfigError, match="updates of imitation must be at least 1, not 0"):

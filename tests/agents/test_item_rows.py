@@ -8,7 +8,7 @@ import torch
 from agents.networks import ItemRows
 from rap_env.ladder.item_observation import ITEM_FEATURES
 from rap_env.ladder.item_rows import NEIGHBOURS
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.ladders import LadderContext, builder_of
 
@@ -28,7 +28,7 @@ def builder(context):
 
 def observed(builder, levels=None, shape=(8, 2000), fraction=0.5):
     request = Request.at_fraction(builder.item_bytes.memory, *shape, fraction)
-    seen = builder.build(request, CompressionPlan.of(levels or {}))
+    seen = builder.build(request, Plan.of(levels or {}))
     return {k: torch.as_tensor(v[None], dtype=torch.float32) for k, v in seen.items()}
 
 

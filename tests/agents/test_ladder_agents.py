@@ -15,7 +15,7 @@ from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.context.base import item_order
 from rap_env.errors import ArtifactError, InfeasibleBudgetError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from tests.agents.ladders import (
@@ -79,7 +79,7 @@ def test_every_feasible_budget_is_met_at_the_first_plan_that_fits(context, build
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_it_lowers_the_item_with_the_highest_network_score(context, builder, name):
     trained = TrainedPolicy(model_of(name, context, 0.3).policy, builder)
-    request, plan = Request.at_fraction(context.memory, 2, 500, 0.5), CompressionPlan()
+    request, plan = Request.at_fraction(context.memory, 2, 500, 0.5), Plan()
     while not fits(context, plan, request):
         observation = builder.build(request, plan)
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}

@@ -16,7 +16,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.ladder.item_rows import DEPTH
 from rap_env.ladder.items import KINDS
 from rap_env.ladder.plan_observer import PlanObserver
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.item_network import ItemNetwork, ItemNetworkWeights
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy, LadderPolicyFile
@@ -187,8 +187,8 @@ def test_it_predicts_what_the_order_over_items_added(runs, path):
     policy = load_policy(path, context.memory)
     reached = builder_of(context).importance.reached
     numbers = policy.ladder.numbers
-    assert policy.delta_nll(CompressionPlan()) == 0
-    plan = CompressionPlan.of({"layer01.ffn": "int8", "embeddings": "int8"})
+    assert policy.delta_nll(Plan()) == 0
+    plan = Plan.of({"layer01.ffn": "int8", "embeddings": "int8"})
     expected = reached[numbers["layer01.ffn"], 1] + reached[numbers["embeddings"], 1]
     assert policy.delta_nll(plan) == pytest.approx(expected)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from agents.networks import BlockRows
-from rap_env.blocks import BlockMask
 from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
+from rap_env.plan import Plan
 from tests.agents.synthetic import SyntheticContext, request_at
 
 
@@ -21,7 +21,7 @@ def tensors(observation):
 
 def observed(context, *removed, shape=(4, 500), fraction=0.6):
     builder = ObservationBuilder(context.memory, context.features)
-    return tensors(builder.build(request_at(context, *shape, fraction), BlockMask.of(*removed)))
+    return tensors(builder.build(request_at(context, *shape, fraction), Plan.removing(*removed)))
 
 
 def columns_that_change(rows, one, other):

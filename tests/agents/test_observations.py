@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from agents.observations import MaskObserver
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.observation import ObservationBuilder
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import request_at
 
@@ -25,7 +25,7 @@ def test_batch_observations_equal_those_of_the_single_builder(request, which_con
     seen, over = observer.observe(which, removed), observer.over_bytes(which, removed)
     for row in range(40):
         asked = requests[which[row]]
-        mask = BlockMask(frozenset(np.flatnonzero(removed[row]).tolist()))
+        mask = Plan(frozenset(np.flatnonzero(removed[row]).tolist()))
         for key, expected in builder.build(asked, mask).items():
             assert np.array_equal(seen[key][row], expected), key
         peak = context.memory.peak_bytes(mask, asked)

@@ -12,9 +12,9 @@ from agents.baselines.base import fits, measure_choice
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 
@@ -52,14 +52,14 @@ def test_every_budget_is_met_without_a_score(context, name, policy):
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_it_removes_the_block_with_the_highest_network_score(context, name):
     trained = untrained(name, context)
-    request, mask = request_at(context, 2, 300, 0.5), BlockMask()
+    request, mask = request_at(context, 2, 300, 0.5), Plan()
     builder = ObservationBuilder(context.memory, context.features)
     network = trained._policy
     while not fits(context.memory, mask, request):
         observation = builder.build(request, mask)
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
         action, _ = network.predict(observation, deterministic=True, **given)
-        mask |= BlockMask.of(int(action))
+        mask = mask.without(int(action))
     assert trained.choose(request) == mask
 
 
@@ -73,10 +73,10 @@ def test_without_the_request_it_is_one_static_order(context, name):
         for f in (0.4, 0.55, 0.7, 0.85)
     ]
     masks = sorted((blind.choose(request) for request in requests), key=len)
-    assert len({len(mask) for mask in masks}) > 4
-    assert all(one.indices <= other.indices for one, other in itertools.pairwise(masks))
+    assert len({len(mask.removed) for mask in masks}) > 4
+    assert all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
     masks = sorted((seeing.choose(request) for request in requests), key=len)
-    assert not all(one.indices <= other.indices for one, other in itertools.pairwise(masks))
+    assert not all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
 
 
 @pytest.mark.parametrize("policy", ["blockwise", "mlp"])
@@ -100,7 +100,7 @@ def test_best_of_takes_the_mask_with_the_lowest_score(context, monkeypatch, name
     assert all(fits(context.memory, mask, request) for mask in masks)
     for mask in masks:  # no sample goes on once it fits
         assert any(
-            not fits(context.memory, BlockMask(mask.indices - {block}), request) for block in mask
+            not fits(context.memory, Plan(mask.removed - {block}), request) for block in mask
         )
     assert context.scorer.loss(chosen) == min(context.scorer.loss(mask) for mask in masks)
     assert trained.choose(request) == chosen
@@ -114,7 +114,7 @@ def test_samples_follow_the_probabilities_of_the_network(context):
     with torch.no_grad():
         for parameter in trained._policy.parameters():
             parameter.mul_(0.2)  # less sure of itself
-    observation = ObservationBuilder(context.memory, context.features).build(request, BlockMask())
+    observation = ObservationBuilder(context.memory, context.features).build(request, Plan())
     tensors, _ = trained._policy.obs_to_tensor(observation)
     with torch.no_grad():
         expected = trained._policy.get_distribution(tensors).distribution.probs[0].numpy()

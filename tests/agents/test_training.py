@@ -25,9 +25,9 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.artifacts import save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.observation import ImportanceFeatures
+from rap_env.plan import Plan
 from tests.agents.synthetic import make_envs, request_at
 from tests.programs import PythonProgram
 
@@ -265,7 +265,7 @@ def test_a_warm_start_happens_once(tmp_path, context):
 
     def warm_start(model):
         calls.append(model.num_timesteps)
-        context.scorer.nll(BlockMask.of(0, 2, 4, 6, 8, 10))  # a teacher may score masks
+        context.scorer.nll(Plan.removing(0, 2, 4, 6, 8, 10))  # a teacher may score masks
         time.sleep(0.1)
         with torch.no_grad():
             for parameter in model.policy.parameters():

@@ -9,12 +9,11 @@ import torch
 
 from benchmarks import levels, live, memory, scoring
 from benchmarks.engine_steps import targets_of
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
@@ -64,7 +63,7 @@ def test_live_writes_a_record_of_seconds_and_freed_bytes(folder, measured):
 class TestMemory:
     @pytest.mark.parametrize("removed", [(), ("layer00.attn", "layer02.ffn")])
     def test_weights_and_cache_of_a_pruned_model_are_as_predicted(self, removed, tmp_path):
-        llm, mask = tiny_llm("llama_tied", layers=LAYERS), BlockMask.of(*removed)
+        llm, mask = tiny_llm("llama_tied", layers=LAYERS), Plan.removing(*removed)
         request = Request(2, 12, budget_bytes=2**62)
         predicted = MemoryModel(llm).breakdown(mask, request)
         pruned = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
@@ -88,7 +87,10 @@ class TestMemory:
 
     def test_masks_remove_the_share_from_their_kind(self):
         masks = memory.masks_of(20, 0.3)
-        counts = {name: (mask.count("attn"), mask.count("ffn")) for name, mask in masks.items()}
+        counts = {
+            name: (mask.count_removed("attn"), mask.count_removed("ffn"))
+            for name, mask in masks.items()
+        }
         assert sum(counts.pop("even")) == 6
         assert counts == {"dense": (0, 0), "attn": (6, 0), "ffn": (0, 6)}
 
@@ -116,7 +118,7 @@ class TestLevels:
         sizes, decode = record["measured"]["bytes"], record["measured"]["decode"]
         assert {f"cache {name}" for name in caches} <= set(sizes)
         request = Request(2, 60, budget_bytes=2**40)
-        plan = CompressionPlan.uniform(LAYERS, caches="int2")
+        plan = Plan.uniform(LAYERS, caches="int2")
         parts = MemoryModel(load_llm(folder, weights="bf16")).breakdown(plan, request)
         assert sizes["cache int2"]["predicted_bytes"] == parts.peak - parts.workspace
         assert all(row["difference_bytes"] == 0 for row in sizes.values())

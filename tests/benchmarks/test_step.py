@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.step import Player, StepSettings, known_context, main, players
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHORT = {"steps": 40, "num_envs": 3, "vector_steps": 12, "rounds": 2, "repeats": 2}
@@ -59,7 +59,7 @@ def test_blocks_and_bytes_are_those_of_the_model(settings, sides):
         memory.facts.fingerprint
         != sides["single"].env.unwrapped.context.scorer.llm.facts.fingerprint
     )
-    assert sides["single"].env.unwrapped.context.scorer.nll(BlockMask.of(15)) > 0
+    assert sides["single"].env.unwrapped.context.scorer.nll(Plan.removing(15)) > 0
 
 
 def test_a_record_is_written(settings, tmp_path, capsys):

@@ -20,7 +20,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import default_facts
 from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, play
@@ -139,11 +139,11 @@ def test_measured_plans_give_the_episodes_of_the_live_model(live, table):
 def test_other_plans_are_predicted_and_flagged(live, table):
     context = TableContext(table, "t", importance="one_shot")
     cost = live.level_costs(CACHES).cost("layer00.cache", "int4")
-    plan = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+    plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     assert context.scorer.is_predicted(plan)
     predict = table.predictor.delta_nll
-    rise = predict(plan.removed, cost) - predict(plan.removed)  # on top of the measured mask
-    assert context.scorer.nll(plan) == pytest.approx(live.scorer.nll(plan.removed) + rise)
+    rise = predict(plan.mask, cost) - predict(plan.mask)  # on top of the measured mask
+    assert context.scorer.nll(plan) == pytest.approx(live.scorer.nll(plan.mask) + rise)
     assert rise >= 0
     infos = [info for *_, info in play(make_v1(context, reward=DENSE_TIMING), 0)]
     lowered = [info for info in infos if set(info["levels"]) - {"native", "removed"}]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from rap_env.artifacts import load_artifact
-from rap_env.blocks import BlockMask
 from rap_env.context import live as live_module
 from rap_env.context.base import ContextConfig
 from rap_env.context.live import LiveContext
@@ -16,6 +15,7 @@ from rap_env.errors import ArtifactError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.policies.loading import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
@@ -131,7 +131,7 @@ def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
     assert repaired.llm.model is plain.llm.model
     assert plain.memory.facts.repair == ""
     assert repaired.memory.facts.repair == repaired.llm.facts.repair != ""
-    masks = [BlockMask.of(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
+    masks = [Plan.removing(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
     mixed = {plain: [], repaired: []}
     for mask in masks:
         for context in (plain, repaired, plain):
@@ -144,7 +144,7 @@ def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
             assert context.llm.mask == masks[-1]
     assert plain.scorer.dense_nll == repaired.scorer.dense_nll
     assert set(mixed[plain]).isdisjoint(mixed[repaired])
-    assert plain.llm.mask == BlockMask()
+    assert plain.llm.mask == Plan()
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ import numpy as np
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
-from rap_env.plan import as_plan
 
 PATH = Path(__file__).with_name("golden.json.gz")
 SEEDS = {"prune": 200, "ladder": 50}
@@ -112,7 +111,7 @@ class FakeScorer:
     def nll(self, plan: Any) -> float:
         """The NLL of a plan."""
         return self.dense_nll + math.fsum(
-            _cost(item) * (1 + len(level) / 7) for item, level in as_plan(plan).levels.items()
+            _cost(item) * (1 + len(level) / 7) for item, level in plan.levels.items()
         )
 
     def nll_many(self, plans: Any) -> list[float]:
@@ -121,7 +120,7 @@ class FakeScorer:
 
     def is_predicted(self, plan: Any) -> bool:
         """Odd numbers of lowered items count as predicted."""
-        return len(as_plan(plan).levels) % 2 == 1
+        return len(plan.levels) % 2 == 1
 
 
 def _cost(item: str) -> float:

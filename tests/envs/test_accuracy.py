@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.envs.config import TASK_DOCUMENTS
 from rap_env.envs.task import task_scorer
 from rap_env.errors import UnknownNameError
+from rap_env.plan import Plan
 from tests.envs.conftest import make_context
 from tests.envs.playing import make, play
 from tests.tiny import tiny_tokenizer
@@ -25,8 +25,8 @@ class TestAccuracy:
         env = make(context, reward="accuracy", tasks=tasks)
         _, *steps = play(env, 1, masked=True)
         scorer = task_scorer(context, tasks)
-        mask = BlockMask.of(*steps[-1][-1]["removed"])
-        drop = scorer.mean_accuracy(mask) - scorer.mean_accuracy(BlockMask())
+        mask = Plan.removing(*steps[-1][-1]["removed"])
+        drop = scorer.mean_accuracy(mask) - scorer.mean_accuracy(Plan())
         assert drop != 0
         assert [reward for _, reward, *_ in steps] == [0.0] * (len(steps) - 1) + [drop]
         assert steps[-1][-1]["reward_terms"] == {"accuracy": drop, "invalid_action": 0.0}
@@ -37,7 +37,7 @@ class TestAccuracy:
         repaired = make_context(tokenizer=tiny_tokenizer(), repaired=True)
         plain, stubs = (task_scorer(each, tasks) for each in (context, repaired))
         assert stubs.context == {**plain.context, "repair": repaired.memory.facts.repair}
-        masks = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
+        masks = [Plan(), *(Plan.removing(index) for index in range(6))]
         found = [[scorer.mean_accuracy(mask) for mask in masks] for scorer in (plain, stubs)]
         assert found[0][0] == found[1][0]  # the dense model has no stub anywhere
         assert found[0] != found[1]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
+from rap_env.plan import Plan
 from tests.envs.playing import COUNT, assert_same, make, play
 from tests.envs.playing_v1 import ITEMS, make_ladder_context, make_sync_v1, make_v1, make_vector_v1
 from tests.envs.playing_vectors import MODES, make_sync, make_vector, play_vector
@@ -26,7 +26,7 @@ def test_removed_blocks_as_an_array_have_a_fixed_shape(context):
         assert removed.dtype == np.int8
         assert removed.shape == (len(found), COUNT)
         for flags, step in zip(removed, expected, strict=True):
-            assert BlockMask.of(*np.flatnonzero(flags)) == BlockMask.of(*step[-1]["removed"])
+            assert Plan.removing(*np.flatnonzero(flags)) == Plan.removing(*step[-1]["removed"])
         for step in (*expected, *found):
             del step[-1]["removed"]
         assert_same(found, expected)  # nothing else differs

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.envs.episode import usable_masks
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.observation import ImportanceFeatures, ObservationBuilder, squash
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.conftest import LAYERS
 from tests.envs.playing import COUNT, make, play
@@ -30,8 +30,8 @@ def request_(context) -> Request:
 
 
 def test_request_features_match_the_documented_table(builder, request_):
-    memory, seen = builder.memory, builder.build(request_, BlockMask())["request"]
-    dense = memory.breakdown(BlockMask(), request_)
+    memory, seen = builder.memory, builder.build(request_, Plan())["request"]
+    dense = memory.breakdown(Plan(), request_)
     assert seen[0] == pytest.approx(0.75, abs=1e-4)
     assert seen[1] == pytest.approx(2 / 8)
     assert seen[2] == pytest.approx(5 / 6)  # 2^5 tokens of 2^6 positions
@@ -40,7 +40,7 @@ def test_request_features_match_the_documented_table(builder, request_):
 
 
 def test_block_features_match_the_documented_table(builder, request_):
-    blocks = builder.build(request_, BlockMask.of(2))["blocks"]
+    blocks = builder.build(request_, Plan.removing(2))["blocks"]
     assert blocks[:, 0].tolist() == [0, 1] * LAYERS
     assert blocks[:, 1].tolist() == [0, 0, 0.5, 0.5, 1, 1]
     assert blocks[:, 2].tolist() == [1, 1, 0, 1, 1, 1]
@@ -51,57 +51,57 @@ def test_block_features_match_the_documented_table(builder, request_):
 
 def test_freed_share_equals_the_drop_of_the_peak(builder, request_):
     memory = builder.memory
-    blocks = builder.build(request_, BlockMask.of(2))["blocks"]
-    dense = memory.peak_bytes(BlockMask(), request_)
+    blocks = builder.build(request_, Plan.removing(2))["blocks"]
+    dense = memory.peak_bytes(Plan(), request_)
     for index in range(COUNT):
-        freed = dense - memory.peak_bytes(BlockMask.of(index), request_)
+        freed = dense - memory.peak_bytes(Plan.removing(index), request_)
         assert blocks[index, 3] == pytest.approx(0 if index == 2 else freed / dense)
 
 
 def test_bytes_over_fall_to_zero_and_not_below(builder, request_):
-    masks = [BlockMask.of(*range(n)) for n in range(COUNT + 1)]
+    masks = [Plan.removing(*range(n)) for n in range(COUNT + 1)]
     over = [builder.build(request_, mask)["request"][3] for mask in masks]
     assert over == sorted(over, reverse=True)
     assert over[0] > over[-1] == 0
 
 
 def test_mask_and_space_agree(builder, request_):
-    seen = builder.build(request_, BlockMask.of(0, 5))
+    seen = builder.build(request_, Plan.removing(0, 5))
     assert seen["action_mask"].tolist() == [0, 1, 1, 1, 1, 0]
     assert seen["action_mask"].dtype == np.int8
     assert builder.space.contains(seen)
-    everything = BlockMask.of(*range(COUNT))
+    everything = Plan.removing(*range(COUNT))
     assert builder.space.contains(builder.build(request_, everything))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (4096, 64)])
 @pytest.mark.parametrize("budget", [1, 2**60])
 def test_extreme_requests_stay_in_the_space(builder, shape, budget):
-    assert builder.space.contains(builder.build(Request(*shape, budget), BlockMask()))
+    assert builder.space.contains(builder.build(Request(*shape, budget), Plan()))
 
 
 def test_every_call_returns_new_arrays(builder, request_):
-    first, second = (builder.build(request_, BlockMask()) for _ in range(2))
+    first, second = (builder.build(request_, Plan()) for _ in range(2))
     for key, array in first.items():
         assert not np.shares_memory(array, second[key])
         array += 1
-    third = builder.build(request_, BlockMask())
+    third = builder.build(request_, Plan())
     assert all(np.array_equal(third[key], second[key]) for key in second)
 
 
 def test_consecutive_requests_do_not_interfere(builder, request_):
     other = Request.at_fraction(builder.memory, 1, 8, 0.9)
-    fresh = builder.build(other, BlockMask())
-    builder.build(request_, BlockMask())
-    again = builder.build(other, BlockMask())
+    fresh = builder.build(other, Plan())
+    builder.build(request_, Plan())
+    again = builder.build(other, Plan())
     assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
 
 
 def test_observations_of_unknown_blocks_or_lengths_are_rejected(builder, request_):
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
-        builder.build(request_, BlockMask.of(COUNT))
+        builder.build(request_, Plan.removing(COUNT))
     with pytest.raises(InvalidRequestError, match="from 1 to 64 tokens"):
-        builder.build(Request(1, 65, 1), BlockMask())
+        builder.build(Request(1, 65, 1), Plan())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -110,7 +110,7 @@ def test_episode_observations_equal_those_built_for_its_masks(context, masked):
     for seed, workload in itertools.product(range(10), ("grid", "azure-conv")):
         env = make(context, workload=workload)
         for step, (seen, *_, info) in enumerate(play(env, seed, masked)):
-            built = builder.build(Request(**info["request"]), BlockMask.of(*info["removed"]))
+            built = builder.build(Request(**info["request"]), Plan.removing(*info["removed"]))
             usable_masks(built["action_mask"])
             for key, array in built.items():
                 assert np.array_equal(seen[key], array), (seed, step, key)

@@ -11,9 +11,9 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.wrappers import FlattenObservation
 
 import rap_env
-from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from rap_env.plan import Plan
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play, request_at
 
@@ -72,7 +72,7 @@ class TestContract:
         weights = context.llm.model.state_dict()
         before = {name: tensor.clone() for name, tensor in weights.items()}
         play(make(context, reward=DENSE_TIMING), 99)
-        assert context.llm.mask == BlockMask()
+        assert context.llm.mask == Plan()
         assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
 
@@ -91,9 +91,9 @@ class TestEpisode:
         ]
         assert not any(truncated for _, _, _, truncated, _ in steps)
         for seen, _, _, _, info in steps:
-            mask = BlockMask.of(*info["removed"])
+            mask = Plan.removing(*info["removed"])
             assert env.observation_space.contains(seen)
-            kept = [int(n not in mask) for n in range(COUNT)]
+            kept = [int(n not in mask.removed) for n in range(COUNT)]
             assert seen["action_mask"].tolist() == (kept if any(kept) else [1] * COUNT)
             assert info["nll"] == pytest.approx(context.scorer.nll(mask))
 
@@ -124,7 +124,7 @@ class TestEpisode:
         context = make_context()
         env = make(context)
         env.reset(seed=0)
-        context.scorer.nll(BlockMask())
+        context.scorer.nll(Plan())
         before = context.scorer.evaluations
         _, *steps = play(env, 3, masked=True)
         assert len(steps) > 1
@@ -152,7 +152,7 @@ class TestEpisode:
         env.reset(seed=0, options={"request": request_at(context, 0.7)})
         env.step(0)
         _, reward, _, truncated, info = env.step(0)
-        loss = context.scorer.nll(BlockMask.of(0)) - context.scorer.dense_nll
+        loss = context.scorer.nll(Plan.removing(0)) - context.scorer.dense_nll
         assert truncated
         assert (reward, info["loss"]) == (pytest.approx(-loss), pytest.approx(loss))
 
@@ -164,7 +164,7 @@ class TestEpisode:
         with pytest.raises(ResetNeeded, match="The episode is over; call reset"):
             env.step(0)
         env.reset(seed=1)
-        assert env.mask == BlockMask()
+        assert env.mask == Plan()
 
     @pytest.mark.parametrize("action", [-1, COUNT, 0.5, None, [0, 1], True])
     def test_a_malformed_action_is_rejected_and_changes_nothing(self, context, action):
@@ -172,14 +172,14 @@ class TestEpisode:
         env.reset(seed=0)
         with pytest.raises(UnknownNameError, match=r"Unknown action .*5 \(layer02\.ffn\)"):
             env.step(action)
-        assert env.mask == BlockMask()
+        assert env.mask == Plan()
 
     @pytest.mark.parametrize("action", [np.array(2), np.array([2]), [2], np.uint8(2)])
     def test_an_array_of_one_integer_is_an_action(self, context, action):
         env = make(context)
         env.reset(seed=0)
         env.step(action)
-        assert env.mask.indices == {2}
+        assert env.mask.removed == {2}
 
     def test_nan_from_the_model_does_not_change_the_episode(self):
         context = make_context()
@@ -189,11 +189,11 @@ class TestEpisode:
         kept = head.detach().clone()
         with torch.no_grad():
             head.fill_(torch.nan)
-        context.scorer.nll(BlockMask.of(1))  # measured before the damage, by the one-shot scan
+        context.scorer.nll(Plan.removing(1))  # measured before the damage, by the one-shot scan
         env.step(1)
         with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
             env.step(3)
-        assert env.mask == BlockMask.of(1)
+        assert env.mask == Plan.removing(1)
         with torch.no_grad():
             head.copy_(kept)
         assert env.step(3)[-1]["removed"] == ["layer00.ffn", "layer01.ffn"]

@@ -13,7 +13,6 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.wrappers import FlattenObservation
 
 import rap_env
-from rap_env.blocks import BlockMask
 from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import (
     InfeasibleBudgetError,
@@ -22,7 +21,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.ladder.item_observation import ITEM_FEATURES
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play
 from tests.envs.playing_v1 import (
@@ -77,7 +76,7 @@ class TestContract:
         weights = ladder.llm.model.state_dict()
         before = {name: tensor.clone() for name, tensor in weights.items()}
         play(make_v1(ladder, reward=DENSE_TIMING), 99)
-        assert ladder.llm.plan == CompressionPlan()
+        assert ladder.llm.plan == Plan()
         assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
     def test_the_package_exports_and_registers_it(self):
@@ -120,7 +119,7 @@ class TestSameAsV0:
                     freed = seen["ladder"][:, ITEM_FEATURES.index("freed_share")]
                     assert np.array_equal(freed, seen_v0["blocks"][:, 3])
                     removed = [n for n, level in enumerate(info["levels"]) if level == "removed"]
-                    assert BlockMask.of(*removed) == BlockMask.of(*info_v0["removed"])
+                    assert Plan.removing(*removed) == Plan.removing(*info_v0["removed"])
 
     def test_models_opened_by_name_have_the_same_episodes(self, tmp_path):
         tiny_model(layers=2).save_pretrained(tmp_path / "model")
@@ -153,7 +152,7 @@ class TestEpisode:
         (_, start), *steps = play(env, seed, masked=True)
         assert set(start["levels"]) == {"native"}
         request = Request(**start["request"])
-        before = CompressionPlan()
+        before = Plan()
         for seen, _, terminated, truncated, info in steps:
             plan = plan_of(env, info)
             changed = {k: v for k, v in plan.levels.items() if before.levels.get(k) != v}
@@ -305,11 +304,9 @@ class TestRendering:
             assert not np.array_equal(one, other)
 
 
-def plan_of(env, info) -> CompressionPlan:
+def plan_of(env, info) -> Plan:
     levels = zip(env.ladder.items, info["levels"], strict=True)
-    return CompressionPlan.of(
-        {i.name: n for i, n in levels if not (i.kind == "cache" and n == "removed")}
-    )
+    return Plan.of({i.name: n for i, n in levels if not (i.kind == "cache" and n == "removed")})
 
 
 def test_the_number_of_actions_is_the_number_of_items(ladder):

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from rap_env.blocks import BlockMask
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.envs.task import task_scorer
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.conftest import tiny_tokens
 from tests.scoring.test_long_context_tasks import word_llm
@@ -46,7 +46,7 @@ def test_v1_pays_for_the_recall_that_lowered_caches_cost(context):
     reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
     assert "int2" in info["levels"]
     scorer = task_scorer(context, TASKS)
-    rise = scorer.mean_choice_nll(env.plan) - scorer.mean_choice_nll(BlockMask())
+    rise = scorer.mean_choice_nll(env.plan) - scorer.mean_choice_nll(Plan())
     assert rise != 0
     assert info["reward_terms"]["recall"] == pytest.approx(-0.5 * rise)
     assert reward == pytest.approx(sum(info["reward_terms"].values()))
@@ -56,7 +56,7 @@ def test_v0_pays_for_the_recall_that_removed_blocks_cost(context):
     env = RAPPruneEnv(context=context, reward="recall", tasks=TASKS, infeasible="clip")
     reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
     scorer = task_scorer(context, TASKS)
-    mask = BlockMask.of(*info["removed"])
-    expected = scorer.mean_choice_nll(BlockMask()) - scorer.mean_choice_nll(mask)
+    mask = Plan.removing(*info["removed"])
+    expected = scorer.mean_choice_nll(Plan()) - scorer.mean_choice_nll(mask)
     assert reward == pytest.approx(expected)
     assert set(info["reward_terms"]) == {"recall", "invalid_action"}

@@ -7,10 +7,10 @@ import math
 import pytest
 
 from agents.baselines import make_baseline
-from rap_env.blocks import BlockMask
 from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.plan import Plan
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, assert_same, make, play, request_at
 from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
@@ -18,7 +18,7 @@ from tests.envs.test_vector import CountsCalls
 from tests.scoring.tiny_table import all_masks, table_of
 
 LOG_DENSE = {"timing": "dense", "scale": "log"}
-FRONTIER = [BlockMask.of(*range(count)) for count in range(1, COUNT + 1)]
+FRONTIER = [Plan.removing(*range(count)) for count in range(1, COUNT + 1)]
 POOL = {"name": "pool", "of": "grid", "size": 2}
 
 
@@ -26,7 +26,7 @@ def relative(name: str, **settings) -> dict:
     return {"name": "perplexity", "relative_to": name, **settings}
 
 
-def loss_of(context, mask: BlockMask) -> float:
+def loss_of(context, mask: Plan) -> float:
     return context.scorer.nll(mask) - context.scorer.dense_nll
 
 
@@ -113,7 +113,7 @@ def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward)
 def test_a_baseline_is_measured_once_for_a_request(ordered):
     context = make_context(importance="gsi")
     env = make(context, reward=relative("gsi"), workload=POOL)
-    context.scorer.nll(BlockMask())
+    context.scorer.nll(Plan())
     before = context.scorer.evaluations
     masks = set()
     for seed in range(6):
@@ -168,14 +168,14 @@ def test_baseline_masks_and_final_masks_are_scored_together(ordered):
 
 def test_a_request_below_the_frontier_is_rejected_and_changes_nothing():
     context = make_context()
-    context.frontier = frontier_of(context, [BlockMask.of(1)])
+    context.frontier = frontier_of(context, [Plan.removing(1)])
     env = make(context, reward=relative("frontier"))
     env.reset(seed=0, options={"request": request_at(context, 1e-6)})  # clipped: all must go
     for action in range(COUNT - 1):
         env.step(action)
     with pytest.raises(InvalidRequestError, match="No mask of the frontier fits Request"):
         env.step(COUNT - 1)
-    assert len(env.mask) == COUNT - 1
+    assert len(env.mask.removed) == COUNT - 1
 
 
 def test_an_unavailable_baseline_is_rejected_at_construction(ordered):

@@ -9,10 +9,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-from rap_env.blocks import BlockMask
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models.files.loading import shared_llm
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.conftest import tiny_library
 from tests.envs.playing import DENSE_TIMING, assert_same, make, play, request_at
@@ -48,9 +48,13 @@ def test_the_bytes_of_stubs_count_until_the_request_fits(repaired, seed):
     (_, start), *steps = play(env, seed, masked=True)
     request = Request(**start["request"])
     for _, _, terminated, _, info in steps:
-        mask = BlockMask.of(*info["removed"])
+        mask = Plan.removing(*info["removed"])
         parts = repaired.memory.breakdown(mask, request)
-        assert parts.stubs == sum(repaired.memory.facts.stub_bytes[index] for index in mask) > 0
+        assert (
+            parts.stubs
+            == sum(repaired.memory.facts.stub_bytes[index] for index in sorted(mask.removed))
+            > 0
+        )
         assert info["peak_bytes"] == parts.peak
         assert terminated == (parts.peak <= request.budget_bytes)
     peaks = [start["peak_bytes"], *(info["peak_bytes"] for *_, info in steps)]
@@ -76,7 +80,7 @@ def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
         env.reset(seed=0, options=options)
         *_, info = env.step(1)
         found[each] = info["nll"]
-        assert info["nll"] == each.scorer.nll(BlockMask.of(1))
+        assert info["nll"] == each.scorer.nll(Plan.removing(1))
     assert found[context] != found[repaired]
 
 

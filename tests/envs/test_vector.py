@@ -118,7 +118,7 @@ class PredictsOddMasks(CountsCalls):
     """A real context that calls its scores of odd numbers of removals predictions."""
 
     def is_predicted(self, mask):
-        return len(mask) % 2 == 1
+        return len(mask.removed) % 2 == 1
 
 
 def test_the_scores_of_a_step_are_requested_in_one_call(context):

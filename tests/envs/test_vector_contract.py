@@ -11,10 +11,10 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 import rap_env
-from rap_env.blocks import BlockMask
 from rap_env.costs import VectorByteTracker
 from rap_env.envs.vector import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
+from rap_env.plan import Plan
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
 from tests.envs.playing_vectors import (
@@ -83,7 +83,7 @@ def test_attributes_of_sub_environments_can_be_read_by_name(context):
     assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(
         range(NUM_ENVS)
     )
-    assert vector.get_attr("mask") == tuple(BlockMask.of(index) for index in range(NUM_ENVS))
+    assert vector.get_attr("mask") == tuple(Plan.removing(index) for index in range(NUM_ENVS))
     assert vector.get_attr("request") == (request_at(context, 0.7),) * NUM_ENVS
     assert vector.get_attr("context") == (context,) * NUM_ENVS
     assert vector.get_attr("render_mode") == (None,) * NUM_ENVS
@@ -140,12 +140,12 @@ def test_a_failing_model_changes_no_sub_environment():
         head.fill_(torch.nan)
     with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
         vector.step(np.array([1, 1, 1, 1, 3]))
-    assert vector.masks == (BlockMask.of(1),) * NUM_ENVS
+    assert vector.masks == (Plan.removing(1),) * NUM_ENVS
     with torch.no_grad():
         head.copy_(kept)
     _, rewards, *_ = vector.step(np.array([1, 1, 1, 1, 3]))
     assert rewards[:4].tolist() == [-0.1] * 4
-    assert vector.masks[4] == BlockMask.of(1, 3)
+    assert vector.masks[4] == Plan.removing(1, 3)
 
 
 def test_finished_sub_environments_wait_for_their_reset(context):
@@ -192,7 +192,7 @@ def test_impossible_actions_are_rejected_and_change_nothing(context, actions, er
     vector.reset(seed=0)
     with pytest.raises(error, match=message):
         vector.step(np.array(actions))
-    assert vector.masks == (BlockMask(),) * NUM_ENVS
+    assert vector.masks == (Plan(),) * NUM_ENVS
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import rap_env
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.ladder.vector_tracker import VectorLevelTracker
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, assert_same
 from tests.envs.playing_v1 import (
     ITEMS,
@@ -121,7 +121,7 @@ def test_attributes_of_sub_environments_can_be_read_by_name(ladder):
     vector.step(np.arange(NUM_ENVS))
     names = [item.name for item in vector.ladder.items]
     assert vector.get_attr("plan") == tuple(
-        CompressionPlan.of({names[index]: "int8"}) for index in range(NUM_ENVS)
+        Plan.of({names[index]: "int8"}) for index in range(NUM_ENVS)
     )
     assert vector.call("action_masks")[0].shape == (ITEMS,)
     assert vector.call("action_masks")[0].all()
@@ -169,7 +169,7 @@ def test_impossible_settings_and_actions_are_rejected(ladder):
         vector.step(np.full(NUM_ENVS, ITEMS))
     with pytest.raises(InvalidRequestError, match="array of 5 actions"):
         vector.step(np.zeros(2, dtype=int))
-    assert vector.plans == (CompressionPlan(),) * NUM_ENVS
+    assert vector.plans == (Plan(),) * NUM_ENVS
 
 
 def test_sub_environments_start_together(ladder, monkeypatch):

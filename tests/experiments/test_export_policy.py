@@ -23,14 +23,14 @@ from experiments.export_policy import ExportPolicyConfig, export, reduced, setti
 from experiments.launch import CONF_DIR
 from experiments.profile import profile
 from experiments.train import train
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
+from rap_env.plan import Plan
 from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
 from rap_env.request import Request
 from tests.experiments.test_config import run_program
 from tests.tiny import tiny_model, tiny_tokenizer
 
-STORED = BlockMask.of(0, 1, 2, 3, 4, 5, 7)
+STORED = Plan.removing(0, 1, 2, 3, 4, 5, 7)
 """A mask that is in the store before the frontier is built."""
 
 

@@ -27,10 +27,9 @@ from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.recorded_scores import recorded_scores
-from rap_env.blocks import BlockMask
 from rap_env.errors import RapError
 from rap_env.importance.frontier import Frontier
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.score_table import ScoreTable
 from tests.programs import PythonProgram, run_python
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -99,7 +98,7 @@ def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))
     assert ScoreTable.load(exported).levels is None
     assert "int4" in table.levels["one_shot"]["layer00.cache"]
-    plan = CompressionPlan.of({"layer03.ffn": "int8"})  # measured for its cost
+    plan = Plan.of({"layer03.ffn": "int8"})  # measured for its cost
     live = build_context(levels)
     assert table.scores[plan] == live.scorer.nll(plan)
     env = gym.make(
@@ -119,7 +118,7 @@ def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, caps
     assert exported.name == TABLE_FILE
     assert len(table.scores) == MASKS
     live = build_context(config)
-    for mask in [BlockMask(), BlockMask.of(3), *list(table.scores)[-5:]]:
+    for mask in [Plan(), Plan.removing(3), *list(table.scores)[-5:]]:
         assert table.scores[mask] == live.scorer.nll(mask)
     assert live.scorer.evaluations < 2 * MASKS
     assert table.text["sha256"] == live.scorer.corpus.sha256
@@ -138,7 +137,7 @@ def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, caps
 
 def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path):
     live = build_context(config)
-    live.scorer.nll(BlockMask.of(0, 2, 4, 6, 7))
+    live.scorer.nll(Plan.removing(0, 2, 4, 6, 7))
     path = tmp_path / "deep" / "mine.json"
     settings = replace(config, export=ExportConfig(path=str(path)))
     assert export_scores(settings, tmp_path / "run") == path
@@ -149,15 +148,15 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     recorded = replace(config, name="recorded", frontier=FrontierConfig(evaluations=60))
     profile(recorded, recorded.stage_dir("profile"))
     table = json.loads((recorded.root / "profile" / "frontier.json").read_text())["body"]
-    policys = BlockMask.of(0, 1, 4, 5, 8, 9)
+    policys = Plan.removing(0, 1, 4, 5, 8, 9)
     rounds = recorded.root / "train" / "rap-s0" / "rounds.jsonl"
     rounds.parent.mkdir(parents=True)
-    rounds.write_text(json.dumps({"round": 0, "scored": [[list(policys.names), 7.5]]}) + "\n")
+    rounds.write_text(json.dumps({"round": 0, "scored": [[policys.removed_names, 7.5]]}) + "\n")
     export = ExportConfig(records=[str(recorded.root)])
     fresh = replace(config, store=str(tmp_path / "fresh.sqlite"), export=export)
     found = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
     assert found[policys] == 7.5
-    assert {len(mask) for mask in found} > {0, 1}
+    assert {len(mask.removed) for mask in found} > {0, 1}
     assert len(found) >= len(table["nll"]) > 50
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
@@ -205,7 +204,7 @@ def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_
     assert len(table.scores) == 40, "of a store that also has 150 of the model without stubs"
     assert all(table.scores[mask] == live.scorer.nll(mask) for mask in table.scores)
     assert table.dense_nll == plain.dense_nll
-    assert table.scores[BlockMask.of(1)] != plain.scores[BlockMask.of(1)]
+    assert table.scores[Plan.removing(1)] != plain.scores[Plan.removing(1)]
     with pytest.raises(RapError, match=r"repair\.name: 'library' -> 'none'"):
         export_scores(replace(settings, repair=RepairConfig()), path.parent)
     for repair in ("none", "library"):

@@ -22,10 +22,10 @@ from experiments.leaderboard.checking import check_entry
 from experiments.leaderboard.publishing import COMPARISONS, grid_rows, make_entries, requests_of
 from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
 from experiments.train import train
-from rap_env.blocks import BlockMask
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import VOCAB_SIZE, tiny_llm
@@ -53,7 +53,7 @@ def replayed():
     memory = MemoryModel(llm.facts)
     tokens = torch.randint(3, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(0))
     scorers = {"calibration": MaskScorer(llm, tokens[:2]), "test": MaskScorer(llm, tokens[2:])}
-    masks = [BlockMask.of(1), BlockMask.of(1, 3, 5)]
+    masks = [Plan.removing(1), Plan.removing(1, 3, 5)]
     peaks = [memory.peak_bytes(mask, Request(2, 16, budget_bytes=1)) for mask in masks]
     requests = [Request(2, 16, budget_bytes=peak) for peak in peaks]
     delta = {
@@ -61,7 +61,10 @@ def replayed():
         for split, scorer in scorers.items()
     }
     run = Run(
-        None, tuple(dict.fromkeys(mask.names, "removed") for mask in masks), delta, (True, True)
+        None,
+        tuple(dict.fromkeys(mask.removed_names, "removed") for mask in masks),
+        delta,
+        (True, True),
     )
     return Entry("mine", "tiny", "x", (run,)), memory, requests, scorers
 

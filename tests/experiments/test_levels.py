@@ -17,7 +17,7 @@ from experiments.errors import ExperimentError
 from experiments.levels import COSTS_FILE, KINDS_FILE, STUDY, PlanRow
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -60,10 +60,10 @@ def test_costs_are_measured_on_the_model(measured):
     assert costs.window_tokens == 48
     assert set(costs.one_shot["layer01.cache"]) == {"int8", "int2"}, "the window holds the text"
     for item, level in (("layer01.cache", "int2"), ("layer00.ffn", "removed")):
-        nll = context.scorer.nll(CompressionPlan.of({item: level}))
+        nll = context.scorer.nll(Plan.of({item: level}))
         rise = nll - context.scorer.dense_nll
         assert costs.one_shot[item][level] == pytest.approx(rise, abs=1e-12)  # sums are rounded
-    both = CompressionPlan.uniform(2, caches="int2")
+    both = Plan.uniform(2, caches="int2")
     rise = context.scorer.nll(both) - context.scorer.dense_nll
     assert costs.joint[both.to_json()] == pytest.approx(rise, abs=1e-12)
     assert rise != 0
@@ -127,7 +127,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     assert policy.text_kinds.shares(tokens["code"])[1] > 0.8
     code = replace(calibration, source=kinds["code"].source)
     on_code = build_context(replace(config, calibration=code), profiled=False).scorer
-    rise = on_code.nll(CompressionPlan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
+    rise = on_code.nll(Plan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
     found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
     assert found.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
     before = (folder / KINDS_FILE).read_bytes()

@@ -102,7 +102,7 @@ def test_a_policy_of_a_package_answers_requests_by_either_name(package):
     request = request_at(context, 2, 64, 0.7)
     chosen = load_policy("largest", memory).choose(request)
     assert memory.peak_bytes(chosen, request) <= request.budget_bytes
-    assert {name.split(".")[1] for name in chosen.names} == {"ffn"}, "these free most"
+    assert {name.split(".")[1] for name in chosen.removed_names} == {"ffn"}, "these free most"
     assert load_policy("rap_example.policies:LargestFirst", memory).choose(request) == chosen
     baseline = make_baseline("rap_example.baselines:LargestFirstBaseline", context)
     assert baseline.choose(request) == chosen

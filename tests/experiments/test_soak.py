@@ -13,8 +13,7 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 from experiments.config import as_config
 from experiments.launch import CONF_DIR, register
 from experiments.soak import check_answers, memory_growth, soak
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.serving.tokenizers import chat_tokenizer
@@ -60,21 +59,21 @@ def answer_of(llm, mask, prompt, tokens=6):
             logprobs = llm.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
             token = int(logprobs.argmax())
             ids.append(token)
-            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0, CompressionPlan(mask)))
+            handle.emit(TokenEvent(token, float(logprobs[token]), 0.0, mask))
     handle.emit(EndEvent("length", None, 0.0))
     return handle
 
 
 def test_agreement_detects_right_and_wrong_answers():
     llm = tiny_llm(layers=4)
-    masks = [BlockMask(), BlockMask.of(1, 4)]
+    masks = [Plan(), Plan.removing(1, 4)]
     right = [answer_of(llm, mask, [5, 6, 7]) for mask in masks]
     counts = check_answers(llm, right)
     assert (counts["answers"], counts["tokens"]) == (2, 12)
     assert counts["wrong_answers"] == 0
     assert counts["control_wrong"] == counts["control_answers"] == 2
     wrong = answer_of(llm, masks[0], [5, 6, 7])
-    wrong.plans = [CompressionPlan(masks[1])] * 6
+    wrong.plans = [masks[1]] * 6
     assert check_answers(llm, [wrong])["wrong_answers"] == 1
 
 

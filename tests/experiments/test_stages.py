@@ -28,8 +28,8 @@ from experiments.profile import profile
 from experiments.study.records import append_record, read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring import workers
 from rap_env.scoring.corpus import CorpusConfig
@@ -296,11 +296,11 @@ def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
     text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
     report = MaskScorer(context.llm, load_corpus(text, context.llm))
     for row in rows:
-        mask, request = BlockMask.of(*row.mask), Request(**row.request, budget_bytes=1)
+        mask, request = Plan.removing(*row.mask), Request(**row.request, budget_bytes=1)
         parts = context.memory.breakdown(mask, request)
         assert row.peak_bytes == parts.peak
         assert (parts.stubs > 0) == bool(row.mask)
-        losses = report.window_nll(mask) - report.window_nll(BlockMask())
+        losses = report.window_nll(mask) - report.window_nll(Plan())
         assert row.window_losses == losses.tolist()
         calibrated = context.scorer.nll(mask) - context.scorer.dense_nll
         assert row.loss_calibration == pytest.approx(calibrated)

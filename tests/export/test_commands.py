@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.plan_file import read_plan
 from rap_env.export.static_deployment import choose_deployment
@@ -18,7 +17,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from tests.models.stubs import random_stubs
@@ -26,7 +25,8 @@ from tests.models.tiny_gguf import write_tiny_gguf
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_model
 
-MASK = BlockMask.of("layer01.ffn", "layer02.attn")
+MASK = Plan.removing("layer01.ffn", "layer02.attn")
+REMOVED = ",".join(MASK.removed_names)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def exported(rap, model_folder, tmp_path):
 
 
 def test_the_folder_is_the_model_under_the_plan(exported, model_folder, tmp_path):
-    (tmp_path / "plan.json").write_text(CompressionPlan(MASK).to_json())
+    (tmp_path / "plan.json").write_text(MASK.to_json())
     answer, folder = exported("--plan", tmp_path / "plan.json")
-    assert answer["removed"] == list(MASK.names)
+    assert answer["removed"] == list(MASK.removed_names)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     stored = sum(tensor.nbytes for tensor in model.parameters())
     assert answer["weight_bytes_after"] == stored < answer["weight_bytes_before"]
@@ -67,7 +67,7 @@ def test_the_folder_is_the_model_under_the_plan(exported, model_folder, tmp_path
 
 def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exported, tmp_path):
     (tmp_path / "text.txt").write_text("a b c d e f g h. " * 200)
-    answer, folder = exported("--remove", ",".join(MASK.names), "--measure", tmp_path / "text.txt")
+    answer, folder = exported("--remove", REMOVED, "--measure", tmp_path / "text.txt")
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# tiny under a plan, for transformers\n")
     llm = load_llm(folder)
@@ -83,8 +83,8 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exp
     assert {"rap-env", "torch", "transformers"} <= {
         part.split()[0] for part in rows["Versions"].split(", ")
     }
-    plan = CompressionPlan.from_json(card.partition("```json\n")[2].partition("\n```")[0])
-    assert plan.removed == llm.pruned == MASK
+    plan = Plan.from_json(card.partition("```json\n")[2].partition("\n```")[0])
+    assert plan.mask == llm.pruned == MASK
 
 
 def test_the_measured_rise_is_that_of_the_plan(exported, model_folder, tmp_path):
@@ -94,10 +94,10 @@ def test_the_measured_rise_is_that_of_the_plan(exported, model_folder, tmp_path)
 
     path = tmp_path / "text.txt"
     path.write_text("a b c d e f g h. " * 200)
-    answer, folder = exported("--remove", ",".join(MASK.names), "--measure", path)
+    answer, folder = exported("--remove", REMOVED, "--measure", path)
     dense, smaller = load_llm(model_folder, dtype="float32", device="cpu"), load_llm(folder)
     text = load_corpus(CorpusConfig(str(path), 4, 64, role="report"), dense)
-    before, after = (MaskScorer(llm, text).nll(BlockMask()) for llm in (dense, smaller))
+    before, after = (MaskScorer(llm, text).nll(Plan()) for llm in (dense, smaller))
     assert answer["measured_delta_nll"] == pytest.approx(after - before, abs=1e-6) != 0
 
 
@@ -108,7 +108,7 @@ def test_a_policy_chooses_for_a_request(exported, model_folder):
     answer, _ = exported(*shape)
     assert answer["removed"] == []
     assert answer["delta_nll"] == 0
-    assert memory.peak_bytes(BlockMask(), Request(1, 32, budget)) == budget
+    assert memory.peak_bytes(Plan(), Request(1, 32, budget)) == budget
 
 
 @pytest.mark.engine_feature("transformers", "Stubs", "all")
@@ -116,7 +116,7 @@ def test_stubs_travel(exported, model_folder, tmp_path):
     llm = load_llm(model_folder, dtype="float32", device="cpu")
     library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
     library.save(tmp_path / "stubs.safetensors")
-    removed = ",".join(MASK.names)
+    removed = REMOVED
     answer, folder = exported("--remove", removed, "--repair", tmp_path / "stubs.safetensors")
     assert answer["delta_nll_source"] == "no prediction knows stubs"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -154,7 +154,7 @@ def test_what_is_no_plan_is_an_error_and_writes_nothing(
 @pytest.mark.parametrize("levels", [{"weights": "int8"}, {"caches": "int4"}], ids=str)
 def test_a_plan_with_levels_is_no_folder(rap, model_folder, tmp_path, target, levels):
     path = tmp_path / "plan.json"
-    path.write_text(CompressionPlan.uniform(4, **levels).to_json())
+    path.write_text(Plan.uniform(4, **levels).to_json())
     code, _, err = rap("export", tmp_path / "out", "--to", target, "--plan", path, "--model",
                        model_folder)  # fmt: skip
     assert code == 2
@@ -165,12 +165,12 @@ def test_a_plan_with_levels_is_no_folder(rap, model_folder, tmp_path, target, le
 
 def test_a_plan_file_is_a_plan_a_mask_or_the_answer_of_rap_choose(rap, tmp_path):
     path = tmp_path / "plan.json"
-    plan = CompressionPlan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
+    plan = Plan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
     for text in (plan.to_json(), json.dumps({"model": "x", "levels": plan.levels})):
         path.write_text(text)
         assert read_plan(path) == plan
     path.write_text(MASK.to_json())
-    assert read_plan(path) == CompressionPlan(MASK)
+    assert read_plan(path) == MASK
     shape = ("--batch", 8, "--seq", 1024, "--budget", "110MiB", "--json")
     path.write_text(rap("choose", *shape)[1])
     assert read_plan(path).levels == json.loads(path.read_text())["levels"] != {}
@@ -185,14 +185,14 @@ def test_a_file_without_a_plan_says_how_to_write_one(tmp_path, text):
 
 
 def test_a_folder_for_vllm_opens_in_transformers_too(exported):
-    answer, folder = exported("--remove", ",".join(MASK.names), "--to", "vllm")
+    answer, folder = exported("--remove", REMOVED, "--to", "vllm")
     config = json.loads((folder / "config.json").read_text())
     assert [block["attention"]["no_op"] for block in config["block_configs"]] == [
         False, False, True, False
     ]  # fmt: skip
     assert "`vllm serve out --trust-remote-code`" in (folder / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert answer["removed"] == list(MASK.names)
+    assert answer["removed"] == list(MASK.removed_names)
 
 
 def test_what_vllm_cannot_serve_is_refused_with_the_reason(rap, model_folder, tmp_path):
@@ -212,7 +212,7 @@ def gguf_file(tmp_path):
 
 @pytest.mark.engine_feature("llama.cpp", "Levels of caches", "one format for all layers")
 def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
-    plan = CompressionPlan.uniform(2, caches="int8", removed=BlockMask.of(1))
+    plan = Plan.uniform(2, caches="int8", removed=frozenset({1}))
     (tmp_path / "plan.json").write_text(plan.to_json())
     target = tmp_path / "small" / "out.gguf"
     code, out, err = rap("export", target, "--to", "gguf", "--plan", tmp_path / "plan.json",

@@ -10,7 +10,6 @@ from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.export.gguf_export import check_stubs, export_gguf
 from rap_env.export.gguf_model import GgufModel
@@ -20,7 +19,7 @@ from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.vllm_config import LLAMA_LIKE
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.export.deci_forward import deci_logits
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import FAMILIES as TINY
@@ -53,7 +52,7 @@ def masked_logits(llm: ElasticLLM, plan) -> torch.Tensor:
 @pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
 def test_the_file_is_the_masked_model(removed, tmp_path):
     llm = tiny_llm(layers=LAYERS)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(*removed))
+    path, plan = tmp_path / "a.gguf", Plan.removing(*removed)
     export_gguf(GgufModel.of_llm(llm), plan, path)
     torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
 
@@ -62,7 +61,7 @@ def test_the_file_is_the_masked_model(removed, tmp_path):
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2"])
 def test_further_families_with_biases_and_tied_heads(name, tmp_path):
     llm = tiny_llm(name, layers=LAYERS)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(0, 3, 5, 6))
+    path, plan = tmp_path / "a.gguf", Plan.removing(0, 3, 5, 6)
     export_gguf(GgufModel.of_llm(llm), plan, path)
     torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
     names = {tensor.name for tensor in GgufFile(path).tensors}
@@ -108,7 +107,7 @@ def scaled_llm(kind: str) -> ElasticLLM:
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_scaled_rotary_positions_are_carried_over(kind, tmp_path):
     llm = scaled_llm(kind)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1))
+    path, plan = tmp_path / "a.gguf", Plan.removing(1)
     export_gguf(GgufModel.of_llm(llm), plan, path)
     torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-4)
     assert "rope_freqs.weight" in {tensor.name for tensor in GgufFile(path).tensors}
@@ -129,7 +128,7 @@ def source_llm(**sizes) -> ElasticLLM:
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q4_1", "Q8_0"])
 def test_tensors_of_a_gguf_file_are_copied_as_they_are(kind, tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind=kind, hidden=64, ffn=96)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1, 2))
+    path, plan = tmp_path / "a.gguf", Plan.removing(1, 2)
     export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
     before = {t.name: t for t in GgufFile(tmp_path / "in.gguf").tensors}
     after = {t.name: t for t in GgufFile(path).tensors}
@@ -146,7 +145,7 @@ def test_tensors_of_a_gguf_file_are_copied_as_they_are(kind, tmp_path):
 def test_header_tokenizer_and_template_of_a_gguf_file_are_carried_over(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96)
     path = tmp_path / "a.gguf"
-    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), CompressionPlan(BlockMask.of(1)), path)
+    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), Plan.removing(1), path)
     before, after = GgufFile(tmp_path / "in.gguf"), GgufFile(path)
     for name, field in before.fields.items():
         if name.startswith("llama."):
@@ -163,7 +162,7 @@ def test_header_tokenizer_and_template_of_a_gguf_file_are_carried_over(tmp_path)
 
 def test_a_gguf_file_and_its_model_give_the_same_file(tmp_path):
     model = write_tiny_gguf(tmp_path / "in.gguf", hidden=64, ffn=96)
-    plan, llm = CompressionPlan(BlockMask.of(0)), ElasticLLM(model, None, name="source")
+    plan, llm = Plan.removing(0), ElasticLLM(model, None, name="source")
     export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, tmp_path / "a.gguf")
     export_gguf(GgufModel.of_llm(llm), plan, tmp_path / "b.gguf")
     a, b = ({t.name: t.data for t in GgufFile(tmp_path / f"{n}.gguf").tensors} for n in "ab")
@@ -178,14 +177,14 @@ def test_a_gguf_file_and_its_model_give_the_same_file(tmp_path):
 def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
     llm, path = source_llm(), tmp_path / "a.gguf"
     levels = {"layer00.ffn": level, "layer01.attn": level, "embeddings": level}
-    plan = CompressionPlan.of({**levels, "layer00.attn": "removed"})
+    plan = Plan.of({**levels, "layer00.attn": "removed"})
     export_gguf(GgufModel.of_llm(llm), plan, path)
     kinds = {t.name: t.tensor_type for t in GgufFile(path).tensors}
     assert {
         kinds[n] for n in ("blk.0.ffn_up.weight", "blk.1.attn_q.weight", "token_embd.weight")
     } == {kind}
     assert kinds["blk.1.ffn_up.weight"] == kinds["blk.0.ffn_norm.weight"] == Kind.F32
-    ours, native = masked_logits(llm, plan), masked_logits(llm, CompressionPlan(plan.removed))
+    ours, native = masked_logits(llm, plan), masked_logits(llm, Plan(plan.removed))
     found = (deci_logits(path, IDS) - ours).abs().max()
     assert found < 0.02 * (native - ours).abs().max()  # float16 in place of bfloat16 scales
 
@@ -193,7 +192,7 @@ def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
 def test_what_is_stored_in_as_few_bits_is_kept(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96)
     path = tmp_path / "a.gguf"
-    plan = CompressionPlan.uniform(2, weights="int8", embeddings="int4")
+    plan = Plan.uniform(2, weights="int8", embeddings="int4")
     export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
     kinds = {t.tensor_type for t in GgufFile(path).tensors}
     assert kinds == {Kind.Q4_1, Kind.F32}
@@ -201,15 +200,15 @@ def test_what_is_stored_in_as_few_bits_is_kept(tmp_path):
 
 def test_bf16_stays(tmp_path):
     llm, path = tiny_llm(dtype=torch.bfloat16), tmp_path / "a.gguf"
-    export_gguf(GgufModel.of_llm(llm), CompressionPlan(), path)
+    export_gguf(GgufModel.of_llm(llm), Plan(), path)
     for tensor in GgufFile(path).tensors:
         assert tensor.tensor_type == (Kind.F32 if "norm" in tensor.name else Kind.BF16)
-    ours = masked_logits(tiny_llm(dtype=torch.bfloat16), CompressionPlan())
+    ours = masked_logits(tiny_llm(dtype=torch.bfloat16), Plan())
     torch.testing.assert_close(deci_logits(path, IDS), ours, rtol=0, atol=0.1)
 
 
 def test_rows_that_are_no_multiple_of_32_have_no_levels(tmp_path):
-    plan = CompressionPlan.of({"layer01.ffn": "int4"})
+    plan = Plan.of({"layer01.ffn": "int4"})
     with pytest.raises(UnsupportedModelError, match="blk.1.ffn_gate.weight has rows of 16 values"):
         export_gguf(GgufModel.of_llm(tiny_llm()), plan, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
@@ -220,10 +219,8 @@ def test_means_become_biases_and_maps_are_refused(tmp_path):
     generator = torch.Generator().manual_seed(0)
     means = {n: torch.randn(16, generator=generator) for n in (2, 3, 5, 7)}
     stubs = {n: Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean) for n, mean in means.items()}
-    mask = BlockMask.of(*means)
-    export_gguf(
-        GgufModel.of_llm(llm), CompressionPlan(mask), path, {n: m.numpy() for n, m in means.items()}
-    )
+    mask = Plan.removing(*means)
+    export_gguf(GgufModel.of_llm(llm), mask, path, {n: m.numpy() for n, m in means.items()})
     ours = masked_logits(llm.repaired(stubs, "means"), mask)
     assert (ours - masked_logits(llm, mask)).abs().max() > 0.1
     torch.testing.assert_close(deci_logits(path, IDS), ours, rtol=0, atol=1e-5)
@@ -231,12 +228,12 @@ def test_means_become_biases_and_maps_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match=r"stubs of layer02\.ffn have.*--repair none"):
         check_stubs({"layer01.attn": 0, "layer02.ffn": 3})
     with pytest.raises(UnsupportedModelError, match="adds its mean before any kept block"):
-        export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(0)), path, {0: means[2]})
+        export_gguf(GgufModel.of_llm(llm), Plan.removing(0), path, {0: means[2]})
 
 
 @pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
 def test_a_model_without_attention_is_refused(tmp_path):
-    everything = CompressionPlan(BlockMask.of(*range(0, 2 * LAYERS, 2)))
+    everything = Plan.removing(*range(0, 2 * LAYERS, 2))
     with pytest.raises(UnsupportedModelError, match="without any attention block"):
         export_gguf(GgufModel.of_llm(tiny_llm(layers=LAYERS)), everything, tmp_path / "a.gguf")
 
@@ -245,12 +242,12 @@ def test_a_model_without_attention_is_refused(tmp_path):
 def test_caches_of_several_levels_and_unknown_blocks_are_refused(tmp_path):
     model, path = GgufModel.of_llm(tiny_llm()), tmp_path / "a.gguf"
     with pytest.raises(UnsupportedModelError, match="in one format.*but the plan has int4, native"):
-        export_gguf(model, CompressionPlan.of({"layer00.cache": "int4"}), path)
+        export_gguf(model, Plan.of({"layer00.cache": "int4"}), path)
     with pytest.raises(UnsupportedModelError, match="but the plan has window512"):
-        export_gguf(model, CompressionPlan.uniform(2, caches="window512"), path)
+        export_gguf(model, Plan.uniform(2, caches="window512"), path)
     with pytest.raises(UnknownNameError, match=r"layer05\.ffn"):
-        export_gguf(model, CompressionPlan(BlockMask.of("layer05.ffn")), path)
-    export_gguf(model, CompressionPlan.uniform(2, caches="int8"), path)
+        export_gguf(model, Plan.removing("layer05.ffn"), path)
+    export_gguf(model, Plan.uniform(2, caches="int8"), path)
 
 
 def test_other_gguf_architectures_are_refused(tmp_path):
@@ -270,7 +267,7 @@ def test_a_failed_export_leaves_the_older_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     with pytest.raises(StorageFullError):
-        export_gguf(GgufModel.of_llm(tiny_llm()), CompressionPlan(), path)
+        export_gguf(GgufModel.of_llm(tiny_llm()), Plan(), path)
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -278,7 +275,7 @@ def test_a_failed_export_leaves_the_older_file(tmp_path, monkeypatch):
 def test_a_tokenizer_is_written_as_llama_cpp_writes_it(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf")
     llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
-    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), tmp_path / "a.gguf")
+    export_gguf(GgufModel.of_llm(llm), Plan.removing(1), tmp_path / "a.gguf")
     before, after = GgufFile(tmp_path / "in.gguf"), GgufFile(tmp_path / "a.gguf")
     names = {name for name in before.fields if name.startswith("tokenizer.")}
     found = {name for name in after.fields if name.startswith("tokenizer.")}

@@ -8,12 +8,11 @@ import torch
 
 from experiments.ladder.llama_cpp import PACKAGE, VERSION
 from experiments.ladder.llama_cpp_process import LlamaCpp
-from rap_env.blocks import BlockMask
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, scaled_llm
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_llm
@@ -48,7 +47,7 @@ def greedy(path, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
 def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_path):
     llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
-    plan = CompressionPlan(BlockMask.of(*removed))
+    plan = Plan.removing(*removed)
     export_gguf(GgufModel.of_llm(llm), plan, path)
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-5)
     prompt = IDS[:8]
@@ -63,7 +62,7 @@ def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_pat
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2", "linear", "llama3"])
 def test_families_biases_and_rotary_positions(name, tmp_path):
     llm = scaled_llm(name) if name in ("linear", "llama3") else tiny_llm(name)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(0, 3))
+    path, plan = tmp_path / "a.gguf", Plan.removing(0, 3)
     export_gguf(GgufModel.of_llm(llm), plan, path)
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-4)
 
@@ -72,17 +71,17 @@ def test_families_biases_and_rotary_positions(name, tmp_path):
 def test_means_of_stubs_are_added(tmp_path):
     llm, path = tiny_llm(), tmp_path / "a.gguf"
     mean = torch.linspace(-1, 1, 16)
-    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), path, {1: mean.numpy()})
+    export_gguf(GgufModel.of_llm(llm), Plan.removing(1), path, {1: mean.numpy()})
     from rap_env.models.families.placeholders import Stub
 
     stub = Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean)
-    ours = masked_logits(llm.repaired({1: stub}, "mean"), BlockMask.of(1))
+    ours = masked_logits(llm.repaired({1: stub}, "mean"), Plan.removing(1))
     torch.testing.assert_close(engine_logits(path), ours, rtol=0, atol=1e-5)
 
 
 def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q8_0", hidden=64, ffn=96)
-    path, plan = tmp_path / "a.gguf", CompressionPlan(BlockMask.of(1, 2))
+    path, plan = tmp_path / "a.gguf", Plan.removing(1, 2)
     export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
     llm = ElasticLLM(tiny_source_model(hidden=64, ffn=96), None, name="source")
     found, ours = engine_logits(path), masked_logits(llm, plan)
@@ -92,7 +91,7 @@ def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
 def test_the_tokeniser_of_a_folder_splits_text_as_llama_cpp_does(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf")
     llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
-    export_gguf(GgufModel.of_llm(llm), CompressionPlan(BlockMask.of(1)), tmp_path / "a.gguf")
+    export_gguf(GgufModel.of_llm(llm), Plan.removing(1), tmp_path / "a.gguf")
     engine = LlamaCpp(str(tmp_path / "a.gguf"), "f32", 1, 64, 1)
     vocab = engine._lib.llama_model_get_vocab(engine._model)
     found = engine._ffi.new("int32_t[]", 99)
@@ -108,7 +107,7 @@ def test_what_the_layout_avoids_is_computed_wrong_by_llama_cpp(tmp_path):
     llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
     from rap_env.export import deci, gguf_export
 
-    plan = CompressionPlan(BlockMask.of(1, 2))
+    plan = Plan.removing(1, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deci, "ZERO_FFN_LENGTH", 0)
         patch.setattr(gguf_export, "_no_ffn", lambda *_arguments: ())
@@ -117,5 +116,5 @@ def test_what_the_layout_avoids_is_computed_wrong_by_llama_cpp(tmp_path):
         export_gguf(GgufModel.of_llm(llm), plan, path)
     found = engine_logits(path)
     assert (found - masked_logits(llm, plan)).abs().max() > 0.1
-    lost = masked_logits(llm, BlockMask.of(0, 1, 2))
+    lost = masked_logits(llm, Plan.removing(0, 1, 2))
     torch.testing.assert_close(found, lost, rtol=0, atol=1e-5)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.static_deployment import (
     BATCHES,
@@ -16,6 +15,7 @@ from rap_env.export.static_deployment import (
     choose_deployment,
 )
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.policies.loading import default_facts
 from rap_env.request import Request
 from tests.tiny import tiny_llm
@@ -30,7 +30,7 @@ def test_bytes_are_those_that_llama_cpp_reports(row):
     request = Request(**row["request"], budget_bytes=1)
     cache = next(cache for cache in CACHE_TYPES if cache.name == row["cache"])
     facts = default_facts()
-    found = MaskBytes.of(facts, BlockMask()).with_request(facts, cache, request, 256)
+    found = MaskBytes.of(facts, Plan()).with_request(facts, cache, request, 256)
     assert found["weights_bytes"] == pytest.approx(row["model_bytes"], rel=0.02)
     assert found["kv_cache_bytes"] == pytest.approx(row["cache_bytes"], rel=0.002)
     assert found["compute_bytes"] == pytest.approx(row["compute_bytes"], rel=0.05)
@@ -57,7 +57,7 @@ def test_the_least_loss_that_fits_is_chosen():
         tighter = Request(8, 1024, found.peak_bytes)
         assert choose_deployment(memory, tighter).delta_nll == found.delta_nll
     roomy = choose_deployment(memory, Request(8, 1024, 2**31))
-    assert (roomy.mask, roomy.cache.name, roomy.batch_tokens) == (BlockMask(), "f16", BATCHES[0])
+    assert (roomy.mask, roomy.cache.name, roomy.batch_tokens) == (Plan(), "f16", BATCHES[0])
     assert roomy.flags == "-ctk f16 -ctv f16 -c 8192 -np 8 -b 256 -ub 256"
     with pytest.raises(InfeasibleBudgetError, match=r"the smallest one needs [\d,]+"):
         choose_deployment(memory, Request(8, 1024, 2**20))
@@ -66,13 +66,13 @@ def test_the_least_loss_that_fits_is_chosen():
 def test_other_models_choose_among_caches():
     memory = MemoryModel(tiny_llm())
     dense = choose_deployment(memory, Request(1, 32, 2**30))
-    held = MaskBytes.of(memory.facts, BlockMask())
+    held = MaskBytes.of(memory.facts, Plan())
     least = min(
         sum(held.with_request(memory.facts, cache, dense.request, 32).values())
         for cache in CACHE_TYPES
     )
     found = choose_deployment(memory, Request(1, 32, least))
-    assert (found.mask, found.cache.name) == (BlockMask(), "q4_0")
+    assert (found.mask, found.cache.name) == (Plan(), "q4_0")
 
 
 def test_rap_choose_shows_it_beside_the_live_plan(rap):
@@ -82,7 +82,7 @@ def test_rap_choose_shows_it_beside_the_live_plan(rap):
     answer = json.loads(out)
     deployed = answer["llama_cpp"]
     found = choose_deployment(MemoryModel(default_facts()), Request(8, 1024, 150 * 2**20))
-    assert deployed["removed"] == list(found.mask.names)
+    assert deployed["removed"] == list(found.mask.removed_names)
     assert deployed["delta_nll"] == found.delta_nll > answer["delta_nll"]
     code, out, _ = rap("choose", *shape, "--engine", "llama.cpp")
     assert code == 0

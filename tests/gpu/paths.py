@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.importance.gsi_search import gsi
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import Trainer, distill
@@ -28,14 +27,14 @@ from rap_env.workload.sampler import GridSampler
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
-LOWERED = CompressionPlan.uniform(LAYERS, caches="int4-window32")
+LOWERED = Plan.uniform(LAYERS, caches="int4-window32")
 TEXT, HELD_BACK = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
 PLANS = [
-    BlockMask(),
-    BlockMask.of(0),
-    BlockMask.of(1, 2),
+    Plan(),
+    Plan.removing(0),
+    Plan.removing(1, 2),
     LOWERED,
-    LOWERED.without(BlockMask.of(2)),
+    LOWERED.without(2),
 ]
 
 
@@ -56,7 +55,7 @@ def live(llm, residency):
     llm.set_residency(residency)
     batch, other = LiveBatch(llm), LiveBatch(llm)
     batch.prefill([[5, 6, 7, 8] * 10, [9, 10]])
-    for plan in (BlockMask.of(0, 3), LOWERED, BlockMask()):
+    for plan in (Plan.removing(0, 3), LOWERED, Plan()):
         llm.apply(plan)
         batch.extend([3, 4])
         other.prefill([[11, 12, 13]])
@@ -70,7 +69,7 @@ def scored(llm, together):
 
 
 PATHS = {
-    "generate": lambda llm: generated(llm, BlockMask.of(0, 3)),
+    "generate": lambda llm: generated(llm, Plan.removing(0, 3)),
     "generate, lower caches": lambda llm: generated(llm, LOWERED),
     "live batch, resident": lambda llm: live(llm, "resident"),
     "live batch, offload": lambda llm: live(llm, "offload"),
@@ -114,7 +113,7 @@ def served(llm):
     memory = estimator.memory
     plans = uniform_plans(memory.facts)
     policy = UniformPolicy(memory, plans, (3, 0, 2, 1))
-    low = estimator.peak_bytes(BlockMask.of(0, 1, 3), BatchShape(2, 60))
+    low = estimator.peak_bytes(Plan.removing(0, 1, 3), BatchShape(2, 60))
     budget = [10**12]
     controller = RuntimeController(
         llm, policy, lambda: budget[0], meter=TensorMeter(llm), clock=lambda: 0.0, hold_s=0.0

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, RapError, UnsupportedModelError
 from rap_env.models.device import choose_device
 from rap_env.models.files.loading import load_llm
@@ -21,7 +20,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.self_written import self_written
 from rap_env.models.weights.transfers import DoubleBuffer
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer
 from tests.gpu.paths import (
@@ -90,7 +89,7 @@ def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key(
 
 
 def test_few_steps_wait_for_the_device():
-    masks = [BlockMask.of(first, second) for first in range(4) for second in range(4, 8)]
+    masks = [Plan.removing(first, second) for first in range(4) for second in range(4, 8)]
     with pretended_gpu() as waits:
         llm = ElasticLLM(tiny_model("llama", layers=4).to("cuda"), None, name="llama")
         scorer = MaskScorer(llm, TOKENS, masks_together=16)
@@ -98,7 +97,7 @@ def test_few_steps_wait_for_the_device():
         before = waits.count
         scorer.nll_many(masks)
         assert waits.count - before <= 2  # transformers looks at a mask, and the scores are read
-        for plan in (BlockMask(), CompressionPlan.uniform(4, caches="int4")):
+        for plan in (Plan(), Plan.uniform(4, caches="int4")):
             llm.apply(plan)
             for prompts in ([[5, 6, 7, 8]] * 8, [[5, 6, 7, 8], [9]] * 4):  # padded, and not
                 batch = LiveBatch(llm)
@@ -144,7 +143,7 @@ def test_int4_weights_of_a_text_are_made_and_read_from_files(on_each_device):
         for _ in range(2):  # the second time from the files
             llm = ElasticLLM(tiny_model("llama", layers=1).to(device), None, name="llama")
             calibrate(llm, TOKENS[:2])
-            scores.append(MaskScorer(llm, TOKENS).nll(CompressionPlan.uniform(1, weights="int4")))
+            scores.append(MaskScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
         return scores
 
     expected, found = on_each_device(calibrated)
@@ -197,7 +196,7 @@ def test_weights_go_to_the_host_in_few_copies_and_nothing_waits():
         llm = llm_of("llama", "cuda")
         llm.set_residency("offload")
         with CopiesToHost() as seen:
-            llm.apply(BlockMask.of(0, 3))
+            llm.apply(Plan.removing(0, 3))
         assert (seen.copies, seen.waits) == (2 * 2, 0)
 
 
@@ -207,8 +206,8 @@ def test_pinned_memory_is_asked_in_powers_of_two_of_which_one_is_not_full():
         llm = ElasticLLM(tiny_model("llama", layers=40).to("cuda"), None, name="llama")
         llm.set_residency("offload")
         for _ in range(2):  # the copies of the first time are kept
-            llm.apply(BlockMask.of(*range(80)))
-            llm.apply(BlockMask())
+            llm.apply(Plan.removing(*range(80)))
+            llm.apply(Plan())
         weights = sum(llm.facts.block_param_bytes)
         largest = max(seen.pinned)
         assert all(size & (size - 1) == 0 for size in seen.pinned)

@@ -8,14 +8,13 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError, UnsupportedModelError
 from rap_env.importance.one_shot_scores import block_influence
 from rap_env.memory import MemoryModel
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask
@@ -60,11 +59,11 @@ def spread_llm(name, layers=LAYERS):
 def lowered(llm, residencies=("resident", "offload")):
     """Weights at levels, those of embeddings and head included."""
     levels = {0: "int8", 3: "int4"}
-    plan = CompressionPlan(weights=tuple(levels.items()), embeddings="int8")
+    plan = Plan(weights=tuple(levels.items()), embeddings="int8")
     found = [scored(llm, 16)]
     for residency in residencies:
         llm.set_residency(residency)
-        for applied in (plan, BlockMask.of(1, 2), CompressionPlan()):
+        for applied in (plan, Plan.removing(1, 2), Plan()):
             llm.apply(applied)
             with torch.no_grad():
                 logits = llm.model(input_ids=TOKENS[:2].to(llm.device)).logits
@@ -78,7 +77,7 @@ def looked_up(llm):
 
 
 def fitted_for_mask(llm):
-    mask = BlockMask.of(1, 2)
+    mask = Plan.removing(1, 2)
     library = fit_for_mask(llm, mask, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None))
     with library.attach(llm).masked(mask) as attached:
         return np.array(MaskScorer(attached, TOKENS).nll(mask))
@@ -124,9 +123,9 @@ def test_each_block_its_cache_and_its_stub_stay_on_the_device_of_the_block():
             return [{weight.device for weight in layer.parameters()} for layer in layers]
 
         llm.set_residency("offload")
-        for plan in (BlockMask.of(0, 3), CompressionPlan(weights=((1, "int8"), (2, "int8")))):
+        for plan in (Plan.removing(0, 3), Plan(weights=((1, "int8"), (2, "int8")))):
             llm.apply(plan)
-            llm.apply(BlockMask())
+            llm.apply(Plan())
             assert places() == [{GPU}, {SECOND_GPU}]
         batch = LiveBatch(llm)
         assert batch.prefill([[5, 6, 7], [8]]).device == SECOND_GPU

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.frontier_search import FrontierConfig, build_frontier
 from rap_env.importance.gsi_search import gsi
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
@@ -48,12 +48,12 @@ def frontier(llm):
 
 
 def test_entries_are_the_best_scored_masks(frontier):
-    seen = [(mask.count("attn"), mask.count("ffn")) for mask, _ in frontier.entries]
+    seen = [(mask.count_removed("attn"), mask.count("ffn")) for mask, _ in frontier.entries]
     assert len(set(seen)) == len(seen)
     for mask, loss in frontier.entries:
-        counts = mask.count("attn"), mask.count("ffn")
+        counts = mask.count_removed("attn"), mask.count("ffn")
         same = [nll for other, nll in frontier.scores.items()
-                if (other.count("attn"), other.count("ffn")) == counts]  # fmt: skip
+                if (other.count_removed("attn"), other.count("ffn")) == counts]  # fmt: skip
         assert loss == min(same) - frontier.dense_nll
 
 
@@ -67,13 +67,13 @@ def test_scores_equal_the_models_and_are_counted(llm, frontier):
 def test_answers_beat_gsi_and_are_near_optimal(llm, frontier):
     blocks, scorer, memory = range(2 * LAYERS), MaskScorer(llm, tokens()), MemoryModel(llm)
     everything = [
-        BlockMask.of(*part)
+        Plan.removing(*part)
         for size in range(2 * LAYERS + 1)
         for part in itertools.combinations(blocks, size)
     ]
     nll = dict(zip(everything, scorer.nll_many(everything), strict=True))
     order = gsi(scorer, progress=False).order_indices
-    prefixes = [BlockMask.of(*order[:size]) for size in range(len(order) + 1)]
+    prefixes = [Plan.removing(*order[:size]) for size in range(len(order) + 1)]
     found, best, followed = [], [], []
     for request in requests(llm):
         fit = {m for m in nll if memory.peak_bytes(m, request) <= request.budget_bytes}
@@ -127,6 +127,6 @@ def test_the_packaged_frontier_is_read():
         fingerprint=provenance["fingerprint"], repair=provenance["scoring"].get("repair", "")
     )
     frontier = Frontier.load(PACKAGED, SimpleNamespace(facts=facts))
-    assert frontier.scores[BlockMask()] == frontier.dense_nll
+    assert frontier.scores[Plan()] == frontier.dense_nll
     assert all(mask.check(frontier.num_blocks) for mask in frontier.scores if mask)
     assert frontier.entries[0][1] <= 0

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.gsi_strategies import GSIState, LazyStrategy
 from rap_env.importance.profiles import GSIProfile
+from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
@@ -22,13 +22,13 @@ from tests.tiny import tiny_llm
 
 def naive_order(llm, ids, removals):
     """The loop as research code writes it: a whole forward pass for each candidate."""
-    removed, order, levels = BlockMask(), [], []
+    removed, order, levels = Plan(), [], []
     for _ in range(removals):
-        left = [block for block in llm.blocks if block not in removed]
-        nll = [np.mean(plain_nll(llm, ids, removed | BlockMask.of(block))) for block in left]
+        left = [block for block in llm.blocks if block.index not in removed.removed]
+        nll = [np.mean(plain_nll(llm, ids, removed.without(block))) for block in left]
         order.append(left[int(np.argmin(nll))])
         levels.append(min(nll))
-        removed = removed | BlockMask.of(order[-1])
+        removed = removed.without(order[-1])
     return order, levels
 
 
@@ -58,12 +58,12 @@ def test_exact_gsi_is_the_naive_loop(seed):
 def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
     llm = tiny_llm(family, layers=5, dtype=dtype)
     scorer = MaskScorer(llm, tokens(windows=6), batch_tokens=18)
-    removed, order, levels = BlockMask(), [], []
+    removed, order, levels = Plan(), [], []
     for _ in range(5):
         nll = MaskScorer(llm, tokens(windows=6), batch_tokens=18).scan(removed)
         order.append(min(nll, key=lambda block: (nll[block], block.index)))
         levels.append(nll[order[-1]])
-        removed = removed | BlockMask.of(order[-1])
+        removed = removed.without(order[-1])
     profile = gsi(scorer, stop=5, progress=False)
     assert list(profile.order) == order
     assert list(profile.nll_after) == levels  # bit for bit
@@ -106,10 +106,10 @@ def test_lazy_measures_less_and_is_nearly_as_good(deep):
 
 def test_lazy_measures_more_candidates_after_an_unexpected_score():
     scorer = MaskScorer(tiny_llm(layers=8), tokens())
-    nll = {block.index: value for block, value in scorer.scan(BlockMask.of(0)).items()}
+    nll = {block.index: value for block, value in scorer.scan(Plan.removing(0)).items()}
     ranked = sorted(set(nll) - {1}, key=nll.__getitem__)  # block 1 is next to the removed block
     good, bad = ranked[:7], ranked[7:]
-    at = GSIState((0,), scorer.nll(BlockMask.of(0)))
+    at = GSIState((0,), scorer.nll(Plan.removing(0)))
 
     def look(**last_known):
         losses = dict.fromkeys(good, last_known["good"]) | dict.fromkeys(bad, last_known["bad"])
@@ -128,7 +128,7 @@ def test_lazy_measures_more_candidates_after_an_unexpected_score():
 def test_lazy_is_exact_about_what_it_measured():
     llm, ids = tiny_llm(layers=8), tokens()
     profile = gsi(scorer := MaskScorer(llm, ids), stop=5, method="lazy", progress=False)
-    masks = [BlockMask.of(*profile.order_indices[: i + 1]) for i in range(5)]
+    masks = [Plan.removing(*profile.order_indices[: i + 1]) for i in range(5)]
     assert list(profile.nll_after) == scorer.nll_many(masks)
 
 
@@ -166,11 +166,11 @@ def test_the_profile_has_the_cost_of_each_block():
     assert len(profile.order) == 2
     first, second = profile.order_indices
     dense = scorer.dense_nll
-    single = [scorer.nll(BlockMask.of(i)) - dense for i in range(6)]
+    single = [scorer.nll(Plan.removing(i)) - dense for i in range(6)]
     assert profile.first_pass == pytest.approx(single)
     assert profile.marginal_delta_nll[first] == pytest.approx(single[first])
     for other in set(range(6)) - {first}:
-        rise = scorer.nll(BlockMask.of(first, other)) - scorer.nll(BlockMask.of(first))
+        rise = scorer.nll(Plan.removing(first, other)) - scorer.nll(Plan.removing(first))
         assert profile.marginal_delta_nll[other] == pytest.approx(rise)
     rest = sorted(set(range(6)) - {first, second}, key=lambda i: profile.marginal_delta_nll[i])
     assert profile.full_order == (first, second, *rest)

@@ -13,7 +13,7 @@ from rap_env.importance.item_gsi import METHODS, ItemGSIProfile, item_gsi
 from rap_env.importance.ladder_order import LadderWalk
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.envs.playing import play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
 
@@ -96,7 +96,7 @@ def test_it_ends_when_nothing_frees_bytes(context):
     item_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks"))
     profile = run(context, item_bytes)
     assert sorted(profile.actions) == [item.name for item in item_bytes.ladder.items]
-    everything = CompressionPlan.of(dict.fromkeys(profile.actions, "removed"))
+    everything = Plan.of(dict.fromkeys(profile.actions, "removed"))
     assert profile.nll_after[-1] == context.scorer.nll(everything)
 
 

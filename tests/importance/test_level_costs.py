@@ -14,7 +14,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts, window_share
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.levels import CacheLevel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.policies.test_knapsack import costs, facts
 
 SINGLE = {"int8": 0.01, "int4": 0.1, "int2": 0.5, "int4-window64": 0.3, "removed": 1.0}
@@ -65,7 +65,7 @@ def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointl
         {"int8": 0.01, "int4": 0.1, "int4-window64": 0.3}
     )
     assert made.errors["layer01.ffn"] == pytest.approx({"removed": 0.25})
-    uniform = CompressionPlan.uniform(2, caches="int4").to_json()
+    uniform = Plan.uniform(2, caches="int4").to_json()
     assert made.joint[uniform] == pytest.approx(0.4)
     assert len(made.joint) == 3
     assert made.evaluations == made.evaluations_run == 1 + 4 + 6 + 3
@@ -78,7 +78,7 @@ def test_joint_measurements_correct_the_sum():
     )
     for row in made.predictions():
         assert row["predicted"] == pytest.approx(row["measured"])
-    assert made.delta_nll(CompressionPlan.of({"layer00.cache": "int4"})) == pytest.approx(0.2)
+    assert made.delta_nll(Plan.of({"layer00.cache": "int4"})) == pytest.approx(0.2)
 
 
 def test_windows_that_hold_the_whole_text_are_not_measured():
@@ -98,7 +98,7 @@ def test_the_share_of_tokens_that_a_window_affects():
 
 def test_more_plans_may_be_measured_later():
     made = scanned()
-    plan = CompressionPlan.of({"layer00.cache": "int8", "layer01.ffn": "removed"})
+    plan = Plan.of({"layer00.cache": "int8", "layer01.ffn": "removed"})
     more = measure_jointly(made, FakeScorer(facts(packed=True)), [plan], progress=False)
     assert more.joint[plan.to_json()] == pytest.approx(2.02)
     assert more.one_shot == made.one_shot

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance.one_shot_scores import block_influence, layer_influence, one_shot
 from rap_env.importance.profiles import OneShotProfile
 from rap_env.observation import ImportanceFeatures
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.envs.conftest import tiny_library
 from tests.scoring.test_scorer import tokens
@@ -20,7 +20,7 @@ from tests.tiny import FAMILIES, VOCAB_SIZE, tiny_llm
 def test_delta_nll_is_measured_block_by_block():
     scorer = MaskScorer(tiny_llm(), tokens())
     profile = one_shot(scorer, progress=False)
-    expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]
+    expected = [scorer.nll(Plan.removing(i)) - scorer.dense_nll for i in range(4)]
     assert profile.delta_nll == pytest.approx(expected)
     assert profile.evaluations == 5
     assert profile.provenance["text"]["tokens"] == 27
@@ -32,7 +32,7 @@ def test_block_influence_follows_the_residual_stream(family):
     llm, ids = tiny_llm(family), tokens()
     streams = []
     for kept in range(5):
-        with torch.no_grad(), llm.masked(BlockMask.of(*range(kept, 4))):
+        with torch.no_grad(), llm.masked(Plan.removing(*range(kept, 4))):
             streams.append(_last_stream(llm, ids).double())
     expected = [
         float((1 - torch.cosine_similarity(a, b, dim=-1)).mean())
@@ -80,7 +80,7 @@ def test_importance_is_that_of_the_model_with_its_stubs(tmp_path):
     for name, model in (("plain", llm), ("repaired", repaired)):
         scorer = MaskScorer(model, tokens())
         found[name] = one_shot(scorer, progress=False)
-        expected = [scorer.nll(BlockMask.of(i)) - scorer.dense_nll for i in range(4)]
+        expected = [scorer.nll(Plan.removing(i)) - scorer.dense_nll for i in range(4)]
         assert found[name].delta_nll == pytest.approx(expected)
         found[name].save(tmp_path / f"{name}.json")
     assert found["plain"].dense_nll == found["repaired"].dense_nll
@@ -139,5 +139,5 @@ def test_is_that_of_the_dense_model():
     llm = tiny_llm()
     ids = torch.arange(3, 11)[None]
     dense = layer_influence(llm, [ids])
-    with llm.masked(BlockMask.of(0, 1)):
+    with llm.masked(Plan.removing(0, 1)):
         assert layer_influence(llm, [ids]).tolist() == dense.tolist()

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from rap_env.artifacts import artifact_kind
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, as_plan, simplest
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.tiny import tiny_llm
 
@@ -35,12 +34,12 @@ def llm():
 def frontier(llm):
     rng = np.random.default_rng(0)
     ladder = Ladder.of(llm.facts, "all")
-    plans = {BlockMask(), CompressionPlan.of({"layer00.cache": "int2"})}
+    plans = {Plan(), Plan.of({"layer00.cache": "int2"})}
     for _ in range(60):
-        plan = CompressionPlan()
+        plan = Plan()
         for _ in range(rng.integers(1, 12)):
             plan = ladder.lower(plan, int(rng.choice(np.flatnonzero(ladder.valid_actions(plan)))))
-        plans.add(simplest(plan))
+        plans.add(plan)
     scores = {plan: 3.0 + float(rng.random()) * bool(plan) for plan in plans}
     provenance = {"model": "t", "fingerprint": llm.facts.fingerprint, "scoring": {}}
     return PlanFrontier(llm.facts.num_layers, 3.0, scores, len(scores), 1.0, {}, provenance)
@@ -68,8 +67,8 @@ def test_a_file_keeps_every_plan(llm, frontier, tmp_path):
     frontier.save(tmp_path / "f.json")
     again = PlanFrontier.load(tmp_path / "f.json", llm)
     assert again.scores == frontier.scores
-    assert {type(plan) for plan in again.scores} == {BlockMask, CompressionPlan}
-    assert all(as_plan(plan) == as_plan(simplest(plan)) for plan in again.scores)
+    assert {type(plan) for plan in again.scores} == {Plan, Plan}
+    assert all(plan == plan for plan in again.scores)
     with pytest.raises(ArtifactError, match="other weights"):
         PlanFrontier.load(tmp_path / "f.json", tiny_llm(seed=7))
 
@@ -80,5 +79,5 @@ def test_committed_tables_are_still_read(path):
     repair = provenance["scoring"].get("repair", "")
     facts = SimpleNamespace(fingerprint=provenance["fingerprint"], repair=repair)
     found = PlanFrontier.load(path, SimpleNamespace(facts=facts))
-    assert found.scores[BlockMask()] == found.native_nll
-    assert sum(isinstance(plan, CompressionPlan) for plan in found.scores) > 100
+    assert found.scores[Plan()] == found.native_nll
+    assert sum(not plan.is_mask for plan in found.scores) > 100

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.ladder_order import greedy_order, one_shot_costs
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
@@ -16,7 +15,7 @@ from rap_env.importance.plan_search import (
 )
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.plan import CompressionPlan, simplest
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
 from tests.envs.playing_v1 import make_ladder_context
@@ -77,10 +76,10 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     ladder, costs = item_bytes.ladder, context.level_costs(CACHES)
     scorer = context.scorer
     order = greedy_order(costs, item_bytes)
-    plans = [BlockMask(), *(BlockMask.of(index) for index in range(6))]
+    plans = [Plan(), *(Plan.removing(index) for index in range(6))]
     for request in requests(item_bytes):
         found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
-        plans.append(simplest(found.lower_until_fits(order.steps, request.budget_bytes)))
+        plans.append(found.lower_until_fits(order.steps, request.budget_bytes))
     plans = list(dict.fromkeys(plans))
     nll = np.array(scorer.nll_many(plans)) - scorer.dense_nll
     model, _ = fit_score_model(
@@ -93,7 +92,7 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     )
     assert np.allclose(predictor.mean_and_spread(where), expected, atol=1e-6)
     cheap = PlanPredictor(ladder, np.full((len(ladder), ladder.width), -1.0), model)
-    lowered = np.array([ladder.positions(CompressionPlan.uniform(3, caches="int4"))])
+    lowered = np.array([ladder.positions(Plan.uniform(3, caches="int4"))])
     assert cheap.delta_nll(lowered) == [0.0], "levels that lower the NLL count as free"
     better = 0
     for request in requests(item_bytes):
@@ -115,9 +114,9 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
 def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(context, item_bytes):
     costs = context.level_costs(CACHES)
     wanted = requests(item_bytes)
-    other = simplest(item_bytes.ladder.lowest)
+    other = item_bytes.ladder.lowest
     known = {other: context.scorer.nll(other)}
-    elsewhere = {CompressionPlan.of({"layer00.cache": "int2"}): 9.0}
+    elsewhere = {Plan.of({"layer00.cache": "int2"}): 9.0}
     config = PlanSearchConfig(evaluations=70, batch=8, requests=8, members=2)
     seen = []
     found = build_plan_frontier(
@@ -133,7 +132,7 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
     gains = []
     for request in wanted:
         bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
-        greedy = simplest(bytes_of.lower_until_fits(order.steps, request.budget_bytes))
+        greedy = bytes_of.lower_until_fits(order.steps, request.budget_bytes)
         best = table.best(bytes_of, request.budget_bytes)
         gains.append(context.scorer.nll(greedy) - found.scores[best])
     assert np.mean(gains) > 0
@@ -145,7 +144,7 @@ def test_a_search_starts_from_the_best_plans_of_another_table(context, item_byte
     costs, (request, *_) = context.level_costs(CACHES), requests(item_bytes)
     rng, ladder = np.random.default_rng(3), item_bytes.ladder
     spaces = [range(len(item.levels)) for item in ladder.items]
-    drawn = [simplest(ladder.plan([int(rng.choice(s)) for s in spaces])) for _ in range(40)]
+    drawn = [ladder.plan([int(rng.choice(s)) for s in spaces]) for _ in range(40)]
     bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
     peaks = bytes_of.peaks(np.array([ladder.positions(plan) for plan in drawn]))
     roomy = Request(request.batch_size, request.seq_len_tokens, int(np.median(peaks)))

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-from rap_env.blocks import BlockMask
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.one_shot_scores import one_shot
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm
@@ -41,7 +41,7 @@ def test_loading_profiles_and_frontiers_imports_no_torch(tmp_path):
     Frontier(
         num_blocks=facts.num_blocks,
         dense_nll=scorer.dense_nll,
-        scores={mask: scorer.nll(mask) for mask in scorer.candidates(BlockMask()).values()},
+        scores={mask: scorer.nll(mask) for mask in scorer.candidates(Plan()).values()},
         evaluations_run=0,
         seconds=0.0,
         settings={},

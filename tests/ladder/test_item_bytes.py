@@ -11,7 +11,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.policies.test_knapsack import facts
 from tests.tiny import FAMILIES, tiny_llm
@@ -75,7 +75,7 @@ def test_each_step_has_the_bytes_of_the_memory_model_in_all_families(family):
 def test_a_tracker_starts_at_any_plan():
     made = MADE["unequal caches"]
     memory, ladder = MemoryModel(made), Ladder.of(made)
-    plan = CompressionPlan.of({"layer01.attn": "removed", "layer00.cache": "int4"})
+    plan = Plan.of({"layer01.attn": "removed", "layer00.cache": "int4"})
     walk(memory, ladder, (3, 200), 0, ladder.positions(plan))
 
 
@@ -126,7 +126,7 @@ def test_an_order_is_followed_until_the_request_fits():
         peaks.append(memory.peak_bytes(plan, Request(4, 300, 1)))
         assert peaks[-1] <= budget or fraction == 0.0
     assert peaks == sorted(peaks, reverse=True)
-    assert costs.lower_until_fits(steps, 2**40) == CompressionPlan()
+    assert costs.lower_until_fits(steps, 2**40) == Plan()
 
 
 @pytest.mark.parametrize("together", [(), ("int8", "int4", "int4-window256")])
@@ -139,7 +139,7 @@ def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
     singles = []
     for row, shape in enumerate(SHAPES):
         costs = made_bytes.costs(*shape)
-        start = ladder.positions(CompressionPlan.of({"layer01.cache": "int8"} if row else {}))
+        start = ladder.positions(Plan.of({"layer01.cache": "int8"} if row else {}))
         singles.append(costs.state(start))
         vector.start(np.array([row]), [costs], start)
     for _ in range(60):
@@ -176,7 +176,7 @@ def test_equal_caches_are_costed_once(name, shapes):
     LadderBytes(memory, ladder).costs(2, 300)
     assert len(asked) == len(set(asked)) == shapes * (1 + len(ladder.cache_levels))
     asked.clear()
-    memory.peak_bytes(CompressionPlan.uniform(3, caches="int4"), Request(2, 300, 1))
+    memory.peak_bytes(Plan.uniform(3, caches="int4"), Request(2, 300, 1))
     assert len(asked) == shapes
 
 

@@ -14,7 +14,7 @@ from rap_env.ladder.item_observation import (
 )
 from rap_env.ladder.items import KINDS, Ladder
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.policies.test_knapsack import facts
 
@@ -35,7 +35,7 @@ def builder():
 
 def of(builder, plan, batch=2, tokens=2000, fraction=0.5):
     request = Request.at_fraction(builder.item_bytes.memory, batch, tokens, fraction)
-    seen = builder.build(request, CompressionPlan.of(plan))
+    seen = builder.build(request, Plan.of(plan))
     assert builder.space.contains(seen)
     return request, seen
 
@@ -59,7 +59,7 @@ def test_columns_of_the_next_level(builder):
         number = ladder.numbers[name]
         item, row = ladder.items[number], seen["ladder"][number]
         assert row[COLUMN["level"]] == pytest.approx(position / (len(item.levels) - 1))
-        before = CompressionPlan.of({**plan, "layer02.cache": "int4", "layer00.ffn": "int8"})
+        before = Plan.of({**plan, "layer02.cache": "int4", "layer00.ffn": "int8"})
         freed = memory.peak_bytes(before, request) - memory.peak_bytes(
             before.lower({name: item.levels[position + 1]}), request
         )
@@ -79,8 +79,8 @@ def test_removing_attention_frees_the_cache_at_its_level(builder):
         plan = {"layer00.attn": "int4", "layer00.cache": level, "layer01.cache": "int8"}
         plan |= {"layer01.ffn": "int8"}
         request, seen = of(builder, plan)
-        gone = CompressionPlan.of({**plan, "layer00.attn": "removed"})
-        freed = memory.peak_bytes(CompressionPlan.of(plan), request)
+        gone = Plan.of({**plan, "layer00.attn": "removed"})
+        freed = memory.peak_bytes(Plan.of(plan), request)
         freed -= memory.peak_bytes(gone, request)
         assert seen["ladder"][0, column] == pytest.approx(freed / native)
 
@@ -112,7 +112,7 @@ def test_the_request_is_observed_as_in_v0(builder):
     request, seen = of(builder, plan)
     memory = builder.item_bytes.memory
     native = memory.dense_peak_bytes(2, 2000)
-    over = memory.peak_bytes(CompressionPlan.of(plan), request) - request.budget_bytes
+    over = memory.peak_bytes(Plan.of(plan), request) - request.budget_bytes
     assert seen["request"] == pytest.approx(
         [
             request.budget_bytes / native, 1 / 8, np.log(2000) / np.log(4096),

@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS, parse_levels
-from rap_env.plan import CompressionPlan, item_names
+from rap_env.plan import Plan, item_names
 from tests.policies.test_knapsack import facts
 
 LAYERS = 2
@@ -86,7 +85,7 @@ def test_caches_need_facts_about_them():
 
 
 def test_lowering_goes_through_all_levels_of_an_item():
-    ladder, plan = Ladder.of(UNPACKED), CompressionPlan()
+    ladder, plan = Ladder.of(UNPACKED), Plan()
     for item in ladder.items:
         for level in item.levels[1:]:
             assert ladder.next_level(plan, item.name) == level
@@ -107,8 +106,8 @@ def test_lowering_goes_through_all_levels_of_an_item():
 
 def test_a_removed_attention_block_takes_its_cache_with_it():
     ladder = Ladder.of(UNPACKED)
-    plan = ladder.lower(CompressionPlan.of({"layer00.cache": "int8"}), "layer00.cache")
-    plan = plan.without(BlockMask.of("layer00.attn"))
+    plan = ladder.lower(Plan.of({"layer00.cache": "int8"}), "layer00.cache")
+    plan = plan.without("layer00.attn")
     valid = ladder.valid_actions(plan)
     assert not valid[ladder.numbers["layer00.cache"]]
     assert not valid[ladder.numbers["layer00.attn"]]
@@ -119,15 +118,15 @@ def test_a_removed_attention_block_takes_its_cache_with_it():
 
 def test_some_levels_are_taken_together():
     ladder = Ladder.of(UNPACKED, "all", ["int8"])
-    plan = ladder.lower(CompressionPlan(), "layer00.cache")
-    assert plan == CompressionPlan.of({"layer00.cache": "int8", "layer01.cache": "int8"})
+    plan = ladder.lower(Plan(), "layer00.cache")
+    assert plan == Plan.of({"layer00.cache": "int8", "layer01.cache": "int8"})
     assert ladder.lower(plan, "layer01.cache").levels["layer00.cache"] == "int8"
-    one = CompressionPlan.of({"layer00.cache": "int4"})  # caches that are lower stay as they are
+    one = Plan.of({"layer00.cache": "int4"})  # caches that are lower stay as they are
     assert ladder.lower(one, "layer01.cache").levels == {
         "layer00.cache": "int4",
         "layer01.cache": "int8",
     }
-    assert ladder.lower(CompressionPlan(), "layer00.ffn").levels == {"layer00.ffn": "int8"}
+    assert ladder.lower(Plan(), "layer00.ffn").levels == {"layer00.ffn": "int8"}
     assert Ladder.of(UNPACKED, "masks", ["int8"]).shared_positions == frozenset()
     with pytest.raises(UnknownNameError, match="level of a cache 'int9'"):
         Ladder.of(UNPACKED, "all", ["int9"])
@@ -140,7 +139,7 @@ def test_positions_and_plans_are_the_same_thing():
     for _ in range(50):
         drawn = [int(rng.integers(len(item.levels))) for item in ladder.items]
         plan = ladder.plan(drawn)
-        assert plan == CompressionPlan.of(
+        assert plan == Plan.of(
             {i.name: i.levels[p] for i, p in zip(ladder.items, drawn, strict=True)}
         )
         assert ladder.plan(ladder.positions(plan)) == plan
@@ -152,6 +151,6 @@ def test_positions_and_plans_are_the_same_thing():
 def test_a_plan_of_another_ladder_is_rejected():
     ladder = Ladder.of(UNPACKED, "masks")
     with pytest.raises(UnknownNameError, match=r"level of layer00\.ffn in the ladder 'int8'"):
-        ladder.positions(CompressionPlan.of({"layer00.ffn": "int8"}))
+        ladder.positions(Plan.of({"layer00.ffn": "int8"}))
     with pytest.raises(UnknownNameError, match=r"level of layer00\.cache in the ladder 'int8'"):
-        ladder.positions(CompressionPlan.of({"layer00.cache": "int8"}))
+        ladder.positions(Plan.of({"layer00.cache": "int8"}))

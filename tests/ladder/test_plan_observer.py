@@ -14,7 +14,7 @@ from rap_env.ladder.item_observation import (
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.policies.test_knapsack import facts
 
@@ -66,7 +66,7 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
 
 
 def target_of(builder, levels) -> np.ndarray:
-    return np.array(builder.ladder.positions(CompressionPlan.of(levels)))
+    return np.array(builder.ladder.positions(Plan.of(levels)))
 
 
 @pytest.mark.parametrize("together", TOGETHERS[:3], ids=str)

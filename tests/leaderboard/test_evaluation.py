@@ -18,7 +18,7 @@ from rap_env.envs.config import EnvConfig
 from rap_env.errors import ArtifactError, CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -94,7 +94,7 @@ def test_published_losses_on_the_calibration_text_are_those_of_the_table(name):
     context, task = gym.make(name).unwrapped.context, pinned_task(name)
     for entry in published_entries(task.comparison):
         for run in entry.runs:
-            plans = [CompressionPlan.of(levels) for levels in run.plans]
+            plans = [Plan.of(levels) for levels in run.plans]
             found = np.array(context.scorer.nll_many(plans)) - context.scorer.dense_nll
             np.testing.assert_allclose(found, run.delta_nll["calibration"], atol=1e-9)
             peaks = [
@@ -138,11 +138,11 @@ def test_an_entry_measured_against_itself_has_no_difference(packaged):
 
 
 def test_a_plan_that_exceeds_its_budget_counts_as_no_model():
-    found = rap_env.evaluate(StaticPolicy(CompressionPlan()), V0, name="dense")
+    found = rap_env.evaluate(StaticPolicy(Plan()), V0, name="dense")
     assert not any(cell.fits for cell in found.cells)
     nothing = gym.make(V0).unwrapped.context
     blocks = dict.fromkeys((b.name for b in nothing.memory.facts.blocks), "removed")
-    worst = nothing.scorer.nll(CompressionPlan.of(blocks)) - nothing.scorer.dense_nll
+    worst = nothing.scorer.nll(Plan.of(blocks)) - nothing.scorer.dense_nll
     assert found.delta_nll == pytest.approx(np.full(25, worst))
     assert "25 plans exceed their budget" in str(found)
 

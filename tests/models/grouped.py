@@ -7,7 +7,7 @@ import transformers as tf
 
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.tiny import LAYERS, VOCAB_SIZE, randomise, tiny_config
 
 LEVELS = ("int8", "int4", "int2", "window64", "int4-window64")
@@ -33,9 +33,9 @@ def long_llm(
     return ElasticLLM(model.eval(), None, name=f"long-{name}")
 
 
-def uniform(level: str) -> CompressionPlan:
+def uniform(level: str) -> Plan:
     """All caches at one level."""
-    return CompressionPlan.uniform(LAYERS, caches=level)
+    return Plan.uniform(LAYERS, caches=level)
 
 
 def random_rows(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy, as_policy
 from rap_env.request import Request
 
@@ -18,7 +18,7 @@ class OnlyChooses:
     order = (3, 1)
 
     def choose(self, request):
-        return CompressionPlan.of({"layer00.ffn": "removed"})
+        return Plan.of({"layer00.ffn": "removed"})
 
 
 class Chooses(OnlyChooses, Policy):
@@ -28,7 +28,7 @@ class Chooses(OnlyChooses, Policy):
 def test_an_object_that_only_chooses_has_no_optional_member():
     policy = as_policy(OnlyChooses())
     plan = policy.choose(REQUEST)
-    assert (policy.name, plan.removed.names) == ("own", ("layer00.ffn",))
+    assert (policy.name, plan.removed_names) == ("own", ("layer00.ffn",))
     assert (policy.lowers, policy.order, policy.text_kinds) == (False, None, None)
     assert policy.delta_nll(plan, 16) is None
     assert policy.for_text((1.0,)) is policy

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, CompressionPlan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, cache_name
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 
@@ -86,7 +86,7 @@ def every_plan(made, caches=CACHES):
         blocks.append(options)
     blocks.append([{EMBEDDINGS: level} for level in made.embedding_levels])
     for chosen in itertools.product(*blocks):
-        yield CompressionPlan.of({k: v for part in chosen for k, v in part.items()})
+        yield Plan.of({k: v for part in chosen for k, v in part.items()})
 
 
 @pytest.mark.parametrize("made", [facts(), facts(packed=True), facts(stub_bytes=(300,) * 4)])
@@ -106,7 +106,7 @@ def test_plans_are_the_best_of_all_that_fit(made, shape):
         assert policy.delta_nll(plan, shape[1]) == pytest.approx(best, abs=2e-6)
     smallest = policy.choose(Request(*shape, 1))
     assert memory.peak_bytes(smallest, unbounded) == peaks.min()
-    assert policy.choose(Request(*shape, int(peaks.max()))) == CompressionPlan()
+    assert policy.choose(Request(*shape, int(peaks.max()))) == Plan()
 
 
 def test_weights_are_not_lowered_if_the_widening_buffer_takes_what_they_free():
@@ -125,7 +125,7 @@ def test_removal_of_the_last_ffn_block_frees_its_workspace():
     made = facts(packed=True, base_bytes=0, vocab_size=0, ffn_width=4000)
     memory = MemoryModel(made)
     policy = KnapsackPolicy(memory, costs(made))
-    without = CompressionPlan(BlockMask.of(1, 3))
+    without = Plan.removing(1, 3)
     request = Request(1, 64, memory.peak_bytes(without, Request(1, 64, 1)))
     assert policy.choose(request) == without
 
@@ -136,7 +136,7 @@ def test_ties_prefer_less_lowering():
     free = {item: dict.fromkeys(levels, 0.0) for item, levels in known.one_shot.items()}
     policy = KnapsackPolicy(MemoryModel(made), replace(known, one_shot=free))
     native = policy.memory.dense_peak_bytes(1, 700)
-    assert policy.choose(Request(1, 700, native)) == CompressionPlan()
+    assert policy.choose(Request(1, 700, native)) == Plan()
     assert len(policy.choose(Request(1, 700, native - 1)).levels) == 1
 
 

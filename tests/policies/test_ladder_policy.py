@@ -21,7 +21,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.ladder.item_rows import NEIGHBOURS, neighbours, row_columns
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies import loading as policies
 from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.item_network import ItemNetwork
@@ -59,7 +59,7 @@ def test_the_parts_of_a_row_are_contiguous_and_fill_it(item_vectors):
 def test_neighbours_are_the_items_of_the_same_and_of_adjacent_layers():
     model = memory()
     items = ladder(model).items
-    rows = builder(model).build(Request(1, 1, 1), CompressionPlan())["ladder"]
+    rows = builder(model).build(Request(1, 1, 1), Plan())["ladder"]
     names = {(item.layer, item.kind): number for number, item in enumerate(items)}
     for item, near in zip(items, neighbours(rows), strict=True):
         wanted = [
@@ -82,7 +82,7 @@ def test_it_stops_at_the_first_plan_that_fits():
         else:
             assert model.peak_bytes(plan, request) == costs.least_peak_bytes
     assert len(plans) > 5
-    assert network.plan(Request.at_fraction(model, 1, 10, 1.0)) == CompressionPlan()
+    assert network.plan(Request.at_fraction(model, 1, 10, 1.0)) == Plan()
 
 
 def test_samples_end_where_no_plan_fits():
@@ -197,10 +197,10 @@ def test_predictions_come_from_the_order_where_it_has_the_levels():
     model, file = memory(), policy_file()
     policy = LadderPolicy(model, file)
     number = policy.ladder.numbers["layer01.cache"]
-    plan = CompressionPlan.of({"layer01.cache": "int4"})
+    plan = Plan.of({"layer01.cache": "int4"})
     rise = pytest.approx(file.importance.reached[number, 2])
     assert policy.delta_nll(plan, 500) == rise
-    assert policy.delta_nll(CompressionPlan.of({"layer01.cache": "int2"})) is None
+    assert policy.delta_nll(Plan.of({"layer01.cache": "int2"})) is None
     found, source = find_delta_nll(model, policy, plan)
     assert found == rise
     assert source == "predicted from the order over items in the policy file"
@@ -217,14 +217,14 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
     if blind:
         file = replace(file, importance=type(file.importance).none(Ladder.of(model.facts)))
     harness.controller.chooser.policy = LadderPolicy(model, file)
-    native = harness.need(CompressionPlan(), SHAPE)
+    native = harness.need(Plan(), SHAPE)
     seen = []
     for time_s, share in enumerate((0.9, 0.6, 2.0, 2.0, 2.0)):
         harness.time_s, harness.budget_bytes = 2.0 * time_s, int(share * native)
         assert harness.controller.check(SHAPE)
         assert harness.need(harness.llm.plan, SHAPE) <= harness.budget_bytes
         seen.append(harness.llm.plan)
-    assert len({*seen[:2], CompressionPlan()}) == 3
+    assert len({*seen[:2], Plan()}) == 3
     assert not seen[-1]
 
 

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan, simplest
+from rap_env.plan import Plan
 from rap_env.policies import loading as policies
 from rap_env.policies.loading import (
     FrontierPolicy,
@@ -39,7 +38,7 @@ def frontier(layers=6, fingerprint="a" * 64):
     return Frontier(
         num_blocks=2 * layers,
         dense_nll=2.5,
-        scores={BlockMask.of(*indices): nll for indices, nll in SCORES.items()},
+        scores={Plan.removing(*indices): nll for indices, nll in SCORES.items()},
         evaluations_run=len(SCORES),
         seconds=0.0,
         settings={},
@@ -53,14 +52,14 @@ def at(fraction, shape=(1, 10), layers=6):
 
 def just_fits(*removed, shape=(1, 10)):
     """A request whose budget equals the peak bytes of a mask."""
-    need = memory().peak_bytes(BlockMask.of(*removed), Request(*shape, 1))
+    need = memory().peak_bytes(Plan.removing(*removed), Request(*shape, 1))
     return Request(*shape, need)
 
 
 def test_dense_and_static_policies_ignore_the_request():
-    mask, dense = BlockMask.of(1, 5), load_policy("dense", memory())
+    mask, dense = Plan.removing(1, 5), load_policy("dense", memory())
     for fraction in (0.3, 1.0):
-        assert dense.choose(at(fraction)) == BlockMask()
+        assert dense.choose(at(fraction)) == Plan()
         assert StaticPolicy(mask).choose(at(fraction)) == mask
     assert (dense.name, StaticPolicy(mask).name) == ("dense", "static")
     assert StaticPolicy(mask, name="shortgpt").name == "shortgpt"
@@ -68,11 +67,11 @@ def test_dense_and_static_policies_ignore_the_request():
 
 def test_an_order_policy_removes_blocks_until_the_request_fits():
     policy = OrderPolicy(memory(), [3, 0, 5, 1])
-    assert policy.choose(at(1.0)) == BlockMask()
-    assert policy.choose(just_fits(3)) == BlockMask.of(3)
+    assert policy.choose(at(1.0)) == Plan()
+    assert policy.choose(just_fits(3)) == Plan.removing(3)
     short = Request(1, 10, just_fits(3).budget_bytes - 1)
-    assert policy.choose(short) == BlockMask.of(3, 0)
-    assert policy.choose(Request(1, 10, 1)) == BlockMask.of(3, 0, 5, 1)
+    assert policy.choose(short) == Plan.removing(3, 0)
+    assert policy.choose(Request(1, 10, 1)) == Plan.removing(3, 0, 5, 1)
     assert policy.order == (3, 0, 5, 1)
 
 
@@ -83,11 +82,11 @@ def test_an_order_of_another_model_is_rejected():
 
 def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
     policy = FrontierPolicy(memory(), frontier())
-    assert policy.choose(at(1.0)) == BlockMask()
-    assert policy.choose(just_fits(0)) == BlockMask.of(0)
-    assert policy.choose(just_fits(1)) == BlockMask.of(1)
-    assert policy.choose(just_fits(0, 1)) == BlockMask.of(0, 1)
-    assert policy.choose(Request(1, 10, 1)) == BlockMask.of(0, 1, 3), "the one that needs least"
+    assert policy.choose(at(1.0)) == Plan()
+    assert policy.choose(just_fits(0)) == Plan.removing(0)
+    assert policy.choose(just_fits(1)) == Plan.removing(1)
+    assert policy.choose(just_fits(0, 1)) == Plan.removing(0, 1)
+    assert policy.choose(Request(1, 10, 1)) == Plan.removing(0, 1, 3), "the one that needs least"
     assert policy.name == "frontier"
 
 
@@ -98,8 +97,8 @@ def test_a_frontier_of_another_shape_is_rejected():
 
 def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
     model = MemoryModel(levelled_facts())
-    plans = [CompressionPlan(), *map(CompressionPlan.of, PLANS)]
-    scores = {simplest(plan): 2.0 + number / 10 for number, plan in enumerate(plans)}
+    plans = [Plan(), *map(Plan.of, PLANS)]
+    scores = {plan: 2.0 + number / 10 for number, plan in enumerate(plans)}
     provenance = {"model": "made", "fingerprint": model.facts.fingerprint, "scoring": {}}
     known = PlanFrontier(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
     known.save(tmp_path / "plans.json")
@@ -123,7 +122,7 @@ def test_the_network_meets_every_budget(block_vectors):
             request = at(fraction, shape)
             mask = policy.choose(request)
             assert memory().peak_bytes(mask, request) <= request.budget_bytes
-    assert len(policy.choose(Request(1, 10, 1))) == 12
+    assert len(policy.choose(Request(1, 10, 1)).removed) == 12
     assert policy.name == "rap-v0"
     assert policy.order == policy_file().order
 
@@ -170,7 +169,7 @@ class TestLoadPolicy:
         with pytest.raises(ArtifactError, match="give the importance of its blocks"):
             load_policy(tmp_path / "policy.safetensors", memory(4))
         policy = load_policy(tmp_path / "policy.safetensors", memory(4), features=features(4))
-        assert 0 < len(policy.choose(at(0.7, layers=4))) < 8
+        assert 0 < len(policy.choose(at(0.7, layers=4)).removed) < 8
 
     def test_by_name(self, tmp_path, monkeypatch):
         monkeypatch.setattr(policies, "SAVED", tmp_path)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from rap_env.block_rows import row_columns, row_width
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
+from rap_env.plan import Plan
 from rap_env.policies.block_network import BlockNetwork
 from rap_env.policies.loading import NetworkPolicy
 from rap_env.request import Request
@@ -48,9 +48,11 @@ def test_it_stops_at_the_first_mask_that_fits(block_vectors):
     for request in requests(model):
         removed = made.removals(request)
         assert len(set(removed)) == len(removed) > 0
-        peaks = [model.peak_bytes(BlockMask.of(*removed[:n]), request) for n in range(len(removed))]
+        peaks = [
+            model.peak_bytes(Plan.removing(*removed[:n]), request) for n in range(len(removed))
+        ]
         assert all(peak > request.budget_bytes for peak in peaks)
-        assert model.peak_bytes(BlockMask.of(*removed), request) <= request.budget_bytes
+        assert model.peak_bytes(Plan.removing(*removed), request) <= request.budget_bytes
 
 
 def test_nothing_is_removed_where_the_dense_model_fits():
@@ -70,7 +72,7 @@ def test_the_last_ffn_block_frees_its_workspace():
     silent = np.zeros_like(blind.last_weight)
     blind = replace(blind, linear_weight=kind_first, last_weight=silent)
     made = BlockNetwork(blind, ObservationBuilder(model, features(2)))
-    least = model.peak_bytes(BlockMask.of(1, 3), Request(4, 500, 1))
+    least = model.peak_bytes(Plan.removing(1, 3), Request(4, 500, 1))
     assert sorted(made.removals(Request(4, 500, least))) == [1, 3]
     assert len(made.removals(Request(4, 500, least - 1))) == 3
 

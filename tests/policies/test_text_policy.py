@@ -8,7 +8,7 @@ import pytest
 from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import (
@@ -77,7 +77,7 @@ def test_the_floor_is_that_of_the_kind_of_text(memory, costs, policy):
     chooser = Harness(policy=policy, max_delta_nll=1.0).controller.chooser
     shapes = [BatchShape(2, REQUEST_TOKENS).with_texts([one]) for one in ((1.0, 0.0), (0.0, 1.0))]
     plans = [one.choose(tight(memory)) for one in map(policy.for_text, ((1.0, 0.0), (0.0, 1.0)))]
-    for plan in (*plans, CompressionPlan()):
+    for plan in (*plans, Plan()):
         for shape, own in zip(shapes, costs.costs.values(), strict=True):
             rise = own.delta_nll(plan, REQUEST_TOKENS)
             assert chooser.rise(plan, REQUEST_TOKENS, shape.text_shares) == pytest.approx(rise)
@@ -94,7 +94,7 @@ def served(policy, budget_bytes, prompt):
 
 
 def test_requests_are_served_with_the_plan_of_their_text(memory, policy):
-    budget = int(0.7 * Harness().need(CompressionPlan(), BatchShape(1, len(PROSE) + 4)))
+    budget = int(0.7 * Harness().need(Plan(), BatchShape(1, len(PROSE) + 4)))
     prose, code, again = (served(policy, budget, prompt) for prompt in (PROSE, CODE, PROSE))
     assert min(prose.text_shares[0], code.text_shares[1]) > 0.8
     assert prose.plan == again.plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
 from rap_env.request import Request
 from tests.policies.made_policies import facts
@@ -27,14 +27,14 @@ def with_levels():
 
 def test_plans_lower_caches_before_weights_and_embeddings_no_further_than_int8():
     plans = uniform_plans(with_levels())
-    assert plans[0] == CompressionPlan()
+    assert plans[0] == Plan()
     assert [plan.cache_level(3).name for plan in plans] == ["native", "int8", *["int4"] * 3]
     assert [plan.weight_level(7) for plan in plans] == [*["native"] * 3, "int8", "int4"]
     assert [plan.embeddings for plan in plans] == [*["native"] * 3, "int8", "int8"]
 
 
 def test_a_model_without_levels_has_the_native_plan_only():
-    assert uniform_plans(facts()) == [CompressionPlan()]
+    assert uniform_plans(facts()) == [Plan()]
 
 
 def test_the_most_exact_plan_that_fits_is_chosen_and_blocks_are_removed_last():
@@ -45,7 +45,7 @@ def test_the_most_exact_plan_that_fits_is_chosen_and_blocks_are_removed_last():
         need = memory.peak_bytes(plan, Request(2, 200, 1))
         assert policy.choose(Request(2, 200, need)) == plan
     without = policy.choose(Request(2, 200, need - 1))
-    assert without.removed.names == ("layer04.attn",)
+    assert without.removed_names == ("layer04.attn",)
     assert without.weights == tuple(pair for pair in plans[-1].weights if pair[0] != 8)
     assert len(policy.choose(Request(2, 200, 1)).removed) == 12
 

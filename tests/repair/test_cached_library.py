@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.paths import cache_dir
+from rap_env.plan import Plan
 from rap_env.repair import cached_library
 from rap_env.repair.cached_library import open_library
 from rap_env.repair.config import FitConfig, repair_label
@@ -108,7 +108,7 @@ def test_a_model_without_a_start_token_cannot_write_text(short):
 
 def test_blocks_that_a_pruned_checkpoint_lacks_have_no_stub(short, tmp_path):
     llm = tiny_llm(layers=3, tokenizer=tiny_tokenizer())
-    save_pruned(llm, BlockMask.of(1, 2), tmp_path / "pruned")
+    save_pruned(llm, Plan.removing(1, 2), tmp_path / "pruned")
     pruned = load_pruned(tmp_path / "pruned")
     view = open_library("library", pruned, progress=False).attach(pruned)
     assert [index for index, count in enumerate(view.facts.stub_bytes) if not count] == [1, 2]

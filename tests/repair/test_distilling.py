@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, InvalidRequestError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.streamed import stream_llm
+from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import distill
 from rap_env.repair.fitting import fit_library
@@ -21,7 +21,7 @@ from tests.tiny import each_family, tiny_llm
 
 LAYERS = 3
 TEXT, HELD_BACK = random_text(0, 20), random_text(1, 10)
-MASKS = [BlockMask.of(0, 3), BlockMask.of(1, 2, 5), BlockMask.of(0, 1, 4)]
+MASKS = [Plan.removing(0, 3), Plan.removing(1, 2, 5), Plan.removing(0, 1, 4)]
 SHORT = DistillConfig(steps=12, windows=3, learning_rate=1e-2, warmup_steps=3, save_every=4)
 
 
@@ -74,7 +74,7 @@ def test_only_stubs_change(name: str, wants_gradients: bool) -> None:
     parameters = list(llm.model.parameters())
     assert all(parameter.grad is None for parameter in parameters)
     assert {parameter.requires_grad for parameter in parameters} == {wants_gradients}
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert llm.facts.repair == ""
     for index, stub in library.stubs.items():
         assert torch.equal(stub.mean, start[index])  # the library that was given is left alone

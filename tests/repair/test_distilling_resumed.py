@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig
 from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
@@ -23,9 +23,9 @@ class Killed(MaskSampler):
     """Draws masks as usual until the process is to be killed."""
 
     after: int = 6
-    drawn: list[BlockMask] = field(default_factory=list)
+    drawn: list[Plan] = field(default_factory=list)
 
-    def draw(self, rng: np.random.Generator) -> BlockMask:
+    def draw(self, rng: np.random.Generator) -> Plan:
         if len(self.drawn) == self.after:
             raise KeyboardInterrupt
         self.drawn.append(super().draw(rng))
@@ -48,7 +48,7 @@ def test_a_killed_run_resumes_bit_for_bit(after: int, dtype, tmp_path) -> None:
     library = fitted(llm)
     whole = distilled(llm, library)
     killed_at(after, llm, library, path)
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert path.exists() == (after >= SHORT.save_every)
     # As in another process: nothing of the first run is used but the file.
     llm = tiny(dtype=dtype)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask, fit_library
 from rap_env.repair.stub_library import StubLibrary
@@ -50,7 +50,7 @@ def test_a_stub_reduces_the_state_error_on_held_out_text(name: str) -> None:
     llm = tiny_llm(name)
     view = fitted(llm).attach(llm)
     for block in range(llm.num_blocks):
-        mask = BlockMask.of(block)
+        mask = Plan.removing(block)
         assert state_error(view, HELD_BACK, mask) < state_error(llm, HELD_BACK, mask), block
 
 
@@ -63,10 +63,10 @@ def test_the_held_out_error_is_the_remaining_residual() -> None:
     norm = llm.adapter.decoder(llm.model).norm
     norm.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
     with torch.no_grad():
-        for masked in (llm.masked(BlockMask()), llm.masked(BlockMask.of(3))):
+        for masked in (llm.masked(Plan()), llm.masked(Plan.removing(3))):
             with masked:
                 llm.hidden(HELD_BACK.tokens)
-        with view.masked(BlockMask.of(3)):
+        with view.masked(Plan.removing(3)):
             llm.hidden(HELD_BACK.tokens)
     dense, without, with_stub = entering
     share = (dense - with_stub).square().mean() / (dense - without).square().mean()
@@ -79,7 +79,7 @@ def test_a_block_that_is_linear_is_reproduced() -> None:
     layer.mlp = nn.Linear(16, 16)  # the norm in front has a weight, which is linear too
     llm = ElasticLLM(model, None, name="linear")
     library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
-    view, mask = library.attach(llm), BlockMask.of(1)
+    view, mask = library.attach(llm), Plan.removing(1)
     assert library.provenance["held_back_errors"][1] < 1e-6
     with view.masked(mask):
         found = logits(llm.model)
@@ -97,7 +97,7 @@ def test_parallel_blocks_are_fitted_to_the_same_state() -> None:
     llm = ElasticLLM(model, None, name="linear")
     library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
     assert library.provenance["held_back_errors"][1] < 1e-6
-    with library.attach(llm).masked(BlockMask.of(1)) as view:
+    with library.attach(llm).masked(Plan.removing(1)) as view:
         found = logits(view.model)
     torch.testing.assert_close(found, logits(llm.model), rtol=1e-3, atol=1e-3)
 
@@ -109,7 +109,7 @@ def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
         library = fitted(llm, FitConfig(rank=rank, ridges=(1e-6,), ranks=None))
         assert set(library.ranks.values()) == {rank}
         nbytes.append(library.nbytes)
-        errors.append(state_error(library.attach(llm), TEXT, BlockMask.of(3)))
+        errors.append(state_error(library.attach(llm), TEXT, Plan.removing(3)))
     assert nbytes == [4 * 4 * 16 * (2 * rank + 1) for rank in (0, 2, 8, 16)]
     assert errors == sorted(errors, reverse=True)
 
@@ -175,13 +175,13 @@ def test_provenance_describes_the_fit(tmp_path) -> None:
 
 
 def test_missing_blocks_get_no_stub(tmp_path) -> None:
-    lost = BlockMask.of(0, 3)
+    lost = Plan.removing(0, 3)
     llm = load_pruned(save_pruned(tiny_llm(), lost, tmp_path / "pruned"))
     library = fitted(llm)
-    assert set(library.stubs) == set(range(llm.num_blocks)) - set(lost)
+    assert set(library.stubs) == set(range(llm.num_blocks)) - set(lost.removed)
     library.save(tmp_path / "stubs.safetensors")
     view = StubLibrary.load(tmp_path / "stubs.safetensors").attach(llm)
-    assert state_error(view, TEXT, BlockMask.of(1)) < state_error(llm, TEXT, BlockMask.of(1))
+    assert state_error(view, TEXT, Plan.removing(1)) < state_error(llm, TEXT, Plan.removing(1))
 
 
 def test_texts_that_overlap_are_rejected() -> None:
@@ -208,7 +208,7 @@ def test_settings_out_of_range(settings, message: str) -> None:
 
 TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
 CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=None)
-MASK = BlockMask.of(0, 1, 3, 4)
+MASK = Plan.removing(0, 1, 3, 4)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -216,10 +216,10 @@ def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
     llm = tiny_llm(name, layers=3, dtype=dtype)
     weights = weights_hash(llm.model)
     library = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG)
-    assert library.stubs.keys() == set(MASK)
+    assert library.stubs.keys() == set(MASK.removed)
     assert set(library.ranks.values()) == {4}
     assert all(stub.mean.dtype == dtype for stub in library.stubs.values())
-    assert library.provenance["mask"] == list(MASK.names)
+    assert library.provenance["mask"] == list(MASK.removed_names)
     view = library.attach(llm)
     assert state_error(view, TEXT, MASK) < state_error(llm, TEXT, MASK)
     assert weights_hash(llm.model) == weights
@@ -237,20 +237,20 @@ def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
 def test_a_single_removed_block_gets_the_library_stub(block: int) -> None:
     llm = tiny_llm()
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).stubs[block]
-    own = fit_for_mask(llm, BlockMask.of(block), TEXT, HELD_BACK, CONFIG).stubs[block]
+    own = fit_for_mask(llm, Plan.removing(block), TEXT, HELD_BACK, CONFIG).stubs[block]
     for ours, theirs in zip(own.parameters(), shared.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_ranks_can_be_those_of_another_library() -> None:
     llm, wanted = tiny_llm(), {0: 0, 1: 2, 3: 16}
-    library = fit_for_mask(llm, BlockMask.of(*wanted), TEXT, HELD_BACK, CONFIG, ranks=wanted)
+    library = fit_for_mask(llm, Plan.removing(*wanted), TEXT, HELD_BACK, CONFIG, ranks=wanted)
     assert {index: stub.rank for index, stub in library.stubs.items()} == wanted
 
 
 def test_the_mask_in_force_does_not_matter_to_the_stubs_of_one_mask() -> None:
     llm = tiny_llm()
-    mask = BlockMask.of(0, 3)
+    mask = Plan.removing(0, 3)
     expected = fit_for_mask(llm, mask, TEXT, HELD_BACK, CONFIG).sha256
     with llm.masked(MASKS["everything"]):
         assert fit_for_mask(llm, mask, TEXT, HELD_BACK, CONFIG).sha256 == expected
@@ -258,11 +258,11 @@ def test_the_mask_in_force_does_not_matter_to_the_stubs_of_one_mask() -> None:
 
 
 def test_without_blocks_there_are_no_stubs() -> None:
-    assert fit_for_mask(tiny_llm(), BlockMask(), TEXT, HELD_BACK, CONFIG).stubs == {}
+    assert fit_for_mask(tiny_llm(), Plan(), TEXT, HELD_BACK, CONFIG).stubs == {}
 
 
 def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, CONFIG)
     with pytest.raises(UnknownNameError, match="layer09"):
-        fit_for_mask(tiny_llm(), BlockMask.of("layer09.ffn"), TEXT, HELD_BACK, CONFIG)
+        fit_for_mask(tiny_llm(), Plan.removing("layer09.ffn"), TEXT, HELD_BACK, CONFIG)

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan
 from rap_env.repair.mask_sampler import NOISE, MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler
 from rap_env.workload.traffic import TraceSampler
@@ -41,7 +41,7 @@ def grid(model: MemoryModel) -> GridSampler:
     return GridSampler(model, (1, 4), (16, 256, 2048), (0.6, 0.75, 0.9))
 
 
-def masks(draw: MaskSampler, count: int, seed: int = 0) -> list[BlockMask]:
+def masks(draw: MaskSampler, count: int, seed: int = 0) -> list[Plan]:
     rng = np.random.default_rng(seed)
     return [draw.draw(rng) for _ in range(count)]
 
@@ -59,7 +59,9 @@ def test_a_mask_fits_its_budget_and_is_minimal_in_its_order(stub_bytes: int) -> 
         for mask in set(masks(MaskSampler(model, sampler, LOSSES), 50)):
             assert model.peak_bytes(mask, request) <= request.budget_bytes, mask
             # Whichever was removed last, the mask without it does not fit.
-            peaks = [model.peak_bytes(mask - BlockMask.of(b), request) for b in mask]
+            peaks = [
+                model.peak_bytes(Plan(mask.removed - {b}), request) for b in sorted(mask.removed)
+            ]
             assert max(peaks) > request.budget_bytes
 
 
@@ -72,12 +74,12 @@ def test_the_seed_determines_the_masks(stub_bytes: int) -> None:
     assert len(set(masks(draw, 50))) > 20
 
 
-def by_price(model: MemoryModel, request, losses) -> BlockMask:
+def by_price(model: MemoryModel, request, losses) -> Plan:
     """What removes the cheapest blocks one by one until the request fits."""
     price = np.maximum(losses, 1e-3) / model.freed_bytes(request)
     order = [int(index) for index in np.argsort(price, kind="stable")]
     for count in range(len(order) + 1):
-        mask = BlockMask.of(*order[:count])
+        mask = Plan.removing(*order[:count])
         if model.peak_bytes(mask, request) <= request.budget_bytes:
             return mask
     raise AssertionError
@@ -99,7 +101,7 @@ def test_short_requests_lose_ffn_blocks_and_long_ones_attention() -> None:
     for tokens in (16, 2048):
         sampler = FixedSampler(model, 4, tokens, budget_fraction=0.7)
         found = masks(MaskSampler(model, sampler, np.ones(2 * LAYERS)), 200)
-        removed.append([sum(mask.count(kind) for mask in found) for kind in ("attn", "ffn")])
+        removed.append([sum(m.count_removed(kind) for m in found) for kind in ("attn", "ffn")])
     (short_attn, short_ffn), (long_attn, long_ffn) = removed
     assert short_ffn > 1.5 * short_attn
     assert long_attn > 1.5 * long_ffn
@@ -119,13 +121,15 @@ def test_more_noise_gives_more_distinct_masks() -> None:
 def test_a_budget_that_the_dense_model_meets_removes_nothing() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_bytes=10**9)
-    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {BlockMask()}
+    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {Plan()}
 
 
 def test_a_budget_that_no_mask_meets_removes_everything() -> None:
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_bytes=1)
-    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {BlockMask.of(*range(2 * LAYERS))}
+    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {
+        Plan.removing(*range(2 * LAYERS))
+    }
 
 
 def test_settings_are_plain_values_and_identify_the_draws(tmp_path) -> None:

@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 
 from rap_env.artifacts import save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from tests.models.live.test_elastic import MASKS, logits, weights_hash
 from tests.models.stubs import RANKS, random_stubs
@@ -171,7 +171,7 @@ def test_attached_stubs_are_those_of_the_library(name: str, tmp_path) -> None:
 def test_using_a_view_does_not_change_the_library(path) -> None:
     made = StubLibrary.load(path)
     view = made.attach(tiny_llm())
-    with torch.no_grad(), view.masked(BlockMask.of(0)):
+    with torch.no_grad(), view.masked(Plan.removing(0)):
         for name, tensor in view.model.named_parameters():
             if ".stub." in name:
                 tensor.zero_()
@@ -195,14 +195,14 @@ def test_another_model_is_rejected(other) -> None:
 
 def test_a_pruned_model_is_another_model(tmp_path) -> None:
     made, llm = library(), tiny_llm()
-    pruned = load_pruned(save_pruned(made.attach(llm), BlockMask.of(0), tmp_path / "pruned"))
+    pruned = load_pruned(save_pruned(made.attach(llm), Plan.removing(0), tmp_path / "pruned"))
     with pytest.raises(ArtifactError, match="other weights"):
         made.attach(pruned)
 
 
 def test_the_mask_in_force_does_not_matter() -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(0, 3))
+    llm.apply(Plan.removing(0, 3))
     view = library().attach(llm)
-    assert view.mask == BlockMask.of(0, 3)
+    assert view.mask == Plan.removing(0, 3)
     assert library().attach(view).facts.repair == library().sha256

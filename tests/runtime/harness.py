@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
@@ -53,7 +53,7 @@ class Harness:
         policy=None,
         residency="offload",
         budget=PLENTY,
-        mask=BlockMask(),
+        mask=Plan(),
         meter=NoisyMeter,
         clock=None,
         **settings,
@@ -65,7 +65,7 @@ class Harness:
         self.time_s = 0.0
         self.meter = meter(self.llm)
         self.estimator = MemoryEstimator(self.llm)
-        self.policy = policy or StaticPolicy(BlockMask(), "dense")
+        self.policy = policy or StaticPolicy(Plan(), "dense")
         self.controller = RuntimeController(
             self.llm,
             self.policy,
@@ -77,12 +77,12 @@ class Harness:
         self.records = []
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         return self.llm.mask
 
     @property
-    def everything(self) -> BlockMask:
-        return BlockMask.of(*range(self.llm.num_blocks))
+    def everything(self) -> Plan:
+        return Plan.removing(*range(self.llm.num_blocks))
 
     def need(self, mask, shape: BatchShape) -> int:
         return self.estimator.peak_bytes(mask, shape)
@@ -113,7 +113,7 @@ def greedy(new: int, **settings) -> SamplingParams:
 
 
 @torch.no_grad()
-def alone(llm, prompt_ids, new: int, mask=BlockMask()) -> list[int]:
+def alone(llm, prompt_ids, new: int, mask=Plan()) -> list[int]:
     """Tokens of greedy decoding without a cache, a batch or an engine."""
     ids = list(prompt_ids)
     with llm.masked(mask):
@@ -147,6 +147,6 @@ def ordered(**settings) -> Harness:
 
 def between(harness, count: int, shape=SHAPE) -> int:
     """A budget for which the first `count` blocks of the order must be removed."""
-    most = harness.need(BlockMask.of(*ORDER[:count]), shape)
-    less = harness.need(BlockMask.of(*ORDER[: count - 1]), shape) if count else most + 100
+    most = harness.need(Plan.removing(*ORDER[:count]), shape)
+    less = harness.need(Plan.removing(*ORDER[: count - 1]), shape) if count else most + 100
     return (most + less) // 2

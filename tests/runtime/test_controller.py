@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
@@ -12,6 +11,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.decisions import DecisionLog
@@ -23,7 +23,7 @@ def test_a_request_that_fits_leaves_the_model_as_it_is():
     harness = ordered()
     assert harness.controller.admit(SHAPE)
     controller = harness.controller
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
     assert (controller.plans.switches, controller.chooser.decisions) == (0, 0)
 
 
@@ -32,7 +32,7 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
     harness = ordered()
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
-    assert harness.mask == BlockMask.of(*ORDER[:count])
+    assert harness.mask == Plan.removing(*ORDER[:count])
     assert harness.controller.plans.recent[-1].trigger == "arrival"
 
 
@@ -40,7 +40,7 @@ def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.chooser.decisions) == (BlockMask(), 0)
+    assert (harness.mask, harness.controller.chooser.decisions) == (Plan(), 0)
 
 
 def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
@@ -63,7 +63,7 @@ def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
     assert harness.controller.check(SHAPE)
     harness.budget_bytes = between(harness, 2)
     assert harness.controller.check(SHAPE)
-    assert harness.mask == BlockMask.of(*ORDER[:2])
+    assert harness.mask == Plan.removing(*ORDER[:2])
     assert harness.controller.plans.recent[-1].trigger == "budget_fell"
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
@@ -72,7 +72,7 @@ def test_check_is_false_where_no_mask_fits():
     harness = ordered()
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
     assert not harness.controller.check(SHAPE)
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
     assert harness.controller.check(BatchShape(1, 10))
 
 
@@ -84,8 +84,8 @@ def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may():
 
 
 def test_the_guard_shrinks_a_mask_that_does_not_fit():
-    harness = Harness(policy=FakePolicy(BlockMask.of(4)), guard_order=ORDER)
-    expected = BlockMask.of(4, 5, 0)
+    harness = Harness(policy=FakePolicy(Plan.removing(4)), guard_order=ORDER)
+    expected = Plan.removing(4, 5, 0)
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == expected
@@ -93,7 +93,7 @@ def test_the_guard_shrinks_a_mask_that_does_not_fit():
 
 
 def test_the_policys_own_mask_is_taken_if_it_fits():
-    mask = BlockMask.of(1, 2, 3)
+    mask = Plan.removing(1, 2, 3)
     harness = Harness(policy=FakePolicy(mask), guard_order=ORDER)
     harness.budget_bytes = harness.need(mask, SHAPE) + 10
     assert harness.controller.admit(SHAPE)
@@ -102,22 +102,22 @@ def test_the_policys_own_mask_is_taken_if_it_fits():
     assert harness.policy.asked[-1].budget_bytes == harness.budget_bytes
 
 
-@pytest.mark.parametrize("said", [RuntimeError("no"), BlockMask.of(99), None])
+@pytest.mark.parametrize("said", [RuntimeError("no"), Plan.removing(99), None])
 def test_a_policy_that_fails_is_replaced_by_the_guard(said, caplog):
     harness = Harness(policy=FakePolicy(said), guard_order=ORDER)
     harness.budget_bytes = between(harness, 3)
     assert harness.controller.admit(SHAPE)
-    assert harness.mask == BlockMask.of(*ORDER[:3])
+    assert harness.mask == Plan.removing(*ORDER[:3])
     assert "'fake' failed" in caplog.text
 
 
 def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
-    policy = FakePolicy(BlockMask())
+    policy = FakePolicy(Plan())
     policy.order = ORDER
     harness = Harness(policy=policy)
     assert harness.controller.chooser.guard_order(SHAPE) == ORDER
     freed = harness.estimator.freed_bytes(SHAPE)
-    by_bytes = Harness(policy=FakePolicy(BlockMask())).controller.chooser.guard_order(SHAPE)
+    by_bytes = Harness(policy=FakePolicy(Plan())).controller.chooser.guard_order(SHAPE)
     assert sorted(by_bytes) == list(range(6))
     assert [freed[index] for index in by_bytes] == sorted(freed, reverse=True)
     with pytest.raises(UnknownNameError, match=r"layer03\.attn"):
@@ -125,7 +125,7 @@ def test_the_guard_uses_the_order_of_the_policy_or_the_freed_bytes():
 
 
 def test_an_empty_order_disables_the_guard():
-    mask = BlockMask.of(0, 1)
+    mask = Plan.removing(0, 1)
     harness = Harness(policy=StaticPolicy(mask), guard_order=(), mask=mask)
     harness.budget_bytes = need = harness.need(mask, SHAPE)
     assert harness.controller.admit(SHAPE)
@@ -151,12 +151,12 @@ def test_unpredicted_bytes_are_learned_and_reserved():
     assert learned == pytest.approx(3 * 10**5 - harness.estimator.workspace_bytes(SHAPE), abs=10)
     harness.budget_bytes += learned
     assert harness.controller.check(SHAPE)
-    assert len(harness.mask) == 2
+    assert len(harness.mask.removed) == 2
 
 
 def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits():
     harness = ordered()
-    harness.budget_bytes = harness.need(BlockMask(), SHAPE)
+    harness.budget_bytes = harness.need(Plan(), SHAPE)
     assert harness.controller.check(SHAPE)
     harness.meter.noise_bytes = harness.budget_bytes - harness.llm.held_bytes.total + 1000
     assert harness.controller.check(SHAPE)
@@ -184,7 +184,7 @@ def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
 
 def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs():
     harness = ordered()
-    harness.budget_bytes = harness.need(BlockMask(), SHAPE)
+    harness.budget_bytes = harness.need(Plan(), SHAPE)
     next_pass = PassSize(80, 160)
     assert harness.controller.check(SHAPE, next_pass)
     assert harness.mask
@@ -226,7 +226,7 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     harness.controller.check(SHAPE)
     record = json.loads(path.read_text())
     assert record["time_s"] == 7.0
-    assert (record["from"], record["to"]) == ([], list(BlockMask.of(*ORDER[:2]).names))
+    assert (record["from"], record["to"]) == ([], list(Plan.removing(*ORDER[:2]).removed_names))
     assert record["bytes_before"] == dense
     assert record["bytes_after"] == harness.llm.held_bytes.total < dense
     assert record["budget_bytes"] == harness.budget_bytes
@@ -264,7 +264,7 @@ def test_generate_stays_within_its_budget():
     harness.llm.generate(
         ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, before_step=step
     )
-    assert len(harness.mask) == 3
+    assert len(harness.mask.removed) == 3
     assert all(held <= budget for held, budget in seen)
     harness.budget_bytes = 10
     with pytest.raises(InfeasibleBudgetError, match="raise the budget or generate less"):
@@ -272,7 +272,7 @@ def test_generate_stays_within_its_budget():
 
 
 def test_keys_and_values_in_use_count_as_used():
-    harness = ordered(policy=StaticPolicy(BlockMask(), "dense"))
+    harness = ordered(policy=StaticPolicy(Plan(), "dense"))
     batch = LiveBatch(harness.llm)
     batch.prefill([[5] * 40] * 4)
     harness.controller.check(SHAPE)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.decisions import Decision, DecisionLog
 
@@ -18,8 +18,8 @@ def made(number: int = 0) -> Decision:
         time_s=float(number),
         wall_time="2030-01-01T00:00:00.000+00:00",
         trigger="budget_fell",
-        before=BlockMask(),
-        after=BlockMask.of("layer00.attn", "layer02.ffn"),
+        before=Plan(),
+        after=Plan.removing("layer00.attn", "layer02.ffn"),
         bytes_before=1000,
         bytes_after=700,
         budget_bytes=800,

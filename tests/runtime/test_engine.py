@@ -6,21 +6,20 @@ import math
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     EngineClosedError,
     InfeasibleBudgetError,
     InvalidRequestError,
     QueueFullError,
 )
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import Harness, alone, greedy, prompt
 
-MASKS = (BlockMask(), BlockMask.of(0, 3), BlockMask.of(0, 2, 4, 5))
+MASKS = (Plan(), Plan.removing(0, 3), Plan.removing(0, 2, 4, 5))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -120,7 +119,7 @@ def test_events_come_in_order_with_times():
     harness.run(engine)
     admitted, plan, *tokens, end = heard
     assert admitted == AdmitEvent(0.0)
-    assert plan == PlanEvent(CompressionPlan(), 0.0)
+    assert plan == PlanEvent(Plan(), 0.0)
     assert [event.token_id for event in tokens] == handle.token_ids
     assert all(isinstance(event, TokenEvent) for event in tokens)
     times = [event.time_s for event in tokens]
@@ -347,7 +346,7 @@ def test_stats_count_everything():
     stats = engine.stats()
     assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
     assert (stats.tokens, stats.prompt_tokens) == (15, 12)
-    assert stats.mask == BlockMask()
+    assert stats.mask == Plan()
     assert stats.held == harness.llm.held_bytes
     assert 0 < stats.overhead_s < stats.busy_s
 

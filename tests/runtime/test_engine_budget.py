@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt
@@ -18,7 +17,7 @@ from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt
 def test_measured_bytes_stay_within_a_budget_that_jumps():
     harness = Harness(layers=4, hold_s=0.3)
     engine = harness.engine(prefill_chunk_tokens=4, max_batch_size=4)
-    top = harness.need(BlockMask(), BatchShape(4, 40))
+    top = harness.need(Plan(), BatchShape(4, 40))
     least = harness.need(harness.everything, BatchShape(1, 40))
     draw = random.Random(0)
     handles = []
@@ -81,7 +80,7 @@ def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
     for _ in range(6):
         engine.step()
     assert engine.stats().running == 2
-    harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
     engine.step()
     assert (engine.stats().running, engine.stats().queued) == (1, 1)
     assert second.preemptions == 1
@@ -101,7 +100,7 @@ def test_a_preempted_request_is_first_in_the_queue():
     for _ in range(3):
         engine.step()
     assert engine.stats().running == 3
-    harness.budget_bytes = harness.need(BlockMask(), BatchShape(2, 20))
+    harness.budget_bytes = harness.need(Plan(), BatchShape(2, 20))
     harness.run(engine)
     firsts = [handle.ended_s for handle in handles]
     assert firsts == sorted(firsts)
@@ -110,7 +109,7 @@ def test_a_preempted_request_is_first_in_the_queue():
 
 def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
     harness = Harness(guard_order=())
-    harness.budget_bytes = harness.need(BlockMask(), BatchShape(1, 30))
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 30))
     engine = harness.engine()
     handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
     harness.run(engine)
@@ -130,7 +129,7 @@ def test_nothing_happens_while_the_budget_is_too_small_for_anything():
     harness.budget_bytes = PLENTY
     harness.run(engine)
     assert handle.reason == "length"
-    assert set(handle.masks) == {BlockMask()}
+    assert set(handle.masks) == {Plan()}
 
 
 def test_a_queued_request_that_can_no_longer_fit_is_rejected():
@@ -150,12 +149,12 @@ def test_each_token_records_its_mask():
     handle = engine.submit(prompt(5), greedy(40))
 
     def before(turn):
-        low = harness.need(BlockMask.of(0, 1, 2), BatchShape(1, 45))
+        low = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 45))
         harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
 
     harness.run(engine, before=before)
     assert len(handle.masks) == len(handle.token_ids) == 40
-    sizes = [len(mask) for mask in handle.masks]
+    sizes = [len(mask.removed) for mask in handle.masks]
     assert sizes[0] == 0 < max(sizes)
     assert sizes[-1] == 0
     assert [decision.trigger for decision in harness.controller.plans.recent] == [
@@ -170,10 +169,10 @@ def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_toke
     heard = []
     handle = engine.submit(prompt(8), greedy(4), heard.append)
     engine.step()
-    harness.budget_bytes = harness.need(BlockMask.of(0, 1, 2), BatchShape(1, 11))
+    harness.budget_bytes = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 11))
     harness.run(engine)
     _, first, second, *rest = heard
-    assert [event.plan for event in (first, second)] == [CompressionPlan(), harness.llm.plan]
+    assert [event.plan for event in (first, second)] == [Plan(), harness.llm.plan]
     assert harness.mask
     assert [event.plan for event in rest[:-1]] == [harness.llm.plan] * 4
     assert handle.plan == harness.llm.plan
@@ -185,7 +184,7 @@ def test_after_a_switch_rows_continue_as_under_the_new_mask():
     handle = engine.submit(prompt(5), greedy(30))
 
     def before(turn):
-        low = harness.need(BlockMask.of(0, 2), BatchShape(1, 34))
+        low = harness.need(Plan.removing(0, 2), BatchShape(1, 34))
         harness.budget_bytes = low if 5 <= turn < 12 else PLENTY
 
     harness.run(engine, before=before)
@@ -206,7 +205,7 @@ def test_an_idle_engine_shrinks_and_grows_its_mask():
     for _ in range(3):
         harness.time_s += 1.0
         engine.step()
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
 
 
 @pytest.fixture
@@ -222,7 +221,7 @@ def served():
 
 def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
     harness, engine = served
-    tight = harness.need(BlockMask.of(0, 3, 4), BatchShape(3, 40))
+    tight = harness.need(Plan.removing(0, 3, 4), BatchShape(3, 40))
     handles, stop = [], threading.Event()
 
     def move_the_budget():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.runtime import scheduler
 from rap_env.runtime.batch_shape import BatchShape
 from tests.runtime.harness import ORDER, PLENTY, alone, greedy, ordered, prompt
@@ -38,11 +38,11 @@ def test_a_prefill_chunk_ends_when_the_budget_falls_and_is_repeated(chunk):
     if chunk == 2:
         engine.step()
     records = len(harness.records)
-    fall.arm(harness.need(BlockMask.of(*ORDER[:4]), BatchShape(1, 15)))
+    fall.arm(harness.need(Plan.removing(*ORDER[:4]), BatchShape(1, 15)))
     engine.step()
     assert engine.stats().interruptions == 1
     assert len(harness.records) == records  # the chunk did not end
-    assert harness.mask.indices >= set(ORDER[:4])  # lowered in the same turn
+    assert harness.mask.removed >= set(ORDER[:4])  # lowered in the same turn
     harness.run(engine)
     assert handle.reason == "length"
     assert len(handle.prompt_samples) == 10
@@ -58,7 +58,7 @@ def test_a_budget_that_falls_and_rises_without_end_cannot_stop_a_prefill():
     def jump(_turn):
         harness.budget_bytes = PLENTY
         if not handle.token_ids:
-            fall.arm(harness.need(BlockMask(), BatchShape(1, 1)) // 2)
+            fall.arm(harness.need(Plan(), BatchShape(1, 1)) // 2)
 
     harness.run(engine, before=jump)
     assert handle.reason == "length"

@@ -6,7 +6,7 @@ import pytest
 
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from tests.policies.test_knapsack import costs
@@ -25,7 +25,7 @@ def test_it_is_the_longest_that_some_allowed_plan_fits(floor):
     assert engine.longest_prompt.tokens() == 63  # all positions but one
     monitor = harness.controller.monitor
     smallest = policy.choose(SHAPE.request(1))
-    for plan, longest in ((CompressionPlan(), 63), (smallest, 30)):
+    for plan, longest in ((Plan(), 63), (smallest, 30)):
         harness.budget_bytes = monitor.max_budget_bytes = harness.need(plan, SHAPE)
         if floor is not None:
             longest = 0 if plan == smallest else 30

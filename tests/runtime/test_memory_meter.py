@@ -7,12 +7,11 @@ import time
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import MemorySourceError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.widening_buffer import buffer_bytes
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.runtime.memory_meter import (
@@ -158,9 +157,9 @@ def test_a_process_that_cannot_be_read_is_rejected(tmp_path):
 
 def test_making_a_meter_changes_neither_mask_nor_caches():
     llm = tiny_llm()
-    llm.apply(BlockMask.of(0, 3))
+    llm.apply(Plan.removing(0, 3))
     process_meter(llm)
-    assert llm.mask == BlockMask.of(0, 3)
+    assert llm.mask == Plan.removing(0, 3)
     assert llm.held_bytes.kv_cache == 0
 
 
@@ -183,11 +182,11 @@ def test_levels_are_made_once_before_a_service_starts_and_only_for_policies_that
     llm = tiny_llm()
     policy = UniformPolicy(MemoryModel(llm), uniform_plans(llm.facts))
     native = llm.held_bytes.weights
-    make_levels(llm, StaticPolicy(BlockMask()))
+    make_levels(llm, StaticPolicy(Plan()))
     assert llm.held_bytes.weights == native
     make_levels(llm, policy)
     held = llm.held_bytes.weights
-    assert llm.plan == CompressionPlan()
+    assert llm.plan == Plan()
     assert held > native  # resident weights keep all levels
     make_levels(llm, policy)
     assert llm.held_bytes.weights == held

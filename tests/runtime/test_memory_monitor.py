@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 from rap_env.runtime import memory_monitor
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
@@ -90,11 +90,11 @@ def test_the_limit_of_a_source_is_used():
 
 def test_a_pass_estimate_depends_on_the_kept_blocks():
     estimator = MemoryEstimator(tiny_llm())
-    dense = estimator.pass_estimate(BlockMask(), SHAPE, PassSize(8, 10))
-    half = estimator.pass_estimate(BlockMask.of(0), SHAPE, PassSize(8, 10))
+    dense = estimator.pass_estimate(Plan(), SHAPE, PassSize(8, 10))
+    half = estimator.pass_estimate(Plan.removing(0), SHAPE, PassSize(8, 10))
     assert half.growth * 2 == dense.growth == 10 * sum(estimator.memory.facts.kv_bytes_per_token)
-    assert estimator.pass_estimate(BlockMask(), SHAPE, PassSize(16, 10)).workspace > dense.workspace
-    assert estimator.pass_estimate(BlockMask(), EMPTY_BATCH, PassSize(0, 0)).total == 0
+    assert estimator.pass_estimate(Plan(), SHAPE, PassSize(16, 10)).workspace > dense.workspace
+    assert estimator.pass_estimate(Plan(), EMPTY_BATCH, PassSize(0, 0)).total == 0
 
 
 def test_the_margin_is_the_largest_excess_over_a_prediction():

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.plan_controller import Debounce
 from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
@@ -21,10 +21,10 @@ def test_headroom_must_last_before_blocks_are_restored():
     for time_s in (0.0, 1.0, 1.9):
         harness.time_s = time_s
         assert harness.controller.check(SHAPE)
-        assert len(harness.mask) == 3
+        assert len(harness.mask.removed) == 3
     harness.time_s = 2.0
     harness.controller.check(SHAPE)
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
     assert harness.controller.plans.recent[-1].trigger == "room"
 
 
@@ -34,10 +34,10 @@ def test_a_dip_restarts_the_wait():
     for time_s, budget in ((0.0, tight), (0.1, 10**9), (1.0, tight), (1.1, 10**9), (2.5, 10**9)):
         harness.time_s, harness.budget_bytes = time_s, budget
         harness.controller.check(SHAPE)
-    assert len(harness.mask) == 3
+    assert len(harness.mask.removed) == 3
     harness.time_s = 3.2
     harness.controller.check(SHAPE)
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
 
 
 def test_only_blocks_that_fitted_throughout_are_restored():
@@ -46,7 +46,7 @@ def test_only_blocks_that_fitted_throughout_are_restored():
     for time_s, budget in enumerate(budgets):
         harness.time_s, harness.budget_bytes = float(time_s), budget
         harness.controller.check(SHAPE)
-    assert harness.mask == BlockMask.of(*ORDER[:2])
+    assert harness.mask == Plan.removing(*ORDER[:2])
 
 
 def test_a_request_that_leaves_gives_headroom():
@@ -56,13 +56,13 @@ def test_a_request_that_leaves_gives_headroom():
     for time_s in (0.5, 1.5):
         harness.time_s = time_s
         harness.controller.check(BatchShape(1, 20))
-    assert len(harness.mask) < 4
+    assert len(harness.mask.removed) < 4
     assert harness.controller.plans.recent[-1].trigger == "left"
 
 
 def switches(budget_of, *, share, hold_s, seconds=60) -> int:
     harness = ordered(hysteresis_share=share, hold_s=hold_s)
-    threshold = harness.need(BlockMask.of(*ORDER[:2]), SHAPE)
+    threshold = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
     for step in range(seconds * 10):
         harness.time_s = step / 10
         harness.budget_bytes = int(threshold * budget_of(harness.time_s))
@@ -92,7 +92,7 @@ def test_a_slow_sine_switches_once_down_and_once_up():
 
 
 def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
-    mask = BlockMask.of(0, 2)
+    mask = Plan.removing(0, 2)
     harness = Harness(policy=FakePolicy(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
     for step in range(200):
         harness.time_s = step / 10
@@ -102,37 +102,39 @@ def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
 
 
 def test_a_mask_that_fits_stays_while_others_run():
-    policy = FakePolicy(BlockMask())
-    harness = Harness(policy=policy, guard_order=ORDER, mask=BlockMask.of(1))
+    policy = FakePolicy(Plan())
+    harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(1))
     assert harness.controller.admit(SHAPE, running=BatchShape(1, 5))
-    assert (harness.mask, policy.asked) == (BlockMask.of(1), [])
+    assert (harness.mask, policy.asked) == (Plan.removing(1), [])
     assert harness.controller.admit(SHAPE)
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
 
 
 def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
     harness = ordered(hysteresis_share=0.05)
     harness.budget_bytes = between(harness, 3)
     harness.controller.admit(SHAPE)
-    dense = harness.need(BlockMask(), SHAPE)
+    dense = harness.need(Plan(), SHAPE)
     harness.budget_bytes = int(dense * 1.02)
     assert harness.controller.admit(SHAPE)
-    assert 0 < len(harness.mask) < 3
+    assert 0 < len(harness.mask.removed) < 3
     harness.budget_bytes = int(dense * 1.06)
     assert harness.controller.admit(SHAPE)
-    assert harness.mask == BlockMask()
+    assert harness.mask == Plan()
 
 
 def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
-    before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
+    before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
     for running in (True, False):
         harness = Harness(policy=FakePolicy(said), guard_order=ORDER, mask=before)
         harness.budget_bytes = harness.need(said, SHAPE)
         assert harness.need(before, SHAPE) > harness.budget_bytes
         if running:
             assert harness.controller.check(SHAPE)
-            assert 0 in harness.mask
-            assert harness.mask != before | said  # blocks that need not be removed stay
+            assert 0 in harness.mask.removed
+            assert harness.mask != before.without(
+                *said.removed
+            )  # blocks that need not be removed stay
             assert harness.controller.plans.recent[-1].guarded
         else:
             assert harness.controller.admit(SHAPE)
@@ -142,17 +144,20 @@ def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
 
 def test_attention_is_restored_only_where_a_refill_fits():
     for share, dense in ((0.9, False), (1.1, True)):
-        harness = Harness(guard_order=ORDER, mask=BlockMask.of(0), hysteresis_share=0.0, hold_s=1.0)
-        refill = harness.estimator.refill_bytes(BlockMask(), SHAPE)
+        harness = Harness(
+            guard_order=ORDER, mask=Plan.removing(0), hysteresis_share=0.0, hold_s=1.0
+        )
+        refill = harness.estimator.refill_bytes(Plan(), SHAPE)
         assert refill > 0
-        harness.budget_bytes = harness.need(BlockMask(), SHAPE) + int(share * refill)
+        harness.budget_bytes = harness.need(Plan(), SHAPE) + int(share * refill)
         for time_s in (0.0, 1.0):
             harness.time_s = time_s
             harness.controller.check(SHAPE)
-        assert (harness.mask == BlockMask()) == dense
+        assert (harness.mask == Plan()) == dense
         refill = harness.estimator.refill_bytes(harness.mask, SHAPE)
         assert (
-            0 in harness.mask or harness.need(harness.mask, SHAPE) + refill <= harness.budget_bytes
+            0 in harness.mask.removed
+            or harness.need(harness.mask, SHAPE) + refill <= harness.budget_bytes
         )
 
 

@@ -9,10 +9,9 @@ import threading
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
@@ -23,10 +22,10 @@ from tests.tiny import tiny_llm
 LONG = BatchShape(3, 60)
 LAYERS = 16
 PLANS = (
-    CompressionPlan(),
-    CompressionPlan.uniform(3, caches="int4"),
-    CompressionPlan.uniform(3, caches="int4", weights="int4"),
-    CompressionPlan.uniform(3, caches="int4", weights="int4").without(BlockMask.of(1, 2)),
+    Plan(),
+    Plan.uniform(3, caches="int4"),
+    Plan.uniform(3, caches="int4", weights="int4"),
+    Plan.uniform(3, caches="int4", weights="int4").without(1, 2),
 )
 
 
@@ -62,12 +61,12 @@ def test_estimates_cover_the_held_bytes_of_plans(residency, plan):
 def test_levels_used_before_stay_in_the_bytes_of_a_resident_model():
     llm = tiny_llm(layers=3)
     estimator = MemoryEstimator(llm)
-    native = estimator.peak_bytes(BlockMask(), SHAPE)
+    native = estimator.peak_bytes(Plan(), SHAPE)
     llm.apply(PLANS[2])
     held = llm.held_bytes.weights
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     facts = llm.facts
-    assert estimator.peak_bytes(BlockMask(), SHAPE) - native == held - (
+    assert estimator.peak_bytes(Plan(), SHAPE) - native == held - (
         facts.base_bytes + sum(facts.block_param_bytes)
     )
 
@@ -78,7 +77,7 @@ def test_rows_that_leave_early_count_with_their_tails():
     narrow, wide = BatchShape(1, 60), BatchShape(1, 60, rows=4)
     facts = llm.facts
     tail = plan.cache_level(0).row_bytes(1, facts.kv_heads[0], facts.kv_head_size[0], 4)
-    assert estimator.peak_bytes(BlockMask(), narrow) == estimator.peak_bytes(BlockMask(), wide)
+    assert estimator.peak_bytes(Plan(), narrow) == estimator.peak_bytes(Plan(), wide)
     # One layer counts twice, for its copy.
     assert estimator.peak_bytes(plan, wide) - estimator.peak_bytes(plan, narrow) == 4 * 3 * tail
 
@@ -106,12 +105,12 @@ def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():
         assert harness.need(harness.llm.plan, LONG) <= budget
         seen.append(harness.llm.plan)
     assert seen[:-1] == plans
-    assert seen[-1] == plans[-1].without(BlockMask.of("layer02.ffn"))
+    assert seen[-1] == plans[-1].without("layer02.ffn")
 
 
 def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     harness = lowering()
-    plan = CompressionPlan.uniform(LAYERS, caches="int8")
+    plan = Plan.uniform(LAYERS, caches="int8")
     memory_need = harness.estimator.memory.peak_bytes(plan, Request(3, 60, 1))
     # The memory model does not count the copy of a layer, so its choice does not fit.
     harness.budget_bytes = memory_need
@@ -125,7 +124,7 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
 
 @pytest.mark.parametrize("running", [True, False])
 def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running):
-    before = CompressionPlan.uniform(LAYERS, caches="int4", weights="int4")
+    before = Plan.uniform(LAYERS, caches="int4", weights="int4")
     harness = lowering(hold_s=1.0)
     harness.llm.apply(before)
     shape = LONG if running else BatchShape()
@@ -133,21 +132,21 @@ def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running):
         harness.time_s = time_s
         assert harness.controller.check(shape)
     caches = before.caches if running else ()
-    assert harness.llm.plan == CompressionPlan(caches=caches)
+    assert harness.llm.plan == Plan(caches=caches)
 
 
 def test_caches_of_two_bits_are_refilled_once_there_is_headroom():
-    harness = Harness(policy=FakePolicy(CompressionPlan()), hold_s=1.0, layers=LAYERS)
-    harness.llm.apply(CompressionPlan.uniform(LAYERS, caches="int2"))
+    harness = Harness(policy=FakePolicy(Plan()), hold_s=1.0, layers=LAYERS)
+    harness.llm.apply(Plan.uniform(LAYERS, caches="int2"))
     for time_s in (0.0, 1.0):
         harness.time_s = time_s
         assert harness.controller.check(LONG)
-    assert harness.llm.plan == CompressionPlan()
+    assert harness.llm.plan == Plan()
 
 
 def test_a_falling_budget_raises_no_cache_of_a_running_batch():
-    before = CompressionPlan.uniform(LAYERS, caches="int4")
-    wanted = CompressionPlan.uniform(LAYERS, weights="int4").without(BlockMask.of(1, 3, 5))
+    before = Plan.uniform(LAYERS, caches="int4")
+    wanted = Plan.uniform(LAYERS, weights="int4").without(1, 3, 5)
     harness = Harness(policy=FakePolicy(wanted), guard_order=(5, 3, 1), layers=LAYERS)
     harness.llm.apply(before)
     harness.budget_bytes = harness.need(before, LONG) - 1
@@ -162,8 +161,8 @@ def test_a_falling_budget_raises_no_cache_of_a_running_batch():
 @pytest.mark.parametrize("share", [0.05, 0.0])
 def test_a_jittering_budget_causes_one_switch(share):
     harness = lowering(hysteresis_share=share, hold_s=2.0)
-    threshold, draw = harness.need(CompressionPlan(), LONG), random.Random(0)
-    saved = threshold - harness.need(CompressionPlan.uniform(LAYERS, caches="int8"), LONG)
+    threshold, draw = harness.need(Plan(), LONG), random.Random(0)
+    saved = threshold - harness.need(Plan.uniform(LAYERS, caches="int8"), LONG)
     for step in range(300):
         harness.time_s = step / 10
         harness.budget_bytes = threshold + int(saved / 2 * draw.uniform(-1, 1))
@@ -199,7 +198,7 @@ def test_outputs_stay_valid_while_a_plan_follows_the_budget_and_the_end_is_nativ
     for _ in range(20):
         harness.time_s += 0.1
         engine.step()
-    assert llm.plan == CompressionPlan()
+    assert llm.plan == Plan()
     assert llm.held_bytes.kv_cache == 0
     found = llm.model.state_dict()
     assert found.keys() == weights.keys()
@@ -212,7 +211,7 @@ def test_two_threads_that_lower_and_raise_plans_break_no_request():
     engine = harness.engine(prefill_chunk_tokens=8, max_batch_size=3)
     harness.controller.monitor.max_budget_bytes = PLENTY
     stop = threading.Event()
-    plans = [*uniform_plans(harness.llm.facts), CompressionPlan(BlockMask.of(1, 2))]
+    plans = [*uniform_plans(harness.llm.facts), Plan.removing(1, 2)]
 
     def switch():
         draw = random.Random(3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import PromptEvent, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 from tests.runtime.harness import Harness, greedy, prompt
@@ -65,7 +65,7 @@ def test_a_prompt_of_one_token_has_none():
 
 
 def test_a_prompt_whose_logits_are_not_finite_fails_alone():
-    harness = Harness(mask=BlockMask())
+    harness = Harness(mask=Plan())
     engine = harness.engine()
     good = engine.submit(prompt(4), greedy(8))
     engine.step()

@@ -7,17 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
 from tests.tiny import tiny_llm
 
-NATIVE = CompressionPlan()
+NATIVE = Plan()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,7 @@ def test_a_plan_of_an_idle_engine_that_is_below_the_floor_serves_nothing(policy)
 
 
 def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
-    before, said = BlockMask.of(0), BlockMask.of(1, 2, 3, 5)
+    before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
     policy = FakePolicy(said)
     policy.delta_nll = lambda plan, tokens: 1.0 if before <= plan.removed != before else 0.1
     harness = Harness(policy=policy, guard_order=(5, 0, 3, 2, 1, 4), mask=before, max_delta_nll=0.5)
@@ -150,13 +149,13 @@ def test_a_plan_that_was_applied_from_outside_serves_nothing_below_the_floor(pol
     handle = engine.submit(prompt(5), greedy(20))
     for _ in range(3):
         engine.step()
-    harness.llm.apply(BlockMask.of(1))
+    harness.llm.apply(Plan.removing(1))
     harness.run(engine)
     assert set(handle.plans) == {NATIVE}
 
 
 def test_the_floor_holds_at_the_length_of_the_longest_request():
-    lowered = FakePolicy(CompressionPlan.uniform(3, caches="int4"))
+    lowered = FakePolicy(Plan.uniform(3, caches="int4"))
     lowered.delta_nll = lambda plan, tokens: tokens / 1000 if plan else 0.0
     chooser = Harness(policy=lowered, max_delta_nll=0.2).controller.chooser
     shape = BatchShape.of([(100, 10)] * 10 + [(100, 400)])
@@ -165,7 +164,7 @@ def test_the_floor_holds_at_the_length_of_the_longest_request():
     assert chooser.allows(lowered.mask, BatchShape.of([(100, 10)] * 10))
     assert chooser.allows(lowered.mask, BatchShape())
     lowered.delta_nll = lambda *_: None  # a plan without a prediction is below any floor
-    unknown = CompressionPlan.uniform(3, weights="int4")
+    unknown = Plan.uniform(3, weights="int4")
     assert not chooser.allows(unknown, BatchShape(1, 10))
 
 

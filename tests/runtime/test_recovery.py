@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import IDLE_RESTORE_S
@@ -14,7 +14,7 @@ from tests.policies.test_knapsack import costs
 from tests.runtime.harness import Harness
 from tests.tiny import tiny_llm
 
-NATIVE = CompressionPlan()
+NATIVE = Plan()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import EndEvent, PlanEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
 
@@ -32,7 +31,7 @@ def test_a_handle_holds_the_results():
 def test_the_plan_is_an_event_only_where_it_changes():
     made, heard = handle(), []
     made.add_listener(heard.append)
-    plans = [CompressionPlan(BlockMask.of(*blocks)) for blocks in ((), (), (3,), ())]
+    plans = [Plan.removing(*blocks) for blocks in ((), (), (3,), ())]
     for number, plan in enumerate(plans):
         made.note_plan(plan, float(number))
     changes = [PlanEvent(plans[0], 0.0), PlanEvent(plans[2], 2.0), PlanEvent(plans[3], 3.0)]

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("llguidance", reason="the extra structured is not installed")
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidGrammarError, UnsupportedModelError
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
@@ -118,12 +118,12 @@ def test_a_tokenizer_that_the_library_does_not_read_is_named():
         compiler.compile("regex", "a")
 
 
-def engine_of(llm, plan=lambda: BlockMask()):
+def engine_of(llm, plan=lambda: Plan()):
     class Policy(StaticPolicy):
         def choose(self, request):
             return plan()
 
-    policy = Policy(BlockMask(), "static")
+    policy = Policy(Plan(), "static")
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm), hold_s=0.0)
     return Engine(llm, controller, max_batch_size=6, prefill_chunk_tokens=8)
 
@@ -165,7 +165,7 @@ def test_a_limit_inside_the_answer_ends_it(llm, compiler):
 
 
 def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, compiler):
-    removed = [BlockMask(), BlockMask.of(0, 3), BlockMask.of(1, 2, 5)]
+    removed = [Plan(), Plan.removing(0, 3), Plan.removing(1, 2, 5)]
     chosen = []
     engine = engine_of(llm, plan=lambda: (chosen or removed)[0])
     handle = submitted(engine, compiler.compile("regex", "[ab]{10}-[0-9]{10}"))

@@ -7,17 +7,16 @@ import logging
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from tests.models.weights.test_level_residency import damage
 from tests.runtime.harness import Harness, alone, greedy, ordered, prompt
 
 SHAPE = BatchShape(1, 20)
-OUT = BlockMask.of(0, 5)  # removed at the small budget
+OUT = Plan.removing(0, 5)  # removed at the small budget
 
 
 class Outage:
@@ -57,12 +56,12 @@ class Outage:
 def test_requests_go_on_without_the_block_until_its_file_is_back(how, caplog):
     caplog.set_level(logging.INFO, logger="rap_env.runtime")
     outage = Outage(how)
-    degraded = alone(outage.harness.llm, prompt(4), 4, BlockMask.of(0))
+    degraded = alone(outage.harness.llm, prompt(4), 4, Plan.removing(0))
     while outage.harness.time_s < 60:
         handle = outage.ask()
         assert (handle.reason, handle.token_ids) == ("length", degraded)
         outage.idle(15)
-    assert outage.harness.mask == BlockMask.of(0)  # the other one is back
+    assert outage.harness.mask == Plan.removing(0)  # the other one is back
     assert outage.unreadable.items == ("layer00.attn",)
     assert str(outage.file) in outage.unreadable.reason
     assert len(caplog.messages) == 1
@@ -119,15 +118,13 @@ def test_below_the_quality_floor_requests_are_refused_until_the_file_is_back():
 def test_a_block_at_another_level_keeps_it():
     harness = Harness()
     unreadable = harness.controller.plans.unreadable
-    low = CompressionPlan.of({"layer00.ffn": "int4", "layer01.ffn": "removed"})
+    low = Plan.of({"layer00.ffn": "int4", "layer01.ffn": "removed"})
     harness.llm.apply(low)
     for name in ("block001", "block003"):
         next(cache_dir().rglob(f"{name}.safetensors")).unlink()
-    errors = harness.llm.apply_readable(CompressionPlan())
+    errors = harness.llm.apply_readable(Plan())
     assert errors.keys() == {"layer00.ffn", "layer01.ffn"}
     assert harness.llm.plan == low
     unreadable.add(errors)
-    assert unreadable.without(CompressionPlan()) == low
-    assert unreadable.without(CompressionPlan.uniform(3, weights="removed")).removed == (
-        harness.everything
-    )
+    assert unreadable.without(Plan()) == low
+    assert unreadable.without(Plan.uniform(3, weights="removed")).removed == (harness.everything)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_tokenizer
@@ -48,9 +48,9 @@ def test_writing_leaves_the_global_generator_and_the_mask_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with model.masked(BlockMask.of(1)):
+    with model.masked(Plan.removing(1)):
         load_corpus(CorpusConfig(windows=1, window_tokens=5), model, progress=False)
-        assert model.mask == BlockMask.of(1)
+        assert model.mask == Plan.removing(1)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -59,7 +59,7 @@ def test_written_text_is_the_dense_models_whatever_mask_is_on(cache):
     dense = load_corpus(config, llm(), progress=False)
     next((cache / "corpora").iterdir()).unlink()
     model = llm()
-    with model.masked(BlockMask.of(0, 1, 2)):
+    with model.masked(Plan.removing(0, 1, 2)):
         assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
 
 

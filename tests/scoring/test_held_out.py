@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.held_out import HeldOutLosses
 
 BLOCKS = 20
@@ -19,20 +18,20 @@ BLOCKS = 20
 def plans():
     """Plans with ΔNLL on both texts: held-out text loses a little more with more FFN removed."""
     rng = np.random.default_rng(0)
-    calibration, held_out = {BlockMask(): 0.0}, {BlockMask(): 0.0}
+    calibration, held_out = {Plan(): 0.0}, {Plan(): 0.0}
     for _ in range(300):
-        mask = BlockMask.of(*rng.permutation(BLOCKS)[: rng.integers(1, 12)].tolist())
-        levels = dict.fromkeys(mask.names, "removed")
+        mask = Plan.removing(*rng.permutation(BLOCKS)[: rng.integers(1, 12)].tolist())
+        levels = dict.fromkeys(mask.removed_names, "removed")
         if rng.random() < 0.5:
             levels |= {
                 f"layer{layer:02}.cache": "int4-window128"
                 for layer in range(BLOCKS // 2)
                 if f"layer{layer:02}.attn" not in levels
             }
-        plan = CompressionPlan.of(levels)
-        loss = 0.02 * 1.5 ** len(mask) * rng.uniform(0.8, 1.2)
+        plan = Plan.of(levels)
+        loss = 0.02 * 1.5 ** len(mask.removed) * rng.uniform(0.8, 1.2)
         calibration[plan] = loss
-        held_out[plan] = loss * (1.1 + 0.05 * mask.count("ffn")) * rng.uniform(0.95, 1.05)
+        held_out[plan] = loss * (1.1 + 0.05 * mask.count_removed("ffn")) * rng.uniform(0.95, 1.05)
     return calibration, held_out
 
 
@@ -47,7 +46,7 @@ def test_measured_losses_are_given_as_they_are(plans, fitted):
     for plan, loss in held_out.items():
         assert fitted.delta_nll(plan, calibration[plan]) == loss
         assert not fitted.is_predicted(plan)
-    assert fitted.delta_nll(CompressionPlan(), 0.0) == 0.0
+    assert fitted.delta_nll(Plan(), 0.0) == 0.0
 
 
 def test_others_are_predicted_within_the_noise(plans, fitted):
@@ -55,8 +54,8 @@ def test_others_are_predicted_within_the_noise(plans, fitted):
     assert everything.masks == len(plans[1]) - 1  # not the native model
     assert everything.median_relative_error < 0.06
     assert everything.spearman > 0.99
-    few = BlockMask.of(1, 3, 5)
-    more = BlockMask.of(*range(11))
+    few = Plan.removing(1, 3, 5)
+    more = Plan.removing(*range(11))
     assert fitted.is_predicted(few)
     assert 0.06 < fitted.delta_nll(few, 0.0675) < 0.12
     assert fitted.delta_nll(more, 1.7) > fitted.delta_nll(few, 0.0675)
@@ -66,7 +65,7 @@ def test_a_file_restores_them(plans, fitted):
     again = HeldOutLosses.from_json(json.loads(json.dumps(fitted.to_json())))
     assert again.measured == fitted.measured
     assert again.fidelity == fitted.fidelity
-    assert again.delta_nll(BlockMask.of(2), 0.3) == fitted.delta_nll(BlockMask.of(2), 0.3)
+    assert again.delta_nll(Plan.removing(2), 0.3) == fitted.delta_nll(Plan.removing(2), 0.3)
 
 
 def test_too_few_plans_predict_nothing(plans):
@@ -81,5 +80,5 @@ def test_a_plan_unlike_all_measured_ones_is_not_taken_for_a_good_one(fitted):
     ratios = np.exp(fitted.log_ratios)
     assert ratios[0] > 0.9
     assert ratios[1] < 2
-    for plan in (BlockMask.of(0), BlockMask.of(*range(BLOCKS))):
+    for plan in (Plan.removing(0), Plan.removing(*range(BLOCKS))):
         assert 0.9 * 50 < fitted.delta_nll(plan, 50.0) < 2 * 50

@@ -10,10 +10,9 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
 from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.long_context_tasks import (
@@ -165,7 +164,7 @@ class TestScores:
         rows = torch.randint(3, 200, (3, 90), generator=torch.Generator().manual_seed(0)).tolist()
         requests = [(row[:n], row[n : n + size]) for row in rows for n, size in ((80, 3), (70, 1))]
         requests += [(rows[0][:70], [5]), (rows[1][:40], [6, 7]), (rows[2][:40], rows[2][40:41])]
-        plan = CompressionPlan.uniform(LAYERS, caches="int8")
+        plan = Plan.uniform(LAYERS, caches="int8")
         with llm.masked(plan):
             shared = ContinuationScorer(llm, requests, 128, share_prefixes=True)
             alone = ContinuationScorer(llm, requests, 128)
@@ -174,13 +173,13 @@ class TestScores:
 
     def test_the_nll_of_choices_by_hand(self, llm):
         scorer = self.scorer(llm, "rap_multikey_512")
-        result = scorer.results(BlockMask())["rap_multikey_512"]
-        logs = scorer._outputs(BlockMask())["rap_multikey_512"][:, 0].reshape(-1, CHOICES)
+        result = scorer.results(Plan())["rap_multikey_512"]
+        logs = scorer._outputs(Plan())["rap_multikey_512"][:, 0].reshape(-1, CHOICES)
         docs = LongContextTask("multikey", 512).documents(llm.tokenizer, 0, 16)
         chances = np.exp(logs) / np.exp(logs).sum(axis=1, keepdims=True)
         expected = [-np.log(row[doc["gold"]]) for row, doc in zip(chances, docs, strict=True)]
         assert result.choice_nll == pytest.approx(np.array(expected))
-        assert scorer.mean_choice_nll(BlockMask()) == pytest.approx(np.mean(expected))
+        assert scorer.mean_choice_nll(Plan()) == pytest.approx(np.mean(expected))
         right = logs.argmax(axis=1) == [doc["gold"] for doc in docs]
         assert result.per_document["acc"].tolist() == right.astype(float).tolist()
         assert scorer.chance == {"rap_multikey_512": 0.25}
@@ -207,7 +206,7 @@ class TestScores:
         scorer = ContinuationScorer(llm, requests, 1024)
         found = {}
         for caches in ("native", "int4", "int2", "window128"):
-            with llm.masked(CompressionPlan.uniform(LAYERS, caches=caches)):
+            with llm.masked(Plan.uniform(LAYERS, caches=caches)):
                 found[caches] = scorer.run()[:, 0].reshape(2, CHOICES)
         assert found["window128"][0].tolist() == found["window128"][1].tolist()
         for caches in ("native", "int4", "int2"):
@@ -218,7 +217,7 @@ class TestScores:
     def test_plans_reach_the_scores_of_a_task(self, llm):
         scorer = self.scorer(llm, "rap_recall_1024")
         nll = {
-            caches: scorer.results(CompressionPlan.uniform(LAYERS, caches=caches))[
+            caches: scorer.results(Plan.uniform(LAYERS, caches=caches))[
                 "rap_recall_1024"
             ].choice_nll
             for caches in ("native", "int4", "int2", "window128")
@@ -241,4 +240,4 @@ class TestScores:
         write_task(tmp_path, "lambada_openai")
         scorer = TaskScorer(llm, TaskConfig(("lambada_openai",), data_root=str(tmp_path)))
         with pytest.raises(UnknownNameError, match="multiple-choice task 'lambada_openai'"):
-            scorer.mean_choice_nll(BlockMask())
+            scorer.mean_choice_nll(Plan())

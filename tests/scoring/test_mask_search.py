@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import NonFiniteScoreError
+from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.mask_search import (
     CandidateRunner,
@@ -15,7 +15,7 @@ from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import DISTINCT_FAMILIES, each_family, tiny_llm
 
-BASE = BlockMask.of(3)
+BASE = Plan.removing(3)
 
 
 def scorers(family="llama", layers=5, dtype=torch.float32, windows=4):
@@ -66,14 +66,14 @@ def test_the_next_round_starts_from_the_winners_states():
     scorer, plain = scorers(layers=8)
     best = find_best_mask(scorer, list(scorer.candidates(BASE).values())).best
     before = scorer.block_forwards
-    alone = best | BlockMask.of(15)
+    alone = best.without(15)
     assert scorer.nll(alone) == plain.nll(alone)
     assert scorer.block_forwards == before  # the last block is gone: all before it is known
 
 
 def test_a_single_mask_and_the_dense_model():
     scorer, plain = scorers()
-    assert find_best_mask(scorer, [BlockMask()]).nll == {BlockMask(): plain.dense_nll}
+    assert find_best_mask(scorer, [Plan()]).nll == {Plan(): plain.dense_nll}
 
 
 def test_non_finite_numbers_are_rejected():

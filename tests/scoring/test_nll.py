@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from tests.scoring.test_scorer import tokens
 from tests.tiny import each_family, tiny_llm
 
 
-def passed(llm, ids, mask=BlockMask()):
+def passed(llm, ids, mask=Plan()):
     with torch.inference_mode(), llm.masked(mask):
         return llm.adapter.decoder(llm.model)(input_ids=ids, use_cache=False).last_hidden_state
 
@@ -51,7 +51,7 @@ def test_a_part_of_the_vocabulary_bounds_the_loss(family, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens()
     partial = PartialForward(llm)
     bound = VocabularyBound(partial, [passed(llm, ids)], [ids])
-    for mask in (BlockMask(), BlockMask.of(1), BlockMask.of(0, 3)):
+    for mask in (Plan(), Plan.removing(1), Plan.removing(0, 3)):
         hidden = passed(llm, ids, mask)
         whole = window_nll(partial, hidden, ids)
         part = bound.window_nll(0, hidden)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rap_env.blocks import every_mask
+from rap_env.plan import every_mask
 from rap_env.scoring.score_table import ScoreTable, packaged_names, packaged_tables, table_path
 
 WHOLE = [path for path in packaged_tables() if path.name.startswith("small-")]

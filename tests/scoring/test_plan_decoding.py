@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers as tf
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import (
@@ -43,7 +43,7 @@ def check(llm, ids, plans, tolerance):
     for plan in plans:
         expected = decoded_nll(llm, ids, plan).tolist()
         assert scorer.window_nll(plan) == pytest.approx(expected, abs=tolerance), plan
-    native = scorer.window_nll(BlockMask())
+    native = scorer.window_nll(Plan())
     return [float(abs(scorer.window_nll(plan) - native).max()) for plan in plans]
 
 
@@ -52,7 +52,7 @@ def check(llm, ids, plans, tolerance):
 )
 def test_caches_at_a_level_and_at_the_lowest(family, level, dtype):
     llm, ids = tiny_llm(family, dtype=dtype), tokens(2, TOKENS)
-    plans = [CompressionPlan.uniform(LAYERS, caches=name) for name in (level, "int2")]
+    plans = [Plan.uniform(LAYERS, caches=name) for name in (level, "int2")]
     rises = check(llm, ids, plans, TOLERANCE[dtype])
     if dtype == torch.float32:
         assert rises[0] < rises[1]
@@ -62,11 +62,9 @@ def test_caches_at_a_level_and_at_the_lowest(family, level, dtype):
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_caches_beside_removed_blocks_and_native_caches(family):
     llm, ids = tiny_llm(family, layers=3), tokens(2, TOKENS)
-    plan = CompressionPlan.of(
-        {"layer00.cache": "int2", "layer01.attn": "removed", "layer01.ffn": "removed"}
-    )
+    plan = Plan.of({"layer00.cache": "int2", "layer01.attn": "removed", "layer01.ffn": "removed"})
     (rise,) = check(llm, ids, [plan], TOLERANCE[torch.float32])
-    alone = MaskScorer(llm, ids).window_nll(plan) - MaskScorer(llm, ids).window_nll(plan.removed)
+    alone = MaskScorer(llm, ids).window_nll(plan) - MaskScorer(llm, ids).window_nll(plan.mask)
     assert abs(alone).max() > TOLERANCE[torch.float32]
     assert rise > 0
 
@@ -85,9 +83,7 @@ def test_caches_beside_removed_blocks_and_native_caches(family):
 )
 def test_windows(family, level):
     llm, ids = _long_llm(family), tokens(2, 150)
-    (rise,) = check(
-        llm, ids, [CompressionPlan.uniform(LAYERS, caches=level)], TOLERANCE[torch.float32]
-    )
+    (rise,) = check(llm, ids, [Plan.uniform(LAYERS, caches=level)], TOLERANCE[torch.float32])
     if family != "phi3_sliding" or not level.startswith("window"):  # its own window is 5 tokens
         assert rise > TOLERANCE[torch.float32]
 
@@ -102,8 +98,8 @@ def test_weights_and_caches_together(family, level):
     blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
     items = {block_name(index): level for index in blocks}
     items |= {"embeddings": level} if level in facts.embedding_levels else {}
-    plans = [CompressionPlan.of({**items, "layer01.cache": "int4"})]
-    plans += [CompressionPlan.of(items)] if family == "llama" else []
+    plans = [Plan.of({**items, "layer01.cache": "int4"})]
+    plans += [Plan.of(items)] if family == "llama" else []
     # Steps with few rows use packed kernels, scores widened weights; each rounds its own way.
     rises = check(llm, ids, plans, 1e-3)
     assert not blocks or min(rises) > 0

@@ -4,11 +4,11 @@ import random
 
 import torch
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.scoring.plan_runner import StateCache, branch_nodes, plan_prefixes
 
 STEPS = tuple((block,) for block in range(8))
-DENSE = BlockMask()
+DENSE = Plan()
 
 
 def state(number):
@@ -29,10 +29,10 @@ def test_batches_and_nodes_are_distinguished():
     cache = StateCache(1000)
     cache.put(0, (1, DENSE), state(1))
     cache.put(1, (1, DENSE), state(2))
-    cache.put(0, (1, BlockMask.of(0)), state(3))
+    cache.put(0, (1, Plan.removing(0)), state(3))
     cache.put(0, (1, DENSE), state(4))
     assert [
-        cache.get(*key)[0] for key in ((0, (1, DENSE)), (1, (1, DENSE)), (0, (1, BlockMask.of(0))))
+        cache.get(*key)[0] for key in ((0, (1, DENSE)), (1, (1, DENSE)), (0, (1, Plan.removing(0))))
     ] == [4, 2, 3]
     assert cache.held_bytes == 48
     cache.clear()
@@ -60,25 +60,25 @@ def test_a_part_of_a_batch_does_not_keep_the_batch():
 
 
 def test_branches_are_where_later_masks_leave():
-    first, second, third = BlockMask.of(1), BlockMask.of(1, 6), BlockMask.of(0)
+    first, second, third = Plan.removing(1), Plan.removing(1, 6), Plan.removing(0)
     # The first two leave each other before block 6, the third leaves both before block 0.
     assert branch_nodes([first, second, third], STEPS) == {(6, first), (0, DENSE)}
-    assert branch_nodes([BlockMask.of(0, 2)], STEPS) == set()
+    assert branch_nodes([Plan.removing(0, 2)], STEPS) == set()
     assert branch_nodes([], STEPS) == set()
 
 
 def test_prefixes_are_the_blocks_removed_before_each_step():
-    mask = BlockMask.of(1, 6)
-    assert plan_prefixes(mask, STEPS) == (*[DENSE] * 2, *[BlockMask.of(1)] * 5, mask, mask)
+    mask = Plan.removing(1, 6)
+    assert plan_prefixes(mask, STEPS) == (*[DENSE] * 2, *[Plan.removing(1)] * 5, mask, mask)
     pairs = tuple((block, block + 1) for block in range(0, 8, 2))
-    assert plan_prefixes(mask, pairs) == (DENSE, *[BlockMask.of(1)] * 3, mask)
+    assert plan_prefixes(mask, pairs) == (DENSE, *[Plan.removing(1)] * 3, mask)
 
 
 def test_with_its_branches_kept_every_prefix_runs_once():
     draw = random.Random(0)
     for _ in range(50):
         rows = sorted({tuple(draw.getrandbits(1) for _ in range(8)) for _ in range(12)})
-        masks = [BlockMask.of(*(i for i, bit in enumerate(row) if bit)) for row in rows]
+        masks = [Plan.removing(*(i for i, bit in enumerate(row) if bit)) for row in rows]
         kept = branch_nodes(masks, STEPS)
         have, ran = set(), []
         for mask in masks:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.store import ScoreStore
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
@@ -27,7 +26,7 @@ def requests():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padded_batch_scores_as_each_sequence_alone_under_lowered_caches(family):
     llm = tiny_llm(family)
-    with llm.masked(CompressionPlan.of(CACHES)):
+    with llm.masked(Plan.of(CACHES)):
         together = ContinuationScorer(llm, requests(), 63)
         assert len(together._batches) == 1
         found = together.run()
@@ -39,12 +38,12 @@ def test_a_padded_batch_scores_as_each_sequence_alone_under_lowered_caches(famil
 
 def test_tasks_are_scored_under_plans_and_stored_by_plan(tmp_path):
     llm = make_llm()
-    plan, mask = CompressionPlan.of(CACHES), BlockMask.of("layer00.attn")
+    plan, mask = Plan.of(CACHES), Plan.removing("layer00.attn")
     scorer = TaskScorer(llm, CONFIG, ScoreStore(tmp_path / "s.sqlite"))
     results = scorer.results(plan)
     assert scorer.accuracies(plan) == {n: r.metrics["acc"] for n, r in results.items()}
     assert 0 <= scorer.mean_accuracy(plan) <= 1
-    assert scorer.results(CompressionPlan(mask)) == scorer.results(mask)
+    assert scorer.results(mask) == scorer.results(mask)
     assert scorer.evaluations == 2
     again = TaskScorer(llm, CONFIG, ScoreStore(tmp_path / "s.sqlite"))
     for one in (plan, mask):
@@ -52,12 +51,12 @@ def test_tasks_are_scored_under_plans_and_stored_by_plan(tmp_path):
         assert metrics == {name: result.metrics for name, result in again.results(one).items()}
     assert again.evaluations == 0
     with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
-        scorer.results(CompressionPlan.of({"layer02.cache": "int4"}))
+        scorer.results(Plan.of({"layer02.cache": "int4"}))
 
 
 def test_the_applied_plan_stays():
-    llm, plan = make_llm(), CompressionPlan.of(CACHES)
+    llm, plan = make_llm(), Plan.of(CACHES)
     llm.apply(plan)
-    TaskScorer(llm, CONFIG).results(BlockMask())
+    TaskScorer(llm, CONFIG).results(Plan())
     assert llm.plan == plan
     assert torch.is_inference_mode_enabled() is False

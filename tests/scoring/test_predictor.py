@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
 from rap_env.scoring.predictor import LEAST_SHARE, DeltaNLLPredictor, ScoreModel
 from rap_env.scoring.predictor_fit import fit_predictor, fit_score_model
@@ -38,7 +38,7 @@ def masks(number, most=BLOCKS, seed=1):
 
 
 def mask_of(row):
-    return BlockMask.of(*np.flatnonzero(row).tolist())
+    return Plan.removing(*np.flatnonzero(row).tolist())
 
 
 def fitted(number=1500, most=BLOCKS, seed=0):
@@ -69,8 +69,8 @@ def test_it_predicts_held_out_plans_from_what_their_other_levels_cost():
     few = removed[held].sum(axis=1) < 5  # where the other levels matter
     errors = [np.abs(predicted - values[held])[few].mean() for predicted in (blind, found)]
     assert errors[0] > 1.3 * errors[1]
-    alone = predictor.delta_nll(BlockMask(), 0.2)
-    assert predictor.delta_nll(BlockMask()) == 0.0 < alone
+    alone = predictor.delta_nll(Plan(), 0.2)
+    assert predictor.delta_nll(Plan()) == 0.0 < alone
     assert alone == pytest.approx(0.2, rel=0.3)
 
 
@@ -103,10 +103,10 @@ def test_the_seed_alone_decides_what_is_held_out():
 
 
 def test_a_prediction_depends_on_the_set_alone(predictor):
-    assert predictor.delta_nll(BlockMask.of(3, 9, 14, 1)) == predictor.delta_nll(
-        BlockMask.of(14, 9, 3, 1)
+    assert predictor.delta_nll(Plan.removing(3, 9, 14, 1)) == predictor.delta_nll(
+        Plan.removing(14, 9, 3, 1)
     )
-    assert predictor.delta_nll(BlockMask()) == 0.0
+    assert predictor.delta_nll(Plan()) == 0.0
 
 
 def test_it_round_trips_through_a_file(predictor):
@@ -114,7 +114,7 @@ def test_it_round_trips_through_a_file(predictor):
     again = DeltaNLLPredictor(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     )
-    assert again.delta_nll(BlockMask.of(2, 5, 11)) == predictor.delta_nll(BlockMask.of(2, 5, 11))
+    assert again.delta_nll(Plan.removing(2, 5, 11)) == predictor.delta_nll(Plan.removing(2, 5, 11))
 
 
 def test_extrapolations_are_clipped_to_measured_values():
@@ -124,17 +124,19 @@ def test_extrapolations_are_clipped_to_measured_values():
     for number in range(1, BLOCKS + 1):
         for _ in range(50):
             mask = rng.permutation(BLOCKS)[:number].tolist()
-            loss = predictor.delta_nll(BlockMask.of(*mask))
+            loss = predictor.delta_nll(Plan.removing(*mask))
             assert loss <= losses(removed).max()
             assert loss >= predictor.least[number] >= predictor.least[number - 1]
             assert loss >= LEAST_SHARE * losses(np.eye(BLOCKS, dtype=bool))[mask].max()
     heavy = losses(removed)[removed.sum(axis=1) == 4].min()
-    assert predictor.delta_nll(BlockMask.of(*range(BLOCKS))) >= heavy > 0
+    assert predictor.delta_nll(Plan.removing(*range(BLOCKS))) >= heavy > 0
 
 
 def test_a_block_that_ruins_the_model_ruins_every_mask(predictor):
     for others in ([], [3], [3, 5, 8], range(1, BLOCKS)):
-        assert predictor.delta_nll(BlockMask.of(0, *others)) >= LEAST_SHARE * predictor.alone[0] > 2
+        assert (
+            predictor.delta_nll(Plan.removing(0, *others)) >= LEAST_SHARE * predictor.alone[0] > 2
+        )
 
 
 def test_one_lucky_deep_mask_does_not_set_the_bound():
@@ -249,5 +251,5 @@ def test_a_table_keeps_the_ensemble_and_its_pessimism(tmp_path):
     table.save(tmp_path / "table.json")
     again = ScoreTable.load(tmp_path / "table.json").predictor
     assert (len(again.members), again.pessimism) == (3, 2.0)
-    mask = BlockMask.of(0, 1, 3, 4)
+    mask = Plan.removing(0, 1, 3, 4)
     assert again.delta_nll(mask) == table.predictor.delta_nll(mask)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.scoring import score_table
 from rap_env.scoring.predictor import ScoreModel
 from rap_env.scoring.predictor_fit import fit_predictor
@@ -73,7 +73,7 @@ def test_corrections_do_not_depend_on_the_order_of_additions(predictor):
 
 def test_one_mask_is_predicted_as_among_others_and_below_others(predictor):
     removed = masks(200, 5)
-    alone = [predictor.delta_nll(BlockMask.of(*indices(row).tolist())) for row in removed]
+    alone = [predictor.delta_nll(Plan.removing(*indices(row).tolist())) for row in removed]
     assert ScoreModel((predictor,)).delta_nll_many(removed) == pytest.approx(
         alone, rel=1e-9, abs=1e-9
     )

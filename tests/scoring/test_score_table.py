@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from rap_env.artifacts import save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.predictor_fit import feature_matrix
 from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.conftest import make_context
@@ -46,7 +45,7 @@ def test_a_table_round_trips_through_its_file(table, path):
     assert again.fidelity == table.fidelity
     for name in ("context", "text", "settings", "features", "evaluation_s"):
         assert getattr(again, name) == json.loads(json.dumps(getattr(table, name)))
-    assert again.dense_nll == table.scores[BlockMask()]
+    assert again.dense_nll == table.scores[Plan()]
 
 
 def test_measured_scores_are_the_models_to_the_last_bit(context, path):
@@ -54,14 +53,14 @@ def test_measured_scores_are_the_models_to_the_last_bit(context, path):
     masks = all_masks(BLOCKS, 3)
     assert scorer.nll_many(masks) == context.scorer.nll_many(masks)
     assert scorer.dense_nll == context.scorer.dense_nll
-    assert scorer.scan(BlockMask.of(1)) == context.scorer.scan(BlockMask.of(1))
+    assert scorer.scan(Plan.removing(1)) == context.scorer.scan(Plan.removing(1))
     assert scorer.context == json.loads(json.dumps(dict(context.scorer.context)))
     assert not any(map(scorer.is_predicted, masks))
 
 
 def test_unmeasured_masks_are_predicted_and_flagged(table, path):
     scorer = TableScorer(ScoreTable.load(path))
-    deep = [mask for mask in all_masks(BLOCKS) if len(mask) > 3]
+    deep = [mask for mask in all_masks(BLOCKS) if len(mask.removed) > 3]
     assert all(map(scorer.is_predicted, deep))
     together = scorer.nll_many(deep)
     assert [scorer.nll(mask) for mask in reversed(deep)] == together[::-1]
@@ -70,7 +69,7 @@ def test_unmeasured_masks_are_predicted_and_flagged(table, path):
 
 def test_it_counts_requested_scores_and_runs_no_model(table):
     scorer, seen = TableScorer(table), []
-    masks = [BlockMask.of(0), BlockMask.of(0), BlockMask.of(0, 1, 2, 3), BlockMask()]
+    masks = [Plan.removing(0), Plan.removing(0), Plan.removing(0, 1, 2, 3), Plan()]
     scorer.nll_many(masks, seen.append)
     scorer.nll_many(masks)
     assert len(seen) == 3
@@ -81,7 +80,7 @@ def test_it_counts_requested_scores_and_runs_no_model(table):
 
 def test_a_block_that_the_model_lacks(table):
     with pytest.raises(UnknownNameError, match=r"layer03\.attn.*layer02\.ffn"):
-        TableScorer(table).nll(BlockMask.of(6))
+        TableScorer(table).nll(Plan.removing(6))
 
 
 def test_too_few_scores(context):
@@ -134,11 +133,11 @@ def large(table):
     )  # fmt: skip
     rng = np.random.default_rng(0)
     cost = rng.uniform(0.05, 0.5, 2 * layers)
-    masks = [BlockMask(), *(BlockMask.of(i) for i in range(2 * layers))]
+    masks = [Plan(), *(Plan.removing(i) for i in range(2 * layers))]
     drawn = {
-        BlockMask.of(*rng.permutation(60)[: rng.integers(2, 40)].tolist()) for _ in range(20000)
+        Plan.removing(*rng.permutation(60)[: rng.integers(2, 40)].tolist()) for _ in range(20000)
     }
-    scores = {mask: 2.0 + cost[list(mask)].sum() for mask in [*masks, *drawn]}
+    scores = {mask: 2.0 + cost[list(mask.removed)].sum() for mask in [*masks, *drawn]}
     origin = {name: getattr(table, name) for name in (
         "context", "text", "settings", "features", "one_shot", "gsi", "evaluation_s")}  # fmt: skip
     return ScoreTable.fitted(facts, scores, **origin)
@@ -175,8 +174,8 @@ def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
 
 
 def test_measured_plans_stand_beside_masks(context, table, tmp_path):
-    plan = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
-    scores = {**table.scores, plan: 7.25, CompressionPlan(BlockMask.of(0, 1, 2, 3)): 9.5}
+    plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+    scores = {**table.scores, plan: 7.25, Plan.removing(0, 1, 2, 3): 9.5}
     kept = {name: getattr(table, name) for name in ORIGIN}
     with_plans = ScoreTable.fitted(table.facts, scores, **kept)
     with_plans.save(tmp_path / "t.json")
@@ -185,18 +184,18 @@ def test_measured_plans_stand_beside_masks(context, table, tmp_path):
     scorer = TableScorer(again)
     assert scorer.nll(plan) == 7.25
     assert not scorer.is_predicted(plan)
-    assert scorer.nll(BlockMask.of(0, 1, 2, 3)) == 9.5
-    mask = BlockMask.of(1)
-    assert scorer.nll(CompressionPlan(mask)) == scorer.nll(mask) == table.scores[mask]
+    assert scorer.nll(Plan.removing(0, 1, 2, 3)) == 9.5
+    mask = Plan.removing(1)
+    assert scorer.nll(mask) == scorer.nll(mask) == table.scores[mask]
     assert scorer.known == 3
-    other = CompressionPlan.of({"layer00.cache": "int2"})
+    other = Plan.of({"layer00.cache": "int2"})
     assert scorer.is_predicted(other)
     with pytest.raises(UnknownNameError, match=r"int2 \(layer00\.cache\).*live model"):
         scorer.nll(other)
     with pytest.raises(UnknownNameError, match=r"layer09"):
-        scorer.nll(CompressionPlan.of({"layer09.cache": "int2"}))
+        scorer.nll(Plan.of({"layer09.cache": "int2"}))
 
 
 def test_the_predictors_input_of_a_plan_is_its_removed_blocks():
-    plan = CompressionPlan.of({"layer01.ffn": "int8", "layer01.attn": "removed"})
-    assert feature_matrix([BlockMask.of(2), plan], 4).tolist() == 2 * [[0, 0, 1, 0]]
+    plan = Plan.of({"layer01.ffn": "int8", "layer01.attn": "removed"})
+    assert feature_matrix([Plan.removing(2), plan], 4).tolist() == 2 * [[0, 0, 1, 0]]

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     CorpusError,
     InvalidRequestError,
     NonFiniteScoreError,
     UnknownNameError,
 )
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
@@ -19,8 +19,8 @@ from tests.envs.conftest import make_context
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
-MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2, 3),
-         BlockMask.of(3), BlockMask.of(0, 1, 2, 3), BlockMask.of(0, 3)]  # fmt: skip
+MASKS = [Plan(), Plan.removing(0), Plan.removing(1), Plan.removing(2), Plan.removing(1, 2, 3),
+         Plan.removing(3), Plan.removing(0, 1, 2, 3), Plan.removing(0, 3)]  # fmt: skip
 
 
 def tokens(windows=3, length=9, seed=0):
@@ -57,8 +57,8 @@ def test_shared_layers_change_no_bit(family, dtype):
 def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
     rounding = 1e-5 if dtype == torch.float32 else 2e-2
     llm, ids = tiny_llm(family, layers=3, dtype=dtype), tokens()
-    scan = [BlockMask.of(2, index) for index in (0, 1, 3, 4, 5)]
-    nothing_shared = [BlockMask.of(0, 4), BlockMask.of(1), BlockMask.of(0, 1, 3), BlockMask()]
+    scan = [Plan.removing(2, index) for index in (0, 1, 3, 4, 5)]
+    nothing_shared = [Plan.removing(0, 4), Plan.removing(1), Plan.removing(0, 1, 3), Plan()]
     masks = scan + nothing_shared
     single = [MaskScorer(llm, ids).nll(mask) for mask in masks]
     for width in (2, 4, 16):
@@ -79,7 +79,7 @@ def test_impossible_numbers_of_masks_in_a_batch(width):
 def test_the_share_saved_is_that_of_single_passes():
     llm, ids = tiny_llm(layers=4), tokens()
     scorer = MaskScorer(llm, ids)
-    scorer.nll_many([BlockMask.of(7), BlockMask.of(6)])
+    scorer.nll_many([Plan.removing(7), Plan.removing(6)])
     assert scorer.full_block_forwards == 14
     assert scorer.block_forwards == 6 + 2  # six in common, then one block each
     assert scorer.share_saved == pytest.approx(6 / 14)
@@ -87,7 +87,7 @@ def test_the_share_saved_is_that_of_single_passes():
 
 def test_sharing_saves_blocks_whatever_the_cache_holds():
     llm, ids = tiny_llm(layers=6), tokens()
-    base = BlockMask.of(4)
+    base = Plan.removing(4)
     expected = None
     work = []
     for cache_bytes in (1, 3 * ids.numel() * 16 * 4, 2**30):
@@ -105,7 +105,7 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
 
 def test_scan_covers_each_kept_block():
     llm = tiny_llm()
-    scan = MaskScorer(llm, tokens()).scan(BlockMask.of("layer00.ffn"))
+    scan = MaskScorer(llm, tokens()).scan(Plan.removing("layer00.ffn"))
     assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
 
 
@@ -113,7 +113,7 @@ def test_batching_of_windows_is_part_of_the_context():
     llm, ids = tiny_llm(), tokens(windows=8)
     whole, split = MaskScorer(llm, ids), MaskScorer(llm, ids, batch_tokens=18)
     assert len(split.batches) == 4
-    assert split.nll(BlockMask.of(1)) == pytest.approx(whole.nll(BlockMask.of(1)), rel=1e-5)
+    assert split.nll(Plan.removing(1)) == pytest.approx(whole.nll(Plan.removing(1)), rel=1e-5)
     assert split.context != whole.context
 
 
@@ -142,26 +142,26 @@ def test_stored_scores_are_not_run_again(tmp_path):
 
 def test_a_failed_pass_leaves_model_and_later_scores_right():
     llm, ids = tiny_llm(), tokens()
-    expected = MaskScorer(llm, ids).nll(BlockMask.of(2))
+    expected = MaskScorer(llm, ids).nll(Plan.removing(2))
     scorer = MaskScorer(llm, ids)
-    scorer.nll(BlockMask())
+    scorer.nll(Plan())
     weight = llm.model.get_decoder().layers[1].mlp.down_proj.weight
     kept = weight.data.clone()
     weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match=r"layer00\.ffn.*float32"):
-        scorer.nll(BlockMask.of(1))
+        scorer.nll(Plan.removing(1))
     weight.data.copy_(kept)
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert scorer.evaluations == 1
-    assert scorer.nll(BlockMask.of(2)) == expected
+    assert scorer.nll(Plan.removing(2)) == expected
 
 
 def test_the_mask_in_force_does_not_matter_and_stays():
     llm, ids = tiny_llm(), tokens()
-    expected = MaskScorer(llm, ids).nll(BlockMask.of(1))
-    with llm.masked(BlockMask.of(0, 3)):
-        assert MaskScorer(llm, ids).nll(BlockMask.of(1)) == expected
-        assert llm.mask == BlockMask.of(0, 3)
+    expected = MaskScorer(llm, ids).nll(Plan.removing(1))
+    with llm.masked(Plan.removing(0, 3)):
+        assert MaskScorer(llm, ids).nll(Plan.removing(1)) == expected
+        assert llm.mask == Plan.removing(0, 3)
 
 
 @pytest.mark.parametrize(
@@ -181,21 +181,21 @@ def test_impossible_windows(ids, text):
 
 def test_a_block_that_the_model_lacks():
     with pytest.raises(UnknownNameError, match=r"layer02\.attn.*layer01\.ffn"):
-        MaskScorer(tiny_llm(), tokens()).nll(BlockMask.of(4))
+        MaskScorer(tiny_llm(), tokens()).nll(Plan.removing(4))
 
 
 def test_the_time_of_a_pass_changes_no_count_and_no_score():
     scorer = MaskScorer(tiny_llm(), tokens())
-    before = scorer.nll(BlockMask.of(1))
+    before = scorer.nll(Plan.removing(1))
     assert scorer.evaluation_s > 0
     assert (scorer.evaluations, scorer.known) == (1, 1)
-    assert scorer.nll(BlockMask.of(1, 2)) == MaskScorer(tiny_llm(), tokens()).nll(
-        BlockMask.of(1, 2)
+    assert scorer.nll(Plan.removing(1, 2)) == MaskScorer(tiny_llm(), tokens()).nll(
+        Plan.removing(1, 2)
     )
-    assert scorer.nll(BlockMask.of(1)) == before
+    assert scorer.nll(Plan.removing(1)) == before
 
 
-FEW_MASKS = [BlockMask(), BlockMask.of(1), BlockMask.of(0, 3), BlockMask.of(1, 2)]
+FEW_MASKS = [Plan(), Plan.removing(1), Plan.removing(0, 3), Plan.removing(1, 2)]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_mask_on_a_part_counts_as_that_part(scorer):
     assert scorer.evaluations == 0
     assert scorer.passes == len(FEW_MASKS) / 4
     blocks = scorer.block_forwards
-    assert 0 < blocks <= sum(4 - len(mask) for mask in FEW_MASKS) / 4
+    assert 0 < blocks <= sum(4 - len(mask.removed) for mask in FEW_MASKS) / 4
     assert 0 <= scorer.share_saved < 1
     scorer.nll_on(FEW_MASKS, [0])
     assert (scorer.passes, scorer.block_forwards) == (1, blocks)  # it is known by now
@@ -243,7 +243,7 @@ def test_nothing_of_a_part_is_stored(scorer, tmp_path):
 def test_a_table_has_one_part_the_whole_text():
     context = make_context()
     scorer = TableScorer(table_of(context, all_masks(6)))
-    masks = [BlockMask.of(1), BlockMask.of(0, 3)]
+    masks = [Plan.removing(1), Plan.removing(0, 3)]
     assert scorer.num_windows == 1
     assert scorer.nll_on(masks, [0]) == context.scorer.nll_many(masks)
     assert scorer.passes == 0

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import UnknownNameError
-from rap_env.plan import CompressionPlan, cache_name
+from rap_env.plan import Plan, cache_name
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
@@ -26,20 +26,20 @@ def plans_for(llm):
     """Plans that lower some of every kind of item that the model can lower, masks between them."""
     facts = llm.facts
     found = [
-        CompressionPlan.of(CACHES),
-        CompressionPlan.of({"layer00.cache": "int8", "layer01.ffn": "removed"}),
-        BlockMask.of(1),
-        CompressionPlan.of({"layer01.cache": "int4-window32", "layer00.attn": "removed"}),
+        Plan.of(CACHES),
+        Plan.of({"layer00.cache": "int8", "layer01.ffn": "removed"}),
+        Plan.removing(1),
+        Plan.of({"layer01.cache": "int4-window32", "layer00.attn": "removed"}),
     ]
     for level in ("int8", "int4"):
         blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
         if blocks:
             lowered = {block_name(i): level for i in blocks}
-            found += [CompressionPlan.of(lowered), CompressionPlan.of({**lowered, **CACHES})]
-            found.append(CompressionPlan.of({block_name(blocks[-1]): level}))
+            found += [Plan.of(lowered), Plan.of({**lowered, **CACHES})]
+            found.append(Plan.of({block_name(blocks[-1]): level}))
         if level in facts.embedding_levels:
-            found.append(CompressionPlan.of({"embeddings": level, "layer00.ffn": "removed"}))
-    return [*found, BlockMask()]
+            found.append(Plan.of({"embeddings": level, "layer00.ffn": "removed"}))
+    return [*found, Plan()]
 
 
 @each_family("family", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
@@ -68,16 +68,16 @@ def test_scores_of_plans_equal_the_models_own_loss(family):
 
 
 def test_a_plan_that_is_a_mask_has_the_masks_score_and_key(tmp_path):
-    llm, ids, mask = tiny_llm(), text(), BlockMask.of(0, 3)
+    llm, ids, mask = tiny_llm(), text(), Plan.removing(0, 3)
     scorer = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
-    values = scorer.nll_many([CompressionPlan(mask), mask, CompressionPlan()])
+    values = scorer.nll_many([mask, mask, Plan()])
     assert scorer.evaluations == 2
     assert values[0] == values[1] == MaskScorer(llm, ids).nll(mask)
     assert values[2] == scorer.dense_nll
     key = context_key(scorer.context)
     rows = dict(scorer.store.rows(key, METRIC))
-    assert rows[mask] == scorer.window_nll(CompressionPlan(mask)).tolist()
-    assert set(rows) == {mask, BlockMask()}
+    assert rows[mask] == scorer.window_nll(mask).tolist()
+    assert set(rows) == {mask, Plan()}
 
 
 def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
@@ -88,7 +88,7 @@ def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
     again = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
     assert again.nll_many(plans) == values
     assert again.evaluations == again.block_forwards == 0
-    masks = [plan for plan in plans if isinstance(plan, BlockMask)]
+    masks = [plan for plan in plans if plan.is_mask]
     assert set(dict(again.store.rows(context_key(again.context), METRIC))) == set(masks)
     stored = dict(again.store.plan_rows(context_key(again.plan_context), METRIC))
     assert set(stored) == set(plans) - set(masks)
@@ -99,11 +99,11 @@ def test_plans_share_the_steps_before_the_first_that_differs():
     llm, ids = tiny_llm(layers=4), text()
     scorer = MaskScorer(llm, ids)
     scorer.nll_many([
-        BlockMask(),
-        CompressionPlan.of({"layer03.cache": "int4"}),  # blocks 6 and 7 run again
-        CompressionPlan.of({"layer03.cache": "int8", "layer03.ffn": "removed"}),  # 6
-        CompressionPlan.of({"layer03.cache": "int4", "layer03.ffn": "removed"}),  # none
-        BlockMask.of(7),  # none
+        Plan(),
+        Plan.of({"layer03.cache": "int4"}),  # blocks 6 and 7 run again
+        Plan.of({"layer03.cache": "int8", "layer03.ffn": "removed"}),  # 6
+        Plan.of({"layer03.cache": "int4", "layer03.ffn": "removed"}),  # none
+        Plan.removing(7),  # none
     ])  # fmt: skip
     assert scorer.block_forwards == 8 + 2 + 1
     assert scorer.evaluations == 5
@@ -113,9 +113,9 @@ def test_plans_share_the_steps_before_the_first_that_differs():
 @pytest.mark.slow
 def test_plans_run_next_to_those_with_which_they_share_most():
     llm, ids = tiny_llm(layers=4), text()
-    base = CompressionPlan.of({"layer01.cache": "int4"})
+    base = Plan.of({"layer01.cache": "int4"})
     plans = [base.lower({cache_name(layer): "int8"}) for layer in (2, 3)]
-    plans += [base.without(BlockMask.of(block)) for block in (4, 5, 6, 7)]
+    plans += [base.without(block) for block in (4, 5, 6, 7)]
     one_by_one = MaskScorer(llm, ids, prefix_cache_bytes=1)
     for plan in plans:
         one_by_one.nll(plan)
@@ -138,8 +138,8 @@ def _distinct_runs(llm, plans):
 def test_plans_that_differ_in_the_embeddings_share_nothing():
     llm = tiny_llm("llama_tied")
     scorer = MaskScorer(llm, text())
-    lowered = CompressionPlan(embeddings="int8")
-    scorer.nll_many([BlockMask(), lowered, BlockMask.of(3), lowered.without(BlockMask.of(3))])
+    lowered = Plan(embeddings="int8")
+    scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
 
@@ -148,16 +148,16 @@ def test_levels_and_items_that_the_model_lacks():
     llm = tiny_llm()
     scorer = MaskScorer(llm, text())
     with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
-        scorer.nll(CompressionPlan.of({"layer02.cache": "int4"}))
+        scorer.nll(Plan.of({"layer02.cache": "int4"}))
     with pytest.raises(UnknownNameError, match="layer02"):
-        scorer.nll_many([BlockMask.of(4)])
+        scorer.nll_many([Plan.removing(4)])
     assert scorer.evaluations == 0
 
 
 def test_every_lower_level_of_every_item_is_a_candidate():
     llm = tiny_llm()
     scorer = MaskScorer(llm, text())
-    start = CompressionPlan.of({"layer00.cache": "int4", "layer01.attn": "removed"})
+    start = Plan.of({"layer00.cache": "int4", "layer01.attn": "removed"})
     found = scorer.scan_levels(start, ["int8", "int4", "int2", "int4-window32", "removed"])
     caches = {pair for pair in found if pair[0].endswith("cache")}
     assert caches == {("layer00.cache", "int2"), ("layer00.cache", "int4-window32")}
@@ -171,7 +171,7 @@ def test_every_lower_level_of_every_item_is_a_candidate():
 
 def test_a_scan_of_a_plan_removes_each_kept_block():
     llm = tiny_llm()
-    scorer, plan = MaskScorer(llm, text()), CompressionPlan.of({**CACHES, "layer00.ffn": "removed"})
+    scorer, plan = MaskScorer(llm, text()), Plan.of({**CACHES, "layer00.ffn": "removed"})
     scan = scorer.scan(plan)
     assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
     assert all(nll == scorer.nll(plan.lower({b.name: "removed"})) for b, nll in scan.items())
@@ -179,8 +179,8 @@ def test_a_scan_of_a_plan_removes_each_kept_block():
 
 def test_parts_of_the_text_take_plans():
     llm, ids = tiny_llm(), text(windows=4)
-    scorer, plan = MaskScorer(llm, ids), CompressionPlan.of(CACHES)
-    nll = scorer.nll_on([plan, BlockMask(), plan], [1, 3])
+    scorer, plan = MaskScorer(llm, ids), Plan.of(CACHES)
+    nll = scorer.nll_on([plan, Plan(), plan], [1, 3])
     assert nll[0] == nll[2] == MaskScorer(llm, ids[[1, 3]]).nll(plan)
     scorer.nll(plan)
     assert scorer.nll_on([plan], [2]) == [scorer.window_nll(plan)[2]]
@@ -188,14 +188,14 @@ def test_parts_of_the_text_take_plans():
 
 def test_searches_find_the_best_plan():
     llm, ids = tiny_llm(layers=4), text(windows=4)
-    base = CompressionPlan.of({"layer01.cache": "int2"})
-    plans = [base.without(BlockMask.of(i)) for i in (1, 4, 6)] + [
+    base = Plan.of({"layer01.cache": "int2"})
+    plans = [base.without(i) for i in (1, 4, 6)] + [
         base.lower({"layer00.cache": "int2", "layer02.ffn": "removed"}),
-        CompressionPlan(BlockMask.of(5)),
+        Plan.removing(5),
     ]
     expected = dict(zip(plans, MaskScorer(llm, ids).nll_many(plans), strict=True))
     best = min(expected, key=expected.get)
     for near in (None, base):
         found = find_best_mask(MaskScorer(llm, ids, batch_tokens=50), plans, near=near)
-        assert CompressionPlan.from_json(found.best.to_json()) == best
+        assert Plan.from_json(found.best.to_json()) == best
         assert min(found.nll.values()) == pytest.approx(expected[best], rel=1e-6)

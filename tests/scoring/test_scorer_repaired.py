@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.files.streamed import stream_llm
+from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
@@ -32,14 +32,14 @@ def test_scores_equal_the_models_own_loss(family):
     for mask in MASKS:
         assert scorer.window_nll(mask) == pytest.approx(plain_nll(view, ids, mask), rel=2e-5), mask
         without = np.array(plain_nll(llm, ids, mask))
-        assert np.allclose(scorer.window_nll(mask), without, rtol=2e-5) == (mask == BlockMask())
-    assert view.mask == BlockMask()
+        assert np.allclose(scorer.window_nll(mask), without, rtol=2e-5) == (mask == Plan())
+    assert view.mask == Plan()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
 def test_masks_that_share_a_batch_differ_by_rounding_alone(family):
     view, ids = repaired(tiny_llm(family, layers=3), (2, 0, 1, 3, 4, 2)), tokens()
-    masks = [BlockMask.of(2, index) for index in (0, 1, 3, 4, 5)] + MASKS
+    masks = [Plan.removing(2, index) for index in (0, 1, 3, 4, 5)] + MASKS
     single = [MaskScorer(view, ids).nll(mask) for mask in masks]
     together = MaskScorer(view, ids, masks_together=4)
     assert together.nll_many(masks) == pytest.approx(single, abs=1e-5)
@@ -56,12 +56,12 @@ def test_a_stub_is_not_counted_as_a_block():
 
 def test_a_search_finds_the_best_repaired_mask():
     view, ids = repaired(tiny_llm(layers=3), (2, 0, 1, 3, 4, 2)), tokens()
-    scan = MaskScorer(view, ids).scan(BlockMask.of(3))
+    scan = MaskScorer(view, ids).scan(Plan.removing(3))
     least = min(scan, key=scan.__getitem__)
     scorer = MaskScorer(view, ids)
-    masks = list(scorer.candidates(BlockMask.of(3)).values())
+    masks = list(scorer.candidates(Plan.removing(3)).values())
     found = find_best_mask(scorer, masks)
-    assert found.best == BlockMask.of(3, least)
+    assert found.best == Plan.removing(3, least)
     assert found.nll[found.best] == scan[least]
 
 

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import StorageFullError, StoreError
+from rap_env.plan import Plan
 from rap_env.scoring.store import ScoreStore, context_key
 
-MASK = BlockMask.of("layer01.ffn", 0)
+MASK = Plan.removing("layer01.ffn", 0)
 KEY = context_key({"model": "m", "tokens": "t"})
 
 
@@ -33,16 +33,16 @@ def test_every_part_of_the_key_counts(path):
     store = ScoreStore(path)
     store.put(KEY, MASK, "nll", [1.0])
     assert store.get(context_key({"model": "other"}), MASK, "nll") is None
-    assert store.get(KEY, MASK | BlockMask.of(2), "nll") is None
+    assert store.get(KEY, MASK.without(2), "nll") is None
     assert store.get(KEY, MASK, "acc") is None
 
 
 def test_rows_lists_what_was_stored(path):
     store = ScoreStore(path)
     store.put(KEY, MASK, "nll", [1.0], {"model": "m"})
-    store.put(KEY, BlockMask(), "nll", [2.0])
-    store.put(KEY, BlockMask(), "acc", [3.0])
-    assert dict(store.rows(KEY, "nll")) == {MASK: [1.0], BlockMask(): [2.0]}
+    store.put(KEY, Plan(), "nll", [2.0])
+    store.put(KEY, Plan(), "acc", [3.0])
+    assert dict(store.rows(KEY, "nll")) == {MASK: [1.0], Plan(): [2.0]}
     assert len(store) == 3
 
 
@@ -59,7 +59,7 @@ def test_an_altered_row_is_rejected(path):
 def test_a_truncated_file_is_rejected(path):
     store = ScoreStore(path)
     for index in range(200):
-        store.put(KEY, BlockMask.of(index), "nll", [float(index)] * 20)
+        store.put(KEY, Plan.removing(index), "nll", [float(index)] * 20)
     store.close()
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2 - 100])
@@ -94,7 +94,7 @@ def test_a_full_disk_raises_an_error_and_loses_nothing(path):
 
 def _fill(store):
     for index in range(1000):
-        store.put(KEY, BlockMask.of(index), "nll", [1.0] * 50)
+        store.put(KEY, Plan.removing(index), "nll", [1.0] * 50)
 
 
 def test_an_uncreatable_folder_is_an_error(tmp_path):
@@ -107,7 +107,7 @@ def test_an_uncreatable_folder_is_an_error(tmp_path):
 def _write(path, start):
     store = ScoreStore(path)
     for index in range(start, start + 50):
-        store.put(KEY, BlockMask.of(index), "nll", [float(index)])
+        store.put(KEY, Plan.removing(index), "nll", [float(index)])
 
 
 def test_several_processes_write_concurrently(path):
@@ -119,18 +119,18 @@ def test_several_processes_write_concurrently(path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert [parent.get(KEY, BlockMask.of(i), "nll") for i in range(170)] == [
+    assert [parent.get(KEY, Plan.removing(i), "nll") for i in range(170)] == [
         [float(i)] for i in range(170)
     ]
 
 
 WRITER = """
 import itertools, sys
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.scoring.store import ScoreStore
 store = ScoreStore(sys.argv[1])
 for i in itertools.count():
-    store.put("k", BlockMask.of(i), "nll", [float(i)])
+    store.put("k", Plan.removing(i), "nll", [float(i)])
     print(i, flush=True)
 """
 
@@ -148,6 +148,6 @@ def test_a_kill_at_any_moment_keeps_all_that_was_stored(path):
     writer.wait()
     store = ScoreStore(path)
     for index in range(last + 1):
-        assert store.get("k", BlockMask.of(index), "nll") == [float(index)]
+        assert store.get("k", Plan.removing(index), "nll") == [float(index)]
     store.put("k", MASK, "nll", [7.0])
     assert store.get("k", MASK, "nll") == [7.0]

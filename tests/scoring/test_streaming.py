@@ -8,12 +8,11 @@ import torch
 import transformers as tf
 
 from benchmarks.harness import measured_peak
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.streamed import stream_llm
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.mask_search import find_best_mask
@@ -30,8 +29,8 @@ from tests.tiny import (
 
 CPU = torch.device("cpu")
 ENOUGH = 2**21
-MASKS = [BlockMask(), BlockMask.of(0, 1), BlockMask.of(0, 2), BlockMask.of(0, 3), BlockMask.of(3),
-         BlockMask.of(1, 2), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
+MASKS = [Plan(), Plan.removing(0, 1), Plan.removing(0, 2), Plan.removing(0, 3), Plan.removing(3),
+         Plan.removing(1, 2), Plan.removing(0, 1, 2, 3)]  # fmt: skip
 
 
 def tokens(windows=3, length=9, vocabulary=VOCAB_SIZE):
@@ -91,7 +90,7 @@ def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_
     assert ours.in_flight < len(MASKS)
     assert ours.context == theirs.context
     assert ours.nll_many(MASKS) == theirs.nll_many(MASKS)
-    assert ours.scan(BlockMask.of(1)) == theirs.scan(BlockMask.of(1))
+    assert ours.scan(Plan.removing(1)) == theirs.scan(Plan.removing(1))
     assert MaskScorer(streamed, ids).nll(MASKS[1]) == theirs.nll(MASKS[1])
 
 
@@ -107,9 +106,9 @@ def test_gsi_finds_the_same_order(method, tmp_path):
 
 def test_a_search_finds_the_same_mask(tmp_path):
     whole, streamed = pair(save(tmp_path / "m", tiny_model(layers=4)))
-    masks = [BlockMask.of(1, i) for i in (2, 3, 4, 6)]
-    found = find_best_mask(MaskScorer(streamed, tokens()), masks, near=BlockMask.of(1))
-    expected = find_best_mask(MaskScorer(whole, tokens()), masks, near=BlockMask.of(1))
+    masks = [Plan.removing(1, i) for i in (2, 3, 4, 6)]
+    found = find_best_mask(MaskScorer(streamed, tokens()), masks, near=Plan.removing(1))
+    expected = find_best_mask(MaskScorer(whole, tokens()), masks, near=Plan.removing(1))
     assert found.best == expected.best
     assert found.nll[found.best] == expected.nll[expected.best]
 
@@ -127,12 +126,12 @@ def test_layers_are_read_once_for_all_masks_that_advance_together(tmp_path):
     folder, ids, layers = save(tmp_path / "m", tiny_model(layers=6)), tokens(), 6
     _, streamed = pair(folder)
     scorer = MaskScorer(streamed, ids)
-    scorer.scan(BlockMask())
+    scorer.scan(Plan())
     assert scorer.in_flight >= 12
     assert streamed.layer_reads == layers
     _, tight = pair(folder, cap=cap_for(folder, ids, 4))
     scorer = MaskScorer(tight, ids)
-    scorer.scan(BlockMask())
+    scorer.scan(Plan())
     groups = -(-12 // scorer.in_flight)
     assert groups >= 2
     assert tight.layer_reads <= groups * layers
@@ -161,7 +160,7 @@ def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
 
 def _measure(scorer, how):
     if how == "scan":
-        return scorer.scan(BlockMask.of(3))
+        return scorer.scan(Plan.removing(3))
     profile = gsi(scorer, method=how, stop=2, progress=False)
     return profile.order_indices, profile.nll_after
 
@@ -191,8 +190,8 @@ def test_the_model_writes_its_calibration_text_while_streamed(tmp_path):
 def test_plans_of_caches_score_as_in_memory_and_lowered_weights_are_rejected(tmp_path):
     whole, streamed = pair(save(tmp_path / "m", tiny_model("llama_tied")))
     ids = tokens(2, 50)
-    plans = [CompressionPlan.uniform(2, caches=level) for level in ("int8", "int2")]
-    plans += [plan.without(BlockMask.of(1)) for plan in plans]
+    plans = [Plan.uniform(2, caches=level) for level in ("int8", "int2")]
+    plans += [plan.without(1) for plan in plans]
     assert MaskScorer(streamed, ids).nll_many(plans) == MaskScorer(whole, ids).nll_many(plans)
     with pytest.raises(UnsupportedModelError, match="no other levels"):
-        MaskScorer(streamed, ids).nll(CompressionPlan.of({"layer00.ffn": "int4"}))
+        MaskScorer(streamed, ids).nll(Plan.of({"layer00.ffn": "int4"}))

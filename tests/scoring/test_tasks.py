@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rap_env.artifacts import digest
-from rap_env.blocks import BlockMask
 from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import (
     CorpusError,
@@ -21,7 +20,7 @@ from rap_env.errors import (
 )
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.store import ScoreStore
 from tests.scoring.local_tasks import ROWS, write_task
@@ -36,7 +35,7 @@ from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
 GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
-SOME = BlockMask.of("layer00.attn", "layer01.ffn")
+SOME = Plan.removing("layer00.attn", "layer01.ffn")
 
 
 class PlainTask(ConfigurableTask):
@@ -90,7 +89,7 @@ def lm_evals_results(llm, scorer, mask, **options):
 
 
 @pytest.mark.parametrize(
-    "mask", [pytest.param(BlockMask(), marks=pytest.mark.slow), SOME], ids=["dense", "masked"]
+    "mask", [pytest.param(Plan(), marks=pytest.mark.slow), SOME], ids=["dense", "masked"]
 )
 def test_scores_equal_lm_evals_own_evaluate(tmp_path, mask):
     """Equal metrics and likelihoods, for every kind of task: windows, cut contexts, few-shot."""
@@ -125,7 +124,7 @@ def test_lm_eval_scores_the_folder_of_a_pruned_model_as_we_score_the_mask(tmp_pa
     folder = save_pruned(llm, SOME, tmp_path / "pruned")
     scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=4))
     arguments = {"pretrained": str(folder), "tokenizer": None, "device": "cpu"}
-    found = lm_evals_results(llm, scorer, BlockMask(), **arguments, trust_remote_code=True)
+    found = lm_evals_results(llm, scorer, Plan(), **arguments, trust_remote_code=True)
     for name, result in scorer.results(SOME).items():
         for metric, value in result.metrics.items():
             assert value == pytest.approx(found["results"][name][f"{metric},none"], rel=1e-5)
@@ -155,7 +154,7 @@ def test_the_head_on_continuations_alone_changes_nothing(family):
         (row[:-size], row[-size:]) for row, size in zip(ids, (1, 2, 3, 1, 5, 4), strict=True)
     ]
     requests += [(ids[0][:-1], [7]), (ids[0][:-2], [ids[0][-2], 9]), (ids[1][:3], ids[1][3:5])]
-    mask = BlockMask.of("layer00.attn")
+    mask = Plan.removing("layer00.attn")
     with llm.masked(mask), torch.no_grad():
         found = likelihoods.ContinuationScorer(llm, requests, max_length=64).run()
         for (context, target), (likelihood, greedy) in zip(requests, found, strict=True):
@@ -201,7 +200,7 @@ def test_accuracies_are_means_of_right_documents(llm):
         assert accuracy == pytest.approx(right.mean())
         assert results[name].stderr["acc"] == pytest.approx(right.std(ddof=1) / 12**0.5)
     assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
-    assert scorer.dense_accuracies == scorer.accuracies(BlockMask())
+    assert scorer.dense_accuracies == scorer.accuracies(Plan())
     assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
 
 
@@ -265,10 +264,10 @@ def test_records_of_first_documents_keep_their_keys(tmp_path, llm):
 def test_both_accuracies_are_reported_by_name(tmp_path, llm, name):
     write_task(tmp_path, name)
     scorer = TaskScorer(llm, TaskConfig((name,), data_root=str(tmp_path)))
-    result = scorer.results(BlockMask())[name]
+    result = scorer.results(Plan())[name]
     assert {"acc", "acc_norm"} <= result.metrics.keys() & result.stderr.keys()
     for metric in ("acc", "acc_norm"):
-        assert scorer.accuracies(BlockMask(), metric) == {name: result.metrics[metric]}
+        assert scorer.accuracies(Plan(), metric) == {name: result.metrics[metric]}
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "humaneval", "mmlu_pro", "truthfulqa_gen"])
@@ -292,7 +291,7 @@ def test_acc_norm_is_there_where_lm_eval_has_it(tmp_path, llm):
     for name in names:
         write_task(tmp_path, name)
     scorer = TaskScorer(llm, TaskConfig(names, data_root=str(tmp_path)))
-    plan = CompressionPlan.uniform(2, caches="int4")
+    plan = Plan.uniform(2, caches="int4")
     results = scorer.results(plan)
     assert set(scorer.accuracies(plan)) == set(names)
     normed = scorer.accuracies(plan, "acc_norm")
@@ -307,7 +306,7 @@ def test_a_group_is_the_mean_of_its_members(tmp_path, llm):
         row = {"sentence_good": good, "sentence_bad": bad}
         write_task(tmp_path, member, rows=[row] * (1 + number % 2))
     scorer = TaskScorer(llm, TaskConfig(("blimp",), data_root=str(tmp_path)))
-    result = scorer.results(BlockMask())["blimp"]
+    result = scorer.results(Plan())["blimp"]
     assert result.documents == sum(1 + n % 2 for n in range(67))
     ends = np.cumsum([1 + n % 2 for n in range(67)])[:-1]
     members_acc = [part.mean() for part in np.split(result.per_document["acc"], ends)]
@@ -319,9 +318,9 @@ def test_a_group_is_the_mean_of_its_members(tmp_path, llm):
 
 def test_the_model_is_left_as_it_was(llm):
     before = {name: value.clone() for name, value in llm.model.state_dict().items()}
-    with llm.masked(BlockMask.of(3)):
+    with llm.masked(Plan.removing(3)):
         TaskScorer(llm, TaskConfig(("rap_choice",), limit=2)).accuracies(SOME)
-        assert llm.mask == BlockMask.of(3)
+        assert llm.mask == Plan.removing(3)
     after = llm.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -357,7 +356,7 @@ def test_stored_scores_are_used_and_do_not_count(tmp_path, llm):
     for name in GENERATED:
         assert found[name].metrics == expected[name].metrics
         assert (found[name].per_document["acc"] == expected[name].per_document["acc"]).all()
-    again.accuracies(BlockMask())
+    again.accuracies(Plan())
     assert again.evaluations == 1
 
 
@@ -391,11 +390,11 @@ def test_tasks_without_an_accuracy_have_results_only(tmp_path, llm):
     write_task(tmp_path, "wikitext")
     write_task(tmp_path, "piqa")
     scorer = TaskScorer(llm, TaskConfig(("wikitext", "piqa"), data_root=str(tmp_path)))
-    assert list(scorer.accuracies(BlockMask())) == ["piqa"]
-    assert scorer.results(BlockMask())["wikitext"].metrics["word_perplexity"] > 1
+    assert list(scorer.accuracies(Plan())) == ["piqa"]
+    assert scorer.results(Plan())["wikitext"].metrics["word_perplexity"] > 1
     alone = TaskScorer(llm, TaskConfig(("wikitext",), data_root=str(tmp_path)))
     with pytest.raises(UnknownNameError, match="Unknown accuracy task 'wikitext'; known are"):
-        alone.mean_accuracy(BlockMask())
+        alone.mean_accuracy(Plan())
 
 
 def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
@@ -403,7 +402,7 @@ def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
     llm = make_llm(positions=64)
     with caplog.at_level(logging.INFO):
         config = TaskConfig(("rap_choice", "hellaswag"), limit=2, data_root=str(tmp_path))
-        TaskScorer(llm, config).accuracies(BlockMask())
+        TaskScorer(llm, config).accuracies(Plan())
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
     assert [record.getMessage() for record in caplog.records] == []
@@ -428,7 +427,7 @@ def test_standard_error_and_logging_are_left_to_the_application(tmp_path, llm, m
     level = logging.getLogger("lm_eval").level
     with ThreadPoolExecutor(2) as pool:
         scorers = list(pool.map(lambda _: TaskScorer(llm, config), range(2)))
-    first, second = (scorer.accuracies(BlockMask()) for scorer in scorers)
+    first, second = (scorer.accuracies(Plan()) for scorer in scorers)
     assert first == second
     assert seen == [(True, True)] * 4
     assert stream.getvalue() == "the application\n" * 4
@@ -456,14 +455,14 @@ def test_nan_is_an_error_with_its_location():
     scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=2))
     message = r"tiny \(float32\) gave a non-finite likelihood on the task 'rap_choice' dense; check"
     with pytest.raises(NonFiniteScoreError, match=message):
-        scorer.accuracies(BlockMask())
-    assert llm.mask == BlockMask()
+        scorer.accuracies(Plan())
+    assert llm.mask == Plan()
 
 
 def test_unknown_blocks_are_named(llm):
     scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=1))
     with pytest.raises(UnknownNameError, match="Unknown block 'layer09.ffn'"):
-        scorer.accuracies(BlockMask.of("layer09.ffn"))
+        scorer.accuracies(Plan.removing("layer09.ffn"))
 
 
 def test_a_misspelt_generated_task_is_rejected_at_once():

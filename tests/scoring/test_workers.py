@@ -11,12 +11,11 @@ from functools import partial
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.context.base import ContextConfig
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import CompressionPlan, simplest
+from rap_env.plan import Plan
 from rap_env.scoring import workers as workers_module
 from rap_env.scoring.candidates import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer
@@ -30,8 +29,8 @@ from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 ray = pytest.importorskip("ray")
 
 PAIRS = [removed for size in (1, 2) for removed in itertools.combinations(range(6), size)]
-MASKS = [BlockMask.of(*removed) for removed in PAIRS]
-LOWERED = [CompressionPlan.uniform(3, caches="int8"), CompressionPlan.of({"layer01.ffn": "int8"})]
+MASKS = [Plan.removing(*removed) for removed in PAIRS]
+LOWERED = [Plan.uniform(3, caches="int8"), Plan.of({"layer01.ffn": "int8"})]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def cluster():
 def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_path, caplog):
     ids, plans = tokens(windows=5), [*MASKS, *LOWERED]
     alone = MaskScorer(llm, ids, batch_tokens=18)
-    expected = {simplest(plan): alone.window_nll(plan).tolist() for plan in plans}
+    expected = {plan: alone.window_nll(plan).tolist() for plan in plans}
     store = ScoreStore(tmp_path / "scores.sqlite")
     workers = WorkerPool(partial(open_together, str(folder), 2), 2, address=cluster.address)
     spread = MaskScorer(llm, ids, store, batch_tokens=18, workers=workers)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from itertools import chain, combinations
 
-from rap_env.blocks import BlockMask
 from rap_env.context.base import PruningContext
+from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable
 
 
-def all_masks(num_blocks: int, most: int | None = None) -> list[BlockMask]:
+def all_masks(num_blocks: int, most: int | None = None) -> list[Plan]:
     """Every mask with at most so many removals."""
     sizes = range((num_blocks if most is None else most) + 1)
     sets = chain.from_iterable(combinations(range(num_blocks), size) for size in sizes)
-    return [BlockMask.of(*indices) for indices in sets]
+    return [Plan.removing(*indices) for indices in sets]
 
 
 def table_of(
     context: PruningContext,
-    masks: list[BlockMask],
+    masks: list[Plan],
     importance: str = "one_shot",
     gsi_removals: int | None = None,
 ) -> ScoreTable:

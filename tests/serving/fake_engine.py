@@ -7,11 +7,11 @@ import threading
 import time
 from types import SimpleNamespace
 
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, RequestHandle, TokenEvent
 
-NATIVE = CompressionPlan()
-PLAN = CompressionPlan.of(
+NATIVE = Plan()
+PLAN = Plan.of(
     dict.fromkeys(("layer00.attn", "layer01.ffn", "layer01.attn"), "removed")
     | {"layer02.cache": "int4", "layer03.cache": "int4", "layer02.ffn": "int8"}
 )

@@ -10,13 +10,13 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.serving.generation import AnswerPlans
 from tests.serving.conftest import client_of, served
 from tests.serving.fake_engine import NATIVE, PLAN, FakeEngine, delta_nll
 from tests.serving.test_app import CHAT, PLAIN, events_of, post
 
-UNKNOWN = CompressionPlan(embeddings="int8")
+UNKNOWN = Plan(embeddings="int8")
 LEVELS = "removed attn 0-1; removed ffn 1; int8 ffn 2; int4 cache 2-3"
 PROMPT = len("user: hi\nassistant: ")
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
 from rap_env.serving.metrics import AnswerTimer, ServingMetrics
 from rap_env.serving.settings import ServerSettings
@@ -70,7 +70,7 @@ def test_another_plan_makes_no_other_series(engine, metrics):
         return {line.split(" ")[0] for line in metrics.render().decode().splitlines()}
 
     before, stats = series(), engine.stats()
-    stats.plan = CompressionPlan.uniform(4, weights="int4", caches="int8", embeddings="int8")
-    stats.mask = stats.plan.removed
+    stats.plan = Plan.uniform(4, weights="int4", caches="int8", embeddings="int8")
+    stats.mask = stats.plan.mask
     engine.stats = lambda: stats
     assert series() == before

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -47,7 +46,7 @@ class Budget:
             self.resumed.wait(20)
 
     def need(self, removed, demand):
-        return self.controller.estimator.peak_bytes(BlockMask.of(*range(removed)), demand)
+        return self.controller.estimator.peak_bytes(Plan.removing(*range(removed)), demand)
 
 
 def _memory(llm):
@@ -184,12 +183,12 @@ def test_the_mask_changes_while_a_stream_runs(client, budget):
             budget.resumed.set()
     budget.pause_after = float("inf")
     assert text != before
-    plan = CompressionPlan(budget.masks[-1])  # of the last step: an idle engine restores blocks
+    plan = budget.masks[-1]  # of the last step: an idle engine restores blocks
     assert chunk.model_extra["rap"] == {
         "plan": plan.digest, "delta_nll": None,  # this policy predicts none
         "levels": plan.summary, "plan_changed": True,
     }  # fmt: skip
-    masks = [len(mask) for mask in budget.masks]
+    masks = [len(mask.removed) for mask in budget.masks]
     assert masks[0] == 0
     assert masks[-1] >= 4
     budget.bytes = 10**9

@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
@@ -48,7 +48,7 @@ def stack_of(tokenizer, read_budget, max_delta_nll=None, **settings):
 
 def peak_of(stack):
     """What the native model needs for one request."""
-    return stack.engine.controller.estimator.peak_bytes(CompressionPlan(), BatchShape(1, 21))
+    return stack.engine.controller.estimator.peak_bytes(Plan(), BatchShape(1, 21))
 
 
 def test_every_answer_is_above_the_floor_and_every_refusal_a_503_that_says_why(tokenizer):

@@ -6,7 +6,7 @@ import openai
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
@@ -24,7 +24,7 @@ def llm(tokenizer):
 
 @pytest.fixture(scope="module")
 def client(llm, tokenizer):
-    policy = StaticPolicy(BlockMask(), "dense")
+    policy = StaticPolicy(Plan(), "dense")
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm))
     engine = Engine(llm, controller, prefill_chunk_tokens=4)
     with served(engine, tokenizer) as server, client_of(server) as found:

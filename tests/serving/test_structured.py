@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
@@ -29,7 +29,7 @@ def client():
     pytest.importorskip("llguidance", reason="the extra structured is not installed")
     llm = byte_llm()
     llm.tokenizer.chat_template = CHAT_TEMPLATE
-    policy = StaticPolicy(BlockMask(), "dense")
+    policy = StaticPolicy(Plan(), "dense")
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm))
     with served(Engine(llm, controller), llm.tokenizer) as server, client_of(server) as found:
         yield found

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
@@ -39,7 +39,7 @@ def stack(tokenizer):
         meter=TensorMeter(llm),
         hold_s=0.0,
     )
-    native = stack.engine.controller.estimator.peak_bytes(CompressionPlan(), BatchShape(1, 40))
+    native = stack.engine.controller.estimator.peak_bytes(Plan(), BatchShape(1, 40))
     budget.append(int(0.7 * native))
     return stack
 

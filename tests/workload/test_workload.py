@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.workload import SAMPLERS, make_sampler
 from rap_env.workload.traces import (
@@ -56,7 +56,7 @@ def test_tight_draws_budgets_around_the_lowest_levels(memory):
                     kv_bytes_per_token=(128,) * 3, weights="packed",
                     int4_base_bytes=2000)  # fmt: skip
     small = MemoryModel(facts)
-    lowered = CompressionPlan.uniform(3, caches="int4-window128", embeddings="int4")
+    lowered = Plan.uniform(3, caches="int4-window128", embeddings="int4")
     spec = {"name": "tight", "seq_len_range": [64, 1024], "lowered_share_range": [0.8, 1.2]}
     seen = draws(make_sampler(spec, small), 400)
     shares = []

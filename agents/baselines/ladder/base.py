@@ -10,7 +10,7 @@ from agents.baselines.base import AnyBaseline, CountingScorer, price_per_byte
 from rap_env.importance.ladder_order import one_shot_costs
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts, LadderState
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Positions = tuple[int, ...]
 """The position of each item's level in its levels, (items,); see `Ladder.positions`."""
 
 
-class LadderBaseline(AnyBaseline[CompressionPlan]):
+class LadderBaseline(AnyBaseline[Plan]):
     """Chooses a plan without learning.
 
     A baseline lowers items until the request's peak bytes are within the budget. Only ``dense``

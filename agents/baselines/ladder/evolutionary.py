@@ -17,7 +17,7 @@ from agents.baselines.ladder.orders import (
 )
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -56,14 +56,12 @@ class LadderEvolutionaryBaseline(LadderBaseline):
         self.max_evaluations = max_evaluations
         self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         if self._native_fits(request):
-            return CompressionPlan()
+            return Plan()
         costs = self.costs(request).one_by_one
         mutate = partial(mutated, costs, request.budget_bytes)
-        search = Evolution(
-            CompressionPlan(), mutate, scores, request, self.seed, self.max_evaluations
-        )
+        search = Evolution(Plan(), mutate, scores, request, self.seed, self.max_evaluations)
         search.begin(list(dict.fromkeys(start.choose(request) for start in self._starts)))
         while search.step():
             pass
@@ -71,8 +69,8 @@ class LadderEvolutionaryBaseline(LadderBaseline):
 
 
 def mutated(
-    costs: LadderCosts, budget_bytes: int, parent: CompressionPlan, rng: np.random.Generator
-) -> CompressionPlan | None:
+    costs: LadderCosts, budget_bytes: int, parent: Plan, rng: np.random.Generator
+) -> Plan | None:
     """Return a plan after a few level switches that fits the budget; None if there is none."""
     ladder = costs.ladder
     start: Positions = tuple(ladder.positions(parent))

@@ -12,7 +12,7 @@ from agents.baselines.ladder.base import LadderBaseline
 from rap_env.context.base import item_order, load_plan_frontier
 from rap_env.importance.ladder_order import Step
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 
@@ -26,8 +26,8 @@ class NativeBaseline(LadderBaseline):
     name = "dense"
     kv_aware = False
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
-        return CompressionPlan()
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return Plan()
 
 
 class LadderRandomBaseline(LadderBaseline):
@@ -36,7 +36,7 @@ class LadderRandomBaseline(LadderBaseline):
     name = "random"
     seeded = True
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         key = [self.seed, request.batch_size, request.seq_len_tokens, request.budget_bytes]
         rng, state = np.random.default_rng(key), self.costs(request).state()
         while state.peak_bytes > request.budget_bytes:
@@ -50,7 +50,7 @@ class _LadderOrderBaseline(LadderBaseline):
 
     _steps: Sequence[Step]
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
 
 
@@ -89,7 +89,7 @@ class LadderKnapsackBaseline(LadderBaseline):
         self._policy = KnapsackPolicy(context.memory, costs, levels=levels)
         self.setup_evaluations = costs.evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self._policy.choose(request)
 
 
@@ -111,9 +111,9 @@ class LadderFrontierBaseline(LadderBaseline):
         self._knapsack = LadderKnapsackBaseline(context, item_bytes)
         self.setup_evaluations, self.table_sha256 = frontier.evaluations, frontier.sha256
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs = self.costs(request)
         if costs.dense_peak_bytes <= request.budget_bytes:
-            return CompressionPlan()
+            return Plan()
         found = self._known.best(costs, request.budget_bytes)
-        return self._knapsack.choose(request) if found is None else as_plan(found)
+        return self._knapsack.choose(request) if found is None else found

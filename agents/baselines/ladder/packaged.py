@@ -10,12 +10,11 @@ import numpy.typing as npt
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
-from rap_env.blocks import BlockMask
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import CompressionPlan, only_mask
+from rap_env.plan import Plan, only_mask
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -87,22 +86,22 @@ class MaskPolicyBaseline(LadderBaseline):
     ) -> None:
         super().__init__(context, item_bytes, seed)
         facts = self.memory.facts
-        self._bases: list[tuple[CompressionPlan, Policy, MemoryModel]] = []
+        self._bases: list[tuple[Plan, Policy, MemoryModel]] = []
         for level in _BASES:
             memory = LoweredCacheMemory(facts, CacheLevel.of(level))
-            base = CompressionPlan.uniform(facts.num_layers, caches=level)
+            base = Plan.uniform(facts.num_layers, caches=level)
             self._bases.append((base, load_policy(policy, memory), memory))
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         if self._native_fits(request):
-            return CompressionPlan()
+            return Plan()
         for base, policy, memory in self._bases:
             if memory.least_peak_bytes(request) <= request.budget_bytes:
                 mask = only_mask(policy.choose(request), "The policy must choose masks.")
-                return base.without(mask)
+                return base.without(*mask.removed)
         return self._smallest
 
     @cached_property
-    def _smallest(self) -> CompressionPlan:
+    def _smallest(self) -> Plan:
         base, *_ = self._bases[-1]
-        return base.without(BlockMask.all_of(self.memory.facts.blocks))
+        return base.without(*range(self.memory.facts.num_blocks))

@@ -13,7 +13,7 @@ from rap_env.context.base import load_plan_frontier
 from rap_env.importance.plan_predictor import fit_plan_predictor
 from rap_env.importance.plan_search import PlanSearch
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class ScoreModelBaseline(LadderBaseline):
         self.table_sha256 = frontier.sha256
         self.setup_evaluations = frontier.evaluations + costs.evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs = self.costs(request)
         if costs.dense_peak_bytes <= request.budget_bytes:
-            return CompressionPlan()
+            return Plan()
         starts = [self._greedy.choose(request), self._known.best(costs, request.budget_bytes)]
         search = PlanSearch(self._predictor, costs, request.budget_bytes)
         found = [

@@ -8,7 +8,7 @@ from agents.baselines.base import CountingScorer, price_per_byte
 from agents.baselines.ladder.base import Candidate, LadderBaseline, Positions, Steps, price
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderState
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ class LadderGreedyBaseline(LadderBaseline):
         self._context = context
         self.setup_evaluations = context.level_costs(self.ladder.cache_levels).evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs = self.costs(request)
         if costs.dense_peak_bytes <= request.budget_bytes:
-            return CompressionPlan()
+            return Plan()
         steps = Steps(self._context, costs)
-        state, nll = steps.state(), scores.nll(CompressionPlan())
+        state, nll = steps.state(), scores.nll(Plan())
         while state.peak_bytes > request.budget_bytes:
             best, nll = self._next(steps, state, scores, nll, request.budget_bytes)
             state.lower(best.step[0])
@@ -103,12 +103,12 @@ class LadderBeamBaseline(LadderBaseline):
         self.width = width
         self.setup_evaluations = context.level_costs(self.ladder.cache_levels).evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs, budget = self.costs(request), request.budget_bytes
         if costs.dense_peak_bytes <= budget:
-            return CompressionPlan()
+            return Plan()
         steps = Steps(self._context, costs)
-        native_bytes, native_nll = costs.dense_peak_bytes, scores.nll(CompressionPlan())
+        native_bytes, native_nll = costs.dense_peak_bytes, scores.nll(Plan())
 
         def total_price(peak_bytes: int, nll: float) -> float:
             useful = min(native_bytes - peak_bytes, native_bytes - budget)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
-from rap_env.blocks import BlockMask
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class UniformSetting:
         least_delta_nll: ΔNLL of the removed blocks alone, nats per token.
     """
 
-    plan: CompressionPlan
+    plan: Plan
     places: tuple[int, int, int, int]
     least_delta_nll: float
 
@@ -69,10 +68,10 @@ class UniformBaseline(LadderBaseline):
         pairs = itertools.product((plan for plan, _ in self._levels), counts)
         return sorted({self._peak_bytes(*pair, request) for pair in pairs}, reverse=True)
 
-    def _choose(self, request: Request, scores: CountingScorer) -> CompressionPlan:
-        return CompressionPlan() if self._native_fits(request) else self.best(request, scores)
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return Plan() if self._native_fits(request) else self.best(request, scores)
 
-    def best(self, request: Request, scores: CountingScorer) -> CompressionPlan:
+    def best(self, request: Request, scores: CountingScorer) -> Plan:
         """The setting with the least NLL of those that fit."""
         settings = self.settings(request)
         if not settings:
@@ -104,7 +103,7 @@ class UniformBaseline(LadderBaseline):
         kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
         return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
 
-    def _uniform_levels(self) -> list[tuple[CompressionPlan, tuple[int, int, int]]]:
+    def _uniform_levels(self) -> list[tuple[Plan, tuple[int, int, int]]]:
         """Each combination of levels of weights, caches and embeddings, with their places."""
         chains: dict[str, list[str]] = {kind: ["native"] for kind in _KINDS.values()}
         for item in self.ladder.items:
@@ -116,15 +115,15 @@ class UniformBaseline(LadderBaseline):
             (self._uniform(weights[w], caches[c], embeddings[e]), (w, c, e)) for w, c, e in places
         ]
 
-    def _uniform(self, weights: str, caches: str, embeddings: str) -> CompressionPlan:
+    def _uniform(self, weights: str, caches: str, embeddings: str) -> Plan:
         """The plan in which every item that has the level of its kind is at it."""
         wanted = {"weights": weights, "caches": caches, "embeddings": embeddings}
         levels = {item.name: wanted[_KINDS[item.kind]] for item in self.ladder.items}
         known = {item.name: item.levels for item in self.ladder.items}
-        return CompressionPlan.of({name: n for name, n in levels.items() if n in known[name]})
+        return Plan.of({name: n for name, n in levels.items() if n in known[name]})
 
     def _fitting(
-        self, plan: CompressionPlan, places: tuple[int, int, int], request: Request
+        self, plan: Plan, places: tuple[int, int, int], request: Request
     ) -> UniformSetting | None:
         """The setting with the fewest removed blocks that fits; None if there is none."""
         low, high = 0, len(self._order)
@@ -138,8 +137,8 @@ class UniformBaseline(LadderBaseline):
                 low = middle + 1
         return UniformSetting(self._without(plan, low), (*places, low), self._rises[low])
 
-    def _peak_bytes(self, plan: CompressionPlan, removed: int, request: Request) -> int:
+    def _peak_bytes(self, plan: Plan, removed: int, request: Request) -> int:
         return self.memory.peak_bytes(self._without(plan, removed), request)
 
-    def _without(self, plan: CompressionPlan, removed: int) -> CompressionPlan:
-        return plan.without(BlockMask.of(*self._order[:removed]))
+    def _without(self, plan: Plan, removed: int) -> Plan:
+        return plan.without(*self._order[:removed])

@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import RemovedBlock, Stub, remove_blocks
@@ -31,6 +31,7 @@ from rap_env.models.files.pruned_code import code_files, removed_entries, with_c
 from rap_env.models.live.cpu_decode import attention_name, speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import transformers_bars
+from rap_env.plan import Plan
 
 PRUNED_FILE = "rap_pruned.json"
 """Name of the file that marks a folder as a pruned checkpoint."""
@@ -41,7 +42,7 @@ _PORTABLE_ATTENTION = ("eager", "sdpa")  # others may be missing on the machine 
 
 def save_pruned(
     llm: ElasticLLM,
-    mask: BlockMask,
+    mask: Plan,
     folder: str | os.PathLike[str],
     *,
     readme: str = "",
@@ -145,14 +146,14 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     return llm
 
 
-def _write(llm: ElasticLLM, mask: BlockMask, folder: Path) -> None:
+def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
     with llm.masked(mask), transformers_bars(shown=False):
         # With the names that the model has, so that transformers need not know its model type.
         llm.model.save_pretrained(folder, save_original_format=False)
         stub_ranks = {block_name(index): stub.rank for index, _, stub in stubs_in_place(llm)}
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
-    removed = (mask | llm.pruned).names
+    removed = mask.without(*llm.pruned.removed).removed_names
     config_file = folder / "config.json"
     entries = with_code(
         json.loads(config_file.read_text(encoding="utf-8")),
@@ -209,7 +210,7 @@ def _load_model(
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     adapter = adapter_for(config)
-    BlockMask.of(*removed).check(adapter.num_blocks)
+    Plan.removing(*removed).check(adapter.num_blocks)
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     try:
         with transformers_bars(shown=False):

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rap_env.blocks import BlockMask, block_index
+from rap_env.blocks import block_index
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.families import placeholders
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.files.vllm_config import VLLM_ENTRIES, vllm_entries
+from rap_env.plan import Plan
 from rap_env.version import __version__
 
 MODEL_TYPE = "rap_pruned"
@@ -104,7 +105,7 @@ def with_code(
     more: dict[str, Any] = {"architectures": [_MODEL_CLASS]}
     stubs = any(entry["stub_rank"] is not None for entry in removed.values())
     with contextlib.suppress(UnsupportedModelError):
-        more = vllm_entries(adapter, BlockMask.of(*removed), stubs=stubs)
+        more = vllm_entries(adapter, Plan.removing(*removed), stubs=stubs)
     auto_map = {
         "AutoConfig": f"{_CODE}.{_CONFIG_CLASS}",
         "AutoModelForCausalLM": f"{_CODE}.{_MODEL_CLASS}",

@@ -22,7 +22,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.self_written import self_written, start_token
 from rap_env.models.weights.packing import PackedLevel
 from rap_env.models.weights.tensors import DTYPES, read_header, weights_of
-from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.plan import EMBEDDINGS, Plan
 
 _VERSION = 1
 """Part of a folder's name: increase it when quantisers give other values."""
@@ -87,7 +87,7 @@ def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
     levels = facts.blocks_at(level)
     if _EMBEDDINGS in facts.embedding_levels:
         levels[EMBEDDINGS] = _EMBEDDINGS
-    llm.apply(CompressionPlan.of(levels))
+    llm.apply(Plan.of(levels))
     return llm
 
 

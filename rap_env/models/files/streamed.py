@@ -29,7 +29,7 @@ from rap_env.models.weights.tensors import StoredTensor
 from rap_env.models.weights.transfers import DoubleBuffer, aligned
 from rap_env.models.weights.weight_levels import embeddings_item
 from rap_env.paths import cache_dir
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class StreamedLLM(ElasticLLM):
                 "at a time whatever its mask is; load the model with load_llm()."
             )
 
-    def _check_levels(self, plan: CompressionPlan) -> None:
+    def _check_levels(self, plan: Plan) -> None:
         super()._check_levels(plan)
         if plan.weights or plan.embeddings != "native":
             raise UnsupportedModelError(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.families.adapter import FamilyAdapter
+from rap_env.plan import Plan
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 """Model types whose blocks are those of Llama, some with biases: what other engines can prune."""
@@ -20,7 +20,7 @@ VLLM_ENTRIES = ("block_configs", "qkv_bias")
 _ARCHITECTURE = "DeciLMForCausalLM"
 
 
-def vllm_entries(adapter: FamilyAdapter, removed: BlockMask, *, stubs: bool) -> dict[str, Any]:
+def vllm_entries(adapter: FamilyAdapter, removed: Plan, *, stubs: bool) -> dict[str, Any]:
     """The entries for a model without some blocks.
 
     Args:
@@ -46,14 +46,14 @@ def vllm_entries(adapter: FamilyAdapter, removed: BlockMask, *, stubs: bool) -> 
             "vLLM has nothing to put in the place of a removed block; choose a plan without stubs "
             "(--repair none)."
         )
-    first = next((i for i in range(adapter.num_blocks) if i not in removed.indices), None)
+    first = next((i for i in range(adapter.num_blocks) if i not in removed.removed), None)
     if first is None or first % 2:
         raise UnsupportedModelError(
             f"vLLM's {_ARCHITECTURE} cannot start with a feed-forward block: its norm expects the "
             "residual stream of an attention block before it. Keep the first attention block."
         )
     group = config.num_attention_heads // adapter.kv_heads
-    gone = [index in removed.indices for index in range(adapter.num_blocks)]
+    gone = [index in removed.removed for index in range(adapter.num_blocks)]
     blocks = [
         {
             "attention": {"no_op": attn, "n_heads_in_group": None if attn else group},

@@ -24,7 +24,7 @@ from rap_env.models.weights.quantisers import Quantiser
 from rap_env.models.weights.residency import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def calibrate(llm: ElasticLLM, windows: torch.Tensor) -> None:
     text.update(f"{tuple(windows.shape)} v{_VERSION}".encode())
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
-    with llm.exclusive(), llm.masked(CompressionPlan()):
+    with llm.exclusive(), llm.masked(Plan()):
         residency = llm.residency
         llm.set_residency("resident")
         _Calibration(llm, windows).run(folder, digest)
@@ -80,7 +80,7 @@ class _Calibration:
             items = [self._items[index] for index in step]
             self._make([item for item in items if _LEVEL in item.levels], step, states)
             made = {index: _LEVEL for index in step if _LEVEL in self._items[index].levels}
-            plan = CompressionPlan(weights=tuple(made.items()))
+            plan = Plan(weights=tuple(made.items()))
             states = [self._forward.run(step, state, plan) for state in states]
             for index in made:
                 item = self._items[index]

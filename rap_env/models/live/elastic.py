@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import Block, BlockMask, block_index, block_name
+from rap_env.blocks import Block, block_index, block_name
 from rap_env.errors import RapError, check_name
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
@@ -35,7 +35,7 @@ from rap_env.models.weights.weight_levels import (
     level_bytes,
     packed_level,
 )
-from rap_env.plan import EMBEDDINGS, CompressionPlan, MaskOrPlan, as_plan, check_levels
+from rap_env.plan import EMBEDDINGS, Plan, check_levels
 
 
 class ElasticLLM:
@@ -122,12 +122,12 @@ class ElasticLLM:
         return dtype
 
     @property
-    def mask(self) -> BlockMask:
+    def mask(self) -> Plan:
         """The blocks that are removed now."""
-        return self._live.state.plan.removed
+        return self._live.state.plan.mask
 
     @property
-    def plan(self) -> CompressionPlan:
+    def plan(self) -> Plan:
         """The plan that is applied now."""
         return self._live.state.plan
 
@@ -136,9 +136,9 @@ class ElasticLLM:
         return self.plan.cache_level(layer)
 
     @cached_property
-    def pruned(self) -> BlockMask:
+    def pruned(self) -> Plan:
         """Blocks that the model was built without (`load_pruned`); no mask restores them."""
-        return BlockMask(frozenset(site.index for site in self._live.sites if site.pruned))
+        return Plan(frozenset(site.index for site in self._live.sites if site.pruned))
 
     def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
         """A view of this model with stubs in the places of removed blocks.
@@ -161,7 +161,7 @@ class ElasticLLM:
         """Whether any of these blocks has a stub that replaces it when it is removed."""
         return any(index in self._stubs for index in blocks)
 
-    def apply(self, plan: MaskOrPlan) -> None:
+    def apply(self, plan: Plan) -> None:
         """Give every item its level in a mask or plan; a mask's kept blocks are native.
 
         Waits for a step of another thread to end. Then the keys and values of removed blocks are
@@ -179,14 +179,13 @@ class ElasticLLM:
                 whose weights are not in memory are removed now.
             ModelNotAvailableError: The same for a file that is missing.
         """
-        plan = as_plan(plan)
         with self.exclusive():
             wanted = self._wanted(plan)
             self._live.prepare(wanted)
             self._live.lower_caches(plan)
             self._live.set(wanted, evict=True)
 
-    def apply_readable(self, plan: MaskOrPlan) -> dict[str, RapError]:
+    def apply_readable(self, plan: Plan) -> dict[str, RapError]:
         """`apply` a plan without the weights that cannot be read now.
 
         Returns:
@@ -196,7 +195,6 @@ class ElasticLLM:
         Raises:
             RapError: As for `apply`, except for files that are damaged or missing.
         """
-        plan = as_plan(plan)
         with self.exclusive():
             wanted = self._wanted(plan)
             self._live.lower_caches(plan)
@@ -222,7 +220,7 @@ class ElasticLLM:
             self._live.verify(key)
 
     @contextlib.contextmanager
-    def masked(self, plan: MaskOrPlan, *, bare: BlockMask = BlockMask()) -> Iterator[ElasticLLM]:
+    def masked(self, plan: Plan, *, bare: Plan = Plan()) -> Iterator[ElasticLLM]:
         """Apply a mask or plan for the duration of a ``with`` block.
 
         The earlier plan is restored afterwards, also after an error. Other threads neither run the
@@ -232,7 +230,7 @@ class ElasticLLM:
         with self.exclusive():
             before = self._live.state
             try:
-                self._live.set(self._wanted(as_plan(plan), bare))
+                self._live.set(self._wanted(plan, bare))
                 yield self
             finally:
                 self._live.set(before, evict=True)
@@ -248,13 +246,13 @@ class ElasticLLM:
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
         """Run without more blocks than the mask removes, for the duration of one step."""
         before = self._live.state
-        more = BlockMask(frozenset(blocks - before.stubs.keys() - self.pruned.indices))
+        more = Plan(frozenset(blocks - before.stubs.keys() - self.pruned.removed))
         if not more:
             yield
             return
         try:
-            stubs = {index: self._stubs.get(index) for index in more.indices}
-            self._live.set(LiveState(before.plan.without(more), {**stubs, **before.stubs}))
+            stubs = {index: self._stubs.get(index) for index in more.removed}
+            self._live.set(LiveState(before.plan.without(*more.removed), {**stubs, **before.stubs}))
             yield
         finally:
             self._live.set(before)
@@ -320,7 +318,7 @@ class ElasticLLM:
             weights = base + sum(own) - evicted + made + sum(self._stub_bytes())
             return HeldBytes(weights, self._live.kv_bytes())
 
-    def resident_bytes(self, plan: CompressionPlan) -> int:
+    def resident_bytes(self, plan: Plan) -> int:
         """Bytes of packed weights beside the native ones under a plan, if all stay in memory.
 
         With residency ``"resident"`` these are those of the plan, and of all levels used so far.
@@ -343,25 +341,25 @@ class ElasticLLM:
     def removed_attention(self) -> frozenset[int]:
         """Layers whose attention block is removed now."""
         return frozenset(index // 2 for index in self._live.removed if index % 2 == 0) | frozenset(
-            index // 2 for index in self.pruned.indices if index % 2 == 0
+            index // 2 for index in self.pruned.removed if index % 2 == 0
         )
 
-    def _wanted(self, plan: CompressionPlan, bare: BlockMask = BlockMask()) -> LiveState:
+    def _wanted(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
         self._check_levels(plan.check(self.num_blocks))
         stubs = {
-            index: None if index in bare.indices else self._stubs.get(index)
-            for index in plan.removed.indices
+            index: None if index in bare.removed else self._stubs.get(index)
+            for index in plan.removed
         }
         return LiveState(plan, stubs)
 
-    def _check_levels(self, plan: CompressionPlan) -> None:
+    def _check_levels(self, plan: Plan) -> None:
         """Raise an error unless all items have their levels."""
         if plan.caches:
             check_attention(self.model)
         for index, level in plan.weights:
             if level not in (known := self._live.items[index].levels):
                 check_levels(plan, known)
-        check_levels(CompressionPlan(embeddings=plan.embeddings), self._live.embeddings.levels)
+        check_levels(Plan(embeddings=plan.embeddings), self._live.embeddings.levels)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -410,7 +408,7 @@ class ElasticLLM:
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
         """Bytes of each block's own tensors, (2L,), and bytes of all other tensors."""
-        with self.masked(BlockMask()):
+        with self.masked(Plan()):
             everywhere = [tensor_key(tensor) for _, tensor in named_weights(self.model)]
             seen = Counter(everywhere)
             own = []
@@ -434,7 +432,7 @@ class ElasticLLM:
         Computed once, in about a second per GB, and not again if the weights change. It does not
         depend on the mask, the device or the source of the model.
         """
-        with self.masked(BlockMask()):
+        with self.masked(Plan()):
             return fingerprint_of(self.model, self._read)
 
     def _stub_bytes(self) -> tuple[int, ...]:
@@ -452,7 +450,7 @@ class ElasticLLM:
         """Facts about the unmasked model for the memory arithmetic."""
         adapter = self.adapter
         per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
-        kept = [2 * layer not in self.pruned for layer in range(adapter.num_layers)]
+        kept = [2 * layer not in self.pruned.removed for layer in range(adapter.num_layers)]
         own, base = self._own_bytes
         items, embeddings = self._live.items, self._live.embeddings
         native = (place.original for item in self._live.all_items for place in item.places)

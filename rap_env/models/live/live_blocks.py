@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import BlockMask, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.models.caches.cache_levels import check_levels, lower
@@ -19,7 +19,7 @@ from rap_env.models.families.adapter import BlockSite
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.weights.residency import WeightStore
 from rap_env.models.weights.weight_levels import WeightItem, packed_level
-from rap_env.plan import EMBEDDINGS, CompressionPlan
+from rap_env.plan import EMBEDDINGS, Plan
 
 UNREADABLE = (ChecksumError, ModelNotAvailableError)
 """Errors for weights whose file cannot be read, or not now."""
@@ -47,7 +47,7 @@ class LiveState:
         stubs: The stub in the place of each removed block, or None, by index.
     """
 
-    plan: CompressionPlan = field(default_factory=CompressionPlan)
+    plan: Plan = field(default_factory=Plan)
     stubs: Mapping[int, Stub | None] = field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ class LiveBlocks:
         names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
         present = self.state.plan.levels
         plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in keys})
-        stubs = {index: self._removed.get(index) for index in plan.removed.indices}
+        stubs = {index: self._removed.get(index) for index in plan.removed}
         return LiveState(plan, {**stubs, **wanted.stubs})
 
     @torch.inference_mode(False)
@@ -233,8 +233,8 @@ class LiveBlocks:
     def _found_state(self) -> LiveState:
         """The state as it is, by looking at each item."""
         kept = (index for index in range(len(self.items)) if index not in self._removed)
-        plan = CompressionPlan(
-            BlockMask(frozenset(self._removed)),
+        plan = Plan(
+            frozenset(self._removed),
             tuple((index, self.items[index].level) for index in kept),
             tuple(self._cache_levels.items()),
             self.embeddings.level,
@@ -257,7 +257,7 @@ class LiveBlocks:
                 self.sites[2 * layer].set_cache_level(level)
         self._cache_levels = wanted
 
-    def lower_caches(self, plan: CompressionPlan) -> None:
+    def lower_caches(self, plan: Plan) -> None:
         """Evict and requantise keys and values in every cache in use, down to a plan's levels.
 
         Raises:
@@ -266,7 +266,7 @@ class LiveBlocks:
         caches = list(self.caches)
         if not caches:
             return
-        layers = frozenset(index // 2 for index in plan.removed.indices if index % 2 == 0)
+        layers = frozenset(index // 2 for index in plan.removed if index % 2 == 0)
         for cache in caches:
             if layers_with_keys(cache, layers):
                 check_cache(cache)

@@ -16,14 +16,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rap_env.blocks import BlockMask
 from rap_env.levels import WeightLevel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights import bfloat16_products
 from rap_env.models.weights.transfers import send
 from rap_env.models.weights.widened_weights import WidenedWeights
-from rap_env.plan import CompressionPlan, MaskOrPlan, as_plan, simplest
+from rap_env.plan import Plan
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,7 +71,7 @@ class PartialForward:
 
     @torch.inference_mode()
     def run(
-        self, blocks: tuple[int, ...], state: torch.Tensor, plan: MaskOrPlan = BlockMask()
+        self, blocks: tuple[int, ...], state: torch.Tensor, plan: Plan = Plan()
     ) -> torch.Tensor:
         """Run blocks of one layer and no other block, (B, T, H) -> (B, T, H).
 
@@ -133,7 +132,7 @@ class PartialForward:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""
         if level == "native":
             return contextlib.nullcontext()
-        return self._llm.masked(CompressionPlan(embeddings=level))
+        return self._llm.masked(Plan(embeddings=level))
 
     @property
     def head(self) -> nn.Linear:
@@ -201,24 +200,22 @@ class PartialForward:
 
 @lru_cache(maxsize=4096)
 def _layer_plan(
-    blocks: tuple[int, ...], plan: MaskOrPlan
-) -> tuple[int, tuple[int, ...], tuple[int, ...], MaskOrPlan, BlockMask]:
+    blocks: tuple[int, ...], plan: Plan
+) -> tuple[int, tuple[int, ...], tuple[int, ...], Plan, Plan]:
     """How a layer runs some of its blocks at their levels, and no other block.
 
     Returns:
         The layer, the blocks that run, those that are removed, the plan to apply to the model, and
         the removed blocks without a stub.
     """
-    layer, gone = blocks[0] // 2, as_plan(plan).removed.indices
-    kept = tuple(block for block in blocks if block not in gone)
-    removed = tuple(block for block in blocks if block in gone)
-    others = BlockMask(frozenset((2 * layer, 2 * layer + 1)) - frozenset(kept))
-    inside: MaskOrPlan = others
-    if isinstance(plan, CompressionPlan):
-        weights = tuple(pair for pair in plan.weights if pair[0] in kept)
-        caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
-        inside = simplest(CompressionPlan(others, weights, caches))
-    return layer, kept, removed, inside, BlockMask(others.indices - frozenset(removed))
+    layer = blocks[0] // 2
+    kept = tuple(block for block in blocks if block not in plan.removed)
+    removed = tuple(block for block in blocks if block in plan.removed)
+    others = frozenset((2 * layer, 2 * layer + 1)).difference(kept)
+    weights = tuple(pair for pair in plan.weights if pair[0] in kept)
+    caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
+    inside = Plan(others, weights, caches)
+    return layer, kept, removed, inside, Plan(others.difference(removed))
 
 
 @contextlib.contextmanager

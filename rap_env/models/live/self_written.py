@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 """How tokens are sampled."""
@@ -50,7 +50,7 @@ def self_written(
     special = sorted({*getattr(llm.tokenizer, "all_special_ids", ()), start})
     devices = [llm.device] if llm.device.type == "cuda" else []
     parts = []
-    with torch.random.fork_rng(devices), llm.masked(BlockMask()):
+    with torch.random.fork_rng(devices), llm.masked(Plan()):
         torch.manual_seed(seed)
         for first in range(0, windows, _BATCH):
             size = min(_BATCH, windows - first)

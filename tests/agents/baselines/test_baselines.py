@@ -7,12 +7,12 @@ import pytest
 
 from agents.baselines import BASELINES, make_baseline
 from agents.baselines.base import fits, measure_choice
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
     UnknownNameError,
 )
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, facts, request_at
 
@@ -52,7 +52,7 @@ def test_budget_is_met_or_declared_unmet(context, name, shape, fraction):
 def test_nothing_is_removed_where_the_dense_model_fits(context, name):
     request = request_at(context, 1, 10, 1.0)
     choice = measure_choice(make_baseline(name, context), request, context.scorer)
-    assert choice.plan == BlockMask()
+    assert choice.plan == Plan()
     assert fits(context.memory, choice.plan, request)
     assert choice.evaluations == 0
 
@@ -97,19 +97,19 @@ def test_gsi_follows_its_order_until_it_fits(context):
 def test_one_kind_baselines_remove_only_that_kind_and_may_not_fit(context):
     modest, large = needing(context, 3500), needing(context, 7500)
     only_attn = make_baseline("attention_only", context)
-    assert only_attn.choose(modest).count("ffn") == 0
+    assert only_attn.choose(modest).count_removed("ffn") == 0
     assert fits(context.memory, only_attn.choose(modest), modest)
-    assert only_attn.choose(large) == BlockMask.of(0, 2, 4, 6)
+    assert only_attn.choose(large) == Plan.removing(0, 2, 4, 6)
     assert not fits(context.memory, only_attn.choose(large), large)
     only_ffn = make_baseline("ffn_only", context).choose(large)
-    assert only_ffn == BlockMask.of("layer02.ffn", "layer03.ffn", "layer01.ffn")
+    assert only_ffn == Plan.removing("layer02.ffn", "layer03.ffn", "layer01.ffn")
     assert fits(context.memory, only_ffn, large)
 
 
 def test_dense_is_declared_unmet(context):
     request = needing(context, 1)
     mask = make_baseline("dense", context).choose(request)
-    assert mask == BlockMask()
+    assert mask == Plan()
     assert not fits(context.memory, mask, request)
     assert not BASELINES["dense"].kv_aware
     assert all(kind.kv_aware for name, kind in BASELINES.items() if name != "dense")
@@ -159,7 +159,7 @@ def test_costs_of_a_choice_are_counted(context):
         measure_choice(greedy, request, context.scorer),
         measure_choice(greedy, request, context.scorer),
     )
-    assert len(first.plan) == 2
+    assert len(first.plan.removed) == 2
     assert first.evaluations == second.evaluations == 1 + 8 + 7  # dense, then two scans
     assert (
         measure_choice(make_baseline("one_shot", context), request, context.scorer).evaluations == 0
@@ -174,8 +174,8 @@ def test_the_kv_cache_decides_which_kind_is_removed():
     context = SyntheticContext([0.1] * 8, facts(layers=4))
     greedy = make_baseline("greedy_per_byte", context)
     short, long = needing(context, 5900), request_at(context, 16, 1000, 0.8)
-    assert greedy.choose(short) == BlockMask.of("layer00.ffn", "layer01.ffn")
-    assert greedy.choose(long) == BlockMask.of("layer00.attn")
+    assert greedy.choose(short) == Plan.removing("layer00.ffn", "layer01.ffn")
+    assert greedy.choose(long) == Plan.removing("layer00.attn")
 
 
 def test_unknown_baseline_lists_the_known(context):
@@ -236,17 +236,17 @@ def test_bytes_of_stubs_count_on_a_repaired_model(repaired_context, name, shape,
 def test_a_budget_that_the_stubs_alone_exceed_takes_one_more_block(real_context, repaired_context):
     """Without stubs two blocks would do; what they leave behind makes it three."""
     order = make_baseline("one_shot", repaired_context)._blocks
-    mask = BlockMask.of(*order[:2])
+    mask = Plan.removing(*order[:2])
     shape = (1, 8)
     plain = real_context.memory.peak_bytes(mask, Request(*shape, 1))
     request = Request(*shape, plain)
-    assert make_baseline("one_shot", repaired_context).choose(request) == BlockMask.of(*order[:3])
+    assert make_baseline("one_shot", repaired_context).choose(request) == Plan.removing(*order[:3])
 
 
 def test_greedy_per_byte_scores_masks_with_their_stubs(repaired_context):
     request = Request.at_fraction(repaired_context.memory, 8, 64, 0.95)
     freed = repaired_context.memory.freed_bytes(request)
-    dense, scan = repaired_context.scorer.dense_nll, repaired_context.scorer.scan(BlockMask())
+    dense, scan = repaired_context.scorer.dense_nll, repaired_context.scorer.scan(Plan())
     over = repaired_context.memory.dense_peak_bytes(8, 64) - request.budget_bytes
     prices = {
         block.index: (nll - dense) / min(freed[block.index], over) if nll > dense else nll - dense

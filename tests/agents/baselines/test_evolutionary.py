@@ -8,7 +8,7 @@ import pytest
 
 from agents.baselines.base import CountingScorer, fits, measure_choice
 from agents.baselines.evolutionary import Evolution, EvolutionaryBaseline, mutated
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
 
@@ -33,7 +33,7 @@ def least_loss(context, request):
     """By enumeration of all masks."""
     blocks = range(context.memory.facts.num_blocks)
     masks = (
-        BlockMask.of(*chosen)
+        Plan.removing(*chosen)
         for count in range(len(blocks) + 1)
         for chosen in itertools.combinations(blocks, count)
     )
@@ -98,21 +98,23 @@ def test_offspring_fit_the_budget_and_are_minimal(large):
     request = request_at(large, 8, 250, 0.7)
     baseline = EvolutionaryBaseline(large)
     mutate = partial(mutated, large.memory, request)
-    search = Evolution(BlockMask(), mutate, CountingScorer(large.scorer), request, 0, 500)
+    search = Evolution(Plan(), mutate, CountingScorer(large.scorer), request, 0, 500)
     search.begin(baseline._start_masks(request))
     offspring = list(search._offspring(200))
     assert len(set(offspring)) == len(offspring) == 200
     for mask in offspring:
         assert fits(large.memory, mask, request)
-        assert not any(fits(large.memory, mask - BlockMask.of(i), request) for i in mask)
-        assert len(search.parent & mask) > len(search.parent) / 2  # a few switches away
+        assert not any(
+            fits(large.memory, Plan(mask.removed - {i}), request) for i in sorted(mask.removed)
+        )
+        assert len(search.parent.removed & mask.removed) > len(search.parent.removed) / 2
 
 
 def test_the_search_ends_when_no_new_mask_is_left(small):
     # One attention block suffices and any does: few masks are near, and none is tried twice.
     dense = small.memory.dense_peak_bytes(1, 1)
     choice = measure_choice(EvolutionaryBaseline(small), Request(1, 1, dense - 900), small.scorer)
-    assert len(choice.plan) == 1
+    assert len(choice.plan.removed) == 1
     assert choice.evaluations < 30
 
 

@@ -8,7 +8,7 @@ import pytest
 from agents.baselines import make_baseline
 from agents.baselines.base import fits
 from agents.baselines.knapsack import cheapest_cover
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext
 
@@ -54,7 +54,7 @@ def test_beats_one_shot_where_sizes_matter():
     context = SyntheticContext([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
     request = Request(1, 1, context.memory.dense_peak_bytes(1, 1) - 3000)
     mask = make_baseline("knapsack", context).choose(request)
-    assert mask == BlockMask.of("layer00.ffn")  # 0.2, against 0.33 for three attn blocks
+    assert mask == Plan.removing("layer00.ffn")  # 0.2, against 0.33 for three attn blocks
     assert context.scorer.loss(mask) < context.scorer.loss(
         make_baseline("one_shot", context).choose(request)
     )
@@ -62,7 +62,7 @@ def test_beats_one_shot_where_sizes_matter():
 
 def test_a_budget_that_only_the_empty_model_fits_is_met():
     context = SyntheticContext([0.1] * 8)
-    everything = BlockMask.all_of(context.memory.facts.blocks)
+    everything = Plan.removing(*context.memory.facts.blocks)
     probe = Request(1, 100, 10**9)
     request = Request(1, 100, context.memory.peak_bytes(everything, probe))
     mask = make_baseline("knapsack", context).choose(request)

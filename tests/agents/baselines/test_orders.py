@@ -7,7 +7,7 @@ import pytest
 
 from agents.baselines import make_baseline
 from agents.baselines.base import fits, measure_choice
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
 
@@ -25,7 +25,7 @@ def needing(context, bytes_over):
 
 
 def layers(*numbers):
-    return BlockMask.of(*(2 * n for n in numbers), *(2 * n + 1 for n in numbers))
+    return Plan.removing(*(2 * n for n in numbers), *(2 * n + 1 for n in numbers))
 
 
 @pytest.mark.parametrize("name", ["shortgpt", "sleb"])
@@ -78,7 +78,7 @@ def test_the_frontier_follows_the_gsi_order_where_no_entry_fits(context):
     context.frontier = SimpleNamespace(best=lambda memory, request: None, evaluations=7)
     request = request_at(context, 8, 250, 0.5)
     gsi = make_baseline("gsi", context).choose(request)
-    assert make_baseline("frontier", context).choose(request) == gsi != BlockMask()
+    assert make_baseline("frontier", context).choose(request) == gsi != Plan()
 
 
 def test_a_real_frontier_is_read(real_context):

@@ -17,8 +17,8 @@ from agents.baselines.searches import (
     OracleBaseline,
     whole_layer,
 )
-from rap_env.blocks import BlockMask
 from rap_env.errors import SearchTooLargeError
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
 
@@ -49,14 +49,14 @@ def test_beam_search_escapes_the_greedy_local_optimum(name):
     request = needing(context, 1500)  # two attention blocks
     assert 0 in make_baseline("greedy_per_byte", context).choose(request)
     mask = make_baseline(name, context).choose(request)
-    assert mask == BlockMask.of("layer01.attn", "layer02.attn")
+    assert mask == Plan.removing("layer01.attn", "layer02.attn")
 
 
 def test_a_beam_of_one_stays_in_the_greedy_local_optimum():
     context = trap()
     request = needing(context, 1500)
-    assert 0 in BeamBaseline(context, width=1).choose(request)
-    assert 0 not in BeamBaseline(context, width=2).choose(request)
+    assert 0 in BeamBaseline(context, width=1).choose(request).removed
+    assert 0 not in BeamBaseline(context, width=2).choose(request).removed
 
 
 def test_beam_counts_every_mask_once():
@@ -72,14 +72,14 @@ def test_beam_counts_every_mask_once():
 def test_beam_counts_useful_bytes_only():
     # Per byte layer02.ffn is cheapest, but an attention block suffices at less loss.
     context = SyntheticContext([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
-    assert BeamBaseline(context).choose(needing(context, 900)) == BlockMask.of("layer02.attn")
-    assert BeamBaseline(context).choose(needing(context, 3000)) == BlockMask.of("layer02.ffn")
+    assert BeamBaseline(context).choose(needing(context, 900)) == Plan.removing("layer02.attn")
+    assert BeamBaseline(context).choose(needing(context, 3000)) == Plan.removing("layer02.ffn")
 
 
 def test_beam_returns_the_best_mask_seen():
     """A removal that lowers the loss is taken though the request fits without it."""
     context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
-    assert "layer01.attn" in BeamBaseline(context).choose(needing(context, 3500))
+    assert "layer01.attn" in BeamBaseline(context).choose(needing(context, 3500)).removed_names
 
 
 @pytest.mark.parametrize("shape", REQUESTS)
@@ -99,10 +99,10 @@ def test_swaps_end_where_no_swap_helps(large, shape):
     choice = GreedySwapsBaseline(large, extra_evaluations=10**6).choose(request)
     greedy = GreedyPerByteBaseline(large).choose(request)
     assert large.scorer.loss(choice) <= large.scorer.loss(greedy)
-    kept = [index for index in range(24) if index not in choice]
-    for removed in choice:
-        fewer = choice - BlockMask.of(removed)
-        for near in (fewer, *(fewer | BlockMask.of(index) for index in kept)):
+    kept = [index for index in range(24) if index not in choice.removed]
+    for removed in sorted(choice.removed):
+        fewer = Plan(choice.removed - {removed})
+        for near in (fewer, *(fewer.without(index) for index in kept)):
             if fits(large.memory, near, request):
                 assert large.scorer.loss(near) >= large.scorer.loss(choice)
 
@@ -132,7 +132,7 @@ SHAPES = [(2, 16, 0.85), (8, 64, 0.8), (8, 64, 0.7)]
 
 def all_masks(blocks):
     for removed in itertools.product([False, True], repeat=blocks):
-        yield BlockMask.of(*(index for index, gone in enumerate(removed) if gone))
+        yield Plan.removing(*(index for index, gone in enumerate(removed) if gone))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -158,7 +158,7 @@ def test_no_fitting_mask_beats_the_oracle(real_context, name, shape):
 def test_the_oracle_may_remove_more_than_must_be():
     context = SyntheticContext([0.5, 4.0, -0.1, 0.3, -0.2, 0.04, 0.03, 0.2])
     request = Request(1, 1, context.memory.dense_peak_bytes(1, 1) - 900)
-    assert OracleBaseline(context).choose(request) == BlockMask.of(2, 4)
+    assert OracleBaseline(context).choose(request) == Plan.removing(2, 4)
 
 
 def test_requests_of_the_oracle_share_their_scores():
@@ -182,6 +182,6 @@ def test_sleb_measures_again_after_each_removal():
     sleb = make_baseline("sleb", context)
     assert sleb.choose(needing(context, 100)) == whole_layer(2)
     choice = measure_choice(sleb, needing(context, 4005), context.scorer)
-    assert choice.plan == whole_layer(1) | whole_layer(2)
+    assert choice.plan == whole_layer(1).without(*whole_layer(2).removed)
     assert choice.evaluations == 4 + 3
     assert sleb.setup_evaluations == 0

@@ -25,8 +25,8 @@ from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.train import train
-from rap_env.blocks import BlockMask
 from rap_env.errors import InfeasibleBudgetError
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -117,7 +117,7 @@ def test_every_method_has_a_row_with_its_part_for_every_cell(evaluated):
             assert row.fits
         if row.part == "sparsity" and row.fits:
             request = Request(1, 16, row.budget_bytes)
-            freed = memory.freed_bytes(request)[list(BlockMask.of(*row.mask).indices)].sum()
+            freed = memory.freed_bytes(request)[list(Plan.removing(*row.mask).removed)].sum()
             assert freed >= 0.99 * row.sparsity * sum(memory.facts.block_param_bytes)
 
 
@@ -139,7 +139,7 @@ def test_a_run_with_a_score_model_ranks_masks_by_it(evaluated):
     folder = evaluated.stage_dir("train") / "rap-s0"
     assert decision_scores(folder) is None
     blocks = range(context.memory.facts.num_blocks)
-    masks = [BlockMask.of(*some) for size in (0, 1, 2) for some in combinations(blocks, size)]
+    masks = [Plan.removing(*some) for size in (0, 1, 2) for some in combinations(blocks, size)]
     scores = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
     table = ScoreTable.fitted(
         context.memory.facts, scores, context=dict(context.scorer.context), text={}, settings={},

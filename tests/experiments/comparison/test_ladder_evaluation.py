@@ -23,7 +23,6 @@ from experiments.report import report
 from experiments.study.records import append_record, read_records
 from experiments.train import train
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError
-from rap_env.plan import CompressionPlan
 from rap_env.request import Request
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -110,8 +109,8 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
     context = build_context(evaluated)
     for row in rows:
         plan = row.plan
-        assert isinstance(plan, CompressionPlan)
-        assert list(plan.removed.names) == row.mask
+        assert not plan.is_mask
+        assert list(plan.removed_names) == row.mask
         assert row.fits == (row.method != "dense")
         request = Request(**row.request, budget_bytes=row.budget_bytes)
         assert row.peak_bytes == context.memory.peak_bytes(plan, request)
@@ -184,7 +183,7 @@ def test_older_records_have_masks_only(evaluated, tmp_path):
     append_record(tmp_path / "results.jsonl", json.loads(json.dumps(record)))
     (row,) = ResultRow.read(tmp_path / "results.jsonl")
     assert row.levels is None
-    assert row.plan.names == tuple(row.mask)
+    assert row.plan.removed_names == tuple(row.mask)
 
 
 def test_tables_show_plans_and_budgets_that_differ(evaluated):

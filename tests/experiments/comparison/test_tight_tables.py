@@ -20,7 +20,7 @@ from experiments.comparison.tables import (
 )
 from experiments.study.figures import svg_uri
 from experiments.study.tables import shape_words
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.experiments.synthetic_records import LAYERS, make_row
 
 BUDGETS = {(1, 128): (0.9, 0.8), (8, 2048): (0.5, 0.3), (16, 4096): (0.4, 0.2)}
@@ -30,12 +30,12 @@ FACTORS = {"uniform": 1.0, "knapsack": 0.8, "rap": 0.5}
 
 def tight_row(method, shape, budget, target):
     factor = 0.0 if method == "dense" else FACTORS[method]
-    plan = CompressionPlan.uniform(LAYERS, caches="int4", embeddings="int4")
+    plan = Plan.uniform(LAYERS, caches="int4", embeddings="int4")
     plan = plan.lower({"layer03.ffn": "removed", "layer04.attn": "removed"})
     row = make_row(method, shape, budget, target_loss=target, levels=plan.levels)
     losses = [factor * target * (1 + 0.02 * number) for number in range(16)]
     return replace(
-        row, window_losses=losses, mask=list(plan.removed.names), attn_removed=1, ffn_removed=1
+        row, window_losses=losses, mask=list(plan.removed_names), attn_removed=1, ffn_removed=1
     )
 
 

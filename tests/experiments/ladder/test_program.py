@@ -23,11 +23,10 @@ from experiments.ladder.rows import LadderRow, ShippedRow, read_ladder
 from experiments.ladder.shipped import STUDY as SHIPPED
 from experiments.ladder.shipped import with_start
 from experiments.ladder.study import STUDY, ladder_jobs, uniform_plans
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -74,7 +73,7 @@ def test_every_setting_and_budget_has_a_row_for_each_request(rows):
 def test_bytes_are_those_of_the_memory_model(rows, config):
     memory = MemoryModel(build_context(config).memory.facts)
     for row in rows:
-        plan = CompressionPlan.of(row.levels)
+        plan = Plan.of(row.levels)
         held = memory.breakdown(plan, Request(*row.shape, budget_bytes=2**40))
         assert row.peak_bytes == held.peak
         assert row.held_bytes == held.weights + held.embeddings + held.stubs + held.kv_cache
@@ -86,9 +85,9 @@ def test_losses_are_those_of_the_scorer(rows, config):
     context = build_context(config)
     text = load_text(config.evaluate.text, "report", context.llm, progress=False)
     scorer = MaskScorer(context.llm, text)
-    dense = scorer.window_nll(BlockMask())
+    dense = scorer.window_nll(Plan())
     for row in rows:
-        expected = scorer.window_nll(CompressionPlan.of(row.levels)) - dense
+        expected = scorer.window_nll(Plan.of(row.levels)) - dense
         assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-9)
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
     assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
@@ -107,7 +106,7 @@ def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
     )
     again = LadderRow.read(STUDY.run(config, config.stage_dir("ladder")))
     assert [row.window_losses for row in again] == [row.window_losses for row in rows]
-    lowered = [plan for plan in measured if isinstance(plan, CompressionPlan)]
+    lowered = [plan for plan in measured if not plan.is_mask]
     assert len(lowered) == 2, "one for each missing row"
 
 

@@ -26,7 +26,7 @@ from experiments.long_context.tables import long_context_findings
 from experiments.study.records import read_records
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
 from tests.scoring.test_long_context_tasks import word_llm
 
@@ -139,7 +139,7 @@ def test_answers_are_scored_after_documents_cut_in_the_middle(found, config):
         with torch.no_grad():
             logs = llm.model(ids).logits[0, :-1].log_softmax(-1)
         expected.append(-logs[-2:].gather(1, ids[0, -2:, None]).mean().item())
-    assert loss.measure(CompressionPlan())[:, 0] == pytest.approx(expected, abs=1e-4)
+    assert loss.measure(Plan())[:, 0] == pytest.approx(expected, abs=1e-4)
     row = found.loss("native", ANSWERS, 256)
     assert row.by_bucket == pytest.approx([np.mean(expected)], abs=1e-4)
 

@@ -16,10 +16,10 @@ from experiments.repair.libraries import StubLibraries
 from experiments.repair.program import FILE, repair
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.tables import orders_table
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
+from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
@@ -83,11 +83,13 @@ def test_every_mask_fits_its_budget_with_its_stubs(config, rows):
     for row in rows:
         assert row.peak_bytes <= row.budget_bytes
         request = Request(*row.cell[:2], row.budget_bytes)
-        plain = MemoryModel(llm).peak_bytes(BlockMask.of(*row.mask), request)
+        plain = MemoryModel(llm).peak_bytes(Plan.removing(*row.mask), request)
         if row.repair == "none":
             assert row.peak_bytes == plain
         elif row.study == "grid" and row.repair in ("library", "per_mask"):
-            stubs = sum(library.stubs[index].nbytes for index in BlockMask.of(*row.mask))
+            stubs = sum(
+                library.stubs[index].nbytes for index in sorted(Plan.removing(*row.mask).removed)
+            )
             assert row.peak_bytes == plain + stubs
 
 
@@ -100,7 +102,7 @@ def test_a_row_is_the_loss_of_the_repaired_mask_over_the_dense_model(config, row
         ]
         view = llm if library is None else library.attach(llm)
         scorer = MaskScorer(view, libraries.texts.report[row.text])
-        loss = scorer.nll(BlockMask.of(*row.mask)) - scorer.dense_nll
+        loss = scorer.nll(Plan.removing(*row.mask)) - scorer.dense_nll
         assert row.loss == pytest.approx(loss, abs=1e-6)
         assert row.loss_ci_low <= row.loss <= row.loss_ci_high
 
@@ -202,7 +204,7 @@ def test_the_order_of_importance_is_measured_with_stubs_in_place(config, rows):
         library.attach(llm), StubLibraries(config, config.stage_dir("repair")).context.corpus
     )
     removed = orders["library"]["order"]
-    loss = scorer.nll(BlockMask.of(*removed)) - scorer.dense_nll
+    loss = scorer.nll(Plan.removing(*removed)) - scorer.dense_nll
     assert orders["library"]["loss_after"][-1] == pytest.approx(loss, abs=1e-6)
     header, lines = orders_table(orders)
     assert header[1:] == ["3 removed", "first 3 shared with no stubs", "attn of first 3"]

@@ -11,9 +11,9 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.serving import ReplayConfig
-from rap_env.blocks import BlockMask
 from rap_env.importance.frontier import Frontier
 from rap_env.models.files.loading import load_llm
+from rap_env.plan import Plan
 from rap_env.policies.policy_file import PolicyFile, PolicyModel
 from tests.policies import made_policies
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -38,11 +38,11 @@ def write_model(base: Path) -> None:
     )
     policy.save(base / "policy.safetensors")
     rng = np.random.default_rng(1)
-    masks = [BlockMask.of(*rng.permutation(2 * LAYERS)[:k].tolist())
+    masks = [Plan.removing(*rng.permutation(2 * LAYERS)[:k].tolist())
              for k in range(2 * LAYERS + 1) for _ in range(4)]  # fmt: skip
     provenance = {"model": llm.name, "fingerprint": llm.facts.fingerprint, "scoring": {}}
-    scores = {mask: 4.0 + len(mask) + float(rng.random()) for mask in masks}
-    Frontier(2 * LAYERS, scores[BlockMask()], scores, 0, 0.0, {}, provenance).save(
+    scores = {mask: 4.0 + len(mask.removed) + float(rng.random()) for mask in masks}
+    Frontier(2 * LAYERS, scores[Plan()], scores, 0, 0.0, {}, provenance).save(
         base / "frontier.json"
     )
 

@@ -16,10 +16,9 @@ from experiments.replay.harness import Interval, ReplayClock
 from experiments.replay.study import sampled_steps
 from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
 from experiments.replay.workload import is_correct, known_answers, make_workload
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
@@ -61,7 +60,7 @@ class FakeRun:
         yield
 
 
-NATIVE = CompressionPlan()
+NATIVE = Plan()
 
 
 def moment(time_s, seconds, peak, budget, plan=NATIVE):
@@ -102,7 +101,7 @@ def test_the_clock_runs_only_while_there_is_work():
 
 
 def test_sampled_steps_keep_the_worst_intervals():
-    plans = [CompressionPlan(BlockMask.of(3, n % 2)) for n in range(2)]
+    plans = [Plan.removing(3, n % 2) for n in range(2)]
     intervals = [moment(n, 1, 50, 100, plans[n % 2]) for n in range(1000)]
     intervals[555] = moment(555, 1, peak=150, budget=100)
     assert intervals[555].over_bytes == 50
@@ -173,10 +172,10 @@ def test_the_oracle_chooses_for_the_lowest_future_budget():
     inner = OrderPolicy(memory, range(2 * LAYERS))
     request = Request(2, 16, 2 * dense)
     oracle = OraclePolicy(inner, FakeRun(budget))
-    assert len(inner.choose(request)) == 0
+    assert len(inner.choose(request).removed) == 0
     assert oracle.choose(request) == inner.choose(Request(2, 16, int(0.9 * dense)))
     margin = OraclePolicy(inner, FakeRun(budget, margin=dense // 5))
-    assert len(margin.choose(request)) > len(oracle.choose(request)) > 0
+    assert len(margin.choose(request).removed) > len(oracle.choose(request).removed) > 0
     small = Request(2, 16, dense // 2)  # what there is now counts too
     assert oracle.choose(small) == inner.choose(small)
 
@@ -189,23 +188,23 @@ def test_greedy_removes_what_costs_least_and_measures_no_mask_twice():
     scorer, state = MaskScorer(llm, torch.arange(3, 15)[None]), FakeRun()
     policy = GreedyPolicy(memory, scorer, state)
     dense = memory.dense_peak_bytes(1, 16)
-    assert policy.choose(Request(1, 16, dense)) == BlockMask()
+    assert policy.choose(Request(1, 16, dense)) == Plan()
     assert state.measured == 0
     # One block that suffices: of those that free enough, the one with the least loss.
     freed = memory.freed_bytes(Request(1, 16, 1))
     mask = policy.choose(Request(1, 16, dense - 1))
-    rises = {b.index: nll - scorer.dense_nll for b, nll in scorer.scan(BlockMask()).items()}
-    assert mask == BlockMask.of(min(rises, key=rises.__getitem__))
+    rises = {b.index: nll - scorer.dense_nll for b, nll in scorer.scan(Plan()).items()}
+    assert mask == Plan.removing(min(rises, key=rises.__getitem__))
     more = policy.choose(Request(1, 16, dense - int(2.5 * freed.max())))
-    assert mask <= more
-    assert len(more) >= 2
+    assert mask.removed <= more.removed
+    assert len(more.removed) >= 2
     assert memory.peak_bytes(more, Request(1, 16, 1)) <= dense - int(2.5 * freed.max())
     ran = scorer.evaluations
     assert policy.choose(Request(1, 16, dense - 1)) == mask  # the first of the path
     policy.choose(Request(1, 16, dense))  # the path is forgotten
     assert policy.choose(Request(1, 16, dense - int(2.5 * freed.max()))) == more
     assert scorer.evaluations == ran
-    assert len(policy.choose(Request(1, 16, 1))) == 2 * LAYERS
+    assert len(policy.choose(Request(1, 16, 1)).removed) == 2 * LAYERS
 
 
 def test_static_masks_are_the_least_pruned_of_their_order(loaded):
@@ -216,11 +215,11 @@ def test_static_masks_are_the_least_pruned_of_their_order(loaded):
     system = factory.make("static_gsi", FakeRun())
     order = factory._guard_order
     count = len(system.policy.mask)
-    assert system.policy.mask == BlockMask.of(*order[:count])
+    assert system.policy.mask == Plan.removing(*order[:count])
     assert system.guard_order == ()
     request = Request(3, workload.longest_tokens, int(0.9 * dense))
-    assert memory.peak_bytes(BlockMask.of(*order[:count]), request) <= request.budget_bytes
-    assert memory.peak_bytes(BlockMask.of(*order[: count - 1]), request) > request.budget_bytes
+    assert memory.peak_bytes(Plan.removing(*order[:count]), request) <= request.budget_bytes
+    assert memory.peak_bytes(Plan.removing(*order[: count - 1]), request) > request.budget_bytes
     layers = factory.make("static_shortgpt", FakeRun()).policy.mask
     assert {index ^ 1 for index in layers} == set(layers)  # whole layers
 

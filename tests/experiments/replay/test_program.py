@@ -17,10 +17,10 @@ from experiments.replay.harness import SystemRun
 from experiments.replay.study import STUDY
 from experiments.replay.workload import make_workload
 from experiments.study.records import read_records
-from rap_env.blocks import BlockMask
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import tiny_replay, write_model
@@ -90,7 +90,7 @@ def test_static_masks_fit_the_longest_request_never_change_and_have_the_scorers_
     for name in ("static_gsi", "static_shortgpt"):
         row = rows[name]
         (removed,) = {tuple(removed) for *_, removed in row.steps}
-        mask = BlockMask.of(*removed)
+        mask = Plan.removing(*removed)
         least = Request(1, longest, row.budget_least_bytes)
         assert memory.peak_bytes(mask, least) <= least.budget_bytes
         assert row.switches == 0

@@ -18,10 +18,10 @@ from experiments.small_models import training as small_models_training
 from experiments.small_models.data import BOS, train_tokenizer
 from experiments.small_models.program import read_record, train_small_model
 from experiments.small_models.training import Trainer
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -237,4 +237,4 @@ def test_removing_every_block_still_gives_a_finite_loss(make):
     llm = load_llm(trained(make("unequal")), device="cpu", dtype="float32")
     text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)
     scorer = MaskScorer(llm, text)
-    assert math.isfinite(scorer.nll(BlockMask.all_of(llm.blocks)))
+    assert math.isfinite(scorer.nll(Plan.removing(*llm.blocks)))

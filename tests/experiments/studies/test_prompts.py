@@ -18,7 +18,6 @@ from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import as_plan
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
@@ -83,11 +82,11 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
                 shares = by_text.text_kinds.shares(tokens[:16])
                 policy = by_text.for_text(shares)
                 assert shares[list(LETTERS).index(row.text)] > 0.8
-            plan = as_plan(policy.choose(request))
+            plan = policy.choose(request)
             assert row.plans[window] == plan.digest
             assert tuple(row.shares[window]) == shares
-            rise = scorer.window_nll(plan) - scorer.window_nll(as_plan(policy.choose(
-                replace(request, budget_bytes=10**9))))  # fmt: skip
+            rise = scorer.window_nll(plan) - scorer.window_nll(policy.choose(
+                replace(request, budget_bytes=10**9)))  # fmt: skip
             assert row.window_losses[window] == pytest.approx(rise[window], abs=1e-6)
     plans = {row.text: row.plans for row in rows if row.policy == config.prompts.policies[1]}
     assert plans["few"] != plans["many"]
@@ -139,7 +138,7 @@ def test_networks_see_the_prompt_by_the_costs_in_the_package(config, rows, monke
     for row in found:
         if row.policy == "mine-by-text":
             plans = [policy.for_text(tuple(one)).choose(request) for one in row.shares]
-            assert row.plans == [as_plan(plan).digest for plan in plans]
+            assert row.plans == [plan.digest for plan in plans]
     study = PromptStudy(found, 16)
     names = [line[0] for line in study.relative_table()[1]]
     assert f"mine-by-text / {config.prompts.policies[0]}" in names
@@ -161,7 +160,7 @@ def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_pat
     found = PolicyRow.read(prompts(changed, changed.stage_dir("prompts")))
     measured = [row for row in found if row.policy == "gsi"]
     assert {row.text for row in measured} == set(LETTERS)
-    assert all(set(one.plans) == {as_plan(row.plan).digest} for one in measured)
+    assert all(set(one.plans) == {row.plan.digest} for one in measured)
     study = PromptStudy(found, 16, ["gsi"])
     names = [line[0] for line in study.relative_table()[1]]
     assert names[0] == f"{config.prompts.policies[1]} / {config.prompts.policies[0]}"

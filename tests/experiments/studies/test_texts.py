@@ -23,7 +23,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
@@ -83,7 +83,7 @@ def test_costs_are_measured_on_each_draw(config, folder):
     row = next(row for row in rows if (row.kind, row.seed, row.tokens) == ("many", 1, 48))
     scorer = scorer_of(config, "many", 1, 48, 1, "calibration")
     for item, level in (("layer02.cache", "int2"), ("layer01.ffn", "removed")):
-        rise = scorer.nll(CompressionPlan.of({item: level})) - scorer.dense_nll
+        rise = scorer.nll(Plan.of({item: level})) - scorer.dense_nll
         assert row.costs["one_shot"][item][level] == pytest.approx(rise, abs=1e-6)
     assert len({json.dumps(row.costs["one_shot"]) for row in rows}) == len(rows)
 
@@ -103,11 +103,11 @@ def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
     levels = {item.name: item.levels for item in Ladder.of(memory.facts, LEVELS).items}
     for row in (row for row in rows if (row.chosen_on, row.judged_on) == ("few", "many")):
         policy = KnapsackPolicy(memory, LevelCosts(**costs["few", row.seed, 48]), levels=levels)
-        pinned, plan = parse_pinned(row.cell), CompressionPlan.of(row.levels)
+        pinned, plan = parse_pinned(row.cell), Plan.of(row.levels)
         request = Request(*pinned.shape, pinned.budget_bytes)
         assert policy.choose(request) == plan
         assert memory.peak_bytes(plan, request) <= request.budget_bytes
-        rise = report.window_nll(plan) - report.window_nll(CompressionPlan())
+        rise = report.window_nll(plan) - report.window_nll(Plan())
         assert row.window_losses == pytest.approx(rise.tolist(), abs=1e-6)
 
 
@@ -140,7 +140,7 @@ class AdditiveScorer:
 
     def window_nll(self, plan):
         rise = 0.0
-        for item, level in as_plan(plan).levels.items():
+        for item, level in plan.levels.items():
             layer = int(item[5:7]) if item.startswith("layer") else 0
             rise += self.cost[layer] * {"removed": 1.0, "int2": 0.3, "int4": 0.1}.get(level, 0.01)
         return np.full(len(self.corpus.tokens), 1.0 + rise)

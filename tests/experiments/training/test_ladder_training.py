@@ -46,7 +46,7 @@ from experiments.training.score_model import (
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.plan import CompressionPlan, as_plan
+from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
@@ -159,7 +159,7 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     profile(changed, changed.stage_dir("profile"))
     context = build_context(changed)
     found = PlanFrontier.load(frontier_artifact(changed), context.memory)
-    assert any(isinstance(plan, CompressionPlan) for plan in found.scores)
+    assert any(not plan.is_mask for plan in found.scores)
     folder = train(changed, changed.stage_dir("train") / "agent-s0")
     rounds = read_records(folder / ROUNDS_FILE)
     assert [record["round"] for record in rounds] == [0, 1]
@@ -172,7 +172,7 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     assert table.levels is not None
     scores = decision_scores(folder)
     unknown = [plan for plan in scored_masks(rounds[1]) if plan not in table.scores]
-    unknown.append(CompressionPlan.uniform(table.facts.num_layers, caches="int4"))
+    unknown.append(Plan.uniform(table.facts.num_layers, caches="int4"))
     assert np.isfinite(scores(unknown)).all(), "it predicts plans that were not measured"
 
 
@@ -189,7 +189,7 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
         request = Request(**row.request, budget_bytes=row.budget_bytes)
         assert row.peak_bytes <= row.budget_bytes
         if row.method == "agent":
-            assert row.levels == as_plan(trained.choose(request)).levels
+            assert row.levels == trained.choose(request).levels
 
 
 def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, capsys):

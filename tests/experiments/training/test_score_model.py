@@ -82,7 +82,7 @@ def test_the_policy_starts_at_its_teacher(config):
     policy = TrainedPolicy.load(train(started, folder_of(config, "warm-s0")), context)
     shown = demonstrations(config, context)
     # This random model's best masks remove more than they must; an episode ends when it fits.
-    within = [policy.choose(one.request).indices <= one.plan.indices for one in shown]
+    within = [policy.choose(one.request).removed <= one.plan.removed for one in shown]
     assert np.mean(within) > 0.9
 
 

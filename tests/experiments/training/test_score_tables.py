@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 
 from experiments.training.score_tables import DEEPEST, planned_masks
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 
 BLOCKS = 60
 ORDERS = [list(range(BLOCKS)), list(range(BLOCKS))[::-1]]
@@ -25,13 +25,13 @@ def test_masks_are_unique_and_in_a_fixed_order():
 
 def test_the_dense_model_and_every_single_removal_come_first():
     masks = first(64)
-    assert masks[0] == BlockMask()
-    assert {len(mask) for mask in masks[1:61]} == {1}
-    assert [len(mask) for mask in masks[61:]] == [30, 30, 60]
+    assert masks[0] == Plan()
+    assert {len(mask.removed) for mask in masks[1:61]} == {1}
+    assert [len(mask.removed) for mask in masks[61:]] == [30, 30, 60]
 
 
 def test_every_depth_occurs_including_small_masks():
-    counts = np.bincount([len(mask) for mask in first(6000)], minlength=BLOCKS + 1)
+    counts = np.bincount([len(mask.removed) for mask in first(6000)], minlength=BLOCKS + 1)
     assert (counts > 0).all()
     assert counts[2] + counts[3] > 300  # a tenth is pairs and triples
     deep = counts[round(DEEPEST * BLOCKS) + 1 :].sum()
@@ -39,16 +39,16 @@ def test_every_depth_occurs_including_small_masks():
 
 
 def test_most_masks_lie_near_an_order():
-    masks = [mask for mask in first(4000, ORDERS[:1]) if 5 <= len(mask) <= 20]
-    place = np.array([np.mean(list(mask)) / len(mask) for mask in masks])
-    ideal = np.array([(len(mask) - 1) / 2 / len(mask) for mask in masks])
+    masks = [mask for mask in first(4000, ORDERS[:1]) if 5 <= len(mask.removed) <= 20]
+    place = np.array([np.mean(sorted(mask.removed)) / len(mask.removed) for mask in masks])
+    ideal = np.array([(len(mask.removed) - 1) / 2 / len(mask.removed) for mask in masks])
     assert np.median(place - ideal) < 0.6
-    random = (BLOCKS - 1) / 2 / np.array([len(mask) for mask in masks])
+    random = (BLOCKS - 1) / 2 / np.array([len(mask.removed) for mask in masks])
     assert np.median(place) < np.median(random)
 
 
 def test_all_prefixes_of_an_episode_are_included():
     masks = set(first(2000))
-    chains = [mask for mask in masks if len(mask) == 15 and any(
-        mask - BlockMask.of(block) in masks for block in mask)]  # fmt: skip
+    chains = [mask for mask in masks if len(mask.removed) == 15 and any(
+        mask - Plan.removing(block) in masks for block in mask)]  # fmt: skip
     assert len(chains) > 10

@@ -7,18 +7,18 @@ import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedCacheError
 from rap_env.models.caches.kv_cache import cache_argument, positions_of
+from rap_env.plan import Plan
 from tests.models.gated import gated_logits
 from tests.models.generation import cached_step
 from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-ATTENTION = BlockMask.of(*range(0, 2 * LAYERS, 2))
+ATTENTION = Plan.removing(*range(0, 2 * LAYERS, 2))
 BACK = {
-    "first": BlockMask.of(0),
-    "last": BlockMask.of(2, 1),
+    "first": Plan.removing(0),
+    "last": Plan.removing(2, 1),
     "all": ATTENTION,
 }
 EVERY_BACK = pytest.mark.parametrize("gone", BACK.values(), ids=BACK.keys())
@@ -28,7 +28,7 @@ NEW = 7
 class Switch:
     """Applies masks before given steps; step 0 is the prompt."""
 
-    def __init__(self, llm, **masks: BlockMask) -> None:
+    def __init__(self, llm, **masks: Plan) -> None:
         self.llm, self.step = llm, 0
         self.masks = {int(name.removeprefix("at_")): mask for name, mask in masks.items()}
 
@@ -59,7 +59,7 @@ def assert_greedy(llm, sequences, removed, start=0) -> None:
     """Every token from the `start`-th new one on is the likeliest under the gates."""
     length = sequences.shape[1] - 1
     gates = {index: gate[:length] for index, gate in removed.items()}
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         rows = [row[:-1] for row in real_rows(sequences)]
         logits = gated_logits(llm, rows, gates)
     first = padded_batch()["input_ids"].shape[1] + start
@@ -76,7 +76,7 @@ PROMPT = padded_batch()["input_ids"].shape[1]
 def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
-    out = generate(llm, Switch(llm, at_3=BlockMask()))
+    out = generate(llm, Switch(llm, at_3=Plan()))
     assert_greedy(llm, out[:, : PROMPT + 3], {i: [True] * 99 for i in gone})
     assert_greedy(llm, out, {}, start=3)
 
@@ -85,18 +85,18 @@ def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> No
 def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
-    out = generate(llm, Switch(llm, at_3=BlockMask()), restore="next_request")
+    out = generate(llm, Switch(llm, at_3=Plan()), restore="next_request")
     begin = PROMPT + 2
     ffn = {index: [True] * begin + [False] * 99 for index in gone if index % 2}
     assert_greedy(llm, out, ffn | {i: [True] * 99 for i in gone if i % 2 == 0})
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert_greedy(llm, generate(llm), {})
 
 
 @EVERY_FAMILY
 def test_removed_restored_removed_again_and_restored(name) -> None:
     llm = tiny_llm(name)
-    masks = {"at_1": ATTENTION, "at_3": BlockMask(), "at_4": BlockMask.of(0), "at_5": BlockMask()}
+    masks = {"at_1": ATTENTION, "at_3": Plan(), "at_4": Plan.removing(0), "at_5": Plan()}
     out = generate(llm, Switch(llm, **masks))
     gates = {0: [False] * PROMPT + [True, True], 2: [False] * PROMPT + [True, True]}
     before = {index: [*gate, *[False] * 99] for index, gate in gates.items()}
@@ -110,11 +110,11 @@ def test_a_block_restored_and_removed_between_two_tokens(restore) -> None:
     llm.apply(ATTENTION)
 
     def flicker() -> None:
-        llm.apply(BlockMask())
+        llm.apply(Plan())
         llm.apply(ATTENTION)
 
     out = generate(llm, flicker, restore=restore)
-    assert_greedy(llm, out, {index: [True] * 99 for index in ATTENTION})
+    assert_greedy(llm, out, {index: [True] * 99 for index in sorted(ATTENTION.removed)})
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
@@ -140,7 +140,7 @@ def test_decoding_with_a_cache_equals_decoding_without(name, ask, gone) -> None:
         if not use_cache:
             kept = {key: value for key, value in ask.items() if key != "prefill_chunk_size"}
         chunks = 2 if "prefill_chunk_size" in kept else 0  # more passes for the prompt
-        switch = Switch(llm, **{f"at_{3 + chunks}": BlockMask()})
+        switch = Switch(llm, **{f"at_{3 + chunks}": Plan()})
         found.append(generate(llm, switch, use_cache=use_cache, **kept))
     assert torch.equal(*found)
 
@@ -150,9 +150,9 @@ def test_decoding_with_a_cache_equals_decoding_without(name, ask, gone) -> None:
 def test_a_static_cache_is_refilled_too(name, gone) -> None:
     llm = tiny_llm(name)
     llm.apply(gone)
-    out = generate(llm, Switch(llm, at_3=BlockMask()), cache_implementation="static")
+    out = generate(llm, Switch(llm, at_3=Plan()), cache_implementation="static")
     assert_greedy(llm, out, {}, start=3)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     out = generate(llm, Switch(llm, at_3=gone), cache_implementation="static")
     begin = PROMPT + 2
     assert_greedy(llm, out, {i: [False] * begin + [True] * 99 for i in gone})
@@ -161,7 +161,7 @@ def test_a_static_cache_is_refilled_too(name, gone) -> None:
 class TestGivenCache:
     """A cache that was filled earlier, possibly under another mask."""
 
-    def filled(self, llm, mask: BlockMask, cache=None):
+    def filled(self, llm, mask: Plan, cache=None):
         batch = padded_batch()
         cache = DynamicCache(config=llm.model.config) if cache is None else cache
         seen = batch["attention_mask"][:, :5]
@@ -183,10 +183,10 @@ class TestGivenCache:
     @EVERY_FAMILY
     def test_removed_blocks_are_evicted_from_a_given_cache(self, name) -> None:
         llm = tiny_llm(name)
-        given = self.filled(llm, BlockMask())
+        given = self.filled(llm, Plan())
         llm.apply(ATTENTION)
         out = generate(llm, **given)
-        assert_greedy(llm, out, {i: [False] * 5 + [True] * 99 for i in ATTENTION})
+        assert_greedy(llm, out, {i: [False] * 5 + [True] * 99 for i in sorted(ATTENTION.removed)})
 
     def test_new_tokens_alone_are_not_enough_for_a_refill(self) -> None:
         llm = tiny_llm()
@@ -196,7 +196,7 @@ class TestGivenCache:
             generate(llm, **ask, **self.filled(llm, ATTENTION))
         out = generate(llm, **ask, **self.filled(llm, ATTENTION), restore="next_request")
         whole = torch.cat([batch["input_ids"][:, :5], out], dim=1)
-        assert_greedy(llm, whole, {index: [True] * 99 for index in ATTENTION})
+        assert_greedy(llm, whole, {index: [True] * 99 for index in sorted(ATTENTION.removed)})
 
     def test_embeddings_are_not_enough_either(self) -> None:
         llm = tiny_llm()
@@ -205,7 +205,7 @@ class TestGivenCache:
         llm.apply(ATTENTION)
         ask = {"attention_mask": batch["attention_mask"], "max_new_tokens": 4}
         with pytest.raises(UnsupportedCacheError, match="made from embeddings"):
-            llm.generate(inputs_embeds=embedded, before_step=Switch(llm, at_2=BlockMask()), **ask)
+            llm.generate(inputs_embeds=embedded, before_step=Switch(llm, at_2=Plan()), **ask)
 
     def test_unsupported_caches_are_rejected_when_the_mask_changes(self) -> None:
         class OtherLayer(DynamicLayer):
@@ -214,7 +214,7 @@ class TestGivenCache:
         llm = tiny_llm()
         cache = DynamicCache(config=llm.model.config)
         cache.layers = [OtherLayer() for _ in cache.layers]
-        given = self.filled(llm, BlockMask(), cache)
+        given = self.filled(llm, Plan(), cache)
         seen = []
 
         def switch() -> None:
@@ -224,7 +224,7 @@ class TestGivenCache:
             seen.append(1)
 
         out = generate(llm, switch, **given)  # goes on under the old mask
-        assert llm.mask == BlockMask()
+        assert llm.mask == Plan()
         assert_greedy(llm, out, {})
         assert len(seen) == NEW
 
@@ -260,7 +260,7 @@ def test_keys_and_values_are_freed_while_it_generates() -> None:
 def test_generate_does_not_change_the_model_for_other_callers() -> None:
     llm = tiny_llm()
     names = set(vars(llm.model))
-    generate(llm, Switch(llm, at_2=BlockMask.of(0)))
+    generate(llm, Switch(llm, at_2=Plan.removing(0)))
     assert set(vars(llm.model)) == names
 
 
@@ -269,7 +269,7 @@ class TestThreads:
 
     def test_under_one_mask_concurrent_calls_equal_single_calls(self) -> None:
         llm = tiny_llm("gemma2")
-        llm.apply(BlockMask.of(0, 3))
+        llm.apply(Plan.removing(0, 3))
         alone = generate(llm)
         found: list[torch.Tensor] = []
         errors: list[BaseException] = []
@@ -282,7 +282,7 @@ class TestThreads:
 
         def disturb() -> None:
             for _ in range(40):
-                with llm.masked(BlockMask.of(1, 2)):
+                with llm.masked(Plan.removing(1, 2)):
                     cached_step(llm.model, padded_batch()["input_ids"], None)
 
         threads = [threading.Thread(target=work) for _ in range(3)]
@@ -298,7 +298,7 @@ class TestThreads:
     def test_switches_take_effect_between_steps(self) -> None:
         """Whenever the mask changes, no step runs under a mixture of two masks."""
         llm = tiny_llm()
-        pair = BlockMask.of(1, 3)  # both or none
+        pair = Plan.removing(1, 3)  # both or none
         ran: list[frozenset[int]] = []
         inside: set[int] = set()
         for site in llm.adapter.sites(llm.model):
@@ -308,7 +308,7 @@ class TestThreads:
         done = threading.Event()
 
         def switch() -> None:
-            masks = [pair, BlockMask(), ATTENTION]
+            masks = [pair, Plan(), ATTENTION]
             for n in range(10**6):
                 if done.is_set():
                     return
@@ -339,7 +339,7 @@ def test_a_given_static_cache_survives_a_mask_switch() -> None:
     llm = tiny_llm()
     cache = StaticCache(config=llm.model.config, max_cache_len=32)
     llm.apply(ATTENTION)
-    out = generate(llm, Switch(llm, at_3=BlockMask()), **{cache_argument(llm.model): cache})
+    out = generate(llm, Switch(llm, at_3=Plan()), **{cache_argument(llm.model): cache})
     assert_greedy(llm, out, {}, start=3)
 
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument, cache_bytes
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.models.grouped import (
     LEVELS,
     assert_near,
@@ -26,7 +25,7 @@ from tests.models.grouped import (
 from tests.tiny import FAMILIES, LAYERS, each_family, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-REMOVALS = [BlockMask(), BlockMask.of(0), BlockMask.of(2, 1)]
+REMOVALS = [Plan(), Plan.removing(0), Plan.removing(2, 1)]
 
 
 def predicted_bytes(llm, rows: int, tokens: int) -> int:
@@ -84,7 +83,7 @@ def test_masks_and_levels_together(name, level, removed) -> None:
     rows = random_rows(120, 75)
     with llm.masked(removed):
         native = last_logits(llm, rows)
-    llm.apply(uniform(level).without(removed))
+    llm.apply(uniform(level).without(*removed.removed))
     expected = last_logits(llm, rows)
     batch = LiveBatch(llm)
     batch.prefill([row[:-4] for row in rows])
@@ -107,7 +106,7 @@ def test_rows_join_and_leave(name, level) -> None:
 
     def check(logits: torch.Tensor) -> None:
         expected = last_logits(llm, rows_of(batch))
-        with llm.masked(BlockMask()):
+        with llm.masked(Plan()):
             native = last_logits(llm, rows_of(batch))
         assert_near(logits, expected, native=native)
 
@@ -125,7 +124,7 @@ def test_rows_join_and_leave(name, level) -> None:
 def test_bytes_are_the_predicted_ones_after_every_token(name) -> None:
     """From before the first group to the first that is out of sight, or past a sliding window."""
     llm = long_llm(name)
-    llm.apply(CompressionPlan.of({"layer00.cache": "int4-window32", "layer01.cache": "int8"}))
+    llm.apply(Plan.of({"layer00.cache": "int4-window32", "layer01.cache": "int8"}))
     batch = LiveBatch(llm)
     first = 61 if any(llm.facts.kv_window_tokens) else 21
     batch.prefill(random_rows(first - 1, first - 1))
@@ -151,13 +150,13 @@ def test_levels_change_between_two_steps(name, restore) -> None:
     llm.apply(uniform("int8"))
     logits = grown(batch, random_rows(1, 1))
     if restore == "refill":
-        with llm.masked(BlockMask()):
+        with llm.masked(Plan()):
             alone = last_logits(llm, rows_of(batch))
         assert_near(logits, last_logits(llm, rows_of(batch)), native=alone)
         assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length) > lowest
     else:
         assert batch.kv_bytes == lowest
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     logits = grown(batch, random_rows(1, 1))
     if restore == "refill":
         assert_near(logits, last_logits(llm, rows_of(batch)))
@@ -196,7 +195,7 @@ def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None
     batch, other = LiveBatch(llm, restore="next_request"), LiveBatch(llm)
     llm.apply(uniform("int4"))
     batch.prefill(random_rows(90))
-    llm.apply(CompressionPlan.of({"layer00.cache": "int8"}))
+    llm.apply(Plan.of({"layer00.cache": "int8"}))
     other.prefill(random_rows(50, seed=2))
     batch.join(other)  # rows of one layer have one level: the lower one
     assert [layer.level.name for layer in batch._cache.layers] == ["int4", "int4"]
@@ -211,11 +210,11 @@ def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None
 def test_a_block_that_comes_back_gets_its_level(restored) -> None:
     llm = long_llm()
     plan = uniform("int4")
-    llm.apply(plan.without(BlockMask.of(0)) if restored == "missing" else plan)
+    llm.apply(plan.without(0) if restored == "missing" else plan)
     batch = LiveBatch(llm)
     batch.prefill(random_rows(90, 40))
     if restored == "removed":
-        llm.apply(plan.without(BlockMask.of(0)))
+        llm.apply(plan.without(0))
         assert batch._cache.layers[0].keys.dtype == torch.uint8
         grown(batch, random_rows(1, 1))
     llm.apply(plan)
@@ -297,7 +296,7 @@ def test_beam_search(name) -> None:
 
 def test_levels_change_while_generate_runs() -> None:
     llm = long_llm()
-    steps = iter([uniform("int8"), uniform("int4-window64"), BlockMask.of(0), BlockMask()])
+    steps = iter([uniform("int8"), uniform("int4-window64"), Plan.removing(0), Plan()])
 
     def before_step() -> None:
         plan = next(steps, None)
@@ -339,16 +338,16 @@ def test_another_attention_has_no_levels() -> None:
     model = tiny_model()
     model.config._attn_implementation_internal = "flex_attention"
     llm = ElasticLLM(model, None, name="flex")
-    llm.apply(BlockMask.of(1))
+    llm.apply(Plan.removing(1))
     with pytest.raises(UnsupportedCacheError, match="and this model runs 'flex_attention'"):
         llm.apply(uniform("int8"))
-    assert llm.plan == CompressionPlan(BlockMask.of(1))
+    assert llm.plan == Plan.removing(1)
 
 
 def test_other_layers_stay_native() -> None:
     """With one lowered cache the other layers still hold unquantised keys and values."""
     llm = long_llm()
-    llm.apply(CompressionPlan.of({"layer01.cache": "int4"}))
+    llm.apply(Plan.of({"layer01.cache": "int4"}))
     batch = LiveBatch(llm)
     batch.prefill(random_rows(40, 40))
     kinds = [type(layer).__name__ for layer in batch._cache.layers]

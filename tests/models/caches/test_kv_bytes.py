@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from tests.models.generation import cached_step
 from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, WINDOW, tiny_llm
 
@@ -56,7 +56,7 @@ def test_a_removed_attention_block_leaves_two_bytes_a_token(name: str) -> None:
     llm = tiny_llm(name)
     dense = real_bytes(llm, 11)
     for removed in range(LAYERS):
-        with llm.masked(BlockMask.of(2 * removed)):
+        with llm.masked(Plan.removing(2 * removed)):
             pruned = real_bytes(llm, 11)
         held = min(11, llm.facts.kv_window_tokens[removed] or 11)
         assert pruned[removed] == 2 * 3 * held

@@ -5,11 +5,10 @@ import sys
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.caches.reserved_cache import ReservedLayer, own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.runtime.memory_meter import ResidentMeter
 from tests.models.grouped import long_llm
 from tests.tiny import FAMILIES, tiny_llm
@@ -83,13 +82,13 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
     batch.prefill(ROWS)
     layers = len(batch._cache.layers)
     share = batch.kv_bytes // layers
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     assert batch._cache.layers[0].keys.dtype == PLACEHOLDER_DTYPE
     assert batch.kv_bytes < share * (layers - 1) + 100
-    llm.apply(CompressionPlan.uniform(layers, caches="int8", removed=BlockMask.of(0)))
+    llm.apply(Plan.uniform(layers, caches="int8", removed=frozenset({0})))
     batch.extend([3, 3])
     assert batch.kv_bytes < share
-    llm.apply(CompressionPlan())
+    llm.apply(Plan())
     batch.extend([3, 3])  # a refill
     assert batch.kv_bytes == share * layers
     assert all(isinstance(layer, ReservedLayer) for layer in batch._cache.layers)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     ChecksumError,
     ModelNotAvailableError,
@@ -22,6 +21,7 @@ from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.live.cpu_decode import attention_name
+from rap_env.plan import Plan
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
@@ -89,7 +89,7 @@ def test_a_tokenizer_without_padding_gets_its_end_token(folder: Path) -> None:
 
 
 def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Path) -> None:
-    mask = BlockMask.of("layer00.attn")
+    mask = Plan.removing("layer00.attn")
     dense = tiny_llm(tokenizer=tiny_tokenizer())
     save_pruned(dense, mask, tmp_path / "pruned")
     llm = load_llm(tmp_path / "pruned", device="cpu")

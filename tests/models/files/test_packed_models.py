@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.files import loading, quantised_folder
@@ -18,7 +17,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.self_written import self_written
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.paths import cache_dir
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import logits, tensor_bytes, weights_hash
 from tests.tiny import (
@@ -65,7 +64,7 @@ def test_a_format_equals_the_level_of_a_live_model(
     live = load_llm(folder, device="cpu", dtype=dtype)
     if level == "int4":
         calibrate(live, self_written(live, CALIBRATION_TOKENS // 63, 63, seed=0))
-    live.apply(CompressionPlan.uniform(LAYERS, weights=level, embeddings="int8"))
+    live.apply(Plan.uniform(LAYERS, weights=level, embeddings="int8"))
     assert torch.equal(logits(packed), logits(live))
     assert packed.dtype == live.dtype
     assert packed.facts.weights == "packed"
@@ -84,9 +83,9 @@ def test_masks_and_levels_of_packed_weights(tmp_path: Path, name: str) -> None:
     native = logits(llm)
     assert list(llm.facts.weight_levels(0)) == ["native", "int4", "removed"]
     plans = [
-        CompressionPlan(BlockMask.of(0, 3)),
-        CompressionPlan.uniform(LAYERS, weights="int4", embeddings="int4"),
-        CompressionPlan.of({"layer00.attn": "removed", "layer01.attn": "int4"}),
+        Plan.removing(0, 3),
+        Plan.uniform(LAYERS, weights="int4", embeddings="int4"),
+        Plan.of({"layer00.attn": "removed", "layer01.attn": "int4"}),
     ]
     for residency in ("resident", "offload", "drop"):
         llm.set_residency(residency)
@@ -97,11 +96,11 @@ def test_masks_and_levels_of_packed_weights(tmp_path: Path, name: str) -> None:
             if residency != "resident":
                 assert llm.held_bytes.weights == parts.weights + parts.embeddings
             assert not torch.equal(logits(llm), native)
-        llm.apply(BlockMask())
+        llm.apply(Plan())
         assert torch.equal(logits(llm), native)
         assert weights_hash(llm.model) == before
     with pytest.raises(UnknownNameError, match="level of weights 'int8'"):
-        llm.apply(CompressionPlan.uniform(LAYERS, weights="int8"))
+        llm.apply(Plan.uniform(LAYERS, weights="int8"))
     assert torch.equal(logits(llm), native)
 
 
@@ -112,9 +111,9 @@ def test_int4_weights_have_no_level_but_removed(tmp_path: Path, name: str) -> No
     assert list(llm.facts.embedding_levels) == ["native", "int4"]
     native, own = logits(llm), llm.held_bytes.weights
     llm.set_residency("drop")  # the packed folder has these bytes
-    llm.apply(CompressionPlan.of({"layer00.ffn": "removed", "embeddings": "int4"}))
+    llm.apply(Plan.of({"layer00.ffn": "removed", "embeddings": "int4"}))
     assert llm.held_bytes.weights < own
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert torch.equal(logits(llm), native)
     assert not (cache_dir() / "offloaded").exists()
 
@@ -129,7 +128,7 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
     native = logits(mixed)
     mixed.set_residency("offload")
     held = mixed.held_bytes.weights
-    mixed.apply(CompressionPlan.of({"layer00.ffn": "int4"}))
+    mixed.apply(Plan.of({"layer00.ffn": "int4"}))
     assert mixed.model.get_submodule(narrow.name) is module
     assert (
         held - mixed.held_bytes.weights
@@ -138,7 +137,7 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
     assert torch.equal(
         mixed.model.get_submodule(narrow.name)(torch.ones(1, 16)), module(torch.ones(1, 16))
     )
-    mixed.apply(BlockMask())
+    mixed.apply(Plan())
     assert torch.equal(logits(mixed), native)
 
 
@@ -176,10 +175,10 @@ def test_generation_with_packed_weights(tmp_path: Path) -> None:
 def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path: Path) -> None:
     llm = loaded(tmp_path, "llama", "int8")
     with pytest.raises(UnsupportedModelError, match="weights='bf16'"):
-        save_pruned(llm, BlockMask.of(0), tmp_path / "pruned")
+        save_pruned(llm, Plan.removing(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match="pass weights='bf16'"):
         stream_llm(tmp_path / "model", max_memory_bytes=10**6, weights="int8")
-    save_pruned(load_llm(tmp_path / "model", device="cpu"), BlockMask.of(0), tmp_path / "pruned")
+    save_pruned(load_llm(tmp_path / "model", device="cpu"), Plan.removing(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
         load_llm(tmp_path / "pruned", device="cpu", weights="int8")
 

@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError, StorageFullError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files import pruned_checkpoint
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
 from rap_env.models.live.cpu_decode import attention_name
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.generation import token_by_token
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_tokenizer
 
-MASK = BlockMask.of("layer00.attn", "layer01.ffn")
-EVERYTHING = BlockMask.of(*range(2 * LAYERS))
+MASK = Plan.removing("layer00.attn", "layer01.ffn")
+EVERYTHING = Plan.removing(*range(2 * LAYERS))
 
 
 def logits(model) -> torch.Tensor:
@@ -52,19 +52,19 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("mask", [MASK, EVERYTHING], ids=["two blocks", "everything"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loaded_model_is_the_masked_one(name: str, mask: BlockMask, tmp_path) -> None:
+def test_the_loaded_model_is_the_masked_one(name: str, mask: Plan, tmp_path) -> None:
     llm = tiny_llm(name)
     loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     with llm.masked(mask):
         assert torch.equal(logits(loaded.model), logits(llm.model))
         assert type(loaded.model) is type(llm.model)
         assert set(loaded.model.state_dict()) == set(llm.model.state_dict())
     facts = llm.facts
-    kept = [n for i, n in enumerate(facts.block_param_bytes) if i not in mask]
+    kept = [n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed]
     assert tensor_bytes(tmp_path / "pruned") == facts.base_bytes + sum(kept)
     assert loaded.pruned == mask
-    assert loaded.mask == BlockMask()
+    assert loaded.mask == Plan()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
@@ -75,18 +75,18 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
     seen = batch["attention_mask"].bool()
     stepped = token_by_token(loaded.model, **batch, prompt=4)
     torch.testing.assert_close(stepped[seen], logits(loaded.model)[seen], rtol=1e-4, atol=1e-4)
-    more = BlockMask.of(0, 1)
-    with llm.masked(MASK | more), loaded.masked(more):
+    more = Plan.removing(0, 1)
+    with llm.masked(MASK.without(*more.removed)), loaded.masked(more):
         assert torch.equal(logits(loaded.model), logits(llm.model))
     again = load_pruned(save_pruned(loaded, more, tmp_path / "more"))
-    assert again.pruned == MASK | more
+    assert again.pruned == MASK.without(*more.removed)
 
 
 def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     request = Request(2, 16, 1)
-    pruned = MemoryModel(loaded).breakdown(BlockMask(), request)
+    pruned = MemoryModel(loaded).breakdown(Plan(), request)
     assert pruned == MemoryModel(llm).breakdown(MASK, request)
     assert loaded.fingerprint != llm.fingerprint
     assert [b.param_bytes == 0 for b in loaded.blocks] == [True, False, False, True]
@@ -94,7 +94,7 @@ def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
 
 def test_the_empty_mask_saves_the_whole_model(tmp_path) -> None:
     llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
-    loaded = load_pruned(save_pruned(llm, BlockMask(), tmp_path / "pruned"))
+    loaded = load_pruned(save_pruned(llm, Plan(), tmp_path / "pruned"))
     assert loaded.fingerprint == llm.fingerprint
     assert loaded.dtype == torch.bfloat16
 
@@ -180,7 +180,7 @@ def test_a_folder_without_a_pruned_checkpoint_is_not_found(tmp_path) -> None:
 
 def test_a_block_that_the_model_lacks_is_rejected_and_nothing_is_written(tmp_path) -> None:
     with pytest.raises(UnknownNameError, match="layer07"):
-        save_pruned(tiny_llm(), BlockMask.of("layer07.ffn"), tmp_path / "pruned")
+        save_pruned(tiny_llm(), Plan.removing("layer07.ffn"), tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +209,7 @@ def test_others_may_read_what_the_umask_lets_them(saved, tmp_path) -> None:
 def test_a_file_is_no_folder_for_a_checkpoint(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match="is a file, not a folder"):
-        save_pruned(tiny_llm(), BlockMask(), tmp_path / "file")
+        save_pruned(tiny_llm(), Plan(), tmp_path / "file")
 
 
 @pytest.mark.parametrize("as_safetensors", [False, True])
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     monkeypatch.setattr(llm.model, "save_pretrained", save)
     with pytest.raises(StorageFullError, match="No space left while writing"):
         save_pruned(llm, EVERYTHING, saved)
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert load_pruned(saved).pruned == MASK
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 

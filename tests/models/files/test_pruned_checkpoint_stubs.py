@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import BlockMask
 from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned, save_pruned
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK, logits, tensor_bytes
 from tests.models.stubs import RANKS, random_stubs, repaired
@@ -21,21 +21,21 @@ EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     mask={"two blocks": MASK, "everything": EVERYTHING},
     dtype=[torch.float32, torch.bfloat16],
 )
-def test_stubs_are_saved_and_loaded_along(name: str, mask: BlockMask, dtype, tmp_path) -> None:
+def test_stubs_are_saved_and_loaded_along(name: str, mask: Plan, dtype, tmp_path) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
     loaded = load_pruned(save_pruned(view, mask, tmp_path / "pruned"))
-    assert view.mask == BlockMask()
+    assert view.mask == Plan()
     with view.masked(mask):
         assert torch.equal(logits(loaded.model), logits(view.model))
         ours, theirs = loaded.model.state_dict(), view.model.state_dict()
     assert set(ours) == set(theirs)
     assert {key: t.dtype for key, t in ours.items()} == {key: t.dtype for key, t in theirs.items()}
-    assert sum(".stub." in key for key in ours) == 3 * len(mask)
+    assert sum(".stub." in key for key in ours) == 3 * len(mask.removed)
     parts = MemoryModel(view).breakdown(mask, Request(2, 8, 1))
     assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings + parts.stubs
     assert loaded.pruned == mask
     for block, stub_bytes in zip(loaded.blocks, view.facts.stub_bytes, strict=True):
-        assert (block.param_bytes == stub_bytes) == (block in mask)
+        assert (block.param_bytes == stub_bytes) == (block in mask.removed)
 
 
 @EVERY_DTYPE
@@ -57,7 +57,7 @@ def test_the_loaded_stubs_are_part_of_the_model(tmp_path) -> None:
     loaded = [load_pruned(save_pruned(v, MASK, tmp_path / str(n))) for n, v in enumerate(views)]
     assert len({one.fingerprint for one in loaded}) == 3
     request = Request(2, 16, 1)
-    ours = MemoryModel(loaded[0]).breakdown(BlockMask(), request)
+    ours = MemoryModel(loaded[0]).breakdown(Plan(), request)
     theirs = MemoryModel(views[0]).breakdown(MASK, request)
     assert ours.peak == theirs.peak
     assert ours.weights == theirs.weights + theirs.stubs
@@ -77,20 +77,20 @@ def test_a_loaded_model_is_saved_again_with_its_stubs(tmp_path) -> None:
     stubs = random_stubs(llm)
     view = llm.repaired(stubs, "random")
     loaded = load_pruned(save_pruned(view, MASK, tmp_path / "pruned"))
-    again = load_pruned(save_pruned(loaded, BlockMask.of(1), tmp_path / "again"))
-    with view.masked(MASK | BlockMask.of(1), bare=BlockMask.of(1)):
+    again = load_pruned(save_pruned(loaded, Plan.removing(1), tmp_path / "again"))
+    with view.masked(MASK.without(1), bare=Plan.removing(1)):
         assert torch.equal(logits(again.model), logits(view.model))
-    assert again.pruned == MASK | BlockMask.of(1)
+    assert again.pruned == MASK.without(1)
     more = load_pruned(
-        save_pruned(loaded.repaired({1: stubs[1]}, "one"), BlockMask.of(1), tmp_path / "more")
+        save_pruned(loaded.repaired({1: stubs[1]}, "one"), Plan.removing(1), tmp_path / "more")
     )
-    with view.masked(MASK | BlockMask.of(1)):
+    with view.masked(MASK.without(1)):
         assert torch.equal(logits(more.model), logits(view.model))
 
 
 def test_a_repaired_view_under_the_empty_mask_saves_the_dense_model(tmp_path) -> None:
     view = repaired(tiny_llm())
-    loaded = load_pruned(save_pruned(view, BlockMask(), tmp_path / "pruned"))
+    loaded = load_pruned(save_pruned(view, Plan(), tmp_path / "pruned"))
     assert loaded.fingerprint == view.fingerprint
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.plan import Plan
 from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK, logits
 from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, padded_batch, tiny_llm, tiny_tokenizer
@@ -32,7 +32,7 @@ def opened(folder, **options):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_opens_the_masked_model(name: str, stubs: bool, tmp_path) -> None:
     llm = repaired(tiny_llm(name)) if stubs else tiny_llm(name)
-    mask = MASK if stubs else EVERYTHING - BlockMask.of(2)  # the cache of layer 0 alone is gone
+    mask = MASK if stubs else Plan(EVERYTHING.removed - {2})  # the cache of layer 0 alone is gone
     model = opened(save_pruned(llm, mask, tmp_path / "pruned"))
     ask = {**padded_batch(), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached, without = model.generate(**ask), model.generate(**ask, use_cache=False)
@@ -106,7 +106,7 @@ def test_a_readme_is_written_into_the_folder(tmp_path) -> None:
 @pytest.mark.engine_feature("vLLM", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2"])
 def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
-    mask = BlockMask.of(1, 2)
+    mask = Plan.removing(1, 2)
     folder = save_pruned(tiny_llm(name), mask, tmp_path / "pruned")
     for _ in range(2):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -135,9 +135,9 @@ def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
     ("name", "mask", "stubs", "words"),
     [
         ("gemma2", MASK, False, "gemma2 is none; known are llama, mistral, qwen2"),
-        ("mistral_sliding", BlockMask.of(1), False, "no sliding window, and this mistral has one"),
-        ("llama", BlockMask.of(1), True, "nothing to put in the place of a removed block"),
-        ("llama", BlockMask.of(0), False, "cannot start with a feed-forward block"),
+        ("mistral_sliding", Plan.removing(1), False, "no sliding window, and this mistral has one"),
+        ("llama", Plan.removing(1), True, "nothing to put in the place of a removed block"),
+        ("llama", Plan.removing(0), False, "cannot start with a feed-forward block"),
         ("llama", EVERYTHING, False, "cannot start with a feed-forward block"),
     ],
 )
@@ -149,4 +149,4 @@ def test_what_vllm_cannot_serve_is_not_offered_to_it(name, mask, stubs, words, t
     entries = json.loads((folder / "config.json").read_text())
     assert entries["architectures"] == ["RapPrunedForCausalLM"]
     assert "block_configs" not in entries
-    assert vllm_entries(tiny_llm().adapter, BlockMask.of(0, 1), stubs=False)  # a layer as a whole
+    assert vllm_entries(tiny_llm().adapter, Plan.removing(0, 1), stubs=False)  # a layer as a whole

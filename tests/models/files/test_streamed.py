@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     ChecksumError,
     InvalidRequestError,
@@ -20,10 +19,11 @@ from rap_env.errors import (
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import StreamedLLM, stream_llm
+from rap_env.plan import Plan
 from tests.tiny import LAYERS, each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 7], [8, 4, 12, 51]])
-MASKS = (BlockMask(), BlockMask.of("layer00.attn"), BlockMask.of("layer00.ffn", "layer01.attn"))
+MASKS = (Plan(), Plan.removing("layer00.attn"), Plan.removing("layer00.ffn", "layer01.attn"))
 ENOUGH = 2**20
 
 
@@ -60,7 +60,7 @@ def test_it_is_the_model_that_would_be_loaded(
     assert layers_in_memory(streamed) == []
     assert streamed.facts == whole.facts  # the fingerprint too
     assert streamed.blocks == whole.blocks
-    assert streamed.pruned == whole.pruned == BlockMask()
+    assert streamed.pruned == whole.pruned == Plan()
     for mask in MASKS:
         with torch.no_grad(), whole.masked(mask), streamed.masked(mask):
             assert torch.equal(streamed.model(IDS).logits, whole.model(IDS).logits), mask
@@ -84,7 +84,7 @@ def test_one_layer_at_a_time_is_in_memory(folder: Path) -> None:
 
 def test_a_layer_is_in_memory_under_any_mask(folder: Path) -> None:
     llm = stream(folder)
-    with llm.masked(BlockMask.of("layer01.ffn")):
+    with llm.masked(Plan.removing("layer01.ffn")):
         llm.load_layer(1)
     with torch.no_grad():
         expected = load_llm(folder, device="cpu", dtype="float32").model(IDS).logits
@@ -93,7 +93,7 @@ def test_a_layer_is_in_memory_under_any_mask(folder: Path) -> None:
 
 def test_a_mask_that_removes_a_layer_saves_reading_it(folder: Path) -> None:
     llm = stream(folder)
-    with torch.no_grad(), llm.masked(BlockMask.of(0, 1)):
+    with torch.no_grad(), llm.masked(Plan.removing(0, 1)):
         llm.model(IDS)
     assert llm.layer_reads == LAYERS - 1
 
@@ -155,7 +155,7 @@ def test_reading_in_another_dtype_counts(folder: Path) -> None:
 
 
 def test_a_pruned_checkpoint_is_rejected(lonely: Path, tmp_path: Path) -> None:
-    save_pruned(tiny_llm(tokenizer=tiny_tokenizer()), BlockMask.of(0), tmp_path / "pruned")
+    save_pruned(tiny_llm(tokenizer=tiny_tokenizer()), Plan.removing(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match=r"pruned checkpoint.* use load_llm\(\)"):
         stream(tmp_path / "pruned")
 

@@ -10,35 +10,35 @@ import torch
 from rap_env.models.live import calibration
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests import tiny
 
 WINDOWS = torch.randint(3, tiny.VOCAB_SIZE, (24, 16), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(3, tiny.VOCAB_SIZE, (16, 16), generator=torch.Generator().manual_seed(1))
-INT4 = CompressionPlan.uniform(tiny.LAYERS, weights="int4")
+INT4 = Plan.uniform(tiny.LAYERS, weights="int4")
 
 
 @torch.no_grad()
-def _logits(llm: ElasticLLM, plan: CompressionPlan) -> torch.Tensor:
+def _logits(llm: ElasticLLM, plan: Plan) -> torch.Tensor:
     with llm.masked(plan):
         found: torch.Tensor = llm.model(OTHERS, use_cache=False).logits
     return found
 
 
 def _error(llm: ElasticLLM) -> float:
-    native = _logits(llm, CompressionPlan())
+    native = _logits(llm, Plan())
     return float((_logits(llm, INT4) - native).square().mean())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_outputs_on_another_text_come_closer(family: str) -> None:
     llm = tiny.tiny_llm(family)
-    native, facts = _logits(llm, CompressionPlan()), llm.facts
+    native, facts = _logits(llm, Plan()), llm.facts
     before = _error(llm)
     calibrate(llm, WINDOWS)
     assert _error(llm) < 0.95 * before  # experts are not calibrated
-    assert torch.equal(_logits(llm, CompressionPlan()), native)
-    assert llm.plan == CompressionPlan()
+    assert torch.equal(_logits(llm, Plan()), native)
+    assert llm.plan == Plan()
     assert llm.facts.int4_param_bytes == facts.int4_param_bytes
     assert llm.facts.identity != facts.identity
 
@@ -75,5 +75,5 @@ def test_all_residencies_use_the_calibrated_weights(residency: str) -> None:
     for _ in range(2):  # the second time read from a file
         assert torch.equal(_logits(llm, INT4), _logits(resident, INT4))
     llm.apply(INT4)
-    llm.apply(CompressionPlan())
+    llm.apply(Plan())
     assert torch.equal(_logits(llm, INT4), _logits(resident, INT4))

@@ -2,12 +2,12 @@
 
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.live.cpu_decode import PACKED_ATTENTION, attention_name, speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 
@@ -16,7 +16,7 @@ def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
     plain, packed = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
     speed_up_decoding(packed.model)
     for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
-        for mask in (BlockMask(), BlockMask.of(0, 3)):
+        for mask in (Plan(), Plan.removing(0, 3)):
             found = []
             for llm in (plain, packed):
                 llm.apply(mask)
@@ -60,7 +60,7 @@ def test_the_packed_attention_name_is_not_saved(tmp_path) -> None:
     llm = load_llm(folder, dtype="float32", device="cpu")
     assert llm.model.config._attn_implementation == PACKED_ATTENTION
     assert llm.fingerprint == ElasticLLM(tiny_model(), None, name="same").fingerprint
-    save_pruned(llm, BlockMask.of(1), tmp_path / "pruned")
+    save_pruned(llm, Plan.removing(1), tmp_path / "pruned")
     written = "".join(
         path.read_text() for path in (tmp_path / "pruned").glob("*.json") if "rap" in path.name
     )

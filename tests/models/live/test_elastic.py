@@ -6,21 +6,21 @@ import hashlib
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.families.adapter import BlockSite
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.generation import token_by_token
 from tests.tiny import FAMILIES, LAYERS, padded_batch, randomise, tiny_llm, tiny_model
 
 NUM_BLOCKS = 2 * LAYERS
 MASKS = {
-    "first attention": BlockMask.of(0),
-    "all attention": BlockMask.of(*range(0, NUM_BLOCKS, 2)),
-    "all ffn": BlockMask.of(*range(1, NUM_BLOCKS, 2)),
-    "everything": BlockMask.of(*range(NUM_BLOCKS)),
+    "first attention": Plan.removing(0),
+    "all attention": Plan.removing(*range(0, NUM_BLOCKS, 2)),
+    "all ffn": Plan.removing(*range(1, NUM_BLOCKS, 2)),
+    "everything": Plan.removing(*range(NUM_BLOCKS)),
 }
 EVERY_MASK = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -56,11 +56,11 @@ def weights_hash(model) -> str:
     return total.hexdigest()
 
 
-def zeroed(llm: ElasticLLM, mask: BlockMask):
+def zeroed(llm: ElasticLLM, mask: Plan):
     """A copy of the model in which the masked blocks' outputs are zero by their weights."""
     model = copy.deepcopy(llm.model)
     layers = llm.adapter.layers(model)
-    for index in mask:
+    for index in sorted(mask.removed):
         found = [
             parameter
             for name, parameter in layers[index // 2].named_parameters()
@@ -93,7 +93,7 @@ def test_the_empty_mask_is_the_original_model_bit_for_bit(name: str) -> None:
     for mask in MASKS.values():
         llm.apply(mask)
         assert not torch.equal(logits(llm.model), before)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert torch.equal(logits(llm.model), before)
 
 
@@ -106,7 +106,7 @@ def test_the_empty_mask_is_the_original_model_bit_for_bit(name: str) -> None:
 )
 def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
-    for mask in [*MASKS.values(), *map(BlockMask.of, range(NUM_BLOCKS))]:
+    for mask in [*MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
         with llm.masked(mask):
             masked = logits(llm.model)
         assert torch.equal(masked, logits(zeroed(llm, mask))), mask
@@ -116,7 +116,7 @@ def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype
 def test_a_mask_of_both_blocks_equals_a_deleted_layer(name: str) -> None:
     llm = tiny_llm(name)
     for layer in range(LAYERS):
-        with llm.masked(BlockMask.of(2 * layer, 2 * layer + 1)):
+        with llm.masked(Plan.removing(2 * layer, 2 * layer + 1)):
             masked = logits(llm.model, use_cache=False)
         assert torch.equal(masked, logits(without_layer(llm, layer), use_cache=False)), layer
 
@@ -138,7 +138,7 @@ def test_removing_everything_leaves_embedding_and_head(name: str) -> None:
 
 @EVERY_MASK
 @EVERY_FAMILY
-def test_generation_with_cache_equals_generation_without(name: str, mask: BlockMask) -> None:
+def test_generation_with_cache_equals_generation_without(name: str, mask: Plan) -> None:
     llm = tiny_llm(name)
     llm.apply(mask)
     ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -149,7 +149,7 @@ def test_generation_with_cache_equals_generation_without(name: str, mask: BlockM
 
 @EVERY_MASK
 @EVERY_FAMILY
-def test_a_loop_over_tokens_equals_one_pass(name: str, mask: BlockMask) -> None:
+def test_a_loop_over_tokens_equals_one_pass(name: str, mask: Plan) -> None:
     llm = tiny_llm(name)
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
@@ -161,7 +161,7 @@ def test_a_loop_over_tokens_equals_one_pass(name: str, mask: BlockMask) -> None:
 
 @EVERY_MASK
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_loop_over_tokens_in_bfloat16(name: str, mask: BlockMask) -> None:
+def test_a_loop_over_tokens_in_bfloat16(name: str, mask: Plan) -> None:
     llm = tiny_llm(name, dtype=torch.bfloat16)
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
@@ -174,7 +174,7 @@ def test_a_loop_over_tokens_in_bfloat16(name: str, mask: BlockMask) -> None:
 
 @EVERY_MASK
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_beam_search_reorders_the_cache_of_masked_models_too(name: str, mask: BlockMask) -> None:
+def test_beam_search_reorders_the_cache_of_masked_models_too(name: str, mask: Plan) -> None:
     llm = tiny_llm(name)
     ask = {**padded_batch(), "max_new_tokens": 4, "num_beams": 3, "do_sample": False}
     with llm.masked(mask):
@@ -184,7 +184,7 @@ def test_beam_search_reorders_the_cache_of_masked_models_too(name: str, mask: Bl
 
 @EVERY_MASK
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_static_cache_serves_masked_models_too(name: str, mask: BlockMask) -> None:
+def test_a_static_cache_serves_masked_models_too(name: str, mask: Plan) -> None:
     llm = tiny_llm(name)
     ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     with llm.masked(mask):
@@ -207,33 +207,33 @@ def test_an_exception_inside_a_mask_restores_the_model() -> None:
     weights, dense = weights_hash(llm.model), logits(llm.model)
     with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
         raise KeyboardInterrupt
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
     assert weights_hash(llm.model) == weights
     assert torch.equal(logits(llm.model), dense)
 
 
 def test_nested_masks_restore_the_previous_mask() -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(3))
+    llm.apply(Plan.removing(3))
     outer = logits(llm.model)
-    with llm.masked(BlockMask.of(0, 1)) as same:
+    with llm.masked(Plan.removing(0, 1)) as same:
         assert same is llm
-        with llm.masked(BlockMask.of(1, 2)):
-            assert llm.mask == BlockMask.of(1, 2)
-        assert llm.mask == BlockMask.of(0, 1)
-    assert llm.mask == BlockMask.of(3)
+        with llm.masked(Plan.removing(1, 2)):
+            assert llm.mask == Plan.removing(1, 2)
+        assert llm.mask == Plan.removing(0, 1)
+    assert llm.mask == Plan.removing(3)
     assert torch.equal(logits(llm.model), outer)
 
 
 def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(1))
+    llm.apply(Plan.removing(1))
     before = logits(llm.model)
     with pytest.raises(UnknownNameError, match=r"block 'layer02.attn'; known are 'layer00.attn"):
-        llm.apply(BlockMask.of(0, 4))
-    with pytest.raises(UnknownNameError), llm.masked(BlockMask.of("layer99.ffn")):
+        llm.apply(Plan.removing(0, 4))
+    with pytest.raises(UnknownNameError), llm.masked(Plan.removing("layer99.ffn")):
         pytest.fail("the mask should not have been applied")
-    assert llm.mask == BlockMask.of(1)
+    assert llm.mask == Plan.removing(1)
     assert torch.equal(logits(llm.model), before)
 
 
@@ -254,7 +254,7 @@ def test_a_module_swap_equals_setting_the_attributes(name: str) -> None:
 
 def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(0, 1))
+    llm.apply(Plan.removing(0, 1))
     touched = []
     for move in ("remove", "restore"):
         real = getattr(BlockSite, move)
@@ -263,7 +263,7 @@ def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
             move,
             lambda s, *stub, m=move, r=real: (touched.append((m, s.index)), r(s, *stub)),
         )
-    llm.apply(BlockMask.of(1, 2))
+    llm.apply(Plan.removing(1, 2))
     assert sorted(touched) == [("remove", 2), ("restore", 0)]
 
 
@@ -278,7 +278,7 @@ def test_no_module_of_a_removed_block_runs(name: str) -> None:
         ran.clear()
         with llm.masked(mask):
             logits(llm.model)
-        assert set(ran) == set(range(NUM_BLOCKS)) - mask.indices
+        assert set(ran) == set(range(NUM_BLOCKS)) - mask.removed
 
 
 @EVERY_FAMILY
@@ -293,7 +293,7 @@ def test_bytes_of_blocks_and_base_add_up_to_the_unique_tensors(name: str) -> Non
     facts = llm.facts
     assert sum(facts.block_param_bytes) + facts.base_bytes == sum(unique.values())
     for index, size in enumerate(facts.block_param_bytes):
-        with llm.masked(BlockMask.of(index)):
+        with llm.masked(Plan.removing(index)):
             left = {p.data_ptr(): p.nbytes for p in llm.model.parameters()}
         assert size == sum(unique.values()) - sum(left.values()) > 0
     assert [block.param_bytes for block in llm.blocks] == list(facts.block_param_bytes)
@@ -325,16 +325,14 @@ def test_a_tensor_tied_across_blocks_belongs_to_neither() -> None:
 def test_each_removed_block_lowers_the_peak() -> None:
     memory = MemoryModel(tiny_llm())
     request = Request(2, 16, 1)
-    peaks = [
-        memory.peak_bytes(BlockMask(frozenset(range(n))), request) for n in range(NUM_BLOCKS + 1)
-    ]
+    peaks = [memory.peak_bytes(Plan(frozenset(range(n))), request) for n in range(NUM_BLOCKS + 1)]
     assert peaks == sorted(set(peaks), reverse=True)
 
 
 def test_a_masked_model_exposes_only_kept_weights() -> None:
     llm = tiny_llm()
     names = list(llm.model.state_dict())
-    with llm.masked(BlockMask.of("layer00.attn")):
+    with llm.masked(Plan.removing("layer00.attn")):
         left = list(llm.model.state_dict())
     gone = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.")
     assert left == [n for n in names if not n.startswith(gone)]

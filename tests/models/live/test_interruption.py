@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.levels import CacheLevel
 from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.models.live.test_live_batch import close, random_tokens, rows_of
 from tests.tiny import LAYERS, each_family, tiny_llm
 
@@ -36,7 +35,7 @@ class Interrupt:
 @each_family("name", layer=[0, 1])
 def test_an_interrupted_pass_can_be_repeated(name, layer):
     llm, interrupt = tiny_llm(name), Interrupt()
-    llm.apply(BlockMask.of(2))  # a removed attention block has placeholders in the cache
+    llm.apply(Plan.removing(2))  # a removed attention block has placeholders in the cache
     batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
     prompts, more = random_tokens(7, 4), random_tokens(5, 5, seed=1)
     assert torch.equal(batch.prefill(prompts), whole.prefill(prompts))
@@ -55,7 +54,7 @@ def test_an_interrupted_pass_can_be_repeated(name, layer):
 def test_a_cache_is_kept_unless_a_window_has_replaced_tokens(level, layer):
     (cache, kept), interrupt = LEVELS[level], Interrupt()
     llm = tiny_llm("llama")
-    llm.apply(CompressionPlan(caches=tuple((n, cache) for n in range(LAYERS))))
+    llm.apply(Plan(caches=tuple((n, cache) for n in range(LAYERS))))
     batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
     prompts, more = random_tokens(70, 37), random_tokens(40, 40, seed=1)
     batch.prefill(prompts), whole.prefill(prompts)
@@ -78,7 +77,7 @@ def test_a_plan_that_is_lowered_after_an_interruption_finds_the_earlier_tokens()
     with pytest.raises(PassInterruptedError):
         batch.append(more)
     interrupt.at(None)
-    llm.apply(CompressionPlan(caches=((0, CacheLevel(bits=4)), (1, CacheLevel(bits=8)))))
+    llm.apply(Plan(caches=((0, CacheLevel(bits=4)), (1, CacheLevel(bits=8)))))
     assert torch.equal(batch.append(more), whole.append(more))
 
 
@@ -91,9 +90,9 @@ def test_an_interrupted_prefill_leaves_an_empty_batch_and_a_refill_is_not_interr
         batch.prefill(prompts)
     assert (batch.size, batch.kv_bytes) == (0, 0)
     interrupt.at(None)
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     batch.prefill(prompts), whole.prefill(prompts)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     interrupt.at(LAYERS)  # after the refill and one whole pass
     assert torch.equal(batch.extend([3, 4]), whole.extend([3, 4]))
     assert interrupt.asked == LAYERS

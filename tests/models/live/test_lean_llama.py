@@ -13,7 +13,6 @@ import torch
 import transformers as tf
 from transformers import DynamicCache
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.caches.kv_cache import cache_argument
 from rap_env.models.files.gguf_file import converted_gguf
@@ -22,7 +21,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, causal_mask, lean_config
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import load_served_model
@@ -65,7 +64,7 @@ def both(gguf_path, tmp_path, monkeypatch) -> tuple[ElasticLLM, ElasticLLM]:
     return lean, full
 
 
-def served(llm: ElasticLLM, plan: CompressionPlan | BlockMask) -> list[torch.Tensor]:
+def served(llm: ElasticLLM, plan: Plan) -> list[torch.Tensor]:
     """Logits of all passes of batches that join, shrink, and change to a plan and back."""
     batch, other = LiveBatch(llm), LiveBatch(llm, most_tokens=6)
     found = [batch.prefill(PROMPTS[:1]), batch.extend([7])]
@@ -74,7 +73,7 @@ def served(llm: ElasticLLM, plan: CompressionPlan | BlockMask) -> list[torch.Ten
     found.append(batch.extend([1, 2, 3]))
     llm.apply(plan)
     found += [batch.extend([4, 5, 6]), batch.append([[7, 8], [9, 10], [11, 12]])]
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     found.append(batch.extend([13, 14, 15]))
     batch.keep([1])
     found.append(batch.extend([16]))
@@ -83,10 +82,10 @@ def served(llm: ElasticLLM, plan: CompressionPlan | BlockMask) -> list[torch.Ten
 
 
 PLANS = {
-    "mask": BlockMask.of("layer00.ffn", "layer01.attn"),
-    "caches": CompressionPlan.uniform(2, caches="int4"),
-    "window": CompressionPlan.uniform(2, caches="int4-window32"),
-    "weights": CompressionPlan.uniform(2, weights="int4"),
+    "mask": Plan.removing("layer00.ffn", "layer01.attn"),
+    "caches": Plan.uniform(2, caches="int4"),
+    "window": Plan.uniform(2, caches="int4-window32"),
+    "weights": Plan.uniform(2, weights="int4"),
 }
 
 

@@ -3,22 +3,22 @@
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.models.live import live_batch
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 from tests.models.gated import gated_logits
 from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-ATTENTION = BlockMask.of(*range(0, 2 * LAYERS, 2))
+ATTENTION = Plan.removing(*range(0, 2 * LAYERS, 2))
 SWITCHES = {
-    "first attention comes back": (BlockMask.of(0), BlockMask()),
-    "last attention comes back": (BlockMask.of(2), BlockMask()),
-    "all attention comes back": (ATTENTION, BlockMask()),
-    "one for another": (BlockMask.of(0, 3), BlockMask.of(1, 2)),
-    "everything comes back": (BlockMask.of(*range(2 * LAYERS)), BlockMask()),
+    "first attention comes back": (Plan.removing(0), Plan()),
+    "last attention comes back": (Plan.removing(2), Plan()),
+    "all attention comes back": (ATTENTION, Plan()),
+    "one for another": (Plan.removing(0, 3), Plan.removing(1, 2)),
+    "everything comes back": (Plan.removing(*range(2 * LAYERS)), Plan()),
 }
 
 
@@ -53,7 +53,7 @@ def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switc
     grown(batch, 2)
     llm.apply(after)
     logits = grown(batch, 1, seed=2)
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         length = batch.length
         gates = {index: [True] * length for index in after}
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
@@ -65,7 +65,7 @@ def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
     llm.apply(ATTENTION)
     batch = LiveBatch(llm)
     batch.prefill(random_tokens(6, 6))
-    llm.apply(BlockMask.of(1))
+    llm.apply(Plan.removing(1))
     (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
     logits = batch.extend(column)
     fresh = LiveBatch(llm)
@@ -84,12 +84,12 @@ def test_a_removal_affects_only_later_tokens(name, switch) -> None:
     old = batch.length
     llm.apply(before)
     logits = grown(batch, 2, seed=2)
-    absent = before | BlockMask.of(*(i for i in after if i % 2 == 0))  # restored attn stays out
+    absent = before | Plan.removing(*(i for i in after if i % 2 == 0))  # restored attn stays out
     gates = {
         index: [index in after] * old + [index in absent] * (batch.length - old)
         for index in before | after
     }
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
 
 
@@ -99,9 +99,9 @@ def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
     llm.apply(ATTENTION)
     batch = LiveBatch(llm, restore="next_request")
     batch.prefill(random_tokens(5, 3))
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     logits = grown(batch, 2)
-    gates = {index: [True] * batch.length for index in ATTENTION}
+    gates = {index: [True] * batch.length for index in sorted(ATTENTION.removed)}
     close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
     batch.keep([])
     dense = batch.prefill(random_tokens(5, 3, seed=4))
@@ -111,7 +111,7 @@ def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
 @EVERY_FAMILY
 def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
     llm = tiny_llm(name)
-    llm.apply(BlockMask.of(0, 3))
+    llm.apply(Plan.removing(0, 3))
     batch, other = LiveBatch(llm), LiveBatch(llm)
     batch.prefill(random_tokens(3, 8))
     other.prefill(random_tokens(12, 2, seed=3))
@@ -121,7 +121,7 @@ def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
 
     def expected() -> torch.Tensor:
         gates = {index: gate[: batch.length] for index, gate in gone.items()}
-        with llm.masked(BlockMask()):
+        with llm.masked(Plan()):
             return gated_logits(llm, rows_of(batch), gates)[:, -1]
 
     close(grown(batch, 2), expected())
@@ -148,12 +148,12 @@ def test_a_joining_row_under_another_mask_is_updated_first() -> None:
     llm = tiny_llm()
     batch, newcomer = LiveBatch(llm), LiveBatch(llm)
     batch.prefill(random_tokens(6))
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     newcomer.prefill(random_tokens(4, seed=2))
-    llm.apply(BlockMask.of(2))
+    llm.apply(Plan.removing(2))
     batch.join(newcomer)
     logits = grown(batch, 1)
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         # The first row's block 2 was there for six tokens; block 0 of both was refilled.
         newer = gated_logits(llm, rows_of(batch)[1:], {2: [True] * 5})[:, -1]
     close(logits[1:], newer)
@@ -165,7 +165,7 @@ def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
     batch.prefill(random_tokens(8, 8))
     one_layer = 2 * 8 * llm.facts.kv_bytes_per_token[0]
     assert batch.kv_bytes == llm.held_bytes.kv_cache == 2 * one_layer
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     places = 2 * 2 * 8  # a byte as key and one as value for each token
     assert batch.kv_bytes == llm.held_bytes.kv_cache == one_layer + places
     batch.keep([1])
@@ -176,11 +176,11 @@ def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
 
 def test_a_failed_step_leaves_the_rows_and_the_next_one_is_right(monkeypatch) -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     batch = LiveBatch(llm)
     batch.prefill(random_tokens(6, 4))
     before = rows_of(batch)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     down = llm.adapter.layers(llm.model)[1].mlp.down_proj
     handle = down.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
@@ -214,14 +214,14 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
 
 def test_a_refill_respects_its_token_limit() -> None:
     llm = tiny_llm()
-    llm.apply(BlockMask.of(0))
+    llm.apply(Plan.removing(0))
     batch = LiveBatch(llm, most_tokens=6)
     ran = []
     llm.adapter.decoder(llm.model).register_forward_pre_hook(
         lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     batch.prefill(random_tokens(8, 8))
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     logits = grown(batch, 1)
     assert ran == [6, 6, 4, 6, 6, 4, 2]
     close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
@@ -262,16 +262,16 @@ def test_bad_calls_are_rejected_and_change_nothing() -> None:
 def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
     llm = tiny_llm()
     view = repaired(llm)
-    view.apply(BlockMask.of(0, 3))
+    view.apply(Plan.removing(0, 3))
     batch = LiveBatch(view)
     batch.prefill(random_tokens(6, 6))
     bare = LiveBatch(llm)
-    view.apply(BlockMask.of(3))
+    view.apply(Plan.removing(3))
     (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
     logits = batch.extend(column)
     fresh = LiveBatch(view)
     fresh.prefill(random_tokens(6, 6))
     assert torch.equal(logits, fresh.extend(column))
-    llm.apply(BlockMask.of(3))  # the same mask without stubs gives other logits
+    llm.apply(Plan.removing(3))  # the same mask without stubs gives other logits
     bare.prefill(random_tokens(6, 6))
     assert not torch.equal(logits, bare.extend(column))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
 from tests.tiny import LAYERS, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -20,10 +20,10 @@ def on_cuda(name: str = "llama", dtype: torch.dtype = torch.float32) -> ElasticL
 def test_a_refill_equals_a_fresh_prefill(name, residency) -> None:
     llm = on_cuda(name)
     llm.set_residency(residency)
-    llm.apply(BlockMask.of(0, 3))
+    llm.apply(Plan.removing(0, 3))
     batch = LiveBatch(llm)
     batch.prefill([[5, 6, 7, 8], [9, 10]])
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     logits = batch.extend([3, 4])
     fresh = LiveBatch(llm).prefill([[5, 6, 7, 8, 3], [9, 10, 4]])
     torch.testing.assert_close(logits, fresh, rtol=1e-4, atol=1e-4)
@@ -39,13 +39,13 @@ def test_offload_returns_memory_to_the_allocator() -> None:
     model = LlamaForCausalLM(config).requires_grad_(False).to("cuda", torch.bfloat16)
     llm = ElasticLLM(model, None, name="wide")
     llm.set_residency("offload")
-    mask = BlockMask.of(1, 2)
-    freed = sum(llm.blocks[index].param_bytes for index in mask)
+    mask = Plan.removing(1, 2)
+    freed = sum(llm.blocks[index].param_bytes for index in sorted(mask.removed))
     dense = torch.cuda.memory_allocated()
     before = [p.detach().cpu().clone() for p in llm.model.parameters()]
     llm.apply(mask)
     assert dense - torch.cuda.memory_allocated() == pytest.approx(freed, rel=0.05)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert torch.cuda.memory_allocated() == pytest.approx(dense, rel=0.05)
     for was, now in zip(before, llm.model.parameters(), strict=True):
         assert torch.equal(was, now.detach().cpu())
@@ -56,5 +56,5 @@ def test_keys_and_values_are_freed_immediately() -> None:
     batch = LiveBatch(llm)
     batch.prefill([list(range(3, 43))] * 8)
     before = batch.kv_bytes
-    llm.apply(BlockMask.of(*range(0, 2 * LAYERS, 2)))
+    llm.apply(Plan.removing(*range(0, 2 * LAYERS, 2)))
     assert batch.kv_bytes == 8 * 40 * 2 * LAYERS < before / 8

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.plan import Plan
 from tests.models.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import tokens
 from tests.tiny import FAMILIES, each_family, tiny_llm
 
-MASKS = [BlockMask(), BlockMask.of(0), BlockMask.of(1), BlockMask.of(2), BlockMask.of(1, 2),
-         BlockMask.of(0, 1), BlockMask.of(0, 1, 2, 3)]  # fmt: skip
+MASKS = [Plan(), Plan.removing(0), Plan.removing(1), Plan.removing(2), Plan.removing(1, 2),
+         Plan.removing(0, 1), Plan.removing(0, 1, 2, 3)]  # fmt: skip
 
 
 def by_blocks(partial, ids, mask):
@@ -45,7 +45,7 @@ def test_blocks_run_one_by_one_with_stubs_equal_the_full_pass(family, dtype):
         with torch.inference_mode(), view.masked(mask):
             expected = view.hidden(ids)
         assert torch.equal(by_blocks(partial, ids, mask), expected), mask
-        assert torch.equal(by_blocks(plain, ids, mask), expected) == (mask == BlockMask()), mask
+        assert torch.equal(by_blocks(plain, ids, mask), expected) == (mask == Plan()), mask
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
@@ -57,10 +57,10 @@ def test_blocks_that_are_not_named_leave_no_stub(family):
     assert torch.equal(partial.run((1,), state), plain.run((1,), state))
     assert partial.run((), state) is state
     with torch.inference_mode():
-        alone, added = partial.run((0,), state, BlockMask.of(0)), stubs[0](state)
+        alone, added = partial.run((0,), state, Plan.removing(0)), stubs[0](state)
     torch.testing.assert_close(alone, state + added)
     no_stub = PartialForward(llm.repaired({1: stubs[1]}, "one"))
-    assert no_stub.run((0,), state, BlockMask.of(0)) is state
+    assert no_stub.run((0,), state, Plan.removing(0)) is state
 
 
 def test_parallel_blocks_are_one_step():
@@ -74,10 +74,10 @@ def test_other_shapes_and_the_mask_in_force_do_not_matter(family):
     partial = PartialForward(llm)
     for shape in ((1, 4), (5, 9), (1, 4)):
         ids = tokens(*shape)
-        expected = by_blocks(PartialForward(llm), ids, BlockMask.of(1))
-        with llm.masked(BlockMask.of(0, 3)):
-            assert torch.equal(by_blocks(partial, ids, BlockMask.of(1)), expected)
-            assert llm.mask == BlockMask.of(0, 3)
+        expected = by_blocks(PartialForward(llm), ids, Plan.removing(1))
+        with llm.masked(Plan.removing(0, 3)):
+            assert torch.equal(by_blocks(partial, ids, Plan.removing(1)), expected)
+            assert llm.mask == Plan.removing(0, 3)
 
 
 def test_the_model_is_left_as_it_was():
@@ -85,14 +85,14 @@ def test_the_model_is_left_as_it_was():
     partial = PartialForward(llm)
     with torch.inference_mode():
         before = llm.model(ids).logits
-        by_blocks(partial, ids, BlockMask.of(2))
+        by_blocks(partial, ids, Plan.removing(2))
         llm.model.get_decoder().layers[0].mlp.register_forward_hook(_fail)
         with pytest.raises(ZeroDivisionError):
-            by_blocks(partial, ids, BlockMask())
+            by_blocks(partial, ids, Plan())
         llm.model.get_decoder().layers[0].mlp._forward_hooks.clear()
         assert torch.equal(llm.model(ids).logits, before)
     assert all("forward" not in layer.__dict__ for layer in llm.model.get_decoder().layers)
-    assert llm.mask == BlockMask()
+    assert llm.mask == Plan()
 
 
 def _fail(*_args):

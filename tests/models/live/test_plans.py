@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.tiny import FAMILIES, LAYERS, padded_batch, tiny_llm, tiny_model
 
 INT4 = CacheLevel.of("int4")
-PLAN = CompressionPlan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+PLAN = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -27,26 +26,26 @@ def levels(llm: ElasticLLM) -> list[CacheLevel | None]:
 def test_attention_modules_carry_the_levels_of_their_caches(name: str) -> None:
     llm = tiny_llm(name)
     llm.apply(PLAN)
-    assert (llm.plan, llm.mask) == (PLAN, BlockMask.of(3))
+    assert (llm.plan, llm.mask) == (PLAN, Plan.removing(3))
     assert (llm.cache_level(0), llm.cache_level(1)) == (INT4, NATIVE_CACHE)
     assert levels(llm) == [INT4, None]
-    llm.apply(PLAN.without(BlockMask.of(0)))
-    assert llm.plan == CompressionPlan(BlockMask.of(0, 3))
-    llm.apply(BlockMask())
+    llm.apply(PLAN.without(0))
+    assert llm.plan == Plan.removing(0, 3)
+    llm.apply(Plan())
     assert levels(llm) == [None, None]
-    assert llm.plan == CompressionPlan()
+    assert llm.plan == Plan()
 
 
 def test_a_plan_is_restored_after_a_with_block() -> None:
     llm = tiny_llm()
     llm.apply(PLAN)
-    uniform = CompressionPlan.uniform(LAYERS, caches="int2")
+    uniform = Plan.uniform(LAYERS, caches="int2")
     with llm.masked(uniform), llm.without({2}):
-        assert llm.plan == uniform.without(BlockMask.of(2))
+        assert llm.plan == uniform.without(2)
         assert levels(llm) == [CacheLevel.of("int2"), None]
     assert llm.plan == PLAN
     assert levels(llm) == [INT4, None]
-    with llm.masked(BlockMask()):
+    with llm.masked(Plan()):
         assert levels(llm) == [None, None]
     assert levels(llm) == [INT4, None]
 
@@ -63,7 +62,7 @@ def test_an_unknown_item_changes_nothing(item: str) -> None:
     llm = tiny_llm()
     llm.apply(PLAN)
     with pytest.raises(UnknownNameError):
-        llm.apply(CompressionPlan.of({"layer00.cache": "int8", item: "int8"}))
+        llm.apply(Plan.of({"layer00.cache": "int8", item: "int8"}))
     assert llm.plan == PLAN
 
 

@@ -5,26 +5,26 @@ import copy
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
 from tests.models.generation import token_by_token
 from tests.models.live.test_elastic import EVERY_FAMILY, MASKS, NUM_BLOCKS, logits, weights_hash
 from tests.models.stubs import random_stubs, repaired
 from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
-SOME = BlockMask.of(0, 3)
+SOME = Plan.removing(0, 3)
 
 
-def hooked(llm: ElasticLLM, stubs, mask: BlockMask):
+def hooked(llm: ElasticLLM, stubs, mask: Plan):
     """A copy of the dense model in which hooks put a stub's output in each masked block's place.
 
     All modules run; nothing of how this project removes blocks is used.
     """
     model = copy.deepcopy(llm.model)
     family = llm.adapter.family
-    for index in mask:
+    for index in sorted(mask.removed):
         layer = llm.adapter.layers(model)[index // 2]
         norms = family.attn_norms if index % 2 == 0 else family.ffn_norms
         module = family.attn if index % 2 == 0 else family.ffn[-1]
@@ -49,7 +49,7 @@ def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
     stubs = random_stubs(llm)
     view = llm.repaired(stubs, "random")
-    for mask in [*MASKS.values(), *map(BlockMask.of, range(NUM_BLOCKS))]:
+    for mask in [*MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
         expected = logits(hooked(llm, stubs, mask))
         with view.masked(mask):
             assert torch.equal(logits(view.model), expected), mask
@@ -100,7 +100,7 @@ def test_without_a_mask_it_is_the_dense_model_and_no_weight_changes(name, dtype)
         with view.masked(mask):
             view.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
         view.apply(mask)
-        view.apply(BlockMask())
+        view.apply(Plan())
         assert torch.equal(logits(view.model), before)
     assert weights_hash(llm.model) == weights
 
@@ -126,14 +126,12 @@ class TestSharing:
             assert torch.equal(without, logits(plain.model))
         view.apply(SOME)
         assert torch.equal(logits(llm.model), with_stubs)
-        llm.apply(BlockMask())
-        assert view.mask == BlockMask()
+        llm.apply(Plan())
+        assert view.mask == Plan()
 
-    @pytest.mark.parametrize(
-        "inner", [SOME, BlockMask.of(0), BlockMask.of(1), BlockMask()], ids=str
-    )
+    @pytest.mark.parametrize("inner", [SOME, Plan.removing(0), Plan.removing(1), Plan()], ids=str)
     @pytest.mark.parametrize("view_outside", [True, False])
-    def test_masks_of_both_nest(self, pair, view_outside: bool, inner: BlockMask) -> None:
+    def test_masks_of_both_nest(self, pair, view_outside: bool, inner: Plan) -> None:
         outer, other = pair[::-1] if view_outside else pair
         with outer.masked(SOME):
             before = logits(outer.model)
@@ -162,7 +160,7 @@ class TestSharing:
             before = logits(view.model)
             with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
                 raise KeyboardInterrupt
-            with pytest.raises(UnknownNameError), view.masked(BlockMask.of(99)):
+            with pytest.raises(UnknownNameError), view.masked(Plan.removing(99)):
                 pytest.fail("the mask should not have been applied")
             assert torch.equal(logits(view.model), before)
 
@@ -173,9 +171,9 @@ class TestSharing:
             "other", "random-0", "",
         )  # fmt: skip
         assert [other.has_stub([block]) for block in range(NUM_BLOCKS)] == [False] * 3 + [True]
-        with other.masked(BlockMask.of(0)):
+        with other.masked(Plan.removing(0)):
             found = logits(llm.model)
-        with llm.masked(BlockMask.of(0)):
+        with llm.masked(Plan.removing(0)):
             assert torch.equal(logits(llm.model), found)
 
 
@@ -183,7 +181,7 @@ def test_removed_blocks_without_stubs_leave_no_module() -> None:
     llm = tiny_llm()
     stubs = random_stubs(llm)
     view = llm.repaired(stubs, "random")
-    with view.masked(SOME, bare=BlockMask.of(3)):
+    with view.masked(SOME, bare=Plan.removing(3)):
         assert view.mask == SOME
         found = logits(view.model)
     with llm.repaired({0: stubs[0]}, "one").masked(SOME) as one:
@@ -200,9 +198,9 @@ def test_a_block_without_a_stub_leaves_no_module() -> None:
     assert view.has_stub([0, 3])
     assert not view.has_stub([1, 2, 3])
     assert not llm.has_stub(range(NUM_BLOCKS))
-    with view.masked(BlockMask.of(3)):
+    with view.masked(Plan.removing(3)):
         found = logits(view.model)
-    with llm.masked(BlockMask.of(3)):
+    with llm.masked(Plan.removing(3)):
         assert torch.equal(logits(llm.model), found)
 
 

@@ -6,9 +6,9 @@ import gc
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.memory import MemoryModel
 from rap_env.models.files.streamed import stream_llm
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.live.test_elastic import EVERY_MASK, MASKS, NUM_BLOCKS, logits
 from tests.models.stubs import RANKS, repaired
@@ -21,13 +21,13 @@ def test_every_byte_of_a_repaired_model_is_counted(name, dtype) -> None:
     memory, request = MemoryModel(view), Request(2, 8, 1)
     wide = view.adapter.hidden_size
     assert view.facts.stub_bytes == tuple(dtype.itemsize * wide * (2 * rank + 1) for rank in RANKS)
-    for mask in [BlockMask(), *MASKS.values(), *map(BlockMask.of, range(NUM_BLOCKS))]:
+    for mask in [Plan(), *MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
         parts = memory.breakdown(mask, request)
         with view.masked(mask):
             state = view.model.state_dict(keep_vars=True)
         held = {t.data_ptr() or id(t): t.nbytes for t in state.values()}
         stubs = sum(t.nbytes for key, t in state.items() if ".stub." in key)
-        assert parts.stubs == stubs == sum(view.facts.stub_bytes[block] for block in mask)
+        assert parts.stubs == stubs == sum(view.facts.stub_bytes[block] for block in mask.removed)
         assert parts.weights + parts.embeddings + parts.stubs == sum(held.values())
         assert parts.peak == sum(held.values()) + parts.kv_cache + parts.workspace
 
@@ -36,9 +36,9 @@ def test_stub_bytes_are_added_and_the_rest_is_unchanged() -> None:
     llm = tiny_llm()
     plain, ours = MemoryModel(llm), MemoryModel(repaired(llm))
     request = Request(2, 8, 1)
-    assert ours.peak_bytes(BlockMask(), request) == plain.peak_bytes(BlockMask(), request)
+    assert ours.peak_bytes(Plan(), request) == plain.peak_bytes(Plan(), request)
     dearer = [
-        ours.peak_bytes(BlockMask.of(b), request) - plain.peak_bytes(BlockMask.of(b), request)
+        ours.peak_bytes(Plan.removing(b), request) - plain.peak_bytes(Plan.removing(b), request)
         for b in range(NUM_BLOCKS)
     ]
     assert dearer == list(ours.facts.stub_bytes)
@@ -62,7 +62,7 @@ def test_stubs_reduce_the_free_bytes_of_a_streamed_model(streamed) -> None:
 
 
 @EVERY_MASK
-def test_a_streamed_view_is_the_view_in_memory(streamed, mask: BlockMask) -> None:
+def test_a_streamed_view_is_the_view_in_memory(streamed, mask: Plan) -> None:
     view, whole = repaired(streamed), repaired(tiny_llm())
     with view.masked(mask), whole.masked(mask):
         assert torch.equal(logits(view.model), logits(whole.model))

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from rap_env.blocks import BlockMask
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights import bfloat16_products
+from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_model
@@ -101,7 +101,7 @@ def test_other_dtypes_are_left_alone(on_a_cpu, dtype):
 
 def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
     llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
-    masks = [BlockMask(), BlockMask.of(1), BlockMask.of(0, 3)]
+    masks = [Plan(), Plan.removing(1), Plan.removing(0, 3)]
     through_float32 = MaskScorer(llm, tokens())
     found = through_float32.nll_many(masks)
     on_a_cpu(False)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers as tf
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
@@ -16,25 +15,25 @@ from rap_env.models.weights.residency import Residency
 from rap_env.models.weights.tensors import named_weights, tensor_key
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
-from rap_env.plan import CompressionPlan, MaskOrPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import logits, weights_hash
 from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm, tiny_model
 
 REQUEST = Request(1, 8, 1)
-INT8 = CompressionPlan.uniform(LAYERS, weights="int8", embeddings="int8")
-INT4 = CompressionPlan.uniform(LAYERS, weights="int4", embeddings="int8")
-MIXED = CompressionPlan.of(
+INT8 = Plan.uniform(LAYERS, weights="int8", embeddings="int8")
+INT4 = Plan.uniform(LAYERS, weights="int4", embeddings="int8")
+MIXED = Plan.of(
     {"layer00.attn": "int8", "layer00.ffn": "int4", "layer01.ffn": "removed", "embeddings": "int4"}
 )
-PLANS: list[MaskOrPlan] = [
+PLANS: list[Plan] = [
     INT4,
-    BlockMask.of(1, 2),
+    Plan.removing(1, 2),
     MIXED,
     INT8,
-    INT8.without(BlockMask.of(*range(2 * LAYERS))),
-    INT4.without(BlockMask.of(0)),
-    BlockMask(),
+    INT8.without(*range(2 * LAYERS)),
+    INT4.without(0),
+    Plan(),
     MIXED,
 ]
 
@@ -72,7 +71,7 @@ def test_held_bytes_are_those_of_the_plan(name: str, dtype: torch.dtype) -> None
         parts = memory.breakdown(plan, REQUEST)
         assert llm.held_bytes.weights == parts.weights + parts.embeddings == tensor_bytes(llm)
         assert torch.equal(logits(llm), logits(resident))
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert weights_hash(llm.model) == before
 
 
@@ -81,7 +80,7 @@ def test_resident_weights_stay_in_memory_at_every_level_used() -> None:
     native = llm.held_bytes.weights
     packed = [memory.breakdown(plan, REQUEST) for plan in (INT8, INT4)]
     small = sum(t.nbytes for n, t in named_weights(llm.model) if "norm" in n)
-    for plan in (INT8, INT4, BlockMask(), INT8):
+    for plan in (INT8, INT4, Plan(), INT8):
         llm.apply(plan)
     head = packed[0].embeddings  # int8 in both plans, with the last norm
     assert llm.held_bytes.weights == tensor_bytes(llm)
@@ -203,7 +202,7 @@ def test_plans_may_change_while_another_thread_generates() -> None:
         changes += 1
     thread.join()
     assert not failed
-    for plan in (MIXED, BlockMask()):
+    for plan in (MIXED, Plan()):
         llm.apply(plan)
         plain.apply(plan)
         assert torch.equal(logits(llm), logits(plain))
@@ -224,10 +223,10 @@ def test_a_level_whose_file_cannot_be_read_is_made_again(how: str) -> None:
     llm, plain = tiny_llm(), tiny_llm()
     llm.set_residency("offload")
     llm.apply(INT4)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     for name in ("block002.int4*", "embeddings.int8*"):
         damage(next(cache_dir().rglob(name)), how)
-    for plan in (INT4, CompressionPlan(embeddings="int8"), BlockMask(), INT4):
+    for plan in (INT4, Plan(embeddings="int8"), Plan(), INT4):
         llm.apply(plan)
         plain.apply(plan)
         assert torch.equal(logits(llm), logits(plain))
@@ -239,7 +238,7 @@ def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(
     llm, plain = tiny_llm(), tiny_llm()
     llm.set_residency("offload")
     llm.apply(INT4)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert llm.held_bytes.weights == tensor_bytes(llm)
     files = [*cache_dir().rglob("block002.*")]
     assert len(files) == 2
@@ -248,13 +247,13 @@ def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(
         damage(file, how)
     with pytest.raises((ModelNotAvailableError, ChecksumError), match="block002"):
         llm.apply(INT4)
-    assert llm.plan == INT4.without(BlockMask.of(2))
+    assert llm.plan == INT4.without(2)
     plain.apply(llm.plan)
     assert torch.equal(logits(llm), logits(plain))
     assert llm.held_bytes.weights == tensor_bytes(llm)
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)
-    for plan in (INT4, BlockMask()):
+    for plan in (INT4, Plan()):
         llm.apply(plan)
         plain.apply(plan)
         assert torch.equal(logits(llm), logits(plain))
@@ -264,14 +263,14 @@ def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
     llm = tiny_llm()
     llm.set_residency("offload")
     llm.apply(INT4)
-    llm.apply(BlockMask())
-    llm.apply(CompressionPlan(embeddings="int8"))
+    llm.apply(Plan())
+    llm.apply(Plan(embeddings="int8"))
     before = logits(llm)
     (file,) = cache_dir().rglob("embeddings.safetensors")
     file.unlink()
     with pytest.raises(ModelNotAvailableError, match="embeddings"):
-        llm.apply(CompressionPlan())
-    assert llm.plan == CompressionPlan(embeddings="int8")
+        llm.apply(Plan())
+    assert llm.plan == Plan(embeddings="int8")
     assert torch.equal(logits(llm), before)
 
 
@@ -282,9 +281,9 @@ def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(
 ) -> None:
     llm = tiny_llm()
     llm.set_residency("offload")
-    for plan in (INT4, BlockMask(), CompressionPlan(embeddings=present)):
+    for plan in (INT4, Plan(), Plan(embeddings=present)):
         llm.apply(plan)
-    before, other = logits(llm), {"native": INT4, "int8": CompressionPlan()}[present]
+    before, other = logits(llm), {"native": INT4, "int8": Plan()}[present]
     files = [*cache_dir().rglob("*.safetensors")]
     contents = [file.read_bytes() for file in files]
     for file in files:
@@ -307,12 +306,12 @@ def test_dropped_embeddings_need_the_models_own_files(tmp_path: Path) -> None:
     before = logits(llm)
     with pytest.raises(UnsupportedModelError, match="hold other values"):
         llm.apply(INT4)
-    assert llm.plan == CompressionPlan()
+    assert llm.plan == Plan()
     assert torch.equal(logits(llm), before)
 
 
 @pytest.mark.parametrize("plan", [INT4, MIXED], ids=["int4", "mixed"])
-def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: CompressionPlan) -> None:
+def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: Plan) -> None:
     llm, plain = opened(saved(tmp_path)), tiny_llm(dtype=torch.bfloat16)
     llm.apply(plan)
     plain.apply(plan)
@@ -322,7 +321,7 @@ def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: Compression
         assert llm.plan == plan
         assert torch.equal(logits(llm), logits(plain))
         assert llm.held_bytes.weights == tensor_bytes(llm)
-    for other in (BlockMask(), INT8, plan):
+    for other in (Plan(), INT8, plan):
         llm.apply(other)
         plain.apply(other)
         assert torch.equal(logits(llm), logits(plain))
@@ -336,10 +335,10 @@ def test_levels_made_in_inference_mode_are_used_outside_of_it(
     llm, plain = opened(folder, torch.float32), opened(folder, torch.float32)
     llm.set_residency(residency)
     with torch.inference_mode():
-        for plan in (INT4, BlockMask(), INT8, INT4):
+        for plan in (INT4, Plan(), INT8, INT4):
             llm.apply(plan)
     plain.apply(INT4)
-    for plan in (INT4, BlockMask(), INT8):
+    for plan in (INT4, Plan(), INT8):
         llm.apply(plan)
         plain.apply(plan)
         assert torch.equal(logits(llm), logits(plain))

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers as tf
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import (
     ChecksumError,
     ModelNotAvailableError,
@@ -21,6 +20,7 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import load_served_model
@@ -34,11 +34,11 @@ from tests.tiny import (
 )
 
 MASKS = [
-    BlockMask.of(0),
-    BlockMask.of(1, 2),
-    BlockMask.of(*range(2 * LAYERS)),
-    BlockMask.of(3),
-    BlockMask(),
+    Plan.removing(0),
+    Plan.removing(1, 2),
+    Plan.removing(*range(2 * LAYERS)),
+    Plan.removing(3),
+    Plan(),
 ]
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
@@ -79,7 +79,7 @@ def test_held_bytes_equal_the_memory_arithmetic(name) -> None:
         assert llm.held_bytes.weights == parts.weights + parts.embeddings
         tensors = {p.untyped_storage().data_ptr(): 1 for p in llm.model.parameters()}
         for site in llm.adapter.sites(llm.model):
-            assert (site.index in mask) == (
+            assert (site.index in mask.removed) == (
                 site.slots[0].original.__class__.__name__[:7] == "Removed"
             )
         assert tensors
@@ -92,7 +92,7 @@ def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
         list(site.slots[0].original.parameters()) for site in llm.adapter.sites(llm.model)
     ]
     llm.set_residency("offload")
-    llm.apply(BlockMask.of(1))
+    llm.apply(Plan.removing(1))
     assert all(p.untyped_storage().nbytes() == 0 for p in parameters[1])
     assert all(p.untyped_storage().nbytes() > 0 for p in parameters[0])
     with pytest.raises(RuntimeError):
@@ -102,9 +102,9 @@ def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
 def test_a_temporary_mask_loads_and_evicts_blocks() -> None:
     llm, plain = tiny_llm(), tiny_llm()
     llm.set_residency("offload")
-    llm.apply(BlockMask.of(0, 3))
+    llm.apply(Plan.removing(0, 3))
     held = llm.held_bytes.weights
-    with llm.masked(BlockMask.of(1)), plain.masked(BlockMask.of(1)):
+    with llm.masked(Plan.removing(1)), plain.masked(Plan.removing(1)):
         assert torch.equal(logits(llm), logits(plain))
     assert llm.held_bytes.weights == held
     assert llm.fingerprint == plain.fingerprint
@@ -118,8 +118,8 @@ def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
             llm = opened(folder, dtype)
             before = weights_hash(llm.model)
             llm.set_residency(residency)
-            llm.apply(BlockMask.of(*range(2 * LAYERS)))
-            llm.apply(BlockMask())
+            llm.apply(Plan.removing(*range(2 * LAYERS)))
+            llm.apply(Plan())
             assert weights_hash(llm.model) == before
     assert not (cache_dir() / "offloaded").exists()
 
@@ -143,8 +143,8 @@ def test_files_with_other_values_are_not_used(tmp_path) -> None:
         llm.set_residency("drop")
     assert llm.residency == "resident"
     llm.set_residency("offload")
-    llm.apply(BlockMask.of(*range(2 * LAYERS)))
-    llm.apply(BlockMask())
+    llm.apply(Plan.removing(*range(2 * LAYERS)))
+    llm.apply(Plan())
     assert weights_hash(llm.model) == before
 
 
@@ -164,7 +164,7 @@ def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, dam
     folder = saved(tmp_path)
     llm, plain = opened(folder), tiny_llm(dtype=torch.bfloat16)  # in memory, not mapped
     llm.set_residency("drop")
-    llm.apply(BlockMask.of(1, 2))
+    llm.apply(Plan.removing(1, 2))
     file = next(folder.glob("*.safetensors"))
     content = file.read_bytes()
     if damage == "gone":
@@ -172,27 +172,27 @@ def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, dam
     else:
         file.write_bytes(content[: len(content) // 3])
     with pytest.raises((ModelNotAvailableError, ChecksumError), match=re.escape(str(file))):
-        llm.apply(BlockMask())
-    assert llm.mask <= BlockMask.of(1, 2)
+        llm.apply(Plan())
+    assert llm.mask.removed <= Plan.removing(1, 2).removed
     plain.apply(llm.mask)
     assert torch.equal(logits(llm), logits(plain))
     file.write_bytes(content)
-    llm.apply(BlockMask())
-    plain.apply(BlockMask())
+    llm.apply(Plan())
+    plain.apply(Plan())
     assert torch.equal(logits(llm), logits(plain))
 
 
 def test_switching_back_to_resident_loads_all_blocks(tmp_path) -> None:
     llm = opened(saved(tmp_path))
     dense = llm.held_bytes.weights
-    llm.apply(BlockMask.of(0, 1))
+    llm.apply(Plan.removing(0, 1))
     llm.set_residency("offload")
-    assert llm.mask == BlockMask.of(0, 1)
+    assert llm.mask == Plan.removing(0, 1)
     assert llm.held_bytes.weights < dense
     llm.set_residency("resident")
-    assert llm.mask == BlockMask.of(0, 1)
+    assert llm.mask == Plan.removing(0, 1)
     assert llm.held_bytes.weights == dense
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert torch.equal(logits(llm), logits(opened(tmp_path / "model")))
 
 
@@ -236,13 +236,13 @@ def test_resident_memory_really_falls_and_rises() -> None:
     )
     llm = ElasticLLM(tf.LlamaForCausalLM(config).requires_grad_(False), None, name="wide")
     llm.set_residency("offload")
-    ffn = BlockMask.of(1, 3)
-    freed = sum(llm.blocks[index].param_bytes for index in ffn)
+    ffn = Plan.removing(1, 3)
+    freed = sum(llm.blocks[index].param_bytes for index in sorted(ffn.removed))
     assert freed > 40e6
     for _ in range(3):
         return_freed_memory()
         dense = resident_bytes()
         llm.apply(ffn)
         assert dense - resident_bytes() == pytest.approx(freed, rel=0.05)
-        llm.apply(BlockMask())
+        llm.apply(Plan())
         assert resident_bytes() == pytest.approx(dense, rel=0.05)

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.residency import Residency
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import logits, tensor_bytes, weights_hash
 from tests.models.stubs import repaired
@@ -28,13 +27,13 @@ from tests.tiny import (
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 REQUEST = Request(1, 8, 1)
-MIXED = CompressionPlan.of(
+MIXED = Plan.of(
     {"layer00.attn": "int8", "layer00.ffn": "int4", "layer01.ffn": "removed", "embeddings": "int8"}
 )
 
 
-def uniform(level: str, embeddings: str = "native") -> CompressionPlan:
-    return CompressionPlan.uniform(LAYERS, weights=level, embeddings=embeddings)
+def uniform(level: str, embeddings: str = "native") -> Plan:
+    return Plan.uniform(LAYERS, weights=level, embeddings=embeddings)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -42,9 +41,9 @@ def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype)
     llm = tiny_llm(name, dtype=dtype)
     memory, before = MemoryModel(llm), tensor_bytes(llm.model)
     plans = [
-        CompressionPlan(),
+        Plan(),
         *(uniform(level) for level in ("int8", "int4")),
-        *(CompressionPlan(embeddings=level) for level in llm.facts.embedding_levels),
+        *(Plan(embeddings=level) for level in llm.facts.embedding_levels),
         uniform("int4", "int8"),
         MIXED,
     ]
@@ -83,7 +82,7 @@ def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, leve
         expected = reference(**padded_batch()).logits
     # Float32 sums in another order.
     assert torch.allclose(packed, expected, rtol=1e-4, atol=1e-4)
-    llm.apply(BlockMask())
+    llm.apply(Plan())
     assert torch.equal(logits(llm), native)
     assert weights_hash(llm.model) == before
     assert not any(isinstance(module, PackedModule) for module in llm.model.modules())
@@ -106,7 +105,7 @@ def replace_by_widened(model: torch.nn.Module, packed: torch.nn.Module) -> None:
 def test_the_state_depends_on_the_plan_alone(name: str) -> None:
     llm, fresh = tiny_llm(name), tiny_llm(name)
     fresh.apply(MIXED)
-    for plan in (uniform("int8"), BlockMask.of(0, 1), uniform("int4", "int4"), BlockMask.of(3)):
+    for plan in (uniform("int8"), Plan.removing(0, 1), uniform("int4", "int4"), Plan.removing(3)):
         llm.apply(plan)
     llm.apply(MIXED)
     assert llm.plan == MIXED
@@ -120,7 +119,7 @@ def test_the_state_depends_on_the_plan_alone(name: str) -> None:
 def test_tied_embeddings_and_head_share_packed_weights() -> None:
     tied, untied = tiny_llm("llama_tied"), tiny_llm("llama")
     for llm in (tied, untied):
-        llm.apply(CompressionPlan(embeddings="int8"))
+        llm.apply(Plan(embeddings="int8"))
         rows, head = llm.model.get_input_embeddings(), llm.model.get_output_embeddings()
         shared = rows.tensors()["weight_codes"] is head.tensors()["weight_codes"]
         assert shared == (llm is tied)
@@ -133,7 +132,7 @@ def test_an_unknown_level_changes_nothing(residency: str) -> None:
     llm.apply(MIXED)
     held, before = llm.held_bytes, logits(llm)
     llm._live.items[2].levels.pop("int4")  # as if it took no fewer bytes
-    for plan in (uniform("int4"), CompressionPlan.of({"layer07.ffn": "int4"})):
+    for plan in (uniform("int4"), Plan.of({"layer07.ffn": "int4"})):
         with pytest.raises(UnknownNameError):
             llm.apply(plan)
         assert (llm.plan, llm.held_bytes) == (MIXED, held)
@@ -143,12 +142,12 @@ def test_an_unknown_level_changes_nothing(residency: str) -> None:
 def test_a_pruned_block_has_no_levels(tmp_path: Path) -> None:
     from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 
-    save_pruned(tiny_llm(), BlockMask.of(1), tmp_path / "pruned")
+    save_pruned(tiny_llm(), Plan.removing(1), tmp_path / "pruned")
     llm = load_pruned(tmp_path / "pruned")
     assert llm.facts.int4_param_bytes[1] == llm.facts.int8_param_bytes[1] == 0
     with pytest.raises(UnknownNameError, match="level of weights 'int4'"):
-        llm.apply(CompressionPlan.of({"layer00.ffn": "int4"}))
-    llm.apply(CompressionPlan.of({"layer01.ffn": "int4"}))
+        llm.apply(Plan.of({"layer00.ffn": "int4"}))
+    llm.apply(Plan.of({"layer01.ffn": "int4"}))
 
 
 def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: Path) -> None:
@@ -159,30 +158,28 @@ def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: 
     facts, whole = llm.facts, tiny_llm("llama_tied", dtype=torch.bfloat16).facts
     assert facts.embedding_levels == whole.embedding_levels
     assert facts.int4_param_bytes == whole.int4_param_bytes
-    for plan in (uniform("int8"), CompressionPlan(embeddings="int8")):
+    for plan in (uniform("int8"), Plan(embeddings="int8")):
         with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
             llm.apply(plan)
-    llm.apply(CompressionPlan.of({"layer00.cache": "int4"}))
+    llm.apply(Plan.of({"layer00.cache": "int4"}))
 
 
 @each_family("name", residency=["resident", "offload"])
 def test_stubs_replace_removed_blocks_beside_other_levels(name: str, residency: Residency) -> None:
     view = repaired(tiny_llm(name))
     view.set_residency(residency)
-    plan = CompressionPlan.of(
-        {"layer00.attn": "removed", "layer00.ffn": "int4", "layer01.attn": "int8"}
-    )
+    plan = Plan.of({"layer00.attn": "removed", "layer00.ffn": "int4", "layer01.attn": "int8"})
     view.apply(plan)
     parts = MemoryModel(view).breakdown(plan, REQUEST)
     assert parts.stubs == view.facts.stub_bytes[0] > 0
     assert tensor_bytes(view.model) == parts.weights + parts.embeddings + parts.stubs
     other = repaired(tiny_llm(name))
-    other.apply(plan.without(BlockMask.of(3)))
+    other.apply(plan.without(3))
     assert not torch.equal(logits(other), logits(view))
-    other.apply(BlockMask.of(0))
+    other.apply(Plan.removing(0))
     with other.masked(plan):
         assert torch.equal(logits(other), logits(view))
-    with view.masked(plan, bare=BlockMask.of(0)):
+    with view.masked(plan, bare=Plan.removing(0)):
         bare = logits(view)
     plain = tiny_llm(name)
     plain.apply(plan)

@@ -5,19 +5,19 @@ import gc
 import pytest
 import torch
 
-from rap_env.blocks import BlockMask
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, packable, packed
 from rap_env.models.weights.widened_weights import WidenedWeights
+from rap_env.plan import Plan
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from tests.models.live.test_partial_forward import by_blocks
 from tests.scoring.test_scorer import tokens
 from tests.tiny import DISTINCT_FAMILIES, each_family, tiny_model
 
-MASKS = [BlockMask(), BlockMask.of(1), BlockMask.of(2), BlockMask.of(0, 3)]
+MASKS = [Plan(), Plan.removing(1), Plan.removing(2), Plan.removing(0, 3)]
 
 
 def packed_llm(family="llama", level="int4", wide=False, dtype=torch.bfloat16):
@@ -57,14 +57,14 @@ def test_weights_are_widened_once_within_the_limit_and_freed_afterwards():
     for module in packed_in(llm):
         make = module.widened
         module.widened = lambda make=make: widened.append(1) or make()
-    by_blocks(partial, ids, BlockMask())
-    by_blocks(partial, ids, BlockMask.of(1))
+    by_blocks(partial, ids, Plan())
+    by_blocks(partial, ids, Plan.removing(1))
     assert len(widened) == len(packed_in(llm)) == 14
     assert kept.held_bytes == 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24) * 2  # bfloat16
     kept.clear()
     kept.max_bytes = 16 * 16 * 2  # one matrix
-    by_blocks(partial, ids, BlockMask())
-    by_blocks(partial, ids, BlockMask())
+    by_blocks(partial, ids, Plan())
+    by_blocks(partial, ids, Plan())
     assert len(widened) == 14 + 1 + 2 * 13
     assert kept.held_bytes == kept.max_bytes
     partial.release()
@@ -85,11 +85,11 @@ def test_users_of_one_model_share_what_is_kept():
 
 def test_modules_are_left_as_they_were():
     llm, ids = packed_llm(), tokens()
-    by_blocks(PartialForward(llm, widen=True), ids, BlockMask())
+    by_blocks(PartialForward(llm, widen=True), ids, Plan())
     broken = packed_in(llm)[0]
     broken.widened = None
     with pytest.raises(TypeError):
-        by_blocks(PartialForward(llm, widen=True), ids, BlockMask())
+        by_blocks(PartialForward(llm, widen=True), ids, Plan())
     assert all("forward" not in module.__dict__ for module in packed_in(llm))
 
 
@@ -109,11 +109,11 @@ def test_a_packed_head_is_widened_and_has_its_rows():
 
 def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
     packed_one, wide = packed_llm("llama_tied"), packed_llm("llama_tied", wide=True)
-    masks, ids = [BlockMask.of(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
+    masks, ids = [Plan.removing(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
     scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
     assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
-    found = find_best_mask(scorer, masks, near=BlockMask.of(1))
-    expected = find_best_mask(reference, masks, near=BlockMask.of(1))
+    found = find_best_mask(scorer, masks, near=Plan.removing(1))
+    expected = find_best_mask(reference, masks, near=Plan.removing(1))
     assert (found.best, found.nll) == (expected.best, expected.nll)
     assert scorer.context != reference.context
     assert WidenedWeights.of(packed_one.model).held_bytes > 0

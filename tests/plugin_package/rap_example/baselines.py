@@ -2,7 +2,7 @@
 
 from agents.baselines import Baseline
 from agents.baselines.base import CountingScorer
-from rap_env.blocks import BlockMask
+from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_example.policies import LargestFirst
 
@@ -12,5 +12,5 @@ class LargestFirstBaseline(Baseline):
 
     name = "largest_first"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> BlockMask:
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return LargestFirst(self.memory).choose(request)

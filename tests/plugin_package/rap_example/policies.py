@@ -1,8 +1,8 @@
 """A policy: a callable that takes the byte arithmetic of a model, and has `choose(request)`."""
 
-from rap_env.blocks import BlockMask
 from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 
@@ -14,7 +14,7 @@ class LargestFirst:
     def __init__(self, memory: MemoryModel) -> None:
         self.memory = memory
 
-    def choose(self, request: Request) -> BlockMask:
+    def choose(self, request: Request) -> Plan:
         """Return the blocks to remove."""
         freed = self.memory.freed_bytes(request)
         order = sorted(range(len(freed)), key=lambda block: -freed[block])

@@ -20,7 +20,7 @@ from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.baselines.ladder.conftest import SHAPES
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
@@ -69,7 +69,7 @@ def test_every_method_fits_and_counts(context, item_bytes, chosen, request_at, n
 def test_nothing_is_lowered_where_the_native_model_fits(context, item_bytes, name):
     native = context.memory.dense_peak_bytes(2, 100)
     choice = make_baseline(name, context, 0, item_bytes)
-    assert choice.choose(Request(2, 100, native)) == CompressionPlan()
+    assert choice.choose(Request(2, 100, native)) == Plan()
     assert choice.evaluations == 0
 
 
@@ -158,7 +158,7 @@ def test_a_measured_rise_replaces_the_predicted_one(context, item_bytes):
     steps = Steps(context, item_bytes.costs(16, 500))
     scores, state = CountingScorer(context.scorer), steps.state()
     first, *others = steps.candidates(state)
-    nll = scores.nll(CompressionPlan())
+    nll = scores.nll(Plan())
     (after,) = steps.measure(scores, nll, [first]).values()
     assert steps.candidates(state)[0].rise == after - nll
     assert [one.rise for one in steps.candidates(state)[1:]] == [one.rise for one in others]
@@ -183,7 +183,7 @@ def test_the_frontier_is_the_best_measured_plan_that_fits(item_bytes, request_at
         make_baseline("frontier", context, 0, item_bytes)
     layers = context.memory.facts.num_layers
     plans = [
-        CompressionPlan.uniform(layers, caches=cache, weights=weights)
+        Plan.uniform(layers, caches=cache, weights=weights)
         for cache in ("native", *LEVELS["caches"])
         for weights in ("native", "int8", "int4")
     ]
@@ -240,8 +240,8 @@ def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
 def test_a_reward_may_be_relative_to_the_best_measured_plan(item_bytes, tmp_path):
     path = tmp_path / "plans.json"
     context = make_ladder_context(frontier=str(path))
-    low = CompressionPlan.uniform(context.memory.facts.num_layers, caches="int4", weights="int4")
-    plans = [CompressionPlan(), low]
+    low = Plan.uniform(context.memory.facts.num_layers, caches="int4", weights="int4")
+    plans = [Plan(), low]
     scores = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
     layers, native = context.memory.facts.num_layers, context.scorer.dense_nll
     PlanFrontier(layers, native, scores, 2, 0.0, {}, context.scorer.provenance).save(path)

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from agents.baselines.ladder.packaged import LoweredCacheMemory, MaskPolicyBaseline
-from rap_env.blocks import BlockMask
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from rap_env.policies.loading import default_facts
 from rap_env.request import Request
 
@@ -32,8 +31,8 @@ def baseline(memory) -> MaskPolicyBaseline:
     )
 
 
-def uniform(memory, level: str) -> CompressionPlan:
-    return CompressionPlan.uniform(memory.facts.num_layers, caches=level)
+def uniform(memory, level: str) -> Plan:
+    return Plan.uniform(memory.facts.num_layers, caches=level)
 
 
 @pytest.mark.parametrize("level", ["int8", "int4"])
@@ -41,8 +40,8 @@ def uniform(memory, level: str) -> CompressionPlan:
 def test_the_policy_sees_the_bytes_of_plans_with_lowered_caches(memory, shape, level):
     lowered = LoweredCacheMemory(memory.facts, CacheLevel.of(level))
     request = Request(*shape, budget_bytes=1)
-    for mask in (BlockMask(), BlockMask.of(0, 3, 5), BlockMask.of(*range(1, 60, 2))):
-        plan = uniform(memory, level).without(mask)
+    for mask in (Plan(), Plan.removing(0, 3, 5), Plan.removing(*range(1, 60, 2))):
+        plan = uniform(memory, level).without(*mask.removed)
         assert lowered.peak_bytes(mask, request) == memory.peak_bytes(plan, request)
     assert lowered.dense_peak_bytes(*shape) == memory.peak_bytes(uniform(memory, level), request)
 
@@ -56,13 +55,13 @@ def test_it_removes_blocks_only_where_int8_caches_do_not_suffice(memory, baselin
     assert plan.removed
     assert {level.name for _, level in plan.caches} == {"int8"}
     assert memory.peak_bytes(plan, tight) <= tight.budget_bytes
-    assert baseline.choose(Request(*shape, memory.dense_peak_bytes(*shape))) == CompressionPlan()
+    assert baseline.choose(Request(*shape, memory.dense_peak_bytes(*shape))) == Plan()
     assert baseline.evaluations == 0
 
 
 def test_every_budget_of_the_ladder_is_met_or_answered_with_the_smallest_plan(memory, baseline):
     for shape in SHAPES:
-        everything = BlockMask.all_of(memory.facts.blocks)
+        everything = Plan.removing(*memory.facts.blocks)
         least = memory.peak_bytes(everything, Request(*shape, budget_bytes=1))
         plan = baseline.choose(Request(*shape, budget_bytes=least))
-        assert plan.removed == everything
+        assert plan.mask == everything

@@ -8,8 +8,7 @@ import pytest
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.uniform import UniformBaseline
-from rap_env.blocks import BlockMask
-from rap_env.plan import CompressionPlan
+from rap_env.plan import Plan
 from tests.agents.baselines.ladder.conftest import SHAPES
 from tests.envs.playing_v1 import LEVELS
 
@@ -23,8 +22,8 @@ def all_settings(context, order):
         ("native", *LEVELS["embeddings"]),
         range(2 * layers + 1),
     ):
-        plan = CompressionPlan.uniform(layers, weights=weights, caches=cache, embeddings=embeddings)
-        yield plan.without(BlockMask.of(*order[:count]))
+        plan = Plan.uniform(layers, weights=weights, caches=cache, embeddings=embeddings)
+        yield plan.without(*order[:count])
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
