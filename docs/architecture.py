@@ -12,7 +12,7 @@ LAYERS = (
     ("workload", "models"),
     ("scoring",),
     ("importance",),
-    ("repair", "reward"),
+    ("policies", "repair", "reward"),
     ("context",),
     ("envs", "leaderboard", "runtime"),
     ("serving",),

@@ -50,7 +50,7 @@ _MODULES = {
     "gsi": "importance.gsi_search",
     "load_corpus": "scoring.corpus_loading",
     "load_llm": "models.files.loading",
-    "load_policy": "runtime.policies",
+    "load_policy": "policies.loading",
     "load_pruned": "models.files.pruned_checkpoint",
     "make_vec": "envs.vector",
     "open_library": "repair.cached_library",

@@ -19,7 +19,7 @@ from experiments.errors import ExperimentError
 from experiments.ladder.rows import Ladder, read_ladder
 from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
 from experiments.repair.summaries import RepairComparison
-from experiments.study.records import read_json
+from experiments.study.records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 
 
@@ -56,7 +56,7 @@ def gather(root: Path) -> ReportData:
     Raises:
         ExperimentError: There is nothing to report.
     """
-    files = sorted((root / "evaluate").rglob("results.jsonl"))
+    files = record_files(root / "evaluate", "results.jsonl")
     runs = [TrainingRun(path) for path in training_dirs(root)]
     rows = with_training_s([row for file in files for row in ResultRow.read(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
@@ -174,7 +174,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
     for folder in folders:
         if not folder.is_dir():
             raise ExperimentError(f"There is no folder {folder}; runs= names folders to read.")
-    evaluations = _unique(path for root in folders for path in root.rglob("results.jsonl"))
+    evaluations = _unique(path for root in folders for path in record_files(root, "results.jsonl"))
     trainings = _unique(path for root in folders for path in root.rglob("train/*/run.json"))
     if not (evaluations or trainings):
         raise ExperimentError(

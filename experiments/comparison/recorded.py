@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.comparison.records import ResultRow, rows_below
 from experiments.errors import ExperimentError
+from experiments.study.records import record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -39,7 +40,7 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(path.rglob("results.jsonl"))
+        found = [path] if path.is_file() else record_files(path, "results.jsonl")
         files |= dict.fromkeys(file.resolve() for file in found)
     rows = {row.key: row for file in files for row in ResultRow.read(file)}
     if not rows:

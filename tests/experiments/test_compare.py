@@ -236,7 +236,7 @@ def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path)
     done = run_compare(f"runs={ROOT}/results", "format=json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [row for row in json.loads(done.stdout) if row["part"] != "training"]
-    assert {row["comparison"] for row in rows} >= {"main", "seeds"}
+    assert {row["comparison"] for row in rows} >= {"learning", "seeds"}
     assert {"gsi", "greedy_per_byte", "maskable_ppo"} <= {row["method"] for row in rows}
     assert all(math.isfinite(row["loss_mean"]) for row in rows)
     assert list(tmp_path.iterdir()) == [], "it makes no run folder"

@@ -25,7 +25,7 @@ from experiments.errors import ExperimentError
 from experiments.evaluate import SET_ASIDE, evaluate
 from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
-from experiments.study.records import append_record, read_records
+from experiments.study.records import append_record, read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
@@ -317,7 +317,7 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
     texts = ("calibration_sha256", "report_sha256", "model_fingerprint")
     for name in texts:  # the dense model writes the texts
         assert {each[name] for each in with_stubs} == {each[name] for each in plain}
-    published = sorted((Path(__file__).parents[2] / "results").rglob("results.jsonl"))
+    published = record_files(Path(__file__).parents[2] / "results", "results.jsonl")
     assert published
     for path in published:
         for each in depends(ResultRow.read(path)):
