@@ -2,8 +2,7 @@
 
 A tensor is on the GPU whose number its storage is marked with, so that all views of it are there
 too. Operations on tensors of several devices raise, as do NumPy arrays of a tensor on a GPU. Speed,
-rounding, memory and sizes that depend on data are not pretended; streams are, in part
-(`tests.gpu.pretended_streams`).
+rounding, memory, streams and sizes that depend on data are not pretended.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-
-from tests.gpu.pretended_streams import COMPUTING, Event, Stream, in_stream, started
 
 GPU, SECOND_GPU = GPUS = (torch.device("cuda:0"), torch.device("cuda:1"))
 CPU = torch.device("cpu")
@@ -97,8 +94,6 @@ def pretended_gpu(count: int = 1) -> Iterator[Waits]:
     fakes: dict[str, Any] = {
         name: mock.Mock(return_value=answer) for name, answer in answers.items()
     }
-    fakes["Stream"], fakes["Event"], fakes["stream"] = Stream, Event, in_stream
-    fakes["current_stream"] = lambda *_: COMPUTING
     fakes["get_rng_state"] = mock.Mock(side_effect=lambda *_: torch.get_rng_state())
     with mock.patch.multiple(torch.cuda, **fakes), _Operations(), _Places(waits):
         yield waits
@@ -130,8 +125,6 @@ class _Operations(TorchDispatchMode):
             tensors = [args[0], *indices, *tree_leaves(args[2:])]
         if any(isinstance(leaf, torch.Generator) for leaf in leaves):
             tensors.append(torch.empty(1))
-        if started(func, args):
-            return args[0]
         if operation is _aten.copy_:  # it may cross devices, and its result stays where it was
             return func(*args, **(kwargs or {}))
         place = _one_place(func, tensors)

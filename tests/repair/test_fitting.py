@@ -150,7 +150,6 @@ def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tm
     whole = fitted(load_llm(folder, device="cpu", dtype=dtype))
     streamed = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=2**20)
     assert fitted(streamed).sha256 == whole.sha256
-    assert streamed.layer_reads <= streamed.adapter.num_layers + 1
 
 
 def test_the_mask_in_force_does_not_matter_and_stays() -> None:

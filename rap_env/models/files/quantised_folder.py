@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from rap_env.artifacts import digest
 from rap_env.levels import WeightLevel
@@ -21,7 +18,7 @@ from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.self_written import self_written, start_token
 from rap_env.models.weights.packing import PackedLevel
-from rap_env.models.weights.tensors import DTYPES, read_header, weights_of
+from rap_env.models.weights.tensors import stored_dtype, weights_of
 from rap_env.plan import EMBEDDINGS, Plan
 
 _VERSION = 1
@@ -69,17 +66,10 @@ def _files(source: Path) -> list[Path]:
     return sorted([source / "config.json", *weights])
 
 
-def _stored_dtype(source: Path) -> torch.dtype:
-    """The dtype of most weights of a folder."""
-    headers = (read_header(path).values() for path in source.glob("*.safetensors"))
-    kinds = Counter(entry["dtype"] for header in headers for entry in header)
-    return DTYPES.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
-
-
 def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
     """The model of a folder, with packed modules in place."""
     tokenizer = load_tokenizer(source)
-    llm = ElasticLLM(load_weights(source, _stored_dtype(source)), tokenizer, name=source.name)
+    llm = ElasticLLM(load_weights(source, stored_dtype(source)), tokenizer, name=source.name)
     if level == "int4" and start_token(llm) is not None:
         tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
         calibrate(llm, self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED))

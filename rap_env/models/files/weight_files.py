@@ -1,10 +1,9 @@
-"""A model whose weights stay in their safetensors files until they are read."""
+"""Models as transformers loads them from a folder: whole, or with their layers left on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,52 +12,52 @@ import torch
 
 from rap_env.artifacts import disk_errors
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.families.adapter import FamilyAdapter, adapter_for
+from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
+from rap_env.models.live.device_map import remove_hooks
 from rap_env.models.progress import transformers_bars
-from rap_env.models.weights.tensors import DTYPES, StoredTensor, damaged_weights, read_header
+from rap_env.models.weights.tensors import damaged_weights, read_header, stored_dtype
 
 
-def open_weights(
-    folder: Path, config: Any, dtype: torch.dtype, work: Path
-) -> tuple[Any, dict[str, StoredTensor]]:
-    """Build a model without its weights, and find where each weight is stored.
+def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device, work: Path) -> Any:
+    """The transformers model of a folder, with all decoder layers offloaded to disk.
 
-    Transformers loads it, with all modules except the smallest one offloaded to disk, so that names
-    and layouts are converted as in any other loading. A tensor whose layout in memory differs from
-    the files (the experts of a mixture) is written to `work`.
-
-    Returns:
-        The model, with parameters that stay in files on the meta device and real non-persistent
-        buffers; and the stored parameters by name, a tied one under each of its names.
+    accelerate's hooks read the weights of a module in a layer when it is called, and free them
+    afterwards. A tensor whose layout in memory differs from the files (the experts of a mixture)
+    is written to `work`.
     """
-    from accelerate.hooks import remove_hook_from_module
-
-    _require_all_files(folder)
-    if not any(folder.glob("*.safetensors")):
-        raise ModelNotAvailableError(
-            f"{folder} has no safetensors file, and single layers can be read only from those; "
-            "load the model with load_llm() and save it again with llm.model.save_pretrained()."
+    config = read_config(folder)
+    adapter = adapter_for(config)
+    stored = stored_dtype(folder)  # in another dtype all weights would be read and written now
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "on the meta device"
+    with disk_errors(work):
+        model, report = _load(
+            folder, stored, device_map=_layers_on_disk(config, adapter, device), offload_folder=work
         )
-    header = read_header(min(folder.glob("*.safetensors")))
-    kind = Counter(entry["dtype"] for entry in header.values()).most_common(1)[0][0]
-    loaded_dtype = DTYPES.get(kind, torch.float32)  # another dtype would read every weight now
-    with _quiet("accelerate"), disk_errors(work):
-        model, _ = _load(folder, loaded_dtype, device_map=_device_map(config), offload_folder=work)
-    index = _offload_index(model)
-    remove_hook_from_module(model, recurse=True)
-    _set_dtype(model, dtype)
-    expected = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
-    tables = {
-        path: read_header(path) for path in {Path(e["safetensors_file"]) for e in index.values()}
+    weights = offloaded_weights(model)
+    weights.device = None  # they are read on the CPU, and sent from there
+    files = {entry["safetensors_file"] for entry in weights.index.values()}
+    tables = {file: read_header(Path(file)) for file in files}
+    shapes = {
+        name: tuple(tables[entry["safetensors_file"]][entry["weight_name"]]["shape"])
+        for name, entry in weights.index.items()
     }
-    stored = {
-        name: _stored(index[name], parameter.dtype, tables) for name, parameter in expected.items()
-    }
-    shapes = {name: (found.shape, tuple(expected[name].shape)) for name, found in stored.items()}
-    wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if p.is_meta}
+    wrong = {name: (shapes[name], shape) for name, shape in parameters.items()}
+    wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
+    wrong |= {name: (a, b) for name, a, b in report["mismatched_keys"]}
     _reject_other_shapes(folder, wrong)
-    return model.eval().requires_grad_(False), stored
+    del model.hf_device_map
+    remove_hooks(m for m in model.modules() if not any(p.is_meta for p in m.parameters(False)))
+    _set_dtype(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def offloaded_weights(model: Any) -> Any:
+    """Accelerate's mapping of names to the weights that its hooks read."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    maps = (getattr(hook, "weights_map", None) for hook in hooks)
+    return next(weights.dataset for weights in maps if weights is not None)
 
 
 def load_weights(folder: Path, dtype: torch.dtype) -> Any:
@@ -96,62 +95,26 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mappin
 
 def _set_dtype(model: Any, dtype: torch.dtype) -> None:
     """Set the dtype of all parameters, as if they had been loaded in it."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype), False))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     for part in (model.config, *(getattr(model.config, n) for n in model.config.sub_configs)):
         part.dtype = dtype
 
 
-def _device_map(config: Any) -> dict[str, str]:
-    """Offload every module to disk except the smallest: transformers rejects offloading all."""
+def _layers_on_disk(config: Any, adapter: FamilyAdapter, device: torch.device) -> dict[str, str]:
+    """A device map of all modules outside of the list of layers, and of each layer."""
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = auto.from_config(config)
-    parts = dict(_parts(skeleton, adapter_for(config)))
-    places = dict.fromkeys(parts, "disk")
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    places[min((name for name in parts if sizes[name]), key=lambda name: sizes[name])] = "cpu"
-    return places
-
-
-def _parts(model: Any, adapter: FamilyAdapter) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules that make up a model: the list of layers, and all modules outside of it."""
-    path = f"{adapter.family.decoder}.{adapter.family.layers}".split(".")
-    module, prefix = model, ""
-    for step in path:
-        for name, child in module.named_children():
-            if name != step:
-                yield prefix + name, child
+        module = auto.from_config(config)
+    places: dict[str, str] = {}
+    prefix = ""
+    for step in f"{adapter.family.decoder}.{adapter.family.layers}".split("."):
+        others = (name for name, _ in module.named_children() if name != step)
+        places |= {f"{prefix}{name}": str(device) for name in others}
         module, prefix = getattr(module, step), f"{prefix}{step}."
-    yield ".".join(path), module
-
-
-def _offload_index(model: Any) -> Mapping[str, Mapping[str, str]]:
-    """File, name and dtype of every offloaded parameter, from accelerate's hooks."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            weights = getattr(part, "weights_map", None)
-            if weights is not None:
-                index: Mapping[str, Mapping[str, str]] = weights.dataset.index
-                return index
-    return {}
-
-
-def _stored(
-    place: Mapping[str, str], dtype: torch.dtype, tables: Mapping[Path, Mapping[str, Any]]
-) -> StoredTensor:
-    path = Path(place["safetensors_file"])
-    entry = tables[path][place["weight_name"]]
-    if entry["dtype"] not in DTYPES:
-        raise UnsupportedModelError(
-            f"{place['weight_name']!r} in {path} is of type {entry['dtype']}, and only weights of "
-            f"{', '.join(DTYPES)} can be read one layer at a time; load the model with load_llm()."
-        )
-    return StoredTensor(path, entry["at"], tuple(entry["shape"]), DTYPES[entry["dtype"]], dtype)
+    return places | {f"{prefix}{number}": "disk" for number in range(adapter.num_layers)}
 
 
 def _require_all_files(folder: Path) -> None:
@@ -181,15 +144,3 @@ def _readable_weights(folder: Path) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError" or full:
             raise
         raise damaged_weights(folder, error) from error
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hide a logger's warnings: that parameters are on the meta device is intended."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -8,7 +8,7 @@ their caches and stubs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def _device_of(module: nn.Module, part: str) -> torch.device:
 
 def install_device_map(model: Any, adapter: FamilyAdapter, devices: DeviceMap) -> None:
     """Replace accelerate's hooks by those of a device map."""
-    _remove_hooks(model)
+    remove_hooks(model.modules())
     decoder, layers = adapter.decoder(model), list(adapter.layers(model))
     arrivals = _Arrivals(devices)
     decoder.register_forward_pre_hook(arrivals.enter, with_kwargs=True)
@@ -100,12 +100,12 @@ def install_device_map(model: Any, adapter: FamilyAdapter, devices: DeviceMap) -
             module._buffers[name] = buffer.to(device)
 
 
-def _remove_hooks(model: nn.Module) -> None:
-    """Remove accelerate's hooks, and the `forward` that they leave in each module."""
-    from accelerate.hooks import remove_hook_from_submodules
+def remove_hooks(modules: Iterable[nn.Module]) -> None:
+    """Remove accelerate's hooks from modules, and the `forward` that they leave there."""
+    from accelerate.hooks import remove_hook_from_module
 
-    remove_hook_from_submodules(model)
-    for module in model.modules():
+    for module in modules:
+        remove_hook_from_module(module)
         left = getattr(module.__dict__.get("forward"), "__func__", None)
         if left is type(module).forward:  # a shallow copy would run that of the original
             del module.forward

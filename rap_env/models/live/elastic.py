@@ -366,9 +366,6 @@ class ElasticLLM:
         """Bytes left for hidden states under a memory cap; None without a cap."""
         return None
 
-    def load_layer(self, number: int) -> None:
-        """Load the weights of a layer before it is called; here they are always in memory."""
-
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the current mask, (B, T) -> (B, T, H), with gradients.
 

@@ -88,11 +88,9 @@ class PartialForward:
         if not kept and not self._llm.has_stub(removed):
             return state
         args, kwargs = self._calls_for(state)[layer]
-        with self._llm.masked(inside, bare=bare):
-            if kept:
-                self._llm.load_layer(layer)
-            with self._wide(self._layers[layer]), bfloat16_products.in_float32():
-                output = self._layers[layer](state, *args, **kwargs)
+        wide = self._wide(self._layers[layer])
+        with self._llm.masked(inside, bare=bare), wide, bfloat16_products.in_float32():
+            output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 

@@ -205,6 +205,13 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
     return found
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights in a folder's safetensors files; float32 without any."""
+    headers = (read_header(path).values() for path in folder.glob("*.safetensors"))
+    kinds = Counter(entry["dtype"] for header in headers for entry in header)
+    return DTYPES.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
+
+
 def metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; errors as for `read_header`."""
     found: dict[str, str] = _header(path)[0].get("__metadata__", {})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 ALIGN_BYTES = 64
@@ -56,59 +54,3 @@ class PinnedMemory:
 def aligned(nbytes: int) -> int:
     """The bytes of a tensor in a buffer of several, with the gap to the next one."""
     return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
-
-
-class DoubleBuffer:
-    """Two halves of memory on a CUDA device that are filled from the host in turn.
-
-    One half is filled while what was started before still computes with the other. Copies run in a
-    stream of their own, in this order:
-
-    1. The copy waits for the computations that were started with the half it overwrites.
-    2. Computations that are started later wait for the copy.
-    3. The host writes its own half again only when the copy out of it has ended.
-
-    Args:
-        nbytes: Bytes of a half; it takes twice as much on the device, and pinned on the host.
-        device: A CUDA device.
-    """
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._filled, self._next = (_Half(nbytes, device) for _ in range(2))
-
-    def fill(self, write: Callable[[torch.Tensor], object]) -> torch.Tensor:
-        """Fill the half that was filled before last.
-
-        Args:
-            write: Writes the content into memory of the host, (nbytes,) uint8.
-
-        Returns:
-            The half on the device, (nbytes,) uint8. It holds the content for what is started from
-            now until the call after the next.
-        """
-        computing = torch.cuda.current_stream(self._device)
-        self._filled.used.record(computing)
-        half = self._next
-        half.copied.synchronize()
-        write(half.host)
-        self._copies.wait_event(half.used)
-        with torch.cuda.stream(self._copies):
-            half.device.copy_(half.host, non_blocking=True)
-        half.copied.record(self._copies)
-        computing.wait_event(half.copied)
-        self._filled, self._next = half, self._filled
-        return half.device
-
-
-class _Half:
-    """A half on the device and on the host, and events of its last use and of the last copy."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # The device's memory may still be in use by what freed it.
-        self.used.record(torch.cuda.current_stream(device))
