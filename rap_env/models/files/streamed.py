@@ -16,8 +16,8 @@ from rap_env.errors import InvalidRequestError, UnsupportedModelError, check_nam
 from rap_env.models.device import choose_device, choose_dtype, take_library_workspace
 from rap_env.models.families.adapter import read_config
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE
-from rap_env.models.files.sources import load_tokenizer, locate
-from rap_env.models.files.weight_files import load_offloaded, offloaded_weights
+from rap_env.models.files.sources import locate
+from rap_env.models.files.weight_files import load_offloaded, load_tokenizer, offloaded_weights
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.residency import RESIDENCIES, Residency
 from rap_env.models.weights.tensors import stored_dtype

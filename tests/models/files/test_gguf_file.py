@@ -17,10 +17,10 @@ from rap_env.errors import (
     StorageFullError,
     UnsupportedModelError,
 )
-from rap_env.models.files import gguf_file
-from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files import gguf_conversion
+from rap_env.models.files.gguf_source import converted_gguf, gguf_folder_name
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.model_folder import is_intact
+from rap_env.models.files.model_folder import file_sha256, is_intact
 from tests.models.tiny_gguf import TEMPLATE, TOKENS, write_tiny_gguf
 
 fork = multiprocessing.get_context("fork")
@@ -73,7 +73,7 @@ def test_the_second_load_converts_nothing(
 ) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     first = converted_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_conversion, "_convert", lambda *_: pytest.fail("converted again"))
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
     assert converted_gguf(tmp_path / "moved.gguf") == first  # by content, not by path
 
@@ -108,7 +108,7 @@ def _die_while_converting(path: Path, packed: bool) -> None:
         (arguments[-1] / "half").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    gguf_file._convert = gguf_file._pack = half
+    gguf_conversion._convert = gguf_conversion._pack = half
     converted_gguf(path, packed=packed)
 
 
@@ -128,18 +128,18 @@ def test_a_killed_conversion_is_repaired_by_the_next_call(
     llm = load_llm(path, device="cpu", dtype="float32", weights=weights)
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
     assert [path.name for path in models.iterdir() if path.is_dir()] == [
-        gguf_file.gguf_folder_name(gguf_file.file_sha256(path), packed=packed)
+        gguf_folder_name(file_sha256(path), packed=packed)
     ]
 
 
 def _convert_and_note(path: Path, notes: Path) -> None:
-    original = gguf_file._convert
+    original = gguf_conversion._convert
 
     def noted(*arguments: Any) -> None:
         (notes / str(os.getpid())).touch()
         original(*arguments)
 
-    gguf_file._convert = noted
+    gguf_conversion._convert = noted
     assert is_intact(converted_gguf(path))
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_nothing_behind(
         # what safetensors raises, which is no OSError
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(gguf_file, "_convert", full)
+    monkeypatch.setattr(gguf_conversion, "_convert", full)
     with pytest.raises(StorageFullError, match=r"No space left while writing .* run the same"):
         converted_gguf(tmp_path / "tiny.gguf")
     assert not [path for path in (lonely / "models").iterdir() if path.is_dir()]

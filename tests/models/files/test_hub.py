@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.files import default_model, hub
+from rap_env.models.files import hub, sources
 from rap_env.models.files.loading import load_llm
 from tests.models.fake_hub import COMMIT, FakeHub
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -170,8 +170,8 @@ def test_a_hub_that_never_answers_times_out(lonely: Path, monkeypatch: pytest.Mo
 def test_the_default_model_from_the_hub_must_have_the_right_weights(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(default_model, "HUB_REVISION", COMMIT)
-    fake = serve(default_model.HUB_ID)
+    monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
+    fake = serve(sources.HUB_ID)
     for _ in range(2):  # the wrong file is thrown away, not believed the next time
         with pytest.raises(ChecksumError, match=r"model\.safetensors from the hub has SHA-256"):
             load_llm("smollm2-135m@hub")
@@ -181,10 +181,10 @@ def test_the_default_model_from_the_hub_must_have_the_right_weights(
 def test_the_default_model_from_the_hub(
     serve: Serve, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(default_model, "HUB_REVISION", COMMIT)
+    monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
     weights = checkpoint / "model.safetensors"
-    monkeypatch.setattr(default_model, "HUB_SHA256", default_model.file_sha256(weights))
-    fake = serve(default_model.HUB_ID)
+    monkeypatch.setattr(sources, "HUB_SHA256", sources.file_sha256(weights))
+    fake = serve(sources.HUB_ID)
     llm = load_llm("smollm2-135m", device="cpu")
     assert llm.name == "smollm2-135m@hub"
     fake.close()

