@@ -66,9 +66,7 @@ def bold_title(section: str) -> str:
     return f"**{section.strip()}".replace("\n", "**\n", 1)
 
 
-def plan_tables(
-    text: str, shown: tuple[str, ...] = ("Mean ΔNLL", "ΔNLL divided by", "Targets")
-) -> str:
+def plan_tables(text: str, shown: tuple[str, ...] = ("Mean ΔNLL", "ΔNLL divided by")) -> str:
     """Tables over all cells of a comparison of plans, without the page's title.
 
     Args:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison.loading import Group, Learning, read_groups
-from experiments.comparison.pairwise import targets_table
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     COUNTS_CAPTION,
@@ -286,8 +285,7 @@ def _comparison_text(comparison: Comparison) -> list[str]:
         parts.append(f"{title}\n\n{plain(difference_table(comparison, method, short=True))}")
     if learned:
         parts.append(wrapped(COUNTS_CAPTION))
-    targets = targets_table(comparison) if comparison.part == "grid" else None
-    return [*parts, plain(targets)] if targets else parts
+    return parts
 
 
 def _titled(part: TitledTable) -> str:

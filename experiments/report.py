@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from experiments.comparison import figures, tables
 from experiments.comparison.loading import ReportData, gather
 from experiments.comparison.pairwise import pairwise_comparisons
-from experiments.comparison.sections import (
-    comparison_section,
-    costs_section,
-    importance_section,
-    learning_section,
-    memory_section,
-    method_section,
-    policy_section,
-    provenance_section,
-)
-from experiments.comparison.summaries import Summary
-from experiments.comparison.tables import tables_markdown, terminal_text
+from experiments.comparison.summaries import Comparison, Summary
 from experiments.config import Config
 from experiments.console import say
 from experiments.ladder.tables import (
@@ -37,11 +29,26 @@ from experiments.repair.report import (
     repair_terminal_text,
 )
 from experiments.repair.tables import repair_markdown
+from experiments.study.figures import Draw
 from experiments.study.looks import look
-from experiments.study.page import Gallery, write_page
-from experiments.study.tables import counted, number, seconds, terminal, wrapped
+from experiments.study.page import Gallery, coloured, titled_parts, write_page
+from experiments.study.tables import (
+    TIMES,
+    columns_table,
+    counted,
+    mebibytes,
+    number,
+    percent,
+    seconds,
+    shape_words,
+    terminal,
+    text_words,
+    wrapped,
+)
 from rap_env.artifacts import atomic_write
 from rap_env.errors import MissingDependencyError
+
+TEMPLATE = Path(__file__).parent / "comparison" / "report.html.j2"
 
 ABSTRACT = [
     "A language model in service has a memory budget that changes over time. What uses the "
@@ -50,7 +57,6 @@ ABSTRACT = [
     "the attention blocks. This report compares methods that choose, for each request and "
     "budget, which blocks to remove, so that the model fits at the lowest loss of quality.",
 ]
-
 
 LADDER_METHODS_ABSTRACT = [
     "A language model in service has a memory budget that changes over time. This report compares "
@@ -72,56 +78,143 @@ def report(config: Config, folder: Path) -> Path:
     _need_matplotlib()
     data = gather(config.root)
     page = folder / "index.html"
-    write_page(page, **content(config.report.title, data, folder / "figures"))
+    write_page(TEMPLATE, page, **content(config.report.title, data, folder / "figures"))
     if data.ladder:
-        with atomic_write(folder / "ladder_tables.md") as file:
-            file.write(ladder_markdown(data.ladder).encode())
+        _write(folder / "ladder_tables.md", ladder_markdown(data.ladder))
         if not data.comparison:
             say(f"\n{terminal(ladder_tables(data.ladder))}\n")
     if data.comparison:
-        with atomic_write(folder / "tables.md") as file:
-            file.write(tables_markdown(data.comparison).encode())
-        say(f"\n{terminal_text(data.comparison)}\n")
+        _write(folder / "tables.md", tables.tables_markdown(data.comparison))
+        say(f"\n{tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
     if data.repair:
-        with atomic_write(folder / "repair_tables.md") as file:
-            file.write(repair_markdown(data.repair, data.repair_orders).encode())
+        _write(folder / "repair_tables.md", repair_markdown(data.repair, data.repair_orders))
         say(f"\n{repair_terminal_text(data.repair)}\n")
     say(f"The report is {page}")
     return page
 
 
-def content(title: str, data: ReportData, figures: Path) -> dict[str, object]:
-    """Return the values of the template, and draw all figures."""
-    gallery = Gallery(figures)
-    pruned = data.comparison or data.profile or data.runs
-    alone = REPAIR_ABSTRACT if data.repair else LADDER_ABSTRACT
-    sections = [
-        ladder_section(data.ladder, gallery),
-        comparison_section(data, gallery),
-        policy_section(data, gallery),
-        memory_section(data, gallery),
-        importance_section(data, gallery),
-        learning_section(data, gallery),
-        repair_section(data, gallery),
-        costs_section(data),
-        method_section(data),
-        provenance_section(data),
-    ]
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
+    """Return the values of the template, which draws the figures in the order of the page."""
+    gallery = Gallery(folder)
+    comparison = data.comparison
+    compared = comparison if comparison and comparison.summaries else None
+    chosen = _chosen(comparison, data.profile) if comparison else {}
+    draw: dict[str, Draw] = {f"levels_{m}": picture for m, picture in chosen.items()}
+    if compared:
+        draw["overview"] = partial(figures.overview, compared)
+        draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
+    if data.profile:
+        draw["memory"] = partial(figures.memory_picture, data.profile)
+        draw["importance"] = partial(figures.importance_bars, data.profile)
+    if figures.logged_curves(data.runs):
+        draw["learning_curves"] = partial(figures.learning_curves, data.runs)
+    notes = [("Evaluation", note) for note in data.evaluations[-1:]]
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": _abstract(data) if pruned else alone,
+        "abstract": _abstract(data),
         "key": key_numbers(data) or repair_key_numbers(data),
         "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data)],
-        "sections": [section for section in sections if section and section.parts],
+        "gallery": gallery,
+        "draw": draw,
+        "chosen": {f"levels_{method}": look(method).label for method in chosen},
+        "compared": compared,
+        "profile": data.profile,
+        "smoothed": figures.SMOOTHED_EPISODES,
+        "trainings": _trainings(data),
+        "ladder_section": partial(ladder_section, data.ladder, gallery),
+        "repair_section": partial(repair_section, data, gallery),
+        "depends": comparison.rows[0].depends_on if comparison else {},
+        "files": _files(data),
+        "notes": [*notes, *(("Repair", note) for note in data.repair_notes)],
+        "seconds": seconds,
+        "text_words": text_words,
+        "times": TIMES,
+        **(_compared(compared) if compared else {}),
     }
 
 
+def _compared(comparison: Comparison) -> dict[str, Any]:
+    """Return the values of the template about a comparison."""
+    names = tables.method_names(comparison)
+    return {
+        "shapes": ", ".join(map(shape_words, comparison.shapes)),
+        "budgets": tables.budget_words(comparison),
+        "model": f"the {comparison.reference_word} model",
+        "pairs": counted(len(comparison.cells), "pair"),
+        "accuracies": any(row.accuracies for row in comparison.rows),
+        "tables": titled_parts(tables.comparison_document(comparison), names),
+        "costs": coloured(tables.costs_table(comparison), names),
+    }
+
+
+def _chosen(comparison: Comparison, profile: dict[str, Any] | None) -> dict[str, Draw]:
+    """Return the pictures of the levels that methods choose for a short and a long request.
+
+    They are those of the trained methods and the greedy search, or of the first method.
+    """
+    shapes = {comparison.shapes[0], comparison.shapes[-1]}
+    shown = comparison.learned + [m for m in comparison.methods if m == "greedy_per_byte"]
+    num_layers = profile["facts"]["num_layers"] if profile else comparison.num_layers
+    pictures: dict[str, Draw] = {}
+    for method in shown or comparison.compared[:1]:
+        rows = [row for row in comparison.rows if row.method == method and row.shape in shapes]
+        rows = [row for row in rows if row.seed == rows[0].seed]
+        rows.sort(key=lambda row: (row.shape[0] * row.shape[1], -row.budget_bytes))
+        lines = [
+            figures.LevelsLine(
+                row.shape,
+                f"{shape_words(row.shape)}  {mebibytes(row.budget_bytes)} "
+                f"({percent(row.budget_fraction, 0)}"
+                f"{'' if row.target_loss is None else f', ~{row.target_loss:g}'})",
+                row.plan.levels,
+            )
+            for row in rows
+        ]
+        if lines:
+            pictures[method] = partial(figures.levels_picture, lines, num_layers)
+    return pictures
+
+
+def _trainings(data: ReportData) -> dict[str, Any]:
+    """Return the table of the training runs."""
+    columns = {
+        "Run": lambda run: run.label,
+        "Steps": lambda run: f"{run.facts.get('timesteps', 0):,}",
+        "Seed": lambda run: str(run.seed),
+        "Training time": lambda run: seconds(run.facts.get("training_s", 0.0)),
+        "Model evaluations": lambda run: f"{run.facts.get('evaluations', 0):,}",
+    }
+    methods = {run.label: run.method for run in data.runs}
+    return coloured(columns_table(data.runs, columns), methods)
+
+
+def _files(data: ReportData) -> list[str]:
+    """Name the files that the numbers are from."""
+    names = []
+    if data.comparison or data.profile or data.runs:
+        names = [
+            "evaluate/results.jsonl (one line per method, seed, request and budget)",
+            "train/*/metrics.jsonl",
+            "profile/profile.json",
+        ]
+    if data.repair:
+        names.append("repair/repair.jsonl (one line per repair, request, budget and text)")
+    return names
+
+
 def _abstract(data: ReportData) -> list[str]:
-    lowers = data.comparison is not None and data.comparison.lowers
-    return LADDER_METHODS_ABSTRACT if lowers else ABSTRACT
+    if data.comparison or data.profile or data.runs:
+        lowers = data.comparison is not None and data.comparison.lowers
+        return LADDER_METHODS_ABSTRACT if lowers else ABSTRACT
+    return REPAIR_ABSTRACT if data.repair else LADDER_ABSTRACT
 
 
 def _need_matplotlib() -> None:

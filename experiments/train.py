@@ -14,13 +14,14 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
-from experiments.comparison.figures import removal_picture
+from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
 from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch, swept_settings
-from experiments.study.figures import PNG_DPI, style
+from experiments.study.figures import save_png
 from experiments.study.records import Cell, trim_metrics
 from experiments.study.run_folder import RunFolder
+from experiments.study.tables import percent, shape_words
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
 from experiments.training.sweeps import (
@@ -31,7 +32,6 @@ from experiments.training.sweeps import (
     objective,
     running_trial,
 )
-from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
@@ -154,15 +154,15 @@ def show_policy(
     context: PruningContext,
     loggers: Loggers,
 ) -> list[Choice]:
-    """Draw, log and return the blocks that the policy removes on the evaluation's grid."""
+    """Draw, log and return what the policy chooses on the evaluation's grid."""
     found = choices(TrainedPolicy.load(folder, context), requests, context)
     path = folder / "policy.png"
-    figure = removal_picture(
-        [(c.cell, c.mask) for c in found], context.memory.facts.num_layers, narrow=False
-    )
-    with style(), atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=PNG_DPI)
-    loggers.image("policy/blocks_removed", path)
+    lines = [
+        LevelsLine(c.cell[:2], f"{shape_words(c.cell)}  {percent(c.cell[2], 0)}", c.plan.levels)
+        for c in found
+    ]
+    save_png(levels_picture(lines, context.memory.facts.num_layers, narrow=False), path)
+    loggers.image("policy/levels", path)
     loggers.table("policy/choices", *choice_table(found))
     return found
 

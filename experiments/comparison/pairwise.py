@@ -1,4 +1,4 @@
-"""Pairwise comparisons of methods, and the targets that a policy should reach."""
+"""Pairwise comparisons of methods."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.comparison.summaries import Comparison, Summary
-from experiments.study.looks import look
+from experiments.comparison.summaries import Comparison
 from experiments.study.records import Cell
 from experiments.study.statistics import (
     Estimate,
@@ -16,7 +15,6 @@ from experiments.study.statistics import (
     paired_difference,
     relative_difference,
 )
-from experiments.study.tables import Table, number, relative_words, signed_percent
 
 
 class Counts(NamedTuple):
@@ -98,99 +96,3 @@ def _counts(differences: Sequence[Estimate], significant: Sequence[bool]) -> Cou
     signs = [d.mean for d, counts in zip(differences, significant, strict=True) if counts]
     better = sum(sign < 0 for sign in signs)
     return Counts(better, len(differences) - len(signs), len(signs) - better)
-
-
-WITHIN = {
-    "uniform": -0.3,
-    "knapsack": -0.05,
-    "evolutionary": 0.02,
-    "frontier": 0.02,
-    "oracle": 0.03,
-}
-"""Targets for the relative difference to the mean ΔNLL of these methods, at most."""
-
-COMPETING_GAIN = 0.1
-"""Target for the relative reduction of the GSI order's ΔNLL where weights and cache compete."""
-
-FASTER = 1000.0
-"""Target for the ratio of decision times: greedy search to policy."""
-
-
-def targets_table(comparison: Comparison) -> Table | None:
-    """Return the targets with what the main policy reached; None if none was measured."""
-    policy = comparison.main_policy
-    if policy is None:
-        return None
-    rows = [*_against_gsi(comparison, policy), *_against_greedy(comparison, policy)]
-    for other in WITHIN:
-        rows += _within(comparison, policy, other)
-    header = [f"Target of {look(policy.method).label}", "Reached", "Target value", "Met"]
-    return (header, rows) if rows else None
-
-
-def competing_cells(comparison: Comparison) -> list[Cell]:
-    """Return the cells at which greedy search per byte removes blocks of both kinds.
-
-    At these cells, weights compete with the KV cache; at others, removing one kind of block is
-    clearly best.
-    """
-    return [
-        cell
-        for cell in comparison.cells
-        if (rows := comparison.at("greedy_per_byte", cell))
-        and all(row.attn_removed and row.ffn_removed for row in rows)
-    ]
-
-
-def _against_gsi(comparison: Comparison, policy: Summary) -> list[list[str]]:
-    found = compare_pair(comparison, policy.method, "gsi")
-    if not found:
-        return []
-    rows = [
-        _row("mean ΔNLL below the GSI order", _relative(found), "interval below 0",
-             found.difference.high < 0),
-        _row("cells with higher ΔNLL than the GSI order", str(found.cells.worse), "none",
-             found.cells.worse == 0),
-    ]  # fmt: skip
-    some = compare_pair(comparison, policy.method, "gsi", competing_cells(comparison))
-    if some and some.relative:
-        rows.append(
-            _row("the same where weights and cache compete", relative_words(some.relative),
-                 f"{signed_percent(-COMPETING_GAIN, 0)} or less",
-                 some.relative.mean <= -COMPETING_GAIN)
-        )  # fmt: skip
-    return rows
-
-
-def _against_greedy(comparison: Comparison, policy: Summary) -> list[list[str]]:
-    found = compare_pair(comparison, policy.method, "greedy_per_byte")
-    if not found:
-        return []
-    greedy = next(s for s in comparison.summaries if s.method == "greedy_per_byte")
-    times = greedy.decision_s / max(policy.decision_s, 1e-9)
-    return [
-        _row("mean ΔNLL not above greedy per byte", _relative(found), "0 or less",
-             found.difference.mean <= 0),
-        _row("decision faster than greedy per byte", f"{number(times)} times",
-             f"{number(FASTER)} times", times >= FASTER),
-        _row("model evaluations for a decision", number(policy.evaluations), "none",
-             policy.evaluations == 0),
-    ]  # fmt: skip
-
-
-def _within(comparison: Comparison, policy: Summary, other: str) -> list[list[str]]:
-    found = compare_pair(comparison, policy.method, other)
-    if not found or not found.relative:
-        return []
-    most = WITHIN[other]
-    name = f"mean ΔNLL against {look(other).label}"
-    target = f"{signed_percent(most, 0)} or less"
-    return [_row(name, relative_words(found.relative), target, found.relative.mean <= most)]
-
-
-def _relative(found: PairwiseComparison) -> str:
-    return relative_words(found.relative) if found.relative else f"{found.difference} nats/token"
-
-
-def _row(name: str, reached: str, target: str, met: bool) -> list[str]:
-    return [name, reached, target, "yes" if met else "no"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from experiments.comparison.pairwise import pairwise_comparisons, targets_table
+from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary
 from experiments.study.looks import full_label, look, rank, short_label
@@ -14,6 +14,8 @@ from experiments.study.statistics import bootstrap_mean, paired_ratio
 from experiments.study.tables import (
     Table,
     TitledTable,
+    columns_table,
+    crossed_table,
     document,
     mebibytes,
     number,
@@ -69,8 +71,7 @@ def summary_table(comparison: Comparison, *, short: bool = False) -> Table:
     }
     if all(summary.accuracy is None for summary in comparison.summaries):
         del columns["Accuracy"]
-    rows = [[cell(summary) for cell in columns.values()] for summary in comparison.summaries]
-    return list(columns), rows
+    return columns_table(comparison.summaries, columns)
 
 
 def _seeds(summary: Summary) -> str:
@@ -85,17 +86,16 @@ def method_names(comparison: Comparison) -> dict[str, str]:
 
 def costs_table(comparison: Comparison) -> Table:
     """Return the cost of each method: once, and for each request."""
-    header = ["Method", "How it chooses", "KV-aware", "Evaluations once", "Training",
-              "Evaluations per request", "Decision (median)"]  # fmt: skip
-    rows = [
-        [
-            look(s.method).label, look(s.method).what, "yes" if s.kv_aware else "no",
-            f"{s.setup_evaluations:,}", "-" if s.training_s is None else seconds(s.training_s),
-            number(s.evaluations), seconds(s.decision_s),
-        ]
-        for s in comparison.summaries
-    ]  # fmt: skip
-    return header, rows
+    columns: dict[str, Callable[[Summary], str]] = {
+        "Method": lambda s: look(s.method).label,
+        "How it chooses": lambda s: look(s.method).what,
+        "KV-aware": lambda s: "yes" if s.kv_aware else "no",
+        "Evaluations once": lambda s: f"{s.setup_evaluations:,}",
+        "Training": lambda s: "-" if s.training_s is None else seconds(s.training_s),
+        "Evaluations per request": lambda s: number(s.evaluations),
+        "Decision (median)": lambda s: seconds(s.decision_s),
+    }
+    return columns_table(comparison.summaries, columns)
 
 
 def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
@@ -130,12 +130,12 @@ def _budget_table(
 ) -> Table:
     cells = [(*shape, budget) for budget in comparison.budgets_of(shape)]
     cells = [cell for cell in cells if any(comparison.at(m, cell) for m in comparison.compared)]
-    header = ["Method", *[_budget(comparison, cell) for cell in cells]]
-    rows = []
-    for s in comparison.summaries:
-        found = [comparison.at(s.method, cell) for cell in cells]
-        rows.append([look(s.method).label, *[entry(own) if own else "" for own in found]])
-    return header, rows
+    return crossed_table(
+        "Method",
+        {look(s.method).label: s.method for s in comparison.summaries},
+        {_budget(comparison, cell): cell for cell in cells},
+        lambda method, cell: entry(rows) if (rows := comparison.at(method, cell)) else "",
+    )
 
 
 def _kept_levels(row: ResultRow, num_layers: int) -> str:
@@ -174,34 +174,30 @@ def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
 
 def target_table(comparison: Comparison) -> Table:
     """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
-    columns = _tight_columns(comparison)
-    rows = [
-        [
-            f"{look(s.method).label}{_seeds(s)}",
-            *[f"{comparison.summary(s.method, c).delta_nll.mean:.3f}" for c in columns.values()],
-        ]
-        for s in comparison.summaries
-    ]
-    return ["Method", *columns], rows
+    return crossed_table(
+        "Method",
+        {f"{look(s.method).label}{_seeds(s)}": s.method for s in comparison.summaries},
+        _tight_columns(comparison),
+        lambda method, cells: f"{comparison.summary(method, cells).delta_nll.mean:.3f}",
+    )
 
 
 def ratio_table(comparison: Comparison, other: str) -> Table:
     """Return ΔNLL divided by that of another method, by request and by target."""
-    columns = _tight_columns(comparison)
 
     def entry(method: str, cells: list[Cell]) -> str:
         first, second = (
             [comparison.window_delta_nlls(name, cell) for cell in cells] for name in (method, other)
         )
-        found = paired_ratio(first, second)
-        return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" if found else "-"
+        ratio = paired_ratio(first, second)
+        return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "-"
 
-    rows = [
-        [f"{look(s.method).label}{_seeds(s)}", *[entry(s.method, c) for c in columns.values()]]
+    lines = {
+        f"{look(s.method).label}{_seeds(s)}": s.method
         for s in comparison.summaries
         if s.method != other
-    ]
-    return ["Method", *columns], rows
+    }
+    return crossed_table("Method", lines, _tight_columns(comparison), entry)
 
 
 def tight_document(comparison: Comparison) -> list[TitledTable]:
@@ -355,10 +351,6 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
 def comparison_document(comparison: Comparison) -> list[TitledTable]:
     """Return all tables of a comparison but that of costs."""
     tables = part_document(comparison)
-    policy = comparison.main_policy
-    several = policy is not None and policy.delta_nll.seeds > 1  # one training shows little
-    if several and (targets := targets_table(comparison)):
-        tables.append(TitledTable(targets, "Targets", by_method=False))
     for part, title in PART_TITLES.items():
         other = comparison.other_part(part)
         if other and other.summaries:

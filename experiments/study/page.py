@@ -1,11 +1,11 @@
-"""The HTML page: sections and figures in a template, without external resources."""
+"""An HTML page: figures, tables and sections in a template, without external resources."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.errors import MissingGroupError
 from experiments.study.figures import PNG_DPI, Draw, style, svg_uri
@@ -14,65 +14,46 @@ from experiments.study.tables import Table, TitledTable
 from rap_env.artifacts import atomic_write
 
 
-@dataclass(frozen=True)
-class Part:
-    """A paragraph, table, figure or fact list of a section."""
-
-    kind: Literal["text", "table", "figure", "facts"]
-    body: Any
-    title: str = ""
-    folded: bool = False
-    words: bool = False
-
-
 @dataclass
 class Section:
-    """A heading and its parts."""
+    """A heading and the tables, paragraphs and figures below it, which the template renders."""
 
     name: str
     title: str
-    parts: list[Part] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
-    def text(self, body: str) -> None:
-        """Add a paragraph."""
-        self.parts.append(Part("text", body))
+    def document(self, tables: Iterable[TitledTable], methods: Mapping[str, str]) -> None:
+        """Add tables with their titles and captions; `methods` names that of a first cell."""
+        self.parts += titled_parts(tables, methods)
 
-    def table(
-        self, table: Table, methods: dict[str, str] | None = None, *,
-        title: str = "", folded: bool = False, words: bool = False,
-    ) -> None:  # fmt: skip
-        """Add a table.
 
-        Args:
-            table: Header and rows.
-            methods: Method of each first cell, for its colour.
-            title: Heading of the table.
-            folded: Whether the table is collapsed at first.
-            words: Whether its cells are text and therefore left-aligned.
-        """
-        header, rows = table
-        named = methods or {}
-        shown = [
-            {
-                "cells": cells,
-                "colour": look(named[cells[0]]).colour if cells[0] in named else "",
-                "learned": cells[0] in named and look(named[cells[0]]).learned,
-            }
-            for cells in rows
-        ]
-        self.parts.append(Part("table", {"header": header, "rows": shown}, title, folded, words))
+def titled_parts(tables: Iterable[TitledTable], methods: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return tables with titles and captions as parts of a section."""
+    return [
+        {
+            "kind": "table",
+            "body": coloured(part.table, methods if part.by_method else {}),
+            "title": part.title,
+            "folded": part.detail,
+            "caption": part.caption,
+        }
+        for part in tables
+    ]
 
-    def document(self, tables: Iterable[TitledTable], methods: dict[str, str]) -> None:
-        """Add tables with their titles and captions."""
-        for part in tables:
-            named = methods if part.by_method else None
-            self.table(part.table, named, title=part.title, folded=part.detail)
-            if part.caption:
-                self.text(part.caption)
 
-    def facts(self, pairs: list[tuple[str, str]], title: str = "") -> None:
-        """Add a list of names and values."""
-        self.parts.append(Part("facts", pairs, title))
+def coloured(table: Table, methods: Mapping[str, str]) -> dict[str, Any]:
+    """Return a table with the colour of the method that the first cell of a row names."""
+    header, rows = table
+    looks = {name: look(method) for name, method in methods.items()}
+    shown = [
+        {
+            "cells": cells,
+            "colour": looks[cells[0]].colour if cells[0] in looks else "",
+            "learned": cells[0] in looks and looks[cells[0]].learned,
+        }
+        for cells in rows
+    ]
+    return {"header": header, "rows": shown}
 
 
 class Gallery:
@@ -82,21 +63,25 @@ class Gallery:
         self.folder = folder
         self.count = 0
 
-    def add(self, section: Section, name: str, title: str, caption: str, draw: Draw) -> None:
-        """Draw a figure in its wide and narrow forms and add it to a section."""
+    def figure(self, name: str, title: str, caption: str, draw: Draw) -> dict[str, Any]:
+        """Draw a figure in its wide and narrow forms, for the template."""
         self.count += 1
         wide = draw(False)
         with style(), atomic_write(self.folder / f"{name}.png") as file:
             wide.savefig(file, format="png", dpi=PNG_DPI)
-        body = {
+        return {
             "name": name, "number": self.count, "title": title, "caption": caption,
             "wide": svg_uri(wide), "narrow": svg_uri(draw(True)),
         }  # fmt: skip
-        section.parts.append(Part("figure", body))
+
+    def add(self, section: Section, name: str, title: str, caption: str, draw: Draw) -> None:
+        """Draw a figure and add it to a section."""
+        body = self.figure(name, title, caption, draw)
+        section.parts.append({"kind": "figure", "body": body})
 
 
-def write_page(path: Path, **content: Any) -> None:
-    """Render the template to a file.
+def write_page(template: Path, path: Path, **content: Any) -> None:
+    """Render a template to a file.
 
     Raises:
         MissingGroupError: jinja2 is not installed.
@@ -106,10 +91,11 @@ def write_page(path: Path, **content: Any) -> None:
         import jinja2
     except ImportError:
         raise MissingGroupError("jinja2", "The report", "agents") from None
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
-    text = environment.get_template("report.html.j2").render(**content)
+    text = environment.get_template(template.name).render(**content)
     with atomic_write(path) as file:
         file.write(text.encode())

@@ -201,7 +201,7 @@ def test_the_page_has_no_external_resources(page):
 def test_figures_and_tables_are_written_next_to_the_page(page):
     names = {path.stem for path in (page.parent / "figures").glob("*.png")}
     expected = {"overview", "loss_against_budget", "memory", "importance", "learning_curves",
-                "removed_maskable_ppo", "removed_greedy_per_byte"}  # fmt: skip
+                "levels_maskable_ppo", "levels_greedy_per_byte"}  # fmt: skip
     assert names == expected
     text = (page.parent / "tables.md").read_text()
     assert "## ΔNLL (nats/token), 8 \N{MULTIPLICATION SIGN} 2,048 tokens" in text

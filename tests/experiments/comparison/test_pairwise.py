@@ -1,4 +1,4 @@
-"""Verdicts on rows whose differences are known, and the targets made of them."""
+"""Verdicts on rows whose differences are known."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import pytest
 from experiments.comparison.pairwise import (
     Counts,
     compare_pair,
-    competing_cells,
     pairwise_comparisons,
-    targets_table,
 )
 from experiments.comparison.records import PARTS
 from experiments.comparison.summaries import Comparison
@@ -82,35 +80,6 @@ def test_verdicts_are_ordered_and_exclude_self_comparison():
     assert [v.other_fits for v in pairwise_comparisons(both, "ppo")] == [True, True, False]
     _, table = difference_table(both, "ppo")
     assert [row[-1] for row in table] == ["worse", "better", "worse*"]
-
-
-def test_targets_are_met_if_the_numbers_meet_them():
-    both = comparison(
-        rows_of("rap", [0.85] * 4, seeds=(0, 1), decision_s=0.004, evaluations=0),
-        rows_of("ppo", [0.1] * 4, seeds=(0,)),
-        rows_of("gsi", [1.0] * 4),
-        rows_of("greedy_per_byte", [0.8] * 4, decision_s=8.0),
-        rows_of("evolutionary", [0.84] * 4),
-        rows_of("frontier", [0.8] * 4),
-    )
-    assert both.main_policy.method == "rap", "not the one that does best on the report text"
-    header, rows = targets_table(both)
-    met = {row[0]: row[-1] for row in rows}
-    assert met["mean ΔNLL below the GSI order"] == "yes"
-    assert met["mean ΔNLL not above greedy per byte"] == "no"
-    assert met["decision faster than greedy per byte"] == "yes"
-    within = [row for row in rows if row[0].startswith("mean ΔNLL against")]
-    assert [row[2:] for row in within] == [["+2 % or less", "yes"], ["+2 % or less", "no"]]
-    assert header[-1] == "Met"
-    assert targets_table(comparison(rows_of("gsi", [1.0] * 4))) is None
-
-
-def test_weights_and_cache_compete_where_the_greedy_search_removes_both():
-    both = comparison(
-        rows_of("greedy_per_byte", [1.0] * 4, attn_removed=2, ffn_removed=0)[:2]
-        + rows_of("greedy_per_byte", [1.0] * 4, attn_removed=2, ffn_removed=1)[2:]
-    )
-    assert competing_cells(both) == [(1, 128, 0.7), (8, 2048, 0.9)]
 
 
 def test_the_main_policy_is_not_chosen_by_report_text():

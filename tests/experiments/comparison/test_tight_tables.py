@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.comparison import figures
-from experiments.comparison.level_figures import levels_picture, short_and_long
+from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     budget_words,
@@ -101,9 +101,12 @@ def test_masks_at_equal_budgets_have_no_such_tables():
 
 @pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figures_are_drawn(comparison, narrow):
-    assert short_and_long(comparison.shapes) == [(1, 128), (16, 4096)]
     rows = [row for row in comparison.rows if row.method == "rap" and row.shape != (8, 2048)]
-    figure = levels_picture(rows, LAYERS, narrow)
+    lines = [
+        LevelsLine(row.shape, f"{shape_words(row.shape)} ~{row.target_loss}", row.levels)
+        for row in rows
+    ]
+    figure = levels_picture(lines, LAYERS, narrow)
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "Attention weights", "KV caches", "FFN weights", "Emb.",
     ]  # fmt: skip
@@ -112,8 +115,8 @@ def test_figures_are_drawn(comparison, narrow):
     assert shown == ["native", "int4", "removed"]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert len(labels) == 4
-    other = replace(rows[0], levels={"layer00.cache": "int8-window320"})
-    (legend,) = levels_picture([*rows, other], LAYERS, narrow).legends
+    other = LevelsLine((1, 128), "other", {"layer00.cache": "int8-window320"})
+    (legend,) = levels_picture([*lines, other], LAYERS, narrow).legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[-1] == "int8-window320", "a level without a colour of its own"
     assert labels[0].startswith(shape_words((1, 128)))
