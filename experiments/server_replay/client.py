@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 
 from experiments.replay.workload import ReplayRequest
-from experiments.soak import REJECTED_CODES
 
 MODEL_NAME = "served"
 """Name under which every server offers its model."""
@@ -20,6 +19,9 @@ MODEL_NAME = "served"
 OUTCOMES = ("served", "refused", "timed_out", "failed")
 """Outcomes of a request: its stream ended as it should; the server rejected it; the client's
 timeout; the stream or the connection broke."""
+
+REJECTED_CODES = ("insufficient_memory", "insufficient_quality", "rate_limit_exceeded")
+"""Codes of valid answers when memory is short."""
 
 _REJECTIONS = (400, 413, 429, 503)
 """Status codes of a request that the server does not accept, now or at all."""
