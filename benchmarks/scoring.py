@@ -246,7 +246,7 @@ def measure_gsi(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
     ]
     measured = {
         "naive_s": naive_s,
-        "order": [block.name for block in exact.order],
+        "order": list(exact.order),
         "exact": {"seconds": exact_s, "candidates": sum(exact.candidates)},
         "lazy": {
             "seconds": spread(lazy_s),

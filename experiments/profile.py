@@ -155,7 +155,7 @@ def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]
         record["gsi"] = {
             "method": gsi.method,
             "candidates": list(gsi.candidates),
-            "order": [block.name for block in gsi.order],
+            "order": list(gsi.order),
             "nll_after": list(gsi.nll_after),
             "first_pass": gsi.first_pass.tolist(),
             "marginal_loss": gsi.marginal_delta_nll.tolist(),

@@ -66,7 +66,7 @@ def write_orders(path: Path, profiles: Mapping[str, GSIProfile]) -> None:
     record = {
         name: {
             "method": profile.method,
-            "order": [block.name for block in profile.order],
+            "order": list(profile.order),
             "loss_after": [nll - profile.dense_nll for nll in profile.nll_after],
             "calibration_sha256": profile.provenance["text"]["sha256"],
             "stubs": profile.provenance["scoring"].get("repair", ""),

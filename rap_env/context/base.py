@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.importance.frontier import Frontier
-from rap_env.importance.ladder_order import LadderOrder, greedy_order
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.orders import LadderOrder, check_ladder, greedy_order
 from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
+from rap_env.ladder.items import Ladder
 from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_types
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
     import numpy as np
     import numpy.typing as npt
 
-    from rap_env.importance.item_gsi import ItemGSIProfile
     from rap_env.memory import MemoryModel
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
@@ -32,9 +32,6 @@ if TYPE_CHECKING:  # a context without a live model loads no torch
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
-
-GSI_METHODS = ("exact", "lazy")
-"""Methods of `rap_env.importance.gsi`."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class PruningContext(Protocol):
     def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
         """One-shot costs of the levels of all items; those of caches are named."""
 
-    def item_gsi(self, item_bytes: LadderBytes, /) -> ItemGSIProfile:
+    def item_gsi(self, item_bytes: LadderBytes, /) -> GSIProfile:
         """GSI over the items of a ladder; an `ArtifactError` if there is none."""
 
 
@@ -181,7 +178,7 @@ def item_order(
     costs = context.level_costs(item_bytes.ladder.cache_levels)
     if (importance or context.importance) == "one_shot":
         return greedy_order(costs, item_bytes)
-    return context.item_gsi(item_bytes).order(costs, item_bytes)
+    return greedy_order(costs, item_bytes, context.item_gsi(item_bytes))
 
 
 def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImportance:
@@ -189,6 +186,13 @@ def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImp
     if context.importance == "none":
         return ItemImportance.none(item_bytes.ladder)
     return item_order(context, item_bytes).importance
+
+
+def load_block_order(path: str, memory: MemoryModel) -> GSIProfile:
+    """Read a GSI order of blocks; an `ArtifactError` if it is damaged or of other items."""
+    profile = GSIProfile.load(path, memory)
+    check_ladder(profile, Ladder.of(memory.facts, "masks"))
+    return profile
 
 
 def load_plan_frontier(path: str | None, memory: MemoryModel) -> PlanFrontier:

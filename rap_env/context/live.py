@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rap_env.artifacts import digest
-from rap_env.context.base import IMPORTANCES, importance_features, load_frontier
+from rap_env.context.base import IMPORTANCES, importance_features, load_block_order, load_frontier
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from rap_env.importance.item_gsi import ItemGSIProfile
     from rap_env.ladder.item_bytes import LadderBytes
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.observation import ImportanceFeatures
@@ -125,7 +124,7 @@ class LiveContext:
         from rap_env.importance.gsi_search import gsi
 
         if self.importance not in IMPORTANCES:
-            return GSIProfile.load(self.importance, self.llm)
+            return load_block_order(self.importance, self.memory)
         if (packaged := self._packaged_gsi()) is not None:
             return packaged
         # What an agent observes depends on how far and how GSI ran, so each has its own file.
@@ -168,27 +167,27 @@ class LiveContext:
             self._level_costs[key] = self._packaged_costs(key) or self._measured_costs(key)
         return self._level_costs[key]
 
-    def item_gsi(self, item_bytes: LadderBytes) -> ItemGSIProfile:
+    def item_gsi(self, item_bytes: LadderBytes) -> GSIProfile:
         """GSI over the items of a ladder, measured on first use and cached.
 
         Raises:
             UnknownNameError: There is no such method over items.
             ArtifactError: The artifact that ``importance`` names is of another model or ladder.
         """
-        from rap_env.importance.item_gsi import ItemGSIProfile, item_gsi
+        from rap_env.importance.gsi_search import gsi
 
         ladder = item_bytes.ladder
         if self.importance not in IMPORTANCES:
-            return ItemGSIProfile.load(self.importance, self.llm)
+            return GSIProfile.load(self.importance, self.llm)
         key = digest([[item.name, item.levels] for item in ladder.items] + [ladder.together])[:8]
         stop = self._gsi_removals
         path = self._artifact(f"item-gsi-{self._gsi_method}-{stop or 'all'}-{key}")
         if path is None or not path.exists():
             log.info("Measuring GSI over items on %s; this takes long, once.", self.llm.name)
-        return item_gsi(
+        return gsi(
             self.scorer,
-            self.level_costs(ladder.cache_levels),
             item_bytes,
+            self.level_costs(ladder.cache_levels),
             method=self._gsi_method,
             stop=stop,
             path=path,
@@ -200,7 +199,7 @@ class LiveContext:
         for path in PACKAGED_ORDERS:
             with contextlib.suppress(ArtifactError):
                 profile = GSIProfile.load(path, self.llm)
-                settings = profile.method, len(profile.order_indices)
+                settings = profile.method, len(profile.order)
                 text = profile.provenance["text"]["sha256"]
                 if (*settings, text) == (self._gsi_method, self._gsi_removals, self.corpus.sha256):
                     return profile

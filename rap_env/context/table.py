@@ -14,7 +14,13 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from rap_env.context.base import IMPORTANCES, ContextConfig, importance_features, load_frontier
+from rap_env.context.base import (
+    IMPORTANCES,
+    ContextConfig,
+    importance_features,
+    load_block_order,
+    load_frontier,
+)
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
@@ -92,7 +98,7 @@ class TableContext:
                 damaged or of another model.
         """
         if self.importance not in IMPORTANCES:
-            return GSIProfile.load(self.importance, self.memory)
+            return load_block_order(self.importance, self.memory)
         if self.table.gsi is None:
             raise ArtifactError(self._no_gsi())
         return GSIProfile(**with_tuples(self.table.gsi))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rap_env.errors import InvalidRequestError, check_name
+from rap_env.importance.profiles import GSI_METHODS
 from rap_env.ladder.named_ladders import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
@@ -17,9 +18,6 @@ from rap_env.workload.registry import parse_sampler
 if TYPE_CHECKING:
     from rap_env.context.base import ContextConfig
     from rap_env.scoring.tasks import TaskConfig
-
-ITEM_GSI_METHODS = ("lazy", "exact")
-"""Methods of `rap_env.importance.item_gsi.item_gsi`."""
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
@@ -169,7 +167,7 @@ class LadderEnvConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("method of GSI over items", self.gsi_method, ITEM_GSI_METHODS)
+        check_name("GSI method", self.gsi_method, GSI_METHODS)
         parse_levels(self.levels)
         parse_together(self.together)
 

@@ -168,7 +168,7 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     for each level of each item, about) and stores them in the user's cache.
 
     With `importance="gsi"`, the order is measured: after each step the model's NLL is measured
-    again for the most promising next steps (`rap_env.importance.item_gsi`), and the greedy order
+    again for the most promising next steps (`rap_env.gsi` with a ladder), and the greedy order
     continues where GSI stops. It counts its evaluations and resumes after a kill. Costs of removals
     do not add up, so this matters for small budgets. On the default model an action takes 6 to 12
     evaluations; with all levels of caches taken together, 30 actions took 181 (7 minutes on one

@@ -1,118 +1,127 @@
-"""Greedy sequential importance (GSI): remove the least important block, measure again, repeat."""
+"""Greedy sequential importance (GSI): lower the least important item, measure again, repeat.
+
+RAP (arXiv 2505.17138, Algorithm 1) orders the blocks of a model by the rise in NLL at their
+removal. Over a ladder with more levels, the order is by the rise per freed byte.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError, check_name
-from rap_env.importance.gsi_strategies import STRATEGIES, GSIState, GSIStrategy
-from rap_env.importance.profiles import GSIProfile
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.orders import LadderWalk, WeighedWalk, check_ladder, follow
+from rap_env.importance.profiles import GSI_METHODS, GSIProfile
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan
+from rap_env.scoring.interface import OnScore
+from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer, bar_callback
+
+_LAZY_BATCH = 6
+_NEIGHBOURS = 2
 
 
 def gsi(
     scorer: MaskScorer,
+    item_bytes: LadderBytes | None = None,
+    costs: LevelCosts | None = None,
     *,
     method: str = "exact",
     stop: int | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> GSIProfile:
-    """Find the order in which to remove blocks so that the NLL rises least in each round.
+    """Find the order in which to lower items so that the NLL rises least in each round.
 
     Args:
-        scorer: Measures masks on the calibration text.
-        method: ``"exact"`` finds the block of the least NLL in every round and drops candidates
-            as soon as they cannot win; it gives the order of the naive loop. ``"lazy"`` measures
-            only the candidates with the least last known rise again, and more of them if one
-            has risen; it is several times faster, and may miss a block that the exact search finds.
-        stop: Removals after which to stop; None continues until no block is left.
-        path: File of the artifact. It is written after each removal. A profile of the same model
-            and text that already exists there is continued.
+        scorer: Measures plans on the calibration text.
+        item_bytes: The ladder and its bytes: items are ordered by the rise in NLL per byte that is
+            freed at the reference request (`rap_env.importance.orders`), and those that free
+            nothing there are left out. None removes blocks, ordered by the rise alone.
+        costs: One-shot costs of the ladder's levels: what is known of a step that was not measured.
+        method: ``"exact"`` gives the order of the naive loop. ``"lazy"`` measures only the items
+            with the least last known rise again, and more of them if one has risen; it is several
+            times faster, and may miss an item that the exact search finds.
+        stop: Actions after which to stop; None continues until nothing is left.
+        path: File of the artifact. It is written after each action. A profile of the same model,
+            text and ladder that already exists there is continued.
         progress: Whether to draw a progress bar.
 
     Returns:
-        The profile, with at least `stop` removals.
+        The profile, with at least `stop` actions.
 
     Raises:
         UnknownNameError: An unknown method.
-        ArtifactError: The file at `path` is damaged, or of another model or text.
+        ArtifactError: The file at `path` is damaged, or of another model, text, method or ladder.
     """
-    with progress_bar(progress, desc="GSI", unit="mask", leave=False) as bar:
+    with progress_bar(progress, desc="GSI", unit="plan", leave=False) as bar:
+        on_score = bar_callback(bar)
         for profile in gsi_rounds(
-            scorer, method=method, stop=stop, path=path, on_score=bar_callback(bar)
+            scorer, item_bytes, costs, method=method, stop=stop, path=path, on_score=on_score
         ):
-            removed = len(profile.order_indices)
-            left = range(profile.num_blocks, 0, -1)  # candidates of each round
-            bar.total = sum(left[: _rounds(scorer, stop)])
-            bar.update(sum(left[:removed]) - bar.n)  # includes candidates that were not examined
             rise = (profile.dense_nll, *profile.nll_after)[-1] - profile.dense_nll
-            bar.set_postfix_str(f"{removed} removed, delta_nll {rise:.3f}")
+            bar.set_postfix_str(f"{len(profile.order)} lowered, delta_nll {rise:.3f}")
     return profile
 
 
 def gsi_rounds(
     scorer: MaskScorer,
+    item_bytes: LadderBytes | None = None,
+    costs: LevelCosts | None = None,
     *,
     method: str = "exact",
     stop: int | None = None,
     path: str | os.PathLike[str] | None = None,
-    on_score: Callable[[Plan], None] = lambda _: None,
+    on_score: OnScore | None = None,
 ) -> Iterator[GSIProfile]:
-    """Run `gsi` with its arguments, and yield the profile at the start and after each removal.
+    """Run `gsi` with its arguments, and yield the profile at the start and after each action.
 
-    `on_score` is called after each examined mask.
+    `on_score` is called after each examined plan.
     """
-    check_name("GSI method", method, STRATEGIES)
-    profile = _start(scorer, method, path)
-    strategy, rounds = STRATEGIES[method](scorer), _rounds(scorer, stop)
-    yield profile
-    while len(profile.order_indices) < rounds:
-        profile = _next_round(strategy, profile, rounds, on_score)
+    check_name("GSI method", method, GSI_METHODS)
+    if item_bytes is None or costs is None:
+        walk = LadderWalk(Ladder.of(scorer.llm.facts, "masks"))
+    else:
+        walk = WeighedWalk(costs, item_bytes)
+    search = _Search(scorer, walk, _start(scorer, walk.ladder, method, path), stop, on_score)
+    yield search.profile
+    for _ in follow(walk, lambda _: search.next()):
         if path is not None:
-            profile.save(path)
-        yield profile
+            search.profile.save(path)
+        yield search.profile
 
 
-def _rounds(scorer: MaskScorer, stop: int | None) -> int:
-    """Number of removals to make."""
-    return min(scorer.llm.facts.num_blocks, scorer.llm.facts.num_blocks if stop is None else stop)
-
-
-def _start(scorer: MaskScorer, method: str, path: str | os.PathLike[str] | None) -> GSIProfile:
+def _start(
+    scorer: MaskScorer, ladder: Ladder, method: str, path: str | os.PathLike[str] | None
+) -> GSIProfile:
     """An empty profile, or the one saved at `path`."""
-    facts = scorer.llm.facts
     if path is not None and Path(path).exists():
-        found = GSIProfile.load(path, scorer.llm)
-        if found.method != method:
+        saved = GSIProfile.load(path, scorer.llm)
+        check_ladder(saved, ladder)
+        if saved.method != method or saved.provenance["scoring"] != dict(scorer.context):
             raise ArtifactError(
-                f"{os.fspath(path)} was measured with method={found.method!r}, not {method!r}; "
-                "give another path or delete it."
+                f"{os.fspath(path)} was measured with method={saved.method!r} on "
+                f"{saved.provenance['text']}, not with {method!r} on this text in this way; give "
+                "another path or delete it."
             )
-        if found.provenance["scoring"] != dict(scorer.context):
-            raise ArtifactError(
-                f"{os.fspath(path)} was measured on other text or in another way "
-                f"({found.provenance['text']}); give another path or delete it."
-            )
-        return found
+        return saved
     before = scorer.evaluations, scorer.block_forwards
     dense_nll = scorer.dense_nll
     return GSIProfile(
         method=method,
-        num_blocks=facts.num_blocks,
-        param_bytes=facts.block_param_bytes,
-        order_indices=(),
+        levels={item.name: list(item.levels) for item in ladder.items},
+        together=ladder.together,
         dense_nll=dense_nll,
+        order=(),
         nll_after=(),
-        first_nll=(),
-        left_loss={},
+        first_nll={},
+        last_rises={},
         candidates=(),
         evaluations=1,  # the dense model
         evaluations_run=scorer.evaluations - before[0],
@@ -122,29 +131,135 @@ def _start(scorer: MaskScorer, method: str, path: str | os.PathLike[str] | None)
     )
 
 
-def _next_round(
-    strategy: GSIStrategy, profile: GSIProfile, rounds: int, on_score: Callable[[Plan], None]
-) -> GSIProfile:
-    """Remove the block whose removal raises the NLL least."""
-    began = time.perf_counter()
-    before = strategy.evaluations, strategy.block_forwards
-    done = len(profile.order_indices)
-    known = {block_index(name): rise for name, rise in profile.left_loss.items()}
-    nll = (profile.dense_nll, *profile.nll_after)[-1]
-    state = GSIState(profile.order_indices, nll, known, last=done + 1 == rounds)
-    found = strategy.next(state, on_score)
-    known |= found.delta_nll
-    if not done:
-        first = tuple(profile.dense_nll + known[i] for i in range(profile.num_blocks))
-        profile = replace(profile, first_nll=first)
-    return replace(
-        profile,
-        order_indices=(*profile.order_indices, found.block),
-        nll_after=(*profile.nll_after, found.nll),
-        left_loss={block_name(i): rise for i, rise in known.items() if i != found.block},
-        candidates=(*profile.candidates, len(found.delta_nll)),
-        evaluations=profile.evaluations + len(found.delta_nll),
-        evaluations_run=profile.evaluations_run + strategy.evaluations - before[0],
-        block_forwards=profile.block_forwards + strategy.block_forwards - before[1],
-        seconds=profile.seconds + time.perf_counter() - began,
-    )
+class _Search:
+    """Finds the item to lower next, and adds it to the profile."""
+
+    def __init__(
+        self,
+        scorer: MaskScorer,
+        walk: LadderWalk,
+        profile: GSIProfile,
+        stop: int | None,
+        on_score: OnScore | None,
+    ) -> None:
+        self.profile = profile
+        self._scorer, self._walk, self._on_score = scorer, walk, on_score
+        steps = sum(len(item.levels) - 1 for item in walk.ladder.items)
+        self._stop = min(stop or steps, steps)
+        self._names = [item.name for item in walk.ladder.items]
+        self._by_bytes = isinstance(walk, WeighedWalk)
+        self._exact = profile.method == "exact"
+        for name in profile.order:
+            walk.lower(walk.ladder.numbers[name])
+
+    def next(self) -> int | None:
+        """Measure a round; None if there is nothing left to lower."""
+        walk, profile, began = self._walk, self.profile, time.perf_counter()
+        freed = dict.fromkeys(walk.lowerable(), 1)
+        if isinstance(walk, WeighedWalk):
+            freed = {item: size for item in freed if (size := walk.freed_bytes(item)) > 0}
+        if not freed or len(profile.order) >= self._stop:
+            return None
+        before = self._scorer.evaluations, self._scorer.block_forwards
+        best, nll, rises = self._measure(freed)
+        named = {self._names[item]: rise for item, rise in rises.items()}
+        last_rises = profile.last_rises | named
+        for item in walk.changed_by(best):  # their next step is another one then
+            last_rises.pop(self._names[item], None)
+        first_nll = {name: profile.dense_nll + rise for name, rise in named.items()}
+        self.profile = replace(
+            profile,
+            order=(*profile.order, self._names[best]),
+            nll_after=(*profile.nll_after, nll),
+            first_nll=profile.first_nll or first_nll,
+            last_rises=last_rises,
+            candidates=(*profile.candidates, len(rises)),
+            evaluations=profile.evaluations + len(rises),
+            evaluations_run=profile.evaluations_run + self._scorer.evaluations - before[0],
+            block_forwards=profile.block_forwards + self._scorer.block_forwards - before[1],
+            seconds=profile.seconds + time.perf_counter() - began,
+        )
+        return best
+
+    def _measure(self, freed: Mapping[int, int]) -> tuple[int, float, dict[int, float]]:
+        """The best item, the NLL after it, and the rise, or a bound of it, of all examined items.
+
+        The exact search measures all items in the first and in the last round, because their
+        results are what is known of single items afterwards. In the others it drops those that
+        cannot be the best, unless bytes count too. The lazy search (Minoux 1978) takes items in
+        the order of their last known rise, a few at a time, until the best of them is no worse than
+        the last known rise of the next one: it is exact if rises only grow, which is mostly so.
+        """
+        profile = self.profile
+        before = (profile.dense_nll, *profile.nll_after)[-1]
+        known = self._known_rises(freed)
+        last = self._exact and len(profile.order) + 1 == self._stop
+        droppable = bool(known) and not (self._by_bytes or last)
+        waiting, size = self._likely_first(freed, known), len(freed)
+        if known and not self._exact:
+            size = _LAZY_BATCH + (0 if self._by_bytes else _NEIGHBOURS)
+        nll: dict[int, float] = {}
+        rises: dict[int, float] = {}
+        while True:
+            tried, waiting, size = waiting[:size], waiting[size:], _LAZY_BATCH
+            measured, bounds = self._score(tried, list(nll)[:1], droppable)
+            # A plan may be dropped after a small part of the text. The last known rise of its item
+            # is then more informative than the lower bound.
+            rises |= {item: value - before for item, value in measured.items()}
+            rises |= {item: max(bound - before, known[item]) for item, bound in bounds.items()}
+            nll |= measured
+            best = min(nll, key=lambda item: self._price(item, rises[item], freed))
+            nll = {best: nll[best]}
+            if not waiting or self._price(best, rises[best], freed) <= self._price(
+                waiting[0], known[waiting[0]], freed
+            ):
+                return best, nll[best], rises
+
+    def _score(
+        self, items: Sequence[int], again: Sequence[int], droppable: bool
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """NLL of the plans after items, and lower bounds of the NLL of those that were dropped.
+
+        Items that are scored `again` bound the others.
+        """
+        ladder = self._walk.ladder
+        plans = {n: ladder.plan(self._walk.after(n)) for n in (*again, *items)}
+        if not droppable:
+            nll = self._scorer.nll_many(list(plans.values()), self._on_score)
+            return dict(zip(plans, nll, strict=True)), {}
+        near = ladder.plan(self._walk.positions) if self._exact else None
+        search = find_best_mask(
+            self._scorer, list(plans.values()), near=near, on_score=self._on_score
+        )
+        measured = {n: search.nll[plan] for n, plan in plans.items() if plan in search.nll}
+        return measured, {n: search.lower_bounds[plans[n]] for n in items if n not in measured}
+
+    def _known_rises(self, items: Iterable[int]) -> dict[int, float]:
+        """Last known rise of each item: measured, else predicted; empty if nothing is known."""
+        walk, rises = self._walk, self.profile.last_rises
+        if isinstance(walk, WeighedWalk):
+            return {item: rises.get(self._names[item], walk.rise(item)) for item in items}
+        return {item: rises[self._names[item]] for item in items if rises}
+
+    def _likely_first(self, freed: Mapping[int, int], known: Mapping[int, float]) -> list[int]:
+        """Items, likely winners first.
+
+        Of blocks, the neighbours of the block removed last come before the others: next to a
+        removed block, the rise is often smaller than last known, because the neighbour's work was
+        for the removed block. Elsewhere the rise mostly grows.
+        """
+        if not known:
+            return list(freed)
+        nearest: set[int] = set()
+        if not self._by_bytes:
+            removed = self._walk.ladder.numbers[self.profile.order[-1]]
+            kept_before = [item for item in freed if item < removed]
+            kept_after = [item for item in freed if item > removed]
+            nearest = {*kept_before[-1:], *kept_after[:1]}
+        return sorted(
+            freed, key=lambda item: (item not in nearest, self._price(item, known[item], freed))
+        )
+
+    def _price(self, item: int, rise: float, freed: Mapping[int, int]) -> tuple[float, int, int]:
+        """Sort key: the rise, per byte where bytes count."""
+        return (max(0.0, rise) if self._by_bytes else rise) / freed[item], -freed[item], item

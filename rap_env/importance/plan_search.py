@@ -24,8 +24,8 @@ import numpy as np
 
 from rap_env.costs import Counts
 from rap_env.errors import InvalidRequestError
-from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.orders import greedy_order
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
 from rap_env.ladder.item_bytes import LadderBytes

@@ -11,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import Block, block_index
+from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError
 from rap_env.model_facts import HasFacts
+
+GSI_METHODS = ("exact", "lazy")
+"""Methods of `rap_env.gsi`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,47 +89,55 @@ class OneShotProfile(Profile):
 class GSIProfile(Profile):
     """The result of GSI (RAP, arXiv 2505.17138, Algorithm 1) on one model and text.
 
+    The arrays are those of an order that removes blocks.
+
     Attributes:
         method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
-        num_blocks: 2L.
-        param_bytes: Bytes of each block's weights, length 2L.
-        order_indices: Blocks in the order of their removal; may stop before all are removed.
+        levels: The levels of each item, by its name.
+        together: Levels that all caches take together.
         dense_nll: NLL of the dense model, nats per token.
-        nll_after: NLL after each removal, nats per token.
-        first_nll: NLL without each block alone, length 2L (the first round).
-        left_loss: For each remaining block, by name: the last known rise in NLL if it is removed
-            in addition to the blocks removed by then.
-        candidates: Blocks examined in each round.
+        order: Names of the items in the order in which they are lowered by one level; may stop
+            before all are at their lowest.
+        nll_after: NLL after each action, nats per token.
+        first_nll: NLL after each action alone that the first round examined, nats per token, by
+            the item's name.
+        last_rises: Last known rise in NLL of the next step of items, nats per token, by name.
+        candidates: Items examined in each round.
     """
 
     KIND = "GSI profile"
-    FORMAT = 2
+    FORMAT = 3
 
     method: str
-    num_blocks: int
-    param_bytes: tuple[int, ...]
-    order_indices: tuple[int, ...]
+    levels: dict[str, list[str]]
+    together: tuple[str, ...]
     dense_nll: float
+    order: tuple[str, ...]
     nll_after: tuple[float, ...]
-    first_nll: tuple[float, ...]
-    left_loss: dict[str, float]
+    first_nll: dict[str, float]
+    last_rises: dict[str, float]
     candidates: tuple[int, ...]
 
     @property
-    def order(self) -> tuple[Block, ...]:
+    def num_blocks(self) -> int:
+        """2L, if the items are blocks."""
+        return len(self.levels)
+
+    @property
+    def order_indices(self) -> tuple[int, ...]:
         """Blocks in the order of their removal, least important first."""
-        return tuple(Block(index, self.param_bytes[index]) for index in self.order_indices)
+        return tuple(map(block_index, self.order))
 
     @property
     def first_pass(self) -> npt.NDArray[np.float64]:
         """Rise in NLL if one block is removed from the dense model, nats per token, (2L,)."""
-        return np.array(self.first_nll) - self.dense_nll
+        return np.array([self.first_nll[name] for name in self._blocks]) - self.dense_nll
 
     @property
     def full_order(self) -> tuple[int, ...]:
         """All blocks: the measured order, then the rest by their last known rise in NLL."""
-        rest = set(range(self.num_blocks)) - set(self.order_indices)
-        return (*self.order_indices, *sorted(rest, key=lambda i: (self.marginal_delta_nll[i], i)))
+        rest, rises = set(range(self.num_blocks)) - set(self.order_indices), self.marginal_delta_nll
+        return (*self.order_indices, *sorted(rest, key=lambda index: (rises[index], index)))
 
     @property
     def rank(self) -> npt.NDArray[np.float64]:
@@ -142,12 +153,15 @@ class GSIProfile(Profile):
         For blocks that are left: the rise in the last round that examined them; after an exact
         search, that is the last round.
         """
-        levels = np.array([self.dense_nll, *self.nll_after])
         delta_nll = self.first_pass
-        for name, rise in self.left_loss.items():
+        for name, rise in self.last_rises.items():
             delta_nll[block_index(name)] = rise
-        delta_nll[list(self.order_indices)] = np.diff(levels)
+        delta_nll[list(self.order_indices)] = np.diff([self.dense_nll, *self.nll_after])
         return delta_nll
+
+    @property
+    def _blocks(self) -> list[str]:
+        return [block_name(index) for index in range(self.num_blocks)]
 
 
 def load_profile(

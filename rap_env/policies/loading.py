@@ -18,8 +18,8 @@ from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.kind_costs import KindCosts
-from rap_env.importance.ladder_order import greedy_order
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.orders import greedy_order
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance

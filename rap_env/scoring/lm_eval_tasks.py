@@ -59,40 +59,25 @@ def require_lm_eval() -> None:
         raise MissingDependencyError(package, "Scoring tasks", "eval") from error
 
 
-_quiet_lock = threading.Lock()
-_quiet_users = 0
-_restore = contextlib.ExitStack()
+_quiet_lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Suppress lm-eval's log lines below errors and the progress bars of `datasets`.
 
-    Standard error is not touched, and threads may overlap: the last one restores the settings.
+    Standard error is not touched. Threads take turns, so that the last one restores the settings.
     """
-    global _quiet_users
-    with _quiet_lock:
-        if not _quiet_users:
-            _silence()
-        _quiet_users += 1
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_users -= 1
-            if not _quiet_users:
-                _restore.close()
-
-
-def _silence() -> None:
     import datasets
 
-    for logger in map(logging.getLogger, _NOISY):
-        _restore.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.ERROR)
-    if not datasets.are_progress_bars_disabled():
-        _restore.callback(datasets.enable_progress_bars)
-        datasets.disable_progress_bars()
+    with _quiet_lock, contextlib.ExitStack() as restore:
+        for logger in map(logging.getLogger, _NOISY):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if not datasets.are_progress_bars_disabled():
+            restore.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield
 
 
 @functools.cache

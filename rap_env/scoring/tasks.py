@@ -278,6 +278,3 @@ class TaskScorer:
             values = outputs.reshape(-1).tolist()
             self.store.put(context_key(context), plan, _METRIC, values, context)
         return outputs
-
-
-__all__ = ["TaskConfig", "TaskResult", "TaskScorer"]

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from rap_env.context.base import item_order
-from rap_env.envs.config import ITEM_GSI_METHODS
-from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.item_gsi import METHODS, ItemGSIProfile, item_gsi
-from rap_env.importance.ladder_order import LadderWalk
+from rap_env.errors import ArtifactError
+from rap_env.importance.gsi_search import gsi
+from rap_env.importance.orders import WeighedWalk, greedy_order
+from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.plan import Plan
@@ -29,39 +29,34 @@ def bytes_of(context, together=("int8",)) -> LadderBytes:
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS, together))
 
 
-def run(context, item_bytes=None, **settings) -> ItemGSIProfile:
+def run(context, item_bytes=None, **settings) -> GSIProfile:
     item_bytes = item_bytes or bytes_of(context)
-    costs = context.level_costs(CACHES)
-    return item_gsi(context.scorer, costs, item_bytes, progress=False, **settings)
+    settings = {"method": "lazy", **settings}
+    return gsi(context.scorer, item_bytes, context.level_costs(CACHES), progress=False, **settings)
 
 
 def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
     item_bytes = bytes_of(context)
     profile = run(context, item_bytes, method="exact", stop=8)
-    walk = LadderWalk(context.level_costs(CACHES), item_bytes)
+    walk = WeighedWalk(context.level_costs(CACHES), item_bytes)
     ladder, before = item_bytes.ladder, context.scorer.dense_nll
-    for name, nll, count in zip(
-        profile.actions, profile.nll_after, profile.candidates, strict=True
-    ):
-        prices = {}
-        for item, found in enumerate(ladder.items):
-            lower = walk.next_of(item)
-            if lower < 0 or walk.freed_bytes(item, lower) <= 0:
-                continue
-            rise = context.scorer.nll(ladder.lower(walk.plan, item)) - before
-            prices[found.name] = max(0.0, rise) / walk.freed_bytes(item, lower)
+    for name, nll, count in zip(profile.order, profile.nll_after, profile.candidates, strict=True):
+        plan, prices = ladder.plan(walk.positions), {}
+        for item in walk.lowerable():
+            if walk.freed_bytes(item) > 0:
+                rise = context.scorer.nll(ladder.lower(plan, item)) - before
+                prices[ladder.items[item].name] = max(0.0, rise) / walk.freed_bytes(item)
         assert prices[name] == min(prices.values())
-        shared = {n for n in range(len(ladder)) if walk.takers(n)[0] != n}
-        assert count == len(prices) - len(shared)
-        walk.take(step for step, _ in walk.steps(ladder.numbers[name]))
+        assert count == len(prices)
+        walk.lower(ladder.numbers[name])
         before = nll
-        assert nll == context.scorer.nll(walk.plan)
+        assert nll == context.scorer.nll(ladder.plan(walk.positions))
     assert profile.evaluations == 1 + sum(profile.candidates)
 
 
 def test_the_lazy_search_measures_fewer_plans(context):
     exact, lazy = run(context, method="exact", stop=10), run(context, method="lazy", stop=10)
-    assert len(lazy.actions) == 10
+    assert len(lazy.order) == 10
     assert lazy.evaluations < 0.8 * exact.evaluations
     assert lazy.nll_after[-1] < exact.nll_after[-1] + 0.5
 
@@ -74,7 +69,7 @@ def test_it_is_continued_where_it_stopped(context, tmp_path):
     assert replace(resumed, seconds=0, evaluations_run=0, block_forwards=0) == replace(
         whole, seconds=0, evaluations_run=0, block_forwards=0
     )
-    assert ItemGSIProfile.load(path, context.llm) == resumed
+    assert GSIProfile.load(path, context.llm) == resumed
     before = context.scorer.evaluations
     assert run(context, stop=7, path=path) == resumed
     assert context.scorer.evaluations == before
@@ -87,34 +82,31 @@ def test_a_profile_of_other_levels_or_methods_is_rejected(context, tmp_path):
         run(context, bytes_of(context, together=()), stop=2, path=path)
     with pytest.raises(ArtifactError, match="method='lazy' .*, not with 'exact'"):
         run(context, stop=2, path=path, method="exact")
-    with pytest.raises(UnknownNameError, match="method of GSI over items 'fast'"):
-        run(context, method="fast")
-    assert METHODS == ITEM_GSI_METHODS
 
 
 def test_it_ends_when_nothing_frees_bytes(context):
     item_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks"))
     profile = run(context, item_bytes)
-    assert sorted(profile.actions) == [item.name for item in item_bytes.ladder.items]
-    everything = Plan.of(dict.fromkeys(profile.actions, "removed"))
+    assert sorted(profile.order) == [item.name for item in item_bytes.ladder.items]
+    everything = Plan.of(dict.fromkeys(profile.order, "removed"))
     assert profile.nll_after[-1] == context.scorer.nll(everything)
 
 
 def test_the_order_begins_with_the_measured_steps_and_is_complete(context):
     item_bytes, costs = bytes_of(context), context.level_costs(CACHES)
     profile, ladder = run(context, stop=6), item_bytes.ladder
-    order = profile.order(costs, item_bytes)
-    walk = LadderWalk(costs, item_bytes)
-    for name in profile.actions:
-        walk.take(step for step, _ in walk.steps(ladder.numbers[name]))
-    measured = sum(position for position in walk.positions)
-    reached = LadderWalk(costs, item_bytes)
-    reached.take(order.steps[:measured])
-    assert reached.plan == walk.plan
-    reached.take(order.steps)
-    assert reached.plan == ladder.lowest
+    order = greedy_order(costs, item_bytes, profile)
+    walk = WeighedWalk(costs, item_bytes)
+    for name in profile.order:
+        walk.lower(ladder.numbers[name])
+    reached = [0] * len(ladder)
+    for number, (item, position) in enumerate(order.steps):
+        if number == sum(walk.positions):
+            assert reached == walk.positions
+        reached[item] = position
+    assert ladder.plan(reached) == ladder.lowest
     with pytest.raises(ArtifactError, match="measured for other levels"):
-        profile.order(costs, bytes_of(context, together=()))
+        greedy_order(costs, bytes_of(context, together=()), profile)
 
 
 def test_environments_observe_it(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError
-from rap_env.importance.ladder_order import greedy_order, one_shot_costs
+from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor
 from rap_env.importance.plan_search import (

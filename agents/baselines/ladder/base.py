@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agents.baselines.base import AnyBaseline, CountingScorer, price_per_byte
-from rap_env.importance.ladder_order import one_shot_costs
+from rap_env.importance.orders import one_shot_costs
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts, LadderState
 from rap_env.plan import Plan

@@ -10,7 +10,7 @@ import numpy as np
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
 from rap_env.context.base import item_order, load_plan_frontier
-from rap_env.importance.ladder_order import Step
+from rap_env.importance.orders import Step
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agents.baselines.base import CountingScorer
 from agents.baselines.ladder.base import LadderBaseline
+from rap_env.importance.orders import greedy_order
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.plan import Plan
@@ -95,10 +96,10 @@ class UniformBaseline(LadderBaseline):
         masks = LadderBytes(self.memory, Ladder.of(self.memory.facts, "masks"))
         profile = context.item_gsi(masks)
         self.setup_evaluations = profile.evaluations
-        self._native_nll = profile.native_nll
-        steps = profile.order(context.level_costs(()), masks).steps
+        self._native_nll = profile.dense_nll
+        steps = greedy_order(context.level_costs(()), masks, profile).steps
         order = [masks.ladder.items[item].name for item, _ in steps]
-        rises = [nll - profile.native_nll for nll in profile.nll_after]
+        rises = [nll - profile.dense_nll for nll in profile.nll_after]
         rises += (rises[-1:] or [0.0]) * (len(order) - len(rises))
         kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
         return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]

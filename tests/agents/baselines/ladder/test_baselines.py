@@ -15,7 +15,7 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
-from rap_env.importance.ladder_order import LadderWalk
+from rap_env.importance.orders import WeighedWalk
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
 from rap_env.ladder.item_bytes import LadderBytes
@@ -145,13 +145,13 @@ def test_greedy_shares_the_first_steps_of_smaller_budgets(context, item_bytes, r
 def test_predicted_rises_are_those_of_the_greedy_order(context, item_bytes):
     costs, ladder = context.level_costs(LEVELS["caches"]), item_bytes.ladder
     found = Steps(context, item_bytes.costs(16, 500))
-    state, walk = found.state(), LadderWalk(costs, item_bytes)
+    state, walk = found.state(), WeighedWalk(costs, item_bytes)
     for item in (ladder.numbers["layer00.cache"], 0, 0, 0, 1):  # the first block is removed
         rises = {one.step[0]: one.rise for one in found.candidates(state)}
         for number, rise in rises.items():
             assert rise == pytest.approx(walk.rise(number, walk.next_of(number)))
         state.lower(item)
-        walk.take(step for step, _ in walk.steps(item))
+        walk.lower(item)
 
 
 def test_a_measured_rise_replaces_the_predicted_one(context, item_bytes):

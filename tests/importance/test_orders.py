@@ -7,8 +7,8 @@ import pytest
 
 from rap_env.context.live import PACKAGED_COSTS
 from rap_env.envs.config import LadderEnvConfig
-from rap_env.importance.ladder_order import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.orders import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
