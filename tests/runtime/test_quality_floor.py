@@ -134,7 +134,7 @@ def test_a_plan_of_an_idle_engine_that_is_below_the_floor_serves_nothing(policy)
 def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
     before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
     policy = FakePolicy(said)
-    policy.delta_nll = lambda plan, tokens: 1.0 if before <= plan.removed != before else 0.1
+    policy.delta_nll = lambda plan, tokens: 1.0 if before.removed < plan.removed else 0.1
     harness = Harness(policy=policy, guard_order=(5, 0, 3, 2, 1, 4), mask=before, max_delta_nll=0.5)
     harness.budget_bytes = harness.need(said, SHAPE)
     assert not harness.controller.check(SHAPE)  # block 0 would stay removed besides others
