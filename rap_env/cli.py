@@ -32,7 +32,7 @@ from rap_env.command_options import (
 )
 from rap_env.errors import RapError
 from rap_env.export.commands import deployment_answer, deployment_text, export, prune
-from rap_env.export.static_deployment import choose_deployment
+from rap_env.export.llama_cpp import choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.serving.preflight import check_before_loading

@@ -22,8 +22,8 @@ from rap_env.command_options import (
     setting_option,
     show,
 )
-from rap_env.export.static_deployment import Deployment
-from rap_env.export.wanted import DEFAULT_POLICY, Wanted
+from rap_env.export.llama_cpp import Deployment
+from rap_env.export.plan_choice import DEFAULT_POLICY, PlanChoice
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
 
@@ -68,7 +68,7 @@ def export(
     Give the plan in a file (--plan), or the blocks to remove (--remove), or a request (--batch,
     --seq, --budget) for which a policy chooses.
     """
-    wanted = Wanted.of(remove, plan_file, (batch, seq, budget), policy)
+    choice = PlanChoice.of(remove, plan_file, (batch, seq, budget), policy)
     _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder, write_gguf
     from rap_env.models.files.loading import load_llm
@@ -76,7 +76,7 @@ def export(
     from rap_env.repair.cached_library import open_library
 
     source = gguf_source(model)
-    wish = Export(wanted, out, command or "rap export", measure, source)
+    order = Export(choice, out, command or "rap export", measure, source)
     llm = None
     if target != "gguf" or source is None or repair != "none" or measure is not None:
         weights = "native" if target == "gguf" and repair == "none" else "bf16"
@@ -85,10 +85,10 @@ def export(
             llm = open_library(repair, llm).attach(llm)
     if target == "gguf":
         facts = facts_of(model, device, dtype, "native") if llm is None else llm.facts
-        answer = write_gguf(facts, wish, llm)
+        answer = write_gguf(facts, order, llm)
     else:
         assert llm is not None
-        answer = write_folder(llm, wish, for_vllm=target == "vllm")
+        answer = write_folder(llm, order, for_vllm=target == "vllm")
     _show_written(answer, as_json)
 
 
@@ -107,15 +107,15 @@ def prune(
     Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy chooses
     them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
     """
-    wanted = Wanted.of(remove, None, (batch, seq, budget), policy)
+    choice = PlanChoice.of(remove, None, (batch, seq, budget), policy)
     _unwind_when_terminated()
     from rap_env.export.writers import Export, write_folder
     from rap_env.models.files.loading import load_llm
     from rap_env.models.files.sources import gguf_source
 
     llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
-    wish = Export(wanted, folder, command or "rap prune", gguf_file=gguf_source(model))
-    _show_written(write_folder(llm, wish), as_json)
+    order = Export(choice, folder, command or "rap prune", gguf_file=gguf_source(model))
+    _show_written(write_folder(llm, order), as_json)
 
 
 def _unwind_when_terminated() -> None:

@@ -64,7 +64,6 @@ class GgufModel:
         ffn_length: Width of an FFN block.
         entries: All entries of the new header but those that depend on the plan.
         tensors: Tensors by their names in a file (``blk.7.attn_q.weight``), in order.
-        licence: The licence that the source states, or an empty text.
     """
 
     name: str
@@ -75,7 +74,6 @@ class GgufModel:
     ffn_length: int
     entries: Mapping[str, Entry]
     tensors: Mapping[str, GgufTensor]
-    licence: str = ""
 
     def __post_init__(self) -> None:
         parts = {name.split(".")[2] for name in self.tensors if name.startswith("blk.")}
@@ -123,7 +121,6 @@ class GgufModel:
             ffn_length=int(file.value(f"{_SOURCE}.feed_forward_length")),
             entries=entries,
             tensors={t.name: GgufTensor(t.data, t.tensor_type) for t in file.tensors},
-            licence=str(file.value("general.license", "")),
         )
 
     @classmethod

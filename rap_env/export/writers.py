@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ from rap_env.errors import InvalidRequestError
 from rap_env.export.gguf_export import check_stubs, export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.export.llama_cpp import cache_flags, cache_type
-from rap_env.export.model_card import ModelCard, licence_of
-from rap_env.export.wanted import Chosen, Wanted
+from rap_env.export.plan_choice import ChosenPlan, PlanChoice
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
 from rap_env.models.files.vllm_config import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
@@ -25,7 +27,12 @@ from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from rap_env.version import __version__
 
+UNKNOWN_LICENCE = "unknown"
+"""Licence of a base model whose files name none."""
+
+_PACKAGES = ("torch", "transformers", "gguf")
 _MEASURED_WINDOWS, _MEASURED_TOKENS = 4, 256
 
 
@@ -34,14 +41,14 @@ class Export:
     """What a user asks to write.
 
     Attributes:
-        wanted: The plan.
+        choice: The plan, or how it is chosen.
         out: The folder or file to write.
         command: The command, for the card.
         measure: The text to measure the rise in NLL on, or None.
         gguf_file: The GGUF file that the model comes from, or None.
     """
 
-    wanted: Wanted
+    choice: PlanChoice
     out: Path
     command: str
     measure: str | None = None
@@ -60,7 +67,7 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
         InvalidRequestError: The plan lowers levels.
         UnsupportedModelError: vLLM cannot serve the model or the plan.
     """
-    chosen, facts = export.wanted.choose(MemoryModel(llm)), llm.facts
+    chosen, facts = export.choice.choose(MemoryModel(llm)), llm.facts
     plan = chosen.plan
     if not plan.is_mask:
         raise InvalidRequestError(
@@ -69,21 +76,21 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
             "choose another policy, such as 'frontier'."
         )
     if for_vllm:
-        removed = plan.mask.without(*llm.pruned.removed)
-        with llm.masked(plan.mask):
+        removed = plan.without(*llm.pruned.removed)
+        with llm.masked(plan):
             has_stubs = any(True for _ in stubs_in_place(llm))
         vllm_entries(llm.adapter, removed, stubs=has_stubs)
     sizes, stubs = facts.block_param_bytes, facts.stub_bytes or (0,) * facts.num_blocks
     before = facts.base_bytes + sum(sizes)
     after = before - sum(sizes[i] - stubs[i] for i in plan.removed)
-    card = _card(
+    card = ModelCard.of(
         export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
         use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
         + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
         "`rap_env.load_llm(FOLDER)`.",
     )  # fmt: skip
-    save_pruned(llm, plan.mask, export.out, readme=card.text)
-    return _answer(export, facts, card)
+    save_pruned(llm, plan, export.out, readme=card.text)
+    return card.answer
 
 
 def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dict[str, Any]:
@@ -98,12 +105,11 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     Raises:
         UnsupportedModelError: llama.cpp cannot compute the model, the layout or the levels.
     """
-    deployment = export.wanted.deployment(MemoryModel(facts))
+    deployment = export.choice.deployment(MemoryModel(facts))
     if deployment is None:
-        chosen = export.wanted.choose(MemoryModel(facts))
+        chosen = export.choice.choose(MemoryModel(facts))
     else:
-        kept = deployment.mask
-        chosen = Chosen(kept, deployment.delta_nll, deployment.source)
+        chosen = ChosenPlan(deployment.mask, deployment.delta_nll, deployment.source)
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if export.gguf_file is not None:
         model = GgufModel.of_file(export.gguf_file)
@@ -118,13 +124,13 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
         flags = cache_flags(caches)
     else:
         caches, flags = deployment.cache.name, deployment.flags
-    card = _card(
+    card = ModelCard.of(
         export, facts, chosen, "llama.cpp", (before, after), llm,
         use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
     with atomic_write(export.out.with_suffix(".md")) as file:
         file.write(card.text.encode())
-    return _answer(export, facts, card) | {"cache_type": caches}
+    return card.answer | {"cache_type": caches}
 
 
 def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:
@@ -153,45 +159,129 @@ def _means(llm: ElasticLLM, removed: Plan) -> dict[int, Any]:
     return {i: np.asarray(stub.mean.detach().float().cpu()) for i, stub in stubs.items()}
 
 
-def _card(
-    export: Export,
-    facts: ModelFacts,
-    chosen: Chosen,
-    target: str,
-    sizes: tuple[int, int],
-    llm: ElasticLLM | None,
-    use: str,
-) -> ModelCard:
-    measured = None
-    if export.measure is not None:
-        assert llm is not None
-        measured = measured_rise(llm, chosen.plan, export.measure)
-    return ModelCard(
-        model=facts.name,
-        fingerprint=facts.fingerprint,
-        target=target,
-        plan=chosen.plan,
-        bytes_before=sizes[0],
-        bytes_after=sizes[1],
-        predicted=(chosen.rise, chosen.source),
-        measured=measured,
-        licence=licence_of(None if llm is None else llm.folder, export.gguf_file),
-        command=export.command,
-        use=use,
-    )
+@dataclass(frozen=True)
+class ModelCard:
+    """The card beside an exported model: what it is made from, and what is known of it.
+
+    Attributes:
+        export: What the user asked for.
+        facts: Facts of the base model.
+        chosen: The plan, in the items of the base model, with its predicted rise in NLL.
+        target: The engine that the export is for.
+        bytes_before: Bytes of the base model's weights.
+        bytes_after: Bytes of the exported weights, stubs included.
+        measured: The measured rise and the text that it was measured on, if it was.
+        licence: Licence of the base model.
+        use: Markdown on how to use it.
+    """
+
+    export: Export
+    facts: ModelFacts
+    chosen: ChosenPlan
+    target: str
+    bytes_before: int
+    bytes_after: int
+    measured: tuple[float, str] | None
+    licence: str
+    use: str
+
+    @classmethod
+    def of(
+        cls,
+        export: Export,
+        facts: ModelFacts,
+        chosen: ChosenPlan,
+        target: str,
+        sizes: tuple[int, int],
+        llm: ElasticLLM | None,
+        use: str,
+    ) -> ModelCard:
+        """The card of an export; measures the rise in NLL if the user asked for it."""
+        measured = None
+        if export.measure is not None:
+            assert llm is not None
+            measured = measured_rise(llm, chosen.plan, export.measure)
+        licence = licence_of(None if llm is None else llm.folder, export.gguf_file)
+        return cls(export, facts, chosen, target, *sizes, measured, licence, use)
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What the command answers, as plain values."""
+        return {
+            "model": self.facts.name,
+            "dtype": self.facts.dtype,
+            "out": str(self.export.out),
+            "removed": list(self.chosen.plan.removed_names),
+            "levels": self.chosen.plan.levels,
+            "weight_bytes_before": self.bytes_before,
+            "weight_bytes_after": self.bytes_after,
+            "delta_nll": self.chosen.rise,
+            "delta_nll_source": self.chosen.source,
+            "measured_delta_nll": None if self.measured is None else self.measured[0],
+        }
+
+    @property
+    def text(self) -> str:
+        """The card in Markdown; its head is what model hubs read."""
+        rise = self.chosen.rise
+        predicted = "unknown" if rise is None else f"{rise:+.4f} nats/token"
+        measured = "not measured; `rap export --measure TEXT` does"
+        if self.measured is not None:
+            measured = f"{self.measured[0]:+.4f} nats/token on {self.measured[1]}"
+        share = 100 * self.bytes_after / self.bytes_before
+        rows = {
+            "Base model": self.facts.name,
+            "Its fingerprint": self.facts.fingerprint or "not computed",
+            "Its licence": self.licence,
+            "Weights": f"{self.bytes_after:,} bytes, {share:.1f} % of {self.bytes_before:,}",
+            "Rise in NLL, predicted": f"{predicted} ({self.chosen.source})",
+            "Rise in NLL, measured": measured,
+            "Command": f"`{self.export.command}`",
+            "Versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        return f"""---
+license: {self.licence}
+---
+# {self.facts.name} under a plan, for {self.target}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+{self.use}
+
+## Plan
+
+Each item of the base model that is not native, and its level:
+
+```json
+{self.chosen.plan.to_json()}
+```
+"""
 
 
-def _answer(export: Export, facts: ModelFacts, card: ModelCard) -> dict[str, Any]:
-    rise, source = card.predicted
-    return {
-        "model": facts.name,
-        "dtype": facts.dtype,
-        "out": str(export.out),
-        "removed": list(card.plan.removed_names),
-        "levels": card.plan.levels,
-        "weight_bytes_before": card.bytes_before,
-        "weight_bytes_after": card.bytes_after,
-        "delta_nll": rise,
-        "delta_nll_source": source,
-        "measured_delta_nll": None if card.measured is None else card.measured[0],
-    }
+def _versions() -> dict[str, str]:
+    versions = {"rap-env": __version__, "python": platform.python_version()}
+    return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def licence_of(folder: Path | None, gguf_file: Path | None = None) -> str:
+    """The licence that a model's files state, or `UNKNOWN_LICENCE`.
+
+    Args:
+        folder: The model's folder; the head of its card may state a licence.
+        gguf_file: The GGUF file that it comes from, whose header may state it.
+    """
+    if gguf_file is not None and (stated := GgufFile(gguf_file).value("general.license")):
+        return str(stated)
+    readme = None if folder is None else folder / "README.md"
+    if readme is not None and readme.is_file():
+        head = readme.read_text(encoding="utf-8", errors="replace").split("---")[1:2]
+        for line in head[0].splitlines() if head else ():
+            name, _, value = line.partition(":")
+            if name.strip() == "license" and value.strip():
+                return value.strip().strip("\"'")
+    return UNKNOWN_LICENCE

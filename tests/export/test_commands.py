@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.export.plan_file import read_plan
-from rap_env.export.static_deployment import choose_deployment
+from rap_env.export.llama_cpp import choose_deployment
+from rap_env.export.plan_choice import read_plan
 from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.study.records import read_records
 from rap_env.errors import InfeasibleBudgetError
-from rap_env.export.static_deployment import (
+from rap_env.export.llama_cpp import (
     BATCHES,
     CACHE_TYPES,
     MaskBytes,

@@ -1,14 +1,14 @@
-"""The plan that a user wants to export: given, or chosen for a request. Without torch."""
+"""The plan that a user exports: given, or chosen for a request. Without torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rap_env.errors import InvalidRequestError
-from rap_env.export.plan_file import read_plan
-from rap_env.export.static_deployment import Deployment, choose_deployment
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.export.llama_cpp import Deployment, choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -22,7 +22,7 @@ DEFAULT_POLICY = "rap-v0"
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenPlan:
     """A plan to export, and what is known of it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlanChoice:
     """How a user gave the plan: itself, or a request for which a policy chooses.
 
     Exactly one of `plan` and `request` is given. Without a policy, the engine's own chooses.
@@ -54,7 +54,7 @@ class Wanted:
         plan_file: Path | None,
         shape: tuple[int | None, int | None, str | None],
         policy: str | None,
-    ) -> Wanted:
+    ) -> PlanChoice:
         """What the options of a command say.
 
         Args:
@@ -91,7 +91,7 @@ class Wanted:
             return None
         return choose_deployment(memory, self.request)
 
-    def choose(self, memory: MemoryModel) -> Chosen:
+    def choose(self, memory: MemoryModel) -> ChosenPlan:
         """The plan for a model.
 
         Raises:
@@ -107,5 +107,31 @@ class Wanted:
             plan, seq = policy.choose(self.request), self.request.seq_len_tokens
             memory.check_fits(plan, self.request)
         if memory.facts.repair and plan.removed:
-            return Chosen(plan, None, "no prediction knows stubs")
-        return Chosen(plan, *find_delta_nll(memory, policy, plan, seq))
+            return ChosenPlan(plan, None, "no prediction knows stubs")
+        return ChosenPlan(plan, *find_delta_nll(memory, policy, plan, seq))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan from a file.
+
+    The file holds what `Plan.to_json` gives (an object of items and levels), or what
+    ``rap choose --json`` prints, whose entry ``levels`` is such an object.
+
+    Raises:
+        ArtifactError: There is no such file, or it holds no plan.
+        UnknownNameError: It names an item or a level that does not exist.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"Cannot read a plan from {path}: {error}.") from None
+    try:
+        answer = json.loads(text)
+        if isinstance(answer, dict) and isinstance(answer.get("levels"), dict):
+            text = json.dumps(answer["levels"])
+        return Plan.from_json(text)
+    except (ArtifactError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} holds no plan ({error}); write it with `rap choose ... --json`, or as a JSON "
+            'object such as {"layer03.ffn": "removed"}.'
+        ) from None
