@@ -236,11 +236,12 @@ def write_prompts(folder: Path) -> None:
 
 def write_learning_curves(folder: Path) -> None:
     """Draw the learning curves of the examples, and write the text that shows them."""
-    from experiments.learning_curves.figures import read_curves, save_figure
+    from experiments.learning_curves import learning_curves, read_curves
+    from experiments.study.figures import save_png
 
     found, shown = read_curves(RESULTS / "examples"), "No records.\n"
     if found:
-        save_figure(found, folder / "learning_curves.png")
+        save_png(learning_curves(found), folder / "learning_curves.png")
         shown = (
             "```{image} _generated/learning_curves.png\n"
             ":alt: Mean ΔNLL of the trainers in examples/ over the steps of their training\n```\n"
@@ -250,7 +251,7 @@ def write_learning_curves(folder: Path) -> None:
 
 def leaderboard_markdown() -> str:
     """The published entries of each comparison, the best on held-out text first."""
-    from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
+    from experiments.leaderboard import predicted_test_delta_nll, rank_correlation
     from experiments.study.tables import markdown, seconds
     from rap_env.leaderboard.entries import published_entries
     from rap_env.leaderboard.tasks import pinned_tasks

@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 
 import rap_env
-from experiments.export_minari.episodes import export
+from experiments.export_minari import export
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_task
 from rap_env.models.families.families import FAMILIES

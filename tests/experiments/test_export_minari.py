@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import ExperimentError
-from experiments.export_minari.episodes import BEHAVIOURS, export
+from experiments.export_minari import BEHAVIOURS, export
 from rap_env.errors import UnknownNameError
 from rap_env.leaderboard.tasks import pinned_task
 

@@ -17,10 +17,16 @@ from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.config.training import AgentConfig
-from experiments.leaderboard.__main__ import main
-from experiments.leaderboard.checking import check_entry
-from experiments.leaderboard.publishing import COMPARISONS, grid_rows, make_entries, requests_of
-from experiments.leaderboard.table_fidelity import predicted_test_delta_nll, rank_correlation
+from experiments.leaderboard import (
+    TASKS_FILE,
+    check_entry,
+    grid_rows,
+    main,
+    make_entries,
+    predicted_test_delta_nll,
+    rank_correlation,
+    requests_of,
+)
 from experiments.train import train
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
@@ -33,16 +39,17 @@ from tests.tiny import VOCAB_SIZE, tiny_llm
 RESULTS = Path(__file__).parents[2] / "results"
 
 
-@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda one: one.name)
+COMPARISONS = json.loads(TASKS_FILE.read_text())
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
 def test_published_entries_are_made_from_the_records(comparison):
     rows = grid_rows(comparison, RESULTS)
-    entries = make_entries(comparison, rows)
-    files = {path.stem for path in (ENTRIES / comparison.name).glob("*.json")}
-    assert files == {entry.origin["method"] for entry in entries}
-    for entry in entries:
-        published = Entry.load(ENTRIES / comparison.name / f"{entry.origin['method']}.json")
-        assert published == entry
-    for name in comparison.tasks:
+    files = {path.stem: Entry.load(path) for path in (ENTRIES / comparison).glob("*.json")}
+    records = next(iter(files.values())).origin["records"]
+    made = make_entries(comparison, rows, records)
+    assert files == {entry.origin["method"]: entry for entry in made}
+    for name in COMPARISONS[comparison]["tasks"]:
         assert list(pinned_tasks()[name].requests) == requests_of(rows)
 
 

@@ -7,9 +7,8 @@ import json
 import click
 import pytest
 
-from experiments.learning_curves import __main__ as program
-from experiments.learning_curves.figures import learning_curves, read_curves
-from experiments.learning_curves.records import read_points
+import experiments.learning_curves as program
+from experiments.learning_curves import learning_curves, read_curves
 
 TRAINER = """
 import numpy as np
@@ -37,7 +36,7 @@ def recorded(tmp_path, monkeypatch):
 
 
 def test_agents_are_evaluated_at_growing_steps_and_at_the_end(recorded):
-    curves = read_points(recorded)
+    curves = read_curves(recorded.parent)["ppo_single_file"]
     assert list(curves) == [0, 1]
     for points in curves.values():
         assert [point.steps for point in points] == [600, 900]

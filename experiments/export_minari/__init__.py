@@ -1,1 +1,0 @@
-"""``python -m experiments.export_minari``: see `experiments.export_minari.episodes`."""

@@ -1,0 +1,395 @@
+"""``python -m experiments.leaderboard``: check entries of the leaderboard, or publish our own.
+
+``check FILE`` replays the plans of an entry on the real model and on held-out text, and refuses
+numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep.
+``publish`` makes the entries of our methods from the records in ``results/``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import gymnasium
+import numpy as np
+
+import rap_env
+from experiments.comparison.records import ResultRow, rows_below
+from experiments.comparison.training_runs import TrainingRun, training_dirs
+from experiments.console import fail, say
+from experiments.errors import ExperimentError
+from experiments.study.looks import look
+from experiments.study.records import write_records
+from rap_env.artifacts import atomic_write
+from rap_env.errors import RapError
+from rap_env.leaderboard.entries import ENTRIES, Entry, Run, published_entries
+from rap_env.leaderboard.evaluation import Evaluation
+from rap_env.leaderboard.tasks import SPLITS, pinned_task, pinned_tasks
+from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
+from rap_env.request import Request
+from rap_env.scoring.fidelity import spearman
+from rap_env.scoring.held_out import HeldOutLosses
+
+if TYPE_CHECKING:
+    from rap_env.scoring.scorer import MaskScorer
+
+TOLERANCE_NLL, TOLERANCE_SHARE = 0.01, 0.02
+"""Nats per token, and share of ΔNLL: other processors round bfloat16 differently."""
+
+
+def check_entry(
+    entry: Entry,
+    memory: MemoryModel,
+    requests: Sequence[Request],
+    scorers: Mapping[str, MaskScorer],
+    *,
+    every: int = 1,
+    on_plan: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Replay the plans of an entry.
+
+    Args:
+        entry: The entry.
+        memory: Byte arithmetic of the model.
+        requests: The requests of its comparison.
+        scorers: A scorer of the real model for each split to check.
+        every: Replay each n-th request only.
+        on_plan: Called after each plan.
+
+    Returns:
+        What does not reproduce, one sentence each.
+    """
+    wrong = []
+    for run in entry.runs:
+        if len(run.plans) != len(requests):
+            return [f"It has {len(run.plans)} plans for {len(requests)} requests."]
+        for number in range(0, len(requests), every):
+            request, plan = requests[number], Plan.of(run.plans[number])
+            where = f"Seed {run.seed}, request {number} ({request})"
+            peak_bytes = memory.peak_bytes(plan, request)
+            if (peak_bytes <= request.budget_bytes) != run.fits[number]:
+                wrong.append(
+                    f"{where}: the plan needs {peak_bytes:,} bytes, so fits={run.fits[number]} "
+                    "is wrong."
+                )
+            if not run.fits[number]:
+                continue
+            for split, scorer in scorers.items():
+                if split not in run.delta_nll:
+                    continue
+                stated = run.delta_nll[split][number]
+                found = scorer.nll(plan) - scorer.dense_nll
+                if not math.isclose(stated, found, rel_tol=TOLERANCE_SHARE, abs_tol=TOLERANCE_NLL):
+                    wrong.append(f"{where}, {split}: ΔNLL {stated:.4f} stated, {found:.4f} found.")
+            on_plan()
+    return wrong
+
+
+def check_file(
+    file: Path, text: str | None, text_field: str, every: int, threads: int
+) -> list[str]:
+    """Replay the plans of an entry's file on the real model.
+
+    Args:
+        file: The entry.
+        text: The file of the held-out text; None checks the calibration text only.
+        text_field: Its field with the text.
+        every: Check each n-th request only.
+        threads: Threads of torch.
+
+    Returns:
+        What does not reproduce, one sentence each.
+
+    Raises:
+        ExperimentError: The comparison has no task with the real model.
+        CorpusError: The text gives other tokens.
+    """
+    import torch
+
+    from rap_env.models.progress import progress_bar
+    from rap_env.scoring.corpus import CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus
+    from rap_env.scoring.scorer import MaskScorer
+
+    torch.set_num_threads(threads)
+    entry = Entry.load(file)
+    live = [
+        task
+        for task in pinned_tasks().values()
+        if task.comparison == entry.comparison and task.live
+    ]
+    if not live:
+        raise ExperimentError(
+            f"The comparison {entry.comparison} has no task with the real model, so its entries "
+            "cannot be replayed here."
+        )
+    (task,) = live
+    # Plans are replayed, not chosen, so that no importance has to be measured.
+    context = task.make(importance="none").unwrapped.context  # type: ignore[attr-defined]
+    scorers = {"calibration": context.scorer}
+    if text is not None:
+        names = ("windows", "window_tokens", "seed", "role")
+        settings = {name: task.test_text[name] for name in names}
+        asked = CorpusConfig(text, field=text_field, **settings, sha256=task.test_text["sha256"])
+        corpus = load_corpus(asked, context.llm)
+        scorers["test"] = MaskScorer(context.llm, corpus, context.store)
+    total = len(entry.runs) * len(range(0, len(task.requests), every))
+    with progress_bar(True, total=total, desc="replay", unit="plan") as bar:
+        return check_entry(
+            entry, context.memory, task.requests, scorers, every=every, on_plan=bar.update
+        )
+
+
+def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun, Evaluation]]:
+    """Evaluate the finished training runs below ``root/train`` on a pinned task.
+
+    All rows replace ``root/evaluate/TASK-SPLIT/results.jsonl`` at the end.
+
+    Args:
+        task: Name of a pinned task on a score table.
+        root: The folder of a comparison, such as ``runs/NAME``.
+        split: ``"calibration"`` or ``"test"``.
+
+    Yields:
+        Each run and its result.
+
+    Raises:
+        ExperimentError: There are no finished runs.
+        RapError: A policy cannot be loaded, or it does not fit the task.
+    """
+    from agents.trained_policy import TrainedPolicy  # the other commands need no agents
+
+    folders = training_dirs(root, finished=True)
+    if not folders:
+        raise ExperimentError(
+            f"{root} has no finished training runs; give the folder of a comparison that "
+            "experiments.train wrote, such as runs/NAME."
+        )
+    env: Any = pinned_task(task).make().unwrapped
+    rows = []
+    for run in map(TrainingRun, folders):
+        policy = TrainedPolicy.load(run.path, env.context)
+        result = rap_env.evaluate(policy, task, split, name=run.method, seed=run.seed)
+        yield run, result
+        rows += [_of_run(row, run) for row in result.rows()]
+    env.close()
+    name = f"{task.rpartition('/')[2]}-{split}"
+    write_records(root / "evaluate" / name / "results.jsonl", rows)
+
+
+def _of_run(row: dict[str, Any], run: TrainingRun) -> dict[str, Any]:
+    """The row with the run and its seed."""
+    depends_on = {**row["provenance"]["depends_on"], "method": {"run": run.label}}
+    return {
+        **row,
+        "seed": run.seed,
+        "training_s": run.facts.get("training_s"),
+        "provenance": {**row["provenance"], "depends_on": depends_on},
+    }
+
+
+TASKS_FILE = ENTRIES.parent / "tasks.json"
+"""The pinned comparisons: environment and arguments, requests, texts and thresholds."""
+
+LEFT_OUT = ("dense",)
+"""Methods whose plans exceed the budgets."""
+
+_THRESHOLD_REQUESTS = 1000
+
+
+def grid_rows(comparison: str, results: Path) -> list[ResultRow]:
+    """Return the rows of a comparison's grid, from the records that its entries name."""
+    (records,) = {Path(entry.origin["records"]).name for entry in published_entries(comparison)}
+    return [row for row in rows_below(results / records / "evaluate") if row.part == "grid"]
+
+
+def requests_of(rows: Sequence[ResultRow]) -> list[Request]:
+    """Return the requests of some rows, in their order."""
+    return list(dict.fromkeys(Request(*row.shape, row.budget_bytes) for row in rows))
+
+
+def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> list[Entry]:
+    """Return an entry for each method, with the plans of all its seeds.
+
+    Args:
+        comparison: Name of the comparison.
+        rows: Its rows.
+        records: Where they are from, as the entry says it.
+    """
+    entries, requests = [], requests_of(rows)
+    for method in dict.fromkeys(row.method for row in rows if row.method not in LEFT_OUT):
+        own = [row for row in rows if row.method == method]
+        runs = []
+        for seed in dict.fromkeys(row.seed for row in own):
+            at = {Request(*row.shape, row.budget_bytes): row for row in own if row.seed == seed}
+            chosen = [at[request] for request in requests]
+            delta_nll = {
+                "calibration": tuple(row.loss_calibration for row in chosen),
+                "test": tuple(row.loss for row in chosen),
+            }
+            plans = tuple(row.plan.levels for row in chosen)
+            runs.append(Run(seed, plans, delta_nll, tuple(row.fits for row in chosen)))
+        entries.append(
+            Entry(
+                name=look(method).label,
+                comparison=comparison,
+                description=look(method).what,
+                runs=tuple(runs),
+                evaluations=float(np.median([row.evaluations for row in own])),
+                setup_evaluations=max(row.setup_evaluations for row in own),
+                decision_s=float(np.median([row.decision_s for row in own])),
+                origin={"records": records, "method": method},
+            )
+        )
+    return entries
+
+
+def mean_return(pinned: Mapping[str, Any]) -> float:
+    """Return the mean return of the best measured plans on requests of a comparison's workload.
+
+    Args:
+        pinned: The comparison in `TASKS_FILE`; its first task has a score table.
+    """
+    table = next(iter(pinned["tasks"].values()))
+    env: Any = gymnasium.make(pinned["environment"], **pinned["arguments"], **table).unwrapped
+    scorer = env.context.scorer
+    env.reset(seed=0)
+    returns = []
+    for _ in range(_THRESHOLD_REQUESTS):
+        env.reset()
+        best = env.context.best_measured(env.request)
+        returns.append(scorer.dense_nll - scorer.nll(best))
+    return float(np.mean(returns))
+
+
+def publish(results: Path) -> int:
+    """Make requests, texts and entries from the records; return the number of entries.
+
+    Environments, arguments and names of tasks are those that `TASKS_FILE` has.
+    """
+    described = json.loads(TASKS_FILE.read_text(encoding="utf-8"))
+    for comparison, pinned in described.items():
+        rows = grid_rows(comparison, results)
+        records = published_entries(comparison)[0].origin["records"]
+        pinned["requests"] = [
+            [request.batch_size, request.seq_len_tokens, request.budget_bytes]
+            for request in requests_of(rows)
+        ]
+        pinned["calibration_sha256"] = rows[0].depends_on["calibration_sha256"]
+        pinned["test_text"] = rows[0].depends_on["report_text"]
+        pinned["reward_threshold"] = mean_return(pinned)
+        for entry in make_entries(comparison, rows, records):
+            entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json")
+    with atomic_write(TASKS_FILE) as file:
+        file.write((json.dumps(described, indent=1) + "\n").encode())
+    return sum(1 for _ in ENTRIES.rglob("*.json"))
+
+
+def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
+    """Return what the table of a comparison predicts for each published method on held-out text.
+
+    The prediction for a method is fitted without its plans, as if the method were new.
+
+    Args:
+        comparison: Name of a pinned comparison.
+
+    Returns:
+        Mean predicted ΔNLL by the name of the method, nats per token.
+
+    Raises:
+        ArtifactError: Too few plans were measured on held-out text without one of the methods.
+    """
+    tasks = (task for task in pinned_tasks().values() if task.comparison == comparison)
+    env: Any = next(task for task in tasks if not task.live).make()
+    context = env.unwrapped.context
+    measured: HeldOutLosses = context.table.held_out
+    dense_nll = context.scorer.dense_nll
+    calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
+    found = {}
+    for entry in published_entries(comparison):
+        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
+        values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
+        own = set(plans)
+        others = {plan: value for plan, value in measured.measured.items() if plan not in own}
+        losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
+        found[entry.name] = float(np.mean([*map(losses.delta_nll, plans, values)]))
+    return found
+
+
+def rank_correlation(comparison: str, predicted: Mapping[str, float]) -> float:
+    """Return the rank correlation of predicted and measured ΔNLL on held-out text.
+
+    Args:
+        comparison: Name of a pinned comparison.
+        predicted: Predicted ΔNLL by the name of the published method, nats per token.
+    """
+    measured = {
+        entry.name: float(np.mean([run.delta_nll["test"] for run in entry.runs]))
+        for entry in published_entries(comparison)
+    }
+    values = [(predicted[name], value) for name, value in measured.items()]
+    found = spearman(*np.array(values).T)
+    assert found is not None, "published methods differ"
+    return found
+
+
+@click.group()
+def main() -> None:
+    """Check entries of the leaderboard, evaluate trained policies, or publish our own."""
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--text", type=click.Path(exists=True), help="The file of the held-out text.")
+@click.option("--text-field", default="page", show_default=True)
+@click.option("--every", default=1, show_default=True, help="Check each n-th request only.")
+@click.option("--threads", default=1, show_default=True)
+def check(file: Path, text: str | None, text_field: str, every: int, threads: int) -> None:
+    """Replay the plans of FILE on the real model, and refuse what does not reproduce."""
+    try:
+        wrong = check_file(file, text, text_field, every, threads)
+    except RapError as error:
+        fail(str(error))
+    for line in wrong:
+        say(line)
+    if wrong:
+        fail(f"{file} does not reproduce: {len(wrong)} differences.")
+    say(f"{file} reproduces.")
+
+
+@main.command()
+@click.argument("task")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--split", type=click.Choice(SPLITS), default="test", show_default=True)
+def judge(task: str, folder: Path, split: str) -> None:
+    """Evaluate the training runs of a comparison's FOLDER on the pinned TASK.
+
+    The rows, in FOLDER/evaluate, are those that experiments.compare reads.
+    """
+    try:
+        for run, result in judge_runs(task, folder, split):
+            predicted = sum(cell.predicted for cell in result.cells)
+            say(
+                f"{run.label}: ΔNLL {result.mean_delta_nll:.4f} nats per token "
+                f"({predicted} of {len(result.cells)} predicted)"
+            )
+    except RapError as error:
+        fail(str(error))
+
+
+@main.command("publish")
+@click.option("--results", default="results", show_default=True, type=click.Path(path_type=Path))
+def publish_entries(results: Path) -> None:
+    """Make the pinned tasks and our entries from the records."""
+    entries = publish(results)
+    say(f"{TASKS_FILE} and {entries} entries are written.")
+
+
+if __name__ == "__main__":
+    main()

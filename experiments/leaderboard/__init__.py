@@ -1,1 +1,0 @@
-"""``python -m experiments.leaderboard``: check entries of the leaderboard, or publish our own."""

@@ -1,1 +1,0 @@
-"""Learning curves of the trainers in ``examples/``: records and a figure."""
