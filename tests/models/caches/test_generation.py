@@ -77,7 +77,7 @@ def test_refill_gives_the_state_of_the_new_mask_from_the_start(name, gone) -> No
     llm = tiny_llm(name)
     llm.apply(gone)
     out = generate(llm, Switch(llm, at_3=Plan()))
-    assert_greedy(llm, out[:, : PROMPT + 3], {i: [True] * 99 for i in gone})
+    assert_greedy(llm, out[:, : PROMPT + 3], {i: [True] * 99 for i in gone.removed})
     assert_greedy(llm, out, {}, start=3)
 
 
@@ -87,8 +87,8 @@ def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     llm.apply(gone)
     out = generate(llm, Switch(llm, at_3=Plan()), restore="next_request")
     begin = PROMPT + 2
-    ffn = {index: [True] * begin + [False] * 99 for index in gone if index % 2}
-    assert_greedy(llm, out, ffn | {i: [True] * 99 for i in gone if i % 2 == 0})
+    ffn = {index: [True] * begin + [False] * 99 for index in gone.removed if index % 2}
+    assert_greedy(llm, out, ffn | {i: [True] * 99 for i in gone.removed if i % 2 == 0})
     assert llm.mask == Plan()
     assert_greedy(llm, generate(llm), {})
 
@@ -155,7 +155,7 @@ def test_a_static_cache_is_refilled_too(name, gone) -> None:
     llm.apply(Plan())
     out = generate(llm, Switch(llm, at_3=gone), cache_implementation="static")
     begin = PROMPT + 2
-    assert_greedy(llm, out, {i: [False] * begin + [True] * 99 for i in gone})
+    assert_greedy(llm, out, {i: [False] * begin + [True] * 99 for i in gone.removed})
 
 
 class TestGivenCache:

@@ -55,7 +55,7 @@ def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switc
     logits = grown(batch, 1, seed=2)
     with llm.masked(Plan()):
         length = batch.length
-        gates = {index: [True] * length for index in after}
+        gates = {index: [True] * length for index in after.removed}
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
 
 
@@ -84,10 +84,11 @@ def test_a_removal_affects_only_later_tokens(name, switch) -> None:
     old = batch.length
     llm.apply(before)
     logits = grown(batch, 2, seed=2)
-    absent = before | Plan.removing(*(i for i in after if i % 2 == 0))  # restored attn stays out
+    stays_out = {i for i in after.removed if i % 2 == 0}  # restored attention
+    absent = before.removed | stays_out
     gates = {
-        index: [index in after] * old + [index in absent] * (batch.length - old)
-        for index in before | after
+        index: [index in after.removed] * old + [index in absent] * (batch.length - old)
+        for index in before.removed | after.removed
     }
     with llm.masked(Plan()):
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
