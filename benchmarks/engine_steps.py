@@ -8,17 +8,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from benchmarks.engine_process import InLlamaCpp, InOurRuntime
+import numpy as np
+
 from benchmarks.harness import Settings, alternate, launch, parse_request, ratios, spread
 from benchmarks.record import Target, write_record
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
+from experiments.ladder.llama_cpp_process import LlamaCpp
 from experiments.study.run_folder import package_versions
 
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
 """Wanted times of llama.cpp's decode step, by rows."""
 _PREFILL_TOKENS, _PREFILL_AT_MOST = 512, 0.35
 _AGAINST = "llama.cpp, the same file, one thread"
+
+
+class InLlamaCpp:
+    """A GGUF file in llama.cpp, with its default cache (float16)."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self._prompt, self._steps = task["context_tokens"], task["steps"]
+        self._rows, tokens = task["rows"], self._prompt + self._steps
+        self._engine = LlamaCpp(task["file"], "f16", self._rows, tokens, task["threads"])
+
+    def prefill(self) -> None:
+        """Run the prompts with an empty cache."""
+        self._engine.clear()
+        for row in range(self._rows):
+            self._engine.fill(self._prompt, row)
+
+    def decode(self) -> None:
+        """Run the decode steps."""
+        for at in range(self._prompt, self._prompt + self._steps):
+            self._engine.step(np.ones(self._rows, dtype=np.int32), at)
+
+
+class InOurRuntime:
+    """The model as ``rap serve`` runs it, with the file's own weights."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        from rap_env.models.device import free_memory_early, return_freed_memory
+        from rap_env.models.live.live_batch import LiveBatch
+        from rap_env.serving.settings import ServerSettings
+        from rap_env.serving.stack import load_served_model
+
+        settings = ServerSettings(model=task["model"], weights="native", device="cpu")
+        llm = load_served_model(settings)
+        free_memory_early()
+        return_freed_memory()
+        self._batch = LiveBatch(llm)
+        self._prompts = [[1] * task["context_tokens"]] * task["rows"]
+        self._steps = task["steps"]
+        self._batch.reserve_tokens = task["context_tokens"] + self._steps
+
+    def prefill(self) -> None:
+        """Run the prompts with an empty cache."""
+        self._batch.keep([])
+        self._batch.prefill(self._prompts)
+
+    def decode(self) -> None:
+        """Run the decode steps."""
+        for _ in range(self._steps):
+            self._batch.extend([1] * len(self._prompts))
 
 
 @dataclass
@@ -41,7 +93,7 @@ def main(settings: EngineStepsSettings) -> None:
     threads = settings.threads or 1
     use_threads(threads)
     common = {"threads": threads, "steps": settings.steps}
-    own = {"model": settings.model, "weights": "native", "removed": [], **common}
+    own = {"model": settings.model, **common}
     other = {"file": str(gguf_file(settings.model)), **common}
     seconds = {}
     targets: list[Target] = []

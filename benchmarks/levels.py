@@ -1,8 +1,8 @@
-"""Speed and bytes of levels against unquantised ones: ``python -m benchmarks.levels``.
+"""Speed of levels against unquantised ones: ``python -m benchmarks.levels``.
 
 Decode steps and prefills of the model with packed weights and of the same model unquantised run in
 turn, and so do decode steps with a quantised and an unquantised cache. Then all levels of a running
-batch change at once, and the bytes of every level are compared with those of its tensors.
+batch change at once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,12 @@ from benchmarks.harness import (
     spread,
 )
 from benchmarks.record import Target, write_record
-from rap_env.levels import WeightLevel
-from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.request import Request
 
 _DECODE_AT_MOST = {1: 0.85, 8: 1.0}
-_PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST, _FREED_PERCENT_AT_MOST = 1.15, 1.3, 3.0, 5.0
+_PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST = 1.15, 1.3, 3.0
 
 Measured = dict[str, Any]
 
@@ -50,12 +47,6 @@ class LevelsSettings(ModelSettings):
     """Level of the quantised cache."""
     cache_request: str = "8x2048"
     """Rows x tokens of its decode step."""
-    caches: list[str] = field(
-        default_factory=lambda: ["int8", "int4", "int2", "window512", "int4-window512"]
-    )
-    """Levels of caches whose bytes are compared."""
-    bytes_tokens: int = 600
-    """Tokens in these caches."""
     steps: int = 8
     """Decode steps in one measurement."""
 
@@ -96,27 +87,14 @@ def main(settings: LevelsSettings) -> None:
             sides, settings.steps, _CACHE_AT_MOST, f"a {wide.facts.dtype} cache, {name}",
         )  # fmt: skip
     change = measured["change"] = _changing(wide, settings)
-    sizes = measured["bytes"] = _bytes_of_levels(wide, settings)
-    freed = measured["freed"] = _freeing(wide)
-    targets += [
+    targets.append(
         Target.of(
             "decode steps that a change of the levels of all weights and caches takes",
             change["ratio"],
             at_most=_CHANGE_AT_MOST,
             against=f"a decode step: {1000 * change['step_s']['median']:.1f} ms",
-        ),
-        Target(
-            "bytes between predicted and held, at most, over all levels", None, 0.0,
-            max(abs(row["difference_bytes"]) for row in sizes.values()),
-            f"{len(sizes)} levels of weights and caches",
-        ),
-        Target(
-            "% that memory freed by lower weights differs from the predicted, at most", None,
-            _FREED_PERCENT_AT_MOST,
-            max(abs(row["difference_percent"]) for row in freed.values()),
-            "the bytes of the levels; weights offloaded",
-        ),
-    ]  # fmt: skip
+        )
+    )
     write_record(
         "levels",
         device=str(wide.device),
@@ -184,7 +162,7 @@ def _cache_sides(settings: LevelsSettings) -> Iterator[tuple[str, dict[str, Call
 
 def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
     """Seconds of lowering everything under a running batch, in decode steps before it."""
-    lowered = _all_lowered(llm)
+    lowered = all_lowered(llm)
     change_s, step_s, back_s = [], [], []
     for _ in range(settings.repeats + 1):  # the first one makes the levels
         batch = batch_of(llm, 1, settings.context_tokens)
@@ -201,76 +179,15 @@ def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
     }
 
 
-def _all_lowered(llm: ElasticLLM) -> Plan:
+def all_lowered(llm: ElasticLLM) -> Plan:
     """Every item at int4 (embeddings at int8), as far as the model has these levels."""
-    lowered = dict(weight_plans(llm)).get("int4", Plan())
-    caches = Plan.uniform(llm.facts.num_layers, caches="int4").levels
-    return lowered.lower(caches) if llm.facts.kv_heads else lowered
-
-
-def weight_plans(llm: ElasticLLM) -> Iterator[tuple[WeightLevel, Plan]]:
-    """Plans with all blocks at one level, as far as blocks have it, and embeddings at int8."""
     facts = llm.facts
-    levels: tuple[WeightLevel, ...] = ("int8", "int4")
-    for level in levels:
-        blocks = (i for i in range(facts.num_blocks) if level in facts.weight_levels(i))
-        weights = tuple((index, level) for index in blocks)
-        embeddings: WeightLevel = "int8" if "int8" in facts.embedding_levels else "native"
-        if weights:
-            yield level, Plan(weights=weights, embeddings=embeddings)
-
-
-def _bytes_of_levels(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, dict[str, int]]:
-    """Predicted and held bytes of each level of weights and of caches."""
-    memory, tokens, rows = MemoryModel(llm), settings.bytes_tokens, {}
-    request = Request(2, tokens, budget_bytes=2**62)
-    llm.set_residency("offload")  # so that only the levels in use are in memory
-    plans = {"weights native": Plan()}
-    plans |= {f"weights {level}": plan for level, plan in weight_plans(llm)}
-    plans |= {
-        f"cache {cache}": Plan.uniform(llm.facts.num_layers, caches=cache)
-        for cache in (settings.caches if llm.facts.kv_heads else [])
-    }
-    for name, plan in plans.items():
-        llm.apply(plan)
-        batch = batch_of(llm, request.batch_size, tokens)
-        parts = memory.breakdown(plan, request)
-        predicted = parts.weights + parts.stubs + parts.embeddings + parts.kv_cache
-        measured = llm.held_bytes.weights + batch.kv_bytes
-        batch.close()
-        rows[name] = {
-            "predicted_bytes": predicted,
-            "held_bytes": measured,
-            "difference_bytes": predicted - measured,
-        }
-    llm.apply(Plan())
-    return rows
-
-
-def _freeing(llm: ElasticLLM) -> dict[str, dict[str, Any]]:
-    """Memory of the process that lower weights free, and the bytes that they should."""
-    from rap_env.runtime.memory_meter import process_meter
-
-    llm.set_residency("offload")
-    meter, memory = process_meter(llm, reset_mark=True), MemoryModel(llm)
-    request = Request(1, 1, budget_bytes=2**62)
-    rows: dict[str, dict[str, Any]] = {}
-    for level, plan in weight_plans(llm):
-        llm.apply(plan)  # makes the level, once
-        llm.apply(Plan())
-        native, lowered = (memory.breakdown(p, request) for p in (Plan(), plan))
-        predicted = native.peak - native.workspace - lowered.peak + lowered.workspace
-        before = meter.used_bytes()
-        change_s = seconds_of(lambda: llm.apply(plan))  # noqa: B023
-        freed = before - meter.used_bytes()
-        llm.apply(Plan())
-        rows[level] = {
-            "predicted_bytes": predicted,
-            "freed_bytes": freed,
-            "difference_percent": 100 * (freed - predicted) / predicted,
-            "change_s": change_s,
-        }
-    return rows
+    blocks = [block for block in facts.blocks if "int4" in facts.weight_levels(block.index)]
+    levels = {block.name: "int4" for block in blocks}
+    if "int8" in facts.embedding_levels:
+        levels["embeddings"] = "int8"
+    caches = Plan.uniform(facts.num_layers, caches="int4").levels if facts.kv_heads else {}
+    return Plan.of({**levels, **caches})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Masks that change while the model generates: ``python -m benchmarks.live``.
 
-Measures the time of a mask change relative to a decode step, the time of a KV-cache refill relative
-to a prefill of the same tokens, and the memory that offloading blocks frees.
+Measures the time of a mask change relative to a decode step, and the time of a KV-cache refill
+relative to a prefill of the same tokens.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,6 @@ from benchmarks.harness import (
     launch,
     open_model,
     ratios,
-    seconds_of,
     spread,
 )
 from benchmarks.record import Target, write_record
@@ -37,8 +35,6 @@ class LiveSettings(ModelSettings):
     """Decode steps in one measurement."""
     refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
     """Tokens in the cache when attention blocks are restored."""
-    offloaded: list[int] = field(default_factory=lambda: [10, 20, 30, 40])
-    """Numbers of blocks to offload together."""
 
 
 def main(settings: LiveSettings) -> None:
@@ -48,7 +44,6 @@ def main(settings: LiveSettings) -> None:
     mask = Plan.removing(*drawn[: settings.blocks])
     switch = _switching(llm, mask, settings)
     refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
-    offload = _offloading(llm, [Plan.removing(*drawn[:n]) for n in settings.offloaded])
     targets = [
         Target.of(
             "% of a decode step that removing blocks takes, their keys and values included",
@@ -66,25 +61,15 @@ def main(settings: LiveSettings) -> None:
         )
         for tokens, refill in refills.items()
     ]
-    targets.append(
-        Target(
-            "% that memory freed by offload differs from the predicted, at most",
-            None,
-            5.0,
-            max(abs(row["difference_percent"]) for row in offload.values()),
-            "the bytes of the blocks",
-        )
-    )
     write_record(
         "live",
         device=str(llm.device),
         settings=settings,
         targets=targets,
-        measured={"switch": switch, "refill": refills, "offload": offload},
+        measured={"switch": switch, "refill": refills},
         notes=[
             f"{llm.facts.dtype}; {settings.blocks} random blocks with resident weights; "
             f"{settings.context_tokens} tokens of context.",
-            "Offload: resident memory of the process (CUDA: the allocator's), before and after.",
         ],
     )
 
@@ -152,29 +137,6 @@ def _refilling(llm: ElasticLLM, mask: Plan, tokens: int, settings: LiveSettings)
         "prefill_s": spread(seconds["prefill"]),
         "affected_layers": mask.count_removed("attn"),
     }
-
-
-def _offloading(llm: ElasticLLM, masks: Sequence[Plan]) -> dict[str, dict[str, Any]]:
-    """Memory that offloading blocks frees, the blocks' bytes, and the time it takes."""
-    from rap_env.runtime.memory_meter import process_meter
-
-    llm.set_residency("offload")
-    meter = process_meter(llm, reset_mark=True)
-    rows = {}
-    for mask in masks:
-        predicted = sum(llm.blocks[index].param_bytes for index in mask.removed)
-        before = meter.used_bytes()
-        offload_s = seconds_of(lambda: llm.apply(mask))  # noqa: B023
-        freed = before - meter.used_bytes()
-        restore_s = seconds_of(lambda: llm.apply(Plan()))
-        rows[f"{len(mask.removed)}_blocks"] = {
-            "predicted_bytes": predicted,
-            "freed_bytes": freed,
-            "difference_percent": 100 * (freed - predicted) / predicted,
-            "offload_s": offload_s,
-            "restore_s": restore_s,
-        }
-    return rows
 
 
 if __name__ == "__main__":

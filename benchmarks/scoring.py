@@ -23,7 +23,7 @@ import torch
 
 from agents.algorithms import AgentConfig
 from agents.training import train
-from benchmarks.harness import ModelSettings, launch, open_model, ratios, spread
+from benchmarks.harness import ModelSettings, launch, open_model, spread
 from benchmarks.naive_scorer import serve
 from benchmarks.record import Target, write_record
 from rap_env.context.live import LiveContext
@@ -44,7 +44,6 @@ _NAMES = {
     "dense": "all masks of episodes, times as fast",
     "terminal": "last masks of episodes, times as fast",
 }
-_LEAST_SLICES = 8
 _TOLERANCE = 1e-3  # a plain model's loss sums in another order
 
 NaiveLoop = Callable[[Plan], tuple[float, float]]
@@ -125,29 +124,33 @@ def main(settings: ScoringSettings) -> None:
             settings=settings,
             targets=targets,
             measured=measured,
-            notes=[
-                "A ratio is total naive seconds over total seconds; the spread of many masks is "
-                "that of slices of them, each against the naive loop."
-            ],
+            notes=["A ratio is total naive seconds over total seconds."],
         )
 
 
 def measure_masks(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
-    """Time `nll_many` on masks of trainings."""
+    """Time `nll_many` on masks of trainings, and compare the scores with the naive loop's."""
     settings, targets, measured = setup.settings, [], {}
     for timing, steps in (("dense", settings.masks), ("terminal", settings.train_steps)):
         masks = rollout_masks(setup, timing, steps)[: settings.masks]
-        ours_s, naive_s, facts = _in_turn(setup, masks, max(_LEAST_SLICES, settings.repeats))
-        ratio, slices = sum(naive_s) / sum(ours_s), ratios(naive_s, ours_s)
-        targets.append(
-            Target(_NAMES[timing], 1.8, None, ratio, _EACH_MASK, slices["low"], slices["high"])
-        )
+        scorer = MaskScorer(setup.llm, setup.corpus)
+        began = time.perf_counter()
+        nll = scorer.nll_many(masks)
+        seconds = time.perf_counter() - began
+        with setup.naive_loop() as loop:
+            answers = [loop(mask) for mask in masks]
+        naive_s = sum(mask_s for mask_s, _ in answers)
+        apart = max(abs(naive - own) for (_, naive), own in zip(answers, nll, strict=True))
+        if apart > _TOLERANCE:
+            raise SystemExit(f"Scores differ by {apart} from the naive loop's; nothing recorded.")
+        targets.append(Target(_NAMES[timing], 1.8, None, naive_s / seconds, _EACH_MASK))
         measured[timing] = {
             "masks": len(masks),
             "blocks_removed": spread([len(mask.removed) for mask in masks]),
-            "seconds": sum(ours_s),
-            "naive_s": sum(naive_s),
-            **facts,
+            "seconds": seconds,
+            "naive_s": naive_s,
+            "share_of_blocks_saved": scorer.share_saved,
+            "largest_nll_difference_to_naive": apart,
         }
     return targets, measured
 
@@ -181,51 +184,6 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[Plan]:
         masks.sort(key=lambda mask: sorted(mask.removed))
         store.close()
     return [masks[place] for place in np.random.default_rng(0).permutation(len(masks))]
-
-
-def _in_turn(
-    setup: ScoringSetup, masks: list[Plan], slices: int
-) -> tuple[list[float], list[float], dict[str, float]]:
-    """Call `nll_many` once; after each slice of it the naive loop scores the same masks.
-
-    Returns:
-        Seconds of each slice on both sides, and facts for the record.
-    """
-    scorer = MaskScorer(setup.llm, setup.corpus)
-    scorer_s: list[float] = []
-    naive_s: list[float] = []
-    naive_nll: list[float] = []
-    waiting: list[Plan] = []
-    with setup.naive_loop() as loop:
-        began = time.perf_counter()
-
-        def on_score(mask: Plan) -> None:
-            nonlocal began
-            waiting.append(mask)
-            scored = len(naive_nll) + len(waiting)
-            if len(waiting) * slices < len(masks) and scored < len(masks):
-                return
-            scorer_s.append(time.perf_counter() - began)
-            answers = [loop(mask) for mask in waiting]
-            naive_s.append(sum(seconds for seconds, _ in answers))
-            naive_nll.extend(nll for _, nll in answers)
-            order.extend(waiting)
-            waiting.clear()
-            began = time.perf_counter()
-
-        order: list[Plan] = []
-        nll = dict(zip(masks, scorer.nll_many(masks, on_score), strict=True))
-    apart = max(abs(nll[mask] - naive) for mask, naive in zip(order, naive_nll, strict=True))
-    if apart > _TOLERANCE:
-        raise SystemExit(f"Scores differ by {apart} from the naive loop's; nothing was recorded.")
-    return (
-        scorer_s,
-        naive_s,
-        {
-            "share_of_blocks_saved": scorer.share_saved,
-            "largest_nll_difference_to_naive": apart,
-        },
-    )
 
 
 def measure_gsi(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:

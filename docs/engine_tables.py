@@ -1,4 +1,4 @@
-"""Tables of what exported plans compute and cost in other engines, from a benchmark."""
+"""Tables of what exported plans compute in other engines, from a benchmark."""
 
 from __future__ import annotations
 
@@ -56,40 +56,6 @@ def agreement_markdown(results: Path) -> str:
     for mask in masks:
         cells = [_cell(measured["agreement"][name][mask]) for name in engines]
         rows.append(f"| {mask} | {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
-
-
-def serving_markdown(results: Path) -> str:
-    """A row for each engine and plan: seconds and resident memory, with what the dense model takes.
-
-    Args:
-        results: The folder of all records.
-    """
-    record = _record(results)
-    settings, serving = record["settings"], record["measured"]["serving"]
-    rows = [
-        f"| Engine, weights | Removed | Prefill of {settings['context_tokens']} tokens, s | "
-        "Decode, ms per token | Share of dense | Resident beyond libraries, MiB |",
-        "| :--- | :--- | ---: | ---: | ---: | ---: |",
-    ]
-    weights = {
-        "llama.cpp": "the file's own",
-        "own": "the file's own",
-        "vLLM": settings["dtype"],
-    }
-    for engine, plans in serving.items():
-        name = "here" if engine == "own" else engine
-        for plan, found in plans.items():
-            decode, dense = (
-                1e3 * side["decode_s"]["median"] / settings["steps"]
-                for side in (found, plans["dense"])
-            )
-            held = found["resident_bytes"]["median"] - found["library_bytes"]["median"]
-            rows.append(
-                f"| {name}, {weights[engine]} | {'nothing' if plan == 'dense' else plan} | "
-                f"{found['prefill_s']['median']:.2f} | {decode:.1f} | {decode / dense:.2f} | "
-                f"{held / 2**20:,.0f} |"
-            )
     return "\n".join(rows) + "\n"
 
 

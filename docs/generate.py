@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from engine_tables import agreement_markdown, features_markdown, serving_markdown
+from engine_tables import agreement_markdown, features_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
     RANKED,
@@ -108,7 +108,6 @@ def write_all(docs: Path) -> None:
     write(folder / "benchmarks.md", benchmarks_table())
     write(folder / "engine_features.md", features_markdown(RESULTS))
     write(folder / "engines.md", agreement_markdown(RESULTS))
-    write(folder / "engines_serving.md", serving_markdown(RESULTS))
     write(folder / "results_readme.md", (RESULTS / "README.md").read_text(encoding="utf-8"))
     for version, name in ENVIRONMENTS.items():
         write(folder / f"environment_{version}.md", environment_page(version, name))

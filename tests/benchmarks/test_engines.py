@@ -6,7 +6,6 @@ import importlib
 import json
 import pkgutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +16,7 @@ from experiments.errors import ExperimentError
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.files.vllm_config import vllm_entries
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny import tiny_config, tiny_llm
-
-SERVED = {
-    "dense", "five attention and five FFN blocks", "ten attention blocks", "ten FFN blocks",
-}  # fmt: skip
+from tests.tiny import tiny_config
 
 
 def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
@@ -29,9 +24,10 @@ def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
     listed = next(line for line in lines if line.startswith("BENCHMARKS :=")).split(":=")[1].split()
     modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
     assert all(importlib.import_module(f"benchmarks.{name}").__doc__ for name in modules)
-    assert set(listed) == {
+    programs = {
         name for name in modules if hasattr(importlib.import_module(f"benchmarks.{name}"), "main")
     }
+    assert set(listed) == programs - {"against"}, "which needs another checkout"
 
 
 def test_masks_name_what_they_remove():
@@ -46,17 +42,6 @@ def test_masks_name_what_they_remove():
             assert vllm_entries(adapter, mask, stubs=False)
 
 
-def test_served_plans_remove_ten_blocks_each_and_vllm_can_open_them():
-    ids = SimpleNamespace(input_ids=list(range(5, 21)))
-    llm = tiny_llm(layers=14, tokenizer=lambda text: ids)
-    masks = engines.served_masks(llm)
-    counts = [(mask.count_removed("attn"), mask.count_removed("ffn")) for mask in masks.values()]
-    assert counts == [(0, 0), (5, 5), (10, 0), (0, 10)]
-    for mask in masks.values():
-        assert vllm_entries(llm.adapter, mask, stubs=False)
-        assert not set(mask.removed) & {0, 1, 26, 27}, "the outer layers are kept"
-
-
 def test_without_llama_cpp_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync"):
@@ -69,7 +54,7 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=96, layers=6)
     settings = engines.EnginesSettings(
         repeats=1, threads=1, results_dir=str(tmp_path), model=str(tmp_path / "in.gguf"),
-        new_tokens=8, context_tokens=24, steps=4, rounds=1,
+        new_tokens=8,
     )  # fmt: skip
     engines.main(settings)
     torch.set_num_threads(before)
@@ -80,13 +65,5 @@ def test_a_run_on_a_tiny_model_ends_in_a_record(tmp_path):
     for name, cell in agreement.items():
         assert cell["equal_prompts"] == cell["prompts"] == 8, name
         assert cell["nll_apart"] < 1e-5
-    serving = record["measured"]["serving"]
-    assert set(serving) == {"llama.cpp", "own"}
-    for engine, plans in serving.items():
-        assert set(plans) == SERVED, engine
-        for found in plans.values():
-            assert found["prefill_s"]["repeats"] == found["decode_s"]["repeats"] == 1
-            assert found["decode_s"]["low"] > 0
-            assert found["resident_bytes"]["low"] > found["library_bytes"]["low"] > 2**20
     met = {target["what"]: target["met"] for target in record["targets"]}
     assert met["llama.cpp: prompts whose 8 tokens are ours"]

@@ -52,7 +52,6 @@ def test_llama_cpp_and_vllm_choose_our_tokens(llama_cpp, tmp_path):
     settings = [
         "threads=1",
         "repeats=1",
-        "rounds=1",
         f"vllm_python={python}",
         f"results_dir={tmp_path}",
     ]
