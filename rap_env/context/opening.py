@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -33,9 +31,6 @@ log = logging.getLogger(__name__)
 
 _open: dict[str, PruningContext] = {}
 _workers: dict[str, WorkerPool] = {}
-
-_SPAWNED = b"--multiprocessing-fork"
-"""Argument of each worker that `multiprocessing` starts anew, instead of forking it."""
 
 
 def open_context(config: ContextConfig) -> PruningContext:
@@ -78,7 +73,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
         workers=workers,
     )
     context.reopen = open_context, (config,)
-    _warn_of_copies(context)
+    _warn_of_a_copy(context)
     return context
 
 
@@ -124,43 +119,18 @@ def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
     return _workers[key]
 
 
-def _warn_of_copies(context: LiveContext) -> None:
-    """Warn once, in the first of several worker processes, that each of them loads a model."""
-    workers = worker_processes()
-    if len(workers) < 2 or os.getpid() != min(workers):
+def _warn_of_a_copy(context: LiveContext) -> None:
+    """Warn in a worker process of `multiprocessing` that it has a copy of the model."""
+    if multiprocessing.parent_process() is None:
         return
     dense = context.memory.breakdown(Plan(), Request(1, 1, budget_bytes=1))
-    weights = dense.weights + dense.embeddings
     log.warning(
-        "%d worker processes load a copy of %s each: %d x %.0f MiB of weights. To share one model, "
+        "This worker process loads its own copy of %s: %.0f MiB of weights. To share one model, "
         "let gymnasium.make_vec choose the vector environment (leave out vectorization_mode), "
         "which steps all sub-environments in one process; or use a score table, which has no "
         "model.",
-        len(workers), context.memory.facts.name, len(workers), weights / 2**20,
+        context.memory.facts.name, (dense.weights + dense.embeddings) / 2**20,
     )  # fmt: skip
-
-
-def worker_processes() -> list[int]:
-    """Ids of this process and of those beside it, if `multiprocessing` started it; else none.
-
-    Only Linux tells which processes a parent has; elsewhere the list is empty.
-    """
-    parent = os.getppid()
-    if multiprocessing.parent_process() is None:
-        return []
-    with contextlib.suppress(OSError):
-        listed = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-        own = _program("self")
-        return [int(child) for child in listed.split() if _program(child) == own]
-    return []
-
-
-def _program(process: str) -> bytes:
-    """What a process was started as: the same for all workers of a parent, and for no other."""
-    with contextlib.suppress(OSError):
-        command = Path(f"/proc/{process}/cmdline").read_bytes()
-        return _SPAWNED if _SPAWNED in command else command
-    return b""  # it has ended
 
 
 def require_live(context: PruningContext) -> LiveContext:
