@@ -19,11 +19,10 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_estimator import UNKNOWN_PASS, PassSize
 from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.metrics import EngineStats, StepRecord

@@ -26,6 +26,25 @@ class QualityBound:
 
 
 @dataclass(frozen=True)
+class PassSize:
+    """Tokens of the next pass through the model. ``PassSize()`` is an unknown pass.
+
+    Attributes:
+        tokens: Tokens that the pass runs, of all sequences together; 0 if unknown.
+        growth_tokens: Tokens that the KV cache holds more afterwards, padding included.
+        prefills: Whether a prompt is prefilled in this pass or may be in the next ones.
+    """
+
+    tokens: int = 0
+    growth_tokens: int = 0
+    prefills: bool = True
+
+
+UNKNOWN_PASS = PassSize()
+"""A pass whose size is not known."""
+
+
+@dataclass(frozen=True)
 class BatchShape:
     """A batch at its largest. ``BatchShape()`` is an empty batch, and false.
 

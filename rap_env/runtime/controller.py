@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.decisions import DecisionLog
-from rap_env.runtime.memory_estimator import UNKNOWN_PASS, MemoryEstimator, PassSize
+from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory

@@ -6,7 +6,8 @@ Beyond `rap_env.memory`, a live model takes:
   that were used so far;
 - one layer's keys and values a second time: where rows join or leave and where quantised caches
   grow, caches are copied, one layer at a time;
-- 2 bytes a token and sequence for each removed attention block (see `families.placeholders`);
+- 2 bytes a token and sequence for each removed attention block (see
+  `rap_env.models.caches.placeholders`);
 - the tail of a grouped cache for each row that the batch has while its rows are still short.
 
 The workspace is that of passes of at most `chunk_tokens` tokens, as the scheduler runs them.
@@ -14,47 +15,25 @@ The workspace is that of passes of at most `chunk_tokens` tokens, as the schedul
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from rap_env.costs import RequestCosts, request_costs
-from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel, WeightLevel
+from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 _PLACEHOLDER_BYTES = 2  # a token and sequence, for each removed attention block
 _LOGIT_BYTES = 4  # logits are float32
-_CACHED_SHAPES = 256
+_CACHED = 1024  # results for pairs of a plan and a shape
 
 _PASS_FACTOR = 2.5  # passes took up to 2.3 times the estimated workspace, in bfloat16 on a CPU
-
-
-@dataclass(frozen=True)
-class PassSize:
-    """Tokens of the next pass through the model. ``PassSize()`` is an unknown pass.
-
-    Attributes:
-        tokens: Tokens that the pass runs, of all sequences together; 0 if unknown.
-        growth_tokens: Tokens that the KV cache holds more afterwards, padding included.
-        prefills: Whether a prompt is prefilled in this pass or may be in the next ones.
-    """
-
-    tokens: int = 0
-    growth_tokens: int = 0
-    prefills: bool = True
-
-
-UNKNOWN_PASS = PassSize()
-"""A pass whose size is not known."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +56,8 @@ class PassEstimate:
         return self.workspace + self.growth
 
 
-@dataclass(frozen=True, eq=False)
-class _ShapeCosts:
-    """Bytes of one batch shape at some levels, while blocks are removed on top.
-
-    Attributes:
-        costs: Bytes by the memory model; a removed block frees its bytes less what stays of it.
-        cache_bytes: Keys and values of each layer, (L,).
-    """
-
-    costs: RequestCosts
-    cache_bytes: tuple[int, ...]
-
-    def peak_bytes(self, removed: Collection[int]) -> int:
-        layers = enumerate(self.cache_bytes)
-        copied = max((size for layer, size in layers if 2 * layer not in removed), default=0)
-        return self.costs.peak_bytes(removed) + copied
-
-
 class MemoryEstimator:
-    """Predicts the bytes of masks and plans on a live model.
+    """Predicts the bytes of plans on a live model.
 
     Args:
         llm: The live model.
@@ -110,15 +71,18 @@ class MemoryEstimator:
         facts = self.memory.facts
         windows = (facts.max_positions if w is None else w for w in facts.kv_window_tokens)
         self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
-        self._cached_costs = lru_cache(maxsize=_CACHED_SHAPES)(self._compute_costs)
+        self._native_weights = facts.base_bytes + sum(facts.block_param_bytes)
+        self._cached_peak = lru_cache(maxsize=_CACHED)(self._compute_peak)
+        self._cache_sizes = lru_cache(maxsize=_CACHED)(self._compute_cache_sizes)
 
     def peak_bytes(self, plan: Plan, shape: BatchShape) -> int:
-        """Most bytes that the model takes with a mask or plan while it serves a batch.
+        """Most bytes that the model takes with a plan while it serves a batch.
 
         Raises:
             InvalidRequestError: The model cannot serve so many tokens.
         """
-        return self._costs(plan, shape).peak_bytes(plan.removed)
+        added = self._llm.resident_bytes(plan) if self._llm.residency == "resident" else None
+        return self._cached_peak(plan, shape, added)
 
     def workspace_bytes(self, shape: BatchShape) -> int:
         """The memory model's estimate for activations and logits, plus one copied cache layer."""
@@ -135,8 +99,7 @@ class MemoryEstimator:
 
     def more_than_policy_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Bytes that a plan needs beyond those with which a policy reckons, workspace aside."""
-        request = shape.request(1)
-        reckoned = self.memory.peak_bytes(plan, request) - self.budget_for_policy(shape, 0)
+        reckoned = self.memory.peak_bytes(plan, shape.request(1)) - self.budget_for_policy(shape, 0)
         return self.peak_bytes(plan, shape) - reckoned
 
     def refill_bytes(self, plan: Plan, shape: BatchShape) -> int:
@@ -145,17 +108,15 @@ class MemoryEstimator:
         The caches grow from nothing, each time into new memory, and the old copies leave holes in
         the heap: up to half of the final bytes were measured.
         """
-        layers = enumerate(self._costs(plan, shape).cache_bytes)
-        return sum(size for layer, size in layers if 2 * layer not in plan.removed) // 2
+        return sum(self._kept_caches(plan, shape)) // 2 if shape else 0
 
     def pass_estimate(self, plan: Plan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
-        copied = max(self._costs(plan, shape).cache_bytes)
+        copied = max(self._cache_sizes(plan, shape)) if shape else 0
         if size.tokens == 0:
             return PassEstimate(workspace=copied, prefills=size.prefills)
-        facts = self.memory.facts
         activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
-        logits = shape.batch_size * facts.vocab_size * _LOGIT_BYTES
+        logits = shape.batch_size * self.memory.facts.vocab_size * _LOGIT_BYTES
         workspace = int(_PASS_FACTOR * activations) + logits + copied
         growth = self._growth_bytes(plan, shape, size.growth_tokens)
         return PassEstimate(workspace, growth, size.prefills)
@@ -167,29 +128,34 @@ class MemoryEstimator:
 
         Blocks whose removal frees nothing are skipped.
         """
-        costs = self._costs(plan, shape)
-        removed = set(plan.removed)
-        need = costs.peak_bytes(removed)
-        skipped = []
+        need, skipped = self.peak_bytes(plan, shape), []
         for index in order:
             if need <= limit_bytes:
                 break
-            if index in removed:
-                continue
-            without = costs.peak_bytes(removed | {index})
-            if without < need:
-                removed.add(index)
-                need = without
+            smaller = plan.without(index)
+            if (least := self.peak_bytes(smaller, shape)) < need:
+                plan, need = smaller, least
             else:
                 skipped.append(index)
-        if need > limit_bytes and skipped:  # together they may free the last FFN block's workspace
-            removed.update(skipped)
-            need = costs.peak_bytes(removed)
-        return plan.without(*removed) if need <= limit_bytes else None
+        if need > limit_bytes and skipped:  # without all FFN blocks, the workspace is smaller
+            plan = plan.without(*skipped)
+        return plan if self.peak_bytes(plan, shape) <= limit_bytes else None
 
     def freed_bytes(self, shape: BatchShape, plan: Plan = Plan()) -> tuple[int, ...]:
         """Bytes that the removal of each block frees from its level in a plan, (2L,)."""
-        return self._costs(plan, shape).costs.freed
+        facts = self.memory.facts
+        batch, tokens = shape.at_least_one
+        freed = self.memory.freed_bytes(shape.request(1)).tolist()
+        freed[0::2] = (size - _PLACEHOLDER_BYTES * batch * tokens for size in freed[0::2])
+        if self._llm.residency == "resident":
+            freed = [size - held for size, held in zip(freed, facts.block_param_bytes, strict=True)]
+        else:
+            for index, level in plan.weights:
+                freed[index] -= facts.block_param_bytes[index] - facts.weight_levels(index)[level]
+        native = self.memory.kv_bytes_by_layer(batch, tokens).tolist()
+        for layer, cache in plan.caches:
+            freed[2 * layer] -= native[layer] - self._cache_bytes(cache, layer, shape)
+        return tuple(freed)
 
     def least_raise_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Fewest bytes with which some removed block returns or some item gets a better level."""
@@ -211,11 +177,10 @@ class MemoryEstimator:
     def _growth_bytes(self, plan: Plan, shape: BatchShape, tokens: int) -> int:
         """Bytes of keys and values that stay after `tokens` more tokens."""
         facts, lowered = self.memory.facts, dict(plan.caches)
-        removed = plan.removed
         native = sum(
             size
             for layer, size in enumerate(facts.kv_bytes_per_token)
-            if 2 * layer not in removed and layer not in lowered
+            if 2 * layer not in plan.removed and layer not in lowered
         )
         groups = tokens // GROUP_TOKENS + shape.rows  # each row may complete one more
         return tokens * native + groups * sum(
@@ -242,52 +207,30 @@ class MemoryEstimator:
             whole = memory.cache_bytes(CacheLevel(level.bits), layer, batch, tokens)
         return min(longer, whole + more * tail)
 
+    def _compute_cache_sizes(self, plan: Plan, shape: BatchShape) -> tuple[int, ...]:
+        """Bytes of each layer's cache, (L,); those of removed blocks, which have none, if kept."""
+        layers = range(self.memory.facts.num_layers)
+        return tuple(self._cache_bytes(plan.cache_level(n), n, shape) for n in layers)
+
+    def _kept_caches(self, plan: Plan, shape: BatchShape) -> list[int]:
+        sizes = enumerate(self._cache_sizes(plan, shape))
+        return [size for layer, size in sizes if 2 * layer not in plan.removed]
+
     def _workspace(self, shape: BatchShape, any_ffn: bool = True) -> int:
         batch, tokens = shape.at_least_one
         one_pass = Request(1, min(batch * tokens, self._chunk_tokens), 1)
         logits = (batch - 1) * self.memory.facts.vocab_size * _LOGIT_BYTES
         return self.memory.workspace_bytes(one_pass, any_ffn) + logits
 
-    def _costs(self, plan: Plan, shape: BatchShape) -> _ShapeCosts:
-        added = self._llm.resident_bytes(plan) if self._llm.residency == "resident" else None
-        return self._cached_costs(shape, plan.weights, plan.caches, plan.embeddings, added)
-
-    def _compute_costs(
-        self,
-        shape: BatchShape,
-        weights: tuple[tuple[int, WeightLevel], ...],
-        caches: tuple[tuple[int, CacheLevel], ...],
-        embeddings: WeightLevel,
-        added: int | None,
-    ) -> _ShapeCosts:
-        """Costs of a plan's levels; `added` are the bytes that a resident model has for them."""
-        facts, (batch, tokens) = self.memory.facts, shape.at_least_one
-        costs = request_costs(self.memory, batch, tokens)
-        workspace, without_ffn = (self._workspace(shape, any_ffn) for any_ffn in (True, False))
-        peak = costs.dense_peak_bytes + workspace - self.memory.workspace_bytes(shape.request(1))
-        freed = costs.freed_bytes.copy()
-        freed[0::2] -= _PLACEHOLDER_BYTES * batch * tokens
-        if added is None:
-            for index, level in weights:
-                saved = facts.block_param_bytes[index] - facts.weight_levels(index)[level]
-                peak, freed[index] = peak - saved, freed[index] - saved
-            peak -= facts.base_bytes - facts.embedding_levels[embeddings]
-        else:
-            peak += added
-            freed -= np.array(facts.block_param_bytes)
-        held = self.memory.kv_bytes_by_layer(batch, tokens).tolist()
-        for layer, cache in caches:
-            size = self._cache_bytes(cache, layer, shape)
-            saved = held[layer] - size
-            peak, freed[2 * layer], held[layer] = peak - saved, freed[2 * layer] - saved, size
-        if caches:
-            peak += self.memory.attention_workspace_bytes(shape.request(1))
-        if (weights or embeddings != "native") and not facts.packed:
-            peak += facts.widen_bytes
-        lowered = replace(
-            costs,
-            dense_peak_bytes=peak,
-            freed_bytes=freed,
-            last_ffn_bytes=workspace - without_ffn,
-        )
-        return _ShapeCosts(lowered, tuple(held) if shape else (0,))
+    def _compute_peak(self, plan: Plan, shape: BatchShape, added: int | None) -> int:
+        """Peak bytes of a plan; `added` are the bytes that a resident model has for its levels."""
+        request, caches = shape.request(1), self._kept_caches(plan, shape)
+        parts = self.memory.breakdown(plan, request)
+        any_ffn = plan.count_removed("ffn") < self.memory.facts.num_layers
+        peak = parts.peak + sum(caches) - parts.kv_cache
+        peak += self._workspace(shape, any_ffn) - self.memory.workspace_bytes(request, any_ffn)
+        tokens = request.batch_size * request.seq_len_tokens
+        peak += _PLACEHOLDER_BYTES * tokens * plan.count_removed("attn")
+        if added is not None:
+            peak += self._native_weights - parts.weights - parts.embeddings + added
+        return peak + (max(caches, default=0) if shape else 0)

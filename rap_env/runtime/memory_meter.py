@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,17 +32,25 @@ _SAMPLE_S = 0.005  # between samples; one takes 20 microseconds
 _SAMPLED_S = 60.0  # for the longest step, where `rest` is never called
 
 
-class Meter(Protocol):
+class Meter(ABC):
     """Measures the runtime's memory."""
 
+    @abstractmethod
     def used_bytes(self) -> int:
         """Bytes in use now."""
 
+    @abstractmethod
     def peak_bytes(self) -> int:
         """Most bytes in use since the last call of this method."""
 
+    def correct_baseline(self, held_bytes: int) -> None:  # noqa: B027  optional
+        """Lower a measured baseline if tensors of `held_bytes` alone prove that it is too high."""
 
-class TensorMeter:
+    def rest(self) -> None:  # noqa: B027  optional
+        """Note that no step follows soon, until the next call of `used_bytes`."""
+
+
+class TensorMeter(Meter):
     """Counts the bytes of weights and KV caches: exact, without any other memory.
 
     The peak is the largest value at any call of its methods.
@@ -64,7 +73,7 @@ class TensorMeter:
         return peak
 
 
-class CudaMeter:
+class CudaMeter(Meter):
     """Bytes that PyTorch's allocator has allocated, temporary tensors included.
 
     The sum over the model's devices; that of their peaks is an upper bound of the peak of the sum.
@@ -89,7 +98,7 @@ class CudaMeter:
         return max(0, peak - self._baseline)
 
 
-class ResidentMeter:
+class ResidentMeter(Meter):
     """Resident memory of this process (Linux), as the kernel counts it.
 
     Freed memory that the C library keeps counts until it is returned to the system

@@ -26,7 +26,7 @@ _MOST_FREED_BYTES = 4 * 2**20
 
 @dataclass
 class _Excess:
-    """What is remembered of one kind of step: the largest excess of this window and the last one.
+    """The largest excess of one kind of step in this window and in the last one.
 
     `since_s` is when this window began; it has had `steps` steps.
     """
@@ -137,9 +137,6 @@ class MemoryMonitor:
         self.source = source
         self.meter = meter
         self._estimator = estimator
-        self._correct_baseline = getattr(meter, "correct_baseline", None)  # only some meters do
-        self._rest = getattr(meter, "rest", lambda: None)
-        self._measure_others = getattr(source, "measure_others", None)
         self._stepped = False  # since the runtime was at rest
         self.margin = margin
         self.held = llm.held_bytes
@@ -168,7 +165,7 @@ class MemoryMonitor:
         Any thread may call it; `budget_bytes` stays that of the thread that polls.
         """
         self._read_budget()
-        return max(self.max_budget_bytes, getattr(self.source, "limit_bytes", None) or 0)
+        return max(self.max_budget_bytes, self.source.limit_bytes or 0)
 
     def _read_budget(self) -> int:
         try:
@@ -184,13 +181,13 @@ class MemoryMonitor:
         self._stepped = True
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
-        if peak < self.held.total and self._correct_baseline is not None:
-            self._correct_baseline(self.held.total)
+        if peak < self.held.total:
+            self.meter.correct_baseline(self.held.total)
             peak = self.held.total
-        known = self.held.total + self._estimator.workspace_bytes(shape)
-        self._explained_bytes = max(self._explained_bytes, known)
+        predicted = self.held.total + self._estimator.workspace_bytes(shape)
+        self._explained_bytes = max(self._explained_bytes, predicted)
         self.margin.observe(kind, peak - self._explained_bytes)
-        if peak - known > max(0, self._other_bytes) + _MOST_FREED_BYTES:
+        if peak - predicted > max(0, self._other_bytes) + _MOST_FREED_BYTES:
             self.trim()  # or the next pass has its peak on top
         return peak
 
@@ -203,12 +200,11 @@ class MemoryMonitor:
         """Learn while nothing runs: return freed memory, and let the margin expire."""
         if self._explained_bytes > self.held.total:
             self.trim()
-        if self._stepped and self._measure_others is not None:
-            self._measure_others(self.held.total)
+        if self._stepped and self.source.measure_others(self.held.total):
             self.poll()
             self._other_bytes = self.used_bytes - self.held.total
         self._stepped = False
-        self._rest()
+        self.meter.rest()
         self.margin.observe("decode", self.used_bytes - self._explained_bytes)
 
     def trim(self) -> None:
@@ -224,7 +220,7 @@ class MemoryMonitor:
         self._other_bytes = self.used_bytes - self.held.total
 
     def available_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
-        """Bytes that a mask may need for a batch, so that the next pass stays within the budget.
+        """Bytes that a plan may need for a batch, so that the next pass stays within the budget.
 
         That is the budget less the margin, as long as what is used now fits with all that the pass
         may allocate on top. If not, freed memory is returned first; if that is not enough, the

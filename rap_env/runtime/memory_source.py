@@ -1,4 +1,4 @@
-"""The memory budget: a given one, or what the system reports as free.
+"""The memory budget: given, what the system reports as free, or what a process's limit leaves.
 
 A budget is the bytes for weights, KV cache and workspace together. A system reports what is free,
 so the sources that ask it add what the runtime uses already.
@@ -7,25 +7,26 @@ so the sources that ask it add what the runtime uses already.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
 from rap_env.models.device import free_bytes
+from rap_env.runtime.memory_meter import ResidentMeter
 
 T = TypeVar("T")
 
+HEADROOM_BYTES = 8 * 2**20
+"""Bytes below a process's limit that stay free: for request bodies, texts and responses."""
 
-@runtime_checkable
-class MemorySource(Protocol):
-    """Gives the budget: how much memory the runtime may use.
 
-    A source may also have `limit_bytes`, a number or None: the largest budget that it will ever
-    give.
+class MemorySource(ABC):
+    """Gives the budget: how much memory the runtime may use. Only `budget_bytes` is needed.
 
     Attributes:
         name: For logs and metrics.
@@ -33,6 +34,7 @@ class MemorySource(Protocol):
 
     name: str
 
+    @abstractmethod
     def budget_bytes(self, used_bytes: int) -> int:
         """Bytes that the runtime may use now.
 
@@ -43,8 +45,24 @@ class MemorySource(Protocol):
             MemorySourceError: The budget cannot be read.
         """
 
+    @property
+    def limit_bytes(self) -> int | None:
+        """The largest budget that it will ever give, if that is known."""
+        return None
 
-class GivenMemory:
+    def measure_others(self, held_bytes: int) -> bool:
+        """Measure what else takes memory while the runtime rests, if the budget depends on it.
+
+        Args:
+            held_bytes: Bytes of the model's tensors.
+
+        Returns:
+            Whether it does.
+        """
+        return False
+
+
+class GivenMemory(MemorySource):
     """A budget set from outside.
 
     Args:
@@ -56,18 +74,20 @@ class GivenMemory:
     name = "given"
 
     def __init__(
-        self,
-        budget: Callable[[], float] | int,
-        *,
-        limit_bytes: int | None = None,
+        self, budget: Callable[[], float] | int, *, limit_bytes: int | None = None
     ) -> None:
-        self.limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         if callable(budget):
             self._read = budget
         else:
             fixed = budget
             self._read = lambda: fixed
-            self.limit_bytes = fixed if limit_bytes is None else limit_bytes
+            self._limit_bytes = fixed if limit_bytes is None else limit_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The given limit, or the given number of bytes."""
+        return self._limit_bytes
 
     def budget_bytes(self, used_bytes: int) -> int:
         """The given budget, whatever is used.
@@ -83,11 +103,49 @@ class GivenMemory:
         return max(0, int(budget))
 
 
+class ProcessMemory(MemorySource):
+    """What is left of a limit on the resident memory of the process, beside all but the model.
+
+    Everything else that is resident (interpreter, libraries, tokenizer, server, freed memory that
+    the C library keeps) is the meter's baseline. It is measured again whenever the runtime comes to
+    rest; between these times its growth counts as used.
+
+    Args:
+        limit: Most bytes that may be resident, or a function that returns them.
+        meter: Measures the process.
+    """
+
+    name = "process"
+
+    def __init__(self, limit: Callable[[], int] | int, meter: ResidentMeter) -> None:
+        self._read: Callable[[], int] = limit if callable(limit) else lambda: limit
+        self._meter = meter
+
+    @property
+    def process_bytes(self) -> int:
+        """Most bytes of the process that may be resident now."""
+        return self._read()
+
+    @property
+    def other_bytes(self) -> int:
+        """Resident bytes of all that is not the model, as last measured."""
+        return self._meter.baseline_bytes
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """The limit, less all that is not the model and the headroom."""
+        return max(0, self._read() - self.other_bytes - HEADROOM_BYTES)
+
+    def measure_others(self, held_bytes: int) -> bool:
+        """Measure all that is not the model."""
+        self._meter.move_baseline(held_bytes)
+        return True
+
+
 CUDA_RESERVE_BYTES = 2**28
 """What `CudaMemory` leaves free unless told otherwise."""
 
 
-class CudaMemory:
+class CudaMemory(MemorySource):
     """All free memory of a CUDA device, shared with other processes.
 
     Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
@@ -101,7 +159,12 @@ class CudaMemory:
         self.device = torch.device(device)
         self.name = str(self.device)
         self.reserve_bytes = reserve_bytes
-        self.limit_bytes: int | None = max(0, self._ask(torch.cuda.mem_get_info)[1] - reserve_bytes)
+        self._total_bytes = self._ask(torch.cuda.mem_get_info)[1]
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """All memory of the device, less the reserve."""
+        return max(0, self._total_bytes - self.reserve_bytes)
 
     def budget_bytes(self, used_bytes: int) -> int:
         """Used and free bytes, less the reserve."""
@@ -143,7 +206,7 @@ _V2 = _CgroupVersion(
 )
 
 
-class CgroupMemory:
+class CgroupMemory(MemorySource):
     """Free memory of this process's control groups (Linux, version 1 and 2) and of the machine.
 
     A group's limit counts every page that its processes use, file cache included. The kernel drops
@@ -172,9 +235,9 @@ class CgroupMemory:
     def limit_bytes(self) -> int | None:
         """The tightest limit now, or all memory of the machine, less the reserve."""
         limits = [limit for limit, _ in self._limited()]
-        machine = self._machine("MemTotal")
-        found = [*limits, *([] if machine is None else [machine])]
-        return max(0, min(found) - self.reserve_bytes) if found else None
+        if (machine := self._machine("MemTotal")) is not None:
+            limits.append(machine)
+        return max(0, min(limits) - self.reserve_bytes) if limits else None
 
     def budget_bytes(self, used_bytes: int) -> int:
         """Used and free bytes, less the reserve."""

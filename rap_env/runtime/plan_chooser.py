@@ -48,9 +48,9 @@ class PlanChoice:
 class PlanChooser:
     """Asks a policy for plans and makes them fit; it changes no model.
 
-    A policy that chooses plans is asked again with a lower limit where its plan does not fit. Where
-    that does not help either, and with a policy that chooses masks, the guard removes more blocks
-    in its own order. With a quality floor, no plan is chosen for a batch if the predicted rise in
+    A policy is asked again with a lower limit where its plan does not fit. Where that does not help
+    either, the guard removes more blocks in its own order.
+    With a quality floor, no plan is chosen for a batch if the predicted rise in
     NLL of the one that fits is above `max_delta_nll` or unknown. The bounds of a batch's own
     requests count likewise. The settings are those of `RuntimeController`.
 
@@ -212,13 +212,13 @@ class PlanChooser:
         Where the former does not fit, the guard's blocks are removed from the policy's least plan.
         """
         if not self._guards:
-            return self._ask_policy(shape, limit_bytes)[0]
+            return self._ask_policy(shape, limit_bytes)
         mask = Plan.removing(*self.guard_order(shape))
         plan = mask
         if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
             return plan
         return min(
-            (plan, self._ask_policy(shape, 1)[0].without(*mask.removed)),
+            (plan, self._ask_policy(shape, 1).without(*mask.removed)),
             key=lambda plan: self._estimator.peak_bytes(plan, shape),
         )
 
@@ -236,27 +236,26 @@ class PlanChooser:
 
     def _wanted(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower limit if that for the limit needs more than it."""
-        limit = limit_bytes
-        plan, is_mask = self._ask_policy(shape, limit)
+        limit, plan = limit_bytes, self._ask_policy(shape, limit_bytes)
         for _ in range(_ASKS - 1):
             over = self._estimator.peak_bytes(plan, shape) - limit_bytes
-            if is_mask or over <= 0:
+            if over <= 0:
                 break
             # The policy's own arithmetic leaves out what the estimator counts on top.
             more = self._estimator.more_than_policy_bytes(plan, shape)
             limit = min(limit - over, limit_bytes - more)
-            if limit <= 0:
+            smaller = self._ask_policy(shape, limit) if limit > 0 else plan
+            if smaller == plan:
                 break
-            plan, is_mask = self._ask_policy(shape, limit)
+            plan = smaller
         return plan
 
-    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan, bool]:
-        """The policy's plan, and whether it is a mask; nothing is lowered if the policy fails."""
+    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> Plan:
+        """The policy's plan; nothing is lowered if the policy fails."""
         budget = self._estimator.budget_for_policy(shape, limit_bytes)
         try:
             policy = self.policy.for_text(shape.text_shares)
-            found: Plan = policy.choose(shape.request(budget))
-            return self._estimator.memory.check_plan(found), found.is_mask
+            return self._estimator.memory.check_plan(policy.choose(shape.request(budget)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
-            return Plan(), True
+            return Plan()

@@ -13,9 +13,9 @@ from rap_env.blocks import block_index, block_name
 from rap_env.levels import WeightLevel
 from rap_env.models.device import synchronise
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 from rap_env.runtime.unreadable_weights import UnreadableWeights

@@ -14,8 +14,7 @@ from rap_env.models.device import synchronise
 from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.memory_estimator import PassSize
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.request_queue import RequestQueue

@@ -17,8 +17,13 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import choose_device
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
-from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
-from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
+from rap_env.runtime.memory_source import (
+    HEADROOM_BYTES,
+    GivenMemory,
+    MemorySource,
+    ProcessMemory,
+    open_memory,
+)
 from rap_env.serving.preflight import too_little
 from rap_env.serving.settings import ServerSettings, parse_bytes
 

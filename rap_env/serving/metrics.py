@@ -25,7 +25,7 @@ from rap_env.blocks import KINDS
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.process_memory import ProcessMemory
+from rap_env.runtime.memory_source import ProcessMemory
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import ServingSettingsError
-from rap_env.runtime.process_memory import ProcessMemory
+from rap_env.runtime.memory_source import ProcessMemory
 from rap_env.serving.errors import ApiError, invalid
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics

@@ -13,9 +13,8 @@ from rap_env.errors import (
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import DecisionLog
-from rap_env.runtime.memory_estimator import PassSize
 from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
 
 
@@ -54,7 +53,7 @@ def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
     harness.budget_bytes = 0
     assert harness.controller.could_fit(SHAPE)  # the largest budget so far counts
     harness.controller.monitor.max_budget_bytes = 0
-    harness.controller.monitor.source.limit_bytes = least
+    harness.controller.monitor.source._limit_bytes = least
     assert harness.controller.could_fit(SHAPE)
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.runtime import memory_monitor
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate, PassSize
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import GivenMemory
 from tests.runtime.harness import NoisyMeter

@@ -11,7 +11,7 @@ from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.process_memory import HEADROOM_BYTES, ProcessMemory
+from rap_env.runtime.memory_source import HEADROOM_BYTES, ProcessMemory
 from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm
 

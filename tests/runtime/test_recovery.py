@@ -7,9 +7,8 @@ import pytest
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.controller import IDLE_RESTORE_S
-from rap_env.runtime.memory_estimator import PassSize
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import Harness
 from tests.tiny import tiny_llm

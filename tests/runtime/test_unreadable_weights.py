@@ -127,4 +127,6 @@ def test_a_block_at_another_level_keeps_it():
     assert harness.llm.plan == low
     unreadable.add(errors)
     assert unreadable.without(Plan()) == low
-    assert unreadable.without(Plan.uniform(3, weights="removed")).removed == (harness.everything)
+    assert (
+        unreadable.without(Plan.uniform(3, weights="removed")).removed == harness.everything.removed
+    )

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rap_env.errors import ServingSettingsError
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
-from rap_env.runtime.process_memory import ProcessMemory
+from rap_env.runtime.memory_source import ProcessMemory
 from rap_env.serving import limits
 from rap_env.serving.access import check_access
 from rap_env.serving.app import Service, create_app

@@ -214,7 +214,7 @@ def test_static_masks_are_the_least_pruned_of_their_order(loaded):
     factory = SystemFactory(config, llm, workload, Budget((0,), (int(0.9 * dense),)))
     system = factory.make("static_gsi", FakeRun())
     order = factory._guard_order
-    count = len(system.policy.mask)
+    count = len(system.policy.mask.removed)
     assert system.policy.mask == Plan.removing(*order[:count])
     assert system.guard_order == ()
     request = Request(3, workload.longest_tokens, int(0.9 * dense))
