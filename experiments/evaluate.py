@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agents.baselines.base import MeasuredChoice, measure_choice
 from experiments.comparison.evaluation import (
     EvaluationCell,
     Method,
@@ -44,6 +43,7 @@ from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext, item_importance
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
+from rap_env.policies.method import MeasuredChoice, measure_choice
 from rap_env.request import Request
 from rap_env.scoring.plan_runner import chunks
 

@@ -15,7 +15,6 @@ import click
 import gymnasium as gym
 import numpy as np
 
-from agents.baselines import make_baseline
 from agents.observations import Builder, make_builder, make_observer
 from experiments.console import fail, say
 from experiments.errors import ExperimentError
@@ -23,7 +22,7 @@ from rap_env.errors import RapError, check_name
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task
 from rap_env.plan import Plan
-from rap_env.policies.loading import load_policy
+from rap_env.policies.loading import load_policy, make_method
 from rap_env.request import Request
 from rap_env.version import __version__
 
@@ -87,7 +86,7 @@ def _chooser(behaviour: str, task: PinnedTask, env: Any, ladder: LadderBytes | N
     if behaviour == "policy":
         return load_policy(POLICIES[task.environment], env.memory).choose
     if behaviour == "greedy":
-        return make_baseline("one_shot", env.context, 0, ladder).choose
+        return make_method("one_shot", env.context, ladder).choose
     best_measured: Choose = env.context.best_measured
     return best_measured
 

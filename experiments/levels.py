@@ -39,7 +39,7 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.policies.loading import FACTS_VERSION
+from rap_env.policies.packaged_files import FACTS_VERSION
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 

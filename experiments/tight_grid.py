@@ -1,7 +1,7 @@
 """``python -m experiments.tight_grid``: pin budgets at which uniform settings lose given amounts.
 
 Budgets as shares of a model's memory are easy for one request and impossible for another. Here a
-budget is what the best uniform setting (`agents.baselines.ladder.uniform`) needs that loses about
+budget is what the best uniform setting (`rap_env.policies.uniform`) needs that loses about
 0.05, 0.1 ... nats per token on the calibration text. The setting fits its budget exactly, so it
 wastes no byte. The budgets are written once, in bytes, for ``evaluate.pinned``.
 """
@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from agents.baselines.base import CountingScorer
-from agents.baselines.ladder.uniform import UniformBaseline
 from experiments.config import Config
 from experiments.config.common import Pinned
 from experiments.console import say
@@ -31,6 +29,8 @@ from experiments.study.tables import counted
 from rap_env.artifacts import atomic_write
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
+from rap_env.policies.method import CountingScorer
+from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
     context = build_context(config)
     item_bytes = ladder_bytes(config, context)
     assert item_bytes is not None
-    baseline = UniformBaseline(context, item_bytes)
+    baseline = Uniform(context, item_bytes)
     found: list[TightBudget] = []
     shapes = progress_bar(config.progress, settings.shapes, desc="tight grid", unit="request")
     for shape in shapes:
@@ -119,7 +119,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
 
 
 def tight_budgets(
-    baseline: UniformBaseline, shape: tuple[int, int], losses: Sequence[float]
+    baseline: Uniform, shape: tuple[int, int], losses: Sequence[float]
 ) -> list[TightBudget]:
     """Return a budget for each loss, from loose to tight.
 
@@ -131,7 +131,7 @@ def tight_budgets(
     Raises:
         ExperimentError: There are too few settings for different budgets.
     """
-    sizes, scorer = baseline.all_peak_bytes(shape), baseline.scorer
+    sizes, scorer = baseline.all_peak_bytes(shape), baseline.context.scorer
     scores = CountingScorer(scorer)
 
     @cache

@@ -1,4 +1,4 @@
-"""Policies, agents and baselines of other packages.
+"""Policies and agents of other packages.
 
 A package offers them as entry points of the groups in `GROUPS`; anything that can be imported is
 also found as ``package.module:name``. Names of this project come first, then entry points.
@@ -21,7 +21,6 @@ from rap_env.errors import RapError, UnknownNameError
 GROUPS = {
     "policy": "rap_env.policies",
     "agent": "rap_env.agents",
-    "baseline": "rap_env.baselines",
 }
 """Group of entry points for each kind of plugin."""
 
@@ -30,12 +29,12 @@ _HINT = "Something of another package can also be named as package.module:name."
 
 
 class PluginError(RapError, ImportError):
-    """A policy, agent or baseline of another package cannot be loaded or used."""
+    """A policy or agent of another package cannot be loaded or used."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A policy, agent or baseline of another package, which is not imported yet.
+    """A policy or agent of another package, which is not imported yet.
 
     Attributes:
         kind: One of `GROUPS`.

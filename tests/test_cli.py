@@ -16,7 +16,8 @@ from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.delta_nll import find_delta_nll
-from rap_env.policies.loading import StaticPolicy, default_facts, load_policy
+from rap_env.policies.loading import StaticPolicy, load_policy
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
@@ -115,7 +116,7 @@ def numbers(text):
 def test_the_rise_in_nll_is_measured_or_predicted():
     memory, request = MemoryModel(default_facts("bf16")), Request(8, 1024, 350 * 2**20)
     policy, table = load_policy("rap-v0", memory), load_policy("frontier", memory)
-    frontier, file = table.frontier, policy.file
+    frontier, file = table.table, policy.file
 
     def found(mask, chooser=policy):
         return find_delta_nll(memory, chooser, mask)

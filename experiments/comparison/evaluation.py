@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import check_baseline, make_baseline
-from agents.baselines.base import CountingPolicy
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.summaries import REFERENCE
@@ -26,6 +24,8 @@ from rap_env.context.table import TableContext
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import check_policy, make_method
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
 
@@ -142,7 +142,7 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> E
 
 
 def choices(
-    policy: CountingPolicy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
+    policy: Policy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
     """Let a policy choose on the grid, and score what it chooses on the calibration text."""
     found = []
@@ -194,7 +194,7 @@ class Method:
     seed: int | None
     kv_aware: bool
     setup_evaluations: int
-    policy: CountingPolicy
+    policy: Policy
     identity: dict[str, Any]
     training_s: float | None = None
 
@@ -210,7 +210,7 @@ def check_names(config: Config) -> None:
     if config.evaluate.plans:
         return
     for name in config.evaluate.baselines:
-        check_baseline(name, config.env.lowers)
+        check_policy(name)
     folders = agent_folders(config)
     for folder in folders:
         _ = TrainingRun(folder).facts  # raises an error if it is no training run
@@ -247,7 +247,7 @@ def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
 def _baseline(
     name: str, seed: int | None, context: PruningContext, item_bytes: LadderBytes | None
 ) -> Method:
-    baseline = make_baseline(name, context, seed or 0, item_bytes)
+    baseline = make_method(name, context, item_bytes, seed or 0)
     identity = {"baseline": name}
     if baseline.table_sha256 is not None:
         identity["table"] = baseline.table_sha256

@@ -85,9 +85,6 @@ class PromptsConfig(Section):
     """First tokens of a window that are the prompt."""
     cells: list[PinnedText] = field(default_factory=list)
     """Requests with budgets in bytes, as in ``evaluate.pinned``."""
-    networks: dict[str, str] = field(default_factory=dict)
-    """Further policies that see the prompt, by name: files of trained policies over levels, which
-    observe the costs by kind of text in the package."""
     recorded: dict[str, str] = field(default_factory=dict)
     """Methods of earlier evaluations, such as uniform, with the folder of each: the plans that they
     chose for these requests and budgets."""

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agents.baselines import BASELINES, make_baseline
 from experiments.config import Config
 from experiments.config.ladder import LadderConfig
 from experiments.contexts import build_context, held_out_scorer
@@ -28,7 +27,8 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import load_policy
+from rap_env.policies.loading import load_policy, make_method
+from rap_env.policies.registry import methods
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 
@@ -152,8 +152,8 @@ def named_policy(name: str | None, context: PruningContext, memory: MemoryModel)
     """
     if name is None:
         return None
-    if name in BASELINES and name not in PACKAGED:
-        return make_baseline(name, context)
+    if name in methods() and name not in PACKAGED:
+        return make_method(name, context)
     try:
         return load_policy(name, memory)
     except ArtifactError as error:

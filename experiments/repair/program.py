@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from agents.baselines.searches import GreedyPerByteBaseline
 from experiments.config import Config
 from experiments.contexts import described_tasks, task_config
 from experiments.repair.libraries import StubLibraries
@@ -23,6 +22,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
@@ -166,7 +166,7 @@ class RepairEvaluator:
         """Return the mask of the greedy search with the entry's search stubs, at equal bytes."""
         name, library = entry.searched_with
         if (name, cell) not in self._masks:
-            search = GreedyPerByteBaseline(self._libraries.context_with(library))
+            search = make_method("greedy_per_byte", self._libraries.context_with(library))
             self._masks[name, cell] = search.choose(self._request(cell))
         return self._masks[name, cell]
 

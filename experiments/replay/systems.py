@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from agents.baselines.base import price_per_byte
 from experiments.config import Config
 from experiments.config.serving import UNIFORM_SYSTEMS
 from experiments.errors import ExperimentError
@@ -21,7 +20,9 @@ from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, StaticPolicy, load_policy
+from rap_env.policies.loading import StaticPolicy, load_policy
+from rap_env.policies.method import price_per_byte
+from rap_env.policies.tables import TablePolicy
 from rap_env.policies.uniform import UniformPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig
@@ -127,7 +128,7 @@ class SystemFactory:
             case "knapsack":
                 return System(name, load_policy(self._config.replay.knapsack, self._memory), None)
         frontier = load_policy(self._config.replay.frontier, self._memory)
-        if not isinstance(frontier, FrontierPolicy):
+        if not isinstance(frontier, TablePolicy):
             raise ExperimentError(
                 f"replay.frontier must be a frontier artifact (.json), but "
                 f"{self._config.replay.frontier} is not; build one with "
@@ -193,13 +194,13 @@ class SystemFactory:
                     f"There is no GSI artifact {path}; measure one with "
                     "`python -m experiments.profile`."
                 ) from None
-        if isinstance(self._trained, NetworkPolicy) and self._trained.order:
+        if self._trained.order:
             return self._trained.order
         try:
             packaged = load_policy("rap-v0", self._memory)
         except ArtifactError:  # of a model that it cannot serve
             return None
-        return packaged.order if isinstance(packaged, NetworkPolicy) else None
+        return packaged.order
 
     def _layers(self) -> list[tuple[int, ...]]:
         """Return whole layers in ascending order of block influence (ShortGPT)."""

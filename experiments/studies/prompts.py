@@ -38,12 +38,11 @@ from experiments.study.tables import (
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.text_kinds import Shares
-from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.by_text import BY_TEXT, TextPolicy
-from rap_env.policies.loading import load_policy, packaged_kinds
+from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer, bar_callback
 
@@ -112,9 +111,6 @@ def prompts(config: Config, folder: Path) -> Path:
     policies: dict[str, Policy] = {name: load_policy(name, llm) for name in settings.policies}
     by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
     policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
-    kinds = packaged_kinds(MemoryModel(llm)) if settings.networks else None
-    for name, path in settings.networks.items():
-        policies[f"{name}{BY_TEXT}"] = load_policy(path, llm, kinds=kinds)
     for name, path in settings.recorded.items():
         policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     requests = {}

@@ -21,7 +21,6 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
-from agents.baselines import make_baseline
 from agents.imitation import Demonstration, ImitationConfig, Lesson, imitate
 from agents.observations import make_builder
 from agents.trained_policy import TrainedPolicy
@@ -40,6 +39,7 @@ from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
 from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
 from rap_env.request import Request
 from rap_env.workload import make_sampler
 
@@ -251,7 +251,7 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
         pairs = zip(requests, known, strict=True)
         return [Demonstration(request, mask) for request, mask in pairs if mask]
     name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
-    teacher = make_baseline(name, context, config.seed, item_bytes)
+    teacher = make_method(name, context, item_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from rap_env.errors import InfeasibleBudgetError, UnsupportedModelError
 from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
+from rap_env.importance.frontier import Frontier
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.policies.loading import FrontierPolicy, default_facts, load_policy
+from rap_env.policies.packaged_files import default_facts, packaged_file
 from rap_env.request import Request
 
 _TYPE_OF_LEVEL = {"native": "f16", "int8": "q8_0", "int4": "q4_1"}
@@ -206,9 +207,7 @@ def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[Plan, float]], str]:
     caches = "caches measured with the default model in llama.cpp"
     known = {weights: default_facts(weights) for weights in ("native", "bf16")}
     if facts.fingerprint in {each.fingerprint for each in known.values()}:
-        policy = load_policy("frontier", MemoryModel(known["bf16"]))
-        assert isinstance(policy, FrontierPolicy)
-        frontier = policy.frontier
+        frontier = Frontier.load(packaged_file("frontier.json"), MemoryModel(known["bf16"]))
         text = frontier.provenance["text"]
         tokens = text["windows"] * text["window_tokens"]
         masks = {Plan(): 0.0, **dict(frontier.entries)}

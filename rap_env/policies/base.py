@@ -27,8 +27,8 @@ class PolicyLike(Protocol):
 class Policy(ABC):
     """Chooses the plan for a request.
 
-    Only `name` and `choose` are needed. All other members have a default that means that the
-    policy cannot do this.
+    Only `name` and `choose` are needed. Every other member has a default, which means that the
+    policy does not have this ability, or needs nothing.
 
     Attributes:
         name: Its name in records and tables.
@@ -37,12 +37,28 @@ class Policy(ABC):
         order: Blocks in the order in which they may be removed beyond its plans, by index; None if
             it has no such order.
         text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
+        kv_aware: Whether it counts the KV cache.
+        seeded: Whether its choices depend on a seed.
+        evaluations: Passes over the calibration text that all choices so far needed, rounded up
+            for each request. A stored score counts too: the number is what a server with an
+            empty score store would have to run.
+        setup_evaluations: Plans scored once, before the first request.
+        table_sha256: Hash of the table of measured plans that it follows; None without one. Rows of
+            an older table are not used again.
+        source_sha256: Hash of the file that defines a policy of another package; None for ours.
+            Rows of an older file are not used again.
     """
 
     name: str
     lowers: bool = False
     order: tuple[int, ...] | None = None
     text_kinds: TextKinds | None = None
+    kv_aware: bool = True
+    seeded: bool = False
+    evaluations: int = 0
+    setup_evaluations: int = 0
+    table_sha256: str | None = None
+    source_sha256: str | None = None
 
     @abstractmethod
     def choose(self, request: Request) -> Plan:

@@ -1,15 +1,20 @@
-"""A policy that chooses by the kind of text of the prompts, besides size and budget."""
+"""The knapsack by the kind of text of the prompts, besides size and budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.packaged_files import packaged_costs
+from rap_env.policies.registry import packaged, reads
 from rap_env.request import Request
 
 BY_TEXT = "-by-text"
@@ -26,11 +31,6 @@ class TextPolicy(Policy):
     Args:
         costs: Costs of levels by kind of text.
         make: Makes a policy from costs, such as a `KnapsackPolicy`.
-
-    Attributes:
-        text_kinds: Tells the kinds of a prompt, for `for_text`.
-        lowers: As of the policies that `make` makes.
-        order: As of the policy for equal shares.
     """
 
     text_kinds: TextKinds
@@ -54,3 +54,13 @@ class TextPolicy(Policy):
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Predicted rise in NLL of a plan on equal shares of all kinds, nats per token."""
         return self.for_text(()).delta_nll(plan, seq_len_tokens)
+
+
+@packaged("knapsack-by-text")
+def _packaged_knapsack(memory: MemoryModel) -> Policy:
+    return TextPolicy(packaged_costs(KindCosts, memory), partial(KnapsackPolicy, memory))
+
+
+@reads(KindCosts.KIND)
+def _read_knapsack(path: Path, memory: MemoryModel) -> Policy:
+    return TextPolicy(KindCosts.load(path, memory), partial(KnapsackPolicy, memory))

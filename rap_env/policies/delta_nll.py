@@ -1,4 +1,4 @@
-"""The rise in NLL of a chosen mask or plan: measured, or predicted. Without torch."""
+"""The rise in NLL of a chosen plan: measured, or predicted. Without torch."""
 
 from __future__ import annotations
 
@@ -9,72 +9,72 @@ import numpy.typing as npt
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.frontier import Frontier
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
-from rap_env.policies.network import LadderPolicy
+from rap_env.policies.packaged_files import packaged_costs, packaged_file
+from rap_env.policies.packaged_networks import NetworkPolicy
+from rap_env.policies.tables import TablePolicy
 from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
 
 def find_delta_nll(
     memory: MemoryModel, policy: Policy, plan: Plan, seq_len_tokens: int | None = None
 ) -> tuple[float | None, str]:
-    """Rise in NLL of a mask or plan in nats per token, None if unknown, and where it is from.
+    """Rise in NLL of a plan in nats per token, None if unknown, and where it is from.
 
-    Sources for masks are the policy's own frontier, else that of the package; the scores in the
+    Sources for masks are the policy's own table, else that of the package; the scores in the
     policy's file, which hold for single blocks and for the first blocks of the GSI order; else a
     prediction from both. All else is predicted from level costs, the policy's own or those of the
     package, for sequences of `seq_len_tokens` tokens (None is the length at which they were
-    measured), or else from the order over items in the policy's file. Those by kind of text are
-    taken for equal shares of all kinds.
+    measured), or else by the policy itself. Those by kind of text are taken for equal shares of all
+    kinds.
     """
     policy = policy.for_text(())
     if not plan:
         return 0.0, "the dense model"
-    if plan.is_mask and not isinstance(policy, KnapsackPolicy):
+    own_costs = policy.costs if isinstance(policy, KnapsackPolicy) else None
+    if plan.is_mask and own_costs is None:
         rise, source = _rise_of_mask(memory, policy, plan)
         if rise is not None:
             return rise, source
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
-        costs = policy if isinstance(policy, KnapsackPolicy) else load_policy("knapsack", memory)
-        if isinstance(costs, KnapsackPolicy):
-            return costs.delta_nll(plan, seq_len_tokens), _level_source(costs)
-    if isinstance(policy, LadderPolicy) and (rise := policy.delta_nll(plan)) is not None:
+        costs = own_costs or packaged_costs(LevelCosts, memory)
+        text = costs.provenance["text"]
+        tokens = text["windows"] * text["window_tokens"]
+        source = f"predicted from one-shot costs of levels on {tokens} tokens of {text['source']}"
+        return costs.delta_nll(plan, seq_len_tokens), source
+    if (rise := policy.delta_nll(plan, seq_len_tokens)) is not None:
         return rise, "predicted from the order over items in the policy file"
     return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
 
 
 def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: Plan) -> tuple[float | None, str]:
     """Rise in NLL of a mask by the scores of masks, None if unknown, and where it is from."""
-    table = policy
-    if not isinstance(policy, FrontierPolicy):
+    table = policy.table if isinstance(policy, TablePolicy) else None
+    if not isinstance(table, Frontier):
         with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
-            table = load_policy("frontier", memory)
-    frontier = table.frontier if isinstance(table, FrontierPolicy) else None
-    if frontier and mask in frontier.scores:
-        text = frontier.provenance["text"]
+            table = Frontier.load(packaged_file("frontier.json"), memory)
+    if isinstance(table, Frontier) and mask in table.scores:
+        text = table.provenance["text"]
         tokens, source = text["windows"] * text["window_tokens"], text["source"]
         where = f"measured for the frontier on {tokens} tokens of {source}"
-        return frontier.scores[mask] - frontier.dense_nll, where
-    own = policy.file if isinstance(policy, NetworkPolicy) else None
-    if own and own.model.fingerprint == memory.facts.fingerprint:
-        features, indices = own.features, sorted(mask.removed)
-        if len(indices) == 1 and features.one_shot.any():
-            return float(features.one_shot[indices[0]]), "one-shot score in the policy file"
-        if own.order and set(own.order[: len(indices)]) == set(indices):
-            rise = float(features.gsi_marginal_loss[indices].sum())
-            return rise, "GSI scores in the policy file"
-        if frontier and features.one_shot.any():
-            return predicted_delta_nll(frontier, features.one_shot, mask)
+        return table.scores[mask] - table.dense_nll, where
+    if not isinstance(policy, NetworkPolicy):
+        return None, ""
+    importance = policy.file.features
+    if policy.file.model.fingerprint != memory.facts.fingerprint:
+        return None, ""
+    blocks = sorted(mask.removed)
+    if len(blocks) == 1 and importance.one_shot.any():
+        return float(importance.one_shot[blocks[0]]), "one-shot score in the policy file"
+    if policy.order and sorted(policy.order[: len(blocks)]) == blocks:
+        return float(importance.gsi_marginal_loss[blocks].sum()), "GSI scores in the policy file"
+    if isinstance(table, Frontier) and importance.one_shot.any():
+        return predicted_delta_nll(table, importance.one_shot, mask)
     return None, ""
-
-
-def _level_source(policy: KnapsackPolicy) -> str:
-    text = policy.costs.provenance["text"]
-    tokens = text["windows"] * text["window_tokens"]
-    return f"predicted from one-shot costs of levels on {tokens} tokens of {text['source']}"
 
 
 def predicted_delta_nll(

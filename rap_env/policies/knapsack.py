@@ -1,4 +1,4 @@
-"""A policy over levels: the plan with the least predicted rise in NLL that fits the request."""
+"""The knapsack: the plan with the least predicted rise in NLL that fits the request."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts, is_as_exact
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS, SharedBytes
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
 from rap_env.policies.base import Policy
+from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.multiple_choice import MultipleChoice
+from rap_env.policies.packaged_files import packaged_costs
+from rap_env.policies.registry import packaged, reads, register
 from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
 _CACHED_CHOICES = 1024
 _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
 _STEP_COST = 1e-7
 """Nats per token that each lowered level costs at least, so that ties prefer less lowering."""
 
-Levels = tuple[tuple[str, str], ...]
-"""Items and levels of one option."""
+_FLAGS = (KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -34,30 +45,25 @@ class _Option:
         levels: The lowered items with their levels; empty is native.
         size: Bytes of the set's weights, stubs and cache.
         cost: Predicted rise in NLL, nats per token.
+        flags: What of it determines the bytes that sets share, see `rap_env.ladder.state`.
     """
 
-    levels: Levels
+    levels: tuple[tuple[str, str], ...]
     size: int
     cost: float
-
-    def lowers(self, what: str) -> bool:
-        """Whether it lowers ``weights`` that are kept, or a ``cache``."""
-        named = [(is_cache(item), level) for item, level in self.levels]
-        if what == "cache":
-            return any(is_cache for is_cache, _ in named)
-        return any(not is_cache and level != "removed" for is_cache, level in named)
+    flags: int
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The choice sets under one assumption of what the workspace has to serve.
+    """The choice sets under one assumption of what they share.
 
     Attributes:
-        workspace: Bytes beside the sets.
+        shared_bytes: Bytes beside the sets.
         options: The options of each set.
     """
 
-    workspace: int
+    shared_bytes: int
     options: tuple[tuple[_Option, ...], ...]
     solver: MultipleChoice
 
@@ -78,7 +84,6 @@ class KnapsackPolicy(Policy):
     Args:
         memory: The model's byte arithmetic.
         costs: Costs of its levels; levels that were not measured are not chosen.
-        cached_choices: Requests whose plan is cached.
         levels: Levels that may be chosen, by item; items that are not named stay native. None
             allows all that were measured.
 
@@ -97,7 +102,6 @@ class KnapsackPolicy(Policy):
         self,
         memory: MemoryModel,
         costs: LevelCosts,
-        cached_choices: int = _CACHED_CHOICES,
         levels: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         if costs.num_layers != memory.facts.num_layers:
@@ -110,7 +114,7 @@ class KnapsackPolicy(Policy):
         self._levels = levels
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
-        self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
+        self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
 
     def choose(self, request: Request) -> Plan:
         """Return the best plan that fits, or the smallest one if none does."""
@@ -132,70 +136,71 @@ class KnapsackPolicy(Policy):
         if memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens) <= budget:
             return Plan()
         problems = self._problems_of(request.batch_size, request.seq_len_tokens)
-        found = [
+        plans = [
             (problem.solver.cost(chosen), problem.plan(chosen))
             for problem in problems
-            if (chosen := problem.solver.solve(budget - problem.workspace)) is not None
+            if (chosen := problem.solver.solve(budget - problem.shared_bytes)) is not None
         ]
-        if found:
-            return min(found, key=lambda pair: pair[0])[1]
-        smallest = min(problems, key=lambda p: p.workspace + p.solver.least_bytes)
+        if plans:
+            return min(plans, key=lambda pair: pair[0])[1]
+        smallest = min(problems, key=lambda p: p.shared_bytes + p.solver.least_bytes)
         return smallest.plan(smallest.solver.least)
 
     def _make_problems(self, batch_size: int, seq_len_tokens: int) -> tuple[_Problem, ...]:
-        """One problem for each workspace that plans may need, most permissive first.
+        """One problem for each set of flags that plans may have, most permissive first.
 
-        The workspace depends on whether any FFN block is kept and whether anything is lowered.
-        Flags that make no difference are not told apart.
+        A set to which a flag can be added for no more bytes is left out, since it has fewer
+        options.
         """
-        request = Request(batch_size, seq_len_tokens, budget_bytes=1)
+        memory, request = self.memory, Request(batch_size, seq_len_tokens, budget_bytes=1)
         options = self._options(request)
-        workspaces: dict[tuple[bool, bool, bool], int] = {}
-        for ffn, weights, caches in itertools.product((True, False), repeat=3):
-            plan = _example(options, self.memory.facts.num_blocks, ffn, weights, caches)
-            workspaces[ffn, weights, caches] = self.memory.breakdown(plan, request).workspace
+        used = {flag for row in options for o in row for flag in _FLAGS if o.flags & flag}
+        workspace, without_ffn = (memory.workspace_bytes(request, ffn) for ffn in (True, False))
+        shared = SharedBytes(
+            last_ffn=workspace - without_ffn,
+            lowered_cache=memory.attention_workspace_bytes(request),
+            lowered_weights=0 if memory.facts.packed else memory.facts.widen_bytes,
+        )
         problems = []
-        for (ffn, weights, caches), size in workspaces.items():
-            wider = [(True, weights, caches), (ffn, True, caches), (ffn, weights, True)]
-            same = [flags for flags in wider if flags != (ffn, weights, caches)]
-            if any(workspaces[flags] <= size for flags in same):
-                continue  # a problem with more options needs no more bytes
-            allowed = [
-                tuple(
-                    option
-                    for option in row
-                    if (weights or not option.lowers("weights"))
-                    and (caches or not option.lowers("cache"))
-                    and (ffn or not _is_kept_ffn(index, option, self.memory.facts.num_blocks))
-                )
-                for index, row in enumerate(options)
-            ]
-            if not all(allowed):
+        for allowed in reversed(range(sum(_FLAGS) + 1)):
+            size = shared.of(allowed)
+            missing = [flag for flag in _FLAGS if not allowed & flag]
+            if allowed & ~sum(used) or any(
+                shared.of(allowed | flag) <= size for flag in used.intersection(missing)
+            ):
+                continue
+            rows = [tuple(o for o in row if not o.flags & ~allowed) for row in options]
+            if not all(rows):
                 continue  # an FFN block cannot be removed, since that was not measured
             solver = MultipleChoice(
-                [[option.size for option in row] for row in allowed],
-                [[option.cost for option in row] for row in allowed],
+                [[option.size for option in row] for row in rows],
+                [[option.cost for option in row] for row in rows],
             )
-            problems.append(_Problem(size, tuple(allowed), solver))
+            problems.append(_Problem(workspace + size, tuple(rows), solver))
         return tuple(problems)
 
     def _options(self, request: Request) -> list[tuple[_Option, ...]]:
         """The options of each block, and last those of the embeddings; (2L + 1,)."""
-        facts, batch, length = self.memory.facts, request.batch_size, request.seq_len_tokens
+        facts, length = self.memory.facts, request.seq_len_tokens
         rows = []
         for index in range(facts.num_blocks):
             name, sizes = block_name(index), facts.weight_levels(index)
             caches: list[tuple[CacheLevel, int]] = [(NATIVE_CACHE, 0)]
             if index % 2 == 0:
-                caches = self._offered_caches(index // 2, batch, length)
+                caches = self._offered_caches(index // 2, request)
             rows.append(
                 tuple(
                     self._option(
-                        {name: weights, cache_name(index // 2): level.name}, size + held, length
+                        {name: weights, cache_name(index // 2): level.name},
+                        size + cache_size,
+                        length,
+                        KEPT_FFN * (index % 2 and weights != "removed"),
                     )
                     for weights, size in sizes.items()
                     if weights == "native" or self._offered(name, weights)
-                    for level, held in (caches if weights != "removed" else [(NATIVE_CACHE, 0)])
+                    for level, cache_size in (
+                        caches if weights != "removed" else [(NATIVE_CACHE, 0)]
+                    )
                 )
             )
         rows.append(
@@ -207,27 +212,24 @@ class KnapsackPolicy(Policy):
         )
         return rows
 
-    def _offered_caches(self, layer: int, batch: int, length: int) -> list[tuple[CacheLevel, int]]:
+    def _offered_caches(self, layer: int, request: Request) -> list[tuple[CacheLevel, int]]:
         """Measured levels of a layer's cache with their bytes.
 
         A level is left out if it needs no fewer bytes than a more exact one, such as a window that
         is longer than the sequence.
         """
-        if not self.memory.facts.kv_heads:
-            native = self.memory.cache_bytes(NATIVE_CACHE, layer, batch, length)
-            return [(NATIVE_CACHE, native)]
         name = cache_name(layer)
-        sizes = {
-            level: self.memory.cache_bytes(level, layer, batch, length)
-            for level in self.costs.cache_levels
-            if level.native or self._offered(name, level.name)
-        }
+        levels = [NATIVE_CACHE]
+        if self.memory.facts.kv_heads:
+            levels += [c for c in self.costs.cache_levels[1:] if self._offered(name, c.name)]
+        shape = layer, request.batch_size, request.seq_len_tokens
+        sizes = {level: self.memory.cache_bytes(level, *shape) for level in levels}
         return [
             (level, size)
             for level, size in sizes.items()
             if not any(
-                other != level and held <= size and is_as_exact(name, other.name, level.name)
-                for other, held in sizes.items()
+                other != level and smaller <= size and is_as_exact(name, other.name, level.name)
+                for other, smaller in sizes.items()
             )
         ]
 
@@ -238,33 +240,59 @@ class KnapsackPolicy(Policy):
     def _measured(self, item: str, level: str) -> bool:
         return level in self.costs.one_shot.get(item, {})
 
-    def _option(self, levels: dict[str, str], size: int, seq_len_tokens: int) -> _Option:
+    def _option(
+        self, levels: dict[str, str], size: int, seq_len_tokens: int, flags: int = 0
+    ) -> _Option:
         lowered = tuple((item, level) for item, level in levels.items() if level != "native")
+        for item, level in lowered:
+            if level != "removed":
+                flags |= LOWERED_CACHE if is_cache(item) else LOWERED_WEIGHTS
         cost = sum(self.costs.cost(item, level, seq_len_tokens) for item, level in lowered)
-        return _Option(lowered, size, cost + _STEP_COST * len(lowered))
+        return _Option(lowered, size, cost + _STEP_COST * len(lowered), flags)
 
 
-def _is_kept_ffn(index: int, option: _Option, num_blocks: int) -> bool:
-    removed = any(level == "removed" for _, level in option.levels)
-    return index < num_blocks and index % 2 == 1 and not removed
+@packaged("knapsack")
+def _packaged_knapsack(memory: MemoryModel) -> Policy:
+    return KnapsackPolicy(memory, packaged_costs(LevelCosts, memory))
 
 
-def _example(
-    options: list[tuple[_Option, ...]], num_blocks: int, ffn: bool, weights: bool, caches: bool
-) -> Plan:
-    """A plan that keeps an FFN block, lowers weights and lowers caches as the flags say.
+@reads(LevelCosts.KIND)
+def _read_knapsack(path: Path, memory: MemoryModel) -> Policy:
+    return KnapsackPolicy(memory, LevelCosts.load(path, memory))
 
-    A flag is ignored if no option of the model does what it says.
+
+@register
+class Knapsack(Method):
+    """Minimises the sum of one-shot costs over all plans that fit.
+
+    The optimum is exact, but the losses of a real model do not add up: this is the best use of
+    one-shot importance, not the best plan.
     """
-    levels: dict[str, str] = {}
-    for what, wanted in (("weights", weights), ("cache", caches)):
-        found = (
-            option
-            for index, row in enumerate(options)
-            for option in row
-            if option.lowers(what) and (ffn or index % 2 == 0)
-        )
-        if wanted and (option := next(found, None)) is not None:
-            levels |= dict(option.levels)
-    plan = Plan.of(levels)
-    return plan if ffn else plan.without(*range(1, num_blocks, 2))
+
+    name = "knapsack"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        if self.removes_only:
+            self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
+            self.setup_evaluations = self.memory.facts.num_blocks + 1
+        else:
+            costs = context.level_costs(self.ladder.cache_levels)
+            levels = {item.name: item.levels for item in self.ladder.items}
+            self._policy = KnapsackPolicy(self.memory, costs, levels)
+            self.setup_evaluations = costs.evaluations
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self._choose_mask(request) if self.removes_only else self._policy.choose(request)
+
+    def _choose_mask(self, request: Request) -> Plan:
+        """The mask with the least sum of measured rises; a block whose rise is negative goes."""
+        freed, rises = self.memory.freed_bytes(request), self._delta_nll
+        native_and_removed = np.stack([np.maximum(0, -rises), np.maximum(0, rises)], axis=1)
+        sizes = np.stack([freed, np.zeros_like(freed)], axis=1)
+        needed = self.costs(request).dense_peak_bytes - request.budget_bytes
+        solver = MultipleChoice(sizes.tolist(), native_and_removed.tolist())
+        removed = solver.solve(int(freed.sum()) - needed)
+        if removed is None:  # it fits only with the workspace of the last FFN block freed as well
+            return Plan.removing(*range(len(freed)))
+        return Plan.removing(*np.flatnonzero(removed).tolist())

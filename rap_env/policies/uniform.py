@@ -1,18 +1,33 @@
-"""A policy that needs no measured costs: the same level for all items, then whole blocks."""
+"""Uniform settings, as llama.cpp has them: one level for all weights, one for all caches."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from rap_env.importance.orders import greedy_order
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
+from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.registry import register
 from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+_KINDS = {"attn": "weights", "ffn": "weights", "cache": "caches", "embeddings": "embeddings"}
 
 
 class UniformPolicy(Policy):
     """Chooses the first of some plans that fits, else the last one with blocks removed in an order.
+
+    It needs no measured costs.
 
     Args:
         memory: The model's byte arithmetic.
@@ -62,16 +77,16 @@ def uniform_plans(facts: ModelFacts) -> list[Plan]:
 
     Levels that some block does not have are left native there.
     """
-    layers, found = facts.num_layers, [Plan()]
+    plans = [Plan()]
     if facts.kv_heads:
-        found += [Plan.uniform(layers, caches=level) for level in ("int8", "int4")]
+        plans += [Plan.uniform(facts.num_layers, caches=level) for level in ("int8", "int4")]
     for level in ("int8", "int4"):
         names = facts.blocks_at(level)
         if "int8" in facts.embedding_levels:
             names[EMBEDDINGS] = "int8"
         if names:
-            found.append(found[-1].lower(names))
-    return found
+            plans.append(plans[-1].lower(names))
+    return plans
 
 
 def middle_first(num_layers: int) -> list[int]:
@@ -84,3 +99,129 @@ def middle_first(num_layers: int) -> list[int]:
     middle = [layer for layer in reversed(range(num_layers)) if layer not in ends]
     layers = [*middle, *dict.fromkeys(ends)]
     return [index for layer in layers for index in (2 * layer, 2 * layer + 1)]
+
+
+@dataclass(frozen=True)
+class UniformSetting:
+    """A uniform plan, with whole blocks removed.
+
+    Attributes:
+        places: Places of its levels of weights, caches and embeddings among those of the ladder
+            (0 is native), and the number of removed blocks.
+        least_delta_nll: ΔNLL of the removed blocks alone, nats per token.
+    """
+
+    plan: Plan
+    places: tuple[int, int, int, int]
+    least_delta_nll: float
+
+    def dominates(self, other: UniformSetting) -> bool:
+        """Whether no level is below the other's and no more blocks are removed."""
+        pairs = zip(self.places, other.places, strict=True)
+        return self != other and all(own <= theirs for own, theirs in pairs)
+
+
+@register
+class Uniform(Method):
+    """Chooses one level each for all weights, all caches and embeddings, then removes blocks.
+
+    Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the one
+    with the least NLL on the calibration text. Each combination of levels is tried with the fewest
+    removed blocks that fit. Two kinds of settings are not measured, because they cannot be the
+    best: those that are nowhere above another one that fits, and those whose removed blocks alone
+    lose more than the best measured setting.
+    """
+
+    name = "uniform"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        self._order, self._rises = self._removal_order()
+        self._levels = self._uniform_levels()
+
+    def settings(self, request: Request) -> list[UniformSetting]:
+        """The settings that fit and may be the best, those with the least known ΔNLL first."""
+        fitting = [
+            setting for levels in self._levels if (setting := self._fitting(*levels, request))
+        ]
+        kept = [s for s in fitting if not any(other.dominates(s) for other in fitting)]
+        return sorted(kept, key=lambda setting: (setting.least_delta_nll, setting.places))
+
+    def all_peak_bytes(self, shape: tuple[int, int]) -> list[int]:
+        """Distinct peak bytes of every setting for a batch size and length, from large to small."""
+        request, counts = Request(*shape, budget_bytes=1), range(len(self._order) + 1)
+        pairs = itertools.product((plan for plan, _ in self._levels), counts)
+        return sorted({self._peak_bytes(*pair, request) for pair in pairs}, reverse=True)
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.best(request, scores)
+
+    def best(self, request: Request, scores: CountingScorer) -> Plan:
+        """The setting with the least NLL of those that fit."""
+        settings = self.settings(request)
+        if not settings:
+            return self.ladder.plan(self.costs(request).steps.lowest)
+        best, best_nll = settings[0].plan, float("inf")
+        for setting in settings:
+            if setting.least_delta_nll >= best_nll - self._native_nll:
+                break
+            nll = scores.nll(setting.plan)
+            if nll < best_nll:
+                best, best_nll = setting.plan, nll
+        return best
+
+    def _removal_order(self) -> tuple[list[str], list[float]]:
+        """The blocks in the order of removal, and the ΔNLL without the first 0, 1, 2 ... of them.
+
+        Where GSI stopped early, that of its last removal is repeated.
+        """
+        removable = {item.name for item in self.ladder.items if "removed" in item.levels}
+        masks = LadderBytes(self.memory, Ladder.of(self.memory.facts, "masks"))
+        profile = self.context.item_gsi(masks)
+        self.setup_evaluations = profile.evaluations
+        self._native_nll = profile.dense_nll
+        steps = greedy_order(self.context.level_costs(()), masks, profile).steps
+        order = [masks.ladder.items[item].name for item, _ in steps]
+        rises = [nll - profile.dense_nll for nll in profile.nll_after]
+        rises += (rises[-1:] or [0.0]) * (len(order) - len(rises))
+        kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
+        return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
+
+    def _uniform_levels(self) -> list[tuple[Plan, tuple[int, int, int]]]:
+        """Each combination of levels of weights, caches and embeddings, with their places."""
+        chains: dict[str, list[str]] = {kind: ["native"] for kind in _KINDS.values()}
+        for item in self.ladder.items:
+            chain = chains[_KINDS[item.kind]]
+            chain += [n for n in item.levels if n != "removed" and n not in chain]
+        weights, caches, embeddings = chains.values()
+        places = itertools.product(*map(range, map(len, (weights, caches, embeddings))))
+        return [
+            (self._uniform(weights[w], caches[c], embeddings[e]), (w, c, e)) for w, c, e in places
+        ]
+
+    def _uniform(self, weights: str, caches: str, embeddings: str) -> Plan:
+        """The plan in which every item that has the level of its kind is at it."""
+        by_kind = {"weights": weights, "caches": caches, "embeddings": embeddings}
+        levels = {item: by_kind[_KINDS[item.kind]] for item in self.ladder.items}
+        return Plan.of({item.name: n for item, n in levels.items() if n in item.levels})
+
+    def _fitting(
+        self, plan: Plan, places: tuple[int, int, int], request: Request
+    ) -> UniformSetting | None:
+        """The setting with the fewest removed blocks that fits; None if there is none."""
+        low, high = 0, len(self._order)
+        if self._peak_bytes(plan, high, request) > request.budget_bytes:
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._peak_bytes(plan, middle, request) <= request.budget_bytes:
+                high = middle
+            else:
+                low = middle + 1
+        return UniformSetting(self._without(plan, low), (*places, low), self._rises[low])
+
+    def _peak_bytes(self, plan: Plan, removed: int, request: Request) -> int:
+        return self.memory.peak_bytes(self._without(plan, removed), request)
+
+    def _without(self, plan: Plan, removed: int) -> Plan:
+        return plan.without(*self._order[:removed])

@@ -6,22 +6,17 @@ import json
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, ModelNotAvailableError, ServingSettingsError, check_name
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import HasFacts, ModelFacts
-from rap_env.policies.loading import (
-    KNAPSACKS,
-    NAMED,
-    default_facts,
-    load_policy,
-    policy_blocks,
-)
+from rap_env.model_facts import ModelFacts
+from rap_env.policies.loading import check_policy, load_policy, policy_blocks
+from rap_env.policies.packaged_files import KNAPSACKS, default_facts
+from rap_env.policies.registry import policy_names
 from rap_env.request import Request
 from rap_env.runtime.plan_chooser import no_prediction_text
 from rap_env.serving.settings import ServerSettings
 
-WITHOUT_PREDICTIONS = ("dense", "frontier", "rap-v0")
-"""Names of the policies that predict no rise in NLL."""
+_PREDICTING = (*KNAPSACKS, "rap", "rap-recall")
+"""Names of the policies that predict the rise in NLL of their plans."""
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -40,10 +35,12 @@ def check_before_loading(settings: ServerSettings) -> None:
             predicts nothing for a floor of quality.
     """
     check_name("dtype", settings.dtype, _DTYPES)
+    known = {*policy_names()}
     for name in ("max_delta_nll", "min_quality_per_request"):
         bound = getattr(settings, name)
-        if bound not in (None, "auto") and settings.policy in WITHOUT_PREDICTIONS:
+        if bound not in (None, "auto") and settings.policy in known - {*_PREDICTING}:
             raise ServingSettingsError(no_prediction_text(name, bound, settings.policy))
+    check_policy(settings.policy)
     wanted = policy_blocks(settings.policy)
     facts = _known_facts(settings)
     blocks = _blocks_of_folder(settings.model) if facts is None else facts.num_blocks
@@ -58,28 +55,9 @@ def check_before_loading(settings: ServerSettings) -> None:
     least = memory.least_peak_bytes(Request(1, 1, 1))
     if settings.model_bytes is not None and settings.model_bytes < least:
         raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
-    certain = settings.policy in NAMED or settings.dtype == facts.dtype
-    has_fallback = settings.policy in ("dense", *KNAPSACKS) and settings.kinds is None
-    if certain and not has_fallback:
-        load_policy(settings.policy, memory, kinds=load_kinds(settings, memory))
-
-
-def load_kinds(settings: ServerSettings, model: HasFacts) -> KindCosts | None:
-    """The costs by kind of text of the settings, if they name a file.
-
-    Raises:
-        ServingSettingsError: There is no such file.
-        ArtifactError: It is damaged, or of another model.
-    """
-    if settings.kinds is None:
-        return None
-    try:
-        return KindCosts.load(settings.kinds, model)
-    except FileNotFoundError:
-        raise ServingSettingsError(
-            f"kinds must be a file that `python -m experiments.levels '+kinds=...'` wrote, and "
-            f"there is no file {settings.kinds}."
-        ) from None
+    certain = settings.policy in known or settings.dtype == facts.dtype
+    if certain and settings.policy not in ("dense", *KNAPSACKS):  # these serve any model
+        load_policy(settings.policy, memory)
 
 
 def too_little(model: str, least_bytes: int, given_bytes: int) -> str:

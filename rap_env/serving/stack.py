@@ -18,7 +18,8 @@ from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy, PolicyLike, as_policy
-from rap_env.policies.loading import KNAPSACKS, load_policy
+from rap_env.policies.loading import load_policy
+from rap_env.policies.packaged_files import KNAPSACKS
 from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -28,7 +29,7 @@ from rap_env.runtime.memory_meter import make_levels
 from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving import limits
-from rap_env.serving.preflight import check_before_loading, load_kinds
+from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import ServerSettings, require_extra
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> Policy:
         RapError: As for `load_policy`, with any other policy.
     """
     try:
-        return load_policy(settings.policy, llm, kinds=load_kinds(settings, llm))
+        return load_policy(settings.policy, llm)
     except ArtifactError as error:
-        if settings.policy not in KNAPSACKS or settings.kinds is not None:
+        if settings.policy not in KNAPSACKS:
             raise
         log.warning(
             "%s Until then the server lowers all caches uniformly, then all weights, and then "

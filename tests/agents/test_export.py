@@ -13,7 +13,8 @@ from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError
 from rap_env.observation import ObservationBuilder
 from rap_env.policies.block_network import BlockNetwork, NetworkWeights
-from rap_env.policies.loading import NetworkPolicy, load_policy
+from rap_env.policies.loading import load_policy
+from rap_env.policies.packaged_networks import NetworkPolicy
 from rap_env.policies.policy_file import PolicyFile
 from tests.agents.synthetic import SyntheticContext, make_envs, request_at
 

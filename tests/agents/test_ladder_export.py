@@ -209,8 +209,9 @@ def test_the_file_serves_other_items_with_their_importance_only(runs, path):
     with pytest.raises(ArtifactError, match="whose items have other levels than those of made"):
         load_policy(path, other.memory)
     importance = builder_of(other).importance
-    policy = load_policy(path, other.memory, features=importance)
+    file = LadderPolicyFile.load(path)
+    policy = LadderPolicy(other.memory, file, importance)
     request = Request.at_fraction(other.memory, 8, 2000, 0.5)
     assert policy.choose(request) == TrainedPolicy.load(folders["plain"], other).choose(request)
     with pytest.raises(ArtifactError, match="importance of made must have 10 x 7 values"):
-        load_policy(path, context.memory, features=importance)
+        LadderPolicy(context.memory, file, importance)

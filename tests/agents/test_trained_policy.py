@@ -8,15 +8,16 @@ import torch
 
 from agents import trained_policy as policies
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
-from agents.baselines.base import fits, measure_choice
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
 from rap_env.plan import Plan
+from rap_env.policies.method import measure_choice
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, make_envs, request_at
+from tests.policies.requests import fits
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_it_removes_the_block_with_the_highest_network_score(context, name):
     request, mask = request_at(context, 2, 300, 0.5), Plan()
     builder = ObservationBuilder(context.memory, context.features)
     network = trained._policy
-    while not fits(context.memory, mask, request):
+    while not fits(context, mask, request):
         observation = builder.build(request, mask)
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
         action, _ = network.predict(observation, deterministic=True, **given)
@@ -97,11 +98,9 @@ def test_best_of_takes_the_mask_with_the_lowest_score(context, monkeypatch, name
     (masks,) = judged
     assert masks[0] == greedy
     assert 3 < len(masks) == len(set(masks)) <= 16
-    assert all(fits(context.memory, mask, request) for mask in masks)
+    assert all(fits(context, mask, request) for mask in masks)
     for mask in masks:  # no sample goes on once it fits
-        assert any(
-            not fits(context.memory, Plan(mask.removed - {block}), request) for block in mask
-        )
+        assert any(not fits(context, Plan(mask.removed - {block}), request) for block in mask)
     assert context.scorer.loss(chosen) == min(context.scorer.loss(mask) for mask in masks)
     assert trained.choose(request) == chosen
     assert trained.evaluations == 0
@@ -189,7 +188,7 @@ def runs(tmp_path_factory):
 def test_blockwise_policy_serves_a_model_with_more_layers(runs, context):
     request = request_at(context, 1, 10, 0.7)
     mask = TrainedPolicy.load(runs["blockwise"], context).choose(request)
-    assert fits(context.memory, mask, request)
+    assert fits(context, mask, request)
     assert len(context.memory.facts.blocks) == 12
 
 
@@ -203,7 +202,7 @@ def test_a_policy_with_block_vectors_needs_its_own_number_of_blocks(runs, contex
         TrainedPolicy.load(runs["vectors"], context)
     own = SyntheticContext(np.linspace(0.2, 0.9, 8))
     request = request_at(own, 1, 10, 0.7)
-    assert fits(own.memory, TrainedPolicy.load(runs["vectors"], own).choose(request), request)
+    assert fits(own, TrainedPolicy.load(runs["vectors"], own).choose(request), request)
 
 
 def test_options_of_a_choice_can_be_loaded_with(runs, context):

@@ -19,8 +19,6 @@ import torch
 from agents import checkpoint as checkpoints
 from agents import training
 from agents.algorithms import ALGORITHMS, AgentConfig
-from agents.baselines import make_baseline
-from agents.baselines.base import fits
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
@@ -28,7 +26,9 @@ from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.observation import ImportanceFeatures
 from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
 from tests.agents.synthetic import make_envs, request_at
+from tests.policies.requests import fits
 from tests.programs import PythonProgram
 
 ROOT = Path(__file__).parents[2]
@@ -383,8 +383,8 @@ def test_every_agent_learns(tmp_path, context, name):
     config = AgentConfig(name, total_timesteps=1500, n_envs=8, hyperparameters=hyperparameters)
     train(config, make_envs(context), tmp_path, progress=False)
     learned = mean_loss(context, TrainedPolicy.load(tmp_path, context))
-    assert learned < 0.5 * mean_loss(context, make_baseline("random", context))
-    assert learned < mean_loss(context, make_baseline("one_shot", context))
+    assert learned < 0.5 * mean_loss(context, make_method("random", context))
+    assert learned < mean_loss(context, make_method("one_shot", context))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -398,7 +398,7 @@ def test_on_a_real_model(tmp_path, real_context, name):
     assert real_context.scorer.known > 10  # the agents share a context, and there are 64 masks
     before, request = real_context.scorer.passes, request_at(real_context, 2, 16, 0.8)
     mask = TrainedPolicy.load(tmp_path, real_context).choose(request)
-    assert fits(real_context.memory, mask, request)
+    assert fits(real_context, mask, request)
     assert real_context.scorer.passes == before
 
 

@@ -21,7 +21,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import default_facts
+from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus
 from tests.envs.playing import DENSE_TIMING, play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1

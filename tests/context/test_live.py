@@ -16,7 +16,7 @@ from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import default_facts
+from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from agents.baselines import make_baseline
 from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance.frontier import Frontier
 from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
 from tests.envs.conftest import make_context
 from tests.envs.playing import COUNT, assert_same, make, play, request_at
 from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
@@ -57,7 +57,7 @@ def ordered():
 def test_the_return_is_the_advantage_over_the_baseline(ordered, name, seed):
     env = make(ordered, reward=relative(name), workload="azure-conv")
     *_, info = play(env, seed, masked=True)[-1]
-    expected = loss_of(ordered, make_baseline(name, ordered).choose(env.request))
+    expected = loss_of(ordered, make_method(name, ordered).choose(env.request))
     assert info["baseline_loss"] == pytest.approx(expected, abs=1e-12)
     assert info["reward_terms"]["perplexity"] == pytest.approx(expected - info["loss"])
 
@@ -118,7 +118,7 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
     masks = set()
     for seed in range(6):
         play(env, seed, masked=True)
-        masks |= {env.mask, make_baseline("gsi", context).choose(env.request)}
+        masks |= {env.mask, make_method("gsi", context).choose(env.request)}
     assert context.scorer.evaluations - before <= len(masks)
 
 
@@ -126,7 +126,7 @@ def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
     shallow = TableContext(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
     env = make(shallow, reward=relative("gsi"))
     env.reset(seed=0, options={"request": request_at(ordered, 0.6)})
-    mask = make_baseline("gsi", ordered).choose(env.request)
+    mask = make_method("gsi", ordered).choose(env.request)
     assert shallow.scorer.is_predicted(mask)
     over = False
     while not over:

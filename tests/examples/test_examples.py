@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from unittest import mock
 
 import gymnasium as gym
 import pytest
+from click.testing import CliRunner
 
 import rap_env
 from experiments.export_minari import export
+from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_task
 from rap_env.models.families.families import FAMILIES
@@ -75,13 +78,20 @@ def test_rllib_ppo():
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
 
 
-def test_custom_baseline():
-    module = example("custom_baseline")
+def test_custom_method():
+    module = example("custom_method")
     found = {
-        name: rap_env.evaluate(baseline, module.TASK, name=name).mean_delta_nll
-        for name, baseline in module.baselines((*module.ASKED, module.NAME)).items()
+        name: rap_env.evaluate(method, module.TASK, name=name).mean_delta_nll
+        for name, method in module.methods((*module.ASKED, module.NAME)).items()
     }
     assert found[module.NAME] < min(found[name] for name in module.ASKED)
+    request = ["--batch", "8", "--seq", "1024", "--budget", "120MiB", "--json"]
+    chosen = {
+        name: json.loads(CliRunner().invoke(cli, ["choose", *request, "--policy", name]).stdout)
+        for name in (*module.ASKED, module.NAME)
+    }
+    assert chosen[module.NAME]["fits"]
+    assert chosen[module.NAME]["levels"] in [chosen[name]["levels"] for name in module.ASKED]
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.algorithms import ALGORITHMS
-from agents.baselines import baselines_of
 from experiments.config import as_config
 from experiments.config.common import TasksConfig, parse_shape
 from experiments.config.evaluation import EvaluateConfig
@@ -26,6 +25,7 @@ from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_progra
 from experiments.study.run_names import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError, UnknownNameError
+from rap_env.policies.registry import methods
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.workload import SAMPLERS
 from tests.programs import run_python
@@ -151,7 +151,7 @@ def test_names_in_the_files_exist():
     for experiment in ("demo", "main"):
         settings = composed("evaluate", f"experiment={experiment}")
         found = settings.evaluate
-        assert set(found.baselines) <= set(baselines_of(settings.env.lowers))
+        assert set(found.baselines) <= set(methods())
         assert set(found.tasks.names) <= set(GENERATED_TASKS)
 
 

@@ -25,7 +25,9 @@ from experiments.profile import profile
 from experiments.train import train
 from rap_env.errors import ArtifactError
 from rap_env.plan import Plan
-from rap_env.policies.loading import FrontierPolicy, NetworkPolicy, load_policy
+from rap_env.policies.loading import load_policy
+from rap_env.policies.packaged_networks import NetworkPolicy
+from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
 from tests.experiments.test_config import run_program
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -91,15 +93,15 @@ def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
     export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
     context = build_context(config)
     table = load_policy(tmp_path / "rap.frontier.json", context.memory)
-    assert isinstance(table, FrontierPolicy)
-    assert table.frontier.entries == context.frontier.entries
-    assert len(table.frontier.scores) == len(context.frontier.entries)
-    assert len(table.frontier.scores) < context.frontier.evaluations
-    assert table.frontier.settings["thinned_from_masks"] == context.frontier.evaluations
+    assert isinstance(table, TablePolicy)
+    assert table.table.entries == context.frontier.entries
+    assert len(table.table.scores) == len(context.frontier.entries)
+    assert len(table.table.scores) < context.frontier.evaluations
+    assert table.table.settings["thinned_from_masks"] == context.frontier.evaluations
     for request in asked(context.memory):
-        full = FrontierPolicy(context.memory, context.frontier)
+        full = TablePolicy(context.memory, context.frontier)
         assert table.choose(request) == full.choose(request)
-    assert reduced(table.frontier).scores == table.frontier.scores
+    assert reduced(table.table).scores == table.table.scores
 
 
 def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):

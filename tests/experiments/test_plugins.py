@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from agents.algorithms import AgentConfig
-from agents.baselines import check_baseline, make_baseline
 from agents.checkpoint import checkpoint_of
 from agents.settings import AgentConfigError
 from experiments.comparison.records import ResultRow
@@ -21,7 +20,7 @@ from experiments.train import run_trial
 from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.plugins import PluginError, entry_points
-from rap_env.policies.loading import load_policy
+from rap_env.policies.loading import check_policy, load_policy, make_method
 from tests.agents.synthetic import SyntheticContext, facts, request_at
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -104,9 +103,9 @@ def test_a_policy_of_a_package_answers_requests_by_either_name(package):
     assert memory.peak_bytes(chosen, request) <= request.budget_bytes
     assert {name.split(".")[1] for name in chosen.removed_names} == {"ffn"}, "these free most"
     assert load_policy("rap_example.policies:LargestFirst", memory).choose(request) == chosen
-    baseline = make_baseline("rap_example.baselines:LargestFirstBaseline", context)
+    baseline = make_method("rap_example.methods:LargestFirst", context)
     assert baseline.choose(request) == chosen
-    assert baseline.source_sha256 != make_baseline("dense", context).source_sha256
+    assert baseline.source_sha256 != make_method("dense", context).source_sha256
 
 
 def test_an_agent_of_a_package_has_the_values_of_its_file(package):
@@ -122,18 +121,15 @@ def test_an_agent_of_a_package_has_the_values_of_its_file(package):
 
 def test_unknown_names_list_those_of_packages(package):
     memory = MemoryModel(facts())
-    with pytest.raises(UnknownNameError, match="'rap-v0'.*Did you mean 'largest'.*module:factory"):
+    with pytest.raises(UnknownNameError, match="'rap-v0'.*Did you mean 'largest'.*module:name"):
         load_policy("largets", memory)
     with pytest.raises(UnknownNameError, match="'ppo'.*Did you mean 'fading_ppo'"):
         AgentConfig("fadin_ppo")
-    for lowers in (False, True):
-        with pytest.raises(UnknownNameError, match="'knapsack'.*Did you mean 'largest_first'"):
-            check_baseline("largest_frist", lowers)
+    with pytest.raises(UnknownNameError, match="'knapsack'.*Did you mean 'largest_first'"):
+        check_policy("largest_frist")
 
 
 def test_what_does_not_fit_is_named_with_its_package(package):
-    with pytest.raises(PluginError, match="rap-example 0.1 cannot choose plans .env=ladder."):
-        check_baseline("largest_first", lowers=True)
     with pytest.raises(PluginError, match="module rap_example.policies is a type, not an agents"):
         AgentConfig("rap_example.policies:LargestFirst")
     with pytest.raises(PluginError, match="called with .MemoryModel.: missing a required"):

@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from agents.baselines.base import CountingScorer
-from agents.baselines.ladder.uniform import UniformBaseline
 from experiments.config import Config
 from experiments.config.common import TextConfig, parse_pinned
 from experiments.config.evaluation import EvaluateConfig, TightGridConfig
@@ -17,6 +15,8 @@ from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
+from rap_env.policies.method import CountingScorer
+from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -49,7 +49,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def baseline(config):
     context = build_context(config)
-    return UniformBaseline(context, ladder_bytes(config, context))
+    return Uniform(context, ladder_bytes(config, context))
 
 
 @pytest.mark.parametrize(

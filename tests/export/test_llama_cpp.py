@@ -17,7 +17,7 @@ from rap_env.export.llama_cpp import (
 )
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import default_facts
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from tests.tiny import tiny_llm
 

@@ -13,7 +13,7 @@ from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.policies.loading import default_facts
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from rap_env.workload import make_sampler
 from tests.policies.test_knapsack import costs, facts

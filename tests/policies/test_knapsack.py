@@ -11,11 +11,17 @@ import pytest
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, Plan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, cache_name, every_mask
 from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.loading import make_method
 from rap_env.request import Request
+from tests.agents.synthetic import SyntheticContext
+from tests.agents.synthetic import facts as facts_of_masks
+from tests.policies.requests import SHAPES, fits, needing
 
 CACHES = ("int8", "int4", "int4-window64")
 
@@ -197,3 +203,44 @@ def test_costs_and_requests_of_another_model_are_rejected():
     policy = KnapsackPolicy(MemoryModel(facts()), costs(facts()))
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         policy.choose(Request(1, 5000, 1000))
+
+
+def test_over_a_ladder_it_keeps_to_the_levels(ladder_context, between):
+    few = {"weights": ["int8", "removed"], "caches": ["int4"]}
+    narrow = LadderBytes(ladder_context.memory, Ladder.of(ladder_context.memory.facts, few))
+    for share in (0.2, 0.5):
+        plan = make_method("knapsack", ladder_context, narrow).choose(between(SHAPES[1], share))
+        narrow.ladder.positions(plan)
+        assert set(plan.levels.values()) <= {"int8", "removed", "int4"}
+        assert plan.embeddings == "native"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_over_masks_it_has_the_least_sum_of_all_masks_that_fit(seed):
+    rng = np.random.default_rng(seed)
+    context = SyntheticContext(rng.normal(0.5, 0.5, 8))
+    request = needing(context, int(rng.integers(1, 15000)))
+    plan = make_method("knapsack", context).choose(request)
+    sums = [context.scorer.loss(mask) for mask in every_mask(8) if fits(context, mask, request)]
+    assert fits(context, plan, request)
+    assert context.scorer.loss(plan) == pytest.approx(min(sums))
+
+
+def test_over_masks_it_beats_one_shot_where_sizes_matter():
+    context = SyntheticContext([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
+    plan = make_method("knapsack", context).choose(needing(context, 3000))
+    assert plan.removed_names == ("layer00.ffn",), "0.2, against 0.33 for three attn blocks"
+
+
+def test_a_budget_that_only_the_empty_model_fits_is_met():
+    context = SyntheticContext([0.1] * 8)
+    everything = Plan.removing(*range(8))
+    budget = context.memory.peak_bytes(everything, Request(1, 100, 10**9))
+    assert make_method("knapsack", context).choose(Request(1, 100, budget)) == everything
+
+
+def test_large_models_with_two_sizes_are_quick():
+    rng = np.random.default_rng(0)
+    context = SyntheticContext(rng.random(160), facts_of_masks(80, 1_770_624, 5_309_568))
+    request = needing(context, int(0.4 * sum(context.memory.facts.block_param_bytes)))
+    assert fits(context, make_method("knapsack", context).choose(request), request)

@@ -22,11 +22,12 @@ from rap_env.ladder.item_rows import NEIGHBOURS, neighbours, row_columns
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies import loading as policies
+from rap_env.policies import packaged_files
 from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.item_network import ItemNetwork
-from rap_env.policies.loading import NetworkPolicy, load_policy
+from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.packaged_networks import NetworkPolicy
 from rap_env.policies.policy_file import PolicyFile
 from rap_env.request import Request
 from tests.policies import made_policies
@@ -128,8 +129,6 @@ def test_load_policy_opens_both_kinds(path, tmp_path):
         PolicyFile.load(path)
     with pytest.raises(ArtifactError, match="'exported policy' and format 1, but this version"):
         LadderPolicyFile.load(masks)
-    with pytest.raises(ArtifactError, match="as ImportanceFeatures, not as ItemImportance"):
-        load_policy(masks, made_policies.memory(), features=importance(ladder(memory())))
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
@@ -229,11 +228,11 @@ def test_a_controller_lowers_and_raises_a_live_model(blind):
 
 
 def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
-    with pytest.raises(UnknownNameError, match="'rap', 'rap-by-text', 'rap-recall', 'rap-v0'"):
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-recall', 'rap-v0'"):
         load_policy("rap-v9", memory())
     with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 blocks"):
         load_policy("rap-v0", memory())
-    monkeypatch.setattr(policies, "SAVED", tmp_path)
+    monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
     with pytest.raises(ArtifactError, match=r"no exported policy at .*ladder.*\"rap-v0\""):
         load_policy("rap", memory())
     path.rename(tmp_path / "smollm2-135m.ladder.safetensors")
@@ -249,11 +248,11 @@ def test_the_packaged_policies_have_names(path, tmp_path, monkeypatch):
 
 def test_other_weights_are_told_which_packaged_policy_serves_them(tmp_path, monkeypatch):
     policy_file().save(tmp_path / "smollm2-135m.ladder.safetensors")
-    monkeypatch.setattr(policies, "SAVED", tmp_path)
+    monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
     packed = memory(packed=True)
     with pytest.raises(ArtifactError, match=r'packed weights.*policy "rap-v0"'):
         load_policy("rap", packed)
-    given = load_policy("rap", packed, features=importance(ladder(packed)))
+    given = LadderPolicy(packed, policy_file(), importance(ladder(packed)))
     assert given.choose(Request.at_fraction(packed, 1, 100, 0.5))
 
 

@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 
 from rap_env.memory import MemoryModel
-from rap_env.policies.loading import DEFAULT_MODEL, SAVED, NetworkPolicy, default_facts, load_policy
+from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.packaged_files import DEFAULT_MODEL, PACKAGED, default_facts
+from rap_env.policies.packaged_networks import NetworkPolicy
 from rap_env.policies.policy_file import PolicyFile, read_policy
 from rap_env.request import Request
 
-POLICY = SAVED / f"{DEFAULT_MODEL}.safetensors"
-COSTS = SAVED / f"{DEFAULT_MODEL}.levels.json"
-TABLE = SAVED / f"{DEFAULT_MODEL}.frontier.json"
+POLICY = PACKAGED / f"{DEFAULT_MODEL}.safetensors"
+COSTS = PACKAGED / f"{DEFAULT_MODEL}.levels.json"
+TABLE = PACKAGED / f"{DEFAULT_MODEL}.frontier.json"
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +39,14 @@ def memory():
 def test_the_files_are_small_and_hold_no_local_paths():
     assert TABLE.stat().st_size < 200_000
     assert '"/' not in TABLE.read_text(), "an absolute path"
-    for path in SAVED.glob("*.safetensors"):
+    for path in PACKAGED.glob("*.safetensors"):
         assert path.stat().st_size < 300_000
         provenance = read_policy(path, PolicyFile, LadderPolicyFile).provenance
         assert '"/' not in json.dumps(provenance), "an absolute path"
 
 
 def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):
-    for path in SAVED.glob("*.ladder.safetensors"):
+    for path in PACKAGED.glob("*.ladder.safetensors"):
         policy = load_policy(path, levelled)
         assert isinstance(policy, LadderPolicy)
         assert sorted(policy.order) == list(range(60))
@@ -144,7 +146,7 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
 @pytest.mark.parametrize(
     ("weights", "names"),
     [
-        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-by-text", "rap-recall"]),
+        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-recall"]),
         ("bf16", ["rap-v0", "frontier"]),
     ],
 )

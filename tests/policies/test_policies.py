@@ -11,15 +11,11 @@ from rap_env.importance.frontier import Frontier
 from rap_env.importance.plan_frontier import PlanFrontier
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies import loading as policies
-from rap_env.policies.loading import (
-    FrontierPolicy,
-    NetworkPolicy,
-    OrderPolicy,
-    PlanFrontierPolicy,
-    StaticPolicy,
-    load_policy,
-)
+from rap_env.policies import packaged_files
+from rap_env.policies.loading import OrderPolicy, StaticPolicy, check_policy, load_policy
+from rap_env.policies.packaged_networks import NetworkPolicy
+from rap_env.policies.registry import methods, policy_names
+from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
 from tests.policies.made_policies import facts, features, memory, policy_file
 from tests.policies.test_knapsack import costs as level_costs
@@ -81,7 +77,7 @@ def test_an_order_of_another_model_is_rejected():
 
 
 def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
-    policy = FrontierPolicy(memory(), frontier())
+    policy = TablePolicy(memory(), frontier())
     assert policy.choose(at(1.0)) == Plan()
     assert policy.choose(just_fits(0)) == Plan.removing(0)
     assert policy.choose(just_fits(1)) == Plan.removing(1)
@@ -92,7 +88,7 @@ def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
 
 def test_a_frontier_of_another_shape_is_rejected():
     with pytest.raises(ArtifactError, match="with 8 blocks, but made has 12"):
-        FrontierPolicy(memory(), frontier(4))
+        TablePolicy(memory(), frontier(4))
 
 
 def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
@@ -103,7 +99,7 @@ def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
     known = PlanFrontier(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
     known.save(tmp_path / "plans.json")
     policy = load_policy(tmp_path / "plans.json", model)
-    assert type(policy) is PlanFrontierPolicy
+    assert type(policy) is TablePolicy
     shape = (4, 100)
     needs = {plan: model.peak_bytes(plan, Request(*shape, 1)) for plan in scores}
     for budget in sorted({*needs.values()}):
@@ -129,11 +125,10 @@ def test_the_network_meets_every_budget(block_vectors):
 
 def test_cached_choices_equal_new_ones():
     """Requests that differ in one value do not share a cached choice."""
-    keeps = NetworkPolicy(memory(), policy_file(), cached_choices=4)
-    forgets = NetworkPolicy(memory(), policy_file(), cached_choices=0)
+    keeps, forgets = NetworkPolicy(memory(), policy_file()), NetworkPolicy(memory(), policy_file())
     asked = [at(f, shape) for shape in ((1, 10), (2, 10), (1, 20)) for f in (0.5, 0.6, 0.7)]
     for request in asked * 2 + asked[::-1]:
-        assert keeps.choose(request) == keeps.choose(request) == forgets.choose(request)
+        assert keeps.choose(request) == keeps.choose(request) == forgets._choose(request)
     assert len({keeps.choose(request) for request in asked}) > 1
 
 
@@ -141,7 +136,7 @@ def test_cached_choices_equal_new_ones():
 def test_requests_that_the_model_cannot_serve_are_rejected(policy):
     made = {
         "order": OrderPolicy(memory(), range(12)),
-        "frontier": FrontierPolicy(memory(), frontier()),
+        "frontier": TablePolicy(memory(), frontier()),
         "network": NetworkPolicy(memory(), policy_file()),
     }[policy]
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
@@ -154,7 +149,7 @@ class TestLoadPolicy:
         frontier().save(tmp_path / "masks.json")
         network = load_policy(tmp_path / "policy.safetensors", memory())
         table = load_policy(str(tmp_path / "masks.json"), memory())
-        assert (type(network), type(table)) == (NetworkPolicy, FrontierPolicy)
+        assert (type(network), type(table)) == (NetworkPolicy, TablePolicy)
         request = at(0.7)
         assert network.choose(request) == NetworkPolicy(memory(), policy_file()).choose(request)
 
@@ -168,11 +163,11 @@ class TestLoadPolicy:
         policy_file().save(tmp_path / "policy.safetensors")
         with pytest.raises(ArtifactError, match="give the importance of its blocks"):
             load_policy(tmp_path / "policy.safetensors", memory(4))
-        policy = load_policy(tmp_path / "policy.safetensors", memory(4), features=features(4))
+        policy = NetworkPolicy(memory(4), policy_file(), features(4))
         assert 0 < len(policy.choose(at(0.7, layers=4)).removed) < 8
 
     def test_by_name(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(policies, "SAVED", tmp_path)
+        monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
         policy_file().save(tmp_path / "smollm2-135m.safetensors")
         frontier().save(tmp_path / "smollm2-135m.frontier.json")
         assert load_policy("rap-v0", memory()).name == "rap-v0"
@@ -190,7 +185,7 @@ class TestLoadPolicy:
         request = Request.at_fraction(live, 1, 700, 0.8)
         chosen = load_policy(path, live).choose(request)
         assert chosen.levels
-        monkeypatch.setattr(policies, "SAVED", tmp_path)
+        monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
         named = load_policy("knapsack", live)
         assert (named.name, named.choose(request)) == ("knapsack", chosen)
 
@@ -198,9 +193,25 @@ class TestLoadPolicy:
         with pytest.raises(ArtifactError, match=r"experiments\.levels model\.name=made"):
             load_policy("knapsack", memory())
 
+    def test_every_method_is_served_on_the_packaged_scores(self):
+        served = MemoryModel(packaged_files.default_facts())
+        request = Request.at_fraction(served, 4, 512, 0.8)
+        for name in ("random", "one_shot", "one_shot_per_byte"):
+            plan = load_policy(name, served).choose(request)
+            assert served.peak_bytes(plan, request) <= request.budget_bytes
+        with pytest.raises(ArtifactError, match="scores of smollm2-135m.* only, and this policy"):
+            load_policy("random", memory())
+
+    def test_names_are_listed_and_checked_without_a_model(self):
+        assert {"rap", "rap-v0", "rap-recall", "knapsack-by-text", *methods()} == {*policy_names()}
+        for name in (*policy_names(), packaged_files.packaged_file("levels.json"), "module:name"):
+            check_policy(name)
+        with pytest.raises(UnknownNameError, match="Did you mean 'knapsack'"):
+            check_policy("knapsac")
+
     @pytest.mark.parametrize("name", ["rapp", "some/policy.safetensors", "masks.json"])
     def test_unknown_names_and_missing_files(self, name):
         with pytest.raises(
-            UnknownNameError, match="known are 'dense', 'frontier', 'knapsack', 'knapsack-by-text'"
+            UnknownNameError, match="known are 'attention_only', 'beam', 'block_influence', 'dense'"
         ):
             load_policy(name, memory())

@@ -17,7 +17,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.observation import ObservationBuilder
 from rap_env.plan import Plan
 from rap_env.policies.block_network import BlockNetwork
-from rap_env.policies.loading import NetworkPolicy
+from rap_env.policies.packaged_networks import NetworkPolicy
 from rap_env.request import Request
 from tests.policies.made_policies import features, memory, policy_file, weights
 from tests.policies.test_policies import frontier
@@ -127,7 +127,8 @@ def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):
     code = (
         "import sys\n"
         "from tests.policies.made_policies import memory, policy_file\n"
-        "from rap_env.policies.loading import NetworkPolicy, load_policy\n"
+        "from rap_env.policies.loading import load_policy\n"
+        "from rap_env.policies.packaged_networks import NetworkPolicy\n"
         "from rap_env.request import Request\n"
         "model = memory()\n"
         "policy = NetworkPolicy(model, policy_file())\n"

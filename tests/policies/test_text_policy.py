@@ -11,14 +11,8 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.policies.loading import (
-    DEFAULT_MODEL,
-    SAVED,
-    default_facts,
-    load_policy,
-    packaged_kinds,
-    policy_blocks,
-)
+from rap_env.policies.loading import load_policy
+from rap_env.policies.packaged_files import default_facts, packaged_costs
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 from tests.importance.test_kind_costs import kind_costs
@@ -70,7 +64,6 @@ def test_it_is_loaded_from_its_file(memory, costs, policy, tmp_path):
     request = tight(memory)
     for shares in ((), (1.0, 0.0), (0.5, 0.5)):
         assert loaded.for_text(shares).choose(request) == policy.for_text(shares).choose(request)
-    assert policy_blocks(tmp_path / "kinds.json") is None
 
 
 def test_the_floor_is_that_of_the_kind_of_text(memory, costs, policy):
@@ -118,10 +111,9 @@ def default():
     return MemoryModel(default_facts())
 
 
-@pytest.mark.parametrize("name", ["knapsack-by-text", "rap-by-text"])
-def test_packaged_policies_choose_by_text(name, default):
-    policy = load_policy(name, default)
-    assert policy.name == name
+def test_the_packaged_policy_chooses_by_text(default):
+    policy = load_policy("knapsack-by-text", default)
+    assert policy.name == "knapsack-by-text"
     assert policy.text_kinds.names == ["prose", "dialogue", "questions", "self"]
     request, plans = Request(8, 2048, 124_610_944), []
     for shares in ((), *(tuple(one) for one in np.eye(4).tolist())):
@@ -132,26 +124,7 @@ def test_packaged_policies_choose_by_text(name, default):
     assert policy.for_text((1.0, 0.0, 0.0, 0.0)).delta_nll(plans[1], 1024) > 0
 
 
-def test_a_network_observes_the_importance_on_the_text(default):
-    kinds = KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", default)
-    own, packaged = load_policy("rap", default, kinds=kinds), load_policy("rap-by-text", default)
-    for shares in ((), (0.25, 0.75, 0.0, 0.0)):
-        one, other = (of.for_text(shares).builder.importance for of in (own, packaged))
-        assert (one.one_shot == other.one_shot).all()
-    lone, blind = own.for_text((0.0, 1.0, 0.0, 0.0)), load_policy("rap", default)
-    assert (lone.builder.importance.one_shot != blind.builder.importance.one_shot).any()
-
-
-def test_kinds_are_refused_by_policies_that_do_not_observe_them(default):
-    kinds = KindCosts.load(SAVED / f"{DEFAULT_MODEL}.kinds.json", default)
-    for name in ("dense", "knapsack", SAVED / f"{DEFAULT_MODEL}.levels.json"):
-        with pytest.raises(ArtifactError, match="only a trained policy over levels"):
-            load_policy(name, default, kinds=kinds)
-    with pytest.raises(ArtifactError, match="removes blocks"):
-        load_policy("rap-v0", MemoryModel(default_facts("bf16")), kinds=kinds)
-
-
 def test_costs_by_kind_that_the_package_lacks_are_to_be_measured(default, monkeypatch, tmp_path):
-    monkeypatch.setattr("rap_env.policies.loading.SAVED", tmp_path)
+    monkeypatch.setattr("rap_env.policies.packaged_files.PACKAGED", tmp_path)
     with pytest.raises(ArtifactError, match=r"no level costs of .*kinds\.json"):
-        packaged_kinds(default)
+        packaged_costs(KindCosts, default)

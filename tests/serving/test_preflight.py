@@ -11,13 +11,14 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
-from rap_env.policies.loading import NAMED, SAVED, default_facts, load_policy, policy_blocks
+from rap_env.policies.loading import load_policy, policy_blocks
+from rap_env.policies.packaged_files import PACKAGED, default_facts
+from rap_env.policies.registry import packaged_policies
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.serving.preflight import WITHOUT_PREDICTIONS, check_before_loading
+from rap_env.serving.preflight import _PREDICTING, check_before_loading
 from rap_env.serving.settings import ServerSettings
 
-RAP = str(SAVED / "smollm2-135m.ladder.safetensors")
-KINDS = str(SAVED / "smollm2-135m.kinds.json")
+RAP = str(PACKAGED / "smollm2-135m.ladder.safetensors")
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def folder(tmp_path):
     [
         ({"policy": "nobody"}, "Unknown policy 'nobody'"),
         ({"policy": "{folder}/gone.json"}, "no such file"),
-        ({"policy": "{folder}/other.json"}, "other.json is damaged, but a policy in a JSON file"),
+        ({"policy": "{folder}/other.json"}, "other.json is damaged, but the file of a policy"),
         ({"policy": "{folder}/facts.json"}, "facts.json is of the kind 'model facts', but"),
         ({"policy": "{folder}/config.json"}, "config.json is damaged"),
         ({"policy": "frontier"}, "other weights or another dtype"),
@@ -44,9 +45,6 @@ def folder(tmp_path):
         ({"model": "{folder}/gone"}, "There is no model folder or GGUF file .*gone"),
         ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
-        ({"policy": "rap", "kinds": "{folder}/gone.json"}, "kinds must be a file that .*gone.json"),
-        ({"policy": "rap", "kinds": "{folder}/facts.json"}, "facts.json"),
-        ({"kinds": KINDS}, "given for the policy knapsack-by-text, but only a trained policy"),
     ],
 )  # fmt: skip
 def test_what_cannot_serve_is_named(folder, wrong, words):
@@ -62,7 +60,7 @@ def test_what_cannot_serve_is_named(folder, wrong, words):
         {"policy": "frontier", "weights": "bf16"}, {"model": "{folder}"},
         {"model": "{folder}", "policy": "dense"}, {"model": "some/hub-id", "policy": "rap-v0"},
         {"model_memory": "40MiB"}, {"weights": "int4", "policy": "rap-v0"},
-        {"policy": "some.module:policy"}, {"policy": "rap", "kinds": KINDS},
+        {"policy": "some.module:policy"},
     ],
 )  # fmt: skip
 def test_what_can_serve_passes(folder, right):
@@ -71,11 +69,12 @@ def test_what_can_serve_passes(folder, right):
 
 
 def test_the_policies_without_predictions_are_named():
-    for name in NAMED:
+    names = {"dense", *packaged_policies()}
+    for name in names:
         masks = name in ("frontier", "rap-v0")
         memory = MemoryModel(default_facts("bf16" if masks else "native"))
-        assert predicts(load_policy(name, memory)) == (name not in WITHOUT_PREDICTIONS)
-    for name in WITHOUT_PREDICTIONS:
+        assert predicts(load_policy(name, memory)) == (name in _PREDICTING)
+    for name in names - {*_PREDICTING}:
         settings = ServerSettings(policy=name, min_quality_per_request=0.1)
         with pytest.raises(RapError, match=f"min_quality_per_request=0.1 needs .* {name} does not"):
             check_before_loading(settings)

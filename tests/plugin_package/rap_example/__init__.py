@@ -1,1 +1,1 @@
-"""An example of a package that brings in a policy, an agent and a baseline."""
+"""An example of a package that brings in a policy, a method and an agent."""

@@ -1,6 +1,5 @@
 """A policy: a callable that takes the byte arithmetic of a model, and has `choose(request)`."""
 
-from rap_env.costs import request_costs
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -18,5 +17,9 @@ class LargestFirst:
         """Return the blocks to remove."""
         freed = self.memory.freed_bytes(request)
         order = sorted(range(len(freed)), key=lambda block: -freed[block])
-        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
-        return costs.remove_until_fits(order, request.budget_bytes)
+        plan = Plan()
+        for block in order:
+            if self.memory.peak_bytes(plan, request) <= request.budget_bytes:
+                break
+            plan = plan.without(block)
+        return plan

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from agents.baselines.base import CountingScorer
-from agents.baselines.ladder.base import LadderBaseline
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan, only_mask
+from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import load_policy
+from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.registry import packaged_policies, register
 from rap_env.request import Request
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
-
-_BASES = ("int8", "int4")
 
 
 class LoweredCacheMemory(MemoryModel):
@@ -30,7 +26,7 @@ class LoweredCacheMemory(MemoryModel):
 
     Args:
         facts: The model's facts.
-        level: The level of its caches, other than native.
+        level: The level of its caches.
     """
 
     def __init__(self, facts: ModelFacts, level: CacheLevel) -> None:
@@ -56,20 +52,16 @@ class LoweredCacheMemory(MemoryModel):
 
     def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
         attention = self.attention_workspace_bytes(Request(batch_size, seq_len_tokens, 1))
+        attention = 0 if self._level.native else attention
         return super()._workspace(batch_size, seq_len_tokens, any_ffn) + attention
 
 
-class MaskPolicyBaseline(LadderBaseline):
+@register
+class MasksOnLoweredCaches(Method):
     """The packaged policy of `RAPPrune-v0`, which removes blocks, on int8 caches.
 
     The policy sees the bytes of the int8 caches. Where the request does not fit even with every
-    block removed, the caches are int4.
-
-    Args:
-        context: Memory model of the model.
-        item_bytes: The ladder with its bytes.
-        seed: Unused.
-        policy: A policy over masks, as `rap_env.policies.loading.load_policy` takes it.
+    block removed, the caches are int4. Over masks the caches stay native.
 
     Raises:
         ArtifactError: The policy is not for a model of this shape.
@@ -77,31 +69,16 @@ class MaskPolicyBaseline(LadderBaseline):
 
     name = "rap-v0"
 
-    def __init__(
-        self,
-        context: PruningContext,
-        item_bytes: LadderBytes,
-        seed: int = 0,
-        policy: str = "rap-v0",
-    ) -> None:
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
-        facts = self.memory.facts
-        self._bases: list[tuple[Plan, Policy, MemoryModel]] = []
-        for level in _BASES:
+        facts, self._bases = self.memory.facts, list[tuple[Plan, Policy, MemoryModel]]()
+        for level in ("native",) if self.removes_only else ("int8", "int4"):
             memory = LoweredCacheMemory(facts, CacheLevel.of(level))
             base = Plan.uniform(facts.num_layers, caches=level)
-            self._bases.append((base, load_policy(policy, memory), memory))
+            self._bases.append((base, packaged_policies()[self.name](memory), memory))
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        if self._native_fits(request):
-            return Plan()
         for base, policy, memory in self._bases:
             if memory.least_peak_bytes(request) <= request.budget_bytes:
-                mask = only_mask(policy.choose(request), "The policy must choose masks.")
-                return base.without(*mask.removed)
-        return self._smallest
-
-    @cached_property
-    def _smallest(self) -> Plan:
-        base, *_ = self._bases[-1]
+                return base.without(*policy.choose(request).removed)
         return base.without(*range(self.memory.facts.num_blocks))

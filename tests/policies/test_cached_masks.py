@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from agents.baselines.ladder.packaged import LoweredCacheMemory, MaskPolicyBaseline
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import default_facts
+from rap_env.policies.cached_masks import LoweredCacheMemory, MasksOnLoweredCaches
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 
 SHAPES = ((1, 128), (8, 2048), (16, 4096))
@@ -24,9 +24,9 @@ def memory() -> MemoryModel:
 
 
 @pytest.fixture(scope="module")
-def baseline(memory) -> MaskPolicyBaseline:
+def baseline(memory) -> MasksOnLoweredCaches:
     item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
-    return MaskPolicyBaseline(
+    return MasksOnLoweredCaches(
         SimpleNamespace(memory=memory, scorer=SimpleNamespace(num_windows=1)), item_bytes
     )
 

@@ -1,4 +1,4 @@
-"""A tiny model with all levels, and requests at which weights or caches are most of the bytes."""
+"""Models on which methods choose: one with known losses, and tiny real ones."""
 
 from __future__ import annotations
 
@@ -7,25 +7,34 @@ import pytest
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.request import Request
+from tests.agents.conftest import _one_thread, real_context, repaired_context
+from tests.agents.synthetic import SyntheticContext
 from tests.envs.playing_v1 import LEVELS, make_ladder_context
 
-TOGETHER = ("int8", "int4")
-SHAPES = ((1, 100), (16, 500))
+__all__ = ["_one_thread", "real_context", "repaired_context"]
+
+
+@pytest.fixture
+def context():
+    """attn, ffn of layers 0 to 3; an ffn block frees 3,000 bytes, an attn block 1,000 and cache."""
+    return SyntheticContext([0.5, 4.0, 0.02, 0.30, 0.01, 0.04, 0.03, 0.20])
 
 
 @pytest.fixture(scope="session")
-def context(tmp_path_factory):
+def ladder_context(tmp_path_factory):
+    """A tiny real model with all levels."""
     folder = tmp_path_factory.mktemp("importance")
     return make_ladder_context(gsi_method="lazy", folder=folder)
 
 
 @pytest.fixture(scope="session")
-def item_bytes(context) -> LadderBytes:
-    return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS, TOGETHER))
+def item_bytes(ladder_context) -> LadderBytes:
+    memory = ladder_context.memory
+    return LadderBytes(memory, Ladder.of(memory.facts, LEVELS, ("int8", "int4")))
 
 
 @pytest.fixture
-def request_at(item_bytes):
+def between(item_bytes):
     """A request whose budget is a share of the way from the lowest levels to the native ones."""
 
     def make(shape: tuple[int, int], share: float) -> Request:

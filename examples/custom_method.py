@@ -1,0 +1,58 @@
+"""A method of your own in one file: compared with ours, served and exported by its name.
+
+    PYTHONPATH=. python examples/custom_method.py
+
+`NAME` is taken wherever a policy is named, as any ``package.module:Class``:
+
+    python -m experiments.evaluate env=ladder model.weights=native importance=one_shot \
+        'evaluate.baselines=[knapsack, one_shot, "examples.custom_method:BetterOfTwo"]'
+    rap choose --policy examples.custom_method:BetterOfTwo --batch 8 --seq 1024 --budget 200MiB
+    rap serve --policy examples.custom_method:BetterOfTwo
+
+A package gives it a short name by an entry point (see the page on training); in a checkout, the
+same class in a file of `rap_env/policies/`, with `@register` in front of it, has the name `name`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium as gym
+
+import rap_env
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import CountingScorer, Method
+
+TASK = "RAPPrune/SmolLM2-Table-v1"
+ASKED = ("knapsack", "one_shot")
+NAME = "examples.custom_method:BetterOfTwo"
+
+
+class BetterOfTwo(Method):
+    """Scores the plans of two other methods and takes the better one."""
+
+    name = "better_of_two"
+
+    def _choose(self, request: rap_env.Request, scores: CountingScorer) -> Plan:
+        """The choice where the native model does not fit; `scores` counts what it measures."""
+        asked = [make_method(name, self.context, self.item_bytes, self.seed) for name in ASKED]
+        return scores.best([method.choose(request) for method in asked])
+
+
+def methods(names: tuple[str, ...]) -> dict[str, Policy]:
+    """Methods on the score table of the task, by name."""
+    env: Any = gym.make(TASK).unwrapped
+    item_bytes = LadderBytes(env.memory, env.ladder)
+    return {name: make_method(name, env.context, item_bytes) for name in names}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*out of date.*")
+    for name, method in methods((*ASKED, NAME)).items():
+        found = rap_env.evaluate(method, TASK, name=name)
+        cost = f"{method.evaluations} plans scored"
+        print(f"{name:38} mean ΔNLL {found.mean_delta_nll:.4f} nats/token, {cost}")

@@ -1,0 +1,199 @@
+"""Methods that score nothing per request and follow an order of removal, or of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.context.base import item_order
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.plan import Plan
+from rap_env.policies.method import CountingScorer, Method, price_per_byte
+from rap_env.policies.registry import register
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+
+@register
+class Dense(Method):
+    """Lowers nothing; the reference, which seldom fits."""
+
+    name = "dense"
+    kv_aware = False
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return Plan()
+
+
+@register
+class Random(Method):
+    """Lowers random items; the same seed and request give the same plan."""
+
+    name = "random"
+    seeded = True
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        rng = self.random(request)
+        if self.removes_only:
+            order: list[int] = rng.permutation(self.memory.facts.num_blocks).tolist()
+            return self.remove(one_by_one(order), request)
+        state = self.costs(request).state()
+        while state.peak_bytes > request.budget_bytes:
+            valid = [item for item in range(len(self.ladder)) if state.is_valid(item)]
+            state.lower(int(rng.choice(valid)))
+        return state.plan
+
+
+@register
+class OneShot(Method):
+    """Follows one-shot importance, which is measured once, from the dense model.
+
+    Blocks are removed in ascending order of it. Where items have further levels, the order is
+    greedy by one-shot cost per byte, at a reference request.
+    """
+
+    name = "one_shot"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        if self.removes_only:
+            self._blocks = ascending(context.one_shot.delta_nll)
+            # The dense model, and the model without each block in turn.
+            self.setup_evaluations = self.memory.facts.num_blocks + 1
+        else:
+            self._steps = item_order(context, item_bytes, "one_shot").steps
+            self.setup_evaluations = context.level_costs(self.ladder.cache_levels).evaluations
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if self.removes_only:
+            return self.remove(one_by_one(self._blocks), request)
+        return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
+
+
+@register
+class GSI(Method):
+    """Follows the order of greedy sequential importance, measured again after each step.
+
+    Blocks that GSI did not remove follow in the order of their losses in its last round. Where
+    items have further levels, the order is that of the cost per byte.
+    """
+
+    name = "gsi"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        if self.removes_only:
+            self._blocks = context.gsi.full_order
+            self.setup_evaluations = context.gsi.evaluations
+        else:
+            self._steps = item_order(context, item_bytes, "gsi").steps
+            costs = context.level_costs(self.ladder.cache_levels)
+            self.setup_evaluations = costs.evaluations + context.item_gsi(item_bytes).evaluations
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        if self.removes_only:
+            return self.remove(one_by_one(self._blocks), request)
+        return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
+
+
+class _OneShotRemoval(Method):
+    """Removes blocks in an order by their one-shot importance, and lowers nothing else."""
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
+        self.setup_evaluations = self.memory.facts.num_blocks + 1
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.remove(one_by_one(self._order(request)), request)
+
+    def _order(self, request: Request) -> list[int]:
+        """The blocks in ascending order of importance."""
+        return ascending(self._delta_nll)
+
+
+@register
+class OneShotPerByte(_OneShotRemoval):
+    """Removes blocks in ascending order of one-shot importance per byte freed for the request."""
+
+    name = "one_shot_per_byte"
+
+    def _order(self, request: Request) -> list[int]:
+        freed = self.memory.freed_bytes(request)
+        prices = [price_per_byte(*pair) for pair in zip(self._delta_nll, freed, strict=True)]
+        return ascending(np.array(prices))
+
+
+@register
+class AttentionOnly(_OneShotRemoval):
+    """Removes attention blocks only, in one-shot order; may end before the request fits."""
+
+    name = "attention_only"
+
+    def _order(self, request: Request) -> list[int]:
+        return [index for index in super()._order(request) if index % 2 == 0]
+
+
+@register
+class FFNOnly(_OneShotRemoval):
+    """Removes feed-forward blocks only, in one-shot order; may end before the request fits."""
+
+    name = "ffn_only"
+
+    def _order(self, request: Request) -> list[int]:
+        return [index for index in super()._order(request) if index % 2 == 1]
+
+
+@register
+class BlockInfluence(Method):
+    """Removes the blocks that change the hidden state least (ShortGPT, arXiv 2403.03853).
+
+    Deviates from the paper: attention and FFN blocks are ranked separately and not as one layer.
+    """
+
+    name = "block_influence"
+    setup_evaluations = 1  # one pass of the dense model measures all blocks
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.remove(one_by_one(ascending(self.context.one_shot.block_influence)), request)
+
+
+@register
+class ShortGPT(Method):
+    """Removes the layers that change the hidden state least (Men et al. 2024).
+
+    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the dense model, measured
+    once. Deviates from the paper: layers are removed until the request fits and not until a
+    given number is removed.
+    """
+
+    name = "shortgpt"
+    setup_evaluations = 1  # one pass of the dense model measures all layers
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        self._layers = ascending(context.layer_influence)
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.remove(map(whole_layer, self._layers), request)
+
+
+def one_by_one(blocks: Iterable[int]) -> Iterable[tuple[int]]:
+    """Blocks that are removed one by one, as groups for `Method.remove`."""
+    return ((index,) for index in blocks)
+
+
+def whole_layer(layer: int) -> tuple[int, int]:
+    """The two blocks of a layer."""
+    return 2 * layer, 2 * layer + 1
+
+
+def ascending(values: npt.ArrayLike) -> list[int]:
+    """Indices in ascending order of their values; equal ones keep their order."""
+    order: list[int] = np.argsort(np.asarray(values), kind="stable").tolist()
+    return order

@@ -1,0 +1,301 @@
+"""Searches that score plans for each request: greedy, swaps, beam, whole layers, brute force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rap_env.errors import SearchTooLargeError
+from rap_env.importance.orders import one_shot_costs
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.state import LadderState
+from rap_env.plan import Plan, every_mask
+from rap_env.policies.method import CountingScorer, Method, price_per_byte
+from rap_env.policies.orders import whole_layer
+from rap_env.policies.registry import register
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+MOST_BLOCKS = 12
+"""Largest number of blocks for which `Oracle` scores all masks (4,096)."""
+
+_LAZY_BATCH = 6
+_CHILDREN = 3  # of each plan of a beam, times its width
+
+Positions = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that a search may take: an item is lowered, with its companions.
+
+    Attributes:
+        positions: The positions of all levels after it.
+        freed_bytes: Bytes that it frees, shared ones left out.
+        rise: Last known ΔNLL of the step, nats per token: measured, or predicted.
+        key: What identifies the step: the item, its level and that of its partner.
+        tie: By what steps of equal price are sorted.
+    """
+
+    positions: Positions
+    freed_bytes: int
+    rise: float
+    key: tuple[int, int, int]
+    tie: tuple[int, ...]
+
+    def price(self, rise: float, needed_bytes: int) -> tuple[float, tuple[int, ...]]:
+        """Nats per useful byte, by which steps are sorted."""
+        return price_per_byte(rise, min(self.freed_bytes, needed_bytes)), self.tie
+
+
+class _StepSearch(Method):
+    """A search that takes measured steps.
+
+    Over a ladder with several levels, only the most promising steps are measured; a step that was
+    not measured yet is expected to cost its one-shot cost. Over masks all steps are measured.
+    """
+
+    exact = False  # measures all steps of a ladder too
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        self._one_shot: list[list[float]] = [[0.0] * self.ladder.width] * len(self.ladder)
+        if not self.removes_only:
+            costs = context.level_costs(self.ladder.cache_levels)
+            self._one_shot = one_shot_costs(costs, self.ladder).tolist()
+            self.setup_evaluations = costs.evaluations
+
+    def steps(self, state: LadderState, rises: dict[tuple[int, int, int], float]) -> list[_Step]:
+        """The steps from a state that free bytes; all steps if none does.
+
+        Args:
+            state: The plan under the request.
+            rises: ΔNLL of steps that were measured already, by `_Step.key`, nats per token.
+        """
+        steps = []
+        for item in filter(state.is_valid, range(len(self.ladder))):
+            companions = state.companions(item)
+            if companions[0] != item:
+                continue  # levels taken together are one step
+            key = item, state.positions[item], state.positions[self.ladder.partners[item]]
+            predicted = sum(self._predicted(state, lowered) for lowered in companions)
+            freed = sum(map(state.freed_bytes, companions))
+            positions = tuple(state.positions_after(item))
+            tie = (item,) if self.removes_only else (-freed, *positions)
+            steps.append(_Step(positions, freed, rises.get(key, predicted), key, tie))
+        return [step for step in steps if step.freed_bytes > 0] or steps
+
+    def measure(self, scores: CountingScorer, steps: Sequence[_Step]) -> dict[_Step, float]:
+        """The NLL after each step, nats per token."""
+        nlls = scores.nll_many([self.ladder.plan(step.positions) for step in steps])
+        return dict(zip(steps, nlls, strict=True))
+
+    def _predicted(self, state: LadderState, item: int) -> float:
+        """Predicted ΔNLL of an item's next level, at least 0."""
+        position, after = state.positions[item], state.positions_after(item)
+        rise = self._one_shot[item][after[item]] - self._one_shot[item][position]
+        partner = self.ladder.partners[item]
+        if partner != item and after[item] == self.ladder.removals[item]:  # its cache goes too
+            rise -= self._one_shot[partner][state.positions[partner]]
+        return max(0.0, rise)
+
+
+@register
+class GreedyPerByte(_StepSearch):
+    """Repeatedly takes the step with the lowest measured rise in NLL per useful byte.
+
+    Bytes are those of the request's own shape, and bytes beyond what it still needs do not count:
+    if several blocks each suffice alone, the one with the lowest rise is removed last, whatever its
+    size. Over a ladder with several levels, the most promising steps are measured in each round, a
+    few at a time, until the best of them is no worse than the last known price of the next one
+    (Minoux 1978); over masks all are measured.
+    """
+
+    name = "greedy_per_byte"
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.greedy(request, scores)
+
+    def greedy(self, request: Request, scores: CountingScorer) -> Plan:
+        """The plan at which the steps end."""
+        state, nll = self.costs(request).state(), scores.nll(Plan())
+        rises: dict[tuple[int, int, int], float] = {}
+        while state.peak_bytes > request.budget_bytes:
+            needed = state.peak_bytes - request.budget_bytes
+            waiting = sorted(
+                self.steps(state, rises), key=lambda step: step.price(step.rise, needed)
+            )
+            batch = len(waiting) if self.exact or self.removes_only else _LAZY_BATCH
+            measured: dict[_Step, float] = {}
+
+            def price(step: _Step) -> tuple[float, tuple[int, ...]]:
+                return step.price(measured[step] - nll, needed)  # noqa: B023
+
+            while waiting:
+                measured |= self.measure(scores, waiting[:batch])
+                waiting = waiting[batch:]
+                best = min(measured, key=price)
+                if waiting and price(best) <= waiting[0].price(waiting[0].rise, needed):
+                    break
+            rises |= {step.key: after - nll for step, after in measured.items()}
+            nll = measured[best]
+            state.lower(best.key[0])
+        return state.plan
+
+
+@register
+class ExactGreedyPerByte(GreedyPerByte):
+    """As `GreedyPerByte`, but every step of a ladder is measured in each round."""
+
+    name = "greedy_per_byte-exact"
+    exact = True
+
+
+@register
+class GreedySwaps(GreedyPerByte):
+    """Improves the mask of `GreedyPerByte` by swaps at equal bytes.
+
+    Every removed block is restored in turn, starting with the one whose return lowers the NLL
+    most. The mask without it, and with any other block removed instead, is scored where it fits.
+    The best of these is taken if it is better than the current mask, and the search starts
+    again. It ends when no swap helps, or when `extra_evaluations` are used up, beyond those of the
+    greedy search, for each request.
+    """
+
+    name = "greedy_swaps"
+    extra_evaluations = 500
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        plan = self.greedy(request, scores)
+        limit = scores.evaluations + self.extra_evaluations
+        while (better := self._improved(plan, scores, limit, request)) is not None:
+            plan = better
+        return plan
+
+    def _improved(
+        self, plan: Plan, scores: CountingScorer, limit: int, request: Request
+    ) -> Plan | None:
+        """Return a better plan one swap away; None if there is none within the limit."""
+        restored = [_restored(plan, index) for index in sorted(plan.removed)]
+        for fewer in sorted(_affordable(scores, restored, limit), key=scores.nll):
+            near = _affordable(scores, self._swaps(fewer, plan, request), limit)
+            if near and scores.nll(best := scores.best(near)) < scores.nll(plan):
+                return best
+        return None
+
+    def _swaps(self, fewer: Plan, plan: Plan, request: Request) -> list[Plan]:
+        """Return `fewer`, and `fewer` with any block removed that `plan` keeps, where they fit."""
+        blocks = range(self.memory.facts.num_blocks)
+        grown = [fewer.without(index) for index in blocks if index not in plan.removed]
+        return [near for near in (fewer, *grown) if self.fits(near, request)]
+
+
+def _restored(plan: Plan, index: int) -> Plan:
+    """A plan with a removed block restored, at its native level."""
+    return Plan(plan.removed - {index}, plan.weights, plan.caches, plan.embeddings)
+
+
+def _affordable(scores: CountingScorer, plans: Sequence[Plan], limit: int) -> list[Plan]:
+    """Score and return the first plans that keep the number of evaluations within a limit."""
+    left, chosen = limit - scores.evaluations, []
+    for plan in plans:
+        left -= not scores.has(plan)
+        if left >= 0:
+            chosen.append(plan)
+    scores.nll_many(chosen)
+    return chosen
+
+
+@register
+class Beam(_StepSearch):
+    """Beam search over plans by the rise in NLL per useful byte that they free.
+
+    In each round every plan of the beam that does not fit yet is extended by steps, and the best
+    plans form the next beam; plans that fit stay as they are. Bytes beyond what the request needs
+    do not count, so among plans that fit the NLL decides. The search ends when the whole beam fits,
+    and returns the lowest NLL of all measured plans that fit. Over a ladder with several levels,
+    only the most promising steps of each plan are measured, three times the width of the beam.
+    """
+
+    name = "beam"
+    width = 4
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        costs, budget = self.costs(request), request.budget_bytes
+        native_bytes, native_nll = costs.dense_peak_bytes, scores.nll(Plan())
+        rises: dict[tuple[int, int, int], float] = {}
+
+        def price(peak_bytes: int, nll: float) -> float:
+            useful = min(native_bytes - peak_bytes, native_bytes - budget)
+            return price_per_byte(nll - native_nll, useful)
+
+        native: Positions = tuple(costs.state().positions)
+        beam, peaks, nlls = [native], {native: native_bytes}, {native: native_nll}
+        while unfit := [plan for plan in beam if peaks[plan] > budget]:
+            children: list[Positions] = []
+            for plan in unfit:
+                steps = self.steps(costs.state(plan), rises)
+                for step in steps:
+                    peaks[step.positions] = costs.state(step.positions).peak_bytes
+                if not self.removes_only:
+                    expected = {s: price(peaks[s.positions], nlls[plan] + s.rise) for s in steps}
+                    steps = sorted(steps, key=expected.__getitem__)[: _CHILDREN * self.width]
+                measured = self.measure(scores, steps)
+                rises |= {step.key: nll - nlls[plan] for step, nll in measured.items()}
+                nlls |= {step.positions: nll for step, nll in measured.items()}
+                children += [step.positions for step in steps]
+            plans = dict.fromkeys([*(plan for plan in beam if plan not in unfit), *children])
+            beam = sorted(plans, key=lambda plan: price(peaks[plan], nlls[plan]))[: self.width]
+        best: Positions = min(
+            (plan for plan in nlls if peaks[plan] <= budget), key=nlls.__getitem__
+        )
+        return self.ladder.plan(best)
+
+
+@register
+class SLEB(Method):
+    """Repeatedly removes the layer whose removal gives the lowest NLL (Song et al. 2024).
+
+    arXiv 2402.09025, Algorithm 1: after each removal all remaining layers are measured again. The
+    order is the same for every request, and each request is charged with the part that it uses.
+    """
+
+    name = "sleb"
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        plan, left = Plan(), list(range(self.memory.facts.num_layers))
+        while left and not self.fits(plan, request):
+            plan = scores.best([plan.without(*whole_layer(layer)) for layer in left])
+            left = [layer for layer in left if 2 * layer not in plan.removed]
+        return plan
+
+
+@register
+class Oracle(Method):
+    """Finds the mask of lowest NLL under which the request fits by brute force.
+
+    Masks that remove more than necessary are tried too, since a removal may lower the NLL.
+    Requests share the stored scores: with 12 blocks at most 4,096 masks are ever run.
+
+    Raises:
+        SearchTooLargeError: The model has more than `MOST_BLOCKS` blocks.
+    """
+
+    name = "oracle"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        blocks = self.memory.facts.num_blocks
+        if blocks > MOST_BLOCKS:
+            raise SearchTooLargeError(
+                f"The method 'oracle' scores every mask, but {self.memory.facts.name} has "
+                f"{blocks} blocks and so 2^{blocks} masks. Use a model of at most {MOST_BLOCKS} "
+                "blocks, or another method such as 'evolutionary'."
+            )
+        self._masks = list(every_mask(blocks))
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return scores.best([mask for mask in self._masks if self.fits(mask, request)])

@@ -1,0 +1,163 @@
+"""Choices from tables of measured plans: lookups, and a search on scores that a table predicts."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rap_env.artifacts import artifact_kind
+from rap_env.context.base import load_plan_frontier
+from rap_env.errors import ArtifactError
+from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import Knapsack
+from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.orders import GSI, OneShot
+from rap_env.policies.packaged_files import packaged_file
+from rap_env.policies.registry import packaged, reads, register
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
+
+_CACHED_CHOICES = 1024
+_PESSIMISM = 2.0  # a search finds the errors of a predictor
+
+
+class TablePolicy(Policy):
+    """Looks up the best measured plan that fits, or the smallest known one if none does.
+
+    Args:
+        memory: The model's byte arithmetic.
+        table: The measured plans, or the best mask for each pair of counts.
+
+    Raises:
+        ArtifactError: The table is of a model with another number of blocks.
+    """
+
+    name = "frontier"
+
+    def __init__(self, memory: MemoryModel, table: Frontier | PlanFrontier) -> None:
+        ladder = Ladder.of(memory.facts, "masks" if isinstance(table, Frontier) else "all")
+        if isinstance(table, Frontier) and table.num_blocks != memory.facts.num_blocks:
+            raise ArtifactError(
+                f"The frontier is of a model with {table.num_blocks} blocks, but "
+                f"{memory.facts.name} has {memory.facts.num_blocks}; profile this model."
+            )
+        self.table = table
+        self._bytes = LadderBytes(memory, ladder)
+        self._known = known_plans(table, ladder)
+        self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
+
+    def choose(self, request: Request) -> Plan:
+        """Return the native plan if it fits, else the known plan of least delta_nll that does."""
+        return self._cached_choice(request)
+
+    def _choose(self, request: Request) -> Plan:
+        costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
+        if costs.dense_peak_bytes <= request.budget_bytes or not self._known.plans:
+            return Plan()
+        best = self._known.best(costs, request.budget_bytes)
+        smallest = self._known.plans[int(np.argmin(self._known.peak_bytes(costs)))]
+        return smallest if best is None else best
+
+
+def known_plans(table: Frontier | PlanFrontier, ladder: Ladder) -> KnownPlans:
+    """The plans of a table that a ladder has, for lookups."""
+    if isinstance(table, Frontier):
+        return KnownPlans.of(ladder, dict(table.entries), 0.0)
+    return table.on(ladder)
+
+
+@packaged("frontier")
+def _packaged_frontier(memory: MemoryModel) -> Policy:
+    return TablePolicy(memory, Frontier.load(packaged_file("frontier.json"), memory))
+
+
+@reads(Frontier.KIND, PlanFrontier.KIND)
+def _read_table(path: Path, memory: MemoryModel) -> Policy:
+    kind = Frontier if artifact_kind(path) == Frontier.KIND else PlanFrontier
+    return TablePolicy(memory, kind.load(path, memory))
+
+
+@register
+class MeasuredTable(Method):
+    """Looks up the measured plan of lowest NLL that fits the request.
+
+    Where no measured plan fits, it chooses the knapsack's plan; over masks, the GSI order's.
+
+    Raises:
+        ArtifactError: There is no table of measured plans, or it is damaged or of another model; or
+            nothing fits, and the context has no GSI order.
+    """
+
+    name = "frontier"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        super().__init__(context, item_bytes, seed)
+        table: Frontier | PlanFrontier
+        if self.removes_only:
+            table = context.frontier
+        else:
+            table = load_plan_frontier(context.frontier_path, context.memory)
+            self.table_sha256 = table.sha256
+        self._known = known_plans(table, self.ladder)
+        self.setup_evaluations = table.evaluations
+
+    @cached_property
+    def _fallback(self) -> Method:
+        return (GSI if self.removes_only else Knapsack)(self.context, self.item_bytes)
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        best = self._known.best(self.costs(request), request.budget_bytes)
+        return self._fallback.choose(request) if best is None else best
+
+
+@register
+class ScoreModelSearch(Method):
+    """Improves the best measured plan and the greedy order's by changes that a predictor rates.
+
+    The predictor is fitted to all plans of the table of measured plans, and runs no model for a
+    request. It is the teacher that a policy imitates: all its plans can be reached by the ladder's
+    actions.
+
+    Raises:
+        ArtifactError: There is no table of measured plans, or it is damaged or of another model.
+    """
+
+    name = "score_model"
+
+    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
+        from rap_env.importance.plan_predictor import fit_plan_predictor
+
+        super().__init__(context, item_bytes, seed)
+        table = load_plan_frontier(context.frontier_path, context.memory)
+        costs = context.level_costs(self.ladder.cache_levels)
+        self._predictor = fit_plan_predictor(
+            table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=seed
+        )
+        self._known = table.on(self.ladder).reached(self.ladder)
+        self._greedy = OneShot(context, item_bytes)
+        self.table_sha256 = table.sha256
+        self.setup_evaluations = table.evaluations + costs.evaluations
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        from rap_env.importance.plan_search import PlanSearch  # imports torch
+
+        costs = self.costs(request)
+        starts = [self._greedy.choose(request), self._known.best(costs, request.budget_bytes)]
+        search = PlanSearch(self._predictor, costs, request.budget_bytes)
+        improved = [
+            search.improve(np.array(self.ladder.positions(start)))
+            for start in starts
+            if start is not None
+        ]
+        return self.ladder.plan(min(improved, key=lambda pair: pair[1])[0].tolist())

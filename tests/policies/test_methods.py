@@ -1,0 +1,273 @@
+"""All methods, over masks and over a ladder: they fit, count and repeat their choices."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
+from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import measure_choice
+from rap_env.policies.registry import methods
+from rap_env.request import Request
+from tests.agents.synthetic import SyntheticContext, facts, request_at
+from tests.policies.requests import SHAPES, fits, needing
+
+SEARCHES = {"greedy_per_byte", "greedy_per_byte-exact", "evolutionary", "beam", "greedy_swaps",
+            "oracle", "sleb"}  # fmt: skip
+ELSEWHERE = {"uniform", "score_model", "rap-v0"}
+"""Methods that need more than a fake context has."""
+MASKS = sorted(set(methods()) - ELSEWHERE)
+NEVER_SURE = {"dense", "attention_only", "ffn_only"}
+LADDER = ["uniform", "knapsack", "random", "greedy_per_byte", "greedy_per_byte-exact", "beam",
+          "evolutionary", "gsi", "one_shot"]  # fmt: skip
+GRID = list(itertools.product([(1, 10), (1, 250), (8, 250)], [0.6, 0.8, 0.95]))
+LAYER_BYTES = 4004
+"""Weights of an attn and an ffn block, and the cache of one token."""
+
+
+def chosen(name, context, request):
+    return make_method(name, context).choose(request).removed_names
+
+
+def layers(*numbers):
+    return Plan.removing(*(2 * n for n in numbers), *(2 * n + 1 for n in numbers))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("shape", "fraction"), GRID)
+def test_budget_is_met_or_declared_unmet(context, name, shape, fraction):
+    request = request_at(context, *shape, fraction)
+    choice = measure_choice(make_method(name, context), request, context.scorer)
+    assert choice.plan.is_mask
+    assert fits(context, choice.plan, request) or name in NEVER_SURE
+    assert choice.decision_s >= 0
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_nothing_is_removed_where_the_dense_model_fits(context, name):
+    request = request_at(context, 1, 10, 1.0)
+    choice = measure_choice(make_method(name, context), request, context.scorer)
+    assert (choice.plan, choice.evaluations) == (Plan(), 0)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_impossible_requests_are_rejected(context, name):
+    method = make_method(name, context)
+    with pytest.raises(InfeasibleBudgetError, match="the lowest ones need"):
+        method.choose(Request(1, 10, 100))
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        method.choose(Request(1, 5000, 10**9))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_on_a_real_model(real_context, name):
+    request = Request.at_fraction(real_context.memory, 2, 16, 0.8)
+    choice = measure_choice(make_method(name, real_context), request, real_context.scorer)
+    assert fits(real_context, choice.plan, request) or name in NEVER_SURE
+    assert name != "dense" or not choice.plan
+    assert choice.evaluations == 0 or name in SEARCHES
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("shape", "fraction"), [((1, 8), 0.9), ((8, 64), 0.7)])
+def test_bytes_of_stubs_count_on_a_repaired_model(repaired_context, name, shape, fraction):
+    memory = repaired_context.memory
+    request = Request.at_fraction(memory, *shape, fraction)
+    plan = make_method(name, repaired_context).choose(request)
+    parts = memory.breakdown(plan, request)
+    assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in plan.removed)
+    assert (fits(repaired_context, plan, request) and parts.stubs > 0) or name in NEVER_SURE
+
+
+@pytest.fixture(scope="module")
+def choices(ladder_context, item_bytes):
+    """The choice of each method over the ladder at each request, made once."""
+    made = {name: make_method(name, ladder_context, item_bytes) for name in LADDER}
+    made["evolutionary"].max_evaluations = 60
+    found = {}
+
+    def choose(name, request):
+        if (name, request) not in found:
+            found[name, request] = measure_choice(made[name], request, ladder_context.scorer)
+        return found[name, request]
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        pytest.param(SHAPES[0], 0.15, marks=pytest.mark.slow),
+        (SHAPES[1], 0.6),
+        pytest.param(SHAPES[0], 0.97, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "beam" else []) for n in LADDER]
+)
+def test_over_a_ladder_every_method_fits_and_counts(
+    ladder_context, item_bytes, choices, between, name, shape, share
+):
+    request = between(shape, share)
+    choice = choices(name, request)
+    assert fits(ladder_context, choice.plan, request)
+    item_bytes.ladder.positions(choice.plan)  # raises an error for levels that it does not have
+    assert (choice.evaluations > 0) == (name in {*SEARCHES, "uniform"})
+
+
+@pytest.mark.parametrize("name", [*LADDER, "dense"])
+def test_over_a_ladder_nothing_is_lowered_where_the_native_model_fits(
+    ladder_context, item_bytes, name
+):
+    native = ladder_context.memory.dense_peak_bytes(2, 100)
+    method = make_method(name, ladder_context, item_bytes)
+    assert method.choose(Request(2, 100, native)) == Plan()
+    assert (method.evaluations, method.lowers) == (0, True)
+
+
+def test_a_search_is_no_worse_than_random_steps(ladder_context, choices, between):
+    for shape in SHAPES:
+        request = between(shape, 0.5)
+        nlls = {name: ladder_context.scorer.nll(choices(name, request).plan) for name in LADDER}
+        for name in ("greedy_per_byte", "evolutionary", "beam", "uniform"):
+            assert nlls[name] <= nlls["random"]
+        assert nlls["evolutionary"] <= min(nlls[name] for name in ("knapsack", "one_shot", "gsi"))
+
+
+def test_one_shot_follows_its_order_to_the_block_that_makes_it_fit(context):
+    assert chosen("one_shot", context, needing(context, 1500)) == ("layer01.attn", "layer02.attn")
+    three = ("layer01.attn", "layer02.attn", "layer03.attn")
+    assert chosen("one_shot", context, needing(context, 2500)) == three
+
+
+def test_one_shot_per_byte_follows_the_price_of_the_request():
+    # 0.04 nats for 3,000 bytes are cheaper than 0.016 for 1,004 bytes, but not for 5,000.
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.30, 0.016, 0.04, 0.03, 0.20])
+    assert chosen("one_shot_per_byte", context, needing(context, 100)) == ("layer02.ffn",)
+    long = Request(1, 1000, context.memory.dense_peak_bytes(1, 1000) - 100)  # its cache counts
+    assert chosen("one_shot_per_byte", context, long) == ("layer02.attn",)
+    harmless = SyntheticContext([0.5, 4.0, 0.02, -0.1, 0.016, 0.04, 0.03, -0.2])
+    assert chosen("one_shot_per_byte", harmless, needing(harmless, 100)) == ("layer03.ffn",)
+
+
+def test_block_influence_removes_the_least_influential(context):
+    context.one_shot.block_influence = np.array([9, 9, 9, 1, 9, 9, 9, 2.0])
+    expected = ("layer01.ffn", "layer03.ffn")
+    assert chosen("block_influence", context, needing(context, 5000)) == expected
+
+
+def test_gsi_follows_its_order_until_it_fits(context):
+    context.gsi.full_order = (7, 3, 4, 0, 1, 2, 5, 6)
+    assert chosen("gsi", context, needing(context, 5000)) == ("layer01.ffn", "layer03.ffn")
+    three = ("layer01.ffn", "layer02.attn", "layer03.ffn")
+    assert chosen("gsi", context, needing(context, 6500)) == three
+
+
+def test_methods_of_one_kind_remove_only_that_kind_and_may_not_fit(context):
+    modest, large = needing(context, 3500), needing(context, 7500)
+    only_attn = make_method("attention_only", context)
+    assert only_attn.choose(modest).count_removed("ffn") == 0
+    assert fits(context, only_attn.choose(modest), modest)
+    assert only_attn.choose(large) == Plan.removing(0, 2, 4, 6)
+    assert not fits(context, only_attn.choose(large), large)
+    only_ffn = make_method("ffn_only", context).choose(large)
+    assert only_ffn == Plan.removing("layer02.ffn", "layer03.ffn", "layer01.ffn")
+
+
+def test_only_dense_does_not_count_the_cache(context):
+    assert not make_method("dense", context).choose(needing(context, 1))
+    assert [name for name, method in methods().items() if not method.kv_aware] == ["dense"]
+
+
+def test_random_depends_on_seed_and_request_only(context, ladder_context, item_bytes, between):
+    def plans(request, *made_of):
+        return [make_method("random", *made_of, seed=n).choose(request) for n in range(10)]
+
+    masks = plans(needing(context, 6000), context)
+    assert masks == plans(needing(context, 6000), context) != plans(needing(context, 6001), context)
+    assert len(set(masks)) > 5
+    lowered = [plans(between(SHAPES[1], 0.8), ladder_context, item_bytes) for _ in range(2)]
+    assert lowered[0] == lowered[1]
+    assert len(set(lowered[0])) > 5
+
+
+@pytest.mark.parametrize("name", ["shortgpt", "sleb"])
+@pytest.mark.parametrize("fraction", [0.95, 0.8, 0.6])
+def test_both_blocks_of_a_layer_are_removed_together(context, name, fraction):
+    request = request_at(context, 8, 250, fraction)
+    plan = make_method(name, context).choose(request)
+    assert fits(context, plan, request)
+    removed = {index // 2 for index in plan.removed}
+    assert plan == layers(*removed) != Plan()
+    fewer = [layers(*removed - {number}) for number in removed]
+    assert min(context.memory.peak_bytes(one, request) for one in fewer) > request.budget_bytes
+
+
+def test_shortgpt_follows_the_influence_of_layers(context, real_context):
+    context.layer_influence = np.array([0.4, 0.3, 0.1, 0.2])
+    shortgpt = make_method("shortgpt", context)
+    assert shortgpt.choose(needing(context, 100)) == layers(2)
+    choice = measure_choice(shortgpt, needing(context, LAYER_BYTES + 1), context.scorer)
+    assert choice.plan == layers(2, 3)
+    assert (choice.evaluations, shortgpt.setup_evaluations) == (0, 1)
+    request = Request.at_fraction(real_context.memory, 2, 16, 0.9)
+    least = int(np.argmin(real_context.layer_influence))
+    assert layers(least).removed <= make_method("shortgpt", real_context).choose(request).removed
+
+
+def test_the_kv_cache_decides_which_kind_is_removed():
+    context = SyntheticContext([0.1] * 8, facts(layers=4))
+    greedy = make_method("greedy_per_byte", context)
+    short, long = needing(context, 5900), request_at(context, 16, 1000, 0.8)
+    assert greedy.choose(short).removed_names == ("layer00.ffn", "layer01.ffn")
+    assert greedy.choose(long).removed_names == ("layer00.attn",)
+
+
+def test_costs_of_a_choice_are_counted(context):
+    request = needing(context, 3900)
+    greedy = make_method("greedy_per_byte", context)
+    first, second = (measure_choice(greedy, request, context.scorer) for _ in range(2))
+    assert len(first.plan.removed) == 2
+    assert first.evaluations == second.evaluations == 1 + 8 + 7  # dense, then two scans
+    assert first.decision_s < 1
+    # A warm store does not shorten the reported cost.
+    assert second.decision_s >= second.evaluations * context.scorer.evaluation_s
+    cheap = measure_choice(make_method("one_shot", context), request, context.scorer)
+    assert (cheap.evaluations, cheap.decision_s < 1) == (0, True)
+    costs = {name: make_method(name, context).setup_evaluations for name in MASKS}
+    assert costs["one_shot"] == costs["knapsack"] == costs["one_shot_per_byte"] == 9
+    assert costs["gsi"] == costs["evolutionary"] == context.gsi.evaluations
+    assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == costs["sleb"] == 0
+
+
+def test_a_budget_that_the_stubs_alone_exceed_takes_one_more_block(real_context, repaired_context):
+    """Without stubs two blocks would do; what they leave behind makes it three."""
+    order = np.argsort(repaired_context.one_shot.delta_nll, kind="stable").tolist()
+    plain = real_context.memory.peak_bytes(Plan.removing(*order[:2]), Request(1, 8, 1))
+    chosen = make_method("one_shot", repaired_context).choose(Request(1, 8, plain))
+    assert chosen == Plan.removing(*order[:3])
+
+
+@pytest.mark.parametrize("on_ladder", [False, True])
+def test_unknown_names_list_the_known(context, ladder_context, item_bytes, on_ladder):
+    made_of = (ladder_context, item_bytes) if on_ladder else (context,)
+    with pytest.raises(UnknownNameError, match="Unknown policy 'knapsac'.*mean 'knapsack'"):
+        make_method("knapsac", *made_of)
+
+
+def test_a_packaged_policy_is_compared_by_its_name(context):
+    assert make_method("knapsack-by-text", SimpleNamespace(memory=packaged_memory())).name
+    with pytest.raises(Exception, match="no level costs of synthetic"):
+        make_method("knapsack-by-text", context)
+
+
+def packaged_memory():
+    from rap_env.memory import MemoryModel
+    from rap_env.policies.packaged_files import default_facts
+
+    return MemoryModel(default_facts())

@@ -1,0 +1,293 @@
+"""Searches: greedy steps, and those that look further than greedy does."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rap_env.errors import SearchTooLargeError
+from rap_env.importance.orders import WeighedWalk
+from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import CountingScorer, measure_choice
+from rap_env.policies.searches import MOST_BLOCKS
+from rap_env.request import Request
+from tests.agents.synthetic import SyntheticContext, request_at
+from tests.envs.playing_v1 import LEVELS
+from tests.policies.requests import SHAPES as LADDER_SHAPES
+from tests.policies.requests import fits, needing
+from tests.policies.test_methods import MASKS
+
+REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
+
+
+def made(name, context, item_bytes=None, **settings):
+    """A method with other settings than its own."""
+    method = make_method(name, context, item_bytes)
+    vars(method).update(settings)
+    return method
+
+
+def chosen(name, context, request):
+    return make_method(name, context).choose(request).removed_names
+
+
+def test_greedy_prefers_loss_per_byte_and_ends_with_the_least_loss_that_suffices():
+    # 0.02 nats for 3,000 bytes are cheaper than 0.01 for 1,004.
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
+    assert chosen("greedy_per_byte", context, needing(context, 3000)) == ("layer02.ffn",)
+    assert chosen("one_shot", context, needing(context, 3000))[0] == "layer01.attn"
+    assert chosen("greedy_per_byte", context, needing(context, 900)) == ("layer02.attn",)
+
+
+def test_greedy_measures_again_after_each_removal():
+    # Neighbours that are each cheap are dear together: one-shot takes both, greedy does not.
+    costs = [1.0, 5.0, 0.10, 3.0, 0.11, 3.0, 0.30, 3.0]
+    context = SyntheticContext(costs)
+    context.scorer.pairs[2, 4] = context.scorer.pairs[4, 2] = 2.0
+    request = needing(context, 1500)
+    assert chosen("one_shot", context, request) == ("layer01.attn", "layer02.attn")
+    assert chosen("greedy_per_byte", context, request) == ("layer01.attn", "layer03.attn")
+
+
+def test_greedy_takes_a_removal_that_lowers_the_loss_first():
+    context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
+    assert "layer01.attn" in chosen("greedy_per_byte", context, needing(context, 3500))
+
+
+def test_greedy_scores_masks_with_their_stubs(repaired_context):
+    request = Request.at_fraction(repaired_context.memory, 8, 64, 0.95)
+    freed = repaired_context.memory.freed_bytes(request)
+    dense, scan = repaired_context.scorer.dense_nll, repaired_context.scorer.scan(Plan())
+    over = repaired_context.memory.dense_peak_bytes(8, 64) - request.budget_bytes
+    prices = {
+        block.index: (nll - dense) / min(freed[block.index], over) if nll > dense else nll - dense
+        for block, nll in scan.items()
+    }
+    plan = make_method("greedy_per_byte", repaired_context).choose(request)
+    assert min(prices, key=prices.get) in plan.removed
+
+
+def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, item_bytes, between):
+    """Against a plain loop over all items."""
+    request = between(LADDER_SHAPES[1], 0.7)
+    costs, ladder = item_bytes.costs(*LADDER_SHAPES[1]), item_bytes.ladder
+    state, scorer = costs.state(), ladder_context.scorer
+    while state.peak_bytes > request.budget_bytes:
+        nll, needed = scorer.nll(state.plan), state.peak_bytes - request.budget_bytes
+        prices = {}
+        for item in filter(state.is_valid, range(len(ladder))):
+            freed = sum(map(state.freed_bytes, state.companions(item)))
+            rise = scorer.nll(ladder.plan(state.positions_after(item))) - nll
+            if freed > 0:
+                prices[item] = rise if rise <= 0 else rise / min(freed, needed)
+        state.lower(min(prices, key=prices.__getitem__))
+    exact, lazy = (
+        make_method(name, ladder_context, item_bytes)
+        for name in ("greedy_per_byte-exact", "greedy_per_byte")
+    )
+    assert scorer.nll(exact.choose(request)) == pytest.approx(scorer.nll(state.plan))
+    lazy.choose(request)
+    assert lazy.evaluations < exact.evaluations
+
+
+def test_over_a_ladder_smaller_budgets_share_the_first_steps(ladder_context, item_bytes, between):
+    method, scorer = (
+        make_method("greedy_per_byte", ladder_context, item_bytes),
+        ladder_context.scorer,
+    )
+    method.choose(between((15, 500), 0.7))
+    ran, counted = scorer.evaluations, method.evaluations
+    method.choose(between((15, 500), 0.65))
+    assert scorer.evaluations - ran < method.evaluations - counted
+
+
+def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, item_bytes):
+    costs, ladder = ladder_context.level_costs(LEVELS["caches"]), item_bytes.ladder
+    search = make_method("greedy_per_byte", ladder_context, item_bytes)
+    state, walk = item_bytes.costs(16, 500).state(), WeighedWalk(costs, item_bytes)
+    for item in (ladder.numbers["layer00.cache"], 0, 0, 0, 1):  # the first block is removed
+        for step in search.steps(state, {}):
+            number = step.key[0]
+            assert step.rise == pytest.approx(walk.rise(number, walk.next_of(number)))
+        state.lower(item)
+        walk.lower(item)
+
+
+def test_a_measured_rise_replaces_the_predicted_one(ladder_context, item_bytes):
+    search, state = (
+        make_method("beam", ladder_context, item_bytes),
+        item_bytes.costs(16, 500).state(),
+    )
+    first, *others = search.steps(state, {})
+    scores = CountingScorer(ladder_context.scorer)
+    rise = search.measure(scores, [first])[first] - scores.nll(Plan())
+    again = search.steps(state, {first.key: rise})
+    assert again[0].rise == rise
+    assert again[1:] == others
+
+
+def trap():
+    """The cheapest single block is expensive in combination; greedy takes it first and keeps it."""
+    context = SyntheticContext([0.10, 9.0, 0.11, 9.0, 0.12, 9.0, 0.90, 9.0])
+    for other in (2, 4, 6):
+        context.scorer.pairs[0, other] = context.scorer.pairs[other, 0] = 1.0
+    return context
+
+
+@pytest.fixture
+def large():
+    rng = np.random.default_rng(4)
+    return SyntheticContext(rng.lognormal(-3, 1, 24), interaction=3.0)
+
+
+@pytest.mark.parametrize("name", ["beam", "greedy_swaps", "evolutionary"])
+def test_beam_search_escapes_the_greedy_local_optimum(name):
+    context = trap()
+    request = needing(context, 1500)  # two attention blocks
+    assert 0 in make_method("greedy_per_byte", context).choose(request).removed
+    mask = make_method(name, context).choose(request)
+    assert mask == Plan.removing("layer01.attn", "layer02.attn")
+
+
+def test_a_beam_of_one_stays_in_the_greedy_local_optimum():
+    context = trap()
+    request = needing(context, 1500)
+    assert 0 in made("beam", context, width=1).choose(request).removed
+    assert 0 not in made("beam", context, width=2).choose(request).removed
+
+
+def test_beam_counts_every_mask_once():
+    context = trap()
+    choice = measure_choice(made("beam", context, width=2), needing(context, 1500), context.scorer)
+    # The dense model, 8 blocks, then 7 more behind each of two blocks, one pair being the same.
+    assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == context.scorer.evaluations
+    again = measure_choice(made("beam", context, width=2), needing(context, 1500), context.scorer)
+    assert (again.plan, again.evaluations) == (choice.plan, choice.evaluations)
+    assert again.decision_s > context.scorer.evaluation_s * again.evaluations
+
+
+def test_beam_counts_useful_bytes_only():
+    # Per byte layer02.ffn is cheapest, but an attention block suffices at less loss.
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.3, 0.01, 0.02, 0.03, 0.2])
+    assert make_method("beam", context).choose(needing(context, 900)) == Plan.removing(
+        "layer02.attn"
+    )
+    assert make_method("beam", context).choose(needing(context, 3000)) == Plan.removing(
+        "layer02.ffn"
+    )
+
+
+def test_beam_returns_the_best_mask_seen():
+    """A removal that lowers the loss is taken though the request fits without it."""
+    context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])
+    assert (
+        "layer01.attn" in make_method("beam", context).choose(needing(context, 3500)).removed_names
+    )
+
+
+@pytest.mark.parametrize("shape", REQUESTS)
+def test_a_wider_beam_scores_more(large, shape):
+    request = request_at(large, *shape)
+    narrow, wide = (
+        measure_choice(made("beam", large, width=width), request, large.scorer) for width in (1, 4)
+    )
+    assert fits(large, narrow.plan, request)
+    assert fits(large, wide.plan, request)
+    assert narrow.evaluations < wide.evaluations <= 4 * narrow.evaluations
+
+
+@pytest.mark.parametrize("shape", REQUESTS)
+def test_swaps_end_where_no_swap_helps(large, shape):
+    request = request_at(large, *shape)
+    choice = made("greedy_swaps", large, extra_evaluations=10**6).choose(request)
+    greedy = make_method("greedy_per_byte", large).choose(request)
+    assert large.scorer.loss(choice) <= large.scorer.loss(greedy)
+    kept = [index for index in range(24) if index not in choice.removed]
+    for removed in sorted(choice.removed):
+        fewer = Plan(choice.removed - {removed})
+        for near in (fewer, *(fewer.without(index) for index in kept)):
+            if fits(large, near, request):
+                assert large.scorer.loss(near) >= large.scorer.loss(choice)
+
+
+@pytest.mark.parametrize("extra", [0, 5, 40])
+def test_swaps_keep_their_budget(large, extra):
+    request = request_at(large, 1, 10, 0.7)
+    greedy = measure_choice(make_method("greedy_per_byte", large), request, large.scorer)
+    choice = measure_choice(
+        made("greedy_swaps", large, extra_evaluations=extra), request, large.scorer
+    )
+    assert choice.evaluations <= greedy.evaluations + extra
+    assert fits(large, choice.plan, request)
+    if not extra:
+        assert (choice.plan, choice.evaluations) == (greedy.plan, greedy.evaluations)
+
+
+def test_swaps_count_what_greedy_scored_once(large):
+    request = request_at(large, 1, 10, 0.7)
+    choice = measure_choice(make_method("greedy_swaps", large), request, large.scorer)
+    assert choice.evaluations == large.scorer.evaluations
+    assert choice.decision_s < large.scorer.evaluation_s  # all of it was run just now
+
+
+SHAPES = [(2, 16, 0.85), (8, 64, 0.8), (8, 64, 0.7)]
+
+
+def all_masks(blocks):
+    for removed in itertools.product([False, True], repeat=blocks):
+        yield Plan.removing(*(index for index, gone in enumerate(removed) if gone))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape):
+    request = Request.at_fraction(real_context.memory, *shape)
+    masks = [m for m in all_masks(6) if fits(real_context, m, request)]
+    choice = measure_choice(make_method("oracle", real_context), request, real_context.scorer)
+    assert fits(real_context, choice.plan, request)
+    assert choice.evaluations == len(masks)
+    assert real_context.scorer.nll(choice.plan) == min(map(real_context.scorer.nll, masks))
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_fitting_mask_beats_the_oracle(real_context, name, shape):
+    request = Request.at_fraction(real_context.memory, *shape)
+    oracle = make_method("oracle", real_context).choose(request)
+    choice = make_method(name, real_context).choose(request)
+    nll = real_context.scorer.nll
+    assert nll(oracle) <= nll(choice) or not fits(real_context, choice, request)
+
+
+def test_the_oracle_may_remove_more_than_must_be():
+    context = SyntheticContext([0.5, 4.0, -0.1, 0.3, -0.2, 0.04, 0.03, 0.2])
+    request = Request(1, 1, context.memory.dense_peak_bytes(1, 1) - 900)
+    assert make_method("oracle", context).choose(request) == Plan.removing(2, 4)
+
+
+def test_requests_of_the_oracle_share_their_scores():
+    context = SyntheticContext([0.1 + 0.01 * i for i in range(MOST_BLOCKS)], interaction=1.0)
+    oracle = make_method("oracle", context)
+    for fraction in (0.9, 0.7, 0.5):
+        oracle.choose(request_at(context, 8, 250, fraction))
+    assert context.scorer.evaluations <= 2**MOST_BLOCKS
+
+
+def test_the_oracle_rejects_a_larger_model():
+    context = SyntheticContext([0.1] * (MOST_BLOCKS + 2))
+    with pytest.raises(SearchTooLargeError, match="synthetic has 14 blocks and so 2.14 masks"):
+        make_method("oracle", context)
+
+
+def test_sleb_measures_again_after_each_removal():
+    context = SyntheticContext([0.5, 4.0, 0.02, 0.30, 0.01, 0.04, 0.03, 0.20])
+    # Alone layer 2 costs least and layer 3 next, but without layer 2 layer 3 is dear.
+    context.scorer.pairs[4, 6] = context.scorer.pairs[6, 4] = 2.0
+    sleb = make_method("sleb", context)
+    assert sleb.choose(needing(context, 100)) == Plan.removing(4, 5)
+    choice = measure_choice(sleb, needing(context, 4005), context.scorer)
+    assert choice.plan == Plan.removing(2, 3, 4, 5)
+    assert choice.evaluations == 4 + 3
+    assert sleb.setup_evaluations == 0

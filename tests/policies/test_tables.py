@@ -1,0 +1,136 @@
+"""Choices from tables of measured plans: masks by their counts, and plans of a ladder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
+from rap_env.plan import Plan
+from rap_env.policies.loading import make_method
+from rap_env.policies.method import measure_choice
+from rap_env.request import Request
+from tests.agents.synthetic import request_at
+from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+from tests.policies.requests import SHAPES, fits
+
+
+def test_where_losses_add_up_and_costs_are_equal_the_frontier_has_the_best_mask(context):
+    for shape in [(1, 10, 0.8), (8, 250, 0.7), (16, 1000, 0.6)]:
+        request = request_at(context, *shape)
+        choice = make_method("frontier", context).choose(request)
+        best = make_method("oracle", context).choose(request)
+        assert context.scorer.loss(choice) == pytest.approx(context.scorer.loss(best))
+
+
+def test_the_frontier_looks_up_and_scores_nothing(context):
+    method, before = make_method("frontier", context), context.scorer.passes
+    choice = measure_choice(method, request_at(context, 8, 250, 0.7), context.scorer)
+    assert (choice.evaluations, context.scorer.passes) == (0, before)
+    assert method.setup_evaluations == context.frontier.evaluations == 25
+    assert method.table_sha256 is None, "rows of masks keep their former keys"
+
+
+def test_the_frontier_follows_the_gsi_order_where_no_entry_fits(context, monkeypatch):
+    monkeypatch.setattr(KnownPlans, "best", lambda *_: None)
+    request = request_at(context, 8, 250, 0.5)
+    gsi = make_method("gsi", context).choose(request)
+    assert make_method("frontier", context).choose(request) == gsi != Plan()
+
+
+def test_a_real_frontier_is_read(real_context):
+    request = Request.at_fraction(real_context.memory, 2, 16, 0.7)
+    plan = make_method("frontier", real_context).choose(request)
+    assert plan == real_context.frontier.best(real_context.memory, request)
+    assert fits(real_context, plan, request)
+
+
+def measured(context, plans, path):
+    """Write a table of plans, measured by a context."""
+    scores = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
+    PlanFrontier(
+        num_layers=context.memory.facts.num_layers,
+        native_nll=context.scorer.dense_nll,
+        scores=scores,
+        evaluations_run=len(plans),
+        seconds=0.0,
+        settings={},
+        provenance=context.scorer.provenance,
+    ).save(path)
+    return scores
+
+
+def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(item_bytes, between, tmp_path):
+    path = tmp_path / "plans.json"
+    context = make_ladder_context(frontier=str(path))
+    with pytest.raises(ArtifactError, match="no table of measured plans .*plans.json"):
+        make_method("frontier", context, item_bytes)
+    layers = context.memory.facts.num_layers
+    plans = [
+        Plan.uniform(layers, caches=cache, weights=weights)
+        for cache in ("native", *LEVELS["caches"])
+        for weights in ("native", "int8", "int4")
+    ]
+    scores = measured(context, plans, path)
+    method = make_method("frontier", context, item_bytes)
+    assert method.setup_evaluations == len(plans)
+    assert method.table_sha256 == PlanFrontier.load(path, context.memory).sha256
+    request = between(SHAPES[1], 0.8)
+    fitting = [plan for plan in plans if fits(context, plan, request)]
+    assert method.choose(request) == min(fitting, key=scores.__getitem__)
+    small = between(SHAPES[1], 0.05)
+    knapsack = make_method("knapsack", context, item_bytes)
+    assert method.choose(small) == knapsack.choose(small)
+    assert method.evaluations == 0
+
+
+@pytest.mark.slow
+def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
+    item_bytes, between, tmp_path
+):
+    path = tmp_path / "plans.json"
+    context = make_ladder_context(frontier=str(path))
+    requests = [between(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
+    build_plan_frontier(
+        context.scorer,
+        context.level_costs(item_bytes.ladder.cache_levels),
+        item_bytes,
+        requests,
+        PlanSearchConfig(evaluations=120, batch=12, requests=12, members=2),
+    ).save(path)
+    made = {n: make_method(n, context, item_bytes) for n in ("score_model", "one_shot")}
+    ran = context.scorer.evaluations
+    plans = {name: [one.choose(request) for request in requests] for name, one in made.items()}
+    assert made["score_model"].evaluations == 0
+    assert context.scorer.evaluations == ran
+    where = np.array([item_bytes.ladder.positions(plan) for plan in plans["score_model"]])
+    assert item_bytes.ladder.reaches(where).all()
+    assert all(map(fits, [context] * len(requests), plans["score_model"], requests))
+    means = {name: np.mean(context.scorer.nll_many(found)) for name, found in plans.items()}
+    assert means["score_model"] < means["one_shot"]
+
+
+def test_a_reward_may_be_relative_to_the_best_measured_plan(tmp_path):
+    path = tmp_path / "plans.json"
+    context = make_ladder_context(frontier=str(path))
+    low = Plan.uniform(context.memory.facts.num_layers, caches="int4", weights="int4")
+    scores = measured(context, [Plan(), low], path)
+    peak_bytes = context.memory.peak_bytes(low, Request(16, 500, 1))
+    env = make_v1(
+        context, reward={"name": "perplexity", "relative_to": "frontier", "timing": "terminal"}
+    )
+    info = play_lowest(env, Request(16, 500, peak_bytes))
+    assert info["baseline_loss"] == pytest.approx(scores[low] - context.scorer.dense_nll)
+    with pytest.raises(InvalidRequestError, match="No plan of the frontier fits"):
+        play_lowest(env, Request(16, 500, peak_bytes - 1))
+
+
+def play_lowest(env, request):
+    """Lower the first item that can be lowered until the request fits."""
+    env.reset(seed=0, options={"request": request})
+    done = False
+    while not done:
+        _, _, done, _, info = env.step(int(np.flatnonzero(env.action_masks())[0]))
+    return info
