@@ -7,9 +7,8 @@ Only the comparison is printed to the standard output.
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from experiments.study.run_names import short_keys
 from experiments.study.tables import (
     Table,
     TitledTable,
+    columns_table,
     markdown,
     plain,
     seconds,
@@ -59,26 +59,26 @@ def result_rows(groups: list[Group], learning: Sequence[Learning] = ()) -> list[
     Trained methods also have what varies in their sweep, and the mean objective of their runs.
     """
     trained = {(f.name, method): runs for f in learning for method, runs in f.by_method.items()}
-    return [
-        {
-            **_row(group, comparison, method, cell),
-            **_sweep_of(trained.get((group.home, method), [])),
-        }
-        for group in groups
-        for comparison in group.parts.values()
-        for method in comparison.compared
-        for cell in sorted({row.cell for row in comparison.rows if row.method == method})
-    ]
+    rows = []
+    for group in groups:
+        for comparison in group.parts.values():
+            for method in comparison.compared:
+                runs = trained.get((group.home, method))
+                sweep = {} if runs is None else _sweep_of(runs)
+                cells = sorted({row.cell for row in comparison.rows if row.method == method})
+                rows += [{**_row(group, comparison, method, cell), **sweep} for cell in cells]
+    return rows
 
 
 def training_rows(groups: list[Group], learning: Sequence[Learning]) -> list[dict[str, Any]]:
     """Return a row for each training run whose method no evaluation has measured."""
     measured = {(group.home, row.method) for group in groups for row in group.rows}
+    facts = ("objective_on", "timesteps", "evaluations", "training_s")
     return [
         {
-            "comparison": found.name,
-            "model": found.model,
-            "repair": found.repair,
+            "comparison": part.name,
+            "model": part.model,
+            "repair": part.repair,
             "part": "training",
             "method": run.method,
             "run": run.label,
@@ -86,29 +86,23 @@ def training_rows(groups: list[Group], learning: Sequence[Learning]) -> list[dic
             "seed": run.seed,
             "swept": run.swept,
             "objective": run.objective,
-            "objective_on": run.facts.get("objective_on"),
             "finished": "finished" in run.facts,
             "pruned": run.facts.get("pruned", False),
-            "timesteps": run.facts.get("timesteps"),
-            "evaluations": run.facts.get("evaluations"),
-            "training_s": run.facts.get("training_s"),
             "final_loss": final_delta_nll(run),
+            **{name: run.facts.get(name) for name in facts},
         }
-        for found in learning
-        for run in found.runs
-        if (found.name, run.method) not in measured
+        for part in learning
+        for run in part.runs
+        if (part.name, run.method) not in measured
     ]
 
 
 def _sweep_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:
-    if not runs:
-        return {}
     return {"swept": settings_of(runs), "objective": mean_objective(runs)}
 
 
 def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
-    found, first = comparison.summary(method, [cell]), comparison.at(method, cell)[0]
-    depends = group.depends_on
+    summary, first = comparison.summary(method, [cell]), comparison.at(method, cell)[0]
     return {
         "comparison": group.name,
         "model": group.model,
@@ -121,19 +115,19 @@ def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[
         "budget_bytes": first.budget_bytes,
         "target_loss": first.target_loss,
         "sparsity": first.sparsity,
-        "loss_mean": found.delta_nll.mean,
-        "ci_low": found.delta_nll.low,
-        "ci_high": found.delta_nll.high,
-        "loss_calibration_mean": found.delta_nll_calibration,
-        "seeds": found.rows,
-        "fits": found.fits_all,
-        "kv_aware": found.kv_aware,
-        "evaluations": found.evaluations,
-        "decision_s": found.decision_s,
-        "setup_evaluations": found.setup_evaluations,
-        "training_s": found.training_s,
-        "report_sha256": depends.get("report_sha256"),
-        "calibration_sha256": depends.get("calibration_sha256"),
+        "loss_mean": summary.delta_nll.mean,
+        "ci_low": summary.delta_nll.low,
+        "ci_high": summary.delta_nll.high,
+        "loss_calibration_mean": summary.delta_nll_calibration,
+        "seeds": summary.rows,
+        "fits": summary.fits_all,
+        "kv_aware": summary.kv_aware,
+        "evaluations": summary.evaluations,
+        "decision_s": summary.decision_s,
+        "setup_evaluations": summary.setup_evaluations,
+        "training_s": summary.training_s,
+        "report_sha256": group.depends_on.get("report_sha256"),
+        "calibration_sha256": group.depends_on.get("calibration_sha256"),
     }
 
 
@@ -144,8 +138,12 @@ def settings_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:
 
 def mean_objective(runs: Sequence[TrainingRun]) -> float | None:
     """Return the mean objective of a method's runs, nats per token; None before there is one."""
-    known = [run.objective for run in runs if run.objective is not None]
-    return float(np.mean(known)) if known else None
+    return _mean(run.objective for run in runs)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else None
 
 
 LAST_EPISODES = 50
@@ -161,13 +159,12 @@ LEARNING_CAPTION = (
 def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
     """Format all groups for the terminal, then the results of training runs."""
     parts = [_group_text(group) for group in groups]
-    for found in learning:
-        parts.append(
-            f"== {_title(found)}: training ==\n\n{plain(learning_table(found))}\n\n"
-            f"{wrapped(LEARNING_CAPTION)}"
-        )
-        if swept := swept_table(found):
-            parts.append(f"== {_title(found)}: what varies ==\n\n{plain(swept)}")
+    for part in learning:
+        title = _title(part)
+        table, caption = plain(learning_table(part)), wrapped(LEARNING_CAPTION)
+        parts.append(f"== {title}: training ==\n\n{table}\n\n{caption}")
+        if swept := swept_table(part):
+            parts.append(f"== {title}: what varies ==\n\n{plain(swept)}")
     return "\n\n\n".join(parts)
 
 
@@ -176,72 +173,72 @@ def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
     parts = []
     for group in groups:
         first, *others = group.parts.values()
-        parts.append(tables_markdown(first, _title(group)))
-        parts += [tables_markdown(other, _title(group)) for other in others if first.part != "grid"]
-    for found in learning:
-        parts.append(
-            f"# {_title(found)}: training\n\n{markdown(learning_table(found))}\n"
-            f"{LEARNING_CAPTION}\n"
-        )
-        if swept := swept_table(found):
-            parts.append(f"# {_title(found)}: what varies\n\n{markdown(swept)}")
+        shown = [first, *(others if first.part != "grid" else [])]
+        parts += [tables_markdown(comparison, _title(group)) for comparison in shown]
+    for part in learning:
+        title, table = _title(part), markdown(learning_table(part))
+        parts.append(f"# {title}: training\n\n{table}\n{LEARNING_CAPTION}\n")
+        if swept := swept_table(part):
+            parts.append(f"# {title}: what varies\n\n{markdown(swept)}")
     return "\n".join(parts).rstrip()
 
 
-def learning_table(found: Learning) -> Table:
+def learning_table(part: Learning) -> Table:
     """Return objective, final ΔNLL and cost of the training runs of each method, over seeds."""
-    header = ["Trained", "Seeds", "Steps", "Evaluations", "Training", "Final ΔNLL", "Objective"]
-    rows = []
-    for method, runs in by_objective(found):
+
+    def count(runs: Sequence[TrainingRun], key: str) -> str:
+        mean = _mean(run.facts.get(key) for run in runs)
+        return "-" if mean is None else f"{mean:,.0f}"
+
+    def training(runs: Sequence[TrainingRun]) -> str:
+        mean = _mean(run.facts.get("training_s") for run in runs)
+        unfinished = sum("finished" not in run.facts for run in runs)
+        shown = "-" if mean is None else seconds(mean)
+        return f"{shown} ({unfinished} unfinished)" if unfinished else shown
+
+    def final(runs: Sequence[TrainingRun]) -> str:
         losses = [loss for run in runs if (loss := final_delta_nll(run)) is not None]
-        shown = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
-        rows.append(
-            [
-                short_label(method), str(len(runs)), _mean_fact(runs, "timesteps"),
-                _mean_fact(runs, "evaluations"), _training_time(runs), shown, _objective(runs),
-            ]
-        )  # fmt: skip
-    return header, rows
+        return f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]" if losses else "-"
+
+    columns: dict[str, Callable[[tuple[str, list[TrainingRun]]], str]] = {
+        "Trained": lambda method: short_label(method[0]),
+        "Seeds": lambda method: str(len(method[1])),
+        "Steps": lambda method: count(method[1], "timesteps"),
+        "Evaluations": lambda method: count(method[1], "evaluations"),
+        "Training": lambda method: training(method[1]),
+        "Final ΔNLL": lambda method: final(method[1]),
+        "Objective": lambda method: _objective(method[1]),
+    }
+    return columns_table(by_objective(part), columns)
 
 
-def swept_table(found: Learning) -> Table | None:
+def swept_table(part: Learning) -> Table | None:
     """Return the objective and the whole values of what varies between methods, best first.
 
     Returns:
         None if nothing but agent and seed varies.
     """
-    methods = by_objective(found)
+    methods = by_objective(part)
     keys = dict.fromkeys(key for _, runs in methods for key in settings_of(runs))
     keys.pop("agent", None)  # the runs are named by it
     if not keys:
         return None
-    short = short_keys(keys)
-    rows = [
-        [
-            *[str(settings_of(runs).get(key, "-")) for key in keys],
-            _agent_of(runs[0]), _objective(runs),
-        ]
-        for _, runs in methods
-    ]  # fmt: skip
+    short, rows = short_keys(keys), []
+    for _, runs in methods:
+        agent = (runs[0].settings() or {}).get("agent", {})
+        label = short_label(agent.get("label") or agent.get("name") or runs[0].method)
+        values = [str(settings_of(runs).get(key, "-")) for key in keys]
+        rows.append([*values, label, _objective(runs)])
     return [*[short[key] for key in keys], "Trained", "Objective"], rows
 
 
-def by_objective(found: Learning) -> list[tuple[str, list[TrainingRun]]]:
+def by_objective(part: Learning) -> list[tuple[str, list[TrainingRun]]]:
     """Return methods and their runs; of a sweep, those with the best objective first."""
-    methods = list(found.by_method.items())
+    methods = list(part.by_method.items())
     if not any(settings_of(runs) for _, runs in methods):
         return methods
-
-    def objective(method: tuple[str, list[TrainingRun]]) -> float:
-        known = mean_objective(method[1])
-        return math.inf if known is None else known
-
-    return sorted(methods, key=objective)
-
-
-def _agent_of(run: TrainingRun) -> str:
-    agent = (run.settings() or {}).get("agent", {})
-    return short_label(agent.get("label") or agent.get("name") or run.method)
+    objectives = {method: mean_objective(runs) for method, runs in methods}
+    return sorted(methods, key=lambda m: (objectives[m[0]] is None, objectives[m[0]]))
 
 
 def _objective(runs: Sequence[TrainingRun]) -> str:
@@ -303,19 +300,6 @@ def setup_table(comparison: Comparison) -> Table:
 def _title(found: Group | Learning) -> str:
     repair = "no repair" if found.repair == "none" else f"repair {found.repair}"
     return f"{found.name}: {found.model}, {repair}"
-
-
-def _mean_fact(runs: Sequence[TrainingRun], key: str) -> str:
-    known = [run.facts[key] for run in runs if run.facts.get(key) is not None]
-    return f"{np.mean(known):,.0f}" if known else "-"
-
-
-def _training_time(runs: Sequence[TrainingRun]) -> str:
-    """Return mean training time of the finished runs, and the number of unfinished ones."""
-    known = [run.facts["training_s"] for run in runs if "training_s" in run.facts]
-    open_runs = sum("finished" not in run.facts for run in runs)
-    mean = seconds(float(np.mean(known))) if known else "-"
-    return f"{mean} ({open_runs} unfinished)" if open_runs else mean
 
 
 def main(config: CompareConfig) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,19 @@ from experiments.contexts import (
     task_config,
 )
 from experiments.launch import launch
-from experiments.study.records import (
-    append_record,
-    delta_nll_fields,
-    read_records,
-    row_key,
-    trim_metrics,
-    write_records,
-)
-from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.harness import Job, measured
+from experiments.study.records import delta_nll_fields, request_field, set_aside, trim_metrics
+from experiments.study.run_folder import RunFolder
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext, item_importance
-from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.method import MeasuredChoice, measure_choice
 from rap_env.request import Request
-from rap_env.scoring.plan_runner import chunks
 
 log = logging.getLogger(__name__)
 
 _ROWS_EACH = 8  # for each worker
-
-SET_ASIDE = "results.other.jsonl"
-"""Rows of other settings: kept, used again if those settings return, and not reported."""
 
 
 class Evaluator:
@@ -69,7 +59,8 @@ class Evaluator:
 
             settings = task_config(config.evaluate.tasks)
             self.tasks = TaskScorer(context.llm, settings, store=context.store)
-        self.git = git_state()
+        self._choices: dict[tuple[int, Request], MeasuredChoice] = {}
+        self._warm: set[int] = set()
         self.depends_on: dict[str, Any] = {
             "model_fingerprint": context.memory.facts.fingerprint,
             "dtype": context.memory.facts.dtype,
@@ -86,20 +77,63 @@ class Evaluator:
         if context.memory.facts.repair:  # rows without stubs keep their former keys
             self.depends_on["repair"] = context.memory.facts.repair
 
-    def score(self, plans: Sequence[Plan]) -> None:
-        """Measure plans on both texts in one call each, so that workers share them."""
-        self.context.scorer.nll_many(plans)
+    def jobs(self, config: Config, cells: Sequence[EvaluationCell]) -> Iterator[Job[ResultRow]]:
+        """Yield what is measured: each method at each cell."""
+        for method in build_methods(config, self.context):
+            depends_on = {**self.depends_on, "method": method.identity}
+            for cell in cells:
+                identity = (method.name, method.seed, cell.cell, cell.part)
+                make = partial(self.measure, method, cell)
+                yield Job(ResultRow, identity, depends_on, make, subject=(method, cell))
+
+    def again(self, config: Config) -> Iterator[Job[ResultRow]]:
+        """Yield the plans of earlier results, which are measured on this text and these tasks.
+
+        All that describes the choices (method, seed, cell, evaluations, decision time) is kept.
+        """
+        for row in read_recorded(config.evaluate.plans, self.depends_on):
+            identity = (row.method, row.seed, row.cell, row.part)
+            depends_on = again_depends_on(row, self.depends_on)
+            make = partial(self.measure_again, row)
+            yield Job(ResultRow, identity, depends_on, make, subject=row)
+
+    def prepare(self, jobs: Sequence[Job[ResultRow]]) -> None:
+        """Let methods choose, and score all plans in one call each, so that workers share them."""
+        plans = []
+        for job in jobs:
+            if isinstance(job.subject, ResultRow):
+                plans.append(job.subject.plan)
+                continue
+            method, cell = job.subject
+            if "run" in method.identity and id(method) not in self._warm:
+                method.policy.choose(
+                    cell.request
+                )  # unmeasured: torch initialises at the first call
+                self._warm.add(id(method))
+            choice = measure_choice(method.policy, cell.request, self.context.scorer)
+            self._choices[id(method), cell.request] = choice
+            plans.append(choice.plan)
+        if self._choices:
+            self.context.scorer.nll_many(plans)
         self.report.nll_many(plans)
 
-    def measure(self, method: Method, cell: EvaluationCell, choice: MeasuredChoice) -> ResultRow:
+    def measure_again(self, row: ResultRow, provenance: dict[str, Any]) -> ResultRow:
+        """Return the row of a recorded plan."""
+        return replace(row, **self.losses(row.plan), provenance=provenance)
+
+    def measure(
+        self, method: Method, cell: EvaluationCell, provenance: dict[str, Any]
+    ) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
-        plan, request, scorer = choice.plan, cell.request, self.context.scorer
+        request, scorer = cell.request, self.context.scorer
+        choice = self._choices.pop((id(method), request))
+        plan = choice.plan
         peak_bytes = self.context.memory.peak_bytes(plan, request)
         return ResultRow(
             method=method.name,
             kv_aware=method.kv_aware,
             seed=method.seed,
-            request={"batch_size": request.batch_size, "seq_len_tokens": request.seq_len_tokens},
+            request=request_field((request.batch_size, request.seq_len_tokens)),
             budget_fraction=cell.cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=peak_bytes,
@@ -112,7 +146,7 @@ class Evaluator:
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
             setup_evaluations=method.setup_evaluations,
-            provenance=self.provenance(method),
+            provenance=provenance,
             sparsity=cell.sparsity,
             outside=cell.outside,
             training_s=method.training_s,
@@ -132,15 +166,6 @@ class Evaluator:
             "accuracies_norm": self.tasks.accuracies(plan, "acc_norm"),
             "task_documents": {n: r.documents for n, r in self.tasks.results(plan).items()},
         }
-
-    def provenance(self, method: Method) -> dict[str, Any]:
-        """Return what a row depends on; the entry ``method`` is specific to the method."""
-        depends_on = {**self.depends_on, "method": method.identity}
-        return {"depends_on": depends_on, "git": self.git}
-
-    def key(self, method: Method, cell: EvaluationCell) -> str:
-        """Return the identifier that the method's row at a cell will have."""
-        return row_key(method.name, method.seed, cell.cell, cell.part, self.provenance(method))
 
     def _importance(self, config: Config) -> dict[str, Any]:
         """Identify the importance that agents observe; a longer GSI may change their choices."""
@@ -183,97 +208,16 @@ def evaluate(config: Config, folder: Path) -> Path:
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:
         evaluator = Evaluator(config, context)
-        if again:
-            rows = measured_again(config, run, evaluator)
-        else:
-            rows = _all_rows(config, run, evaluator, cells)
+        jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
+        set_aside(run.results, ResultRow, {job.key for job in jobs})
+        together = max(1, _ROWS_EACH * config.scoring.workers)
+        rows = measured(
+            jobs, folder, "evaluate", config.progress, evaluator.prepare, together=together
+        )
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))
     log.info("Evaluation: %d rows in %s.", len(rows), run.results)
     return run.results
-
-
-def _all_rows(
-    config: Config, run: RunFolder, evaluator: Evaluator, cells: list[EvaluationCell]
-) -> list[ResultRow]:
-    """Return rows of all methods on all cells; each new row is appended to the results."""
-    methods = list(build_methods(config, evaluator.context))
-    wanted = [(evaluator.key(method, cell), method, cell) for method in methods for cell in cells]
-    found = sort_out(run, {key for key, *_ in wanted})
-    todo = [item for item in wanted if item[0] not in found]
-    if found:
-        log.info("Evaluation: %d of %d rows exist already.", len(found), len(wanted))
-    warm: set[int] = set()
-    with progress_bar(
-        config.progress, initial=len(found), total=len(wanted), desc="evaluate", unit="row"
-    ) as bar:
-        for group in chunks(todo, _rows_together(config)):
-            choices = []
-            for _, method, cell in group:
-                bar.set_postfix_str(method.name)
-                if id(method) not in warm:
-                    _warm_up(method, cell.request)
-                    warm.add(id(method))
-                choices.append(
-                    measure_choice(method.policy, cell.request, evaluator.context.scorer)
-                )
-            evaluator.score([choice.plan for choice in choices])
-            for (key, method, cell), choice in zip(group, choices, strict=True):
-                found[key] = evaluator.measure(method, cell, choice)
-                append_record(run.results, found[key].to_record())
-                bar.update()
-    return list(found.values())
-
-
-def _rows_together(config: Config) -> int:
-    """Rows whose plans are scored together: several for each worker, or one in this process."""
-    return max(1, _ROWS_EACH * config.scoring.workers)
-
-
-def measured_again(config: Config, run: RunFolder, evaluator: Evaluator) -> list[ResultRow]:
-    """Measure the plans of earlier results on the report text and tasks of this evaluation.
-
-    All that describes the choices (method, seed, cell, evaluations, decision time) is kept.
-    """
-    wanted: dict[str, tuple[ResultRow, dict[str, Any]]] = {}
-    for row in read_recorded(config.evaluate.plans, evaluator.depends_on):
-        depends_on = again_depends_on(row, evaluator.depends_on)
-        provenance: dict[str, Any] = {"depends_on": depends_on, "git": evaluator.git}
-        wanted[replace(row, provenance=provenance).key] = row, provenance
-    found = sort_out(run, set(wanted))
-    todo = [key for key in wanted if key not in found]
-    with progress_bar(config.progress, total=len(todo), desc="evaluate", unit="row") as bar:
-        for group in chunks(todo, _rows_together(config)):
-            evaluator.report.nll_many([wanted[key][0].plan for key in group])
-            for key in group:
-                row, provenance = wanted[key]
-                found[key] = replace(row, **evaluator.losses(row.plan), provenance=provenance)
-                append_record(run.results, found[key].to_record())
-                bar.update()
-    return list(found.values())
-
-
-def sort_out(run: RunFolder, wanted: set[str]) -> dict[str, ResultRow]:
-    """Keep the wanted rows in the results, and move all others to `SET_ASIDE`.
-
-    Returns:
-        The wanted rows that exist, by key.
-    """
-    aside = run.path / SET_ASIDE
-    rows = [ResultRow.from_record(r) for r in [*read_records(aside), *read_records(run.results)]]
-    known = {row.key: row for row in rows}
-    others = [row.to_record() for key, row in known.items() if key not in wanted]
-    found = {key: row for key, row in known.items() if key in wanted}
-    if others:
-        write_records(aside, others)
-    write_records(run.results, [row.to_record() for row in found.values()])
-    return found
-
-
-def _warm_up(method: Method, request: Request) -> None:
-    """Let a trained policy choose once unmeasured, because torch initialises at the first call."""
-    if "run" in method.identity:
-        method.policy.choose(request)
 
 
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:

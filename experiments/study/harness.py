@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -44,6 +44,7 @@ class Job(Generic[RowT]):
             with the same scorer, since steps that plans share then run once; None to score nothing
             before.
         plans: What the row needs scored.
+        subject: What the row is about, for those who prepare jobs.
     """
 
     row_type: type[RowT]
@@ -53,8 +54,9 @@ class Job(Generic[RowT]):
     facts: Mapping[str, Any] = field(default_factory=dict)
     scorer: MaskScorer | None = None
     plans: Sequence[Plan] = ()
+    subject: Any = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The key that the row will have."""
         return row_key(*self.identity, {"depends_on": self.depends_on})
@@ -129,7 +131,14 @@ class Study(Generic[DataT]):
             save_png(figure(data, False), folder / f"{name}.png")
 
 
-def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) -> list[Any]:
+def measured(
+    jobs: Sequence[Job[Any]],
+    folder: Path,
+    name: str,
+    progress: bool,
+    prepare: Callable[[Sequence[Job[Any]]], None] | None = None,
+    together: int = 1,
+) -> list[Any]:
     """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
 
     Args:
@@ -137,27 +146,32 @@ def measured(jobs: Sequence[Job[Any]], folder: Path, name: str, progress: bool) 
         folder: The run folder.
         name: Name of the study, for the progress bar.
         progress: Whether to show progress.
+        prepare: Called with the next jobs before their rows are made.
+        together: Jobs that `prepare` gets in one call.
     """
+    from rap_env.scoring.plan_runner import chunks
     from rap_env.scoring.scorer import bar_callback
 
     files = {kind: RowFile(folder / kind.file, kind) for kind in {job.row_type for job in jobs}}
-    missing = {id(job) for job in jobs if not files[job.row_type].has(job.key)}
+    missing = [job for job in jobs if not files[job.row_type].has(job.key)]
     if missing:
         say(f"{name}: {len(missing)} of {len(jobs)} rows are to be measured.")
-    git, rows = git_state(), []
-    with progress_bar(progress, total=len(jobs), desc=name, unit="row") as bar:
-        for _, group in itertools.groupby(jobs, key=lambda job: id(job.scorer)):
+    git, done = git_state(), len(jobs) - len(missing)
+    with progress_bar(progress, total=len(jobs), initial=done, desc=name, unit="row") as bar:
+        for _, group in itertools.groupby(missing, key=lambda job: id(job.scorer)):
             neighbours = list(group)
             scorer = neighbours[0].scorer
-            plans = [plan for job in neighbours if id(job) in missing for plan in job.plans]
+            plans = [plan for job in neighbours for plan in job.plans]
             if scorer is not None and plans:
                 with progress_bar(progress, total=len(set(plans)), desc="plans") as of_plans:
                     scorer.nll_many(plans, bar_callback(of_plans))
-            for job in neighbours:
-                provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
-                make = partial(job.make, provenance)
-                rows.append(files[job.row_type].get(job.key, make))
-                bar.update()
+            for chunk in chunks(neighbours, together):
+                if prepare is not None:
+                    prepare(chunk)
+                for job in chunk:
+                    provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
+                    files[job.row_type].get(job.key, partial(job.make, provenance))
+                    bar.update()
             if scorer is not None:
                 scorer.release()
-    return rows
+    return [files[job.row_type][job.key] for job in jobs]

@@ -11,7 +11,7 @@ import gzip
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -206,6 +206,9 @@ class RowFile(Generic[RowT]):
         """Whether the file has the row with this key."""
         return key in self._rows
 
+    def __getitem__(self, key: str) -> RowT:
+        return self._rows[key]
+
     def get(self, key: str, compute: Callable[[], RowT]) -> RowT:
         """Return the row with this key; compute it and append it if the file has none.
 
@@ -217,6 +220,19 @@ class RowFile(Generic[RowT]):
             append_record(self._path, row.to_record())
             self._rows[key] = row
         return self._rows[key]
+
+
+def set_aside(path: Path, row_type: type[RowT], wanted: Collection[str]) -> None:
+    """Keep the rows with some keys in a file, and move all others to ``NAME.other.jsonl``.
+
+    Rows that are wanted again return from there.
+    """
+    aside = path.with_suffix(f".other{path.suffix}")
+    rows = {row.key: row for row in [*row_type.read(aside), *row_type.read(path)]}
+    others = [row.to_record() for key, row in rows.items() if key not in wanted]
+    if others:
+        write_records(aside, others)
+    write_records(path, [row.to_record() for key, row in rows.items() if key in wanted])
 
 
 def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:

@@ -22,7 +22,7 @@ from experiments.config.training import AgentConfig, DemoConfig
 from experiments.contexts import build_context
 from experiments.demo import demo, demo_agents
 from experiments.errors import ExperimentError
-from experiments.evaluate import SET_ASIDE, evaluate
+from experiments.evaluate import evaluate
 from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
 from experiments.study.records import append_record, read_records, record_files
@@ -198,7 +198,7 @@ def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
     smaller = replace(evaluated, evaluate=replace(evaluated.evaluate, budgets=[0.9]))
     evaluate(smaller, path.parent)
     assert {row.budget_fraction for row in ResultRow.read(path)} == {0.9}
-    assert len(read_records(path.parent / SET_ASIDE)) == len(whole) // 2
+    assert len(read_records(path.parent / "results.other.jsonl")) == len(whole) // 2
     evaluate(evaluated, path.parent)
 
     def in_order(rows):
