@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from engine_tables import agreement_markdown, features_markdown
 from plan_tables import (
     PLAN_COMPARISONS,
@@ -207,30 +206,27 @@ def write_long_context(docs: Path) -> None:
 
 def write_texts(folder: Path) -> None:
     """Write the tables and the picture of how plans depend on the calibration text."""
-    from experiments.studies.tables import TextStudy, save_figure, texts_markdown
+    from experiments.studies.texts import STUDY
+    from experiments.study.figures import save_png
     from experiments.study.tables import markdown
 
-    found = TextStudy.read(RESULTS / "texts")
-    save_figure(found, folder / "texts.png")
+    data = STUDY.read(RESULTS / "texts")
+    save_png(STUDY.figures["texts"](data, False), folder / "texts.png")
     figure = (
         "```{image} ../_generated/texts.png\n"
         ":alt: ΔNLL of plans by the text that they were chosen on and judged on\n```\n"
     )
-    write(folder / "texts.md", texts_markdown(found).partition("\n")[2].strip() + "\n\n" + figure)
-    sizes = TextStudy.read(RESULTS / "texts_sizes")
+    write(folder / "texts.md", STUDY.markdown(data).partition("\n")[2].strip() + "\n\n" + figure)
+    sizes = STUDY.read(RESULTS / "texts_sizes")
     write(folder / "texts_sizes.md", markdown(sizes.size_table()))
 
 
 def write_prompts(folder: Path) -> None:
     """Write the tables of policies that see the prompt."""
-    from experiments.studies.prompts import PolicyRow, PromptStudy
+    from experiments.studies.prompts import STUDY
 
-    records = RESULTS / "prompts"
-    settings = yaml.safe_load((records / "config.yaml").read_text(encoding="utf-8"))
-    rows = PolicyRow.read(records / "prompts.jsonl")
-    chosen = settings["prompts"]
-    found = PromptStudy(rows, chosen["prompt_tokens"], list(chosen.get("recorded", {})))
-    write(folder / "prompts.md", found.markdown.partition("\n")[2].strip() + "\n")
+    text = STUDY.markdown(STUDY.read(RESULTS / "prompts"))
+    write(folder / "prompts.md", text.partition("\n")[2].strip() + "\n")
 
 
 def write_learning_curves(folder: Path) -> None:

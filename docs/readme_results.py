@@ -149,11 +149,10 @@ def plan_results() -> list[str]:
 
 def prompt_result() -> str:
     """What the README says of policies that see the prompt."""
-    from experiments.studies.prompts import BLIND, PolicyRow, PromptStudy
+    from experiments.studies.prompts import BLIND, STUDY
     from experiments.study.tables import relative_words
 
-    rows = PolicyRow.read(RESULTS / "prompts" / "prompts.jsonl")
-    found = PromptStudy(rows, prompt_tokens=0)
+    found = STUDY.read(RESULTS / "prompts")
     seen = "knapsack-by-text"
     uniform, default, blind = (
         relative_words(found.relative(seen, rival, found.texts))

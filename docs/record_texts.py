@@ -35,12 +35,10 @@ def replay_markdown(name: str) -> str:
 
 def repair_markdown() -> str:
     """All tables of the repair experiment."""
-    from experiments.comparison.loading import gather
+    from experiments.repair.rows import read_repair
     from experiments.repair.tables import repair_markdown as tables
 
-    data = gather(RESULTS / "repair")
-    assert data.repair is not None
-    return tables(data.repair, data.repair_orders)
+    return tables(read_repair(RESULTS / "repair" / "repair"))
 
 
 def write(path: Path, text: str) -> None:

@@ -21,14 +21,13 @@ from experiments.ladder.tables import (
     ladder_tables,
 )
 from experiments.launch import launch
-from experiments.repair.report import (
+from experiments.repair.tables import (
     REPAIR_ABSTRACT,
     repair_findings,
-    repair_key_numbers,
+    repair_markdown,
     repair_section,
-    repair_terminal_text,
+    repair_tables,
 )
-from experiments.repair.tables import repair_markdown
 from experiments.study.figures import Draw
 from experiments.study.looks import look
 from experiments.study.page import Gallery, coloured, titled_parts, write_page
@@ -89,8 +88,8 @@ def report(config: Config, folder: Path) -> Path:
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
     if data.repair:
-        _write(folder / "repair_tables.md", repair_markdown(data.repair, data.repair_orders))
-        say(f"\n{repair_terminal_text(data.repair)}\n")
+        _write(folder / "repair_tables.md", repair_markdown(data.repair))
+        say(f"\n{terminal(repair_tables(data.repair)[:2])}\n")
     say(f"The report is {page}")
     return page
 
@@ -120,8 +119,8 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
         "title": title,
         "subtitle": subtitle(data),
         "abstract": _abstract(data),
-        "key": key_numbers(data) or repair_key_numbers(data),
-        "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data)],
+        "key": key_numbers(data),
+        "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data.repair)],
         "gallery": gallery,
         "draw": draw,
         "chosen": {f"levels_{method}": look(method).label for method in chosen},
@@ -130,7 +129,7 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
         "smoothed": figures.SMOOTHED_EPISODES,
         "trainings": _trainings(data),
         "ladder_section": partial(ladder_section, data.ladder, gallery),
-        "repair_section": partial(repair_section, data, gallery),
+        "repair_section": partial(repair_section, data.repair, gallery),
         "depends": comparison.rows[0].depends_on if comparison else {},
         "files": _files(data),
         "notes": [*notes, *(("Repair", note) for note in data.repair_notes)],

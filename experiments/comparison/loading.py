@@ -17,8 +17,7 @@ from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.errors import ExperimentError
 from experiments.ladder.rows import Ladder, read_ladder
-from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
-from experiments.repair.summaries import RepairComparison
+from experiments.repair.rows import RepairComparison, read_repair
 from experiments.study.records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 
@@ -33,8 +32,7 @@ class ReportData:
         profile: The content of ``profile/profile.json``; None before a profile.
         runs: Training runs.
         evaluations: The content of each evaluation's ``run.json``.
-        repair: Repair rows; None before ``experiments.repair``.
-        repair_orders: GSI orders by repair; empty without repair rows.
+        repair: Rows of ``experiments.repair``.
         repair_notes: The content of the repair's ``run.json``, with the model's name, if any.
         ladder: Records of ``experiments.ladder``.
     """
@@ -44,8 +42,7 @@ class ReportData:
     profile: dict[str, Any] | None
     runs: list[TrainingRun]
     evaluations: list[dict[str, Any]]
-    repair: RepairComparison | None
-    repair_orders: dict[str, Any]
+    repair: RepairComparison
     repair_notes: list[dict[str, Any]]
     ladder: Ladder
 
@@ -60,15 +57,13 @@ def gather(root: Path) -> ReportData:
     runs = [TrainingRun(path) for path in training_dirs(root)]
     rows = with_training_s([row for file in files for row in ResultRow.read(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
-    repair_rows = RepairRow.read(root / "repair" / "repair.jsonl")
+    repair = read_repair(root / "repair")
     ladder = read_ladder(root)
-    if not (rows or profile or runs or repair_rows or ladder):
+    if not (rows or profile or runs or repair or ladder):
         raise ExperimentError(
             f"{root} has no records to report; run profile, train and evaluate, repair, or ladder, "
             "with the same name=... (or experiment=...) first."
         )
-    repair_notes = _repair_notes(root / "repair") if repair_rows else []
-    dense = repair_notes[-1].get("dense_accuracies") if repair_notes else None
     notes = [note for file in files if (note := RunFolder(file.parent).read())]
     return ReportData(
         root,
@@ -76,9 +71,8 @@ def gather(root: Path) -> ReportData:
         profile,
         runs,
         notes,
-        RepairComparison(repair_rows, dense) if repair_rows else None,
-        read_orders(root / "repair" / ORDERS_FILE) if repair_rows else {},
-        repair_notes,
+        repair,
+        _repair_notes(root / "repair") if repair else [],
         ladder,
     )
 

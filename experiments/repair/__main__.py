@@ -1,6 +1,6 @@
-"""``python -m experiments.repair``: see `experiments.repair.program`."""
+"""``python -m experiments.repair``: see `experiments.repair.study`."""
 
 from experiments.launch import launch
-from experiments.repair.program import repair
+from experiments.repair.study import STUDY
 
-launch("repair", repair)
+launch(STUDY.name, STUDY.run)

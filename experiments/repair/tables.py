@@ -1,14 +1,16 @@
-"""Tables of what stubs recover: ΔNLL, ratios to no stubs, accuracy, and GSI orders."""
+"""Tables of what stubs recover, the figure, and the section of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from experiments.repair.records import RepairRow
-from experiments.repair.summaries import PLAIN, RepairComparison
+from experiments.repair.rows import PLAIN, RepairComparison, RepairRow, mean_delta_nll
+from experiments.study.figures import panels, style
 from experiments.study.looks import look
-from experiments.study.records import Cell
+from experiments.study.page import Gallery, Section
+from experiments.study.records import Cell, Shape
 from experiments.study.statistics import Estimate
 from experiments.study.tables import (
     TIMES,
@@ -21,7 +23,18 @@ from experiments.study.tables import (
     percent,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ARROW = " \N{RIGHTWARDS ARROW} "
+
+REPAIR_ABSTRACT = [
+    "A model can fit a memory budget by removing attention and feed-forward (FFN) blocks. A stub "
+    "is a small module in a removed block's place: a low-rank linear map and a mean, fitted once "
+    "for any set of removed blocks. This report shows how much of the lost quality stubs recover "
+    "at equal memory, with the bytes of the stubs counted.",
+]
 
 SAME_MASKS = (
     "Each library is evaluated under the masks that the search with the whole library chose "
@@ -39,163 +52,76 @@ ORDERS_CAPTION = (
 _ORDER_STEPS = (5, 10, 15, 20)
 
 
-def repair_summary_table(found: RepairComparison) -> Table:
+_MIB = 2**20
+_MIN_SPAN = 0.06  # of the memory axis, as a share of its values
+
+
+def repair_tables(data: RepairComparison) -> list[TitledTable]:
+    """Every table that there are rows for."""
+    title, grid = "ΔNLL at each request and budget", _grid_caption(data)
+    tables = [
+        TitledTable(_summary_table(data), caption=_summary_caption(data), name="summary"),
+        TitledTable(_targets_table(data), "Targets", name="targets", by_method=False),
+        TitledTable(_grid_table(data), title, grid, name="grid", by_method=False),
+        TitledTable(
+            _accuracy_table(data), "Accuracy of each task, mean over the cells", name="accuracy"
+        ),
+        TitledTable(
+            _token_table(data), "Ratio to no stubs against fitting tokens", SAME_MASKS,
+            name="tokens", by_method=False,
+        ),
+        TitledTable(
+            _domain_table(data), "Ratio to no stubs: fitted on (lines), reported on (columns)",
+            SAME_MASKS, name="domains", by_method=False,
+        ),
+        TitledTable(
+            _orders_table(data), "The order of importance, with stubs in place", ORDERS_CAPTION,
+            name="orders",
+        ),
+    ]  # fmt: skip
+    for text in data.texts:
+        title = f"ΔNLL with interval and peak memory, {_text_label(data, text)}"
+        tables.append(TitledTable(_text_table(data, text), title, detail=True, by_method=False))
+    return [part for part in tables if part.table[1]]
+
+
+def repair_markdown(data: RepairComparison) -> str:
+    """Every table with its caption in Markdown, below a title."""
+    return f"# Repair\n\n{document(repair_tables(data), captions=True)}"
+
+
+def _summary_table(data: RepairComparison) -> Table:
     """One row per repair: mean ΔNLL and ratio on texts of fitted domains and on others."""
     header = ["Repair", "ΔNLL, fitted", "Ratio", "ΔNLL, other", "Ratio", "Accuracy", "Tokens",
               "Fits"]  # fmt: skip
-    rows = [
-        [
-            look(s.repair).label, _mean(s.fitted), repair_ratio(s.fitted_ratio), _mean(s.other),
-            repair_ratio(s.other_ratio), percent(s.accuracy), number(s.fit_tokens),
-            f"{s.fitting}/{s.cells}",
-        ]
-        for s in found.summaries
-    ]  # fmt: skip
-    return header, rows
-
-
-def repair_grid_table(found: RepairComparison) -> Table:
-    """One line per request and budget: ΔNLL of all repairs on each text, and removed blocks."""
-    header = ["Request", "Budget", *[text_label(found, text) for text in found.texts],
-              "Blocks removed"]  # fmt: skip
-    rows = []
-    for cell in found.cells:
-        deltas = [
-            _chain([_row_delta(found.at(repair, cell, text)) for repair in found.repairs])
-            for text in found.texts
-        ]
-        removed = _chain([_removed(_row_at(found, repair, cell)) for repair in found.repairs])
-        rows.append([_request(cell), _budget(found, cell), *deltas, removed])
-    return header, rows
-
-
-def repair_text_table(found: RepairComparison, text: str) -> Table:
-    """ΔNLL with interval and peak memory on one text: a line per request, a column per repair."""
-    header = ["Request", "Budget", *[look(repair).label for repair in found.repairs]]
-    rows = [
-        [
-            _request(cell), _budget(found, cell),
-            *[_delta_and_peak(found.at(repair, cell, text)) for repair in found.repairs],
-        ]
-        for cell in found.cells
-    ]  # fmt: skip
-    return header, rows
-
-
-def repair_accuracy_table(found: RepairComparison) -> Table | None:
-    """Mean accuracy of each task over the cells; None without tasks."""
-    rows = [row for row in found.study("grid") if row.accuracies]
-    tasks = sorted({task for row in rows for task in row.accuracies})
     lines = []
-    if tasks and set(tasks) <= found.dense_accuracies.keys():
-        lines.append(["Dense model", *_accuracy_cells([found.dense_accuracies], tasks)])
-    for repair in found.repairs:
-        own = [row for row in rows if row.repair == repair and set(tasks) == set(row.accuracies)]
-        cells = list({row.cell: row.accuracies for row in own}.values())
-        if cells:
-            lines.append([look(repair).label, *_accuracy_cells(cells, tasks)])
-    return (["Repair", *tasks, "mean"], lines) if lines else None
-
-
-def token_table(found: RepairComparison) -> Table | None:
-    """Ratio to no stubs for each number of fitting tokens and text; None without that study."""
-    rows = [[f"{count:,}", *_ratios(found, own)] for count, own in found.token_rows.items()]
-    header = ["Fitting tokens", *[text_label(found, text) for text in found.texts]]
-    return (header, rows) if rows else None
-
-
-def domain_table(found: RepairComparison) -> Table | None:
-    """Ratio to no stubs: texts fitted on as lines, reported on as columns; None without."""
-    lines: dict[tuple[tuple[str, ...], int], list[RepairRow]] = {}
-    for row in found.study("domain"):
-        lines.setdefault((tuple(row.fitted_on), row.fit_tokens), []).append(row)
-    if not lines:
-        return None
-    cells = {row.cell for row in found.study("domain")}
-    for row in found.study("grid"):
-        if row.repair == "library" and row.cell in cells:
-            lines.setdefault((tuple(row.fitted_on), row.fit_tokens), []).append(row)
-    for row in found.study("alone"):
-        if row.cell in cells:
-            own = (f"{'+'.join(row.fitted_on)}, own masks",)
-            lines.setdefault((own, row.fit_tokens), []).append(row)
-    header = ["Fitted on", "Tokens", *found.texts]
-    rows = [
-        [" + ".join(names), f"{count:,}", *_ratios(found, own)]
-        for (names, count), own in lines.items()
-    ]
-    return header, rows
-
-
-def orders_table(orders: Mapping[str, Any]) -> Table | None:
-    """ΔNLL after some removals in GSI order, and the overlap with the order without stubs."""
-    if PLAIN not in orders:
-        return None
-    measured = min(len(entry["order"]) for entry in orders.values())
-    steps = [step for step in _ORDER_STEPS if step <= measured] or [measured]
-    shared_of = min(10, measured)
-    first = set(orders[PLAIN]["order"][:shared_of])
-    header = ["GSI order", *[f"{step} removed" for step in steps],
-              f"first {shared_of} shared with no stubs", f"attn of first {measured}"]  # fmt: skip
-    rows = [
-        [
-            look(name).label,
-            *[f"{entry['loss_after'][step - 1]:.3f}" for step in steps],
-            f"{len(first & set(entry['order'][:shared_of]))}",
-            f"{sum(block.endswith('.attn') for block in entry['order'][:measured])}",
+    for repair in data.repairs:
+        line = [look(repair).label]
+        for other in (False, True):
+            rows = data.on(repair, other=other)
+            delta_nll = mean_delta_nll(rows)
+            line += [f"{delta_nll.mean:.3f}" if delta_nll else "-", _ratio(data.ratio(rows))]
+        by_cell = {row.cell: row for row in data.grid(repair)}
+        means = [
+            sum(row.accuracies.values()) / len(row.accuracies)
+            for row in by_cell.values()
+            if row.accuracies
         ]
-        for name, entry in orders.items()
-    ]
-    return header, rows
+        fitting = sum(row.peak_bytes <= row.budget_bytes for row in by_cell.values())
+        line += [
+            percent(sum(means) / len(means) if means else None),
+            number(max(row.fit_tokens for row in by_cell.values())), f"{fitting}/{len(by_cell)}",
+        ]  # fmt: skip
+        lines.append(line)
+    return header, lines
 
 
-def targets_table(found: RepairComparison) -> Table | None:
-    """Targets with the measured ratios; None if no target was measured."""
-    alone = [row for row in found.study("alone") if row.fitted_on == ["self"]]
-    alone = alone or [row for row in found.study("domain") if row.fitted_on == ["self"]]
-    by_text = [found.ratio([row for row in alone if row.text == text]) for text in found.texts]
-    known = [ratio for ratio in by_text if ratio]
-    targets = [
-        ("library against plain, texts not fitted on", 0.75, found.ratio_of("library", other=True)),
-        ("distilled, texts not fitted on", 0.6, found.ratio_of("distilled", other=True)),
-        ("library, held-out text of a fitted domain", 0.6, found.ratio_of("library", other=False)),
-        ("fitted on self-written text alone, worst text", 0.8,
-         max(known, key=lambda ratio: ratio.mean) if known else None),
-    ]  # fmt: skip
-    rows = [
-        [
-            name,
-            repair_ratio(measured),
-            f"at most {target:g}",
-            "yes" if measured.mean <= target else "no",
-        ]
-        for name, target, measured in targets
-        if measured
-    ]
-    return (["Ratio to no stubs", "Measured", "Target", "Met"], rows) if rows else None
-
-
-def grid_caption(found: RepairComparison) -> str:
-    """Caption of `repair_grid_table`."""
-    chain = _chain([look(repair).label for repair in found.repairs])
-    own = "; stubs fitted per mask use that of the library" if "per_mask" in found.repairs else ""
+def _summary_caption(data: RepairComparison) -> str:
+    windows = sum({row.text: len(row.window_losses) for row in data.rows}.values())
+    cells, texts = counted(len(data.cells), "cell"), counted(len(data.texts), "text")
     return (
-        f"ΔNLL in nats/token; each cell holds: {chain}. Removed blocks (attn+ffn) are in the same "
-        "order, given once if equal. Each repair has its own mask, found by greedy search at the "
-        f"same budget, stubs included{own}."
-    )
-
-
-def summary_caption(found: RepairComparison) -> str:
-    """Caption of `repair_summary_table`."""
-    windows = sum({row.text: len(row.window_losses) for row in found.rows}.values())
-    over = f"{counted(len(found.cells), 'cell')} (a request at a budget) and "
-    over += counted(len(found.texts), "text")
-    if found.incomplete:
-        over += f", restricted to those that all repairs have ({len(found.pairs)} of "
-        over += f"{len(found.cells) * len(found.texts)} pairs)"
-    return (
-        f"Mean ΔNLL in nats/token over {over}. Fitted: held-out text of the domains that stubs "
+        f"Mean ΔNLL in nats/token over {cells} (a request at a budget) and {texts}. Fitted: "
+        "held-out text of the domains that stubs "
         "were fitted on; other: texts of other domains. Ratio: mean ΔNLL divided by that without "
         "stubs; lower is better, 1 means no recovery. Intervals are 95 % percentile bootstrap over "
         f"{windows} windows of report text, resampled jointly for both values of a ratio. Tokens: "
@@ -203,50 +129,127 @@ def summary_caption(found: RepairComparison) -> str:
     )
 
 
-def repair_document(
-    found: RepairComparison, orders: Mapping[str, Any] | None = None
-) -> list[TitledTable]:
-    """Return every table with its title and caption; tables without rows are left out."""
-    tables: list[TitledTable] = []
-    if found.summaries:
-        table, caption = repair_summary_table(found), summary_caption(found)
-        tables.append(TitledTable(table, caption=caption, name="summary"))
-    if targets := targets_table(found):
-        tables.append(TitledTable(targets, "Targets", name="targets", by_method=False))
-    if found.cells:
-        title = "ΔNLL at each request and budget"
-        tables.append(
-            TitledTable(
-                repair_grid_table(found), title, grid_caption(found), name="grid", by_method=False
-            )
-        )
-    for text in found.texts if found.cells else []:
-        title = f"ΔNLL with interval and peak memory, {text_label(found, text)}"
-        tables.append(
-            TitledTable(repair_text_table(found, text), title, detail=True, by_method=False)
-        )
-    if accuracy := repair_accuracy_table(found):
-        title = "Accuracy of each task, mean over the cells"
-        tables.append(TitledTable(accuracy, title, name="accuracy"))
-    if tokens := token_table(found):
-        title = "Ratio to no stubs against fitting tokens"
-        tables.append(TitledTable(tokens, title, SAME_MASKS, name="tokens", by_method=False))
-    if domains := domain_table(found):
-        title = "Ratio to no stubs: fitted on (lines), reported on (columns)"
-        tables.append(TitledTable(domains, title, SAME_MASKS, name="domains", by_method=False))
-    if ordered := orders_table(orders or {}):
-        title = "The order of importance, with stubs in place"
-        tables.append(TitledTable(ordered, title, ORDERS_CAPTION, name="orders"))
-    return tables
+def _grid_table(data: RepairComparison) -> Table:
+    """One line per request and budget: ΔNLL of all repairs on each text, and removed blocks."""
+    header = ["Request", "Budget", *[_text_label(data, text) for text in data.texts],
+              "Blocks removed"]  # fmt: skip
+    rows = []
+    for cell in data.cells:
+        deltas = [
+            _chain([_row_delta(data.at(repair, cell, text)) for repair in data.repairs])
+            for text in data.texts
+        ]
+        removed = _chain([_removed(_row_at(data, repair, cell)) for repair in data.repairs])
+        rows.append([_request(cell), _budget(data, cell), *deltas, removed])
+    return header, rows
 
 
-def repair_markdown(found: RepairComparison, orders: Mapping[str, Any] | None = None) -> str:
-    """Return every table, for ``repair_tables.md``; arguments as for `repair_document`."""
-    parts = sorted(repair_document(found, orders), key=lambda part: part.detail)
-    return f"# Repair\n\n{document(parts, captions=True)}"
+def _grid_caption(data: RepairComparison) -> str:
+    chain = _chain([look(repair).label for repair in data.repairs])
+    own = "; stubs fitted per mask use that of the library" if "per_mask" in data.repairs else ""
+    return (
+        f"ΔNLL in nats/token; each cell holds: {chain}. Removed blocks (attn+ffn) are in the same "
+        "order, given once if equal. Each repair has its own mask, found by greedy search at the "
+        f"same budget, stubs included{own}."
+    )
 
 
-def repair_ratio(ratio: Estimate | None) -> str:
+def _text_table(data: RepairComparison, text: str) -> Table:
+    """ΔNLL with interval and peak memory on one text: a line per request, a column per repair."""
+    lines = []
+    for cell in data.cells:
+        line = [_request(cell), _budget(data, cell)]
+        for row in (data.at(repair, cell, text) for repair in data.repairs):
+            misses = " (does not fit)" if row and row.peak_bytes > row.budget_bytes else ""
+            line.append(f"{row.estimate}, {mebibytes(row.peak_bytes)}{misses}" if row else "")
+        lines.append(line)
+    return ["Request", "Budget", *[look(repair).label for repair in data.repairs]], lines
+
+
+def _accuracy_table(data: RepairComparison) -> Table:
+    """Mean accuracy of each task over the cells; no rows without tasks."""
+    rows = [row for row in data.study("grid") if row.accuracies]
+    tasks = sorted({task for row in rows for task in row.accuracies})
+    dense = next((row.dense_accuracies for row in rows if row.dense_accuracies), None)
+    lines = [["Dense model", *_accuracy_cells([dense], tasks)]] if dense else []
+    for repair in data.repairs:
+        cells = {row.cell: row.accuracies for row in rows if row.repair == repair}
+        if cells:
+            lines.append([look(repair).label, *_accuracy_cells(list(cells.values()), tasks)])
+    return ["Repair", *tasks, "mean"], lines
+
+
+def _token_table(data: RepairComparison) -> Table:
+    """Ratio to no stubs for each number of fitting tokens and text."""
+    rows = [[f"{count:,}", *_ratios(data, own)] for count, own in data.token_rows.items()]
+    return ["Fitting tokens", *[_text_label(data, text) for text in data.texts]], rows
+
+
+def _domain_table(data: RepairComparison) -> Table:
+    """Ratio to no stubs: texts fitted on as lines, reported on as columns."""
+    cells = {row.cell for row in data.study("domain")}
+    lines: dict[tuple[str, int], list[RepairRow]] = {}
+    for row in (*data.study("domain"), *data.grid("library"), *data.study("alone")):
+        if row.cell in cells:
+            own = ", own masks" if row.study == "alone" else ""
+            name = ("+" if own else " + ").join(row.fitted_on) + own
+            lines.setdefault((name, row.fit_tokens), []).append(row)
+    rows = [[name, f"{count:,}", *_ratios(data, own)] for (name, count), own in lines.items()]
+    return ["Fitted on", "Tokens", *data.texts], rows
+
+
+def _orders_table(data: RepairComparison) -> Table:
+    """ΔNLL after some removals in GSI order, and the overlap with the order without stubs."""
+    plain = next((row for row in data.orders if row.repair == PLAIN), None)
+    if plain is None:
+        return [], []
+    measured = min(len(row.order) for row in data.orders)
+    steps = [step for step in _ORDER_STEPS if step <= measured] or [measured]
+    shared_of = min(10, measured)
+    header = ["GSI order", *[f"{step} removed" for step in steps],
+              f"first {shared_of} shared with no stubs", f"attn of first {measured}"]  # fmt: skip
+    rows = [
+        [
+            look(row.repair).label,
+            *[f"{row.loss_after[step - 1]:.3f}" for step in steps],
+            f"{len(set(plain.order[:shared_of]) & set(row.order[:shared_of]))}",
+            f"{sum(block.endswith('.attn') for block in row.order[:measured])}",
+        ]
+        for row in data.orders
+    ]
+    return header, rows
+
+
+def _targets_table(data: RepairComparison) -> Table:
+    """Targets with the measured ratios."""
+    alone = [row for row in data.study("alone") if row.fitted_on == ["self"]]
+    alone = alone or [row for row in data.study("domain") if row.fitted_on == ["self"]]
+    by_text = [data.ratio([row for row in alone if row.text == text]) for text in data.texts]
+    known = [ratio for ratio in by_text if ratio]
+    other_library = data.ratio(data.on("library", other=True))
+    distilled = data.ratio(data.on("distilled", other=True))
+    fitted_library = data.ratio(data.on("library", other=False))
+    worst = max(known, key=lambda ratio: ratio.mean) if known else None
+    targets = [
+        ("library against plain, texts not fitted on", 0.75, other_library),
+        ("distilled, texts not fitted on", 0.6, distilled),
+        ("library, held-out text of a fitted domain", 0.6, fitted_library),
+        ("fitted on self-written text alone, worst text", 0.8, worst),
+    ]
+    rows = [
+        [
+            name,
+            _ratio(measured),
+            f"at most {target:g}",
+            "yes" if measured.mean <= target else "no",
+        ]
+        for name, target, measured in targets
+        if measured
+    ]
+    return ["Ratio to no stubs", "Measured", "Target", "Met"], rows
+
+
+def _ratio(ratio: Estimate | None) -> str:
     """A ratio with its interval, or a dash; the reference itself is 1 without an interval."""
     if not ratio:
         return "-"
@@ -255,9 +258,9 @@ def repair_ratio(ratio: Estimate | None) -> str:
     return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def text_label(found: RepairComparison, text: str) -> str:
+def _text_label(data: RepairComparison, text: str) -> str:
     """Name of a report text, marked if no stub was fitted on its domain."""
-    return f"{text} (not fitted on)" if found.is_other(text) else text
+    return f"{text} (not fitted on)" if data.is_other(text) else text
 
 
 def _accuracy_cells(cells: Sequence[Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
@@ -266,10 +269,10 @@ def _accuracy_cells(cells: Sequence[Mapping[str, float]], tasks: Sequence[str]) 
     return [percent(mean) for mean in [*means, sum(means) / len(means)]]
 
 
-def _ratios(found: RepairComparison, rows: Sequence[RepairRow]) -> list[str]:
+def _ratios(data: RepairComparison, rows: Sequence[RepairRow]) -> list[str]:
     """Ratio to no stubs on each text."""
-    by_text = [[row for row in rows if row.text == text] for text in found.texts]
-    return [repair_ratio(found.ratio(own)) for own in by_text]
+    by_text = [[row for row in rows if row.text == text] for text in data.texts]
+    return [_ratio(data.ratio(own)) for own in by_text]
 
 
 def _chain(parts: Sequence[str]) -> str:
@@ -281,22 +284,18 @@ def _request(cell: Cell) -> str:
     return f"{cell[0]} {TIMES} {cell[1]:,}"
 
 
-def _budget(found: RepairComparison, cell: Cell) -> str:
-    size = next(row.budget_bytes for row in found.study("grid") if row.cell == cell)
+def _budget(data: RepairComparison, cell: Cell) -> str:
+    size = next(row.budget_bytes for row in data.study("grid") if row.cell == cell)
     return f"{percent(cell[2], 0)} ({mebibytes(size)})"
-
-
-def _mean(delta: Estimate | None) -> str:
-    return f"{delta.mean:.3f}" if delta else "-"
 
 
 def _row_delta(row: RepairRow | None) -> str:
     return f"{row.loss:.2f}" if row else "-"
 
 
-def _row_at(found: RepairComparison, repair: str, cell: Cell) -> RepairRow | None:
+def _row_at(data: RepairComparison, repair: str, cell: Cell) -> RepairRow | None:
     """The row on any text: the mask is the same on all texts."""
-    rows = [found.at(repair, cell, text) for text in found.texts]
+    rows = [data.at(repair, cell, text) for text in data.texts]
     return next((row for row in rows if row), None)
 
 
@@ -307,9 +306,97 @@ def _removed(row: RepairRow | None) -> str:
     return f"{attn}+{len(row.mask) - attn}"
 
 
-def _delta_and_peak(row: RepairRow | None) -> str:
-    if not row:
-        return ""
-    delta = Estimate(row.loss, row.loss_ci_low, row.loss_ci_high)
-    misses = " (does not fit)" if row.peak_bytes > row.budget_bytes else ""
-    return f"{delta}, {mebibytes(row.peak_bytes)}{misses}"
+def delta_nll_against_peak(data: RepairComparison, narrow: bool) -> Figure:
+    """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
+
+    Peaks differ more between requests than between budgets, so each request has its own x axis.
+    """
+    shapes = list(dict.fromkeys(cell[:2] for cell in data.cells))
+    places: list[tuple[str, Shape]] = (
+        [(text, shape) for text in data.texts for shape in shapes]
+        if narrow
+        else [(text, shape) for shape in shapes for text in data.texts]
+    )
+    columns = len(shapes) if narrow else len(data.texts)
+    rows = len(places) // columns
+    with style():
+        figure, axes = panels(
+            rows, columns, narrow=narrow, height=2.1 + 0.8 / rows,
+            sharex="col" if narrow else "row", sharey=True,
+        )  # fmt: skip
+        for place, (axis, (text, shape)) in enumerate(zip(axes, places, strict=True)):
+            _draw_peaks(axis, data, text, shape)
+            fitted = "not fitted on" if data.is_other(text) else "fitted domain"
+            names = (f"{text}\n{fitted}", f"{shape[0]} {TIMES} {shape[1]:,} tokens")
+            row_name, column_name = names if narrow else names[::-1]
+            if place < columns:
+                axis.set_title(column_name, fontsize=9)
+            if place + columns >= len(places):
+                axis.set_xlabel("peak memory (MiB)", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel(row_name, fontweight="bold")
+        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
+        figure.supylabel("ΔNLL (nats/token)", fontsize=9)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center",
+            ncols=2 if narrow else 4,
+        )  # fmt: skip
+    return figure
+
+
+def _draw_peaks(axis: Axes, data: RepairComparison, text: str, shape: Shape) -> None:
+    """Draw a line per repair over the budgets of one request; hollow marks exceed the budget."""
+    from matplotlib.ticker import MaxNLocator
+
+    for place, repair in enumerate(data.repairs):
+        shown = look(repair)
+        rows = [data.at(repair, cell, text) for cell in data.cells if cell[:2] == shape]
+        known = [row for row in rows if row]
+        points = [(row.peak_bytes / _MIB, row.loss) for row in known]
+        axis.plot(
+            *zip(*points, strict=True) if points else ([], []), color=shown.colour, marker="o",
+            markersize=4.5, linewidth=1.4, label=shown.label, zorder=3 + place,
+        )  # fmt: skip
+        for point, row in zip(points, known, strict=True):
+            if row.peak_bytes > row.budget_bytes:
+                axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
+                          zorder=9)  # fmt: skip
+    low, high = axis.get_xlim()
+    spare = max(0.0, _MIN_SPAN * high - (high - low)) / 2  # so that a few kB are not magnified
+    axis.set_xlim(low - spare, high + spare)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def repair_section(data: RepairComparison, gallery: Gallery) -> Section:
+    """Section of a report on repair: ΔNLL at equal memory, and its tables."""
+    section = Section("repair", "Repair")
+    for part in repair_tables(data):
+        if part.name == "grid":
+            looks = "; ".join(f"{look(r).label}: {look(r).what}" for r in data.repairs)
+            gallery.add(
+                section, "repair_delta_nll_against_peak",
+                "ΔNLL against peak memory, with and without stubs",
+                f"Peak memory of each mask for its request (batch {TIMES} tokens), stubs included. "
+                "A line joins the budgets of one request; hollow marks exceed their budget. "
+                f"{looks}.",
+                partial(delta_nll_against_peak, data),
+            )  # fmt: skip
+        section.document([part], {look(repair).label: repair for repair in data.repairs})
+    return section
+
+
+def repair_findings(data: RepairComparison) -> list[str]:
+    """What each repair recovers, in sentences, also where stubs do not help."""
+    texts = []
+    for repair in data.repairs:
+        clauses = []
+        for other, words in ((False, "held-out text of fitted domains"), (True, "other texts")):
+            ratio = data.ratio(data.on(repair, other=other))
+            if ratio and repair != PLAIN:
+                note = "" if ratio.high < 1 else " (no significant gain)"
+                clauses.append(f"{_ratio(ratio)} remains on {words}{note}")
+        if clauses:
+            name = look(repair).label
+            remains = " and ".join(clauses)
+            texts.append(f"{name}: of the ΔNLL without stubs at equal memory, {remains}.")
+    return texts

@@ -7,8 +7,7 @@ some requests and budgets, and measured on the whole window.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,33 +23,21 @@ from experiments.contexts import load_texts, reject_table
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.studies.texts import losses_by_window
-from experiments.study.records import Record, RowFile, row_key
-from experiments.study.run_folder import RunFolder, git_state
+from experiments.study.harness import Job, Study
+from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.tables import (
-    Table,
-    TitledTable,
-    document,
-    publish_tables,
-    relative_words,
-    terminal,
-)
+from experiments.study.tables import Table, TitledTable, crossed_table, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
-from rap_env.importance.text_kinds import Shares
-from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.by_text import BY_TEXT, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer, bar_callback
+from rap_env.scoring.scorer import MaskScorer
 
-ROWS_FILE = "prompts.jsonl"
 BLIND = ", blind"
 """End of the name of a policy by text that chooses without the prompt, for equal shares."""
-
-_FROZEN = ("model", "prompts.texts", "prompts.prompt_tokens")
 
 CAPTION = (
     "ΔNLL (nats/token) on held-out text, mean over {cells} requests and budgets, with a 95 % "
@@ -69,126 +56,97 @@ class PolicyRow(Record):
 
     Attributes:
         cell: The request and its budget in bytes, as in ``prompts.cells``.
-        shares: Shares of the policy's kinds in the prompt of each window; empty ones for none.
-        plans: Hash of the plan of each window.
+        prompt_tokens: First tokens of each window that are its prompt.
+        recorded: Whether the plans are those of an earlier evaluation.
         window_losses: ΔNLL of each window, nats per token, (windows,).
     """
 
+    file = "prompts.jsonl"
     record_name = "A row of a policy"
     identity = ("policy", "text", "cell")
 
     policy: str
     text: str
     cell: str
-    shares: list[list[float]]
-    plans: list[str]
+    prompt_tokens: int
+    recorded: bool
     window_losses: list[float]
 
 
-def prompts(config: Config, folder: Path) -> Path:
-    """Measure the plans of all policies on all texts; existing rows are kept.
-
-    Returns:
-        The path of ``prompts.jsonl``.
+def prompt_jobs(config: Config, folder: Path) -> Iterator[Job[PolicyRow]]:
+    """Yield the plans of all policies on all texts.
 
     Raises:
-        ExperimentError: There is no text or no cell, or the folder has results of others.
+        ExperimentError: There is no text or no cell.
         RapError: As for `load_policy`; or a text is not available or too short.
     """
     from rap_env.models.files.loading import load_llm
 
-    settings, started = config.prompts, time.monotonic()
+    settings, model = config.prompts, config.model
     if not (settings.texts and settings.cells):
         raise ExperimentError(
             "prompts needs texts and cells; give experiment=prompts, or set prompts.texts and "
             "prompts.cells."
         )
     reject_table(config)
-    run = RunFolder(folder)
-    run.start(config, frozen=_FROZEN)
-    model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     policies: dict[str, Policy] = {name: load_policy(name, llm) for name in settings.policies}
-    by_text = {name: one for name, one in policies.items() if isinstance(one, TextPolicy)}
-    policies |= {f"{name}{BLIND}": one.for_text(()) for name, one in by_text.items()}
+    by_text = {name: own for name, own in policies.items() if isinstance(own, TextPolicy)}
+    policies |= {f"{name}{BLIND}": own.for_text(()) for name, own in by_text.items()}
     for name, path in settings.recorded.items():
         policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
-    requests = {}
-    for cell in settings.cells:
-        pinned = parse_pinned(cell)
-        requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
-    store, git = open_store(config.store), git_state()
     texts = load_texts(settings.texts, "report", llm, progress=config.progress)
-    rows, found = RowFile(folder / ROWS_FILE, PolicyRow), []
-    for text, corpus in progress_bar(config.progress, texts.items(), desc="texts"):
+    store = open_store(config.store)
+    for text, corpus in texts.items():
         scorer = MaskScorer(llm, corpus, store)
         starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
-        wanted, missing = {}, [Plan()]
-        for (name, policy), (cell, request) in itertools.product(
-            policies.items(), requests.items()
-        ):
-            shares = _shares(policy, starts)
-            plans = [policy.for_text(one).choose(request) for one in shares]
-            known = {"plans": digest([plan.levels for plan in plans])}
-            provenance = {"depends_on": {**scorer.plan_context, **known}, "git": git}
-            key = row_key(name, text, cell, provenance)
-            if not rows.has(key):
-                missing += plans
-            wanted[key] = partial(_measured, scorer, plans, (name, text, cell), shares, provenance)
-        if len(missing) > 1:
-            _measure(scorer, missing, progress=config.progress)
-        found += [rows.get(key, make) for key, make in wanted.items()]
-        scorer.release()
-    study = PromptStudy(found, settings.prompt_tokens, list(settings.recorded))
-    publish_tables(folder, study.markdown, terminal(study.document()))
-    run.finish(started, rows=len(found))
-    return folder / ROWS_FILE
+        for (name, policy), cell in itertools.product(policies.items(), settings.cells):
+            pinned = parse_pinned(cell)
+            request = Request(*pinned.shape, pinned.budget_bytes)
+            plans = [_seeing(policy, start).choose(request) for start in starts]
+            hashed = digest([plan.levels for plan in plans])
+            yield Job(
+                PolicyRow,
+                (name, text, cell),
+                {**scorer.plan_context, "plans": hashed},
+                partial(
+                    _row, scorer, plans, (name, text, cell), settings.prompt_tokens,
+                    name in settings.recorded,
+                ),
+                scorer=scorer,
+                plans=[Plan(), *plans],
+            )  # fmt: skip
 
 
-def _shares(policy: Policy, starts: Sequence[Sequence[int]]) -> list[Shares]:
-    """Return the kinds of text that a policy sees in prompts; empty ones if it sees none."""
+def _seeing(policy: Policy, prompt: Sequence[int]) -> Policy:
+    """The policy for a prompt; itself if it does not look at prompts."""
     if not isinstance(policy, TextPolicy):
-        return [()] * len(starts)
-    return [policy.text_kinds.shares(start) for start in starts]
+        return policy
+    return policy.for_text(policy.text_kinds.shares(prompt))
 
 
-def _measure(scorer: MaskScorer, plans: Sequence[Plan], *, progress: bool) -> None:
-    """Measure plans together, since steps that they share run once."""
-    count = len(set(plans))
-    with progress_bar(progress, total=count, desc="plans", unit="plan") as bar:
-        scorer.nll_many(plans, bar_callback(bar))
-
-
-def _measured(
+def _row(
     scorer: MaskScorer,
     plans: Sequence[Plan],
     names: tuple[str, str, str],
-    shares: Sequence[Shares],
+    prompt_tokens: int,
+    recorded: bool,
     provenance: dict[str, Any],
 ) -> PolicyRow:
-    hashes, losses = [plan.digest for plan in plans], losses_by_window(scorer, plans)
-    kinds = [list(one) for one in shares]
-    return PolicyRow(*names, kinds, hashes, losses, provenance=provenance)
+    losses = losses_by_window(scorer, plans)
+    return PolicyRow(*names, prompt_tokens, recorded, losses, provenance=provenance)
 
 
 class PromptStudy:
-    """The rows of a study of prompts.
+    """The rows of a study of prompts, by policy, text and cell."""
 
-    Args:
-        rows: The rows.
-        prompt_tokens: Tokens of a prompt.
-        rivals: Policies that all others are compared with too.
-    """
-
-    def __init__(
-        self, rows: Sequence[PolicyRow], prompt_tokens: int, rivals: Sequence[str] = ()
-    ) -> None:
-        self._rivals = rivals
+    def __init__(self, rows: Sequence[PolicyRow]) -> None:
         self._rows = {(row.policy, row.text, row.cell): row for row in rows}
-        self._tokens = prompt_tokens
         self.policies, self.texts, self.cells = (
             list(dict.fromkeys(key[part] for key in self._rows)) for part in range(3)
         )
+        self.prompt_tokens = rows[0].prompt_tokens if rows else 0
+        self._rivals = list(dict.fromkeys(row.policy for row in rows if row.recorded))
 
     def losses(self, policy: str, text: str, cells: Sequence[str]) -> npt.NDArray[np.float64]:
         """ΔNLL of each window, mean over some cells, nats per token, (windows,)."""
@@ -226,29 +184,33 @@ class PromptStudy:
             for rival in (policy.removesuffix(BY_TEXT), f"{policy}{BLIND}")
             if rival != policy and rival in others
         ]
-        rows = [
-            [
-                f"{policy} / {rival}",
-                relative_words(self.relative(policy, rival, self.texts)),
-                *(relative_words(self.relative(policy, rival, [text])) for text in self.texts),
-            ]
-            for policy, rival in pairs
-        ]
-        return ["Policies", "All", *self.texts], rows
 
-    def document(self) -> list[TitledTable]:
-        """All tables."""
-        caption = CAPTION.format(cells=len(self.cells), tokens=self._tokens)
-        return [
-            TitledTable(self.loss_table(), "Policies on held-out text", caption),
-            TitledTable(self.relative_table(), "Relative", RELATIVE),
-        ]
+        def shown(pair: tuple[str, str], texts: Sequence[str]) -> str:
+            return relative_words(self.relative(*pair, texts))
 
-    @property
-    def markdown(self) -> str:
-        """All tables with captions in Markdown, below a title."""
-        return f"# Policies that see the prompt\n\n{document(self.document(), captions=True)}"
+        lines = {f"{policy} / {rival}": (policy, rival) for policy, rival in pairs}
+        columns = {"All": self.texts, **{text: [text] for text in self.texts}}
+        return crossed_table("Policies", lines, columns, shown)
 
+
+def prompt_tables(study: PromptStudy) -> list[TitledTable]:
+    """ΔNLL of the policies, and relative to each other."""
+    caption = CAPTION.format(cells=len(study.cells), tokens=study.prompt_tokens)
+    return [
+        TitledTable(study.loss_table(), "Policies on held-out text", caption),
+        TitledTable(study.relative_table(), "Relative", RELATIVE),
+    ]
+
+
+STUDY = Study(
+    "prompts",
+    "Policies that see the prompt",
+    [PolicyRow],
+    prompt_jobs,
+    prompt_tables,
+    data=PromptStudy,
+    frozen=("model", "prompts.texts", "prompts.prompt_tokens"),
+)
 
 if __name__ == "__main__":
-    launch("prompts", prompts)
+    launch(STUDY.name, STUDY.run)

@@ -1,37 +1,31 @@
-"""Tables and the figure of the study of texts, made from its record alone."""
+"""Rows of the study of texts, and the tables and the figure made from them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from experiments.config.common import parse_pinned
-from experiments.study.figures import PNG_DPI, panels, style
+from experiments.study.figures import panels, style
+from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.study.tables import (
     Table,
     TitledTable,
-    document,
-    publish_tables,
     relative_words,
     shape_words,
     signed_percent,
-    terminal,
-    wrapped,
 )
-from rap_env.artifacts import atomic_write
 from rap_env.plan import EMBEDDINGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORD_FILE = "texts.json"
 ALL, OTHERS = "all", "the other kinds"
 """Plans from the mean of the costs over all kinds, and those from the costs of each other kind."""
 CALIBRATION = "calibration"
@@ -72,31 +66,119 @@ Losses = npt.NDArray[np.float64]
 """ΔNLL by draw and window, nats per token, (seeds, windows)."""
 
 
+class Draw(NamedTuple):
+    """A calibration text: a kind (`ALL` for all of them), a seed, and the tokens of each kind."""
+
+    kind: str
+    seed: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CostRow(Record):
+    """One-shot costs of all items on one draw; `costs` has the fields of `LevelCosts`."""
+
+    file = "costs.jsonl"
+    record_name = "A row of costs"
+    identity = ("kind", "seed", "tokens")
+
+    kind: str
+    seed: int
+    tokens: int
+    costs: dict[str, Any]
+
+    @property
+    def draw(self) -> Draw:
+        """The text."""
+        return Draw(self.kind, self.seed, self.tokens)
+
+
+@dataclass(frozen=True)
+class PlanRow(Record):
+    """The knapsack's plan for one cell from the costs on one draw, measured on one text.
+
+    Attributes:
+        chosen_on: Kind of the draw, `seed` and `tokens` likewise.
+        cell: The request and its budget in bytes, as in ``texts.cells``.
+        judged_on: Kind of the report text; `CALIBRATION` for the text of the draw itself.
+        window_losses: ΔNLL of each window of the text, nats per token, (windows,).
+    """
+
+    file = "plans.jsonl"
+    record_name = "A row of a plan"
+    identity = ("chosen_on", "seed", "tokens", "cell", "judged_on")
+
+    chosen_on: str
+    seed: int
+    tokens: int
+    cell: str
+    judged_on: str
+    window_losses: list[float]
+
+
+@dataclass(frozen=True)
+class PromptRow(Record):
+    """Plans by the prompts' kinds of text for one cell, measured on one text.
+
+    Attributes:
+        known: Whether the kind of the text is among those that the policy knows.
+        prompt_tokens: First tokens of each window that are its prompt.
+        shares: Shares of the kinds that the policy knows in the prompt of each window.
+        window_losses: ΔNLL of each window with the plan for its prompt, nats per token, (windows,).
+        general_losses: The same with the plan for equal shares of those kinds.
+    """
+
+    file = "prompts.jsonl"
+    record_name = "A row of plans by prompts"
+    identity = ("seed", "cell", "judged_on", "known")
+
+    seed: int
+    cell: str
+    judged_on: str
+    known: bool
+    prompt_tokens: int
+    shares: list[list[float]]
+    window_losses: list[float]
+    general_losses: list[float]
+
+
 class TextStudy:
-    """The record of a study of texts, as ``texts.json`` has it."""
+    """All rows of a study of texts.
 
-    def __init__(self, record: dict[str, Any]) -> None:
-        self._record, self.kinds, self.cells = record, list(record["kinds"]), record["cells"]
-        names = ("chosen_on", "seed", "tokens", "cell", "judged_on")
-        self._windows = {tuple(p[n] for n in names): p["window_losses"] for p in record["plans"]}
-        self._prompts = {
-            (row["seed"], row["cell"], row["judged_on"], row["known"]): row
-            for row in record.get("prompts", ())
+    Attributes:
+        kinds: Kinds of text.
+        cells: Requests with budgets.
+        prompt_tokens: First tokens of windows by which plans are chosen; 0 for no such plans.
+        sized: Kind whose calibration text has several sizes; empty for none.
+    """
+
+    def __init__(self, rows: Sequence[Record]) -> None:
+        self._costs = [row for row in rows if isinstance(row, CostRow)]
+        plans = [row for row in rows if isinstance(row, PlanRow)]
+        prompts = [row for row in rows if isinstance(row, PromptRow)]
+        self._windows = {
+            (p.chosen_on, p.seed, p.tokens, p.cell, p.judged_on): p.window_losses for p in plans
         }
-
-    @classmethod
-    def read(cls, folder: Path) -> TextStudy:
-        """Read the record in a run folder."""
-        return cls(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")))
+        self._prompts = {(p.seed, p.cell, p.judged_on, p.known): p for p in prompts}
+        texts = dict.fromkeys(row.judged_on for row in plans)
+        self.kinds = [kind for kind in texts if kind != CALIBRATION]
+        self.cells = list(dict.fromkeys(row.cell for row in plans))
+        self._seeds = list(dict.fromkeys(row.seed for row in plans))
+        self._tokens = next(row.tokens for row in plans if row.chosen_on == ALL)
+        sized = [(row.chosen_on, row.tokens) for row in plans if row.judged_on == CALIBRATION]
+        self.sized = sized[0][0] if sized else ""
+        self._sizes = sorted({tokens for _, tokens in sized})
+        self.prompt_tokens = prompts[0].prompt_tokens if prompts else 0
+        self._ladder = plans[0].depends_on["ladder"]
 
     def losses(
         self, chosen_on: str, judged_on: str, cells: Sequence[str], tokens: int | None = None
     ) -> Losses:
         """ΔNLL of plans, mean over some cells; `tokens` is the size of the calibration text."""
-        size = self._record["tokens"] if tokens is None else tokens
+        size = self._tokens if tokens is None else tokens
         found = [
             [self._windows[chosen_on, seed, size, cell, judged_on] for cell in cells]
-            for seed in self._record["seeds"]
+            for seed in self._seeds
         ]
         return np.asarray(np.mean(found, axis=1))
 
@@ -143,8 +225,8 @@ class TextStudy:
         """ΔNLL of plans by prompts, mean over some cells; `general` is that of equal shares."""
         name = "general_losses" if general else "window_losses"
         found = [
-            [self._prompts[seed, cell, judged_on, known][name] for cell in cells]
-            for seed in self._record["seeds"]
+            [getattr(self._prompts[seed, cell, judged_on, known], name) for cell in cells]
+            for seed in self._seeds
         ]
         return np.asarray(np.mean(found, axis=1))
 
@@ -164,7 +246,7 @@ class TextStudy:
         """What a policy gains that sees the kind of text of the prompts, in words."""
         found, unknown = (self.prompt_gain(known=known) for known in (True, False))
         return (
-            f"Plans by the kind of text of the first {self._record['prompt_tokens']} tokens have a "
+            f"Plans by the kind of text of the first {self.prompt_tokens} tokens have a "
             f"ΔNLL of {relative_words(found)} relative to plans for equal shares of all kinds, and "
             f"of {relative_words(unknown)} where the text's own kind is not among the known ones."
         )
@@ -203,23 +285,24 @@ class TextStudy:
         rows = []
         for number, kind in enumerate(self.kinds):
             own, others, none, unknown = [], [], [], []
-            for seed in self._record["seeds"]:
-                for shares in self._prompts[seed, self.cells[0], kind, True]["shares"]:
+            for seed in self._seeds:
+                for shares in self._prompts[seed, self.cells[0], kind, True].shares:
                     own.append(shares[number] if shares else 0.0)
                     others.append(sum(shares) - own[-1])
                     none.append(not shares)
-                found = self._prompts[seed, self.cells[0], kind, False]["shares"]
-                unknown += [not shares for shares in found]
+                others_known = self._prompts[seed, self.cells[0], kind, False].shares
+                unknown += [not shares for shares in others_known]
             values = (np.mean(own), np.mean(others), np.mean(none), np.mean(unknown))
             rows.append([kind, *(f"{value:.2f}" for value in values)])
         return ["Text", "Own kind", "Others", "None", "None, own kind unknown"], rows
 
     def agreement_table(self) -> Table:
         """Table of rank agreement between draws, by kind of item and level."""
-        whole = [c for c in self._record["costs"] if c["tokens"] == self._record["tokens"]]
+        whole = [row for row in self._costs if row.tokens == self._tokens]
         # Two seeds may draw the same windows, which agree by themselves.
-        different = {(draw["kind"], draw["text_sha256"]): draw for draw in whole}.values()
-        draws = [(draw["kind"], self._by_level(draw["one_shot"])) for draw in different]
+        hashes = [(row.kind, row.costs["provenance"]["text"]["sha256"]) for row in whole]
+        different = dict(zip(hashes, whole, strict=True)).values()
+        draws = [(row.kind, self._by_level(row.costs["one_shot"])) for row in different]
         rows = []
         for level in (level for level, costs in draws[0][1].items() if len(costs) > 1):
             taus: dict[bool, list[float]] = {True: [], False: []}
@@ -237,7 +320,7 @@ class TextStudy:
 
         Levels that caches take together are left out: their costs are shares of one measurement.
         """
-        ladder = self._record["ladder"]
+        ladder = self._ladder
         found: dict[str, list[float]] = {"all": []}
         for item, costs in one_shot.items():
             kind = item.partition(".")[2] or item
@@ -259,8 +342,8 @@ class TextStudy:
 
     def size_table(self) -> Table:
         """Table of ΔNLL on calibration and report text, by the size of the calibration text."""
-        sized, rows = self._record["sized"], []
-        for tokens in self._record["sizes_tokens"]:
+        sized, rows = self.sized, []
+        for tokens in self._sizes:
             seen = float(self.losses(sized, CALIBRATION, self.cells, tokens).mean())
             found = bootstrap_mean(self.losses(sized, sized, self.cells, tokens))
             by_cell = [self.losses(sized, sized, [cell], tokens).mean() for cell in self.cells]
@@ -270,43 +353,24 @@ class TextStudy:
         cells = [f"{shape_words(p.shape)} @ {p.budget_bytes / 2**20:.1f} MiB" for p in pinned]
         return ["Tokens", "Calibration", "Report", "Difference", *cells], rows
 
-    def document(self) -> list[TitledTable]:
-        """All tables."""
-        found = [
-            TitledTable(self.agreement_table(), "Agreement of costs", AGREEMENT),
-            TitledTable(self.matrix_table(), "Plans by kind of text", MATRIX),
+
+def text_tables(study: TextStudy) -> list[TitledTable]:
+    """All tables."""
+    tables = [
+        TitledTable(study.agreement_table(), "Agreement of costs", AGREEMENT),
+        TitledTable(study.matrix_table(), "Plans by kind of text", MATRIX),
+    ]
+    if tokens := study.prompt_tokens:
+        tables += [
+            TitledTable(study.prompt_table(), "Plans by prompt", PROMPTS.format(tokens=tokens)),
+            TitledTable(
+                study.recognised_table(), "Kinds of prompts", RECOGNISED.format(tokens=tokens)
+            ),
         ]
-        if self._prompts:
-            tokens = self._record["prompt_tokens"]
-            found += [
-                TitledTable(self.prompt_table(), "Plans by prompt", PROMPTS.format(tokens=tokens)),
-                TitledTable(
-                    self.recognised_table(), "Kinds of prompts", RECOGNISED.format(tokens=tokens)
-                ),
-            ]
-        if sized := self._record["sized"]:
-            caption = SIZES.format(sized=sized)
-            found.append(TitledTable(self.size_table(), "Amount of calibration text", caption))
-        return found
-
-
-def texts_markdown(found: TextStudy) -> str:
-    """The verdict and all tables with captions in Markdown, below a title."""
-    tables = document(found.document(), captions=True)
-    return f"# Plans and the calibration text\n\n{found.summary}\n\n{tables}"
-
-
-def publish(folder: Path, found: TextStudy) -> None:
-    """Write ``tables.md`` into a run folder, and print the tables."""
-    shown = f"{terminal(found.document())}\n\n{wrapped(found.summary)}"
-    publish_tables(folder, texts_markdown(found), shown)
-
-
-def save_figure(found: TextStudy, path: Path) -> None:
-    """Draw `chosen_and_judged` in its wide form into a PNG file."""
-    figure = chosen_and_judged(found, narrow=False)
-    with style(), atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=PNG_DPI)
+    if study.sized:
+        caption = SIZES.format(sized=study.sized)
+        tables.append(TitledTable(study.size_table(), "Amount of calibration text", caption))
+    return tables
 
 
 def chosen_and_judged(found: TextStudy, narrow: bool) -> Figure:

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from experiments.comparison.records import ResultRow
-from experiments.repair.records import RepairRow
+from experiments.repair.rows import RepairRow
 from experiments.study.records import append_record
 
 FIT_TEXTS = ("self", "wiki", "code")
@@ -181,8 +181,7 @@ def make_repair_row(
         "peak_bytes": int((dense_mib * cell[2] - 1 - len(repair) / 5) * 2**20), "text": text,
         "fitted_on": [] if repair == "none" else list(FIT_TEXTS),
         "fit_tokens": {"none": 0, "per_mask": 8192}.get(repair, 262_144),
-        "mean_rank": 0.0 if repair == "none" else 64.0, "mask": names,
-        "mask_from": "library" if repair == "per_mask" else repair,
+        "mask": names,
         "loss": float(losses.mean()), "loss_ci_low": float(losses.mean()) - 0.05,
         "loss_ci_high": float(losses.mean()) + 0.05, "window_losses": losses.tolist(),
         "accuracies": {"task_one": 0.8 - FITTED_RATIOS[repair] / 10, "task_two": 0.55},

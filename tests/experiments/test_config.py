@@ -50,7 +50,6 @@ NEEDED = {
     "model/custom": ["model.name=some/model"],
     "calibration/file": ["calibration.source=text.txt"],
     "workload/trace": ["workload.path=trace.csv"],
-    "budget/file": ["budget.path=budget.csv"],
 }
 """What a group's file asks the user for."""
 

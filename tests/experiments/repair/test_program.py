@@ -13,9 +13,9 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig, StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
-from experiments.repair.program import FILE, repair
-from experiments.repair.records import ORDERS_FILE, RepairRow, read_orders
-from experiments.repair.tables import orders_table
+from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
+from experiments.repair.study import STUDY, RepairEvaluator, repair_jobs
+from experiments.repair.tables import repair_tables
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
@@ -60,7 +60,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(config) -> list[RepairRow]:
-    return RepairRow.read(repair(config, config.stage_dir("repair")))
+    return RepairRow.read(STUDY.run(config, config.stage_dir("repair")))
 
 
 def _grid(rows: list[RepairRow], name: str) -> list[RepairRow]:
@@ -87,9 +87,7 @@ def test_every_mask_fits_its_budget_with_its_stubs(config, rows):
         if row.repair == "none":
             assert row.peak_bytes == plain
         elif row.study == "grid" and row.repair in ("library", "per_mask"):
-            stubs = sum(
-                library.stubs[index].nbytes for index in sorted(Plan.removing(*row.mask).removed)
-            )
+            stubs = sum(library.stubs[index].nbytes for index in Plan.removing(*row.mask).removed)
             assert row.peak_bytes == plain + stubs
 
 
@@ -119,35 +117,29 @@ def test_the_fitted_tokens_are_recorded(rows):
     masks = {(row.study, row.cell): row.mask for row in rows if row.repair == "library"}
     cell = (2, 32, 0.7)
     assert {row.cell for row in rows if row.study != "grid"} == {cell}
-    assert {row.mask_from for row in rows if row.study == "alone"} == {"first"}
     assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
 
 
-def test_a_second_run_measures_nothing(config, rows, monkeypatch):
-    def measured(*_: object) -> None:
-        raise AssertionError("a row was measured again")
-
-    monkeypatch.setattr("experiments.repair.program.RepairEvaluator._row", measured)
-    again = RepairRow.read(repair(config, config.stage_dir("repair")))
-    assert again == rows
-
-
-def test_only_a_missing_row_is_measured_again(config, rows, tmp_path):
-    folder = config.stage_dir("repair")
-    path = folder / FILE
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-2]) + lines[-1][:40])  # killed in the middle of a line
-    repair(config, folder)
-    assert {row.key: row.loss for row in RepairRow.read(path)} == {
-        row.key: row.loss for row in rows
-    }
+def test_only_a_missing_row_is_measured_again(config, rows, monkeypatch):
+    measured, row = [], RepairEvaluator.row
+    monkeypatch.setattr(
+        RepairEvaluator, "row", lambda *arguments: measured.append(1) or row(*arguments)
+    )
+    folder = STUDY.run(config, config.stage_dir("repair"))
+    assert not measured
+    lines = (folder / RepairRow.file).read_bytes().splitlines(keepends=True)
+    killed = b"".join(lines[:-2]) + lines[-1][:40]  # in the middle of a line
+    (folder / RepairRow.file).write_bytes(killed)
+    STUDY.run(config, folder)
+    assert len(measured) == 2
+    again = RepairRow.read(folder)
+    assert {row.key: row.loss for row in again} == {row.key: row.loss for row in rows}
 
 
 def test_other_settings_are_rejected_in_the_same_folder(config, rows):
     other = replace(config, stubs=replace(config.stubs, rank=3))
     with pytest.raises(ExperimentError, match=r"stubs\.rank: 2 -> 3"):
-        repair(other, config.stage_dir("repair"))
+        STUDY.run(other, config.stage_dir("repair"))
 
 
 def test_a_damaged_library_is_rejected(config, rows, tmp_path):
@@ -156,7 +148,7 @@ def test_a_damaged_library_is_rejected(config, rows, tmp_path):
     whole = (config.stage_dir("repair") / "library.safetensors").read_bytes()
     (folder / "library.safetensors").write_bytes(whole[:-8])
     with pytest.raises(ArtifactError, match="truncated"):
-        repair(config, folder)
+        list(repair_jobs(config, folder))
 
 
 def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
@@ -167,20 +159,20 @@ def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
         config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[], alone=[]
     )
     with pytest.raises(CorpusError, match="share"):
-        repair(replace(config, stubs=stubs), tmp_path / "run")
+        list(repair_jobs(replace(config, stubs=stubs), tmp_path))
 
 
 def test_invalid_settings_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match="need an entry each"):
-        repair(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path)
+        list(repair_jobs(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path))
     with pytest.raises(ExperimentError, match=r"leave repair\.name"):
-        repair(replace(config, repair=RepairConfig("library")), tmp_path / "other")
+        list(repair_jobs(replace(config, repair=RepairConfig("library")), tmp_path))
     capped = replace(config.model, max_memory_bytes=10**9)
     with pytest.raises(ExperimentError, match=r"set stubs\.distill_steps=0"):
-        repair(replace(config, model=capped), tmp_path / "capped")
+        list(repair_jobs(replace(config, model=capped), tmp_path))
     table = replace(config.model, name="score_table:some/table.json")
     with pytest.raises(ExperimentError, match="fits stubs to its hidden states"):
-        repair(replace(config, model=table), tmp_path / "table")
+        list(repair_jobs(replace(config, model=table), tmp_path))
     with pytest.raises(UnknownNameError, match="nonsense"):
         StubsConfig(repairs=["nonsense"])
     with pytest.raises(UnknownNameError, match=r"domain_study.*'b'"):
@@ -194,18 +186,19 @@ def test_invalid_settings_are_rejected(config, tmp_path):
 
 
 def test_the_order_of_importance_is_measured_with_stubs_in_place(config, rows):
-    orders = read_orders(config.stage_dir("repair") / ORDERS_FILE)
+    orders = {row.repair: row for row in OrderRow.read(config.stage_dir("repair"))}
     assert list(orders) == ["none", "library", "distilled"]
     library = StubLibrary.load(config.stage_dir("repair") / "library.safetensors")
-    assert orders["none"]["stubs"] == ""
-    assert orders["library"]["stubs"] == library.sha256
+    assert orders["none"].depends_on["stubs"] == ""
+    assert orders["library"].depends_on["stubs"] == library.sha256
     llm = load_llm(config.model.name, device="cpu", dtype="float32")
     scorer = MaskScorer(
         library.attach(llm), StubLibraries(config, config.stage_dir("repair")).context.corpus
     )
-    removed = orders["library"]["order"]
-    loss = scorer.nll(Plan.removing(*removed)) - scorer.dense_nll
-    assert orders["library"]["loss_after"][-1] == pytest.approx(loss, abs=1e-6)
-    header, lines = orders_table(orders)
+    row = orders["library"]
+    loss = scorer.nll(Plan.removing(*row.order)) - scorer.dense_nll
+    assert row.loss_after[-1] == pytest.approx(loss, abs=1e-6)
+    data = RepairComparison([*rows, *orders.values()])
+    header, lines = next(part.table for part in repair_tables(data) if part.name == "orders")
     assert header[1:] == ["3 removed", "first 3 shared with no stubs", "attn of first 3"]
-    assert lines[0][1:3] == [f"{orders['none']['loss_after'][2]:.3f}", "3"]
+    assert lines[0][1:3] == [f"{orders['none'].loss_after[2]:.3f}", "3"]

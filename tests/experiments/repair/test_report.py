@@ -1,35 +1,24 @@
-"""The report on stubs agrees with the rows of ``repair.jsonl``."""
+"""Tables, figure and report of repair agree with the rows."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from experiments.comparison.loading import gather
 from experiments.config import Config
-from experiments.repair.figures import delta_nll_against_peak, ratio_against_tokens
-from experiments.repair.report import repair_findings, repair_terminal_text
-from experiments.repair.summaries import RepairComparison
+from experiments.repair.rows import RepairComparison, mean_delta_nll
 from experiments.repair.tables import (
-    domain_table,
-    grid_caption,
-    repair_accuracy_table,
-    repair_grid_table,
+    delta_nll_against_peak,
+    repair_findings,
     repair_markdown,
-    repair_summary_table,
-    repair_text_table,
-    summary_caption,
-    targets_table,
-    token_table,
+    repair_tables,
 )
 from experiments.report import report
 from experiments.study.looks import look
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import TIMES
-from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import (
     FIT_TEXTS,
     FITTED_RATIOS,
@@ -45,6 +34,15 @@ from tests.experiments.synthetic_records import (
 CELL = (1, 128, 0.9)
 
 
+def tables(data):
+    """All tables by name, and the one of the text wiki."""
+    return {part.name or part.title.rpartition(", ")[2]: part.table for part in repair_tables(data)}
+
+
+def captions(data):
+    return {part.name: part.caption for part in repair_tables(data)}
+
+
 @pytest.fixture(scope="module")
 def found():
     return RepairComparison(make_repair_rows())
@@ -57,14 +55,14 @@ def page(tmp_path_factory):
     return report(config, root / "report")
 
 
-def test_ratios_are_of_means_over_the_grid(found):
-    for summary in found.summaries:
-        cells = np.mean(list(REPAIR_CELLS.values()))
-        plain = np.mean([REPAIR_TEXTS[text] for text in FIT_TEXTS]) * cells
-        assert summary.fitted.mean == pytest.approx(plain * FITTED_RATIOS[summary.repair])
-        assert summary.fitted_ratio.mean == pytest.approx(FITTED_RATIOS[summary.repair])
-        assert summary.other.mean == pytest.approx(1.4 * cells * OTHER_RATIOS[summary.repair])
-        assert summary.other_ratio.mean == pytest.approx(OTHER_RATIOS[summary.repair])
+@pytest.mark.parametrize("repair", FITTED_RATIOS)
+def test_ratios_are_of_means_over_the_grid(found, repair):
+    cells = np.mean(list(REPAIR_CELLS.values()))
+    plain = np.mean([REPAIR_TEXTS[text] for text in FIT_TEXTS]) * cells
+    for other, ratios, mean in ((False, FITTED_RATIOS, plain), (True, OTHER_RATIOS, 1.4 * cells)):
+        rows = found.on(repair, other=other)
+        assert mean_delta_nll(rows).mean == pytest.approx(mean * ratios[repair])
+        assert found.ratio(rows).mean == pytest.approx(ratios[repair])
 
 
 def test_a_ratio_of_means_is_not_a_mean_of_ratios():
@@ -72,7 +70,7 @@ def test_a_ratio_of_means_is_not_a_mean_of_ratios():
     rows = [make_repair_row("none", cell, "wiki") for cell in (loose, tight)]
     rows += [make_repair_row("library", loose, "wiki", ratio=1.0)]
     rows += [make_repair_row("library", tight, "wiki", ratio=0.5)]
-    ratio = RepairComparison(rows).ratio_of("library", other=False)
+    ratio = RepairComparison(rows).ratio(rows[2:])
     assert ratio.mean == pytest.approx((1.6 + 2.0) / (1.6 + 4.0))
 
 
@@ -81,48 +79,37 @@ def test_windows_are_paired():
     plain = make_repair_row("none", CELL, "wiki")
     halved = [loss / 2 for loss in plain.window_losses]
     stubs = make_repair_row("library", CELL, "wiki", window_losses=halved)
-    summary = RepairComparison([plain, stubs]).summaries[1]
-    assert summary.fitted.high - summary.fitted.low > 0.1
-    assert (summary.fitted_ratio.low, summary.fitted_ratio.high) == pytest.approx((0.5, 0.5))
+    data = RepairComparison([plain, stubs])
+    delta_nll, ratio = mean_delta_nll([stubs]), data.ratio(data.on("library", other=False))
+    assert delta_nll.high - delta_nll.low > 0.1
+    assert (ratio.low, ratio.high) == pytest.approx((0.5, 0.5))
 
 
 def test_the_interval_of_one_text_is_that_of_its_windows(found):
     row = found.at("library", CELL, "wiki")
-    ours, theirs = found.delta_nll([row]), bootstrap_mean(row.window_losses)
+    ours, theirs = mean_delta_nll([row]), bootstrap_mean(row.window_losses)
     assert (ours.mean, ours.low, ours.high) == pytest.approx((theirs.mean, theirs.low, theirs.high))
 
 
 def test_an_uncertain_ratio_has_a_wide_interval(found):
-    ratio = found.ratio_of("library", other=True)
+    ratio = found.ratio(found.on("library", other=True))
     assert ratio.low < OTHER_RATIOS["library"] < ratio.high
     assert 0.005 < ratio.high - ratio.low < 0.2
-
-
-def test_means_are_over_pairs_that_all_repairs_have():
-    rows = [row for row in make_repair_rows() if row.study == "grid"]
-    part = [row for row in rows if row.repair != "distilled" or row.budget_fraction == 0.9]
-    found = RepairComparison(part)
-    assert found.incomplete
-    assert len(found.pairs) == 8
-    assert found.summaries[0].other.mean == pytest.approx(1.4 * (1.0 + 0.8) / 2)
-    assert "8 of 16 pairs" in summary_caption(found)
-    assert "pairs" not in summary_caption(RepairComparison(rows))
-    assert "-" in repair_grid_table(found)[1][1][2].split(" → ")
 
 
 def test_without_a_loss_to_divide_by_there_is_no_ratio():
     free = [0.01, -0.02, 0.005]  # a mask that costs nothing
     rows = [make_repair_row(r, CELL, "wiki", window_losses=free) for r in ("none", "library")]
     found = RepairComparison(rows)
-    assert found.ratio_of("library", other=False) is None
-    assert repair_summary_table(found)[1][1][2] == "-"
-    assert targets_table(found) is None
+    assert found.ratio(found.on("library", other=False)) is None
+    assert tables(found)["summary"][1][1][2] == "-"
+    assert "targets" not in tables(found)
     alone = RepairComparison([make_repair_row("library", CELL, "wiki")])
-    assert alone.summaries[0].fitted_ratio is None
+    assert alone.ratio(alone.rows) is None
 
 
 def test_the_summary_table(found):
-    header, rows = repair_summary_table(found)
+    header, rows = tables(found)["summary"]
     assert [row[0] for row in rows] == [look(repair).label for repair in FITTED_RATIOS]
     assert rows[0][1:5] == ["1.950", "1", "2.275", "1"]
     assert header[5:] == ["Accuracy", "Tokens", "Fits"]
@@ -138,21 +125,19 @@ def test_accuracies_are_per_cell_and_independent_of_the_text():
             given = {"task_one": right, "task_two": right + 0.2}
             rows.append(make_repair_row("library", cell, text, accuracies=given))
     rows.append(make_repair_row("library", (8, 2048, 0.9), "wiki", accuracies={}))
-    found = RepairComparison(rows)
-    assert found.summaries[0].accuracy == pytest.approx(0.5)
-    assert repair_accuracy_table(found) == (
+    assert tables(RepairComparison(rows))["accuracy"] == (
         ["Repair", "task_one", "task_two", "mean"],
         [["Library", "40.0 %", "60.0 %", "50.0 %"]],
     )
-    assert repair_accuracy_table(RepairComparison(rows[-1:])) is None
-    dense = {"task_one": 0.6, "task_two": 0.9, "another": 0.1}
-    _, lines = repair_accuracy_table(RepairComparison(rows, dense))
+    assert "accuracy" not in tables(RepairComparison(rows[-1:]))
+    dense = {"task_one": 0.6, "task_two": 0.9}
+    with_dense = [replace(row, dense_accuracies=dense) for row in rows]
+    _, lines = tables(RepairComparison(with_dense))["accuracy"]
     assert lines[0] == ["Dense model", "60.0 %", "90.0 %", "75.0 %"]
-    assert repair_accuracy_table(RepairComparison(rows, {"task_one": 0.6}))[1] == lines[1:]
 
 
 def test_the_main_table_has_a_row_per_request_and_budget(found):
-    header, rows = repair_grid_table(found)
+    header, rows = tables(found)["grid"]
     assert header == ["Request", "Budget", "self", "wiki", "code", "maths (not fitted on)",
                       "Blocks removed"]  # fmt: skip
     assert [row[:2] for row in rows] == [
@@ -162,18 +147,18 @@ def test_the_main_table_has_a_row_per_request_and_budget(found):
     assert rows[0][3] == "1.60 → 0.88 → 0.64 → 0.56"
     assert rows[0][5] == "1.40 → 0.98 → 0.91 → 0.84"
     assert rows[0][6] == "3+4 → 4+4 → 4+4 → 4+4"
-    assert "No stubs → Library → Distilled library → Fitted per mask" in grid_caption(found)
+    assert "No stubs → Library → Distilled library → Fitted per mask" in captions(found)["grid"]
 
 
 def test_a_mask_over_its_budget_is_marked():
     row = make_repair_row("none", CELL, "wiki")
     found = RepairComparison([replace(row, peak_bytes=row.budget_bytes + 1)])
-    assert repair_summary_table(found)[1][0][-1] == "0/1"
-    assert repair_text_table(found, "wiki")[1][0][-1].endswith("MiB (does not fit)")
+    assert tables(found)["summary"][1][0][-1] == "0/1"
+    assert tables(found)["wiki (not fitted on)"][1][0][-1].endswith("MiB (does not fit)")
 
 
 def test_the_token_study_ends_with_the_whole_library(found):
-    header, rows = token_table(found)
+    header, rows = tables(found)["tokens"]
     assert header[0] == "Fitting tokens"
     assert [row[0] for row in rows] == ["16,384", "65,536", "262,144"]
     assert [row[2][:4] for row in rows] == ["0.85", "0.65", "0.55"]
@@ -181,7 +166,7 @@ def test_the_token_study_ends_with_the_whole_library(found):
 
 
 def test_domains_are_compared_with_the_grid_cell_by_cell(found):
-    header, rows = domain_table(found)
+    header, rows = tables(found)["domains"]
     assert header == ["Fitted on", "Tokens", *REPAIR_TEXTS]
     shares = {row[0]: [cell[:4] for cell in row[2:]] for row in rows}
     assert shares == {
@@ -197,7 +182,7 @@ def test_domains_are_compared_with_the_grid_cell_by_cell(found):
 
 
 def test_targets_are_compared_with_reached_values(found):
-    header, rows = targets_table(found)
+    header, rows = tables(found)["targets"]
     assert header == ["Ratio to no stubs", "Measured", "Target", "Met"]
     assert [(row[0], row[1][:4], row[2], row[3]) for row in rows] == [
         ("library against plain, texts not fitted on", "0.70", "at most 0.75", "yes"),
@@ -209,41 +194,19 @@ def test_targets_are_compared_with_reached_values(found):
 
 def test_a_target_without_rows_is_omitted():
     rows = [r for r in make_repair_rows() if r.repair != "distilled" and r.study == "grid"]
-    goals = [row[0] for row in targets_table(RepairComparison(rows))[1]]
+    goals = [row[0] for row in tables(RepairComparison(rows))["targets"][1]]
     assert len(goals) == 2
     assert all(goal.startswith("library") for goal in goals)
     fitted = [row for row in rows if row.text != "maths"]
-    assert len(targets_table(RepairComparison(fitted))[1]) == 1
+    assert len(tables(RepairComparison(fitted))["targets"][1]) == 1
 
 
 def test_the_last_row_of_the_same_counts():
     rows = [make_repair_row(r, CELL, "wiki") for r in ("none", "library")]
     again = make_repair_row("library", CELL, "wiki", ratio=0.25)
     assert len(RepairComparison([*rows, again]).rows) == 2
-    ratio = RepairComparison([*rows, again]).ratio_of("library", other=False)
+    ratio = RepairComparison([*rows, again]).ratio([again])
     assert ratio.mean == pytest.approx(0.25)
-
-
-def test_rows_that_do_not_compare_are_rejected():
-    row = make_repair_row("none", CELL, "wiki")
-    other = {"model_fingerprint": "e" * 64, "calibration_sha256": "a" * 64, "report_sha256": "wiki"}
-    changes = {
-        "differ in model_fingerprint": {"provenance": {"depends_on": other}},
-        "differ in number of windows of the text 'wiki'": {"window_losses": [1.0]},
-    }
-    for words, change in changes.items():
-        with pytest.raises(ArtifactError, match=words):
-            RepairComparison([row, make_repair_row("library", CELL, "wiki", **change)])
-    with pytest.raises(ArtifactError, match=r"run `python -m experiments\.repair`"):
-        RepairComparison([])
-
-
-def test_the_terminal_text_fits(found):
-    text = repair_terminal_text(found)
-    assert max(map(len, text.splitlines())) <= 100
-    assert "0.55 [" in text
-    assert "nats/token" in text
-    assert "distilled, texts not fitted on" in text
 
 
 def test_the_figure_shows_each_row_of_the_grid(found):
@@ -274,26 +237,16 @@ def test_a_mask_over_its_budget_is_hollow():
         assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks
 
 
-def test_the_token_figure_has_a_line_per_text(found):
-    axis = ratio_against_tokens(found, False).axes[0]
-    lines = {c.get_label(): c.lines[0].get_data() for c in axis.containers}
-    assert list(lines) == ["self", "wiki", "code", "maths (not fitted on)"]
-    assert list(lines["maths (not fitted on)"][0]) == [16_384, 65_536, 262_144]
-    assert lines["maths (not fitted on)"][1] == pytest.approx([1.0, 0.8, 0.7])
-    assert axis.get_xscale() == "log"
-
-
 @pytest.mark.slow
 def test_a_page_on_stubs_is_made_from_rows_alone(page):
     text = page.read_text()
     assert "A stub is a small module" in text
     assert "smollm2-135m" in text
-    assert "Figure 2" in text
     assert "Provenance" in text
     assert "What fills the memory" not in text
     assert "results.jsonl" not in text
     names = {path.stem for path in (page.parent / "figures").glob("*.png")}
-    assert names == {"repair_delta_nll_against_peak", "repair_ratio_against_tokens"}
+    assert names == {"repair_delta_nll_against_peak"}
     assert not (page.parent / "tables.md").exists()
 
 
@@ -304,8 +257,8 @@ def test_the_tables_are_written_next_to_the_page(page, found):
     assert text.count("masks that the search with the whole library chose") == 2
 
 
-def test_the_findings_agree_with_the_numbers(page):
-    texts = repair_findings(gather(page.parent.parent))
+def test_the_findings_agree_with_the_numbers(found):
+    texts = repair_findings(found)
     assert len(texts) == 3
     assert texts[0].startswith("Library: of the ΔNLL without stubs at equal memory, 0.55 [")
     assert "0.70 [" in texts[0]
@@ -323,15 +276,3 @@ def test_the_repair_section_is_added_to_the_other_sections(tmp_path):
     assert "repair/repair.jsonl" in text
     assert (root / "report" / "tables.md").exists()
     assert (root / "report" / "repair_tables.md").exists()
-
-
-def test_a_small_run_gives_a_page(tmp_path):
-    """One cell, one text, no stubs, no studies, no note of the run."""
-    folder = tmp_path / "small" / "repair"
-    folder.mkdir(parents=True)
-    record = make_repair_row("none", CELL, "wiki", accuracies={}).to_record()
-    (folder / "repair.jsonl").write_text(json.dumps(record) + "\n")
-    config = Config(stage="report", name="small", runs_dir=str(tmp_path))
-    text = report(config, tmp_path / "small" / "report").read_text()
-    assert "1 cell (a request at a budget) and 1 text." in text
-    assert "Targets" not in text

@@ -12,7 +12,7 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
 from experiments.errors import ExperimentError
-from experiments.studies.prompts import BLIND, ROWS_FILE, PolicyRow, PromptStudy, prompts
+from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
 from experiments.study.records import append_record
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
@@ -25,7 +25,6 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.synthetic_records import DEPENDS, make_row
-from tests.policies.made_ladder import policy_file
 from tests.policies.test_knapsack import costs
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -62,7 +61,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(config):
-    return PolicyRow.read(prompts(config, config.stage_dir("prompts")))
+    return PolicyRow.read(STUDY.run(config, config.stage_dir("prompts")))
 
 
 def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
@@ -83,65 +82,38 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
                 policy = by_text.for_text(shares)
                 assert shares[list(LETTERS).index(row.text)] > 0.8
             plan = policy.choose(request)
-            assert row.plans[window] == plan.digest
-            assert tuple(row.shares[window]) == shares
             rise = scorer.window_nll(plan) - scorer.window_nll(policy.choose(
                 replace(request, budget_bytes=10**9)))  # fmt: skip
             assert row.window_losses[window] == pytest.approx(rise[window], abs=1e-6)
-    plans = {row.text: row.plans for row in rows if row.policy == config.prompts.policies[1]}
-    assert plans["few"] != plans["many"]
 
 
 def test_tables_compare_with_the_first_policy(config, rows):
     folder = config.stage_dir("prompts")
     assert "Policies on held-out text" in (folder / "tables.md").read_text()
-    study = PromptStudy(rows, 16)
+    study = PromptStudy(rows)
     halved = [replace(row, window_losses=[1.0, 2.0, 3.0]) for row in rows]
     for row in halved:
         if row.policy == study.policies[1]:
             row.window_losses[:] = [0.5, 1.0, 1.5]
-    found = PromptStudy(halved, 16)
+    found = PromptStudy(halved)
     gain = found.relative(found.policies[1], found.policies[0], found.texts)
     assert (gain.mean, gain.low, gain.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert "-50.0 %" in found.markdown
+    assert "-50.0 %" in STUDY.markdown(found)
 
 
 def test_a_second_run_measures_nothing_and_wrong_settings_are_rejected(config, rows, tmp_path):
     folder = config.stage_dir("prompts")
-    before = (folder / ROWS_FILE).read_bytes()
-    prompts(config, folder)
-    assert (folder / ROWS_FILE).read_bytes() == before
+    before = (folder / PolicyRow.file).read_bytes()
+    STUDY.run(config, folder)
+    assert (folder / PolicyRow.file).read_bytes() == before
     longer = replace(config, prompts=replace(config.prompts, prompt_tokens=8))
     with pytest.raises(ExperimentError, match=r"prompts\.prompt_tokens"):
-        prompts(longer, folder)
+        STUDY.run(longer, folder)
     table = replace(config, model=ModelConfig(name="score_table:smollm2-135m"))
     with pytest.raises(ExperimentError, match="needs a live model"):
-        prompts(table, tmp_path / "none")
+        list(prompt_jobs(table, tmp_path))
     with pytest.raises(ExperimentError, match="needs texts and cells"):
-        prompts(replace(config, prompts=PromptsConfig()), tmp_path / "none")
-
-
-def test_networks_see_the_prompt_by_the_costs_in_the_package(config, rows, monkeypatch, tmp_path):
-    llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    kinds = KindCosts.load(config.prompts.policies[1], llm)
-    monkeypatch.setattr("experiments.studies.prompts.packaged_kinds", lambda memory: kinds)
-    file = tmp_path / "network.safetensors"
-    policy_file(MemoryModel(llm)).save(file)
-    settings = replace(config.prompts, networks={"mine": str(file)})
-    changed = replace(config, name="networks", prompts=settings)
-    found = PolicyRow.read(prompts(changed, changed.stage_dir("prompts")))
-    assert [row.policy for row in found[:4]] == [
-        *config.prompts.policies, f"{config.prompts.policies[1]}{BLIND}", "mine-by-text"
-    ]  # fmt: skip
-    policy = load_policy(file, llm, kinds=kinds)
-    request = Request(2, 40, int(config.prompts.cells[0].split("@")[1]))
-    for row in found:
-        if row.policy == "mine-by-text":
-            plans = [policy.for_text(tuple(one)).choose(request) for one in row.shares]
-            assert row.plans == [plan.digest for plan in plans]
-    study = PromptStudy(found, 16)
-    names = [line[0] for line in study.relative_table()[1]]
-    assert f"mine-by-text / {config.prompts.policies[0]}" in names
+        list(prompt_jobs(replace(config, prompts=PromptsConfig()), tmp_path))
 
 
 def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_path):
@@ -157,11 +129,11 @@ def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_pat
     changed = replace(
         config, name="recorded", prompts=replace(config.prompts, recorded={"gsi": str(tmp_path)})
     )
-    found = PolicyRow.read(prompts(changed, changed.stage_dir("prompts")))
+    found = PolicyRow.read(STUDY.run(changed, changed.stage_dir("prompts")))
     measured = [row for row in found if row.policy == "gsi"]
     assert {row.text for row in measured} == set(LETTERS)
-    assert all(set(one.plans) == {row.plan.digest} for one in measured)
-    study = PromptStudy(found, 16, ["gsi"])
+    assert all(other.recorded for other in measured)
+    study = PromptStudy(found)
     names = [line[0] for line in study.relative_table()[1]]
     assert names[0] == f"{config.prompts.policies[1]} / {config.prompts.policies[0]}"
     assert f"{config.prompts.policies[0]} / gsi" in names

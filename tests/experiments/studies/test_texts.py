@@ -15,9 +15,16 @@ from experiments.config.studies import KindConfig, TextsConfig
 from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
-from experiments.studies.tables import ALL, CALIBRATION, OTHERS, TextStudy, kendall_tau
-from experiments.studies.texts import COSTS_FILE, PLANS_FILE, CostRow, PlanRow, texts
-from experiments.study.records import read_records
+from experiments.studies.tables import (
+    ALL,
+    CALIBRATION,
+    OTHERS,
+    CostRow,
+    PlanRow,
+    TextStudy,
+    kendall_tau,
+)
+from experiments.studies.texts import STUDY, text_jobs
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
@@ -64,8 +71,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(config):
-    texts(config, config.stage_dir("texts"))
-    return config.stage_dir("texts")
+    return STUDY.run(config, config.stage_dir("texts"))
 
 
 def scorer_of(config, kind, seed, tokens, windows, role):
@@ -75,7 +81,7 @@ def scorer_of(config, kind, seed, tokens, windows, role):
 
 
 def test_costs_are_measured_on_each_draw(config, folder):
-    rows = CostRow.read(folder / COSTS_FILE)
+    rows = CostRow.read(folder / CostRow.file)
     draws = {(row.kind, row.seed, row.tokens) for row in rows}
     assert draws == {(k, s, 48) for k in KINDS for s in (0, 1)} | {
         ("few", s, tokens) for s in (0, 1) for tokens in (24, 96)
@@ -89,7 +95,7 @@ def test_costs_are_measured_on_each_draw(config, folder):
 
 
 def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
-    rows = PlanRow.read(folder / PLANS_FILE)
+    rows = PlanRow.read(folder / PlanRow.file)
     found = {(r.chosen_on, r.seed, r.tokens, r.judged_on, r.cell) for r in rows}
     places = [(c, 48, k) for c in (*KINDS, ALL) for k in KINDS]
     places += [("few", size, on) for size in (24, 96) for on in ("few", CALIBRATION)]
@@ -97,15 +103,15 @@ def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
         (c, s, n, k, p) for c, n, k in places for s in (0, 1) for p in config.texts.cells
     }
     assert len(rows) == len(found)
-    costs = {(r.kind, r.seed, r.tokens): r.costs for r in CostRow.read(folder / COSTS_FILE)}
+    costs = {(r.kind, r.seed, r.tokens): r.costs for r in CostRow.read(folder / CostRow.file)}
     report = scorer_of(config, "many", 0, 48, 4, "report")
     memory = MemoryModel(report.llm)
     levels = {item.name: item.levels for item in Ladder.of(memory.facts, LEVELS).items}
     for row in (row for row in rows if (row.chosen_on, row.judged_on) == ("few", "many")):
         policy = KnapsackPolicy(memory, LevelCosts(**costs["few", row.seed, 48]), levels=levels)
-        pinned, plan = parse_pinned(row.cell), Plan.of(row.levels)
+        pinned = parse_pinned(row.cell)
         request = Request(*pinned.shape, pinned.budget_bytes)
-        assert policy.choose(request) == plan
+        plan = policy.choose(request)
         assert memory.peak_bytes(plan, request) <= request.budget_bytes
         rise = report.window_nll(plan) - report.window_nll(Plan())
         assert row.window_losses == pytest.approx(rise.tolist(), abs=1e-6)
@@ -117,7 +123,7 @@ def test_tables_and_figure_are_made_from_the_record(folder):
         assert part in shown
     assert "cache int4" not in shown, "its costs are shares of one measurement"
     assert (folder / "texts.png").stat().st_size > 1000
-    study = TextStudy.read(folder)
+    study = STUDY.read(folder)
     assert study.losses("few", "many", study.cells).shape == (2, 4)
 
 
@@ -160,8 +166,7 @@ def synthetic(config, monkeypatch, contrast, name):
     monkeypatch.setattr("rap_env.scoring.scorer.MaskScorer", scorer)
     monkeypatch.setattr("rap_env.context.opening._open", {})
     other = replace(config, name=name, store=None)
-    texts(other, other.stage_dir("texts"))
-    return scorer, other, TextStudy.read(other.stage_dir("texts"))
+    return scorer, other, STUDY.read(STUDY.run(other, other.stage_dir("texts")))
 
 
 def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
@@ -200,10 +205,11 @@ def test_plans_by_prompt_win_where_costs_depend_on_the_kind(config, monkeypatch)
 
 def test_draws_of_the_same_windows_do_not_count_as_agreement(config, monkeypatch):
     _, changed, _ = synthetic(config, monkeypatch, 1.0, "twice")
-    record = json.loads((changed.stage_dir("texts") / "texts.json").read_text())
-    for draw in record["costs"]:
-        draw["text_sha256"] = draw["kind"]
-    for _, within, between in TextStudy(record).agreement_table()[1]:
+    folder = changed.stage_dir("texts")
+    costs = CostRow.read(folder)
+    for row in costs:
+        row.costs["provenance"]["text"]["sha256"] = row.kind
+    for _, within, between in TextStudy([*costs, *PlanRow.read(folder)]).agreement_table()[1]:
         assert within == "-" != between
 
 
@@ -218,37 +224,36 @@ def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch)
 def test_a_killed_run_measures_only_what_is_missing(config, monkeypatch):
     scorer, config, _ = synthetic(config, monkeypatch, 1.0, "killed")
     folder = config.stage_dir("texts")
-    record = json.loads((folder / "texts.json").read_text())
-    costs, plans = (folder / COSTS_FILE).read_bytes(), (folder / PLANS_FILE).read_bytes()
+    costs, plans = (folder / CostRow.file).read_bytes(), (folder / PlanRow.file).read_bytes()
+    rows = STUDY.read(folder)
     whole, scorer.measured = scorer.measured, 0
-    texts(config, folder)
+    STUDY.run(config, folder)
     assert scorer.measured == 0 < whole
-    (folder / PLANS_FILE).write_bytes(plans[: plans.rfind(b"{") + 30])  # in the middle of a line
-    texts(config, folder)
+    (folder / PlanRow.file).write_bytes(plans[: plans.rfind(b"{") + 30])  # in the middle of a line
+    STUDY.run(config, folder)
     assert scorer.measured == 2  # the native model and one plan
-    (folder / COSTS_FILE).write_bytes(costs[: costs.rfind(b'{"kind"')])
-    texts(config, folder)
+    (folder / CostRow.file).write_bytes(costs[: costs.rfind(b'{"provenance"')])
+    STUDY.run(config, folder)
     assert 2 < scorer.measured < whole / 4, "one draw; its plans are those of before"
-    again = json.loads((folder / "texts.json").read_text())
-    assert again["costs"] == record["costs"]
-    assert again["plans"] == record["plans"]
-    assert len(read_records(folder / COSTS_FILE)) == len(record["costs"])
+    again = STUDY.read(folder)
+    assert again.matrix_table() == rows.matrix_table()
+    assert again.agreement_table() == rows.agreement_table()
+    count = len(CostRow.read(folder))
     more = replace(config, texts=replace(config.texts, seeds=[0, 1, 2]))
-    texts(more, folder)
-    assert len(read_records(folder / COSTS_FILE)) == len(record["costs"]) + 4
+    STUDY.run(more, folder)
+    assert len(CostRow.read(folder)) == count + 4
     with pytest.raises(ExperimentError, match="other settings"):
-        texts(replace(config, env=replace(config.env, together=[])), folder)
+        STUDY.run(replace(config, env=replace(config.env, together=[])), folder)
 
 
 def test_the_verdict_follows_the_interval():
     def study(ratios):
-        plans = [
-            {"chosen_on": c, "seed": 0, "tokens": 8, "cell": "1x8@9", "judged_on": k,
-             "window_losses": [1.0] * 4 if c == k else list(ratios)}
+        provenance = {"depends_on": {"ladder": {}}}
+        return TextStudy([
+            PlanRow(c, 0, 8, "1x8@9", k, [1.0] * 4 if c == k else list(ratios),
+                    provenance=provenance)
             for c in ("a", "b", ALL) for k in ("a", "b")
-        ]  # fmt: skip
-        return TextStudy({"kinds": {"a": {}, "b": {}}, "cells": ["1x8@9"], "seeds": [0],
-                          "tokens": 8, "plans": plans})  # fmt: skip
+        ])  # fmt: skip
 
     assert "is above 3 %" in study([1.1, 1.1, 1.1, 1.1]).verdict
     assert "may be above or below 3 %" in study([0.8, 1.3, 0.9, 1.2]).verdict
@@ -266,7 +271,7 @@ def test_kendalls_tau_has_its_known_values():
 def test_impossible_settings_are_rejected(config, tmp_path):
     def refused(match, error=ExperimentError, **changes):
         with pytest.raises(error, match=match):
-            texts(replace(config, texts=replace(config.texts, **changes)), tmp_path / "none")
+            list(text_jobs(replace(config, texts=replace(config.texts, **changes)), tmp_path))
 
     refused("two kinds", kinds={"few": config.texts.kinds["few"]})
     refused("names other than 'all'", kinds={"few": KindConfig("a"), ALL: KindConfig("b")})
@@ -274,9 +279,9 @@ def test_impossible_settings_are_rejected(config, tmp_path):
     refused("Raise the budget", InfeasibleBudgetError, cells=["1x16@10"])
     refused("enough for", CorpusError, report_windows=1000)
     with pytest.raises(ExperimentError, match="give env=ladder"):
-        texts(replace(config, env=EnvConfig()), tmp_path / "none")
+        list(text_jobs(replace(config, env=EnvConfig()), tmp_path))
     with pytest.raises(ExperimentError, match="measures plans on several texts"):
-        texts(replace(config, model=ModelConfig(name="score_table:x.json")), tmp_path / "table")
+        list(text_jobs(replace(config, model=ModelConfig(name="score_table:x.json")), tmp_path))
     with pytest.raises(ExperimentError, match="multiples of texts.window_tokens"):
         TextsConfig(sizes_tokens=[1500])
     with pytest.raises(UnknownNameError, match=r"texts\.sized"):

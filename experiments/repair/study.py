@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.config import Config
 from experiments.contexts import described_tasks, task_config
 from experiments.repair.libraries import StubLibraries
-from experiments.repair.records import ORDERS_FILE, RepairRow, write_orders
-from experiments.study.records import Cell, RowFile, delta_nll_fields, row_key
-from experiments.study.run_folder import RunFolder, git_state
+from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
+from experiments.repair.tables import delta_nll_against_peak, repair_tables
+from experiments.study.harness import Job, Study
+from experiments.study.records import Cell, delta_nll_fields, request_field
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.repair.fitting import fit_for_mask
@@ -28,16 +24,7 @@ from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 
-log = logging.getLogger(__name__)
-
-
-FILE = "repair.jsonl"
 _PER_MASK_WINDOWS = 64
-_FROZEN = (
-    "model", "calibration", "importance", "workload", "stubs.fit_texts", "stubs.report_texts",
-    "stubs.held_back_share", "stubs.rank", "stubs.distill_steps", "stubs.distill_windows",
-    "stubs.learning_rate",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,26 +45,24 @@ class Entry:
     searched_with: tuple[str, StubLibrary | None]
 
 
-def repair(config: Config, folder: Path) -> Path:
-    """Make the libraries and compare them; existing libraries and rows are not made again.
-
-    Returns:
-        The path of ``repair.jsonl``.
-    """
-    run, started = RunFolder(folder), time.monotonic()
-    run.start(config, frozen=_FROZEN)
+def repair_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
+    """Yield every library, cell and text, and the orders; existing libraries are not made again."""
     libraries = StubLibraries(config, folder)
     compared = list(entries(libraries))
     evaluator = RepairEvaluator(libraries)
-    rows = evaluator.rows(compared)
-    grid = [entry.repair for entry in compared if entry.study == "grid"]
-    orders = {name: libraries.importance(name) for name in grid if name != "per_mask"}
-    if orders:
-        write_orders(folder / ORDERS_FILE, orders)
-    dense = evaluator.accuracies(libraries.llm, Plan())
-    run.finish(started, rows=len(rows), dense_accuracies=dense)
-    log.info("Repair: %d rows in %s.", len(rows), folder / FILE)
-    return folder / FILE
+    for entry in compared:
+        for cell in config.stubs.cells_of(entry.study):
+            for text in libraries.texts.report:
+                yield Job(
+                    RepairRow,
+                    (entry.study, entry.repair, cell, text),
+                    evaluator.depends_on(entry, text),
+                    partial(evaluator.row, entry, cell, text),
+                )
+    for entry in compared:
+        if entry.study == "grid" and entry.repair != "per_mask":
+            make = partial(_order_row, libraries, entry.repair)
+            yield Job(OrderRow, (entry.repair,), evaluator.depends_on(entry), make)
 
 
 def entries(libraries: StubLibraries) -> Iterator[Entry]:
@@ -112,62 +97,60 @@ class RepairEvaluator:
 
     def __init__(self, libraries: StubLibraries) -> None:
         self._libraries = libraries
-        self._git = git_state()
-        self._file = RowFile(libraries.folder / FILE, RepairRow)
         self._masks: dict[tuple[str, Cell], Plan] = {}
         self._own_stubs: dict[Cell, StubLibrary] = {}
         self._accuracies: dict[tuple[str, Plan], dict[str, float]] = {}
 
-    def rows(self, compared: list[Entry]) -> list[RepairRow]:
-        """Return the rows of all entries, cells and texts; new rows are appended to the file."""
-        config = self._libraries.config
-        work = [(entry, cell) for entry in compared for cell in config.stubs.cells_of(entry.study)]
-        bar = progress_bar(config.progress, work, desc="repair", unit="cell")
-        rows = []
-        for entry, cell in bar:
-            bar.set_postfix_str(f"{entry.study} {entry.repair}")
-            for text in self._libraries.texts.report:
-                provenance = self._provenance(entry, text)
-                key = row_key(entry.study, entry.repair, cell, text, provenance)
-                measure = partial(self._row, entry, cell, text, provenance)
-                rows.append(self._file.get(key, measure))
-        return rows
-
-    def _row(self, entry: Entry, cell: Cell, text: str, provenance: dict[str, Any]) -> RepairRow:
-        request, mask = self._request(cell), self._mask(entry, cell)
-        library = self._stubs(entry, cell)
+    def row(self, entry: Entry, cell: Cell, text: str, provenance: dict[str, Any]) -> RepairRow:
+        """Measure the mask of a cell on a text."""
         libraries = self._libraries
+        request, mask = (
+            Request.at_fraction(libraries.context.memory, *cell),
+            self._mask(entry, cell),
+        )
+        library = self._stubs(entry, cell)
         view = libraries.view(library)
         dense = libraries.report[text].window_nll(Plan())
         scorer = MaskScorer(view, libraries.texts.report[text], libraries.context.store)
+        grid = entry.study == "grid"
         return RepairRow(
             study=entry.study,
             repair=entry.repair,
-            request={"batch_size": cell[0], "seq_len_tokens": cell[1]},
+            request=request_field(cell[:2]),
             budget_fraction=cell[2],
             budget_bytes=request.budget_bytes,
             peak_bytes=MemoryModel(view).peak_bytes(mask, request),
             text=text,
             fitted_on=entry.fitted_on,
             fit_tokens=0 if library is None else int(library.provenance["text"]["tokens"]),
-            mean_rank=0.0 if library is None else float(np.mean(list(library.ranks.values()))),
             mask=list(mask.removed_names),
-            mask_from=entry.searched_with[0],
             **delta_nll_fields(scorer.window_nll(mask) - dense),
-            accuracies=self.accuracies(view, mask) if entry.study == "grid" else {},
+            accuracies=self._measured_accuracies(view, mask) if grid else {},
+            dense_accuracies=self._measured_accuracies(libraries.llm, Plan()) if grid else {},
             provenance=provenance,
         )
 
-    def _request(self, cell: Cell) -> Request:
-        """Return the request of a cell; its budget is a fraction of the dense peak."""
-        return Request.at_fraction(self._libraries.context.memory, *cell)
+    def depends_on(self, entry: Entry, text: str = "") -> dict[str, Any]:
+        """What a row of a library depends on; an order depends on no report text."""
+        libraries = self._libraries
+        grid = entry.study == "grid" and text
+        return {
+            "model_fingerprint": libraries.llm.fingerprint,
+            "dtype": libraries.llm.facts.dtype,
+            "calibration_sha256": libraries.context.corpus.sha256,
+            "report_sha256": libraries.texts.report[text].sha256 if text else "",
+            "stubs": "" if entry.library is None else entry.library.sha256,
+            "tasks": described_tasks(libraries.config.evaluate.tasks) if grid else {},
+        }
 
     def _mask(self, entry: Entry, cell: Cell) -> Plan:
         """Return the mask of the greedy search with the entry's search stubs, at equal bytes."""
         name, library = entry.searched_with
         if (name, cell) not in self._masks:
             search = make_method("greedy_per_byte", self._libraries.context_with(library))
-            self._masks[name, cell] = search.choose(self._request(cell))
+            self._masks[name, cell] = search.choose(
+                Request.at_fraction(self._libraries.context.memory, *cell)
+            )
         return self._masks[name, cell]
 
     def _stubs(self, entry: Entry, cell: Cell) -> StubLibrary | None:
@@ -188,7 +171,7 @@ class RepairEvaluator:
             )
         return self._own_stubs[cell]
 
-    def accuracies(self, view: ElasticLLM, mask: Plan) -> dict[str, float]:
+    def _measured_accuracies(self, view: ElasticLLM, mask: Plan) -> dict[str, float]:
         """Return the accuracy of each lm-eval task in [0, 1]; empty without tasks."""
         settings = self._libraries.config.evaluate.tasks
         if not settings.names:
@@ -201,17 +184,28 @@ class RepairEvaluator:
             self._accuracies[key] = scorer.accuracies(mask)
         return self._accuracies[key]
 
-    def _provenance(self, entry: Entry, text: str) -> dict[str, Any]:
-        """Describe what a row depends on, and the commit."""
-        libraries = self._libraries
-        depends_on = {
-            "model_fingerprint": libraries.llm.fingerprint,
-            "dtype": libraries.llm.facts.dtype,
-            "calibration_sha256": libraries.context.corpus.sha256,
-            "report_sha256": libraries.texts.report[text].sha256,
-            "stubs": "" if entry.library is None else entry.library.sha256,
-            "tasks": described_tasks(libraries.config.evaluate.tasks)
-            if entry.study == "grid"
-            else {},
-        }
-        return {"depends_on": depends_on, "git": self._git}
+
+def _order_row(libraries: StubLibraries, repair: str, provenance: dict[str, Any]) -> OrderRow:
+    profile = libraries.importance(repair)
+    return OrderRow(
+        repair=repair,
+        order=list(profile.order),
+        loss_after=[nll - profile.dense_nll for nll in profile.nll_after],
+        provenance=provenance,
+    )
+
+
+STUDY = Study(
+    "repair",
+    "Repair",
+    [RepairRow, OrderRow],
+    repair_jobs,
+    repair_tables,
+    data=RepairComparison,
+    figures={"repair_delta_nll_against_peak": delta_nll_against_peak},
+    frozen=(
+        "model", "calibration", "importance", "workload", "stubs.fit_texts", "stubs.report_texts",
+        "stubs.held_back_share", "stubs.rank", "stubs.distill_steps", "stubs.distill_windows",
+        "stubs.learning_rate",
+    ),
+)  # fmt: skip
