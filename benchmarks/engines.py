@@ -26,7 +26,7 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 

@@ -19,9 +19,8 @@ from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import distill
+from rap_env.repair.distilling import MaskSampler, distill
 from rap_env.repair.fitting import fit_library
-from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer

@@ -16,7 +16,7 @@ from rap_env.export.deci import ARCHITECTURE
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.gguf_tokenizer import Entry, tokenizer_entries
 from rap_env.models.files.gguf_reader import GgufFile
-from rap_env.models.files.vllm_config import LLAMA_LIKE
+from rap_env.models.files.pruned_code import LLAMA_LIKE
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 

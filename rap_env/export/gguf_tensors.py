@@ -27,7 +27,8 @@ from gguf.quants import dequantize
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.levels import WeightLevel
-from rap_env.models.weights.packing import GROUP_INPUTS, PackedMatrix
+from rap_env.models.weights.packed_layout import GROUP_INPUTS
+from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
 _PLAIN = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}

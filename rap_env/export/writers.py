@@ -21,7 +21,7 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
-from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig

@@ -1,4 +1,7 @@
-"""Distils stubs: the masked model learns to predict what the dense model predicts."""
+"""Distils stubs: the masked model learns to predict what the dense model predicts.
+
+The masks go from those of a good policy to random ones.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,79 @@ import os
 import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rap_env.artifacts import atomic_write, digest
+from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnsupportedModelError
+from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig
-from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.nll import HEAD_TOKENS
+from rap_env.workload import RequestSampler
+
+NOISE = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Standard deviations of the noise on the logarithm of a block's price, equally likely. At 0 the
+mask is that of a policy that follows the prices; at 4 it is close to random."""
+
+_LEAST_DELTA_NLL = 1e-3  # nats per token; lower values, including negative ones, count as this
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Samples a request and removes blocks in the order of a noisy price until it fits.
+
+    The price of a block is its delta_nll divided by the bytes that its removal frees for the
+    request, so long requests lose attention blocks and short ones feed-forward blocks.
+
+    Attributes:
+        memory: The model's byte arithmetic, including stubs.
+        requests: Samples requests.
+        delta_nll: Rise in NLL at the removal of each block, nats per token, (2L,), such as
+            `rap_env.importance.profiles.GSIProfile.marginal_delta_nll`.
+        noise: Standard deviations to choose from.
+    """
+
+    memory: MemoryModel
+    requests: RequestSampler
+    delta_nll: npt.NDArray[np.float64]
+    noise: tuple[float, ...] = NOISE
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the sampler, without the model, for records."""
+        sampler: Any = self.requests
+        known = fields(sampler) if is_dataclass(sampler) else ()
+        # `memory` is left out: its repr contains the address of the model.
+        named = {f.name: getattr(sampler, f.name) for f in known if f.init and f.name != "memory"}
+        shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
+        return {
+            "losses": self.delta_nll.tolist(),
+            "requests": f"{type(sampler).__name__}({shown})",
+            "noise": list(self.noise),
+        }
+
+    def draw(self, rng: np.random.Generator) -> Plan:
+        """Sample a mask; all randomness comes from the generator."""
+        request = self.requests.sample(rng)
+        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
+        freed = np.maximum(costs.freed_bytes, 1)
+        price = np.log(np.maximum(self.delta_nll, _LEAST_DELTA_NLL)) - np.log(freed)
+        price = price + rng.choice(self.noise) * rng.standard_normal(len(price))
+        return costs.remove_until_fits(np.argsort(price, kind="stable"), request.budget_bytes)
+
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
-"""Fits stubs by regression: a library for any mask, or the stubs of a single mask."""
+"""Fits stubs by reduced-rank ridge regression: a library for any mask, or those of one mask."""
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +16,165 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.repair.config import FitConfig
-from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
+
+
+class Moments:
+    """Streamed sums over pairs (x, y) of width H: a normalised state, and a block's output for it.
+
+    Memory does not depend on the number of tokens. `tokens` is the number of pairs added so far.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        self.tokens = 0
+        self._x, self._y = zeros(hidden_size), zeros(hidden_size)
+        self._xx, self._xy = zeros(hidden_size, hidden_size), zeros(hidden_size, hidden_size)
+        self._yy = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add a batch: normalised states, and what the block adds to the residual, both (N, H)."""
+        x, y = x.float(), y.float()
+        self.tokens += len(x)
+        self._x += x.double().sum(dim=0).cpu()
+        self._y += y.double().sum(dim=0).cpu()
+        # Products of one batch are in float32 (twice as fast), their sum over batches in float64.
+        self._xx += (x.T @ x).cpu()
+        self._xy += (x.T @ y).cpu()
+        self._yy += float(y.double().square().sum())
+
+    @property
+    def x_mean(self) -> torch.Tensor:
+        """Mean of x, (H,)."""
+        return self._x / self.tokens
+
+    @property
+    def y_mean(self) -> torch.Tensor:
+        """Mean of y, (H,)."""
+        return self._y / self.tokens
+
+    @property
+    def y_power(self) -> float:
+        """Mean squared norm of y: the error of a map that is zero."""
+        return self._yy / self.tokens
+
+    def xx(self, x0: torch.Tensor) -> torch.Tensor:
+        """Mean of ``(x - x0) (x - x0)'``, (H, H)."""
+        mean = self.x_mean
+        shift = torch.outer(mean, x0)
+        return self._xx / self.tokens - shift - shift.T + torch.outer(x0, x0)
+
+    def xy(self, x0: torch.Tensor, y0: torch.Tensor) -> torch.Tensor:
+        """Mean of ``(x - x0) (y - y0)'``, (H, H)."""
+        shift = torch.outer(self.x_mean, y0) + torch.outer(x0, self.y_mean)
+        return self._xy / self.tokens - shift + torch.outer(x0, y0)
+
+    def yy(self, y0: torch.Tensor) -> float:
+        """Mean squared norm of ``y - y0``."""
+        return self.y_power - 2 * float(self.y_mean @ y0) + float(y0 @ y0)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankMap:
+    """``y = (x - x_mean) @ inner[:, :r] @ basis[:, :r].T + y_mean`` for every rank r up to R.
+
+    Attributes:
+        inner: (H, R), the most useful column first.
+        basis: Orthonormal columns, (H, R).
+        x_mean: (H,).
+        y_mean: (H,).
+    """
+
+    inner: torch.Tensor
+    basis: torch.Tensor
+    x_mean: torch.Tensor
+    y_mean: torch.Tensor
+
+    def errors(self, on: Moments) -> torch.Tensor:
+        """Mean squared error of rank 0, 1, ... R on some tokens, (R + 1,).
+
+        The columns of `basis` are orthonormal, so each explains its share independently.
+        """
+        xx, xy = on.xx(self.x_mean), on.xy(self.x_mean, self.y_mean)
+        explained = 2 * (self.inner * (xy @ self.basis)).sum(dim=0)
+        explained -= (self.inner * (xx @ self.inner)).sum(dim=0)
+        return on.yy(self.y_mean) - torch.cat([explained.new_zeros(1), explained.cumsum(dim=0)])
+
+    def tensors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tensors of a stub of that rank: down (r, H), up (H, r) and mean (H,), in float64.
+
+        The columns of both factors have the same norm, so that one learning rate suits both when
+        they are trained further.
+        """
+        inner, basis = self.inner[:, :rank], self.basis[:, :rank]
+        mean = self.y_mean - basis @ (inner.T @ self.x_mean)
+        scale = inner.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return (inner / scale).T.contiguous(), (basis * scale).contiguous(), mean
+
+
+def reduced_rank_ridge(moments: Moments, ridge: float, rank: int) -> LowRankMap:
+    """Fit the map of each rank up to `rank` with the least squared error plus ridge penalty.
+
+    Ridge regression (Hoerl and Kennard 1970), then the leading eigenvectors of the explained part
+    (reduced-rank regression, Izenman 1975): the optimum among all maps of rank r. `ridge` is the
+    penalty as a multiple of the mean variance of x, above 0; `rank` is at most H.
+    """
+    x_mean, y_mean = moments.x_mean, moments.y_mean
+    xx, xy = moments.xx(x_mean), moments.xy(x_mean, y_mean)
+    # The tiny constant keeps the matrix regular if x does not vary.
+    penalty = ridge * float(xx.diagonal().mean()) + torch.finfo(torch.float32).tiny
+    xx.diagonal().add_(penalty)
+    full = torch.linalg.solve(xx, xy)
+    explained = xy.T @ full  # full' (xx + penalty) full
+    _, vectors = torch.linalg.eigh((explained + explained.T) / 2)
+    basis = vectors.flip(dims=(1,))[:, :rank]
+    return LowRankMap(full @ basis, basis, x_mean, y_mean)
+
+
+def allocate_ranks(
+    errors: Mapping[int, Sequence[float]], choices: Sequence[int], total: int
+) -> dict[int, int]:
+    """Choose the rank of each block so that the sum of errors is small and that of ranks bounded.
+
+    Every unit of rank takes the same bytes, so ranks measure bytes. Starting from the least
+    rank, the step that reduces the error most per unit is taken first. With diminishing returns,
+    as regressions have, the result is optimal for its sum up to the last step.
+
+    Args:
+        errors: For each block: the error at each of the `choices`.
+        choices: Ranks to choose from, ascending.
+        total: Greatest sum of the ranks.
+    """
+    place = dict.fromkeys(errors, 0)
+    left = total - choices[0] * len(errors)
+    waiting: list[tuple[float, int, int]] = []
+
+    def offer(block: int) -> None:
+        """Queue the higher choice that reduces the error most per unit and still fits."""
+        at, curve = place[block], errors[block]
+        gains = [
+            ((curve[at] - curve[to]) / (choices[to] - choices[at]), to)
+            for to in range(at + 1, len(choices))
+            if choices[to] - choices[at] <= left
+        ]
+        best = max(gains, default=(0.0, at))
+        if best[0] > 0:
+            heapq.heappush(waiting, (-best[0], block, best[1]))
+
+    for block in errors:
+        offer(block)
+    while waiting:
+        _, block, to = heapq.heappop(waiting)
+        cost = choices[to] - choices[place[block]]
+        if cost <= left:
+            left -= cost
+            place[block] = to
+        offer(block)
+    return {block: choices[at] for block, at in place.items()}
+
 
 _BATCH_TOKENS = 1024
 
@@ -144,7 +301,6 @@ def best_fit(
 
 
 def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:
-    """The rank of each block."""
     width = fits[0].map.basis.shape[1]
     if config.ranks is None:
         return {fit.block: min(config.rank, width) for fit in fits}
@@ -201,8 +357,6 @@ def fit_for_mask(
 
 
 class _Track:
-    """Hidden states of a text in the dense model and in the masked one."""
-
     def __init__(self, partial: PartialForward, batches: Sequence[torch.Tensor]) -> None:
         self._partial = partial
         self._dense = [partial.enter(ids) for ids in batches]
@@ -225,6 +379,5 @@ class _Track:
 
     @torch.inference_mode()
     def add(self, stub: Stub) -> None:
-        """Add a stub's output to the masked step."""
         pairs = zip(self._entered, self._masked, strict=True)
         self._masked = [masked + stub(entered) for entered, masked in pairs]

@@ -19,8 +19,7 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import free_memory_early, return_freed_memory
-from rap_env.models.weights.packing import PACKED_LEVELS
-from rap_env.models.weights.widening_buffer import buffer_bytes
+from rap_env.models.weights.packed_layout import PACKED_LEVELS, buffer_bytes
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 

@@ -20,8 +20,8 @@ import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import CorpusError, MissingDependencyError
+from rap_env.models.live.calibration import TEMPERATURE, TOP_P, self_written, start_token
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.self_written import TEMPERATURE, TOP_P, self_written, start_token
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig

@@ -14,7 +14,7 @@ import benchmarks
 from benchmarks import engines
 from experiments.errors import ExperimentError
 from rap_env.models.families.adapter import adapter_for
-from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.files.pruned_code import vllm_entries
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import tiny_config
 

@@ -17,7 +17,7 @@ from rap_env.export.gguf_tokenizer import tokenizer_entries
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.vllm_config import LLAMA_LIKE
+from rap_env.models.files.pruned_code import LLAMA_LIKE
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from tests.export.deci_forward import deci_logits

@@ -12,9 +12,8 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
 from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import Trainer, distill
+from rap_env.repair.distilling import MaskSampler, Trainer, distill
 from rap_env.repair.fitting import fit_library
-from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine

@@ -16,10 +16,9 @@ from rap_env.models.device import choose_device
 from rap_env.models.files import streamed
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.calibration import calibrate, self_written
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.live.self_written import self_written
 from rap_env.plan import Plan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer

@@ -9,9 +9,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.files.streamed import stream_llm
 from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import distill
+from rap_env.repair.distilling import MaskSampler, distill
 from rap_env.repair.fitting import fit_library
-from rap_env.repair.mask_sampler import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler
 from tests.models.live.test_elastic import weights_hash

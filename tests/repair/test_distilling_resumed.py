@@ -10,7 +10,7 @@ from rap_env.errors import ArtifactError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.repair.config import DistillConfig
-from rap_env.repair.mask_sampler import MaskSampler
+from rap_env.repair.distilling import MaskSampler
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.workload.sampler import FixedSampler
 from rap_env.workload.traffic import TraceSampler

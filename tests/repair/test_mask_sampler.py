@@ -8,7 +8,7 @@ import pytest
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.repair.mask_sampler import NOISE, MaskSampler
+from rap_env.repair.distilling import NOISE, MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler
 from rap_env.workload.traffic import TraceSampler
 

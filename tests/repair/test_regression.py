@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rap_env.models.families.placeholders import Stub, normalised
-from rap_env.repair.regression import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
+from rap_env.repair.fitting import LowRankMap, Moments, allocate_ranks, reduced_rank_ridge
 
 H, N = 6, 200
 

@@ -10,7 +10,7 @@ import pytest
 from rap_env.errors import MemorySourceError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.weights.widening_buffer import buffer_bytes
+from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.policies.uniform import UniformPolicy, uniform_plans

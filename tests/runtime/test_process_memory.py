@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rap_env.models.weights.widening_buffer import buffer_bytes
+from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
-from rap_env.models.caches.cache_chunks import PIECE_VALUES, Bundle, capped, visible_groups
-from rap_env.models.caches.cache_codes import split, widen
+from rap_env.models.caches.groups import PIECE_VALUES, Bundle, capped, split, visible_groups, widen
 
 _BLOCK_GROUPS = 8
 """Groups of a block of queries."""

@@ -4,12 +4,12 @@ Shapes: B sequences (rows), K key and value heads, D channels of a head, Q colum
 columns so far, G stored groups.
 
 Rows are left-aligned: token n of a row is in its group ``n // 32``, whatever padding the batch has.
-Finished groups are stored packed (`models.caches.cache_codes`); the group that a row's next token
+Finished groups are stored packed (`models.caches.groups`); the group that a row's next token
 continues is the *tail*, unquantised. A group leaves the tail when the first token of the next group
 arrives. For transformers the layer has columns as its own layers do, padding included.
 
 `GroupedLayer.update` returns a `Chunk` in place of keys and values; only the attention of
-`rap_env.models.caches.grouped_attention` understands it.
+`rap_env.models.caches.attention` understands it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from transformers.cache_utils import DynamicLayer
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import GROUP_TOKENS, SINK_GROUPS, CacheLevel
-from rap_env.models.caches.cache_chunks import (
+from rap_env.models.caches.groups import (
     Bundle,
     Chunk,
+    Groups,
     Step,
     current_step,
     equal_rows,
     in_groups,
+    pack,
+    rounded,
     set_current_step,
     stored_groups,
+    widen,
 )
-from rap_env.models.caches.cache_codes import Groups, pack, rounded, widen
 from rap_env.models.weights.transfers import send
 
 _PIECE_GROUPS = 16
@@ -108,7 +111,6 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return step
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
-        """Add one token to each row."""
         full = [n for n, held in enumerate(self.lengths) if held and held % GROUP_TOKENS == 0]
         if full:
             index: Any = slice(None) if len(full) == len(self.lengths) else full
@@ -125,7 +127,6 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.values[places[0], :, places[1]] = value_states[:, :, 0]
 
     def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
-        """Add several tokens, with different numbers for different rows."""
         before = self.groups
         # The ring of a window is written to a copy: the chunk's first tokens see the groups
         # that its last ones replace.
@@ -287,7 +288,6 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return True
 
     def _store(self, rows: list[int], first: int, stored: Groups) -> None:
-        """Write the groups from `first` on of some rows to their slots, older ones first."""
         index: Any = slice(None) if len(rows) == len(self.lengths) else rows
         count = stored[0].shape[2]
         ring = self._ring()

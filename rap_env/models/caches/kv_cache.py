@@ -43,14 +43,14 @@ import torch
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.models.caches.cache_levels import (
+from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.layers import (
     DYNAMIC_LAYERS,
     filled_layers,
     lower,
     native_layer,
     raised,
 )
-from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 

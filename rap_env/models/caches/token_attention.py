@@ -13,9 +13,17 @@ from collections.abc import Iterator
 import torch
 
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, channel_groups
-from rap_env.models.caches.cache_chunks import PIECE_VALUES, Step, capped, visible_groups
-from rap_env.models.caches.cache_codes import Part, codes_of, parts, split
 from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.groups import (
+    PIECE_VALUES,
+    Part,
+    Step,
+    capped,
+    codes_of,
+    parts,
+    split,
+    visible_groups,
+)
 from rap_env.models.weights.transfers import send
 
 _UNPACKED_BYTES = ATTENTION_WORKSPACE_BYTES * 3 // 4
@@ -119,7 +127,6 @@ class TokenAttention:
         return position > last - self.window
 
     def _stretches(self) -> Iterator[tuple[int, int]]:
-        """Ranges of groups whose scores are in memory together."""
         scores = self.query.shape[0] * self.query.shape[1] * self.query.shape[2] * GROUP_TOKENS
         count = max(1, PIECE_VALUES // scores)
         for start in range(0, self.layer.capacity, count):

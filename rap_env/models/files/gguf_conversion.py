@@ -143,7 +143,6 @@ def _pack(file: GgufFile, config: Any, folder: Path) -> None:
 
 
 def _contents(file: GgufFile, model: Any) -> Iterator[tuple[str, PackedMatrix | torch.Tensor]]:
-    """Parameters by name, each packed or as it is."""
     names, process = _name_map(file, model)
     remaining = Counter(names.values())  # tensors of the file that become each parameter
     gathered: dict[str, torch.Tensor] = {}  # experts, put together from several tensors
@@ -249,7 +248,6 @@ def _as_stored(
 
 
 def _child(model: Any, name: str) -> nn.Module | None:
-    """The module of a parameter, if it can be packed."""
     owner, _, attribute = name.rpartition(".")
     child: nn.Module = model.get_submodule(owner)
     if child is not model.get_input_embeddings() and not is_packable(child):

@@ -172,7 +172,6 @@ class PackagedGguf:
         return False
 
     def _installed(self) -> list[Path]:
-        """The parts' files if the user installed all packages, else nothing."""
         found = []
         for part in self.parts:
             name, _, inside = part.member.partition("/")
@@ -182,7 +181,6 @@ class PackagedGguf:
         return found if len(found) == len(self.parts) else []
 
     def _gguf(self, installed: list[Path], progress: bool) -> Path:
-        """The GGUF file in the cache, put together if it is missing or damaged."""
         path = self._path()
         with locked(path):
             if self._file_is_intact():

@@ -24,17 +24,22 @@ from rap_env.models.device import (
     return_freed_memory,
 )
 from rap_env.models.families.adapter import read_config
-from rap_env.models.files.packed_folder import is_packed, load_native, model_without_weights
+from rap_env.models.files.packed_folder import (
+    is_packed,
+    load_native,
+    model_without_weights,
+    quantised_folder,
+)
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
-from rap_env.models.files.quantised_folder import quantised_folder
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
+from rap_env.models.weights.packed_layout import PACKED_LEVELS
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, skeleton
-from rap_env.models.weights.packing import PACKED_LEVELS, choose_packed_dtype
+from rap_env.models.weights.packing import choose_packed_dtype
 from rap_env.models.weights.tensors import read_header
 from rap_env.paths import cache_dir
 

@@ -1,24 +1,40 @@
-"""Folders with packed weights: written once from a GGUF file, and loaded without widening.
+"""Folders with packed weights: loaded without widening, and made once from unquantised models.
 
 Beside config and tokenizer such a folder has one safetensors file. A packed matrix has codes and
 scales there (``model.layers.0.mlp.up_proj.weight_codes`` and ``..._scales``, see
 `models.weights.packing`); the type of the codes tells its level. Norms, biases and what cannot be
-packed have their usual names and are stored as the GGUF file has them. A tied head is not stored.
+packed have their usual names and are stored as the source has them. A tied head is not stored.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rap_env.artifacts import digest
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
+from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import read_config
+from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
+from rap_env.models.files.weight_files import load_tokenizer, load_weights
+from rap_env.models.live.calibration import calibrate, self_written, start_token
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.packing import PackedLevel
-from rap_env.models.weights.tensors import DTYPES, StoredTensor, read_header
+from rap_env.models.weights.tensors import (
+    DTYPES,
+    StoredTensor,
+    read_header,
+    stored_dtype,
+    weights_of,
+)
+from rap_env.plan import EMBEDDINGS, Plan
 
 PACKED_FILE = "packed.safetensors"
 """The file that makes a model folder a packed one."""
@@ -89,7 +105,6 @@ def model_without_weights(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _replace(model: Any, owner: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Put a packed module in the place of the module `owner`, and of a head tied to it."""
     child, head = model.get_submodule(owner), model.get_output_embeddings()
     codes = next(tensor for name, tensor in tensors.items() if name.endswith(_CODES))
     packed = from_tensors(child, _LEVELS[codes.dtype], tensors)
@@ -99,7 +114,6 @@ def _replace(model: Any, owner: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
-    """Set a parameter, under each name of a tied one."""
     old, new = model.get_parameter(name), nn.Parameter(value, requires_grad=False)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -117,3 +131,72 @@ def require_all(model: Any, stored: Any, path: Path) -> None:
         raise UnsupportedModelError(
             f"{path} lacks {len(missing)} tensors that its config requires, such as {missing[0]!r}."
         )
+
+
+_VERSION = 1
+"""Part of a folder's name: increase it when quantisers give other values."""
+
+_DURATIONS = {"int8": "a few seconds", "int4": "minutes: the model writes text to calibrate on"}
+_CALIBRATION_TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
+_EMBEDDINGS: WeightLevel = "int8"  # at 4 bits they cost more than all blocks together
+_OTHER_FILES = (".json", ".txt", ".model", ".jinja")
+
+
+def quantised_folder(source: Path, level: PackedLevel) -> Path:
+    """The packed folder of a model, for `load_native`; made at the first call.
+
+    All blocks are at `level`, and embeddings with head at int8. Int4 weights are calibrated on text
+    that the model writes itself.
+
+    Args:
+        source: The folder of the unquantised model.
+        level: ``"int8"`` or ``"int4"``.
+
+    Raises:
+        UnsupportedModelError: As for `load_weights`.
+        StorageFullError: The disk is full; nothing remains of the attempt.
+    """
+    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
+    key = digest([str(source.resolve()), content])[:16]
+    return made_once(
+        models_dir() / f"{level}-{key}-v{_VERSION}",
+        functools.partial(_fill, source, level),
+        f"Quantising {source} to {level} (once; {_DURATIONS[level]})",
+        logging.WARNING,
+    )
+
+
+def _fill(source: Path, level: PackedLevel, folder: Path) -> dict[str, Any]:
+    llm = _quantised(source, level)
+    _save(llm.model, source, folder)
+    return {"file": source.name, "level": level}
+
+
+def _files(source: Path) -> list[Path]:
+    weights = [*source.glob("*.safetensors"), *source.glob("*.bin")]
+    return sorted([source / "config.json", *weights])
+
+
+def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
+    tokenizer = load_tokenizer(source)
+    llm = ElasticLLM(load_weights(source, stored_dtype(source)), tokenizer, name=source.name)
+    if level == "int4" and start_token(llm) is not None:
+        tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
+        calibrate(llm, self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED))
+    facts = llm.facts
+    levels = facts.blocks_at(level)
+    if _EMBEDDINGS in facts.embedding_levels:
+        levels[EMBEDDINGS] = _EMBEDDINGS
+    llm.apply(Plan.of(levels))
+    return llm
+
+
+def _save(model: Any, source: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    stored = {name: tensor.detach().contiguous() for name, tensor in weights_of(model)}
+    save_file(stored, folder / PACKED_FILE, {"format": "pt"})
+    for path in source.iterdir():
+        index = path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _OTHER_FILES and not index and path.name != MANIFEST:
+            shutil.copyfile(path, folder / path.name)

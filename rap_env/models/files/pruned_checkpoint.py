@@ -186,7 +186,6 @@ def stubs_in_place(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
 
 
 def _replace(folder: Path, work: Path) -> None:
-    """Move `work` to `folder`, after moving an older checkpoint away."""
     aside = work.with_name(f"{work.name}.old")
     with contextlib.suppress(FileNotFoundError):
         os.replace(folder, aside)
@@ -195,7 +194,6 @@ def _replace(folder: Path, work: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that determines what the model computes."""
     sums = {}
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors*")]):
         with contextlib.suppress(FileNotFoundError):

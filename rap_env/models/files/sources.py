@@ -259,7 +259,6 @@ def _fetched_from_any(packed: bool, progress: bool) -> tuple[Path, str]:
 
 
 def _cached(source: str, packed: bool) -> Path | None:
-    """The model's folder if it is available without a network."""
     if source == "hub":
         return cached_hub_folder(HUB_ID, HUB_REVISION)
     return SMOLLM2.cached_folder(packed=packed)

@@ -69,7 +69,6 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mapping[str, Any]]:
-    """A model, and transformers' loading report."""
     from transformers import AutoModelForCausalLM
 
     _require_all_files(folder)
@@ -95,7 +94,6 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mappin
 
 
 def _set_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Set the dtype of all parameters, as if they had been loaded in it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     for part in (model.config, *(getattr(model.config, n) for n in model.config.sub_configs)):
@@ -137,7 +135,6 @@ def _reject_other_shapes(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> 
 
 @contextlib.contextmanager
 def _readable_weights(folder: Path) -> Iterator[None]:
-    """Turn errors of the safetensors library into errors of this project."""
     try:
         yield
     except Exception as error:

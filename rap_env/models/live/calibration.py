@@ -1,30 +1,93 @@
-"""Int4 weights that are made with calibration text, block after block of a live model.
+"""Calibration of a live model: text that it writes itself, and int4 weights that a text makes.
 
-Without a text, the int4 level of a block is made from its weights (`weights.quantisers`). With
-one it is made by GPTQ (`models.weights.gptq`), which loses far less where the model was shipped in
-more bits. The blocks are made in order, and the inputs of each are those that the int4 blocks
-before it give, so that later blocks make up for errors of earlier ones.
+Without a text, the int4 level of a block is made from its weights. With one it is made by GPTQ
+(both in `models.weights.quantisers`), which loses far less where the model was shipped in more
+bits. The blocks are made in order, and the inputs of each are those that the int4 blocks before it
+give, so that later blocks make up for errors of earlier ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from rap_env.errors import ArtifactError, ChecksumError
+from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.gptq import HessianCollector, quantise_gptq
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.packing import PackedLevel, PackedMatrix
-from rap_env.models.weights.quantisers import Quantiser
+from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.quantisers import HessianCollector, Quantiser, quantise_gptq
 from rap_env.models.weights.residency import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
+
+TEMPERATURE, TOP_P = 0.9, 0.95
+"""How tokens are sampled."""
+
+_BATCH = 16  # sequences at a time
+
+
+def start_token(llm: ElasticLLM) -> int | None:
+    """The token that a model's text starts with, if it has one."""
+    start: int | None = llm.model.generation_config.bos_token_id
+    other: int | None = llm.model.config.bos_token_id
+    return other if start is None else start
+
+
+def self_written(
+    llm: ElasticLLM,
+    windows: int,
+    window_tokens: int,
+    seed: int,
+    note: Callable[[int], object] = lambda tokens: None,
+) -> torch.Tensor:
+    """Windows of text that the dense model writes, (windows, window_tokens); each is a sequence.
+
+    Args:
+        llm: The model.
+        windows: Number of windows.
+        window_tokens: Tokens of each.
+        seed: Seed of the sampling; the process's own random numbers are not touched.
+        note: Called with the number of new tokens, from time to time.
+
+    Raises:
+        UnsupportedModelError: The model has no start token.
+    """
+    start = start_token(llm)
+    if start is None:
+        raise UnsupportedModelError(
+            f"{llm.name} has no start token (bos_token_id) to write text from."
+        )
+    special = sorted({*getattr(llm.tokenizer, "all_special_ids", ()), start})
+    devices = [llm.device] if llm.device.type == "cuda" else []
+    parts = []
+    with torch.random.fork_rng(devices), llm.masked(Plan()):
+        torch.manual_seed(seed)
+        for first in range(0, windows, _BATCH):
+            size = min(_BATCH, windows - first)
+            ids = torch.full((size, 1), start, device=llm.device)
+            written = llm.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                suppress_tokens=special,
+                min_new_tokens=window_tokens,
+                max_new_tokens=window_tokens,
+                pad_token_id=start,
+            )
+            parts.append(written[:, 1:].cpu())
+            note(size * window_tokens)
+    return torch.cat(parts)
+
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +123,12 @@ def calibrate(llm: ElasticLLM, windows: torch.Tensor) -> None:
 
 
 class _Calibration:
-    """One run of `calibrate`."""
-
     def __init__(self, llm: ElasticLLM, windows: torch.Tensor) -> None:
         self._items = llm._live.items
         self._windows = [window[None].to(llm.device) for window in windows]
         self._forward = PartialForward(llm)
 
     def run(self, folder: Path, digest: str) -> None:
-        """Make the levels of all blocks, or read them from the files of an earlier run."""
         for item in self._items:
             item.calibration = digest
         paths = {item: folder / f"{item.name}.safetensors" for item in self._items}
@@ -91,7 +151,6 @@ class _Calibration:
     def _make(
         self, items: list[WeightItem], step: tuple[int, ...], states: list[torch.Tensor]
     ) -> None:
-        """Make the int4 level of the blocks of one step, whose inputs are `states`."""
         places = {p.name: p for item in items for p in item.places if not p.keeps(_LEVEL)}
         layers = {name: p.original for name, p in places.items() if not raw_weights(p.original)}
         with HessianCollector(layers) as collector:

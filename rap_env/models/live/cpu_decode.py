@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rap_env.models.caches.attention_levels import LEVEL_ATTENTIONS, public_name, with_levels
+from rap_env.models.caches.attention import LEVEL_ATTENTIONS, public_name, with_levels
 
 PACKED_ATTENTION = "sdpa_packed"
 """Name of the attention in the config while the model is live."""

@@ -129,13 +129,11 @@ class _Arrivals:
     def enter(
         self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a pass of the decoder."""
         self._shared.clear()
         device = self._devices.embeddings
         return _map(args, lambda t: send(t, device)), _map(kwargs, lambda t: send(t, device))
 
     def leave(self, _decoder: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        """After a pass of the decoder, also one that failed."""
         self._shared.clear()
         if isinstance(output, tuple):
             return (send(output[0], self._devices.head), *output[1:])

@@ -18,7 +18,7 @@ from rap_env.blocks import Block, block_index, block_name
 from rap_env.errors import RapError, check_name
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.models.caches.attention_levels import check_attention, install_levels
+from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
@@ -353,7 +353,6 @@ class ElasticLLM:
         return LiveState(plan, stubs)
 
     def _check_levels(self, plan: Plan) -> None:
-        """Raise an error unless all items have their levels."""
         if plan.caches:
             check_attention(self.model)
         for index, level in plan.weights:
@@ -439,7 +438,6 @@ class ElasticLLM:
         return tuple(0 if stub is None else stub.nbytes for stub in stubs)
 
     def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The content of a weight of the model."""
         return tensor
 
     @cached_property

@@ -61,8 +61,6 @@ def generate(
 
 
 class _Prepared:
-    """Arguments from which `generate` prepared its next forward pass."""
-
     def __init__(self) -> None:
         self._ids: Any = None
         self._given: Mapping[str, Any] = {}

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from rap_env.models.caches.cache_levels import DYNAMIC_LAYERS
 from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.layers import DYNAMIC_LAYERS
 
 
 class PassInterruptedError(Exception):

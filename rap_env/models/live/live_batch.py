@@ -15,7 +15,6 @@ import torch
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.models.caches.cache_levels import lower, lowest_levels, note_rows
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.kv_cache import (
     RESTORES,
@@ -29,7 +28,14 @@ from rap_env.models.caches.kv_cache import (
     step,
     update_cache,
 )
-from rap_env.models.caches.reserved_cache import ReservedLayer, reserve, with_room
+from rap_env.models.caches.layers import (
+    ReservedLayer,
+    lower,
+    lowest_levels,
+    note_rows,
+    reserve,
+    with_room,
+)
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
 from rap_env.models.weights.transfers import send
@@ -334,7 +340,6 @@ def _select(layer: Any, length: int, index: Mapping[torch.device, torch.Tensor],
 
 
 def _concatenate(mine: Any, theirs: Any, length: int) -> None:
-    """Append rows of another layer of the same kind, with both padded to `length` tokens."""
     if isinstance(mine, GroupedLayer):
         mine.append_rows(theirs, length)
         return

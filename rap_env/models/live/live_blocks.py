@@ -13,8 +13,8 @@ import torch
 from rap_env.blocks import block_name
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
-from rap_env.models.caches.cache_levels import check_levels, lower
 from rap_env.models.caches.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
+from rap_env.models.caches.layers import check_levels, lower
 from rap_env.models.families.adapter import BlockSite
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.weights.residency import WeightStore
@@ -110,7 +110,6 @@ class LiveBlocks:
             self.store.prepare(self._item(key), level)
 
     def _keeping(self, wanted: LiveState, keys: Iterable[int]) -> LiveState:
-        """A state in which some items have the levels that they have now."""
         names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
         present = self.state.plan.levels
         plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in keys})

@@ -151,7 +151,6 @@ class PartialForward:
             self._widened.clear()
 
     def _wide(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Compute with widened weights in a module, if they are used."""
         if self._widened is None:
             return contextlib.nullcontext()
         return self._widened.used_in(module)
@@ -189,7 +188,6 @@ class PartialForward:
         input_ids: torch.Tensor,
         layer: Callable[[int, torch.Tensor, _Call], torch.Tensor],
     ) -> torch.Tensor:
-        """Run the decoder with `layer` in place of every layer, so that no layer is computed."""
         with self._llm.exclusive(), _replaced_forwards(self._layers, layer):
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state

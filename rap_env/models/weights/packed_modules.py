@@ -25,9 +25,14 @@ from torch import nn
 from torch.nn import functional
 
 from rap_env.errors import ArtifactError
-from rap_env.models.weights.packing import PackedLevel, PackedMatrix, piece_rows
+from rap_env.models.weights.packed_layout import (
+    PackedLevel,
+    buffer_in_use,
+    piece_rows,
+    widening_buffer,
+)
+from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import Quantiser, quantise
-from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
 
 
 class PackedModule(nn.Module):
@@ -382,7 +387,6 @@ def _same_dtype(moved: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _without(child: nn.Module, names: Mapping[str, Any]) -> nn.Module:
-    """A shallow copy of a module without some of its parameters."""
     shell = copy.copy(child)
     shell._parameters = {**child._parameters, **dict.fromkeys(names)}
     return shell

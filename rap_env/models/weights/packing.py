@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -34,24 +33,26 @@ from rap_env.errors import ArtifactError, check_name
 from rap_env.models.device import choose_dtype
 from rap_env.models.weights.bfloat16_products import TOKENS_AT_ONCE, uses_float32
 from rap_env.models.weights.kernel_choice import remembered_rows
-from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+from rap_env.models.weights.packed_layout import (
+    BLOCK,
+    GROUP_INPUTS,
+    HALF,
+    MIDDLE,
+    PACKED_LEVELS,
+    SCALE_DTYPE,
+    PackedLevel,
+    buffer_in_use,
+    by_input,
+    in_blocks_of,
+    packed_codes,
+    piece_rows,
+    tensor_shapes,
+    unpaired,
+    widen_blocks,
+    widen_pairs,
+    widening_buffer,
+)
 
-PackedLevel = Literal["int8", "int4"]
-PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
-"""Levels of packed weights, from the most to the least exact one."""
-
-GROUP_INPUTS = 32
-"""Inputs that share a scale and a zero at int4."""
-
-SCALE_DTYPE = torch.bfloat16
-"""Dtype in which scales and zeros are stored, whatever the model computes in."""
-
-PIECE_VALUES = 2**20
-"""Weights that are widened at a time, at most, unless one block of 64 rows has more."""
-
-_BLOCK = 64  # rows of a block
-_HALF = _BLOCK // 2
-_MIDDLE = 8  # the int4 code that stands for the zero itself
 _EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
 
 
@@ -92,12 +93,12 @@ class PackedMatrix:
             zero: In place of the minimum, the weight of code 8.
         """
         if zero is None and minimum is not None:
-            zero = minimum.float() + _MIDDLE * scale.float()
+            zero = minimum.float() + MIDDLE * scale.float()
         if zero is None:
             stored = scale if scale.dim() == 1 else scale.T
             return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(stored))
         scales = torch.stack((scale.float().T, zero.float().T), dim=-1)
-        return cls("int4", _pair(codes), _packed_codes(codes), _as_scales(scales))
+        return cls("int4", _pair(codes), packed_codes(codes), _as_scales(scales))
 
     @classmethod
     def from_tensors(
@@ -173,19 +174,19 @@ class PackedMatrix:
         codes = self.codes[rows]
         if self.level == "int8":
             by_row = self.scales[rows, None]
-            scale = _by_input(self.scales[:, rows], self.shape[1]) if self.grouped else by_row
+            scale = by_input(self.scales[:, rows], self.shape[1]) if self.grouped else by_row
             out.copy_(codes).mul_(scale)
             return
         scale, zero = self.scales[:, rows].unbind(-1)
         if not self.in_blocks:
-            _widen_pairs(codes, scale, zero, out)
+            widen_pairs(codes, scale, zero, out)
             return
         wide = out.T
         if out.dtype == torch.float16 or not wide.is_contiguous():  # its range is too short
             dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
             wide = torch.empty(wide.shape, dtype=dtype, device=out.device)
-        blocks = slice(first // _BLOCK, (first + len(out)) // _BLOCK)
-        _widen_blocks(self.codes[blocks], scale, zero, wide)
+        blocks = slice(first // BLOCK, (first + len(out)) // BLOCK)
+        widen_blocks(self.codes[blocks], scale, zero, wide)
         if wide.data_ptr() != out.data_ptr():
             out.copy_(wide.T)
 
@@ -200,11 +201,11 @@ class PackedMatrix:
         """The weights of single rows, as an embedding looks them up: (...) to (..., in)."""
         flat = indices.reshape(-1)
         if self.level == "int4":
-            scale, zero = (_by_input(part[:, flat], self.shape[1]) for part in self._pairs())
+            scale, zero = (by_input(part[:, flat], self.shape[1]) for part in self._pairs())
             codes = self.code_rows(flat).to(torch.float32)
-            found = torch.addcmul(zero.float(), codes - _MIDDLE, scale.float())
+            found = torch.addcmul(zero.float(), codes - MIDDLE, scale.float())
         elif self.grouped:
-            scale = _by_input(self.scales[:, flat], self.shape[1])
+            scale = by_input(self.scales[:, flat], self.shape[1])
             found = self.codes[flat].float() * scale.float()
         else:
             found = self.codes[flat].float() * self.scales[flat, None].float()
@@ -234,7 +235,7 @@ class PackedMatrix:
         flat = flat.contiguous()
         if self.level == "int8":
             return torch._weight_int8pack_mm(flat, self.codes, scales)
-        if kernel_block_rows() == _BLOCK:
+        if kernel_block_rows() == BLOCK:
             return _int4_product(flat, self.codes.view(self.shape[0], -1), GROUP_INPUTS, scales)
         return self._by_half_blocks(flat, scales)
 
@@ -247,7 +248,7 @@ class PackedMatrix:
         places, and zeros the other one.
         """
         rows, (out, inputs) = len(flat), self.shape
-        sets = (out // _BLOCK, 2, 2, _HALF // 2)  # blocks, halves, sets of rows, rows
+        sets = (out // BLOCK, 2, 2, HALF // 2)  # blocks, halves, sets of rows, rows
         codes, by_set = self.codes.view(out // 2, -1), scales.view(-1, *sets, 2)
         found = flat.new_empty(rows, *sets)
         for index in range(2):
@@ -314,40 +315,10 @@ class PackedMatrix:
     def code_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The int4 codes of single rows, (n,) to (n, in)."""
         if self.in_blocks:
-            block, row = rows // _BLOCK, rows % _BLOCK
-            found = self.codes[block, :, row % _HALF]
-            return torch.where((row < _HALF)[:, None], found & 15, found >> 4)
-        return _unpaired(self.codes[rows], self.shape[1])
-
-
-def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a matrix with one scale a row (int8) or 32 inputs (int4)."""
-    out, inputs = shape
-    if level == "int8":
-        return {"codes": (out, inputs), "scales": (out,)}
-    groups = -(-inputs // GROUP_INPUTS)
-    blocks = (out // _BLOCK, inputs, _HALF) if fills_blocks(shape) else (out, -(-inputs // 2))
-    return {"codes": blocks, "scales": (groups, out, 2)}
-
-
-def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix at a level, without making it."""
-    out, inputs = shape
-    if level == "int8":
-        return out * inputs + out * SCALE_DTYPE.itemsize
-    groups = -(-inputs // GROUP_INPUTS)
-    return out * -(-inputs // 2) + out * groups * 2 * SCALE_DTYPE.itemsize
-
-
-def fills_blocks(shape: tuple[int, int]) -> bool:
-    """Whether an int4 matrix is stored in blocks of 64 rows, which torch's kernels need."""
-    return shape[0] % _BLOCK == 0 and shape[1] % GROUP_INPUTS == 0
-
-
-def piece_rows(shape: tuple[int, int]) -> int:
-    """Rows of a matrix that are widened at a time: all, or a multiple of 64."""
-    out, inputs = shape
-    return min(out, max(_BLOCK, PIECE_VALUES // inputs // _BLOCK * _BLOCK))
+            block, row = rows // BLOCK, rows % BLOCK
+            found = self.codes[block, :, row % HALF]
+            return torch.where((row < HALF)[:, None], found & 15, found >> 4)
+        return unpaired(self.codes[rows], self.shape[1])
 
 
 @lru_cache(maxsize=16)
@@ -379,14 +350,14 @@ def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
 @lru_cache(maxsize=1)
 def kernel_block_rows() -> int:
     """Rows of the blocks that torch's int4 product on this CPU reads: 64, 32, or 0 for others."""
-    codes = torch.arange(_BLOCK * GROUP_INPUTS, dtype=torch.int32).mul_(7).remainder_(11)
-    codes = codes.view(_BLOCK, GROUP_INPUTS)
+    codes = torch.arange(BLOCK * GROUP_INPUTS, dtype=torch.int32).mul_(7).remainder_(11)
+    codes = codes.view(BLOCK, GROUP_INPUTS)
     try:
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError):  # no such product in this build of torch
         return 0
     found = theirs.view(torch.uint8).flatten()
-    fitting = (n for n in (_BLOCK, _HALF) if torch.equal(found, _in_blocks(codes, n).flatten()))
+    fitting = (n for n in (BLOCK, HALF) if torch.equal(found, in_blocks_of(codes, n).flatten()))
     return next(fitting, 0)
 
 
@@ -397,64 +368,6 @@ def _int4_product(
         flat, codes, group_inputs, scales
     )
     return found
-
-
-def _packed_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0 to 15 of shape (out, in), in blocks or pairs."""
-    out, inputs = codes.shape
-    if fills_blocks((out, inputs)):
-        return _in_blocks(codes, _BLOCK)
-    codes = codes.to(torch.uint8)
-    if inputs % 2:
-        codes = functional.pad(codes, (0, 1))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def _in_blocks(codes: torch.Tensor, rows: int) -> torch.Tensor:
-    """Codes (out, in), in blocks of some rows, (blocks, in, rows / 2)."""
-    halves = codes.to(torch.uint8).view(-1, 2, rows // 2, codes.shape[1])
-    return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
-
-
-def _unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :inputs]
-
-
-def _widen_blocks(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Codes (blocks, in, 32), scale and zero (groups, rows), into (in, rows).
-
-    The codes become signed bytes of 16 times their distance from the middle, which take one
-    operation for each half of a byte and convert to any dtype exactly.
-    """
-    blocks, inputs, _ = codes.shape
-    halves = out.view(inputs, blocks, 2, _HALF)
-    with buffer_in_use():
-        signed = widening_buffer(codes.numel(), torch.uint8, codes.device).view(codes.shape)
-        torch.bitwise_and(codes, 0xF0, out=signed).bitwise_xor_(0x80)
-        halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))
-        torch.bitwise_left_shift(codes, 4, out=signed).bitwise_xor_(0x80)
-        halves[:, :, 0].copy_(signed.view(torch.int8).transpose(0, 1))
-    groups = out.view(-1, GROUP_INPUTS, len(out[0]))
-    # Contiguous: with other strides torch computes one value at a time.
-    scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))
-    torch.addcmul(zero, groups, scale, out=groups)
-
-
-def _widen_pairs(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Codes (rows, in / 2), scale and zero (groups, rows), into (rows, in)."""
-    inputs = out.shape[1]
-    scale, zero = (_by_input(part.to(out.dtype), inputs) for part in (scale, zero))
-    centred = _unpaired(codes, inputs).to(out.dtype).sub_(_MIDDLE)
-    torch.addcmul(zero, centred, scale, out=out)
-
-
-def _by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
-    """(groups, rows) to (rows, in)."""
-    return scale.T.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs]
 
 
 def _as_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,38 @@
 """Quantisers: they choose the codes and scales of packed matrices.
 
 At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` with codes 0 to 15.
-Ranges of several widths around the weights are tried. From each one codes and, by least squares,
-scale and zero are fitted in turn, and the best pair is kept, as in llama.cpp's 4-bit types. The
-range from the least to the greatest weight is among them, so weights on a grid of 16 steps keep
-their values. See `rap_env.models.weights.gptq` for a quantiser that knows the inputs of a layer.
+
+- **By the weights** (`quantise`). Ranges of several widths around the weights are tried. From each
+  one codes and, by least squares, scale and zero are fitted in turn, and the best pair is kept, as
+  in llama.cpp's 4-bit types. The range from the least to the greatest weight is among them, so
+  weights on a grid of 16 steps keep their values.
+- **By a layer's outputs** (`quantise_gptq`). For inputs x of a linear layer, the squared error of
+  its outputs under a change D of its weights is ``trace(D H D.T)`` with the Hessian ``H = x.T x``.
+  GPTQ (Frantar et al. 2023) rounds one input after the other and lets the weights of later inputs
+  compensate for each error. Here each group of 32 inputs gets its scale and zero when its turn
+  comes, from the compensated weights. Then codes and scales are improved in turn: each scale and
+  zero by least squares under H, and each code by coordinate descent (as in QuantEase, Behdin et al.
+  2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from rap_env.errors import check_name
-from rap_env.models.weights.packing import (
+from rap_env.models.weights.packed_layout import (
     GROUP_INPUTS,
     PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
-    PackedMatrix,
     fills_blocks,
 )
+from rap_env.models.weights.packing import PackedMatrix
 
 Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 """Packs a matrix (out, in) at a level."""
@@ -168,3 +178,172 @@ def _fitted(
     slope = centred.mul_(groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
     slope = torch.where(spread > 0, slope, scale)
     return slope, mean - mean_code * slope
+
+
+DAMPING = 0.01
+"""Part of the Hessian's mean diagonal that is added to its diagonal."""
+
+SWEEPS = 1
+"""Rounds in which scales and codes are improved in turn. Small layers gain from the first one; more
+fit the calibration text better, but did not lower the loss of Gemma 3 270M on other text."""
+
+
+class HessianCollector:
+    """Sums ``x.T x`` of the inputs of linear layers while a model runs.
+
+    Layers that are called with the same tensor one after the other, as the projections of queries,
+    keys and values are, share one sum. Use it as a context manager around the passes over the
+    calibration text.
+
+    Args:
+        layers: The layers by any names.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+        self._sums: dict[str, torch.Tensor] = {}
+        self._sharing: dict[str, str] = {}  # the layer whose sum a layer uses
+        self._last: tuple[torch.Tensor, str] | None = None
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> HessianCollector:
+        for name, layer in self._layers.items():
+
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+                self._add(name, args[0])
+
+            self._hooks.append(layer.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._last = [], None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The sum for a layer, (in, in), float32; `KeyError` if it was not called."""
+        return self._sums[self._sharing[name]]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a layer was called."""
+        return name in self._sharing
+
+    def _add(self, name: str, states: torch.Tensor) -> None:
+        if self._last is not None and self._last[0] is states:
+            self._sharing[name] = self._last[1]
+            return
+        self._last, self._sharing[name] = (states, name), name
+        flat = states.detach().reshape(-1, states.shape[-1]).float()
+        if name in self._sums:
+            self._sums[name].addmm_(flat.T, flat)
+        else:
+            self._sums[name] = flat.T @ flat
+
+
+def quantise_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, *, damping: float = DAMPING, sweeps: int = SWEEPS
+) -> PackedMatrix:
+    """Pack a matrix at int4 with a small squared error of its outputs.
+
+    Args:
+        weight: (out, in).
+        hessian: Sum of ``x.T x`` over calibration inputs, (in, in), on the same device.
+        damping: Part of its mean diagonal that is added to its diagonal.
+        sweeps: Rounds in which scales and codes are improved in turn.
+    """
+    weight = weight.detach().float()
+    hessian = hessian.float().clone()
+    diagonal = hessian.diagonal()
+    diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
+    codes, scale, zero = _compensated(weight, hessian)
+    for _ in range(sweeps):
+        scale, zero = _refitted(weight, hessian, codes, scale, zero)
+        codes = _improved(weight, hessian, codes, scale, zero)
+    return PackedMatrix.from_codes(codes + 8, scale, zero=zero)
+
+
+def _compensated(
+    weight: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """GPTQ: codes minus 8, (out, in), scales and zeros (out, groups)."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    left = weight.clone()  # compensated for the errors so far
+    codes = torch.empty_like(weight)
+    scales, zeros = [], []
+    for first in range(0, weight.shape[1], GROUP_INPUTS):
+        group = slice(first, first + GROUP_INPUTS)
+        own, block = left[:, group], factor[group, group]
+        scale, zero = searched(own, block.diagonal().square().reciprocal())
+        errors = torch.empty_like(own)
+        for column in range(own.shape[1]):
+            value = own[:, column]
+            code = centred_codes(value[:, None], scale, zero)[:, 0]
+            codes[:, first + column] = code
+            error = (value - (code * scale + zero)) / block[column, column]
+            errors[:, column] = error
+            own[:, column + 1 :].addr_(error, block[column, column + 1 :], alpha=-1)
+        left[:, group.stop :].addmm_(errors, factor[group, group.stop :], alpha=-1)
+        scales.append(scale)
+        zeros.append(zero)
+    return codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
+
+
+def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    inputs = codes.shape[1]
+    scale, zero = (p.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs] for p in (scale, zero))
+    return torch.addcmul(zero, codes, scale)
+
+
+def _refitted(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros by least squares under the Hessian, one group after the other."""
+    scale, zero = scale.clone(), zero.clone()
+    pull = (weight - _values(codes, scale, zero)) @ hessian  # (out, in)
+    for index in range(scale.shape[1]):
+        group = slice(index * GROUP_INPUTS, (index + 1) * GROUP_INPUTS)
+        own, centred = hessian[group, group], codes[:, group]
+        weighted = centred @ own
+        both, alone = (weighted * centred).sum(dim=1), own.sum()
+        cross = weighted.sum(dim=1)
+        by_code, by_one = (pull[:, group] * centred).sum(dim=1), pull[:, group].sum(dim=1)
+        determinant = both * alone - cross.square()
+        safe = determinant > 1e-6 * both * alone
+        inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
+        new_scale = rounded(scale[:, index] + (alone * by_code - cross * by_one) * inverse)
+        new_zero = rounded(zero[:, index] + (both * by_one - cross * by_code) * inverse)
+        change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
+        change += (new_scale - scale[:, index])[:, None] * centred
+        scale[:, index], zero[:, index] = new_scale, new_zero
+        pull.addmm_(change, hessian[group], alpha=-1)
+    return scale, zero
+
+
+def _improved(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> torch.Tensor:
+    codes, values = codes.clone(), _values(codes, scale, zero)
+    pull = (weight - values) @ hessian
+    for first in range(0, weight.shape[1], GROUP_INPUTS):
+        group = slice(first, first + GROUP_INPUTS)
+        own = hessian[group, group]
+        steps, zeros = scale[:, first // GROUP_INPUTS], zero[:, first // GROUP_INPUTS]
+        near = pull[:, group].clone()
+        changes = torch.zeros_like(near)
+        for column in range(near.shape[1]):
+            wanted = values[:, first + column] + near[:, column] / own[column, column]
+            code = centred_codes(wanted[:, None], steps, zeros)[:, 0]
+            change = (code - codes[:, first + column]) * steps
+            codes[:, first + column], changes[:, column] = code, change
+            near.addr_(change, own[column], alpha=-1)
+        pull.addmm_(changes, hessian[group], alpha=-1)
+    return codes

@@ -43,7 +43,7 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
-from rap_env.models.weights.packing import PackedLevel
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors
 from rap_env.models.weights.transfers import PinnedMemory
 from rap_env.models.weights.weight_groups import WeightGroup, bytes_of
@@ -233,7 +233,6 @@ class WeightStore:
         self._add(item, level)
 
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
-        """Take over the tensors of a level that was made, and write them if needed."""
         self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
         for group in groups:
             group.pack()
@@ -258,7 +257,6 @@ def _groups(
 
 
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
-    """Native weights of an item, those together that the same levels use."""
     users = item.native_tensors()
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():

@@ -18,8 +18,6 @@ from rap_env.models.weights.transfers import PinnedMemory, aligned
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of a group and its offset in the group's buffer."""
-
     name: str
     tensor: torch.Tensor
     offset: int
@@ -169,7 +167,6 @@ class WeightGroup:
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> bytes:
-    """Hash of the bytes of tensors, one after the other."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(bytes_of(tensor.cpu()).numpy().data)

@@ -19,6 +19,7 @@ from torch import nn
 
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import BlockSite, Slot
+from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedModule,
     from_matrices,
@@ -29,7 +30,6 @@ from rap_env.models.weights.packed_modules import (
     packed,
     skeleton,
 )
-from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, packed_bytes
 from rap_env.models.weights.quantisers import Quantiser, quantise, requantise
 from rap_env.models.weights.tensors import named_weights, tensor_key
 
@@ -289,7 +289,6 @@ def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightIte
 
 
 def _slot_places(slot: Slot) -> Iterator[Place]:
-    """The places of a slot's module: the module itself, or modules inside of it."""
     for parent, attribute, child in packable(slot.original, slot.parent, slot.attribute):
         own = slot if child is slot.original else None
         yield Place("", parent, attribute, child, slot=own)

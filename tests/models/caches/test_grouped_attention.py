@@ -7,10 +7,17 @@ import torch
 
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, CacheLevel, channel_groups
 from rap_env.models.caches import block_attention, token_attention
-from rap_env.models.caches.cache_chunks import PIECE_VALUES, Step, set_current_step
-from rap_env.models.caches.cache_codes import pack, parts, rounded, widen
-from rap_env.models.caches.grouped_attention import attend
+from rap_env.models.caches.attention import attend
 from rap_env.models.caches.grouped_cache import GroupedLayer, chunk_of
+from rap_env.models.caches.groups import (
+    PIECE_VALUES,
+    Step,
+    pack,
+    parts,
+    rounded,
+    set_current_step,
+    widen,
+)
 
 LEVELS = ["int8", "int4", "int2", "window32", "window64", "int4-window64"]
 

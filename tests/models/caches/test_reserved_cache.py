@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from rap_env.models.caches.reserved_cache import ReservedLayer, own_pages
+from rap_env.models.caches.layers import ReservedLayer, own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan

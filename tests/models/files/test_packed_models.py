@@ -7,14 +7,13 @@ import torch
 
 from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
-from rap_env.models.files import loading, quantised_folder
+from rap_env.models.files import loading, packed_folder
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.calibration import calibrate, self_written
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.self_written import self_written
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
@@ -40,7 +39,7 @@ CALIBRATION_TOKENS = 630
 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised_folder, "_CALIBRATION_TOKENS", CALIBRATION_TOKENS)
+    monkeypatch.setattr(packed_folder, "_CALIBRATION_TOKENS", CALIBRATION_TOKENS)
 
 
 def saved(tmp_path: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -144,7 +143,7 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
 def test_it_is_quantised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, "llama")
     first = load_llm(folder, device="cpu", weights="int4")
-    monkeypatch.setattr(quantised_folder, "_quantised", None)
+    monkeypatch.setattr(packed_folder, "_quantised", None)
     again = load_llm(folder, device="cpu", weights="int4")
     assert again.fingerprint == first.fingerprint
     assert again.name == first.name == "model"

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.models.files.vllm_config import vllm_entries
+from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.plan import Plan
 from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK, logits
 from tests.models.stubs import repaired

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from rap_env.models.weights.gptq import HessianCollector, quantise_gptq
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import quantise, round_to_nearest
+from rap_env.models.weights.quantisers import (
+    HessianCollector,
+    quantise,
+    quantise_gptq,
+    round_to_nearest,
+)
 
 INPUTS, ROWS = 96, 64
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rap_env.errors import ArtifactError
 from rap_env.models.families.adapter import adapter_for
+from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedExperts,
     PackedLinear,
@@ -21,7 +22,6 @@ from rap_env.models.weights.packed_modules import (
     packable,
     packed,
 )
-from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, packed_bytes
 from tests import tiny
 
 IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -14,10 +14,16 @@ from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.weights import bfloat16_products, packing
-from rap_env.models.weights.packing import PACKED_LEVELS, PackedLevel, PackedMatrix, packed_bytes
+from rap_env.models.weights import bfloat16_products, packed_layout, packing
+from rap_env.models.weights.packed_layout import (
+    PACKED_LEVELS,
+    PackedLevel,
+    buffer_in_use,
+    packed_bytes,
+    widening_buffer,
+)
+from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
-from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
 
 SHAPES = [(64, 32), (192, 96), (128, 64), (24, 16), (61, 33), (7, 9), (1, 32), (16, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,8 +114,8 @@ def test_widening_in_pieces_changes_nothing(
     matrix = quantise(_random((320, 64)), level)
     states = _random((200, 64), seed=3).to(dtype)
     whole = matrix.product(states)
-    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
-    assert packing.piece_rows(matrix.shape) == 128
+    monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
+    assert packed_layout.piece_rows(matrix.shape) == 128
     assert torch.equal(matrix.product(states), whole)
 
 
@@ -119,7 +125,7 @@ def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
     level: PackedLevel, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bfloat16_products, "emulated", lambda: True)
-    monkeypatch.setattr(packing, "PIECE_VALUES", 128 * 64)
+    monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
     matrix = quantise(_random((320, 64)), level)
     states = _random((tokens, 64), seed=3).bfloat16()
     found = matrix._by_widening(states)
@@ -183,7 +189,7 @@ PRODUCTS_OF_HALF_BLOCKS = """
 import torch
 from rap_env.models.weights import packing
 from rap_env.models.weights.quantisers import quantise
-from rap_env.models.weights.widening_buffer import buffer_in_use, widening_buffer
+from rap_env.models.weights.packed_layout import buffer_in_use, widening_buffer
 
 print(packing.kernel_block_rows())
 for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():

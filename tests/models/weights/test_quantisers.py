@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rap_env.errors import UnknownNameError
-from rap_env.models.weights.packing import PACKED_LEVELS, PackedMatrix
+from rap_env.models.weights.packed_layout import PACKED_LEVELS
+from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise, requantise, round_to_nearest
 
 

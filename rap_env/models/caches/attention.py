@@ -1,7 +1,22 @@
-"""Attention of a live model whose caches have levels: today's functions, or attention over groups.
+"""Attention of a live model whose caches have levels.
 
 The level of a layer's cache stands on its attention module, as ``cache_level``; without one, and
 with a native one, the model's attention runs as transformers (or `models.live.cpu_decode`) has it.
+Else it runs over a cache that is stored in groups, in pieces of a bounded workspace.
+
+Shapes: B sequences (rows), K key and value heads, R query heads for each of them (N = K R), D
+channels of a head, Q queries of a row, P groups of a piece.
+
+The token at position t sees the groups before its own as they are stored, and its own group
+unquantised, up to itself. A window of the level hides whole groups, except the first one; the
+model's own sliding window hides single tokens. Positions decide that; no mask is read.
+
+- **One new token of each row** (`TokenAttention`). Scales are folded into the queries and zeros
+  added to the scores, so that only codes have to be unpacked. Computed in float32; a running
+  maximum and sum merge the pieces (Milakov and Gimelshein 2018).
+- **Several new tokens** (`BlockAttention`). Stored groups are widened piece by piece. Blocks of
+  queries run against the keys that all of them see without a mask, and against the groups at the
+  diagonal with one; parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -16,12 +31,47 @@ import torch
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
-from rap_env.models.caches.cache_chunks import Chunk, Step, current_step, set_current_step
-from rap_env.models.caches.cache_levels import known_lengths, lower, note_rows
-from rap_env.models.caches.grouped_attention import attend
+from rap_env.models.caches.block_attention import BlockAttention
 from rap_env.models.caches.grouped_cache import GroupedLayer, chunk_of
+from rap_env.models.caches.groups import Chunk, Step, current_step, set_current_step, split
+from rap_env.models.caches.layers import known_lengths, lower, note_rows
+from rap_env.models.caches.token_attention import TokenAttention
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.families.placeholders import cache_in
+
+
+def attend(
+    query: torch.Tensor,
+    chunk: Chunk,
+    scaling: float | None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of the new tokens of a chunk, (B, N, Q, D) -> (B, Q, N, D).
+
+    Args:
+        query: Queries of the chunk's columns.
+        chunk: What the tokens see.
+        scaling: Factor of the scores; by default ``D ** -0.5``.
+        softcap: Scores s become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        window: Tokens that the model's own attention sees, itself included, or None.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if chunk.token is not None:
+        return TokenAttention(query, chunk.token, chunk.step, scale, softcap, window).attend()
+    found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    for bundle in chunk.bundles:
+        heads = bundle.keys.shape[1]
+        mine = query if bundle.rows is None else query[bundle.rows]
+        mine = split(mine[:, :, -bundle.new :], 1, heads, -1)
+        output = BlockAttention(mine, bundle, chunk.level, scale, softcap, window).attend()
+        output = output.flatten(1, 2).transpose(1, 2)
+        if bundle.rows is None:
+            found[:, -bundle.new :] = output
+        else:
+            found[bundle.rows, -bundle.new :] = output
+    return found
+
 
 LEVEL_ATTENTIONS = {"sdpa": "sdpa_levels", "eager": "eager_levels"}
 """Names of attention in the config of a live model, by their public names."""
@@ -125,7 +175,6 @@ def _unread_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-    """The eager attention of the module's own family."""
     if getattr(module, "reorder_and_upcast_attn", False):  # GPT-2's second one
         upcast: tuple[torch.Tensor, Any] = module._upcast_and_reordered_attn(*args[:4])
         return upcast
@@ -137,7 +186,6 @@ _PASSES = threading.local()
 
 
 def _note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-    """Remember the padding mask of a pass: a decoder may get prepared masks instead."""
     _open().append((current_step(), kwargs.get("attention_mask")))
 
 
