@@ -97,15 +97,15 @@ def device_kind(device: torch.device) -> str:
         return f"cuda:{torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
         return device.type
-    found = cpu_capabilities()
-    extra = [flag for flag in BFLOAT16_FLAGS if found.get(flag)]
+    capabilities = cpu_capabilities()
+    extra = [flag for flag in BFLOAT16_FLAGS if capabilities.get(flag)]
     return "+".join([f"cpu:{torch.backends.cpu.get_cpu_capability()}", *extra])
 
 
 def cpu_capabilities() -> dict[str, Any]:
     """What torch says of this machine's CPU by name; nothing in versions that cannot tell."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return dict(found)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return dict(capabilities)
 
 
 def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
@@ -145,10 +145,10 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
     gains = {dtype: best[dtype] / best[torch.float32] for dtype in halves}
     faster = (dtype for dtype, gain in gains.items() if gain > CLEAR_GAIN)
     chosen = next(faster, torch.float32)
-    found = " and ".join(
+    gains_text = " and ".join(
         f"{str(dtype).removeprefix('torch.')} {gain:.2f}" for dtype, gain in gains.items()
     )
-    log.info("%s multiplies %s times as fast as float32: %s is chosen", device, found, chosen)
+    log.info("%s multiplies %s times as fast as float32: %s is chosen", device, gains_text, chosen)
     return chosen
 
 
@@ -262,8 +262,8 @@ def fastest_threads(seconds: float = 0.4) -> int:
             threads *= 2
     finally:
         torch.set_num_threads(before)
-    found = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
-    log.info("Products per second by number of threads: %s; %d is chosen", found, best)
+    rates_text = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
+    log.info("Products per second by number of threads: %s; %d is chosen", rates_text, best)
     return best
 
 

@@ -227,12 +227,12 @@ class Trainer:
         try:
             # Adam counts its steps on the CPU; on a GPU, each count would be a wait for the device.
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            found = state["run"]
+            made_by = state["run"]
         except _DAMAGE as error:
             raise ArtifactError(
                 f"{path} is damaged or not a distillation checkpoint; delete it to start again."
             ) from error
-        if found != run:
+        if made_by != run:
             raise ArtifactError(
                 f"{path} is a checkpoint of another model, text or settings; give another path, or "
                 "delete it to start again."

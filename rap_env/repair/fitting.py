@@ -290,14 +290,14 @@ def best_fit(
     block: int, fit_on: Moments, judge_on: Moments, config: FitConfig, width: int
 ) -> BlockFit:
     """Fit maps up to rank `width` with the penalty of least held-back error at the mean rank."""
-    found = []
+    fits = []
     for ridge in config.ridges:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
         # The output may be zero, as for a block that a pruned model has lost.
         power = max(judge_on.y_power, torch.finfo(torch.float32).tiny)
         errors = candidate.errors(judge_on) / power
-        found.append(BlockFit(block, candidate, ridge, errors))
-    return min(found, key=lambda fit: float(fit.errors[min(config.rank, width)]))
+        fits.append(BlockFit(block, candidate, ridge, errors))
+    return min(fits, key=lambda fit: float(fit.errors[min(config.rank, width)]))
 
 
 def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:

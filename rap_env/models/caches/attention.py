@@ -59,7 +59,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if chunk.token is not None:
         return TokenAttention(query, chunk.token, chunk.step, scale, softcap, window).attend()
-    found = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    attended = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     for bundle in chunk.bundles:
         heads = bundle.keys.shape[1]
         mine = query if bundle.rows is None else query[bundle.rows]
@@ -67,10 +67,10 @@ def attend(
         output = BlockAttention(mine, bundle, chunk.level, scale, softcap, window).attend()
         output = output.flatten(1, 2).transpose(1, 2)
         if bundle.rows is None:
-            found[:, -bundle.new :] = output
+            attended[:, -bundle.new :] = output
         else:
-            found[bundle.rows, -bundle.new :] = output
-    return found
+            attended[bundle.rows, -bundle.new :] = output
+    return attended
 
 
 LEVEL_ATTENTIONS = {"sdpa": "sdpa_levels", "eager": "eager_levels"}
@@ -170,8 +170,8 @@ def _unread_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     padding = kwargs.get("attention_mask")
     if padding is not None and padding.is_cuda and kwargs.get("q_length") == 1:
         kwargs["allow_is_causal_skip"] = False
-    found: torch.Tensor | None = sdpa_mask(*args, **kwargs)
-    return found
+    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
 
 
 def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
@@ -234,5 +234,5 @@ def _leave(*_: Any) -> None:
 
 def _open() -> list[tuple[Step | None, Any]]:
     """The passes that this thread is in, the innermost last: the step before each, and its mask."""
-    found: list[tuple[Step | None, Any]] = _PASSES.__dict__.setdefault("open", [])
-    return found
+    passes: list[tuple[Step | None, Any]] = _PASSES.__dict__.setdefault("open", [])
+    return passes

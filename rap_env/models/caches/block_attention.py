@@ -48,8 +48,8 @@ class BlockAttention:
             end = min(first + _BLOCK_GROUPS, self.count)
             self._stored_groups(first, end)
             self._later_groups(first, end)
-        found = self.output[:, :, :, self.front : self.front + self.bundle.new]
-        return found.to(self.query.dtype)
+        attended = self.output[:, :, :, self.front : self.front + self.bundle.new]
+        return attended.to(self.query.dtype)
 
     def _own_groups(self) -> None:
         """Each token with its own group: the groups are the batch of one call."""

@@ -269,8 +269,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def slot_groups(self) -> torch.Tensor:
         """The group in each slot of each row, -1 for none, (B, G), on the CPU."""
-        found = {held: self._slots(held) for held in set(self.lengths)}
-        rows = [found[held] for held in self.lengths]
+        slots = {held: self._slots(held) for held in set(self.lengths)}
+        rows = [slots[held] for held in self.lengths]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), -1)
 
     def _grow(self, after: Sequence[int]) -> bool:

@@ -82,14 +82,14 @@ def rounded(
         return keys, values
 
     def both(mine: torch.Tensor, theirs: torch.Tensor) -> Groups:
-        found = []
+        restored = []
         for part, dim in ((mine, -2), (_by_channels(theirs), -1)):
             whole = _restored(*_quantised(bits, part, dim))
-            found.append(whole.to(keys.dtype).reshape(mine.shape))
-        return tuple(found)
+            restored.append(whole.to(keys.dtype).reshape(mine.shape))
+        return tuple(restored)
 
-    found = _in_pieces(both, keys, values)
-    return found[0], found[1]
+    restored = _in_pieces(both, keys, values)
+    return restored[0], restored[1]
 
 
 def widen(bits: int, groups: Groups, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,11 +98,11 @@ def widen(bits: int, groups: Groups, dtype: torch.dtype) -> tuple[torch.Tensor, 
         return groups[0], groups[1]
     keys, values = parts(groups)
     codes = codes_of(bits, keys.codes).float()
-    found = _restored(codes, keys.scale, keys.zero).to(dtype)
+    wide_keys = _restored(codes, keys.scale, keys.zero).to(dtype)
     codes = codes_of(bits, values.codes).float()
     scales = (None if t is None else t.transpose(-1, -2)[..., None] for t in values[1:])
-    whole = _restored(_by_channels(codes), *scales).to(dtype)
-    return found, whole.reshape(codes.shape)
+    wide_values = _restored(_by_channels(codes), *scales).to(dtype)
+    return wide_keys, wide_values.reshape(codes.shape)
 
 
 def _restored(
@@ -126,11 +126,11 @@ def _in_pieces(
     width = max(1, _PIECE_VALUES * count // max(1, keys.numel()))
     if width >= count:
         return function(keys, values)
-    found = [
+    pieces_done = [
         function(*(t.narrow(-3, start, min(width, count - start)) for t in (keys, values)))
         for start in range(0, count, width)
     ]
-    return tuple(torch.cat(pieces, dim=-3) for pieces in zip(*found, strict=True))
+    return tuple(torch.cat(pieces, dim=-3) for pieces in zip(*pieces_done, strict=True))
 
 
 def parts(groups: Groups) -> tuple[Part, Part]:
@@ -198,8 +198,8 @@ def _by_channels(values: torch.Tensor) -> torch.Tensor:
 
 def split(tensor: torch.Tensor, dim: int, *sizes: int) -> torch.Tensor:
     """A dimension as several, of these sizes; a view."""
-    found: torch.Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
-    return found
+    view: torch.Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return view
 
 
 PIECE_VALUES = ATTENTION_WORKSPACE_BYTES // 16
@@ -317,11 +317,11 @@ def in_groups(states: torch.Tensor, count: int) -> torch.Tensor:
 
 def equal_rows(before: Sequence[int], after: Sequence[int]) -> dict[tuple[int, int], list[int]]:
     """Rows with new tokens, by their numbers of tokens before and after."""
-    found: dict[tuple[int, int], list[int]] = {}
+    rows_by_length: dict[tuple[int, int], list[int]] = {}
     for row, pair in enumerate(zip(before, after, strict=True)):
         if pair[1] > pair[0]:
-            found.setdefault(pair, []).append(row)
-    return found
+            rows_by_length.setdefault(pair, []).append(row)
+    return rows_by_length
 
 
 def stored_groups(tokens: int) -> int:

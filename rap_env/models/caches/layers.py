@@ -218,31 +218,31 @@ def check_levels(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
 
 def _changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, CacheLevel]]:
     """Layers that `lower` changes, with their new levels."""
-    found: list[tuple[int, CacheLevel]] = []
+    changes: list[tuple[int, CacheLevel]] = []
     layers = getattr(cache, "layers", ())
     for number in range(max(len(layers), *(layer + 1 for layer in levels), 0)):
         layer = layers[number] if number < len(layers) else None
         level = levels.get(number, NATIVE_CACHE)
-        held = layer.level if isinstance(layer, GroupedLayer) else NATIVE_CACHE
-        if level is held or level == held:
+        current = layer.level if isinstance(layer, GroupedLayer) else NATIVE_CACHE
+        if level is current or level == current:
             continue
         if layer is not None and _has_tokens(layer):
             if layer.keys.dtype == PLACEHOLDER_DTYPE:
                 continue
-            level = held.lowest(level)
-        if level != held:
-            found.append((number, level))
-    return found
+            level = current.lowest(level)
+        if level != current:
+            changes.append((number, level))
+    return changes
 
 
 def lowest_levels(*caches: Any) -> dict[int, CacheLevel]:
     """For each layer the lowest of the levels at which caches hold it."""
-    found: dict[int, CacheLevel] = {}
+    lowest: dict[int, CacheLevel] = {}
     for cache in caches:
         for number, layer in filled_layers(cache):
             if isinstance(layer, GroupedLayer):
-                found[number] = layer.level.lowest(found.get(number, NATIVE_CACHE))
-    return found
+                lowest[number] = layer.level.lowest(lowest.get(number, NATIVE_CACHE))
+    return lowest
 
 
 def raised(cache: Any, levels: Mapping[int, CacheLevel]) -> bool:

@@ -83,8 +83,8 @@ class TokenAttention:
         keys, values = parts(layer.groups)
         for (start, end), mask in piece_masks:
             self._stretch(keys.narrow(start, end), values.narrow(start, end), mask)
-        found: torch.Tensor = (self.output / self.sum).to(self.dtype)
-        return found.view(self.batch, 1, -1, self.size)
+        attended: torch.Tensor = (self.output / self.sum).to(self.dtype)
+        return attended.view(self.batch, 1, -1, self.size)
 
     def _capped(self, scores: torch.Tensor) -> torch.Tensor:
         return scores if self.softcap is None else capped(scores, self.softcap)
@@ -99,9 +99,9 @@ class TokenAttention:
         device = layer.keys.device
         key = (device, level, layer.sliding_window, self.window, layer.capacity)
         if key in self.step.memo:
-            found: tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]
-            found = self.step.memo[key]
-            return found
+            masks: tuple[torch.Tensor, list[tuple[tuple[int, int], torch.Tensor | None]]]
+            masks = self.step.memo[key]
+            return masks
         last = torch.tensor(self.step.after)[:, None, None] - 1  # (B, 1, 1)
         own = last // GROUP_TOKENS
         within = torch.arange(GROUP_TOKENS)
@@ -194,11 +194,11 @@ class TokenAttention:
         folded = weights.new_empty(batch, heads, self.channels, each, count, GROUP_TOKENS)
         scale = values.scale.transpose(2, 3)[:, :, :, None]  # (B, K, C, 1, P, 32)
         torch.mul(weights[:, :, None], scale, out=folded)
-        found = folded.to(self.product).flatten(4).flatten(2, 3) @ codes  # (B, K, C R, D)
-        found = found.view(batch, heads, self.channels, each, self.channels, -1)
+        added = folded.to(self.product).flatten(4).flatten(2, 3) @ codes  # (B, K, C R, D)
+        added = added.view(batch, heads, self.channels, each, self.channels, -1)
         # Only the channels of the group whose scales were folded in: (B, K, R, D / C, C).
-        found = found.diagonal(dim1=2, dim2=4)
-        split(self.output, -1, self.channels, -1).add_(found.transpose(-1, -2))
+        added = added.diagonal(dim1=2, dim2=4)
+        split(self.output, -1, self.channels, -1).add_(added.transpose(-1, -2))
 
     def _codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes of a piece around zero, (B, K, P, 32, D), in memory that the next piece reuses."""

@@ -27,8 +27,8 @@ _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 def cache_in(arguments: Mapping[str, Any]) -> Any:
     """The KV cache among the keyword arguments of a module, or None."""
-    found = (arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None)
-    return next(found, None)
+    caches = (arguments[name] for name in _CACHE_ARGUMENTS if arguments.get(name) is not None)
+    return next(caches, None)
 
 
 def normalised(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -152,9 +152,9 @@ def _contents(file: GgufFile, model: Any) -> Iterator[tuple[str, PackedMatrix | 
         target = names.get(tensor.name, names.get(tensor.name.removesuffix(".weight"), ""))
         child = _child(model, target) if target else None
         if child is not None and kind not in UNQUANTISED and len(tensor.shape) == 2:
-            found = _row_order(tensor, target, model, names, process)
-            if found is not None:
-                order = None if np.array_equal(found, np.arange(len(found))) else found
+            row_order = _row_order(tensor, target, model, names, process)
+            if row_order is not None:
+                order = None if np.array_equal(row_order, np.arange(len(row_order))) else row_order
                 yield target, packed_blocks(tensor.data, kind, order)
                 continue
         result = process(tensor, dequantize(tensor.data, kind), gathered)
@@ -217,17 +217,17 @@ def _row_order(
     """
     inputs, rows = (int(size) for size in tensor.shape)
     numbers = np.arange(rows, dtype=np.int32)
-    found: list[torch.Tensor] = []
+    oriented: list[torch.Tensor] = []
     for axis in (numbers[:, None], np.arange(inputs, dtype=np.int32)[None]):
         values = np.broadcast_to(axis, (rows, inputs))
         result = process(tensor, values, {})
         if result.name is None or names.get(result.name) != target:
             return None
-        if result.weights is values and not found:
+        if result.weights is values and not oriented:
             return numbers.astype(np.int64)
         weights = torch.from_numpy(np.ascontiguousarray(result.weights))
-        found.append(_oriented(target, weights, model))
-    by_row, by_column = found
+        oriented.append(_oriented(target, weights, model))
+    by_row, by_column = oriented
     columns = torch.arange(inputs, dtype=torch.int32)
     if by_row.shape != (rows, inputs) or not torch.equal(by_row, by_row[:, :1].expand_as(by_row)):
         return None

@@ -140,8 +140,8 @@ class PackagedGguf:
             ChecksumError: The packages contain another file.
             StorageFullError: The disk is full.
         """
-        if (found := self.cached_folder(packed=packed)) is not None:
-            return found
+        if (cached := self.cached_folder(packed=packed)) is not None:
+            return cached
         installed = self._installed()
         if not installed:
             require_downloads_allowed(self.alias)
@@ -172,13 +172,13 @@ class PackagedGguf:
         return False
 
     def _installed(self) -> list[Path]:
-        found = []
+        files = []
         for part in self.parts:
             name, _, inside = part.member.partition("/")
             spec = importlib.util.find_spec(name)
             places = [] if spec is None else spec.submodule_search_locations or []
-            found += [path for place in places if (path := Path(place) / inside).is_file()][:1]
-        return found if len(found) == len(self.parts) else []
+            files += [path for place in places if (path := Path(place) / inside).is_file()][:1]
+        return files if len(files) == len(self.parts) else []
 
     def _gguf(self, installed: list[Path], progress: bool) -> Path:
         path = self._path()
@@ -192,9 +192,9 @@ class PackagedGguf:
                         _concatenate(installed, file)
                     else:
                         _extract(self.parts, self._download(work, progress), file)
-                if (found := file_sha256(target)) != self.sha256:
+                if (sha256 := file_sha256(target)) != self.sha256:
                     what = f"{self.file_name} of {self.packages}"
-                    raise wrong_content(what, found, self.sha256)
+                    raise wrong_content(what, sha256, self.sha256)
                 target.replace(path)
         return path
 
@@ -276,10 +276,10 @@ def require_downloads_allowed(alias: str) -> None:
         )
 
 
-def wrong_content(what: str, found: str, wanted: str) -> ChecksumError:
+def wrong_content(what: str, sha256: str, expected: str) -> ChecksumError:
     """The error for a download with another checksum."""
     return ChecksumError(
-        f"{what} has SHA-256 {found}, but {wanted} was expected; the file was deleted. Try again; "
+        f"{what} has SHA-256 {sha256}, but {expected} was expected; the file was deleted. Try again; "
         "if the checksum differs again, do not trust that source."
     )
 

@@ -114,8 +114,8 @@ def load_llm(
     free_memory_early()  # what loading frees would leave the heap full of holes
     bound_kernel_caches()
     place = choose_device(device)
-    found = locate(model, packed=weights == "native")
-    folder = found.folder
+    source = locate(model, packed=weights == "native")
+    folder = source.folder
     packed = weights in PACKED_LEVELS or is_packed(folder)
     kind = (choose_packed_dtype if packed else choose_dtype)(dtype, place)
     _check_format(folder, weights)
@@ -133,7 +133,7 @@ def load_llm(
     tokenizer = load_tokenizer(folder)  # before the weights, because it takes twice its size
     if before_weights is not None:
         before_weights(_loading_bytes(folder, kind, lean=config is not None))
-    log.info("Loading %s in %s on %s", found.name, kind, place)
+    log.info("Loading %s in %s on %s", source.name, kind, place)
     if is_packed(folder):
         loaded = load_native(folder, kind, None if config is None else LeanLlama(config, kind))
     else:
@@ -142,7 +142,7 @@ def load_llm(
     speed_up_decoding(loaded)
     return_freed_memory()
     keep_freed_memory()
-    return ElasticLLM(loaded, tokenizer, name=found.name, folder=folder)
+    return ElasticLLM(loaded, tokenizer, name=source.name, folder=folder)
 
 
 def _moved(model: Any, place: torch.device) -> Any:

@@ -74,8 +74,8 @@ def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
 
     def read(name: str, kind: torch.dtype | None = None) -> torch.Tensor:
         entry = table[name]
-        found = _DTYPES[entry["dtype"]]
-        place = StoredTensor(path, entry["at"], tuple(entry["shape"]), found, kind or found)
+        stored_as = _DTYPES[entry["dtype"]]
+        place = StoredTensor(path, entry["at"], tuple(entry["shape"]), stored_as, kind or stored_as)
         return place.read(torch.device("cpu"))
 
     packed = [name.removesuffix(_CODES) for name in table if name.endswith(_CODES)]
@@ -124,9 +124,11 @@ def _set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
 def require_all(model: Any, stored: Any, path: Path) -> None:
     """Raise an `UnsupportedModelError` unless each parameter is stored under one of its names."""
     packed = {name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)}
-    found = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in packed}
-    found |= {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in found]
+    stored_ids = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in packed}
+    stored_ids |= {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
+    missing = [
+        name for name, parameter in model.named_parameters() if id(parameter) not in stored_ids
+    ]
     if missing:
         raise UnsupportedModelError(
             f"{path} lacks {len(missing)} tensors that its config requires, such as {missing[0]!r}."

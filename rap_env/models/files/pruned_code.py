@@ -61,13 +61,13 @@ def vllm_entries(adapter: FamilyAdapter, removed: Plan, *, stubs: bool) -> dict[
             "residual stream of an attention block before it. Keep the first attention block."
         )
     group = config.num_attention_heads // adapter.kv_heads
-    gone = [index in removed.removed for index in range(adapter.num_blocks)]
+    is_removed = [index in removed.removed for index in range(adapter.num_blocks)]
     blocks = [
         {
             "attention": {"no_op": attn, "n_heads_in_group": None if attn else group},
             "ffn": {"no_op": ffn, "intermediate_size": None if ffn else adapter.ffn_width},
         }
-        for attn, ffn in zip(gone[::2], gone[1::2], strict=True)
+        for attn, ffn in zip(is_removed[::2], is_removed[1::2], strict=True)
     ]
     entries: dict[str, Any] = {"architectures": [_ARCHITECTURE], "block_configs": blocks}
     if adapter.model_type == "qwen2":  # biases of queries, keys and values, but not of the output

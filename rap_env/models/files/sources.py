@@ -183,14 +183,14 @@ def cached_models() -> list[CachedModel]:
         for name, model in known.items()
         for packed in (False, True)
     }
-    found = []
+    models = []
     for folder in sorted(models_dir().glob("*/")):
         with contextlib.suppress(OSError, ArtifactError, KeyError):
             name = manifest_source(folder)["file"]
-            found.append(_cached_model(names.get(folder.name, name), folder))
+            models.append(_cached_model(names.get(folder.name, name), folder))
     if (hub := cached_hub_folder(HUB_ID, HUB_REVISION)) is not None:
-        found.append(_cached_model(f"{ALIAS}@hub", hub))
-    return found
+        models.append(_cached_model(f"{ALIAS}@hub", hub))
+    return models
 
 
 def _cached_model(name: str, folder: Path) -> CachedModel:
@@ -270,9 +270,9 @@ def _fetched(source: str, packed: bool, progress: bool) -> Path:
         return SMOLLM2.folder(packed=packed, progress=progress)
     folder = hub_folder(HUB_ID, HUB_REVISION, read_config, progress=progress)
     weights = folder / "model.safetensors"
-    if (found := file_sha256(weights)) != HUB_SHA256:
+    if (sha256 := file_sha256(weights)) != HUB_SHA256:
         target = weights.resolve()  # the hub's cache has links
         weights.unlink()
         target.unlink(missing_ok=True)
-        raise wrong_content(f"{HUB_ID}/model.safetensors from the hub", found, HUB_SHA256)
+        raise wrong_content(f"{HUB_ID}/model.safetensors from the hub", sha256, HUB_SHA256)
     return folder

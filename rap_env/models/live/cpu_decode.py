@@ -95,5 +95,5 @@ def _single(
     batch, heads, _, width = query.shape
     shared = key.shape[1]
     rows = query.reshape(batch, shared, heads // shared, width)
-    found = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
-    return found.reshape(batch, 1, heads, found.shape[-1])
+    attended = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    return attended.reshape(batch, 1, heads, attended.shape[-1])

@@ -71,13 +71,13 @@ def find_device_map(model: Any, adapter: FamilyAdapter, name: str) -> DeviceMap 
 
 
 def _device_of(module: nn.Module, part: str) -> torch.device:
-    found = {str(tensor.device) for _, tensor in named_weights(module)}
-    if len(found) != 1:
+    devices = {str(tensor.device) for _, tensor in named_weights(module)}
+    if len(devices) != 1:
         raise UnsupportedModelError(
-            f"The weights of {part} are on {len(found)} devices ({', '.join(sorted(found))}); give "
+            f"The weights of {part} are on {len(devices)} devices ({', '.join(sorted(devices))}); give "
             "a device_map that keeps each layer whole, and load pruned models on one device."
         )
-    return torch.device(found.pop())
+    return torch.device(devices.pop())
 
 
 def install_device_map(model: Any, adapter: FamilyAdapter, devices: DeviceMap) -> None:

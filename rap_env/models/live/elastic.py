@@ -292,16 +292,16 @@ class ElasticLLM:
     def _weight_store(self, residency: Residency) -> WeightStore:
         live = self._live
         own, rest = untied_weights(self.model, (site.modules for site in live.sites))
-        taken = {
+        embeddings = {
             name: tensor
             for place in live.embeddings.places
             if place.tied is None
             for name, tensor in place.weights.items()
         }
-        ids = {id(tensor) for tensor in taken.values()}
+        ids = {id(tensor) for tensor in embeddings.values()}
         return WeightStore(
             live.all_items,
-            [*own, taken],
+            [*own, embeddings],
             {name: tensor for name, tensor in rest.items() if id(tensor) not in ids},
             self.folder,
             residency,

@@ -52,9 +52,9 @@ class PartialForward:
         self._decoder = llm.adapter.decoder(llm.model)
         self._layers = list(llm.adapter.layers(llm.model))
         self._calls: dict[int, list[_Call]] = {}
-        together = 2 if llm.adapter.parallel else 1
+        step_blocks = 2 if llm.adapter.parallel else 1
         count = llm.num_blocks
-        self.steps = tuple(tuple(range(b, b + together)) for b in range(0, count, together))
+        self.steps = tuple(tuple(range(b, b + step_blocks)) for b in range(0, count, step_blocks))
 
     @torch.inference_mode()
     def enter(self, input_ids: torch.Tensor, embeddings: WeightLevel = "native") -> torch.Tensor:

@@ -29,9 +29,9 @@ TOKENS_AT_ONCE = 256
 @lru_cache(maxsize=1)
 def emulated() -> bool:
     """Whether this machine's CPU has no instructions for products of bfloat16 matrices."""
-    found = cpu_capabilities()
-    is_x86 = found.get("architecture") == "x86_64"
-    return is_x86 and not any(found.get(flag) for flag in BFLOAT16_FLAGS)
+    capabilities = cpu_capabilities()
+    is_x86 = capabilities.get("architecture") == "x86_64"
+    return is_x86 and not any(capabilities.get(flag) for flag in BFLOAT16_FLAGS)
 
 
 def uses_float32(device: torch.device, dtype: torch.dtype) -> bool:

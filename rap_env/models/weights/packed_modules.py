@@ -112,9 +112,9 @@ class PackedLinear(PackedModule):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        found = self._matrix.product(states)
+        output = self._matrix.product(states)
         bias = self.bias
-        return found if bias is None else found.add_(bias)
+        return output if bias is None else output.add_(bias)
 
     def widened(self) -> nn.Linear:
         """A linear layer with the same weights, in memory of its own, and the same bias."""
@@ -148,9 +148,9 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(...) to (..., hidden)."""
-        found = self._matrix.rows(token_ids, self.dtype)
+        output = self._matrix.rows(token_ids, self.dtype)
         scale = self.embed_scale
-        return found if scale is None else found * scale.to(self.dtype)
+        return output if scale is None else output * scale.to(self.dtype)
 
     @property
     def widen_bytes(self) -> int:
@@ -175,9 +175,9 @@ class _WideEmbedding(nn.Module):
         self.weight = _fixed(weight)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        found = functional.embedding(token_ids, self.weight)
+        output = functional.embedding(token_ids, self.weight)
         scale = self.embed_scale
-        return found if scale is None else found * scale.to(found.dtype)
+        return output if scale is None else output * scale.to(output.dtype)
 
 
 class PackedExperts(PackedModule):

@@ -111,12 +111,12 @@ class PackedMatrix:
         """
         check_name("level of packed weights", level, PACKED_LEVELS)
         codes, scales = tensors.get("codes"), tensors.get("scales")
-        wanted = tensor_shapes(level, shape)
-        if codes is None or scales is None or codes.shape != wanted["codes"]:
-            found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = tensor_shapes(level, shape)
+        if codes is None or scales is None or codes.shape != expected["codes"]:
+            given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ArtifactError(
                 f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
-                f"{wanted}, not {found}."
+                f"{expected}, not {given}."
             )
         return cls(level, shape, codes, scales)
 
@@ -203,20 +203,20 @@ class PackedMatrix:
         if self.level == "int4":
             scale, zero = (by_input(part[:, flat], self.shape[1]) for part in self._pairs())
             codes = self.code_rows(flat).to(torch.float32)
-            found = torch.addcmul(zero.float(), codes - MIDDLE, scale.float())
+            weights = torch.addcmul(zero.float(), codes - MIDDLE, scale.float())
         elif self.grouped:
             scale = by_input(self.scales[:, flat], self.shape[1])
-            found = self.codes[flat].float() * scale.float()
+            weights = self.codes[flat].float() * scale.float()
         else:
-            found = self.codes[flat].float() * self.scales[flat, None].float()
-        return found.to(dtype).view(*indices.shape, self.shape[1])
+            weights = self.codes[flat].float() * self.scales[flat, None].float()
+        return weights.to(dtype).view(*indices.shape, self.shape[1])
 
     def product(self, states: torch.Tensor) -> torch.Tensor:
         """``states @ weights.T``: (..., in) to (..., out), in the dtype of `states`."""
         out, inputs = self.shape
         flat = states.reshape(-1, inputs)
-        found = self._by_kernel(flat) if self._kernel_applies(flat) else self._by_widening(flat)
-        return found.view(*states.shape[:-1], out)
+        output = self._by_kernel(flat) if self._kernel_applies(flat) else self._by_widening(flat)
+        return output.view(*states.shape[:-1], out)
 
     def _kernel_applies(self, flat: torch.Tensor) -> bool:
         rows = flat.shape[0]  # len(flat) takes three times as long
@@ -250,14 +250,14 @@ class PackedMatrix:
         rows, (out, inputs) = len(flat), self.shape
         sets = (out // BLOCK, 2, 2, HALF // 2)  # blocks, halves, sets of rows, rows
         codes, by_set = self.codes.view(out // 2, -1), scales.view(-1, *sets, 2)
-        found = flat.new_empty(rows, *sets)
+        output = flat.new_empty(rows, *sets)
         for index in range(2):
             places = flat.new_zeros(rows, inputs, 2)
             places[:, :, index] = flat
             own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
             part = _int4_product(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
-            found[:, :, :, index] = part.view(found[:, :, :, index].shape)
-        return found.view(rows, out)
+            output[:, :, :, index] = part.view(output[:, :, :, index].shape)
+        return output.view(rows, out)
 
     def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
         out, rows = self.shape[0], piece_rows(self.shape)
@@ -266,18 +266,18 @@ class PackedMatrix:
         with buffer_in_use():
             if rows >= out:
                 return product(flat, 0, out)
-            found = flat.new_empty(len(flat), out)
+            output = flat.new_empty(len(flat), out)
             for first in range(0, out, rows):
                 last = min(first + rows, out)
-                found[:, first:last] = product(flat, first, last)
-            return found
+                output[:, first:last] = product(flat, first, last)
+            return output
 
     def _piece_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
         values = (last - first) * self.shape[1]
         buffer = widening_buffer(values, flat.dtype, flat.device)
         weights, scale = self._widened_piece(buffer, first, last)
-        found = functional.linear(flat, weights)
-        return found if scale is None else found.mul_(scale)
+        output = functional.linear(flat, weights)
+        return output if scale is None else output.mul_(scale)
 
     def _float32_product(self, flat: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """As `_piece_product`, computed in float32 and rounded, where bfloat16 is emulated.
@@ -289,12 +289,12 @@ class PackedMatrix:
         buffer = widening_buffer(sum(sizes), torch.float32, flat.device)
         wide, states, products = torch.split(buffer, sizes)
         weights, scale = self._widened_piece(wide, first, last)
-        found = flat.new_empty(len(flat), rows)
-        for some, rounded in zip(torch.split(flat, count), torch.split(found, count), strict=True):
+        output = flat.new_empty(len(flat), rows)
+        for some, rounded in zip(torch.split(flat, count), torch.split(output, count), strict=True):
             product = products.view(count, rows)[: len(some)]
             torch.mm(states.view(count, inputs)[: len(some)].copy_(some), weights.T, out=product)
             rounded.copy_(product if scale is None else product.mul_(scale))
-        return found
+        return output
 
     def _widened_piece(
         self, buffer: torch.Tensor, first: int, last: int
@@ -316,8 +316,8 @@ class PackedMatrix:
         """The int4 codes of single rows, (n,) to (n, in)."""
         if self.in_blocks:
             block, row = rows // BLOCK, rows % BLOCK
-            found = self.codes[block, :, row % HALF]
-            return torch.where((row < HALF)[:, None], found & 15, found >> 4)
+            codes = self.codes[block, :, row % HALF]
+            return torch.where((row < HALF)[:, None], codes & 15, codes >> 4)
         return unpaired(self.codes[rows], self.shape[1])
 
 
@@ -356,18 +356,18 @@ def kernel_block_rows() -> int:
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, AttributeError):  # no such product in this build of torch
         return 0
-    found = theirs.view(torch.uint8).flatten()
-    fitting = (n for n in (BLOCK, HALF) if torch.equal(found, in_blocks_of(codes, n).flatten()))
+    layout = theirs.view(torch.uint8).flatten()
+    fitting = (n for n in (BLOCK, HALF) if torch.equal(layout, in_blocks_of(codes, n).flatten()))
     return next(fitting, 0)
 
 
 def _int4_product(
     flat: torch.Tensor, codes: torch.Tensor, group_inputs: int, scales: torch.Tensor
 ) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+    output: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         flat, codes, group_inputs, scales
     )
-    return found
+    return output
 
 
 def _as_scales(scales: torch.Tensor) -> torch.Tensor:

@@ -156,8 +156,8 @@ def searched(
         for _ in range(_REFITS + 1):
             scale, zero = rounded(scale), rounded(zero)
             codes = centred_codes(groups, scale, zero)
-            found = torch.addcmul(zero[..., None], codes, scale[..., None])
-            error = found.sub_(groups).square_().mul_(share).sum(dim=-1)
+            values = torch.addcmul(zero[..., None], codes, scale[..., None])
+            error = values.sub_(groups).square_().mul_(share).sum(dim=-1)
             better = error < least
             least = torch.where(better, error, least)
             best_scale = torch.where(better, scale, best_scale)

@@ -200,16 +200,16 @@ class WeightStore:
         if self._pinned is not None or not groups:
             return
         known = {**item.aliased(self._known), **self._known}
-        found = [group.among(known) for group in groups]
-        if not all(map(WeightGroup.same_as, groups, found)):
+        stored = [group.among(known) for group in groups]
+        if not all(map(WeightGroup.same_as, groups, stored)):
             if self.residency == "drop":
                 raise UnsupportedModelError(
                     "residency='drop' reads weights again from the model's own safetensors "
                     "files, and they are missing or hold other values than the model; save it "
                     "with save_pretrained() and load it from that folder, or use 'offload'."
                 )
-            found = _in_file(groups, self._written / f"{item.name}.safetensors")
-        for group, files in zip(groups, found, strict=True):
+            stored = _in_file(groups, self._written / f"{item.name}.safetensors")
+        for group, files in zip(groups, stored, strict=True):
             group.store_in(files)
 
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
@@ -237,8 +237,8 @@ class WeightStore:
         for group in groups:
             group.pack()
         if self.residency == "offload" and self._pinned is None:
-            found = _in_file(groups, self._level_path(item, level))
-            for group, files in zip(groups, found, strict=True):
+            stored = _in_file(groups, self._level_path(item, level))
+            for group, files in zip(groups, stored, strict=True):
                 group.store_in(files)
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
@@ -253,7 +253,7 @@ def _groups(
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         by_device.setdefault(tensor.device, {})[name] = tensor
-    return (WeightGroup(together, levels) for together in by_device.values())
+    return (WeightGroup(on_device, levels) for on_device in by_device.values())
 
 
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
@@ -269,9 +269,9 @@ def _in_file(groups: Sequence[WeightGroup], path: Path) -> list[list[StoredTenso
     """The storage of groups in a file, which is written unless it holds exactly their bytes."""
     with contextlib.suppress(ChecksumError, FileNotFoundError):
         known = stored_tensors(path.parent, path.name)
-        found = [group.among(known) for group in groups]
-        if all(map(WeightGroup.same_as, groups, found)):
-            return found
+        stored = [group.among(known) for group in groups]
+        if all(map(WeightGroup.same_as, groups, stored)):
+            return stored
     write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
     known = stored_tensors(path.parent, path.name)
     return [group.among(known) for group in groups]
@@ -293,10 +293,10 @@ def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
         ChecksumError: It is damaged.
     """
     stored = stored_tensors(path.parent, path.name)
-    found = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
-    if metadata(path).get("sha256") != _checksum(found.items()):
+    tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
+    if metadata(path).get("sha256") != _checksum(tensors.items()):
         raise ChecksumError(f"The content of {path} does not match its checksum.")
-    return found
+    return tensors
 
 
 def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

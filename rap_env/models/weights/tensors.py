@@ -101,8 +101,8 @@ def untied_weights(
     for modules in blocks:
         inside = [p for part in modules for _, p in weights_of(part) if id(p) in names]
         own.append({names[id(p)]: p for p in inside if seen[tensor_key(p)] == 1})
-    taken = {name for block in own for name in block}
-    return own, {name: p for name, p in alone.items() if name not in taken}
+    in_blocks = {name for block in own for name in block}
+    return own, {name: p for name, p in alone.items() if name not in in_blocks}
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -197,12 +197,12 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
 
     Each has the dtype that it is stored in.
     """
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob(pattern)):
         for name, entry in read_header(path).items():
             if (dtype := _ALL_DTYPES.get(entry["dtype"])) is not None:
-                found[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
-    return found
+                tensors[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
+    return tensors
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -214,8 +214,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file; errors as for `read_header`."""
-    found: dict[str, str] = _header(path)[0].get("__metadata__", {})
-    return found
+    entries: dict[str, str] = _header(path)[0].get("__metadata__", {})
+    return entries
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -197,12 +197,12 @@ class WeightItem:
 
     def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
         """The native tensors in the places by name, each with the levels that use it."""
-        found: dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]] = {}
+        tensors: dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]] = {}
         for place in self.places:
             kept = (level for level in self.levels if place.keeps(level))
             levels: frozenset[WeightLevel] = frozenset(("native", *kept))
-            found.update({name: (tensor, levels) for name, tensor in place.weights.items()})
-        return found
+            tensors.update({name: (tensor, levels) for name, tensor in place.weights.items()})
+        return tensors
 
     def aliased(self, stored: Mapping[str, T]) -> dict[str, T]:
         """Entries of `stored` for tensors that are stored under the name of a tied one."""
@@ -278,14 +278,14 @@ def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightIte
     """
     names = {module: name for name, module in model.named_modules()}
     uses = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
-    found = []
+    items = []
     for site in sites:
         places = [] if site.pruned else list(itertools.chain(*map(_slot_places, site.slots)))
         for place in places:
             place.name = names[place.original]
         alone = [p for p in places if all(uses[tensor_key(t)] == 1 for t in p.weights.values())]
-        found.append(WeightItem(f"block{site.index:03d}", alone))
-    return tuple(found)
+        items.append(WeightItem(f"block{site.index:03d}", alone))
+    return tuple(items)
 
 
 def _slot_places(slot: Slot) -> Iterator[Place]:
@@ -321,15 +321,15 @@ def level_bytes(
     items: Sequence[WeightItem], own: Sequence[int], embeddings: WeightItem, base: int
 ) -> dict[str, Any]:
     """The entries of `ModelFacts` about packed weights, given the bytes of native ones."""
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for level in PACKED_LEVELS:
-        found[f"{level}_param_bytes"] = tuple(
+        entries[f"{level}_param_bytes"] = tuple(
             native - item.native_bytes + item.levels[level] if level in item.levels else 0
             for item, native in zip(items, own, strict=True)
         )
-        found[f"{level}_base_bytes"] = (
+        entries[f"{level}_base_bytes"] = (
             base - embeddings.native_bytes + embeddings.levels[level]
             if level in embeddings.levels
             else 0
         )
-    return found
+    return entries

@@ -34,10 +34,10 @@ class WidenedWeights:
     @classmethod
     def of(cls, model: nn.Module) -> WidenedWeights:
         """The widened weights of a model, which all that use it at the same time share."""
-        found = _shared.get(id(model))
-        if found is None:
-            found = _shared[id(model)] = cls()
-        return found
+        weights = _shared.get(id(model))
+        if weights is None:
+            weights = _shared[id(model)] = cls()
+        return weights
 
     @property
     def held_bytes(self) -> int:
