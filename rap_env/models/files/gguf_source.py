@@ -279,8 +279,8 @@ def require_downloads_allowed(alias: str) -> None:
 def wrong_content(what: str, sha256: str, expected: str) -> ChecksumError:
     """The error for a download with another checksum."""
     return ChecksumError(
-        f"{what} has SHA-256 {sha256}, but {expected} was expected; the file was deleted. Try again; "
-        "if the checksum differs again, do not trust that source."
+        f"{what} has SHA-256 {sha256}, but {expected} was expected; the file was deleted. Try "
+        "again; if the checksum differs again, do not trust that source."
     )
 
 

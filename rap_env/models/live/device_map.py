@@ -74,8 +74,8 @@ def _device_of(module: nn.Module, part: str) -> torch.device:
     devices = {str(tensor.device) for _, tensor in named_weights(module)}
     if len(devices) != 1:
         raise UnsupportedModelError(
-            f"The weights of {part} are on {len(devices)} devices ({', '.join(sorted(devices))}); give "
-            "a device_map that keeps each layer whole, and load pruned models on one device."
+            f"The weights of {part} are on {len(devices)} devices ({', '.join(sorted(devices))}); "
+            "give a device_map that keeps each layer whole, and load pruned models on one device."
         )
     return torch.device(devices.pop())
 
