@@ -29,6 +29,7 @@ _SIZES = (
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",
 )  # fmt: skip
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+_Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class LeanConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -81,7 +82,7 @@ class LeanLlama(nn.Module):
         self.generation_config: Any = None
         with torch.device("meta"):
             self.model = _Decoder(config, dtype).to(dtype)
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, False).to(dtype)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).to(dtype)
         self.model.rotary_emb = _Rotary(config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -179,7 +180,7 @@ class _Layer(nn.Module):
         self,
         states: torch.Tensor,
         mask: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: _Rotation,
         cache: Any,
     ) -> torch.Tensor:
         normed = self.input_layernorm(states)
@@ -190,42 +191,30 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, config: LeanConfig, number: int) -> None:
         super().__init__()
-        heads, kv_heads, size = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
-        self.layer_idx = number
-        self.head_dim = size
-        self._heads = [heads, kv_heads]
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.layer_idx, self._heads = number, [heads, kv_heads]
         self.num_key_value_groups = heads // kv_heads  # transformers' attention reads it
-        self.scaling = size**-0.5
+        size = config.head_dim
+        self.head_dim, self.scaling = size, size**-0.5
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = _linear(width, heads * size, bias)
-        self.k_proj = _linear(width, kv_heads * size, bias)
-        self.v_proj = _linear(width, kv_heads * size, bias)
-        self.o_proj = _linear(heads * size, width, bias)
+        self.q_proj = nn.Linear(width, heads * size, bias)
+        self.k_proj = nn.Linear(width, kv_heads * size, bias)
+        self.v_proj = nn.Linear(width, kv_heads * size, bias)
+        self.o_proj = nn.Linear(heads * size, width, bias)
 
     def forward(
-        self,
-        states: torch.Tensor,
-        *,
-        mask: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cache: Any,
+        self, states: torch.Tensor, *, mask: torch.Tensor | None, rotary: _Rotation, cache: Any
     ) -> tuple[torch.Tensor, None]:
         batch, tokens, _ = states.shape
-        query, key, value = self.q_proj(states), self.k_proj(states), self.v_proj(states)
-        if tokens == 1:  # the heads of both in one operation take half of the time
-            both = torch.cat((query, key), dim=-1).view(batch, -1, 1, self.head_dim)
-            query, key = torch.split(_rotated(both, *rotary), self._heads, dim=1)
-            value = value.view(batch, -1, 1, self.head_dim)
-        else:
-            shape = (batch, tokens, -1, self.head_dim)
-            query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
-            query, key = _rotated(query, *rotary), _rotated(key, *rotary)
+        # A view where a row has one token; the heads of both in one operation take half of the time
+        both = torch.cat((self.q_proj(states), self.k_proj(states)), dim=-1)
+        heads = (batch, tokens, -1, self.head_dim)
+        both, value = (x.view(heads).transpose(1, 2) for x in (both, self.v_proj(states)))
+        query, key = torch.split(_rotated(both, *rotary), self._heads, dim=1)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        found, _ = _attention(self, query, key, value, mask, scaling=self.scaling)
-        return self.o_proj(found.reshape(batch, tokens, -1)), None
+        attended, _ = _attention(self, query, key, value, mask, scaling=self.scaling)
+        return self.o_proj(attended.reshape(batch, tokens, -1)), None
 
 
 _attention = with_levels(grouped_query_attention)
@@ -235,14 +224,14 @@ class _MLP(nn.Module):
     def __init__(self, config: LeanConfig) -> None:
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = _linear(width, inner, bias)
-        self.up_proj = _linear(width, inner, bias)
-        self.down_proj = _linear(inner, width, bias)
+        self.gate_proj = nn.Linear(width, inner, bias)
+        self.up_proj = nn.Linear(width, inner, bias)
+        self.down_proj = nn.Linear(inner, width, bias)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         gate = functional.silu(self.gate_proj(states), inplace=True)
-        found: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(states)))
-        return found
+        output: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(states)))
+        return output
 
 
 _NORM_VALUES = 28 * 1024
@@ -259,12 +248,12 @@ class _RMSNorm(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if states.numel() <= _NORM_VALUES:
             return self._normed(states).mul_(self.weight)
-        found = torch.empty_like(states)
+        normed = torch.empty_like(states)
         rows = max(1, _NORM_VALUES // states.shape[-1])
-        parts, outs = (torch.split(flat.flatten(0, -2), rows) for flat in (states, found))
+        parts, outs = (torch.split(flat.flatten(0, -2), rows) for flat in (states, normed))
         for part, out in zip(parts, outs, strict=True):
             torch.mul(self._normed(part), self.weight, out=out)
-        return found
+        return normed
 
     def _normed(self, states: torch.Tensor) -> torch.Tensor:
         # Without the weight, because transformers rounds to the dtype before it multiplies.
@@ -285,9 +274,7 @@ class _Rotary(nn.Module):
         frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(
-        self, position_ids: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> _Rotation:
         angles = position_ids[:, None, :, None].float() * self.frequencies.float()
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -315,7 +302,3 @@ def causal_mask(
     if attention_mask is None or not padded:
         return seen
     return seen & attention_mask.bool()[:, None, None]
-
-
-def _linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=bias)
