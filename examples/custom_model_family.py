@@ -11,14 +11,12 @@ follows from them. A small model that learns the text of this file stands for a 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
-from rap_env.context.live import LiveContext
-from rap_env.envs.prune import RAPPruneEnv
+import rap_env
+from rap_env.importance.profiles import GSIProfile
 from rap_env.models.families.families import FAMILIES, Family
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
@@ -31,8 +29,6 @@ FAMILIES["olmo2"] = Family(  # by config.model_type; `rap_env.load_llm` then tak
     ffn_norms=("post_feedforward_layernorm",),
 )
 WINDOW, LAYERS, STEPS = 48, 4, 150
-WORKLOAD = {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [32, 128],
-            "budget_fractions": [0.6, 0.8]}  # fmt: skip
 
 
 def text() -> torch.Tensor:
@@ -78,34 +74,15 @@ def check(model: Olmo2ForCausalLM, llm: ElasticLLM) -> None:
     assert torch.equal(model(tokens).logits, before), "removed blocks come back unchanged"
 
 
-def mean_loss(env: RAPPruneEnv, place: np.ndarray, episodes: int = 16) -> float:
-    """Mean ΔNLL at the end of an episode in which blocks are removed in an order, nats/token."""
-    losses = []
-    for number in range(episodes):
-        observation, info = env.reset(seed=number)
-        over = False
-        while not over:
-            valid = np.where(observation["action_mask"], place, np.inf)
-            observation, _, terminated, truncated, info = env.step(int(valid.argmin()))
-            over = terminated or truncated
-        losses.append(info["loss"])
-    return float(np.mean(losses))
-
-
-def compared(model: Olmo2ForCausalLM) -> dict[str, float]:
-    """Check the family with a model, and compare two orders of removal in the environment."""
+def order(model: Olmo2ForCausalLM, removals: int = 3) -> GSIProfile:
+    """Check the family with a model, and find the blocks that it needs least."""
     llm = ElasticLLM(model, None, name="tiny-olmo2")
     check(model, llm)
-    corpus = Corpus.of_tokens(text()[1::2])
-    context: Any = LiveContext(llm, corpus, importance="one_shot", progress=False)
-    env = RAPPruneEnv(context=context, workload=WORKLOAD)
-    places = {
-        "most important first": -context.one_shot.delta_nll,
-        "least important first": context.one_shot.delta_nll,
-    }
-    return {name: mean_loss(env, np.asarray(place)) for name, place in places.items()}
+    scorer = rap_env.MaskScorer(llm, Corpus.of_tokens(text()[1::2]))
+    return rap_env.gsi(scorer, stop=removals, progress=False)
 
 
 if __name__ == "__main__":
-    for name, loss in compared(trained()).items():
-        print(f"{name:22} mean ΔNLL {loss:.4f} nats/token")
+    profile = order(trained())
+    for block, nll in zip(profile.order, profile.nll_after, strict=True):
+        print(f"without {block} too: {nll:.4f} nats/token")

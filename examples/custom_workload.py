@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rap_env.policies.loading import load_policy
+import rap_env
 
 MODEL = "score_table:smollm2-135m"
 
@@ -45,36 +45,21 @@ class Requests(gym.Wrapper):
         return self.env.reset(seed=seed, options={**request, **(options or {})})
 
 
-def mean_loss(env: gym.Env, act: Any, episodes: int = 50) -> float:
-    """Mean ΔNLL at the end of an episode, nats per token."""
+def mean_loss(env: gym.Env, policy: Any, episodes: int = 50) -> float:
+    """Mean ΔNLL of the plans of a policy for the next requests, nats per token."""
     losses = []
     for _ in range(episodes):
-        observation, info = env.reset()
-        over = False
-        while not over:
-            observation, _, terminated, truncated, info = env.step(act(env, observation))
-            over = terminated or truncated
-        losses.append(info["loss"])
+        env.reset()
+        plan = policy.choose(env.unwrapped.request)
+        scorer = env.unwrapped.context.scorer
+        losses.append(scorer.nll(plan) - scorer.dense_nll)
     return float(np.mean(losses))
-
-
-def at_random(env: gym.Env, observation: dict) -> int:
-    """Any valid action."""
-    return int(np.random.choice(np.flatnonzero(observation["action_mask"])))
-
-
-def in_order(env: gym.Env, observation: dict) -> int:
-    """The valid action whose step comes first in the greedy order."""
-    place = observation["ladder"][:, 8]
-    return int(np.argmin(np.where(observation["action_mask"], place, np.inf)))
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message=".*out of date.*")
-    env = Requests(gym.make("RAPPrune-v1", model=MODEL), night_and_day)
-    for name, act in {"at random": at_random, "greedy order": in_order}.items():
-        print(f"{name:14} mean ΔNLL {mean_loss(env, act):.4f}")
-    policy = load_policy("rap", env.unwrapped.memory)  # answers requests without an environment
-    env.reset()
-    plan = policy.choose(env.unwrapped.request)
-    print(f"The packaged policy for {env.unwrapped.request}: {plan}")
+    for name in ("rap", "knapsack"):  # packaged policies
+        env = Requests(gym.make("RAPPrune-v1", model=MODEL), night_and_day)
+        policy = rap_env.load_policy(name, env.unwrapped.memory)
+        print(f"{name:10} mean ΔNLL {mean_loss(env, policy):.4f} nats/token")
+    print(f"The last request, {env.unwrapped.request}, gets {policy.choose(env.unwrapped.request)}")

@@ -98,8 +98,11 @@ def test_custom_method():
 def test_custom_model_family():
     with mock.patch.dict(FAMILIES):  # the example adds its own
         module = example("custom_model_family")
-        losses = module.compared(module.trained(steps=60))
-    assert losses["least important first"] < 0.8 * losses["most important first"]
+        profile = module.order(module.trained(steps=60), removals=2)
+    assert len(profile.order) == 2
+    rises = profile.first_pass
+    assert rises[profile.order_indices[0]] == rises.min() < 0.5 * rises.max()
+    assert rises.max() > 0.05
 
 
 def test_custom_reward():
@@ -117,8 +120,11 @@ def test_custom_workload():
     seen = {env.reset()[1]["request"]["batch_size"] for _ in range(30)}
     assert 1 in seen
     assert max(seen) > 4
-    ordered, drawn = (module.mean_loss(env, act, 10) for act in (module.in_order, module.at_random))
-    assert ordered < drawn
+    rap, lowest = (
+        module.mean_loss(env, rap_env.load_policy(name, env.unwrapped.memory), 10)
+        for name in ("rap", "random")
+    )
+    assert 0 < rap < lowest
 
 
 @pytest.mark.slow
