@@ -20,7 +20,7 @@ from experiments.contexts import build_context, frontier_artifact
 from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
 from experiments.study.run_folder import RunFolder
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.policies.policy_file import PolicyFile
 
 FRONTIER_SUFFIX = ".frontier.json"
@@ -67,7 +67,7 @@ def settings_of(folder: Path) -> Config:
     return replace(config, runs_dir=str(train.parent.parent), name=train.parent.name)
 
 
-def reduced(frontier: Frontier) -> Frontier:
+def reduced(frontier: PlanTable) -> PlanTable:
     """Return the table with only the best mask for each pair of counts."""
     scores = {mask: frontier.scores[mask] for mask, _ in frontier.entries}
     settings = {**frontier.settings, "thinned_from_masks": frontier.evaluations}

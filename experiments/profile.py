@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
@@ -20,17 +18,14 @@ from experiments.training.score_tables import stored_scores
 from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
-from rap_env.importance.frontier import Frontier
-from rap_env.importance.frontier_search import FrontierConfig, build_frontier
-from rap_env.importance.plan_frontier import PlanFrontier
-from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
+from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.scoring.interface import OnScore
 from rap_env.scoring.scorer import bar_callback
-from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
 
@@ -68,50 +63,35 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     After a kill, the same command resumes from the score store. Every mask, or plan, that the store
     has of the same model and text becomes part of the table too.
     """
-    build = _plan_frontier if config.env.lowers else _mask_frontier
-    with progress_bar(config.progress, total=config.frontier.evaluations, desc="frontier") as bar:
-        frontier = build(config, context, bar_callback(bar))
-    frontier.save(path)
-    log.info("Frontier: %d scores in %s.", frontier.evaluations, path)
-
-
-def _mask_frontier(config: Config, context: PruningContext, on_score: OnScore) -> Frontier:
-    settings = config.frontier
-    search = FrontierConfig(
-        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
-    )
-    sampler = make_sampler(config.workload, context.memory)
-    rng = np.random.default_rng(config.seed)
-    requests = [sampler.sample(rng) for _ in range(settings.requests)]
-    found = build_frontier(require_live(context).scorer, requests, search, on_score)
-    if context.store is None:
-        return found
-    stored = stored_scores(context, plans=False)
-    masks = {mask: nll for mask, nll in stored.items() if mask.is_mask}
-    return replace(found, scores={**masks, **found.scores})
-
-
-def _plan_frontier(config: Config, context: PruningContext, on_score: OnScore) -> PlanFrontier:
-    settings = config.frontier
-    search = PlanSearchConfig(
-        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
-    )
-    facts = context.memory.facts
-    ladder = Ladder.of(facts, **config.env.ladder)
+    settings, facts = config.frontier, context.memory.facts
+    if config.env.lowers:
+        ladder = Ladder.of(facts, **config.env.ladder)
+        costs = context.level_costs(ladder.cache_levels)
+    else:
+        ladder, costs = Ladder.of(facts, "masks"), LevelCosts.of_removals(context.one_shot)
     start = None
     if settings.start is not None:
         bare = MemoryModel(replace(facts, repair="", stub_bytes=()))
-        start = PlanFrontier.load(settings.start, bare)
-    return build_plan_frontier(
-        require_live(context).scorer,
-        context.level_costs(ladder.cache_levels),
-        LadderBytes(context.memory, ladder),
-        draw_requests(config, context, settings.requests),
-        search,
-        None if context.store is None else stored_scores(context, plans=True),
-        on_score,
-        start,
+        start = PlanTable.load(settings.start, bare)
+    search = PlanSearchConfig(
+        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
     )
+    stored = None
+    if context.store is not None:
+        stored = stored_scores(context, plans=config.env.lowers)
+    with progress_bar(config.progress, total=settings.evaluations, desc="frontier") as bar:
+        table = build_plan_table(
+            require_live(context).scorer,
+            costs,
+            LadderBytes(context.memory, ladder),
+            draw_requests(config, context, settings.requests),
+            search,
+            stored,
+            bar_callback(bar),
+            start,
+        )
+    table.save(path)
+    log.info("Frontier: %d scores in %s.", table.evaluations, path)
 
 
 def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:

@@ -13,10 +13,8 @@ from experiments.contexts import FRONTIER_FILE
 from experiments.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.training.score_model import ROUNDS_FILE, native_shift, scored_masks
-from rap_env.artifacts import artifact_kind
 from rap_env.context.base import PruningContext
-from rap_env.importance.frontier import Frontier
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
@@ -59,8 +57,7 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
     path = folder / "profile" / FRONTIER_FILE
     if not path.is_file():
         return {}
-    kind = PlanFrontier if artifact_kind(path) == PlanFrontier.KIND else Frontier
-    table = kind.load(path, context.memory)
+    table = PlanTable.load(path, context.memory)
     shift = native_shift(table, str(path), context)
     found: dict[Plan, float] = {}
     found.update(table.scores.items())

@@ -32,12 +32,11 @@ from experiments.contexts import ladder_bytes
 from experiments.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
-from rap_env.context.base import PruningContext, load_plan_frontier
+from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv, RAPPruneVectorEnv
-from rap_env.importance.frontier import Frontier
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
@@ -247,7 +246,7 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     settings, item_bytes = config.warm_start, ladder_bytes(config, context)
     requests = draw_requests(config, context, settings.requests, 1)
     if settings.teacher == "frontier" and item_bytes is None:
-        known = [context.frontier.best(context.memory, request) for request in requests]
+        known = [context.frontier.best_mask(context.memory, request) for request in requests]
         pairs = zip(requests, known, strict=True)
         return [Demonstration(request, mask) for request, mask in pairs if mask]
     name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
@@ -264,10 +263,8 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
         ArtifactError: The environment lowers items, and there is no table of measured plans.
         ExperimentError: The table was measured on other text than the calibration text.
     """
-    table: Frontier | PlanFrontier | None = None
-    if config.env.lowers:
-        table = load_plan_frontier(context.frontier_path, context.memory)
-    elif Path(context.frontier_path or "").is_file():
+    table: PlanTable | None = None
+    if config.env.lowers or Path(context.frontier_path or "").is_file():
         table = context.frontier
     if table is not None:
         shift = native_shift(table, str(context.frontier_path), context)
@@ -278,7 +275,7 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
 
 
-def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningContext) -> float:
+def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
     """Return what to add to a table's NLL to compare it with what the context measures.
 
     Machines differ in the last digits, so the table's rises over the native model are kept, on top
@@ -296,8 +293,7 @@ def native_shift(table: Frontier | PlanFrontier, path: str, context: PruningCont
             "writes itself differs between machines: measure a table of your own with "
             "`python -m experiments.profile`."
         )
-    native = table.native_nll if isinstance(table, PlanFrontier) else table.dense_nll
-    return context.scorer.dense_nll - native
+    return context.scorer.dense_nll - table.dense_nll
 
 
 def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:

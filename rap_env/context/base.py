@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
-from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderOrder, check_ladder, greedy_order
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import ItemImportance
@@ -56,7 +55,7 @@ class ContextConfig:
         repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
             self-generated text at the first use and cached; or the path of a library's file
             (see `rap_env.open_library`).
-        frontier: Path of a frontier artifact (`rap_env.importance.frontier_search`); None if
+        frontier: Path of a frontier artifact (`rap_env.importance.plan_table`); None if
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
         workers: Number of workers that measure, each with a model (see
@@ -140,8 +139,8 @@ class PruningContext(Protocol):
         """Path of the frontier artifact, if one was given."""
 
     @property
-    def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts; an `ArtifactError` without artifact."""
+    def frontier(self) -> PlanTable:
+        """The best known plans; an `ArtifactError` without artifact."""
 
     @property
     def features(self) -> ImportanceFeatures:
@@ -195,23 +194,12 @@ def load_block_order(path: str, memory: MemoryModel) -> GSIProfile:
     return profile
 
 
-def load_plan_frontier(path: str | None, memory: MemoryModel) -> PlanFrontier:
+def load_plan_table(path: str | None, memory: MemoryModel) -> PlanTable:
     """Read a table of measured plans; an `ArtifactError` if there is none or it is damaged."""
     if path is None or not Path(path).exists():
         raise ArtifactError(
-            f"There is no table of measured plans ({path or 'no path was given'}); build one with "
-            "rap_env.importance.plan_search.build_plan_frontier(...).save(path), or in a checkout "
-            "with `python -m experiments.profile env=ladder frontier.evaluations=1500`."
-        )
-    return PlanFrontier.load(path, memory)
-
-
-def load_frontier(path: str | None, memory: MemoryModel) -> Frontier:
-    """Read a frontier artifact; an `ArtifactError` if there is none or it is damaged."""
-    if path is None or not Path(path).exists():
-        raise ArtifactError(
             f"There is no frontier artifact ({path or 'no path was given'}); build one with "
-            "rap_env.importance.frontier_search.build_frontier(scorer, requests).save(path), or in "
-            "a checkout with `python -m experiments.profile frontier.evaluations=3000`."
+            "rap_env.importance.plan_search.build_plan_table(...).save(path), or in a checkout "
+            "with `python -m experiments.profile frontier.evaluations=3000`."
         )
-    return Frontier.load(path, memory)
+    return PlanTable.load(path, memory)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rap_env.artifacts import digest
-from rap_env.context.base import IMPORTANCES, importance_features, load_block_order, load_frontier
+from rap_env.context.base import IMPORTANCES, importance_features, load_block_order, load_plan_table
 from rap_env.errors import ArtifactError
-from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 
@@ -147,9 +147,9 @@ class LiveContext:
         return layer_influence(self.llm, self.scorer.batches)
 
     @cached_property
-    def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts of removed blocks."""
-        return load_frontier(self.frontier_path, self.memory)
+    def frontier(self) -> PlanTable:
+        """The best known plans."""
+        return load_plan_table(self.frontier_path, self.memory)
 
     @cached_property
     def features(self) -> ImportanceFeatures:

@@ -19,11 +19,11 @@ from rap_env.context.base import (
     ContextConfig,
     importance_features,
     load_block_order,
-    load_frontier,
+    load_plan_table,
 )
 from rap_env.errors import ArtifactError, ModelNotAvailableError
-from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -104,9 +104,9 @@ class TableContext:
         return GSIProfile(**with_tuples(self.table.gsi))
 
     @cached_property
-    def frontier(self) -> Frontier:
-        """The best known mask for each pair of counts of removed blocks."""
-        return load_frontier(self.frontier_path, self.memory)
+    def frontier(self) -> PlanTable:
+        """The best known plans."""
+        return load_plan_table(self.frontier_path, self.memory)
 
     @cached_property
     def features(self) -> ImportanceFeatures:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.artifacts import artifact_kind
-from rap_env.context.base import item_importance, item_order, load_plan_frontier
+from rap_env.context.base import item_importance, item_order
 from rap_env.costs import Counts, Flags, freed_share
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.removal import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import PruningTask
-from rap_env.importance.frontier import Frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.item_observation import (
     FREED,
@@ -89,10 +86,10 @@ class LoweringTask(PruningTask[LadderCosts]):
 
     def _from_frontier(self) -> Callable[[EpisodeStart[LadderCosts]], Plan]:
         """The best known plan for each request; the best mask if the table has masks only."""
-        path = self.context.frontier_path
-        if path is not None and Path(path).is_file() and artifact_kind(path) == Frontier.KIND:
+        table = self.context.frontier
+        if table.has_masks_only:
             return from_frontier(self.context)
-        known = load_plan_frontier(path, self.memory).on(self.ladder)
+        known = table.on(self.ladder)
 
         def best(start: EpisodeStart[LadderCosts]) -> Plan:
             found = known.best(start.costs, start.request.budget_bytes)

@@ -90,7 +90,7 @@ def from_frontier(context: PruningContext) -> Callable[[EpisodeStart[Any]], Plan
     frontier = context.frontier
 
     def best(start: EpisodeStart[Any]) -> Plan:
-        found = frontier.best(context.memory, start.request)
+        found = frontier.best_mask(context.memory, start.request)
         if found is None:
             raise nothing_known("mask", start.request)
         return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rap_env.errors import InfeasibleBudgetError, UnsupportedModelError
 from rap_env.export.deci import ZERO_FFN_LENGTH, deci_layers
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
@@ -207,7 +207,7 @@ def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[Plan, float]], str]:
     caches = "caches measured with the default model in llama.cpp"
     known = {weights: default_facts(weights) for weights in ("native", "bf16")}
     if facts.fingerprint in {each.fingerprint for each in known.values()}:
-        frontier = Frontier.load(packaged_file("frontier.json"), MemoryModel(known["bf16"]))
+        frontier = PlanTable.load(packaged_file("frontier.json"), MemoryModel(known["bf16"]))
         text = frontier.provenance["text"]
         tokens = text["windows"] * text["window_tokens"]
         masks = {Plan(): 0.0, **dict(frontier.entries)}

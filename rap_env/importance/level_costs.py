@@ -28,8 +28,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.profiles import Profile
+from rap_env.importance.profiles import OneShotProfile, Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
@@ -85,6 +86,21 @@ class LevelCosts(Profile):
                 f"Level costs of a model with {self.num_layers} layers name the item "
                 f"{sorted(unknown)[0]!r}, which it does not have."
             )
+
+    @classmethod
+    def of_removals(cls, profile: OneShotProfile) -> Self:
+        """The costs of a ladder that only removes blocks, from their one-shot importance."""
+        rises = {block_name(n): {"removed": r} for n, r in enumerate(profile.delta_nll.tolist())}
+        names = ("evaluations", "evaluations_run", "block_forwards", "seconds", "provenance")
+        return cls(
+            num_layers=len(rises) // 2,
+            window_tokens=profile.provenance["text"]["window_tokens"],
+            native_nll=profile.dense_nll,
+            one_shot=rises,
+            errors={item: {"removed": 0.0} for item in rises},
+            joint={},
+            **{name: getattr(profile, name) for name in names},
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: HasFacts) -> Self:

@@ -10,8 +10,7 @@
 The ensemble is pessimistic, because a search finds the errors of a predictor: with the mean of five
 predictors, plans that were expected to lose 1.3 nats lost 2.5; with two standard deviations added,
 the first proposal was better than the best of 2,500 known plans. Rounds differ in their pessimism.
-In v0, `rap_env.importance.frontier_search` does the same for pairs of counts of removed blocks. The
-search is deterministic given the scores, so an interrupted search is repeated from the store.
+The search is deterministic given the scores, so an interrupted search is repeated from the store.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from rap_env.costs import Counts
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order
-from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
+from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
@@ -78,7 +77,7 @@ class PlanSearchConfig:
             )
 
 
-def build_plan_frontier(
+def build_plan_table(
     scorer: MaskScorer,
     costs: LevelCosts,
     item_bytes: LadderBytes,
@@ -86,8 +85,8 @@ def build_plan_frontier(
     config: PlanSearchConfig = PlanSearchConfig(),
     known: Mapping[Plan, float] | None = None,
     on_score: OnScore | None = None,
-    start: PlanFrontier | None = None,
-) -> PlanFrontier:
+    start: PlanTable | None = None,
+) -> PlanTable:
     """Search the best plans of a ladder on the scorer's text for requests like some given ones.
 
     Args:
@@ -108,9 +107,9 @@ def build_plan_frontier(
         search.measure(plans[: max(0, config.evaluations - len(search.nll))])
         if len(search.nll) >= config.evaluations:
             break
-    return PlanFrontier(
+    return PlanTable(
         num_layers=item_bytes.memory.facts.num_layers,
-        native_nll=search.native_nll,
+        dense_nll=search.dense_nll,
         scores=search.nll,
         evaluations_run=scorer.evaluations - ran,
         seconds=time.perf_counter() - began,
@@ -137,7 +136,7 @@ class _Search:
         self._rng = np.random.default_rng(config.seed)
         self.nll = {plan: nll for plan, nll in known.items() if self._ladder.has(plan)}
         self.measure(necessary_masks(item_bytes.memory.facts.num_blocks))
-        self.native_nll = self.nll[Plan()]
+        self.dense_nll = self.nll[Plan()]
 
     def measure(self, plans: Sequence[Plan]) -> None:
         """Score plans that are not known yet."""
@@ -146,7 +145,7 @@ class _Search:
             found = self._scorer.nll_many(new, self._on_score)
             self.nll |= dict(zip(new, found, strict=True))
 
-    def rounds(self, start: PlanFrontier | None) -> Iterator[list[Plan]]:
+    def rounds(self, start: PlanTable | None) -> Iterator[list[Plan]]:
         """Plans to measure: of another table, of the greedy order, then proposals."""
         if start is not None:
             yield self._best_of(start.on(self._ladder))
@@ -173,7 +172,7 @@ class _Search:
 
     def _proposals(self, predictor: PlanPredictor) -> list[Plan]:
         """Unmeasured plans that are expected to be better than the best known ones."""
-        known = KnownPlans.of(self._ladder, self.nll, self.native_nll)
+        known = KnownPlans.of(self._ladder, self.nll, self.dense_nll)
         gains: dict[Plan, float] = {}
         count = min(self._config.requests, len(self._requests))
         for number in self._rng.choice(len(self._requests), size=count, replace=False):
@@ -202,21 +201,17 @@ class _Search:
 class PlanMoves:
     """Changes of many plans of one ladder under one request, as arrays of positions.
 
-    A plan goes down as in `RAPPrune-v1`: levels that free nothing are skipped, levels taken
-    together change together, and a removed attention block takes its cache with it.
-
     Args:
         costs: The bytes of the request.
     """
 
     def __init__(self, costs: LadderCosts) -> None:
         ladder = costs.ladder
-        self.costs = costs
-        self._items = np.arange(len(ladder))
-        self._is_cache = np.isin(self._items, ladder.caches)
+        self.costs, self._caches = costs, np.array(ladder.caches, dtype=np.int64)
+        self._is_cache = np.isin(np.arange(len(ladder)), ladder.caches)
         self._shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
         self._partners, self._removals = np.array(ladder.partners), np.array(ladder.removals)
-        self._gone = np.array([len(item.levels) for item in ladder.items])
+        self._no_level = np.array([len(item.levels) for item in ladder.items])
         self._above = np.full_like(costs.steps.next_level, -1)
         for item, row in enumerate(costs.steps.nexts):
             position = 0
@@ -231,32 +226,23 @@ class PlanMoves:
             The plans, (m, items), and for each the number of the plan that it comes from and the
             item that was lowered, (m,) each.
         """
-        nexts = self.costs.steps.next_level[self._items, positions]
-        parents, items = np.nonzero(nexts >= 0)
-        found = positions[parents]
-        lower = nexts[parents, items]
-        found[np.arange(len(found)), items] = lower
-        takes = (lower == self._removals[items]) & (self._partners[items] != items)
-        partners = self._partners[items]
-        found[np.flatnonzero(takes), partners[takes]] = self._gone[partners[takes]]
-        shared = self._is_cache[items] & self._shared[lower]
-        if shared.any():  # all caches with the same next level give the same plan: keep one
-            where = np.flatnonzero(shared)
-            same = self._is_cache & (nexts[parents[where]] == lower[where, None])
-            found[where] = np.where(same, lower[where, None], found[where])
-            kept = np.ones(len(found), dtype=bool)
-            kept[where] = same.argmax(axis=1) == items[where]
-            found, parents, items = found[kept], parents[kept], items[kept]
-        return found, parents, items
+        nexts = self.costs.stacked.nexts(positions)
+        lowerable = nexts >= 0
+        for position in self.costs.ladder.shared_positions:  # such caches give one plan
+            alike = nexts[:, self._caches] == position
+            lowerable[:, self._caches] &= ~alike | (alike.cumsum(axis=1) == 1)
+        parents, items = np.nonzero(lowerable)
+        lowered = self.costs.ladder.lowered(positions[parents], items, nexts[parents])
+        return lowered, parents, items
 
     def raised(self, positions: Counts) -> Counts:
         """All plans with one item of a plan (items,) at a higher level, (m, items)."""
-        found: dict[bytes, Counts] = {}  # caches that are raised together give the same plan
-        kept_caches = self._is_cache & (positions < self._gone)
+        plans: dict[bytes, Counts] = {}  # caches that are raised together give the same plan
+        kept_caches = self._is_cache & (positions < self._no_level)
         least = positions[kept_caches].min(initial=self.costs.ladder.width)
         for item in np.flatnonzero(positions > 0):
             position = positions[item]
-            if position >= self._gone[item]:
+            if position >= self._no_level[item]:
                 continue  # comes back with its block
             above = self._above[item, position]
             if above < 0:
@@ -270,9 +256,9 @@ class PlanMoves:
                 other[item] = above
             partner = self._partners[item]
             if position == self._removals[item] and partner != item:
-                other[partner] = least if least < self._gone[partner] else 0
-            found[other.tobytes()] = other
-        return np.array(list(found.values()), dtype=np.int64).reshape(-1, len(positions))
+                other[partner] = least if least < self._no_level[partner] else 0
+            plans[other.tobytes()] = other
+        return np.array(list(plans.values()), dtype=np.int64).reshape(-1, len(positions))
 
 
 class PlanSearch:

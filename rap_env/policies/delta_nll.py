@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.frontier import Frontier
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -54,10 +54,10 @@ def find_delta_nll(
 def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: Plan) -> tuple[float | None, str]:
     """Rise in NLL of a mask by the scores of masks, None if unknown, and where it is from."""
     table = policy.table if isinstance(policy, TablePolicy) else None
-    if not isinstance(table, Frontier):
+    if table is None or not table.has_masks_only:
         with contextlib.suppress(ArtifactError):  # raised if it was measured with other weights
-            table = Frontier.load(packaged_file("frontier.json"), memory)
-    if isinstance(table, Frontier) and mask in table.scores:
+            table = PlanTable.load(packaged_file("frontier.json"), memory)
+    if table is not None and mask in table.scores:
         text = table.provenance["text"]
         tokens, source = text["windows"] * text["window_tokens"], text["source"]
         where = f"measured for the frontier on {tokens} tokens of {source}"
@@ -72,13 +72,13 @@ def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: Plan) -> tuple[floa
         return float(importance.one_shot[blocks[0]]), "one-shot score in the policy file"
     if policy.order and sorted(policy.order[: len(blocks)]) == blocks:
         return float(importance.gsi_marginal_loss[blocks].sum()), "GSI scores in the policy file"
-    if isinstance(table, Frontier) and importance.one_shot.any():
+    if table is not None and table.has_masks_only and importance.one_shot.any():
         return predicted_delta_nll(table, importance.one_shot, mask)
     return None, ""
 
 
 def predicted_delta_nll(
-    frontier: Frontier, alone: npt.NDArray[np.float64], mask: Plan
+    frontier: PlanTable, alone: npt.NDArray[np.float64], mask: Plan
 ) -> tuple[float, str]:
     """Rise in NLL of a mask in nats per token, predicted from a frontier's measured masks.
 
@@ -91,7 +91,7 @@ def predicted_delta_nll(
         The prediction, and how many masks it is from and how far it errs on held-out ones.
     """
     rises = np.array(list(frontier.scores.values())) - frontier.dense_nll
-    features = feature_matrix(list(frontier.scores), frontier.num_blocks)
+    features = feature_matrix(list(frontier.scores), 2 * frontier.num_layers)
     predictor, fidelity = fit_predictor(features, rises, alone)
     error = fidelity.rows[0].median_relative_error
     assert error is not None  # a tenth of the masks is held out

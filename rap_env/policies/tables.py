@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rap_env.artifacts import artifact_kind
-from rap_env.context.base import load_plan_frontier
 from rap_env.errors import ArtifactError
-from rap_env.importance.frontier import Frontier
-from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
+from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
@@ -37,20 +34,20 @@ class TablePolicy(Policy):
 
     Args:
         memory: The model's byte arithmetic.
-        table: The measured plans, or the best mask for each pair of counts.
+        table: The measured plans; of masks, the best one for each pair of counts is used.
 
     Raises:
-        ArtifactError: The table is of a model with another number of blocks.
+        ArtifactError: The table is of a model with another number of layers.
     """
 
     name = "frontier"
 
-    def __init__(self, memory: MemoryModel, table: Frontier | PlanFrontier) -> None:
-        ladder = Ladder.of(memory.facts, "masks" if isinstance(table, Frontier) else "all")
-        if isinstance(table, Frontier) and table.num_blocks != memory.facts.num_blocks:
+    def __init__(self, memory: MemoryModel, table: PlanTable) -> None:
+        ladder = Ladder.of(memory.facts, "masks" if table.has_masks_only else "all")
+        if table.num_layers != memory.facts.num_layers:
             raise ArtifactError(
-                f"The frontier is of a model with {table.num_blocks} blocks, but "
-                f"{memory.facts.name} has {memory.facts.num_blocks}; profile this model."
+                f"The frontier is of a model with {table.num_layers} layers, but "
+                f"{memory.facts.name} has {memory.facts.num_layers}; profile this model."
             )
         self.table = table
         self._bytes = LadderBytes(memory, ladder)
@@ -70,22 +67,21 @@ class TablePolicy(Policy):
         return smallest if best is None else best
 
 
-def known_plans(table: Frontier | PlanFrontier, ladder: Ladder) -> KnownPlans:
+def known_plans(table: PlanTable, ladder: Ladder) -> KnownPlans:
     """The plans of a table that a ladder has, for lookups."""
-    if isinstance(table, Frontier):
+    if table.has_masks_only:
         return KnownPlans.of(ladder, dict(table.entries), 0.0)
     return table.on(ladder)
 
 
 @packaged("frontier")
 def _packaged_frontier(memory: MemoryModel) -> Policy:
-    return TablePolicy(memory, Frontier.load(packaged_file("frontier.json"), memory))
+    return TablePolicy(memory, PlanTable.load(packaged_file("frontier.json"), memory))
 
 
-@reads(Frontier.KIND, PlanFrontier.KIND)
+@reads(PlanTable.KIND)
 def _read_table(path: Path, memory: MemoryModel) -> Policy:
-    kind = Frontier if artifact_kind(path) == Frontier.KIND else PlanFrontier
-    return TablePolicy(memory, kind.load(path, memory))
+    return TablePolicy(memory, PlanTable.load(path, memory))
 
 
 @register
@@ -103,11 +99,8 @@ class MeasuredTable(Method):
 
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
-        table: Frontier | PlanFrontier
-        if self.removes_only:
-            table = context.frontier
-        else:
-            table = load_plan_frontier(context.frontier_path, context.memory)
+        table = context.frontier
+        if not self.removes_only:
             self.table_sha256 = table.sha256
         self._known = known_plans(table, self.ladder)
         self.setup_evaluations = table.evaluations
@@ -139,7 +132,7 @@ class ScoreModelSearch(Method):
         from rap_env.importance.plan_predictor import fit_plan_predictor
 
         super().__init__(context, item_bytes, seed)
-        table = load_plan_frontier(context.frontier_path, context.memory)
+        table = context.frontier
         costs = context.level_costs(self.ladder.cache_levels)
         self._predictor = fit_plan_predictor(
             table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=seed

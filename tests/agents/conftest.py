@@ -8,7 +8,10 @@ import torch
 
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
-from rap_env.importance.frontier_search import FrontierConfig, build_frontier
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from tests.agents.synthetic import SyntheticContext
@@ -46,5 +49,11 @@ def repaired_context() -> PruningContext:
 def with_frontier(context: PruningContext) -> PruningContext:
     """The context with a small table of the best known masks."""
     requests = [Request.at_fraction(context.memory, 2, 16, fraction) for fraction in (0.9, 0.7)]
-    context.frontier = build_frontier(context.scorer, requests, FrontierConfig(evaluations=20))
+    context.frontier = build_plan_table(
+        context.scorer,
+        LevelCosts.of_removals(context.one_shot),
+        LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks")),
+        requests,
+        PlanSearchConfig(evaluations=20, members=2),
+    )
     return context

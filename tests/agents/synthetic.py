@@ -15,7 +15,7 @@ import numpy as np
 from rap_env.blocks import Block
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.vector import RAPPruneVectorEnv
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.observation import ImportanceFeatures
@@ -136,8 +136,8 @@ class SyntheticContext:
             for a in range(len(attn) + 1)
             for f in range(len(ffn) + 1)
         ]
-        return Frontier(
-            num_blocks=len(order),
+        return PlanTable(
+            num_layers=len(order) // 2,
             dense_nll=DENSE_NLL,
             scores={m: DENSE_NLL + float(self.scorer.loss(m)) for m in masks},
             evaluations_run=len(masks),

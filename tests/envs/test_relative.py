@@ -8,7 +8,7 @@ import pytest
 
 from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.envs.conftest import make_context
@@ -30,11 +30,11 @@ def loss_of(context, mask: Plan) -> float:
     return context.scorer.nll(mask) - context.scorer.dense_nll
 
 
-def frontier_of(context, masks) -> Frontier:
+def frontier_of(context, masks) -> PlanTable:
     """A frontier with these masks."""
     scores = zip(masks, context.scorer.nll_many(masks), strict=True)
-    return Frontier(
-        num_blocks=COUNT,
+    return PlanTable(
+        num_layers=COUNT // 2,
         dense_nll=context.scorer.dense_nll,
         scores=dict(scores),
         evaluations_run=len(masks),

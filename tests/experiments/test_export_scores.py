@@ -28,7 +28,7 @@ from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.recorded_scores import recorded_scores
 from rap_env.errors import RapError
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.scoring.score_table import ScoreTable
 from tests.programs import PythonProgram, run_python
@@ -160,7 +160,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     assert len(found) >= len(table["nll"]) > 50
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
-    frontier = Frontier.load(recorded.root / "profile" / "frontier.json", context.memory)
+    frontier = PlanTable.load(recorded.root / "profile" / "frontier.json", context.memory)
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
     moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)
     moved.save(recorded.root / "profile" / "frontier.json")

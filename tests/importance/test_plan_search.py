@@ -4,20 +4,24 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError
+from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
-from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
 from rap_env.importance.plan_predictor import PlanPredictor
 from rap_env.importance.plan_search import (
     PlanMoves,
     PlanSearch,
     PlanSearchConfig,
-    build_plan_frontier,
+    build_plan_table,
 )
+from rap_env.importance.plan_table import KnownPlans, PlanTable
+from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
+from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path, with_tuples
 from tests.envs.playing_v1 import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")
@@ -119,10 +123,10 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
     elsewhere = {Plan.of({"layer00.cache": "int2"}): 9.0}
     config = PlanSearchConfig(evaluations=70, batch=8, requests=8, members=2)
     seen = []
-    found = build_plan_frontier(
+    found = build_plan_table(
         context.scorer, costs, item_bytes, wanted, config, known | elsewhere, seen.append
     )
-    assert isinstance(found, PlanFrontier)
+    assert isinstance(found, PlanTable)
     assert found.evaluations <= 70
     assert found.scores[other] == known[other]
     assert not elsewhere.keys() & found.scores.keys(), "the ladder has no int2"
@@ -136,7 +140,7 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
         best = table.best(bytes_of, request.budget_bytes)
         gains.append(context.scorer.nll(greedy) - found.scores[best])
     assert np.mean(gains) > 0
-    again = build_plan_frontier(context.scorer, costs, item_bytes, wanted, config, known)
+    again = build_plan_table(context.scorer, costs, item_bytes, wanted, config, known)
     assert again.scores == found.scores, "the search is deterministic given the scores"
 
 
@@ -149,11 +153,11 @@ def test_a_search_starts_from_the_best_plans_of_another_table(context, item_byte
     peaks = bytes_of.peaks(np.array([ladder.positions(plan) for plan in drawn]))
     roomy = Request(request.batch_size, request.seq_len_tokens, int(np.median(peaks)))
     scores = {plan: 3.0 - number / 100 for number, plan in enumerate(drawn)}
-    start = PlanFrontier(context.memory.facts.num_layers, 2.0, scores, 40, 0.0, {}, {})
+    start = PlanTable(context.memory.facts.num_layers, 2.0, scores, 40, 0.0, {}, {})
     best = start.on(ladder).best(bytes_of, roomy.budget_bytes)
     blocks = context.memory.facts.num_blocks
     config = PlanSearchConfig(evaluations=blocks + 2, batch=1, members=2)
-    found = build_plan_frontier(context.scorer, costs, item_bytes, [roomy], config, start=start)
+    found = build_plan_table(context.scorer, costs, item_bytes, [roomy], config, start=start)
     assert best in found.scores
     assert found.scores[best] == context.scorer.nll(best), "measured, not taken over"
 
@@ -165,11 +169,50 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     costs, item_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
     assert "int4-window32" not in costs.one_shot["layer00.cache"]
     config = PlanSearchConfig(evaluations=30, batch=8, requests=8, members=2)
-    found = build_plan_frontier(short.scorer, costs, item_bytes, requests(item_bytes), config)
+    found = build_plan_table(short.scorer, costs, item_bytes, requests(item_bytes), config)
     with_windows = [plan for plan in found.scores if "window32" in str(plan)]
     assert with_windows
     for plan in with_windows:
         assert found.scores[plan] == short.scorer.nll(plan)
+
+
+class ScorerOfEveryMask(TableScorer):
+    """Every mask of a small trained model was measured."""
+
+    @property
+    def provenance(self):
+        return {"text": {}, "scoring": {}}
+
+
+@pytest.mark.parametrize("name", ["small-uniform", "small-unequal"])
+def test_a_search_over_masks_is_near_optimal(name):
+    table = ScoreTable.load(table_path(f"score_table:{name}"))
+    memory, rng = MemoryModel(table.facts), np.random.default_rng(0)
+    costs = LevelCosts.of_removals(OneShotProfile(**with_tuples(table.one_shot)))
+    asked = [
+        Request.at_fraction(
+            memory, int(rng.choice([1, 4, 16])), int(rng.choice([64, 256])), rng.uniform(0.4, 0.95)
+        )
+        for _ in range(128)
+    ]
+    item_bytes = LadderBytes(memory, Ladder.of(table.facts, "masks"))
+    config = PlanSearchConfig(evaluations=150)
+    found = build_plan_table(ScorerOfEveryMask(table), costs, item_bytes, asked, config)
+    assert found.evaluations <= 150
+    assert found.has_masks_only
+    order = greedy_order(costs, item_bytes).steps
+    chosen, best, followed = [], [], []
+    for request in asked[:48]:
+        shape = request.batch_size, request.seq_len_tokens
+        bytes_of = item_bytes.costs(*shape)
+        fits = {m for m in table.scores if memory.peak_bytes(m, request) <= request.budget_bytes}
+        if fits:
+            plan = found.on(item_bytes.ladder).best(bytes_of, request.budget_bytes)
+            chosen.append(table.scores[plan])
+            best.append(min(table.scores[mask] for mask in fits))
+            followed.append(table.scores[bytes_of.lower_until_fits(order, request.budget_bytes)])
+    gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
+    assert 0.9 < gained <= 1
 
 
 def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-from rap_env.importance.frontier import Frontier
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.one_shot_scores import one_shot
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
@@ -16,14 +16,14 @@ from tests.tiny import tiny_llm
 LOAD = """
 import sys
 from types import SimpleNamespace
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.observation import ImportanceFeatures
 folder, fingerprint = sys.argv[1:]
 model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
 one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)
 gsi = GSIProfile.load(f"{folder}/gsi.json", model)
-frontier = Frontier.load(f"{folder}/frontier.json", model)
+frontier = PlanTable.load(f"{folder}/frontier.json", model)
 ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 frontier.entries
 torch_like = ("torch", "transformers", "rap_env.models", "rap_env.scoring.scorer")
@@ -38,8 +38,8 @@ def test_loading_profiles_and_frontiers_imports_no_torch(tmp_path):
     single.save(tmp_path / "one_shot.json")
     order = gsi(scorer, progress=False)
     order.save(tmp_path / "gsi.json")
-    Frontier(
-        num_blocks=facts.num_blocks,
+    PlanTable(
+        num_layers=facts.num_layers,
         dense_nll=scorer.dense_nll,
         scores={mask: scorer.nll(mask) for mask in scorer.candidates(Plan()).values()},
         evaluations_run=0,

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.importance.frontier import Frontier
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
@@ -31,8 +30,8 @@ SCORES = {(): 2.5, (0,): 2.6, (1,): 2.7, (0, 1): 2.9, (0, 1, 3): 3.4}
 
 def frontier(layers=6, fingerprint="a" * 64):
     """A few known masks of the made model."""
-    return Frontier(
-        num_blocks=2 * layers,
+    return PlanTable(
+        num_layers=layers,
         dense_nll=2.5,
         scores={Plan.removing(*indices): nll for indices, nll in SCORES.items()},
         evaluations_run=len(SCORES),
@@ -87,7 +86,7 @@ def test_the_frontier_policy_returns_the_best_known_mask_that_fits():
 
 
 def test_a_frontier_of_another_shape_is_rejected():
-    with pytest.raises(ArtifactError, match="with 8 blocks, but made has 12"):
+    with pytest.raises(ArtifactError, match="with 4 layers, but made has 6"):
         TablePolicy(memory(), frontier(4))
 
 
@@ -96,7 +95,7 @@ def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
     plans = [Plan(), *map(Plan.of, PLANS)]
     scores = {plan: 2.0 + number / 10 for number, plan in enumerate(plans)}
     provenance = {"model": "made", "fingerprint": model.facts.fingerprint, "scoring": {}}
-    known = PlanFrontier(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
+    known = PlanTable(model.facts.num_layers, 2.0, scores, 4, 0.0, {}, provenance)
     known.save(tmp_path / "plans.json")
     policy = load_policy(tmp_path / "plans.json", model)
     assert type(policy) is TablePolicy

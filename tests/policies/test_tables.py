@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError
-from rap_env.importance.plan_frontier import KnownPlans, PlanFrontier
-from rap_env.importance.plan_search import PlanSearchConfig, build_plan_frontier
+from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
+from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
@@ -43,16 +43,16 @@ def test_the_frontier_follows_the_gsi_order_where_no_entry_fits(context, monkeyp
 def test_a_real_frontier_is_read(real_context):
     request = Request.at_fraction(real_context.memory, 2, 16, 0.7)
     plan = make_method("frontier", real_context).choose(request)
-    assert plan == real_context.frontier.best(real_context.memory, request)
+    assert plan == real_context.frontier.best_mask(real_context.memory, request)
     assert fits(real_context, plan, request)
 
 
 def measured(context, plans, path):
     """Write a table of plans, measured by a context."""
     scores = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
-    PlanFrontier(
+    PlanTable(
         num_layers=context.memory.facts.num_layers,
-        native_nll=context.scorer.dense_nll,
+        dense_nll=context.scorer.dense_nll,
         scores=scores,
         evaluations_run=len(plans),
         seconds=0.0,
@@ -65,7 +65,7 @@ def measured(context, plans, path):
 def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(item_bytes, between, tmp_path):
     path = tmp_path / "plans.json"
     context = make_ladder_context(frontier=str(path))
-    with pytest.raises(ArtifactError, match="no table of measured plans .*plans.json"):
+    with pytest.raises(ArtifactError, match="no frontier artifact .*plans.json"):
         make_method("frontier", context, item_bytes)
     layers = context.memory.facts.num_layers
     plans = [
@@ -76,7 +76,7 @@ def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(item_bytes, betwee
     scores = measured(context, plans, path)
     method = make_method("frontier", context, item_bytes)
     assert method.setup_evaluations == len(plans)
-    assert method.table_sha256 == PlanFrontier.load(path, context.memory).sha256
+    assert method.table_sha256 == PlanTable.load(path, context.memory).sha256
     request = between(SHAPES[1], 0.8)
     fitting = [plan for plan in plans if fits(context, plan, request)]
     assert method.choose(request) == min(fitting, key=scores.__getitem__)
@@ -93,7 +93,7 @@ def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
     path = tmp_path / "plans.json"
     context = make_ladder_context(frontier=str(path))
     requests = [between(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
-    build_plan_frontier(
+    build_plan_table(
         context.scorer,
         context.level_costs(item_bytes.ladder.cache_levels),
         item_bytes,

@@ -11,7 +11,7 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.serving import ReplayConfig
-from rap_env.importance.frontier import Frontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.policies.policy_file import PolicyFile, PolicyModel
@@ -42,9 +42,7 @@ def write_model(base: Path) -> None:
              for k in range(2 * LAYERS + 1) for _ in range(4)]  # fmt: skip
     provenance = {"model": llm.name, "fingerprint": llm.facts.fingerprint, "scoring": {}}
     scores = {mask: 4.0 + len(mask.removed) + float(rng.random()) for mask in masks}
-    Frontier(2 * LAYERS, scores[Plan()], scores, 0, 0.0, {}, provenance).save(
-        base / "frontier.json"
-    )
+    PlanTable(LAYERS, scores[Plan()], scores, 0, 0.0, {}, provenance).save(base / "frontier.json")
 
 
 def tiny_replay(base: Path, **changed) -> Config:

@@ -45,7 +45,7 @@ from experiments.training.score_model import (
 )
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import LadderPolicy
@@ -158,7 +158,7 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
         train(changed, changed.stage_dir("train") / "agent-s0")
     profile(changed, changed.stage_dir("profile"))
     context = build_context(changed)
-    found = PlanFrontier.load(frontier_artifact(changed), context.memory)
+    found = PlanTable.load(frontier_artifact(changed), context.memory)
     assert any(not plan.is_mask for plan in found.scores)
     folder = train(changed, changed.stage_dir("train") / "agent-s0")
     rounds = read_records(folder / ROUNDS_FILE)

@@ -89,7 +89,7 @@ def test_the_policy_starts_at_its_teacher(config):
 def test_demonstrations_fit_and_come_from_the_frontier(config):
     context = build_context(config)
     for shown in demonstrations(config, context):
-        assert shown.plan == context.frontier.best(context.memory, shown.request)
+        assert shown.plan == context.frontier.best_mask(context.memory, shown.request)
         peak = context.memory.peak_bytes(shown.plan, shown.request)
         assert peak <= shown.request.budget_bytes
 

@@ -1,28 +1,21 @@
 """The best known plans: a lookup gives the best one that fits, and files keep all of them."""
 
-import gzip
-import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rap_env.artifacts import artifact_kind
 from rap_env.errors import ArtifactError
-from rap_env.importance.plan_frontier import PlanFrontier
+from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan
+from rap_env.plan import Plan, every_mask
+from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from tests.tiny import tiny_llm
 
-RECORDED = [
-    path
-    for path in sorted((Path(__file__).parents[2] / "results").glob("*/profile/frontier.json"))
-    if artifact_kind(path) == PlanFrontier.KIND
-]
+PACKAGED = Path(__file__).parents[2] / "rap_env/policies/packaged/smollm2-135m.frontier.json"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +35,7 @@ def frontier(llm):
         plans.add(plan)
     scores = {plan: 3.0 + float(rng.random()) * bool(plan) for plan in plans}
     provenance = {"model": "t", "fingerprint": llm.facts.fingerprint, "scoring": {}}
-    return PlanFrontier(llm.facts.num_layers, 3.0, scores, len(scores), 1.0, {}, provenance)
+    return PlanTable(llm.facts.num_layers, 3.0, scores, len(scores), 1.0, {}, provenance)
 
 
 def test_a_lookup_gives_the_best_plan_that_fits(llm, frontier):
@@ -65,19 +58,42 @@ def test_a_lookup_gives_the_best_plan_that_fits(llm, frontier):
 
 def test_a_file_keeps_every_plan(llm, frontier, tmp_path):
     frontier.save(tmp_path / "f.json")
-    again = PlanFrontier.load(tmp_path / "f.json", llm)
+    again = PlanTable.load(tmp_path / "f.json", llm)
     assert again.scores == frontier.scores
-    assert {type(plan) for plan in again.scores} == {Plan, Plan}
-    assert all(plan == plan for plan in again.scores)
+    assert (again.sha256, again.settings) == (frontier.sha256, frontier.settings)
     with pytest.raises(ArtifactError, match="other weights"):
-        PlanFrontier.load(tmp_path / "f.json", tiny_llm(seed=7))
+        PlanTable.load(tmp_path / "f.json", tiny_llm(seed=7))
+    (tmp_path / "f.json").write_bytes((tmp_path / "f.json").read_bytes()[:-50])
+    with pytest.raises(ArtifactError, match="truncated"):
+        PlanTable.load(tmp_path / "f.json", llm)
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.parent.parent.name)
-def test_committed_tables_are_still_read(path):
-    provenance = json.loads(gzip.decompress(path.read_bytes()))["body"]["provenance"]
-    repair = provenance["scoring"].get("repair", "")
-    facts = SimpleNamespace(fingerprint=provenance["fingerprint"], repair=repair)
-    found = PlanFrontier.load(path, SimpleNamespace(facts=facts))
-    assert found.scores[Plan()] == found.native_nll
-    assert sum(not plan.is_mask for plan in found.scores) > 100
+def counts(mask):
+    return mask.count_removed("attn"), mask.count_removed("ffn")
+
+
+def test_the_best_mask_for_each_pair_of_counts_answers_requests(llm):
+    rng, memory = np.random.default_rng(1), MemoryModel(llm)
+    scores = {mask: 3.0 + float(rng.random()) * bool(mask) for mask in every_mask(4)}
+    provenance = {"fingerprint": llm.facts.fingerprint, "scoring": {}}
+    table = PlanTable(llm.facts.num_layers, 3.0, scores, 16, 1.0, {}, provenance)
+    assert table.has_masks_only
+    assert len(table.entries) == 9
+    for mask, rise in table.entries:
+        alike = [nll for other, nll in scores.items() if counts(other) == counts(mask)]
+        assert rise == min(alike) - 3.0
+    for fraction in (0.9, 0.7, 0.5):
+        request = Request.at_fraction(memory, 2, 20, fraction)
+        fitting = [m for m, _ in table.entries
+                   if memory.peak_bytes(m, request) <= request.budget_bytes]  # fmt: skip
+        assert table.best_mask(memory, request) == next(iter(fitting), None)
+    assert table.best_mask(memory, Request(1, 8, 1)) is None
+
+
+def test_the_packaged_table_is_read():
+    table = PlanTable.load(PACKAGED, MemoryModel(default_facts("bf16")))
+    assert table.scores[Plan()] == table.dense_nll
+    for mask in table.scores:
+        mask.check(2 * table.num_layers)
+    assert table.has_masks_only
+    assert table.entries[0][1] <= 0

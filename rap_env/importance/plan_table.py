@@ -1,8 +1,9 @@
 """The best known plans: every measured plan of one model on one text, looked up by request.
 
-In v0 a table of the best mask for each pair of counts answers any request
-(`rap_env.importance.frontier`). Over levels there are no such pairs: what a plan needs depends on
-the request, so a lookup compares the bytes of all known plans. Files are read without torch.
+The ΔNLL of a plan does not depend on the request: the request only sets the bytes that each item
+costs. So a table of measured plans answers any request by a lookup. Of masks, the best one for each
+pair of counts (attn blocks removed, ffn blocks removed) is enough where all blocks of a kind cost
+the same. Files are read without torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,32 +21,40 @@ import numpy.typing as npt
 from rap_env.artifacts import digest, save_artifact
 from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.state import LadderCosts
+from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
+from rap_env.request import Request
 
 _FORMAT = 1
 
 
+@lru_cache(maxsize=8)
+def _mask_bytes(memory: MemoryModel) -> LadderBytes:
+    return LadderBytes(memory, Ladder.of(memory.facts, "masks"))
+
+
 @dataclass(frozen=True, eq=False)
-class PlanFrontier:
+class PlanTable:
     """Measured plans of one model on one text.
 
     Attributes:
         num_layers: L.
-        native_nll: NLL of the native model, nats per token.
-        scores: NLL of every measured mask or plan, nats per token.
+        dense_nll: NLL of the native model, nats per token.
+        scores: NLL of every measured plan, nats per token.
         evaluations_run: Plans that the model ran; fewer if a store already had some.
         seconds: Wall time of the search.
         settings: Settings of the search.
         provenance: Model, text and everything else that determined the scores.
     """
 
-    KIND: ClassVar[str] = "plan frontier"
+    KIND: ClassVar[str] = "plan table"
 
     num_layers: int
-    native_nll: float
+    dense_nll: float
     scores: dict[Plan, float]
     evaluations_run: int
     seconds: float
@@ -60,6 +70,44 @@ class PlanFrontier:
     def sha256(self) -> str:
         """Hash of all plans and their scores, in hex."""
         return digest([[plan.to_json(), nll] for plan, nll in self.scores.items()])
+
+    @property
+    def has_masks_only(self) -> bool:
+        """Whether every plan is a mask."""
+        return all(plan.is_mask for plan in self.scores)
+
+    @cached_property
+    def entries(self) -> tuple[tuple[Plan, float], ...]:
+        """The best mask of each pair of counts with its ΔNLL, nats per token; least first."""
+        best: dict[tuple[int, int], Plan] = {}
+        for plan, nll in self.scores.items():
+            counts = plan.count_removed("attn"), plan.count_removed("ffn")
+            if plan.is_mask and (counts not in best or nll < self.scores[best[counts]]):
+                best[counts] = plan
+        rises = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
+        return tuple(sorted(rises, key=lambda entry: (entry[1], len(entry[0].removed))))
+
+    def best_mask(self, memory: MemoryModel, request: Request) -> Plan | None:
+        """The mask of least ΔNLL of `entries` that fits the request; None if none does.
+
+        Raises:
+            InvalidRequestError: The model does not support the batch size or the length.
+        """
+        costs = _mask_bytes(memory).costs(request.batch_size, request.seq_len_tokens)
+        return self._by_counts.best(costs, request.budget_bytes)
+
+    @cached_property
+    def _by_counts(self) -> KnownPlans:
+        """The masks of `entries` as plans of the ladder that only removes blocks."""
+        rows = np.zeros((len(self.entries), 2 * self.num_layers), dtype=np.int64)
+        for row, (mask, _) in zip(rows, self.entries, strict=True):
+            row[list(mask.removed)] = 1
+        rises = np.array([rise for _, rise in self.entries])
+        return KnownPlans(tuple(mask for mask, _ in self.entries), rises, rows)
+
+    def on(self, ladder: Ladder) -> KnownPlans:
+        """The plans that a ladder has, for lookups."""
+        return KnownPlans.of(ladder, self.scores, self.dense_nll)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked, compressed JSON artifact."""
@@ -81,10 +129,6 @@ class PlanFrontier:
         plans = map(Plan.of, body.pop("plans"))
         return cls(scores=dict(zip(plans, body.pop("nll"), strict=True)), **body)
 
-    def on(self, ladder: Ladder) -> KnownPlans:
-        """The plans that a ladder has, for lookups."""
-        return KnownPlans.of(ladder, self.scores, self.native_nll)
-
 
 @dataclass(frozen=True, eq=False)
 class KnownPlans:
@@ -101,26 +145,26 @@ class KnownPlans:
     positions: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, ladder: Ladder, scores: Mapping[Plan, float], native_nll: float) -> Self:
+    def of(cls, ladder: Ladder, scores: Mapping[Plan, float], dense_nll: float) -> Self:
         """Measured plans; those with levels that the ladder does not have are left out.
 
         Args:
             ladder: The items.
-            scores: NLL of masks and plans, nats per token.
-            native_nll: NLL of the native model, nats per token.
+            scores: NLL of plans, nats per token.
+            dense_nll: NLL of the native model, nats per token.
         """
-        found: list[tuple[float, Plan, list[int]]] = []
+        entries: list[tuple[float, Plan, list[int]]] = []
         for plan, nll in scores.items():
             try:
-                found.append((nll - native_nll, plan, ladder.positions(plan)))
+                entries.append((nll - dense_nll, plan, ladder.positions(plan)))
             except UnknownNameError:
                 continue
-        found.sort(key=lambda entry: entry[0])
-        where = np.array([positions for *_, positions in found], dtype=np.int64)
+        entries.sort(key=lambda entry: entry[0])
+        positions = np.array([row for *_, row in entries], dtype=np.int64)
         return cls(
-            tuple(plan for _, plan, _ in found),
-            np.array([delta for delta, *_ in found]),
-            where.reshape(len(found), len(ladder)),
+            tuple(plan for _, plan, _ in entries),
+            np.array([rise for rise, *_ in entries]),
+            positions.reshape(len(entries), len(ladder)),
         )
 
     def reached(self, ladder: Ladder) -> KnownPlans:
