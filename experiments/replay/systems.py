@@ -194,7 +194,7 @@ class SystemFactory:
                     f"There is no GSI artifact {path}; measure one with "
                     "`python -m experiments.profile`."
                 ) from None
-        if self._trained.order:
+        if self._trained.order and not self._trained.lowers:
             return self._trained.order
         try:
             packaged = load_policy("rap-v0", self._memory)

@@ -214,13 +214,13 @@ def test_static_masks_are_the_least_pruned_of_their_order(loaded):
     factory = SystemFactory(config, llm, workload, Budget((0,), (int(0.9 * dense),)))
     system = factory.make("static_gsi", FakeRun())
     order = factory._guard_order
-    count = len(system.policy.mask.removed)
-    assert system.policy.mask == Plan.removing(*order[:count])
+    count = len(system.policy.plan.removed)
+    assert system.policy.plan == Plan.removing(*order[:count])
     assert system.guard_order == ()
     request = Request(3, workload.longest_tokens, int(0.9 * dense))
     assert memory.peak_bytes(Plan.removing(*order[:count]), request) <= request.budget_bytes
     assert memory.peak_bytes(Plan.removing(*order[: count - 1]), request) > request.budget_bytes
-    layers = factory.make("static_shortgpt", FakeRun()).policy.mask
+    layers = factory.make("static_shortgpt", FakeRun()).policy.plan.removed
     assert {index ^ 1 for index in layers} == set(layers)  # whole layers
 
 
