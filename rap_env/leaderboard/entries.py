@@ -73,12 +73,13 @@ class Entry:
         """Hash of all plans: entries with equal plans are equal, whatever their names."""
         return digest([list(run.plans) for run in self.runs])
 
-    def delta_nll(self, split: str) -> npt.NDArray[np.float64] | None:
-        """ΔNLL at each request, mean over seeds, nats per token; None if it was not measured."""
-        if any(split not in run.delta_nll for run in self.runs):
-            return None
-        values: npt.NDArray[np.float64] = np.array([run.delta_nll[split] for run in self.runs])
-        return np.asarray(values.mean(axis=0))
+    def measured_on(self, split: str) -> bool:
+        """Whether all plans were measured on the text of a split."""
+        return all(split in run.delta_nll for run in self.runs)
+
+    def delta_nll(self, split: str) -> npt.NDArray[np.float64]:
+        """ΔNLL at each request on a split, mean over seeds, nats per token, (requests,)."""
+        return np.asarray(np.mean([run.delta_nll[split] for run in self.runs], axis=0))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked, compressed JSON artifact."""

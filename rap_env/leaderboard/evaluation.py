@@ -111,9 +111,7 @@ class Evaluation:
         Negative values: this policy loses less. The interval is a bootstrap over requests, which
         are the same for both.
         """
-        other = entry.delta_nll(self.split)
-        assert other is not None
-        difference = self.delta_nll - other
+        difference = self.delta_nll - entry.delta_nll(self.split)
         rng = np.random.default_rng(0)
         drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
         low, high = np.percentile(difference[drawn].mean(axis=1), _INTERVAL)
@@ -124,12 +122,9 @@ class Evaluation:
         own = f"{self.name} (this)"
         rows = [(self.mean_delta_nll, own, "")]
         for entry in self.entries:
-            values = entry.delta_nll(self.split)
-            assert values is not None
             mean, low, high = self.against(entry)
-            rows.append(
-                (float(values.mean()), entry.name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-            )
+            own_mean = float(entry.delta_nll(self.split).mean())
+            rows.append((own_mean, entry.name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"))
         rows.sort(key=lambda row: row[0])
         width = max(len(name) for _, name, _ in rows)
         missed = sum(not cell.fits for cell in self.cells)
@@ -267,7 +262,7 @@ def evaluate(
     env = pinned.make()
     unwrapped: Any = env.unwrapped
     context: PruningContext = unwrapped.context
-    judge = _judge(pinned, context, split, text)
+    text_sha256, judge = _judge(pinned, context, split, text)
     cells = []
     for number, request in enumerate(pinned.requests):
         began = time.perf_counter()
@@ -275,21 +270,21 @@ def evaluate(
         decision_s = time.perf_counter() - began
         cells.append(_cell(context, judge, request, plan, decision_s))
     env.close()
-    entries = [e for e in published_entries(pinned.comparison) if e.delta_nll(split) is not None]
+    entries = [e for e in published_entries(pinned.comparison) if e.measured_on(split)]
     return Evaluation(
         name=name,
         task=pinned,
         split=split,
         cells=tuple(cells),
         seed=seed,
-        text_sha256=judge.sha256,
+        text_sha256=text_sha256,
         model_sha256=context.memory.facts.fingerprint,
-        entries=tuple(entries) if judge.sha256 == pinned.sha256_of(split) else (),
+        entries=tuple(entries) if text_sha256 == pinned.sha256_of(split) else (),
     )
 
 
 def _cell(
-    context: PruningContext, judge: _Judge, request: Request, plan: Plan, decision_s: float
+    context: PruningContext, judge: Judge, request: Request, plan: Plan, decision_s: float
 ) -> CellResult:
     """The result of one request; a plan that does not fit is scored as no model at all."""
     memory, scorer = context.memory, context.scorer
@@ -297,7 +292,7 @@ def _cell(
     fits = peak_bytes <= request.budget_bytes
     scored = plan if fits else Plan.removing(*range(memory.facts.num_blocks))
     calibration = scorer.nll(scored) - scorer.dense_nll
-    delta_nll, predicted = judge.delta_nll(scored, calibration)
+    delta_nll, predicted = judge(scored, calibration)
     return CellResult(
         request=request,
         plan=plan,
@@ -311,13 +306,11 @@ def _cell(
     )
 
 
-Decide = Callable[[Any, Request, int], Plan]
-
-
-def _decider(policy: Any) -> Decide:
+def _decider(policy: Any) -> Callable[[Any, Request, int], Plan]:
     """What gives the plan of a policy for a request in an environment, with a seed."""
     if hasattr(policy, "choose"):
         return lambda _env, request, _seed: policy.choose(request)
+    act = policy
     if hasattr(policy, "predict"):
         masked = "action_masks" in inspect.signature(policy.predict).parameters
 
@@ -325,44 +318,33 @@ def _decider(policy: Any) -> Decide:
             masks = {"action_masks": observation["action_mask"].astype(bool)} if masked else {}
             return policy.predict(observation, deterministic=True, **masks)[0]
 
-        return lambda env, request, seed: _episode(env, act, request, seed)
-    if callable(policy):
-        return lambda env, request, seed: _episode(env, policy, request, seed)
-    raise InvalidRequestError(
-        "A policy is an object with choose(request), a stable-baselines3 model, or a function from "
-        f"an observation to an action, not {policy!r}."
-    )
+    elif not callable(policy):
+        raise InvalidRequestError(
+            "A policy is an object with choose(request), a stable-baselines3 model, or a function "
+            f"from an observation to an action, not {policy!r}."
+        )
+
+    def played(env: Any, request: Request, seed: int) -> Plan:
+        observation, _ = env.reset(seed=seed, options={"request": request})
+        over = False
+        while not over:
+            observation, _, terminated, truncated, _ = env.step(act(observation))
+            over = terminated or truncated
+        plan: Plan = env.unwrapped.plan
+        return plan
+
+    return played
 
 
-def _episode(
-    env: Any, act: Callable[[Mapping[str, Any]], Any], request: Request, seed: int
-) -> Plan:
-    """The plan at the end of an episode."""
-    observation, _ = env.reset(seed=seed, options={"request": request})
-    over = False
-    while not over:
-        observation, _, terminated, truncated, _ = env.step(act(observation))
-        over = terminated or truncated
-    plan: Plan = env.unwrapped.plan
-    return plan
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Gives ΔNLL of a plan on a split's text, and whether it is predicted.
-
-    Attributes:
-        sha256: Hash of the text's tokens.
-        delta_nll: Takes a plan and its ΔNLL on the calibration text.
-    """
-
-    sha256: str
-    delta_nll: Callable[[Plan, float], tuple[float, bool]]
+Judge = Callable[[Plan, float], tuple[float, bool]]
+"""Takes a plan and its ΔNLL on the calibration text; returns that on the split's text, and whether
+it is predicted."""
 
 
 def _judge(
     task: PinnedTask, context: PruningContext, split: str, text: CorpusConfig | None
-) -> _Judge:
+) -> tuple[str, Judge]:
+    """The hash of the tokens of a split's text, and what measures ΔNLL on it."""
     if text is not None and (split != "test" or not task.live):
         raise InvalidRequestError(
             f"text is for split='test' of a task with a live model; {task.name} with "
@@ -371,16 +353,16 @@ def _judge(
     table = context.table if isinstance(context, TableContext) else None
     if split == "calibration":
         sha256 = context.corpus.sha256 if table is None else str(table.text["sha256"])
-        return _Judge(sha256, lambda plan, value: (value, context.scorer.is_predicted(plan)))
+        return sha256, lambda plan, value: (value, context.scorer.is_predicted(plan))
     if table is not None:
         held_out = table.held_out
         if held_out is None:
             raise ArtifactError(
                 f"The table of {task.name} has no losses on held-out text; use split='calibration'."
             )
-        return _Judge(
-            held_out.text["sha256"],
-            lambda plan, value: (held_out.delta_nll(plan, value), held_out.is_predicted(plan)),
+        return held_out.text["sha256"], lambda plan, value: (
+            held_out.delta_nll(plan, value),
+            held_out.is_predicted(plan),
         )
     if text is None:
         raise InvalidRequestError(
@@ -392,4 +374,4 @@ def _judge(
 
     corpus = load_corpus(text, context.llm)
     live = MaskScorer(context.llm, corpus, context.store)
-    return _Judge(corpus.sha256, lambda plan, _: (live.nll(plan) - live.dense_nll, False))
+    return corpus.sha256, lambda plan, _: (live.nll(plan) - live.dense_nll, False)
