@@ -240,7 +240,7 @@ class Soak:
             "seconds": round(seconds, 1),
             "kinds": dict(sorted(self._kinds.items())),
             "budget_changes": self._budget_changes,
-            "switches": self._engine.controller.plans.switches,
+            "switches": self._engine.controller.switcher.switches,
             "masks": len(self._engine.plans),
             "agreement": agreement,
             "rss_bytes": {"growth": growth, "samples": self._resident},

@@ -11,17 +11,16 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFl
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
-from rap_env.runtime.decisions import DecisionLog
+from rap_env.runtime.decisions import DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
-from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
+from rap_env.runtime.memory_monitor import Debounce, MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
-from rap_env.runtime.plan_chooser import PlanChooser
-from rap_env.runtime.plan_controller import PlanController
+from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.plan_switcher import PlanSwitcher
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
-
 
 IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""
@@ -31,10 +30,10 @@ class RuntimeController:
     """Holds measured bytes within a budget that moves, by changing a live model's plan.
 
     The policy is asked when a request arrives, when the budget falls below the need, and when
-    there is headroom again. Its mask or plan is applied only if its predicted bytes fit the budget
+    there is headroom again. Its plan is applied only if its predicted bytes fit the budget
     together with a safety margin that is learned from measurements
-    (`rap_env.runtime.memory_monitor`). Otherwise a policy that chooses plans is asked for a smaller
-    one, and then the guard removes more blocks in its own order until they do.
+    (`rap_env.runtime.memory_monitor`). Otherwise the policy is asked for a smaller one, and then
+    the guard removes more blocks in its own order until they do.
 
     **Shrinking** is immediate: `check` before each step. **Growing** is debounced while anything
     runs: a plan that needs more is applied only after it would have fitted for `hold_s` without a
@@ -51,7 +50,7 @@ class RuntimeController:
     Args:
         llm: The live model. Set its residency first: with ``"resident"``, removing an FFN block
             frees nothing, and the guard takes that into account.
-        policy: Chooses plans; an object with a name and `choose(request)` suffices.
+        policy: Chooses plans: a `Policy`, or any object with a name and ``choose(request)``.
         memory: Gives the budget: a source, or what `open_memory` accepts.
         meter: Measures what is used; by default the process or the device.
         guard_order: Indices of blocks in the order in which the guard removes them. By
@@ -70,9 +69,9 @@ class RuntimeController:
 
     Attributes:
         estimator: Predicts bytes.
-        chooser: Chooses plans that fit.
-        plans: Applies plans.
         monitor: Measures bytes.
+        chooser: Chooses plans that fit.
+        switcher: Applies plans.
         overhead_s: Seconds spent in the controller, switching and measuring included.
 
     Raises:
@@ -114,24 +113,20 @@ class RuntimeController:
             self.estimator,
             SafetyMargin(int(margin_share * weights), clock=clock),
         )
-        self._clock = clock
-        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
-        self.hold_s = hold_s
-        self.overhead_s = 0.0
         self.chooser = PlanChooser(
             as_policy(policy), self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll
         )
-        self.plans = PlanController(
-            llm,
-            self.chooser,
-            self.estimator,
-            self.monitor,
-            hysteresis_share=hysteresis_share,
-            hold_s=hold_s,
-            decision_log=log,
-            clock=clock,
-        )
+        self.switcher = PlanSwitcher(llm, self.chooser, self.estimator, self.monitor, log, clock)
+        self.hold_s = hold_s
+        self.overhead_s = 0.0
+        self._hysteresis_share = hysteresis_share
+        self._clock = clock
+        self._debounce = Debounce(hold_s)
+        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
         self._rejected: tuple[BatchShape, int] | None = None  # no plan fitted it in these bytes
+        self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
+
+    # Before and after the steps of the model
 
     def admit(
         self,
@@ -155,16 +150,14 @@ class RuntimeController:
             available = self._available_bytes(shape, next_pass)
             if self._rejected and self._rejected[0] == shape and available <= self._rejected[1]:
                 return False
-            plan = self.llm.plan
-            need = self.estimator.peak_bytes(plan, shape)
-            if need > available or not self.chooser.allows(plan, shape):
-                if not self.plans.fit(
-                    shape, available, "arrival", next_pass, running=bool(running)
-                ):
-                    self._rejected = (shape, available)
-                    return False
-            elif plan and not running:
-                self.plans.grow_at_arrival(need, shape, next_pass)
+            if not self.switcher.present_fits(shape, available):
+                if self._fit(shape, available, "arrival", next_pass, running=bool(running)):
+                    return True
+                self._rejected = (shape, available)
+                return False
+            if self.llm.plan and not running:
+                choice = self.chooser.choose(shape, self._growth_limit_bytes(next_pass))
+                self._raise_to(choice, shape, "arrival", next_pass)
             return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
@@ -181,23 +174,21 @@ class RuntimeController:
             self.monitor.poll()
             if not shape:
                 self.monitor.observe_idle()
-            if self.plans.retry_unreadable():
-                self._rejected = None
+            if self.switcher.unreadable.retry():
+                self._rejected = self._retry_above = None
             idle = self._was_idle(shape)
             available = self._available_bytes(shape, next_pass)
-            plan = self.llm.plan
-            need = self.estimator.peak_bytes(plan, shape)
-            if need > available or not self.chooser.allows(plan, shape):
-                fits = self.plans.fit(
-                    shape, available, "budget_fell", next_pass, running=bool(shape)
-                )
+            if not self.switcher.present_fits(shape, available):
+                fits = self._fit(shape, available, "budget_fell", next_pass, running=bool(shape))
                 if not fits and not shape:
-                    self.plans.remove_all()
+                    self.switcher.remove_all()  # nothing is left to preempt
                 return fits
-            if plan and idle:
-                self.plans.restore_idle(need, next_pass)
-            elif plan:
-                self.plans.grow(need, shape, next_pass)
+            if self.llm.plan and idle:  # without a reserve or a debounce
+                available = self._available_after_trim_bytes(EMPTY_BATCH, next_pass)
+                choice = self.chooser.choose(EMPTY_BATCH, available)
+                self._raise_to(choice, EMPTY_BATCH, "room", next_pass)
+            elif self.llm.plan:
+                self._grow(shape, next_pass)
             return True
 
     def observe(self, shape: BatchShape, kind: str = "step") -> int:
@@ -212,7 +203,7 @@ class RuntimeController:
         """
         with self._timed():
             if kind != "prefill":
-                self.plans.note_decode()
+                self.switcher.note_decode()
             return self.monitor.observe_step(shape, kind)
 
     def note_preemption(self) -> None:
@@ -221,60 +212,9 @@ class RuntimeController:
             self.monitor.trim()
 
     def note_out_of_memory(self, kind: str) -> None:
-        """After a pass that ran out of memory: expect no more than it had reached.
-
-        Args:
-            kind: As in `observe`.
-        """
+        """After a pass ran out of memory: expect no more than it had; kinds are as in `observe`."""
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
-
-    def could_fit(self, shape: BatchShape) -> bool:
-        """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
-
-        Any thread may call it.
-        """
-        return self._could_fit(shape, self.monitor.budget_limit_bytes())
-
-    def could_fit_now(self, shape: BatchShape) -> bool:
-        """Whether a batch, with nothing else running, can fit in the present budget.
-
-        Any thread may call it.
-        """
-        return self._could_fit(shape, self.monitor.budget_bytes)
-
-    def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
-        """The error that says why a batch does not fit with nothing else running.
-
-        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
-
-        Args:
-            shape: A batch that does not fit.
-            expected: Whether it is the largest expected budget in which it does not, else the
-                present one.
-        """
-        monitor, chooser = self.monitor, self.chooser
-        budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
-        message = (
-            f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
-            f"of {budget:,} bytes under any plan{chooser.clause_for(shape)}"
-            f"{self.plans.unreadable.clause}"
-        )
-        rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
-        if rise is None:
-            return InfeasibleBudgetError(f"{message}; shorten the prompt or ask for fewer tokens.")
-        return QualityFloorError(
-            f"{message}: the best plan that fits has {rise:.4g}. Shorten the prompt or ask for "
-            "fewer tokens."
-        )
-
-    def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
-        """Whether a batch can never fit by what is measured now, even with nothing else running."""
-        self.monitor.trim()
-        estimate = self.plans.pass_estimate(shape, next_pass)
-        available = self.monitor.available_after_trim_bytes(shape, estimate)
-        limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
-        return not self.chooser.could_fit(shape, limit)
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
@@ -296,6 +236,127 @@ class RuntimeController:
 
         return before
 
+    # Whether a batch fits
+
+    def could_fit(self, shape: BatchShape) -> bool:
+        """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
+
+        Any thread may call it.
+        """
+        return self._could_fit(shape, self.monitor.budget_limit_bytes())
+
+    def could_fit_now(self, shape: BatchShape) -> bool:
+        """Whether a batch, with nothing else running, can fit in the present budget.
+
+        Any thread may call it.
+        """
+        return self._could_fit(shape, self.monitor.budget_bytes)
+
+    def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
+        """Whether a batch can never fit by what is measured now, even with nothing else running."""
+        available = self._available_after_trim_bytes(shape, next_pass)
+        limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
+        return not self.chooser.could_fit(shape, limit)
+
+    def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
+        """The error that says why a batch does not fit with nothing else running.
+
+        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
+
+        Args:
+            shape: A batch that does not fit.
+            expected: Whether it is the largest expected budget in which it does not, else the
+                present one.
+        """
+        monitor, chooser = self.monitor, self.chooser
+        budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
+        message = (
+            f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
+            f"of {budget:,} bytes under any plan{chooser.clause_for(shape)}"
+            f"{self.switcher.unreadable.clause}"
+        )
+        rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
+        if rise is None:
+            return InfeasibleBudgetError(f"{message}; shorten the prompt or ask for fewer tokens.")
+        return QualityFloorError(
+            f"{message}: the best plan that fits has {rise:.4g}. Shorten the prompt or ask for "
+            "fewer tokens."
+        )
+
+    def _could_fit(self, shape: BatchShape, budget_bytes: int) -> bool:
+        limit = budget_bytes - self.monitor.margin.bytes
+        # The present plan is tried first, which is faster than another one.
+        return self.switcher.present_fits(shape, limit) or self.chooser.could_fit(shape, limit)
+
+    # When to lower and raise
+
+    def _fit(
+        self,
+        shape: BatchShape,
+        available_bytes: int,
+        trigger: Trigger,
+        next_pass: PassSize,
+        *,
+        running: bool,
+    ) -> bool:
+        """Apply a plan that needs no more than is available; return whether one fits."""
+        self._debounce.reset()
+        self._retry_above = None
+        choice = self.switcher.choose(shape, available_bytes, running=running)
+        if choice is None:
+            return False
+        return self.switcher.settle(choice, shape, trigger, next_pass, running=running)
+
+    def _raise_to(
+        self,
+        choice: PlanChoice | None,
+        shape: BatchShape,
+        trigger: Trigger,
+        next_pass: PassSize,
+    ) -> bool:
+        """Apply a choice if it is better than the present plan; return whether it is."""
+        if choice is None or not self.switcher.improves(choice, shape):
+            return False
+        running = trigger != "arrival" and bool(shape)
+        self.switcher.settle(choice, shape, trigger, next_pass, running=running)
+        self._debounce.reset()
+        self._retry_above = None
+        return True
+
+    def _grow(self, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items once there has been headroom above the present need long enough."""
+        need = self.estimator.peak_bytes(self.llm.plan, shape)
+        headroom = self._growth_limit_bytes(next_pass) - need
+        least = self.estimator.least_raise_bytes(self.llm.plan, shape)
+        lasting = self._debounce.update(self._clock(), headroom, least)
+        if lasting is None or (
+            self._retry_above and self._retry_above[0] == shape and lasting < self._retry_above[1]
+        ):
+            return
+        available = self._available_after_trim_bytes(shape, next_pass) - self._reserve_bytes()
+        choice = self.switcher.choose_higher(shape, min(need + lasting, available), available)
+        trigger: Trigger = "left" if shape.tokens < self.switcher.last_shape.tokens else "room"
+        if not self._raise_to(choice, shape, trigger, next_pass):
+            self._retry_above = (shape, lasting + least)  # with headroom for one more block
+
+    # Bytes and times
+
+    def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
+        estimate = self.switcher.pass_estimate(shape, next_pass)
+        return self.monitor.available_bytes(shape, estimate)
+
+    def _available_after_trim_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
+        self.monitor.trim()
+        estimate = self.switcher.pass_estimate(shape, next_pass)
+        return self.monitor.available_after_trim_bytes(shape, estimate)
+
+    def _reserve_bytes(self) -> int:
+        return int(self.monitor.budget_bytes * self._hysteresis_share)
+
+    def _growth_limit_bytes(self, next_pass: PassSize) -> int:
+        margin = self.monitor.margin.bytes_for(prefills=next_pass.prefills)
+        return self.monitor.budget_bytes - self._reserve_bytes() - margin
+
     def _was_idle(self, shape: BatchShape) -> bool:
         """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
         now, since_s = self._clock(), self._idle_since_s
@@ -303,17 +364,6 @@ class RuntimeController:
             return False
         self._idle_since_s = None if shape else now
         return not shape and since_s is not None
-
-    def _could_fit(self, shape: BatchShape, budget_bytes: int) -> bool:
-        limit, plan = budget_bytes - self.monitor.margin.bytes, self.llm.plan
-        fits = self.estimator.peak_bytes(plan, shape) <= limit
-        if fits and self.chooser.allows(plan, shape):
-            return True  # which is found faster than another plan
-        return self.chooser.could_fit(shape, limit)
-
-    def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        estimate = self.plans.pass_estimate(shape, next_pass)
-        return self.monitor.available_bytes(shape, estimate)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

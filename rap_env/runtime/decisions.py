@@ -29,13 +29,13 @@ class Decision:
         time_s: On the controller's clock.
         wall_time: ISO 8601, UTC.
         trigger: What caused it; ``why`` in the log.
-        before: The mask or plan before the switch; ``from`` in the log.
+        before: The plan before the switch; ``from`` in the log.
         after: That after it; ``to`` in the log. A mask is logged as the list of its blocks, any
             other plan as an object of items and levels.
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
         budget_bytes: The budget.
-        shape: The batch that the mask had to fit; ``demand`` in the log.
+        shape: The batch that the plan had to fit; ``demand`` in the log.
         decision_s: Seconds spent choosing the plan.
         switch_s: Seconds spent applying it.
         guarded: Whether the guard changed the policy's plan.
@@ -56,27 +56,17 @@ class Decision:
 
     def to_record(self) -> dict[str, Any]:
         """The decision as it is logged."""
-        return {
-            "time_s": self.time_s,
-            "wall_time": self.wall_time,
-            "why": self.trigger,
-            "from": plan_record(self.before),
-            "to": plan_record(self.after),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "budget_bytes": self.budget_bytes,
-            "demand": {
-                "batch_size": self.shape.batch_size,
-                "seq_len_tokens": self.shape.seq_len_tokens,
-            },
-            "decision_s": self.decision_s,
-            "switch_s": self.switch_s,
-            "guarded": self.guarded,
+        shape = self.shape
+        names = {"trigger": "why", "before": "from", "after": "to", "shape": "demand"}
+        values = vars(self) | {
+            "before": _plan_record(self.before),
+            "after": _plan_record(self.after),
+            "shape": {"batch_size": shape.batch_size, "seq_len_tokens": shape.seq_len_tokens},
         }
+        return {names.get(name, name): value for name, value in values.items()}
 
 
-def plan_record(plan: Plan) -> list[str] | dict[str, str]:
-    """A plan in a record: the names of a mask's blocks, or all lowered items with their levels."""
+def _plan_record(plan: Plan) -> list[str] | dict[str, str]:
     return list(plan.removed_names) if plan.is_mask else plan.levels
 
 

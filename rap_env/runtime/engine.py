@@ -128,7 +128,7 @@ class Engine:
             return "The engine does not run."
         if self._turn_error is not None:
             return f"The last turn of the engine failed: {self._turn_error}"
-        unreadable = self.controller.plans.unreadable
+        unreadable = self.controller.switcher.unreadable
         if unreadable.items:
             return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
         if not self.controller.could_fit_now(BatchShape(1, 1)):

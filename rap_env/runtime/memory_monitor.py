@@ -111,6 +111,43 @@ class SafetyMargin:
         return self.bytes if prefills else self.decode_bytes
 
 
+class Debounce:
+    """Reports headroom only after it has lasted for `hold_s`, so that the plan does not flap."""
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._since_s: float | None = None
+        self._least_bytes = 0
+
+    def update(self, time_s: float, headroom_bytes: int, wanted_bytes: int) -> int | None:
+        """Take in the headroom of now.
+
+        Args:
+            time_s: The time.
+            headroom_bytes: Free bytes.
+            wanted_bytes: Least headroom that is of use; less restarts the wait.
+
+        Returns:
+            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
+            else None.
+        """
+        if headroom_bytes < wanted_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = time_s, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if time_s - self._since_s < self._hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = time_s, headroom_bytes
+        return least
+
+    def reset(self) -> None:
+        """Restart the wait."""
+        self._since_s = None
+
+
 class MemoryMonitor:
     """Reads the meter and the memory source, and learns the safety margin from them.
 

@@ -37,7 +37,7 @@ def no_prediction_text(name: str, max_delta_nll: float, policy: str) -> str:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan that fits."""
+    """A plan that fits, what it needs, and whether the guard changed the policy's plan."""
 
     plan: Plan
     need_bytes: int
@@ -49,13 +49,13 @@ class PlanChooser:
     """Asks a policy for plans and makes them fit; it changes no model.
 
     A policy is asked again with a lower limit where its plan does not fit. Where that does not help
-    either, the guard removes more blocks in its own order.
-    With a quality floor, no plan is chosen for a batch if the predicted rise in
-    NLL of the one that fits is above `max_delta_nll` or unknown. The bounds of a batch's own
-    requests count likewise. The settings are those of `RuntimeController`.
+    either, the guard removes more blocks in its own order. With a quality floor, no plan is chosen
+    for a batch if the predicted rise in NLL of the one that fits is above `max_delta_nll` or
+    unknown. The bounds of a batch's own requests count likewise. The settings are those of
+    `RuntimeController`.
 
     Attributes:
-        policy: Chooses masks or plans.
+        policy: Chooses plans.
         restrict: Changes a policy's plan into one that can be applied; by default it does nothing.
         max_delta_nll: The quality floor, nats per token; None for no floor.
         rise: As `delta_nll`, with cached results.
@@ -80,16 +80,18 @@ class PlanChooser:
         self.restrict: Callable[[Plan], Plan] = lambda plan: plan
         self.max_delta_nll = max_delta_nll
         self._estimator = estimator
-        if guard_order is None:
-            guard_order = policy.order
-        self._order = None if guard_order is None else tuple(guard_order)
-        self._guards = self._order != ()
-        Plan.removing(*(self._order or ())).check(estimator.memory.facts.num_blocks)
+        num_blocks = estimator.memory.facts.num_blocks
+        order = policy.order if guard_order is None else guard_order
+        self._order = None if order is None else tuple(order)
+        blocks = range(num_blocks) if self._order is None else self._order
+        self._all_removable = Plan.removing(*blocks).check(num_blocks)
         self.rise = lru_cache(maxsize=_CACHED_RISES)(self.delta_nll)
         if max_delta_nll is not None:
             self.check_bound("max_delta_nll", max_delta_nll)
         self.decisions = 0
         self.decision_s = 0.0
+
+    # Quality
 
     def check_bound(self, name: str, max_delta_nll: float) -> None:
         """Check a bound on predicted rises in NLL.
@@ -163,25 +165,30 @@ class PlanChooser:
             return shape.bounds
         return (QualityBound(shape.longest_tokens, floor, shape.text_shares), *shape.bounds)
 
+    # Plans
+
     def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
         started = time.perf_counter()
-        found = None
-        if not self._guards or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
+        choice = None
+        if not self._all_removable or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
             self.decisions += 1
-            found = self._fitting(shape, limit_bytes)
+            choice = self._fitting(shape, limit_bytes)
         seconds = time.perf_counter() - started
         self.decision_s += seconds
-        if found is None:
+        if choice is None or not self.allows(choice[0], shape):
             return None
-        plan, guarded = found
+        plan, guarded = choice
         return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
 
     def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether some allowed plan for a batch fits a limit; any thread may call it."""
         if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return False
-        return not self._bounds(shape) or self._fitting(shape, limit_bytes) is not None
+        if not self._bounds(shape):
+            return True
+        choice = self._fitting(shape, limit_bytes)
+        return choice is not None and self.allows(choice[0], shape)
 
     def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
         """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.
@@ -190,10 +197,10 @@ class PlanChooser:
         """
         if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None
-        plan, _ = self._shrunk(shape, limit_bytes)
-        if plan is None:
+        choice = self._fitting(shape, limit_bytes)
+        if choice is None:
             return None
-        return self.rise(plan, shape.longest_tokens, shape.text_shares)
+        return self.rise(choice[0], shape.longest_tokens, shape.text_shares)
 
     def guard_order(self, shape: BatchShape, plan: Plan = Plan()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -211,30 +218,24 @@ class PlanChooser:
 
         Where the former does not fit, the guard's blocks are removed from the policy's least plan.
         """
-        if not self._guards:
+        mask = self._all_removable
+        if not mask:
             return self._ask_policy(shape, limit_bytes)
-        mask = Plan.removing(*self.guard_order(shape))
-        plan = mask
-        if self._estimator.peak_bytes(plan, shape) <= limit_bytes:
-            return plan
-        return min(
-            (plan, self._ask_policy(shape, 1).without(*mask.removed)),
-            key=lambda plan: self._estimator.peak_bytes(plan, shape),
-        )
+        if self._estimator.peak_bytes(mask, shape) <= limit_bytes:
+            return mask
+        plans = mask, self._ask_policy(shape, 1).without(*mask.removed)
+        return min(plans, key=lambda plan: self._estimator.peak_bytes(plan, shape))
 
     def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan, bool] | None:
-        """The plan for a limit and whether the guard changed it; None if no allowed one fits."""
-        plan, guarded = self._shrunk(shape, limit_bytes)
-        return None if plan is None or not self.allows(plan, shape) else (plan, guarded)
+        """A plan for a limit, whatever its quality, and whether the guard changed the policy's."""
+        chosen = self.restrict(self._policy_plan(shape, limit_bytes))
+        if self._estimator.peak_bytes(chosen, shape) <= limit_bytes:
+            return chosen, False
+        order = self.guard_order(shape, chosen)
+        plan = self._estimator.shrink_to_fit(chosen, order, shape, limit_bytes)
+        return None if plan is None else (plan, True)
 
-    def _shrunk(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan | None, bool]:
-        """The plan for a limit, whatever its quality, and whether the guard changed it."""
-        wanted = self.restrict(self._wanted(shape, limit_bytes))
-        order = self.guard_order(shape, wanted)
-        plan = self._estimator.shrink_to_fit(wanted, order, shape, limit_bytes)
-        return plan, plan != wanted
-
-    def _wanted(self, shape: BatchShape, limit_bytes: int) -> Plan:
+    def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower limit if that for the limit needs more than it."""
         limit, plan = limit_bytes, self._ask_policy(shape, limit_bytes)
         for _ in range(_ASKS - 1):

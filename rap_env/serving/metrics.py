@@ -173,7 +173,7 @@ class _EngineState(Collector):
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
         stats, controller = self._engine.stats(), self._engine.controller
-        chooser, plans = controller.chooser, controller.plans
+        chooser, switcher = controller.chooser, controller.switcher
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed: dict[str, float] = {kind: stats.mask.count_removed(kind) for kind in KINDS}
@@ -206,7 +206,7 @@ class _EngineState(Collector):
             (_GAUGE, "memory_margin_bytes", "Bytes of the budget that stay free for what is not "
              "predicted.", stats.margin_bytes),
             (_GAUGE, "weights_unreadable", "Items whose weights cannot be read, and that stay out.",
-             len(plans.unreadable.items)),
+             len(switcher.unreadable.items)),
             (_GAUGE, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
              self._engine.unready_reason() is None),
             (_GAUGE, "queue_length", "Answers that wait.", stats.queued),
@@ -214,10 +214,10 @@ class _EngineState(Collector):
             (_COUNTER, "preemptions", "Answers put back into the queue.", stats.preemptions),
             (_COUNTER, "interruptions", "Prefill chunks ended early because the budget fell.",
              stats.interruptions),
-            (_COUNTER, "plan_switches", "Changes of the plan.", plans.switches),
+            (_COUNTER, "plan_switches", "Changes of the plan.", switcher.switches),
             (_COUNTER, "plan_decisions", "Times that a plan was chosen.", chooser.decisions),
             (_COUNTER, "decisions_lost", "Changes of the plan that the log of decisions lacks.",
-             plans.lost_decisions),
+             switcher.lost_decisions),
             (_COUNTER, "controller_overhead_seconds", "Time spent on choosing and switching plans.",
              stats.overhead_s),
             (_COUNTER, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),

@@ -272,5 +272,5 @@ def farewell(engine: Engine) -> str:
     stats = engine.stats()
     return (
         f"Ended: {stats.served} answers with {stats.tokens} tokens, {stats.cancelled} cancelled, "
-        f"{engine.controller.plans.switches} changes of the plan."
+        f"{engine.controller.switcher.switches} changes of the plan."
     )

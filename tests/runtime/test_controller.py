@@ -23,7 +23,7 @@ def test_a_request_that_fits_leaves_the_model_as_it_is():
     assert harness.controller.admit(SHAPE)
     controller = harness.controller
     assert harness.mask == Plan()
-    assert (controller.plans.switches, controller.chooser.decisions) == (0, 0)
+    assert (controller.switcher.switches, controller.chooser.decisions) == (0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -32,7 +32,7 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
     harness.budget_bytes = between(harness, count)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:count])
-    assert harness.controller.plans.recent[-1].trigger == "arrival"
+    assert harness.controller.switcher.recent[-1].trigger == "arrival"
 
 
 def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
@@ -63,7 +63,7 @@ def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
     harness.budget_bytes = between(harness, 2)
     assert harness.controller.check(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:2])
-    assert harness.controller.plans.recent[-1].trigger == "budget_fell"
+    assert harness.controller.switcher.recent[-1].trigger == "budget_fell"
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -88,7 +88,7 @@ def test_the_guard_shrinks_a_mask_that_does_not_fit():
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == expected
-    assert harness.controller.plans.recent[-1].guarded
+    assert harness.controller.switcher.recent[-1].guarded
 
 
 def test_the_policys_own_mask_is_taken_if_it_fits():
@@ -97,7 +97,7 @@ def test_the_policys_own_mask_is_taken_if_it_fits():
     harness.budget_bytes = harness.need(mask, SHAPE) + 10
     assert harness.controller.admit(SHAPE)
     assert harness.mask == mask
-    assert not harness.controller.plans.recent[-1].guarded
+    assert not harness.controller.switcher.recent[-1].guarded
     assert harness.policy.asked[-1].budget_bytes == harness.budget_bytes
 
 
@@ -177,7 +177,7 @@ def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
 
     harness.llm.apply_readable = noisy_apply
     fits = harness.controller.check(SHAPE)
-    assert harness.controller.plans.switches > 1
+    assert harness.controller.switcher.switches > 1
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
 
 
@@ -231,9 +231,9 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     assert record["budget_bytes"] == harness.budget_bytes
     assert record["demand"] == {"batch_size": 4, "seq_len_tokens": 40}
     assert record["switch_s"] > 0
-    assert harness.controller.plans.lost_decisions == 0
+    assert harness.controller.switcher.lost_decisions == 0
     log.lost = 3
-    assert harness.controller.plans.lost_decisions == 3
+    assert harness.controller.switcher.lost_decisions == 3
 
 
 def test_seconds_and_counts_add_up():
@@ -241,8 +241,8 @@ def test_seconds_and_counts_add_up():
     harness.budget_bytes = between(harness, 2)
     harness.controller.check(SHAPE)
     controller = harness.controller
-    assert (controller.chooser.decisions, controller.plans.switches) == (1, 1)
-    assert 0 < controller.chooser.decision_s + controller.plans.switch_s <= controller.overhead_s
+    assert (controller.chooser.decisions, controller.switcher.switches) == (1, 1)
+    assert 0 < controller.chooser.decision_s + controller.switcher.switch_s <= controller.overhead_s
 
 
 def test_generate_stays_within_its_budget():

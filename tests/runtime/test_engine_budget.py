@@ -37,7 +37,7 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
         harness.time_s += 0.1
     assert all(handle.reason == "length" for handle in handles)
     assert engine.stats().preemptions > 0
-    assert harness.controller.plans.switches > 10
+    assert harness.controller.switcher.switches > 10
     for record in harness.records:
         assert record.peak_bytes <= record.budget_bytes
         assert record.held.total <= record.budget_bytes
@@ -157,7 +157,7 @@ def test_each_token_records_its_mask():
     sizes = [len(mask.removed) for mask in handle.masks]
     assert sizes[0] == 0 < max(sizes)
     assert sizes[-1] == 0
-    assert [decision.trigger for decision in harness.controller.plans.recent] == [
+    assert [decision.trigger for decision in harness.controller.switcher.recent] == [
         "budget_fell",
         "room",
     ]

@@ -119,7 +119,7 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     assert not harness.mask
     assert harness.llm.plan in uniform_plans(harness.llm.facts)
     assert harness.need(harness.llm.plan, LONG) <= harness.budget_bytes
-    assert not harness.controller.plans.recent[-1].guarded
+    assert not harness.controller.switcher.recent[-1].guarded
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -167,7 +167,7 @@ def test_a_jittering_budget_causes_one_switch(share):
         harness.time_s = step / 10
         harness.budget_bytes = threshold + int(saved / 2 * draw.uniform(-1, 1))
         assert harness.controller.check(LONG)
-    switches = harness.controller.plans.switches
+    switches = harness.controller.switcher.switches
     assert switches == 1 if share else switches >= 1
     assert harness.llm.plan.caches
 

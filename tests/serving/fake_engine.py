@@ -61,7 +61,7 @@ class FakeEngine:
             text_kinds=None,
         )
         self.controller = SimpleNamespace(
-            plans=SimpleNamespace(
+            switcher=SimpleNamespace(
                 switches=3, lost_decisions=2, unreadable=SimpleNamespace(items=("layer00.ffn",))
             ),
             chooser=chooser,

@@ -9,7 +9,7 @@ import pytest
 
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.plan_controller import Debounce
+from rap_env.runtime.memory_monitor import Debounce
 from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
 
 
@@ -25,7 +25,7 @@ def test_headroom_must_last_before_blocks_are_restored():
     harness.time_s = 2.0
     harness.controller.check(SHAPE)
     assert harness.mask == Plan()
-    assert harness.controller.plans.recent[-1].trigger == "room"
+    assert harness.controller.switcher.recent[-1].trigger == "room"
 
 
 def test_a_dip_restarts_the_wait():
@@ -57,7 +57,7 @@ def test_a_request_that_leaves_gives_headroom():
         harness.time_s = time_s
         harness.controller.check(BatchShape(1, 20))
     assert len(harness.mask.removed) < 4
-    assert harness.controller.plans.recent[-1].trigger == "left"
+    assert harness.controller.switcher.recent[-1].trigger == "left"
 
 
 def switches(budget_of, *, share, hold_s, seconds=60) -> int:
@@ -67,7 +67,7 @@ def switches(budget_of, *, share, hold_s, seconds=60) -> int:
         harness.time_s = step / 10
         harness.budget_bytes = int(threshold * budget_of(harness.time_s))
         assert harness.controller.check(SHAPE)
-    return harness.controller.plans.switches
+    return harness.controller.switcher.switches
 
 
 def jitter(time_s: float) -> float:
@@ -135,7 +135,7 @@ def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
             assert harness.mask != before.without(
                 *said.removed
             )  # blocks that need not be removed stay
-            assert harness.controller.plans.recent[-1].guarded
+            assert harness.controller.switcher.recent[-1].guarded
         else:
             assert harness.controller.admit(SHAPE)
             assert harness.mask == said
