@@ -14,10 +14,9 @@ from rap_env.importance.level_costs import (
     CACHE_LEVELS,
     TOGETHER,
     LevelCosts,
-    is_as_exact,
-    shrunk_costs,
     window_share,
 )
+from rap_env.importance.level_fit import is_as_exact, shrunk_costs
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.progress import progress_bar

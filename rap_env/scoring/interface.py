@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,12 @@ from rap_env.plan import Plan
 
 OnScore = Callable[[Any], object]
 """Called with each mask or plan after it was scored."""
+
+
+def removal_candidates(blocks: Iterable[Block], plan: Plan) -> dict[Block, Plan]:
+    """For every block that a plan keeps: the plan that also removes it."""
+    kept = (block for block in blocks if block.index not in plan.removed)
+    return {block: plan.without(block.index) for block in kept}
 
 
 def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:

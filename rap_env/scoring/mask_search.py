@@ -11,10 +11,9 @@ from functools import partial
 import torch
 
 from rap_env.plan import Plan
-from rap_env.scoring.candidates import shared_plan
 from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
-from rap_env.scoring.plan_runner import Node, chunks, joined
+from rap_env.scoring.plan_runner import Node, chunks, joined, shared_plan
 from rap_env.scoring.scorer import MaskScorer
 
 

@@ -7,10 +7,10 @@ whose weights or cache differ in level. Plans that differ in the embeddings shar
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,37 @@ def plan_steps(plan: Plan, steps: Steps) -> tuple[Plan, ...]:
         )
         for step in steps
     )
+
+
+def shared_plan(plans: Sequence[Plan]) -> Plan:
+    """What most of several plans share: from it, each plan of a search differs in a few items.
+
+    Of masks it is what all of them remove. Of plans it is the most frequent level of each item, so
+    that the plans that lower one item of a plan share that plan.
+    """
+    masks = [plan for plan in plans if plan.is_mask]
+    if len(masks) == len(plans):
+        return Plan(frozenset.intersection(*(mask.removed for mask in masks)))
+    levels = [plan.levels for plan in plans]
+    items = dict.fromkeys(itertools.chain(*levels))
+    shared = {n: Counter(own.get(n) for own in levels).most_common(1)[0][0] for n in items}
+    return Plan.of({item: level for item, level in shared.items() if level is not None})
+
+
+def sharing_order(plan: Plan, num_blocks: int) -> tuple[Any, ...]:
+    """Sort key that puts plans next to those with which they share most of their first steps.
+
+    Masks come in the order of their blocks, kept before removed ones.
+    """
+    if plan.is_mask:
+        return ("", *((index in plan.removed, "", "") for index in range(num_blocks)))
+    steps = []
+    for index in range(num_blocks):
+        weights = plan.weight_level(index)
+        cache = "" if index % 2 else plan.cache_level(index // 2).name
+        own = "" if weights in ("native", "removed") else weights
+        steps.append((weights == "removed", own, "" if cache == "native" else cache))
+    return ("" if plan.embeddings == "native" else plan.embeddings, *steps)
 
 
 class StateCache:

@@ -21,10 +21,9 @@ from rap_env.blocks import Block, block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, only_mask
-from rap_env.scoring.candidates import removal_candidates
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
-from rap_env.scoring.interface import OnScore
+from rap_env.scoring.interface import OnScore, removal_candidates
 from rap_env.scoring.predictor import DeltaNLLPredictor, ResidualNetwork, ScoreModel
 from rap_env.scoring.predictor_fit import (
     NETWORK_SCORES,

@@ -23,9 +23,15 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.bfloat16_products import uses_float32
 from rap_env.plan import Plan
 from rap_env.scoring.batch_width import choose_batch_width
-from rap_env.scoring.candidates import level_candidates, removal_candidates, sharing_order
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.interface import Measured, OnScore, ScoringJob, Workers, notify
+from rap_env.scoring.interface import (
+    Measured,
+    OnScore,
+    ScoringJob,
+    Workers,
+    notify,
+    removal_candidates,
+)
 from rap_env.scoring.nll import tokens_at_once, window_nll
 from rap_env.scoring.plan_runner import (
     Node,
@@ -34,6 +40,7 @@ from rap_env.scoring.plan_runner import (
     branch_nodes,
     chunks,
     joined,
+    sharing_order,
 )
 from rap_env.scoring.store import ScoreStore, context_key
 
@@ -291,20 +298,6 @@ class MaskScorer:
     def candidates(self, plan: Plan) -> dict[Block, Plan]:
         """For every block that a mask or plan keeps: the plan that also removes it."""
         return removal_candidates(self.llm.blocks, plan)
-
-    def scan_levels(
-        self,
-        plan: Plan = Plan(),
-        levels: Collection[str] | None = None,
-        on_score: OnScore | None = None,
-    ) -> dict[tuple[str, str], float]:
-        """For every item and each level below its own: the NLL at that level, nats per token.
-
-        The keys are pairs of item and level; `plan` and `levels` as in `level_candidates`.
-        """
-        candidates = level_candidates(self.llm.facts, plan, levels)
-        nll = self.nll_many(list(candidates.values()), on_score)
-        return dict(zip(candidates, nll, strict=True))
 
     def look_up(self, plan: Plan) -> npt.NDArray[np.float64] | None:
         """NLL of each window if it is known, shape (windows,), or None.

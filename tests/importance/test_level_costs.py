@@ -73,7 +73,7 @@ def test_a_scan_measures_each_level_of_each_item_alone_and_uniform_levels_jointl
 
 def test_joint_measurements_correct_the_sum():
     made = scanned()
-    assert made.factors == pytest.approx(
+    assert made.fitted.factors == pytest.approx(
         {"cache int8": 2.0, "cache int4": 2.0, "cache int4-window64": 2.0}
     )
     for row in made.predictions():
@@ -103,11 +103,11 @@ def test_more_plans_may_be_measured_later():
     assert more.joint[plan.to_json()] == pytest.approx(2.02)
     assert more.one_shot == made.one_shot
     assert more.evaluations == made.evaluations + 2
-    assert made.factors.items() <= more.factors.items()
+    assert made.fitted.factors.items() <= more.fitted.factors.items()
     # The plan cost 2.02, of which the cache is predicted to cost 0.02, so the removal of the
     # block, which costs 1 alone, cost 2; a preference for 1 keeps its factor a little below.
-    assert 1.8 < more.factors["ffn removed"] < 2
-    assert more.factors["attn removed"] == pytest.approx(1)
+    assert 1.8 < more.fitted.factors["ffn removed"] < 2
+    assert more.fitted.factors["attn removed"] == pytest.approx(1)
 
 
 def changed(**one_shot):

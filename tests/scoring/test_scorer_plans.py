@@ -90,7 +90,7 @@ def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
     assert again.evaluations == again.block_forwards == 0
     masks = [plan for plan in plans if plan.is_mask]
     assert set(dict(again.store.rows(context_key(again.context), METRIC))) == set(masks)
-    stored = dict(again.store.plan_rows(context_key(again.plan_context), METRIC))
+    stored = dict(again.store.rows(context_key(again.plan_context), METRIC))
     assert set(stored) == set(plans) - set(masks)
     assert all(stored[p] == again.window_nll(p).tolist() for p in stored)
 
@@ -152,21 +152,6 @@ def test_levels_and_items_that_the_model_lacks():
     with pytest.raises(UnknownNameError, match="layer02"):
         scorer.nll_many([Plan.removing(4)])
     assert scorer.evaluations == 0
-
-
-def test_every_lower_level_of_every_item_is_a_candidate():
-    llm = tiny_llm()
-    scorer = MaskScorer(llm, text())
-    start = Plan.of({"layer00.cache": "int4", "layer01.attn": "removed"})
-    found = scorer.scan_levels(start, ["int8", "int4", "int2", "int4-window32", "removed"])
-    caches = {pair for pair in found if pair[0].endswith("cache")}
-    assert caches == {("layer00.cache", "int2"), ("layer00.cache", "int4-window32")}
-    removals = {item for item, level in found if level == "removed"}
-    assert removals == {"layer00.attn", "layer00.ffn", "layer01.ffn"}
-    for (item, level), nll in found.items():
-        assert nll == scorer.nll(start.lower({item: level}))
-    with pytest.raises(UnknownNameError, match="int3"):
-        scorer.scan_levels(start, ["int3"])
 
 
 def test_a_scan_of_a_plan_removes_each_kept_block():

@@ -17,7 +17,7 @@ from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.scoring import workers as workers_module
-from rap_env.scoring.candidates import sharing_order
+from rap_env.scoring.plan_runner import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.workers import ScoringWorker, WorkerPool, batches_of
@@ -86,7 +86,7 @@ def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_
     assert {plan: spread.window_nll(plan).tolist() for plan in expected} == expected
     assert spread.evaluations == len(plans)
     assert spread.block_forwards >= len(plans)
-    rows = dict(store.plan_rows(context_key(spread.context), METRIC))
+    rows = dict(store.rows(context_key(spread.context), METRIC))
     assert {mask: rows[mask] for mask in MASKS} == {mask: expected[mask] for mask in MASKS}
 
     # The node that is left goes on: searches find what they find in one process.
