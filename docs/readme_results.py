@@ -5,62 +5,20 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
 
-from plan_tables import PLANS, stubs_markdown
-from record_texts import (
-    LONG_CONTEXTS,
-    RESULTS,
-    ROOT,
-    comparison_markdown,
-    repair_markdown,
-    replay_markdown,
-    write,
-)
+from generate import LONG_CONTEXT, PROMPTS, RESULTS, STUDIES, read_ladder, study_text, write
+from tables import PLANS, comparison_text, stubs_text
+
+from experiments.ladder.tables import ladder_findings
+from experiments.long_context.tables import long_context_findings
+from experiments.studies.prompts import BLIND
+from experiments.study.tables import percent, relative_words
 
 README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 """Between these lines, README.md holds what `readme_results` gives."""
 
 RECALL_BUDGET, RECALL_TOKENS = "30 %", 2048
 """The budget and length at which the README compares policies by their recall."""
-
-
-def ladder_results() -> list[str]:
-    """The README's results of the ladder; empty without records."""
-    from experiments.ladder.rows import read_ladder
-    from experiments.ladder.tables import ladder_findings
-
-    texts = ladder_findings(read_ladder(RESULTS / "ladder"))
-    return [f"**Precision before removal**: {text[0].lower()}{text[1:]}" for text in texts]
-
-
-def long_context_results() -> list[str]:
-    """The README's results on recall over the context; empty without records."""
-    from experiments.long_context.study import STUDY
-    from experiments.long_context.tables import long_context_findings
-
-    texts = long_context_findings(STUDY.read(LONG_CONTEXTS["long_context"]))
-    kept = recall_policy_finding(STUDY.read(LONG_CONTEXTS["tight_recall"]))
-    return [
-        f"**A lower loss is not better recall**: {text[0].lower()}{text[1:]}{kept}"
-        for text in texts
-    ]
-
-
-def recall_policy_finding(found: Any) -> str:
-    """What a policy that was trained for recall answers; empty without records."""
-    from experiments.study.tables import percent
-
-    shares = {}
-    for policy in ("rap", "rap-recall"):
-        rows = found.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS)
-        right = [value for row in rows for value in row.right]
-        shares[policy] = sum(right) / len(right)
-    return (
-        f" At {RECALL_BUDGET} of the native peak, a policy trained on text with questions "
-        f"answers {percent(shares['rap-recall'], 0)} of those on {RECALL_TOKENS:,} tokens, one "
-        f"trained on the loss alone {percent(shares['rap'], 0)}."
-    )
 
 
 def tables_of(text: str) -> list[dict[str, list[str]]]:
@@ -88,17 +46,18 @@ def benchmark(name: str) -> list[float]:
 
 def readme_results() -> str:
     """The README's results, with every number taken from the records."""
-    summary, verdicts, *_ = tables_of(comparison_markdown("learning"))
-    unequal, unequal_verdicts, *_ = tables_of(comparison_markdown("small_unequal"))
-    served, _, quality, *_ = tables_of(replay_markdown("replay"))
-    repair = tables_of(repair_markdown())[0]
+    summary, verdicts, *_ = tables_of(comparison_text("learning"))
+    unequal, unequal_verdicts, *_ = tables_of(comparison_text("small_unequal"))
+    served, _, quality, *_ = tables_of(study_text("replay"))
+    repair = tables_of(study_text("repair"))[0]
     policy, greedy = summary["RAP policy (5)"], summary["Greedy per byte"]
+    (precision,) = ladder_findings(read_ladder(RESULTS / "ladder"))
     (decision_ms,), (_, lazy, _), (_, steps) = map(benchmark, ("decide", "gsi", "step"))
     results = (
-        *ladder_results(),
-        *plan_results(),
+        f"**Precision before removal**: {precision[0].lower()}{precision[1:]}",
+        plan_result(),
         prompt_result(),
-        *long_context_results(),
+        recall_result(),
         "**Removing blocks alone, a policy loses less than a search for each request**: ΔNLL "
         f"{policy[0]}, greedy search per byte {greedy[0]} "
         f"({verdicts['Greedy per byte'][1]}). The search runs the model {greedy[2]} times per "
@@ -127,45 +86,57 @@ def readme_results() -> str:
     return "\n".join(lines) + "\n"
 
 
-def plan_results() -> list[str]:
+def plan_result() -> str:
     """What the README says of plans at tight budgets."""
-    summary, verdicts, *_ = tables_of(comparison_markdown(PLANS))
+    summary, verdicts, *_ = tables_of(comparison_text(PLANS))
     policy = next(name for name in summary if name.startswith("RAP policy"))
-    seeds = policy.partition("(")[2].rstrip(")") or "1"
-    stubs = tables_of(stubs_markdown(RESULTS))[0]
+    stubs = tables_of(stubs_text())[0]
     repaired = next(name for name in stubs if name.startswith("RAP policy ("))
-    return [
+    return (
         "**At budgets where no choice is free, a policy over levels loses less than what one would "
-        f"do instead**: ΔNLL {summary[policy][0]} ({seeds} training seed{'s' * (seeds != '1')}), "
-        f"the best uniform setting that fits {summary['Uniform settings'][0]} "
+        f"do instead**: ΔNLL {summary[policy][0]} ({policy.partition('(')[2].rstrip(')')} training "
+        f"seeds), the best uniform setting that fits {summary['Uniform settings'][0]} "
         f"({verdicts['Uniform settings'][1]}), the knapsack over levels {summary['Knapsack'][0]} "
         f"({verdicts['Knapsack'][1]}). A lookup in the table of measured plans, from which the "
         f"policy learned, has {summary['Frontier table'][0]}. With a stub in "
         "the place of each removed block (fitted to seven kinds of text, one of them other "
         "WikiText articles), stubs counted in the same budgets, the policy's ΔNLL is "
         f"{stubs[repaired][0]} and that of uniform settings {stubs['Uniform settings'][0]}."
-    ]
+    )
 
 
 def prompt_result() -> str:
     """What the README says of policies that see the prompt."""
-    from experiments.studies.prompts import BLIND, STUDY
-    from experiments.study.tables import relative_words
-
-    found = STUDY.read(RESULTS / "prompts")
+    study = PROMPTS.read(STUDIES["prompts"][1])
     seen = "knapsack-by-text"
     uniform, default, blind = (
-        relative_words(found.relative(seen, rival, found.texts))
+        relative_words(study.relative(seen, rival, study.texts))
         for rival in ("uniform", "knapsack", f"{seen}{BLIND}")
     )
     return (
-        f"**What is asked matters**: on {len(found.texts)} kinds of held-out text, plans by the "
+        f"**What is asked matters**: on {len(study.texts)} kinds of held-out text, plans by the "
         f"prompt's kind have a ΔNLL of {uniform} relative to uniform settings, {default} to costs "
         f"on what the model writes, and {blind} to the same costs without a look at the prompt."
     )
 
 
-def update_readme(path: Path = ROOT / "README.md") -> None:
+def recall_result() -> str:
+    """What the README says of recall over the context."""
+    (caches,) = long_context_findings(LONG_CONTEXT.read(STUDIES["long_context"][1]))
+    recall, shares = LONG_CONTEXT.read(STUDIES["tight_recall"][1]), {}
+    for policy in ("rap", "rap-recall"):
+        rows = recall.facts(f"{policy} {RECALL_BUDGET}", RECALL_TOKENS)
+        right = [value for row in rows for value in row.right]
+        shares[policy] = percent(sum(right) / len(right), 0)
+    return (
+        f"**A lower loss is not better recall**: {caches[0].lower()}{caches[1:]} At "
+        f"{RECALL_BUDGET} of the native peak, a policy trained on text with questions answers "
+        f"{shares['rap-recall']} of those on {RECALL_TOKENS:,} tokens, one trained on the loss "
+        f"alone {shares['rap']}."
+    )
+
+
+def update_readme(path: Path) -> None:
     """Write `readme_results` into the README."""
     before, _, rest = path.read_text(encoding="utf-8").partition(README_BEGIN)
     after = rest.partition(README_END)[2]
