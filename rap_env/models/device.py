@@ -190,6 +190,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device: itself if it is there already; nothing waits for a CUDA device.
+
+    A copy from one CUDA device to another is ordered among the work of both by torch.
+    """
+    if values.device == device:
+        return values
+    if device.type != "cuda":
+        return values.to(device)
+    return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
+
+
 def synchronise(*devices: torch.device) -> None:
     """Wait until CUDA devices have finished their work; a no-op on a CPU."""
     for device in devices:

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from rap_env.errors import InvalidGrammarError, InvalidRequestError
-from rap_env.models.weights.transfers import send
+from rap_env.models.device import send
 
 
 class TokenMatcher(Protocol):

@@ -32,8 +32,19 @@ import torch
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.block_attention import BlockAttention
-from rap_env.models.caches.grouped_cache import GroupedLayer, chunk_of
-from rap_env.models.caches.groups import Chunk, Step, current_step, set_current_step, split
+from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.groups import (
+    Bundle,
+    Chunk,
+    Step,
+    current_step,
+    equal_rows,
+    in_groups,
+    rounded,
+    set_current_step,
+    split,
+    stored_groups,
+)
 from rap_env.models.caches.layers import known_lengths, lower, note_rows
 from rap_env.models.caches.token_attention import TokenAttention
 from rap_env.models.families.adapter import FamilyAdapter
@@ -236,3 +247,42 @@ def _open() -> list[tuple[Step | None, Any]]:
     """The passes that this thread is in, the innermost last: the step before each, and its mask."""
     passes: list[tuple[Step | None, Any]] = _PASSES.__dict__.setdefault("open", [])
     return passes
+
+
+def chunk_of(
+    level: CacheLevel,
+    window: int | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    queries: int,
+) -> Chunk:
+    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache.
+
+    Raises:
+        UnsupportedCacheError: The mask of the pass has padding between tokens.
+    """
+    batch, _, columns, _ = keys.shape
+    step = current_step()
+    if columns > queries:
+        layer = GroupedLayer(level, window)
+        held, known = columns - queries, step
+        if known is not None and len(known.after) == batch and known.columns == columns:
+            set_current_step(Step([0] * batch, known.before, held))
+        try:
+            layer.update(keys[:, :, :held], values[:, :, :held])
+        finally:
+            set_current_step(known)
+        chunk: Chunk = layer.update(keys[:, :, held:], values[:, :, held:])[0]
+        return chunk
+    if step is None or len(step.after) != batch or step.columns != columns:
+        step = Step([0] * batch, [columns] * batch, columns)
+    bundles = []
+    for (_, after), rows in equal_rows(step.before, step.after).items():
+        whole = len(rows) == batch
+        mine, theirs = (
+            t[:, :, -after:] if whole else t[rows][:, :, -after:] for t in (keys, values)
+        )
+        count = stored_groups(after)
+        later = rounded(level.bits, in_groups(mine, count), in_groups(theirs, count))
+        bundles.append(Bundle(None if whole else rows, 0, after, mine, theirs, None, [], later))
+    return Chunk(level, window, step, tuple(bundles))

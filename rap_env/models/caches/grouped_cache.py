@@ -31,12 +31,10 @@ from rap_env.models.caches.groups import (
     equal_rows,
     in_groups,
     pack,
-    rounded,
-    set_current_step,
     stored_groups,
     widen,
 )
-from rap_env.models.weights.transfers import send
+from rap_env.models.device import send
 
 _PIECE_GROUPS = 16
 """Groups of equal rows that are requantised together."""
@@ -394,42 +392,3 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 f"A cache at level {self.level.name} cannot remove tokens again: finished groups "
                 "are quantised. Use a native cache for decoding methods that do so."
             )
-
-
-def chunk_of(
-    level: CacheLevel,
-    window: int | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    queries: int,
-) -> Chunk:
-    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache.
-
-    Raises:
-        UnsupportedCacheError: The mask of the pass has padding between tokens.
-    """
-    batch, _, columns, _ = keys.shape
-    step = current_step()
-    if columns > queries:
-        layer = GroupedLayer(level, window)
-        held, known = columns - queries, step
-        if known is not None and len(known.after) == batch and known.columns == columns:
-            set_current_step(Step([0] * batch, known.before, held))
-        try:
-            layer.update(keys[:, :, :held], values[:, :, :held])
-        finally:
-            set_current_step(known)
-        chunk: Chunk = layer.update(keys[:, :, held:], values[:, :, held:])[0]
-        return chunk
-    if step is None or len(step.after) != batch or step.columns != columns:
-        step = Step([0] * batch, [columns] * batch, columns)
-    bundles = []
-    for (_, after), rows in equal_rows(step.before, step.after).items():
-        whole = len(rows) == batch
-        mine, theirs = (
-            t[:, :, -after:] if whole else t[rows][:, :, -after:] for t in (keys, values)
-        )
-        count = stored_groups(after)
-        later = rounded(level.bits, in_groups(mine, count), in_groups(theirs, count))
-        bundles.append(Bundle(None if whole else rows, 0, after, mine, theirs, None, [], later))
-    return Chunk(level, window, step, tuple(bundles))

@@ -41,7 +41,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from rap_env.errors import UnsupportedCacheError
-from rap_env.levels import CacheLevel
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.layers import (
@@ -53,6 +52,7 @@ from rap_env.models.caches.layers import (
 )
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
+from rap_env.plan import Plan
 
 Restore = Literal["refill", "next_request"]
 """What happens to the earlier tokens of a restored attention block."""
@@ -74,8 +74,9 @@ class MaskedModel(Protocol):
     def removed_attention(self) -> frozenset[int]:
         """Layers whose attention block is removed."""
 
-    def cache_level(self, layer: int) -> CacheLevel:
-        """Level of a layer's cache."""
+    @property
+    def plan(self) -> Plan:
+        """The plan that is applied."""
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Keep other threads from running the model or changing its mask."""
@@ -231,7 +232,7 @@ def update_cache(
     """Update a cache to the model's mask, as `restore` selects; arguments as for `step`."""
     removed = llm.removed_attention
     evict(cache, removed)
-    levels = {n: llm.cache_level(n) for n in range(llm.adapter.num_layers)}
+    levels = {n: llm.plan.cache_level(n) for n in range(llm.adapter.num_layers)}
     lower(cache, levels)
     restored = missing(cache) - removed
     if restore == "next_request" or not (restored or raised(cache, levels)):

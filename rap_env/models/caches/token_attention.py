@@ -24,7 +24,7 @@ from rap_env.models.caches.groups import (
     split,
     visible_groups,
 )
-from rap_env.models.weights.transfers import send
+from rap_env.models.device import send
 
 _UNPACKED_BYTES = ATTENTION_WORKSPACE_BYTES * 3 // 4
 """Bytes of a piece's unpacked codes, in uint8 and in the dtype of products. Scores have the rest.

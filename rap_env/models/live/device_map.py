@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnsupportedModelError
+from rap_env.models.device import send
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.weights.tensors import named_weights
-from rap_env.models.weights.transfers import send
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
@@ -16,7 +15,6 @@ import torch
 
 from rap_env.blocks import Block, block_index, block_name
 from rap_env.errors import RapError, check_name
-from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import Restore
@@ -24,16 +22,14 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.live.device_map import find_device_map, install_device_map, keep_in_place
+from rap_env.models.live.facts import model_facts, own_bytes
 from rap_env.models.live.generation import generate
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
-from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
-from rap_env.models.weights.tensors import fingerprint_of, named_weights, tensor_key, untied_weights
+from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import (
     block_items,
     embeddings_item,
-    level_bytes,
-    packed_level,
 )
 from rap_env.plan import EMBEDDINGS, Plan, check_levels
 
@@ -48,11 +44,9 @@ class ElasticLLM:
     the empty plan before you move, convert or save `model` as a whole.
 
     Generation with a KV cache is exact under any mask, and `apply` may change the plan between any
-    two steps, from any thread: see `generate`, `rap_env.models.live.live_batch.LiveBatch` and
-    `set_residency`. Two things differ from a dense model: ``output_attentions`` and
-    ``output_router_logits`` list only the kept blocks, and a removed attention block keeps 2 bytes
-    per token and sequence in the cache (see `RemovedAttention`). If you call `model` directly
-    while another thread changes masks, hold `exclusive`.
+    two steps, from any thread: see `generate`, `LiveBatch` and `set_residency`. Other than in a
+    dense model, ``output_attentions`` and ``output_router_logits`` list only the kept blocks. If
+    you call `model` directly while another thread changes masks, hold `exclusive`.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
@@ -131,10 +125,6 @@ class ElasticLLM:
         """The plan that is applied now."""
         return self._live.state.plan
 
-    def cache_level(self, layer: int) -> CacheLevel:
-        """The level at which a layer's KV cache is stored now."""
-        return self.plan.cache_level(layer)
-
     @cached_property
     def pruned(self) -> Plan:
         """Blocks that the model was built without (`load_pruned`); no mask restores them."""
@@ -164,10 +154,10 @@ class ElasticLLM:
     def apply(self, plan: Plan) -> None:
         """Give every item its level in a mask or plan; a mask's kept blocks are native.
 
-        Waits for a step of another thread to end. Then the keys and values of removed blocks are
-        evicted from every cache in use, those of lowered caches are requantised, and weights that
-        the plan does not use are freed as `set_residency` selects, before others are loaded. Each
-        cache is updated to restored blocks and raised levels before its own next step.
+        Waits for a step of another thread to end. Then caches of removed blocks are evicted,
+        lowered ones are requantised, and weights that the plan does not use are freed as
+        `set_residency` selects, before others are loaded. Each cache is updated to restored blocks
+        and raised levels before its own next step.
 
         Raises:
             UnknownNameError: The model does not have an item or a level; nothing changes.
@@ -206,9 +196,7 @@ class ElasticLLM:
             return {names[key]: error for key, error in errors.items()}
 
     def verify_weights(self, item: str) -> None:
-        """Check that an item's native weights are in memory, or that they can be loaded.
-
-        They are read, but not kept.
+        """Check that an item's native weights are in memory, or can be read; they are not kept.
 
         Raises:
             UnknownNameError: There is no such item with weights.
@@ -277,45 +265,22 @@ class ElasticLLM:
         with self.exclusive():
             if residency == self.residency:
                 return
-            live, before = self._live, self._live.state
-            live.set(LiveState())  # all native weights are in memory, and those in use before
-            live.forget_evicted()
-            live.store = None
-            try:
+            with self._live.without_store():
                 if residency != "resident":
-                    live.store = self._weight_store(residency)
+                    blocks = [site.modules for site in self._live.sites]
+                    items = self._live.all_items
+                    self._live.store = WeightStore(
+                        self.model, items, blocks, self.folder, residency, self.fingerprint
+                    )
                     keep_in_place(self.model, "residency is not 'resident'")
-            finally:
-                live.set(before, evict=True)
         return_freed_memory(self.device)
-
-    def _weight_store(self, residency: Residency) -> WeightStore:
-        live = self._live
-        own, rest = untied_weights(self.model, (site.modules for site in live.sites))
-        embeddings = {
-            name: tensor
-            for place in live.embeddings.places
-            if place.tied is None
-            for name, tensor in place.weights.items()
-        }
-        ids = {id(tensor) for tensor in embeddings.values()}
-        return WeightStore(
-            live.all_items,
-            [*own, embeddings],
-            {name: tensor for name, tensor in rest.items() if id(tensor) not in ids},
-            self.folder,
-            residency,
-            self.fingerprint,
-        )
 
     @property
     def held_bytes(self) -> HeldBytes:
         """Bytes that the model's tensors and the KV caches in use take in memory now."""
         with self.exclusive():
             own, base = self._own_bytes
-            evicted = 0 if self._live.store is None else self._live.store.evicted_bytes
-            made = sum(item.made_bytes for item in self._live.all_items)
-            weights = base + sum(own) - evicted + made + sum(self._stub_bytes())
+            weights = base + sum(own) + sum(self._stub_bytes()) + self._live.added_bytes
             return HeldBytes(weights, self._live.kv_bytes())
 
     def resident_bytes(self, plan: Plan) -> int:
@@ -323,15 +288,8 @@ class ElasticLLM:
 
         With residency ``"resident"`` these are those of the plan, and of all levels used so far.
         """
-        lowered = {**dict(plan.weights), self.num_blocks: plan.embeddings}
-        held = 0
         with self.exclusive():
-            for key, item in enumerate(self._live.all_items):
-                made, wanted = item.made, packed_level(lowered.get(key, "native"))
-                held += sum(map(item.bytes_to_make, made))
-                if wanted is not None and wanted not in made:
-                    held += item.bytes_to_make(wanted)
-        return held
+            return self._live.packed_bytes(plan)
 
     def track_cache(self, cache: Any) -> None:
         """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""
@@ -340,9 +298,8 @@ class ElasticLLM:
     @property
     def removed_attention(self) -> frozenset[int]:
         """Layers whose attention block is removed now."""
-        return frozenset(index // 2 for index in self._live.removed if index % 2 == 0) | frozenset(
-            index // 2 for index in self.pruned.removed if index % 2 == 0
-        )
+        removed = (*self._live.removed, *self.pruned.removed)
+        return frozenset(index // 2 for index in removed if index % 2 == 0)
 
     def _wanted(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
         self._check_levels(plan.check(self.num_blocks))
@@ -366,10 +323,7 @@ class ElasticLLM:
         return None
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The decoder's output under the current mask, (B, T) -> (B, T, H), with gradients.
-
-        Sequences have no padding.
-        """
+        """The decoder's output for unpadded sequences, (B, T) -> (B, T, H), with gradients."""
         with self.exclusive():
             output = self.adapter.decoder(self.model)(input_ids=input_ids, use_cache=False)
         last: torch.Tensor = output.last_hidden_state
@@ -403,18 +357,8 @@ class ElasticLLM:
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
-        """Bytes of each block's own tensors, (2L,), and bytes of all other tensors."""
         with self.masked(Plan()):
-            everywhere = [tensor_key(tensor) for _, tensor in named_weights(self.model)]
-            seen = Counter(everywhere)
-            own = []
-            for site in self._live.sites:
-                inside = Counter(
-                    tensor_key(t) for part in site.modules for _, t in named_weights(part)
-                )
-                # A tensor that is also used elsewhere (tied) is not freed with the block.
-                own.append(sum(key[-1] for key, n in inside.items() if n == seen[key]))
-        return tuple(own), sum(key[-1] for key in seen) - sum(own)
+            return own_bytes(self.model, self._live.sites)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -443,32 +387,13 @@ class ElasticLLM:
     @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the unmasked model for the memory arithmetic."""
-        adapter = self.adapter
-        per_token = adapter.kv_bytes_per_token(self.dtype.itemsize)
-        kept = [2 * layer not in self.pruned.removed for layer in range(adapter.num_layers)]
-        own, base = self._own_bytes
-        items, embeddings = self._live.items, self._live.embeddings
-        native = (place.original for item in self._live.all_items for place in item.places)
-        packed = any(isinstance(module, PackedModule) for module in native)
-        return ModelFacts(
+        return model_facts(
+            self.adapter,
+            self._live,
+            self._own_bytes,
             name=self.name,
             fingerprint=self.fingerprint,
-            dtype=str(self.dtype).removeprefix("torch."),
-            block_param_bytes=own,
-            base_bytes=base,
-            kv_bytes_per_token=tuple(per_token if has_cache else 0 for has_cache in kept),
-            kv_window_tokens=adapter.kv_window_tokens,
-            itemsize=self.dtype.itemsize,
-            hidden_size=adapter.hidden_size,
-            ffn_width=adapter.ffn_width,
-            vocab_size=adapter.vocab_size,
-            max_positions=adapter.max_positions,
+            dtype=self.dtype,
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
-            weights="packed" if packed else "unquantised",
-            calibration=items[0].calibration,
-            **level_bytes(items, own, embeddings, base),
-            widen_bytes=max(item.widen_bytes for item in self._live.all_items),
-            kv_heads=tuple(adapter.kv_heads if has_cache else 0 for has_cache in kept),
-            kv_head_size=(adapter.kv_head_size,) * adapter.num_layers,
         )

@@ -36,9 +36,9 @@ from rap_env.models.caches.layers import (
     reserve,
     with_room,
 )
+from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
-from rap_env.models.weights.transfers import send
 
 
 class LiveBatch:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -273,6 +274,33 @@ class LiveBlocks:
         for cache in caches:
             evict(cache, layers)
             lower(cache, dict(plan.caches))
+
+    @contextlib.contextmanager
+    def without_store(self) -> Iterator[None]:
+        """Have all native weights in memory, and no store, until a ``with`` block makes one."""
+        before = self.state
+        self.set(LiveState())
+        self.forget_evicted()
+        self.store = None
+        try:
+            yield
+        finally:
+            self.set(before, evict=True)
+
+    @property
+    def added_bytes(self) -> int:
+        """Bytes in memory of packed weights beside native ones, less those that are evicted."""
+        evicted = 0 if self.store is None else self.store.evicted_bytes
+        return sum(item.made_bytes for item in self.all_items) - evicted
+
+    def packed_bytes(self, plan: Plan) -> int:
+        """Bytes of the packed weights that were made, and of those that a plan needs."""
+        lowered = {**dict(plan.weights), len(self.items): plan.embeddings}
+        total = 0
+        for key, item in enumerate(self.all_items):
+            level = packed_level(lowered.get(key, "native"))
+            total += sum(map(item.bytes_to_make, {*item.made, *([] if level is None else [level])}))
+        return total
 
     def kv_bytes(self) -> int:
         """Bytes of all caches in use."""

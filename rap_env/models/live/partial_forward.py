@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from rap_env.levels import WeightLevel
+from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights import bfloat16_products
-from rap_env.models.weights.transfers import send
 from rap_env.models.weights.widened_weights import WidenedWeights
 from rap_env.plan import Plan
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import (
@@ -44,9 +45,8 @@ from rap_env.errors import (
 )
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
-from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors
-from rap_env.models.weights.transfers import PinnedMemory
-from rap_env.models.weights.weight_groups import WeightGroup, bytes_of
+from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors, untied_weights
+from rap_env.models.weights.weight_groups import PinnedMemory, WeightGroup, bytes_of
 from rap_env.models.weights.weight_levels import WeightItem, packed_level
 from rap_env.paths import cache_dir
 
@@ -65,10 +65,10 @@ class WeightStore:
     """Evicts weights of single items and loads them again, bit for bit.
 
     Args:
-        items: The items: the blocks, and embeddings with head.
-        own: All native weights of each item by their names in the model. Those that are also used
-            elsewhere (tied) are left out; they always stay in memory.
-        rest: All other weights that share no memory with any.
+        model: The model, without a removed block.
+        items: The items: the blocks, and embeddings with head. Weights that are also used elsewhere
+            (tied) always stay in memory.
+        blocks: The modules of each block.
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written.
@@ -80,14 +80,24 @@ class WeightStore:
 
     def __init__(
         self,
+        model: nn.Module,
         items: Sequence[WeightItem],
-        own: Sequence[Mapping[str, torch.Tensor]],
-        rest: Mapping[str, torch.Tensor],
+        blocks: Iterable[Iterable[nn.Module]],
         folder: Path | None,
         residency: Residency,
         fingerprint: str,
     ) -> None:
         self.residency = residency
+        own, others = untied_weights(model, blocks)
+        embeddings = {
+            name: tensor
+            for place in items[-1].places
+            if place.tied is None
+            for name, tensor in place.weights.items()
+        }
+        ids = {id(tensor) for tensor in embeddings.values()}
+        rest = {name: tensor for name, tensor in others.items() if id(tensor) not in ids}
+        own.append(embeddings)
         weights = [tensor for tensors in (*own, rest) for tensor in tensors.values()]
         self._pinned: PinnedMemory | None = None
         if residency == "offload" and any(tensor.is_cuda for tensor in weights):

@@ -7,8 +7,8 @@ import torch
 
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, GROUP_TOKENS, CacheLevel, channel_groups
 from rap_env.models.caches import block_attention, token_attention
-from rap_env.models.caches.attention import attend
-from rap_env.models.caches.grouped_cache import GroupedLayer, chunk_of
+from rap_env.models.caches.attention import attend, chunk_of
+from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import (
     PIECE_VALUES,
     Step,

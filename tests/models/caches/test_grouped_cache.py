@@ -31,7 +31,7 @@ REMOVALS = [Plan(), Plan.removing(0), Plan.removing(2, 1)]
 def predicted_bytes(llm, rows: int, tokens: int) -> int:
     memory = MemoryModel(llm)
     return sum(
-        memory.cache_bytes(llm.cache_level(n), n, rows, tokens)
+        memory.cache_bytes(llm.plan.cache_level(n), n, rows, tokens)
         for n in range(LAYERS)
         if n not in llm.removed_attention
     )

@@ -27,7 +27,7 @@ def test_attention_modules_carry_the_levels_of_their_caches(name: str) -> None:
     llm = tiny_llm(name)
     llm.apply(PLAN)
     assert (llm.plan, llm.mask) == (PLAN, Plan.removing(3))
-    assert (llm.cache_level(0), llm.cache_level(1)) == (INT4, NATIVE_CACHE)
+    assert (llm.plan.cache_level(0), llm.plan.cache_level(1)) == (INT4, NATIVE_CACHE)
     assert levels(llm) == [INT4, None]
     llm.apply(PLAN.without(0))
     assert llm.plan == Plan.removing(0, 3)
