@@ -46,12 +46,7 @@ _EARLY_BYTES, _MMAP_MAX = 2**17, 2**16  # glibc's own defaults, which it raises 
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device for a name: ``"auto"`` (CUDA if any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-
-    Raises:
-        UnknownNameError: There is no such device on this machine.
-        ForkedProcessError: The parent of this process used CUDA before it forked.
-    """
+    """The device for a name: ``"auto"`` (CUDA if any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
     if name != "cpu" and _forked_from_cuda:
         raise ForkedProcessError(
             "This process was forked from one that had used CUDA, which CUDA does not support. "
@@ -75,9 +70,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
     The measurement takes half a second per kind of processor; the result is stored in the cache
     folder (see `remembered_dtype`).
-
-    Raises:
-        UnknownNameError: It is another name.
     """
     if name in DTYPES:
         return DTYPES[name]
@@ -237,9 +229,6 @@ def use_threads(number: int | str = "auto") -> int:
 
     Args:
         number: A number of threads, or ``"auto"`` for the result of `fastest_threads`.
-
-    Raises:
-        UnknownNameError: It is neither ``"auto"`` nor a whole number of at least 1.
     """
     if number == "auto":
         number = fastest_threads()

@@ -151,11 +151,7 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
 
 
 def check_attention(model: Any) -> None:
-    """Reject a model whose attention cannot run over caches at a level.
-
-    Raises:
-        UnsupportedCacheError: Its attention is neither ``sdpa`` nor ``eager``.
-    """
+    """Reject a model whose attention cannot run over caches at a level."""
     name = str(getattr(model.config, "_attn_implementation", ""))
     if public_name(name) not in LEVEL_ATTENTIONS or name in LEVEL_ATTENTIONS:
         raise UnsupportedCacheError(
@@ -256,11 +252,7 @@ def chunk_of(
     values: torch.Tensor,
     queries: int,
 ) -> Chunk:
-    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache.
-
-    Raises:
-        UnsupportedCacheError: The mask of the pass has padding between tokens.
-    """
+    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache."""
     batch, _, columns, _ = keys.shape
     step = current_step()
     if columns > queries:

@@ -382,11 +382,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove no token: groups cannot be taken apart.
-
-        Raises:
-            UnsupportedCacheError: Tokens should be removed.
-        """
+        """Remove no token: groups cannot be taken apart."""
         if tokens_to_remove:
             raise UnsupportedCacheError(
                 f"A cache at level {self.level.name} cannot remove tokens again: finished groups "

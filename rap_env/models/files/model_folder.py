@@ -92,10 +92,6 @@ def made_once(
         make: Fills an empty folder and returns its source for the manifest. It can be pickled.
         announcement: What is logged before.
         level: Level of that line.
-
-    Raises:
-        ModelNotAvailableError: The process that `made_apart` asks for was killed.
-        StorageFullError: The disk is full; nothing remains of the attempt.
     """
     if is_intact(folder):
         return folder

@@ -56,11 +56,6 @@ def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
         folder: A folder for which `is_packed` holds.
         dtype: Dtype of activations and of all weights that are not packed.
         model: The model without its weights; transformers' own by default.
-
-    Raises:
-        ModelNotAvailableError: A file is missing.
-        UnsupportedModelError: The family is not known, or tensors are missing.
-        ChecksumError: A file is damaged.
     """
     from transformers import GenerationConfig
 
@@ -153,10 +148,6 @@ def quantised_folder(source: Path, level: PackedLevel) -> Path:
     Args:
         source: The folder of the unquantised model.
         level: ``"int8"`` or ``"int4"``.
-
-    Raises:
-        UnsupportedModelError: As for `load_weights`.
-        StorageFullError: The disk is full; nothing remains of the attempt.
     """
     content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(source)]
     key = digest([str(source.resolve()), content])[:16]

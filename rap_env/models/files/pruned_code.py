@@ -35,9 +35,6 @@ def vllm_entries(adapter: FamilyAdapter, removed: Plan, *, stubs: bool) -> dict[
         adapter: Of the model.
         removed: The removed blocks.
         stubs: Whether stubs stand in the places of some.
-
-    Raises:
-        UnsupportedModelError: vLLM cannot serve it; the text has the reason.
     """
     config = adapter.config
     if adapter.model_type not in LLAMA_LIKE:

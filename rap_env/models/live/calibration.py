@@ -55,9 +55,6 @@ def self_written(
         window_tokens: Tokens of each.
         seed: Seed of the sampling; the process's own random numbers are not touched.
         note: Called with the number of new tokens, from time to time.
-
-    Raises:
-        UnsupportedModelError: The model has no start token.
     """
     start = start_token(llm)
     if start is None:
@@ -106,9 +103,6 @@ def calibrate(llm: ElasticLLM, windows: torch.Tensor) -> None:
     Args:
         llm: The model. If it has views (`repaired`), make them afterwards.
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good weights.
-
-    Raises:
-        UnsupportedModelError: As for `ElasticLLM.set_residency`.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
     text.update(f"{tuple(windows.shape)} v{_VERSION}".encode())

@@ -42,12 +42,7 @@ class DeviceMap:
 
 
 def find_device_map(model: Any, adapter: FamilyAdapter, name: str) -> DeviceMap | None:
-    """Where a model's parts are, if it is on several GPUs; None if it is on one device.
-
-    Raises:
-        UnsupportedModelError: Weights are on several devices that are not all GPUs, such as those
-            that accelerate keeps on the CPU or on disk, or those of one layer are on several.
-    """
+    """Where a model's parts are, if it is on several GPUs; None if it is on one device."""
     places = {str(weight.device) for weight in model.parameters() if not weight.is_meta}
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         mapped = getattr(model, "hf_device_map", {}).values()

@@ -26,11 +26,7 @@ class InterruptibleCache(DynamicCache):
     _interrupt: Callable[[], bool] | None = None
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
-
-        Raises:
-            PassInterruptedError: The pass is to end; this layer is not updated.
-        """
+        """As transformers' own."""
         if self._interrupt is not None and self._interrupt():
             raise PassInterruptedError
         return super().update(*args, **kwargs)

@@ -88,21 +88,12 @@ class LiveBlocks:
 
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
     def prepare(self, wanted: LiveState) -> None:
-        """Make levels that did not exist so far, as far as they can be kept out of memory.
-
-        Raises:
-            RapError: As for `WeightStore.prepare`; nothing changes.
-        """
+        """Make levels that did not exist so far, as far as they can be kept out of memory."""
         for key, level in self._changes(wanted).items():
             self._prepare(key, level)
 
     def verify(self, key: int) -> None:
-        """Check that native weights are in memory or can be loaded.
-
-        Raises:
-            ChecksumError: Their file is damaged or has other content than before.
-            ModelNotAvailableError: It is missing, or cannot be read.
-        """
+        """Check that native weights are in memory or can be loaded."""
         if self.store is not None:
             self.store.verify(self._item(key))
 
@@ -126,10 +117,6 @@ class LiveBlocks:
             evict: Free the weights that it does not use, unless the residency keeps them. This
                 happens before others are loaded, so that memory never holds more than either plan
                 needs.
-
-        Raises:
-            RapError: Weights cannot be read. If a level could not be made, nothing changes; else
-                blocks whose weights are not in memory are removed now, and all others are set.
         """
         self.prepare(wanted)
         for error in self._set(wanted, evict).values():
@@ -258,11 +245,7 @@ class LiveBlocks:
         self._cache_levels = wanted
 
     def lower_caches(self, plan: Plan) -> None:
-        """Evict and requantise keys and values in every cache in use, down to a plan's levels.
-
-        Raises:
-            UnsupportedCacheError: A cache does not allow it; none has changed.
-        """
+        """Evict and requantise keys and values in every cache in use, down to a plan's levels."""
         caches = list(self.caches)
         if not caches:
             return

@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from rap_env.errors import ArtifactError
 from rap_env.models.weights.packed_layout import (
@@ -63,16 +62,6 @@ class PackedModule(nn.Module):
             for name, matrix in self.matrices.items()
             for part, tensor in matrix.tensors.items()
         }
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return sum(matrix.nbytes for matrix in self.matrices.values())
-
-    @property
-    def widen_bytes(self) -> int:
-        """Bytes of the shared buffer into which the module widens weights."""
-        return max(map(_piece_bytes, self._shapes.values())) * self.dtype.itemsize
 
     def widened(self) -> nn.Module:
         """An unquantised module with the same weights, in memory of its own."""
@@ -152,32 +141,8 @@ class PackedEmbedding(PackedModule):
         scale = self.embed_scale
         return output if scale is None else output * scale.to(self.dtype)
 
-    @property
-    def widen_bytes(self) -> int:
-        """0: rows are widened into the result."""
-        return 0
-
-    def widened(self) -> nn.Module:
-        """Embeddings with the same rows, in memory of their own."""
-        wide = _WideEmbedding(self._matrix.widened(self.dtype))
-        wide.register_buffer("embed_scale", self.embed_scale, persistent=False)
-        return wide.eval()
-
     def _moved(self) -> None:
         self._matrix = self.matrices["weight"]
-
-
-class _WideEmbedding(nn.Module):
-    embed_scale: torch.Tensor | None
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = _fixed(weight)
-
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        output = functional.embedding(token_ids, self.weight)
-        scale = self.embed_scale
-        return output if scale is None else output * scale.to(output.dtype)
 
 
 class PackedExperts(PackedModule):
@@ -193,11 +158,6 @@ class PackedExperts(PackedModule):
         super().__init__(matrices, next(iter(weights.values())).dtype)
         self._full = {name: tuple(weights[name].shape) for name in matrices}
         self._child = [_without(child, matrices)]  # in a list: it is no submodule
-
-    @property
-    def widen_bytes(self) -> int:
-        """Bytes of the shared buffer that the module needs: for all its weights at once."""
-        return sum(map(math.prod, self._full.values())) * self.dtype.itemsize
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module that it replaces returns."""
@@ -236,9 +196,6 @@ def packable(
         module: A module of a block.
         parent: The module that holds it; needed where `module` itself can be packed, as in OPT.
         attribute: Its name there.
-
-    Raises:
-        ValueError: `module` itself can be packed, and there is no parent.
     """
     if isinstance(module, PackedModule) or is_packable(module):
         if parent is None:
@@ -303,11 +260,7 @@ def from_matrices(child: nn.Module, matrices: Mapping[str, PackedMatrix]) -> Pac
 def from_tensors(
     child: nn.Module, level: PackedLevel, tensors: Mapping[str, torch.Tensor]
 ) -> PackedModule:
-    """The packed module for a child of `packable` from the `PackedModule.tensors` of another.
-
-    Raises:
-        ArtifactError: They are not the tensors of such a module at this level.
-    """
+    """The packed module for a child of `packable` from the `PackedModule.tensors` of another."""
     matrices = {}
     for name, weight in matrices_of(child).items():
         parts = {part: tensors.get(f"{name}_{part}") for part in ("codes", "scales")}

@@ -104,11 +104,7 @@ class PackedMatrix:
     def from_tensors(
         cls, level: PackedLevel, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
     ) -> PackedMatrix:
-        """Rebuild a matrix from its `tensors`.
-
-        Raises:
-            ArtifactError: They are not the tensors of a matrix of this level and shape.
-        """
+        """Rebuild a matrix from its `tensors`."""
         check_name("level of packed weights", level, PACKED_LEVELS)
         codes, scales = tensors.get("codes"), tensors.get("scales")
         expected = tensor_shapes(level, shape)

@@ -50,9 +50,6 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     Args:
         weight: (out, in), floating-point.
         level: ``"int8"`` or ``"int4"``.
-
-    Raises:
-        UnknownNameError: There is no such level.
     """
     check_name("level of packed weights", level, PACKED_LEVELS)
     weight = weight.detach()

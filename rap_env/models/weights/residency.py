@@ -72,10 +72,6 @@ class WeightStore:
         folder: Folder of the model's own files, if it has any.
         residency: ``"offload"`` or ``"drop"``.
         fingerprint: Fingerprint of the model; names the files that have to be written.
-
-    Raises:
-        UnsupportedModelError: ``"drop"``, and the model's files do not contain these weights.
-        StorageFullError: No disk space for a file to offload to.
     """
 
     def __init__(
@@ -136,10 +132,6 @@ class WeightStore:
 
         The first use of a level makes it; its weights are then in a file, and not in memory. Under
         ``drop`` there is no such file, and `load` makes them.
-
-        Raises:
-            UnsupportedModelError: ``"drop"``, and the model's files do not contain the weights.
-            StorageFullError: No disk space for a file to offload to.
         """
         if level != "native":
             self._find_files(item)
@@ -150,12 +142,7 @@ class WeightStore:
                 group.evict(self._pinned)
 
     def check(self, item: WeightItem, level: WeightLevel) -> None:
-        """Check that `load` will find the weights of a level, or those that it is made from.
-
-        Raises:
-            ModelNotAvailableError: As for `load`.
-            ChecksumError: As for `load`.
-        """
+        """Check that `load` will find the weights of a level, or those that it is made from."""
         try:
             for group in self._used(item, level):
                 if group.evicted:
@@ -171,12 +158,7 @@ class WeightStore:
                 group.evict(self._pinned)
 
     def load(self, item: WeightItem, level: WeightLevel) -> None:
-        """Load the weights that an item uses at a level, unless they are in memory.
-
-        Raises:
-            ModelNotAvailableError: The file of native weights cannot be read.
-            ChecksumError: It is truncated or has other content now.
-        """
+        """Load the weights that an item uses at a level, unless they are in memory."""
         packed = packed_level(level)
         if packed is not None:
             made = self._made[item].get(packed)
@@ -297,11 +279,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file that `write_tensors` wrote, on the CPU.
-
-    Raises:
-        ChecksumError: It is damaged.
-    """
+    """All tensors of a file that `write_tensors` wrote, on the CPU."""
     stored = stored_tensors(path.parent, path.name)
     tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
     if metadata(path).get("sha256") != _checksum(tensors.items()):

@@ -137,22 +137,12 @@ class StoredTensor:
         """Bytes in memory, in `dtype`."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def reading_bytes(self) -> int:
-        """Bytes of temporary memory that reading it takes on a CPU."""
-        piece = min(math.prod(self.shape), _PIECE_VALUES)
-        return 0 if self.dtype == self.stored_dtype else piece * self.stored_dtype.itemsize
-
     @torch.inference_mode(False)
     def read(self, device: torch.device) -> torch.Tensor:
         """A copy in memory.
 
         The file is read, not mapped. Safetensors' own reader maps the whole file, and every page
         that was read would count as memory of the process.
-
-        Raises:
-            ChecksumError: The file is truncated.
-            ModelNotAvailableError: The file is missing or cannot be read.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
         self.read_into(tensor)
@@ -219,11 +209,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, by tensor name, with offsets from the start of the file.
-
-    Raises:
-        ChecksumError: It is truncated or damaged.
-    """
+    """The header of a safetensors file, by tensor name, with offsets from the start of the file."""
     table, begin = _header(path)
     table.pop("__metadata__", None)
     return {

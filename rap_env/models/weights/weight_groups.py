@@ -120,12 +120,7 @@ class WeightGroup:
         self._digest = _digest(part.tensor.data for part in self.parts)
 
     def load(self) -> None:
-        """Load the weights into a new buffer, unless they are in memory.
-
-        Raises:
-            ModelNotAvailableError: A file cannot be read; the weights stay evicted.
-            ChecksumError: The same for a file that is truncated or has other content now.
-        """
+        """Load the weights into a new buffer, unless they are in memory."""
         if not self.evicted:
             return
         buffer = _buffer(self.buffer_bytes, self.device)

@@ -240,11 +240,7 @@ class WeightItem:
         self._made[level] = made
 
     def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make a level's modules from what `tensors` returned for it, here or elsewhere.
-
-        Raises:
-            ArtifactError: They are not the tensors of this level.
-        """
+        """Make a level's modules from what `tensors` returned for it, here or elsewhere."""
         made: dict[Place, PackedModule] = {}
         for place in self._changed(level):
             made[place] = place.stored(level, tensors, made)

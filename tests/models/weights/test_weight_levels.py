@@ -92,13 +92,12 @@ def replace_by_widened(model: torch.nn.Module, packed: torch.nn.Module) -> None:
     """Give a model the widened weights of another one with packed modules."""
     for path, module in packed.named_modules():
         if isinstance(module, PackedModule):
-            wide = dict(module.widened().named_parameters())
             target = model.get_submodule(path)
-            for name, value in wide.items():
-                own = target.get_parameter(name)
+            for name, matrix in module.matrices.items():
+                own, wide = target.get_parameter(name), matrix.widened(module.dtype)
                 with torch.no_grad():
                     turned = type(target).__name__ == "Conv1D"  # weights (in, out)
-                    own.copy_(value.T if turned and value.dim() == 2 else value)
+                    own.copy_(wide.T if turned else wide.view_as(own))
 
 
 @EVERY_FAMILY
