@@ -8,10 +8,9 @@ import torch
 from rap_env.errors import UnknownNameError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from tests.models.generation import token_by_token
-from tests.models.live.test_elastic import EVERY_FAMILY, MASKS, NUM_BLOCKS, logits, weights_hash
+from tests.models.live.test_elastic import MASKS, NUM_BLOCKS, logits
 from tests.models.stubs import random_stubs, repaired
-from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model
+from tests.tiny import each_family, tiny_llm, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 SOME = Plan.removing(0, 3)
@@ -55,54 +54,6 @@ def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
             assert torch.equal(logits(view.model), expected), mask
         with llm.masked(mask):
             assert not torch.equal(logits(llm.model), expected), mask
-
-
-@each_family("name", mask=MASKS, dtype=DTYPES)
-def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> None:
-    view = repaired(tiny_llm(name, dtype=dtype))
-    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with view.masked(mask):
-        with_cache = view.generate(**ask, use_cache=True)
-        assert with_cache.shape == (3, 9 + 4)
-        assert torch.equal(with_cache, view.generate(**ask, use_cache=False))
-
-
-@each_family("name", mask=MASKS, dtype=DTYPES)
-def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
-    view = repaired(tiny_llm(name, dtype=dtype))
-    batch = padded_batch()
-    seen = batch["attention_mask"].bool()
-    with view.masked(mask):
-        at_once = logits(view.model).float()[seen]
-        in_steps = token_by_token(view.model, **batch, prompt=5).float()[seen]
-    rounding = 1e-4 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
-    assert (in_steps - at_once).abs().max() <= rounding * at_once.abs().max()
-
-
-@EVERY_FAMILY
-def test_beams_and_a_static_cache(name: str) -> None:
-    view = repaired(tiny_llm(name))
-    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with view.masked(MASKS["first attention"]):
-        beams = view.generate(**ask, num_beams=3, use_cache=True)
-        assert torch.equal(beams, view.generate(**ask, num_beams=3, use_cache=False))
-        static = view.generate(**ask, cache_implementation="static")
-        assert torch.equal(static, view.generate(**ask, use_cache=False))
-
-
-@each_family("name", dtype=DTYPES)
-def test_without_a_mask_it_is_the_dense_model_and_no_weight_changes(name, dtype) -> None:
-    llm = tiny_llm(name, dtype=dtype)
-    before, weights = logits(llm.model), weights_hash(llm.model)
-    view = repaired(llm)
-    assert view.model is llm.model
-    for mask in MASKS.values():
-        with view.masked(mask):
-            view.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
-        view.apply(mask)
-        view.apply(Plan())
-        assert torch.equal(logits(view.model), before)
-    assert weights_hash(llm.model) == weights
 
 
 class TestSharing:

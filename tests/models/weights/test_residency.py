@@ -15,32 +15,20 @@ from rap_env.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )
-from rap_env.memory import MemoryModel
 from rap_env.models.device import return_freed_memory
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import load_served_model
 from tests.models.states import logits, weights_hash
 from tests.tiny import (
-    FAMILIES,
     LAYERS,
     tiny_llm,
     tiny_model,
     tiny_tokenizer,
 )
-
-MASKS = [
-    Plan.removing(0),
-    Plan.removing(1, 2),
-    Plan.removing(*range(2 * LAYERS)),
-    Plan.removing(3),
-    Plan(),
-]
-EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def saved(tmp_path, name="llama", dtype=torch.bfloat16) -> Path:
@@ -55,37 +43,6 @@ def opened(folder: Path, dtype: str = "bfloat16") -> ElasticLLM:
     return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
 
 
-@EVERY_FAMILY
-def test_masks_under_offload_are_those_of_resident_weights(name) -> None:
-    resident, offloaded = tiny_llm(name), tiny_llm(name)
-    before = weights_hash(offloaded.model)
-    offloaded.set_residency("offload")
-    for mask in MASKS:
-        resident.apply(mask)
-        offloaded.apply(mask)
-        assert torch.equal(logits(resident), logits(offloaded))
-    assert weights_hash(offloaded.model) == before
-
-
-@EVERY_FAMILY
-def test_held_bytes_equal_the_memory_arithmetic(name) -> None:
-    llm = tiny_llm(name)
-    memory, request = MemoryModel(llm), Request(1, 8, 1)
-    dense = llm.held_bytes.weights
-    llm.set_residency("offload")
-    for mask in MASKS:
-        llm.apply(mask)
-        parts = memory.breakdown(mask, request)
-        assert llm.held_bytes.weights == parts.weights + parts.embeddings
-        tensors = {p.untyped_storage().data_ptr(): 1 for p in llm.model.parameters()}
-        for site in llm.adapter.sites(llm.model):
-            assert (site.index in mask.removed) == (
-                site.slots[0].original.__class__.__name__[:7] == "Removed"
-            )
-        assert tensors
-    assert llm.held_bytes.weights == dense
-
-
 def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
     llm = tiny_llm()
     parameters = [
@@ -97,18 +54,6 @@ def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
     assert all(p.untyped_storage().nbytes() > 0 for p in parameters[0])
     with pytest.raises(RuntimeError):
         torch.nn.functional.linear(torch.ones(1, 16), parameters[1][0])
-
-
-def test_a_temporary_mask_loads_and_evicts_blocks() -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
-    llm.apply(Plan.removing(0, 3))
-    held = llm.held_bytes.weights
-    with llm.masked(Plan.removing(1)), plain.masked(Plan.removing(1)):
-        assert torch.equal(logits(llm), logits(plain))
-    assert llm.held_bytes.weights == held
-    assert llm.fingerprint == plain.fingerprint
-    assert llm.held_bytes.weights == held
 
 
 def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
@@ -180,20 +125,6 @@ def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, dam
     llm.apply(Plan())
     plain.apply(Plan())
     assert torch.equal(logits(llm), logits(plain))
-
-
-def test_switching_back_to_resident_loads_all_blocks(tmp_path) -> None:
-    llm = opened(saved(tmp_path))
-    dense = llm.held_bytes.weights
-    llm.apply(Plan.removing(0, 1))
-    llm.set_residency("offload")
-    assert llm.mask == Plan.removing(0, 1)
-    assert llm.held_bytes.weights < dense
-    llm.set_residency("resident")
-    assert llm.mask == Plan.removing(0, 1)
-    assert llm.held_bytes.weights == dense
-    llm.apply(Plan())
-    assert torch.equal(logits(llm), logits(opened(tmp_path / "model")))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
