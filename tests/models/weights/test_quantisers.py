@@ -1,14 +1,21 @@
-"""Quantisers keep weights on a grid, and never lose to rounding to nearest."""
+"""Quantisers: by the weights, and by a layer's outputs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from rap_env.errors import UnknownNameError
 from rap_env.models.weights.packed_layout import PACKED_LEVELS
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import quantise, requantise, round_to_nearest
+from rap_env.models.weights.quantisers import (
+    HessianCollector,
+    quantise,
+    quantise_gptq,
+    requantise,
+    round_to_nearest,
+)
 
 
 def _random(shape: tuple[int, int]) -> torch.Tensor:
@@ -63,3 +70,79 @@ def test_constant_weights_are_kept(level: str) -> None:
 def test_an_unknown_level_is_rejected() -> None:
     with pytest.raises(UnknownNameError, match="int2"):
         quantise(torch.zeros(1, 1), "int2")  # type: ignore[arg-type]
+
+
+INPUTS, ROWS = 96, 64
+
+
+def _states(rows: int, seed: int) -> torch.Tensor:
+    """Inputs that are correlated and of different sizes, as those of a layer in a model are."""
+    mixing = torch.randn(INPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
+    sizes = torch.linspace(0.02, 1, INPUTS).square()
+    states = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(seed))
+    return states @ (mixing * sizes)
+
+
+def _weight() -> torch.Tensor:
+    return torch.randn(ROWS, INPUTS, generator=torch.Generator().manual_seed(1))
+
+
+def _output_error(matrix: PackedMatrix, weight: torch.Tensor, states: torch.Tensor) -> float:
+    change = matrix.widened(torch.float32) - weight
+    return float((states @ change.T).square().sum() / (states @ weight.T).square().sum())
+
+
+def test_outputs_on_other_inputs_have_far_less_error() -> None:
+    weight, calibration, other = _weight(), _states(2000, 2), _states(2000, 3)
+    hessian = calibration.T @ calibration
+    gptq = _output_error(quantise_gptq(weight, hessian), weight, other)
+    assert gptq < 0.65 * _output_error(quantise(weight, "int4"), weight, other)
+    assert gptq < 0.6 * _output_error(round_to_nearest(weight, "int4"), weight, other)
+
+
+def test_each_sweep_lowers_the_error_on_the_calibration_inputs() -> None:
+    weight, states = _weight(), _states(2000, 2)
+    errors = [
+        _output_error(quantise_gptq(weight, states.T @ states, sweeps=n), weight, states)
+        for n in range(4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+def test_gptq_keeps_weights_on_a_grid() -> None:
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 16, (ROWS, INPUTS), generator=generator)
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    scale = 2.0 ** torch.randint(-4, 2, (ROWS, INPUTS // 32), generator=generator)
+    weight = PackedMatrix.from_codes(codes, scale, -4 * scale).widened(torch.float32)
+    states = _states(500, 2)
+    matrix = quantise_gptq(weight, states.T @ states)
+    assert torch.equal(matrix.widened(torch.float32), weight)
+
+
+@pytest.mark.parametrize("inputs", [16, 40])
+def test_short_groups_and_unused_inputs(inputs: int) -> None:
+    weight, states = _weight()[:, :inputs], _states(500, 2)[:, :inputs]
+    states[:, 3] = 0
+    matrix = quantise_gptq(weight, states.T @ states)
+    assert matrix.shape == (ROWS, inputs)
+    assert _output_error(matrix, weight, states) < 0.01
+
+
+def test_hessians_are_sums_over_all_passes_and_shared_by_layers_with_the_same_input() -> None:
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    layers = {"first": first, "second": second, "third": third}
+    passes = [torch.randn(2, 3, 4), torch.randn(1, 5, 4)]
+    with HessianCollector(layers) as collector, torch.inference_mode():
+        for states in passes:
+            third(first(states) + second(states))
+    flat = torch.cat([states.view(-1, 4) for states in passes])
+    assert torch.allclose(collector["first"], flat.T @ flat, rtol=1e-5, atol=1e-5)
+    assert collector["second"] is collector["first"]
+    assert not torch.allclose(collector["third"], collector["first"])
+    before = collector["first"].clone()
+    first(passes[0])
+    assert torch.equal(collector["first"], before)
+    with pytest.raises(KeyError):
+        collector["fourth"]
