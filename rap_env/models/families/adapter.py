@@ -103,59 +103,32 @@ class FamilyAdapter:
 
     Attributes:
         config: The config of the decoder (of the text part, if there are several).
+        num_layers: L, the number of decoder layers.
+        parallel: Whether both blocks of a layer read the same state (parallel residual).
+        hidden_size: Width of the residual stream.
+        ffn_width: Widest hidden activation of a feed-forward block for one token, experts included.
+        vocab_size: Entries of the head.
+        max_positions: Longest sequence that the model supports, in tokens.
+        kv_heads: Key and value heads of a layer.
+        kv_head_size: Channels of a key or value head.
     """
 
     model_type: str
     config: Any
     family: Family
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of decoder layers."""
-        return int(self.config.num_hidden_layers)
+    num_layers: int
+    parallel: bool
+    hidden_size: int
+    ffn_width: int
+    vocab_size: int
+    max_positions: int
+    kv_heads: int
+    kv_head_size: int
 
     @property
     def num_blocks(self) -> int:
         """2L, an attn and an ffn block a layer."""
         return 2 * self.num_layers
-
-    @property
-    def parallel(self) -> bool:
-        """Whether both blocks of a layer read the same state (parallel residual)."""
-        return self.family.parallel(self.config)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.hidden_size)
-
-    @property
-    def ffn_width(self) -> int:
-        """Widest hidden activation of a feed-forward block for one token, experts included."""
-        return self.family.ffn_width(self.config)
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the head."""
-        return int(self.config.vocab_size)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence that the model supports, in tokens."""
-        return int(self.config.max_position_embeddings)
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads of a layer."""
-        return int(
-            getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        )
-
-    @property
-    def kv_head_size(self) -> int:
-        """Channels of a key or value head."""
-        size = getattr(self.config, "head_dim", None)
-        return int(size or self.config.hidden_size // self.config.num_attention_heads)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values of one token in one layer, with `itemsize` bytes a value."""
@@ -232,9 +205,22 @@ def adapter_for(config: Any) -> FamilyAdapter:
             f"{', '.join(sorted(FAMILIES))}. To add one, describe where its blocks are in FAMILIES "
             "of rap_env/models/families/families.py (its docstring explains how)."
         )
-    decoder_config = config.get_text_config(decoder=True)
-    family.check(decoder_config)
-    return FamilyAdapter(model_type, decoder_config, family)
+    decoder = config.get_text_config(decoder=True)
+    family.check(decoder)
+    heads, size = decoder.num_attention_heads, getattr(decoder, "head_dim", None)
+    return FamilyAdapter(
+        model_type,
+        decoder,
+        family,
+        num_layers=int(decoder.num_hidden_layers),
+        parallel=family.parallel(decoder),
+        hidden_size=int(decoder.hidden_size),
+        ffn_width=family.ffn_width(decoder),
+        vocab_size=int(decoder.vocab_size),
+        max_positions=int(decoder.max_position_embeddings),
+        kv_heads=int(getattr(decoder, "num_key_value_heads", None) or heads),
+        kv_head_size=int(size or decoder.hidden_size // heads),
+    )
 
 
 def read_config(folder: Path) -> Any:
