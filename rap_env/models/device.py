@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -280,6 +281,21 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**30)
         if not mallopt(_M_MMAP_THRESHOLD, 2**30):  # older versions reject more than 32 MiB
             mallopt(_M_MMAP_MAX, 0)
+
+
+def own_pages(nbytes: int, *, huge: bool = False) -> torch.Tensor:
+    """Memory in pages of its own, (nbytes,) uint8, which return to the system once it is freed.
+
+    In the heap of the C library it would leave a hole between smaller, younger tensors. `huge`
+    asks for huge pages, where the system has them.
+    """
+    if nbytes < mmap.PAGESIZE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def free_memory_early() -> None:

@@ -13,7 +13,6 @@ Shapes: B sequences (rows), K key and value heads, T tokens held, D channels of 
 from __future__ import annotations
 
 import math
-import mmap
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.device import own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 
 
@@ -99,21 +99,11 @@ def _allocated(like: torch.Tensor, batch: int, tokens: int, reserve_tokens: int)
     shape = (batch, heads, max(tokens, reserve_tokens), size)
     if reserve_tokens <= tokens:
         return like.new_empty(shape)
-    made = own_pages(shape, like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
+    if like.device.type == "cpu":
+        made = own_pages(math.prod(shape) * like.itemsize).view(like.dtype).view(shape)
+    else:
+        made = like.new_empty(shape)
     return made.zero_()[:, :, :tokens]  # written to, so that the system counts it from now on
-
-
-def own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in pages of its own, which return to the system as soon as they are freed.
-
-    In the heap of the C library it would leave a hole between smaller, younger tensors.
-    """
-    count = math.prod(shape)
-    if count * dtype.itemsize < mmap.PAGESIZE or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(shape, dtype=dtype)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _extended(held: torch.Tensor, tokens: int) -> torch.Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import torch
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.levels import WeightLevel
+from rap_env.models.device import own_pages
 from rap_env.models.weights.tensors import StoredTensor, not_readable
 
 ALIGN_BYTES = 64
@@ -223,21 +222,9 @@ def _changed(files: Sequence[StoredTensor]) -> ChecksumError:
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that returns to the system as soon as no tensor uses it."""
-    if device.type != "cpu" or nbytes == 0:
+    if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(_mapping(nbytes), dtype=torch.uint8)
-
-
-def _mapping(nbytes: int) -> mmap.mmap:
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return mmap.mmap(-1, nbytes)
-    # Private, in huge pages where the system has them: filling it takes half the time.
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
+    return own_pages(nbytes, huge=True)  # filling those takes half the time
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from rap_env.models.caches.layers import ReservedLayer, own_pages
+from rap_env.models.caches.layers import ReservedLayer
+from rap_env.models.device import own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -97,7 +98,7 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_freed_pages_leave_the_process_at_once() -> None:
     meter, size = ResidentMeter(tiny_llm()), 16 * 2**20
-    held = [own_pages((2**16,), torch.uint8).zero_() for _ in range(size // 2**16)]
+    held = [own_pages(2**16).zero_() for _ in range(size // 2**16)]
     between = [bytearray(2**10) for _ in held]  # younger objects in the heap
     full = meter.used_bytes()
     del held
@@ -106,6 +107,6 @@ def test_freed_pages_leave_the_process_at_once() -> None:
 
 
 def test_small_tensors_take_no_page_of_their_own() -> None:
-    small = own_pages((3, 5), torch.bfloat16)
+    small = own_pages(30).view(torch.bfloat16).view(3, 5)
     assert small.shape == (3, 5)
     assert small.untyped_storage().nbytes() == 30
