@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.config import Config
 from experiments.config.common import TasksConfig, TextConfig
@@ -79,7 +79,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         importance=importance,
         gsi_removals=config.importance.gsi_removals,
         gsi_method=config.importance.gsi_method,
-        repair=config.repair.name,
+        repair=config.repair["name"],
         frontier=str(frontier_artifact(config)),
         store=config.store,
         workers=config.scoring.workers,
@@ -106,8 +106,7 @@ def kind_contexts(config: Config) -> dict[str, PruningContext]:
     reject_table(config)
     settings, contexts = context_config(config, profiled=False), {}
     for name, kind in config.kinds.items():
-        windows = kind.windows or settings.calibration.windows
-        text = replace(settings.calibration, source=kind.source, field=kind.field, windows=windows)
+        text = replace(settings.calibration, **kind)
         contexts[name] = open_context(replace(settings, calibration=text))
     return contexts
 
@@ -169,17 +168,6 @@ def task_config(tasks: TasksConfig) -> TaskConfig:
     return TaskConfig(**{**asdict(tasks), "names": tuple(tasks.names)})
 
 
-def described_tasks(tasks: TasksConfig) -> dict[str, Any]:
-    """The settings of tasks in records.
-
-    Rows without a sample of documents keep their former keys.
-    """
-    settings = asdict(tasks)
-    if tasks.limit is None or tasks.documents == "first":
-        del settings["documents"]
-    return settings
-
-
 def server_settings(config: Config, folder: Path) -> ServerSettings:
     """Settings of the server, from the sections ``serve``, ``model`` and ``repair``.
 
@@ -187,7 +175,7 @@ def server_settings(config: Config, folder: Path) -> ServerSettings:
     """
     model = {"model": config.model.name, "device": config.model.device,
              "dtype": config.model.dtype, "weights": config.model.weights,
-             "repair": config.repair.name}  # fmt: skip
+             "repair": config.repair["name"]}  # fmt: skip
     values = {**config.serve, **model}
     if values["decisions"] == "default":
         values["decisions"] = str(folder / DECISIONS_FILE)

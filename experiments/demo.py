@@ -43,7 +43,7 @@ def demo(config: Config, folder: Path) -> Path:
     profile(replace(config, stage="profile"), config.stage_dir("profile"))
     say(f"[3/5] training on {config.env.id}")
     for agent in demo_agents(config):
-        for seed in config.demo.seeds:
+        for seed in config.demo["seeds"]:
             settings = replace(config, stage="train", agent=agent, seed=seed)
             label = run_label("train", agent.label or agent.name, seed)
             train(settings, config.stage_dir("train") / label)
@@ -75,10 +75,10 @@ def demo_agents(config: Config) -> list[AgentConfig]:
 
     All get the configured number of steps.
     """
-    if not config.demo.agents:
+    if not config.demo["agents"]:
         return [config.agent]
     found = []
-    for name in config.demo.agents:
+    for name in config.demo["agents"]:
         node: Any = compose(config_name="train", overrides=[f"agent={name}"])
         agent = OmegaConf.to_object(node.agent)
         assert isinstance(agent, AgentConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from experiments.comparison.tables import summary_table
 from experiments.config import Config
 from experiments.contexts import (
     build_context,
-    described_tasks,
     held_out_scorer,
     ladder_bytes,
     task_config,
@@ -180,7 +179,7 @@ class Evaluator:
         }
 
     def _tasks(self, config: Config) -> dict[str, Any]:
-        settings = described_tasks(config.evaluate.tasks)
+        settings = asdict(config.evaluate.tasks)
         if self.tasks is None:
             return settings
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}

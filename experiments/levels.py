@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,13 +160,13 @@ def check_kinds(config: Config) -> None:
     Raises:
         ExperimentError: A text is too short.
     """
-    text = config.calibration
     for name, kind in config.kinds.items():
-        if (windows := kind.windows or text.windows) * text.window_tokens < LEAST_TOKENS:
+        text = replace(config.calibration, **kind)
+        if text.windows * text.window_tokens < LEAST_TOKENS:
             raise ExperimentError(
                 f"kinds needs at least {LEAST_TOKENS} tokens of each kind, to tell kinds apart, "
-                f"and those of {name} are {windows} x {text.window_tokens}; give more windows or "
-                "longer ones."
+                f"and those of {name} are {text.windows} x {text.window_tokens}; give more windows "
+                "or longer ones."
             )
 
 

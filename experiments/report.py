@@ -77,7 +77,7 @@ def report(config: Config, folder: Path) -> Path:
     _need_matplotlib()
     data = gather(config.root)
     page = folder / "index.html"
-    write_page(TEMPLATE, page, **content(config.report.title, data, folder / "figures"))
+    write_page(TEMPLATE, page, **content(config.report["title"], data, folder / "figures"))
     if data.ladder:
         _write(folder / "ladder_tables.md", ladder_markdown(data.ladder))
         if not data.comparison:

@@ -13,11 +13,10 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.common import Count, KindTextConfig, Section, TextConfig
+from experiments.config.common import Count, Section, TextConfig
 from experiments.config.evaluation import (
     EvaluateConfig,
     LevelsConfig,
-    ReportConfig,
     TightGridConfig,
 )
 from experiments.config.ladder import LadderConfig
@@ -26,7 +25,6 @@ from experiments.config.model import (
     ExportConfig,
     ImportanceConfig,
     ModelConfig,
-    RepairConfig,
     ScoringConfig,
     StubsConfig,
 )
@@ -35,7 +33,6 @@ from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
 from experiments.config.studies import PromptsConfig, SmallModelConfig, TextsConfig
 from experiments.config.training import (
     AgentConfig,
-    DemoConfig,
     EnvConfig,
     FrontierConfig,
     LoggerConfig,
@@ -64,11 +61,13 @@ class Config(Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
-    kinds: dict[str, KindTextConfig] = field(default_factory=dict)
-    """Kinds of text by name, cut into windows like ``calibration``: those of policies that choose
-    by the kind of text of the prompts, and those that one agent is trained on."""
+    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
+    differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    repair: RepairConfig = field(default_factory=RepairConfig)
+    repair: dict[str, str] = field(default_factory=lambda: {"name": "none"})
+    """Replacement of removed blocks. Its ``name`` is ``none``; ``library``: stubs fitted once on
+    self-written text; or the path of a library."""
     stubs: StubsConfig = field(default_factory=StubsConfig)
     workload: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
@@ -92,8 +91,12 @@ class Config(Section):
     it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     server_replay: ServerReplayConfig = field(default_factory=ServerReplayConfig)
-    demo: DemoConfig = field(default_factory=DemoConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
+    demo: dict[str, list[Any]] = field(default_factory=lambda: {"agents": [], "seeds": [0]})
+    """Agents that ``experiments.demo`` trains (names of files in ``conf/agent``; the configured one
+    if there are none), and their seeds."""
+    report: dict[str, str] = field(
+        default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}
+    )
     levels: LevelsConfig = field(default_factory=LevelsConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

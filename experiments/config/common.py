@@ -68,6 +68,11 @@ class Section:
 
     section: ClassVar[str] = ""
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The `requests` as (batch size, sequence length in tokens)."""
+        return [parse_shape(text) for text in vars(self)["requests"]]
+
     def __post_init__(self) -> None:
         prefix = f"{self.section}." if self.section else ""
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -172,14 +177,6 @@ class KindConfig(Section):
 
 
 @dataclass
-class KindTextConfig(KindConfig):
-    """A kind of text that may have a number of windows of its own."""
-
-    windows: Count | None = None
-    """null: that of ``calibration``."""
-
-
-@dataclass
 class TextConfig(Section):
     """Text cut into windows."""
 
@@ -202,8 +199,7 @@ class TasksConfig(Section):
     limit: Count | None = None
     """Documents of each task; null for all."""
     documents: Annotated[str, among("sample", "first")] = "sample"
-    """Which ones: a sample that the seed draws, or the first ones. Generated tasks have the first
-    ones. Records made before this setting have the first ones."""
+    """Which ones: a sample that the seed draws, or the first ones, as of generated tasks."""
     data_root: str | None = None
     """Folder with local files of hub tasks, or null."""
     num_fewshot: CountOrZero = 0

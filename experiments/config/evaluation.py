@@ -23,7 +23,6 @@ from experiments.config.common import (
     distinct,
     parse_cell,
     parse_pinned,
-    parse_shape,
     some,
 )
 from experiments.errors import ExperimentError
@@ -83,11 +82,6 @@ class EvaluateConfig(Section):
         return None if named else self.selection
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The requests as (batch size, sequence length in tokens)."""
-        return [parse_shape(text) for text in self.requests]
-
-    @property
     def pinned_cells(self) -> list[Pinned]:
         """The pinned cells, parsed."""
         return [parse_pinned(text) for text in self.pinned]
@@ -113,11 +107,6 @@ class TightGridConfig(Section):
     """ΔNLL of the best uniform setting on the calibration text, nats per token."""
     out: str = "conf/grid/tight.yaml"
     """File to write."""
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The requests as (batch size, sequence length in tokens)."""
-        return [parse_shape(text) for text in self.requests]
 
 
 @dataclass
@@ -145,18 +134,6 @@ class LevelsConfig(Section):
             CacheLevel.of(name)
         if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
             raise ExperimentError(f"levels.out must end in {LEVELS_SUFFIX}, not {self.out!r}.")
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The requests as (batch size, sequence length in tokens)."""
-        return [parse_shape(text) for text in self.requests]
-
-
-@dataclass
-class ReportConfig:
-    """Text of the report."""
-
-    title: str = "Runtime-adaptive pruning: report"
 
 
 @dataclass

@@ -13,7 +13,6 @@ from experiments.config.common import (
     TextConfig,
     among,
     form,
-    parse_shape,
     some,
     within,
 )
@@ -69,8 +68,3 @@ class LadderConfig(Section):
             windows=self.windows or text.windows,
             window_tokens=self.window_tokens or text.window_tokens,
         )
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The requests as (batch size, sequence length in tokens)."""
-        return [parse_shape(text) for text in self.requests]

@@ -73,14 +73,6 @@ class ImportanceConfig(Section):
 
 
 @dataclass
-class RepairConfig:
-    """Replacement of removed blocks."""
-
-    name: str = "none"
-    """``none``; ``library``: stubs fitted once on self-written text; or the path of a library."""
-
-
-@dataclass
 class StubsConfig(Section):
     """Settings of ``experiments.repair``: texts to fit on, distillation and comparison."""
 

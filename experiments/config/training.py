@@ -149,12 +149,3 @@ class LoggerConfig(Section):
     wandb_mode: Annotated[str, among("auto", "online", "offline")] = "auto"
     """``auto``: online if a login is found, else offline."""
     tags: list[str] = field(default_factory=list)
-
-
-@dataclass
-class DemoConfig:
-    """Agents that ``experiments.demo`` trains."""
-
-    agents: list[str] = field(default_factory=list)
-    """Names of files in ``conf/agent``; empty for the configured agent."""
-    seeds: list[int] = field(default_factory=lambda: [0])

@@ -69,10 +69,10 @@ class StubLibraries:
     def __init__(self, config: Config, folder: Path) -> None:
         if not config.stubs.fit_texts or not config.stubs.report_texts:
             raise ExperimentError("stubs.fit_texts and stubs.report_texts need an entry each.")
-        if config.repair.name != "none":
+        if config.repair["name"] != "none":
             raise ExperimentError(
                 f"experiments.repair fits stubs itself and compares them with none: leave "
-                f"repair.name at 'none', not {config.repair.name!r}."
+                f"repair.name at 'none', not {config.repair['name']!r}."
             )
         if config.model.max_memory_bytes and config.stubs.distill_steps:
             raise ExperimentError(

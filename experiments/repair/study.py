@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from experiments.contexts import described_tasks, task_config
+from experiments.contexts import task_config
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
 from experiments.repair.tables import delta_nll_against_peak, repair_tables
@@ -140,7 +140,7 @@ class RepairEvaluator:
             "calibration_sha256": libraries.context.corpus.sha256,
             "report_sha256": libraries.texts.report[text].sha256 if text else "",
             "stubs": "" if entry.library is None else entry.library.sha256,
-            "tasks": described_tasks(libraries.config.evaluate.tasks) if grid else {},
+            "tasks": asdict(libraries.config.evaluate.tasks) if grid else {},
         }
 
     def _mask(self, entry: Entry, cell: Cell) -> Plan:

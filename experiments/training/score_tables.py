@@ -162,7 +162,7 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
         "importance": config.importance.method,
         "gsi_removals": config.importance.gsi_removals,
         "gsi_method": config.importance.gsi_method,
-        "repair": repair_label(config.repair.name),
+        "repair": repair_label(config.repair["name"]),
     }
 
 

@@ -17,7 +17,7 @@ from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig, RepairConfig
+from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig
 from experiments.config.training import AgentConfig, FrontierConfig
 from experiments.contexts import build_context, held_out_scorer
 from experiments.evaluate import evaluate
@@ -194,7 +194,7 @@ def test_an_agent_trains_on_a_table(config, exported):
 @pytest.mark.slow
 def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_path):
     settings = replace(
-        config, name="repaired", repair=RepairConfig("library"), export=ExportConfig(masks=40)
+        config, name="repaired", repair={"name": "library"}, export=ExportConfig(masks=40)
     )
     path = export_scores(settings, settings.stage_dir("export_scores"))
     table, plain, live = ScoreTable.load(path), ScoreTable.load(exported), build_context(settings)
@@ -206,10 +206,10 @@ def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_
     assert table.dense_nll == plain.dense_nll
     assert table.scores[Plan.removing(1)] != plain.scores[Plan.removing(1)]
     with pytest.raises(RapError, match=r"repair\.name: 'library' -> 'none'"):
-        export_scores(replace(settings, repair=RepairConfig()), path.parent)
+        export_scores(replace(settings, repair={"name": "none"}), path.parent)
     for repair in ("none", "library"):
         on_table = replace(
-            settings, stage="train", name=f"on_repaired_{repair}", repair=RepairConfig(repair),
+            settings, stage="train", name=f"on_repaired_{repair}", repair={"name": repair},
             model=ModelConfig(name=f"score_table:{path}", device="auto", dtype="auto"),
         )  # fmt: skip
         folder = on_table.stage_dir("train") / "maskable_ppo-s0"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
-from experiments.config.common import KindTextConfig, TextConfig
+from experiments.config.common import TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
@@ -108,9 +108,9 @@ def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
 def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     kinds = {}
     for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
-        kinds[name] = KindTextConfig(write_letters(tmp_path, name, letters, seed=len(kinds)))
+        kinds[name] = {"source": write_letters(tmp_path, name, letters, seed=len(kinds))}
     settings = replace(measured.levels, out=None)
-    calibration = TextConfig(kinds["prose"].source, windows=6, window_tokens=48)
+    calibration = TextConfig(kinds["prose"]["source"], windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
     STUDY.run(config, folder := config.stage_dir("levels"))
     context = build_context(config, profiled=False)
@@ -125,7 +125,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     }
     assert policy.text_kinds.shares(tokens["prose"])[0] > 0.8
     assert policy.text_kinds.shares(tokens["code"])[1] > 0.8
-    code = replace(calibration, source=kinds["code"].source)
+    code = replace(calibration, source=kinds["code"]["source"])
     on_code = build_context(replace(config, calibration=code), profiled=False).scorer
     rise = on_code.nll(Plan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
     found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]

@@ -17,8 +17,8 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig, ScoringConfig
-from experiments.config.training import AgentConfig, DemoConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, ScoringConfig
+from experiments.config.training import AgentConfig
 from experiments.contexts import build_context
 from experiments.demo import demo, demo_agents
 from experiments.errors import ExperimentError
@@ -226,7 +226,7 @@ def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, ca
 
 
 def test_the_demo_trains_the_configured_agents(evaluated):
-    several = replace(evaluated, demo=DemoConfig(agents=["dqn", "maskable_ppo"]))
+    several = replace(evaluated, demo={**evaluated.demo, "agents": ["dqn", "maskable_ppo"]})
     register()
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         found = demo_agents(several)
@@ -280,7 +280,7 @@ def test_a_damaged_row_raises_an_error(evaluated, tmp_path):
 @pytest.fixture(scope="module")
 def repaired(evaluated):
     """The same comparison, but removed blocks leave stubs behind: profiled, trained, evaluated."""
-    settings = replace(evaluated, name="repaired", repair=RepairConfig("library"))
+    settings = replace(evaluated, name="repaired", repair={"name": "library"})
     profile(settings, settings.stage_dir("profile"))
     train(settings, settings.stage_dir("train") / "maskable_ppo-s0")
     evaluate(settings, settings.stage_dir("evaluate"))
@@ -336,7 +336,7 @@ def test_a_profile_with_stubs_names_its_library(profiled, repaired):
 
 
 def test_one_run_name_cannot_mix_repairs(evaluated):
-    other = replace(evaluated, repair=RepairConfig("library"))
+    other = replace(evaluated, repair={"name": "library"})
     refused = r"repair\.name: 'none' -> 'library'.*another name"
     with pytest.raises(ExperimentError, match=refused):
         profile(other, other.stage_dir("profile"))

@@ -10,7 +10,7 @@ import pytest
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, RepairConfig, StubsConfig
+from experiments.config.model import ImportanceConfig, ModelConfig, StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
@@ -166,7 +166,7 @@ def test_invalid_settings_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match="need an entry each"):
         list(repair_jobs(replace(config, stubs=replace(config.stubs, report_texts={})), tmp_path))
     with pytest.raises(ExperimentError, match=r"leave repair\.name"):
-        list(repair_jobs(replace(config, repair=RepairConfig("library")), tmp_path))
+        list(repair_jobs(replace(config, repair={"name": "library"}), tmp_path))
     capped = replace(config.model, max_memory_bytes=10**9)
     with pytest.raises(ExperimentError, match=r"set stubs\.distill_steps=0"):
         list(repair_jobs(replace(config, model=capped), tmp_path))
