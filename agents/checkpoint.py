@@ -267,7 +267,7 @@ def capture(model: BaseAlgorithm) -> Json:
 def invalid_actions(venv: VecEnv) -> npt.NDArray[np.int64]:
     """Return the number of invalid actions in each unfinished episode."""
     states = _resumable(venv).get_state()
-    return np.array([state["invalid_actions"] for state in states], dtype=np.int64)
+    return np.array([state["episode"]["invalid_actions"] for state in states], dtype=np.int64)
 
 
 def restore(model: BaseAlgorithm, state: Json) -> None:

@@ -17,7 +17,7 @@ from agents.networks import ActorCriticHeads, DuelingHeads, Rows
 from agents.observations import make_builder
 from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
-from rap_env.ladder.item_observation import ItemObservationBuilder
+from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.policies.block_network import Floats, NetworkWeights
 from rap_env.policies.item_network import ItemNetworkWeights
 from rap_env.policies.network import LadderPolicyFile

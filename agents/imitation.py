@@ -20,10 +20,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from agents.observations import Builder, as_tensors, make_observer
+from agents.observations import Builder, as_tensors
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
-from rap_env.costs import Counts
+from rap_env.ladder.items import Counts
+from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -105,7 +106,7 @@ class TeacherStates:
     ) -> None:
         self.steps = np.zeros(0, dtype=np.int64)
         if shown:
-            self._observer = make_observer(builder, [one.request for one in shown])
+            self._observer = PlanObserver(builder, [one.request for one in shown])
             self._targets = np.stack([self._observer.position(one.plan) for one in shown])
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():

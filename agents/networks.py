@@ -18,9 +18,8 @@ from torch import nn
 from rap_env import block_rows
 from rap_env.block_rows import IMPORTANCE_FLOOR, MOST_SPREADS, OVER_FLOOR, SPREAD_FLOOR, shown
 from rap_env.ladder import item_rows
-from rap_env.ladder.item_observation import ITEM_FEATURES
 from rap_env.ladder.items import KINDS
-from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
+from rap_env.ladder.observation import BLOCK_FEATURES, ITEM_FEATURES, REQUEST_FEATURES
 
 _OVER = REQUEST_FEATURES.index("bytes_over")
 _VECTOR_SPREAD = 0.3

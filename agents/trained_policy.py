@@ -18,12 +18,12 @@ from agents.observations import (
     as_tensors,
     check_feasible,
     make_builder,
-    make_observer,
 )
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
-from rap_env.ladder.item_observation import ItemObservationBuilder
+from rap_env.ladder.observation import ItemObservationBuilder
+from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
@@ -156,7 +156,7 @@ class TrainedPolicy(Policy):
 
         All of them grow in parallel, by one action in each pass of the network.
         """
-        observer = make_observer(self._builder, [request])
+        observer = PlanObserver(self._builder, [request])
         state, which = observer.start(count), np.zeros(count, dtype=np.int64)
         generator = torch.Generator().manual_seed(self._seed)
         grows = np.flatnonzero(observer.over_bytes(which, state))

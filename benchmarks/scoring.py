@@ -27,7 +27,7 @@ from benchmarks.harness import ModelSettings, launch, open_model, spread
 from benchmarks.naive_scorer import serve
 from benchmarks.record import Target, write_record
 from rap_env.context.live import LiveContext
-from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.envs.prune import RAPPruneVectorEnv
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.models.files.sources import locate

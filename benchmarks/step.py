@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.harness import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
 from rap_env.costs import request_costs
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
-from rap_env.observation import ImportanceFeatures
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 

@@ -15,9 +15,9 @@ from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
-    from rap_env.envs.prune import RAPPruneEnv
+    from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
     from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
-    from rap_env.envs.vector import RAPPruneVectorEnv, make_vec
+    from rap_env.envs.vector import make_vec
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
     from rap_env.leaderboard.evaluation import evaluate
@@ -42,7 +42,7 @@ _MODULES = {
     "RAPPruneEnv": "envs.prune",
     "RAPPruneV1Env": "envs.prune_v1",
     "RAPPruneV1VectorEnv": "envs.prune_v1",
-    "RAPPruneVectorEnv": "envs.vector",
+    "RAPPruneVectorEnv": "envs.prune",
     "RapError": "errors",
     "Request": "request",
     "RuntimeController": "runtime.controller",
@@ -85,7 +85,7 @@ __all__ = [
 ]
 
 _ENTRY_POINTS = {
-    "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.vector:RAPPruneVectorEnv"),
+    "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),
     "RAPPrune-v1": (
         "rap_env.envs.prune_v1:RAPPruneV1Env",
         "rap_env.envs.prune_v1:RAPPruneV1VectorEnv",

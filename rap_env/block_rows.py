@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES
+from rap_env.ladder.observation import BLOCK_FEATURES, REQUEST_FEATURES
 
 NEIGHBOURS = (-2, -1, 1, 2)
 """Offsets of a block's neighbours: the other block of its layer and those of adjacent layers."""

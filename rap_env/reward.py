@@ -258,6 +258,10 @@ class Reward:
 
     def zeros(self) -> dict[str, float]:
         """The terms of a step that is not rewarded."""
+        return self._zeros.copy()
+
+    @cached_property
+    def _zeros(self) -> dict[str, float]:
         return {term.name: 0.0 for _, term in self.weighted}
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rap_env.ladder.item_bytes import LadderBytes
+    from rap_env.ladder.observation import ImportanceFeatures
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.observation import ImportanceFeatures
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.store import ScoreStore
     from rap_env.scoring.workers import WorkerPool

@@ -1,10 +1,9 @@
-"""What the environments of all versions share: one episode at a time, as Gymnasium has it."""
+"""What the environments of both tasks share: one episode at a time, as Gymnasium has it."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +11,9 @@ import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
-from rap_env.envs.episode import CostsT, Episode, EpisodeStart
-from rap_env.envs.task import PruningTask, RewardedStep
-from rap_env.observation import Observation
+from rap_env.envs.episode import Episode, EpisodeStart, Measurement
+from rap_env.envs.task import PruningTask
+from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request
@@ -28,7 +27,7 @@ def reopen(kind: Callable[..., Any], context: PruningContext, arguments: Mapping
     return kind(context=context, **arguments)
 
 
-class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
+class PruningEnv(gym.Env[Observation, np.int64]):
     """An environment in which each action gives up something of a real language model.
 
     A copy or pickle has the state of the episode, the random generator and the workload. Copies
@@ -40,7 +39,8 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         memory: The model's byte arithmetic.
     """
 
-    config_type: ClassVar[type[EnvConfig]] = EnvConfig
+    config_type: ClassVar[type[EnvConfig]]
+    task_type: ClassVar[type[PruningTask]]
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
 
@@ -52,29 +52,43 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
         context: PruningContext | None = None,
         **settings: Any,
     ) -> None:
-        self.render_mode = check_render_mode(render_mode)
+        render_mode = check_render_mode(render_mode)
         self._config = self.config_type.of(model=model, **settings)
-        self._task: PruningTask[CostsT] = self.make_task(self._config, context)
-        self.context, self.memory = self._task.context, self._task.memory
-        self.observation_space = self._task.observations.space
-        self.action_space = gym.spaces.Discrete(self._task.num_actions)
-        self._episode: Episode[CostsT] | None = None
-        self._left_after = 0
+        self._use(self.task_type(self._config, context), render_mode)
 
-    @staticmethod
-    @abstractmethod
-    def make_task(config: Any, context: PruningContext | None) -> Any:
-        """Make what environments of one model share."""
+    @classmethod
+    def sharing(cls, task: PruningTask, render_mode: str | None) -> Self:
+        """An environment that shares its task with others; it cannot be pickled by itself."""
+        env = cls.__new__(cls)
+        env._use(task, render_mode)
+        return env
+
+    def _use(self, task: PruningTask, render_mode: str | None) -> None:
+        self.render_mode = render_mode
+        self.context, self.memory = task.context, task.memory
+        self.observation_space = task.encoder.space
+        self.action_space = gym.spaces.Discrete(len(task.ladder))
+        self._task = task
+        self._sampler = task.sampler.clone()
+        self._episode: Episode | None = None
+        self._left_after = 0
 
     @property
     def request(self) -> Request:
         """The request of this episode."""
-        return self._current.start.request
+        return self.episode.start.request
 
     @property
     def plan(self) -> Plan:
         """The levels of all items now."""
-        return self._current.state.plan_after()
+        return self.episode.state.plan
+
+    @property
+    def episode(self) -> Episode:
+        """The current episode; a `ResetNeeded` before the first one."""
+        if self._episode is None:
+            raise ResetNeeded("No episode has begun; call reset() first.")
+        return self._episode
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -92,14 +106,20 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
             UnknownNameError: There is no such option.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        super().reset(seed=seed)
+        self.seed_workload(seed)
         self._warn_of_limit()
-        task = self._task
+        episode = self._episode = Episode(self._task, self.draw(options))
+        return episode.observation(), episode.info({})
+
+    def seed_workload(self, seed: int | None) -> None:
+        """Seed the workload, which starts again; None changes nothing."""
+        super().reset(seed=seed)
         if seed is not None:
-            task.sampler.restart()
-        start = task.start_episode(task.sampler, self.np_random, options)
-        self._episode = self._new_episode(start)
-        return self._episode.observation(), self._episode.info({})
+            self._sampler.restart()
+
+    def draw(self, options: Mapping[str, Any] | None) -> EpisodeStart:
+        """The start of the next episode, which does not begin yet; errors are those of `reset`."""
+        return self._task.start_episode(self._sampler, self.np_random, options)
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take an action. If the model fails, the state does not change.
@@ -109,81 +129,79 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
             UnknownNameError: There is no such action.
             NonFiniteScoreError: The model gave NaN or infinity.
         """
-        episode, task = self._current, self._task
+        episode = self.episode
         if episode.over:
             raise ResetNeeded("The episode is over; call reset() before the next step().")
-        index = self._index(action)
-        state = episode.state
-        invalid = not state.is_valid(index)
-        peak_bytes = state.peak_bytes if invalid else state.peak_after(index)
-        invalid_actions = episode.invalid_actions + invalid
-        terminated = peak_bytes <= episode.start.request.budget_bytes
-        steps = episode.steps + 1
-        out_of_steps = not terminated and task.max_steps is not None and steps >= task.max_steps
-        truncated = out_of_steps or (not terminated and invalid_actions >= task.max_invalid_actions)
-        ends = terminated or truncated
-        measurement = episode.measurement if invalid else None
-        terms = task.reward.zeros()
-        if ends or task.reward.pays_every_step:
-            plan = task.lowest if out_of_steps else state.plan_after(index)
-            step = RewardedStep(episode.start, plan, episode.delta_nll, ends)
-            measured, terms = task.compute_rewards([step])[0]
-            measurement = measurement if out_of_steps else measured
-        terms["invalid_action"] = -task.invalid_action_penalty if invalid else 0.0
-        if not invalid:  # only now, when nothing can fail any more
-            episode.apply(index)
-        episode.measurement = measurement
-        episode.invalid_actions, episode.steps, episode.over = invalid_actions, steps, ends
-        reward = sum(terms.values())
-        return episode.observation(), reward, terminated, truncated, episode.info(terms)
+        transition, task = episode.transition(self._index(action)), self._task
+        measurement, terms = None, task.reward.zeros()
+        if transition.ends or task.reward.pays_every_step:
+            [(measurement, terms)] = task.compute_rewards([episode.rewarded(transition)])
+        terms["invalid_action"] = 0.0 if transition.lowering else -task.invalid_action_penalty
+        episode.apply(transition, measurement)  # only now, when nothing can fail any more
+        reward, info = sum(terms.values()), episode.info(terms)
+        return episode.observation(), reward, transition.terminated, transition.truncated, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """True for each action that is valid, shape (actions,)."""
-        return self._current.observation()["action_mask"].astype(bool)
+        return self.episode.observation()["action_mask"].astype(bool)
 
     def render(self) -> str | npt.NDArray[np.uint8] | None:
         """What is left, the bytes against the budget, and the ΔNLL, as text or as a picture."""
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
-        delta_nll, start = self._current.delta_nll, self._task.unchanged
-        scene = Scene(self.memory, self.request, self.plan, delta_nll, start)
+        delta_nll, unchanged = self.episode.delta_nll, self._task.unchanged
+        scene = Scene(self.memory, self.request, self.plan, delta_nll, unchanged)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
+
+    def get_state(self) -> dict[str, Any]:
+        """The state as JSON values: generator, workload and episode."""
+        return {
+            "generator": self.np_random.bit_generator.state,
+            "position": self._sampler.position,
+            "episode": None if self._episode is None else self._episode.saved(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `get_state` returned; an unknown score is measured again.
+
+        Raises:
+            RapError: The model does not have those items or cannot serve that request.
+        """
+        saved = state["episode"]
+        measurement = None if saved is None else self._task.measured_again(saved)
+        self.restore(state, measurement)
+
+    def restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
+        """Restore what `get_state` returned, with the measurement of the episode's plan."""
+        self.np_random.bit_generator.state = state["generator"]
+        self._sampler.restart(state["position"])
+        self.resume(state["episode"], measurement)
+
+    def resume(self, saved: Mapping[str, Any] | None, measurement: Measurement | None) -> None:
+        """Continue an episode that `Episode.saved` describes; None leaves none."""
+        self._episode = None
+        if saved is not None:
+            task = self._task
+            self._episode = Episode(task, task.start_of_saved(saved), saved["positions"])
+            self._episode.resume(saved, measurement)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {**self._config.arguments, "render_mode": self.render_mode}
-        episode, saved = self._episode, None
-        if episode is not None:
-            start = episode.start
-            names = ["measurement", "invalid_actions", "steps", "over"]
-            saved = {
-                "start": (start.request, start.asked_budget_bytes),
-                "actions": list(episode.actions),
-                "attributes": {name: getattr(episode, name) for name in names},
-            }
-        names = ["spec", "action_space", "_np_random", "_np_random_seed", "_left_after"]
         state = {
-            "attributes": {name: getattr(self, name) for name in names},
-            "position": self._task.sampler.position,
-            "episode": saved,
+            "spec": self.spec,
+            "action_space": self.action_space,
+            "seed": self.np_random_seed,
+            "left_after": self._left_after,
+            "state": self.get_state(),
+            "measurement": None if self._episode is None else self._episode.measurement,
         }
         return reopen, (type(self), self.context, arguments), state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state["attributes"])
-        task, saved = self._task, state["episode"]
-        task.sampler.restart(state["position"])
-        if saved is not None:
-            start = task.start_of(*saved["start"])
-            self._episode = self._new_episode(start)
-            for action in saved["actions"]:
-                self._episode.apply(action)
-            vars(self._episode).update(saved["attributes"])
-
-    def _new_episode(self, start: EpisodeStart[CostsT]) -> Episode[CostsT]:
-        task = self._task
-        state = task.new_state(start)
-        return Episode(start, task.measured_start, state, info_arrays=task.info_arrays)
+        self.spec, self.action_space = state["spec"], state["action_space"]
+        self.restore(state["state"], state["measurement"])
+        self._np_random_seed, self._left_after = state["seed"], state["left_after"]
 
     def _warn_of_limit(self) -> None:
         """Warn if two episodes in a row were left after the same number of steps.
@@ -203,12 +221,6 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
             )
         self._left_after = episode.steps
 
-    @property
-    def _current(self) -> Episode[CostsT]:
-        if self._episode is None:
-            raise ResetNeeded("No episode has begun; call reset() first.")
-        return self._episode
-
     def _index(self, action: np.int64 | int) -> int:
         """The action as a Python integer."""
         whole = isinstance(action, np.integer) or type(action) is int
@@ -216,6 +228,6 @@ class PruningEnv(gym.Env[Observation, np.int64], Generic[CostsT]):
             array = np.asarray(action)
             whole = array.size == 1 and np.issubdtype(array.dtype, np.integer)
             action = array.item() if whole else action
-        if not whole or not 0 <= action < self._task.num_actions:
+        if not whole or not 0 <= action < len(self._task.ladder):
             raise self._task.unknown_action(action)
         return int(action)

@@ -1,22 +1,25 @@
-"""The episode of one environment, updated with each action instead of being recomputed."""
+"""One episode: a request, a plan that actions lower, and what the model measured of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.costs import Counts, Flags
-from rap_env.observation import BYTES_OVER, Observation, bytes_over
+from rap_env.ladder.observation import Observation, ObservedState
+from rap_env.ladder.state import LadderCosts, Lowering
 from rap_env.plan import Plan
 from rap_env.request import Request
 
+if TYPE_CHECKING:
+    from rap_env.envs.task import PruningTask
+
 
 class Measurement(NamedTuple):
-    """Measurements of a mask or plan by the model.
+    """Measurements of a plan by the model.
 
     Attributes:
         nll: NLL in nats per token.
@@ -32,37 +35,17 @@ class Measurement(NamedTuple):
     baseline_delta_nll: float | None = None
 
 
-class EpisodeCosts(Protocol):
-    """Bytes of one batch size and sequence length, whatever the budget."""
-
-    @property
-    def dense_peak_bytes(self) -> int:
-        """Peak bytes at the start of an episode."""
-
-    @property
-    def kv_cache_bytes(self) -> int:
-        """Bytes of the KV cache at the start of an episode."""
-
-    @property
-    def least_peak_bytes(self) -> int:
-        """Peak bytes once no valid action is left: every episode ends by then."""
-
-
-CostsT = TypeVar("CostsT", bound=EpisodeCosts)
-_StartsWith = TypeVar("_StartsWith", contravariant=True)
-
-
 @dataclass(frozen=True)
-class EpisodeStart(Generic[CostsT]):
+class EpisodeStart:
     """The initial state of an episode: the unchanged model under a request.
 
     Attributes:
-        costs: What the model needs for it, and what each action frees.
+        costs: What the levels of all items need for it.
         asked_budget_bytes: The budget before it was raised to the least possible one, or None.
     """
 
     request: Request
-    costs: CostsT
+    costs: LadderCosts
     asked_budget_bytes: int | None = None
 
     @property
@@ -76,77 +59,159 @@ class EpisodeStart(Generic[CostsT]):
         return self.costs.least_peak_bytes <= self.request.budget_bytes
 
 
-class EpisodeState(Protocol):
-    """What an episode has done to the model, its peak bytes, and the observation of it."""
+class RewardedStep(NamedTuple):
+    """A step that is rewarded, before anything is measured.
 
-    observation: Observation
-    """The current arrays, updated in place; the request's bytes over budget excepted."""
+    Attributes:
+        start: The request of its episode.
+        plan: The plan after the step, or `PruningTask.lowest` if `max_steps` ends the episode.
+        delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
+        ends: Whether the episode ends with this step.
+    """
 
-    @property
-    def peak_bytes(self) -> int:
-        """Peak bytes now."""
-
-    def is_valid(self, action: int) -> bool:
-        """Whether an action changes anything."""
-
-    def peak_after(self, action: int) -> int:
-        """Peak bytes after a valid action."""
-
-    def plan_after(self, action: int | None = None) -> Plan:
-        """The mask or plan after an action, valid or not; without one, the current one."""
-
-    def apply(self, action: int) -> None:
-        """Take a valid action."""
-
-    def info(self, *, arrays: bool) -> dict[str, Any]:
-        """The entry of `info` that says what was done, in new lists or in a new array."""
+    start: EpisodeStart
+    plan: Plan
+    delta_nll_before: float | None
+    ends: bool
 
 
-class VectorState(Protocol[_StartsWith]):
-    """What n episodes have done to the model, and their peak bytes."""
+class Transition(NamedTuple):
+    """The effect of an action, before it is applied.
 
-    info_key: str
-    """The entry of infos and saved states that says what was done."""
+    Attributes:
+        lowering: What it does to the plan; None if the action is invalid.
+        terminated: Whether the request fits afterwards.
+        truncated: Whether there were too many invalid actions or steps.
+        ends: Whether the episode ends.
+        out_of_steps: Whether there were too many steps.
+    """
 
-    @property
-    def dense_peak_bytes(self) -> Counts:
-        """Peak bytes of each request at the start of its episode, (n,)."""
+    lowering: Lowering | None
+    terminated: bool
+    truncated: bool
+    ends: bool
+    out_of_steps: bool
 
-    @property
-    def peak_bytes(self) -> Counts:
-        """Peak bytes of each request now, (n,)."""
 
-    def start(
-        self, rows: Counts, costs: Sequence[_StartsWith], plan: Plan, seen: Observation, /
+class Episode:
+    """The state of one episode. It returns copies of its arrays.
+
+    Args:
+        task: The parts that all episodes of a model share.
+        start: The request.
+        positions: The levels to begin with; None for the unchanged model.
+
+    Attributes:
+        state: The plan and its bytes.
+        names: What `info` says of the plan, updated with it.
+        measurement: What the model measured of the plan, or None if it was not measured.
+        invalid_actions: Number of invalid actions.
+        steps: Number of steps.
+        over: Whether the episode has terminated or was truncated.
+    """
+
+    def __init__(
+        self,
+        task: PruningTask,
+        start: EpisodeStart,
+        positions: Sequence[int] | None = None,
     ) -> None:
-        """Start the sub-environments `rows`, (m,), all with a mask or plan.
+        self.task, self.start = task, start
+        self.state = start.costs.state(positions)
+        self.names = task.names_of(self.state.positions)
+        self.measurement: Measurement | None = task.measured_start
+        self.invalid_actions = self.steps = 0
+        self.over = False
+        self._seen = ObservedState(task.encoder, start.request, self.state)
+        self._request = asdict(start.request)
 
-        What `seen`, the arrays of all observations, has of their masks or plans is updated; the
-        features of the request are not.
-        """
+    @property
+    def delta_nll(self) -> float | None:
+        """ΔNLL of the plan in nats per token, or None if it was not measured."""
+        return None if self.measurement is None else self.measurement.delta_nll
 
-    def peak_after(self, actions: Counts, valid: Flags, /) -> Counts:
-        """Peak bytes of each request, (n,), if the valid actions are taken."""
+    def transition(self, action: int) -> Transition:
+        """The effect of an action."""
+        task, state = self.task, self.state
+        lowering = state.lowering(action) if state.is_valid(action) else None
+        peak_bytes = state.peak_bytes if lowering is None else lowering.peak_bytes
+        if peak_bytes <= self.start.request.budget_bytes:
+            return Transition(lowering, True, False, True, False)
+        out_of_steps = task.max_steps is not None and self.steps + 1 >= task.max_steps
+        invalid_actions = self.invalid_actions + (lowering is None)
+        truncated = out_of_steps or invalid_actions >= task.max_invalid_actions
+        return Transition(lowering, False, truncated, truncated, out_of_steps)
 
-    def apply(
-        self, actions: Counts, valid: Flags, peak_bytes: Counts, seen: Observation, /
-    ) -> None:
-        """Take the valid actions, after which the requests need `peak_bytes`; all (n,).
+    def rewarded(self, transition: Transition) -> RewardedStep:
+        """The step that a transition is paid for."""
+        plan = self.task.ladder.lowest
+        if not transition.out_of_steps:
+            positions = self.state.positions.copy()
+            for item, position in () if transition.lowering is None else transition.lowering.moves:
+                positions[item] = position
+            plan = self.task.ladder.plan(positions)
+        return RewardedStep(self.start, plan, self.delta_nll, transition.ends)
 
-        `seen` is updated as by `start`.
-        """
+    def apply(self, transition: Transition, measurement: Measurement | None) -> None:
+        """Take a step; `measurement` is that of its plan, or None if nothing was measured."""
+        self.steps += 1
+        self.over = transition.ends
+        if transition.lowering is None:
+            self.invalid_actions += 1
+        else:
+            self.measurement = None
+            self._seen.apply(transition.lowering)
+            for item, position in transition.lowering.moves:
+                self.task.update_names(self.names, item, position)
+        if measurement is not None and not transition.out_of_steps:
+            self.measurement = measurement
 
-    def plans(self, rows: Counts, actions: Counts | None = None, /) -> Sequence[Plan]:
-        """The masks or plans of the sub-environments `rows`, (m,), now or after actions, (m,)."""
+    def observation(self) -> Observation:
+        """The current observation, in new arrays; see `usable_masks`."""
+        observation = {key: array.copy() for key, array in self._seen.observation.items()}
+        if self.over:
+            usable_masks(observation["action_mask"])
+        return observation
 
-    def infos(self, rows: Counts, /) -> list[list[str]]:
-        """The values of `info_key` for the sub-environments `rows`, (m,), new lists."""
+    def info(self, terms: dict[str, float]) -> dict[str, Any]:
+        """The info dict, with the reward's `terms` by name."""
+        task = self.task
+        levels = np.array(self.state.positions, np.int8) if task.info_arrays else self.names.copy()
+        info: dict[str, Any] = {
+            task.info_key: levels,
+            "peak_bytes": self.state.peak_bytes,
+            "request": self._request.copy(),
+            "reward_terms": terms,
+        }
+        measurement = self.measurement
+        if measurement is not None:
+            info["nll"] = measurement.nll
+            info[task.delta_key] = measurement.delta_nll
+            if measurement.baseline_delta_nll is not None:
+                info[f"baseline_{task.delta_key}"] = measurement.baseline_delta_nll
+            if measurement.predicted:
+                info["predicted"] = True
+        if self.start.asked_budget_bytes is not None:
+            info["infeasible"] = {"asked_budget_bytes": self.start.asked_budget_bytes}
+        return info
 
-    def info_array(self) -> npt.NDArray[np.int8]:
-        """The values of `info_key` as a new array, (n, actions)."""
+    def saved(self) -> dict[str, Any]:
+        """The state as plain JSON values."""
+        return {
+            "request": self._request.copy(),
+            "asked_budget_bytes": self.start.asked_budget_bytes,
+            "positions": self.state.positions.copy(),
+            "measured": self.measurement is not None,
+            "invalid_actions": self.invalid_actions,
+            "steps": self.steps,
+            "over": self.over,
+        }
 
-    def saved_plan(self, state: Mapping[str, Any], /) -> Plan:
-        """The mask or plan of a saved state."""
+    def resume(self, saved: Mapping[str, Any], measurement: Measurement | None) -> None:
+        """Take over counters that `saved` returned, and what the model measured of the plan."""
+        self.measurement = measurement
+        self.invalid_actions, self.steps = saved["invalid_actions"], saved["steps"]
+        self.over = saved["over"]
 
 
 def usable_masks(masks: npt.NDArray[np.int8]) -> None:
@@ -157,74 +222,3 @@ def usable_masks(masks: npt.NDArray[np.int8]) -> None:
     logits that are all masked give NaN.
     """
     masks[~masks.any(axis=-1)] = 1
-
-
-class Episode(Generic[CostsT]):
-    """The state of one episode. It returns copies of its arrays.
-
-    Attributes:
-        state: What was done to the model.
-        actions: The valid actions so far.
-        measurement: What the model measured of the plan, or None if it was not measured.
-        invalid_actions: Number of invalid actions.
-        steps: Number of steps.
-        over: Whether the episode has terminated or was truncated.
-    """
-
-    def __init__(
-        self,
-        start: EpisodeStart[CostsT],
-        unchanged: Measurement,
-        state: EpisodeState,
-        *,
-        info_arrays: bool,
-    ) -> None:
-        self._info_arrays = info_arrays
-        self.start = start
-        self.state = state
-        self.actions: list[int] = []
-        self.measurement: Measurement | None = unchanged
-        self.invalid_actions = self.steps = 0
-        self.over = False
-        self._request = dict(vars(start.request))
-
-    @property
-    def delta_nll(self) -> float | None:
-        """ΔNLL of the plan in nats per token, or None if it was not measured."""
-        return None if self.measurement is None else self.measurement.delta_nll
-
-    def apply(self, action: int) -> None:
-        """Take a valid action."""
-        state, start = self.state, self.start
-        state.apply(action)
-        self.actions.append(action)
-        state.observation["request"][BYTES_OVER] = bytes_over(
-            state.peak_bytes, start.request.budget_bytes, start.costs.dense_peak_bytes
-        )
-
-    def observation(self) -> Observation:
-        """The current observation, in new arrays; see `usable_masks`."""
-        observation = {key: array.copy() for key, array in self.state.observation.items()}
-        if self.over:
-            usable_masks(observation["action_mask"])
-        return observation
-
-    def info(self, terms: dict[str, float]) -> dict[str, Any]:
-        """The info dict, with the reward's `terms` by name."""
-        info: dict[str, Any] = {
-            **self.state.info(arrays=self._info_arrays),
-            "peak_bytes": self.state.peak_bytes,
-            "request": self._request.copy(),
-            "reward_terms": terms,
-        }
-        measurement = self.measurement
-        if measurement is not None:
-            info["nll"] = measurement.nll
-            info["loss"] = measurement.delta_nll
-            if measurement.baseline_delta_nll is not None:
-                info["baseline_loss"] = measurement.baseline_delta_nll
-            if measurement.predicted:
-                info["predicted"] = True
-        if self.start.asked_budget_bytes is not None:
-            info["infeasible"] = {"asked_budget_bytes": self.start.asked_budget_bytes}
-        return info

@@ -2,13 +2,99 @@
 
 from __future__ import annotations
 
-from rap_env.costs import RequestCosts
+from bisect import insort
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from rap_env.envs.base import PruningEnv
-from rap_env.envs.removal import RemovalTask
+from rap_env.envs.config import EnvConfig
+from rap_env.envs.episode import EpisodeStart
+from rap_env.envs.task import Baseline, PruningTask
+from rap_env.envs.vector import PruningVectorEnv
+from rap_env.errors import InvalidRequestError
+from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
+from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext
 
 
-class RAPPruneEnv(PruningEnv[RequestCosts]):
+class RemovalTask(PruningTask):
+    """What an action does here: it removes a block, the only lower level of the ladder's items."""
+
+    unchanged = "dense"
+    verb = "remove"
+    info_key = "removed"
+    delta_key = "loss"
+
+    def make_encoder(self, config: EnvConfig) -> ObservationBuilder:
+        """Blocks that are kept or removed."""
+        return ObservationBuilder(self.memory, self.context.features)
+
+    def check_feasible(self, request: Request) -> None:
+        """Raise an `InfeasibleBudgetError`: the request needs more with every block removed."""
+        self.memory.check_feasible(request)
+
+    def names_of(self, positions: Sequence[int]) -> list[str]:
+        """The names of the removed blocks."""
+        return [self.ladder.items[i].name for i, position in enumerate(positions) if position]
+
+    def update_names(self, names: list[str], item: int, position: int) -> None:
+        """Insert the name of a removed block at its place in the order of the blocks."""
+        insort(names, self.ladder.items[item].name, key=self.ladder.numbers.__getitem__)
+
+    def baseline(self, name: str) -> Baseline:
+        """An order followed until the request fits, or the best mask of the frontier."""
+        context = self.context
+        if name == "frontier":
+            return from_frontier(context)
+        if name == "one_shot":
+            order = np.argsort(np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
+        elif context.features.gsi_rank.any():
+            order = context.gsi.full_order
+        else:  # zeros: importance="none"
+            raise no_gsi_order()
+        steps = [(int(block), 1) for block in order]
+        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
+
+
+def from_frontier(context: PruningContext) -> Callable[[EpisodeStart], Plan]:
+    """The best known mask for each request.
+
+    Raises:
+        ArtifactError: There is no frontier.
+    """
+    frontier = context.frontier
+
+    def best(start: EpisodeStart) -> Plan:
+        mask = frontier.best(context.memory, start.request)
+        if mask is None:
+            raise nothing_known("mask", start.request)
+        return mask
+
+    return best
+
+
+def nothing_known(what: str, request: Request) -> InvalidRequestError:
+    """The error for a reward relative to a frontier that has nothing for a request."""
+    return InvalidRequestError(
+        f"No {what} of the frontier fits {request}, so a reward cannot be relative to it; build "
+        "the frontier for smaller budgets too, or give the workload larger ones."
+    )
+
+
+def no_gsi_order() -> InvalidRequestError:
+    """The error for a reward relative to an order that was not measured."""
+    return InvalidRequestError(
+        "A reward relative to 'gsi' needs the GSI order, but importance='none' leaves it out; "
+        "use importance='gsi', or relative_to='one_shot'."
+    )
+
+
+class RAPPruneEnv(PruningEnv):
     """Remove blocks of a real language model until a request fits its memory budget.
 
     ## Description
@@ -180,14 +266,24 @@ class RAPPruneEnv(PruningEnv[RequestCosts]):
     those of the model with stubs.
 
     ## Version History
-    - v1: Items and levels in the place of blocks, see `rap_env.RAPPruneV1Env`. v0 stays as it is,
-      although `gymnasium.make` calls each version but the last one out of date.
-    - v0: First version.
+    - v0: First version. `rap_env.RAPPruneV1Env` has items and levels in the place of blocks.
     """
 
-    make_task = staticmethod(RemovalTask)
+    config_type = EnvConfig
+    task_type = RemovalTask
 
     @property
     def mask(self) -> Plan:
         """The blocks removed so far."""
         return self.plan
+
+
+class RAPPruneVectorEnv(PruningVectorEnv):
+    """n environments of the kind of `rap_env.RAPPruneEnv`, see `PruningVectorEnv`."""
+
+    single_type = RAPPruneEnv
+
+    @property
+    def masks(self) -> tuple[Plan, ...]:
+        """The blocks that each sub-environment has removed."""
+        return self.plans

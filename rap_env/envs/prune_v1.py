@@ -2,16 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from rap_env.artifacts import artifact_kind
+from rap_env.context.base import item_importance, item_order, load_plan_frontier
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import LadderEnvConfig
-from rap_env.envs.lowering import LoweringTask
-from rap_env.envs.task import PruningTask
+from rap_env.envs.episode import EpisodeStart
+from rap_env.envs.prune import from_frontier, no_gsi_order, nothing_known
+from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
+from rap_env.importance.frontier import Frontier
+from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.state import LadderCosts
+from rap_env.ladder.observation import ItemObservationBuilder
+from rap_env.plan import Plan
+from rap_env.request import Request
 
 
-class RAPPruneV1Env(PruningEnv[LadderCosts]):
+class LoweringTask(PruningTask):
+    """What an action does here: it lowers an item by one level."""
+
+    unchanged = "native"
+    verb = "lower"
+    info_key = "levels"
+    delta_key = "loss"
+
+    def make_encoder(self, config: LadderEnvConfig) -> ItemObservationBuilder:
+        """The items and levels that the configuration names."""
+        ladder = Ladder.of(self.memory.facts, config.levels, config.together)
+        item_bytes = LadderBytes(self.memory, ladder)
+        return ItemObservationBuilder(item_bytes, item_importance(self.context, item_bytes))
+
+    def check_feasible(self, request: Request) -> None:
+        """Raise an `InfeasibleBudgetError`: the lowest levels need more than the budget."""
+        self.encoder.item_bytes.check_feasible(request)
+
+    def names_of(self, positions: Sequence[int]) -> list[str]:
+        """The name of each item's level."""
+        levels = zip(self.ladder.level_names, positions, strict=True)
+        return [names[position] for names, position in levels]
+
+    def update_names(self, names: list[str], item: int, position: int) -> None:
+        """Update the name of the level of an item."""
+        names[item] = self.ladder.level_names[item][position]
+
+    def is_pointless(self, start: EpisodeStart) -> bool:
+        """Whether the native model fits, or the lowest levels need no fewer bytes than it."""
+        return start.fits or start.costs.least_peak_bytes >= start.costs.dense_peak_bytes
+
+    def baseline(self, name: str) -> Baseline:
+        """An order followed until the request fits, or the best plan or mask of the frontier."""
+        if name == "frontier":
+            return self._from_frontier()
+        if name == "gsi" and self.context.importance == "none":
+            raise no_gsi_order()
+        steps = item_order(self.context, self.encoder.item_bytes, name).steps
+        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
+
+    def _from_frontier(self) -> Baseline:
+        """The best known plan for each request; the best mask if the table has masks only."""
+        path = self.context.frontier_path
+        if path is not None and Path(path).is_file() and artifact_kind(path) == Frontier.KIND:
+            return from_frontier(self.context)
+        known = load_plan_frontier(path, self.memory).on(self.ladder)
+
+        def best(start: EpisodeStart) -> Plan:
+            plan = known.best(start.costs, start.request.budget_bytes)
+            if plan is None:
+                raise nothing_known("plan", start.request)
+            return plan
+
+        return best
+
+    def _pointless(self, start: EpisodeStart) -> str:
+        if start.fits:
+            return super()._pointless(start)
+        return (
+            f"The lowest levels need no fewer bytes than the native model for {start.request}, so "
+            "there is nothing to lower; give a longer sequence, or name other levels."
+        )
+
+    def _nothing_drawn(self, start: EpisodeStart) -> str:
+        if start.fits:
+            return super()._nothing_drawn(start)
+        return (
+            f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
+        )
+
+
+class RAPPruneV1Env(PruningEnv):
     """Lower the items of a real language model until a request fits its memory budget.
 
     ## Description
@@ -188,29 +269,20 @@ class RAPPruneV1Env(PruningEnv[LadderCosts]):
     """
 
     config_type = LadderEnvConfig
-    make_task = staticmethod(LoweringTask)
+    task_type = LoweringTask
 
     @property
     def ladder(self) -> Ladder:
         """The items, in the order of the actions, and the levels of each."""
-        return _ladder(self._task)
+        return self._task.ladder
 
 
-class RAPPruneV1VectorEnv(PruningVectorEnv[LadderCosts]):
-    """n environments of the kind of `rap_env.RAPPruneV1Env`, stepped as arrays.
-
-    It is to that class what `rap_env.RAPPruneVectorEnv` is to `rap_env.RAPPruneEnv`, and has the
-    same arguments of its own: `num_envs`, `autoreset_mode` and `max_episode_steps`.
-    """
+class RAPPruneV1VectorEnv(PruningVectorEnv):
+    """n environments of the kind of `rap_env.RAPPruneV1Env`, see `PruningVectorEnv`."""
 
     single_type = RAPPruneV1Env
 
     @property
     def ladder(self) -> Ladder:
         """The items, in the order of the actions, and the levels of each."""
-        return _ladder(self._task)
-
-
-def _ladder(task: PruningTask[LadderCosts]) -> Ladder:
-    assert isinstance(task, LoweringTask)
-    return task.ladder
+        return self._task.ladder

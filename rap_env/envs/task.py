@@ -1,7 +1,8 @@
-"""Parts that environments of one model share: workload, measurements, rewards and observations.
+"""The parts that environments of one model share: workload, measurements, rewards, observations.
 
-`PruningTask` is what all of them have in common; `rap_env.envs.removal` and
-`rap_env.envs.lowering` say what an action does in v0 and in v1.
+`PruningTask` is what both tasks have in common: an action lowers an item of a ladder.
+`rap_env.envs.prune` and `rap_env.envs.ladder` say which items and levels there are, and what is
+observed of them.
 """
 
 from __future__ import annotations
@@ -10,24 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from gymnasium import spaces
+import numpy.typing as npt
+from gymnasium.vector.utils import create_empty_array
 
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
-from rap_env.envs.episode import (
-    CostsT,
-    EpisodeStart,
-    EpisodeState,
-    Measurement,
-    VectorState,
-)
+from rap_env.envs.episode import EpisodeStart, Measurement, RewardedStep
 from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.ladder.observation import ObservationEncoder
+from rap_env.ladder.state import LadderCosts
 from rap_env.memory import MemoryModel
-from rap_env.observation import Observation
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward, uses_tasks
@@ -42,43 +39,17 @@ _MAX_DRAWS = 100
 _task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
 
-class RewardedStep(NamedTuple):
-    """A step that is rewarded, before anything is measured.
-
-    Attributes:
-        start: The request of its episode and what it costs.
-        plan: The mask or plan after the step, or `PruningTask.lowest` if `max_steps` ends the
-            episode.
-        delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
-        ends: Whether the episode ends with this step.
-    """
-
-    start: EpisodeStart[Any]
-    plan: Plan
-    delta_nll_before: float | None
-    ends: bool
+Baseline = Callable[[EpisodeStart], Plan]
+"""Gives the plan of a baseline for the request of an episode."""
 
 
-class Observes(Protocol):
-    """Builds the observations of an environment."""
-
-    @property
-    def space(self) -> spaces.Space[Observation]:
-        """The observation space, with an ``action_mask``."""
-
-    def build(self, request: Request, plan: Any, /) -> Observation:
-        """The observation of a plan under a request, in new arrays."""
-
-
-class PruningTask(ABC, Generic[CostsT]):
+class PruningTask(ABC):
     """The parts of an environment that do not depend on an episode; many environments share one.
 
     Attributes:
-        unchanged: What messages call the model at the start of an episode.
+        encoder: Encodes observations; its ladder has the items that actions lower.
         sampler: Draws requests; each sub-environment gets its own `clone`.
         reward: The reward; see `compute_rewards`.
-        observations: Builds observations.
-        num_actions: Number of actions.
         invalid_action_penalty: What an invalid action costs.
         max_invalid_actions: Number of invalid actions that ends an episode.
         max_steps: Number of steps that ends an episode, or None.
@@ -86,8 +57,13 @@ class PruningTask(ABC, Generic[CostsT]):
     """
 
     unchanged: ClassVar[str]
-    observations: Observes
-    num_actions: int
+    """What messages call the model at the start of an episode."""
+    verb: ClassVar[str]
+    """What messages call an action."""
+    info_key: ClassVar[str]
+    """The entry of infos and saved states that says what was done to the model."""
+    delta_key: ClassVar[str]
+    """The entry of infos with the ΔNLL."""
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
         if context is not None and not hasattr(context, "scorer"):
@@ -106,54 +82,54 @@ class PruningTask(ABC, Generic[CostsT]):
         self.max_steps = config.max_steps
         self.info_arrays = config.info == "arrays"
         self._infeasible = config.infeasible
-        self._prepare(config)
+        self.encoder = self.make_encoder(config)
+        self.ladder = self.encoder.ladder
         name = self.reward.relative_to
-        self._baseline = None if name is None else self.baseline(name)
+        self._baseline: Baseline | None = None if name is None else self.baseline(name)
 
     @abstractmethod
-    def _prepare(self, config: EnvConfig) -> None:
-        """Set `observations` and `num_actions`."""
+    def make_encoder(self, config: Any) -> ObservationEncoder:
+        """What encodes the observations of the context's model."""
 
     @abstractmethod
-    def costs(self, request: Request) -> CostsT:
-        """The bytes of a request's batch size and length.
-
-        Raises:
-            InvalidRequestError: The model cannot serve them.
-        """
-
-    @abstractmethod
-    def new_state(self, start: EpisodeStart[CostsT]) -> EpisodeState:
-        """The state at the start of an episode."""
-
-    @abstractmethod
-    def new_vector_state(self, num_envs: int) -> VectorState[CostsT]:
-        """The states of many sub-environments."""
-
-    @property
-    @abstractmethod
-    def lowest(self) -> Plan:
-        """The mask or plan after which no valid action is left."""
-
-    @abstractmethod
-    def action_name(self, action: int) -> str:
-        """The block or item that an action acts on."""
-
-    @abstractmethod
-    def baseline(self, name: str) -> Callable[[EpisodeStart[CostsT]], Plan]:
-        """What gives the plan of a baseline of the reward for the request of an episode.
+    def baseline(self, name: str) -> Baseline:
+        """A baseline of the reward.
 
         Raises:
             InvalidRequestError: There is nothing that it could follow.
         """
 
     @abstractmethod
-    def check_feasible(self, start: EpisodeStart[CostsT]) -> None:
+    def check_feasible(self, request: Request) -> None:
         """Raise an `InfeasibleBudgetError`: the budget is below the least possible peak."""
 
-    def is_pointless(self, start: EpisodeStart[CostsT]) -> bool:
+    @abstractmethod
+    def names_of(self, positions: Sequence[int]) -> list[str]:
+        """What `info` says of a plan."""
+
+    @abstractmethod
+    def update_names(self, names: list[str], item: int, position: int) -> None:
+        """Update what `names_of` returned after an item moved to a level."""
+
+    def is_pointless(self, start: EpisodeStart) -> bool:
         """Whether an episode would end at its start, or could never come closer to its end."""
         return start.fits
+
+    def new_arrays(self, count: int) -> dict[str, npt.NDArray[Any]]:
+        """Arrays for the observations of some episodes, (count, ...) each."""
+        arrays: Any = create_empty_array(self.encoder.space, count)
+        return dict(arrays)
+
+    def start_of_saved(self, saved: Mapping[str, Any]) -> EpisodeStart:
+        """The start of an episode that `Episode.saved` describes."""
+        request = Request(**saved["request"])
+        return EpisodeStart(request, self.costs(request), saved["asked_budget_bytes"])
+
+    def measured_again(self, saved: Mapping[str, Any]) -> Measurement | None:
+        """The measurement of the plan that `Episode.saved` describes, if it was measured."""
+        return (
+            self.measure([self.ladder.plan(saved["positions"])])[0] if saved["measured"] else None
+        )
 
     @cached_property
     def measured_start(self) -> Measurement:
@@ -176,85 +152,86 @@ class PruningTask(ABC, Generic[CostsT]):
 
         All missing scores are measured together, those of the baseline's plans included.
         """
-        baselines: dict[int, Plan] = {}
-        if self._baseline is not None:
-            baselines = {n: self._baseline(s.start) for n, s in enumerate(steps) if s.ends}
-        measured = self.measure([*(step.plan for step in steps), *baselines.values()])
-        of_baselines = dict(zip(baselines, measured[len(steps) :], strict=True))
-        rewarded = []
-        for number, (step, measurement) in enumerate(zip(steps, measured, strict=False)):
-            if number in of_baselines:
-                baseline = of_baselines[number].delta_nll
-                measurement = measurement._replace(baseline_delta_nll=baseline)
-            outcome = StepOutcome(
-                step.plan,
-                measurement.delta_nll,
-                step.delta_nll_before,
-                step.ends,
-                measurement.baseline_delta_nll,
-            )
-            rewarded.append((measurement, self.reward.step(outcome)))
-        return rewarded
+        ends = [number for number, step in enumerate(steps) if step.ends]
+        baseline = self._baseline
+        baselines = [] if baseline is None else [baseline(steps[number].start) for number in ends]
+        measured = self.measure([*(step.plan for step in steps), *baselines])
+        if baselines:
+            for number, compared in zip(ends, measured[len(steps) :], strict=True):
+                compared_to = compared.delta_nll
+                measured[number] = measured[number]._replace(baseline_delta_nll=compared_to)
+        scored = zip(steps, measured, strict=False)
+        return [(measurement, self._terms(step, measurement)) for step, measurement in scored]
 
-    def start_of(
-        self, request: Request, asked_budget_bytes: int | None = None
-    ) -> EpisodeStart[CostsT]:
-        """The start of an episode with a request that the model can serve."""
-        return EpisodeStart(request, self.costs(request), asked_budget_bytes)
+    def _terms(self, step: RewardedStep, measured: Measurement) -> dict[str, float]:
+        before, compared_to = step.delta_nll_before, measured.baseline_delta_nll
+        outcome = StepOutcome(step.plan, measured.delta_nll, before, step.ends, compared_to)
+        return self.reward.step(outcome)
+
+    def costs(self, request: Request) -> LadderCosts:
+        """The bytes of a request's batch size and length.
+
+        Raises:
+            InvalidRequestError: The model cannot serve them.
+        """
+        return self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
 
     def start_episode(
         self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
-    ) -> EpisodeStart[CostsT]:
+    ) -> EpisodeStart:
         """The start of an episode with a request from the sampler, or the one in `options`."""
         options = reset_options(options)
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
             return self._feasible(self._draw(sampler, rng))
-        start = self.start_of(_request_of(options["request"], self.memory))
+        start = self._start_of(_request_of(options["request"], self.memory))
         if self.is_pointless(start):
             raise InvalidRequestError(self._pointless(start))
         return self._feasible(start)
 
+    def _start_of(self, request: Request) -> EpisodeStart:
+        return EpisodeStart(request, self.costs(request))
+
     def unknown_action(self, action: object) -> UnknownNameError:
         """The error for an action that does not exist."""
-        last = self.num_actions - 1
-        known = [f"0 ({self.action_name(0)}) ... {last} ({self.action_name(last)})"]
+        items, last = self.ladder.items, len(self.ladder) - 1
+        known = [f"0 ({items[0].name}) ... {last} ({items[last].name})"]
         return UnknownNameError("action", action, known)
 
-    def _pointless(self, start: EpisodeStart[CostsT]) -> str:
+    def _pointless(self, start: EpisodeStart) -> str:
         return (
             f"The {self.unchanged} model already fits {start.request} (it needs "
-            f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to remove; give a "
-            "smaller budget."
+            f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to {self.verb}; "
+            "give a smaller budget."
         )
 
-    def _nothing_drawn(self, start: EpisodeStart[CostsT]) -> str:
+    def _nothing_drawn(self, start: EpisodeStart) -> str:
         return (
             f"The {self.unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
             f"workload, the last one {start.request}; give the workload smaller budgets."
         )
 
-    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart[CostsT]:
+    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart:
         """A request of the workload for which there is something to do, and that can be met.
 
         Others are drawn again, so that one unlucky draw does not end a training.
         """
         for _ in range(_MAX_DRAWS):
-            start = self.start_of(sampler.sample(rng))
+            start = self._start_of(sampler.sample(rng))
             meets = self._infeasible == "clip" or start.feasible
             if meets and not self.is_pointless(start):
                 return start
         if not self.is_pointless(start):
-            self.check_feasible(start)
+            self.check_feasible(start.request)
         raise InvalidRequestError(self._nothing_drawn(start))
 
-    def _feasible(self, start: EpisodeStart[CostsT]) -> EpisodeStart[CostsT]:
+    def _feasible(self, start: EpisodeStart) -> EpisodeStart:
         """The start with its budget raised, if necessary, to one that can be met."""
         if start.feasible:
             return start
         asked, costs = start.request.budget_bytes, start.costs
         if self._infeasible == "error":
-            self.check_feasible(start)
+            self.check_feasible(start.request)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
 

@@ -12,7 +12,7 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.item_observation import ItemImportance
+from rap_env.ladder.observation import ItemImportance
 from rap_env.ladder.items import Ladder
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024

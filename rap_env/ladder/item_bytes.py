@@ -34,19 +34,23 @@ class LadderBytes:
                 self._weights[number, position] = sizes.get(level, 0)
                 self._flags[number, position] = flags_of(item, level)
         self._flag_lists: list[list[int]] = self._flags.tolist()
-        in_ladder = sum(item.kind == "ffn" for item in ladder.items)
-        self._fixed_ffn = facts.num_layers - in_ladder  # FFN blocks that are always kept
+        self._fixed_ffn = facts.num_layers - ladder.num_ffn  # FFN blocks that are always kept
         self._widen = 0 if facts.packed else facts.widen_bytes
         self._cache_levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
         self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
         for number in ladder.caches:
             shape_of_cache = memory.cache_shape(ladder.items[number].layer or 0)
             self._caches.setdefault(shape_of_cache, []).append(number)
-        self._takes_cache = [  # attention blocks whose cache has no level of its own
-            n
-            for n, item in enumerate(ladder.items)
-            if item.kind == "attn" and "removed" in item.levels and ladder.partners[n] == n
-        ]
+        # 1 for kept levels of attention blocks whose cache has no level of its own.
+        self._layers = np.array([item.layer or 0 for item in ladder.items])
+        self._keeps_cache = np.zeros(shape, dtype=np.int64)
+        for number, item in enumerate(ladder.items):
+            if (
+                item.kind == "attn"
+                and "removed" in item.levels
+                and ladder.partners[number] == number
+            ):
+                self._keeps_cache[number, : item.levels.index("removed")] = 1
         self.cached_costs = lru_cache(_CACHED_SHAPES)(self._make)
         self._steps_of = lru_cache(_CACHED_STEPS)(self._make_steps)
 
@@ -79,21 +83,17 @@ class LadderBytes:
         memory, items = self.memory, self.ladder.items
         request = Request(batch_size, seq_len_tokens, budget_bytes=1)
         dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
-        sizes = self._weights.copy()
-        if self._takes_cache:
-            native = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
-            for number in self._takes_cache:
-                kept = [n != "removed" for n in items[number].levels]
-                sizes[number, : len(kept)] += native[items[number].layer] * np.array(kept)
+        kv_bytes = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
+        sizes = self._weights + self._keeps_cache * kv_bytes[self._layers][:, None]
         nexts = []
         for numbers in self._caches.values():
             layer = items[numbers[0]].layer or 0
-            held = [
+            cache_bytes = [
                 memory.cache_bytes(level, layer, batch_size, seq_len_tokens)
                 for level in self._cache_levels
             ]
-            sizes[numbers, : len(held)] = held
-            nexts.append(_next_smaller(held))
+            sizes[numbers, : len(cache_bytes)] = cache_bytes
+            nexts.append(_next_smaller(cache_bytes))
         sizes.flags.writeable = False
         workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
         # A model whose FFN blocks are not all in the ladder always keeps one.
@@ -121,11 +121,11 @@ class LadderBytes:
         return self.memory.attention_workspace_bytes(request) if self._caches else 0
 
 
-def _next_smaller(held: Sequence[int]) -> tuple[int, ...]:
+def _next_smaller(sizes: Sequence[int]) -> tuple[int, ...]:
     """The position of the next level that needs fewer bytes than each level, -1 without one."""
     return tuple(
-        next((n for n in range(p + 1, len(held)) if held[n] < held[p]), -1)
-        for p in range(len(held))
+        next((n for n in range(p + 1, len(sizes)) if sizes[n] < sizes[p]), -1)
+        for p in range(len(sizes))
     )
 
 

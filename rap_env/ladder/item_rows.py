@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from rap_env.block_rows import columns_of
 from rap_env.costs import Counts
-from rap_env.ladder.item_observation import COST_CEILING, COST_FLOOR, ITEM_FEATURES
 from rap_env.ladder.items import KINDS
-from rap_env.observation import REQUEST_FEATURES
+from rap_env.ladder.observation import COST_CEILING, COST_FLOOR, ITEM_FEATURES, REQUEST_FEATURES
 
 PRICED = ("one_shot_cost", "order_cost")
 """Features for which a row also has the price: the log of the cost per useful byte."""
@@ -23,7 +22,7 @@ NEIGHBOURS = tuple((step, kind) for step in (-1, 0, 1) for kind in ("attn", "ffn
 """The neighbours of an item: offsets of layers, and kinds of items in them."""
 
 COST_SCALE = float(np.log1p(COST_CEILING / COST_FLOOR))
-"""Logs of costs are observed divided by this, see `rap_env.ladder.item_observation.log_cost`."""
+"""Logs of costs are observed divided by this, see `rap_env.ladder.observation.log_cost`."""
 
 USEFUL_FLOOR = 1e-5
 """Added to a useful share before a price is computed; one cache is a small share of a model."""

@@ -23,6 +23,9 @@ KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
 
 Counts = npt.NDArray[np.int64]
 
+Moves = tuple[tuple[int, int], ...]
+"""Items that move to another level, and the positions of these levels."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -165,17 +168,29 @@ class Ladder:
         )
 
     @cached_property
-    def cache_owners(self) -> Counts:
-        """The attention blocks that take a cache of the ladder with them, by number."""
-        return np.array(
-            [n for n, other in enumerate(self.partners) if n != other and self.removals[n] >= 0],
-            dtype=np.int64,
-        )
+    def partner_array(self) -> Counts:
+        """`partners` as an array, (items,)."""
+        return np.array(self.partners)
 
     @cached_property
-    def owned_caches(self) -> Counts:
-        """The cache of each of `cache_owners`, by number."""
-        return np.array(self.partners, dtype=np.int64)[self.cache_owners]
+    def cache_removals(self) -> Counts:
+        """The position at which an item takes a cache of the ladder with it, else -2, (items,)."""
+        return np.where(self.partner_array != self.item_array, self.removals, -2)
+
+    @cached_property
+    def item_array(self) -> Counts:
+        """The numbers of the items, (items,)."""
+        return np.arange(len(self))
+
+    @cached_property
+    def first_levels(self) -> Counts:
+        """Where the levels of each item begin if those of all items are in one row, (items,)."""
+        return self.item_array * self.width
+
+    @cached_property
+    def num_ffn(self) -> int:
+        """Number of FFN blocks among the items."""
+        return sum(item.kind == "ffn" for item in self.items)
 
     @cached_property
     def caches(self) -> tuple[int, ...]:
@@ -200,30 +215,6 @@ class Ladder:
         for number, item in enumerate(self.items):
             next_level[number, : len(item.levels) - 1] = range(1, len(item.levels))
         return LevelSteps(self, next_level)
-
-    def lowered(self, positions: Counts, items: Counts, nexts: Counts) -> Counts:
-        """The positions of n plans after an item of each, with its companions, was lowered.
-
-        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
-
-        Args:
-            positions: The position of each item's level, (n, items).
-            items: The item of each plan, (n,).
-            nexts: The position of the next level of each item, -1 without one, (n, items).
-        """
-        plans, after = np.arange(len(items)), positions.copy()
-        lower = nexts[plans, items]
-        valid = lower >= 0
-        after[plans[valid], items[valid]] = lower[valid]
-        is_cache = np.isin(np.arange(len(self)), self.caches)
-        shared = is_cache[items] & np.isin(lower, list(self.shared_positions))
-        if shared.any():
-            level = lower[shared, None]
-            after[shared] = np.where(is_cache & (nexts[shared] == level), level, after[shared])
-        owners, caches = self.cache_owners, self.owned_caches
-        removed = after[:, owners] == np.array(self.removals)[owners]
-        after[:, caches] = np.where(removed, 1 + len(self.cache_levels), after[:, caches])
-        return after
 
     def reaches(self, positions: Counts) -> npt.NDArray[np.bool_]:
         """Whether plans can be reached although caches take some levels together, (n,).
@@ -373,11 +364,16 @@ class LevelSteps:
                     positions[moved] = position
         return positions
 
-    def moves(self, positions: Sequence[int], item: int) -> list[tuple[int, int]]:
+    @cached_property
+    def lowest_levels(self) -> Counts:
+        """Where the levels of `lowest` are if those of all items are in one row, (items,)."""
+        return np.array(self.lowest) + self.ladder.first_levels
+
+    def moves(self, positions: Sequence[int], item: int) -> Moves:
         """What lowering an item that has a lower level changes, that item and its companions.
 
         Caches take some levels together, and a removed attention block takes its cache with it.
-        `Ladder.lowered` is the same for many plans.
+        `StackedCosts.lowered` is the same for many plans.
 
         Args:
             positions: The position of each item's level, (items,).
@@ -386,13 +382,27 @@ class LevelSteps:
         Returns:
             Each item that moves, and the position of its new level.
         """
-        ladder, lower = self.ladder, self.nexts[item][positions[item]]
-        if lower == ladder.removals[item] and (cache := ladder.partners[item]) != item:
-            return [(item, lower), (cache, 1 + len(ladder.cache_levels))]
-        if lower in ladder.shared_positions and ladder.items[item].kind == "cache":
-            nexts = self.nexts
-            return [(n, lower) for n in ladder.caches if nexts[n][positions[n]] == lower]
-        return [(item, lower)]
+        moves = self.own_moves[item][positions[item]]
+        if moves is not None:
+            return moves
+        nexts, lower = self.nexts, self.nexts[item][positions[item]]
+        return tuple((n, lower) for n in self.ladder.caches if nexts[n][positions[n]] == lower)
+
+    @cached_property
+    def own_moves(self) -> list[list[Moves | None]]:
+        """The moves from each level of each item; None where several caches move together."""
+        ladder = self.ladder
+        moves: list[list[Moves | None]] = []
+        for number, item in enumerate(ladder.items):
+            removal, cache = ladder.removals[number], ladder.partners[number]
+            shared = ladder.shared_positions if item.kind == "cache" else ()
+            moves.append([])
+            for lower in self.nexts[number]:
+                own: Moves = ((number, lower),)
+                if lower == removal and cache != number:
+                    own += ((cache, 1 + len(ladder.cache_levels)),)
+                moves[-1].append(None if lower in shared else own)
+        return moves
 
     def companions(self, positions: Sequence[int], item: int) -> list[int]:
         """The items that take the same level with one action, in order, the item included."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from rap_env.costs import Counts, Flags, freed_share
-from rap_env.ladder.item_observation import FREED, ItemObservationBuilder
+from rap_env.ladder.items import Counts
+from rap_env.ladder.observation import BYTES_OVER, Observation, ObservationEncoder, request_features
 from rap_env.ladder.state import StackedCosts
-from rap_env.observation import BYTES_OVER, Observation, request_features
 from rap_env.plan import Plan
 from rap_env.request import Request
+
+Flags = npt.NDArray[np.bool_]
 
 
 class PlanObserver:
@@ -27,26 +29,25 @@ class PlanObserver:
         InvalidRequestError: The model cannot serve a request.
     """
 
-    def __init__(self, builder: ItemObservationBuilder, requests: Sequence[Request]) -> None:
-        self.ladder = ladder = builder.ladder
+    def __init__(self, builder: ObservationEncoder, requests: Sequence[Request]) -> None:
+        self._encoder, self.ladder = builder, builder.ladder
         shapes: dict[tuple[int, int], int] = {}  # bytes do not depend on the budget
         for request in requests:
             shapes.setdefault((request.batch_size, request.seq_len_tokens), len(shapes))
         self._shape = np.array([shapes[r.batch_size, r.seq_len_tokens] for r in requests])
         costs = [builder.item_bytes.costs(*shape) for shape in shapes]
-        self._costs = StackedCosts(costs)
+        self._costs = StackedCosts.of(costs)
         self._rows = np.stack([builder.rows_of(entry.steps) for entry in costs])
-        self._lengths = np.array([len(item.levels) for item in ladder.items])
-        self._caches = np.array(ladder.caches, dtype=np.int64)
+        self._lengths = np.array([len(item.levels) for item in self.ladder.items])
+        self._caches = np.array(self.ladder.caches, dtype=np.int64)
         self._budget = np.array([request.budget_bytes for request in requests])
-        kv_cache_bytes = np.array([entry.kv_cache_bytes for entry in costs])
         self._request = request_features(
             builder.item_bytes.memory,
             batch_size=np.array([request.batch_size for request in requests]),
             seq_len_tokens=np.array([request.seq_len_tokens for request in requests]),
             budget_bytes=self._budget,
             dense_peak_bytes=self._costs.dense_peak_bytes[self._shape],
-            kv_cache_bytes=kv_cache_bytes[self._shape],
+            kv_cache_bytes=self._costs.kv_cache_bytes[self._shape],
         )
 
     def start(self, count: int) -> Counts:
@@ -89,11 +90,13 @@ class PlanObserver:
         over = self.over_bytes(which, positions) / dense_peak_bytes
         request = self._request[which]
         request[:, BYTES_OVER] = np.minimum(1.0, over)
-        items = self._rows[shape[:, None], np.arange(len(self.ladder)), positions]
-        freed = costs.freed_bytes(positions, shape)
-        items[:, :, FREED] = freed_share(freed, dense_peak_bytes[:, None])
+        rows = self._encoder.encode(
+            self._rows[shape[:, None], np.arange(len(self.ladder)), positions],
+            costs.freed_bytes(positions, shape),
+            dense_peak_bytes[:, None],
+        )
         valid = (costs.nexts(positions, shape) >= 0).astype(np.float32)
-        return {"request": request, "ladder": items, "action_mask": valid}
+        return {"request": request, self._encoder.key: rows, "action_mask": valid}
 
     def act(self, which: Counts, positions: Counts, items: Counts) -> Counts:
         """The positions after items, (n,), and all that are taken with them, were lowered."""

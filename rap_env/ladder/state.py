@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import Counts, Item, Ladder, LevelSteps
+from rap_env.ladder.items import Counts, Item, Ladder, LevelSteps, Moves
 from rap_env.plan import Plan
 
 KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS = 1, 2, 4
@@ -94,7 +94,7 @@ class LadderCosts:
     @cached_property
     def stacked(self) -> StackedCosts:
         """The same for many plans at once."""
-        return StackedCosts([self])
+        return StackedCosts.of([self])
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -103,7 +103,10 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly less,
         because of what items share.
         """
-        return self.state(self.steps.lowest).peak_bytes
+        levels = self.steps.lowest_levels
+        flags = int(np.bitwise_or.reduce(self.flags.take(levels)))
+        held_bytes = self.constant_bytes + int(self.item_bytes.take(levels).sum())
+        return held_bytes + int(self.shared.of(flags))
 
     @property
     def one_by_one(self) -> LadderCosts:
@@ -117,8 +120,9 @@ class LadderCosts:
 
     def freed_bytes(self, positions: Sequence[int] | Counts) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out, (items,)."""
-        freed: Counts = self.stacked.freed_bytes(np.asarray(positions)[None])[0]
-        return freed
+        ladder, where = self.ladder, np.asarray(positions)
+        tables = self.item_bytes, self.steps.next_level
+        return _freed(ladder, tables, ladder.item_array, where, where[ladder.partner_array], 0)
 
     def state(self, positions: Sequence[int] | None = None) -> LadderState:
         """A state that starts with levels at some positions, by default native ones."""
@@ -150,7 +154,7 @@ class Lowering(NamedTuple):
         peak_bytes: Peak bytes afterwards.
     """
 
-    moves: list[tuple[int, int]]
+    moves: Moves
     held_bytes: int
     counts: tuple[int, int, int]
     peak_bytes: int
@@ -169,12 +173,22 @@ class LadderState:
         peak_bytes: Peak bytes now.
     """
 
-    __slots__ = ("_counts", "_held_bytes", "costs", "peak_bytes", "positions")
+    __slots__ = (
+        "_counts", "_flags", "_held_bytes", "_nexts", "_own_moves", "_sizes",
+        "costs", "peak_bytes", "positions",
+    )  # fmt: skip
 
     def __init__(self, costs: LadderCosts, positions: Sequence[int] | None = None) -> None:
         self.costs = costs
+        self._sizes, self._flags = costs.sizes, costs.flag_lists
+        self._nexts, self._own_moves = costs.steps.nexts, costs.steps.own_moves
         self.positions = [0] * len(costs.ladder) if positions is None else list(positions)
-        items = np.arange(len(self.positions))
+        if positions is None:
+            self._counts = costs.ladder.num_ffn, 0, 0
+            self.peak_bytes = costs.dense_peak_bytes
+            self._held_bytes = self.peak_bytes - costs.shared.of(_flags_in(self._counts))
+            return
+        items = costs.ladder.item_array
         flags = costs.flags[items, self.positions]
         self._held_bytes = costs.constant_bytes + int(costs.item_bytes[items, self.positions].sum())
         self._counts = (
@@ -182,7 +196,7 @@ class LadderState:
             int(np.count_nonzero(flags & LOWERED_CACHE)),
             int(np.count_nonzero(flags & LOWERED_WEIGHTS)),
         )
-        self.peak_bytes = self._held_bytes + _shared_bytes(costs.shared, self._counts)
+        self.peak_bytes = self._held_bytes + costs.shared.of(_flags_in(self._counts))
 
     @property
     def plan(self) -> Plan:
@@ -191,7 +205,7 @@ class LadderState:
 
     def is_valid(self, item: int) -> bool:
         """Whether an item has a lower level."""
-        return self.costs.steps.nexts[item][self.positions[item]] >= 0
+        return self._nexts[item][self.positions[item]] >= 0
 
     def companions(self, item: int) -> list[int]:
         """The items that take the same level with one action, in order, the item included."""
@@ -203,31 +217,34 @@ class LadderState:
         The cache of a removed attention block counts, other companions do not.
         """
         position = self.positions[item]
-        lower = self.costs.steps.nexts[item][position]
+        lower = self._nexts[item][position]
         if lower < 0:
             return 0
-        sizes, ladder = self.costs.sizes, self.costs.ladder
-        freed = sizes[item][position] - sizes[item][lower]
+        freed, ladder = self._sizes[item][position] - self._sizes[item][lower], self.costs.ladder
         if lower == ladder.removals[item] and (cache := ladder.partners[item]) != item:
-            freed += sizes[cache][self.positions[cache]]
+            freed += self._sizes[cache][self.positions[cache]]
         return freed
 
     def lowering(self, item: int) -> Lowering:
         """The effect of lowering an item that has a lower level; `apply` makes it happen."""
-        costs, positions = self.costs, self.positions
-        sizes, flags = costs.sizes, costs.flag_lists
-        moves = costs.steps.moves(positions, item)
-        held_bytes, counts = self._held_bytes, self._counts
+        positions, counts = self.positions, self._counts
+        moves = self._own_moves[item][positions[item]] or self.costs.steps.moves(positions, item)
+        held_bytes = self._held_bytes
         for moved, lower in moves:
-            position = positions[moved]
-            held_bytes += sizes[moved][lower] - sizes[moved][position]
-            if (before := flags[moved][position]) != (after := flags[moved][lower]):
+            position, sizes, flags = positions[moved], self._sizes[moved], self._flags[moved]
+            held_bytes += sizes[lower] - sizes[position]
+            if (before := flags[position]) != (after := flags[lower]):
                 counts = (
                     counts[0] + bool(after & KEPT_FFN) - bool(before & KEPT_FFN),
                     counts[1] + bool(after & LOWERED_CACHE) - bool(before & LOWERED_CACHE),
                     counts[2] + bool(after & LOWERED_WEIGHTS) - bool(before & LOWERED_WEIGHTS),
                 )
-        return Lowering(moves, held_bytes, counts, held_bytes + _shared_bytes(costs.shared, counts))
+        shared_bytes = self.peak_bytes - self._held_bytes
+        if counts is not self._counts and (flags_in := _flags_in(counts)) != _flags_in(
+            self._counts
+        ):
+            shared_bytes = self.costs.shared.of(flags_in)
+        return Lowering(moves, held_bytes, counts, held_bytes + shared_bytes)
 
     def positions_after(self, item: int) -> list[int]:
         """The positions of the levels after an item that has a lower level was lowered."""
@@ -244,9 +261,12 @@ class LadderState:
 
     def changes(self, lowering: Lowering) -> set[int]:
         """The items whose level, or whose freed bytes, a lowering changes."""
-        partners = self.costs.ladder.partners
-        moved = [item for item, _ in lowering.moves]
-        return {*moved, *[partners[item] for item in moved]}
+        partners, moves = self.costs.ladder.partners, lowering.moves
+        if len(moves) == 1 and partners[moves[0][0]] == moves[0][0]:
+            return {moves[0][0]}
+        changed = {item for item, _ in moves}
+        changed.update([partners[item] for item, _ in moves])
+        return changed
 
     def lower(self, item: int) -> set[int]:
         """Lower an item that has a lower level, with its companions.
@@ -259,12 +279,14 @@ class LadderState:
         return self.changes(lowering)
 
 
-def _shared_bytes(shared: SharedBytes, counts: tuple[int, int, int]) -> int:
+def _flags_in(counts: tuple[int, int, int]) -> int:
+    """The flags that some item has."""
     kept_ffn, lowered_caches, lowered_weights = counts
-    flags = KEPT_FFN if kept_ffn else 0
-    flags |= LOWERED_CACHE if lowered_caches else 0
-    flags |= LOWERED_WEIGHTS if lowered_weights else 0
-    return int(shared.of(flags))
+    return (
+        (KEPT_FFN if kept_ffn else 0)
+        | (LOWERED_CACHE if lowered_caches else 0)
+        | (LOWERED_WEIGHTS if lowered_weights else 0)
+    )
 
 
 class StackedCosts:
@@ -274,49 +296,118 @@ class StackedCosts:
     plan's shape, (n,), or one number for all.
 
     Args:
-        costs: The bytes of each shape.
+        ladder: The items.
+        count: Number of shapes, s; `put` gives their bytes.
 
     Attributes:
-        ladder: The items.
         dense_peak_bytes: Peak bytes of the native model under each shape, (s,).
+        kv_cache_bytes: Bytes of its KV cache, (s,).
+        size: Items times W: the levels of one shape.
     """
 
-    def __init__(self, costs: Sequence[LadderCosts]) -> None:
-        self.ladder = ladder = costs[0].ladder
-        self.dense_peak_bytes = np.array([entry.dense_peak_bytes for entry in costs])
-        self._constant_bytes = np.array([entry.constant_bytes for entry in costs])
-        self._shared = [np.array(values) for values in zip(*(c.shared for c in costs), strict=True)]
-        self._item_bytes = np.stack([entry.item_bytes for entry in costs])
-        self._next_level = np.stack([entry.steps.next_level for entry in costs])
-        self._flags = costs[0].flags
-        # Where the levels of an item begin if those of all items, and shapes, are in one row.
-        self._first = np.arange(len(ladder)) * ladder.width
-        self._removals = np.array(ladder.removals)[ladder.cache_owners]
+    def __init__(self, ladder: Ladder, count: int) -> None:
+        self.ladder = ladder
+        self.dense_peak_bytes, self.kv_cache_bytes = np.zeros((2, count), dtype=np.int64)
+        self._constant_bytes = np.zeros(count, dtype=np.int64)
+        self._shared = np.zeros((len(SharedBytes._fields), count), dtype=np.int64)
+        self.size = len(ladder) * ladder.width
+        self._item_bytes, self._next_level = np.zeros((2, count, self.size), dtype=np.int64)
+        self._flags = np.zeros(self.size, dtype=np.uint8)
+        self._first = ladder.first_levels
+        self._is_cache = np.isin(np.arange(len(ladder)), ladder.caches)
+        self._is_shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
+
+    @classmethod
+    def of(cls, costs: Sequence[LadderCosts]) -> StackedCosts:
+        """The bytes of some shapes of requests on one model."""
+        stacked = cls(costs[0].ladder, len(costs))
+        stacked.put(np.arange(len(costs)), costs)
+        return stacked
+
+    def put(self, shapes: Counts, costs: Sequence[LadderCosts]) -> None:
+        """Set the bytes of some shapes, given by number, (m,)."""
+        self.dense_peak_bytes[shapes] = [entry.dense_peak_bytes for entry in costs]
+        self.kv_cache_bytes[shapes] = [entry.kv_cache_bytes for entry in costs]
+        self._constant_bytes[shapes] = [entry.constant_bytes for entry in costs]
+        self._shared[:, shapes] = np.array([entry.shared for entry in costs]).T
+        self._flags = costs[0].flags.reshape(-1)
+        for shape, entry in zip(shapes.tolist(), costs, strict=True):
+            self._item_bytes[shape] = entry.item_bytes.reshape(-1)
+            self._next_level[shape] = entry.steps.next_level.reshape(-1)
 
     def nexts(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """The position of each item's next level, -1 if there is none, (n, items)."""
-        return self._next_level.take(self._levels(positions, shape))
+        return self._next_level.take(positions + self._first + self._offset(shape))
 
     def peaks(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Peak bytes, (n,)."""
-        held = self._item_bytes.take(self._levels(positions, shape)).sum(axis=1)
-        flags = np.bitwise_or.reduce(self._flags.take(positions + self._first), axis=1)
-        shared = SharedBytes(*(values[shape] for values in self._shared))
-        return np.asarray(held + self._constant_bytes[shape] + shared.of(flags))
+        levels = positions + self._first
+        flags = np.bitwise_or.reduce(self._flags.take(levels), axis=1)
+        held = self._item_bytes.take(levels + self._offset(shape)).sum(axis=1)
+        shared = SharedBytes(*self._shared[:, shape]).of(flags)
+        return np.asarray(held + self._constant_bytes[shape] + shared)
 
     def freed_bytes(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out, (n, items)."""
-        levels, lower = self._levels(positions, shape), self.nexts(positions, shape)
-        own = self._item_bytes.take(levels)
-        freed = (own - self._item_bytes.take(levels + lower - positions)) * (lower >= 0)
-        owners, caches = self.ladder.cache_owners, self.ladder.owned_caches
-        freed[:, owners] += own[:, caches] * (lower[:, owners] == self._removals)
-        return freed
+        ladder = self.ladder
+        partners = positions[:, ladder.partner_array]
+        return self.freed_of(ladder.item_array, positions, partners, self._offset(shape))
+
+    def freed_of(
+        self, items: Counts, positions: Counts, partner_positions: Counts, offsets: Counts
+    ) -> Counts:
+        """As `freed_bytes` for some items of some plans, (k,).
+
+        Args:
+            items: The items.
+            positions: The positions of their levels.
+            partner_positions: Those of the items in `Ladder.partners`.
+            offsets: Numbers of the shapes, times `size`.
+        """
+        tables = self._item_bytes, self._next_level
+        return _freed(self.ladder, tables, items, positions, partner_positions, offsets)
+
+    def next_of(self, items: Counts, positions: Counts, offsets: Counts) -> Counts:
+        """As `nexts` for some items of some plans, see `freed_of`, (k,)."""
+        return self._next_level.take(positions + self._first[items] + offsets)
 
     def lowered(self, positions: Counts, items: Counts, shape: Counts | int = 0) -> Counts:
-        """The positions after an item of each plan, (n,), was lowered, see `Ladder.lowered`."""
-        return self.ladder.lowered(positions, items, self.nexts(positions, shape))
+        """The positions after an item of each plan, (n,), with its companions, was lowered.
 
-    def _levels(self, positions: Counts, shape: Counts | int) -> Counts:
-        offset = np.asarray(shape)[..., None] * self._item_bytes[0].size
-        return np.asarray(positions + self._first + offset)
+        An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
+        """
+        plans, shape = np.arange(len(items)), np.broadcast_to(shape, len(items))
+        before = positions[plans, items]
+        lower = self._next_level.take(before + self._first[items] + shape * self.size)
+        after, valid = positions.copy(), lower >= 0
+        after[plans, items] = np.where(valid, lower, before)
+        with_cache = valid & (lower == self.ladder.cache_removals[items])
+        caches = self.ladder.partner_array[items[with_cache]]
+        after[plans[with_cache], caches] = 1 + len(self.ladder.cache_levels)
+        shared = valid & self._is_cache[items] & self._is_shared[lower]
+        if shared.any():
+            level = lower[shared, None]
+            same = self._is_cache & (self.nexts(positions[shared], shape[shared]) == level)
+            after[shared] = np.where(same, level, after[shared])
+        return after
+
+    def _offset(self, shape: Counts | int) -> Counts:
+        return np.asarray(shape)[..., None] * self.size
+
+
+def _freed(
+    ladder: Ladder,
+    tables: tuple[Counts, Counts],
+    items: Counts,
+    positions: Counts,
+    partner_positions: Counts,
+    offsets: Counts | int,
+) -> Counts:
+    """`StackedCosts.freed_of`, from tables of the bytes and the next level of each level."""
+    sizes, next_level = tables
+    levels = positions + ladder.first_levels[items] + offsets
+    lower = next_level.take(levels)
+    freed = sizes.take(levels) - sizes.take(levels + lower - positions)
+    partner_levels = partner_positions + ladder.first_levels[ladder.partner_array[items]] + offsets
+    freed += sizes.take(partner_levels) * (lower == ladder.cache_removals[items])
+    return np.asarray(freed * (lower >= 0))

@@ -33,13 +33,14 @@ from rap_env.block_rows import (
 )
 from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError
-from rap_env.observation import (
+from rap_env.ladder.observation import (
     BLOCK_FEATURES,
     BYTES_OVER,
     KEPT_AND_FREED,
     ObservationBuilder,
     bytes_over,
 )
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 Floats = npt.NDArray[np.float32]
@@ -213,7 +214,7 @@ class BlockNetwork:
         self._layers = _layers(weights, parts)
         self._request_weight = parts["request"] * self._see_request
         self._freed_weight = parts["blocks"][_FREED] * self._see_request
-        blocks = builder.dense(Request(1, 1, budget_bytes=1))["blocks"] * self._seen
+        blocks = builder.build(Request(1, 1, budget_bytes=1), Plan())["blocks"] * self._seen
         blocks[:, _FREED] = 0.0
         self._columns = np.ascontiguousarray(blocks.T)  # (F, 2L), all but what a request frees
         priced = [BLOCK_FEATURES.index(name) for name in PRICED]
@@ -243,7 +244,7 @@ class _Pass:
     """The inputs of the network for one request, updated as blocks are removed."""
 
     def __init__(self, network: BlockNetwork, request: Request) -> None:
-        seen, count = network._builder.dense(request), network._count
+        seen, count = network._builder.build(request, Plan()), network._count
         freed = seen["blocks"][:, _FREED] * np.float32(network._see_request)
         fixed = seen["request"].copy()
         fixed[BYTES_OVER] = 0.0  # comes with each pass

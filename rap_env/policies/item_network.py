@@ -16,12 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rap_env.block_rows import MOST_SPREADS, OVER_FLOOR, SPREAD_FLOOR, shown, width_of
-from rap_env.ladder.item_observation import (
-    FREED,
-    ITEM_FEATURES,
-    ItemObservationBuilder,
-    ItemObservationTracker,
-)
 from rap_env.ladder.item_rows import (
     COST_SCALE,
     LEVEL,
@@ -32,8 +26,16 @@ from rap_env.ladder.item_rows import (
     row_columns,
 )
 from rap_env.ladder.items import KINDS
+from rap_env.ladder.observation import (
+    BYTES_OVER,
+    FREED,
+    ITEM_FEATURES,
+    ItemObservationBuilder,
+    Observation,
+    ObservedState,
+    bytes_over,
+)
 from rap_env.ladder.plan_observer import PlanObserver
-from rap_env.observation import BYTES_OVER, Observation, bytes_over
 from rap_env.plan import Plan
 from rap_env.policies.block_network import Floats, NetworkWeights, UpperLayers, standardise
 from rap_env.request import Request
@@ -169,8 +171,8 @@ class _Pass:
     """
 
     def __init__(self, network: ItemNetwork, request: Request) -> None:
-        self._seen = ItemObservationTracker(network.builder, request)
-        self.levels = self._seen.levels
+        self._seen = ObservedState(network.builder, request)
+        self.levels = self._seen.state
         self._network = network
         fixed = self._seen.observation["request"].copy()
         fixed[BYTES_OVER] = 0.0  # comes with each pass

@@ -13,8 +13,8 @@ import numpy as np
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.item_observation import ItemImportance, ItemObservationBuilder
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.observation import ItemImportance, ItemObservationBuilder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.model_facts import ModelFacts
-from rap_env.observation import ImportanceFeatures
 from rap_env.policies.block_network import NetworkWeights
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 
 from agents.observations import make_builder
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
-from rap_env.ladder.item_observation import ItemObservationBuilder
 from rap_env.ladder.named_ladders import CACHE_LEVELS
+from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.policies.test_knapsack import costs as costs_of

@@ -11,7 +11,7 @@ from agents.export import export_policy, network_weights
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.observation import ObservationBuilder
 from rap_env.policies.block_network import BlockNetwork, NetworkWeights
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_networks import NetworkPolicy

@@ -13,7 +13,7 @@ from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import UnknownNameError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import ONE_OF_EACH_KIND, SyntheticContext, make_envs

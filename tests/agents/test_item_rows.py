@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from agents.networks import ItemRows
-from rap_env.ladder.item_observation import ITEM_FEATURES
 from rap_env.ladder.item_rows import NEIGHBOURS
+from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.ladders import LadderContext, builder_of

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from agents.networks import BlockRows
-from rap_env.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
+from rap_env.ladder.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
 from rap_env.plan import Plan
 from tests.agents.synthetic import SyntheticContext, request_at
 

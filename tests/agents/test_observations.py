@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.observations import MaskObserver
 from rap_env.errors import InvalidRequestError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import request_at
@@ -18,10 +18,10 @@ def test_batch_observations_equal_those_of_the_single_builder(request, which_con
     requests = [request_at(context, *r) for r in [(1, 10, 0.9), (4, 50, 0.5), (8, 33, 0.4)]]
     count = context.memory.facts.num_blocks
     rng = np.random.default_rng(0)
-    removed = rng.random((40, count)) < 0.4
-    removed[0], removed[1], removed[2, 1::2] = False, True, True  # the last FFN block counts
+    removed = (rng.random((40, count)) < 0.4).astype(int)
+    removed[0], removed[1], removed[2, 1::2] = 0, 1, 1  # the last FFN block counts
     which = rng.integers(3, size=40)
-    observer = MaskObserver(builder, requests)
+    observer = PlanObserver(builder, requests)
     seen, over = observer.observe(which, removed), observer.over_bytes(which, removed)
     for row in range(40):
         asked = requests[which[row]]
@@ -35,4 +35,4 @@ def test_batch_observations_equal_those_of_the_single_builder(request, which_con
 def test_a_request_that_cannot_be_served_is_rejected(context):
     builder = ObservationBuilder(context.memory, context.features)
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
-        MaskObserver(builder, [Request(1, 5000, 10**9)])
+        PlanObserver(builder, [Request(1, 5000, 10**9)])

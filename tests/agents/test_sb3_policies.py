@@ -7,7 +7,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.algorithms import ALGORITHMS, AgentConfig, make_model
 from agents.sb3_policies import Q_INVALID, action_scores
-from rap_env.observation import BLOCK_FEATURES
+from rap_env.ladder.observation import BLOCK_FEATURES
 from tests.agents.synthetic import SyntheticContext, make_env, request_at
 
 KINDS = [(name, policy) for name in ALGORITHMS for policy in ("blockwise", "mlp")]

@@ -12,7 +12,7 @@ from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
 from rap_env.policies.method import measure_choice
 from rap_env.request import Request

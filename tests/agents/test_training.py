@@ -24,7 +24,7 @@ from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.observation import ImportanceFeatures
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.agents.synthetic import make_envs, request_at

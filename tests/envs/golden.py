@@ -19,9 +19,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.observation import ImportanceFeatures
 
 PATH = Path(__file__).with_name("golden.json.gz")
 SEEDS = {"prune": 200, "ladder": 50}

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.envs.prune import RAPPruneVectorEnv
 from tests.envs.playing import COUNT, USUAL, make
 
 NUM_ENVS = 5
@@ -37,17 +37,3 @@ def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
         if envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED and over.any():
             happened.append(envs.reset(options={"reset_mask": over}))
     return happened
-
-
-def starts_together(vector, tracker, monkeypatch) -> list[list[int]]:
-    """The sub-environments that each start of a tracker concerns: two resets, one of some."""
-    started, start = [], tracker.start
-
-    def counted(self, rows, *arguments):
-        started.append(rows.tolist())
-        start(self, rows, *arguments)
-
-    monkeypatch.setattr(tracker, "start", counted)
-    vector.reset(seed=0)
-    vector.reset(options={"reset_mask": np.arange(NUM_ENVS) % 2 == 0})
-    return started

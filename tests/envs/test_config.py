@@ -14,7 +14,7 @@ from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
-from rap_env.ladder.item_observation import ITEM_FEATURES
+from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.specs import field_types
 from tests.envs.playing import DENSE_TIMING, make, play
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.envs.episode import usable_masks
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.observation import ImportanceFeatures, ObservationBuilder, squash
+from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder, squash
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.conftest import LAYERS

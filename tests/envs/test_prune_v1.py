@@ -20,7 +20,7 @@ from rap_env.errors import (
     NonFiniteScoreError,
     UnknownNameError,
 )
-from rap_env.ladder.item_observation import ITEM_FEATURES
+from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import COUNT, DENSE_TIMING, make, play

@@ -11,8 +11,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 import rap_env
-from rap_env.costs import VectorByteTracker
-from rap_env.envs.vector import RAPPruneVectorEnv
+from rap_env.envs.prune import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.conftest import make_context
@@ -22,7 +21,6 @@ from tests.envs.playing_vectors import (
     NUM_ENVS,
     make_vector,
     play_vector,
-    starts_together,
 )
 
 
@@ -212,8 +210,3 @@ def test_impossible_resets_are_rejected(context, given, error, message):
 def test_reset_options_that_are_no_dict_are_rejected(context):
     with pytest.raises(InvalidRequestError, match="must be a dict such as .*, or None, not 5"):
         make_vector(context).reset(options=5)
-
-
-def test_sub_environments_start_together(context, monkeypatch):
-    started = starts_together(make_vector(context), VectorByteTracker, monkeypatch)
-    assert started == [[0, 1, 2, 3, 4], [0, 2, 4]]

@@ -12,7 +12,6 @@ from gymnasium.vector import AutoresetMode
 import rap_env
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.ladder.vector_tracker import VectorLevelTracker
 from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, assert_same
 from tests.envs.playing_v1 import (
@@ -23,7 +22,7 @@ from tests.envs.playing_v1 import (
     make_v1,
     make_vector_v1,
 )
-from tests.envs.playing_vectors import MODES, NUM_ENVS, starts_together
+from tests.envs.playing_vectors import MODES, NUM_ENVS
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +169,3 @@ def test_impossible_settings_and_actions_are_rejected(ladder):
     with pytest.raises(InvalidRequestError, match="array of 5 actions"):
         vector.step(np.zeros(2, dtype=int))
     assert vector.plans == (Plan(),) * NUM_ENVS
-
-
-def test_sub_environments_start_together(ladder, monkeypatch):
-    started = starts_together(make_vector_v1(ladder), VectorLevelTracker, monkeypatch)
-    assert started == [[0, 1, 2, 3, 4], [0, 2, 4]]

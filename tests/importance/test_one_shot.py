@@ -9,7 +9,7 @@ import torch
 from rap_env.errors import ArtifactError
 from rap_env.importance.one_shot_scores import block_influence, layer_influence, one_shot
 from rap_env.importance.profiles import OneShotProfile
-from rap_env.observation import ImportanceFeatures
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.envs.conftest import tiny_library

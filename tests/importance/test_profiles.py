@@ -18,7 +18,7 @@ import sys
 from types import SimpleNamespace
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
-from rap_env.observation import ImportanceFeatures
+from rap_env.ladder.observation import ImportanceFeatures
 folder, fingerprint = sys.argv[1:]
 model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
 one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)

@@ -9,7 +9,7 @@ from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.vector_tracker import VectorLevelTracker
+from rap_env.ladder.state import StackedCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -131,28 +131,26 @@ def test_an_order_is_followed_until_the_request_fits():
 
 @pytest.mark.parametrize("together", [(), ("int8", "int4", "int4-window256")])
 @pytest.mark.parametrize("name", MADE)
-def test_a_vector_tracker_has_the_bytes_of_single_ones(name, together):
+def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together):
     made, rng = MADE[name], np.random.default_rng(0)
     memory, ladder = MemoryModel(made), Ladder.of(made, "all", together)
     made_bytes = LadderBytes(memory, ladder)
-    vector = VectorLevelTracker(len(SHAPES), ladder)
-    singles = []
-    for row, shape in enumerate(SHAPES):
-        costs = made_bytes.costs(*shape)
-        start = ladder.positions(Plan.of({"layer01.cache": "int8"} if row else {}))
-        singles.append(costs.state(start))
-        vector.start(np.array([row]), [costs], start)
+    costs = [made_bytes.costs(*shape) for shape in SHAPES]
+    stacked, shapes = StackedCosts.of(costs), np.arange(len(SHAPES))
+    start = ladder.positions(Plan.of({"layer01.cache": "int8"}))
+    states = [entry.state(start if row else None) for row, entry in enumerate(costs)]
     for _ in range(60):
-        valid = [[n for n in range(len(ladder)) if s.is_valid(n)] for s in singles]
-        items = np.array([rng.choice(found) if found else 0 for found in valid])
-        lowers = np.array([bool(found) for found in valid]) & (rng.random(len(valid)) < 0.8)
-        peaks = vector.peak_after(items, lowers)
-        for single, item, lower in zip(singles, items.tolist(), lowers, strict=True):
-            if lower:
-                single.lower(item)
-        vector.lower(items, lowers, peaks)
-        assert vector.peak_bytes.tolist() == [s.peak_bytes for s in singles]
-        assert vector.positions.tolist() == [s.positions for s in singles]
+        positions = np.array([state.positions for state in states])
+        assert stacked.peaks(positions, shapes).tolist() == [s.peak_bytes for s in states]
+        freed = [list(map(state.freed_bytes, range(len(ladder)))) for state in states]
+        assert stacked.freed_bytes(positions, shapes).tolist() == freed
+        assert costs[1].freed_bytes(states[1].positions).tolist() == freed[1]
+        items = rng.integers(len(ladder), size=len(states))
+        after = stacked.lowered(positions, items, shapes)
+        for state, item in zip(states, items.tolist(), strict=True):
+            if state.is_valid(item):
+                state.lower(item)
+        assert after.tolist() == [state.positions for state in states]
 
 
 def test_requests_whose_caches_skip_the_same_levels_share_their_steps():

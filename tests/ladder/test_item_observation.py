@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.item_observation import (
+from rap_env.ladder.items import KINDS, Ladder
+from rap_env.ladder.observation import (
     ITEM_FEATURES,
     ItemImportance,
     ItemObservationBuilder,
     log_cost,
 )
-from rap_env.ladder.items import KINDS, Ladder
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request

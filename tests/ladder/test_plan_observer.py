@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.item_observation import (
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.observation import (
     ItemImportance,
     ItemObservationBuilder,
-    ItemObservationTracker,
+    ObservedState,
 )
-from rap_env.ladder.items import Ladder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -43,22 +43,22 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
     observer, rng = PlanObserver(builder, requests), np.random.default_rng(1)
     which = rng.integers(len(requests), size=12)
     asked = [requests[index] for index in which]
-    single = [ItemObservationTracker(builder, request) for request in asked]
+    single = [ObservedState(builder, request) for request in asked]
     state, visited = observer.start(len(which)), set()
     for _ in range(60):
         seen, over = observer.observe(which, state), observer.over_bytes(which, state)
         for row, (request, one) in enumerate(zip(asked, single, strict=True)):
             plan = observer.plan(state[row])
             assert np.array_equal(observer.position(plan), state[row])
-            assert state[row].tolist() == one.levels.positions
+            assert state[row].tolist() == one.state.positions
             for key, array in builder.build(request, plan).items():
                 assert np.array_equal(seen[key][row], array)
                 if key != "request":
                     assert np.array_equal(one.observation[key], array)
-            assert over[row] == max(0, one.levels.peak_bytes - request.budget_bytes)
+            assert over[row] == max(0, one.state.peak_bytes - request.budget_bytes)
         actions = rng.integers(len(builder.ladder), size=len(which))  # invalid ones change nothing
         for one, action in zip(single, actions.tolist(), strict=True):
-            if one.levels.is_valid(action):
+            if one.state.is_valid(action):
                 one.lower(action)
         state = observer.act(which, state, actions)
         visited |= set(map(tuple, state.tolist()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from rap_env.block_rows import row_width
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.observation import ImportanceFeatures
 from rap_env.policies.block_network import NetworkWeights
 from rap_env.policies.policy_file import PolicyFile, PolicyModel, order_of
 

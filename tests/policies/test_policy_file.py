@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from rap_env.artifacts import canonical_json, digest
 from rap_env.errors import ArtifactError
-from rap_env.observation import ImportanceFeatures
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.policies.policy_file import PolicyFile, order_of
 from tests.policies.made_policies import facts, features, policy_file
 

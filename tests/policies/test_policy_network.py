@@ -14,7 +14,7 @@ import pytest
 
 from rap_env.block_rows import row_columns, row_width
 from rap_env.errors import ArtifactError, InvalidRequestError
-from rap_env.observation import ObservationBuilder
+from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
 from rap_env.policies.block_network import BlockNetwork
 from rap_env.policies.packaged_networks import NetworkPolicy
