@@ -15,11 +15,12 @@ import click
 import gymnasium as gym
 import numpy as np
 
-from agents.observations import Builder, make_builder, make_observer
+from agents.observations import Builder, make_builder
 from experiments.console import fail, say
 from experiments.errors import ExperimentError
 from rap_env.errors import RapError, check_name
 from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy, make_method
@@ -107,7 +108,7 @@ def _episode(
     seen, actions, paid = [observation], [], []
     if choose is not None:
         request = env.unwrapped.request  # type: ignore[attr-defined]
-        observer, first = make_observer(builder, [request]), np.array([0])
+        observer, first = PlanObserver(builder, [request]), np.array([0])
         target, state = observer.position(choose(request))[None], observer.start(1)
     terminated = truncated = False
     while not terminated and not truncated:

@@ -12,8 +12,8 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.observation import ItemImportance
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.observation import ItemImportance
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024
 """The request at which an order weighs costs against bytes; fewer tokens for shorter models."""

@@ -7,8 +7,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from rap_env.errors import ArtifactError
-from rap_env.memory import MemoryModel
 from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder
+from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.block_network import BlockNetwork
