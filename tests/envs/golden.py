@@ -317,7 +317,7 @@ def errors(task: str) -> dict[str, str]:
     if task == "ladder":
         settings += [
             {"levels": "x"}, {"levels": {"weights": ["int4", "int8"]}}, {"together": "int8"},
-            {"levels": {}}, {"gsi_removals": 3}, {"together": ["int3"]}, {"gsi_method": "halving"},
+            {"levels": {}}, {"gsi_removals": 3}, {"together": ["int3"]},
             {"levels": {"weights": "int8"}}, {"levels": {"blocks": []}}, {"levels": 3},
         ]  # fmt: skip
     for given in settings:

@@ -115,7 +115,7 @@ def test_environments_observe_it(tmp_path):
     )
     env = make_v1(context, reward={"name": "perplexity", "relative_to": "gsi"})
     assert len(list(tmp_path.glob("item-gsi-lazy-4-*.json"))) == 1
-    order = item_order(context, env._task.item_bytes)
+    order = item_order(context, env._task.encoder.item_bytes)
     observation, _ = env.reset(seed=0)
     place = {number: row[8] for number, row in enumerate(observation["ladder"])}
     assert min(place, key=place.__getitem__) == order.steps[0][0]
@@ -126,6 +126,6 @@ def test_environments_observe_it(tmp_path):
 
     (path,) = tmp_path.glob("item-gsi-*.json")
     by_path = make_ladder_context(importance=str(path))
-    again = item_order(by_path, env._task.item_bytes)
+    again = item_order(by_path, env._task.encoder.item_bytes)
     assert again.steps == order.steps
     assert make_ladder_context(importance="one_shot").importance == "one_shot"
