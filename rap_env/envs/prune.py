@@ -70,7 +70,7 @@ def from_frontier(context: PruningContext) -> Callable[[EpisodeStart], Plan]:
     frontier = context.frontier
 
     def best(start: EpisodeStart) -> Plan:
-        mask = frontier.best(context.memory, start.request)
+        mask = frontier.best_mask(context.memory, start.request)
         if mask is None:
             raise nothing_known("mask", start.request)
         return mask

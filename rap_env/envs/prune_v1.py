@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from rap_env.artifacts import artifact_kind
-from rap_env.context.base import item_importance, item_order, load_plan_frontier
+from rap_env.context.base import item_importance, item_order
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import LadderEnvConfig
 from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.prune import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
-from rap_env.importance.frontier import Frontier
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.observation import ItemObservationBuilder
@@ -63,10 +60,10 @@ class LoweringTask(PruningTask):
 
     def _from_frontier(self) -> Baseline:
         """The best known plan for each request; the best mask if the table has masks only."""
-        path = self.context.frontier_path
-        if path is not None and Path(path).is_file() and artifact_kind(path) == Frontier.KIND:
+        table = self.context.frontier
+        if table.has_masks_only:
             return from_frontier(self.context)
-        known = load_plan_frontier(path, self.memory).on(self.ladder)
+        known = table.on(self.ladder)
 
         def best(start: EpisodeStart) -> Plan:
             plan = known.best(start.costs, start.request.budget_bytes)

@@ -232,7 +232,7 @@ class PlanMoves:
             alike = nexts[:, self._caches] == position
             lowerable[:, self._caches] &= ~alike | (alike.cumsum(axis=1) == 1)
         parents, items = np.nonzero(lowerable)
-        lowered = self.costs.ladder.lowered(positions[parents], items, nexts[parents])
+        lowered = self.costs.stacked.lowered(positions[parents], items)
         return lowered, parents, items
 
     def raised(self, positions: Counts) -> Counts:

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from rap_env.blocks import Block
-from rap_env.envs.prune import RAPPruneEnv
-from rap_env.envs.prune import RAPPruneVectorEnv
+from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
 from rap_env.importance.plan_table import PlanTable
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.request import Request
 
