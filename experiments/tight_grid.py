@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -32,8 +31,6 @@ from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer
 from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
-
-log = logging.getLogger(__name__)
 
 HEADER = """\
 # @package _global_
@@ -92,13 +89,9 @@ def tight_grid(config: Config, folder: Path) -> Path:
     context = build_context(config)
     item_bytes = ladder_bytes(config, context)
     assert item_bytes is not None
-    baseline = Uniform(context, item_bytes)
-    found: list[TightBudget] = []
-    shapes = progress_bar(config.progress, settings.shapes, desc="tight grid", unit="request")
-    for shape in shapes:
-        found += tight_budgets(baseline, shape, settings.losses)
-        for budget in found[-len(settings.losses) :]:
-            log.info("%s", budget.line.strip("- "))
+    baseline, budgets = Uniform(context, item_bytes), []
+    for shape in progress_bar(config.progress, settings.shapes, desc="tight grid", unit="request"):
+        budgets += tight_budgets(baseline, shape, settings.losses)
     facts, text = context.memory.facts, context.corpus.provenance
     head = HEADER.format(
         name=config.name,
@@ -110,11 +103,11 @@ def tight_grid(config: Config, folder: Path) -> Path:
     )
     path = Path(settings.out)
     with atomic_write(path) as file:
-        file.write((head + "\n".join(budget.line for budget in found) + "\n").encode())
+        file.write((head + "\n".join(budget.line for budget in budgets) + "\n").encode())
     run.finish(
         started, evaluations=context.scorer.known, evaluations_run=context.scorer.evaluations
     )
-    say(f"{len(found)} budgets are in {path}.")
+    say(f"{len(budgets)} budgets are in {path}.")
     return path
 
 
@@ -145,27 +138,26 @@ def tight_budgets(
     def delta_nll(number: int) -> float:
         return max(at(number).delta_nll, _LEAST_DELTA_NLL)
 
-    found: list[TightBudget] = []
+    budgets: list[TightBudget] = []
     for loss in sorted(losses):
         first = bisect.bisect_left(range(len(sizes)), loss, key=delta_nll)
-        fresh = itertools.islice(
-            (
-                number
-                for number in range(max(0, first - 1), len(sizes))
-                if not found or at(number).pinned.budget_bytes < found[-1].pinned.budget_bytes
-            ),
-            _NEIGHBOURS,
+        last = budgets[-1].pinned.budget_bytes if budgets else math.inf
+        candidates = range(max(0, first - 1), len(sizes))
+        smaller = (number for number in candidates if at(number).pinned.budget_bytes < last)
+        nearest = min(
+            itertools.islice(smaller, _NEIGHBOURS),
+            key=lambda number: abs(math.log(delta_nll(number) / loss)),
+            default=None,
         )
-        nearest = min(fresh, key=lambda n: abs(math.log(delta_nll(n) / loss)), default=None)
         if nearest is None:
             raise ExperimentError(
                 f"Uniform settings for {shape[0]} x {shape[1]} tokens are too few for a budget of "
                 f"its own at a loss of {loss:g}; give fewer losses in tight_grid.losses."
             )
-        one = at(nearest)
-        pinned = Pinned(shape, one.pinned.budget_bytes, loss)
-        found.append(TightBudget(pinned, one.delta_nll, one.plan))
-    return found
+        setting = at(nearest)
+        pinned = replace(setting.pinned, target_delta_nll=loss)
+        budgets.append(replace(setting, pinned=pinned))
+    return budgets
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
-
-import numpy as np
 
 from experiments.config import Config
 from experiments.config.serving import UNIFORM_SYSTEMS
@@ -15,19 +13,17 @@ from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget
 from experiments.replay.harness import System, SystemRun
 from experiments.replay.workload import Workload
-from rap_env.costs import RequestCosts, request_costs
-from rap_env.errors import ArtifactError
+from rap_env.context.live import LiveContext
+from rap_env.errors import ArtifactError, InfeasibleBudgetError
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import StaticPolicy, load_policy
-from rap_env.policies.method import price_per_byte
+from rap_env.policies.loading import OrderPolicy, StaticPolicy, load_policy, make_method
 from rap_env.policies.tables import TablePolicy
 from rap_env.policies.uniform import UniformPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
     from rap_env.levels import WeightLevel
@@ -55,45 +51,19 @@ class OraclePolicy(Policy):
         return self._inner.choose(Request(request.batch_size, request.seq_len_tokens, budget_bytes))
 
 
-class GreedyPolicy(Policy):
-    """Greedy per byte, measured while serving.
+class MeasuredPolicy(Policy):
+    """Wraps a method that runs the model to choose, so that its time and memory are counted."""
 
-    It keeps one path of removals. A request gets the shortest prefix of the path that fits. If
-    the whole path does not fit, the path grows by the block with the smallest rise in NLL per
-    freed byte, which takes a measurement of every remaining block. The path is cleared when the
-    dense model fits again. The text stays the same, so no mask is measured twice.
-    """
-
-    name = "greedy"
-
-    def __init__(self, memory: MemoryModel, scorer: MaskScorer, run: SystemRun) -> None:
-        self._memory, self._scorer, self._run = memory, scorer, run
-        self._path: list[int] = []
+    def __init__(self, method: Policy, run: SystemRun) -> None:
+        self.name, self._method, self._run = method.name, method, run
 
     def choose(self, request: Request) -> Plan:
-        """Return the shortest fitting prefix of the path; the path is extended if needed."""
-        costs = request_costs(self._memory, request.batch_size, request.seq_len_tokens)
-        if costs.dense_peak_bytes <= request.budget_bytes:
-            self._path.clear()
-            return Plan()
-        if costs.least_peak_bytes > request.budget_bytes:
-            return Plan.removing(*self._memory.facts.blocks)
-        while costs.peak_bytes(self._path) > request.budget_bytes:
-            self._path.append(self._next(costs, request.budget_bytes))
-        return costs.remove_until_fits(self._path, request.budget_bytes)
-
-    def _next(self, costs: RequestCosts, budget_bytes: int) -> int:
-        """Measure which block to remove after those of the path."""
-        mask = Plan.removing(*self._path)
-        over = costs.peak_bytes(self._path) - budget_bytes
-        with self._run.measuring():
-            nll = self._scorer.nll(mask)
-            scan = self._scorer.scan(mask)
-        prices = {
-            block.index: price_per_byte(measured - nll, min(costs.freed[block.index], over))
-            for block, measured in scan.items()
-        }
-        return min(prices, key=prices.__getitem__)
+        """Choose a plan; that without any block if none fits."""
+        try:
+            with self._run.measuring():
+                return self._method.choose(request)
+        except InfeasibleBudgetError:
+            return Plan.removing(*range(MemoryModel(self._run.llm).facts.num_blocks))
 
 
 class SystemFactory:
@@ -106,23 +76,20 @@ class SystemFactory:
     def make(self, name: str, run: SystemRun) -> System:
         """Make a system by its name, which `run` is to serve."""
         full = self._config.replay.max_batch_size
-        blocks = [(index,) for index in self._guard_order or ()]
         if name in UNIFORM_SYSTEMS:
             return self._uniform(name)
         match name:
             case "dense":
                 return System(name, StaticPolicy(Plan(), name), ())
             case "static_gsi":
-                return self._static(name, blocks, full)
+                return self._static(name, self._ordered(), full)
             case "static_gsi_lean":
-                return self._static(name, blocks, 1)
+                return self._static(name, self._ordered(), 1)
             case "static_shortgpt":
-                return self._static(name, self._layers(), full)
+                return self._static(name, self._method("shortgpt"), full)
             case "greedy":
-                tokens = self._calibration.tokens[:1, : self._config.replay.greedy_tokens]
-                scorer = MaskScorer(self._llm, Corpus.of_tokens(tokens))
-                greedy = GreedyPolicy(self._memory, scorer, run)
-                return System(name, greedy, self._guard_order)
+                greedy = self._method("greedy_per_byte", self._config.replay.greedy_tokens)
+                return System(name, MeasuredPolicy(greedy, run), self._guard_order)
             case "rap":
                 return System(name, self._trained, self._trained.order or self._guard_order)
             case "knapsack":
@@ -153,32 +120,41 @@ class SystemFactory:
         policy = UniformPolicy(self._memory, [plan], order, name)
         return System(name, policy, order or None, plan)
 
-    def _static(self, name: str, groups: Sequence[tuple[int, ...]], rows: int) -> System:
-        """Make a system with the least pruned mask of an order that always fits.
+    def _static(self, name: str, policy: Policy, rows: int) -> System:
+        """Make a system with the least pruned mask of a policy that always fits.
 
-        The mask removes the fewest groups of blocks with which a batch of `rows` longest requests
-        fits the minimum of the budget. If removing all groups does not suffice, the batch shrinks.
-        A large batch never waits; a batch of one keeps the largest model that can serve every
-        request at any time, and further requests wait for memory.
+        The mask is that for a batch of `rows` longest requests within the minimum of the budget;
+        if none fits, the batch shrinks. A large batch never waits; a batch of one keeps the largest
+        model that can serve every request at any time, and further requests wait for memory.
         """
-        if not groups:
-            raise ExperimentError(
-                f"The policy {self._config.replay.policy} holds no GSI order; set replay.gsi to "
-                "the gsi.json of `python -m experiments.profile`."
-            )
         workload, timeout_s = self._workload, self._config.replay.queue_timeout_s
         least = self._budget.least(0.0, workload.last_s + timeout_s)
         for batch in range(rows, 0, -1):
             request = Request(batch, workload.longest_tokens, least)
-            mask = Plan()
-            for group in [(), *groups]:
-                mask = mask.without(*group)
+            with suppress(InfeasibleBudgetError):
+                mask = policy.choose(request)
                 if self._memory.peak_bytes(mask, request) <= least:
                     return System(name, StaticPolicy(mask, name), (), mask)
         raise ExperimentError(
             f"No mask of {self._llm.name} fits one request of {workload.longest_tokens} "
             f"tokens into the minimum of the budget ({least:,} bytes); raise the budget's floor."
         )
+
+    def _ordered(self) -> Policy:
+        if not self._guard_order:
+            raise ExperimentError(
+                f"The policy {self._config.replay.policy} holds no GSI order; set replay.gsi to "
+                "the gsi.json of `python -m experiments.profile`."
+            )
+        return OrderPolicy(self._memory, self._guard_order)
+
+    def _method(self, name: str, tokens: int | None = None) -> Policy:
+        """A method on the calibration text, or its first tokens, which shares none with prompts."""
+        text = CorpusConfig(**asdict(self._config.calibration))
+        corpus = load_corpus(text, self._llm, progress=self._config.progress)
+        if tokens is not None:
+            corpus = Corpus.of_tokens(corpus.tokens[:1, :tokens])
+        return make_method(name, LiveContext(self._llm, corpus, importance="none", progress=False))
 
     @cached_property
     def _guard_order(self) -> tuple[int, ...] | None:
@@ -201,18 +177,3 @@ class SystemFactory:
         except ArtifactError:  # of a model that it cannot serve
             return None
         return packaged.order
-
-    def _layers(self) -> list[tuple[int, ...]]:
-        """Return whole layers in ascending order of block influence (ShortGPT)."""
-        from rap_env.importance.one_shot_scores import layer_influence
-
-        scorer = MaskScorer(self._llm, self._calibration)
-        influence = layer_influence(self._llm, scorer.batches)
-        ranked = np.argsort(influence, kind="stable").tolist()
-        return [(2 * layer, 2 * layer + 1) for layer in ranked]
-
-    @cached_property
-    def _calibration(self) -> Corpus:
-        """The text that masks are measured on; it shares nothing with the prompts."""
-        text = CorpusConfig(**asdict(self._config.calibration))
-        return load_corpus(text, self._llm, progress=self._config.progress)

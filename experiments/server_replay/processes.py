@@ -67,19 +67,14 @@ class ProcessSampler(threading.Thread):
             self.samples.append(Sample(time.monotonic(), resident, cpu_s))
             time.sleep(SAMPLE_S)
 
-    def between(self, start_s: float, end_s: float) -> list[Sample]:
-        """Return the samples from `start_s` to before `end_s`, of `time.monotonic`."""
-        return [sample for sample in self.samples if start_s <= sample.time_s < end_s]
-
 
 class ServerProcess:
-    """A server in a process of its own, sampled from its start on; a context manager.
+    """A context manager: a server with one thread in a process of its own, sampled from its start.
 
     Args:
         command: Program and arguments.
         ready: Regular expression of the line that the server writes, to either stream, when it
             accepts requests. That line or one before it has its address.
-        threads: Threads of OpenMP and MKL in the process.
 
     Attributes:
         log: Lines that it has written so far.
@@ -90,10 +85,9 @@ class ServerProcess:
         ExperimentError: It ended before it was ready; the message ends with its last line.
     """
 
-    def __init__(self, command: Sequence[str], ready: str, threads: int = 1) -> None:
+    def __init__(self, command: Sequence[str], ready: str) -> None:
         self._command = list(command)
         self._ready = re.compile(ready)
-        self._threads = str(threads)
         self.log: list[str] = []
         self.url = ""
 
@@ -106,8 +100,8 @@ class ServerProcess:
             errors="replace",
             env={
                 **os.environ,
-                "OMP_NUM_THREADS": self._threads,
-                "MKL_NUM_THREADS": self._threads,
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
                 "PYTHONUNBUFFERED": "1",
             },
         )

@@ -60,7 +60,8 @@ def test_the_best_setting_needs_all_of_its_budget_and_no_other_is_nearer(baselin
     assert [one.pinned.target_delta_nll for one in found] == LOSSES
     budgets = [one.pinned.budget_bytes for one in found]
     assert budgets == sorted(set(budgets), reverse=True)
-    scorer, scores = baseline.scorer, CountingScorer(baseline.scorer)
+    scorer = baseline.context.scorer
+    scores = CountingScorer(scorer)
     every = []
     for size in baseline.all_peak_bytes(shape):
         plan = baseline.best(Request(*shape, budget_bytes=size), scores)

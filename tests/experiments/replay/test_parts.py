@@ -8,23 +8,24 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget
 from experiments.replay.harness import Interval, ReplayClock
 from experiments.replay.study import sampled_steps
-from experiments.replay.systems import GreedyPolicy, OraclePolicy, SystemFactory
+from experiments.replay.systems import MeasuredPolicy, OraclePolicy, SystemFactory
 from experiments.replay.workload import is_correct, known_answers, make_workload
+from rap_env.context.live import LiveContext
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
-from rap_env.policies.loading import OrderPolicy
+from rap_env.policies.loading import OrderPolicy, make_method
 from rap_env.policies.network import LadderPolicy
 from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.replay.replayed import LAYERS, tiny_replay, write_model
 from tests.policies import made_ladder
 from tests.tiny import tiny_llm
@@ -45,8 +46,8 @@ class FakeRun:
 
     remaining_s = 10.0
 
-    def __init__(self, budget=None, margin=0):
-        self.measured, self.budget = 0, budget
+    def __init__(self, budget=None, margin=0, llm=None):
+        self.measured, self.budget, self.llm = 0, budget, llm
         self.controller = SimpleNamespace(
             monitor=SimpleNamespace(margin=SimpleNamespace(bytes=margin))
         )
@@ -180,31 +181,17 @@ def test_the_oracle_chooses_for_the_lowest_future_budget():
     assert oracle.choose(small) == inner.choose(small)
 
 
-def test_greedy_removes_what_costs_least_and_measures_no_mask_twice():
-    import torch
-
+def test_a_method_that_measures_is_counted_and_removes_all_where_nothing_fits():
     llm = tiny_llm(layers=LAYERS)
-    memory = MemoryModel(llm)
-    scorer, state = MaskScorer(llm, torch.arange(3, 15)[None]), FakeRun()
-    policy = GreedyPolicy(memory, scorer, state)
+    memory, run = MemoryModel(llm), FakeRun(llm=llm)
+    context = LiveContext(llm, Corpus.of_tokens(torch.arange(3, 15)[None]), importance="none")
+    method = make_method("greedy_per_byte", context)
+    policy = MeasuredPolicy(method, run)
     dense = memory.dense_peak_bytes(1, 16)
     assert policy.choose(Request(1, 16, dense)) == Plan()
-    assert state.measured == 0
-    # One block that suffices: of those that free enough, the one with the least loss.
-    freed = memory.freed_bytes(Request(1, 16, 1))
-    mask = policy.choose(Request(1, 16, dense - 1))
-    rises = {b.index: nll - scorer.dense_nll for b, nll in scorer.scan(Plan()).items()}
-    assert mask == Plan.removing(min(rises, key=rises.__getitem__))
-    more = policy.choose(Request(1, 16, dense - int(2.5 * freed.max())))
-    assert mask.removed <= more.removed
-    assert len(more.removed) >= 2
-    assert memory.peak_bytes(more, Request(1, 16, 1)) <= dense - int(2.5 * freed.max())
-    ran = scorer.evaluations
-    assert policy.choose(Request(1, 16, dense - 1)) == mask  # the first of the path
-    policy.choose(Request(1, 16, dense))  # the path is forgotten
-    assert policy.choose(Request(1, 16, dense - int(2.5 * freed.max()))) == more
-    assert scorer.evaluations == ran
+    assert policy.choose(Request(1, 16, dense - 1)) == method.choose(Request(1, 16, dense - 1))
     assert len(policy.choose(Request(1, 16, 1)).removed) == 2 * LAYERS
+    assert run.measured == 3
 
 
 def test_static_masks_are_the_least_pruned_of_their_order(loaded):
