@@ -6,13 +6,13 @@ import logging
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
 from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.longest_prompt import LongestPrompt
 from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.request_queue import RequestQueue
@@ -60,7 +60,6 @@ class Engine:
     Attributes:
         vocab_size: Entries of the model's vocabulary.
         observers: Called with a `StepRecord` after each pass, from the thread that runs it.
-        longest_prompt: Knows the longest prompt that fits the budget.
 
     Raises:
         InvalidRequestError: A limit is below 1, or longer than the model's positions.
@@ -106,7 +105,8 @@ class Engine:
             queue_timeout_s=queue_timeout_s,
         )
         self.observers = self._scheduler.observers
-        self.longest_prompt = LongestPrompt(controller, longest - 1)
+        self._longest_lock = threading.Lock()
+        self._longest_prompt: tuple[int, int] | None = None  # a budget, and the tokens that fit
         self._turn_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -138,6 +138,26 @@ class Engine:
                 f"No plan{clause} fits a request of one token into the budget of {budget:,} bytes."
             )
         return None
+
+    def longest_prompt_tokens(self) -> int:
+        """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.
+
+        Within the quality floor, it is the longest for which a plan above the floor is found. The
+        safety margin is left out, since it changes: the engine may still reject a shorter prompt.
+        Any thread may call it; a new budget takes a search, up to a second.
+        """
+        budget = self.controller.monitor.budget_limit_bytes()
+        could_fit = self.controller.chooser.could_fit
+        with self._longest_lock:
+            if self._longest_prompt is None or self._longest_prompt[0] != budget:
+                # The last generated token is not fed back, so the cache holds the prompt alone.
+                tokens = bisect_left(
+                    range(1, self.max_seq_len_tokens),
+                    True,
+                    key=lambda tokens: not could_fit(BatchShape(1, tokens), budget),
+                )
+                self._longest_prompt = (budget, tokens)
+            return self._longest_prompt[1]
 
     def submit(
         self,

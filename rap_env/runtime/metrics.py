@@ -38,11 +38,6 @@ class StepRecord:
     peak_bytes: int
     budget_bytes: int
 
-    @property
-    def mask(self) -> Plan:
-        """The blocks that the plan removes."""
-        return self.plan.mask
-
 
 @dataclass
 class Counters:
@@ -104,8 +99,3 @@ class EngineStats(Counters):
     held: HeldBytes
     used_bytes: int
     margin_bytes: int
-
-    @property
-    def mask(self) -> Plan:
-        """The blocks that the plan removes."""
-        return self.plan.mask

@@ -172,11 +172,6 @@ class RequestHandle:
         self._on_cancel = on_cancel
 
     @property
-    def masks(self) -> list[Plan]:
-        """The removed blocks of each token's plan."""
-        return [plan.mask for plan in self.plans]
-
-    @property
     def final_tokens(self) -> int:
         """Most tokens that its cache will hold; the last generated one is not fed back."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1

@@ -176,7 +176,7 @@ class _EngineState(Collector):
         chooser, switcher = controller.chooser, controller.switcher
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
-        removed: dict[str, float] = {kind: stats.mask.count_removed(kind) for kind in KINDS}
+        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
         answers = {
             "served": stats.served,
             "refused": stats.refused,

@@ -79,7 +79,7 @@ def probe_router(
     async def show_versions() -> Response:
         # In a thread: a new budget takes a search.
         longest = settings.max_prompt_tokens or await asyncio.to_thread(
-            engine.longest_prompt.tokens
+            engine.longest_prompt_tokens
         )
         return JSONResponse({**versions, "max_prompt_tokens": longest})
 

@@ -253,7 +253,7 @@ def greeting(stack: ServerStack, url: str) -> str:
     ]
     if controller.chooser.max_delta_nll is not None:
         lines.append(f"Requests are served by plans{controller.chooser.floor_clause} only.")
-    longest = stack.settings.max_prompt_tokens or stack.engine.longest_prompt.tokens()
+    longest = stack.settings.max_prompt_tokens or stack.engine.longest_prompt_tokens()
     lines.append(f"Prompts may have {longest} tokens.")
     if stack.decisions is not None:
         lines.append(f"Each change of the plan is a line in {stack.decisions.path}.")

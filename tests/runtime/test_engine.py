@@ -35,7 +35,7 @@ def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
     for number, (ids, handle) in enumerate(zip(prompts, handles, strict=True)):
         assert handle.reason == "length"
         assert handle.token_ids == alone(harness.llm, ids, 7 + number, mask)
-        assert set(handle.masks) == {mask}
+        assert set(handle.plans) == {mask}
 
 
 def test_later_requests_join_between_steps():
@@ -107,7 +107,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it():
     harness.run(engine)
     assert handle.reason == "stop"
     assert handle.token_ids == expected[: expected.index(stop)]
-    assert len(handle.masks) == len(handle.token_ids)
+    assert len(handle.plans) == len(handle.token_ids)
     assert engine.stats().served == 1
 
 
@@ -346,7 +346,7 @@ def test_stats_count_everything():
     stats = engine.stats()
     assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
     assert (stats.tokens, stats.prompt_tokens) == (15, 12)
-    assert stats.mask == Plan()
+    assert stats.plan == Plan()
     assert stats.held == harness.llm.held_bytes
     assert 0 < stats.overhead_s < stats.busy_s
 

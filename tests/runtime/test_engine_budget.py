@@ -129,7 +129,7 @@ def test_nothing_happens_while_the_budget_is_too_small_for_anything():
     harness.budget_bytes = PLENTY
     harness.run(engine)
     assert handle.reason == "length"
-    assert set(handle.masks) == {Plan()}
+    assert set(handle.plans) == {Plan()}
 
 
 def test_a_queued_request_that_can_no_longer_fit_is_rejected():
@@ -153,8 +153,8 @@ def test_each_token_records_its_mask():
         harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
 
     harness.run(engine, before=before)
-    assert len(handle.masks) == len(handle.token_ids) == 40
-    sizes = [len(mask.removed) for mask in handle.masks]
+    assert len(handle.plans) == len(handle.token_ids) == 40
+    sizes = [len(plan.removed) for plan in handle.plans]
     assert sizes[0] == 0 < max(sizes)
     assert sizes[-1] == 0
     assert [decision.trigger for decision in harness.controller.switcher.recent] == [
@@ -188,7 +188,7 @@ def test_after_a_switch_rows_continue_as_under_the_new_mask():
         harness.budget_bytes = low if 5 <= turn < 12 else PLENTY
 
     harness.run(engine, before=before)
-    back = max(n for n, mask in enumerate(handle.masks) if mask) + 1
+    back = max(n for n, plan in enumerate(handle.plans) if plan) + 1
     assert 5 < back < 25
     ids = prompt(5) + handle.token_ids[:back]
     assert handle.token_ids[back:] == alone(harness.llm, ids, 30 - back)
@@ -249,9 +249,9 @@ def test_threads_that_submit_cancel_and_move_the_budget_corrupt_nothing(served):
     constant = 0
     for ids, handle in handles:
         assert handle.result(timeout_s=60).reason in ("length", "cancelled")
-        if len(set(handle.masks)) == 1:
+        if len(set(handle.plans)) == 1:
             constant += 1
-            expected = alone(harness.llm, ids, len(handle.token_ids), handle.masks[0])
+            expected = alone(harness.llm, ids, len(handle.token_ids), handle.plans[0])
             assert handle.token_ids == expected
     assert constant > 3
     stats = engine.stats()

@@ -1,4 +1,4 @@
-"""The quality floor: no batch runs with a plan whose predicted rise in NLL is above it."""
+"""The quality floor, the longest prompt within it, and what an idle engine restores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFl
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.controller import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
 from tests.tiny import tiny_llm
@@ -248,3 +249,50 @@ def test_a_floor_of_a_request_is_checked(policy):
         engine.submit(prompt(5), greedy(2), max_delta_nll=-1.0)
     with pytest.raises(InvalidRequestError, match="needs a policy that predicts"):
         Harness().engine().submit(prompt(5), greedy(2), max_delta_nll=1.0)
+
+
+@pytest.mark.parametrize("floor", [None, 0.0])
+def test_the_longest_prompt_is_the_longest_that_some_allowed_plan_fits(policy, floor):
+    harness = Harness(policy=policy, max_delta_nll=floor)
+    engine = harness.engine()
+    assert engine.longest_prompt_tokens() == 63  # all positions but one
+    monitor = harness.controller.monitor
+    smallest = policy.choose(BatchShape(1, 30).request(1))
+    for plan, longest in ((NATIVE, 63), (smallest, 30)):
+        harness.budget_bytes = monitor.max_budget_bytes = harness.need(plan, BatchShape(1, 30))
+        if floor is not None:
+            longest = 0 if plan == smallest else 30
+        assert engine.longest_prompt_tokens() == longest
+        if longest < 63:
+            with pytest.raises(InfeasibleBudgetError):
+                engine.submit(prompt(longest + 1), greedy(1))
+
+
+def test_what_a_prefill_took_is_expected_of_prefills_alone(policy):
+    harness = Harness(policy=policy)
+    shape = BatchShape(4, 40)
+    harness.budget_bytes = harness.need(NATIVE, shape) + 5000
+    harness.meter.noise_bytes = 10**5
+    harness.controller.observe(shape, "prefill")
+    harness.meter.noise_bytes = 0
+    harness.controller.note_preemption()
+    assert harness.controller.check(shape, PassSize(4, 4, prefills=False))
+    assert harness.llm.plan == NATIVE
+    harness.controller.check(shape, PassSize(4, 4))
+    assert harness.llm.plan != NATIVE
+
+
+def test_an_engine_that_is_idle_for_long_restores_what_fits_without_a_reserve(policy):
+    harness = Harness(policy=policy, hold_s=2.0, hysteresis_share=0.5)
+    engine = harness.engine()
+    need = harness.need(NATIVE, BatchShape())
+    harness.budget_bytes = need - 1
+    engine.step()
+    assert harness.llm.plan != NATIVE
+    harness.budget_bytes = int(1.1 * need)
+    while harness.time_s < IDLE_RESTORE_S:
+        engine.step()
+        assert harness.llm.plan != NATIVE  # half of the budget is to stay spare
+        harness.time_s += 5.0
+    engine.step()
+    assert harness.llm.plan == NATIVE

@@ -179,7 +179,7 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
             engine._scheduler._preempt()
     finish(engine)
     assert handle.preemptions == other.preemptions == 2
-    assert len(set(handle.masks)) > 1
+    assert len(set(handle.plans)) > 1
     text = llm.tokenizer.decode(handle.token_ids)
     assert len(text) == 21
     assert text[10] == "-"

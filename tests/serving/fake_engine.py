@@ -47,7 +47,7 @@ class FakeEngine:
         self.error = error
         self.plans = plans
         self.max_seq_len_tokens = 64
-        self.longest_prompt = SimpleNamespace(tokens=lambda: self.max_seq_len_tokens - 1)
+        self.longest_prompt_tokens = lambda: self.max_seq_len_tokens - 1
         self.retry_after_s = lambda: 7
         self.vocab_size = 61
         self.handles = []
@@ -127,7 +127,7 @@ class FakeEngine:
     def stats(self):
         return SimpleNamespace(
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
-            prompt_tokens=50, plan=PLAN, mask=PLAN.mask,
+            prompt_tokens=50, plan=PLAN,
             budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
             used_bytes=700, margin_bytes=30, preemptions=4, interruptions=1,
             overhead_s=0.25, busy_s=9.0,

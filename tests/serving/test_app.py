@@ -331,7 +331,7 @@ def test_only_prompts_within_the_limit_are_taken(tokenizer):
 
 def test_by_default_only_prompts_that_fit_the_budget_are_taken(tokenizer):
     engine, fits = FakeEngine(tokenizer), [3]
-    engine.longest_prompt.tokens = lambda: fits[0]
+    engine.longest_prompt_tokens = lambda: fits[0]
     with served(engine, tokenizer) as server:
         assert post(server, {**PLAIN, "prompt": "abc"}, "completions").status_code == 200
         error = error_of(post(server, {**PLAIN, "prompt": "abcd"}, "completions"), 400)

@@ -71,6 +71,5 @@ def test_another_plan_makes_no_other_series(engine, metrics):
 
     before, stats = series(), engine.stats()
     stats.plan = Plan.uniform(4, weights="int4", caches="int8", embeddings="int8")
-    stats.mask = stats.plan.mask
     engine.stats = lambda: stats
     assert series() == before

@@ -34,14 +34,14 @@ class Budget:
             llm, OrderPolicy(_memory(llm), range(8)), memory, meter=TensorMeter(llm), hold_s=0.0
         )
         self.engine = Engine(llm, self.controller, max_batch_size=4, **settings)
-        self.masks = []  # of every step
+        self.plans = []  # of every step
         self.pause_after = float("inf")  # steps, after which the engine waits for `resumed`
         self.paused, self.resumed = threading.Event(), threading.Event()
         self.engine.observers.append(self._observe)
 
     def _observe(self, record):
-        self.masks.append(record.mask)
-        if len(self.masks) >= self.pause_after:
+        self.plans.append(record.plan)
+        if len(self.plans) >= self.pause_after:
             self.paused.set()
             self.resumed.wait(20)
 
@@ -171,7 +171,7 @@ def _one(client, prompt):
 
 def test_the_mask_changes_while_a_stream_runs(client, budget):
     before = greedy(client, max_tokens=40).choices[0].message.content
-    del budget.masks[:]
+    del budget.plans[:]
     budget.pause_after = 8  # so that the budget falls after the same step at any load
     stream = greedy(client, stream=True, max_tokens=40)
     text = ""
@@ -183,18 +183,18 @@ def test_the_mask_changes_while_a_stream_runs(client, budget):
             budget.resumed.set()
     budget.pause_after = float("inf")
     assert text != before
-    plan = budget.masks[-1]  # of the last step: an idle engine restores blocks
+    plan = budget.plans[-1]  # of the last step: an idle engine restores blocks
     assert chunk.model_extra["rap"] == {
         "plan": plan.digest, "delta_nll": None,  # this policy predicts none
         "levels": plan.summary, "plan_changed": True,
     }  # fmt: skip
-    masks = [len(mask.removed) for mask in budget.masks]
-    assert masks[0] == 0
-    assert masks[-1] >= 4
+    counts = [len(plan.removed) for plan in budget.plans]
+    assert counts[0] == 0
+    assert counts[-1] >= 4
     budget.bytes = 10**9
     greedy(client)
     deadline = time.monotonic() + 20
-    while budget.engine.stats().mask:  # there is room again
+    while budget.engine.stats().plan:  # there is room again
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert greedy(client, max_tokens=40).choices[0].message.content == before
