@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -12,25 +12,20 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import nn
 
-from agents.checkpoint import Checkpoint, checkpoint_of
+from agents.checkpoint import checkpoint_of
 from agents.networks import ActorCriticHeads, DuelingHeads, Rows
-from agents.observations import make_builder
+from agents.observations import make_encoder
 from agents.trained_policy import fitting_policy
 from rap_env.errors import ArtifactError
-from rap_env.ladder.observation import ItemObservationBuilder
-from rap_env.policies.block_network import Floats, NetworkWeights
-from rap_env.policies.item_network import ItemNetworkWeights
-from rap_env.policies.network import LadderPolicyFile
-from rap_env.policies.policy_file import PolicyFile, PolicyModel, order_of
+from rap_env.policies.network import Floats, NetworkWeights
+from rap_env.policies.network_policy import PolicyFile
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
-_Weights = TypeVar("_Weights", bound=NetworkWeights)
 
-
-def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile | LadderPolicyFile:
+def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
     """Export the policy of a training for one model.
 
     Args:
@@ -38,43 +33,38 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile | 
         context: The model to serve, with the importance of its blocks or items as the agent
             observed it. It may differ from the model of the training if the policy transfers.
 
-    Returns:
-        The file of a policy that removes blocks (v0), or that lowers items (v1).
-
     Raises:
         ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise, or
             it does not transfer to this model.
     """
     checkpoint = checkpoint_of(run_dir)
-    if checkpoint.config.policy != "blockwise":
+    config = checkpoint.config
+    if config.policy != "blockwise":
         raise ArtifactError(
-            f"The policy in {run_dir} is {checkpoint.config.policy!r}, but only block-wise "
-            "policies can be exported; train one with agent.policy=blockwise."
+            f"The policy in {run_dir} is {config.policy!r}, but only block-wise policies can be "
+            "exported; train one with agent.policy=blockwise."
         )
-    builder = make_builder(context, checkpoint.ladder)
-    policy, facts = fitting_policy(checkpoint, builder), context.memory.facts
-    without = tuple(checkpoint.config.policy_settings["without"])
-    provenance = _provenance(checkpoint, Path(run_dir))
-    if isinstance(builder, ItemObservationBuilder):
-        weights = network_weights(policy, ItemNetworkWeights, without)
-        return LadderPolicyFile.made(weights, builder.importance, builder.ladder, facts, provenance)
-    return PolicyFile(
-        network_weights(policy, NetworkWeights, without),
-        context.features,
-        order_of(context.features),
-        PolicyModel.of(facts),
-        provenance,
-    )
+    encoder = make_encoder(context, checkpoint.ladder)
+    without = tuple(config.policy_settings["without"])
+    weights = network_weights(fitting_policy(checkpoint, encoder), without)
+    provenance = {
+        "run": Path(run_dir).resolve().name,
+        "agent": config.name,
+        "seed": config.seed,
+        "steps": checkpoint.step,
+        "episodes": int(checkpoint.body["progress"].get("episodes", 0)),
+        "policy_settings": config.policy_settings,
+        "rap_env": __version__,
+        "stable_baselines3": metadata.version("stable-baselines3"),
+    }
+    return PolicyFile.made(weights, encoder, provenance)
 
 
-def network_weights(
-    policy: BasePolicy, kind: type[_Weights], without: tuple[str, ...] = ()
-) -> _Weights:
+def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> NetworkWeights:
     """Return the weights that score actions: of an actor, or of a Q network's advantages.
 
     Args:
         policy: A block-wise policy.
-        kind: `NetworkWeights` for blocks, `ItemNetworkWeights` for items.
         without: As in `agents.settings.PolicySettings`.
 
     Raises:
@@ -95,7 +85,7 @@ def network_weights(
     scores = heads.actor if isinstance(heads, ActorCriticHeads) else heads.advantage
     first, second, last = (layer for layer in scores.net if isinstance(layer, nn.Linear))
     vectors = rows.vectors
-    return kind(
+    return NetworkWeights(
         first_weight=_array(first.weight),
         first_bias=_array(first.bias),
         second_weight=_array(second.weight),
@@ -103,24 +93,10 @@ def network_weights(
         last_weight=_array(last.weight)[0],  # without the bias, which is the same for all actions
         linear_weight=_array(scores.linear.weight)[0],
         vectors=_array(vectors) if vectors.shape[1] else np.zeros((0, 0), dtype=np.float32),
+        rows=rows.spec.key,
         without=without,
     )
 
 
 def _array(tensor: torch.Tensor) -> Floats:
     return tensor.detach().cpu().float().numpy().copy()
-
-
-def _provenance(checkpoint: Checkpoint, run_dir: Path) -> dict[str, Any]:
-    """Return the origin of the policy as plain values."""
-    config = checkpoint.config
-    return {
-        "run": run_dir.resolve().name,
-        "agent": config.name,
-        "seed": config.seed,
-        "steps": checkpoint.step,
-        "episodes": int(checkpoint.body["progress"].get("episodes", 0)),
-        "policy_settings": config.policy_settings,
-        "rap_env": __version__,
-        "stable_baselines3": metadata.version("stable-baselines3"),
-    }

@@ -20,10 +20,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from agents.observations import Builder, as_tensors
+from agents.observations import as_tensors
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.ladder.items import Counts
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
@@ -56,11 +57,11 @@ class Lesson(NamedTuple):
 
     Attributes:
         shown: The demonstrations.
-        builder: Builds the observations there.
+        encoder: Encodes the observations there.
     """
 
     shown: Sequence[Demonstration]
-    builder: Builder
+    encoder: ObservationEncoder
 
 
 class Batch(NamedTuple):
@@ -83,7 +84,7 @@ class TeacherStates:
 
     Args:
         shown: n demonstrations; those whose plan takes no step are never sampled.
-        builder: Builds the observations of the model.
+        encoder: Encodes the observations of the model.
         gamma: Discount factor.
         batch_size: States in a batch, B.
         seed: Seed of the sampling.
@@ -99,14 +100,14 @@ class TeacherStates:
     def __init__(
         self,
         shown: Sequence[Demonstration],
-        builder: Builder,
+        encoder: ObservationEncoder,
         gamma: float,
         batch_size: int,
         seed: int,
     ) -> None:
         self.steps = np.zeros(0, dtype=np.int64)
         if shown:
-            self._observer = PlanObserver(builder, [one.request for one in shown])
+            self._observer = PlanObserver(encoder, [one.request for one in shown])
             self._targets = np.stack([self._observer.position(one.plan) for one in shown])
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():

@@ -1,31 +1,30 @@
-"""Block-wise and item-wise networks: what they observe (rows), and their outputs (heads).
+"""The policy network in torch: what it observes (rows), and its outputs (heads).
 
-Shapes, here and in `agents.sb3_policies`: B observations, N blocks or items (2L blocks in v0), F
-features of each, R entries of the request, W = width of a row, H hidden units. The number of
-parameters does not depend on N, unless each block or item has a learned vector.
+Shapes, here and in `agents.sb3_policies`: B observations, N blocks or items, F features of each, R
+entries of the request, W = width of a row, H hidden units. The number of parameters does not depend
+on N, unless each block or item has a learned vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from rap_env import block_rows
-from rap_env.block_rows import IMPORTANCE_FLOOR, MOST_SPREADS, OVER_FLOOR, SPREAD_FLOOR, shown
-from rap_env.ladder import item_rows
-from rap_env.ladder.items import KINDS
-from rap_env.ladder.observation import BLOCK_FEATURES, ITEM_FEATURES, REQUEST_FEATURES
+from rap_env.ladder.observation import BYTES_OVER
+from rap_env.policies.network_rows import (
+    BLOCK_ROWS,
+    ITEM_ROWS,
+    MOST_SPREADS,
+    OVER_FLOOR,
+    SPREAD_FLOOR,
+)
 
-_OVER = REQUEST_FEATURES.index("bytes_over")
 _VECTOR_SPREAD = 0.3
-
-Parts = dict[str, torch.Tensor]
-"""Parts of the rows by name: (B, N, columns), or (B, columns) if all rows share them."""
 
 
 class Rows(BaseFeaturesExtractor):
@@ -33,25 +32,25 @@ class Rows(BaseFeaturesExtractor):
 
     Standardised features compare a block or item with the others, independently of the model's
     size. A price is the log of a measured importance per useful byte, a ratio that a small network
-    would need many episodes to learn. The NumPy networks of the runtime compute the same rows.
+    would need many episodes to learn. Neighbours are included because a block next to a removed one
+    is often less important; which items are neighbours is read from the observed kinds and depths,
+    so that one network serves ladders of any size. `rap_env.policies.network_rows` lists the parts
+    of a row, and the network of the runtime computes the same rows.
 
     Args:
-        observation_space: A ``Dict`` with ``request`` (R,), `key` (N, F) and ``action_mask`` (N,).
+        observation_space: A ``Dict`` with ``request`` (R,), ``blocks`` or ``ladder`` (N, F) and
+            ``action_mask`` (N,).
         block_vectors: As in `agents.settings.PolicySettings`.
         without: As in `PolicySettings`; hidden features are 0.
 
     Attributes:
-        key: Entry of the observation with the features of each block or item.
-        features: Names of these features, F.
-        priced: Names of those that have a price.
-        row_columns: Gives the parts of a row, with their columns.
+        spec: What the rows are made of.
+        columns: The parts of a row, with their columns.
     """
 
-    key: ClassVar[str]
-    features: ClassVar[tuple[str, ...]]
-    priced: ClassVar[tuple[str, ...]]
-    row_columns: ClassVar[Callable[[int], dict[str, slice]]]
     vectors: torch.Tensor
+    _seen: torch.Tensor
+    _priced: torch.Tensor
 
     def __init__(
         self,
@@ -59,135 +58,68 @@ class Rows(BaseFeaturesExtractor):
         block_vectors: int = 0,
         without: Sequence[str] = (),
     ) -> None:
-        columns = type(self).row_columns(block_vectors)
-        super().__init__(observation_space, features_dim=block_rows.width_of(columns))
-        self.columns = columns
-        self._freed = self.features.index("freed_share")
-        self._costs = [self.features.index(name) for name in self.priced]
+        self.spec = spec = ITEM_ROWS if ITEM_ROWS.key in observation_space.spaces else BLOCK_ROWS
+        super().__init__(observation_space, features_dim=spec.width(block_vectors))
+        self.columns = spec.columns(block_vectors)
         self.see_request = "request" not in without
-        for name, names in (("_seen", self.features), ("_priced", self.priced)):
-            flags = torch.from_numpy(shown(names, without))
-            self.register_buffer(name, flags, persistent=False)
-        count = cast(tuple[int, ...], observation_space[self.key].shape)[0]
+        for name, flags in zip(("_seen", "_priced"), spec.shown(without), strict=True):
+            self.register_buffer(name, torch.from_numpy(flags), persistent=False)
+        count = cast(tuple[int, ...], observation_space[spec.key].shape)[0]
         vectors = _VECTOR_SPREAD * torch.randn(count, block_vectors)
         if block_vectors:
             self.vectors = nn.Parameter(vectors)
         else:  # not in the state dict, so that the network serves any number of blocks
             self.register_buffer("vectors", vectors, persistent=False)
+        self._placed, self._near = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return rows of shape (B, N, W)."""
-        each = observations[self.key] * cast(torch.Tensor, self._seen)
+        spec = self.spec
+        each = observations[spec.key] * self._seen
         request = observations["request"] * float(self.see_request)
         valid = observations["action_mask"].to(each.dtype).unsqueeze(-1)
-        over = request[:, _OVER].reshape(-1, 1, 1)
-        useful = (each[:, :, [self._freed]] / (over + OVER_FLOOR)).clamp(max=1) * valid
-        prices = self._prices(each[:, :, self._costs], useful) * cast(torch.Tensor, self._priced)
+        over = request[:, BYTES_OVER].reshape(-1, 1, 1)
+        useful = (each[:, :, [spec.freed]] / (over + OVER_FLOOR)).clamp(max=1) * valid
+        log_costs = spec.log_costs(each[:, :, spec.costs], torch.log)
+        prices = (log_costs - torch.log(useful + spec.useful_floor)) * self._priced
+        level = spec.level(each, valid.squeeze(2)).unsqueeze(-1)
+        lowest = (level >= 1).to(each.dtype)
+        kinds = torch.stack(spec.kinds(each), dim=2)
+        vectors = self.vectors.expand(len(each), -1, -1)
         parts = {
+            "features": each,
             "compared": _standardised(torch.cat([each, prices], dim=2), valid),
             "useful": useful,
+            "valid": valid,
+            "neighbours": self._neighbours(each, level),
+            "vectors": vectors,
             "request": request,
-            **self._parts(each, valid),
+            "mean_level": _by_kind(kinds, level),
         }
-        rows = [_for_each(parts[name], each.shape[1]) for name in self.columns]
+        if spec.of_blocks:
+            parts["mean_valid"], parts["mean_lowest"] = _mean(each, valid), _mean(each, lowest)
+            parts["lowered_vectors"] = _mean(vectors, lowest)
+        else:
+            parts["lowest"] = _by_kind(kinds[:, :, :2], lowest)
+            parts["lowered_vectors"] = (vectors * level).mean(dim=1)
+        rows = [_for_each(parts[name], each.shape[1]) for name in self.columns if name in parts]
         return torch.cat(rows, dim=2)
 
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        """Return the logs of costs (B, N, priced) per useful share (B, N, 1)."""
-        raise NotImplementedError
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        """Return the other parts of rows, from features (B, N, F) and valid actions (B, N, 1)."""
-        raise NotImplementedError
-
-
-class BlockRows(Rows):
-    """Rows of the blocks of `RAPPrune-v0`; `rap_env.block_rows.row_columns` lists their parts.
-
-    Neighbours are included because a block next to a removed one is often less important.
-    """
-
-    key = "blocks"
-    features = BLOCK_FEATURES
-    priced = block_rows.PRICED
-    row_columns = staticmethod(block_rows.row_columns)
-
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        return torch.log((costs + IMPORTANCE_FLOOR) / (useful + block_rows.USEFUL_FLOOR))
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        removed = 1 - valid
-        vectors = self.vectors.expand(len(each), -1, -1)
-        ffn = each[:, :, [BLOCK_FEATURES.index("kind")]]
-        return {
-            "blocks": each,
-            "kept": valid,
-            "neighbours": _neighbours(valid),
-            "vectors": vectors,
-            "mean_kept": _mean(each, valid),
-            "mean_removed": _mean(each, removed),
-            "removed_by_kind": _by_kind(torch.cat([1 - ffn, ffn], dim=2), removed),
-            "removed_vectors": _mean(vectors, removed),
-        }
-
-
-class ItemRows(Rows):
-    """Rows of the items of `RAPPrune-v1`; `rap_env.ladder.item_rows.row_columns` lists their parts.
-
-    Which items are neighbours is read from the observed kinds and depths, so that one network
-    serves ladders of any size.
-    """
-
-    key = "ladder"
-    features = ITEM_FEATURES
-    priced = item_rows.PRICED
-    row_columns = staticmethod(item_rows.row_columns)
-    _placed = torch.zeros(0)
-    _near = torch.zeros(0, dtype=torch.int64)
-
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        return costs * item_rows.COST_SCALE - torch.log(useful + item_rows.USEFUL_FLOOR)
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        level, kinds = each[:, :, [item_rows.LEVEL]], each[:, :, : len(KINDS)]
-        vectors = self.vectors.expand(len(each), -1, -1)
-        levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
-        return {
-            "items": each,
-            "valid": valid,
-            "neighbours": levels[:, self._neighbours(each)],
-            "vectors": vectors,
-            "mean_level": _by_kind(kinds, level),
-            "lowest": _by_kind(kinds[:, :, :2], (level >= 1).to(level.dtype)),
-            "lowered_vectors": (vectors * level).mean(dim=1),
-        }
-
-    def _neighbours(self, each: torch.Tensor) -> torch.Tensor:
-        """Return the number of each item's neighbours, (N, 9), -1 where there is none."""
-        placed = each[0, :, : item_rows.DEPTH + 1]  # the same for all observations of a model
+    def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Return the levels of each row's neighbours; of blocks, whether they are kept."""
+        placed = each[0, :, : self.spec.features.index("depth") + 1]  # the same in all of them
         if not torch.equal(placed, self._placed):
             self._placed = placed.clone()
-            near = item_rows.neighbours(placed.detach().cpu().numpy())
+            near = self.spec.neighbours(placed.detach().cpu().numpy())
             self._near = torch.from_numpy(near).to(placed.device)
-        return self._near
-
-
-def rows_class(observation_space: spaces.Dict) -> type[BlockRows | ItemRows]:
-    """Return the features extractor for an observation space of v0 or v1."""
-    return ItemRows if "ladder" in observation_space.spaces else BlockRows
+        levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
+        near_levels = levels[:, self._near]
+        return 1 - near_levels if self.spec.of_blocks else near_levels
 
 
 def _for_each(part: torch.Tensor, count: int) -> torch.Tensor:
     """Return a part of the rows, (B, N, F); a part of shape (B, F) is repeated for all rows."""
     return part if part.dim() == 3 else part.unsqueeze(1).expand(-1, count, -1)
-
-
-def _neighbours(kept: torch.Tensor) -> torch.Tensor:
-    """Return whether each block's neighbours are kept, (B, 2L, 4); 1 beyond the ends."""
-    reach, count = max(block_rows.NEIGHBOURS), kept.shape[1]
-    padded = nn.functional.pad(kept, (0, 0, reach, reach), value=1.0)
-    near = [padded[:, reach + step : reach + step + count] for step in block_rows.NEIGHBOURS]
-    return torch.cat(near, dim=2)
 
 
 def _by_kind(kinds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

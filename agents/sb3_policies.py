@@ -1,6 +1,6 @@
 """Policy classes of stable-baselines3 with the networks of `agents.networks`.
 
-Block-wise means that one small network scores each action: each block in v0, each item in v1.
+Block-wise means that one small network scores each action: each block or item.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
-from agents.networks import ActorCriticHeads, DuelingHeads, rows_class
+from agents.networks import ActorCriticHeads, DuelingHeads, Rows
 
 Q_INVALID = -1e8
 """Q value of an invalid action; finite, since 0 times infinity is NaN."""
@@ -28,8 +28,7 @@ class _Blockwise:
         self, observation_space: spaces.Space[Any], *args: Any, hidden: int, **kwargs: Any
     ) -> None:
         self.hidden = hidden
-        rows = rows_class(cast(spaces.Dict, observation_space))
-        kwargs.setdefault("features_extractor_class", rows)
+        kwargs.setdefault("features_extractor_class", Rows)
         super().__init__(observation_space, *args, **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
 
 from omegaconf import OmegaConf
 
-from rap_env.block_rows import ABLATIONS
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.plugins import find_plugin
+from rap_env.policies.network_rows import ABLATIONS
 
 _FOLDER = Path(__file__).parent.parent / "conf" / "agent"
 

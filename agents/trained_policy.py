@@ -13,16 +13,11 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
-from agents.observations import (
-    Builder,
-    as_tensors,
-    check_feasible,
-    make_builder,
-)
+from agents.observations import as_tensors, make_encoder
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
-from rap_env.ladder.observation import ItemObservationBuilder
+from rap_env.ladder.observation import ItemObservationBuilder, ObservationEncoder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -49,7 +44,7 @@ class TrainedPolicy(Policy):
 
     Args:
         policy: The network.
-        builder: Builds its observations.
+        encoder: Encodes its observations.
         best_of: Number of masks or plans among which it chooses: the greedy one and samples.
         score_masks: Predicts scores of masks or plans; if `best_of` is above 1, this or `scorer`
             is needed.
@@ -72,7 +67,7 @@ class TrainedPolicy(Policy):
     def __init__(
         self,
         policy: BasePolicy,
-        builder: Builder,
+        encoder: ObservationEncoder,
         *,
         best_of: int = 1,
         score_masks: ScoreMasks | None = None,
@@ -90,8 +85,8 @@ class TrainedPolicy(Policy):
             )
         self._policy = policy
         self._policy.set_training_mode(False)
-        self._builder = builder
-        self.lowers = isinstance(builder, ItemObservationBuilder)
+        self._encoder = encoder
+        self.lowers = isinstance(encoder, ItemObservationBuilder)
         self._best_of = best_of
         self._score_masks = score_masks
         self._scorer = scorer
@@ -121,10 +116,10 @@ class TrainedPolicy(Policy):
             AgentConfigError: As for the class.
         """
         checkpoint = checkpoint_of(run_dir)
-        builder = make_builder(context, checkpoint.ladder)
+        encoder = make_encoder(context, checkpoint.ladder)
         return cls(
-            fitting_policy(checkpoint, builder),
-            builder,
+            fitting_policy(checkpoint, encoder),
+            encoder,
             best_of=best_of,
             score_masks=score_masks,
             scorer=scorer,
@@ -138,7 +133,7 @@ class TrainedPolicy(Policy):
             InvalidRequestError: The model cannot serve the batch size or the length.
             InfeasibleBudgetError: No mask, or no plan of the ladder, fits the budget.
         """
-        check_feasible(self._builder, request)
+        self._encoder.item_bytes.check_feasible(request)
         plans = list(dict.fromkeys(self.sample(request, self._best_of)))
         if len(plans) == 1:
             return plans[0]
@@ -156,7 +151,7 @@ class TrainedPolicy(Policy):
 
         All of them grow in parallel, by one action in each pass of the network.
         """
-        observer = PlanObserver(self._builder, [request])
+        observer = PlanObserver(self._encoder, [request])
         state, which = observer.start(count), np.zeros(count, dtype=np.int64)
         generator = torch.Generator().manual_seed(self._seed)
         grows = np.flatnonzero(observer.over_bytes(which, state))
@@ -183,14 +178,14 @@ class TrainedPolicy(Policy):
         return scores.masked_fill(~valid, -torch.inf)
 
 
-def fitting_policy(checkpoint: Checkpoint, builder: Builder) -> BasePolicy:
+def fitting_policy(checkpoint: Checkpoint, encoder: ObservationEncoder) -> BasePolicy:
     """Return the checkpoint's network, rebuilt for the model's spaces if they differ.
 
     Raises:
         ArtifactError: It does not serve a model of this shape.
     """
     policy: BasePolicy = checkpoint.load_model().policy
-    space = cast(spaces.Dict, builder.space)
+    space = cast(spaces.Dict, encoder.space)
     (count,) = cast(tuple[int], space["action_mask"].shape)
     if policy.observation_space == space:
         return policy

@@ -15,11 +15,12 @@ import click
 import gymnasium as gym
 import numpy as np
 
-from agents.observations import Builder, make_builder
+from agents.observations import make_encoder
 from experiments.console import fail, say
 from experiments.errors import ExperimentError
 from rap_env.errors import RapError, check_name
 from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task
 from rap_env.plan import Plan
@@ -62,13 +63,13 @@ def export(
     made = gym.make(task.name, disable_env_checker=True)
     env: Any = made.unwrapped
     ladder = LadderBytes(env.memory, env.ladder) if hasattr(env, "ladder") else None
-    builder = make_builder(env.context, None if ladder is None else env.ladder.spec)
+    encoder = make_encoder(env.context, None if ladder is None else env.ladder.spec)
     chosen = {name: _chooser(name, task, env, ladder) for name in behaviours if name != "random"}
     rng = np.random.default_rng(seed)
     buffer = []
     for number in range(episodes):
         choose = chosen.get(behaviours[number % len(behaviours)])
-        episode = _episode(made, seed + number, builder, choose, rng)
+        episode = _episode(made, seed + number, encoder, choose, rng)
         buffer.append(EpisodeBuffer(id=number, seed=seed + number, **episode))
     return minari.create_dataset_from_buffers(
         dataset_id,
@@ -95,7 +96,7 @@ def _chooser(behaviour: str, task: PinnedTask, env: Any, ladder: LadderBytes | N
 def _episode(
     env: gym.Env[Any, Any],
     seed: int,
-    builder: Builder,
+    encoder: ObservationEncoder,
     choose: Choose | None,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _episode(
     seen, actions, paid = [observation], [], []
     if choose is not None:
         request = env.unwrapped.request  # type: ignore[attr-defined]
-        observer, first = PlanObserver(builder, [request]), np.array([0])
+        observer, first = PlanObserver(encoder, [request]), np.array([0])
         target, state = observer.position(choose(request))[None], observer.start(1)
     terminated = truncated = False
     while not terminated and not truncated:

@@ -21,7 +21,6 @@ from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
 from experiments.study.run_folder import RunFolder
 from rap_env.importance.plan_table import PlanTable
-from rap_env.policies.policy_file import PolicyFile
 
 FRONTIER_SUFFIX = ".frontier.json"
 
@@ -37,7 +36,7 @@ def export(config: ExportPolicyConfig) -> Path:
     file, path = export_policy(config.run, context), Path(config.out)
     file.save(path)
     say(f"{path}: {path.stat().st_size:,} bytes, {file.provenance['steps']:,} steps.")
-    if isinstance(file, PolicyFile) and frontier_artifact(settings).exists():
+    if file.weights.rows == "blocks" and frontier_artifact(settings).exists():
         target = path.with_suffix(FRONTIER_SUFFIX)
         table = reduced(context.frontier)
         table.save(target)

@@ -128,15 +128,15 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     assert "512 tokens of wikitext" in source
     assert found(mask, table) == (rise, source)
     prefix = next(
-        Plan.removing(*file.order[:n])
+        Plan.removing(*policy.order[:n])
         for n in range(2, 60)
-        if Plan.removing(*file.order[:n]) not in frontier.scores
+        if Plan.removing(*policy.order[:n]) not in frontier.scores
     )
     rise, source = found(prefix)
-    assert rise == pytest.approx(sum(file.features.gsi_marginal_loss[i] for i in prefix.removed))
+    assert rise == pytest.approx(sum(file.importance.gsi_marginal_loss[i] for i in prefix.removed))
     assert source == "GSI scores in the policy file"
     single = next(Plan.removing(n) for n in range(60) if Plan.removing(n) not in frontier.scores)
-    assert found(single)[0] == file.features.one_shot[next(iter(single.removed))]
+    assert found(single)[0] == file.importance.one_shot[next(iter(single.removed))]
     near = Plan(mask.removed - {max(mask.removed)})
     assert near not in frontier.scores
     rise, source = found(near)

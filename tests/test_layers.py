@@ -20,7 +20,7 @@ LAYERS = (
     (
         "version", "errors", "paths", "plugins", "specs", "artifacts", "blocks", "levels", "plan",
         "model_facts", "request", "memory", "memory_picture", "costs",
-        "observation", "block_rows", "ladder",
+        "ladder",
     ),
     ("workload",),
     ("models",),

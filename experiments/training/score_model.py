@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
 from agents.imitation import Demonstration, ImitationConfig, Lesson, imitate
-from agents.observations import make_builder
+from agents.observations import make_encoder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
@@ -228,7 +228,7 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
             updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
         )
         ladder = config.env.ladder if config.env.lowers else None
-        lesson = Lesson(demonstrations(config, context), make_builder(context, ladder))
+        lesson = Lesson(demonstrations(config, context), make_encoder(context, ladder))
         result = imitate(model, [lesson], how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",

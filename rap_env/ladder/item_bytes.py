@@ -12,6 +12,7 @@ from rap_env.ladder.items import Item, Ladder, LevelSteps
 from rap_env.ladder.state import LadderCosts, SharedBytes, flags_of
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 _CACHED_SHAPES = 256  # some tens of kilobytes each
@@ -19,10 +20,17 @@ _CACHED_STEPS = 64
 
 
 class LadderBytes:
-    """Makes the costs of a ladder for requests on one model; the most recent ones are cached."""
+    """Makes the costs of a ladder for requests on one model; the most recent ones are cached.
 
-    def __init__(self, memory: MemoryModel, ladder: Ladder) -> None:
+    Args:
+        memory: The model's byte arithmetic.
+        ladder: The items and their levels.
+        base: Levels of caches that the ladder does not have; native ones by default.
+    """
+
+    def __init__(self, memory: MemoryModel, ladder: Ladder, base: Plan = Plan()) -> None:
         self.memory = memory
+        self._base = base
         self.ladder = ladder
         shape = len(ladder), ladder.width
         self._weights = np.zeros(shape, dtype=np.int64)
@@ -84,6 +92,10 @@ class LadderBytes:
         request = Request(batch_size, seq_len_tokens, budget_bytes=1)
         dense_peak_bytes = memory.dense_peak_bytes(batch_size, seq_len_tokens)
         kv_bytes = memory.kv_bytes_by_layer(batch_size, seq_len_tokens)
+        if self._base:
+            dense_peak_bytes = memory.peak_bytes(self._base, request)
+            for layer, level in self._base.caches:
+                kv_bytes[layer] = memory.cache_bytes(level, layer, batch_size, seq_len_tokens)
         sizes = self._weights + self._keeps_cache * kv_bytes[self._layers][:, None]
         nexts = []
         for numbers in self._caches.values():
@@ -101,7 +113,7 @@ class LadderBytes:
         return LadderCosts(
             self.ladder,
             dense_peak_bytes,
-            memory.kv_cache_bytes(batch_size, seq_len_tokens),
+            int(kv_bytes.sum()),
             dense_peak_bytes - int(sizes[:, 0].sum()),
             SharedBytes(last_ffn, self._attention_workspace(request), self._widen),
             sizes,

@@ -119,6 +119,7 @@ class ObservationEncoder(ABC):
     Attributes:
         space: ``Dict`` of ``request`` (5,) and the rows of all items (items, F), float32 in [0, 1],
             and ``action_mask`` (items,), int8, 1 where an item has a lower level.
+        importance: What is observed of the importance of blocks or of levels.
         freed: The column of a row with the bytes that the item's next level frees.
     """
 
@@ -126,6 +127,7 @@ class ObservationEncoder(ABC):
     """The entry of an observation with a row for each item."""
     features: ClassVar[tuple[str, ...]]
     """The columns of a row."""
+    importance: ImportanceFeatures | ItemImportance
 
     def __init__(self, item_bytes: LadderBytes) -> None:
         self.item_bytes = item_bytes
@@ -173,13 +175,17 @@ class ObservationBuilder(ObservationEncoder):
     Args:
         memory: The model's byte arithmetic.
         importance: Importance of the blocks (see `rap_env.importance`).
+        base: As for `LadderBytes`.
     """
 
     key = "blocks"
     features = BLOCK_FEATURES
+    importance: ImportanceFeatures
 
-    def __init__(self, memory: MemoryModel, importance: ImportanceFeatures) -> None:
-        super().__init__(LadderBytes(memory, Ladder.of(memory.facts, "masks")))
+    def __init__(
+        self, memory: MemoryModel, importance: ImportanceFeatures, base: Plan = Plan()
+    ) -> None:
+        super().__init__(LadderBytes(memory, Ladder.of(memory.facts, "masks"), base))
         self.importance = importance
 
     def _rows_of(self, steps: LevelSteps) -> Floats:
@@ -209,6 +215,7 @@ class ItemObservationBuilder(ObservationEncoder):
 
     key = "ladder"
     features = ITEM_FEATURES
+    importance: ItemImportance
 
     def __init__(self, item_bytes: LadderBytes, importance: ItemImportance) -> None:
         super().__init__(item_bytes)

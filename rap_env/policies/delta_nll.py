@@ -10,12 +10,13 @@ import numpy.typing as npt
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
+from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.packaged_files import packaged_costs, packaged_file
-from rap_env.policies.packaged_networks import NetworkPolicy
 from rap_env.policies.tables import TablePolicy
 from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
 
@@ -64,8 +65,10 @@ def _rise_of_mask(memory: MemoryModel, policy: Policy, mask: Plan) -> tuple[floa
         return table.scores[mask] - table.dense_nll, where
     if not isinstance(policy, NetworkPolicy):
         return None, ""
-    importance = policy.file.features
-    if policy.file.model.fingerprint != memory.facts.fingerprint:
+    own, importance = policy.file.model, policy.file.importance
+    if own["fingerprint"] != memory.facts.fingerprint or not isinstance(
+        importance, ImportanceFeatures
+    ):
         return None, ""
     blocks = sorted(mask.removed)
     if len(blocks) == 1 and importance.one_shot.any():

@@ -17,9 +17,8 @@ from rap_env.plan import Plan
 from rap_env.plugins import Plugin, PluginError, find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Method
+from rap_env.policies.network_policy import KIND, PACKAGED_POLICIES, PolicyFile, packaged_network
 from rap_env.policies.packaged_files import packaged_context
-from rap_env.policies.packaged_networks import NETWORK_FILES, network_file
-from rap_env.policies.policy_file import PolicyFile
 from rap_env.policies.registry import (
     Reader,
     methods,
@@ -176,9 +175,10 @@ def policy_blocks(source: str | os.PathLike[str]) -> int | None:
     Raises:
         ArtifactError: The file is damaged.
     """
-    if os.fspath(source) in NETWORK_FILES or Path(source).suffix == ".safetensors":
-        return network_file(source).model.num_blocks
-    return None
+    if os.fspath(source) in PACKAGED_POLICIES:
+        return packaged_network(os.fspath(source)).num_blocks
+    path = Path(source).expanduser()
+    return PolicyFile.load(path).num_blocks if path.suffix == ".safetensors" else None
 
 
 def _reader_of(path: Path) -> Reader:
@@ -187,7 +187,7 @@ def _reader_of(path: Path) -> Reader:
     Raises:
         ArtifactError: The file is damaged, or of a kind that holds no policy.
     """
-    kind = PolicyFile.kind if path.suffix == ".safetensors" else artifact_kind(path)
+    kind = KIND if path.suffix == ".safetensors" else artifact_kind(path)
     if kind is None or kind not in readers():
         raise ArtifactError(
             f"{path} is {'damaged' if kind is None else f'of the kind {kind!r}'}, but the file of "

@@ -1,266 +1,344 @@
-"""A trained policy over the levels of all items: its file, and its choices for live requests."""
+"""The policy network for serving, in NumPy and float32, and the policy that follows it.
+
+It chooses the same plans as the trained network of `agents.networks`, one action per pass, without
+torch or stable-baselines3. The inputs of the first layer stay in one array, in which a lowered item
+changes few entries; terms that all rows share are computed once per pass.
+
+Shapes: N rows, of blocks or of items; F observed features of each, V entries of a row's vector, W
+columns of a row (`rap_env.policies.network_rows`), H hidden units. Layers have H + 1 columns here:
+the last one carries the linear path of the network past its activations.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, fields
 
 import numpy as np
+import numpy.typing as npt
 
-from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.ladder.item_bytes import LadderBytes
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.observation import ItemImportance, ItemObservationBuilder
-from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.errors import ArtifactError
+from rap_env.ladder.observation import BYTES_OVER, ObservationEncoder, ObservedState, bytes_over
 from rap_env.plan import Plan
-from rap_env.policies.base import Policy
-from rap_env.policies.item_network import ItemNetwork, ItemNetworkWeights
-from rap_env.policies.policy_file import (
-    EXPORT_AGAIN,
-    Arrays,
-    ExportedPolicy,
-    PolicyModel,
-    part_of,
-    weights_of,
-    write_policy,
+from rap_env.policies.network_rows import (
+    ABLATIONS,
+    MOST_SPREADS,
+    OVER_FLOOR,
+    ROWS,
+    SPREAD_FLOOR,
+    RowSpec,
 )
-from rap_env.request import Request, whole_number
+from rap_env.request import Request
 
-log = logging.getLogger(__name__)
+Floats = npt.NDArray[np.float32]
 
-_IMPORTANCE = "importance."
-_CACHED_CHOICES = 1024
-
-ScorePlans = Callable[[Sequence[Plan]], Sequence[float]]
-"""Gives a number for each plan, lower is better: its delta_nll or its NLL."""
+_FEW = 4
+"""Rows whose entries are faster to update one by one than all at once."""
 
 
 @dataclass(frozen=True, eq=False)
-class LadderPolicyFile(ExportedPolicy):
-    """A trained item-wise policy, with the importance of the items that it was exported for.
+class NetworkWeights:
+    """The weights of a policy network, float32, and the inputs hidden from it.
 
     Attributes:
-        weights: Weights and settings of the network.
-        importance: Importance of the levels of the model's items.
-        ladder: `Ladder.spec` of the ladder that it was trained on.
-        items: Names of the model's items with a lower level, and the levels of each.
-        provenance: How the policy was trained: agent, seed, steps, versions.
+        first_weight: Of the first layer, (H, W).
+        first_bias: Of the first layer, (H,).
+        second_weight: Of the second layer, (H, H).
+        second_bias: Of the second layer, (H,).
+        last_weight: Of the score, (H,).
+        linear_weight: Of the linear path from a row to its score, (W,).
+        vectors: Learned vector of each row, (N, V); V = 0 for a network that serves any N.
+        rows: What its rows are made of, a key of `rap_env.policies.network_rows.ROWS`.
+        without: Names from `rap_env.policies.network_rows.ABLATIONS`.
 
     Raises:
-        ArtifactError: The parts are of models with different items.
+        ArtifactError: The shapes do not fit together, a weight is not finite, or there is no
+            such ablation or kind of rows.
     """
 
-    kind: ClassVar[str] = "exported ladder policy"
-
-    weights: ItemNetworkWeights
-    importance: ItemImportance
-    ladder: dict[str, Any]
-    items: dict[str, list[str]]
-    model: PolicyModel
-    provenance: dict[str, Any] = field(default_factory=dict)
+    first_weight: Floats
+    first_bias: Floats
+    second_weight: Floats
+    second_bias: Floats
+    last_weight: Floats
+    linear_weight: Floats
+    vectors: Floats
+    rows: str
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        width = max(map(len, self.items.values()), default=0) + 1
-        _check_importance(self.importance, (len(self.items), width), self.model.name)
-        if self.weights.block_vectors and len(self.weights.vectors) != len(self.items):
-            raise ArtifactError(
-                f"The policy has vectors for {len(self.weights.vectors)} items, but "
-                f"{self.model.name} has {len(self.items)}; {EXPORT_AGAIN}."
-            )
-
-    @classmethod
-    def made(
-        cls,
-        weights: ItemNetworkWeights,
-        importance: ItemImportance,
-        ladder: Ladder,
-        facts: ModelFacts,
-        provenance: dict[str, Any],
-    ) -> LadderPolicyFile:
-        """The file of a policy for the items of a ladder."""
-        items = {item.name: list(item.levels) for item in ladder.items}
-        return cls(weights, importance, ladder.spec, items, PolicyModel.of(facts), provenance)
-
-    def serves(self, facts: ModelFacts) -> bool:
-        """Whether a model has the items and levels that the policy was exported for."""
-        items = Ladder.of(facts, **self.ladder).items
-        return {item.name: list(item.levels) for item in items} == self.items
-
-    def builder_for(
-        self, memory: MemoryModel, importance: ItemImportance | None = None
-    ) -> ItemObservationBuilder:
-        """What builds the policy's observations of a model.
-
-        Args:
-            memory: The model to serve. A warning is logged if its weights are not those that the
-                policy was exported for.
-            importance: Importance of the levels of its items; None takes the file's.
-
-        Raises:
-            ArtifactError: The policy cannot serve a model with these items, or `importance` is of
-                other items.
-        """
-        own, facts = self.model, memory.facts
-        ladder = Ladder.of(facts, **self.ladder)
-        if self.weights.block_vectors and len(ladder) != len(self.items):
-            raise ArtifactError(
-                f"The policy for {own.name} has vectors for {len(self.items)} items, but "
-                f"{facts.name} has {len(ladder)} items. Train a policy for this model."
-            )
-        if importance is not None:
-            _check_importance(importance, (len(ladder), ladder.width), facts.name)
-        elif not self.serves(facts):
-            raise ArtifactError(
-                f"The policy was exported for {own.name}, whose items have other levels than those "
-                f"of {facts.name} as it is loaded ({facts.weights} weights): {len(self.items)} and "
-                f"{len(ladder)} items. Load the model as it was, give what its items cost (kinds= "
-                "or --kinds, made by `python -m experiments.levels '+kinds={...}'`; or features=), "
-                "or export a policy for it."
-            )
-        elif facts.fingerprint != own.fingerprint:
-            log.warning(
-                "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
-                "importance of the former's items, so its plans may be worse.",
-                own.name, own.dtype, facts.name, facts.dtype,
-            )  # fmt: skip
-        return ItemObservationBuilder(LadderBytes(memory, ladder), importance or self.importance)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as a safetensors file with a checksum, and replace an existing file.
-
-        Raises:
-            StorageFullError: The disk is full; an existing file stays intact.
-        """
-        arrays = {
-            f"{_IMPORTANCE}{entry.name}": np.asarray(
-                getattr(self.importance, entry.name), np.float64
-            )
-            for entry in fields(self.importance)
+        for what, known, names in (
+            ("observes", ROWS, [self.rows]),
+            ("was trained without", ABLATIONS, self.without),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ArtifactError(
+                        f"The policy network {what} {name!r}, which is unknown to this version "
+                        f"(known: {', '.join(known)}); upgrade rap-env."
+                    )
+        hidden, width = self.hidden, self.spec.width(self.vector_width)
+        shapes = {
+            "first_weight": (hidden, width),
+            "first_bias": (hidden,),
+            "second_weight": (hidden, hidden),
+            "second_bias": (hidden,),
+            "last_weight": (hidden,),
+            "linear_weight": (width,),
         }
-        write_policy(
-            path, self.kind, self.weights, arrays, self.model, self.provenance,
-            ladder=self.ladder, items=self.items,
-        )  # fmt: skip
+        for name, array in self.arrays().items():
+            if array.shape != shapes.get(name, array.shape):
+                raise ArtifactError(
+                    f"The policy network's {name} must have the shape {shapes[name]}, not "
+                    f"{array.shape}; its file was written by another version, so export the policy "
+                    "again."
+                )
+            if not np.isfinite(array).all():
+                raise ArtifactError(
+                    f"The policy network's {name} contains NaN or infinity; train it again."
+                )
 
-    @classmethod
-    def of(cls, body: dict[str, Any], arrays: Arrays) -> Self:
-        """The policy from the parts of a file."""
-        return cls(
-            weights_of(ItemNetworkWeights, body, arrays),
-            ItemImportance(**part_of(arrays, _IMPORTANCE)),
-            body["ladder"],
-            body["items"],
-            PolicyModel(**body["model"]),
-            body["provenance"],
-        )
+    @property
+    def spec(self) -> RowSpec:
+        """What its rows are made of."""
+        return ROWS[self.rows]
+
+    @property
+    def hidden(self) -> int:
+        """H, the number of hidden units."""
+        return len(self.first_bias)
+
+    @property
+    def vector_width(self) -> int:
+        """V, the width of a row's vector."""
+        return int(self.vectors.shape[1]) if self.vectors.ndim == 2 else 0
+
+    def arrays(self) -> dict[str, Floats]:
+        """The arrays by name."""
+        names = [entry.name for entry in fields(self)]
+        return {name: vars(self)[name] for name in names if name not in ("rows", "without")}
 
 
-class LadderPolicy(Policy):
-    """A trained item-wise network, which lowers its best item until the request fits.
+class _UpperLayers:
+    """The layers above the first one; the last of the H + 1 columns is the linear path."""
 
-    If no plan fits, it lowers every item as far as possible. Threads may share a policy.
+    def __init__(self, weights: NetworkWeights) -> None:
+        hidden = weights.hidden
+        self._second = np.zeros((hidden + 1, hidden + 1), dtype=np.float32)
+        self._second[:hidden, :hidden] = weights.second_weight.T
+        self._second[hidden, hidden] = 1.0
+        self._second_bias = np.append(weights.second_bias, np.float32(0.0))
+        self._last = np.append(weights.last_weight, np.float32(1.0))
+        # Minus infinity for the linear path, which has no activation.
+        self._floor = np.append(np.zeros(hidden, np.float32), np.float32(-np.inf))
+
+    def scores(self, hidden: Floats) -> Floats:
+        """The scores, (N,), of first-layer sums, (N, H + 1), which are changed."""
+        np.maximum(hidden, self._floor, out=hidden)
+        hidden = hidden @ self._second
+        hidden += self._second_bias
+        np.maximum(hidden, self._floor, out=hidden)
+        return np.asarray(hidden @ self._last)
+
+
+class PolicyNetwork:
+    """Chooses what to lower on one model until a request fits.
+
+    It does not change after construction, so threads may share it.
 
     Args:
-        memory: The model's byte arithmetic.
-        file: The exported policy.
-        importance: Importance of the levels of the model's items; None takes the file's.
-        best_of: Number of plans among which it chooses: the greedy one and samples.
-        score: Scores plans, if `best_of` is above 1; the one with the lowest score is chosen.
-        cached_choices: Requests whose plan is cached.
-
-    Attributes:
-        file: The exported policy.
-        builder: Builds the network's observations.
-        ladder: The items of the model.
-        order: Blocks in the order of their removal, (2L,); None if the ladder does not remove all
-            of them, or the policy was trained without an order over items.
-
-    Raises:
-        InvalidRequestError: `best_of` is no whole number of at least 1, or above 1 without `score`.
-        ArtifactError: The policy cannot serve this model.
+        weights: The trained weights, with a vector for each item of the ladder, or none.
+        encoder: Encodes observations of requests on the model.
     """
 
-    name = "rap"
-    lowers = True
+    def __init__(self, weights: NetworkWeights, encoder: ObservationEncoder) -> None:
+        self.encoder, self.spec = encoder, weights.spec
+        spec, count = self.spec, len(encoder.ladder)
+        num_features, num_prices = len(spec.features), len(spec.priced)
+        compared = num_features + num_prices
+        # The rows of a pass's inputs: features, prices (without a weight), the same standardised,
+        # useful share, validity, levels of neighbours.
+        self.features = slice(0, num_features)
+        self.compared = slice(0, compared)
+        self.prices = slice(num_features, compared)
+        self.deviations = slice(compared, 2 * compared)
+        self.useful, self.valid = 2 * compared, 2 * compared + 1
+        self.near = slice(self.valid + 1, self.valid + 1 + spec.num_neighbours)
+        first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
+        parts = {name: first[c] for name, c in spec.columns(weights.vector_width).items()}
+        self.shown, shown_prices = spec.shown(weights.without)
+        self.see_request = np.float32("request" not in weights.without)
+        self.upper = _UpperLayers(weights)
+        near, own = parts["neighbours"], np.append(weights.first_bias, np.float32(0.0))
+        if spec.of_blocks:  # whether they are kept is 1 minus their level, which is 0 without one
+            near, own = -near, own + near.sum(axis=0)
+        varying = parts["compared"].copy()
+        varying[num_features:] *= shown_prices[:, None]
+        no_prices = np.zeros((num_prices, weights.hidden + 1), dtype=np.float32)
+        self.varying = np.vstack(
+            [parts["features"], no_prices, varying, parts["useful"], parts["valid"], near]
+        )
+        self.request = parts["request"] * self.see_request
+        self.mean_valid = parts["mean_valid"]
+        vectors = weights.vectors if weights.vector_width else np.zeros((count, 0), np.float32)
+        self.own = np.asarray(vectors @ parts["vectors"] + own, dtype=np.float32)
+        rows = encoder.build(Request(1, 1, budget_bytes=1), Plan())[spec.key] * self.shown
+        self.near_numbers = spec.neighbours(rows)
+        places = np.arange(spec.num_neighbours)[:, None] * count + np.arange(count)
+        start = self.near.start * count
+        self.touched = [start + places[item == self.near_numbers.T] for item in range(count)]
+        kinds = np.stack(spec.kinds(rows), axis=1)
+        kinds /= np.maximum(kinds.sum(axis=0), 1)
+        # What one row at its lowest level adds to the terms that all rows share, (N, H + 1).
+        self.level = kinds @ parts["mean_level"]
+        self.lowest = kinds[:, : len(parts["lowest"])] @ parts["lowest"]
+        self.mean_lowest = np.zeros_like(self.level)
+        if spec.of_blocks:
+            lowest = encoder.build(Request(1, 1, budget_bytes=1), encoder.ladder.lowest)[spec.key]
+            self.mean_lowest = (lowest * self.shown) @ parts["mean_lowest"]
+            self.mean_lowest += vectors @ parts["lowered_vectors"]
+        else:
+            self.level += vectors @ parts["lowered_vectors"] / np.float32(count)
 
-    def __init__(
-        self,
-        memory: MemoryModel,
-        file: LadderPolicyFile,
-        importance: ItemImportance | None = None,
-        *,
-        best_of: int = 1,
-        score: ScorePlans | None = None,
-        cached_choices: int = _CACHED_CHOICES,
-    ) -> None:
-        self._best_of = whole_number("best_of", best_of, least=1)
-        if best_of > 1 and score is None:
-            raise InvalidRequestError(f"best_of={best_of} needs a way to score plans; pass score.")
-        self.memory = memory
-        self.file = file
-        self._score = score
-        self.builder = builder = file.builder_for(memory, importance)
-        self.ladder = builder.ladder
-        self.order = _removal_order(self.ladder, builder.importance, memory.facts.num_blocks)
-        self._reached = builder.importance.reached
-        self._network = ItemNetwork(file.weights, builder)
-        self._cached_choice = lru_cache(maxsize=cached_choices)(self._choose)
-
-    def choose(self, request: Request) -> Plan:
-        """Return the levels that the network chooses so that the request fits.
+    def plan(self, request: Request) -> Plan:
+        """The plan that fits the request; the lowest levels if none does.
 
         Raises:
-            InvalidRequestError: The model cannot serve the batch size or the length.
+            InvalidRequestError: The model cannot serve the request.
         """
-        return self._cached_choice(request)
+        costs = self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        budget, dense_peak = request.budget_bytes, costs.dense_peak_bytes
+        if dense_peak <= budget:
+            return Plan()
+        state = _Pass(self, request)
+        levels = state.levels
+        while levels.peak_bytes > budget and state.num_valid:
+            state.lower(state.best_row(bytes_over(levels.peak_bytes, budget, dense_peak)))
+        return levels.plan
 
-    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
-        """Rise in NLL that the order over items predicts for a plan, nats per token.
 
-        It is the sum of what the order's steps added when it was made, whatever the length of
-        sequences; None if the policy has no order, or its ladder does not have the plan's levels.
+class _Pass:
+    """The inputs of the network for one request, updated as rows are lowered.
+
+    Attributes:
+        levels: The current levels and their bytes.
+        num_valid: Number of rows that have a lower level.
+    """
+
+    def __init__(self, network: PolicyNetwork, request: Request) -> None:
+        self._seen = ObservedState(network.encoder, request)
+        self.levels = self._seen.state
+        self._network = network
+        fixed = self._seen.observation["request"].copy()
+        fixed[BYTES_OVER] = 0.0  # comes with each pass
+        self._shared = fixed @ network.request
+        count = len(network.encoder.ladder)
+        self._inputs: Floats = np.zeros((network.near.stop, count), dtype=np.float32)
+        self._flat = self._inputs.reshape(-1)
+        self._closed: Floats = np.zeros(count, dtype=np.float32)
+        self._log_costs: Floats = np.zeros((len(network.spec.priced), count), dtype=np.float32)
+        self._level: Floats = np.zeros(count, dtype=np.float32)
+        self._by_level: Floats = np.zeros_like(self._shared)
+        self._mean_lowest: Floats = np.zeros_like(self._shared)
+        self._num_lowest = 0
+        self.num_valid = count
+        self._copy_all()
+
+    def best_row(self, over: float) -> int:
+        """The row with the highest score.
+
+        Args:
+            over: Bytes over the budget as a share of the native peak.
         """
-        try:
-            positions = self.ladder.positions(plan)
-        except UnknownNameError:
-            return None
-        rise = float(self._reached[np.arange(len(positions)), positions].sum())
-        return rise if self._reached.any() else None
+        network, inputs = self._network, self._inputs
+        seen_over = np.float32(over)
+        useful = inputs[network.useful]
+        divisor = seen_over * network.see_request + np.float32(OVER_FLOOR)
+        np.divide(inputs[network.spec.freed], divisor, out=useful)
+        np.minimum(useful, np.float32(1.0), out=useful)
+        logs = np.log(useful + np.float32(network.spec.useful_floor))
+        np.subtract(self._log_costs, logs, out=inputs[network.prices])
+        mean = _standardise(
+            inputs[network.compared],
+            inputs[network.valid],
+            np.float32(self.num_valid),
+            inputs[network.deviations],
+        )
+        shared = self._shared + seen_over * network.request[BYTES_OVER] + self._by_level
+        if network.spec.of_blocks:
+            shared += mean[network.features] @ network.mean_valid
+            if self._num_lowest:
+                shared += self._mean_lowest / np.float32(self._num_lowest)
+        hidden = inputs.T @ network.varying
+        hidden += network.own
+        hidden += shared
+        scores = network.upper.scores(hidden)
+        scores += self._closed
+        return int(scores.argmax())
 
-    def _choose(self, request: Request) -> Plan:
-        if self._best_of == 1:
-            return self._network.plan(request)
-        plans = list(dict.fromkeys(self._network.sample(request, self._best_of)))
-        if self._score is None or len(plans) == 1:
-            return plans[0]
-        scores = np.nan_to_num(np.asarray(self._score(plans), dtype=np.float64), nan=np.inf)
-        return plans[int(np.argmin(scores))]
+    def lower(self, row: int) -> None:
+        """Lower a row that has a lower level."""
+        changed = self._seen.lower(row)
+        if len(changed) > _FEW:
+            self._copy_all()
+            return
+        network, inputs, observation = self._network, self._inputs, self._seen.observation
+        spec, valid = network.spec, observation["action_mask"]
+        for number in changed:
+            features = observation[spec.key][number] * network.shown
+            inputs[network.features, number] = features
+            before, level = self._level[number], spec.level(features, valid[number])
+            self._level[number] = level
+            self._flat[network.touched[number]] = level
+            self._by_level = self._by_level + (level - before) * network.level[number]
+            if level >= 1 > before:
+                self._by_level = self._by_level + network.lowest[number]
+                self._mean_lowest = self._mean_lowest + network.mean_lowest[number]
+                self._num_lowest += 1
+            if valid[number]:
+                self._log_costs[:, number] = spec.log_costs(features[spec.costs], np.log)
+            elif inputs[network.valid, number]:
+                inputs[network.valid, number] = 0.0
+                self._closed[number] = -np.inf
+                self.num_valid -= 1
+
+    def _copy_all(self) -> None:
+        """Take over the whole observation."""
+        network, inputs, observation = self._network, self._inputs, self._seen.observation
+        spec, valid = network.spec, observation["action_mask"]
+        rows = observation[spec.key] * network.shown
+        inputs[network.features] = rows.T
+        inputs[network.valid] = valid
+        self._level = level = spec.level(rows, valid)
+        inputs[network.near] = np.append(level, np.float32(0.0))[network.near_numbers.T]
+        self._log_costs[:] = spec.log_costs(rows[:, spec.costs].T, np.log)
+        lowest = (level >= 1).astype(np.float32)
+        self._by_level = level @ network.level + lowest @ network.lowest
+        self._mean_lowest = lowest @ network.mean_lowest
+        self._num_lowest = int(lowest.sum())
+        self._closed[valid == 0] = -np.inf
+        self.num_valid = int(valid.sum())
 
 
-def _removal_order(
-    ladder: Ladder, importance: ItemImportance, num_blocks: int
-) -> tuple[int, ...] | None:
-    """The blocks by the place of their removal in the order over items."""
-    places = {
-        2 * item.layer + (item.kind == "ffn"): importance.place[number, len(item.levels) - 1]
-        for number, item in enumerate(ladder.items)
-        if item.layer is not None and item.kind != "cache" and item.levels[-1] == "removed"
-    }
-    if len(places) < num_blocks or not importance.place.any():
-        return None
-    return tuple(sorted(places, key=places.__getitem__))
+def _standardise(values: Floats, counted: Floats, left: np.float32, out: Floats) -> Floats:
+    """Write clipped deviations from the mean over some columns, in units of their spread.
 
+    Args:
+        values: A row for each feature, (F, N).
+        counted: 1 for columns that count, else 0, (N,).
+        left: Number of columns that count.
+        out: Takes the deviations of all columns, (F, N).
 
-def _check_importance(importance: ItemImportance, shape: tuple[int, int], name: str) -> None:
-    for entry in fields(importance):
-        found = np.shape(getattr(importance, entry.name))
-        if found != shape:
-            raise ArtifactError(
-                f"The importance of {name} must have {shape[0]} x {shape[1]} values of "
-                f"{entry.name}, one for each level of an item, but its shape is {found}."
-            )
+    Returns:
+        The means, (F,).
+    """
+    mean = values @ counted
+    mean /= left
+    np.subtract(values, mean[:, None], out=out)
+    spread = np.square(out) @ counted
+    spread /= left
+    np.sqrt(spread, out=spread)
+    spread += np.float32(SPREAD_FLOOR)
+    out /= spread[:, None]
+    np.minimum(out, np.float32(MOST_SPREADS), out=out)
+    np.maximum(out, np.float32(-MOST_SPREADS), out=out)
+    return np.asarray(mean)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from agents.observations import make_builder
+from agents.observations import make_encoder
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.ladder.observation import ItemObservationBuilder
@@ -70,8 +70,8 @@ class LadderContext:
         return self.costs
 
 
-def builder_of(context, spec=SPEC) -> ItemObservationBuilder:
-    builder = make_builder(context, spec)
+def encoder_of(context, spec=SPEC) -> ItemObservationBuilder:
+    builder = make_encoder(context, spec)
     assert isinstance(builder, ItemObservationBuilder)
     return builder
 

@@ -8,7 +8,7 @@ import torch
 
 from agents.algorithms import AgentConfig, make_model
 from agents.imitation import Demonstration, ImitationConfig, Lesson, TeacherStates, imitate
-from agents.observations import make_builder
+from agents.observations import make_encoder
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env, train
@@ -67,7 +67,7 @@ def test_an_mlp_can_imitate_too(context, builder, teacher):
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
-    states = TeacherStates(teacher, builder, gamma=0.5, batch_size=500, seed=0)
+    states = TeacherStates(teacher, builder, gamma=0.5, batch_size=1000, seed=0)
     batch = states.draw()
     seen_masks = set()
     for right, valid, value in zip(batch.right, batch.valid, batch.returns, strict=True):
@@ -78,7 +78,7 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
         assert left
         assert value == pytest.approx(shown.episode_return * 0.5 ** (len(left) - 1))
         seen_masks.add((target, gone))
-    assert len(seen_masks) == sum(2 ** len(mask.removed) - 1 for mask in MASKS)  # every one of them
+    assert len(seen_masks) == sum(2 ** len(blocks) - 1 for blocks in MASKS)  # every one of them
     assert torch.equal(batch.seen["action_mask"] > 0, batch.valid)
 
 
@@ -89,7 +89,7 @@ def test_values_are_in_the_unit_of_the_models_rewards(context, builder, teacher,
     imitate(model, [Lesson(teacher, builder)], config, progress=False)
     rewards = np.array([one.episode_return for one in teacher])
     if normalize:
-        steps = [0.0] * sum(len(mask.removed) - 1 for mask in MASKS)  # only the last one pays
+        steps = [0.0] * sum(len(blocks) - 1 for blocks in MASKS)  # only the last one pays
         unit = np.std([*steps, *rewards])
         normalised = model.get_vec_normalize_env().normalize_reward(rewards)
         assert normalised == pytest.approx(rewards / unit, rel=1e-3)
@@ -150,11 +150,11 @@ def test_lessons_on_two_models_are_both_learned(context, builder, teacher):
         budget = other.memory.peak_bytes(mask, request)
         shown.append(Demonstration(replace(request, budget_bytes=budget), mask))
     model = new_model("maskable_ppo", context)
-    lessons = [Lesson(teacher, builder), Lesson(shown, make_builder(other, None))]
+    lessons = [Lesson(teacher, builder), Lesson(shown, make_encoder(other, None))]
     result = imitate(model, lessons, QUICK, progress=False)
     assert result.agreement > 0.9
     for lesson in lessons:
-        policy = TrainedPolicy(model.policy, lesson.builder)
+        policy = TrainedPolicy(model.policy, lesson.encoder)
         found = [policy.choose(one.request) == one.plan for one in lesson.shown]
         assert np.mean(found) > 0.8
     with pytest.raises(AgentConfigError, match="at least one lesson"):

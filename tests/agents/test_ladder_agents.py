@@ -21,7 +21,7 @@ from rap_env.request import Request
 from tests.agents.ladders import (
     SPEC,
     LadderContext,
-    builder_of,
+    encoder_of,
     feasible,
     make_envs,
     requests_of,
@@ -39,7 +39,7 @@ def context():
 
 @pytest.fixture
 def builder(context):
-    return builder_of(context)
+    return encoder_of(context)
 
 
 def short(name="maskable_ppo", steps=256, **settings):
@@ -212,8 +212,8 @@ def runs(tmp_path_factory):
 
 def test_a_policy_is_loaded_with_its_ladder(runs, context):
     policy = TrainedPolicy.load(runs["blockwise"], context)
-    assert policy._builder.ladder.spec["together"] == SPEC["together"]
-    assert set(policy._builder.ladder.cache_levels) == set(builder_of(context).ladder.cache_levels)
+    assert policy._encoder.ladder.spec["together"] == SPEC["together"]
+    assert set(policy._encoder.ladder.cache_levels) == set(encoder_of(context).ladder.cache_levels)
 
 
 @pytest.mark.parametrize("changed", [{"layers": 5}, {"packed": True}], ids=str)
@@ -237,7 +237,7 @@ def test_policies_of_v0_and_v1_serve_models_of_their_own_environment(runs, tmp_p
     train(short("ppo", 64), make_v0(masks), tmp_path, progress=False)
     policy = TrainedPolicy.load(tmp_path, masks)
     assert not policy.lowers
-    assert policy._builder.space["blocks"].shape[0] == 8
+    assert policy._encoder.space["blocks"].shape[0] == 8
     v1 = TrainedPolicy.load(runs["blockwise"], context)
     assert all(
         one.sample(Request.at_fraction(two.memory, 1, 30, 0.9), 2)

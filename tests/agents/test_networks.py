@@ -1,99 +1,174 @@
+"""Rows of blocks and of items, as the network in torch observes them."""
+
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from agents.networks import BlockRows
-from rap_env.ladder.observation import BLOCK_FEATURES, REQUEST_FEATURES, ObservationBuilder
+from agents.networks import Rows
+from rap_env.ladder.observation import (
+    BLOCK_FEATURES,
+    ITEM_FEATURES,
+    REQUEST_FEATURES,
+    ObservationBuilder,
+)
 from rap_env.plan import Plan
-from tests.agents.synthetic import SyntheticContext, request_at
+from rap_env.policies.network_rows import _NEAR_ITEMS
+from rap_env.request import Request
+from tests.agents.ladders import LadderContext, encoder_of
+from tests.agents.synthetic import SyntheticContext
+
+LOWERED = {"layer00.attn": "removed", "layer01.ffn": "int8", "layer02.cache": "int4",
+           "embeddings": "int8"}  # fmt: skip
 
 
 @pytest.fixture
-def builder(context):
+def blocks(context):
     return ObservationBuilder(context.memory, context.features)
 
 
-def tensors(observation):
-    return {k: torch.as_tensor(v[None], dtype=torch.float32) for k, v in observation.items()}
+@pytest.fixture(scope="module")
+def items():
+    return encoder_of(LadderContext())
 
 
-def observed(context, *removed, shape=(4, 500), fraction=0.6):
-    builder = ObservationBuilder(context.memory, context.features)
-    return tensors(builder.build(request_at(context, *shape, fraction), Plan.removing(*removed)))
+def observed(encoder, levels=None, shape=(8, 2000), fraction=0.5):
+    request = Request.at_fraction(encoder.memory, *shape, fraction)
+    seen = encoder.build(request, Plan.of(levels or {}))
+    return {k: torch.as_tensor(v[None], dtype=torch.float32) for k, v in seen.items()}
+
+
+def without_blocks(encoder, *removed, **request):
+    return observed(encoder, Plan.removing(*removed).levels, **request)
 
 
 def columns_that_change(rows, one, other):
     return set(torch.nonzero((rows(one) - rows(other)).abs().amax(dim=(0, 1))).ravel().tolist())
 
 
-def test_rows_are_finite_when_all_blocks_are_removed_or_identical():
+def test_rows_are_finite_native_and_at_the_lowest_levels(items):
     same = SyntheticContext([0.1] * 12)
-    builder = ObservationBuilder(same.memory, same.features)
-    rows = BlockRows(builder.space)
-    for removed in ((), range(12)):
-        out = rows(observed(same, *removed))
-        assert out.shape == (1, 12, rows.features_dim)
-        assert torch.isfinite(out).all()
+    for encoder in (ObservationBuilder(same.memory, same.features), items):
+        rows = Rows(encoder.space)
+        for levels in ({}, encoder.ladder.lowest.levels):
+            out = rows(observed(encoder, levels))
+            assert out.shape == (1, len(encoder.ladder), rows.features_dim)
+            assert torch.isfinite(out).all()
 
 
-def test_a_block_observes_which_neighbours_are_removed(context, builder):
-    rows = BlockRows(builder.space)
-    near = rows(observed(context, 4, 7))[0]
-    # The columns after the block's own 2 x 7 features, 2 prices, useful share and kept.
-    place = 2 * len(BLOCK_FEATURES) + 2 + 2
-    found = near[:, place : place + 4].tolist()
-    assert found[5] == [1, 0, 1, 0]  # offsets -2, -1, +1, +2: blocks 3, 4, 6, 7
-    assert found[6] == [0, 1, 0, 1]
-    assert found[9] == [0, 1, 1, 1]
-    assert found[0] == found[11] == [1, 1, 1, 1]  # beyond the ends all are kept
+def test_a_block_observes_which_neighbours_are_kept(blocks):
+    rows = Rows(blocks.space)
+    near = rows(without_blocks(blocks, 4, 7))[0][:, rows.columns["neighbours"]].tolist()
+    assert near[5] == [1, 0, 1, 0]  # offsets -2, -1, +1, +2: blocks 3, 4, 6, 7
+    assert near[6] == [0, 1, 0, 1]
+    assert near[9] == [0, 1, 1, 1]
+    assert near[0] == near[11] == [1, 1, 1, 1]  # beyond the ends all are kept
 
 
-def test_global_features_count_removed_blocks_by_kind(context, builder):
-    rows = BlockRows(builder.space)(observed(context, 0, 2, 3))[0]
-    assert torch.equal(rows[:, -2:], torch.tensor([2 / 6, 1 / 6]).expand(12, -1))
+def test_an_item_observes_the_levels_of_its_neighbours(items):
+    rows, numbers = Rows(items.space), items.ladder.numbers
+    near = rows(observed(items, LOWERED))[0][:, rows.columns["neighbours"]]
+    places = {pair: place for place, pair in enumerate(_NEAR_ITEMS)}
+    middle = near[numbers["layer01.attn"]]
+    assert middle[places[-1, "attn"]] == 1  # removed
+    assert middle[places[-1, "cache"]] == 1  # removed with it
+    assert middle[places[0, "ffn"]] == pytest.approx(1 / 3)
+    assert middle[places[1, "cache"]] == pytest.approx(2 / 5)
+    assert not near[numbers["embeddings"]].any()
+    first = near[numbers["layer00.ffn"]]
+    assert not first[[places[-1, kind] for kind in ("attn", "ffn", "cache")]].any()
+
+
+def test_shared_features_are_mean_levels_and_shares_of_lowest_levels(blocks, items):
+    rows = Rows(blocks.space)
+    removed = rows(without_blocks(blocks, 0, 2, 3))[0][:, rows.columns["mean_level"]]
+    assert torch.allclose(removed, torch.tensor([2 / 6, 1 / 6]).expand(12, -1))
+    rows = Rows(items.space)
+    seen = rows(observed(items, LOWERED))[0]
+    mean = torch.tensor([1 / 3, 1 / 9, (1 + 2 / 5) / 3, 1.0]).expand(10, -1)
+    assert torch.allclose(seen[:, rows.columns["mean_level"]], mean)
+    lowest = torch.tensor([1 / 3, 0.0]).expand(10, -1)
+    assert torch.allclose(seen[:, rows.columns["lowest"]], lowest)
+
+
+def test_blocks_have_means_over_kept_and_over_removed_ones(blocks):
+    rows, seen = Rows(blocks.space), without_blocks(blocks, 2, 9)
+    out, kept = rows(seen)[0, 0], [n for n in range(12) if n not in (2, 9)]
+    features = seen["blocks"][0]
+    assert torch.allclose(out[rows.columns["mean_valid"]], features[kept].mean(dim=0))
+    assert torch.allclose(out[rows.columns["mean_lowest"]], features[[2, 9]].mean(dim=0))
+
+
+def test_a_cheaper_step_has_a_lower_price(items):
+    rows = Rows(items.space)
+    price = rows.columns["compared"].start + len(ITEM_FEATURES)
+    before, after = observed(items), observed(items)
+    after["ladder"][0, 3, ITEM_FEATURES.index("one_shot_cost")] *= 0.5
+    assert rows(after)[0, 3, price] < rows(before)[0, 3, price]
 
 
 @pytest.mark.parametrize(
-    ("without", "features"),
-    [("gsi", ["gsi_rank", "gsi_marginal_loss"]), ("one_shot", ["one_shot_loss"])],
+    ("key", "without", "features"),
+    [
+        ("blocks", "gsi", ["gsi_rank", "gsi_marginal_loss"]),
+        ("blocks", "one_shot", ["one_shot_loss"]),
+        ("ladder", "gsi", ["order_place", "order_cost"]),
+        ("ladder", "one_shot", ["one_shot_cost"]),
+    ],
 )
-def test_hidden_importance_does_not_reach_the_rows(context, builder, without, features):
-    one, other = observed(context, 3), observed(context, 3)
+def test_hidden_importance_does_not_reach_the_rows(blocks, items, key, without, features):
+    encoder = {"blocks": blocks, "ladder": items}[key]
+    one, other = observed(encoder), observed(encoder)
     for name in features:
-        other["blocks"][:, :, BLOCK_FEATURES.index(name)] = torch.rand(12)
-    assert columns_that_change(BlockRows(builder.space), one, other)
-    assert not columns_that_change(BlockRows(builder.space, without=[without]), one, other)
+        other[key][:, :, encoder.features.index(name)] = torch.rand(len(encoder.ladder))
+    assert columns_that_change(Rows(encoder.space), one, other)
+    assert not columns_that_change(Rows(encoder.space, without=[without]), one, other)
 
 
-def test_without_request_features_all_requests_have_equal_observations(context, builder):
-    one, other = observed(context, 3), observed(context, 3, shape=(16, 2000), fraction=0.8)
-    assert not torch.equal(one["request"], other["request"])
-    blind = BlockRows(builder.space, without=["request"])
-    assert not columns_that_change(blind, one, other)
-    assert columns_that_change(BlockRows(builder.space), one, other)
+def test_without_request_features_all_requests_have_equal_observations(blocks, items):
+    for encoder, shape in ((blocks, (16, 1000)), (items, (2, 2000))):  # which levels are skipped
+        one = observed(encoder)  # depends on the length, so that it shows in the next costs
+        other = observed(encoder, shape=shape, fraction=0.8)
+        assert not columns_that_change(Rows(encoder.space, without=["request"]), one, other)
+        assert columns_that_change(Rows(encoder.space), one, other)
 
 
-def test_every_column_can_be_hidden_or_is_of_no_request(context, builder):
+def test_every_column_can_be_hidden_or_is_of_no_request(blocks):
     """Together the ablations leave kind, depth and what was removed, and no column is lost."""
-    blind = BlockRows(builder.space, without=["gsi", "one_shot", "request"])
-    whole = BlockRows(builder.space)
+    blind = Rows(blocks.space, without=["gsi", "one_shot", "request"])
+    whole = Rows(blocks.space)
     assert blind.features_dim == whole.features_dim
-    seen = blind(observed(context))[0]
-    features = dict(zip(BLOCK_FEATURES, seen.T, strict=False))
+    features = dict(zip(BLOCK_FEATURES, blind(observed(blocks))[0].T, strict=False))
     shown = {name for name, column in features.items() if column.any()}
     assert shown == {"kind", "depth", "kept"}
     assert len(REQUEST_FEATURES) + 4 * len(BLOCK_FEATURES) + 10 == whole.features_dim
 
 
-def test_block_vectors_are_per_block_and_global_features_include_removed_ones(context, builder):
+def test_another_ladder_of_as_many_items_has_its_own_neighbours(items):
+    """Its observation space is the same, so that the network is not made again."""
+    spec = {"levels": {"weights": ["removed"]}, "together": []}
+    other = encoder_of(LadderContext(layers=5), spec)
+    assert other.space == items.space
+    rows = Rows(items.space)
+    rows(observed(items))
+    near = rows(observed(other, {"layer03.ffn": "removed"}))[0][:, rows.columns["neighbours"]]
+    places = {pair: place for place, pair in enumerate(_NEAR_ITEMS)}
+    for step in (-1, 0, 1):
+        expected = [float(layer + step == 3) for layer in range(5) for _ in ("attn", "ffn")]
+        assert near[:, places[step, "ffn"]].tolist() == expected
+
+
+def test_vectors_are_per_row_and_shared_features_have_those_of_lowered_ones(blocks, items):
     torch.manual_seed(0)
-    rows = BlockRows(builder.space, block_vectors=3)
-    found = rows(observed(context, 2, 9))[0]
-    place = 2 * len(BLOCK_FEATURES) + 2 + 2 + 4
-    assert torch.equal(found[:, place : place + 3], rows.vectors)
-    assert torch.allclose(found[0, -3:], rows.vectors[[2, 9]].mean(dim=0))
-    assert not np.array_equal(*rows.vectors.detach().numpy()[:2])
-    assert [name for name, _ in rows.named_parameters()] == ["vectors"]
-    assert not BlockRows(builder.space).state_dict()
+    for encoder, levels, mean in (
+        (blocks, Plan.removing(2, 9).levels, lambda vectors: vectors[[2, 9]].mean(dim=0)),
+        (items, {"embeddings": "int8"}, lambda vectors: vectors[9] / 10),
+    ):
+        rows = Rows(encoder.space, block_vectors=3)
+        out = rows(observed(encoder, levels))[0]
+        assert torch.equal(out[:, rows.columns["vectors"]], rows.vectors)
+        lowered = out[:, rows.columns["lowered_vectors"]]
+        assert torch.allclose(lowered, mean(rows.vectors).expand(len(out), -1))
+        assert not torch.equal(*rows.vectors[:2])
+        assert [name for name, _ in rows.named_parameters()] == ["vectors"]
+        assert not Rows(encoder.space).state_dict()

@@ -64,6 +64,10 @@ def test_it_removes_the_block_with_the_highest_network_score(context, name):
     assert trained.choose(request) == mask
 
 
+def size(mask):
+    return len(mask.removed)
+
+
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_without_the_request_it_is_one_static_order(context, name):
     torch.manual_seed(0)
@@ -73,10 +77,10 @@ def test_without_the_request_it_is_one_static_order(context, name):
         for shape in [(1, 10), (16, 2000), (4, 500)]
         for f in (0.4, 0.55, 0.7, 0.85)
     ]
-    masks = sorted((blind.choose(request) for request in requests), key=len)
+    masks = sorted((blind.choose(request) for request in requests), key=size)
     assert len({len(mask.removed) for mask in masks}) > 4
     assert all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
-    masks = sorted((seeing.choose(request) for request in requests), key=len)
+    masks = sorted((seeing.choose(request) for request in requests), key=size)
     assert not all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
 
 
@@ -100,7 +104,9 @@ def test_best_of_takes_the_mask_with_the_lowest_score(context, monkeypatch, name
     assert 3 < len(masks) == len(set(masks)) <= 16
     assert all(fits(context, mask, request) for mask in masks)
     for mask in masks:  # no sample goes on once it fits
-        assert any(not fits(context, Plan(mask.removed - {block}), request) for block in mask)
+        assert any(
+            not fits(context, Plan(mask.removed - {block}), request) for block in mask.removed
+        )
     assert context.scorer.loss(chosen) == min(context.scorer.loss(mask) for mask in masks)
     assert trained.choose(request) == chosen
     assert trained.evaluations == 0
@@ -118,7 +124,7 @@ def test_samples_follow_the_probabilities_of_the_network(context):
     with torch.no_grad():
         expected = trained._policy.get_distribution(tensors).distribution.probs[0].numpy()
     masks = trained.sample(request, 4001)[1:]
-    counts = np.bincount([next(iter(mask)) for mask in masks], minlength=12)
+    counts = np.bincount([next(iter(mask.removed)) for mask in masks], minlength=12)
     assert 0.1 < expected.max() < 0.9
     assert counts / 4000 == pytest.approx(expected, abs=0.035)  # 4 deviations
 
@@ -158,12 +164,12 @@ def test_best_of_needs_a_scorer(context, best_of, text):
 def test_stops_at_the_first_mask_that_fits(context):
     trained = untrained("ppo", context)
     assert not trained.choose(request_at(context, 1, 10, 1.0))
-    assert len(trained.choose(request_at(context, 1, 10, 0.999))) == 1
+    assert size(trained.choose(request_at(context, 1, 10, 0.999))) == 1
 
 
 def test_impossible_requests_are_rejected(context):
     trained = untrained("dqn", context)
-    with pytest.raises(InfeasibleBudgetError, match="with every block removed"):
+    with pytest.raises(InfeasibleBudgetError, match="the lowest ones need"):
         trained.choose(Request(1, 10, 100))
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         trained.choose(Request(1, 5000, 10**9))
@@ -225,5 +231,5 @@ def test_the_bytes_of_stubs_count(repaired_context, name):
         request = request_at(repaired_context, 8, 64, fraction)
         mask = trained.choose(request)
         parts = memory.breakdown(mask, request)
-        assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in mask) > 0
+        assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in mask.removed) > 0
         assert parts.peak <= request.budget_bytes

@@ -17,7 +17,7 @@ def test_the_decisions_of_a_policy_are_timed(tmp_path):
     tiny_model("llama_tied", layers=4).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     model = MemoryModel(load_llm(folder, weights="native").facts)
-    made_ladder.policy_file(model, item_vectors=3).save(tmp_path / "policy.safetensors")
+    made_ladder.policy_file(model, vectors=3).save(tmp_path / "policy.safetensors")
     settings = DecideSettings(
         repeats=2, threads=1, results_dir=str(tmp_path), model=str(folder), weights="native",
         policy=str(tmp_path / "policy.safetensors"), requests=["1x8", "2x16"],

@@ -26,7 +26,7 @@ from experiments.train import train
 from rap_env.errors import ArtifactError
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
-from rap_env.policies.packaged_networks import NetworkPolicy
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
 from tests.experiments.test_config import run_program
@@ -81,7 +81,7 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     for request in asked(context.memory):
         assert exported.choose(request) == trained.choose(request)
     assert exported.order == context.gsi.full_order
-    assert exported.file.model.fingerprint == context.memory.facts.fingerprint
+    assert exported.file.model["fingerprint"] == context.memory.facts.fingerprint
 
 
 def test_the_frontier_takes_in_the_masks_of_the_store(config, run):

@@ -22,7 +22,7 @@ TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)
 SHAPES = [(2, 2000, 0.5), (1, 64, 0.8), (2, 2000, 0.3), (8, 300, 0.4)]
 
 
-def builder_of(together=(), layers=3) -> ItemObservationBuilder:
+def encoder_of(together=(), layers=3) -> ItemObservationBuilder:
     made = facts(layers=layers)
     ladder = Ladder.of(made, together=together)
     rng = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def requests_of(builder) -> list[Request]:
 
 @pytest.mark.parametrize("together", TOGETHERS, ids=str)
 def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
-    builder = builder_of(together)
+    builder = encoder_of(together)
     requests = requests_of(builder)
     observer, rng = PlanObserver(builder, requests), np.random.default_rng(1)
     which = rng.integers(len(requests), size=12)
@@ -71,7 +71,7 @@ def target_of(builder, levels) -> np.ndarray:
 
 @pytest.mark.parametrize("together", TOGETHERS[:3], ids=str)
 def test_right_actions_lead_to_the_target_and_nowhere_else(together):
-    builder = builder_of(together)
+    builder = encoder_of(together)
     observer, rng = PlanObserver(builder, requests_of(builder)), np.random.default_rng(0)
     levels = {"layer00.attn": "removed", "layer01.ffn": "int4", "embeddings": "int8",
               "layer01.cache": "int4", "layer02.cache": "int4"}  # fmt: skip
@@ -90,7 +90,7 @@ def test_right_actions_lead_to_the_target_and_nowhere_else(together):
 
 
 def test_levels_that_caches_take_together_are_right_if_one_cache_needs_them():
-    builder = builder_of(("int8", "int4"))
+    builder = encoder_of(("int8", "int4"))
     observer = PlanObserver(builder, requests_of(builder))
     target = target_of(builder, {"layer01.cache": "int4", "layer00.attn": "removed"})[None]
     which, state = np.zeros(1, dtype=np.int64), observer.start(1)
@@ -101,7 +101,7 @@ def test_levels_that_caches_take_together_are_right_if_one_cache_needs_them():
 
 
 def test_a_level_that_the_request_skips_is_not_on_the_way():
-    builder = builder_of()
+    builder = encoder_of()
     observer = PlanObserver(builder, requests_of(builder))
     target = target_of(builder, {"layer01.cache": "int4-window128"})[None]
     steps = [observer.distance(np.array([index]), target)[0] for index in range(len(SHAPES))]
@@ -110,7 +110,7 @@ def test_a_level_that_the_request_skips_is_not_on_the_way():
 
 @pytest.mark.parametrize("together", TOGETHERS, ids=str)
 def test_walks_end_between_the_native_plan_and_the_target(together):
-    builder = builder_of(together)
+    builder = encoder_of(together)
     observer, rng = PlanObserver(builder, requests_of(builder)), np.random.default_rng(0)
     which = np.zeros(400, dtype=np.int64)
     levels = {"layer00.attn": "removed", "layer01.ffn": "removed", "layer02.cache": "int4"}

@@ -1,15 +1,17 @@
-"""Random policies for a model whose costs are known by formula: no training, no torch."""
+"""Random policies over blocks for a model with known costs: no training, no torch."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from rap_env.block_rows import row_width
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.policies.block_network import NetworkWeights
-from rap_env.policies.policy_file import PolicyFile, PolicyModel, order_of
+from rap_env.policies.network import NetworkWeights
+from rap_env.policies.network_policy import PolicyFile
+from rap_env.policies.network_rows import ROWS
+
+PROVENANCE = {"agent": "maskable_ppo", "seed": 0, "steps": 64}
 
 
 def facts(layers=6, fingerprint="a" * 64, name="made"):
@@ -41,9 +43,15 @@ def features(layers=6, seed=0):
     return ImportanceFeatures(rise, rank, rng.lognormal(-2, 0.8, 2 * layers))
 
 
-def weights(layers=6, hidden=8, block_vectors=0, without=(), seed=0):
+def encoder(model=None) -> ObservationBuilder:
+    model = model or memory()
+    return ObservationBuilder(model, features(model.facts.num_layers))
+
+
+def drawn_weights(rows, count, vectors=0, without=(), hidden=8, seed=0) -> NetworkWeights:
+    """Random weights for rows of blocks or items."""
     rng = np.random.default_rng(seed)
-    width = row_width(block_vectors)
+    width = ROWS[rows].width(vectors)
 
     def drawn(*shape):
         return rng.normal(0, 0.5, shape).astype(np.float32)
@@ -55,18 +63,14 @@ def weights(layers=6, hidden=8, block_vectors=0, without=(), seed=0):
         second_bias=drawn(hidden),
         last_weight=drawn(hidden),
         linear_weight=drawn(width),
-        vectors=drawn(2 * layers, block_vectors) if block_vectors else drawn(0, 0),
+        vectors=drawn(count, vectors) if vectors else drawn(0, 0),
+        rows=rows,
         without=without,
     )
 
 
-def policy_file(layers=6, block_vectors=0, without=(), **changed):
+def policy_file(layers=6, model=None, *, vectors=0, without=(), **changed) -> PolicyFile:
     """An exported policy with random weights."""
-    seen = features(layers)
-    return PolicyFile(
-        weights(layers, block_vectors=block_vectors, without=without),
-        seen,
-        order_of(seen),
-        PolicyModel.of(facts(layers, **changed)),
-        {"agent": "maskable_ppo", "seed": 0, "steps": 64},
-    )
+    made = encoder(model or memory(layers, **changed))
+    weights = drawn_weights("blocks", len(made.ladder), vectors, without)
+    return PolicyFile.made(weights, made, PROVENANCE)

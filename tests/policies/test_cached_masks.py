@@ -8,10 +8,9 @@ import pytest
 
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
-from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.cached_masks import LoweredCacheMemory, MasksOnLoweredCaches
+from rap_env.policies.cached_masks import MasksOnLoweredCaches
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 
@@ -38,12 +37,12 @@ def uniform(memory, level: str) -> Plan:
 @pytest.mark.parametrize("level", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_policy_sees_the_bytes_of_plans_with_lowered_caches(memory, shape, level):
-    lowered = LoweredCacheMemory(memory.facts, CacheLevel.of(level))
-    request = Request(*shape, budget_bytes=1)
+    masks, request = Ladder.of(memory.facts, "masks"), Request(*shape, budget_bytes=1)
+    costs = LadderBytes(memory, masks, uniform(memory, level)).costs(*shape)
     for mask in (Plan(), Plan.removing(0, 3, 5), Plan.removing(*range(1, 60, 2))):
         plan = uniform(memory, level).without(*mask.removed)
-        assert lowered.peak_bytes(mask, request) == memory.peak_bytes(plan, request)
-    assert lowered.dense_peak_bytes(*shape) == memory.peak_bytes(uniform(memory, level), request)
+        state = costs.state(masks.positions(mask))
+        assert state.peak_bytes == memory.peak_bytes(plan, request)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,13 +10,11 @@ import pytest
 from rap_env.artifacts import load_artifact
 from rap_env.memory import MemoryModel
 from rap_env.policies.loading import load_policy
-from rap_env.policies.network import LadderPolicy, LadderPolicyFile
+from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
 from rap_env.policies.packaged_files import DEFAULT_MODEL, PACKAGED, default_facts
-from rap_env.policies.packaged_networks import NetworkPolicy
-from rap_env.policies.policy_file import PolicyFile, read_policy
 from rap_env.request import Request
 
-POLICY = PACKAGED / f"{DEFAULT_MODEL}.safetensors"
+POLICY = PACKAGED / f"{DEFAULT_MODEL}.blocks.safetensors"
 COSTS = PACKAGED / f"{DEFAULT_MODEL}.levels.json"
 TABLE = PACKAGED / f"{DEFAULT_MODEL}.frontier.json"
 
@@ -29,7 +27,7 @@ def memory():
     made, policy = facts(30), PolicyFile.load(POLICY)
     return MemoryModel(
         replace(
-            made, name=DEFAULT_MODEL, fingerprint=policy.model.fingerprint,
+            made, name=DEFAULT_MODEL, fingerprint=policy.model["fingerprint"],
             block_param_bytes=(1_770_624, 5_309_568) * 30, base_bytes=56_624_256,
             kv_bytes_per_token=(768,) * 30, hidden_size=576, ffn_width=1536, vocab_size=49_152,
             max_positions=8192,
@@ -42,14 +40,14 @@ def test_the_files_are_small_and_hold_no_local_paths():
     assert '"/' not in json.dumps(load_artifact(TABLE, "plan table", 1)), "an absolute path"
     for path in PACKAGED.glob("*.safetensors"):
         assert path.stat().st_size < 300_000
-        provenance = read_policy(path, PolicyFile, LadderPolicyFile).provenance
+        provenance = PolicyFile.load(path).provenance
         assert '"/' not in json.dumps(provenance), "an absolute path"
 
 
 def test_policies_over_levels_meet_tight_budgets_with_few_removals(levelled, caplog):
     for path in PACKAGED.glob("*.ladder.safetensors"):
         policy = load_policy(path, levelled)
-        assert isinstance(policy, LadderPolicy)
+        assert isinstance(policy, NetworkPolicy)
         assert sorted(policy.order) == list(range(60))
         for shape in ((1, 128), (4, 512), (8, 2048)):
             removed = []
@@ -140,7 +138,7 @@ def test_the_policy_file_holds_the_order_of_its_model(memory):
     policy = load_policy("rap-v0", memory)
     assert isinstance(policy, NetworkPolicy)
     assert sorted(policy.order) == list(range(60))
-    assert policy.file.model.num_blocks == 60
+    assert policy.file.num_blocks == 60
 
 
 @pytest.mark.network

@@ -12,9 +12,9 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.serving import ReplayConfig
 from rap_env.importance.plan_table import PlanTable
+from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
-from rap_env.policies.policy_file import PolicyFile, PolicyModel
 from tests.policies import made_policies
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -32,11 +32,7 @@ def write_model(base: Path) -> None:
     lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
     (base / "trace.csv").write_text(HEAD + "\n".join(lines) + "\n")
     llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
-    seen = made_policies.features(LAYERS)
-    policy = PolicyFile(
-        made_policies.weights(LAYERS), seen, made_policies.order_of(seen), PolicyModel.of(llm.facts)
-    )
-    policy.save(base / "policy.safetensors")
+    made_policies.policy_file(model=MemoryModel(llm)).save(base / "policy.safetensors")
     rng = np.random.default_rng(1)
     masks = [Plan.removing(*rng.permutation(2 * LAYERS)[:k].tolist())
              for k in range(2 * LAYERS + 1) for _ in range(4)]  # fmt: skip

@@ -22,7 +22,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, make_method
-from rap_env.policies.network import LadderPolicy
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -227,7 +227,7 @@ def test_a_policy_over_levels_is_guarded_by_its_own_order(loaded, tmp_path):
     config, workload = replace(config, replay=changed), make_workload(config, llm)
     factory = SystemFactory(config, llm, workload, Budget((0,), (10**9,)))
     system = factory.make("rap", FakeRun())
-    assert isinstance(system.policy, LadderPolicy)
+    assert isinstance(system.policy, NetworkPolicy)
     assert system.guard_order == system.policy.order
     with pytest.raises(ExperimentError, match="holds no GSI order"):
         factory.make("static_gsi", FakeRun())

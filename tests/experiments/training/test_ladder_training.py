@@ -48,7 +48,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
-from rap_env.policies.network import LadderPolicy
+from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -138,7 +138,7 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
     context = build_context(config)
     exported = load_policy(path, context.memory)
-    assert isinstance(exported, LadderPolicy)
+    assert isinstance(exported, NetworkPolicy)
     trained = TrainedPolicy.load(run, context)
     for request in draw_requests(config, context, 12, 9):
         assert exported.choose(request) == trained.choose(request)

@@ -1,0 +1,378 @@
+"""A trained policy: its file, and its choices for live requests.
+
+The file is a safetensors file with all that is needed to choose plans for a live model, so reading
+it executes no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from rap_env.artifacts import atomic_write, canonical_json, digest
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.observation import (
+    ImportanceFeatures,
+    ItemImportance,
+    ItemObservationBuilder,
+    ObservationBuilder,
+    ObservationEncoder,
+)
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.network import NetworkWeights, PolicyNetwork
+from rap_env.policies.packaged_files import packaged_file
+from rap_env.policies.registry import packaged, reads
+from rap_env.request import Request
+
+log = logging.getLogger(__name__)
+
+KIND = "exported policy"
+"""The kind of a policy's file."""
+
+PACKAGED_POLICIES = {"rap": "ladder", "rap-recall": "recall", "rap-v0": "blocks"}
+"""The trained policies in the package, and the names of their files."""
+
+_FORMAT = 2
+_HEADER = "rap_policy"
+_AGAIN = (
+    "use a packaged policy, or export the policy again (in a checkout of the repository: "
+    "`python -m experiments.export_policy`)"
+)
+_NETWORK, _IMPORTANCE = "network.", "importance."
+_CACHED_CHOICES = 1024
+
+Arrays = dict[str, npt.NDArray[Any]]
+Importance = ImportanceFeatures | ItemImportance
+_IMPORTANCES: dict[str, type[Importance]] = {"blocks": ImportanceFeatures, "ladder": ItemImportance}
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyFile:
+    """A trained policy, with the importance that it observes of the model it was exported for.
+
+    Attributes:
+        weights: Weights and settings of the network.
+        importance: Importance of the model's blocks, or of the levels of its items.
+        ladder: `Ladder.spec` of the ladder that it was trained on.
+        items: Names of the model's items with a lower level, and the levels of each.
+        model: The model that it was exported for: its name, fingerprint and dtype.
+        provenance: How the policy was trained: agent, seed, steps, versions.
+
+    Raises:
+        ArtifactError: The parts are of models with different items.
+    """
+
+    weights: NetworkWeights
+    importance: Importance
+    ladder: dict[str, Any]
+    items: dict[str, list[str]]
+    model: dict[str, str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.importance, _IMPORTANCES[self.weights.rows]):
+            raise ArtifactError(
+                f"A policy that observes {self.weights.rows} cannot have the importance of a "
+                f"{type(self.importance).__name__}; {_AGAIN}."
+            )
+        width = max(map(len, self.items.values()), default=0) + 1
+        _check_importance(self.importance, len(self.items), width, self.model["name"])
+        if self.weights.vector_width and len(self.weights.vectors) != len(self.items):
+            raise ArtifactError(
+                f"The policy has vectors for {len(self.weights.vectors)} items, but "
+                f"{self.model['name']} has {len(self.items)}; {_AGAIN}."
+            )
+
+    @classmethod
+    def made(
+        cls, weights: NetworkWeights, encoder: ObservationEncoder, provenance: dict[str, Any]
+    ) -> PolicyFile:
+        """The file of a policy for the model and the importance that an encoder observes."""
+        facts, ladder = encoder.memory.facts, encoder.ladder
+        model = {"name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype}
+        return cls(weights, encoder.importance, ladder.spec, _levels(ladder), model, provenance)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model that it was exported for, by its items."""
+        return sum(name.endswith((".attn", ".ffn")) for name in self.items)
+
+    def serves(self, facts: ModelFacts) -> bool:
+        """Whether a model has the items and levels that the policy was exported for."""
+        return _levels(Ladder.of(facts, **self.ladder)) == self.items
+
+    def encoder_for(
+        self, memory: MemoryModel, importance: Importance | None = None, base: Plan = Plan()
+    ) -> ObservationEncoder:
+        """What encodes the policy's observations of a model.
+
+        Args:
+            memory: The model to serve. A warning is logged if its weights are not those that the
+                policy was exported for.
+            importance: Importance of its blocks, or of the levels of its items; None takes the
+                file's.
+            base: Levels of caches that the policy does not choose, see `LadderBytes`.
+
+        Raises:
+            ArtifactError: The policy cannot serve a model with these items, or `importance` is of
+                other items.
+        """
+        own, facts = self.model, memory.facts
+        ladder = Ladder.of(facts, **self.ladder)
+        if self.weights.vector_width and len(ladder) != len(self.items):
+            raise ArtifactError(
+                f"The policy for {own['name']} has vectors for {len(self.items)} items, but "
+                f"{facts.name} has {len(ladder)} items. Train a policy for this model, or one with "
+                "policy_settings.block_vectors=0, which serves both."
+            )
+        if importance is not None:
+            _check_importance(importance, len(ladder), ladder.width, facts.name)
+        elif not self.serves(facts):
+            raise ArtifactError(
+                f"The policy was exported for {own['name']}, whose items have other levels than "
+                f"those of {facts.name} as it is loaded ({facts.weights} weights): "
+                f"{len(self.items)} and {len(ladder)} items. Load the model as it was, or export a "
+                "policy for it."
+            )
+        elif facts.fingerprint != own["fingerprint"]:
+            log.warning(
+                "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
+                "importance of the former's items, so its plans may be worse.",
+                own["name"], own["dtype"], facts.name, facts.dtype,
+            )  # fmt: skip
+        importance = importance or self.importance
+        if isinstance(importance, ImportanceFeatures):
+            return ObservationBuilder(memory, importance, base)
+        return ItemObservationBuilder(LadderBytes(memory, ladder, base), importance)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as a safetensors file with a checksum, and replace an existing file.
+
+        Raises:
+            StorageFullError: The disk is full; an existing file stays intact.
+        """
+        importance = {n: np.asarray(a, np.float64) for n, a in vars(self.importance).items()}
+        arrays: Arrays = {f"{_NETWORK}{n}": array for n, array in self.weights.arrays().items()}
+        arrays |= {f"{_IMPORTANCE}{name}": array for name, array in importance.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        body = {
+            "rows": self.weights.rows,
+            "features": list(self.weights.spec.features),
+            "without": list(self.weights.without),
+            "ladder": self.ladder,
+            "items": self.items,
+            "model": self.model,
+            "provenance": self.provenance,
+            "arrays_sha256": _arrays_hash(arrays),
+        }
+        header = {"kind": KIND, "format": _FORMAT, "sha256": digest(body), "body": body}
+        with atomic_write(path) as file:
+            file.write(safetensors.numpy.save(arrays, {_HEADER: canonical_json(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PolicyFile:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: The file is truncated, altered, or of another format.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ArtifactError(f"There is no exported policy at {path}; {_AGAIN}.")
+        text, arrays = _read(path)
+        altered = ArtifactError(f"{path} was altered after it was written; {_AGAIN}.")
+        try:
+            header = json.loads(text)
+            if (header["kind"], header["format"]) != (KIND, _FORMAT):
+                raise ArtifactError(
+                    f"{path} has kind {header['kind']!r} and format {header['format']!r}, but this "
+                    f"version reads {KIND!r} of format {_FORMAT}; use the version that wrote it, "
+                    f"or {_AGAIN}."
+                )
+            body = header["body"]
+            hashes = digest(body), _arrays_hash(arrays)
+            if hashes != (header["sha256"], body["arrays_sha256"]):
+                raise altered
+            weights = NetworkWeights(
+                **_part(arrays, _NETWORK), rows=body["rows"], without=tuple(body["without"])
+            )
+            if body["features"] != list(weights.spec.features):
+                raise ArtifactError(
+                    f"{path} observes {body['features']}, but this version observes "
+                    f"{list(weights.spec.features)}; {_AGAIN}."
+                )
+            importance = _IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
+            names = ("ladder", "items", "model", "provenance")
+            return cls(weights, importance, *(body[name] for name in names))
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+            raise altered from None
+
+
+def _levels(ladder: Ladder) -> dict[str, list[str]]:
+    return {item.name: list(item.levels) for item in ladder.items}
+
+
+def _read(path: Path) -> tuple[str, Arrays]:
+    """Read the JSON header and the arrays of a file with any content."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            names = list(file.keys()) if text is not None else []
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError):
+        raise ArtifactError(f"{path} is truncated or not an exported policy; {_AGAIN}.") from None
+    if text is None:
+        raise ArtifactError(f"{path} holds tensors, but no exported policy; {_AGAIN}.")
+    return text, arrays
+
+
+def _part(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+
+
+def _arrays_hash(arrays: Arrays) -> str:
+    """SHA-256 of all arrays with their names, dtypes and shapes, in hex."""
+    total = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        total.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
+
+
+def _check_importance(importance: Importance, items: int, width: int, name: str) -> None:
+    shape = (items,) if isinstance(importance, ImportanceFeatures) else (items, width)
+    for key, array in vars(importance).items():
+        if np.shape(array) != shape:
+            raise ArtifactError(
+                f"The importance of {name} must have the shape {shape} for {key}, with a row for "
+                f"each of its {items} items, not {np.shape(array)}."
+            )
+
+
+class NetworkPolicy(Policy):
+    """A trained network, which lowers its best item until the request fits.
+
+    If no plan fits, it lowers every item as far as possible. Threads may share a policy.
+
+    Args:
+        memory: The model's byte arithmetic.
+        file: The exported policy.
+        importance: Importance of the model's blocks, or of the levels of its items; None takes the
+            file's.
+        name: The policy's name.
+        base: Levels of caches that it does not choose.
+
+    Attributes:
+        file: The exported policy.
+        encoder: Encodes the network's observations.
+        ladder: The items of the model.
+        order: Blocks in the order of their removal, (2L,); None if the ladder does not remove all
+            of them, or the policy was trained without an order.
+
+    Raises:
+        ArtifactError: The policy cannot serve this model.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryModel,
+        file: PolicyFile,
+        importance: Importance | None = None,
+        name: str | None = None,
+        base: Plan = Plan(),
+    ) -> None:
+        self.memory = memory
+        self.file = file
+        self.encoder = encoder = file.encoder_for(memory, importance, base)
+        self.ladder = encoder.ladder
+        self.lowers = isinstance(encoder, ItemObservationBuilder)
+        self.name = name or ("rap" if self.lowers else "rap-v0")
+        self.order = _removal_order(self.ladder, encoder.importance, memory.facts.num_blocks)
+        self._network = PolicyNetwork(file.weights, encoder)
+        self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._network.plan)
+
+    def choose(self, request: Request) -> Plan:
+        """Return the levels that the network chooses so that the request fits.
+
+        Raises:
+            InvalidRequestError: The model cannot serve the batch size or the length.
+        """
+        return self._cached_choice(request)
+
+    def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
+        """Rise in NLL that the order over items predicts for a plan, nats per token.
+
+        It is the sum of what the order's steps added when it was made, whatever the length of
+        sequences; None if the policy has no such order, or its ladder does not have the plan's
+        levels.
+        """
+        importance = self.encoder.importance
+        if isinstance(importance, ImportanceFeatures) or not importance.reached.any():
+            return None
+        try:
+            positions = self.ladder.positions(plan)
+        except UnknownNameError:
+            return None
+        return float(importance.reached[np.arange(len(positions)), positions].sum())
+
+
+def _removal_order(
+    ladder: Ladder, importance: Importance, num_blocks: int
+) -> tuple[int, ...] | None:
+    """The blocks by the place of their removal in the order; None without one."""
+    if isinstance(importance, ImportanceFeatures):
+        ranks = importance.gsi_rank
+        known = bool(np.ptp(ranks))  # all ranks are equal without GSI
+        return tuple(np.argsort(ranks, kind="stable").tolist()) if known else None
+    places = {
+        2 * item.layer + (item.kind == "ffn"): importance.place[number, len(item.levels) - 1]
+        for number, item in enumerate(ladder.items)
+        if item.layer is not None and item.kind != "cache" and item.levels[-1] == "removed"
+    }
+    if len(places) < num_blocks or not importance.place.any():
+        return None
+    return tuple(sorted(places, key=places.__getitem__))
+
+
+@reads(KIND)
+def _read_policy(path: Path, memory: MemoryModel) -> Policy:
+    return NetworkPolicy(memory, PolicyFile.load(path))
+
+
+def _packaged_policy(name: str, memory: MemoryModel) -> Policy:
+    file = packaged_network(name)
+    if file.weights.rows == "ladder" and not file.serves(memory.facts):
+        own, facts = file.model["name"], memory.facts
+        raise ArtifactError(
+            f'The packaged policy "{name}" is of {own} with native weights, but {facts.name} '
+            f"is loaded with {facts.weights} weights, so its items have other levels. Load "
+            f'{own} with weights="native", or use the packaged policy "rap-v0", which removes '
+            "blocks only."
+        )
+    return NetworkPolicy(memory, file, name=name)
+
+
+def packaged_network(name: str) -> PolicyFile:
+    """The file of a trained policy in the package, by its name."""
+    return PolicyFile.load(packaged_file(f"{PACKAGED_POLICIES[name]}.safetensors"))
+
+
+for _name in PACKAGED_POLICIES:
+    packaged(_name)(partial(_packaged_policy, _name))

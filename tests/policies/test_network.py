@@ -1,0 +1,160 @@
+"""The network in NumPy; `tests/agents/test_export.py` compares it with the trained one."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rap_env.errors import ArtifactError, InvalidRequestError
+from rap_env.ladder.observation import ObservationBuilder
+from rap_env.plan import Plan
+from rap_env.policies.network import PolicyNetwork
+from rap_env.policies.network_rows import _NEAR_ITEMS, BLOCK_ROWS, ITEM_ROWS, ROWS
+from rap_env.request import Request
+from tests.policies import made_ladder, made_policies
+from tests.policies.made_policies import drawn_weights, features, memory
+from tests.policies.test_policies import frontier
+
+MADE = {"blocks": made_policies, "ladder": made_ladder}
+SHAPES = [(1, 10), (16, 2000), (4, 500)]
+
+
+def network(rows, **settings):
+    encoder = MADE[rows].encoder()
+    return PolicyNetwork(drawn_weights(rows, len(encoder.ladder), **settings), encoder)
+
+
+def requests(model, fractions=(0.3, 0.5, 0.7, 0.9, 0.99)):
+    return [Request.at_fraction(model, *shape, f) for shape in SHAPES for f in fractions]
+
+
+@pytest.mark.parametrize("vectors", [0, 3])
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_parts_of_a_row_are_contiguous_and_fill_it(rows, vectors):
+    spec = ROWS[rows]
+    parts = list(spec.columns(vectors).values())
+    assert parts[0].start == 0
+    assert all(one.stop == other.start for one, other in itertools.pairwise(parts))
+    assert parts[-1].stop == spec.width(vectors) == spec.width() + 2 * vectors
+
+
+def test_neighbours_are_the_items_of_the_same_and_of_adjacent_layers():
+    encoder = made_ladder.encoder()
+    rows = encoder.build(Request(1, 1, 1), Plan())["ladder"]
+    names = {(item.layer, item.kind): number for number, item in enumerate(encoder.ladder.items)}
+    for item, near in zip(encoder.ladder.items, ITEM_ROWS.neighbours(rows), strict=True):
+        expected = [
+            -1 if item.layer is None else names.get((item.layer + step, kind), -1)
+            for step, kind in _NEAR_ITEMS
+        ]
+        assert near.tolist() == expected
+    assert BLOCK_ROWS.neighbours(np.zeros((4, 7), np.float32)).tolist() == [
+        [-1, -1, 1, 2], [-1, 0, 2, 3], [0, 1, 3, -1], [1, 2, -1, -1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("vectors", [0, 3])
+@pytest.mark.parametrize("rows", ROWS)
+def test_it_stops_at_the_first_plan_that_fits(rows, vectors):
+    made = network(rows, vectors=vectors)
+    model, plans = made.encoder.memory, set()
+    for request in requests(model):
+        plan = made.plan(request)
+        costs = made.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        if costs.least_peak_bytes <= request.budget_bytes:
+            assert model.peak_bytes(plan, request) <= request.budget_bytes
+            plans.add(plan)
+        else:
+            assert model.peak_bytes(plan, request) == costs.least_peak_bytes
+    assert len(plans) > 5
+    assert made.plan(Request.at_fraction(model, 1, 10, 1.0)) == Plan()
+    lowest = made.plan(Request(1, 10, 1))
+    assert model.peak_bytes(lowest, Request(1, 10, 1)) == costs_at(made).least_peak_bytes
+
+
+def costs_at(made):
+    return made.encoder.item_bytes.costs(1, 10)
+
+
+def test_the_last_ffn_block_frees_its_workspace():
+    """A budget that the mask without ffn blocks meets only because its workspace is smaller."""
+    model, blind = memory(2), drawn_weights("blocks", 4)
+    kind_first = np.zeros_like(blind.linear_weight)
+    kind_first[0] = 100.0  # ffn blocks first
+    silent = np.zeros_like(blind.last_weight)
+    blind = replace(blind, linear_weight=kind_first, last_weight=silent)
+    made = PolicyNetwork(blind, ObservationBuilder(model, features(2)))
+    least = model.peak_bytes(Plan.removing(1, 3), Request(4, 500, 1))
+    assert made.plan(Request(4, 500, least)) == Plan.removing(1, 3)
+    assert len(made.plan(Request(4, 500, least - 1)).removed) == 3
+
+
+def test_without_the_request_the_order_is_static():
+    for without, static in ((("request",), True), ((), False)):
+        made = network("blocks", without=without)
+        plans = sorted((made.plan(r).removed for r in requests(memory())), key=len)
+        assert static == all(one <= other for one, other in itertools.pairwise(plans))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_request_that_the_model_cannot_serve_is_rejected(rows):
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        network(rows).plan(Request(1, 5000, 10**9))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_threads_share_it_and_it_keeps_no_state(rows):
+    made = network(rows, vectors=3)
+    asked = requests(made.encoder.memory) * 10
+    alone = [made.plan(request) for request in asked]
+    assert alone == [made.plan(request) for request in reversed(asked)][::-1]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(made.plan, asked)) == alone
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"first_bias": np.zeros(5, np.float32)}, r"first_weight must have the shape \(5, "),
+        ({"linear_weight": np.zeros(5, np.float32)}, r"linear_weight .*not \(5,\)"),
+        ({"last_weight": np.full(8, np.nan, np.float32)}, "last_weight contains NaN"),
+        ({"without": ("gis",)}, "was trained without 'gis', which is unknown to this version"),
+        ({"rows": "layers"}, "observes 'layers', which is unknown to this version"),
+    ],
+)
+def test_invalid_weights_are_rejected(changed, text):
+    with pytest.raises(ArtifactError, match=text):
+        replace(drawn_weights("blocks", 12), **changed)
+
+
+def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):
+    frontier().save(tmp_path / "masks.json")
+    code = (
+        "import sys\n"
+        "from tests.policies import made_ladder, made_policies\n"
+        "from rap_env.policies.loading import load_policy\n"
+        "from rap_env.policies.network_policy import NetworkPolicy\n"
+        "from rap_env.request import Request\n"
+        "for made in (made_policies, made_ladder):\n"
+        "    model = made.memory()\n"
+        "    policy = NetworkPolicy(model, made.policy_file())\n"
+        "    assert policy.choose(Request.at_fraction(model, 4, 500, 0.7))\n"
+        "model = made_policies.memory()\n"
+        "table = load_policy(sys.argv[1], model)\n"
+        "assert table.choose(Request.at_fraction(model, 1, 10, 0.8))\n"
+        "heavy = ('torch', 'transformers', 'stable_baselines3', 'sb3_contrib', 'hydra', 'agents')\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "masks.json")],
+        capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]", done.stderr

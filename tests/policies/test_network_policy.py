@@ -1,0 +1,257 @@
+"""Exported policies: the file, its rejection when damaged, and choices for a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+from rap_env.artifacts import canonical_json, digest
+from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
+from rap_env.policies import packaged_files
+from rap_env.policies.delta_nll import find_delta_nll
+from rap_env.policies.loading import load_policy
+from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
+from rap_env.policies.network_rows import ROWS
+from rap_env.request import Request
+from tests.policies import made_ladder, made_policies
+from tests.policies.made_ladder import importance, ladder
+from tests.runtime.harness import SHAPE, Harness
+
+MADE = {"blocks": made_policies, "ladder": made_ladder}
+
+
+@pytest.fixture(params=ROWS)
+def made(request):
+    """A module that makes policies of blocks, or of the items of a ladder."""
+    return MADE[request.param]
+
+
+@pytest.fixture
+def path(tmp_path, made):
+    path = tmp_path / "policy.safetensors"
+    made.policy_file(vectors=3, without=("gsi",)).save(path)
+    return path
+
+
+def rewritten(path, change_header=lambda header: None, change_arrays=lambda arrays: None):
+    """The file with altered content and a valid checksum of the header."""
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["rap_policy"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change_header(header)
+    change_arrays(arrays)
+    header["sha256"] = digest(header["body"])
+    metadata = {"rap_policy": canonical_json(header)}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    return path
+
+
+def test_it_reads_what_was_written(path, made, tmp_path):
+    before, after = made.policy_file(vectors=3, without=("gsi",)), PolicyFile.load(path)
+    for name, array in before.weights.arrays().items():
+        read = after.weights.arrays()[name]
+        assert np.array_equal(read, array)
+        assert read.dtype == np.float32
+    for name, values in vars(before.importance).items():
+        assert np.array_equal(vars(after.importance)[name], values)
+    assert (after.weights.rows, after.weights.without) == (before.weights.rows, ("gsi",))
+    for name in ("ladder", "items", "model", "provenance"):
+        assert getattr(after, name) == getattr(before, name)
+    after.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1, -200])
+def test_a_truncated_file_is_rejected(path, made, size):
+    path.write_bytes(path.read_bytes()[:size])
+    words = r"is truncated or not an exported policy; use a packaged policy"
+    with pytest.raises(ArtifactError, match=words):
+        load_policy(path, made.memory())
+
+
+def test_a_file_of_another_kind_is_rejected(path, tmp_path):
+    path.write_text("{}")
+    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
+        PolicyFile.load(path)
+    path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)}))
+    with pytest.raises(ArtifactError, match="holds tensors, but no exported policy"):
+        PolicyFile.load(path)
+    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
+        PolicyFile.load(tmp_path)  # a folder
+    with pytest.raises(ArtifactError, match="There is no exported policy at"):
+        PolicyFile.load(tmp_path / "nothing.safetensors")
+
+
+def test_another_format_or_other_columns_are_rejected(path):
+    before = path.read_bytes()
+    rewritten(path, lambda header: header.update(format=9))
+    with pytest.raises(ArtifactError, match="format 9, but this version reads .* of format 2"):
+        PolicyFile.load(path)
+    path.write_bytes(before)
+    rewritten(path, lambda header: header["body"]["features"].append("width"))
+    with pytest.raises(ArtifactError, match="observes .*'width'.*, but this version observes"):
+        PolicyFile.load(path)
+
+
+def test_altered_content_is_rejected(path):
+    def nudge(arrays):
+        arrays["network.last_weight"][0] += 1
+
+    before = path.read_bytes()
+    for changed in (
+        {"change_arrays": nudge},
+        {"change_arrays": lambda arrays: arrays.pop("importance.one_shot")},
+        {"change_header": lambda header: header["body"].pop("model")},
+        {"change_header": lambda header: header["body"].update(items=None)},
+    ):
+        path.write_bytes(before)
+        with pytest.raises(ArtifactError, match="was altered after it was written"):
+            PolicyFile.load(rewritten(path, **changed))
+    flipped = bytearray(before)
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ArtifactError, match="was altered"):
+        PolicyFile.load(path)
+    path.write_bytes(before.replace(b"maskable_ppo", b"maskable_dqn"))
+    with pytest.raises(ArtifactError, match="was altered"):
+        PolicyFile.load(path)
+
+
+def test_parts_of_different_models_are_rejected():
+    blocks, items = made_policies.policy_file(), made_ladder.policy_file()
+    with pytest.raises(ArtifactError, match=r"importance of made must have the shape \(12,\)"):
+        replace(blocks, importance=made_policies.features(4))
+    with pytest.raises(ArtifactError, match="vectors for 8 items, but made has 12"):
+        replace(blocks, weights=made_policies.policy_file(4, vectors=3).weights)
+    with pytest.raises(ArtifactError, match="observes blocks cannot have the importance of a Item"):
+        replace(blocks, importance=items.importance)
+    other = made_ladder.policy_file(made_ladder.memory(5), vectors=3)
+    with pytest.raises(ArtifactError, match=r"must have the shape \(10, 7\) for one_shot"):
+        replace(items, importance=other.importance)
+    with pytest.raises(ArtifactError, match="vectors for 16 items, but made has 10"):
+        replace(items, weights=other.weights)
+
+
+def test_its_own_model_is_served_without_a_warning_and_other_weights_with_one(made, caplog):
+    file = made.policy_file(vectors=3)
+    assert file.encoder_for(made.memory()).importance is file.importance
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        NetworkPolicy(made.memory(fingerprint="b" * 64, name="other"), file)
+    assert "exported for made (bfloat16), and other (bfloat16) has other weights" in caplog.text
+
+
+def test_other_items_need_their_importance_and_a_policy_without_vectors(caplog):
+    blocks, given = made_policies.policy_file(), made_policies.features(4, seed=3)
+    with pytest.raises(ArtifactError, match="12 and 8 items"):
+        NetworkPolicy(made_policies.memory(4), blocks)
+    policy = NetworkPolicy(made_policies.memory(4), blocks, given)
+    plan = policy.choose(Request.at_fraction(made_policies.memory(4), 1, 10, 0.7))
+    assert 0 < len(plan.removed) < 8
+    with pytest.raises(ArtifactError, match=r"must have the shape \(10,\) for one_shot"):
+        NetworkPolicy(made_policies.memory(5), blocks, given)
+    with pytest.raises(ArtifactError, match="vectors for 12 items, but made has 8"):
+        NetworkPolicy(made_policies.memory(4), made_policies.policy_file(vectors=3), given)
+    packed = made_ladder.memory(packed=True)
+    with pytest.raises(ArtifactError, match=r"as it is loaded \(packed weights\): 10 and"):
+        NetworkPolicy(packed, made_ladder.policy_file())
+    given = importance(ladder(packed))
+    assert NetworkPolicy(packed, made_ladder.policy_file(), given).choose(
+        Request.at_fraction(packed, 1, 100, 0.5)
+    )
+    assert not caplog.records
+
+
+def test_the_order_of_removal_follows_the_ranks_or_the_places():
+    file = made_policies.policy_file(3)
+    order = NetworkPolicy(made_policies.memory(3), file).order
+    ranks = file.importance.gsi_rank
+    assert [ranks[index] for index in order] == sorted(ranks)
+    blind = replace(file, importance=ImportanceFeatures.none(6))
+    assert NetworkPolicy(made_policies.memory(3), blind).order is None
+    model, file = made_ladder.memory(), made_ladder.policy_file()
+    items = ladder(model)
+    places = [
+        file.importance.place[items.numbers[f"layer{index // 2:02}.{kind}"], 3]
+        for index, kind in enumerate(["attn", "ffn"] * 3)
+    ]
+    assert list(NetworkPolicy(model, file).order) == np.argsort(places).tolist()
+    spec = {"levels": "caches", "together": []}
+    assert NetworkPolicy(model, made_ladder.policy_file(spec=spec)).order is None
+
+
+def test_predictions_come_from_the_order_where_it_has_the_levels():
+    model, file = made_ladder.memory(), made_ladder.policy_file()
+    policy = NetworkPolicy(model, file)
+    number = policy.ladder.numbers["layer01.cache"]
+    plan = Plan.of({"layer01.cache": "int4"})
+    rise = pytest.approx(file.importance.reached[number, 2])
+    assert policy.delta_nll(plan, 500) == rise
+    assert policy.delta_nll(Plan.of({"layer01.cache": "int2"})) is None
+    found, source = find_delta_nll(model, policy, plan)
+    assert found == rise
+    assert source == "predicted from the order over items in the policy file"
+    blind = replace(file, importance=type(file.importance).none(ladder(model)))
+    assert NetworkPolicy(model, blind).delta_nll(plan) is None
+    masks = NetworkPolicy(made_policies.memory(), made_policies.policy_file())
+    assert masks.delta_nll(Plan.removing(1)) is None
+
+
+def test_cached_choices_equal_new_ones(made):
+    """Requests that differ in one value do not share a cached choice."""
+    model = made.memory()
+    policy = NetworkPolicy(model, made.policy_file())
+    shapes = ((1, 10), (2, 10), (1, 20))
+    asked = [Request.at_fraction(model, *shape, f) for shape in shapes for f in (0.5, 0.6, 0.7)]
+    for request in asked * 2 + asked[::-1]:
+        assert policy.choose(request) == policy._network.plan(request)
+    assert len({policy.choose(request) for request in asked}) > 1
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_controller_lowers_and_raises_a_live_model(blind):
+    harness = Harness(layers=3, hold_s=1.0)
+    model = MemoryModel(harness.llm)
+    file = made_ladder.policy_file(model, {"levels": "all", "together": []})
+    if blind:
+        file = replace(file, importance=type(file.importance).none(Ladder.of(model.facts)))
+    harness.controller.chooser.policy = NetworkPolicy(model, file)
+    native = harness.need(Plan(), SHAPE)
+    seen = []
+    for time_s, share in enumerate((0.9, 0.6, 2.0, 2.0, 2.0)):
+        harness.time_s, harness.budget_bytes = 2.0 * time_s, int(share * native)
+        assert harness.controller.check(SHAPE)
+        assert harness.need(harness.llm.plan, SHAPE) <= harness.budget_bytes
+        seen.append(harness.llm.plan)
+    assert len({*seen[:2], Plan()}) == 3
+    assert not seen[-1]
+
+
+def test_the_packaged_policies_have_names(tmp_path, monkeypatch):
+    model, masks = made_ladder.memory(), made_policies.memory()
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-recall', 'rap-v0'"):
+        load_policy("rap-v9", model)
+    with pytest.raises(ArtifactError, match="smollm2-135m@pypi has vectors for 60 items"):
+        load_policy("rap-v0", masks)
+    monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
+    with pytest.raises(ArtifactError, match=r"no exported policy at .*ladder"):
+        load_policy("rap", model)
+    for name in ("ladder", "recall"):
+        made_ladder.policy_file().save(tmp_path / f"smollm2-135m.{name}.safetensors")
+    made_policies.policy_file().save(tmp_path / "smollm2-135m.blocks.safetensors")
+    for name, served in (("rap", model), ("rap-recall", model), ("rap-v0", masks)):
+        policy, request = load_policy(name, served), Request.at_fraction(served, 1, 100, 0.5)
+        assert (policy.name, policy.lowers) == (name, name != "rap-v0")
+        assert policy.choose(request) == NetworkPolicy(served, policy.file).choose(request)
+    with pytest.raises(ArtifactError, match=r'packed weights.*policy "rap-v0"'):
+        load_policy("rap", made_ladder.memory(packed=True))
