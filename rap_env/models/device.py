@@ -8,7 +8,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +38,7 @@ BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 _HALVES = (torch.bfloat16, torch.float16)  # bfloat16 first: it has the range of float32
 _BENCHMARK_S = 0.5
 _SLICES = 5
-_KIND, _VERSION = "rap-env.fastest-dtype", 1
+_VERSION = 1
 # Tokens, input width and output width of one product: those of a small model on a CPU; on a GPU
 # a product that is large enough to use its matrix units.
 _CPU_SHAPE, _GPU_SHAPE = (256, 576, 1536), (2048, 2048, 2048)
@@ -147,20 +147,36 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
 
 @lru_cache(maxsize=64)
 def remembered_dtype(device: torch.device, processor: str) -> torch.dtype:
-    """The result of `measured_dtype`, once per `device_kind` of processor and version of torch.
+    """The result of `measured_dtype`, once per `device_kind` of processor; see `remembered`."""
 
-    The result is kept in the cache folder (``dtype-*.json``; delete it to measure again), so that
-    the same machine always chooses the same dtype and a later process does not measure. If the
-    cache cannot be read or written, each process measures for half a second.
+    def measure() -> str:
+        return str(measured_dtype(device)).removeprefix("torch.")
+
+    kind = "rap-env.fastest-dtype"
+    return DTYPES[remembered("dtype", kind, {"processor": processor}, measure)]
+
+
+def remembered(name: str, kind: str, about: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """What was measured on this machine, once for each `about` and version of torch.
+
+    It is kept in the cache folder (``NAME-*.json``; delete it to measure again), so that the same
+    machine always computes in the same way and a later process does not measure. If the cache
+    cannot be read or written, each process measures.
+
+    Args:
+        name: Name of the result.
+        kind: Kind of the artifact that holds it.
+        about: What it depends on.
+        measure: Returns the result, as JSON has it.
     """
-    key = {"processor": processor, "torch": torch.__version__}
-    path = cache_dir() / f"dtype-{digest(key)[:16]}.json"
+    key = {**about, "torch": torch.__version__}
+    path = cache_dir() / f"{name}-{digest(key)[:16]}.json"
     with contextlib.suppress(OSError, ArtifactError, KeyError):
-        return DTYPES[load_artifact(path, _KIND, _VERSION)["dtype"]]
-    chosen = measured_dtype(device)
+        return load_artifact(path, kind, _VERSION)[name]
+    result = measure()
     with contextlib.suppress(OSError):
-        save_artifact(path, _KIND, _VERSION, {**key, "dtype": str(chosen).removeprefix("torch.")})
-    return chosen
+        save_artifact(path, kind, _VERSION, {**key, name: result})
+    return result
 
 
 def _rate_on(device: torch.device) -> ProductRate:
