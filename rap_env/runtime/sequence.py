@@ -13,7 +13,7 @@ from rap_env.errors import RapError
 from rap_env.models.device import send
 from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.models.live.position_logits import PositionLogits
+from rap_env.models.live.partial_forward import PositionLogits
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape, QualityBound
 from rap_env.runtime.metrics import Counters

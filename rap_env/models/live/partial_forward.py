@@ -1,16 +1,18 @@
-"""Forward passes one block at a time, without a copy of any `forward`.
+"""Forward passes in parts, without a copy of any `forward`: one block at a time, or some positions.
 
 The model's own code runs unchanged. Its decoder is called once with layers that only record their
 arguments (positions, rotary tables, attention masks). After that any layer can be called with the
 same arguments on any hidden state. A single block runs as its layer with the other block removed.
+Packed weights are widened once and kept while many rows run through them, as in scoring.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -21,8 +23,87 @@ from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights import bfloat16_products
-from rap_env.models.weights.widened_weights import WidenedWeights
+from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
 from rap_env.plan import Plan
+
+WIDENED_BYTES = 512 * 2**20
+"""Most bytes of widened weights that the scorers of one model keep; the head's may exceed them."""
+
+
+class WidenedWeights:
+    """Widens the weights of packed modules once, and computes with them in a ``with`` block.
+
+    Scores must not depend on how much memory there is. So a module whose widened weights are not
+    kept is widened for each call, and its own kernels are not used in the ``with`` block.
+
+    Args:
+        max_bytes: Most bytes of widened weights that are kept, besides heads. The first ones are
+            kept: modules run in turn, so replacing the oldest would free each before its next use.
+    """
+
+    def __init__(self, max_bytes: int = WIDENED_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._kept: weakref.WeakKeyDictionary[PackedModule, nn.Module] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> WidenedWeights:
+        """The widened weights of a model, which all that use it at the same time share."""
+        weights = _shared.get(id(model))
+        if weights is None:
+            weights = _shared[id(model)] = cls()
+        return weights
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the widened weights that are kept."""
+        return sum(map(_weight_bytes, list(self._kept.values())))
+
+    @contextlib.contextmanager
+    def used_in(self, module: nn.Module) -> Iterator[None]:
+        """Compute with widened weights in a module, such as a layer or a decoder."""
+        packed = [
+            part
+            for part in module.modules()
+            if isinstance(part, PackedModule) and not isinstance(part, PackedEmbedding)
+        ]
+        try:
+            for part in packed:
+                part.__dict__["forward"] = partial(self._run, part)
+            yield
+        finally:
+            for part in packed:
+                part.__dict__.pop("forward", None)
+
+    def linear(self, module: nn.Module) -> nn.Module:
+        """The head itself, or if it is packed, an unquantised one with the same weights; kept."""
+        if not isinstance(module, PackedModule):
+            return module
+        if module not in self._kept:
+            self._kept[module] = module.widened()
+        return self._kept[module]
+
+    def clear(self) -> None:
+        """Free all kept weights."""
+        self._kept.clear()
+
+    def _run(self, module: PackedModule, *args: Any, **kwargs: Any) -> Any:
+        return self._wide(module)(*args, **kwargs)
+
+    def _wide(self, module: PackedModule) -> nn.Module:
+        if module in self._kept:
+            return self._kept[module]
+        wide = module.widened()
+        if self.held_bytes + _weight_bytes(wide) <= self.max_bytes:
+            self._kept[module] = wide
+        return wide
+
+
+def _weight_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+_shared: weakref.WeakValueDictionary[int, WidenedWeights] = weakref.WeakValueDictionary()
+
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,7 +118,7 @@ class PartialForward:
     Args:
         llm: The live model.
         widen: Whether packed weights are widened once and kept, which is faster for many rows (see
-            `rap_env.models.weights.widened_weights`).
+            `rap_env.models.live.partial_forward`).
 
     Attributes:
         steps: Blocks that run together, in order: each block alone, except that both blocks of a
@@ -233,3 +314,44 @@ def _replaced_forwards(
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+_POSITIONS = 8
+"""Positions whose logits are in memory at a time."""
+
+
+class PositionLogits:
+    """The logits at all positions of passes that return only the last position's.
+
+    Args:
+        llm: The live model. Nothing else may run or change it between a pass and `parts`.
+    """
+
+    def __init__(self, llm: ElasticLLM) -> None:
+        self._llm = llm
+        self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
+        self._states: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the hidden states of the last pass in a ``with`` block."""
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._states = output.last_hidden_state
+
+        hook = self._llm.adapter.decoder(self._llm.model).register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def parts(self) -> Iterator[torch.Tensor]:
+        """Yield the logits of the recorded pass, (some positions, V), float32; of its first row."""
+        if self._states is None:
+            return
+        states, self._states = self._states[0], None
+        head = self._llm.model.get_output_embeddings()
+        for some in torch.split(states, _POSITIONS):
+            logits = head(some).float()
+            yield logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)

@@ -7,9 +7,8 @@ import torch
 
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
 from rap_env.models.weights.packed_modules import PackedModule, from_matrices, packable, packed
-from rap_env.models.weights.widened_weights import WidenedWeights
 from rap_env.plan import Plan
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
