@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from rap_env.errors import (
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
+from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.cpu_decode import attention_name
 from rap_env.plan import Plan
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
+EITHER_WAY = pytest.mark.parametrize(
+    "open_llm", [load_llm, partial(stream_llm, max_memory_bytes=2**20)], ids=["whole", "streamed"]
+)
 
 
 @pytest.fixture
@@ -160,31 +165,34 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
         load_llm(folder)
 
 
-def test_missing_tensors_are_not_initialised_at_random(folder: Path) -> None:
+@EITHER_WAY
+def test_missing_tensors_are_not_initialised_at_random(open_llm, folder: Path) -> None:
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(
         UnsupportedModelError, match=r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"
     ):
-        load_llm(folder)
+        open_llm(folder)
 
 
-def test_tensors_of_another_shape(folder: Path) -> None:
+@EITHER_WAY
+def test_tensors_of_another_shape(open_llm, folder: Path) -> None:
     edit_config(folder, intermediate_size=32)
     with pytest.raises(
         UnsupportedModelError,
         match=r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
     ):
-        load_llm(folder)
+        open_llm(folder)
 
 
-def test_lost_and_truncated_weights(folder: Path) -> None:
+@EITHER_WAY
+def test_lost_and_truncated_weights(open_llm, folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
-        load_llm(folder)
+        open_llm(folder)
     weights.unlink()
     with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
-        load_llm(folder)
+        open_llm(folder)
 
 
 def test_a_folder_without_a_tokenizer(folder: Path) -> None:
