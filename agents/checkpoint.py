@@ -64,7 +64,7 @@ class Checkpoint:
 
     @property
     def ladder(self) -> Json | None:
-        """`Ladder.spec` of the environments; None for those without items, as of v0."""
+        """`Ladder.spec` of the environments; None for those without items, as of `RAPPrune`."""
         spec: Json | None = self.body.get("ladder")
         return spec
 

@@ -136,10 +136,10 @@ class PolicySettings(Settings):
             for none. Improves the policy on its own model, but it then does not transfer to a
             model with another number of layers.
         without: Features hidden from the network, each an ablation: ``gsi`` (rank and marginal
-            rise in NLL; in v1 those of the order over items), ``one_shot`` (the one-shot rise in
-            NLL), ``request`` (the request, and what a block or item frees for it: in v0 the
+            rise in NLL; those of the order over items), ``one_shot`` (the one-shot rise in
+            NLL), ``request`` (the request, and what a block or item frees for it: in RAPPrune the
             policy is then one static order of removal), ``kind`` (which kind a block or item is
-            of) and ``depth`` (in which layer it is); without one of them, an item of v1 has no
+            of) and ``depth`` (in which layer it is); without one of them, an item has no
             neighbours.
 
     Raises:

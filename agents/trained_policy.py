@@ -38,7 +38,7 @@ class TrainedPolicy(Policy):
     """Chooses masks or plans with a trained network of any agent.
 
     It repeatedly takes the action with the highest logit until the request fits: it removes a
-    block (v0), or lowers an item (v1). Invalid actions are never considered, also for agents that
+    block or lowers an item. Invalid actions are never considered, also for agents that
     were trained without action masks. With `best_of` above 1 it also samples from the network,
     all samples in parallel, and returns the mask or plan with the lowest score.
 
@@ -106,8 +106,8 @@ class TrainedPolicy(Policy):
     ) -> TrainedPolicy:
         """Load the policy of the newest undamaged checkpoint in a run's folder.
 
-        A policy of v1 is loaded with the ladder that it was trained on. A block-wise policy also
-        serves a model with another number of layers, unless its blocks or items have learned
+        A policy over levels is loaded with the ladder that it was trained on. A block-wise policy
+        also serves a model with another number of layers, unless its blocks or items have learned
         vectors. Further arguments are those of the class.
 
         Raises:

@@ -262,8 +262,9 @@ class Recorder(BaseCallback):
             "time/steps_per_s": self._steps_per_s(),
         }
         if fits:  # the NLL of a mask that does not fit means nothing
-            metrics["episode/loss"] = float(info["loss"])
-            self._recent.append(float(info["loss"]))
+            delta_nll = float(info["delta_nll"] if "delta_nll" in info else info["loss"])
+            metrics["episode/loss"] = delta_nll
+            self._recent.append(delta_nll)
         for sink in self._sinks:
             sink(metrics, self.num_timesteps)
         self._bar.set_postfix_str(

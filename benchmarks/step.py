@@ -20,7 +20,7 @@ from rap_env.scoring.scorer import MaskScorer
 
 _CART_POLE = "CartPole-v1"
 _MOST_STEPS = 500  # the limit of CartPole-v1, so that both have the same wrappers
-TASKS = {"": "RAPPrune-v0", "_ladder": "RAPPrune-v1"}
+TASKS = {"": "RAPPrune-v0", "_ladder": "RAPLadder-v0"}
 """Environments by the suffix of their sides."""
 
 

@@ -35,8 +35,11 @@ from experiments.study.harness import Study
 from experiments.study.tables import markdown
 from rap_env.cli import cli
 
-ENVIRONMENTS = {"v0": "RAPPruneEnv", "v1": "RAPPruneV1Env"}
-"""The class of each version of the environment."""
+ENVIRONMENTS = {
+    "environment_v0": ("RAPPrune-v0", "RAPPruneEnv"),
+    "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
+}
+"""The page of each environment, with its name and class."""
 
 PLAN_COMPARISONS = (PLANS, GEMMA, OUTSIDE)
 COMPARISONS = (
@@ -118,9 +121,9 @@ def write_all(docs: Path) -> None:
     save_png(figure, folder / LADDER_FIGURE)
     save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
     draw_architecture(folder / "architecture.svg")
-    for version, name in ENVIRONMENTS.items():
-        page = inspect.cleandoc(getattr(rap_env, name).__doc__ or "")
-        write(folder / f"environment_{version}.md", f"# RAPPrune-{version}\n\n{page}\n")
+    for page, (name, kind) in ENVIRONMENTS.items():
+        text = inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
+        write(folder / f"{page}.md", f"# {name}\n\n{text}\n")
     write(folder / "commands.md", command_reference())
     write(folder / "api.md", api_page())
 

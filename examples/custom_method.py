@@ -15,7 +15,6 @@ same class in a file of `rap_env/policies/`, with `@register` in front of it, ha
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +26,7 @@ from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer, Method
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 ASKED = ("knapsack", "one_shot")
 NAME = "examples.custom_method:BetterOfTwo"
 
@@ -51,7 +50,6 @@ def methods(names: tuple[str, ...]) -> dict[str, Policy]:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     for name, method in methods((*ASKED, NAME)).items():
         found = rap_env.evaluate(method, TASK, name=name)
         cost = f"{method.evaluations} plans scored"

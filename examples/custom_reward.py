@@ -8,7 +8,6 @@ budget asks for. Two orders of the items are compared under this reward.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -16,7 +15,7 @@ import numpy as np
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 
 
 class FreeBytes(gym.Wrapper):
@@ -63,7 +62,6 @@ def mean_return(env: gym.Env, act: Callable[[dict], int], episodes: int = 30) ->
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(f"rap-env {rap_env.__version__}")
     for name, act in {"greedy order": first_in_order, "largest first": largest}.items():
         plain, paid = (mean_return(env, act) for env in (gym.make(TASK), FreeBytes(gym.make(TASK))))

@@ -8,7 +8,6 @@ wrapper that sets the request of each episode takes requests from anywhere.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,9 +56,8 @@ def mean_loss(env: gym.Env, policy: Any, episodes: int = 50) -> float:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     for name in ("rap", "knapsack"):  # packaged policies
-        env = Requests(gym.make("RAPPrune-v1", model=MODEL), night_and_day)
+        env = Requests(gym.make("RAPLadder-v0", model=MODEL), night_and_day)
         policy = rap_env.load_policy(name, env.unwrapped.memory)
         print(f"{name:10} mean ΔNLL {mean_loss(env, policy):.4f} nats/token")
     print(f"The last request, {env.unwrapped.request}, gets {policy.choose(env.unwrapped.request)}")

@@ -9,15 +9,13 @@ another.
 
 from __future__ import annotations
 
-import warnings
-
 import gymnasium as gym
 import numpy as np
 
 import rap_env
 from rap_env.plan import Plan
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 
 
 class LocalSearch:
@@ -53,7 +51,6 @@ class LocalSearch:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     result = rap_env.evaluate(LocalSearch(), TASK, "test", name="local search")
     print(result)
     result.entry("Exchanges levels on predicted losses.").save("local_search.json")

@@ -10,7 +10,6 @@ The network is that of `ppo_single_file.py`, and learns to repeat the actions of
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 
 import rap_env
 
-DATASET = "rap/smollm2-table-v1/mixed-v0"
+DATASET = "rapladder/smollm2-table/mixed-v0"
 UPDATES, BATCH, LEARNING_RATE = 600, 256, 3e-3
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -69,6 +68,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(updates=0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="behaviour cloning"))

@@ -11,7 +11,6 @@ others, so that neither the maximum nor the conservative loss counts them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import d3rlpy
@@ -25,8 +24,8 @@ from torch import nn
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
-DATASET = "rap/smollm2-table-v1/mixed-v0"
+TASK = "RAPLadder/SmolLM2-Table-v0"
+DATASET = "rapladder/smollm2-table/mixed-v0"
 UPDATES, BATCH, LEARNING_RATE, ALPHA = 800, 64, 3e-3, 4.0
 KEYS = ("ladder", "request", "action_mask")
 INVALID = -1e3
@@ -135,6 +134,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(updates=0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="discrete CQL"))

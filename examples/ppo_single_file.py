@@ -10,7 +10,6 @@ shows the next one (autoreset mode SAME_STEP), so that no step is a dummy.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -20,7 +19,7 @@ from torch import nn
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 ENVS, STEPS, UPDATES, EPOCHS, MINIBATCHES = 32, 32, 40, 4, 4
 GAMMA, LAMBDA, CLIP, ENTROPY, LEARNING_RATE = 1.0, 0.95, 0.2, 0.002, 2e-3
 
@@ -130,6 +129,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(updates=0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="PPO in one file"))

@@ -10,7 +10,6 @@ exploration, inference and the loss see the same distribution.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import nn
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 ENVS, STEPS, ITERATIONS = 16, 1024, 40
 HIDDEN, LEARNING_RATE = 32, 2e-3
 LOWEST = -1e9  # a finite logit: RLlib multiplies probabilities and logits, and 0 * inf is NaN
@@ -120,6 +119,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="PPO of RLlib"))

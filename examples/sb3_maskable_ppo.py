@@ -8,7 +8,6 @@ which MaskablePPO asks each sub-environment for.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -18,7 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 REWARD = {"name": "perplexity", "scale": "log"}  # ΔNLL differs by orders of magnitude
 ENVS, STEPS = 16, 16_384
 
@@ -55,6 +54,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="MaskablePPO"))

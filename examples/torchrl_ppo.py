@@ -10,7 +10,6 @@ DISABLED). `MaskedCategorical` reads the mask from a key of the observation, as 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -27,7 +26,7 @@ from torchrl.objectives.value import GAE
 
 import rap_env
 
-TASK = "RAPPrune/SmolLM2-Table-v1"
+TASK = "RAPLadder/SmolLM2-Table-v0"
 ENVS, STEPS, UPDATES, EPOCHS, MINIBATCHES = 32, 32, 40, 4, 4
 HIDDEN, LEARNING_RATE = 32, 2e-3
 KEYS = ["ladder", "request", "action_mask"]
@@ -137,6 +136,5 @@ def train(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*out of date.*")
     print(rap_env.evaluate(train(0), TASK, name="untrained"), end="\n\n")
     print(rap_env.evaluate(train(), TASK, name="PPO of TorchRL"))

@@ -112,7 +112,7 @@ def kind_contexts(config: Config) -> dict[str, PruningContext]:
 
 
 def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
-    """Return the byte arithmetic over the ladder's items; None for an environment of v0."""
+    """Return the byte arithmetic over the ladder's items; None for an environment of masks."""
     if not config.env.lowers:
         return None
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))

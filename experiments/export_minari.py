@@ -31,7 +31,7 @@ from rap_env.version import __version__
 BEHAVIOURS = ("random", "greedy", "frontier", "policy")
 """What the episodes follow, in turn."""
 
-POLICIES = {"RAPPrune-v0": "rap-v0", "RAPPrune-v1": "rap"}
+POLICIES = {"RAPPrune-v0": "rap-v0", "RAPLadder-v0": "rap"}
 """The packaged policy of each environment."""
 
 Choose = Callable[[Request], Plan]
@@ -135,7 +135,7 @@ def _episode(
 
 
 @click.command()
-@click.option("--task", default="RAPPrune/SmolLM2-Table-v1", show_default=True)
+@click.option("--task", default="RAPLadder/SmolLM2-Table-v0", show_default=True)
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(min=1))
 @click.option("--behaviours", default=",".join(BEHAVIOURS), show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -148,8 +148,7 @@ def main(task: str, episodes: int, behaviours: str, seed: int, name: str | None)
     """
     try:
         pinned = pinned_task(task)
-        default = f"rap/{task.rpartition('/')[2].rpartition('-')[0].lower()}"
-        dataset_id = name or f"{default}-{pinned.environment[-2:]}/mixed-v0"
+        dataset_id = name or f"{task.rpartition('-')[0].lower()}/mixed-v0"
         written = export(pinned, dataset_id, episodes, behaviours.split(","), seed)
     except RapError as error:
         fail(str(error))

@@ -6,7 +6,7 @@ importance that agents observe. ``export.masks=20000`` first measures masks (see
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
 comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text;
 ``export.held_out_masks=300`` measures that for masks of the table too.
-``export.levels=true model.weights=native`` adds what ``RAPPrune-v1`` needs: the costs of levels,
+``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs of levels,
 which are measured unless the package or the cache has them, and the scores of plans.
 """
 

@@ -15,8 +15,8 @@ from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
+    from rap_env.envs.ladder import RAPLadderEnv, RAPLadderVectorEnv
     from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
-    from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
     from rap_env.envs.vector import make_vec
     from rap_env.errors import RapError
     from rap_env.importance.gsi_search import gsi
@@ -40,8 +40,8 @@ _MODULES = {
     "MaskScorer": "scoring.scorer",
     "MemoryModel": "memory",
     "RAPPruneEnv": "envs.prune",
-    "RAPPruneV1Env": "envs.prune_v1",
-    "RAPPruneV1VectorEnv": "envs.prune_v1",
+    "RAPLadderEnv": "envs.ladder",
+    "RAPLadderVectorEnv": "envs.ladder",
     "RAPPruneVectorEnv": "envs.prune",
     "RapError": "errors",
     "Request": "request",
@@ -64,9 +64,9 @@ __all__ = [
     "MaskScorer",
     "MemoryModel",
     "Plan",
+    "RAPLadderEnv",
+    "RAPLadderVectorEnv",
     "RAPPruneEnv",
-    "RAPPruneV1Env",
-    "RAPPruneV1VectorEnv",
     "RAPPruneVectorEnv",
     "RapError",
     "Request",
@@ -86,9 +86,9 @@ __all__ = [
 
 _ENTRY_POINTS = {
     "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),
-    "RAPPrune-v1": (
-        "rap_env.envs.prune_v1:RAPPruneV1Env",
-        "rap_env.envs.prune_v1:RAPPruneV1VectorEnv",
+    "RAPLadder-v0": (
+        "rap_env.envs.ladder:RAPLadderEnv",
+        "rap_env.envs.ladder:RAPLadderVectorEnv",
     ),
 }
 

@@ -68,7 +68,7 @@ def _score_table(path: Path) -> dict[str, Any]:
     return {
         "model": f"{PREFIX}{model}",
         "weights": weights,
-        "environment": "RAPPrune-v0" if table.levels is None else "RAPPrune-v1",
+        "environment": "RAPPrune-v0" if table.levels is None else "RAPLadder-v0",
         "scores": len(table.scores),
         "held_out": agreement.masks,
         "rank_correlation": agreement.spearman,

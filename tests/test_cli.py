@@ -208,11 +208,11 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     assert answer["cache"]["bytes"] == 8
     assert answer["cache"]["entries"] == {"models": 5, "scores.sqlite": 3}
     tables = {table["environment"]: table for table in answer["score_tables"]}
-    assert tables["RAPPrune-v1"]["model"] == "score_table:smollm2-135m"
+    assert tables["RAPLadder-v0"]["model"] == "score_table:smollm2-135m"
     assert tables["RAPPrune-v0"]["rank_correlation"] >= 0.99
     code, out, _ = rap("info")
     assert code == 0
-    assert "score_table:smollm2-135m in RAPPrune-v1, " in out
+    assert "score_table:smollm2-135m in RAPLadder-v0, " in out
     assert f"rap_env {__version__}, python 3." in out
 
 

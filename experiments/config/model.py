@@ -130,7 +130,7 @@ class ExportConfig(Section):
     """Masks that the store must have, all or at most half of them; missing ones are measured first.
     null measures none."""
     levels: bool = False
-    """Whether the table has the costs of levels and measured plans, as ``RAPPrune-v1`` needs."""
+    """Whether the table has the costs of levels and measured plans, as ``RAPLadder-v0`` needs."""
     records: list[str] = field(default_factory=list)
     """Folders of comparisons on the same model and text, whose measured scores are added."""
     held_out_masks: Count | None = None

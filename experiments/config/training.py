@@ -11,7 +11,7 @@ from agents.settings import with_defaults
 from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
 from rap_env.errors import UnknownNameError
 
-ENV_IDS = ("RAPPrune-v0", "RAPPrune-v1")
+ENV_IDS = ("RAPPrune-v0", "RAPLadder-v0")
 TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
 
 
@@ -21,11 +21,11 @@ class EnvConfig(Section):
 
     section = "env"
     id: Annotated[str, among(*ENV_IDS)] = "RAPPrune-v0"
-    """``RAPPrune-v0`` removes blocks; ``RAPPrune-v1`` lowers items by one level."""
+    """``RAPPrune-v0`` removes blocks; ``RAPLadder-v0`` lowers items by one level."""
     levels: Any = "all"
-    """Levels of ``RAPPrune-v1``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
+    """Levels of ``RAPLadder-v0``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
     together: list[str] = field(default_factory=lambda: ["int8", "int4"])
-    """Levels of ``RAPPrune-v1`` that all caches take together."""
+    """Levels of ``RAPLadder-v0`` that all caches take together."""
     infeasible: str = "clip"
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
@@ -34,8 +34,8 @@ class EnvConfig(Section):
 
     @property
     def lowers(self) -> bool:
-        """Whether an action lowers an item of a ladder by one level, as in ``RAPPrune-v1``."""
-        return self.id == "RAPPrune-v1"
+        """Whether an action lowers an item of a ladder by one level, as in ``RAPLadder-v0``."""
+        return self.id == "RAPLadder-v0"
 
     @property
     def ladder(self) -> dict[str, Any]:

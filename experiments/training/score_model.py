@@ -34,8 +34,8 @@ from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
+from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.envs.prune import RAPPruneVectorEnv
-from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
@@ -164,7 +164,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
     """Make the vector environment on a context."""
     kind: type[PruningVectorEnv] = RAPPruneVectorEnv
     if config.env.lowers:
-        kind = RAPPruneV1VectorEnv
+        kind = RAPLadderVectorEnv
     return kind(
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,

@@ -143,9 +143,9 @@ def _wide_workload() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LadderEnvConfig(EnvConfig):
-    """The arguments of `RAPPrune-v1`, one by one or as vector environment.
+    """The arguments of `RAPLadder-v0`, one by one or as vector environment.
 
-    The table in the section "Arguments" of `rap_env.RAPPruneV1Env` describes each attribute.
+    The table in the section "Arguments" of `rap_env.RAPLadderEnv` describes each attribute.
 
     Raises:
         UnknownNameError: As for `EnvConfig`, or there is no such ladder, kind of item or level.

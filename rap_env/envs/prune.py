@@ -266,7 +266,7 @@ class RAPPruneEnv(PruningEnv):
     those of the model with stubs.
 
     ## Version History
-    - v0: First version. `rap_env.RAPPruneV1Env` has items and levels in the place of blocks.
+    - v0: First version. `rap_env.RAPLadderEnv` has items and levels in the place of blocks.
     """
 
     config_type = EnvConfig

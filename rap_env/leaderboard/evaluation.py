@@ -239,7 +239,7 @@ def evaluate(
         policy: What decides: an object with ``choose(request)`` that returns a mask or plan; a
             stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
             acts deterministically); or a function from an observation to an action.
-        task: Name of a pinned task, such as ``"RAPPrune/SmolLM2-Table-v1"``.
+        task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v0"``.
         split: ``"calibration"``, the text that the rewards of the task come from, or ``"test"``,
             text that no published method has used.
         name: The name of the policy in the result.

@@ -24,7 +24,7 @@ class PinnedTask:
 
     Attributes:
         name: Its id for `gymnasium.make`.
-        environment: ``"RAPPrune-v0"`` or ``"RAPPrune-v1"``.
+        environment: ``"RAPPrune-v0"`` or ``"RAPLadder-v0"``.
         arguments: The arguments of the environment.
         requests: The requests, each with its budget in bytes.
         comparison: Tasks with the same comparison have the same model and requests; one has the

@@ -63,7 +63,7 @@ def table_path(model: str, weights: str = "bf16") -> Path | None:
     Args:
         model: NAME is a packaged model, such as ``smollm2-135m``.
         weights: How a model of that name is loaded: ``"bf16"`` for `RAPPrune-v0`, ``"native"``
-            for `RAPPrune-v1`.
+            for `RAPLadder-v0`.
     """
     if not model.startswith(PREFIX):
         return None

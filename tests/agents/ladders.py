@@ -1,4 +1,4 @@
-"""`RAPPrune-v1` on a model whose losses are known by formula, for agents to learn on."""
+"""`RAPLadder-v0` on a model whose losses are known by formula, for agents to learn on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
+<<<<<<< HEAD
 from agents.observations import make_encoder
 from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+=======
+from agents.observations import make_builder
+from rap_env.envs.ladder import RAPLadderVectorEnv
+>>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.memory import MemoryModel
@@ -78,7 +83,7 @@ def encoder_of(context, spec=SPEC) -> ItemObservationBuilder:
 
 def make_envs(context, spec=SPEC, **settings):
     """Environments of v1, stepped together."""
-    return lambda num_envs: RAPPruneV1VectorEnv(
+    return lambda num_envs: RAPLadderVectorEnv(
         context=context, num_envs=num_envs, autoreset_mode="SameStep",
         **{"workload": WORKLOAD, **spec, **settings},
     )  # fmt: skip

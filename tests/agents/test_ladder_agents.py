@@ -1,4 +1,4 @@
-"""Agents on `RAPPrune-v1`: training, resuming, imitation, and plans for requests."""
+"""Agents on `RAPLadder-v0`: training, resuming, imitation, and plans for requests."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_other_plans_are_predicted_and_flagged(live, table):
 CODE = """
 import sys
 import gymnasium as gym, numpy as np, rap_env
-env = gym.make("RAPPrune-v1", model={model!r}, levels={levels!r}, workload="grid")
+env = gym.make("RAPLadder-v0", model={model!r}, levels={levels!r}, workload="grid")
 rng, ended = np.random.default_rng(0), 0
 env.reset(seed=0)
 for _ in range(200):
@@ -177,5 +177,5 @@ def test_gymnasium_makes_it_from_a_table_without_torch(table, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
-    envs = gym.make_vec("RAPPrune-v1", num_envs=2, model=model, levels=LEVELS)
+    envs = gym.make_vec("RAPLadder-v0", num_envs=2, model=model, levels=LEVELS)
     assert envs.reset(seed=0)[0]["ladder"].shape[0] == 2

@@ -25,8 +25,7 @@ from rap_env.model_facts import ModelFacts
 
 PATH = Path(__file__).with_name("golden.json.gz")
 SEEDS = {"prune": 200, "ladder": 50}
-IDS = {"prune": "RAPPrune-v0", "ladder": "RAPPrune-v1"}
-RENAMED = {"loss": "delta_nll", "baseline_loss": "baseline_delta_nll"}  # in the ladder's infos
+IDS = {"prune": "RAPPrune-v0", "ladder": "RAPLadder-v0"}
 
 LAYERS = 5
 MADE = ModelFacts(
@@ -155,21 +154,16 @@ def arguments_of(task: str, model: str, variant: dict[str, Any]) -> dict[str, An
     return {"id": IDS[task], "context": Shared(made_context()), **workload, **variant}
 
 
-def plain(value: Any, renamed: dict[str, str]) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON with its types, in which floats have 12 decimals."""
     kind = type(value).__name__
     if isinstance(value, dict):
-        return {
-            renamed.get(key, f"_{renamed[key[1:]]}" if key[1:] in renamed else key): plain(
-                entry, renamed
-            )
-            for key, entry in value.items()
-        }
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry, renamed) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, np.ndarray):
         if value.dtype == object:
-            return [kind, plain(value.tolist(), renamed)]
+            return [kind, plain(value.tolist())]
         if value.dtype == np.float64:
             value = np.round(value, 12) + 0.0
         return [value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest()[:16]]
@@ -180,13 +174,13 @@ def plain(value: Any, renamed: dict[str, str]) -> Any:
     return [kind, int(value)]
 
 
-def digest(values: Any, renamed: dict[str, str]) -> str:
+def digest(values: Any) -> str:
     """12 hex digits of a hash of values."""
-    text = json.dumps(plain(values, renamed), sort_keys=True)
+    text = json.dumps(plain(values), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def play_episode(env: Any, seed: int, renamed: dict[str, str]) -> str:
+def play_episode(env: Any, seed: int) -> str:
     """One episode of random actions, most of them valid, as a line of the record."""
     rng = np.random.default_rng(seed)
     results: list[Any] = [env.reset(seed=seed)]
@@ -198,10 +192,10 @@ def play_episode(env: Any, seed: int, renamed: dict[str, str]) -> str:
         results.append(env.step(action))
         _, reward, terminated, truncated, info = results[-1]
         total, peaks, over = total + reward, peaks + info["peak_bytes"], terminated or truncated
-    return f"{len(results) - 1} {total:.9f} {peaks} {digest(results, renamed)}"
+    return f"{len(results) - 1} {total:.9f} {peaks} {digest(results)}"
 
 
-def play_vector(envs: Any, seed: int, renamed: dict[str, str], steps: int = 60) -> list[str]:
+def play_vector(envs: Any, seed: int, steps: int = 60) -> list[str]:
     """Steps of a vector environment: the sum of peak bytes and a digest for each ten steps."""
     rng = np.random.default_rng(seed)
     results: list[Any] = [envs.reset(seed=seed)]
@@ -217,28 +211,24 @@ def play_vector(envs: Any, seed: int, renamed: dict[str, str], steps: int = 60) 
             results.append(envs.reset(options={"reset_mask": over}))
         if number % 10 == 0:
             peaks = sum(int(result[-1]["peak_bytes"].sum()) for result in results)
-            lines.append(f"{peaks} {digest(results, renamed)}")
+            lines.append(f"{peaks} {digest(results)}")
             results = []
     return lines
 
 
 def episodes(task: str, model: str, every: int = 1) -> list[str]:
     """The lines of single episodes, with every n-th seed only."""
-    renamed = RENAMED if task == "ladder" else {}
     variants = VARIANTS[task][model]
     envs = [gym.make(**arguments_of(task, model, variant)) for variant in variants]
-    return [
-        play_episode(envs[seed % len(envs)], seed, renamed) for seed in range(0, SEEDS[task], every)
-    ]
+    return [play_episode(envs[seed % len(envs)], seed) for seed in range(0, SEEDS[task], every)]
 
 
 def vector_episodes(task: str, model: str) -> list[list[str]]:
     """The lines of vector environments."""
-    renamed = RENAMED if task == "ladder" else {}
     lines = []
     for number, variant in enumerate(VARIANTS[task][model]):
         arguments = arguments_of(task, model, {**variant, **VECTOR_VARIANTS[number % 3]})
-        lines.append(play_vector(gym.make_vec(num_envs=6, **arguments), number, renamed))
+        lines.append(play_vector(gym.make_vec(num_envs=6, **arguments), number))
     return lines
 
 

@@ -7,7 +7,7 @@ from gymnasium.vector import SyncVectorEnv
 from transformers import AutoModelForCausalLM
 
 from rap_env.context.live import LiveContext
-from rap_env.envs.prune_v1 import RAPPruneV1Env, RAPPruneV1VectorEnv
+from rap_env.envs.ladder import RAPLadderEnv, RAPLadderVectorEnv
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.request import Request
 from tests.envs.conftest import LAYERS, tiny_tokens
@@ -42,13 +42,13 @@ def make_ladder_context(length=128, **settings) -> LiveContext:
 ONE_BY_ONE = {**USUAL, "levels": LEVELS, "together": []}
 
 
-def make_v1(context, **settings) -> RAPPruneV1Env:
-    return RAPPruneV1Env(context=context, **{**ONE_BY_ONE, **settings})
+def make_v1(context, **settings) -> RAPLadderEnv:
+    return RAPLadderEnv(context=context, **{**ONE_BY_ONE, **settings})
 
 
-def make_vector_v1(context, **settings) -> RAPPruneV1VectorEnv:
+def make_vector_v1(context, **settings) -> RAPLadderVectorEnv:
     settings = {**ONE_BY_ONE, **settings}
-    return RAPPruneV1VectorEnv(context=context, num_envs=NUM_ENVS, **settings)
+    return RAPLadderVectorEnv(context=context, num_envs=NUM_ENVS, **settings)
 
 
 def make_sync_v1(context, mode, steps=None, **settings) -> SyncVectorEnv:

@@ -11,8 +11,8 @@ import pytest
 
 from rap_env.context.base import ContextConfig
 from rap_env.envs.config import EnvConfig, LadderEnvConfig
+from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.specs import field_types
@@ -38,7 +38,7 @@ def test_invalid_settings_are_rejected_at_construction(context, settings, error,
         make(context, **settings)
 
 
-@pytest.mark.parametrize("kind", [RAPPruneEnv, RAPPruneV1Env])
+@pytest.mark.parametrize("kind", [RAPPruneEnv, RAPLadderEnv])
 @pytest.mark.parametrize(
     ("settings", "nearest"),
     [
@@ -123,7 +123,7 @@ def test_the_table_of_arguments_is_that_of_the_configuration():
 
 
 def test_the_table_of_arguments_of_v1_is_that_of_its_configuration():
-    rows = re.findall(r"^ *\| `(\w+)` \| `(.+?)` \| ", RAPPruneV1Env.__doc__, re.MULTILINE)
+    rows = re.findall(r"^ *\| `(\w+)` \| `(.+?)` \| ", RAPLadderEnv.__doc__, re.MULTILINE)
     documented = {name: ast.literal_eval(default) for name, default in rows}
     config = LadderEnvConfig()
     names = [entry.name for entry in fields(config) if entry.name not in config.unused]
@@ -157,7 +157,7 @@ def test_v1_loads_native_weights_and_long_windows():
 )
 def test_invalid_settings_of_v1_are_found_before_a_model_loads(settings, error, message):
     with pytest.raises(error, match=message):
-        RAPPruneV1Env("no-such-model", **settings)
+        RAPLadderEnv("no-such-model", **settings)
 
 
 def test_a_configuration_is_frozen_and_describes_a_context():
@@ -197,7 +197,7 @@ def test_make_takes_plain_values(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("environment", "columns"), [(RAPPruneEnv, 7), (RAPPruneV1Env, len(ITEM_FEATURES))]
+    ("environment", "columns"), [(RAPPruneEnv, 7), (RAPLadderEnv, len(ITEM_FEATURES))]
 )
 def test_the_docstring_is_a_complete_environment_page(environment, columns):
     text = environment.__doc__

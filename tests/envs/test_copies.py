@@ -100,7 +100,7 @@ def test_copies_of_vector_environments_continue_identically(table, ladder, versi
             assert_same(go_on(other), expected)
 
 
-@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPPrune-v1"])
+@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
 def test_a_live_environment_pickles_as_its_specification(tmp_path, version):
     tiny_model(layers=2).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

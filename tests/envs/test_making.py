@@ -36,7 +36,7 @@ def play(envs) -> list:
     return seen
 
 
-@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPPrune-v1"])
+@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
 def test_vector_kwargs_work_in_every_mode(settings, version):
     mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
     own = rap_env.make_vec(version, 2, vector_kwargs=mode, **settings)
@@ -45,7 +45,7 @@ def test_vector_kwargs_work_in_every_mode(settings, version):
         make(version, 2, vectorization_mode="sync", vector_kwargs=mode, **settings)
         for make in (rap_env.make_vec, gym.make_vec)
     ]
-    assert isinstance(own, rap_env.RAPPruneVectorEnv | rap_env.RAPPruneV1VectorEnv)
+    assert isinstance(own, rap_env.RAPPruneVectorEnv | rap_env.RAPLadderVectorEnv)
     for envs in (own, plain, *sync):
         assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
         assert_same(play(envs), play(own))
@@ -56,16 +56,16 @@ def test_vector_kwargs_work_in_every_mode(settings, version):
 
 def test_the_main_process_does_not_warn_of_a_copy(settings, monkeypatch, caplog):
     monkeypatch.setattr(opening, "_open", {})
-    gym.make("RAPPrune-v1", **settings)
+    gym.make("RAPLadder-v0", **settings)
     assert "own copy" not in caplog.text
 
 
 def test_workers_that_load_a_model_each_say_so(settings, capfd):
     """A server that has imported the libraries once forks the workers."""
-    libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.prune_v1"]
+    libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.ladder"]
     multiprocessing.set_forkserver_preload(libraries)
     served = {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
-    envs = gym.make_vec("RAPPrune-v1", 2, **served, **settings)
+    envs = gym.make_vec("RAPLadder-v0", 2, **served, **settings)
     assert isinstance(envs, AsyncVectorEnv)
     envs.reset(seed=0)
     envs.close()

@@ -1,4 +1,4 @@
-"""`RAPPrune-v1`: the contract of Gymnasium, the episodes, and that masks are those of v0."""
+"""`RAPLadder-v0`: the contract of Gymnasium, the episodes, and that masks are those of v0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.wrappers import FlattenObservation
 
 import rap_env
-from rap_env.envs.prune_v1 import RAPPruneV1Env
+from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
@@ -80,13 +80,13 @@ class TestContract:
         assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
     def test_the_package_exports_and_registers_it(self):
-        assert rap_env.RAPPruneV1Env is RAPPruneV1Env
-        spec = gym.spec("RAPPrune-v1")
-        assert spec.entry_point == "rap_env.envs.prune_v1:RAPPruneV1Env"
-        assert spec.vector_entry_point == "rap_env.envs.prune_v1:RAPPruneV1VectorEnv"
+        assert rap_env.RAPLadderEnv is RAPLadderEnv
+        spec = gym.spec("RAPLadder-v0")
+        assert spec.entry_point == "rap_env.envs.ladder:RAPLadderEnv"
+        assert spec.vector_entry_point == "rap_env.envs.ladder:RAPLadderVectorEnv"
 
 
-SAME = ("peak_bytes", "request", "reward_terms", "nll", "loss", "baseline_loss")
+SAME = ("peak_bytes", "request", "reward_terms", "nll")
 
 
 class TestSameAsV0:
@@ -114,6 +114,7 @@ class TestSameAsV0:
                     assert rest == rest_v0  # rewards and ends
                     for key in SAME:
                         assert info.get(key) == info_v0.get(key)
+                    assert info.get("delta_nll") == info_v0.get("loss")
                     assert np.array_equal(seen["action_mask"], seen_v0["action_mask"])
                     assert np.array_equal(seen["request"], seen_v0["request"])
                     freed = seen["ladder"][:, ITEM_FEATURES.index("freed_share")]
@@ -129,7 +130,7 @@ class TestSameAsV0:
             "calibration": {"windows": 2, "window_tokens": 8}, "importance": "none",
         }  # fmt: skip
         old = gym.make("RAPPrune-v0", **shared)
-        new = gym.make("RAPPrune-v1", levels="masks", **shared)
+        new = gym.make("RAPLadder-v0", levels="masks", **shared)
         for seed in range(5):
             for one, other in zip(play(old, seed), play(new, seed), strict=True):
                 assert [one[-1].get(key) for key in SAME] == [other[-1].get(key) for key in SAME]
@@ -264,10 +265,10 @@ class TestEpisode:
         _, *steps = play(env, 1, masked=True)
         info = steps[-1][-1]
         steps_of_order = env._task._baseline(env._episode.start)
-        assert info["baseline_loss"] == pytest.approx(
+        assert info["baseline_delta_nll"] == pytest.approx(
             ladder.scorer.nll(steps_of_order) - ladder.scorer.dense_nll
         )
-        assert steps[-1][1] == pytest.approx(info["baseline_loss"] - info["loss"])
+        assert steps[-1][1] == pytest.approx(info["baseline_delta_nll"] - info["delta_nll"])
 
     def test_a_reward_relative_to_an_order_that_is_left_out_is_rejected(self):
         blind = make_ladder_context(importance="none")

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from rap_env.context.live import LiveContext
+from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
-from rap_env.envs.prune_v1 import RAPPruneV1Env
 from rap_env.envs.task import task_scorer
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -36,7 +36,7 @@ def finish(env, choose):
 
 
 def test_v1_pays_for_the_recall_that_lowered_caches_cost(context):
-    env = RAPPruneV1Env(
+    env = RAPLadderEnv(
         context=context,
         reward=SPEC,
         tasks=TASKS,

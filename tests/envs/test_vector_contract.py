@@ -35,8 +35,6 @@ def test_gymnasium_makes_it(context):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Gymnasium calls every version but the last one out of date.
-        warnings.filterwarnings("ignore", message=".*RAPPrune-v0 is out of date")
         envs = gym.make_vec(
             "RAPPrune-v0", num_envs=3, context=Holder(), max_episode_steps=7, **USUAL
         )

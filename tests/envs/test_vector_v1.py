@@ -10,7 +10,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 import rap_env
-from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, assert_same
@@ -108,8 +108,8 @@ def test_gymnasium_makes_it():
             return self
 
     context = Holder(make_ladder_context(importance="none"))
-    envs = gym.make_vec("RAPPrune-v1", num_envs=3, context=context, levels="masks")
-    assert type(envs) is RAPPruneV1VectorEnv is rap_env.RAPPruneV1VectorEnv
+    envs = gym.make_vec("RAPLadder-v0", num_envs=3, context=context, levels="masks")
+    assert type(envs) is RAPLadderVectorEnv is rap_env.RAPLadderVectorEnv
     seen, _ = envs.reset(seed=0)
     assert envs.observation_space.contains(seen)
 

@@ -116,7 +116,7 @@ def test_custom_reward():
 
 def test_custom_workload():
     module = example("custom_workload")
-    env = module.Requests(gym.make("RAPPrune-v1", model=module.MODEL), module.night_and_day)
+    env = module.Requests(gym.make("RAPLadder-v0", model=module.MODEL), module.night_and_day)
     seen = {env.reset()[1]["request"]["batch_size"] for _ in range(30)}
     assert 1 in seen
     assert max(seen) > 4

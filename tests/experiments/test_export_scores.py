@@ -102,7 +102,7 @@ def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     live = build_context(levels)
     assert table.scores[plan] == live.scorer.nll(plan)
     env = gym.make(
-        "RAPPrune-v1", model=f"score_table:{path}", workload=WORKLOAD,
+        "RAPLadder-v0", model=f"score_table:{path}", workload=WORKLOAD,
         levels={"weights": ["int8", "removed"], "caches": ["int8", "int4"]},
     )  # fmt: skip
     observation, info = env.reset(seed=0)
@@ -110,7 +110,7 @@ def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     while not over:
         action = env.action_space.sample(observation["action_mask"])
         observation, _, over, _, info = env.step(action)
-    assert info["loss"] == pytest.approx(-sum(info["reward_terms"].values()))
+    assert info["delta_nll"] == pytest.approx(-sum(info["reward_terms"].values()))
 
 
 def test_a_table_has_the_requested_masks_and_its_fidelity(config, exported, capsys):

@@ -38,7 +38,7 @@ def config(tmp_path_factory):
             model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
             calibration=TextConfig(source="self", windows=2, window_tokens=48),
             importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
-            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int8"]),
+            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
             tight_grid=TightGridConfig(
                 requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,
                 out=str(base / "tight.yaml"),

@@ -24,9 +24,9 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from tests.tiny import tiny_llm, tiny_tokenizer
 
-V0, V1 = "RAPPrune/SmolLM2-Table-v0", "RAPPrune/SmolLM2-Table-v1"
+V0, V1 = "RAPPrune/SmolLM2-Table-v0", "RAPLadder/SmolLM2-Table-v0"
 SMALL = ["RAPPrune/SmallUniform-Table-v0", "RAPPrune/SmallUnequal-Table-v0"]
-TABLES = [V0, V1, "RAPPrune/Gemma3-270M-Table-v1", *SMALL]
+TABLES = [V0, V1, "RAPLadder/Gemma3-270M-Table-v0", *SMALL]
 
 
 def first_valid(observation):
@@ -164,7 +164,7 @@ def test_saved_rows_are_results_that_compare_reads(packaged, tmp_path):
 
 
 def test_wrong_names_and_texts_are_refused():
-    with pytest.raises(UnknownNameError, match="SmolLM2-Table-v1"):
+    with pytest.raises(UnknownNameError, match="SmolLM2-Table-v0"):
         rap_env.evaluate(first_valid, "RAPPrune/SmolLM2-Tabel-v1", name="x")
     with pytest.raises(UnknownNameError, match="calibration"):
         rap_env.evaluate(first_valid, V1, "held-out", name="x")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rap_env.artifacts import digest
-from rap_env.envs.prune_v1 import RAPPruneV1Env
+from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.errors import (
     CorpusError,
     InvalidRequestError,
@@ -280,7 +280,7 @@ def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkey
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'.*by generate_until"):
         lm_eval_tasks.check_scorable([name])
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
-        RAPPruneV1Env("no-such-model", reward="accuracy", tasks=[name])
+        RAPLadderEnv("no-such-model", reward="accuracy", tasks=[name])
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
         lm_eval_tasks.load_task(name, data_root=None, seed=0, num_fewshot=0)
     lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative", "truthfulqa_mc1"])

@@ -49,7 +49,7 @@ def config(tmp_path_factory):
             model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
             calibration=TextConfig(source="self", windows=2, window_tokens=48),
             importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
-            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int8", "int4"]),
+            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8", "int4"]),
             evaluate=EvaluateConfig(
                 requests=[], budgets=[], pinned=PINNED, baselines=BASELINES, random_seeds=[0, 1],
                 text=TextConfig(source="self", windows=3, window_tokens=48),

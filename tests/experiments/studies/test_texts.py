@@ -59,7 +59,7 @@ def config(tmp_path_factory):
             store=str(base / "scores.sqlite"),
             model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
             importance=ImportanceConfig(method="none"),
-            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int4"]),
+            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int4"]),
             texts=TextsConfig(
                 kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
                 seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,

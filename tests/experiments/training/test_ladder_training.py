@@ -1,4 +1,4 @@
-"""Training on `RAPPrune-v1` by the program: warm start, resuming, and the exported policy."""
+"""Training on `RAPLadder-v0` by the program: warm start, resuming, and the exported policy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from experiments.training.score_model import (
     make_envs,
     scored_masks,
 )
-from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
+from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
@@ -67,7 +67,7 @@ def config(tmp_path_factory):
         yield Config(
             stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False, threads=1,
             store=str(base / "scores.sqlite"),
-            env=EnvConfig(id="RAPPrune-v1", levels=LEVELS, together=["int8"]),
+            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
             model=ModelConfig(
                 name=str(base / "model"), device="cpu", dtype="float32", weights="native"
             ),
@@ -91,7 +91,7 @@ def run(config):
 def test_the_section_env_makes_the_environment_and_feasible_requests(config):
     context = build_context(config)
     envs = make_envs(config, context, 2)
-    assert isinstance(envs, RAPPruneV1VectorEnv)
+    assert isinstance(envs, RAPLadderVectorEnv)
     assert envs.ladder.spec == {"levels": LEVELS, "together": ["int8"]}
     item_bytes = ladder_bytes(config, context)
     for request in draw_requests(config, context, 20, 5):

@@ -1,4 +1,4 @@
-"""`RAPPrune-v1`: lower the items of a real language model until a request fits its budget."""
+"""`RAPLadder-v0`: lower the items of a real language model until a request fits its budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LoweringTask(PruningTask):
     unchanged = "native"
     verb = "lower"
     info_key = "levels"
-    delta_key = "loss"
+    delta_key = "delta_nll"
 
     def make_encoder(self, config: LadderEnvConfig) -> ItemObservationBuilder:
         """The items and levels that the configuration names."""
@@ -89,12 +89,12 @@ class LoweringTask(PruningTask):
         )
 
 
-class RAPPruneV1Env(PruningEnv):
+class RAPLadderEnv(PruningEnv):
     """Lower the items of a real language model until a request fits its memory budget.
 
     ## Description
     As in `RAPPrune-v0`, a request has a batch size, a sequence length and a budget in bytes that is
-    too small for the model, and the agent gives up quality until the request fits. In v0 an action
+    too small for the model, and the agent gives up quality until the request fits. There an action
     removes a block. Here an action lowers one *item* by one *level*, and removal is the last level.
 
     The items of a model with L layers are the weights of its 2L blocks, the KV caches of its L
@@ -110,14 +110,14 @@ class RAPPruneV1Env(PruningEnv):
     model that is shipped in 4 bits has neither `int8` nor `int4` blocks. A window keeps the first
     32 and the last 512, 256 or 128 tokens. A removed attention block takes its cache with it. The
     argument `levels` chooses the ladder: `"all"`, `"caches"`, `"masks"` (weights native or
-    removed: the episodes of v0), or lists, as in
+    removed: the episodes of `RAPPrune`), or lists, as in
     `{"weights": ["removed"], "caches": ["int8", "int4"], "embeddings": ["int4"]}`. An item with a
     single level is no item of the environment.
 
     Terms: the *native peak* is the number of bytes that the model as shipped needs for the request,
     with an unquantised cache; budgets are shares of it, or bytes. The *ΔNLL* of a plan (a level for
     each item) is its NLL on the calibration text minus the native model's, in nats per token;
-    `info` calls it `loss`.
+    `info` calls it `delta_nll`.
 
     ## Observation Space
     A `Dict`. All numbers are finite. `gymnasium.wrappers.FlattenObservation` turns it into one
@@ -159,7 +159,7 @@ class RAPPruneV1Env(PruningEnv):
     |-------|-------------|-----|-----|
     | [i] | item i has a lower level | 0 (at its lowest level, or gone) | 1 |
 
-    Where no item has a lower level, the episode is over, and the mask is all ones, as in v0.
+    Where no item has a lower level, the episode is over, and the mask is all ones.
 
     ## Action Space
     `Discrete(N)`: the item to lower by one level. An action on an item without a lower level is
@@ -186,11 +186,11 @@ class RAPPruneV1Env(PruningEnv):
 
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 requests
-    are drawn to find one). `reset(options={"request": ...})` sets the request, as in v0. The
-    default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
+    are drawn to find one). `reset(options={"request": ...})` sets the request, as in
+    `RAPPrune`. The default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
     lowest levels need is raised to that (`infeasible="clip"`), so that budgets reach down to the
-    lowest levels and not further; `"error"` is as in v0. Requests for which the lowest levels
-    need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
+    lowest levels and not further; `"error"` is as in `RAPPrune`. Requests for which the lowest
+    levels need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
     workload whose budgets it can meet: `"caches"` helps long requests and large batches only.
 
     ## Episode End
@@ -198,12 +198,11 @@ class RAPPruneV1Env(PruningEnv):
       order of valid actions, this happens at the latest when every item is at its lowest level.
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step.
     - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
-      item were at its lowest level; see v0.
+      item were at its lowest level; see `RAPPrune`.
 
     ## Information
-    As in v0, with `levels` (list of the name of each item's level, in the order of the actions; a
-    cache that went with its block is `removed`) in the place of `removed`. With `info="arrays"`,
-    `levels` is an int8 array of shape (N,): the position of each level in those of its item, 0
+    `levels` is the list of the name of each item's level, in the order of the actions; a cache that
+    went with its block is `removed`. With `info="arrays"`, it is an int8 array of shape (N,): the position of each level in those of its item, 0
     for `native`, and one past the last for a cache that went with its block. The property `plan`
     is the `Plan`.
 
@@ -223,7 +222,7 @@ class RAPPruneV1Env(PruningEnv):
     | `gsi_method` | `"lazy"` | `"exact"` measures every item in each round |
     | `gsi_actions` | `None` | actions after which GSI stops; `None`: when nothing is left |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
-    | `repair` | `"none"` | what replaces removed blocks, see v0 |
+    | `repair` | `"none"` | what replaces removed blocks, see `RAPPrune` |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
@@ -237,7 +236,7 @@ class RAPPruneV1Env(PruningEnv):
 
     The calibration text has 3 windows of 1,024 tokens unless `calibration` says otherwise: caches
     and windows differ only on long sequences. A new plan of the default model costs 3 to 4.5 s on
-    one CPU core (one evaluation per episode; scores are stored). v0 takes 4 windows of 128 tokens.
+    one CPU core (one evaluation per episode; scores are stored).
 
     The *greedy order* starts with native levels and repeatedly takes the step with the least
     predicted cost per freed byte at a reference request (4 sequences of 1,024 tokens). Predictions
@@ -252,17 +251,14 @@ class RAPPruneV1Env(PruningEnv):
     evaluations; with all levels of caches taken together, 30 actions took 181 (7 minutes on one
     core). All actions take an hour or more.
 
-    A score table (`model="score_table:PATH"`) runs v1 without the model if it was made with costs
+    A score table (`model="score_table:PATH"`) runs it without the model if it was made with costs
     of levels; scores of plans that were not measured are then predicted and flagged in `info`.
 
     ## Version History
-    - v1: Items and levels in the place of blocks; native weights; budgets as shares of the native
-      peak; a wider workload; a longer calibration text. With `levels="masks"` on an unquantised
-      model, and v0's workload, text and `infeasible`, episodes are those of v0: the same requests,
+    - v0: First version. With `levels="masks"` on an unquantised model, and the workload, text and
+      `infeasible` of `RAPPrune-v0`, episodes are those of `RAPPrune-v0`: the same requests,
       actions, bytes, ends and rewards. Only a reward relative to an order differs, since the order
       here weighs costs against bytes.
-    - v0: First version (`rap_env.RAPPruneEnv`). It stays as it is, although `gymnasium.make` calls
-      each version but the last one out of date.
     """
 
     config_type = LadderEnvConfig
@@ -274,10 +270,10 @@ class RAPPruneV1Env(PruningEnv):
         return self._task.ladder
 
 
-class RAPPruneV1VectorEnv(PruningVectorEnv):
-    """n environments of the kind of `rap_env.RAPPruneV1Env`, see `PruningVectorEnv`."""
+class RAPLadderVectorEnv(PruningVectorEnv):
+    """n environments of the kind of `rap_env.RAPLadderEnv`, see `PruningVectorEnv`."""
 
-    single_type = RAPPruneV1Env
+    single_type = RAPLadderEnv
 
     @property
     def ladder(self) -> Ladder:
