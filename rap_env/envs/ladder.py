@@ -201,10 +201,14 @@ class RAPLadderEnv(PruningEnv):
       item were at its lowest level; see `RAPPrune`.
 
     ## Information
-    `levels` is the list of the name of each item's level, in the order of the actions; a cache that
-    went with its block is `removed`. With `info="arrays"`, it is an int8 array of shape (N,): the position of each level in those of its item, 0
-    for `native`, and one past the last for a cache that went with its block. The property `plan`
-    is the `Plan`.
+    As in `RAPPrune`, except:
+    - `levels` in the place of `removed`: list of the name of each item's level, in the order of the
+      actions; a cache that went with its block is `removed`. With `info="arrays"`, int8 array of
+      shape (N,): the position of each level in those of its item, 0 for `native`, and one past the
+      last for a cache that went with its block.
+    - `delta_nll` and `baseline_delta_nll` in the place of `loss` and `baseline_loss`.
+
+    The property `plan` is the `Plan`.
 
     ## Arguments
     Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
