@@ -33,12 +33,6 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
         context: The model to serve, with the importance of its blocks or items as the agent
             observed it. It may differ from the model of the training if the policy transfers.
 
-<<<<<<< HEAD
-=======
-    Returns:
-        The file of a policy that removes blocks or lowers items.
-
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
     Raises:
         ArtifactError: There is no checkpoint, all are damaged, the policy is not block-wise, or
             it does not transfer to this model.

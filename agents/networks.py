@@ -1,14 +1,8 @@
 """The policy network in torch: what it observes (rows), and its outputs (heads).
 
-<<<<<<< HEAD
 Shapes, here and in `agents.sb3_policies`: B observations, N blocks or items, F features of each, R
 entries of the request, W = width of a row, H hidden units. The number of parameters does not depend
 on N, unless each block or item has a learned vector.
-=======
-Shapes, here and in `agents.sb3_policies`: B observations, N blocks or items, F
-features of each, R entries of the request, W = width of a row, H hidden units. The number of
-parameters does not depend on N, unless each block or item has a learned vector.
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 """
 
 from __future__ import annotations
@@ -111,101 +105,16 @@ class Rows(BaseFeaturesExtractor):
         rows = [_for_each(parts[name], each.shape[1]) for name in self.columns if name in parts]
         return torch.cat(rows, dim=2)
 
-<<<<<<< HEAD
     def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Return the levels of each row's neighbours; of blocks, whether they are kept."""
         placed = each[0, :, : self.spec.features.index("depth") + 1]  # the same in all of them
-=======
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        """Return the logs of costs (B, N, priced) per useful share (B, N, 1)."""
-        raise NotImplementedError
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        """Return the other parts of rows, from features (B, N, F) and valid actions (B, N, 1)."""
-        raise NotImplementedError
-
-
-class BlockRows(Rows):
-    """Rows of the blocks of `RAPPrune-v0`; `rap_env.block_rows.row_columns` lists their parts.
-
-    Neighbours are included because a block next to a removed one is often less important.
-    """
-
-    key = "blocks"
-    features = BLOCK_FEATURES
-    priced = block_rows.PRICED
-    row_columns = staticmethod(block_rows.row_columns)
-
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        return torch.log((costs + IMPORTANCE_FLOOR) / (useful + block_rows.USEFUL_FLOOR))
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        removed = 1 - valid
-        vectors = self.vectors.expand(len(each), -1, -1)
-        ffn = each[:, :, [BLOCK_FEATURES.index("kind")]]
-        return {
-            "blocks": each,
-            "kept": valid,
-            "neighbours": _neighbours(valid),
-            "vectors": vectors,
-            "mean_kept": _mean(each, valid),
-            "mean_removed": _mean(each, removed),
-            "removed_by_kind": _by_kind(torch.cat([1 - ffn, ffn], dim=2), removed),
-            "removed_vectors": _mean(vectors, removed),
-        }
-
-
-class ItemRows(Rows):
-    """Rows of items of `RAPLadder-v0`; `rap_env.ladder.item_rows.row_columns` lists their parts.
-
-    Which items are neighbours is read from the observed kinds and depths, so that one network
-    serves ladders of any size.
-    """
-
-    key = "ladder"
-    features = ITEM_FEATURES
-    priced = item_rows.PRICED
-    row_columns = staticmethod(item_rows.row_columns)
-    _placed = torch.zeros(0)
-    _near = torch.zeros(0, dtype=torch.int64)
-
-    def _prices(self, costs: torch.Tensor, useful: torch.Tensor) -> torch.Tensor:
-        return costs * item_rows.COST_SCALE - torch.log(useful + item_rows.USEFUL_FLOOR)
-
-    def _parts(self, each: torch.Tensor, valid: torch.Tensor) -> Parts:
-        level, kinds = each[:, :, [item_rows.LEVEL]], each[:, :, : len(KINDS)]
-        vectors = self.vectors.expand(len(each), -1, -1)
-        levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
-        return {
-            "items": each,
-            "valid": valid,
-            "neighbours": levels[:, self._neighbours(each)],
-            "vectors": vectors,
-            "mean_level": _by_kind(kinds, level),
-            "lowest": _by_kind(kinds[:, :, :2], (level >= 1).to(level.dtype)),
-            "lowered_vectors": (vectors * level).mean(dim=1),
-        }
-
-    def _neighbours(self, each: torch.Tensor) -> torch.Tensor:
-        """Return the number of each item's neighbours, (N, 9), -1 where there is none."""
-        placed = each[0, :, : item_rows.DEPTH + 1]  # the same for all observations of a model
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
         if not torch.equal(placed, self._placed):
             self._placed = placed.clone()
             near = self.spec.neighbours(placed.detach().cpu().numpy())
             self._near = torch.from_numpy(near).to(placed.device)
-<<<<<<< HEAD
         levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
         near_levels = levels[:, self._near]
         return 1 - near_levels if self.spec.of_blocks else near_levels
-=======
-        return self._near
-
-
-def rows_class(observation_space: spaces.Dict) -> type[BlockRows | ItemRows]:
-    """Return the features extractor for an observation space of either task."""
-    return ItemRows if "ladder" in observation_space.spaces else BlockRows
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 
 
 def _for_each(part: torch.Tensor, count: int) -> torch.Tensor:

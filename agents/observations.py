@@ -16,13 +16,6 @@ from rap_env.ladder.observation import (
     ObservationBuilder,
     ObservationEncoder,
 )
-<<<<<<< HEAD
-=======
-from rap_env.request import Request
-
-Builder = ObservationBuilder | ItemObservationBuilder
-"""Builds the observations of `RAPPrune-v0` or of `RAPLadder-v0`."""
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 
 
 def make_encoder(context: PruningContext, ladder: Mapping[str, Any] | None) -> ObservationEncoder:

@@ -1,10 +1,6 @@
 """Policy classes of stable-baselines3 with the networks of `agents.networks`.
 
-<<<<<<< HEAD
 Block-wise means that one small network scores each action: each block or item.
-=======
-Block-wise means that one small network scores each action: each block or each item.
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 """
 
 from __future__ import annotations

@@ -187,11 +187,12 @@ class RAPLadderEnv(PruningEnv):
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 requests
     are drawn to find one). `reset(options={"request": ...})` sets the request, as in
-    `RAPPrune`. The default workload draws budgets from 25 to 95 % of the native peak. A budget below what the
-    lowest levels need is raised to that (`infeasible="clip"`), so that budgets reach down to the
-    lowest levels and not further; `"error"` is as in `RAPPrune`. Requests for which the lowest
-    levels need no fewer bytes than native ones are drawn again. With a smaller ladder, choose a
-    workload whose budgets it can meet: `"caches"` helps long requests and large batches only.
+    `RAPPrune`. The default workload draws budgets from 25 to 95 % of the native peak. A budget
+    below what the lowest levels need is raised to that (`infeasible="clip"`), so that budgets
+    reach down to the lowest levels and not further; `"error"` is as in `RAPPrune`. Requests for
+    which the lowest levels need no fewer bytes than native ones are drawn again. With a smaller
+    ladder, choose a workload whose budgets it can meet: `"caches"` helps long requests and large
+    batches only.
 
     ## Episode End
     - Termination: the request fits, that is, the peak bytes are at most the budget. Whatever the

@@ -6,13 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-<<<<<<< HEAD
 from agents.observations import make_encoder
-from rap_env.envs.prune_v1 import RAPPruneV1VectorEnv
-=======
-from agents.observations import make_builder
 from rap_env.envs.ladder import RAPLadderVectorEnv
->>>>>>> 09c163c (RAPLadder-v0 is a task of its own, and its infos name delta_nll)
 from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.memory import MemoryModel
