@@ -145,8 +145,8 @@ class LlamaCpp:
                 batch.logits[at] = at >= count - rows
             if (code := self._lib.llama_decode(self._context, batch)) != 0:
                 raise RuntimeError(f"llama.cpp failed to decode (code {code}).")
-        found = self._lib.llama_get_logits(self._context)
-        data = self._ffi.buffer(found, rows * self._vocab_size * 4)
+        logits = self._lib.llama_get_logits(self._context)
+        data = self._ffi.buffer(logits, rows * self._vocab_size * 4)
         return np.frombuffer(data, dtype=np.float32).reshape(rows, self._vocab_size)
 
     @contextmanager
@@ -191,11 +191,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     before = resident_bytes()
     settings = ("cache", "rows", "tokens", "threads")
     llama = LlamaCpp(task["file"], **{name: task[name] for name in settings})
-    found: dict[str, Any] = {"model_bytes": llama.model_bytes, "buffers": llama.buffers}
+    sizes: dict[str, Any] = {"model_bytes": llama.model_bytes, "buffers": llama.buffers}
     if windows := task.get("windows"):
-        return found | {"nll": [llama.nll(np.array(ids, dtype=np.int32)) for ids in windows]}
+        return sizes | {"nll": [llama.nll(np.array(ids, dtype=np.int32)) for ids in windows]}
     llama.fill(task["tokens"])
-    return found | {"resident_bytes": resident_bytes(), "before_bytes": before}
+    return sizes | {"resident_bytes": resident_bytes(), "before_bytes": before}
 
 
 if __name__ == "__main__":

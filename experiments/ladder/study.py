@@ -88,16 +88,16 @@ def _job(
 ) -> Job[LadderRow]:
     """The job of a plan of the model of `side`; `report` scores the unquantised model."""
     shape = request.batch_size, request.seq_len_tokens
-    held = MemoryModel(side.llm).breakdown(plan, request)
+    sizes = MemoryModel(side.llm).breakdown(plan, request)
     fields: dict[str, Any] = {
         "method": method,
         "name": name,
         "request": request_field(shape),
         "budget_fraction": fraction,
         "budget_bytes": None if fraction is None else request.budget_bytes,
-        "held_bytes": held.peak - held.workspace,
-        "peak_bytes": held.peak,
-        "fits": fraction is None or held.peak <= request.budget_bytes,
+        "held_bytes": sizes.peak - sizes.workspace,
+        "peak_bytes": sizes.peak,
+        "fits": fraction is None or sizes.peak <= request.budget_bytes,
         "levels": plan.levels,
         "packed": side is not report,
     }

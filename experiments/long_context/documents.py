@@ -52,7 +52,7 @@ class PositionLoss:
     @torch.inference_mode()
     def measure(self, plan: Plan) -> Losses:
         """The losses under a plan; the prediction of a token counts at the token's position."""
-        found = []
+        by_document = []
         for ids in self.tokens.to(self._llm.device):
             with self._llm.masked(plan):
                 rows, targets = predictions(self._partial.hidden(ids[None]), ids[None])
@@ -66,8 +66,10 @@ class PositionLoss:
                         )
                     ]
                 )
-            found.append([float(losses[max(0, a - 1) : b - 1].mean()) for a, b in self.buckets])
-        return np.array(found)
+            by_document.append(
+                [float(losses[max(0, a - 1) : b - 1].mean()) for a, b in self.buckets]
+            )
+        return np.array(by_document)
 
 
 class AnswerLoss:
@@ -102,18 +104,18 @@ def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
     """Token ids of the documents, (documents, tokens)."""
     if text.source == "self":
         return load_text(text, "report", llm).tokens
-    found: list[list[int]] = []
+    documents: list[list[int]] = []
     for document in _texts(Path(text.source).expanduser(), text.field):
         ids = _encode(llm, document)
         if len(ids) >= text.window_tokens:
-            found.append(ids[: text.window_tokens])
-    if len(found) < text.windows:
+            documents.append(ids[: text.window_tokens])
+    if len(documents) < text.windows:
         raise CorpusError(
-            f"{text.source} has {len(found)} documents of at least {text.window_tokens} tokens, "
-            f"but {text.windows} are needed. Set fewer windows or fewer window_tokens."
+            f"{text.source} has {len(documents)} documents of at least {text.window_tokens} "
+            f"tokens, but {text.windows} are needed. Set fewer windows or fewer window_tokens."
         )
-    chosen = np.random.default_rng(text.seed).permutation(len(found))[: text.windows]
-    return torch.tensor([found[number] for number in sorted(chosen)])
+    chosen = np.random.default_rng(text.seed).permutation(len(documents))[: text.windows]
+    return torch.tensor([documents[number] for number in sorted(chosen)])
 
 
 def _texts(path: Path, field: str) -> Iterator[str]:

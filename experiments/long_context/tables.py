@@ -191,6 +191,6 @@ def _delta(data: Curves, plan: str, measure: str, length: int | None) -> str:
     if plan == NATIVE:
         return "0"
     sizes = [high - low for low, high in row.buckets]
-    one, base = (np.average(r.values, axis=1, weights=sizes) for r in (row, native))
-    difference = paired_difference(one, base)
+    values, base = (np.average(r.values, axis=1, weights=sizes) for r in (row, native))
+    difference = paired_difference(values, base)
     return signed(difference)

@@ -10,9 +10,10 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.contexts import task_config
+from experiments.repair.figures import delta_nll_against_peak
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
-from experiments.repair.tables import delta_nll_against_peak, repair_tables
+from experiments.repair.tables import repair_tables
 from experiments.study.harness import Job, Study
 from experiments.study.records import Cell, delta_nll_fields, request_field
 from rap_env.memory import MemoryModel

@@ -165,7 +165,7 @@ def cotenant_budget(
                 present.append((now + stay, size))
                 moves += [(now, size), (now + stay, -size)]
     moves.sort()
-    levels = [free - taken for taken in itertools.accumulate(size for _, size in moves)]
+    levels = [free - used for used in itertools.accumulate(size for _, size in moves)]
     return Budget([time for time, _ in moves], levels)
 
 

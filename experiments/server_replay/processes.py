@@ -127,8 +127,8 @@ class ServerProcess:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.log.append(line.rstrip())
-            if found := _URL.search(line):
-                self.url = found[0]
+            if address := _URL.search(line):
+                self.url = address[0]
             if self.url and self._ready.search(line):
                 # A full pipe would block the server.
                 threading.Thread(target=self._read_on, daemon=True).start()

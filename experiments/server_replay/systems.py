@@ -134,12 +134,11 @@ class Systems:
                    "--model-name", MODEL_NAME, *own]  # fmt: skip
         return System(own, command, RAP_READY, model_bytes=model_bytes)
 
-    def _llama(self, found: LlamaDeployment) -> System:
-        options, command = self._llama_command(found.cache, found.context_tokens)
+    def _llama(self, own: LlamaDeployment) -> System:
+        options, command = self._llama_command(own.cache, own.context_tokens)
         return System(
-            options, command, _LLAMA_READY, found.context_tokens, len(found.trials),
-            found.model_bytes,
-        )  # fmt: skip
+            options, command, _LLAMA_READY, own.context_tokens, len(own.trials), own.model_bytes
+        )
 
     def _llama_command(self, cache: str, context_tokens: int) -> tuple[list[str], list[str]]:
         """Options, and the whole command.
@@ -180,16 +179,16 @@ class Systems:
         }  # fmt: skip
         file = RowFile(self._folder / LlamaDeployment.file, LlamaDeployment)
         search = partial(self._search, cache, budget_bytes)
-        found = file.get(
+        deployment = file.get(
             row_key(cache, budget_bytes, provenance),
             lambda: LlamaDeployment(cache, budget_bytes, *search(), provenance=provenance),
         )
-        if not found.context_tokens:
+        if not deployment.context_tokens:
             raise ExperimentError(
                 f"llama.cpp's server with a cache in {cache} takes "
-                f"{min(found.trials.values()) / _MIB:.0f} MiB with its smallest context."
+                f"{min(deployment.trials.values()) / _MIB:.0f} MiB with its smallest context."
             )
-        return found
+        return deployment
 
     def _search(self, cache: str, budget_bytes: int) -> tuple[int, dict[str, int], int]:
         """The largest context, the peak of each trial, and the buffers of the chosen one."""

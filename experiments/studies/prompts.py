@@ -166,7 +166,7 @@ class PromptStudy:
         rows = []
         for policy in self.policies:
             losses = [self.losses(policy, text, self.cells) for text in self.texts]
-            shown = (str(bootstrap_mean(one)) for one in losses)
+            shown = (str(bootstrap_mean(values)) for values in losses)
             rows.append([policy, f"{np.mean(losses):.3f}", *shown])
         return ["Policy", "Mean", *self.texts], rows
 

@@ -1,16 +1,16 @@
-"""Rows of the study of texts, and the tables and the figure made from them."""
+"""Tables and the figure of the study of texts, made from its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from experiments.config.common import parse_pinned
+from experiments.studies.rows import ALL, CALIBRATION, CostRow, PlanRow, PromptRow
 from experiments.study.figures import panels, style
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
@@ -26,10 +26,8 @@ from rap_env.plan import EMBEDDINGS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALL, OTHERS = "all", "the other kinds"
-"""Plans from the mean of the costs over all kinds, and those from the costs of each other kind."""
-CALIBRATION = "calibration"
-"""Name of the calibration text itself, as a text that plans are judged on."""
+OTHERS = "the other kinds"
+"""Plans from the costs of each other kind."""
 THRESHOLD = 0.03
 """Relative gap from which it is worth while that a policy sees the kind of text."""
 
@@ -66,82 +64,6 @@ Losses = npt.NDArray[np.float64]
 """ΔNLL by draw and window, nats per token, (seeds, windows)."""
 
 
-class Draw(NamedTuple):
-    """A calibration text: a kind (`ALL` for all of them), a seed, and the tokens of each kind."""
-
-    kind: str
-    seed: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class CostRow(Record):
-    """One-shot costs of all items on one draw; `costs` has the fields of `LevelCosts`."""
-
-    file = "costs.jsonl"
-    record_name = "A row of costs"
-    identity = ("kind", "seed", "tokens")
-
-    kind: str
-    seed: int
-    tokens: int
-    costs: dict[str, Any]
-
-    @property
-    def draw(self) -> Draw:
-        """The text."""
-        return Draw(self.kind, self.seed, self.tokens)
-
-
-@dataclass(frozen=True)
-class PlanRow(Record):
-    """The knapsack's plan for one cell from the costs on one draw, measured on one text.
-
-    Attributes:
-        chosen_on: Kind of the draw, `seed` and `tokens` likewise.
-        cell: The request and its budget in bytes, as in ``texts.cells``.
-        judged_on: Kind of the report text; `CALIBRATION` for the text of the draw itself.
-        window_losses: ΔNLL of each window of the text, nats per token, (windows,).
-    """
-
-    file = "plans.jsonl"
-    record_name = "A row of a plan"
-    identity = ("chosen_on", "seed", "tokens", "cell", "judged_on")
-
-    chosen_on: str
-    seed: int
-    tokens: int
-    cell: str
-    judged_on: str
-    window_losses: list[float]
-
-
-@dataclass(frozen=True)
-class PromptRow(Record):
-    """Plans by the prompts' kinds of text for one cell, measured on one text.
-
-    Attributes:
-        known: Whether the kind of the text is among those that the policy knows.
-        prompt_tokens: First tokens of each window that are its prompt.
-        shares: Shares of the kinds that the policy knows in the prompt of each window.
-        window_losses: ΔNLL of each window with the plan for its prompt, nats per token, (windows,).
-        general_losses: The same with the plan for equal shares of those kinds.
-    """
-
-    file = "prompts.jsonl"
-    record_name = "A row of plans by prompts"
-    identity = ("seed", "cell", "judged_on", "known")
-
-    seed: int
-    cell: str
-    judged_on: str
-    known: bool
-    prompt_tokens: int
-    shares: list[list[float]]
-    window_losses: list[float]
-    general_losses: list[float]
-
-
 class TextStudy:
     """All rows of a study of texts.
 
@@ -176,11 +98,11 @@ class TextStudy:
     ) -> Losses:
         """ΔNLL of plans, mean over some cells; `tokens` is the size of the calibration text."""
         size = self._tokens if tokens is None else tokens
-        found = [
+        windows = [
             [self._windows[chosen_on, seed, size, cell, judged_on] for cell in cells]
             for seed in self._seeds
         ]
-        return np.asarray(np.mean(found, axis=1))
+        return np.asarray(np.mean(windows, axis=1))
 
     @property
     def matrix(self) -> dict[str, list[Losses]]:
@@ -205,16 +127,16 @@ class TextStudy:
     @property
     def verdict(self) -> str:
         """What a policy would gain that sees the kind of text, in words."""
-        found, others = self.gap(ALL), self.gap(OTHERS)
-        if found is None:
+        gap, others = self.gap(ALL), self.gap(OTHERS)
+        if gap is None:
             return "The gap is unknown: some mean ΔNLL is not significantly above 0."
         limit = f"{100 * THRESHOLD:g} %"
         answer = "may be above or below"  # the interval contains the threshold
-        if not found.low <= THRESHOLD < found.high:
-            answer = "is above" if found.low > THRESHOLD else "is not above"
+        if not gap.low <= THRESHOLD < gap.high:
+            answer = "is above" if gap.low > THRESHOLD else "is not above"
         return (
             f"The gap {answer} {limit}: relative to plans from costs on the text's own kind, plans "
-            f"from costs on all kinds have a ΔNLL of {relative_words(found)}, and those from costs "
+            f"from costs on all kinds have a ΔNLL of {relative_words(gap)}, and those from costs "
             f"on one of {OTHERS} of {relative_words(others)} (geometric mean over kinds and "
             "requests, with a 95 % interval over windows and draws)."
         )
@@ -223,12 +145,9 @@ class TextStudy:
         self, judged_on: str, cells: Sequence[str], *, known: bool, general: bool = False
     ) -> Losses:
         """ΔNLL of plans by prompts, mean over some cells; `general` is that of equal shares."""
-        name = "general_losses" if general else "window_losses"
-        found = [
-            [getattr(self._prompts[seed, cell, judged_on, known], name) for cell in cells]
-            for seed in self._seeds
-        ]
-        return np.asarray(np.mean(found, axis=1))
+        rows = [[self._prompts[seed, c, judged_on, known] for c in cells] for seed in self._seeds]
+        windows = [[r.general_losses if general else r.window_losses for r in own] for own in rows]
+        return np.asarray(np.mean(windows, axis=1))
 
     def prompt_gain(self, *, known: bool) -> Estimate | None:
         """ΔNLL of plans by prompts divided by that of equal shares, minus 1; see `gap`."""
@@ -244,10 +163,10 @@ class TextStudy:
     @property
     def prompt_verdict(self) -> str:
         """What a policy gains that sees the kind of text of the prompts, in words."""
-        found, unknown = (self.prompt_gain(known=known) for known in (True, False))
+        gain, unknown = (self.prompt_gain(known=known) for known in (True, False))
         return (
             f"Plans by the kind of text of the first {self.prompt_tokens} tokens have a "
-            f"ΔNLL of {relative_words(found)} relative to plans for equal shares of all kinds, and "
+            f"ΔNLL of {relative_words(gain)} relative to plans for equal shares of all kinds, and "
             f"of {relative_words(unknown)} where the text's own kind is not among the known ones."
         )
 
@@ -277,8 +196,7 @@ class TextStudy:
         return ["Plans by", "Relative", "Mean", *self.kinds], rows
 
     def _prompt_row(self, name: str, losses: list[Losses], gain: Estimate | None) -> list[str]:
-        shown = (str(bootstrap_mean(one)) for one in losses)
-        return [name, relative_words(gain), f"{np.mean(losses):.3f}", *shown]
+        return [name, relative_words(gain), f"{np.mean(losses):.3f}", *_means(losses)]
 
     def recognised_table(self) -> Table:
         """Table of what prompts are taken for."""
@@ -306,11 +224,11 @@ class TextStudy:
         rows = []
         for level in (level for level, costs in draws[0][1].items() if len(costs) > 1):
             taus: dict[bool, list[float]] = {True: [], False: []}
-            for (one, first), (two, second) in combinations(draws, 2):
-                taus[one == two].append(kendall_tau(first[level], second[level]))
+            for (kind, first), (other, second) in combinations(draws, 2):
+                taus[kind == other].append(kendall_tau(first[level], second[level]))
             shown = [
-                f"{np.mean(found):.2f} [{min(found):.2f}, {max(found):.2f}]" if found else "-"
-                for found in taus.values()
+                f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
+                for values in taus.values()
             ]
             rows.append([level, *shown])
         return ["Items and level", "Within a kind", "Between kinds"], rows
@@ -321,23 +239,20 @@ class TextStudy:
         Levels that caches take together are left out: their costs are shares of one measurement.
         """
         ladder = self._ladder
-        found: dict[str, list[float]] = {"all": []}
+        by_level: dict[str, list[float]] = {"all": []}
         for item, costs in one_shot.items():
             kind = item.partition(".")[2] or item
             group = {"cache": "caches", EMBEDDINGS: EMBEDDINGS}.get(kind, "weights")
             for level, cost in costs.items():
                 shared = kind == "cache" and level in ladder["together"]
                 if level in ladder["levels"][group] and not shared:
-                    found["all"].append(cost)
-                    found.setdefault(f"{kind} {level}", []).append(cost)
-        return found
+                    by_level["all"].append(cost)
+                    by_level.setdefault(f"{kind} {level}", []).append(cost)
+        return by_level
 
     def matrix_table(self) -> Table:
         """Table of `matrix`."""
-        rows = [
-            [name, *(str(bootstrap_mean(losses)) for losses in row), f"{np.mean(row):.3f}"]
-            for name, row in self.matrix.items()
-        ]
+        rows = [[name, *_means(row), f"{np.mean(row):.3f}"] for name, row in self.matrix.items()]
         return ["Chosen on", *self.kinds, "mean"], rows
 
     def size_table(self) -> Table:
@@ -345,13 +260,17 @@ class TextStudy:
         sized, rows = self.sized, []
         for tokens in self._sizes:
             seen = float(self.losses(sized, CALIBRATION, self.cells, tokens).mean())
-            found = bootstrap_mean(self.losses(sized, sized, self.cells, tokens))
+            report = bootstrap_mean(self.losses(sized, sized, self.cells, tokens))
             by_cell = [self.losses(sized, sized, [cell], tokens).mean() for cell in self.cells]
-            shown = [f"{seen:.3f}", str(found), f"{found.mean - seen:+.3f}"]
+            shown = [f"{seen:.3f}", str(report), f"{report.mean - seen:+.3f}"]
             rows.append([f"{tokens:,}", *shown, *(f"{loss:.3f}" for loss in by_cell)])
         pinned = [parse_pinned(cell) for cell in self.cells]
         cells = [f"{shape_words(p.shape)} @ {p.budget_bytes / 2**20:.1f} MiB" for p in pinned]
         return ["Tokens", "Calibration", "Report", "Difference", *cells], rows
+
+
+def _means(losses: Sequence[Losses]) -> list[str]:
+    return [str(bootstrap_mean(values)) for values in losses]
 
 
 def text_tables(study: TextStudy) -> list[TitledTable]:
@@ -373,9 +292,9 @@ def text_tables(study: TextStudy) -> list[TitledTable]:
     return tables
 
 
-def chosen_and_judged(found: TextStudy, narrow: bool) -> Figure:
+def chosen_and_judged(study: TextStudy, narrow: bool) -> Figure:
     """Heat map of ΔNLL by the texts that plans were chosen on and judged on."""
-    loss = np.mean(list(found.matrix.values()), axis=(2, 3))
+    loss = np.mean(list(study.matrix.values()), axis=(2, 3))
     relative = loss / np.diag(loss) - 1
     most = 2 * max(THRESHOLD, float(np.abs(relative).max()))  # twice: text stays readable
     with style():
@@ -384,8 +303,8 @@ def chosen_and_judged(found: TextStudy, narrow: bool) -> Figure:
         for (row, column), value in np.ndenumerate(loss):
             text = f"{value:.3f}\n{signed_percent(relative[row, column])}"
             axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
-        axis.set_xticks(np.arange(len(found.kinds)) + 0.5, found.kinds)
-        axis.set_yticks(np.arange(len(loss)) + 0.5, found.matrix)
+        axis.set_xticks(np.arange(len(study.kinds)) + 0.5, study.kinds)
+        axis.set_yticks(np.arange(len(loss)) + 0.5, study.matrix)
         axis.set_ylim(len(loss), 0)
         axis.set(xlabel="judged on", ylabel="chosen on")
         axis.set_title("ΔNLL (nats/token), and relative to plans from the text's own kind")
@@ -400,6 +319,6 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     Source: Kendall (1945), The treatment of ties in ranking problems.
     """
     rows, columns = np.triu_indices(len(first), 1)
-    one, two = (np.sign(v[rows] - v[columns]) for v in map(np.asarray, (first, second)))
-    untied = float(np.abs(one).sum() * np.abs(two).sum())
-    return float(one @ two) / float(np.sqrt(untied)) if untied else 0.0
+    signs, others = (np.sign(v[rows] - v[columns]) for v in map(np.asarray, (first, second)))
+    untied = float(np.abs(signs).sum() * np.abs(others).sum())
+    return float(signs @ others) / float(np.sqrt(untied)) if untied else 0.0

@@ -23,17 +23,8 @@ from experiments.config.studies import TextsConfig
 from experiments.contexts import build_context, ladder_bytes, load_text
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.studies.tables import (
-    ALL,
-    CALIBRATION,
-    CostRow,
-    Draw,
-    PlanRow,
-    PromptRow,
-    TextStudy,
-    chosen_and_judged,
-    text_tables,
-)
+from experiments.studies.rows import ALL, CALIBRATION, CostRow, Draw, PlanRow, PromptRow
+from experiments.studies.tables import TextStudy, chosen_and_judged, text_tables
 from experiments.study.harness import Job, Study, measured
 from rap_env.artifacts import digest
 from rap_env.context.live import LiveContext

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.config import Config
+from experiments.repair.figures import delta_nll_against_peak
 from experiments.repair.rows import RepairComparison, mean_delta_nll
 from experiments.repair.tables import (
-    delta_nll_against_peak,
     repair_findings,
     repair_markdown,
     repair_tables,

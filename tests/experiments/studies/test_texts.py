@@ -15,15 +15,8 @@ from experiments.config.studies import KindConfig, TextsConfig
 from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
-from experiments.studies.tables import (
-    ALL,
-    CALIBRATION,
-    OTHERS,
-    CostRow,
-    PlanRow,
-    TextStudy,
-    kendall_tau,
-)
+from experiments.studies.rows import ALL, CALIBRATION, CostRow, PlanRow
+from experiments.studies.tables import OTHERS, TextStudy, kendall_tau
 from experiments.studies.texts import STUDY, text_jobs
 from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
