@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,22 +28,6 @@ if TYPE_CHECKING:
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
 DECISIONS_FILE = "decisions.jsonl"
-
-NEEDS_MODEL = {
-    "profile": "measures the importance of its blocks",
-    "evaluate": "scores masks on text that no table contains",
-    "tight_grid": "scores uniform settings",
-    "demo": "starts with its profile",
-    "export_scores": "measures it",
-    "repair": "fits stubs to its hidden states",
-    "ladder": "scores plans on text that no table contains",
-    "long_context": "reads answers from its likelihoods",
-    "llama_cpp": "compares llama.cpp with it",
-    "shipped": "lowers its weights",
-    "prompts": "measures plans on several texts, and a table has scores of one",
-    "texts": "measures plans on several texts, and a table has scores of one",
-}
-"""Stages that need a live model, and why; the others also accept a score table."""
 
 
 def gsi_artifact(config: Config) -> Path:
@@ -98,19 +82,6 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     return open_context(context_config(config, profiled=profiled))
 
 
-def kind_contexts(config: Config) -> dict[str, PruningContext]:
-    """Return a context for the text of each kind, by its name, in the order of `Config.kinds`.
-
-    All texts are read before anything is measured. Errors are those of `build_context`.
-    """
-    reject_table(config)
-    settings, contexts = context_config(config, profiled=False), {}
-    for name, kind in config.kinds.items():
-        text = replace(settings.calibration, **kind)
-        contexts[name] = open_context(replace(settings, calibration=text))
-    return contexts
-
-
 def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
     """Return the byte arithmetic over the ladder's items; None for an environment of masks."""
     if not config.env.lowers:
@@ -119,16 +90,16 @@ def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
 
 
 def reject_table(config: Config) -> None:
-    """Check that the model is no score table if the stage needs a live model.
+    """Check that the model is no score table, except in trainings.
 
     Raises:
-        ExperimentError: The model is a score table, but the stage needs a live model.
+        ExperimentError: It is one.
     """
-    if table_path(config.model.name) is not None and config.stage in NEEDS_MODEL:
+    if config.stage != "train" and table_path(config.model.name) is not None:
         raise ExperimentError(
-            f"experiments.{config.stage} needs a live model, because it "
-            f"{NEEDS_MODEL[config.stage]}, but model.name is {config.model.name}. Set model.name "
-            "to the model that the table was measured on."
+            f"experiments.{config.stage} needs a live model, because it measures what no score "
+            f"table contains, but model.name is {config.model.name}. Set model.name to the model "
+            "that the table was measured on."
         )
 
 

@@ -4,8 +4,7 @@ The table has the scores that the store has of the model on the calibration text
 importance that agents observe. ``export.masks=20000`` first measures masks (see
 `experiments.training.score_tables`) until the store has as many; after a kill, the same command
 resumes and writes the same table. ``export.records=[results/tight]`` adds the scores that a
-comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text;
-``export.held_out_masks=300`` measures that for masks of the table too.
+comparison recorded, so that nothing is measured twice, and what its plans lose on held-out text.
 ``export.levels=true model.weights=native`` adds what ``RAPLadder-v0`` needs: the costs of levels,
 which are measured unless the package or the cache has them, and the scores of plans.
 """
@@ -13,7 +12,6 @@ which are measured unless the package or the cache has them, and the scores of p
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,7 +21,7 @@ from pathlib import Path
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.console import say
-from experiments.contexts import build_context, held_out_scorer
+from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.study.run_folder import RunFolder
@@ -38,7 +36,6 @@ from rap_env.context.base import PruningContext
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan, every_mask
-from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.plan_runner import chunks
 from rap_env.scoring.scorer import bar_callback
 
@@ -68,7 +65,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     scores = stored_scores(context, plans=config.export.levels) | recorded
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if plan.is_mask}
-    held_out = measure_held_out(config, context, scores)
+    held_out = held_out_losses(config.export.records, context)
     table = table_of(config, context, scores, levels=levels, held_out=held_out)
     path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
@@ -98,22 +95,6 @@ def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, flo
         for chunk in chunks(missing, CHUNK_MASKS):
             context.scorer.nll_many(chunk, bar_callback(bar))
     log.info("Measured %d of %d masks.", len(known) + len(missing), wanted)
-
-
-def measure_held_out(
-    config: Config, context: PruningContext, scores: Mapping[Plan, float]
-) -> HeldOutLosses | None:
-    """Return what plans lose on held-out text: the recorded ones, and as many masks as wanted."""
-    records, wanted = config.export.records, config.export.held_out_masks
-    if wanted is None:
-        return held_out_losses(records, context)
-    masks = sorted(
-        (one for one in scores if one.is_mask and one), key=lambda one: one.removed_names
-    )
-    drawn = random.Random(config.seed).sample(masks, min(wanted, len(masks)))
-    scorer = held_out_scorer(config.evaluate.text, "report", context)
-    with progress_bar(config.progress, total=len(drawn), desc="held-out", unit="mask") as bar:
-        return held_out_losses(records, context, scorer, drawn, bar_callback(bar))
 
 
 def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:

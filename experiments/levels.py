@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.evaluation import LEVELS_SUFFIX
-from experiments.contexts import build_context, held_out_scorer, kind_contexts
+from experiments.contexts import build_context, context_config, held_out_scorer, reject_table
 from experiments.errors import ExperimentError
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
@@ -29,8 +29,9 @@ from experiments.study.tables import (
     shape_words,
 )
 from rap_env.artifacts import digest, save_artifact
+from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
-from rap_env.context.opening import require_live
+from rap_env.context.opening import open_context, require_live
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
@@ -168,6 +169,19 @@ def check_kinds(config: Config) -> None:
                 f"and those of {name} are {text.windows} x {text.window_tokens}; give more windows "
                 "or longer ones."
             )
+
+
+def kind_contexts(config: Config) -> dict[str, PruningContext]:
+    """Return a context for the text of each kind, by its name, in the order of `Config.kinds`.
+
+    All texts are read before anything is measured. Errors are those of `build_context`.
+    """
+    reject_table(config)
+    settings, contexts = context_config(config, profiled=False), {}
+    for name, kind in config.kinds.items():
+        text = replace(settings.calibration, **kind)
+        contexts[name] = open_context(replace(settings, calibration=text))
+    return contexts
 
 
 def kind_costs(config: Config) -> KindCosts:

@@ -108,43 +108,25 @@ def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]
 
     Losses are ΔNLL in nats per token; lists over blocks have length 2L, in order of block index.
     """
-    facts = context.memory.facts
-    one_shot = context.one_shot
+    facts, one_shot = context.memory.facts, context.one_shot
+    names = ("name", "fingerprint", "dtype", "num_layers", "max_positions", "repair")
     record: dict[str, Any] = {
-        "facts": {
-            "name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype,
-            "num_layers": facts.num_layers, "base_bytes": facts.base_bytes,
-            "block_param_bytes": list(facts.block_param_bytes),
-            "kv_bytes_per_token": list(facts.kv_bytes_per_token),
-            "max_positions": facts.max_positions, "repair": facts.repair,
-        },
+        "facts": {name: getattr(facts, name) for name in names},
         "memory_shares": context.memory.shares(),
         "calibration": context.corpus.provenance,
         "dense_nll": one_shot.dense_nll,
-        "one_shot": {
-            "loss_rise": one_shot.delta_nll.tolist(),
-            "block_influence": one_shot.block_influence.tolist(),
-            "evaluations": one_shot.evaluations,
-            "seconds": one_shot.seconds,
-        },
+        "one_shot": {"loss_rise": one_shot.delta_nll.tolist()},
         "gsi": None,
-    }  # fmt: skip
+    }
     if with_gsi:
         gsi = context.gsi
         record["dense_nll"] = gsi.dense_nll
         record["gsi"] = {
-            "method": gsi.method,
-            "candidates": list(gsi.candidates),
             "order": list(gsi.order),
             "nll_after": list(gsi.nll_after),
-            "first_pass": gsi.first_pass.tolist(),
-            "marginal_loss": gsi.marginal_delta_nll.tolist(),
-            "rank": gsi.rank.tolist(),
             "evaluations": gsi.evaluations,
             "evaluations_run": gsi.evaluations_run,
-            "block_forwards": gsi.block_forwards,
             "seconds": gsi.seconds,
-            "provenance": gsi.provenance,
         }
     return record
 

@@ -133,8 +133,5 @@ class ExportConfig(Section):
     """Whether the table has the costs of levels and measured plans, as ``RAPLadder-v0`` needs."""
     records: list[str] = field(default_factory=list)
     """Folders of comparisons on the same model and text, whose measured scores are added."""
-    held_out_masks: Count | None = None
-    """Masks of the table, drawn at random, whose losses on ``evaluate.text`` are measured too. null
-    measures none; with the plans of the records there must be none or 100."""
     path: str | None = None
     """The table's file; null for one in the run folder."""

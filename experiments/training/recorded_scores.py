@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.comparison.records import ResultRow, rows_below
 from experiments.contexts import FRONTIER_FILE
@@ -17,10 +16,6 @@ from rap_env.context.base import PruningContext
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import HeldOutLosses
-from rap_env.scoring.interface import OnScore
-
-if TYPE_CHECKING:
-    from rap_env.scoring.scorer import MaskScorer
 
 Folders = Sequence[str | os.PathLike[str]]
 
@@ -67,21 +62,12 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
     return {plan: nll + shift for plan, nll in found.items()}
 
 
-def held_out_losses(
-    folders: Folders,
-    context: PruningContext,
-    scorer: MaskScorer | None = None,
-    masks: Sequence[Plan] = (),
-    on_score: OnScore | None = None,
-) -> HeldOutLosses | None:
-    """Return what plans lose on held-out text: those of some comparisons, and measured masks.
+def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses | None:
+    """Return what the plans of some comparisons lose on the held-out text that most of them report.
 
     Args:
         folders: As for `recorded_scores`.
         context: The model and calibration text of the comparisons.
-        scorer: Measures on the text; None for that which most of the recorded plans report.
-        masks: Masks to measure with it, with scores on the calibration text.
-        on_score: Called with each measured mask.
 
     Returns:
         None if no plan was evaluated.
@@ -90,21 +76,14 @@ def held_out_losses(
         ArtifactError: There are too few plans to predict others.
     """
     rows = [row for folder in map(Path, folders) for row in _rows(folder, context)]
-    texts = Counter(_report_sha256(row) for row in rows)
-    if scorer is None and not texts:
+    texts = Counter(row.depends_on["report_sha256"] for row in rows)
+    if not texts:
         return None
-    text = texts.most_common(1)[0][0] if scorer is None else scorer.corpus.sha256
-    rows = [row for row in rows if _report_sha256(row) == text]
+    text = texts.most_common(1)[0][0]
+    rows = [row for row in rows if row.depends_on["report_sha256"] == text]
     losses = {row.plan: row.loss for row in rows}
     calibration = {row.plan: row.loss_calibration for row in rows}
-    if scorer is None:
-        provenance = rows[0].provenance["depends_on"]["report_text"]
-    else:
-        provenance = scorer.corpus.provenance
-        known = context.scorer
-        for mask, nll in zip(masks, scorer.nll_many(masks, on_score), strict=True):
-            losses[mask] = nll - scorer.dense_nll
-            calibration[mask] = known.nll(mask) - known.dense_nll
+    provenance = rows[0].depends_on["report_text"]
     return HeldOutLosses.fitted(provenance, losses, calibration, context.memory.facts.num_blocks)
 
 
@@ -116,9 +95,5 @@ def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
     return [
         row
         for row in rows_below(folder)
-        if tuple(row.provenance.get("depends_on", {}).get(name) for name in names) == wanted
+        if tuple(row.depends_on.get(name) for name in names) == wanted
     ]
-
-
-def _report_sha256(row: ResultRow) -> str:
-    return str(row.provenance["depends_on"]["report_sha256"])

@@ -19,7 +19,7 @@ from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig
 from experiments.config.training import AgentConfig, FrontierConfig
-from experiments.contexts import build_context, held_out_scorer
+from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
@@ -66,27 +66,6 @@ def config(tmp_path_factory):
 def exported(config):
     """The table's path."""
     return export_scores(config, config.stage_dir("export_scores"))
-
-
-@pytest.mark.slow
-def test_a_table_may_have_every_mask_and_losses_of_some_on_held_out_text(config, tmp_path):
-    text = TextConfig(source="self", windows=2, window_tokens=12, seed=1)
-    tiny_model(layers=4).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    whole = replace(
-        config, model=replace(config.model, name=str(tmp_path / "model")),
-        store=str(tmp_path / "whole.sqlite"), export=ExportConfig(256, held_out_masks=110),
-        evaluate=replace(config.evaluate, text=text),
-    )  # fmt: skip
-    table = ScoreTable.load(export_scores(whole, tmp_path / "run"))
-    assert len(table.scores) == 256
-    assert len(table.held_out.measured) == 110
-    context = build_context(whole)
-    report = held_out_scorer(text, "report", context)
-    for mask in list(table.held_out.measured)[:5]:
-        assert table.scores[mask] == context.scorer.nll(mask)
-        expected = report.nll(mask) - report.dense_nll
-        assert table.held_out.measured[mask] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -147,7 +126,9 @@ def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path)
 def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     recorded = replace(config, name="recorded", frontier=FrontierConfig(evaluations=60))
     profile(recorded, recorded.stage_dir("profile"))
-    table = json.loads((recorded.root / "profile" / "frontier.json").read_text())["body"]
+    frontier = PlanTable.load(
+        recorded.root / "profile" / "frontier.json", build_context(config).memory
+    )
     policys = Plan.removing(0, 1, 4, 5, 8, 9)
     rounds = recorded.root / "train" / "rap-s0" / "rounds.jsonl"
     rounds.parent.mkdir(parents=True)
@@ -157,10 +138,9 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     found = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
     assert found[policys] == 7.5
     assert {len(mask.removed) for mask in found} > {0, 1}
-    assert len(found) >= len(table["nll"]) > 50
+    assert len(found) >= len(frontier.scores) > 50
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
-    frontier = PlanTable.load(recorded.root / "profile" / "frontier.json", context.memory)
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
     moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)
     moved.save(recorded.root / "profile" / "frontier.json")

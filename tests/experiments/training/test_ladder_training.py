@@ -154,7 +154,7 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
         score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
         reward={"name": "perplexity", "relative_to": "frontier"},
     )
-    with pytest.raises(ArtifactError, match="There is no table of measured plans"):
+    with pytest.raises(ArtifactError, match="There is no frontier artifact"):
         train(changed, changed.stage_dir("train") / "agent-s0")
     profile(changed, changed.stage_dir("profile"))
     context = build_context(changed)
