@@ -143,7 +143,7 @@ def test_names_in_the_files_exist():
     assert set(GROUPS["agent"]) == set(ALGORITHMS)
     assert {values["name"] for values in GROUPS["workload"].values()} == set(SAMPLERS)
     assert set(GROUPS["workload"]) >= set(SAMPLERS)
-    for experiment in ("demo", "main"):
+    for experiment in ("demo", "learning"):
         settings = composed("evaluate", f"experiment={experiment}")
         found = settings.evaluate
         assert set(found.baselines) <= set(methods())
