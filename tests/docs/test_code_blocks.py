@@ -21,7 +21,7 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import as_config
-from experiments.launch import CONF_DIR, register
+from experiments.launch import CONF_DIR, register_program
 from rap_env.errors import RapError
 from rap_env.models.files.gguf_source import SMOLLM2, gguf_folder_name
 from rap_env.models.files.model_folder import made_once, models_dir
@@ -35,6 +35,8 @@ LANGUAGES = {"python", "bash", "toml", "json"}
 
 COMPOSED = ["compose only"]
 """In the place of settings: the program takes too long, so its settings are composed."""
+UNSERVED = ("runs/", "examples.")
+"""Policies of a program that is only composed here, and that need scores of the real model."""
 
 _TEXT = ("threads=1", "calibration.windows=1", "calibration.window_tokens=16")
 _CELLS = ("evaluate.requests=[1x128]", "evaluate.budgets=[0.9]")
@@ -47,7 +49,8 @@ TINY = {
                  "evaluate.baselines=[gsi,random]", "evaluate.pinned=[]", *_GSI),
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=120"),
-    "ladder": (), "ladder.llama_cpp": (), "ladder.shipped": (), "long_context": (),
+    "ladder": (), "levels": COMPOSED, "ladder.llama_cpp": (),
+    "ladder.shipped": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
                "stubs.cells=[1x128@0.97]",
@@ -164,6 +167,8 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     if words[:2] == ["pip", "install"]:
         return installable(words[2:])
     if words[:2] == ["rap", "serve"]:
+        if any(word.startswith(UNSERVED) for word in words):
+            return ""
         return serves(words[1:], environment, folder)
     if words[0] == "rap":
         words = ["-m", "rap_env.cli", *words[1:]]
@@ -185,7 +190,7 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
 
 def composes(program: str, overrides: list[str]) -> str:
     """Compose the settings of a program as it does; what went wrong."""
-    register()
+    register_program(program)
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         try:
             node = compose(program, overrides=overrides, return_hydra_config=True)
