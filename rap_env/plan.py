@@ -243,8 +243,9 @@ class Plan:
         Raises:
             UnknownNameError: It names a block or a cache that the model does not have.
         """
-        lowered = (*self.removed, *self._weights, *(2 * layer for layer in self._caches))
-        worst = max(lowered, default=-1)
+        worst = max(self.removed, default=-1)
+        if not self.is_mask:
+            worst = max([worst, *self._weights, *(2 * layer for layer in self._caches)])
         if worst >= num_blocks:
             known = [f"layer00.attn ... {block_name(num_blocks - 1)}"]
             raise UnknownNameError("block", block_name(worst), known)

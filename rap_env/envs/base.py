@@ -67,7 +67,8 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self.render_mode = render_mode
         self.context, self.memory = task.context, task.memory
         self.observation_space = task.encoder.space
-        self.action_space = gym.spaces.Discrete(len(task.ladder))
+        self._num_actions = len(task.ladder)
+        self.action_space = gym.spaces.Discrete(self._num_actions)
         self._task = task
         self._sampler = task.sampler.clone()
         self._episode: Episode | None = None
@@ -228,6 +229,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             array = np.asarray(action)
             whole = array.size == 1 and np.issubdtype(array.dtype, np.integer)
             action = array.item() if whole else action
-        if not whole or not 0 <= action < len(self._task.ladder):
+        if not whole or not 0 <= action < self._num_actions:
             raise self._task.unknown_action(action)
         return int(action)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -123,7 +123,7 @@ class Episode:
         self.invalid_actions = self.steps = 0
         self.over = False
         self._seen = ObservedState(task.encoder, start.request, self.state)
-        self._request = asdict(start.request)
+        self._request = dict(vars(start.request))
 
     @property
     def delta_nll(self) -> float | None:

@@ -121,6 +121,7 @@ class ObservationEncoder(ABC):
             and ``action_mask`` (items,), int8, 1 where an item has a lower level.
         importance: What is observed of the importance of blocks or of levels.
         freed: The column of a row with the bytes that the item's next level frees.
+        zeros: Empty arrays of an observation.
     """
 
     key: ClassVar[str]
@@ -141,6 +142,8 @@ class ObservationEncoder(ABC):
                 "action_mask": spaces.MultiBinary(len(ladder)),
             }
         )
+        boxes: Any = self.space
+        self.zeros = {key: np.zeros(box.shape, box.dtype) for key, box in boxes.items()}
         self.rows_of = lru_cache(_CACHED_ROWS)(self._rows_of)
 
     @property
@@ -266,8 +269,7 @@ class ObservedState:
         costs = encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         self.state = costs.state() if state is None else state
         if arrays is None:
-            shapes: Any = encoder.space
-            arrays = {key: np.zeros(box.shape, box.dtype) for key, box in shapes.items()}
+            arrays = {key: array.copy() for key, array in encoder.zeros.items()}
         self.observation: Observation = dict(arrays)
         self._encoder, self._rows = encoder, encoder.rows_of(costs.steps)
         self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
@@ -307,14 +309,12 @@ class ObservedState:
         return changed
 
     def _show_all(self) -> None:
-        state, encoder = self.state, self._encoder
-        items, costs = np.arange(len(encoder.ladder)), state.costs
+        encoder, costs = self._encoder, self.state.costs
+        items, positions = encoder.ladder.item_array, np.array(self.state.positions)
         self.observation[encoder.key][:] = encoder.encode(
-            self._rows[items, state.positions],
-            costs.freed_bytes(state.positions),
-            costs.dense_peak_bytes,
+            self._rows[items, positions], costs.freed_bytes(positions), costs.dense_peak_bytes
         )
-        self.observation["action_mask"][:] = costs.steps.next_level[items, state.positions] >= 0
+        self.observation["action_mask"][:] = costs.steps.next_level[items, positions] >= 0
         self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:

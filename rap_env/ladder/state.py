@@ -152,12 +152,14 @@ class Lowering(NamedTuple):
         held_bytes: Bytes afterwards, shared ones left out.
         counts: Numbers of kept FFN blocks, lowered caches and lowered weights afterwards.
         peak_bytes: Peak bytes afterwards.
+        flags_in: The flags that some item has afterwards.
     """
 
     moves: Moves
     held_bytes: int
     counts: tuple[int, int, int]
     peak_bytes: int
+    flags_in: int
 
 
 class LadderState:
@@ -174,7 +176,7 @@ class LadderState:
     """
 
     __slots__ = (
-        "_counts", "_flags", "_held_bytes", "_nexts", "_own_moves", "_sizes",
+        "_counts", "_flags", "_flags_in", "_held_bytes", "_nexts", "_own_moves", "_sizes",
         "costs", "peak_bytes", "positions",
     )  # fmt: skip
 
@@ -185,8 +187,9 @@ class LadderState:
         self.positions = [0] * len(costs.ladder) if positions is None else list(positions)
         if positions is None:
             self._counts = costs.ladder.num_ffn, 0, 0
+            self._flags_in = _flags_in(self._counts)
             self.peak_bytes = costs.dense_peak_bytes
-            self._held_bytes = self.peak_bytes - costs.shared.of(_flags_in(self._counts))
+            self._held_bytes = self.peak_bytes - costs.shared.of(self._flags_in)
             return
         items = costs.ladder.item_array
         flags = costs.flags[items, self.positions]
@@ -196,7 +199,8 @@ class LadderState:
             int(np.count_nonzero(flags & LOWERED_CACHE)),
             int(np.count_nonzero(flags & LOWERED_WEIGHTS)),
         )
-        self.peak_bytes = self._held_bytes + costs.shared.of(_flags_in(self._counts))
+        self._flags_in = _flags_in(self._counts)
+        self.peak_bytes = self._held_bytes + costs.shared.of(self._flags_in)
 
     @property
     def plan(self) -> Plan:
@@ -227,24 +231,23 @@ class LadderState:
 
     def lowering(self, item: int) -> Lowering:
         """The effect of lowering an item that has a lower level; `apply` makes it happen."""
-        positions, counts = self.positions, self._counts
+        positions, held_bytes = self.positions, self._held_bytes
         moves = self._own_moves[item][positions[item]] or self.costs.steps.moves(positions, item)
-        held_bytes = self._held_bytes
+        kept_ffn, caches, weights = self._counts
         for moved, lower in moves:
             position, sizes, flags = positions[moved], self._sizes[moved], self._flags[moved]
             held_bytes += sizes[lower] - sizes[position]
             if (before := flags[position]) != (after := flags[lower]):
-                counts = (
-                    counts[0] + bool(after & KEPT_FFN) - bool(before & KEPT_FFN),
-                    counts[1] + bool(after & LOWERED_CACHE) - bool(before & LOWERED_CACHE),
-                    counts[2] + bool(after & LOWERED_WEIGHTS) - bool(before & LOWERED_WEIGHTS),
-                )
+                kept_ffn += (after & KEPT_FFN) - (before & KEPT_FFN)
+                caches += (after & LOWERED_CACHE) // LOWERED_CACHE
+                caches -= (before & LOWERED_CACHE) // LOWERED_CACHE
+                weights += (after & LOWERED_WEIGHTS) // LOWERED_WEIGHTS
+                weights -= (before & LOWERED_WEIGHTS) // LOWERED_WEIGHTS
+        counts = kept_ffn, caches, weights
         shared_bytes = self.peak_bytes - self._held_bytes
-        if counts is not self._counts and (flags_in := _flags_in(counts)) != _flags_in(
-            self._counts
-        ):
+        if (flags_in := _flags_in(counts)) != self._flags_in:
             shared_bytes = self.costs.shared.of(flags_in)
-        return Lowering(moves, held_bytes, counts, held_bytes + shared_bytes)
+        return Lowering(moves, held_bytes, counts, held_bytes + shared_bytes, flags_in)
 
     def positions_after(self, item: int) -> list[int]:
         """The positions of the levels after an item that has a lower level was lowered."""
@@ -255,7 +258,7 @@ class LadderState:
 
     def apply(self, lowering: Lowering) -> None:
         """Make what `lowering` returned for the current levels happen."""
-        moves, self._held_bytes, self._counts, self.peak_bytes = lowering
+        moves, self._held_bytes, self._counts, self.peak_bytes, self._flags_in = lowering
         for moved, position in moves:
             self.positions[moved] = position
 
@@ -408,6 +411,7 @@ def _freed(
     levels = positions + ladder.first_levels[items] + offsets
     lower = next_level.take(levels)
     freed = sizes.take(levels) - sizes.take(levels + lower - positions)
-    partner_levels = partner_positions + ladder.first_levels[ladder.partner_array[items]] + offsets
-    freed += sizes.take(partner_levels) * (lower == ladder.cache_removals[items])
+    if ladder.caches:
+        partner_levels = partner_positions + ladder.first_levels[ladder.partner_array[items]]
+        freed += sizes.take(partner_levels + offsets) * (lower == ladder.cache_removals[items])
     return np.asarray(freed * (lower >= 0))
