@@ -12,7 +12,6 @@ import numpy as np
 
 from benchmarks.harness import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
-from rap_env.costs import request_costs
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus
@@ -63,12 +62,14 @@ class Player:
     Attributes:
         env: A single environment or a vector environment that resets itself.
         rounds: Times that all actions run in one call.
+        forget: Forgets the bytes of earlier requests.
         reset_s: Seconds in resets, for each call.
     """
 
     env: Any
     actions: Sequence[Any]
     rounds: int
+    forget: Callable[[], None]
     reset_s: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
@@ -76,7 +77,7 @@ class Player:
         self.reset_s.append(sum(self._play() for _ in range(self.rounds)))
 
     def _play(self) -> float:
-        request_costs.cache_clear()  # else a repetition would find each request in the cache
+        self.forget()  # else a repetition would find each request in the cache
         step, clock = self.env.step, time.perf_counter
         began = clock()
         self.env.reset(seed=0)
@@ -115,13 +116,17 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
 def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, Player]:
     """Every side of the comparison, by name."""
 
-    def player(make: Callable[..., Any], count: int, **arguments: Any) -> Player:
+    def player(make: Callable[..., Any], count: int, ours: bool = True, **arguments: Any) -> Player:
         env = make(**arguments)
         env.action_space.seed(0)
         actions = [env.action_space.sample() for _ in range(count)]
-        return Player(env, actions, settings.rounds)
+        task = env.unwrapped.__dict__.get("_task")  # of ours
+        forget = (
+            (lambda: None) if task is None else task.encoder.item_bytes.cached_costs.cache_clear
+        )
+        return Player(env, actions, settings.rounds, forget)
 
-    sides = {"cart_pole": player(gym.make, settings.steps, id=_CART_POLE)}
+    sides = {"cart_pole": player(gym.make, settings.steps, ours=False, id=_CART_POLE)}
     for suffix, task in TASKS.items():
         made = {"id": task, "context": context, "workload": settings.workload}
         sides[f"single{suffix}"] = player(

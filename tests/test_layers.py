@@ -19,7 +19,7 @@ ROOT = Path(rap_env.__file__).parent
 LAYERS = (
     (
         "version", "errors", "paths", "plugins", "specs", "artifacts", "blocks", "levels", "plan",
-        "model_facts", "request", "memory", "memory_picture", "costs",
+        "model_facts", "request", "memory", "memory_picture",
         "ladder",
     ),
     ("workload",),

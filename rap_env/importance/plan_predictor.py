@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from rap_env.costs import Counts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import one_shot_costs
-from rap_env.ladder.items import Ladder
+from rap_env.ladder.items import Counts, Ladder
 from rap_env.plan import Plan
 from rap_env.scoring.predictor import Features, Floats, ScoreModel
 from rap_env.scoring.predictor_fit import fit_scores

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 
 from rap_env.artifacts import atomic_write, digest
-from rap_env.costs import request_costs
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
@@ -77,11 +76,15 @@ class MaskSampler:
     def draw(self, rng: np.random.Generator) -> Plan:
         """Sample a mask; all randomness comes from the generator."""
         request = self.requests.sample(rng)
-        costs = request_costs(self.memory, request.batch_size, request.seq_len_tokens)
-        freed = np.maximum(costs.freed_bytes, 1)
+        freed = np.maximum(self.memory.freed_bytes(request), 1)
         price = np.log(np.maximum(self.delta_nll, _LEAST_DELTA_NLL)) - np.log(freed)
         price = price + rng.choice(self.noise) * rng.standard_normal(len(price))
-        return costs.remove_until_fits(np.argsort(price, kind="stable"), request.budget_bytes)
+        mask = Plan()
+        for block in np.argsort(price, kind="stable").tolist():
+            if self.memory.peak_bytes(mask, request) <= request.budget_bytes:
+                break
+            mask = mask.without(block)
+        return mask
 
 
 log = logging.getLogger(__name__)

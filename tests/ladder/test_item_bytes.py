@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rap_env.costs import request_costs
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
@@ -77,19 +76,6 @@ def test_a_tracker_starts_at_any_plan():
     memory, ladder = MemoryModel(made), Ladder.of(made)
     plan = Plan.of({"layer01.attn": "removed", "layer00.cache": "int4"})
     walk(memory, ladder, (3, 200), 0, ladder.positions(plan))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", MADE)
-def test_masks_have_the_costs_of_removals(name, shape):
-    made = MADE[name]
-    memory, ladder = MemoryModel(made), Ladder.of(made, "masks")
-    costs, expected = LadderBytes(memory, ladder).costs(*shape), request_costs(memory, *shape)
-    assert costs.dense_peak_bytes == expected.dense_peak_bytes
-    assert costs.kv_cache_bytes == expected.kv_cache_bytes
-    assert costs.least_peak_bytes == expected.least_peak_bytes
-    tracker = costs.state()
-    assert tuple(map(tracker.freed_bytes, range(len(ladder)))) == expected.freed
 
 
 def test_levels_that_need_no_fewer_bytes_are_skipped():
