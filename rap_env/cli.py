@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -45,9 +45,6 @@ from rap_env.serving.settings import (
     setting_types,
 )
 from rap_env.version import __version__
-
-if TYPE_CHECKING:
-    from rap_env.models.files.sources import CachedModel
 
 _HELP = setting_help()
 
@@ -229,12 +226,9 @@ def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     """
     from rap_env.models.files.sources import fetch_model
 
-    found = fetch_model(model, accept_licence=accept_licence)
-    show(_model_json(found), f"{found.name}: {found.size_bytes:,} bytes in {found.folder}", as_json)
-
-
-def _model_json(model: CachedModel) -> dict[str, Any]:
-    return {"name": model.name, "folder": str(model.folder), "bytes": model.size_bytes}
+    cached = fetch_model(model, accept_licence=accept_licence)
+    answer = {"name": cached.name, "folder": str(cached.folder), "bytes": cached.size_bytes}
+    show(answer, f"{cached.name}: {cached.size_bytes:,} bytes in {cached.folder}", as_json)
 
 
 @cli.command()

@@ -93,10 +93,10 @@ def facts_of(model: str, device: str, dtype: str, weights: str) -> ModelFacts:
 def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:
     """A line for each part of the memory in an answer, and one for their sum."""
     return [
-        f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{held / MIB:>9.1f} MiB"
-        f"{100 * held / budget:>6.1f} % of the budget"
-        for name, held in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
-        if held
+        f"  {name.removesuffix('_bytes').replace('_', ' '):<14}{size / MIB:>9.1f} MiB"
+        f"{100 * size / budget:>6.1f} % of the budget"
+        for name, size in [*answer["bytes"].items(), ("peak", answer["peak_bytes"])]
+        if size
     ]
 
 
@@ -104,11 +104,11 @@ def level_lines(levels: dict[str, str]) -> list[str]:
     """A line for each level and kind of item, and one for removed blocks in any case."""
     layers = layers_by_level(levels)
     lines = [
-        f"{level} {kind}{f' ({len(found)}): layers {layer_ranges(found)}' if found else ''}"
-        for (level, kind), found in layers.items()
+        f"{level} {kind}{f' ({len(numbers)}): layers {layer_ranges(numbers)}' if numbers else ''}"
+        for (level, kind), numbers in layers.items()
         if level != "removed"
     ]
     removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
-    parts = [f"{kind} of layers {layer_ranges(found)}" for kind, found in removed.items() if found]
+    parts = [f"{kind} of layers {layer_ranges(nums)}" for kind, nums in removed.items() if nums]
     count = sum(map(len, removed.values()))
     return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]

@@ -148,7 +148,8 @@ class MemoryEstimator:
         freed = self.memory.freed_bytes(shape.request(1)).tolist()
         freed[0::2] = (size - _PLACEHOLDER_BYTES * batch * tokens for size in freed[0::2])
         if self._llm.residency == "resident":
-            freed = [size - held for size, held in zip(freed, facts.block_param_bytes, strict=True)]
+            weights = facts.block_param_bytes
+            freed = [size - kept for size, kept in zip(freed, weights, strict=True)]
         else:
             for index, level in plan.weights:
                 freed[index] -= facts.block_param_bytes[index] - facts.weight_levels(index)[level]

@@ -61,14 +61,14 @@ class TensorMeter(Meter):
 
     def used_bytes(self) -> int:
         """Bytes of the tensors held now."""
-        held = self._llm.held_bytes.total
-        self._peak = max(self._peak, held)
-        return held
+        tensor_bytes = self._llm.held_bytes.total
+        self._peak = max(self._peak, tensor_bytes)
+        return tensor_bytes
 
     def peak_bytes(self) -> int:
         """Most bytes seen since the last call of this method."""
-        held = self.used_bytes()
-        peak, self._peak = self._peak, held
+        used = self.used_bytes()
+        peak, self._peak = self._peak, used
         return peak
 
 

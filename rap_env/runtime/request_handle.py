@@ -1,4 +1,7 @@
-"""The caller's side of a request: its tokens so far, its end, events, and cancellation."""
+"""The caller's side of a request: its tokens so far, its end, events, and cancellation.
+
+All times are in seconds on the engine's clock.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,16 @@ _NATIVE = Plan()
 
 @dataclass(frozen=True)
 class AdmitEvent:
-    """A request left the queue; after a preemption it waits, and is admitted, once more.
-
-    Attributes:
-        time_s: On the engine's clock.
-    """
+    """A request left the queue; after a preemption it waits, and is admitted, once more."""
 
     time_s: float
 
 
 @dataclass(frozen=True)
 class PlanEvent:
-    """A pass for the request ran with another plan than the pass before, or it was the first one.
+    """A pass for the request has ended, and was the first one, or had another plan than before.
 
-    Attributes:
-        plan: The plan. It precedes the tokens that were computed with it.
-        time_s: On the engine's clock, when the pass had ended.
+    It precedes the tokens that were computed with the plan.
     """
 
     plan: Plan
@@ -61,9 +58,7 @@ class PlanEvent:
 class PromptEvent:
     """The prompt was read, and log-probabilities of its tokens were asked for.
 
-    Attributes:
-        samples: Its tokens from the second one on; the first one has no probability.
-        time_s: On the engine's clock.
+    `samples` are its tokens from the second one on; the first one has no probability.
     """
 
     samples: tuple[Sample, ...]
@@ -76,7 +71,6 @@ class TokenEvent:
 
     Attributes:
         logprob: Its log-probability in nats under the plan.
-        time_s: On the engine's clock.
         plan: The plan that the token was computed with.
         top: The most likely tokens with their log-probabilities, if they were asked for.
     """
@@ -94,7 +88,6 @@ class EndEvent:
 
     Attributes:
         error: An error message for the user; None if nothing failed.
-        time_s: On the engine's clock.
         rejection: Set if the engine gave the request up. If it did while the request waited, a
             later attempt may succeed.
         stop_token: The token that ended the answer, if one did.
@@ -119,7 +112,7 @@ class RequestHandle:
         max_delta_nll: Its own floor of quality: largest rise in NLL, in nats per token, that may be
             predicted for a plan that serves it; None for the engine's floor alone.
         text_shares: Kinds of text in its prompt; see `TextKinds.shares`.
-        arrived_s: Time of arrival on the engine's clock, as all times here.
+        arrived_s: Time of arrival.
         admitted_s: Time at which it left the queue for the first time; None before.
         first_token_s: Time of the first token; None before it.
         ended_s: Time of the end; None before it.

@@ -254,8 +254,8 @@ def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> li
             continue
         ids, scores = likely[:most][:wanted], likely[most:][:wanted]
         pairs = zip(ids, scores, strict=True)
-        found = tuple((int(other), value - total) for other, value in pairs)
-        samples.append(Sample(int(token), score - total, found))
+        likeliest = tuple((int(other), value - total) for other, value in pairs)
+        samples.append(Sample(int(token), score - total, likeliest))
     return samples
 
 

@@ -109,9 +109,9 @@ class Scheduler:
 
         It is 0 if nothing runs.
         """
-        handles = [sequence.handle for sequence in self.running]
-        left = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
-        return min(left, default=0) * self._decode_s
+        handles = (sequence.handle for sequence in self.running)
+        to_come = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
+        return min(to_come, default=0) * self._decode_s
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
@@ -239,17 +239,11 @@ class Scheduler:
 
     def _running_shape(self) -> BatchShape:
         if self._shape is None:
-            prefilling = self._prefilling
-            self._shape = (
-                self._shape_with(prefilling.sequence, prefilling.chunks_left)
-                if prefilling
-                else shape_of(self._decoding, uniform=self._uniform)
-            )
+            joining, chunks = None, 0
+            if self._prefilling is not None:
+                joining, chunks = self._prefilling.sequence, self._prefilling.chunks_left
+            self._shape = shape_of(self._decoding, joining, chunks, uniform=self._uniform)
         return self._shape
-
-    def _shape_with(self, joining: TokenSequence, chunks: int) -> BatchShape:
-        """The batch with a request that joins in so many chunks."""
-        return shape_of(self._decoding, joining, chunks, uniform=self._uniform)
 
     def _make_fit(self, prefill: bool = False) -> None:
         """Lower the plan, or preempt, until the next pass fits."""
@@ -284,11 +278,10 @@ class Scheduler:
         return True
 
     def _start_again(self, kind: StepKind, error: torch.OutOfMemoryError) -> None:
-        """Put back into the queue what a pass without enough memory has damaged.
+        """Put back into the queue what a pass without enough memory has damaged; alone, it fails.
 
-        After a prefill that is the request in prefill; after a decode step it is all, because
-        caches may be half written. Until a request ends, fewer run together than did. A request
-        that ran alone fails.
+        After a decode step that is all that runs, because caches may be half written. Until a
+        request ends, fewer run at a time than did.
         """
         running = [sequence for sequence in self.running if sequence.handle.reason is None]
         if len(running) == 1:
@@ -324,7 +317,7 @@ class Scheduler:
         if sequence is None:
             return
         chunks = -(-sequence.known_tokens // self._chunk_tokens)
-        shape = self._shape_with(sequence, chunks)
+        shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
         tokens = min(sequence.known_tokens, self._chunk_tokens)
         first = PassSize(tokens, tokens)
         if self._controller.admit(shape, self._running_shape(), first):
@@ -358,15 +351,15 @@ class Scheduler:
         """Reject a request that has waited too long, and say so if that is due to its floor."""
         shape = shape_of([], sequence, uniform=self._uniform)
         clause = self._controller.chooser.clause_for(shape)
+        rejection: Rejection = "queue_timeout"
         if clause and not self._controller.could_fit_now(shape):
             error = self._controller.misfit(shape, expected=False)
-            below_floor = isinstance(error, QualityFloorError)
-            rejection: Rejection = "below_floor" if below_floor else "queue_timeout"
-            self.output.reject(sequence, rejection, f"{message} {error}")
-            return
-        if clause:
+            message += f" {error}"
+            if isinstance(error, QualityFloorError):
+                rejection = "below_floor"
+        elif clause:
             message += f" Only plans{clause} are used."
-        self.output.reject(sequence, "queue_timeout", message)
+        self.output.reject(sequence, rejection, message)
 
     def _remove_ended(self) -> None:
         """Remove cancelled requests, and those that have waited too long."""

@@ -158,16 +158,16 @@ class PrefillingSequence:
         """The tokens that follow those of a chunk in the prompt."""
         first = self.batch.length - len(chunk) + 1
         following = self.sequence.handle.prompt_ids[first : first + len(chunk)]
-        found: list[Sample | None] = []
+        samples: list[Sample | None] = []
         for logits in self._positions.parts():
-            tokens = following[len(found) : len(found) + len(logits)]
+            tokens = following[len(samples) : len(samples) + len(logits)]
             rows = logits[: len(tokens)]
             index = send(torch.tensor(tokens, dtype=torch.long), logits.device)
-            found += scored(rows, index, [self._top] * len(tokens))
-        samples = [sample for sample in found if sample is not None]
-        if len(samples) < len(found):
+            samples += scored(rows, index, [self._top] * len(tokens))
+        finite = [sample for sample in samples if sample is not None]
+        if len(finite) < len(samples):
             raise RapError(NOT_FINITE)
-        return samples
+        return finite
 
 
 class OutputProcessor:
@@ -274,7 +274,8 @@ def shape_of(
         rows.append((cached + ahead, to_come - ahead))
     if joining is not None:
         rows.append(joining.progress(in_batch=False))
-    handles = [one.handle for one in (*running, *([] if joining is None else [joining]))]
+    sequences = [*running, *([] if joining is None else [joining])]
+    handles = [sequence.handle for sequence in sequences]
     bounds = {
         QualityBound(handle.final_tokens, floor, handle.text_shares)
         for handle in handles

@@ -44,8 +44,8 @@ class GrammarMatcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             raise InvalidGrammarError(f"The answer's grammar failed: {_reason(self._matcher)}")
-        found = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(found.view(np.bool_))
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(allowed.view(np.bool_))
 
     def accept(self, token_id: int) -> None:
         """Move on by a token that `allowed` has; if that fails, `allowed` raises an error."""

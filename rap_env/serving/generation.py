@@ -38,14 +38,13 @@ from rap_env.serving.metrics import AnswerTimer, ServingMetrics
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
 
-MIN_LOGPROB = -9999.0
-"""Value that the API writes for a probability of zero."""
+MIN_LOGPROB = -9999.0  # what the API writes for a probability of zero
+# The API's error code for each reason of the engine to reject a request.
 _REJECTED: dict[Rejection, str] = {
     "queue_timeout": "insufficient_memory",
     "infeasible": "insufficient_memory",
     "below_floor": "insufficient_quality",
 }
-"""The API's error code for each reason of the engine to reject a request."""
 
 
 class TokenLogprob(NamedTuple):
@@ -67,14 +66,9 @@ class GenerationRequest:
 
     Attributes:
         prompts: Token ids of each prompt.
-        params: Sampling parameters.
         n: Number of answers to each prompt.
-        stop_strings: Strings that end an answer.
-        logprobs: Whether to return log probabilities.
         echo: Text of each prompt, which the answers begin with; empty for no such texts.
         prompt_only: Whether the answers are prompts alone.
-        chat: Whether it is a chat completion.
-        stream: Whether to stream the response.
         include_usage: Whether a stream ends with the numbers of tokens.
         max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
         text_shares: Kinds of text in each prompt; empty if the policy does not choose by them.
@@ -206,12 +200,7 @@ class _Choice:
 class Generation:
     """Generates the answers to one request. All methods run in one event loop.
 
-    Args:
-        engine: Runs it.
-        tokenizer: Makes text of its tokens.
-        request: What to generate.
-        metrics: Where times are counted.
-        plans: Takes in the plans of its passes, before the output that was computed with them.
+    `metrics` counts times; `plans` gets the plan of each pass before the output that it computed.
     """
 
     def __init__(

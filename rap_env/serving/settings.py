@@ -301,8 +301,8 @@ def setting_help() -> dict[str, str]:
     """Description of each setting, by its name, from the docstring of `ServerSettings`."""
     text = inspect.getdoc(ServerSettings) or ""  # without indentation, which Python 3.13 drops
     text = text.partition("Attributes:")[2].partition("Raises:")[0]
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", words).replace("`", "") for name, words in found}
+    described = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", words).replace("`", "") for name, words in described}
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
