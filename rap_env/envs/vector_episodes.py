@@ -108,9 +108,10 @@ class VectorEpisodes:
         self._costs.put(rows, costs)
         self.positions[rows] = 0 if positions is None else positions
         self.peak_bytes[rows] = self._costs.peaks(self.positions[rows], rows)
+        names = self._task.names_of(self.positions[rows[0]].tolist())
         for row, entry in zip(rows.tolist(), costs, strict=True):
             self._levels[row] = self._encoder.rows_of(entry.steps)
-            self._names[row] = self._task.names_of(self.positions[row])
+            self._names[row] = names.copy()
         self._observation["request"][rows] = request_features(
             self._task.memory,
             **{name: self.requests[name][rows] for name in vars(starts[int(rows[0])].request)},
@@ -124,7 +125,8 @@ class VectorEpisodes:
         possible = self._observation["action_mask"][self._rows, actions] > 0
         valid, invalid = active & possible, active & ~possible
         after = self._costs.lowered(self.positions, actions, self._rows)
-        after[~valid] = self.positions[~valid]
+        if not active.all():
+            after[~active] = self.positions[~active]
         peaks = self._costs.peaks(after, self._rows)
         terminated = active & (peaks <= self.requests["budget_bytes"])
         goes_on, limit = active & ~terminated, self._task.max_steps
@@ -165,7 +167,9 @@ class VectorEpisodes:
         )
         for row, item, position in moved:
             self._task.update_names(self._names[row], item, position)
-        self._show(np.concatenate([rows, rows]), np.concatenate([items, self._partners[items]]))
+        if self._task.ladder.caches:  # what the removal of a block frees depends on its cache
+            rows, items = rows.repeat(2), np.stack([items, self._partners[items]], axis=1).ravel()
+        self._show(rows, items)
 
     def _show(self, rows: Counts, items: Counts) -> None:
         """Show the levels of some items, (k,), of some sub-environments, (k,)."""

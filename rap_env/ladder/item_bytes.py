@@ -15,7 +15,8 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 
-_CACHED_SHAPES = 256  # some tens of kilobytes each
+_CACHED_LEVELS = 2**19  # cached levels of items, over all shapes of requests
+_LEAST_SHAPES = 256
 _CACHED_STEPS = 64
 
 
@@ -59,7 +60,9 @@ class LadderBytes:
                 and ladder.partners[number] == number
             ):
                 self._keeps_cache[number, : item.levels.index("removed")] = 1
-        self.cached_costs = lru_cache(_CACHED_SHAPES)(self._make)
+        self.cached_costs = lru_cache(max(_LEAST_SHAPES, _CACHED_LEVELS // (shape[0] * shape[1])))(
+            self._make
+        )
         self._steps_of = lru_cache(_CACHED_STEPS)(self._make_steps)
 
     def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:

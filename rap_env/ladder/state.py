@@ -384,6 +384,8 @@ class StackedCosts:
         lower = self._next_level.take(before + self._first[items] + shape * self.size)
         after, valid = positions.copy(), lower >= 0
         after[plans, items] = np.where(valid, lower, before)
+        if not self.ladder.caches:
+            return after
         with_cache = valid & (lower == self.ladder.cache_removals[items])
         caches = self.ladder.partner_array[items[with_cache]]
         after[plans[with_cache], caches] = 1 + len(self.ladder.cache_levels)
