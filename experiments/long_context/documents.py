@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.likelihoods import ContinuationScorer, TokenRequest
+from rap_env.scoring.local_data import read_rows
 from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
 
 Losses = npt.NDArray[np.float64]
@@ -85,9 +84,14 @@ class AnswerLoss:
         self._llm = llm
         self.length = length
         self.buckets = [[0, length]]
-        requests = [
-            _answer_request(llm, row, length) for row in _rows(settings)[: settings.questions]
-        ]
+        path = Path(str(settings.data_root)).expanduser() / settings.task / "test.jsonl"
+        rows = read_rows(path, _TASK_FIELDS)
+        if len(rows) < settings.questions:
+            raise CorpusError(
+                f"{path} has {len(rows)} questions, but {settings.questions} are needed; set "
+                "long_context.answers.questions."
+            )
+        requests = [_answer_request(llm, row, length) for row in rows[: settings.questions]]
         self._answer_tokens = np.array([len(answer) for _, answer in requests])
         self._scorer = ContinuationScorer(llm, requests, llm.facts.max_positions)
         self.identity = {"requests": digest(requests)}
@@ -105,7 +109,8 @@ def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
     if text.source == "self":
         return load_text(text, "report", llm).tokens
     documents: list[list[int]] = []
-    for document in _texts(Path(text.source).expanduser(), text.field):
+    rows = read_rows(Path(text.source).expanduser(), (text.field,))
+    for document in dict.fromkeys(str(row[text.field]) for row in rows):
         ids = _encode(llm, document)
         if len(ids) >= text.window_tokens:
             documents.append(ids[: text.window_tokens])
@@ -116,36 +121,6 @@ def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
         )
     chosen = np.random.default_rng(text.seed).permutation(len(documents))[: text.windows]
     return torch.tensor([documents[number] for number in sorted(chosen)])
-
-
-def _texts(path: Path, field: str) -> Iterator[str]:
-    """The distinct documents of a JSONL file."""
-    return iter(dict.fromkeys(str(row[field]) for row in _json_lines(path, (field,))))
-
-
-def _rows(settings: AnswersConfig) -> list[dict[str, Any]]:
-    assert settings.data_root is not None
-    path = Path(settings.data_root).expanduser() / settings.task / "test.jsonl"
-    rows = _json_lines(path, _TASK_FIELDS)
-    if len(rows) < settings.questions:
-        raise CorpusError(
-            f"{path} has {len(rows)} questions, but {settings.questions} are needed; set "
-            "long_context.answers.questions."
-        )
-    return rows
-
-
-def _json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            for field in fields:
-                row[field]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(
-            f"{path} is no file of JSON lines with the fields {', '.join(fields)}: {error!r}."
-        ) from None
-    return rows
 
 
 def _answer_request(llm: ElasticLLM, row: dict[str, Any], length: int) -> TokenRequest:

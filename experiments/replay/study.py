@@ -107,7 +107,7 @@ def replayed(
 
     removed = [len(plan.removed) for plan in by_plan]
     lowered = [len(plan.levels) - len(plan.removed) for plan in by_plan]
-    return ReplayRow(
+    row = ReplayRow(
         system=system.name,
         outcomes=dict(Counter(outcome.outcome for outcome in run.outcomes)),
         servable=sum(memory.least_peak_bytes(request) <= most for request in alone),
@@ -136,6 +136,9 @@ def replayed(
         steps=sampled_steps(run.intervals),
         provenance=provenance,
     )
+    run.outcomes.clear()  # their memory must not count while the next system runs
+    run.intervals.clear()
+    return row
 
 
 def held_out_delta_nll(config: Config, run: SystemRun, plans: Sequence[Plan]) -> list[float]:

@@ -201,12 +201,12 @@ def test_wrong_settings_and_documents_are_named(config, tmp_path):
     text = config.long_context.positions[0]
     with pytest.raises(CorpusError, match="has 1 documents of at least 800 tokens, but 2 are"):
         PositionLoss(llm, replace(text, window_tokens=800), 128)
-    with pytest.raises(CorpusError, match="with the fields passage: KeyError"):
+    with pytest.raises(CorpusError, match="lacks the field 'passage'"):
         PositionLoss(llm, replace(text, field="passage"), 128)
     answers = config.long_context.answers
     with pytest.raises(CorpusError, match="has 4 questions, but 5 are needed"):
         AnswerLoss(llm, replace(answers, questions=5), 256)
-    with pytest.raises(CorpusError, match="FileNotFoundError"):
+    with pytest.raises(CorpusError, match="Cannot read"):
         AnswerLoss(llm, replace(answers, data_root=str(tmp_path)), 256)
     with pytest.raises(CorpusError, match="have more than 8 tokens"):
         AnswerLoss(llm, answers, 8)
