@@ -39,10 +39,9 @@ def _replace_environment_docstring(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Link to an environment's page in place of its class docstring, which is Markdown."""
-    for version, environment in generate.ENVIRONMENTS.items():
-        if name == f"rap_env.{environment}":
-            page = "environment" if version == "v0" else f"environment_{version}"
-            lines[:] = [f"``RAPPrune-{version}``; see :doc:`{page}`.", ""]
+    for page, (environment, kind) in generate.ENVIRONMENTS.items():
+        if name == f"rap_env.{kind}":
+            lines[:] = [f"``{environment}``; see :doc:`{page}`.", ""]
 
 
 def setup(app: Any) -> None:

@@ -36,7 +36,7 @@ from experiments.study.tables import markdown
 from rap_env.cli import cli
 
 ENVIRONMENTS = {
-    "environment_v0": ("RAPPrune-v0", "RAPPruneEnv"),
+    "environment": ("RAPPrune-v0", "RAPPruneEnv"),
     "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
 }
 """The page of each environment, with its name and class."""
