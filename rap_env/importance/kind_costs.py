@@ -47,8 +47,8 @@ class KindCosts:
         costs = list(self.costs.values())
         if not shares:
             return mean_costs(costs)
-        found = [(one, share) for one, share in zip(costs, shares, strict=True) if share > 0]
-        return mean_costs(*map(list, zip(*found, strict=True)))
+        present = [(cost, share) for cost, share in zip(costs, shares, strict=True) if share > 0]
+        return mean_costs(*map(list, zip(*present, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as a checked JSON artifact.
@@ -73,9 +73,9 @@ class KindCosts:
         """
         body = load_artifact(path, cls.KIND, cls.FORMAT)
         costs = {fields.pop("kind"): LevelCosts(**fields) for fields in body["costs"]}
-        for one in costs.values():
-            check_measured(path, one.provenance, model)
-            one.check_weights(path, model)
+        for costs_of_kind in costs.values():
+            check_measured(path, costs_of_kind.provenance, model)
+            costs_of_kind.check_weights(path, model)
         kinds, facts = body["kinds"], model.facts
         if kinds["vocab_size"] != facts.vocab_size:
             raise ArtifactError(
@@ -98,15 +98,15 @@ def mean_costs(costs: Sequence[LevelCosts], weights: Sequence[float] | None = No
         ArtifactError: Some of them lack an item, a level or a plan that others have, or were
             measured on windows of another length.
     """
-    if len({one.window_tokens for one in costs}) > 1:
-        lengths = sorted({one.window_tokens for one in costs})
+    if len({each.window_tokens for each in costs}) > 1:
+        lengths = sorted({each.window_tokens for each in costs})
         raise ArtifactError(
             f"Costs of levels on windows of {lengths} tokens have no common mean; measure all "
             "of them on windows of one length."
         )
     names = ("one_shot", "errors", "joint")  # the mean of errors is an upper bound
-    means = {name: _mean([getattr(one, name) for one in costs], weights) for name in names}
-    texts = [one.provenance["text"] for one in costs]
+    means = {name: _mean([getattr(each, name) for each in costs], weights) for name in names}
+    texts = [each.provenance["text"] for each in costs]
     text = {
         "source": ", ".join(dict.fromkeys(text["source"] for text in texts)),
         "windows": sum(text["windows"] for text in texts),

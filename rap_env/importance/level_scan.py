@@ -117,9 +117,9 @@ def measure_jointly(
     progress: bool = True,
 ) -> LevelCosts:
     """Add measured plans, such as those that a policy chooses, to the level costs."""
-    found, rises = _measured(costs, scorer, list(plans), progress)
+    spent, rises = _measured(costs, scorer, list(plans), progress)
     joint = {p.to_json(): float(rise.mean()) for p, rise in zip(plans, rises, strict=True)}
-    return replace(found, joint={**costs.joint, **joint})
+    return replace(spent, joint={**costs.joint, **joint})
 
 
 def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
@@ -130,12 +130,12 @@ def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
 
 def one_shot_plans(facts: ModelFacts, cache_levels: Sequence[str]) -> dict[str, list[str]]:
     """The levels of each item that are measured alone, by names, native ones left out."""
-    found: dict[str, list[str]] = {}
+    levels: dict[str, list[str]] = {}
     for index in range(facts.num_blocks):
-        found[block_name(index)] = [n for n in facts.weight_levels(index) if n != "native"]
+        levels[block_name(index)] = [n for n in facts.weight_levels(index) if n != "native"]
     if facts.kv_heads:
-        found |= {cache_name(layer): list(cache_levels) for layer in range(facts.num_layers)}
-    return found | {EMBEDDINGS: [n for n in facts.embedding_levels if n != "native"]}
+        levels |= {cache_name(layer): list(cache_levels) for layer in range(facts.num_layers)}
+    return levels | {EMBEDDINGS: [n for n in facts.embedding_levels if n != "native"]}
 
 
 def uniform_plans(levels: dict[str, list[str]]) -> dict[tuple[str, str], Plan]:

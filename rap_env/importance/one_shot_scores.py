@@ -21,8 +21,7 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     """Measure the removal of every single block: 2L + 1 evaluations, minus stored ones."""
     began = time.perf_counter()
     before = scorer.evaluations, scorer.block_forwards
-    dense = scorer.dense_nll
-    blocks = scorer.llm.blocks
+    dense, blocks = scorer.dense_nll, scorer.llm.blocks
     with progress_bar(
         progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
     ) as bar:
@@ -46,38 +45,34 @@ def block_influence(scorer: MaskScorer) -> npt.NDArray[np.float64]:
     taken over all tokens. In a parallel layer the attention block counts first. It costs two
     forward passes; the head does not run.
     """
-    partial = scorer.runner.partial
-    total = torch.zeros(scorer.llm.num_blocks, dtype=torch.float64)
-    with scorer.llm.masked(Plan()):
-        for tokens in scorer.batches:
-            state = partial.enter(tokens)
-            for step in partial.steps:
-                entered = before = state
-                for count, block in enumerate(step, start=1):
-                    state = partial.run(step[:count], entered)
-                    total[block] += _one_minus_cosine(before, state)
-                    before = state
-    return (total / scorer.corpus.tokens.numel()).numpy()
+    return _influence(scorer.llm, scorer.runner.partial, scorer.batches, by_layer=False)
 
 
 def layer_influence(llm: ElasticLLM, batches: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
-    """Block influence of each layer of the dense model (Men et al. 2024, eq. 1), (L,).
+    """As `block_influence`, of each layer of the dense model, (L,); costs one forward pass.
 
-    ``BI = 1 - E[cos(x, y)]`` with x the residual stream before and y after the layer, the mean
-    taken over all tokens of `batches`: token ids, each of shape (windows, T), on the model's
-    device. It costs one forward pass; the head does not run.
+    `batches` are token ids, each of shape (windows, T), on the model's device.
     """
-    partial = PartialForward(llm, widen=True)
-    total = torch.zeros(llm.facts.num_layers, dtype=torch.float64)
+    return _influence(llm, PartialForward(llm, widen=True), batches, by_layer=True)
+
+
+def _influence(
+    llm: ElasticLLM, partial: PartialForward, batches: Sequence[torch.Tensor], *, by_layer: bool
+) -> npt.NDArray[np.float64]:
+    total = torch.zeros(llm.num_blocks, dtype=torch.float64)
     with llm.masked(Plan()):
         for tokens in batches:
             state = before = partial.enter(tokens)
             for step in partial.steps:
-                state = partial.run(step, state)
-                if step[-1] % 2:  # the ffn block ends a layer
-                    total[step[-1] // 2] += _one_minus_cosine(before, state)
-                    before = state
-    return (total / sum(tokens.numel() for tokens in batches)).numpy()
+                entered = state
+                parts = [step] if by_layer else [step[: n + 1] for n in range(len(step))]
+                for blocks in parts:
+                    state = partial.run(blocks, entered)
+                    if not by_layer or blocks[-1] % 2:  # the ffn block ends a layer
+                        total[blocks[-1]] += _one_minus_cosine(before, state)
+                        before = state
+    influence = (total / sum(tokens.numel() for tokens in batches)).numpy()
+    return np.asarray(influence[1::2] if by_layer else influence)
 
 
 def _one_minus_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Predicts ΔNLL of many plans of a ladder at once, from masks and plans that were measured."""
+"""Predicts ΔNLL of many plans of a ladder at once, from plans that were measured."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def fit_plan_predictor(
     pessimism: float = 0.0,
     seed: int = 0,
 ) -> PlanPredictor:
-    """Fit predictors to measured masks and plans, as `fit_scores` does.
+    """Fit predictors to measured plans, as `fit_scores` does.
 
     Args:
-        scores: NLL of masks and plans, nats per token, with the native model and every single
+        scores: NLL of plans, nats per token, with the native model and every single
             removal.
         costs: One-shot costs of the ladder's levels.
         ladder: The items.
@@ -65,8 +65,8 @@ class PlanPredictor:
             if item.kind in ("attn", "ffn"):
                 self._block[number] = 2 * (item.layer or 0) + (item.kind == "ffn")
                 if "removed" in item.levels:
-                    gone = item.levels.index("removed")
-                    removed[number, gone], lowered[number, gone] = True, 0.0
+                    position = item.levels.index("removed")
+                    removed[number, position], lowered[number, position] = True, 0.0
         # The levels of all items in one row, which is read faster than by pairs of indices.
         self._lowered, self._removed = lowered.ravel(), removed.ravel()
         self._first = np.arange(len(ladder)) * ladder.width

@@ -142,8 +142,8 @@ class _Search:
         """Score plans that are not known yet."""
         new = [plan for plan in plans if plan not in self.nll]
         if new:
-            found = self._scorer.nll_many(new, self._on_score)
-            self.nll |= dict(zip(new, found, strict=True))
+            nll = self._scorer.nll_many(new, self._on_score)
+            self.nll |= dict(zip(new, nll, strict=True))
 
     def rounds(self, start: PlanTable | None) -> Iterator[list[Plan]]:
         """Plans to measure: of another table, of the greedy order, then proposals."""
@@ -187,10 +187,10 @@ class _Search:
                 positions, expected = search.improve(start)
                 if expected > self._config.deepest_loss:
                     continue
-                found = self._ladder.plan(positions.tolist())
+                proposal = self._ladder.plan(positions.tolist())
                 gain = (min(best, 1e3) - expected) / (max(expected, 0.0) + _GAIN_FLOOR)
-                if found not in self.nll and gain > 0:
-                    gains[found] = max(gain, gains.get(found, 0.0))
+                if proposal not in self.nll and gain > 0:
+                    gains[proposal] = max(gain, gains.get(proposal, 0.0))
         return sorted(gains, key=lambda plan: -gains[plan])[: self._config.batch]
 
     def _greedy(self, request: Request) -> Plan:
@@ -284,17 +284,17 @@ class PlanSearch:
             The positions of the best plan found, and its predicted ΔNLL, nats per token, which is
             infinite if no plan was found that fits.
         """
-        found, values = self.refill(positions[None])
-        best, value = found[0], float(values[0])
+        plans, values = self.refill(positions[None])
+        best, value = plans[0], float(values[0])
         for _ in range(_MOST_STEPS):
             raised = self._moves.raised(best)
             if not len(raised):
                 break
-            found, values = self.refill(raised)
+            plans, values = self.refill(raised)
             least = int(values.argmin())
             if values[least] >= value - 1e-9:
                 break
-            best, value = found[least], float(values[least])
+            best, value = plans[least], float(values[least])
         return best, value
 
     def refill(self, positions: Counts) -> tuple[Counts, Floats]:
@@ -307,18 +307,18 @@ class PlanSearch:
             The lowered plans, (n, items), and their predicted ΔNLL, nats per token, (n,), which is
             infinite where no action is left and the plan does not fit.
         """
-        found = positions.copy()
-        values, peaks = self._predictor.delta_nll(found), self._costs.peaks(found)
+        lowered = positions.copy()
+        values, peaks = self._predictor.delta_nll(lowered), self._costs.peaks(lowered)
         for _ in range(len(self._costs.ladder) * self._costs.ladder.width):
             open_rows = np.flatnonzero(peaks > self._budget)
             if not len(open_rows):
                 break
-            plans = found[open_rows]
-            children, parents, items = self._moves.lower(plans)
+            unfit = lowered[open_rows]
+            children, parents, items = self._moves.lower(unfit)
             if not len(children):
                 break
             before, child_peaks = open_rows[parents], self._costs.peaks(children)
-            reached = self._predictor.delta_nll_below(plans, children, parents, items)
+            reached = self._predictor.delta_nll_below(unfit, children, parents, items)
             freed = peaks[before] - child_peaks
             useful = np.minimum(freed, peaks[before] - self._budget)
             rise = np.maximum(reached - values[before], 0.0)
@@ -326,6 +326,6 @@ class PlanSearch:
             order = np.lexsort((price, before))
             rows, first = np.unique(before[order], return_index=True)
             chosen = order[first]
-            found[rows], values[rows] = children[chosen], reached[chosen]
+            lowered[rows], values[rows] = children[chosen], reached[chosen]
             peaks[rows] = child_peaks[chosen]
-        return found, np.where(peaks <= self._budget, values, np.inf)
+        return lowered, np.where(peaks <= self._budget, values, np.inf)

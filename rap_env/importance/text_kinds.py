@@ -106,27 +106,27 @@ class TextKinds:
         """Of each token in each kind, (K, V)."""
         counts = _dense(self.token_ids, self.counts, self.vocab_size)
         of_all, own_tokens = counts.sum(axis=0), counts.sum(axis=1, keepdims=True)
-        found = _smoothed(counts, of_all, own_tokens, own_tokens.sum(), self.vocab_size)
-        return np.asarray(found)
+        logs = _smoothed(counts, of_all, own_tokens, own_tokens.sum(), self.vocab_size)
+        return np.asarray(logs)
 
 
 def mean_shares(shares: Sequence[Shares]) -> Shares:
     """The shares of the kinds in several prompts together; a prompt of no kind has equal ones."""
-    known = [one for one in shares if one]
+    known = [share for share in shares if share]
     if not known:
         return ()
     equal = (1 / len(known[0]),) * len(known[0])
-    return _rounded(np.mean([one or equal for one in shares], axis=0))
+    return _rounded(np.mean([share or equal for share in shares], axis=0))
 
 
 def _dense(
     token_ids: Mapping[str, Sequence[int]], counts: Mapping[str, Sequence[int]], vocab_size: int
 ) -> Floats:
     """How often each token occurs in each kind's text, (K, V)."""
-    found = np.zeros((len(token_ids), vocab_size))
-    for row, name in zip(found, token_ids, strict=True):
+    dense = np.zeros((len(token_ids), vocab_size))
+    for row, name in zip(dense, token_ids, strict=True):
         row[np.asarray(token_ids[name])] = counts[name]
-    return found
+    return dense
 
 
 def _rounded(shares: Floats) -> Shares:
@@ -155,7 +155,7 @@ def _smoothed(own: Any, of_all: Any, own_tokens: Any, all_tokens: Any, vocab_siz
 def _left_out(counts: Floats, row: int, tokens: npt.NDArray[np.integer[Any]]) -> list[float]:
     """Mean log-probability of each part of a kind's text by the rest of all texts, (parts,)."""
     own, of_all = counts[row], counts.sum(axis=0)
-    found = []
+    means = []
     for part in np.array_split(tokens, len(tokens) // _PART_TOKENS):
         less = np.bincount(part, minlength=len(own))[part]
         logs = _smoothed(
@@ -165,5 +165,5 @@ def _left_out(counts: Floats, row: int, tokens: npt.NDArray[np.integer[Any]]) ->
             of_all.sum() - len(part),
             len(own),
         )
-        found.append(float(logs.mean()))
-    return found
+        means.append(float(logs.mean()))
+    return means

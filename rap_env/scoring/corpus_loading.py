@@ -84,8 +84,8 @@ def _generated_text(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Co
     name = f"{digest(described)[:24]}.json"
     path, packaged = cache_dir() / "corpora" / name, TEXTS / name
     try:
-        found = packaged if packaged.is_file() else path
-        tokens = torch.tensor(load_artifact(found, "corpus", _FORMAT)["tokens"])
+        source = packaged if packaged.is_file() else path
+        tokens = torch.tensor(load_artifact(source, "corpus", _FORMAT)["tokens"])
     except FileNotFoundError:
         tokens = _generate(config, llm, progress)
         save_artifact(path, "corpus", _FORMAT, {"made_by": described, "tokens": tokens.tolist()})

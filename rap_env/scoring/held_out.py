@@ -35,7 +35,7 @@ class HeldOutLosses:
 
     Attributes:
         text: Provenance of the held-out text.
-        measured: ΔNLL of the measured masks and plans on that text, nats per token.
+        measured: ΔNLL of the measured plans on that text, nats per token.
         weights: Weights of the predicted log ratio, in the order of `_features`.
         log_ratios: The least and the greatest log ratio of the measured plans.
         fidelity: Agreement on measured plans that the weights were not fitted to.
@@ -85,11 +85,11 @@ class HeldOutLosses:
         predicted = np.zeros(len(plans))
         order = np.random.default_rng(seed).permutation(len(plans))
         for fold in range(_FOLDS):
-            held = order[fold::_FOLDS]
-            kept = np.setdiff1d(order, held)
+            part = order[fold::_FOLDS]
+            kept = np.setdiff1d(order, part)
             weights = _solved(inputs[kept], ratios[kept])
-            predicted[held] = _predicted(
-                inputs[held], searched[held], weights, _range(ratios[kept])
+            predicted[part] = _predicted(
+                inputs[part], searched[part], weights, _range(ratios[kept])
             )
         removed = np.array([len(plan.removed) for plan in plans])
         fidelity = Fidelity.of(
@@ -105,10 +105,10 @@ class HeldOutLosses:
         )
 
     def delta_nll(self, plan: Plan, calibration_delta_nll: float) -> float:
-        """ΔNLL of a mask or plan on the held-out text, nats per token.
+        """ΔNLL of a plan on the held-out text, nats per token.
 
         Args:
-            plan: The mask or plan.
+            plan: The plan.
             calibration_delta_nll: Its ΔNLL on the calibration text, nats per token.
         """
         if plan == Plan():

@@ -1,4 +1,4 @@
-"""The interfaces of what scores masks and plans: a live model's scorer, a table's, workers."""
+"""The interfaces of what scores plans: a live model's scorer, a table's, workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rap_env.blocks import Block
 from rap_env.plan import Plan
 
 OnScore = Callable[[Any], object]
-"""Called with each mask or plan after it was scored."""
+"""Called with each plan after it was scored."""
 
 
 def removal_candidates(blocks: Iterable[Block], plan: Plan) -> dict[Block, Plan]:
@@ -23,14 +23,14 @@ def removal_candidates(blocks: Iterable[Block], plan: Plan) -> dict[Block, Plan]
 
 
 def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:
-    """Call `on_score`, if there is one, for each mask or plan."""
+    """Call `on_score`, if there is one, for each plan."""
     if on_score is not None:
         for plan in plans:
             on_score(plan)
 
 
 class Scorer(Protocol):
-    """Gives the NLL of masks and plans on one text.
+    """Gives the NLL of plans on one text.
 
     `rap_env.scoring.scorer.MaskScorer` measures it with a live model;
     `rap_env.scoring.score_table.TableScorer` reads it from a score table.
@@ -46,7 +46,7 @@ class Scorer(Protocol):
 
     @property
     def known(self) -> int:
-        """Number of masks and plans asked for so far, including stored ones."""
+        """Number of plans asked for so far, including stored ones."""
 
     @property
     def evaluations(self) -> int:
@@ -72,7 +72,7 @@ class Scorer(Protocol):
         """Whether the score of a plan is a prediction rather than a measurement."""
 
     def nll(self, plan: Plan, /) -> float:
-        """Mean NLL of the text under a mask or plan, nats per token.
+        """Mean NLL of the text under a plan, nats per token.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
@@ -80,13 +80,13 @@ class Scorer(Protocol):
         """
 
     def nll_many(self, plans: Sequence[Plan], /, on_score: OnScore | None = None) -> list[float]:
-        """NLL of several masks or plans, in their order; `on_score` is called after each one."""
+        """NLL of several plans, in their order; `on_score` is called after each one."""
 
     def nll_on(self, plans: Sequence[Plan], windows: Sequence[int], /) -> list[float]:
-        """NLL of several masks or plans on some windows of the text only, nats per token."""
+        """NLL of several plans on some windows of the text only, nats per token."""
 
     def scan(self, plan: Plan, /, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+        """For every block that a plan keeps: the NLL if that block is removed too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class ScoringJob:
         tokens: Token ids, int64, shape (windows, T).
         options: Further arguments of `MaskScorer`.
         context: `MaskScorer.context` of the driver; a worker's must be equal.
-        search: Whether to find the best of some masks or plans, instead of measuring all.
+        search: Whether to find the best of some plans, instead of measuring all.
         near: As in `find_best_mask`.
     """
 
@@ -117,8 +117,8 @@ class Measured:
     """What a worker measured.
 
     Attributes:
-        plans: The masks and plans of the batch.
-        window_nll: By mask or plan: NLL of each window, nats per token, shape (windows,). A search
+        plans: The plans of the batch.
+        window_nll: By plan: NLL of each window, nats per token, shape (windows,). A search
             leaves out those that it dropped.
         lower_bounds: Lower bounds of the NLL of those, nats per token.
         block_runs: Blocks that the model ran, as `PlanRunner.block_runs` counts them.
@@ -136,4 +136,4 @@ class Workers(Protocol):
     def measure(
         self, job: ScoringJob, plans: Sequence[Plan], least: int = 1, /
     ) -> Iterator[Measured]:
-        """Score masks and plans, in batches of at least some, or find the best of them."""
+        """Score plans, in batches of at least some, or find the best of them."""

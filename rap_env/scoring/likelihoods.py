@@ -210,13 +210,13 @@ def _without_prefixes(
     inputs: dict[tuple[int, ...], list[tuple[int, int]]],
 ) -> dict[tuple[int, ...], list[tuple[int, int]]]:
     """Inputs that are not the beginning of another one, with the requests of those that are."""
-    found: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    kept: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     longer: tuple[int, ...] = ()
     for tokens in sorted(inputs, reverse=True):  # an input follows those that begin with it
         if longer[: len(tokens)] != tokens:
             longer = tokens
-        found.setdefault(longer, []).extend(inputs[tokens])
-    return found
+        kept.setdefault(longer, []).extend(inputs[tokens])
+    return kept
 
 
 def _make_batch(

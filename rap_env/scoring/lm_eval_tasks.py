@@ -280,8 +280,8 @@ def _has(manager: Any, name: str) -> bool:
 def _near(name: str, names: Iterable[str]) -> str:
     import difflib
 
-    found = difflib.get_close_matches(name, names, n=4, cutoff=0.7)
-    return f"lm-eval also has {', '.join(map(repr, found))}." if found else ""
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.7)
+    return f"lm-eval also has {', '.join(map(repr, near))}." if near else ""
 
 
 def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
@@ -325,8 +325,8 @@ def _load_leaves(
     try:
         leaves = list(_leaves(index, name))
     except CorpusError:  # a group that changes its members' configs
-        found: dict[str, Any] = manager.load([name])
-        return found
+        loaded: dict[str, Any] = manager.load([name])
+        return loaded
     for leaf in leaves:
         own_class = "class" in (index[leaf].cfg or {})
         member = {"task": leaf, **(overrides or {}).get(leaf, {})}

@@ -52,10 +52,10 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
     }
     if not any(wanted.get(key) in rows for key in EVALUATION_KEYS):
         names = [f"{wanted[key]}.jsonl" for key in EVALUATION_KEYS if key in wanted]
-        found = sorted(path.name for path in folder.iterdir()) or ["nothing"]
+        files = sorted(path.name for path in folder.iterdir()) or ["nothing"]
         raise CorpusError(
             f"The task {task!r} needs {' or '.join(names)} in {folder}, which holds "
-            f"{', '.join(found)}; add the file."
+            f"{', '.join(files)}; add the file."
         )
     nulls = {key: None for key, split in wanted.items() if split not in rows}
     return {"custom_dataset": _dataset_maker(rows), **nulls}

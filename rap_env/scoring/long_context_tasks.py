@@ -324,12 +324,12 @@ def long_context_task(name: str) -> LongContextTask | None:
 
 def _tails(content: _Content) -> list[str]:
     """What follows the text up to each question's answer."""
-    found, before = [], ""
+    tails, before = [], ""
     for question in content.questions:
         tail = " ".join(filter(None, (before, question.prompt)))
-        found.append(tail)
+        tails.append(tail)
         before = f"{tail} {question.answer}{content.end}"
-    return found
+    return tails
 
 
 def _fill(

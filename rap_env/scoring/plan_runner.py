@@ -1,4 +1,4 @@
-"""Runs masks and plans over a text and computes each block that several share only once.
+"""Runs plans over a text and computes each block that several share only once.
 
 They form a prefix tree over the steps of the model: two plans share all steps up to the first block
 whose weights or cache differ in level. Plans that differ in the embeddings share nothing.
@@ -162,7 +162,7 @@ def _last_shared(one: Sequence[Plan], other: Sequence[Plan]) -> int:
 
 
 class PlanRunner:
-    """Runs masks and plans from the nearest cached states.
+    """Runs plans from the nearest cached states.
 
     The plans of one call advance together, one step at a time. A step runs once for all plans
     that agree on everything before it; plans that differ there but run this step at the same
@@ -256,8 +256,8 @@ class PlanRunner:
     def _run_together(
         self, blocks: tuple[int, ...], plan: Plan, states: list[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        together = self.partial.run(blocks, joined(states), plan)
-        return torch.split(together, [len(s) for s in states])
+        outputs = self.partial.run(blocks, joined(states), plan)
+        return torch.split(outputs, [len(s) for s in states])
 
 
 def joined(states: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Predicts delta_nll of masks and plans from measured ones. Needs numpy only, no model.
+"""Predicts delta_nll of plans from measured ones. Needs numpy only, no model.
 
 The logarithm of delta_nll is fitted by ridge regression. The sum of the blocks' single delta_nll
 sets its level: the values roughly add up, and saturate where the model only guesses. One weight
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from rap_env.plan import Plan
 
 Features = npt.NDArray[np.bool_]
-"""Input of the predictor: True for each removed block of each mask or plan, (N, 2L)."""
+"""Input of the predictor: True for each removed block of each plan, (N, 2L)."""
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -136,7 +136,7 @@ class DeltaNLLPredictor:
     residual: ResidualNetwork | None = None
 
     def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
-        """The predicted delta_nll of a mask or plan, nats per token.
+        """The predicted delta_nll of a plan, nats per token.
 
         Args:
             mask: The removed blocks.
@@ -176,7 +176,7 @@ class DeltaNLLPredictor:
 
 @dataclass(frozen=True, eq=False)
 class ScoreModel:
-    """Predicts delta_nll of masks and plans in nats per token, pessimistically.
+    """Predicts delta_nll of plans in nats per token, pessimistically.
 
     Attributes:
         members: E predictors, each fitted to another sample of the measured masks; `alone` and

@@ -1,4 +1,4 @@
-"""Fits the predictors of `rap_env.scoring.predictor` to measured masks and plans.
+"""Fits the predictors of `rap_env.scoring.predictor` to measured plans.
 
 Numpy only; a residual network also needs torch.
 """
@@ -170,9 +170,9 @@ class PredictorFit:
         for start in range(0, len(part), _CHUNK):
             chosen = part[start : start + _CHUNK]
             x = self.features[chosen].astype(np.float64)
-            together = x @ np.maximum(self.alone, 0) + self.lowered[chosen]
+            alone_costs = x @ np.maximum(self.alone, 0) + self.lowered[chosen]
             shape = shape_terms(
-                together, x[:, ::2].sum(axis=1), x[:, 1::2].sum(axis=1), self.offset
+                alone_costs, x[:, ::2].sum(axis=1), x[:, 1::2].sum(axis=1), self.offset
             )
             ones, target = np.ones(len(x)), self.targets[chosen]
             table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
@@ -207,11 +207,11 @@ def fit_score_model(
         return ScoreModel((single,), pessimism), fidelity
     rng = np.random.default_rng([seed, members])
     samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
-    found = []
+    fitted = []
     for sample in samples:
         fit = PredictorFit(features, delta_nll, alone, [sample], lowered, (single.reach,))
-        found.append(fit.solved([0], single.reach, single.ridge))
-    return ScoreModel(tuple(found), pessimism), fidelity
+        fitted.append(fit.solved([0], single.reach, single.ridge))
+    return ScoreModel(tuple(fitted), pessimism), fidelity
 
 
 def fit_scores(
@@ -224,10 +224,10 @@ def fit_scores(
     seed: int = 0,
     network: bool = False,
 ) -> tuple[ScoreModel, Fidelity]:
-    """`fit_score_model` on measured masks and plans.
+    """`fit_score_model` on measured plans.
 
     Args:
-        scores: NLL of masks and plans, nats per token, with those of `necessary_masks`.
+        scores: NLL of plans, nats per token, with those of `necessary_masks`.
         num_blocks: 2L.
         lowered: What the levels of a plan cost alone; None if there are masks only.
         members: As in `fit_score_model`.
@@ -254,7 +254,7 @@ def necessary_masks(num_blocks: int) -> list[Plan]:
 
 
 def feature_matrix(plans: Collection[Plan], num_blocks: int) -> Features:
-    """The predictor's input: True for each removed block of each mask or plan, (N, 2L)."""
+    """The predictor's input: True for each removed block of each plan, (N, 2L)."""
     features = np.zeros((len(plans), num_blocks), dtype=bool)
     for row, plan in zip(features, plans, strict=True):
         row[list(plan.removed)] = True
@@ -267,7 +267,7 @@ def lowered_costs(plans: Collection[Plan], lowered: Lowered) -> Floats:
 
 
 def lowered_cost(plan: Plan, lowered: Lowered) -> float:
-    """What the levels of a mask or plan other than removal cost alone, nats per token."""
+    """What the levels of a plan other than removal cost alone, nats per token."""
     kept = replace(plan, removed=frozenset())
     return max(0.0, lowered(kept)) if kept else 0.0
 

@@ -1,6 +1,6 @@
 """Scores of one model in a file, to run the environment without the model.
 
-A table holds masks and plans with their measured NLL, a predictor for all other ones, costs of
+A table holds plans with their measured NLL, a predictor for all other ones, costs of
 levels, which plans are predicted from, and the facts of the model that an environment needs. It
 needs numpy only, neither torch nor transformers; only fitting a table of more than
 `NETWORK_SCORES` scores needs torch.
@@ -79,7 +79,7 @@ class ScoreTable:
 
     Attributes:
         facts: The facts of the model that the byte arithmetic needs.
-        scores: Mean NLL by mask or plan, nats per token; contains the dense model and every
+        scores: Mean NLL by plan, nats per token; contains the dense model and every
             single removal.
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
@@ -89,7 +89,7 @@ class ScoreTable:
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
         evaluation_s: Seconds that scoring one mask took on the machine that measured it.
-        predictor: Predicts delta_nll of other masks and plans.
+        predictor: Predicts delta_nll of other plans.
         fidelity: Agreement of the predictor on those that it was not fitted to.
         levels: The fields of the `LevelCosts`, or None: it then predicts no plans.
         held_out: Losses on text that no plan was searched on, or None.
@@ -125,11 +125,11 @@ class ScoreTable:
 
         Args:
             facts: As the attribute.
-            scores: Those of masks and plans, nats per token.
+            scores: Those of plans, nats per token.
             lowered: Gives the sum of what the levels of a plan cost alone, nats per token, such as
                 `LevelCosts.delta_nll`; the predictor is then fitted to plans too. None fits it to
                 masks only, and plans are only looked up.
-            seed: Decides which masks and plans are held out to evaluate the predictor.
+            seed: Decides which plans are held out to evaluate the predictor.
             members: Predictors of the ensemble.
             pessimism: As in `ScoreModel`.
             **origin: The other attributes.
@@ -141,11 +141,11 @@ class ScoreTable:
         scores = {plan: float(nll) for plan, nll in scores.items()}
         masks = [plan for plan in scores if plan.is_mask]
         masks.sort(key=lambda mask: sorted(mask.removed))
-        held: dict[Plan, float] = {mask: scores[mask] for mask in masks}
-        held |= {plan: nll for plan, nll in scores.items() if plan not in held}
-        fitted = held
+        measured: dict[Plan, float] = {mask: scores[mask] for mask in masks}
+        measured |= {plan: nll for plan, nll in scores.items() if plan not in measured}
+        fitted = measured
         if lowered is None:
-            fitted = {mask: held[mask] for mask in masks}
+            fitted = {mask: measured[mask] for mask in masks}
         needed = necessary_masks(facts.num_blocks)
         missing = [str(mask) for mask in needed if mask not in scores]
         if missing or len(fitted) < 2 * facts.num_blocks:
@@ -164,7 +164,7 @@ class ScoreTable:
             seed=seed,
             network=members == 1 and len(fitted) >= NETWORK_SCORES,
         )
-        return cls(facts, held, predictor=predictor, fidelity=fidelity, **origin)
+        return cls(facts, measured, predictor=predictor, fidelity=fidelity, **origin)
 
     @property
     def dense_nll(self) -> float:
@@ -225,15 +225,17 @@ def _read_plans(written: Sequence[Any], num_blocks: int) -> list[Plan]:
     """Masks from lists of block names, plans from levels."""
     index = {block_name(number): number for number in range(num_blocks)}
     return [
-        Plan.of(one) if isinstance(one, dict) else Plan(frozenset(map(index.__getitem__, one)))
-        for one in written
+        Plan.of(entry)
+        if isinstance(entry, dict)
+        else Plan(frozenset(map(index.__getitem__, entry)))
+        for entry in written
     ]
 
 
 class TableScorer:
-    """Scores masks and plans from a table: the interface of `MaskScorer`, without a model.
+    """Scores plans from a table: the interface of `MaskScorer`, without a model.
 
-    A measured mask or plan has exactly the score that the model gave. Any other one has a
+    A measured plan has exactly the score that the model gave. Any other one has a
     predicted score; `is_predicted` tells which is which. A plan that was not measured raises an
     `UnknownNameError` if there is no `lowered`. No mask and no block is run, so their counts are 0.
     A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
@@ -269,7 +271,7 @@ class TableScorer:
 
     @property
     def known(self) -> int:
-        """Masks and plans asked for so far.
+        """Plans asked for so far.
 
         A predicted one counts again if 131,072 others were predicted since it was asked for.
         """
@@ -280,20 +282,20 @@ class TableScorer:
         return plan not in self._measured
 
     def nll(self, plan: Plan) -> float:
-        """Mean NLL of the text under a mask or plan, nats per token; measured or predicted.
+        """Mean NLL of the text under a plan, nats per token; measured or predicted.
 
         Raises:
             UnknownNameError: The plan names blocks that the model does not have, or lowers an item
                 and was not measured, and its levels are not predicted.
         """
-        found = self._measured.get(plan)
-        if found is None:
+        nll = self._measured.get(plan)
+        if nll is None:
             plan.check(self._facts.num_blocks)
             if self._lowered is None:
                 only_mask(plan, _NO_PREDICTION)
             return self.dense_nll + self._predict(plan)
         self._asked.add(plan)
-        return found
+        return nll
 
     def _predicted(self, plan: Plan) -> float:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
@@ -301,13 +303,13 @@ class TableScorer:
             return self._model.delta_nll(plan)
         assert self._lowered is not None  # `nll` rejects such plans without it
         mask = plan.mask
-        found = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
+        predicted = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:
-            return found
-        return self._measured[mask] - self.dense_nll + found - self._model.delta_nll(mask)
+            return predicted
+        return self._measured[mask] - self.dense_nll + predicted - self._model.delta_nll(mask)
 
     def nll_many(self, plans: Sequence[Plan], on_score: OnScore | None = None) -> list[float]:
-        """NLL of several masks or plans, in their order; `on_score` is called after each one."""
+        """NLL of several plans, in their order; `on_score` is called after each one."""
         if on_score is not None:
             for plan in dict.fromkeys(plans):
                 self.nll(plan)
@@ -319,7 +321,7 @@ class TableScorer:
         return self.nll_many(plans)
 
     def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+        """For every block that a plan keeps: the NLL if that block is removed too."""
         candidates = removal_candidates(self._facts.blocks, plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))

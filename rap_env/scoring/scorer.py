@@ -1,4 +1,4 @@
-"""Mean NLL of masks and plans on a fixed text; what several share is computed once."""
+"""Mean NLL of plans on a fixed text; what several share is computed once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _LEVELS: Mapping[str, Any] = {"levels": 1}  # raised when lowered items get othe
 
 
 class MaskScorer:
-    """Measures the model's NLL under masks and plans, on a text cut into windows.
+    """Measures the model's NLL under plans, on a text cut into windows.
 
     Each window of T tokens is scored on its own (stride T, no context before it) and gives
     T - 1 predictions. Plans run in the order of a prefix tree over blocks: each plan starts at
@@ -72,14 +72,14 @@ class MaskScorer:
         batch_tokens: Tokens of one forward pass; windows are batched up to this number.
         prefix_cache_bytes: Most bytes of hidden states kept for sharing. If they do not suffice
             for every step of a plan, the states of every second (third, ...) step are kept.
-        masks_together: Most masks or plans that share a batch; None is 1 on a CPU, and
+        masks_together: Most plans that share a batch; None is 1 on a CPU, and
             as many as fill an accelerator.
         workers: Workers that hold the same model (`rap_env.scoring.workers.WorkerPool`); what
-            several masks or plans need is spread over them. None runs everything in this process.
+            several plans need is spread over them. None runs everything in this process.
 
     Attributes:
         runner: Runs plans on the text and counts blocks.
-        evaluations: Masks and plans that the model ran, including those that a search dropped
+        evaluations: Plans that the model ran, including those that a search dropped
             before the end; those found in the store do not count.
         full_block_forwards: Blocks that single full passes would have run for them.
         options: The arguments of a scorer that gives the same scores, other than model and text.
@@ -222,7 +222,7 @@ class MaskScorer:
         return False
 
     def nll(self, plan: Plan) -> float:
-        """Mean NLL of the text under a mask or plan, nats per token.
+        """Mean NLL of the text under a plan, nats per token.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
@@ -231,7 +231,7 @@ class MaskScorer:
         return float(self.window_nll(plan).mean())
 
     def window_nll(self, plan: Plan) -> npt.NDArray[np.float64]:
-        """Mean NLL of each window under a mask or plan, nats per token, shape (windows,)."""
+        """Mean NLL of each window under a plan, nats per token, shape (windows,)."""
         values = self.look_up(plan)
         if values is None:
             self._measure([plan], self._path(plan))
@@ -239,10 +239,10 @@ class MaskScorer:
         return values
 
     def nll_many(self, plans: Sequence[Plan], on_score: OnScore | None = None) -> list[float]:
-        """NLL of several masks or plans, in their order; steps that they share run once.
+        """NLL of several plans, in their order; steps that they share run once.
 
         Args:
-            plans: Masks and plans to score; repeated ones are measured once.
+            plans: Plans to score; repeated ones are measured once.
             on_score: Called after each finished one, for progress bars.
         """
         known = [values for plan in plans if (values := self.look_up(plan)) is not None]
@@ -252,9 +252,9 @@ class MaskScorer:
         distinct = sorted(set(plans), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
         if self.workers is not None and len(missing) > 1:
-            for found in self.workers.measure(self.job, missing, self.in_flight):
-                self.take(found)
-                notify(on_score, found.plans)
+            for batch in self.workers.measure(self.job, missing, self.in_flight):
+                self.take(batch)
+                notify(on_score, batch.plans)
         else:
             self._measure_here(missing, on_score)
         measured = set(missing)
@@ -269,13 +269,13 @@ class MaskScorer:
             notify(on_score, group)
 
     def nll_on(self, plans: Sequence[Plan], windows: Sequence[int]) -> list[float]:
-        """NLL of several masks or plans on some windows of the text only, nats per token.
+        """NLL of several plans on some windows of the text only, nats per token.
 
         A plan that is known on the whole text is not run again. Nothing is stored for the others,
         because the NLL of a part is not a score of the text.
 
         Args:
-            plans: Masks and plans to score; repeated ones are measured once.
+            plans: Plans to score; repeated ones are measured once.
             windows: Numbers of the windows, at least one.
         """
         chosen = tuple(windows)
@@ -290,13 +290,13 @@ class MaskScorer:
         return [nll[plan] for plan in plans]
 
     def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a mask or plan keeps: the NLL if that block is removed too."""
+        """For every block that a plan keeps: the NLL if that block is removed too."""
         candidates = self.candidates(plan)
         nll = self.nll_many(list(candidates.values()), on_score)
         return dict(zip(candidates, nll, strict=True))
 
     def candidates(self, plan: Plan) -> dict[Block, Plan]:
-        """For every block that a mask or plan keeps: the plan that also removes it."""
+        """For every block that a plan keeps: the plan that also removes it."""
         return removal_candidates(self.llm.blocks, plan)
 
     def look_up(self, plan: Plan) -> npt.NDArray[np.float64] | None:
@@ -305,8 +305,8 @@ class MaskScorer:
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
         """
-        found = self._scores.get(plan)
-        return self._look_further(plan) if found is None else found
+        values = self._scores.get(plan)
+        return self._look_further(plan) if values is None else values
 
     def _look_further(self, plan: Plan) -> npt.NDArray[np.float64] | None:
         if plan not in self._scores:
@@ -319,7 +319,7 @@ class MaskScorer:
         return self._scores[plan]
 
     def record(self, plan: Plan, values: npt.NDArray[np.float64]) -> None:
-        """Store the measured NLL of each window under a mask or plan, shape (windows,).
+        """Store the measured NLL of each window under a plan, shape (windows,).
 
         Raises:
             NonFiniteScoreError: A value is NaN or infinite; nothing is stored.
@@ -331,16 +331,16 @@ class MaskScorer:
             self.store.put(context_key(context), plan, METRIC, values.tolist(), context)
         self._scores[plan] = values
 
-    def take(self, found: Measured) -> None:
+    def take(self, measured: Measured) -> None:
         """Store and count what a worker measured."""
-        for plan, values in found.window_nll.items():
+        for plan, values in measured.window_nll.items():
             self.record(plan, values)
-        for plan in found.plans:
+        for plan in measured.plans:
             self.count(plan)
-        self.runner.block_runs += found.block_runs
+        self.runner.block_runs += measured.block_runs
 
     def raise_non_finite(self, plan: Plan) -> NoReturn:
-        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a mask or plan."""
+        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a plan."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
         raise NonFiniteScoreError(
             f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {plan}; check the "
@@ -348,7 +348,7 @@ class MaskScorer:
         )
 
     def count(self, plan: Plan) -> None:
-        """Count a mask or plan that the model ran."""
+        """Count a plan that the model ran."""
         self.evaluations += 1
         self.full_block_forwards += self.llm.facts.num_blocks - len(plan.removed)
 
@@ -397,8 +397,8 @@ class MaskScorer:
                 for level, group in runner.share_head(plans):
                     with runner.partial.embeddings(level):
                         hidden = runner.partial.leave(joined([last[plan] for plan in group]))
-                        found = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
-                    nll |= dict(zip(group, found.view(len(group), -1), strict=True))
+                        rows = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
+                    nll |= dict(zip(group, rows.view(len(group), -1), strict=True))
                 parts.append(torch.stack([nll[plan] for plan in plans]))
         values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
         return values

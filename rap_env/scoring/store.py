@@ -57,7 +57,7 @@ class ScoreStore:
                 self._prepare()
 
     def get(self, context_key: str, plan: Plan, metric: str) -> list[float] | None:
-        """Values of a metric of a mask or plan, or None if they are not stored.
+        """Values of a metric of a plan, or None if they are not stored.
 
         Raises:
             StoreError: The row or the file is damaged.
@@ -103,7 +103,7 @@ class ScoreStore:
         self._known_contexts.add(context_key)
 
     def rows(self, context_key: str, metric: str) -> Iterator[tuple[Plan, list[float]]]:
-        """All masks and plans with their values for one context and metric."""
+        """All plans with their values for one context and metric."""
         query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
         with self._errors():
             plans = self._connection.execute(query, (context_key, metric)).fetchall()
@@ -130,10 +130,10 @@ class ScoreStore:
         """Create the tables of a new file."""
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")  # one process at a time
-            found = self._format()
-            if found not in (0, _FORMAT):
+            written = self._format()
+            if written not in (0, _FORMAT):
                 raise StoreError(
-                    f"The score store {self.path} has format {found}, but this version reads "
+                    f"The score store {self.path} has format {written}, but this version reads "
                     f"{_FORMAT}; give another path or delete it."
                 )
             for statement in _SCHEMA:
@@ -148,13 +148,13 @@ class ScoreStore:
     @property
     def _connection(self) -> sqlite3.Connection:
         # One connection per thread and process: SQLite connections must not cross a fork.
-        held = self._local.__dict__.get("connection")
-        if held is None or self._local.pid != os.getpid():
-            held = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
-            held.execute("PRAGMA journal_mode = WAL")
-            held.execute("PRAGMA synchronous = NORMAL")  # consistent after a kill at any moment
-            self._local.connection, self._local.pid = held, os.getpid()
-        return held
+        connection = self._local.__dict__.get("connection")
+        if connection is None or self._local.pid != os.getpid():
+            connection = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")  # consistent after any kill
+            self._local.connection, self._local.pid = connection, os.getpid()
+        return connection
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -158,14 +158,14 @@ class TaskRequests:
         """`TaskResult.choice_nll` from the likelihoods of the task's instances."""
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return np.zeros(0)
-        first, found = 0, []
+        first, values = 0, []
         for instances in self._documents.values():
             doc = instances[0].doc
             logs = outputs[first : first + len(self.task.doc_to_choice(doc)), 0]
             first += len(instances)
             right = [n for n in _right_choices(self.task, doc) if 0 <= n < len(logs)]
-            found.append(_log_sum(logs) - _log_sum(logs[right]) if right else math.nan)
-        return np.array(found)
+            values.append(_log_sum(logs) - _log_sum(logs[right]) if right else math.nan)
+        return np.array(values)
 
     def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
         """The task's value for each document, by metric."""
@@ -198,8 +198,8 @@ def _right_choices(task: Any, doc: Any) -> list[int]:
     """Numbers of the right choices of a document, read as lm-eval reads them."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     choices = task.doc_to_choice(doc)
-    found = gold if isinstance(gold, list) else [gold]
-    return [choices.index(g) if isinstance(g, str) and g in choices else int(g) for g in found]
+    answers = gold if isinstance(gold, list) else [gold]
+    return [choices.index(g) if isinstance(g, str) and g in choices else int(g) for g in answers]
 
 
 def _log_sum(logs: npt.NDArray[np.float64]) -> float:

@@ -1,4 +1,4 @@
-"""Scores masks and plans on lm-eval tasks: requests are built once, then only the model runs."""
+"""Scores plans on lm-eval tasks: requests are built once, then only the model runs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TaskConfig:
 
 
 class TaskScorer:
-    """Measures the model's scores on lm-eval tasks under masks and plans.
+    """Measures the model's scores on lm-eval tasks under plans.
 
     The tasks' own code computes every metric from the log-likelihoods of their requests. Only
     these likelihoods are computed here and kept in the store.
@@ -192,12 +192,12 @@ class TaskScorer:
         return self._members[name].kinds()
 
     def accuracies(self, plan: Plan, metric: str = "acc") -> dict[str, float]:
-        """Accuracy by task under a mask or plan, each in [0, 1].
+        """Accuracy by task under a plan, each in [0, 1].
 
         Tasks without it (wikitext has none) are left out; `results` has all their metrics.
 
         Args:
-            plan: The mask or plan.
+            plan: The plan.
             metric: ``acc``, or ``acc_norm``: with the likelihood of each choice divided by its
                 length in bytes, for tasks whose choices are whole answers.
 
@@ -209,7 +209,7 @@ class TaskScorer:
         return {n: r.metrics[metric] for n, r in results.items() if metric in r.metrics}
 
     def mean_accuracy(self, plan: Plan) -> float:
-        """Mean of the tasks' accuracies under a mask or plan.
+        """Mean of the tasks' accuracies under a plan.
 
         Raises:
             UnknownNameError: None of the tasks has an accuracy.
@@ -221,19 +221,19 @@ class TaskScorer:
         return statistics.fmean(accuracies.values())
 
     def mean_choice_nll(self, plan: Plan) -> float:
-        """Mean over the tasks of `TaskResult.choice_nll` under a mask or plan, in nats.
+        """Mean over the tasks of `TaskResult.choice_nll` under a plan, in nats.
 
         Raises:
             UnknownNameError: One of the tasks has no choices.
         """
-        found = [result.choice_nll for result in self.results(plan).values()]
-        for name, values in zip(self.config.names, found, strict=True):
-            if not len(values):
+        per_task = [result.choice_nll for result in self.results(plan).values()]
+        for name, nll in zip(self.config.names, per_task, strict=True):
+            if not len(nll):
                 raise UnknownNameError("multiple-choice task", name, _MULTIPLE_CHOICE)
-        return statistics.fmean(float(values.mean()) for values in found)
+        return statistics.fmean(float(nll.mean()) for nll in per_task)
 
     def results(self, plan: Plan) -> dict[str, TaskResult]:
-        """All metrics, standard errors and document counts by task under a mask or plan.
+        """All metrics, standard errors and document counts by task under a plan.
 
         The errors are those of `accuracies`.
         """
@@ -251,12 +251,12 @@ class TaskScorer:
     def _outputs(self, plan: Plan) -> dict[str, Outputs]:
         """Likelihoods by member task, from the store or the model."""
         outputs = {name: self._look_up(name, plan) for name in self._members}
-        missing = [name for name, found in outputs.items() if found is None]
+        missing = [name for name, values in outputs.items() if values is None]
         with self.llm.masked(plan):
             for name in missing:
                 outputs[name] = self._measure(name, plan)
         self.evaluations += bool(missing)
-        return {name: found for name, found in outputs.items() if found is not None}
+        return {name: values for name, values in outputs.items() if values is not None}
 
     def _look_up(self, name: str, plan: Plan) -> Outputs | None:
         if self.store is None:

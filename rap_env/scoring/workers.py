@@ -1,4 +1,4 @@
-"""Scores masks and plans on Ray actors; the batch of a lost worker is handed out again."""
+"""Scores plans on Ray actors; the batch of a lost worker is handed out again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ScoringWorker:
         self._llm = self._open_model()
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
-        """Score masks and plans, or find the best of them, as the job says."""
+        """Score plans, or find the best of them, as the job says."""
         if self._last is None or not job.same_text(self._last[0]):
             if self._last is not None:
                 self._last[1].release()
@@ -72,7 +72,7 @@ def _check_context(scorer: MaskScorer, job: ScoringJob) -> None:
 
 
 class WorkerPool:
-    """Ray actors that score masks and plans for the scorers of one model.
+    """Ray actors that score plans for the scorers of one model.
 
     Each loads the model when the first batch is handed out, and ends with this process. Scores
     equal those of this process bit for bit on a CPU: each mask has its own batch, and a worker has
@@ -120,7 +120,7 @@ class WorkerPool:
         self._running: dict[Any, tuple[Any, Any]] = {}  # by result: worker, batch or None (loads)
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan], least: int = 1) -> Iterator[Measured]:
-        """Score masks and plans on the whole text, or find the best of them.
+        """Score plans on the whole text, or find the best of them.
 
         Args:
             job: The text and what to do (`MaskScorer.job`).

@@ -1,9 +1,10 @@
-"""Mask scores: correct, bit-identical with shared prefixes, and counted."""
+"""Scores of masks, plans and repaired models: correct, shared bit for bit, and counted."""
 
 import numpy as np
 import pytest
 import torch
 
+from rap_env.blocks import block_name
 from rap_env.errors import (
     CorpusError,
     InvalidRequestError,
@@ -16,6 +17,7 @@ from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.conftest import make_context
+from tests.models.stubs import repaired
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
@@ -28,29 +30,73 @@ def tokens(windows=3, length=9, seed=0):
     return torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator)
 
 
-def plain_nll(llm, ids, mask):
+def plain_nll(llm, ids, mask, **options):
     """The model's own loss, window by window."""
     with torch.no_grad(), llm.masked(mask):
-        return [float(llm.model(window[None], labels=window[None]).loss) for window in ids]
+        return [float(llm.model(w[None], labels=w[None], **options).loss) for w in ids]
+
+
+CACHES = {"layer00.cache": "int4", "layer01.cache": "int2"}
+
+
+def text(windows=2, length=50, seed=0):
+    """Windows that fill more than one group of a cache."""
+    return tokens(windows, length, seed)
+
+
+def plans_for(llm):
+    """Plans that lower some of every kind of item that the model can lower, masks between them."""
+    facts = llm.facts
+    found = [
+        Plan.of(CACHES),
+        Plan.of({"layer00.cache": "int8", "layer01.ffn": "removed"}),
+        Plan.removing(1),
+        Plan.of({"layer01.cache": "int4-window32", "layer00.attn": "removed"}),
+    ]
+    for level in ("int8", "int4"):
+        blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
+        if blocks:
+            lowered = {block_name(i): level for i in blocks}
+            found += [Plan.of(lowered), Plan.of({**lowered, **CACHES})]
+            found.append(Plan.of({block_name(blocks[-1]): level}))
+        if level in facts.embedding_levels:
+            found.append(Plan.of({"embeddings": level, "layer00.ffn": "removed"}))
+    return [*found, Plan()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_the_models_own_loss(family):
-    llm, ids = tiny_llm(family), tokens()
-    scorer = MaskScorer(llm, ids)
+    llm, ids, longer = tiny_llm(family), tokens(), text()
+    view = repaired(llm)
+    scorer, with_stubs, on_longer = (
+        MaskScorer(llm, ids), MaskScorer(view, ids), MaskScorer(llm, longer),
+    )  # fmt: skip
     for mask in MASKS:
         expected = plain_nll(llm, ids, mask)
         assert scorer.window_nll(mask) == pytest.approx(expected, rel=2e-5), mask
         assert scorer.nll(mask) == pytest.approx(np.mean(expected), rel=2e-5)
+        own = with_stubs.window_nll(mask)
+        assert own == pytest.approx(plain_nll(view, ids, mask), rel=2e-5), mask
+        assert np.allclose(own, expected, rtol=2e-5) == (mask == Plan())
+    for plan in plans_for(llm):
+        expected = plain_nll(llm, longer, plan, use_cache=False)
+        assert on_longer.window_nll(plan) == pytest.approx(expected, rel=5e-4), plan
 
 
 @each_family("family", dtype=[torch.float32, torch.bfloat16])
-def test_shared_layers_change_no_bit(family, dtype):
-    llm, ids = tiny_llm(family, dtype=dtype), tokens()
-    single = [MaskScorer(llm, ids).nll(mask) for mask in MASKS]
-    assert MaskScorer(llm, ids).nll_many(MASKS) == single
-    one_by_one = MaskScorer(llm, ids)
-    assert [one_by_one.nll(mask) for mask in MASKS] == single
+def test_what_plans_share_changes_no_bit(family, dtype):
+    llm = tiny_llm(family, dtype=dtype)
+    plans = plans_for(llm)
+    for model, ids, asked in (
+        (llm, tokens(), MASKS), (repaired(llm), tokens(), MASKS), (llm, text(), plans),
+    ):  # fmt: skip
+        single = [MaskScorer(model, ids).nll(plan) for plan in asked]
+        assert MaskScorer(model, ids).nll_many(asked) == single
+        one_by_one, few = MaskScorer(model, ids), MaskScorer(model, ids, prefix_cache_bytes=1)
+        assert [one_by_one.nll(plan) for plan in asked] == single
+        assert few.nll_many(asked[::-1]) == single[::-1]
+    if dtype == torch.float32:
+        assert len(set(single)) == len(plans)  # every level has an effect
 
 
 @each_family("family", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
@@ -68,6 +114,11 @@ def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
         alone.nll_many(masks)
         assert together.evaluations == alone.evaluations == len(masks)
         assert together.block_forwards <= alone.full_block_forwards
+    view = repaired(llm, (2, 0, 1, 3, 4, 2))
+    single = [MaskScorer(view, ids).nll(mask) for mask in masks]
+    assert MaskScorer(view, ids, masks_together=4).nll_many(masks) == pytest.approx(
+        single, abs=rounding
+    )
 
 
 @pytest.mark.parametrize("width", [0, -1, 1.5, True])
@@ -103,10 +154,12 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
     assert work[2] <= 0.65 * work[0]
 
 
-def test_scan_covers_each_kept_block():
-    llm = tiny_llm()
-    scan = MaskScorer(llm, tokens()).scan(Plan.removing("layer00.ffn"))
+@pytest.mark.parametrize("levels", [{}, CACHES])
+def test_a_scan_removes_each_kept_block(levels):
+    scorer, plan = MaskScorer(tiny_llm(), text()), Plan.of({**levels, "layer00.ffn": "removed"})
+    scan = scorer.scan(plan)
     assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
+    assert all(nll == scorer.nll(plan.without(block)) for block, nll in scan.items())
 
 
 def test_batching_of_windows_is_part_of_the_context():
@@ -180,8 +233,11 @@ def test_impossible_windows(ids, text):
 
 
 def test_a_block_that_the_model_lacks():
-    with pytest.raises(UnknownNameError, match=r"layer02\.attn.*layer01\.ffn"):
-        MaskScorer(tiny_llm(), tokens()).nll(Plan.removing(4))
+    scorer = MaskScorer(tiny_llm(), tokens())
+    for plan in (Plan.removing(4), Plan.of({"layer02.cache": "int4"})):
+        with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
+            scorer.nll_many([plan])
+    assert scorer.evaluations == 0
 
 
 def test_the_time_of_a_pass_changes_no_count_and_no_score():

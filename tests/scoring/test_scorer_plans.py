@@ -3,68 +3,13 @@
 import itertools
 
 import pytest
-import torch
 
-from rap_env.blocks import block_name
-from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan, cache_name
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
-from tests.scoring.test_scorer import tokens
-from tests.tiny import DISTINCT_FAMILIES, FAMILIES, each_family, tiny_llm
-
-CACHES = {"layer00.cache": "int4", "layer01.cache": "int2"}
-
-
-def text(windows=2, length=50, seed=0):
-    """Windows that fill more than one group of a cache."""
-    return tokens(windows, length, seed)
-
-
-def plans_for(llm):
-    """Plans that lower some of every kind of item that the model can lower, masks between them."""
-    facts = llm.facts
-    found = [
-        Plan.of(CACHES),
-        Plan.of({"layer00.cache": "int8", "layer01.ffn": "removed"}),
-        Plan.removing(1),
-        Plan.of({"layer01.cache": "int4-window32", "layer00.attn": "removed"}),
-    ]
-    for level in ("int8", "int4"):
-        blocks = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
-        if blocks:
-            lowered = {block_name(i): level for i in blocks}
-            found += [Plan.of(lowered), Plan.of({**lowered, **CACHES})]
-            found.append(Plan.of({block_name(blocks[-1]): level}))
-        if level in facts.embedding_levels:
-            found.append(Plan.of({"embeddings": level, "layer00.ffn": "removed"}))
-    return [*found, Plan()]
-
-
-@each_family("family", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
-def test_what_plans_share_changes_no_bit(family, dtype):
-    llm, ids = tiny_llm(family, dtype=dtype), text()
-    plans = plans_for(llm)
-    single = [MaskScorer(llm, ids).nll(plan) for plan in plans]
-    assert MaskScorer(llm, ids).nll_many(plans) == single
-    few = MaskScorer(llm, ids, prefix_cache_bytes=1)
-    assert few.nll_many(plans[::-1]) == single[::-1]
-    if dtype == torch.float32:
-        assert len(set(single)) == len(plans)  # every level has an effect
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_plans_equal_the_models_own_loss(family):
-    llm, ids = tiny_llm(family), text()
-    scorer = MaskScorer(llm, ids)
-    for plan in plans_for(llm):
-        with torch.no_grad(), llm.masked(plan):
-            expected = [
-                float(llm.model(window[None], labels=window[None], use_cache=False).loss)
-                for window in ids
-            ]
-        assert scorer.window_nll(plan) == pytest.approx(expected, rel=5e-4), plan
+from tests.scoring.test_scorer import CACHES, plans_for, text
+from tests.tiny import tiny_llm
 
 
 def test_a_plan_that_is_a_mask_has_the_masks_score_and_key(tmp_path):
@@ -142,24 +87,6 @@ def test_plans_that_differ_in_the_embeddings_share_nothing():
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
-
-
-def test_levels_and_items_that_the_model_lacks():
-    llm = tiny_llm()
-    scorer = MaskScorer(llm, text())
-    with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
-        scorer.nll(Plan.of({"layer02.cache": "int4"}))
-    with pytest.raises(UnknownNameError, match="layer02"):
-        scorer.nll_many([Plan.removing(4)])
-    assert scorer.evaluations == 0
-
-
-def test_a_scan_of_a_plan_removes_each_kept_block():
-    llm = tiny_llm()
-    scorer, plan = MaskScorer(llm, text()), Plan.of({**CACHES, "layer00.ffn": "removed"})
-    scan = scorer.scan(plan)
-    assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
-    assert all(nll == scorer.nll(plan.lower({b.name: "removed"})) for b, nll in scan.items())
 
 
 def test_parts_of_the_text_take_plans():

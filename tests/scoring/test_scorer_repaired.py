@@ -1,6 +1,5 @@
 """Scores of masks with stubs: shared without changing a bit, and kept apart from those without."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,38 +10,8 @@ from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.models.stubs import random_stubs, repaired
-from tests.scoring.test_scorer import MASKS, plain_nll, tokens
-from tests.tiny import FAMILIES, each_family, tiny_llm, tiny_model, tiny_tokenizer
-
-
-@each_family("family", dtype=[torch.float32, torch.bfloat16])
-def test_shared_blocks_change_no_bit(family, dtype):
-    view, ids = repaired(tiny_llm(family, dtype=dtype)), tokens()
-    single = [MaskScorer(view, ids).nll(mask) for mask in MASKS]
-    assert MaskScorer(view, ids).nll_many(MASKS) == single
-    one_by_one = MaskScorer(view, ids)
-    assert [one_by_one.nll(mask) for mask in MASKS] == single
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_the_models_own_loss(family):
-    llm, ids = tiny_llm(family), tokens()
-    view = repaired(llm)
-    scorer = MaskScorer(view, ids)
-    for mask in MASKS:
-        assert scorer.window_nll(mask) == pytest.approx(plain_nll(view, ids, mask), rel=2e-5), mask
-        without = np.array(plain_nll(llm, ids, mask))
-        assert np.allclose(scorer.window_nll(mask), without, rtol=2e-5) == (mask == Plan())
-    assert view.mask == Plan()
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
-def test_masks_that_share_a_batch_differ_by_rounding_alone(family):
-    view, ids = repaired(tiny_llm(family, layers=3), (2, 0, 1, 3, 4, 2)), tokens()
-    masks = [Plan.removing(2, index) for index in (0, 1, 3, 4, 5)] + MASKS
-    single = [MaskScorer(view, ids).nll(mask) for mask in masks]
-    together = MaskScorer(view, ids, masks_together=4)
-    assert together.nll_many(masks) == pytest.approx(single, abs=1e-5)
+from tests.scoring.test_scorer import MASKS, tokens
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
 
 def test_a_stub_is_not_counted_as_a_block():
