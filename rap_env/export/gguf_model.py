@@ -93,9 +93,9 @@ class GgufModel:
             UnsupportedModelError: Its blocks are not those of Llama.
         """
         file = GgufFile(path)
-        found = file.value("general.architecture")
-        if found != _SOURCE:
-            raise _unsupported(f"{path.name} ({found})", (_SOURCE,))
+        architecture = file.value("general.architecture")
+        if architecture != _SOURCE:
+            raise _unsupported(f"{path.name} ({architecture})", (_SOURCE,))
         sizes = [
             file.value(f"{_SOURCE}.{name}")
             for name in ("block_count", "attention.head_count", "embedding_length")

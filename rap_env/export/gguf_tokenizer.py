@@ -71,7 +71,7 @@ def _name_of_rules(backend: Mapping[str, Any]) -> str:
     stated = backend.get("pre_tokenizer") or {}
     steps = stated.get("pretokenizers", [stated])
     kinds = {"Digits": "individual_digits", "ByteLevel": "use_regex"}
-    found = tuple(
+    rules = tuple(
         (
             step.get("type"),
             step["pattern"].get("Regex")
@@ -80,9 +80,9 @@ def _name_of_rules(backend: Mapping[str, Any]) -> str:
         )
         for step in steps
     )
-    known = [name for name, wanted in _SPLITS.items() if wanted == found]
+    known = [name for name, split in _SPLITS.items() if split == rules]
     if backend["model"]["type"] != "BPE" or not known:
-        kind = f"{backend['model']['type']} with {', '.join(str(step) for step, _ in found)}"
+        kind = f"{backend['model']['type']} with {', '.join(str(step) for step, _ in rules)}"
         raise UnsupportedModelError(
             f"The tokenizer ({kind}) has no counterpart in llama.cpp that is known here; known are "
             f"byte-level BPE with the rules {', '.join(_SPLITS)}. Export from the model's own GGUF "
