@@ -171,7 +171,7 @@ def test_invalid_settings_are_rejected(config, tmp_path):
     with pytest.raises(ExperimentError, match=r"set stubs\.distill_steps=0"):
         list(repair_jobs(replace(config, model=capped), tmp_path))
     table = replace(config.model, name="score_table:some/table.json")
-    with pytest.raises(ExperimentError, match="fits stubs to its hidden states"):
+    with pytest.raises(ExperimentError, match="needs a live model"):
         list(repair_jobs(replace(config, model=table), tmp_path))
     with pytest.raises(UnknownNameError, match="nonsense"):
         StubsConfig(repairs=["nonsense"])

@@ -273,7 +273,7 @@ def test_impossible_settings_are_rejected(config, tmp_path):
     refused("enough for", CorpusError, report_windows=1000)
     with pytest.raises(ExperimentError, match="give env=ladder"):
         list(text_jobs(replace(config, env=EnvConfig()), tmp_path))
-    with pytest.raises(ExperimentError, match="measures plans on several texts"):
+    with pytest.raises(ExperimentError, match="needs a live model"):
         list(text_jobs(replace(config, model=ModelConfig(name="score_table:x.json")), tmp_path))
     with pytest.raises(ExperimentError, match="multiples of texts.window_tokens"):
         TextsConfig(sizes_tokens=[1500])
