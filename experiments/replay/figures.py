@@ -219,34 +219,33 @@ def _draw_removed(axis: Axes, row: ReplayRow, end_s: float) -> None:
 def latency(rows: Sequence[ReplayRow], narrow: bool) -> Figure:
     """Cumulative share of requests over latency, one line per system."""
 
-    def draw(name: str, axis: Axes) -> None:
+    def draw(first: bool, axis: Axes) -> None:
         for row in rows:
-            _draw_shares(axis, row, name)
+            values, expected = row.ttft_s, row.requests
+            if not first:
+                values, expected = row.tpot_s, row.several_tokens
+            _draw_shares(axis, row.system, values, max(1, expected))
         axis.set_xscale("log")
         plain_log_ticks(axis.xaxis)
         axis.set_ylim(0, 102)
 
+    y = "share of all requests (%)"
     parts = [
-        Panel(partial(draw, name), title, "seconds (log scale)", y)
-        for name, title, y in (
-            ("ttft_s", "Time to the first token", "share of all requests (%)"),
-            ("tpot_s", "Time per output token", ""),
-        )
+        Panel(partial(draw, True), "Time to the first token", "seconds (log scale)", y),
+        Panel(partial(draw, False), "Time per output token", "seconds (log scale)"),
     ]
     return panel_figure(parts, narrow=narrow, columns=2, height=3.3, legend=4)
 
 
-def _draw_shares(axis: Axes, row: ReplayRow, name: str) -> None:
+def _draw_shares(axis: Axes, system: str, values: Sequence[float], expected: int) -> None:
     """Draw shares of all requests; requests without a value lower the end of the line."""
-    label, learned = LABELS[row.system], row.system == "rap"
-    values: list[float] = getattr(row, name)
-    expected = max(1, row.several_tokens if name == "tpot_s" else row.requests)
+    learned = system == "rap"
     ordered = np.sort([min(values), *values] if values else [])
     axis.step(
-        ordered, 100 * np.arange(len(ordered)) / expected, where="post",
-        color=_colour(row.system), linewidth=2.0 if learned else 1.2,
-        linestyle="-" if learned or row.system == "dense" else (0, (4, 1.5)),
-        label=label, zorder=5 if learned else 3,
+        ordered, 100 * np.arange(len(ordered)) / expected, where="post", color=_colour(system),
+        linewidth=2.0 if learned else 1.2,
+        linestyle="-" if learned or system == "dense" else (0, (4, 1.5)),
+        label=LABELS[system], zorder=5 if learned else 3,
     )  # fmt: skip
 
 

@@ -63,16 +63,15 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
         "load_sha256": workload.provenance["sha256"],
         "budget": config.budget if isinstance(config.budget, dict) else {"name": config.budget},
         "reference_bytes": reference_bytes,
-        "policies": [_file_hash(getattr(settings, name)) for name in _POLICIES],
+        "policies": list(
+            map(_file_hash, (settings.policy, settings.knapsack, settings.frontier, settings.gsi))
+        ),
     }
     for name in settings.systems:
         decisions = folder / "decisions" / f"{name}.jsonl"
         run = SystemRun(settings, llm, workload, budget, decisions)
         measure = partial(replayed, config, folder, run, factory.make(name, run))
         yield Job(ReplayRow, (name,), depends_on, measure, facts={"load": workload.provenance})
-
-
-_POLICIES = ("policy", "knapsack", "frontier", "gsi")
 
 
 def _file_hash(name: str | None) -> str | None:

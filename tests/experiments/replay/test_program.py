@@ -164,23 +164,11 @@ def test_figures_and_tables_come_from_the_rows_alone(rows, tmp_path):
     assert "No system" in STUDY.markdown([])
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "sentence"),
-    [
-        ({"systems": ["dense", "dense"]}, ExperimentError, "none twice"),
-        ({"systems": []}, ExperimentError, "at least one entry"),
-        ({"systems": ["rapp"]}, UnknownNameError, "Did you mean 'rap'"),
-        ({"timing": "wal"}, UnknownNameError, "Did you mean 'wall'"),
-        ({"known_share": 1.5}, ExperimentError, "at least 0 and at most 1, not 1.5"),
-        ({"known_task": "lambada_openai"}, ExperimentError, "needs replay.data_root"),
-        ({"reference": "8by4"}, ExperimentError, "8by4"),
-        ({"queue_timeout_s": 0}, ExperimentError, "queue_timeout_s must be above 0"),
-        ({"every": 0}, ExperimentError, "replay.every must be at least 1, not 0"),
-    ],
-)
-def test_invalid_settings_raise_a_short_error(changes, error, sentence):
-    with pytest.raises(error, match=sentence):
-        ReplayConfig(**changes)
+def test_invalid_settings_raise_a_short_error():
+    with pytest.raises(UnknownNameError, match="Did you mean 'rap'"):
+        ReplayConfig(systems=["rapp"])
+    with pytest.raises(ExperimentError, match="needs replay.data_root"):
+        ReplayConfig(known_task="lambada_openai")
 
 
 def changed_replay(config, tmp_path, **changes) -> tuple[Config, object]:

@@ -149,18 +149,9 @@ def test_a_missing_program_is_reported_before_the_model_is_loaded(config, tmp_pa
         STUDY.run(nothing, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"systems": ["llama"]}, "llama_f16"),
-        ({"budgets": ["much"]}, "budgets must be a number of bytes such as 2.5GiB"),
-        ({"budgets": ["1GiB", "1GiB"]}, "none twice"),
-        ({"timeout_s": 0}, "timeout_s must be above 0"),
-    ],
-)
-def test_invalid_settings_raise_a_short_error(changes, sentence):
-    with pytest.raises(RapError, match=sentence):
-        ServerReplayConfig(**changes)
+def test_a_budget_that_is_no_size_is_rejected():
+    with pytest.raises(RapError, match="budgets must be a number of bytes such as 2.5GiB"):
+        ServerReplayConfig(budgets=["much"])
 
 
 @pytest.mark.slow
