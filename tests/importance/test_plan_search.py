@@ -196,20 +196,21 @@ def test_a_search_over_masks_is_near_optimal(name):
         for _ in range(128)
     ]
     item_bytes = LadderBytes(memory, Ladder.of(table.facts, "masks"))
-    config = PlanSearchConfig(evaluations=150)
+    config = PlanSearchConfig(evaluations=150, requests=32, members=3)
     found = build_plan_table(ScorerOfEveryMask(table), costs, item_bytes, asked, config)
     assert found.evaluations <= 150
     assert found.has_masks_only
-    order = greedy_order(costs, item_bytes).steps
-    chosen, best, followed = [], [], []
-    for request in asked[:48]:
+    known, order = found.on(item_bytes.ladder), greedy_order(costs, item_bytes).steps
+    every_position = np.array([item_bytes.ladder.positions(mask) for mask in table.scores])
+    nlls, chosen, best, followed = list(table.scores.values()), [], [], []
+    for request in asked[:24]:
         shape = request.batch_size, request.seq_len_tokens
         bytes_of = item_bytes.costs(*shape)
-        fits = {m for m in table.scores if memory.peak_bytes(m, request) <= request.budget_bytes}
+        peaks = bytes_of.peaks(every_position)
+        fits = [nll for nll, peak in zip(nlls, peaks, strict=True) if peak <= request.budget_bytes]
         if fits:
-            plan = found.on(item_bytes.ladder).best(bytes_of, request.budget_bytes)
-            chosen.append(table.scores[plan])
-            best.append(min(table.scores[mask] for mask in fits))
+            chosen.append(table.scores[known.best(bytes_of, request.budget_bytes)])
+            best.append(min(fits))
             followed.append(table.scores[bytes_of.lower_until_fits(order, request.budget_bytes)])
     gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
     assert 0.9 < gained <= 1
