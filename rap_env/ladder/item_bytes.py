@@ -136,6 +136,12 @@ class LadderBytes:
         return self.memory.attention_workspace_bytes(request) if self._caches else 0
 
 
+@lru_cache(maxsize=16)
+def mask_bytes(memory: MemoryModel, base: Plan = Plan()) -> LadderBytes:
+    """The byte arithmetic over blocks that are kept or removed; one for each model and base."""
+    return LadderBytes(memory, Ladder.of(memory.facts, "masks"), base)
+
+
 def _next_smaller(sizes: Sequence[int]) -> tuple[int, ...]:
     """The position of the next level that needs fewer bytes than each level, -1 without one."""
     return tuple(

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.item_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.items import KINDS, Counts, Ladder, LevelSteps
 from rap_env.ladder.state import LadderState, Lowering
 from rap_env.memory import MemoryModel
@@ -188,7 +188,7 @@ class ObservationBuilder(ObservationEncoder):
     def __init__(
         self, memory: MemoryModel, importance: ImportanceFeatures, base: Plan = Plan()
     ) -> None:
-        super().__init__(LadderBytes(memory, Ladder.of(memory.facts, "masks"), base))
+        super().__init__(mask_bytes(memory, base))
         self.importance = importance
 
     def _rows_of(self, steps: LevelSteps) -> Floats:
