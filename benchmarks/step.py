@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 
 from benchmarks.harness import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
@@ -63,33 +61,23 @@ class Player:
         env: A single environment or a vector environment that resets itself.
         rounds: Times that all actions run in one call.
         forget: Forgets the bytes of earlier requests.
-        reset_s: Seconds in resets, for each call.
     """
 
     env: Any
     actions: Sequence[Any]
     rounds: int
     forget: Callable[[], None]
-    reset_s: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
         """One measurement."""
-        self.reset_s.append(sum(self._play() for _ in range(self.rounds)))
-
-    def _play(self) -> float:
-        self.forget()  # else a repetition would find each request in the cache
-        step, clock = self.env.step, time.perf_counter
-        began = clock()
-        self.env.reset(seed=0)
-        spent = clock() - began
-        single = isinstance(self.env, gym.Env)
-        for action in self.actions:
-            _, _, terminated, truncated, _ = step(action)
-            if single and (terminated or truncated):
-                began = clock()
-                self.env.reset()
-                spent += clock() - began
-        return spent
+        step, single = self.env.step, isinstance(self.env, gym.Env)
+        for _ in range(self.rounds):
+            self.forget()  # else a repetition would find each request in the cache
+            self.env.reset(seed=0)
+            for action in self.actions:
+                _, _, terminated, truncated, _ = step(action)
+                if single and (terminated or truncated):
+                    self.env.reset()
 
 
 def known_context(settings: StepSettings) -> KnownPruningContext:
@@ -148,14 +136,16 @@ def main(settings: StepSettings) -> None:
     seconds = alternate(sides, settings.repeats)  # the warm-up scores all masks
     steps = settings.steps * settings.rounds
     vector_steps = settings.vector_steps * settings.num_envs * settings.rounds
-    step_us, bare_us, per_s = {}, {}, {}
-    for name, side_s in seconds.items():
-        if name.startswith("vector"):
-            per_s[name] = spread([vector_steps / s for s in side_s])
-            continue
-        reset_s = sides[name].reset_s[-settings.repeats :]
-        step_us[name] = spread([1e6 * s / steps for s in side_s])
-        bare_us[name] = spread((1e6 * np.subtract(side_s, reset_s) / steps).tolist())
+    step_us = {
+        name: spread([1e6 * s / steps for s in side_s])
+        for name, side_s in seconds.items()
+        if not name.startswith("vector")
+    }
+    per_s = {
+        name: spread([vector_steps / s for s in side_s])
+        for name, side_s in seconds.items()
+        if name.startswith("vector")
+    }
     write_record(
         "step",
         device="cpu",
@@ -175,7 +165,6 @@ def main(settings: StepSettings) -> None:
         ],
         measured={
             "step_us": step_us,
-            "step_without_resets_us": bare_us,
             "vector_steps_per_s": per_s,
             "masks_scored_beforehand": context.scorer.evaluations,
         },

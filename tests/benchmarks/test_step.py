@@ -43,14 +43,6 @@ def test_the_single_environments_have_the_same_wrappers(sides):
     assert wrappers(sides["single"].env) == wrappers(sides["cart_pole"].env) != []
 
 
-def test_resets_are_a_part_of_the_time(sides):
-    side = sides["single"]
-    count = len(side.reset_s)
-    side()
-    assert len(side.reset_s) == count + 1
-    assert side.reset_s[-1] > 0
-
-
 def test_blocks_and_bytes_are_those_of_the_model(settings, sides):
     memory = sides["vector"].env.memory
     assert memory.facts.num_blocks == 16
