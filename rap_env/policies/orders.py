@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.context.base import item_order
+from rap_env.importance.orders import Step
 from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
@@ -49,8 +50,21 @@ class Random(Method):
         return state.plan
 
 
+class _OrderOfSteps(Method):
+    """Follows an order of steps, each an item and the position of its next level, until it fits."""
+
+    _steps: Sequence[Step]
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
+
+    def _remove_in_order(self, blocks: Iterable[int]) -> None:
+        """Take an order of removal on the ladder of masks."""
+        self._steps = [(block, 1) for block in blocks]
+
+
 @register
-class OneShot(Method):
+class OneShot(_OrderOfSteps):
     """Follows one-shot importance, which is measured once, from the dense model.
 
     Blocks are removed in ascending order of it. Where items have further levels, the order is
@@ -62,21 +76,16 @@ class OneShot(Method):
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
         if self.removes_only:
-            self._blocks = ascending(context.one_shot.delta_nll)
+            self._remove_in_order(ascending(context.one_shot.delta_nll))
             # The dense model, and the model without each block in turn.
             self.setup_evaluations = self.memory.facts.num_blocks + 1
         else:
             self._steps = item_order(context, item_bytes, "one_shot").steps
             self.setup_evaluations = context.level_costs(self.ladder.cache_levels).evaluations
 
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        if self.removes_only:
-            return self.remove(one_by_one(self._blocks), request)
-        return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
-
 
 @register
-class GSI(Method):
+class GSI(_OrderOfSteps):
     """Follows the order of greedy sequential importance, measured again after each step.
 
     Blocks that GSI did not remove follow in the order of their losses in its last round. Where
@@ -88,17 +97,12 @@ class GSI(Method):
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
         if self.removes_only:
-            self._blocks = context.gsi.full_order
+            self._remove_in_order(context.gsi.full_order)
             self.setup_evaluations = context.gsi.evaluations
         else:
             self._steps = item_order(context, item_bytes, "gsi").steps
             costs = context.level_costs(self.ladder.cache_levels)
             self.setup_evaluations = costs.evaluations + context.item_gsi(item_bytes).evaluations
-
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        if self.removes_only:
-            return self.remove(one_by_one(self._blocks), request)
-        return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
 
 
 class _OneShotRemoval(Method):

@@ -122,7 +122,7 @@ def test_a_reward_may_be_relative_to_the_best_measured_plan(tmp_path):
         context, reward={"name": "perplexity", "relative_to": "frontier", "timing": "terminal"}
     )
     info = play_lowest(env, Request(16, 500, peak_bytes))
-    assert info["baseline_loss"] == pytest.approx(scores[low] - context.scorer.dense_nll)
+    assert info["baseline_delta_nll"] == pytest.approx(scores[low] - context.scorer.dense_nll)
     with pytest.raises(InvalidRequestError, match="No plan of the frontier fits"):
         play_lowest(env, Request(16, 500, peak_bytes - 1))
 
