@@ -104,7 +104,7 @@ def known_context(settings: StepSettings) -> KnownPruningContext:
 def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, Player]:
     """Every side of the comparison, by name."""
 
-    def player(make: Callable[..., Any], count: int, ours: bool = True, **arguments: Any) -> Player:
+    def player(make: Callable[..., Any], count: int, **arguments: Any) -> Player:
         env = make(**arguments)
         env.action_space.seed(0)
         actions = [env.action_space.sample() for _ in range(count)]
@@ -114,7 +114,7 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
         )
         return Player(env, actions, settings.rounds, forget)
 
-    sides = {"cart_pole": player(gym.make, settings.steps, ours=False, id=_CART_POLE)}
+    sides = {"cart_pole": player(gym.make, settings.steps, id=_CART_POLE)}
     for suffix, task in TASKS.items():
         made = {"id": task, "context": context, "workload": settings.workload}
         sides[f"single{suffix}"] = player(
