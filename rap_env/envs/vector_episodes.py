@@ -107,8 +107,10 @@ class VectorEpisodes:
             array[rows] = column
         self._costs.put(rows, costs)
         self.positions[rows] = 0 if positions is None else positions
-        self.peak_bytes[rows] = self._costs.peaks(self.positions[rows], rows)
-        names = self._task.names_of(self.positions[rows[0]].tolist())
+        self.peak_bytes[rows] = self._costs.dense_peak_bytes[rows]
+        if positions is not None:
+            self.peak_bytes[rows] = self._costs.peaks(self.positions[rows], rows)
+        names = self._task.names_of(positions or [0] * len(self._items))
         for row, entry in zip(rows.tolist(), costs, strict=True):
             self._levels[row] = self._encoder.rows_of(entry.steps)
             self._names[row] = names.copy()

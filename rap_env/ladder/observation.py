@@ -273,7 +273,9 @@ class ObservedState:
         self.observation: Observation = dict(arrays)
         self._encoder, self._rows = encoder, encoder.rows_of(costs.steps)
         self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
-        self.observation["request"][:] = request_features(
+        self._seen_rows, self._valid = arrays[encoder.key], arrays["action_mask"]
+        self._request = arrays["request"]
+        self._request[:] = request_features(
             encoder.memory,
             **vars(request),
             dense_peak_bytes=costs.dense_peak_bytes,
@@ -297,30 +299,29 @@ class ObservedState:
         if len(changed) > _FEW:
             self._show_all()
             return changed
-        rows, valid = self.observation[encoder.key], self.observation["action_mask"]
         for item in changed:
             row = self._rows[item, state.positions[item]]
             if state.is_valid(item):
                 freed_bytes = state.freed_bytes(item)
-                rows[item] = encoder.encode(row.copy(), freed_bytes, self._dense_peak_bytes)
+                row = encoder.encode(row.copy(), freed_bytes, self._dense_peak_bytes)
             else:  # nothing to free
-                rows[item], valid[item] = row, 0
+                self._valid[item] = 0
+            self._seen_rows[item] = row
         self._show_bytes_over()
         return changed
 
     def _show_all(self) -> None:
         encoder, costs = self._encoder, self.state.costs
         items, positions = encoder.ladder.item_array, np.array(self.state.positions)
-        self.observation[encoder.key][:] = encoder.encode(
+        self._seen_rows[:] = encoder.encode(
             self._rows[items, positions], costs.freed_bytes(positions), costs.dense_peak_bytes
         )
-        self.observation["action_mask"][:] = costs.steps.next_level[items, positions] >= 0
+        self._valid[:] = costs.steps.next_level[items, positions] >= 0
         self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:
-        self.observation["request"][BYTES_OVER] = bytes_over(
-            self.state.peak_bytes, self._budget_bytes, self._dense_peak_bytes
-        )
+        peak_bytes, budget_bytes = self.state.peak_bytes, self._budget_bytes
+        self._request[BYTES_OVER] = bytes_over(peak_bytes, budget_bytes, self._dense_peak_bytes)
 
 
 def request_features(

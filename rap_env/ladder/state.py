@@ -379,7 +379,7 @@ class StackedCosts:
 
         An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
         """
-        plans, shape = np.arange(len(items)), np.broadcast_to(shape, len(items))
+        plans, shape = np.arange(len(items)), np.zeros(len(items), dtype=np.int64) + shape
         before = positions[plans, items]
         lower = self._next_level.take(before + self._first[items] + shape * self.size)
         after, valid = positions.copy(), lower >= 0
