@@ -134,18 +134,6 @@ def test_lazy_accepts_short_texts_and_small_models(windows):
     assert sorted(profile.order_indices) == [0, 1, 2, 3]
 
 
-def test_lazy_resumes_identically_after_an_interruption(tmp_path):
-    llm, ids, path = tiny_llm(layers=5), tokens(windows=8), tmp_path / "gsi.json"
-    whole = gsi(MaskScorer(llm, ids), stop=6, method="lazy", progress=False)
-    gsi(MaskScorer(llm, ids), stop=3, method="lazy", path=path, progress=False)
-    continued = gsi(MaskScorer(llm, ids), stop=6, method="lazy", path=path, progress=False)
-    assert continued.order == whole.order
-    assert continued.nll_after == whole.nll_after
-    assert continued.candidates == whole.candidates
-    with pytest.raises(ArtifactError, match="method='lazy' on .*, not with 'exact'"):
-        gsi(MaskScorer(llm, ids), stop=6, path=path, progress=False)
-
-
 def test_a_warm_store_does_not_reduce_the_reported_cost(tmp_path):
     llm, ids, store = tiny_llm(layers=3), tokens(), ScoreStore(tmp_path / "scores.sqlite")
     cold = gsi(MaskScorer(llm, ids, store), progress=False)
@@ -173,17 +161,19 @@ def test_the_profile_has_the_cost_of_each_block():
     assert profile.rank[rest[-1]] == 1
 
 
-def test_interrupted_and_resumed_gives_the_same_result(tmp_path):
-    llm, ids, path = tiny_llm(layers=3), tokens(), tmp_path / "gsi.json"
-    whole = gsi(MaskScorer(llm, ids), progress=False)
-    gsi(MaskScorer(llm, ids), stop=2, path=path, progress=False)
+@pytest.mark.parametrize("method", ["exact", "lazy"])
+def test_interrupted_and_resumed_gives_the_same_result(method, tmp_path):
+    llm, ids, path = tiny_llm(layers=4), tokens(windows=4), tmp_path / "gsi.json"
+    whole = gsi(MaskScorer(llm, ids), method=method, progress=False)
+    gsi(MaskScorer(llm, ids), stop=2, method=method, path=path, progress=False)
     scorer = MaskScorer(llm, ids)
-    continued = gsi(scorer, path=path, progress=False)
-    assert scorer.evaluations == sum(range(1, 5))  # neither dense nor the first rounds again
-    assert continued.order == whole.order
-    assert continued.nll_after == whole.nll_after
-    assert continued.evaluations == whole.evaluations
+    continued = gsi(scorer, method=method, path=path, progress=False)
+    assert scorer.evaluations == sum(whole.candidates[2:])  # neither dense nor the first rounds
+    for name in ("order", "nll_after", "candidates", "evaluations"):
+        assert getattr(continued, name) == getattr(whole, name)
     assert GSIProfile.load(path, llm) == continued
+    with pytest.raises(ArtifactError, match=f"method='{method}' on .*, not with"):
+        gsi(scorer, method={"exact": "lazy", "lazy": "exact"}[method], path=path, progress=False)
 
 
 def test_a_kill_while_saving_leaves_the_previous_round(tmp_path, monkeypatch):

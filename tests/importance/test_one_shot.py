@@ -58,15 +58,6 @@ def test_block_influence_of_every_family_is_a_cosine_distance(family):
     assert np.all((influence > 0) & (influence <= 2))
 
 
-def test_saved_and_loaded(tmp_path):
-    llm = tiny_llm()
-    profile = one_shot(MaskScorer(llm, tokens()), progress=False)
-    profile.save(tmp_path / "one_shot.json")
-    assert OneShotProfile.load(tmp_path / "one_shot.json", llm) == profile
-    with pytest.raises(ArtifactError, match="other weights"):
-        OneShotProfile.load(tmp_path / "one_shot.json", tiny_llm(seed=1))
-
-
 def test_features_from_one_shot_rank_by_loss():
     features = ImportanceFeatures.from_one_shot(np.array([3.0, 0.0, 1.0]))
     assert features.gsi_rank.tolist() == [1.0, 0.0, 0.5]

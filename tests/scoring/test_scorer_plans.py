@@ -8,21 +8,8 @@ from rap_env.plan import Plan, cache_name
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
-from tests.scoring.test_scorer import CACHES, plans_for, text
+from tests.scoring.test_scorer import plans_for, text
 from tests.tiny import tiny_llm
-
-
-def test_a_plan_that_is_a_mask_has_the_masks_score_and_key(tmp_path):
-    llm, ids, mask = tiny_llm(), text(), Plan.removing(0, 3)
-    scorer = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
-    values = scorer.nll_many([mask, mask, Plan()])
-    assert scorer.evaluations == 2
-    assert values[0] == values[1] == MaskScorer(llm, ids).nll(mask)
-    assert values[2] == scorer.dense_nll
-    key = context_key(scorer.context)
-    rows = dict(scorer.store.rows(key, METRIC))
-    assert rows[mask] == scorer.window_nll(mask).tolist()
-    assert set(rows) == {mask, Plan()}
 
 
 def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
@@ -87,15 +74,6 @@ def test_plans_that_differ_in_the_embeddings_share_nothing():
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
-
-
-def test_parts_of_the_text_take_plans():
-    llm, ids = tiny_llm(), text(windows=4)
-    scorer, plan = MaskScorer(llm, ids), Plan.of(CACHES)
-    nll = scorer.nll_on([plan, Plan(), plan], [1, 3])
-    assert nll[0] == nll[2] == MaskScorer(llm, ids[[1, 3]]).nll(plan)
-    scorer.nll(plan)
-    assert scorer.nll_on([plan], [2]) == [scorer.window_nll(plan)[2]]
 
 
 def test_searches_find_the_best_plan():

@@ -72,13 +72,6 @@ def test_the_context_depends_on_stubs_only_if_there_are_any():
     assert MaskScorer(llm, ids).context == plain
 
 
-def test_the_key_without_stubs_is_that_of_older_stores():
-    llm, ids = tiny_llm(), tokens()
-    context = MaskScorer(llm, ids).context
-    assert list(context)[:3] == ["model", "dtype", "device"]
-    assert (context["model"], context["dtype"]) == (llm.fingerprint, "float32")
-
-
 def test_one_store_keeps_both(tmp_path):
     llm, ids = tiny_llm(), tokens()
     store = ScoreStore(tmp_path / "scores.sqlite")
