@@ -1,4 +1,4 @@
-"""The size that memory is estimated for: sequences in a batch, and tokens of each."""
+"""The sizes that memory is estimated for: of a batch at its largest, and of the next pass."""
 
 from __future__ import annotations
 

@@ -105,10 +105,7 @@ class Scheduler:
         return prefilled or decoded
 
     def shortest_wait_s(self) -> float:
-        """Seconds of decoding until a running request has all of its tokens; from any thread.
-
-        It is 0 if nothing runs.
-        """
+        """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
         handles = (sequence.handle for sequence in self.running)
         to_come = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
         return min(to_come, default=0) * self._decode_s
@@ -305,10 +302,7 @@ class Scheduler:
             self._queue.put_first(sequence)
 
     def _admit_next(self) -> None:
-        """Admit the first request of the queue, if it fits.
-
-        Requests that wait for a plan above their own floor do not hold up the others.
-        """
+        """Admit the first request of the queue that does not wait for its own floor, if it fits."""
         if self._prefilling is not None or len(self._decoding) >= self._most_running:
             return
         if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:
