@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rap_env.context.base import PruningContext, item_importance
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import (
     ItemObservationBuilder,
     Observation,

@@ -20,7 +20,7 @@ from typing import Any
 import gymnasium as gym
 
 import rap_env
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method

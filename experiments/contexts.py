@@ -12,8 +12,8 @@ from experiments.config.common import TasksConfig, TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context, require_live
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path

@@ -19,7 +19,7 @@ from agents.observations import make_encoder
 from experiments.console import fail, say
 from experiments.errors import ExperimentError
 from rap_env.errors import RapError, check_name
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task

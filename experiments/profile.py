@@ -21,8 +21,8 @@ from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.importance.plan_table import PlanTable
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.scorer import bar_callback

@@ -313,9 +313,12 @@ def parse_reward(spec: str | Mapping[str, Any]) -> tuple[Mapping[str, float], Pe
     """
     name, settings = split_spec(spec, "reward", REWARDS)
     check_settings(settings, f"the reward {name!r}", REWARDS[name])
-    weights = settings.pop("weights", _COMBINED_WEIGHTS) if name == "combined" else {name: 1.0}
+    weights: Mapping[str, float] = {name: 1.0}
+    if name == "combined":
+        weights = settings.get("weights", _COMBINED_WEIGHTS)
     _check_weights(weights)
-    return weights, PerplexityReward(**settings)
+    perplexity = {key: value for key, value in settings.items() if key != "weights"}
+    return weights, PerplexityReward(**perplexity)
 
 
 def uses_tasks(spec: str | Mapping[str, Any]) -> bool:

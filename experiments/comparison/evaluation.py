@@ -21,7 +21,7 @@ from experiments.study.records import Cell
 from experiments.study.tables import mebibytes, percent
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

@@ -12,8 +12,8 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderOrder, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures, ItemImportance
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.specs import check_types

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from rap_env.ladder.item_bytes import LadderBytes
+    from rap_env.ladder.ladder_bytes import LadderBytes
     from rap_env.ladder.observation import ImportanceFeatures
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus

@@ -25,7 +25,7 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan

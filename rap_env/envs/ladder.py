@@ -11,8 +11,8 @@ from rap_env.envs.episode import EpisodeStart
 from rap_env.envs.prune import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.plan import Plan
 from rap_env.request import Request

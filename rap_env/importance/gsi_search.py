@@ -16,8 +16,8 @@ from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderWalk, WeighedWalk, check_ladder, follow
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.mask_search import find_best_mask

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ItemImportance
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024

@@ -26,8 +26,8 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
 from rap_env.importance.plan_table import KnownPlans, PlanTable
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Counts
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from rap_env.artifacts import digest, save_artifact
 from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts

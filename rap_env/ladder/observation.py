@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from rap_env.ladder.item_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.items import KINDS, Counts, Ladder, LevelSteps
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState, Lowering
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan

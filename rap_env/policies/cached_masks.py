@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.network_policy import NetworkPolicy, packaged_network

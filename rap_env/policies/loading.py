@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rap_env.artifacts import artifact_kind
 from rap_env.errors import ArtifactError
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import (
     ImportanceFeatures,
     ItemImportance,

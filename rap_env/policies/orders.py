@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rap_env.context.base import item_order
 from rap_env.importance.orders import Step
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
 from rap_env.policies.registry import register

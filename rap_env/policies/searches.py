@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import SearchTooLargeError
 from rap_env.importance.orders import one_shot_costs
-from rap_env.ladder.item_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderState
 from rap_env.plan import Plan, every_mask
 from rap_env.policies.method import CountingScorer, Method, price_per_byte

@@ -10,8 +10,8 @@ import numpy as np
 
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_table import KnownPlans, PlanTable
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.importance.orders import greedy_order
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan

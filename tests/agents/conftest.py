@@ -10,8 +10,8 @@ from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from tests.agents.synthetic import SyntheticContext

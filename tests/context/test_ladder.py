@@ -16,8 +16,8 @@ from rap_env.context.live import PACKAGED_COSTS, LiveContext
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan

@@ -11,8 +11,8 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.orders import WeighedWalk, greedy_order
 from rap_env.importance.profiles import GSIProfile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from tests.envs.playing import play
 from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1

@@ -9,8 +9,8 @@ from rap_env.context.live import PACKAGED_COSTS
 from rap_env.envs.config import LadderEnvConfig
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import default_facts

@@ -15,8 +15,8 @@ from rap_env.importance.plan_search import (
 )
 from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.importance.profiles import OneShotProfile
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -7,8 +7,8 @@ import pytest
 
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_table import PlanTable
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, every_mask
 from rap_env.policies.packaged_files import default_facts

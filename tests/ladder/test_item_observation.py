@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import KINDS, Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import (
     ITEM_FEATURES,
     ItemImportance,

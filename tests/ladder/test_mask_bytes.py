@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, every_mask

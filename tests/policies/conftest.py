@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.request import Request
 from tests.agents.conftest import _one_thread, real_context, repaired_context
 from tests.agents.synthetic import SyntheticContext

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ItemImportance, ItemObservationBuilder
 from rap_env.memory import MemoryModel
 from rap_env.policies.network_policy import PolicyFile

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.cached_masks import MasksOnLoweredCaches

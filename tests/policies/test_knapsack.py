@@ -11,8 +11,8 @@ import pytest
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, every_mask

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.item_bytes import LadderBytes
 from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import StackedCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
