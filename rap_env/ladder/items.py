@@ -53,9 +53,7 @@ class Ladder:
     next level. A removed attention block takes its cache with it, which then has no level.
 
     Some levels are taken together: lowering a cache to one of them lowers every cache whose next
-    level it is.
-
-    Prefer `of` to the constructor.
+    level it is. Prefer `of` to the constructor.
 
     Attributes:
         items: The items.
@@ -285,16 +283,6 @@ class Ladder:
         """The plan with each item at its lowest level."""
         return self.plan([len(item.levels) - 1 for item in self.items])
 
-    def next_level(self, plan: Plan, item: str | int) -> str | None:
-        """The level below that of an item, by name or number; None if there is none.
-
-        Raises:
-            UnknownNameError: There is no such item, or the plan is none of the ladder's.
-        """
-        number = self._number(item)
-        lower = self.every_step.nexts[number][self.positions(plan)[number]]
-        return self.items[number].levels[lower] if lower >= 0 else None
-
     def lower(self, plan: Plan, item: str | int) -> Plan:
         """The plan after an item, by name or number, and all that are taken together, is lowered.
 
@@ -302,23 +290,14 @@ class Ladder:
             UnknownNameError: There is no such item, it is at its lowest level, or the plan is none
                 of the ladder's.
         """
-        number, valid = self._number(item), self.valid_actions(plan)
-        if not valid[number]:
-            lower = [self.items[other].name for other in np.flatnonzero(valid)]
+        number, positions = self._number(item), self.positions(plan)
+        if positions[number] + 1 >= len(self.items[number].levels):
+            nexts = zip(self.items, self.every_step.nexts, positions, strict=True)
+            lower = [other.name for other, levels, position in nexts if levels[position] >= 0]
             raise UnknownNameError("item with a lower level", self.items[number].name, lower)
-        positions = self.positions(plan)
         for moved, position in self.every_step.moves(positions, number):
             positions[moved] = position
         return self.plan(positions)
-
-    def valid_actions(self, plan: Plan) -> npt.NDArray[np.bool_]:
-        """True for each item that has a lower level, (items,).
-
-        Raises:
-            UnknownNameError: The plan has levels that the ladder does not have.
-        """
-        nexts = zip(self.every_step.nexts, self.positions(plan), strict=True)
-        return np.array([levels[position] >= 0 for levels, position in nexts])
 
     def _number(self, item: str | int) -> int:
         if isinstance(item, str):

@@ -9,7 +9,8 @@ import numpy as np
 
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.ladder.items import Item, Ladder, LevelSteps
-from rap_env.ladder.state import LadderCosts, SharedBytes, flags_of
+from rap_env.ladder.shared_bytes import SharedBytes, flags_of
+from rap_env.ladder.state import LadderCosts
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan

@@ -16,7 +16,7 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.state import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS, SharedBytes
+from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS, SharedBytes
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
