@@ -11,7 +11,8 @@ import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
-from rap_env.envs.episode import Episode, EpisodeStart, Measurement
+from rap_env.envs.episode import Episode
+from rap_env.envs.episode_values import EpisodeStart, Measurement
 from rap_env.envs.task import PruningTask
 from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rap_env.context.base import item_importance, item_order
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import LadderEnvConfig
-from rap_env.envs.episode import EpisodeStart
+from rap_env.envs.episode_values import EpisodeStart
 from rap_env.envs.prune import from_frontier, no_gsi_order, nothing_known
 from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv

@@ -10,7 +10,7 @@ import numpy as np
 
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import EnvConfig
-from rap_env.envs.episode import EpisodeStart
+from rap_env.envs.episode_values import EpisodeStart
 from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.errors import InvalidRequestError

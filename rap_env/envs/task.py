@@ -20,7 +20,7 @@ from gymnasium.vector.utils import create_empty_array
 
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
-from rap_env.envs.episode import EpisodeStart, Measurement, RewardedStep
+from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.ladder.state import LadderCosts

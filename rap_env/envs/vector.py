@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 
 from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
-from rap_env.envs.episode import Measurement
+from rap_env.envs.episode_values import Measurement
 from rap_env.envs.task import PruningTask, reset_options
 from rap_env.envs.vector_episodes import Flags, VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.envs.episode import EpisodeStart, Measurement, RewardedStep, usable_masks
+from rap_env.envs.episode import usable_masks
+from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
 from rap_env.envs.task import PruningTask
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import BYTES_OVER, Observation, request_features
