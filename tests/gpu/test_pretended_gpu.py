@@ -34,9 +34,10 @@ from tests.gpu.paths import (
     trainer_of,
 )
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
+from tests.models.states import saved
 from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny import each_family, tiny_model, tiny_tokenizer
+from tests.tiny import each_family, tiny_model
 
 SOME_FAMILIES = ("llama", "mistral_sliding", "gpt_neox")  # others are in `test_several_gpus`
 
@@ -233,12 +234,13 @@ def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
 
 
 def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):
-    workspaces = iter((8000, 0))
+    workspaces, spare = iter((8000, 0)), []
     monkeypatch.setattr(streamed, "take_library_workspace", lambda *_: next(workspaces))
     with pretended_gpu():
-        first = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
-        second = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
-    assert second.spare_bytes - first.spare_bytes == 8000
+        for _ in range(2):
+            llm = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
+            spare.append(llm.spare_bytes)
+    assert spare[1] - spare[0] == 8000
 
 
 def test_a_resumed_distillation_counts_its_steps_on_the_cpu(tmp_path):
@@ -284,10 +286,7 @@ def test_a_process_forked_from_one_with_cuda_is_told_so():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("open_llm", [load_llm, stream_llm])

@@ -23,8 +23,9 @@ from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.corpus_loading import load_corpus
+from tests.models.states import saved
 from tests.programs import PythonProgram
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm, tiny_tokenizer
 
 
 def kept_files():
@@ -116,8 +117,7 @@ def test_blocks_that_a_pruned_checkpoint_lacks_have_no_stub(short, tmp_path):
 
 
 def test_a_model_that_is_streamed_has_the_stubs_of_the_whole_one(short, tmp_path):
-    tiny_model(layers=3).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    saved(tmp_path / "model", dtype=torch.float32)
     whole = load_llm(tmp_path / "model", dtype="float32", device="cpu")
     streamed = stream_llm(tmp_path / "model", max_memory_bytes=10**6, dtype="float32", device="cpu")
     expected = open_library("library", whole, progress=False)

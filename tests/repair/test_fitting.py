@@ -1,6 +1,7 @@
 """Fitted libraries: right, bounded, and the same from a streamed model."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask, fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
-from tests.models.live.test_elastic import MASKS, logits, weights_hash
-from tests.repair.texts import random_text, saved_model, state_error
+from tests.models.live.test_elastic import MASKS
+from tests.models.states import logits, saved, weights_hash
+from tests.repair.texts import random_text, state_error
 from tests.tiny import each_family, tiny_llm, tiny_model
 
-TEXT, HELD_BACK = random_text(0, 40), random_text(1, 20)
+TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
+CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=None)
+MASK = Plan.removing(0, 1, 3, 4)
 SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
 
 
@@ -82,11 +86,11 @@ def test_a_block_that_is_linear_is_reproduced() -> None:
     view, mask = library.attach(llm), Plan.removing(1)
     assert library.provenance["held_back_errors"][1] < 1e-6
     with view.masked(mask):
-        found = logits(llm.model)
-    dense = logits(llm.model)
+        found = logits(llm)
+    dense = logits(llm)
     torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-3)
     with llm.masked(mask):
-        assert (logits(llm.model) - dense).abs().max() > 0.1
+        assert (logits(llm) - dense).abs().max() > 0.1
 
 
 def test_parallel_blocks_are_fitted_to_the_same_state() -> None:
@@ -98,8 +102,8 @@ def test_parallel_blocks_are_fitted_to_the_same_state() -> None:
     library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
     assert library.provenance["held_back_errors"][1] < 1e-6
     with library.attach(llm).masked(Plan.removing(1)) as view:
-        found = logits(view.model)
-    torch.testing.assert_close(found, logits(llm.model), rtol=1e-3, atol=1e-3)
+        found = logits(view)
+    torch.testing.assert_close(found, logits(llm), rtol=1e-3, atol=1e-3)
 
 
 def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
@@ -146,7 +150,7 @@ def test_a_rank_above_the_width_is_the_width() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tmp_path) -> None:
-    folder = saved_model(tmp_path / "m", name)
+    folder = saved(tmp_path / "m", name, torch.float32)
     whole = fitted(load_llm(folder, device="cpu", dtype=dtype))
     streamed = stream_llm(folder, device="cpu", dtype=dtype, max_memory_bytes=2**20)
     assert fitted(streamed).sha256 == whole.sha256
@@ -155,8 +159,11 @@ def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tm
 def test_the_mask_in_force_does_not_matter_and_stays() -> None:
     llm = tiny_llm()
     expected = fitted(llm).sha256
+    for_mask = partial(fit_for_mask, llm, Plan.removing(0, 3), TEXT, HELD_BACK, CONFIG)
+    expected_for_mask = for_mask().sha256
     with llm.masked(MASKS["everything"]):
         assert fitted(llm).sha256 == expected
+        assert for_mask().sha256 == expected_for_mask
         assert llm.mask == MASKS["everything"]
     view = fitted(llm).attach(llm)
     assert fitted(view).sha256 == expected  # the dense model is fitted, whatever its view does
@@ -183,12 +190,6 @@ def test_missing_blocks_get_no_stub(tmp_path) -> None:
     assert state_error(view, TEXT, Plan.removing(1)) < state_error(llm, TEXT, Plan.removing(1))
 
 
-def test_texts_that_overlap_are_rejected() -> None:
-    shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
-    with pytest.raises(CorpusError, match="share 12 tokens in a row"):
-        fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -203,11 +204,6 @@ def test_texts_that_overlap_are_rejected() -> None:
 def test_settings_out_of_range(settings, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         FitConfig(**settings)
-
-
-TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
-CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=None)
-MASK = Plan.removing(0, 1, 3, 4)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -247,20 +243,14 @@ def test_ranks_can_be_those_of_another_library() -> None:
     assert {index: stub.rank for index, stub in library.stubs.items()} == wanted
 
 
-def test_the_mask_in_force_does_not_matter_to_the_stubs_of_one_mask() -> None:
-    llm = tiny_llm()
-    mask = Plan.removing(0, 3)
-    expected = fit_for_mask(llm, mask, TEXT, HELD_BACK, CONFIG).sha256
-    with llm.masked(MASKS["everything"]):
-        assert fit_for_mask(llm, mask, TEXT, HELD_BACK, CONFIG).sha256 == expected
-        assert llm.mask == MASKS["everything"]
-
-
 def test_without_blocks_there_are_no_stubs() -> None:
     assert fit_for_mask(tiny_llm(), Plan(), TEXT, HELD_BACK, CONFIG).stubs == {}
 
 
 def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
+    shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
+    with pytest.raises(CorpusError, match="share 12 tokens in a row"):
+        fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, CONFIG)
     with pytest.raises(UnknownNameError, match="layer09"):

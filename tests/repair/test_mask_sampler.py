@@ -118,18 +118,13 @@ def test_more_noise_gives_more_distinct_masks() -> None:
     assert seen == sorted(seen)
 
 
-def test_a_budget_that_the_dense_model_meets_removes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("budget_bytes", "mask"), [(10**9, Plan()), (1, Plan.removing(*range(2 * LAYERS)))]
+)
+def test_budgets_that_every_mask_or_none_meets(budget_bytes: int, mask: Plan) -> None:
     model = memory()
-    sampler = FixedSampler(model, 1, 16, budget_bytes=10**9)
-    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {Plan()}
-
-
-def test_a_budget_that_no_mask_meets_removes_everything() -> None:
-    model = memory()
-    sampler = FixedSampler(model, 1, 16, budget_bytes=1)
-    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {
-        Plan.removing(*range(2 * LAYERS))
-    }
+    sampler = FixedSampler(model, 1, 16, budget_bytes=budget_bytes)
+    assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {mask}
 
 
 def test_settings_are_plain_values_and_identify_the_draws(tmp_path) -> None:

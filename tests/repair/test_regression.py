@@ -123,9 +123,6 @@ def test_states_that_do_not_vary_leave_the_mean() -> None:
     torch.testing.assert_close(stub(fitted, H)(x), y.mean(dim=0).expand(N, H), rtol=1e-3, atol=1e-3)
 
 
-H = 6
-
-
 def pairs(count: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, H, generator=generator) + 2
@@ -214,17 +211,14 @@ def test_with_uneven_steps_it_loses_less_than_one_step(seed: int) -> None:
         assert found <= total_loss(losses, choices, even) + 1e-12
 
 
-def test_a_block_without_gain_keeps_the_least_rank() -> None:
-    losses = {5: [1.0, 1.0, 1.1], 6: [1.0, 0.5, 0.4]}
-    assert allocate_ranks(losses, [0, 8, 16], 100) == {5: 0, 6: 16}
-
-
-def test_a_plateau_is_stepped_over() -> None:
-    losses = {0: [1.0, 1.0, 0.2], 1: [1.0, 0.9, 0.85]}
-    assert allocate_ranks(losses, [0, 1, 2], 2) == {0: 2, 1: 0}
-
-
-def test_every_block_gets_the_least_rank() -> None:
-    losses = {0: [1.0, 0.5], 1: [1.0, 0.9]}
-    assert allocate_ranks(losses, [4, 8], 8) == {0: 4, 1: 4}
-    assert allocate_ranks(losses, [4, 8], 12) == {0: 8, 1: 4}
+@pytest.mark.parametrize(
+    ("losses", "choices", "total", "ranks"),
+    [
+        ({0: [1.0, 1.0, 1.1], 1: [1.0, 0.5, 0.4]}, [0, 8, 16], 100, {0: 0, 1: 16}),  # no gain
+        ({0: [1.0, 1.0, 0.2], 1: [1.0, 0.9, 0.85]}, [0, 1, 2], 2, {0: 2, 1: 0}),  # a plateau
+        ({0: [1.0, 0.5], 1: [1.0, 0.9]}, [4, 8], 8, {0: 4, 1: 4}),  # the least rank for each
+        ({0: [1.0, 0.5], 1: [1.0, 0.9]}, [4, 8], 12, {0: 8, 1: 4}),
+    ],
+)
+def test_ranks_of_known_curves(losses, choices, total, ranks) -> None:
+    assert allocate_ranks(losses, choices, total) == ranks

@@ -12,7 +12,8 @@ from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
-from tests.models.live.test_elastic import MASKS, logits, weights_hash
+from tests.models.live.test_elastic import MASKS
+from tests.models.states import logits, weights_hash
 from tests.models.stubs import RANKS, random_stubs
 from tests.tiny import FAMILIES, tiny_llm
 
@@ -103,15 +104,9 @@ def test_every_changed_byte_is_detected(tmp_path) -> None:
         edited = bytearray(content)
         edited[place] ^= 1 << place % 8
         path.write_bytes(edited)
-        with pytest.raises(ArtifactError, match="fit it again with"):
+        with pytest.raises(ArtifactError, match="fit it again with") as caught:
             StubLibrary.load(path)
-
-
-def test_edited_tensors_and_provenance(path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ArtifactError, match=r"was altered after it was written \(checksum differs"):
-        StubLibrary.load(path)
+    assert "was altered after it was written (checksum differs" in str(caught.value)
     assert b"some" in content
     path.write_bytes(content.replace(b"some", b"more"))
     with pytest.raises(ArtifactError, match=r"was altered after it was written \(checksum differs"):
@@ -159,10 +154,10 @@ def test_attached_stubs_are_those_of_the_library(name: str, tmp_path) -> None:
         found = []
         for view in views:
             with view.masked(mask):
-                found.append(logits(view.model))
+                found.append(logits(view))
         assert torch.equal(*found)
         with llm.repaired(random_stubs(llm), "same").masked(mask):
-            assert torch.equal(logits(llm.model), found[0])
+            assert torch.equal(logits(llm), found[0])
     assert weights_hash(llm.model) == weights
     assert views[0].facts.repair == made.sha256
     assert llm.facts.repair == ""

@@ -5,7 +5,7 @@ import torch
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
-from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE
 
 
 def random_text(seed: int = 0, windows: int = 40, length: int = 12) -> Corpus:
@@ -34,10 +34,3 @@ def divergence_of(llm: ElasticLLM, text: Corpus, mask: Plan) -> float:
         with llm.masked(mask):
             found = llm.model(text.tokens, use_cache=False).logits.float().log_softmax(dim=-1)
     return float((truth.exp() * (truth - found)).sum(dim=-1).mean())
-
-
-def saved_model(folder, name: str = "llama"):
-    """A folder with a tiny model and its tokenizer, as transformers writes them."""
-    tiny_model(name).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
