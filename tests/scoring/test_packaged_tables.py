@@ -31,7 +31,7 @@ for number in (0, 1):
         observation, reward, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         rewards.append(reward)
-    found[number] = [len(rewards), sum(rewards).hex(), info["loss"].hex()]
+    found[number] = [len(rewards), sum(rewards).hex(), info.get("loss", info.get("delta_nll")).hex()]
 print(json.dumps([found, "torch" in sys.modules, "transformers" in sys.modules]))
 """
 
