@@ -122,7 +122,7 @@ def test_environments_observe_it(tmp_path):
     _, *steps = play(env, 1, masked=True)
     baseline = env._task._baseline(env._episode.start)
     expected = context.scorer.nll(baseline) - context.scorer.dense_nll
-    assert steps[-1][-1]["baseline_loss"] == pytest.approx(expected)
+    assert steps[-1][-1]["baseline_delta_nll"] == pytest.approx(expected)
 
     (path,) = tmp_path.glob("item-gsi-*.json")
     by_path = make_ladder_context(importance=str(path))

@@ -29,10 +29,10 @@ def frontier(llm):
     ladder = Ladder.of(llm.facts, "all")
     plans = {Plan(), Plan.of({"layer00.cache": "int2"})}
     for _ in range(60):
-        plan = Plan()
+        state = LadderBytes(MemoryModel(llm), ladder).costs(1, 16).state()
         for _ in range(rng.integers(1, 12)):
-            plan = ladder.lower(plan, int(rng.choice(np.flatnonzero(ladder.valid_actions(plan)))))
-        plans.add(plan)
+            state.lower(int(rng.choice([n for n in range(len(ladder)) if state.is_valid(n)])))
+        plans.add(state.plan)
     scores = {plan: 3.0 + float(rng.random()) * bool(plan) for plan in plans}
     provenance = {"model": "t", "fingerprint": llm.facts.fingerprint, "scoring": {}}
     return PlanTable(llm.facts.num_layers, 3.0, scores, len(scores), 1.0, {}, provenance)

@@ -21,8 +21,8 @@ import json, sys
 import gymnasium as gym
 import rap_env
 found = {}
-for number in (0, 1):
-    env = gym.make(f"RAPPrune-v{number}", model="score_table:smollm2-135m")
+for number, task in enumerate(("RAPPrune-v0", "RAPLadder-v0")):
+    env = gym.make(task, model="score_table:smollm2-135m")
     observation, info = env.reset(seed=7, options={"request": REQUEST})
     env.action_space.seed(7)
     rewards, over = [], False
@@ -31,7 +31,8 @@ for number in (0, 1):
         observation, reward, terminated, truncated, info = env.step(action)
         over = terminated or truncated
         rewards.append(reward)
-    found[number] = [len(rewards), sum(rewards).hex(), info.get("loss", info.get("delta_nll")).hex()]
+    delta_nll = info["delta_nll" if number else "loss"]
+    found[number] = [len(rewards), sum(rewards).hex(), delta_nll.hex()]
 print(json.dumps([found, "torch" in sys.modules, "transformers" in sys.modules]))
 """
 
