@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,44 +83,64 @@ def write_tiny_gguf(
         **sizes: As for `tiny_source_model`.
     """
     model = tiny_source_model(seed, **sizes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, architecture)
-    _write_header(writer, model.config)
+    tensors = {}
     for name, tensor in model.state_dict().items():
         tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
         if not tied_head and name != leave_out:
             written, values = _gguf_tensor(name, tensor)
             stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
-            writer.add_tensor(written, quantize(values, stored), raw_dtype=stored)
+            tensors[written] = quantize(values, stored), stored
+    write_gguf(path, architecture, _header(model.config), tensors)
+    return model
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    entries: Mapping[str, Any],
+    tensors: Mapping[str, tuple[np.ndarray, GGMLQuantizationType]],
+) -> None:
+    """Write a GGUF file.
+
+    Args:
+        path: The file to write.
+        architecture: What its header says.
+        entries: Values by the name of the writer's method for them, without its ``add_``.
+        tensors: For each name the stored blocks and their type.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in entries.items():
+        getattr(writer, f"add_{name}")(value)
+    for name, (blocks, kind) in tensors.items():
+        writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
-def _write_header(writer: Any, config: Any) -> None:
-    writer.add_name("Tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(config.hidden_size // HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(list(TOKENS))
-    writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
-    writer.add_token_merges(list(MERGES))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_chat_template(TEMPLATE)
+def _header(config: Any) -> dict[str, Any]:
+    return {
+        "name": "Tiny",
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": HEADS,
+        "head_count_kv": KV_HEADS,
+        "rope_dimension_count": config.hidden_size // HEADS,
+        "rope_freq_base": 10000.0,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": len(TOKENS),
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": list(TOKENS),
+        "token_types": [3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)),
+        "token_merges": list(MERGES),
+        **{f"{name}_token_id": n for name, n in {"bos": 1, "eos": 2, "pad": 2, "unk": 0}.items()},
+        "chat_template": TEMPLATE,
+    }
 
 
 def _gguf_tensor(name: str, tensor: torch.Tensor) -> tuple[str, np.ndarray]:

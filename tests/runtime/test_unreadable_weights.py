@@ -12,7 +12,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
-from tests.models.weights.test_level_residency import damage
+from tests.models.states import damage_file
 from tests.runtime.harness import Harness, alone, greedy, ordered, prompt
 
 SHAPE = BatchShape(1, 20)
@@ -32,7 +32,7 @@ class Outage:
         assert self.harness.mask == OUT
         self.file = next(cache_dir().rglob("block000.safetensors"))
         self.content = self.file.read_bytes()
-        damage(self.file, how)
+        damage_file(self.file, how)
         self.harness.budget_bytes = large
         self.harness.run(self.engine)
 

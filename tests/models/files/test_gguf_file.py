@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from rap_env.errors import (
     ChecksumError,
-    ModelNotAvailableError,
     StorageFullError,
     UnsupportedModelError,
 )
@@ -21,6 +20,7 @@ from rap_env.models.files import gguf_conversion
 from rap_env.models.files.gguf_source import converted_gguf, gguf_folder_name
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import file_sha256, is_intact
+from tests.models.states import damage_file
 from tests.models.tiny_gguf import TEMPLATE, TOKENS, write_tiny_gguf
 
 fork = multiprocessing.get_context("fork")
@@ -34,12 +34,8 @@ def test_a_gguf_file_becomes_the_model_that_it_holds(lonely: Path, tmp_path: Pat
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
     assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
     assert llm.adapter.max_positions == 64
-
-
-def test_the_converted_folder_holds_a_tied_head_once(lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
     folder = converted_gguf(tmp_path / "tiny.gguf")
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model.safetensors", "pt") as file:  # a tied head is held once
         names = set(file.keys())
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
@@ -50,6 +46,7 @@ def test_the_tokenizer_is_kept(lonely: Path, tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     llm = load_llm(tmp_path / "tiny.gguf", device="cpu")
     tokenizer, generation = llm.tokenizer, llm.model.generation_config
+    assert tokenizer.convert_ids_to_tokens(tokenizer("he  1").input_ids) == ["he", "ĠĠ", "1"]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (2, 0)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
@@ -60,44 +57,21 @@ def test_the_tokenizer_is_kept(lonely: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_digits_are_single_tokens_as_in_the_original_tokenizer(
-    lonely: Path, tmp_path: Path
-) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    tokenizer = load_llm(tmp_path / "tiny.gguf", device="cpu").tokenizer
-    assert tokenizer.convert_ids_to_tokens(tokenizer("he  1").input_ids) == ["he", "ĠĠ", "1"]
-
-
-def test_the_second_load_converts_nothing(
-    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
+def test_the_second_load_converts_nothing(lonely, tmp_path, monkeypatch) -> None:
+    for name, seed in (("tiny", 0), ("other", 1)):
+        write_tiny_gguf(tmp_path / f"{name}.gguf", seed=seed)
     first = converted_gguf(tmp_path / "tiny.gguf")
+    assert converted_gguf(tmp_path / "other.gguf") != first
     monkeypatch.setattr(gguf_conversion, "_convert", lambda *_: pytest.fail("converted again"))
     (tmp_path / "tiny.gguf").rename(tmp_path / "moved.gguf")
     assert converted_gguf(tmp_path / "moved.gguf") == first  # by content, not by path
 
 
-def test_other_content_is_another_model(lonely: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write_tiny_gguf(tmp_path / str(seed) / "tiny.gguf", seed=seed)
-    folders = {converted_gguf(tmp_path / str(seed) / "tiny.gguf") for seed in (0, 1)}
-    assert len(folders) == 2
-
-
-@pytest.mark.parametrize("damage", ["cut", "edit", "lose"])
-def test_a_damaged_conversion_is_made_again(
-    damage: str, lonely: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_conversion_is_made_again(damage, lonely, tmp_path, caplog) -> None:
     source = write_tiny_gguf(tmp_path / "tiny.gguf")
     weights = converted_gguf(tmp_path / "tiny.gguf") / "model.safetensors"
-    content = weights.read_bytes()
-    if damage == "cut":
-        weights.write_bytes(content[:-100])
-    elif damage == "edit":
-        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    else:
-        weights.unlink()
+    damage_file(weights, damage)
     llm = load_llm(tmp_path / "tiny.gguf", device="cpu", dtype="float32", weights="bf16")
     assert "is damaged; it is created again" in caplog.text
     assert torch.equal(llm.model(IDS).logits, source(IDS).logits)
@@ -113,9 +87,7 @@ def _die_while_converting(path: Path, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_killed_conversion_is_repaired_by_the_next_call(
-    packed: bool, lonely: Path, tmp_path: Path
-) -> None:
+def test_a_killed_conversion_is_repaired_by_the_next_call(packed, lonely, tmp_path) -> None:
     path = tmp_path / "tiny.gguf"
     source = write_tiny_gguf(path)
     child = fork.Process(target=_die_while_converting, args=(path, packed))
@@ -157,9 +129,7 @@ def test_two_processes_share_one_conversion(lonely: Path, tmp_path: Path) -> Non
     assert len(list(notes.iterdir())) == 1
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    lonely: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(lonely, tmp_path, monkeypatch) -> None:
     from safetensors import SafetensorError
 
     write_tiny_gguf(tmp_path / "tiny.gguf")
@@ -175,11 +145,6 @@ def test_a_full_disk_leaves_nothing_behind(
     assert not [path for path in (lonely / "models").iterdir() if path.is_dir()]
 
 
-def test_no_file(lonely: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotAvailableError, match=r"There is no model folder or GGUF file"):
-        load_llm(tmp_path / "none.gguf")
-
-
 def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(ChecksumError, match=r"text\.gguf is not a GGUF file: it begins with"):
@@ -188,9 +153,7 @@ def test_a_file_of_another_kind_is_rejected(lonely: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("weights", ["native", "bf16"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
-def test_a_truncated_file_is_rejected(
-    kept: float, weights: str, lonely: Path, tmp_path: Path
-) -> None:
+def test_a_truncated_file_is_rejected(kept, weights, lonely, tmp_path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
@@ -200,9 +163,7 @@ def test_a_truncated_file_is_rejected(
 
 
 @pytest.mark.parametrize("architecture", ["starcoder2", "rwkv6"])
-def test_an_unknown_family_is_rejected_before_its_weights_are_read(
-    architecture: str, lonely: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_family_is_rejected_before_its_weights_are_read(architecture, lonely, tmp_path):
     write_tiny_gguf(tmp_path / "other.gguf", architecture=architecture)
     with pytest.raises(UnsupportedModelError, match=f"{architecture}.*known are .*llama.*To add"):
         load_llm(tmp_path / "other.gguf")

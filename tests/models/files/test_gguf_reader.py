@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.gguf_reader import GGUFReader
 from gguf.quants import dequantize
 
-from rap_env.errors import ChecksumError, UnsupportedModelError
+from rap_env.errors import UnsupportedModelError
 from rap_env.models.files.gguf_reader import (
     GgufFile,
     packed_blocks,
@@ -73,13 +73,6 @@ def test_entries_are_those_of_the_reference_reader(path: Path) -> None:
         assert found.value(name) == wanted.fields[name].contents(), name
         assert found.fields[name].types == wanted.fields[name].types
     assert found.value("absent", 7) == 7
-
-
-@pytest.mark.parametrize("removed", [1, 200, 900])
-def test_a_truncated_file_is_rejected(removed: int, path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-removed])
-    with pytest.raises(ChecksumError, match=r"all\.gguf is truncated .*download it again"):
-        GgufFile(path)
 
 
 def test_another_byte_order_is_rejected(path: Path) -> None:

@@ -15,7 +15,8 @@ from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedMod
 from rap_env.models.files import hub, sources
 from rap_env.models.files.loading import load_llm
 from tests.models.fake_hub import COMMIT, FakeHub
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.models.states import saved
+from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 9, 33]])
 
@@ -23,9 +24,7 @@ IDS = torch.tensor([[5, 9, 33]])
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A model folder with extra files, as in hub repositories."""
-    folder = tmp_path / "checkpoint"
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    folder = saved(tmp_path / "checkpoint", dtype=torch.float32)
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
@@ -65,12 +64,9 @@ def test_a_hub_model_is_fetched_and_then_found_without_the_hub(serve: Serve) -> 
     assert llm.name == "org/tiny"
     assert torch.equal(llm.model(IDS).logits, tiny_model()(IDS).logits)
     assert set(fake.served) == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
-    }
+    }  # fmt: skip
     fake.close()
     assert load_llm("org/tiny", device="cpu", dtype="float32").fingerprint == llm.fingerprint
 
@@ -82,9 +78,7 @@ def test_a_revision_can_be_named(serve: Serve) -> None:
         load_llm("org/tiny@v9")
 
 
-def test_an_unknown_family_is_rejected_before_its_weights_are_fetched(
-    serve: Serve, checkpoint: Path
-) -> None:
+def test_an_unknown_family_is_rejected_before_its_weights_are_fetched(serve, checkpoint) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     fake = serve()
@@ -141,9 +135,7 @@ def test_downloads_can_be_disabled(serve: Serve, monkeypatch: pytest.MonkeyPatch
     assert not fake.served
 
 
-def test_a_hub_download_is_logged_with_source_and_folder(
-    serve: Serve, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hub_download_is_logged_with_source_and_folder(serve, checkpoint, tmp_path, caplog):
     with (checkpoint / "model.safetensors").open("ab") as file:
         file.write(bytes(5_000_000))
     serve()
@@ -167,9 +159,7 @@ def test_a_hub_that_never_answers_times_out(lonely: Path, monkeypatch: pytest.Mo
         assert time.monotonic() - start < 5
 
 
-def test_the_default_model_from_the_hub_must_have_the_right_weights(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_model_from_the_hub_must_have_the_right_weights(serve, monkeypatch) -> None:
     monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
     fake = serve(sources.HUB_ID)
     for _ in range(2):  # the wrong file is thrown away, not believed the next time
@@ -178,9 +168,7 @@ def test_the_default_model_from_the_hub_must_have_the_right_weights(
     assert fake.served.count("model.safetensors") == 2
 
 
-def test_the_default_model_from_the_hub(
-    serve: Serve, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_default_model_from_the_hub(serve, checkpoint, monkeypatch) -> None:
     monkeypatch.setattr(sources, "HUB_REVISION", COMMIT)
     weights = checkpoint / "model.safetensors"
     monkeypatch.setattr(sources, "HUB_SHA256", sources.file_sha256(weights))

@@ -17,13 +17,14 @@ from rap_env.errors import (
     RapError,
     UnknownNameError,
     UnsupportedModelError,
-)
+)  # fmt: skip
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.cpu_decode import attention_name
 from rap_env.plan import Plan
+from tests.models.states import saved
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
@@ -35,13 +36,7 @@ EITHER_WAY = pytest.mark.parametrize(
 @pytest.fixture
 def folder(lonely: Path, tmp_path: Path) -> Path:
     """A model folder as transformers saves it."""
-    return save(tmp_path / "tiny-llama")
-
-
-def save(folder: Path, name: str = "llama_tied") -> Path:
-    tiny_model(name).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path / "tiny-llama", "llama_tied", torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +49,17 @@ def test_a_folder_loads_the_saved_model(folder: Path) -> None:
     assert llm.name == "tiny-llama"
     assert torch.equal(llm.model(IDS).logits, tiny_model("llama_tied")(IDS).logits)
     assert llm.model.lm_head.weight is llm.model.model.embed_tokens.weight
-    assert llm.tokenizer.decode(llm.tokenizer("Hello, world.").input_ids) == "Hello, world."
-
-
-def test_it_is_ready_for_inference(folder: Path) -> None:
-    llm = load_llm(folder, device="cpu")
-    assert not llm.model.training
+    assert not llm.model.training  # it is ready for inference
     assert not any(parameter.requires_grad for parameter in llm.model.parameters())
     assert attention_name(llm.model) == "sdpa"
     assert llm.model.config.use_cache
     assert llm.tokenizer.padding_side == "left"
+    assert llm.tokenizer.decode(llm.tokenizer("Hello, world.").input_ids) == "Hello, world."
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads(family: str, lonely: Path, tmp_path: Path) -> None:
-    llm = load_llm(save(tmp_path / "m", family), device="cpu", dtype="float32")
+    llm = load_llm(saved(tmp_path, family, torch.float32), device="cpu", dtype="float32")
     assert torch.equal(llm.model(IDS).logits, tiny_model(family)(IDS).logits)
 
 
@@ -109,13 +100,17 @@ def test_a_pruned_checkpoint_loads_as_a_pruned_model(lonely: Path, tmp_path: Pat
 # Errors
 
 
-def test_unknown_dtype_and_device(folder: Path) -> None:
-    with pytest.raises(UnknownNameError, match="dtype 'int3'; known are 'auto'"):
-        load_llm(folder, dtype="int3")
-    with pytest.raises(UnknownNameError, match="device 'tpu'; known are 'auto', 'cpu'"):
-        load_llm(folder, device="tpu")
-    with pytest.raises(UnknownNameError, match="format of weights 'int3'; known are"):
-        load_llm(folder, weights="int3")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int3"}, "dtype 'int3'; known are 'auto'"),
+        ({"device": "tpu"}, "device 'tpu'; known are 'auto', 'cpu'"),
+        ({"weights": "int3"}, "format of weights 'int3'; known are"),
+    ],
+)
+def test_unknown_options(options: dict[str, str], words: str, folder: Path) -> None:
+    with pytest.raises(UnknownNameError, match=words):
+        load_llm(folder, **options)
 
 
 @pytest.mark.parametrize("name", ["smollm-135m", "nothing", ""])
@@ -148,9 +143,7 @@ def test_a_damaged_config(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "never-heard-of", None])
-def test_an_unknown_family_is_rejected_before_its_weights(
-    model_type: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_family_is_rejected_before_its_weights(model_type, folder, monkeypatch) -> None:
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
     edit_config(folder, model_type=model_type)
     with pytest.raises(
@@ -166,21 +159,20 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
 
 
 @EITHER_WAY
-def test_missing_tensors_are_not_initialised_at_random(open_llm, folder: Path) -> None:
-    edit_config(folder, num_hidden_layers=3)
-    with pytest.raises(
-        UnsupportedModelError, match=r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"
-    ):
-        open_llm(folder)
-
-
-@EITHER_WAY
-def test_tensors_of_another_shape(open_llm, folder: Path) -> None:
-    edit_config(folder, intermediate_size=32)
-    with pytest.raises(
-        UnsupportedModelError,
-        match=r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
-    ):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 3}, r"lacks \d+ tensors .*'model\.layers\.2.*random numbers"),
+        (
+            {"intermediate_size": 32},
+            r"has 6 tensors that do not fit its config: 'model\.layers\.0\.mlp.* \(16, 24\)",
+        ),
+    ],
+    ids=["missing", "another shape"],
+)
+def test_tensors_that_are_not_those_of_the_config(open_llm, change, words, folder) -> None:
+    edit_config(folder, **change)
+    with pytest.raises(UnsupportedModelError, match=words):
         open_llm(folder)
 
 
@@ -212,22 +204,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 def test_equal_arguments_share_one_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    llm = shared_llm(folder, device="cpu", dtype="float32")
-    assert shared_llm("tiny-llama", device="cpu", dtype="float32") is llm
-    assert shared_llm(str(folder), device="cpu", dtype="bfloat16") is not llm
-    assert load_llm(folder, device="cpu", dtype="float32") is not llm
-
-
-def test_auto_shares_with_its_resolved_value(folder: Path) -> None:
     llm = shared_llm(folder)
-    dtype = str(llm.dtype).removeprefix("torch.")
-    assert shared_llm(folder, device=str(llm.device), dtype=dtype) is llm
-
-
-def test_another_format_of_weights_is_another_model(folder: Path) -> None:
-    llm = shared_llm(folder, device="cpu")
-    assert shared_llm(folder, device="cpu", weights="bf16") is llm  # its own weights
-    assert shared_llm(folder, device="cpu", weights="int8") is not llm
+    options = {"device": str(llm.device), "dtype": str(llm.dtype).removeprefix("torch.")}
+    assert shared_llm("tiny-llama", **options) is llm  # what "auto" stands for
+    assert shared_llm("tiny-llama", **options, weights="bf16") is llm  # its own weights
+    assert shared_llm(folder, **options, weights="int8") is not llm
+    assert shared_llm(str(folder), device="cpu", dtype="float16") is not llm
+    assert load_llm(folder, **options) is not llm
 
 
 def test_another_source_is_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,9 +249,7 @@ def test_a_forked_process_uses_its_parents_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_loading_leaves_the_garbage_collector_as_it_was(
-    enabled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_leaves_the_garbage_collector_as_it_was(enabled, folder, monkeypatch) -> None:
     seen = []
     real = loading.load_weights
     monkeypatch.setattr(

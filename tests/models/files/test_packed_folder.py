@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from rap_env.models.files.packed_folder import PACKED_FILE, is_packed, load_nati
 from rap_env.models.files.sources import locate
 from rap_env.models.files.weight_files import load_weights
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedLinear, PackedModule
-from tests.models.tiny_gguf import write_tiny_gguf
+from tests.models.tiny_gguf import write_gguf, write_tiny_gguf
 
 IDS = torch.tensor([[5, 9, 33, 7, 100, 260]])
 SIZES = {"hidden": 64, "ffn": 96}
@@ -53,9 +52,7 @@ def check_weights(native: Any, wide: Any) -> int:
     ("kind", "level"),
     [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "int8"), ("Q5_1", "int8"), ("Q8_0", "int8")],
 )
-def test_a_file_is_loaded_with_its_own_bits(
-    kind: str, level: str, tied: bool, lonely: Path, tmp_path: Path
-) -> None:
+def test_a_file_is_loaded_with_its_own_bits(kind, level, tied, lonely, tmp_path) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf", kind=kind, tied=tied, **SIZES)
     native, wide = both(tmp_path / "tiny.gguf")
     assert check_weights(native, wide) == 2 * 7 + 2
@@ -104,57 +101,44 @@ def test_unquantised_matrices_keep_their_dtype(kind: str, lonely: Path, tmp_path
 
 def write_gemma(path: Path) -> None:
     """A GGUF file of a two-layer Gemma 3, with blocks of Q4_K made of random bytes."""
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_name("Tiny")
-    writer.add_context_length(64)
-    writer.add_embedding_length(256)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_key_length(128)
-    writer.add_value_length(128)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(1e6)
-    writer.add_sliding_window(8)
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "a", "b", "ab"]
     tokens += [f"t{number}" for number in range(64 - len(tokens))]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([-float(number) for number in range(64)])
-    writer.add_token_types([3] * 4 + [1] * 60)
-    writer.add_bos_token_id(2)
-    writer.add_eos_token_id(1)
+    entries = {
+        "name": "Tiny", "context_length": 64, "embedding_length": 256, "block_count": 2,
+        "feed_forward_length": 256, "head_count": 2, "head_count_kv": 1, "key_length": 128,
+        "value_length": 128, "layer_norm_rms_eps": 1e-6, "rope_freq_base": 1e6,
+        "sliding_window": 8, "tokenizer_model": "llama", "token_list": tokens,
+        "token_scores": [-float(number) for number in range(64)],
+        "token_types": [3] * 4 + [1] * 60, "bos_token_id": 2, "eos_token_id": 1,
+    }  # fmt: skip
     rng = np.random.default_rng(0)
 
-    def matrix(name: str, rows: int, kind: str) -> None:
+    def matrix(rows: int, kind: str) -> tuple[np.ndarray, GGMLQuantizationType]:
         if kind == "Q4_K":
             blocks = rng.integers(0, 256, (rows, 144), dtype=np.uint8)
             blocks[:, :4] = np.full((rows, 2), 0.002, np.float16).view(np.uint8)
         else:
             values = rng.normal(size=(rows, 256)).astype(np.float32) / 16
             blocks = quantize(values, GGMLQuantizationType[kind])
-        writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[kind])
+        return blocks, GGMLQuantizationType[kind]
 
-    def norm(name: str, size: int = 256) -> None:
-        writer.add_tensor(name, rng.uniform(0.5, 1.5, size).astype(np.float32))
+    def norm(size: int = 256) -> tuple[np.ndarray, GGMLQuantizationType]:
+        return rng.uniform(0.5, 1.5, size).astype(np.float32), GGMLQuantizationType.F32
 
-    matrix("token_embd.weight", 64, "Q8_0")
-    norm("output_norm.weight")
+    matrices = {
+        "attn_q": (256, "Q5_0"), "attn_k": (128, "Q5_0"), "attn_v": (128, "Q5_0"),
+        "attn_output": (256, "Q4_K"),
+        "ffn_gate": (256, "Q8_0"), "ffn_up": (256, "Q8_0"), "ffn_down": (256, "Q4_K"),
+    }  # fmt: skip
+    norms = dict.fromkeys(("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"), 256)
+    norms |= {"attn_q_norm": 128, "attn_k_norm": 128}
+    tensors = {"token_embd.weight": matrix(64, "Q8_0"), "output_norm.weight": norm()}
     for layer in range(2):
-        prefix = f"blk.{layer}"
-        for part, rows in {"attn_q": 256, "attn_k": 128, "attn_v": 128, "attn_output": 256}.items():
-            matrix(f"{prefix}.{part}.weight", rows, "Q4_K" if part == "attn_output" else "Q5_0")
-        for part in ("ffn_gate", "ffn_up", "ffn_down"):
-            matrix(f"{prefix}.{part}.weight", 256, "Q4_K" if part == "ffn_down" else "Q8_0")
-        for part in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
-            norm(f"{prefix}.{part}.weight")
-        norm(f"{prefix}.attn_q_norm.weight", 128)
-        norm(f"{prefix}.attn_k_norm.weight", 128)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        for part, shape in matrices.items():
+            tensors[f"blk.{layer}.{part}.weight"] = matrix(*shape)
+        for part, size in norms.items():
+            tensors[f"blk.{layer}.{part}.weight"] = norm(size)
+    write_gguf(path, "gemma3", entries, tensors)
 
 
 def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
@@ -184,48 +168,35 @@ def test_the_blocks_of_a_transposed_matrix_are_kept(lonely: Path, tmp_path: Path
 
 def write_gpt2(path: Path, positions: int = 1024) -> dict[str, np.ndarray]:
     """A GGUF file of a two-layer GPT-2 in Q4_0; returns its stored tensors."""
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_name("Tiny")
-    writer.add_context_length(positions)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(2)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
     tokens = ["<|endoftext|>", *(chr(ord("!") + number) for number in range(62)), "AB"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] + [1] * 63)
-    writer.add_token_merges(["A B"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    rng = np.random.default_rng(0)
-    stored: dict[str, np.ndarray] = {}
-
-    def add(name: str, *shape: int, kind: str = "F32") -> None:
-        values = rng.normal(size=shape).astype(np.float32) / 8
-        stored[name] = quantize(values, GGMLQuantizationType[kind])
-        writer.add_tensor(name, stored[name], raw_dtype=GGMLQuantizationType[kind])
-
-    add("token_embd.weight", 64, 64, kind="Q8_0")
-    add("output.weight", 64, 64, kind="Q8_0")
-    add("position_embd.weight", positions, 64)
-    for part in ("output_norm.weight", "output_norm.bias"):
-        add(part, 64)
+    entries = {
+        "name": "Tiny", "context_length": positions, "embedding_length": 64, "block_count": 2,
+        "feed_forward_length": 256, "head_count": 2, "layer_norm_eps": 1e-5,
+        "tokenizer_model": "gpt2", "token_list": tokens, "token_types": [3] + [1] * 63,
+        "token_merges": ["A B"], "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    shapes = {
+        "token_embd.weight": ((64, 64), "Q8_0"), "output.weight": ((64, 64), "Q8_0"),
+        "position_embd.weight": ((positions, 64), "F32"),
+        "output_norm.weight": ((64,), "F32"), "output_norm.bias": ((64,), "F32"),
+    }  # fmt: skip
+    sizes = {
+        "attn_norm": (64,), "ffn_norm": (64,), "attn_qkv": (192, 64), "attn_output": (64, 64),
+        "ffn_up": (256, 64), "ffn_down": (64, 256),
+    }  # fmt: skip
     for layer in range(2):
-        for part in ("attn_norm", "ffn_norm"):
-            add(f"blk.{layer}.{part}.weight", 64)
-            add(f"blk.{layer}.{part}.bias", 64)
-        sizes = {"attn_qkv": (192, 64), "attn_output": (64, 64)}
-        sizes |= {"ffn_up": (256, 64), "ffn_down": (64, 256)}
         for part, shape in sizes.items():
-            add(f"blk.{layer}.{part}.weight", *shape, kind="Q4_0")
-            add(f"blk.{layer}.{part}.bias", shape[0])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
+            kind = "Q4_0" if len(shape) == 2 else "F32"
+            shapes[f"blk.{layer}.{part}.weight"] = shape, kind
+            shapes[f"blk.{layer}.{part}.bias"] = shape[:1], "F32"
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, (shape, kind) in shapes.items():
+        stored = GGMLQuantizationType[kind]
+        values = rng.normal(size=shape).astype(np.float32) / 8
+        tensors[name] = quantize(values, stored), stored
+    write_gguf(path, "gpt2", entries, tensors)
+    return {name: blocks for name, (blocks, _) in tensors.items()}
 
 
 def test_tensors_of_other_shapes_are_rejected(lonely: Path, tmp_path: Path) -> None:

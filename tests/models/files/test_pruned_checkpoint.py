@@ -20,16 +20,12 @@ from rap_env.models.live.cpu_decode import attention_name
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.generation import token_by_token
+from tests.models.states import logits
 from tests.models.stubs import RANKS, random_stubs, repaired
-from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_llm, tiny_tokenizer
+from tests.tiny import LAYERS, each_family, padded_batch, tiny_llm, tiny_tokenizer
 
 MASK = Plan.removing("layer00.attn", "layer01.ffn")
 EVERYTHING = Plan.removing(*range(2 * LAYERS))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**padded_batch()).logits
 
 
 def tensor_bytes(folder) -> int:
@@ -41,33 +37,33 @@ def tensor_bytes(folder) -> int:
     return total
 
 
-def resign(folder) -> None:
-    """Rewrite the mask file with the checksums of the changed files."""
-    body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
-    body["files"] = pruned_checkpoint._checksums(folder)
-    save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)
-
-
 @pytest.fixture
 def saved(tmp_path):
     return save_pruned(tiny_llm(), MASK, tmp_path / "pruned")
 
 
-@pytest.mark.parametrize("mask", [MASK, EVERYTHING], ids=["two blocks", "everything"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_loaded_model_is_the_masked_one(name: str, mask: Plan, tmp_path) -> None:
-    llm = tiny_llm(name)
+@each_family(
+    "name",
+    mask={"two blocks": MASK, "everything": EVERYTHING},
+    dtype=[torch.float32, torch.bfloat16],
+    stubs=[False, True],
+)
+def test_the_loaded_model_is_the_masked_one(name, mask, dtype, stubs, tmp_path) -> None:
+    llm = tiny_llm(name, dtype=dtype)
+    llm = repaired(llm) if stubs else llm
     loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
-    assert llm.mask == Plan()
-    with llm.masked(mask):
-        assert torch.equal(logits(loaded.model), logits(llm.model))
-        assert type(loaded.model) is type(llm.model)
-        assert set(loaded.model.state_dict()) == set(llm.model.state_dict())
-    facts = llm.facts
-    kept = [n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed]
-    assert tensor_bytes(tmp_path / "pruned") == facts.base_bytes + sum(kept)
+    assert llm.mask == loaded.mask == Plan()
     assert loaded.pruned == mask
-    assert loaded.mask == Plan()
+    with llm.masked(mask):
+        assert torch.equal(logits(loaded), logits(llm))
+        assert type(loaded.model) is type(llm.model)
+        ours, theirs = loaded.model.state_dict(), llm.model.state_dict()
+    assert {key: t.dtype for key, t in ours.items()} == {key: t.dtype for key, t in theirs.items()}
+    assert sum(".stub." in key for key in ours) == 3 * len(mask.removed) * stubs
+    parts = MemoryModel(llm).breakdown(mask, Request(2, 8, 1))
+    assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings + parts.stubs
+    for block, stub_bytes in zip(loaded.blocks, llm.facts.stub_bytes or [0] * 4, strict=True):
+        assert (block.param_bytes == stub_bytes) == (block.index in mask.removed)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
@@ -77,10 +73,10 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
     stepped = token_by_token(loaded.model, **batch, prompt=4)
-    torch.testing.assert_close(stepped[seen], logits(loaded.model)[seen], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stepped[seen], logits(loaded)[seen], rtol=1e-4, atol=1e-4)
     more = Plan.removing(0, 1)
     with llm.masked(MASK.without(*more.removed)), loaded.masked(more):
-        assert torch.equal(logits(loaded.model), logits(llm.model))
+        assert torch.equal(logits(loaded), logits(llm))
     again = load_pruned(save_pruned(loaded, more, tmp_path / "more"))
     assert again.pruned == MASK.without(*more.removed)
 
@@ -95,17 +91,20 @@ def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
     assert [b.param_bytes == 0 for b in loaded.blocks] == [True, False, False, True]
 
 
-def test_the_empty_mask_saves_the_whole_model(tmp_path) -> None:
+@pytest.mark.parametrize("stubs", [False, True])
+def test_the_empty_mask_saves_the_whole_model(stubs: bool, tmp_path) -> None:
     llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
-    loaded = load_pruned(save_pruned(llm, Plan(), tmp_path / "pruned"))
+    loaded = load_pruned(save_pruned(repaired(llm) if stubs else llm, Plan(), tmp_path / "pruned"))
     assert loaded.fingerprint == llm.fingerprint
     assert loaded.dtype == torch.bfloat16
 
 
 def test_the_tokenizer_is_saved_along(tmp_path) -> None:
     llm = tiny_llm(tokenizer=tiny_tokenizer())
-    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
-    assert loaded.tokenizer("so it goes").input_ids == llm.tokenizer("so it goes").input_ids
+    folder = save_pruned(llm, MASK, tmp_path / "pruned")
+    loaded, text = load_pruned(folder), "so it goes"
+    for tokenizer in (loaded.tokenizer, AutoTokenizer.from_pretrained(folder)):
+        assert tokenizer(text).input_ids == llm.tokenizer(text).input_ids
     assert loaded.tokenizer.padding_side == "left"
     assert loaded.name == "tiny-llama"
     assert load_pruned(save_pruned(tiny_llm(), MASK, tmp_path / "without")).tokenizer is None
@@ -117,7 +116,7 @@ def test_the_attention_implementation_is_kept(tmp_path) -> None:
     loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
     assert attention_name(loaded.model) == "eager"
     with llm.masked(MASK):
-        assert torch.equal(logits(loaded.model), logits(llm.model))
+        assert torch.equal(logits(loaded), logits(llm))
 
 
 def test_plain_transformers_would_initialise_removed_weights_at_random(saved) -> None:
@@ -128,30 +127,27 @@ def test_plain_transformers_would_initialise_removed_weights_at_random(saved) ->
     assert set(report["missing_keys"]) == set(dense) - set(kept) != set()
 
 
-def test_a_missing_tensor_is_an_error(saved) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    del tensors["model.norm.weight"]
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    resign(saved)
-    with pytest.raises(ArtifactError, match=r"lacks the tensors model\.norm\.weight; save the"):
-        load_pruned(saved)
-
-
-def test_an_unexpected_tensor_is_an_error(saved) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(16, 16)
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    resign(saved)
-    with pytest.raises(ArtifactError, match=r"unexpected tensors model\.layers\.0\.self_attn"):
-        load_pruned(saved)
-
-
-def test_a_tensor_of_another_shape_is_an_error(saved) -> None:
-    tensors = load_file(saved / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(3)
-    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    resign(saved)
-    with pytest.raises(ArtifactError, match="do not fit its config"):
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm.weight", None, r"lacks the tensors model\.norm\.weight; save the"),
+        ("model.norm.weight", torch.ones(3), "do not fit its config"),
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            torch.zeros(16, 16),
+            r"unexpected tensors model\.layers\.0\.self_attn",
+        ),
+    ],
+    ids=["missing", "another shape", "unexpected"],
+)
+def test_other_tensors_than_those_saved_are_an_error(saved, name, tensor, message) -> None:
+    tensors = {**load_file(saved / "model.safetensors"), name: tensor}
+    kept = {key: value for key, value in tensors.items() if value is not None}
+    save_file(kept, saved / "model.safetensors", metadata={"format": "pt"})
+    body = load_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1)
+    body["files"] = pruned_checkpoint._checksums(saved)  # as if they were saved so
+    save_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1, body)
+    with pytest.raises(ArtifactError, match=message):
         load_pruned(saved)
 
 
@@ -187,9 +183,7 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_is_written(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(
-    saved, tmp_path
-) -> None:
+def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(saved, tmp_path):
     save_pruned(tiny_llm(), EVERYTHING, saved)
     assert load_pruned(saved).pruned == EVERYTHING
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
@@ -197,6 +191,8 @@ def test_an_older_checkpoint_is_replaced_and_other_folders_are_not_modified(
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="has content that is no pruned checkpoint"):
         save_pruned(tiny_llm(), MASK, tmp_path / "other")
+    with pytest.raises(ArtifactError, match="is a file, not a folder"):
+        save_pruned(tiny_llm(), MASK, tmp_path / "other" / "thesis.txt")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
 
@@ -209,16 +205,8 @@ def test_others_may_read_what_the_umask_lets_them(saved, tmp_path) -> None:
         assert path.stat().st_mode == other.stat().st_mode, path
 
 
-def test_a_file_is_no_folder_for_a_checkpoint(tmp_path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ArtifactError, match="is a file, not a folder"):
-        save_pruned(tiny_llm(), Plan(), tmp_path / "file")
-
-
 @pytest.mark.parametrize("as_safetensors", [False, True])
-def test_a_full_disk_leaves_the_older_checkpoint(
-    saved, tmp_path, monkeypatch, as_safetensors: bool
-) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint(saved, tmp_path, monkeypatch, as_safetensors):
     from safetensors import SafetensorError
 
     full = (
@@ -240,38 +228,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
-def test_the_tokenizer_loads_by_itself(tmp_path) -> None:
-    llm = tiny_llm(tokenizer=tiny_tokenizer())
-    folder = save_pruned(llm, MASK, tmp_path / "pruned")
-    assert AutoTokenizer.from_pretrained(folder)("so").input_ids == llm.tokenizer("so").input_ids
-
-
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-@each_family(
-    "name",
-    mask={"two blocks": MASK, "everything": EVERYTHING},
-    dtype=[torch.float32, torch.bfloat16],
-)
-def test_stubs_are_saved_and_loaded_along(name: str, mask: Plan, dtype, tmp_path) -> None:
-    view = repaired(tiny_llm(name, dtype=dtype))
-    loaded = load_pruned(save_pruned(view, mask, tmp_path / "pruned"))
-    assert view.mask == Plan()
-    with view.masked(mask):
-        assert torch.equal(logits(loaded.model), logits(view.model))
-        ours, theirs = loaded.model.state_dict(), view.model.state_dict()
-    assert set(ours) == set(theirs)
-    assert {key: t.dtype for key, t in ours.items()} == {key: t.dtype for key, t in theirs.items()}
-    assert sum(".stub." in key for key in ours) == 3 * len(mask.removed)
-    parts = MemoryModel(view).breakdown(mask, Request(2, 8, 1))
-    assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings + parts.stubs
-    assert loaded.pruned == mask
-    for block, stub_bytes in zip(loaded.blocks, view.facts.stub_bytes, strict=True):
-        assert (block.param_bytes == stub_bytes) == (block.index in mask.removed)
-
-
-@EVERY_DTYPE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt2", "opt", "mixtral"])
 def test_a_model_loaded_with_stubs_generates_as_the_masked_one(name: str, dtype, tmp_path) -> None:
     view = repaired(tiny_llm(name, dtype=dtype))
@@ -299,10 +256,10 @@ def test_the_loaded_stubs_are_part_of_the_model(tmp_path) -> None:
 def test_a_mask_with_a_missing_block_removes_its_stub(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(repaired(llm), MASK, tmp_path / "pruned"))
-    before = logits(loaded.model)
+    before = logits(loaded)
     with loaded.masked(MASK), llm.masked(MASK):
-        assert torch.equal(logits(loaded.model), logits(llm.model))
-    assert torch.equal(logits(loaded.model), before)
+        assert torch.equal(logits(loaded), logits(llm))
+    assert torch.equal(logits(loaded), before)
 
 
 def test_a_loaded_model_is_saved_again_with_its_stubs(tmp_path) -> None:
@@ -312,19 +269,13 @@ def test_a_loaded_model_is_saved_again_with_its_stubs(tmp_path) -> None:
     loaded = load_pruned(save_pruned(view, MASK, tmp_path / "pruned"))
     again = load_pruned(save_pruned(loaded, Plan.removing(1), tmp_path / "again"))
     with view.masked(MASK.without(1), bare=Plan.removing(1)):
-        assert torch.equal(logits(again.model), logits(view.model))
+        assert torch.equal(logits(again), logits(view))
     assert again.pruned == MASK.without(1)
     more = load_pruned(
         save_pruned(loaded.repaired({1: stubs[1]}, "one"), Plan.removing(1), tmp_path / "more")
     )
     with view.masked(MASK.without(1)):
-        assert torch.equal(logits(more.model), logits(view.model))
-
-
-def test_a_repaired_view_under_the_empty_mask_saves_the_dense_model(tmp_path) -> None:
-    view = repaired(tiny_llm())
-    loaded = load_pruned(save_pruned(view, Plan(), tmp_path / "pruned"))
-    assert loaded.fingerprint == view.fingerprint
+        assert torch.equal(logits(more), logits(view))
 
 
 def test_ranks_are_saved_and_older_files_without_them_load(tmp_path) -> None:
@@ -338,7 +289,7 @@ def test_ranks_are_saved_and_older_files_without_them_load(tmp_path) -> None:
     assert body.pop("stub_ranks") == {}
     save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)
     with view.masked(MASK, bare=MASK):
-        assert torch.equal(logits(load_pruned(folder).model), logits(view.model))
+        assert torch.equal(logits(load_pruned(folder).model), logits(view))
 
 
 @pytest.mark.parametrize(

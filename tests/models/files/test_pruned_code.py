@@ -12,7 +12,8 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.plan import Plan
-from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK, logits
+from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK
+from tests.models.states import logits
 from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, padded_batch, tiny_llm, tiny_tokenizer
 
@@ -37,7 +38,7 @@ def test_transformers_opens_the_masked_model(name: str, stubs: bool, tmp_path) -
     ask = {**padded_batch(), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached, without = model.generate(**ask), model.generate(**ask, use_cache=False)
     with llm.masked(mask):
-        assert torch.equal(logits(model), logits(llm.model))
+        assert torch.equal(logits(model), logits(llm))
         assert torch.equal(cached, llm.generate(**ask))
     assert torch.equal(cached, without)
 
@@ -81,7 +82,8 @@ def test_without_trust_no_code_is_run_and_no_model_opened(tmp_path) -> None:
 
 
 def test_the_config_names_the_modules_of_each_removed_block(tmp_path) -> None:
-    folder = save_pruned(tiny_llm("opt"), MASK, tmp_path / "pruned")
+    folder = save_pruned(tiny_llm("opt"), MASK, tmp_path / "pruned", readme="# Smaller\n")
+    assert (folder / "README.md").read_text() == "# Smaller\n"
     entries = json.loads((folder / "config.json").read_text())
     place = "model.decoder.layers"
     assert entries["removed_blocks"] == {
@@ -96,11 +98,6 @@ def test_the_config_names_the_modules_of_each_removed_block(tmp_path) -> None:
             "stub_rank": None,
         },
     }
-
-
-def test_a_readme_is_written_into_the_folder(tmp_path) -> None:
-    folder = save_pruned(tiny_llm(), MASK, tmp_path / "pruned", readme="# Smaller\n")
-    assert (folder / "README.md").read_text() == "# Smaller\n"
 
 
 @pytest.mark.engine_feature("vLLM", "Families", "Llama, Mistral, Qwen2")

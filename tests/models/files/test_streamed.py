@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import StreamedLLM, stream_llm
 from rap_env.plan import Plan
+from tests.models.states import saved
 from tests.tiny import each_family, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 7], [8, 4, 12, 51]])
@@ -26,16 +26,10 @@ MASKS = (Plan(), Plan.removing("layer00.attn"), Plan.removing("layer00.ffn", "la
 ENOUGH = 2**20
 
 
-def save(folder: Path, name: str = "llama_tied", **how: Any) -> Path:
-    tiny_model(name).save_pretrained(folder, **how)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(lonely: Path, tmp_path: Path) -> Path:
     """A model folder as transformers saves it."""
-    return save(tmp_path / "tiny")
+    return saved(tmp_path / "tiny", "llama_tied", torch.float32)
 
 
 def stream(folder: Path, dtype: str = "float32", cap: int = ENOUGH) -> StreamedLLM:
@@ -48,14 +42,10 @@ def layers_in_memory(llm: StreamedLLM) -> list[int]:
 
 
 @each_family("family", dtype=["float32", "bfloat16"])
-def test_it_is_the_model_that_would_be_loaded(
-    family: str, dtype: str, lonely: Path, tmp_path: Path
-) -> None:
-    save(tmp_path / "m", family)
-    whole, streamed = (
-        load_llm(tmp_path / "m", device="cpu", dtype=dtype),
-        stream(tmp_path / "m", dtype),
-    )
+def test_it_is_the_model_that_would_be_loaded(family, dtype, lonely, tmp_path) -> None:
+    saved(tmp_path / "m", family, torch.float32)
+    whole = load_llm(tmp_path / "m", device="cpu", dtype=dtype)
+    streamed = stream(tmp_path / "m", dtype)
     assert layers_in_memory(streamed) == []
     assert streamed.facts == whole.facts  # the fingerprint too
     assert streamed.blocks == whole.blocks
@@ -85,7 +75,7 @@ def test_only_blocks_that_are_kept_are_read(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma3", "mixtral"])
 def test_generation(family: str, lonely: Path, tmp_path: Path) -> None:
-    save(tmp_path / "m", family)
+    saved(tmp_path / "m", family, torch.float32)
     llm = stream(tmp_path / "m")
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = load_llm(tmp_path / "m", device="cpu", dtype="float32").generate(IDS, **settings)
@@ -93,7 +83,8 @@ def test_generation(family: str, lonely: Path, tmp_path: Path) -> None:
 
 
 def test_weights_in_several_files(lonely: Path, tmp_path: Path) -> None:
-    save(tmp_path / "m", max_shard_size=4096)
+    tiny_model("llama_tied").save_pretrained(tmp_path / "m", max_shard_size=4096)
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
     assert stream(tmp_path / "m").fingerprint == tiny_llm("llama_tied").fingerprint
 
@@ -110,7 +101,7 @@ def test_a_tied_head_is_one_tensor_even_if_the_file_has_it_twice(folder: Path) -
 
 
 def test_converted_tensors_are_kept_only_as_long_as_the_model(lonely: Path, tmp_path: Path) -> None:
-    llm = stream(save(tmp_path / "m", "mixtral"))
+    llm = stream(saved(tmp_path / "m", "mixtral", torch.float32))
     assert list(lonely.glob("converted-*/*experts*"))
     del llm
     gc.collect()
@@ -154,7 +145,7 @@ def test_another_file_format_is_rejected(folder: Path) -> None:
 
 
 def test_a_fork_does_not_delete_its_parents_converted_tensors(lonely: Path, tmp_path: Path) -> None:
-    llm = stream(save(tmp_path / "m", "mixtral"))
+    llm = stream(saved(tmp_path / "m", "mixtral", torch.float32))
 
     def forget() -> None:
         nonlocal llm

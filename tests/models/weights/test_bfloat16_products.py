@@ -50,16 +50,19 @@ def test_only_an_x86_cpu_without_the_instructions_emulates(monkeypatch, capabili
     bfloat16_products.emulated.cache_clear()
 
 
-def test_sums_are_those_of_float32_rounded_once(on_a_cpu):
-    layer = torch.nn.Linear(48, 40).bfloat16()
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "GPT-2"])
+def test_sums_are_those_of_float32_rounded_once(on_a_cpu, transposed):
+    layer = (Conv1D(40, 48) if transposed else torch.nn.Linear(48, 40)).bfloat16()
+    weight = layer.weight.T if transposed else layer.weight
     states = torch.randn(3, 20, 48).bfloat16()
     with bfloat16_products.in_float32():
         found = layer(states)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, wide_product(states, layer.weight, layer.bias).bfloat16())
+    assert torch.equal(found, wide_product(states, weight, layer.bias).bfloat16())
     on_a_cpu(False)
+    expected = layer(states)
     with bfloat16_products.in_float32():
-        assert torch.equal(layer(states), functional.linear(states, layer.weight, layer.bias))
+        assert torch.equal(layer(states), expected)
 
 
 def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
@@ -72,13 +75,6 @@ def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     extra = bfloat16_products.extra_bytes(CPU, torch.bfloat16, 10, 16, 37)
     assert extra == 4 * (4 * 16 + 4 * 10 + 10 * 16)
-
-
-def test_a_transposed_layer_of_gpt2_is_multiplied_the_same_way(on_a_cpu):
-    layer, states = Conv1D(40, 48).bfloat16(), torch.randn(7, 48).bfloat16()
-    with bfloat16_products.in_float32():
-        found = layer(states)
-    assert torch.equal(found, wide_product(states, layer.weight.T, layer.bias).bfloat16())
 
 
 def test_gradients_are_those_of_the_float32_product(on_a_cpu):

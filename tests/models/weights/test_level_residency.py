@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.memory import MemoryModel
@@ -17,8 +16,8 @@ from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.models.states import logits, weights_hash
-from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm, tiny_model
+from tests.models.states import apply_to, damage_file, logits, opened, saved, weights_hash
+from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm
 
 REQUEST = Request(1, 8, 1)
 INT8 = Plan.uniform(LAYERS, weights="int8", embeddings="int8")
@@ -38,6 +37,12 @@ PLANS: list[Plan] = [
 ]
 
 
+def offloaded() -> ElasticLLM:
+    llm = tiny_llm()
+    llm.set_residency("offload")
+    return llm
+
+
 def tensor_bytes(llm: ElasticLLM) -> int:
     """Bytes of all tensors of weights in memory, of the model and of what stands aside."""
     tensors = [tensor for _, tensor in named_weights(llm.model)]
@@ -49,28 +54,15 @@ def tensor_bytes(llm: ElasticLLM) -> int:
     return sum(key[-1] for key in {tensor_key(tensor) for tensor in tensors})
 
 
-def saved(tmp_path: Path, name: str = "llama") -> Path:
-    folder = tmp_path / "model"
-    tiny_model(name, dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def opened(folder: Path, dtype: torch.dtype = torch.bfloat16) -> ElasticLLM:
-    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
-
-
 @each_family("name", DISTINCT_FAMILIES, dtype=[torch.float32, torch.bfloat16])
 def test_held_bytes_are_those_of_the_plan(name: str, dtype: torch.dtype) -> None:
     llm, resident = tiny_llm(name, dtype=dtype), tiny_llm(name, dtype=dtype)
     llm.set_residency("offload")
     memory, before = MemoryModel(llm), weights_hash(llm.model)
     for plan in PLANS:
-        llm.apply(plan)
-        resident.apply(plan)
+        apply_to(plan, llm, resident)
         parts = memory.breakdown(plan, REQUEST)
         assert llm.held_bytes.weights == parts.weights + parts.embeddings == tensor_bytes(llm)
-        assert torch.equal(logits(llm), logits(resident))
     llm.apply(Plan())
     assert weights_hash(llm.model) == before
 
@@ -96,17 +88,14 @@ def test_dropped_weights_are_read_and_made_again(tmp_path: Path, name: str) -> N
     llm.set_residency("drop")
     memory = MemoryModel(llm)
     for plan in PLANS:
-        llm.apply(plan)
-        plain.apply(plan)
+        apply_to(plan, llm, plain)
         parts = memory.breakdown(plan, REQUEST)
         assert llm.held_bytes.weights == parts.weights + parts.embeddings == tensor_bytes(llm)
-        assert torch.equal(logits(llm), logits(plain))
     assert not (cache_dir() / "offloaded").exists()
 
 
 def test_weights_are_freed_before_others_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = tiny_llm()
-    llm.set_residency("offload")
+    llm = offloaded()
     for plan in (INT8, INT4, MIXED):  # every level is made
         llm.apply(plan)
     most = [llm.held_bytes.weights]
@@ -124,41 +113,22 @@ def test_weights_are_freed_before_others_are_loaded(monkeypatch: pytest.MonkeyPa
         assert max(most, default=0) <= max(before, llm.held_bytes.weights)
 
 
-def test_a_level_is_written_once_and_read_by_later_processes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    first = tiny_llm()
-    first.set_residency("offload")
+def test_a_level_is_written_once_and_read_by_later_processes_unless_it_is_damaged(monkeypatch):
+    first = offloaded()
     first.apply(INT4)
     files = {path: path.stat().st_mtime_ns for path in cache_dir().rglob("*.int*.safetensors")}
     assert len(files) == 2 * LAYERS + 1
-    expected = logits(first)
-    monkeypatch.setattr(WeightItem, "quantise", None)  # nothing is made again
-    later = tiny_llm()
-    later.set_residency("offload")
-    later.apply(INT4)
-    assert torch.equal(logits(later), expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightItem, "quantise", None)  # nothing is made again
+        apply_to(INT4, first, offloaded())
     assert files == {path: path.stat().st_mtime_ns for path in files}
-
-
-def test_a_damaged_file_of_an_earlier_process_is_made_again() -> None:
-    llm = tiny_llm()
-    llm.set_residency("offload")
-    llm.apply(INT4)
-    expected = logits(llm)
-    for path in cache_dir().rglob("*.int*.safetensors"):
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-    later = tiny_llm()
-    later.set_residency("offload")
-    later.apply(INT4)
-    assert torch.equal(logits(later), expected)
+    for path in files:
+        damage_file(path, "changed")
+    apply_to(INT4, first, offloaded())
 
 
 def test_a_killed_process_leaves_only_whole_files() -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
+    llm, plain = offloaded(), tiny_llm()
     pid = os.fork()
     if pid == 0:
         done: list[object] = []
@@ -176,14 +146,11 @@ def test_a_killed_process_leaves_only_whole_files() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     # The embeddings' native and int8 weights came first.
     assert len(list(cache_dir().rglob("*.int*.safetensors"))) == 1
-    llm.apply(INT4)
-    plain.apply(INT4)
-    assert torch.equal(logits(llm), logits(plain))
+    apply_to(INT4, llm, plain)
 
 
 def test_plans_may_change_while_another_thread_generates() -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
+    llm, plain = offloaded(), tiny_llm()
     ids = padded_batch()["input_ids"][:1]
     failed: list[BaseException] = []
 
@@ -203,40 +170,24 @@ def test_plans_may_change_while_another_thread_generates() -> None:
     thread.join()
     assert not failed
     for plan in (MIXED, Plan()):
-        llm.apply(plan)
-        plain.apply(plan)
-        assert torch.equal(logits(llm), logits(plain))
-
-
-def damage(file: Path, how: str) -> None:
-    content = file.read_bytes()
-    if how == "gone":
-        file.unlink()
-    elif how == "cut":
-        file.write_bytes(content[: len(content) // 2])
-    else:  # other content of the same size
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        apply_to(plan, llm, plain)
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
 def test_a_level_whose_file_cannot_be_read_is_made_again(how: str) -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
+    llm, plain = offloaded(), tiny_llm()
     llm.apply(INT4)
     llm.apply(Plan())
     for name in ("block002.int4*", "embeddings.int8*"):
-        damage(next(cache_dir().rglob(name)), how)
+        damage_file(next(cache_dir().rglob(name)), how)
     for plan in (INT4, Plan(embeddings="int8"), Plan(), INT4):
-        llm.apply(plan)
-        plain.apply(plan)
-        assert torch.equal(logits(llm), logits(plain))
+        apply_to(plan, llm, plain)
         assert llm.held_bytes.weights == tensor_bytes(llm)
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
 def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(how: str) -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
+    llm, plain = offloaded(), tiny_llm()
     llm.apply(INT4)
     llm.apply(Plan())
     assert llm.held_bytes.weights == tensor_bytes(llm)
@@ -244,7 +195,7 @@ def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(
     assert len(files) == 2
     contents = [file.read_bytes() for file in files]
     for file in files:
-        damage(file, how)
+        damage_file(file, how)
     with pytest.raises((ModelNotAvailableError, ChecksumError), match="block002"):
         llm.apply(INT4)
     assert llm.plan == INT4.without(2)
@@ -254,14 +205,11 @@ def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)
     for plan in (INT4, Plan()):
-        llm.apply(plan)
-        plain.apply(plan)
-        assert torch.equal(logits(llm), logits(plain))
+        apply_to(plan, llm, plain)
 
 
 def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
-    llm = tiny_llm()
-    llm.set_residency("offload")
+    llm = offloaded()
     llm.apply(INT4)
     llm.apply(Plan())
     llm.apply(Plan(embeddings="int8"))
@@ -276,18 +224,15 @@ def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
 @pytest.mark.parametrize("present", ["native", "int8"])
-def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(
-    present: str, how: str
-) -> None:
-    llm = tiny_llm()
-    llm.set_residency("offload")
+def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(present, how) -> None:
+    llm = offloaded()
     for plan in (INT4, Plan(), Plan(embeddings=present)):
         llm.apply(plan)
     before, other = logits(llm), {"native": INT4, "int8": Plan()}[present]
     files = [*cache_dir().rglob("*.safetensors")]
     contents = [file.read_bytes() for file in files]
     for file in files:
-        damage(file, how)
+        damage_file(file, how)
     errors = llm.apply_readable(other)
     assert "embeddings" in errors
     assert not llm.plan.removed
@@ -322,15 +267,11 @@ def test_the_residency_may_change_under_a_plan(tmp_path: Path, plan: Plan) -> No
         assert torch.equal(logits(llm), logits(plain))
         assert llm.held_bytes.weights == tensor_bytes(llm)
     for other in (Plan(), INT8, plan):
-        llm.apply(other)
-        plain.apply(other)
-        assert torch.equal(logits(llm), logits(plain))
+        apply_to(other, llm, plain)
 
 
 @pytest.mark.parametrize("residency", ["resident", "offload", "drop"])
-def test_levels_made_in_inference_mode_are_used_outside_of_it(
-    tmp_path: Path, residency: Residency
-) -> None:
+def test_levels_made_in_inference_mode_are_used_outside_of_it(tmp_path, residency) -> None:
     folder = saved(tmp_path)  # stored in bfloat16, so that loading converts
     llm, plain = opened(folder, torch.float32), opened(folder, torch.float32)
     llm.set_residency(residency)
@@ -339,14 +280,11 @@ def test_levels_made_in_inference_mode_are_used_outside_of_it(
             llm.apply(plan)
     plain.apply(INT4)
     for plan in (INT4, Plan(), INT8):
-        llm.apply(plan)
-        plain.apply(plan)
-        assert torch.equal(logits(llm), logits(plain))
+        apply_to(plan, llm, plain)
 
 
 def test_a_temporary_plan_loads_and_evicts_weights() -> None:
-    llm, plain = tiny_llm(), tiny_llm()
-    llm.set_residency("offload")
+    llm, plain = offloaded(), tiny_llm()
     llm.apply(INT4)
     held = llm.held_bytes.weights
     with llm.masked(MIXED), plain.masked(MIXED):

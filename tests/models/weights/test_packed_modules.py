@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 
 from rap_env.errors import ArtifactError
 from rap_env.models.families.adapter import adapter_for
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedExperts,
@@ -21,9 +24,14 @@ from rap_env.models.weights.packed_modules import (
     packable,
     packed,
 )
-from tests import tiny
+from rap_env.plan import Plan
+from rap_env.scoring.mask_search import find_best_mask
+from rap_env.scoring.scorer import MaskScorer
+from tests.models.live.test_partial_forward import by_blocks
+from tests.scoring.test_scorer import tokens
+from tests.tiny import DISTINCT_FAMILIES, FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_model
 
-IDS = torch.randint(3, tiny.VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(0))
 Place = tuple[nn.Module, str, nn.Module]
 
 
@@ -33,43 +41,15 @@ def _places(model: Any) -> list[Place]:
     return [p for slot in slots for p in packable(slot.original, slot.parent, slot.attribute)]
 
 
-def _pack(places: list[Place], level: PackedLevel) -> list[PackedModule]:
-    modules = [packed(child, level) for _, _, child in places]
-    _put(places, modules)
-    return modules
-
-
-def _put(places: list[Place], modules: list[Any]) -> None:
-    for (parent, attribute, _), module in zip(places, modules, strict=True):
-        parent._modules[attribute] = module
-
-
 @torch.inference_mode()
 def _logits(model: Any) -> torch.Tensor:
     logits: torch.Tensor = model(IDS, use_cache=False).logits
     return logits
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("level", PACKED_LEVELS)
-def test_every_family_computes_with_packed_blocks(family: str, level: PackedLevel) -> None:
-    model = tiny.tiny_model(family)
-    native = _logits(model)
-    places = _places(model)
-    modules = _pack(places, level)
-    found = _logits(model)
-    _put(places, [module.widened() for module in modules])
-    assert not any(isinstance(module, PackedModule) for module in model.modules())
-    # Sums in another order, in float32.
-    assert torch.allclose(found, _logits(model), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found, native, rtol=1e-4, atol=1e-4)
-    _put(places, [child for _, _, child in places])
-    assert torch.equal(_logits(model), native)
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_weights_of_blocks_are_packed_except_gates(family: str) -> None:
-    model = tiny.tiny_model(family)
+    model = tiny_model(family)
     blocks = [module for site in adapter_for(model.config).sites(model) for module in site.modules]
     own = {id(p): p for module in blocks for p in module.parameters()}
     taken = {id(p) for _, _, child in _places(model) for p in child.parameters()}
@@ -78,10 +58,10 @@ def test_all_weights_of_blocks_are_packed_except_gates(family: str) -> None:
     assert all(len(shape) == 1 or shape in ((4, 16), (1, 16)) for shape in left)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 def test_bytes_and_tensors(family: str, level: PackedLevel) -> None:
-    for _, _, child in _places(tiny.tiny_model(family)):
+    for _, _, child in _places(tiny_model(family)):
         module = packed(child, level)
         stored = sum(t.untyped_storage().nbytes() for t in module.tensors().values())
         shapes = [(w.shape[0], w.shape[1]) for w in matrices_of(child).values()]
@@ -106,7 +86,7 @@ def _bias(child: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 def test_embeddings_and_head(family: str, level: PackedLevel) -> None:
-    model = tiny.tiny_model(family)
+    model = tiny_model(family)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = packed(embedding, level)
     tied = head.weight is embedding.weight
@@ -121,7 +101,7 @@ def test_embeddings_and_head(family: str, level: PackedLevel) -> None:
 
 
 def test_a_gemma_embedding_keeps_its_factor() -> None:
-    embedding = tiny.tiny_model("gemma3_text").get_input_embeddings()
+    embedding = tiny_model("gemma3_text").get_input_embeddings()
     module = packed(embedding, "int8")
     native = embedding(IDS).detach()
     assert torch.allclose(module(IDS), native, atol=0.02 * float(native.max()))
@@ -145,9 +125,11 @@ def test_a_packed_module_follows_its_tensors_to_another_device() -> None:
 
 
 def test_experts_hold_no_widened_weights_between_calls() -> None:
-    model = tiny.tiny_model("mixtral")
-    modules = [m for m in _pack(_places(model), "int4") if isinstance(m, PackedExperts)]
-    assert len(modules) == tiny.LAYERS
+    model = tiny_model("mixtral")
+    for parent, attribute, child in _places(model):
+        parent._modules[attribute] = packed(child, "int4")
+    modules = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    assert len(modules) == LAYERS
     _logits(model)
     for module in modules:
         assert list(module.parameters()) == []
@@ -157,3 +139,107 @@ def test_experts_hold_no_widened_weights_between_calls() -> None:
 def test_a_module_that_is_packed_itself_needs_a_parent() -> None:
     with pytest.raises(ValueError, match="Linear can be packed only in its parent"):
         list(packable(nn.Linear(2, 2)))
+
+
+MASKS = [Plan(), Plan.removing(1), Plan.removing(2), Plan.removing(0, 3)]
+
+
+def packed_llm(family="llama", level="int4", wide=False, dtype=torch.bfloat16):
+    """A model whose native blocks are packed, or have the weights that packed ones widen to."""
+    model = tiny_model(family, dtype=dtype)
+    for layer in adapter_for(model.config).layers(model):
+        for parent, name, child in list(packable(layer)):
+            module = packed(child, level)
+            setattr(parent, name, module.widened() if wide else module)
+    return ElasticLLM(model, None, name="packed")
+
+
+def packed_in(llm):
+    return [m for m in llm.model.modules() if isinstance(m, PackedModule)]
+
+
+@each_family("family", DISTINCT_FAMILIES, level=["int8", "int4"])
+def test_packed_blocks_run_as_their_widened_weights_do(family, level):
+    llm, ids = packed_llm(family, level), tokens()
+    wide = PartialForward(packed_llm(family, level, wide=True))
+    assert packed_in(llm)
+    for limit in (0, 2**30):
+        partial = PartialForward(llm, widen=True)
+        WidenedWeights.of(llm.model).max_bytes = limit
+        for mask in MASKS:
+            assert torch.equal(by_blocks(partial, ids, mask), by_blocks(wide, ids, mask)), mask
+            with llm.masked(mask):
+                assert torch.equal(partial.hidden(ids), by_blocks(wide, ids, mask)), mask
+        del partial
+
+
+def test_weights_are_widened_once_within_the_limit_and_freed_afterwards():
+    llm, ids = packed_llm(), tokens()
+    partial = PartialForward(llm, widen=True)
+    kept = WidenedWeights.of(llm.model)
+    widened = []
+    for module in packed_in(llm):
+        make = module.widened
+        module.widened = lambda make=make: widened.append(1) or make()
+    by_blocks(partial, ids, Plan())
+    by_blocks(partial, ids, Plan.removing(1))
+    assert len(widened) == len(packed_in(llm)) == 14
+    assert kept.held_bytes == 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24) * 2  # bfloat16
+    kept.clear()
+    kept.max_bytes = 16 * 16 * 2  # one matrix
+    by_blocks(partial, ids, Plan())
+    by_blocks(partial, ids, Plan())
+    assert len(widened) == 14 + 1 + 2 * 13
+    assert kept.held_bytes == kept.max_bytes
+    partial.release()
+    assert kept.held_bytes == 0
+
+
+def test_users_of_one_model_share_what_is_kept():
+    llm = packed_llm()
+    first, second = PartialForward(llm, widen=True), PartialForward(llm, widen=True)
+    first.run((0,), first.enter(tokens()))
+    held = WidenedWeights.of(llm.model).held_bytes
+    second.run((0,), first.enter(tokens()))
+    assert WidenedWeights.of(llm.model).held_bytes == held > 0
+    del first, second
+    gc.collect()
+    assert WidenedWeights.of(llm.model).held_bytes == 0
+
+
+def test_modules_are_left_as_they_were():
+    llm, ids = packed_llm(), tokens()
+    by_blocks(PartialForward(llm, widen=True), ids, Plan())
+    broken = packed_in(llm)[0]
+    broken.widened = None
+    with pytest.raises(TypeError):
+        by_blocks(PartialForward(llm, widen=True), ids, Plan())
+    assert all("forward" not in module.__dict__ for module in packed_in(llm))
+
+
+def test_a_packed_head_is_widened_and_has_its_rows():
+    model = tiny_model("llama_tied", dtype=torch.bfloat16)
+    rows = packed(model.get_input_embeddings(), "int8")
+    head = from_matrices(model.get_output_embeddings(), rows.matrices)
+    model.set_input_embeddings(rows)
+    model.set_output_embeddings(head)
+    llm = ElasticLLM(model, None, name="packed")
+    partial, states = PartialForward(llm, widen=True), torch.randn(40, 16).bfloat16()
+    assert torch.equal(partial.head.weight, head.widened().weight)
+    assert torch.equal(partial.logits(states), head.widened()(states))
+    assert partial.head is partial.head
+    assert PartialForward(llm).head is head
+
+
+def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
+    packed_one, wide = packed_llm("llama_tied"), packed_llm("llama_tied", wide=True)
+    masks, ids = [Plan.removing(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
+    scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
+    assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
+    found = find_best_mask(scorer, masks, near=Plan.removing(1))
+    expected = find_best_mask(reference, masks, near=Plan.removing(1))
+    assert (found.best, found.nll) == (expected.best, expected.nll)
+    assert scorer.context != reference.context
+    assert WidenedWeights.of(packed_one.model).held_bytes > 0
+    scorer.release()
+    assert WidenedWeights.of(packed_one.model).held_bytes == scorer.runner.cache.held_bytes == 0

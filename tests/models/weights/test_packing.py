@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.weights import bfloat16_products, packed_layout, packing
+from rap_env.models.weights import bfloat16_products, kernel_choice, packed_layout, packing
+from rap_env.models.weights.kernel_choice import CANDIDATES, most_rows, remembered_rows
 from rap_env.models.weights.packed_layout import (
     PACKED_LEVELS,
     PackedLevel,
@@ -68,9 +69,7 @@ def test_given_int4_codes_widen_exactly(shape: tuple[int, int], dtype: torch.dty
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grouped", [False, True])
-def test_given_int8_codes_widen_exactly(
-    shape: tuple[int, int], dtype: torch.dtype, grouped: bool
-) -> None:
+def test_given_int8_codes_widen_exactly(shape, dtype, grouped) -> None:
     codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(2))
     scale = _grid(shape)[1]
     if not grouped:
@@ -84,9 +83,7 @@ def test_given_int8_codes_widen_exactly(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 40, 100])
-def test_products_equal_those_of_widened_weights(
-    level: PackedLevel, shape: tuple[int, int], dtype: torch.dtype, rows: int
-) -> None:
+def test_products_equal_those_of_widened_weights(level, shape, dtype, rows) -> None:
     matrix = quantise(_random(shape), level)
     states = _random((rows, shape[1]), seed=3).to(dtype)
     wanted = states.double() @ matrix.widened(torch.float32).double().T
@@ -98,9 +95,7 @@ def test_products_equal_those_of_widened_weights(
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_last_states_of_several_sequences_may_be_a_slice(
-    level: PackedLevel, dtype: torch.dtype
-) -> None:
+def test_the_last_states_of_several_sequences_may_be_a_slice(level, dtype) -> None:
     matrix = quantise(_random((128, 64)), level)
     states = _random((6, 64), seed=1).to(dtype).view(3, 2, 64)[:, -1:]
     assert torch.equal(matrix.product(states), matrix.product(states.clone()))
@@ -108,9 +103,7 @@ def test_the_last_states_of_several_sequences_may_be_a_slice(
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_widening_in_pieces_changes_nothing(
-    level: PackedLevel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_widening_in_pieces_changes_nothing(level, dtype, monkeypatch) -> None:
     matrix = quantise(_random((320, 64)), level)
     states = _random((200, 64), seed=3).to(dtype)
     whole = matrix.product(states)
@@ -135,48 +128,35 @@ def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
     assert torch.equal(matrix._by_widening(states), found)
 
 
-@pytest.mark.parametrize("level", PACKED_LEVELS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bytes_are_those_of_the_tensors(level: PackedLevel, shape: tuple[int, int]) -> None:
-    matrix = quantise(_random(shape), level)
-    stored = sum(tensor.untyped_storage().nbytes() for tensor in matrix.tensors.values())
-    assert packed_bytes(level, shape) == matrix.nbytes == stored
-
-
-def test_bytes_of_known_sizes() -> None:
+def test_bytes_of_known_sizes_and_an_unknown_level() -> None:
     assert packed_bytes("int4", (1536, 576)) == 1536 * 576 // 2 + 1536 * 18 * 4
     assert packed_bytes("int8", (1536, 576)) == 1536 * 576 + 1536 * 2
+    with pytest.raises(UnknownNameError, match="int3"):
+        PackedMatrix.from_tensors("int3", (1, 1), {})
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_matrix_is_rebuilt_from_its_tensors(level: PackedLevel, shape: tuple[int, int]) -> None:
     matrix = quantise(_random(shape), level)
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in matrix.tensors.values())
+    assert packed_bytes(level, shape) == matrix.nbytes == stored
     same = PackedMatrix.from_tensors(level, shape, dict(matrix.tensors))
     assert torch.equal(same.widened(torch.float32), matrix.widened(torch.float32))
     with pytest.raises(ArtifactError, match="not"):
         PackedMatrix.from_tensors(level, (shape[0] + 64, shape[1]), matrix.tensors)
 
 
-def test_an_unknown_level_is_rejected() -> None:
-    with pytest.raises(UnknownNameError, match="int3"):
-        PackedMatrix.from_tensors("int3", (1, 1), {})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_are_those_of_the_widened_matrix(
-    level: PackedLevel, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_rows_are_those_of_the_widened_matrix(level, shape, dtype) -> None:
     matrix = quantise(_random(shape), level)
     ids = torch.randint(0, shape[0], (2, 5), generator=torch.Generator().manual_seed(4))
     assert torch.equal(matrix.rows(ids, dtype), matrix.widened(dtype)[ids])
 
 
-def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(monkeypatch) -> None:
     matrix = quantise(_random((128, 64)), "int4")
     states = _random((2, 64), seed=3)
     wanted = matrix.product(states)
@@ -265,3 +245,49 @@ def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, block
     monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
     assert packing.choose_packed_dtype(name, cpu) is expected
     assert packing.choose_packed_dtype("auto", torch.device("meta")) is torch.float32
+
+
+FLOAT = torch.float32
+
+
+def _kernel(states: torch.Tensor) -> object:
+    return states
+
+
+def _widening(states: torch.Tensor) -> object:
+    return states
+
+
+def _times(monkeypatch: pytest.MonkeyPatch, crossing: float) -> None:
+    """The kernel takes a unit of time for each row, widening `crossing` for any number."""
+
+    def seconds(product: object, states: torch.Tensor) -> float:
+        return float(len(states)) if product is _kernel else crossing
+
+    monkeypatch.setattr(kernel_choice, "_seconds", seconds)
+
+
+@pytest.mark.parametrize("rows", CANDIDATES)
+def test_every_crossing_is_found(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _times(monkeypatch, rows + 0.5)
+    assert most_rows(_kernel, _widening, 4, FLOAT) == rows
+
+
+def test_a_slow_kernel_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    _times(monkeypatch, 0.5)
+    assert most_rows(_kernel, _widening, 4, FLOAT) == 0
+
+
+def test_both_ways_are_run() -> None:
+    ran = []
+    most_rows(lambda states: ran.append(states.shape), lambda states: None, 4, FLOAT)
+    assert (1, 4) in ran
+
+
+def test_the_result_is_kept_for_later_processes(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("rap_env.models.device.cache_dir", lambda: tmp_path)
+    _times(monkeypatch, 10)
+    assert remembered_rows("int4", _kernel, _widening, 4, FLOAT) == 8
+    _times(monkeypatch, 100)
+    assert remembered_rows("int4", _kernel, _widening, 4, FLOAT) == 8
+    assert remembered_rows("int8", _kernel, _widening, 4, FLOAT) == 96

@@ -16,31 +16,13 @@ from rap_env.errors import (
     UnsupportedModelError,
 )
 from rap_env.models.device import return_freed_memory
-from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import load_served_model
-from tests.models.states import logits, weights_hash
-from tests.tiny import (
-    LAYERS,
-    tiny_llm,
-    tiny_model,
-    tiny_tokenizer,
-)
-
-
-def saved(tmp_path, name="llama", dtype=torch.bfloat16) -> Path:
-    folder = tmp_path / "model"
-    tiny_model(name, dtype=dtype).save_pretrained(folder)
-    return folder
-
-
-def opened(folder: Path, dtype: str = "bfloat16") -> ElasticLLM:
-    kind = getattr(torch, dtype)
-    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    return ElasticLLM(model.requires_grad_(False), None, name="saved", folder=folder)
+from tests.models.states import apply_to, damage_file, logits, opened, saved, weights_hash
+from tests.tiny import LAYERS, tiny_llm
 
 
 def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
@@ -59,7 +41,10 @@ def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
 def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
     folder = saved(tmp_path)
     for residency in ("offload", "drop"):
-        for dtype in ("bfloat16", "float32"):  # wider than in the files: converted as in loading
+        for dtype in (
+            torch.bfloat16,
+            torch.float32,
+        ):  # wider than in the files
             llm = opened(folder, dtype)
             before = weights_hash(llm.model)
             llm.set_residency(residency)
@@ -95,10 +80,7 @@ def test_files_with_other_values_are_not_used(tmp_path) -> None:
 
 def test_drop_needs_model_files() -> None:
     llm = tiny_llm()
-    with pytest.raises(
-        UnsupportedModelError,
-        match="residency='drop' reads weights again",
-    ):
+    with pytest.raises(UnsupportedModelError, match="residency='drop' reads weights again"):
         llm.set_residency("drop")
     with pytest.raises(UnknownNameError, match="Did you mean 'offload'"):
         llm.set_residency("offlad")
@@ -112,26 +94,20 @@ def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, dam
     llm.apply(Plan.removing(1, 2))
     file = next(folder.glob("*.safetensors"))
     content = file.read_bytes()
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(content[: len(content) // 3])
+    damage_file(file, damage)
     with pytest.raises((ModelNotAvailableError, ChecksumError), match=re.escape(str(file))):
         llm.apply(Plan())
     assert llm.mask.removed <= Plan.removing(1, 2).removed
     plain.apply(llm.mask)
     assert torch.equal(logits(llm), logits(plain))
     file.write_bytes(content)
-    llm.apply(Plan())
-    plain.apply(Plan())
-    assert torch.equal(logits(llm), logits(plain))
+    apply_to(Plan(), llm, plain)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_no_file_of_a_served_model_stays_mapped(tmp_path, name) -> None:
     folder = saved(tmp_path, name)
-    tiny_tokenizer().save_pretrained(folder)
     plain = opened(folder)
     settings = ServerSettings(model=str(folder), dtype="bfloat16", residency="resident")
     llm = load_served_model(settings)
@@ -143,15 +119,6 @@ def test_no_file_of_a_served_model_stays_mapped(tmp_path, name) -> None:
     assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_streamed_model_rejects_residency_changes(tmp_path) -> None:
-    folder = saved(tmp_path)
-    tiny_tokenizer().save_pretrained(folder)
-    llm = stream_llm(folder, max_memory_bytes=10**6, dtype="bfloat16")
-    llm.set_residency("resident")
-    with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
-        llm.set_residency("offload")
-
-
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -159,12 +126,9 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_really_falls_and_rises() -> None:
     config = tf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=512,
-        intermediate_size=4096,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-    )
+        vocab_size=64, hidden_size=512, intermediate_size=4096,
+        num_attention_heads=4, num_hidden_layers=2,
+    )  # fmt: skip
     llm = ElasticLLM(tf.LlamaForCausalLM(config).requires_grad_(False), None, name="wide")
     llm.set_residency("offload")
     ffn = Plan.removing(1, 3)
