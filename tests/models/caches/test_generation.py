@@ -4,23 +4,18 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from rap_env.errors import UnknownNameError, UnsupportedCacheError
-from rap_env.models.caches.kv_cache import cache_argument, positions_of
+from rap_env.models.caches.kv_cache import cache_argument, check_cache, positions_of
 from rap_env.plan import Plan
-from tests.models.gated import gated_logits
-from tests.models.generation import cached_step
+from tests.models.generation import cached_step, gated_logits
 from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 ATTENTION = Plan.removing(*range(0, 2 * LAYERS, 2))
-BACK = {
-    "first": Plan.removing(0),
-    "last": Plan.removing(2, 1),
-    "all": ATTENTION,
-}
+BACK = {"first": Plan.removing(0), "last": Plan.removing(2, 1), "all": ATTENTION}
 EVERY_BACK = pytest.mark.parametrize("gone", BACK.values(), ids=BACK.keys())
 NEW = 7
 
@@ -39,15 +34,8 @@ class Switch:
 
 
 def generate(llm, switch=None, **kwargs):
-    ask = {
-        **padded_batch(),
-        "max_new_tokens": NEW,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        **kwargs,
-    }
-    return llm.generate(before_step=switch, **ask)
+    ask = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return llm.generate(before_step=switch, **{**padded_batch(), **ask, **kwargs})
 
 
 def real_rows(sequences: torch.Tensor) -> list[list[int]]:
@@ -119,29 +107,25 @@ def test_a_block_restored_and_removed_between_two_tokens(restore) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
 @pytest.mark.parametrize(
-    "ask",
+    ("ask", "cached"),
     [
-        {"num_beams": 3},
-        {"num_beams": 2, "do_sample": True},
-        {"do_sample": True, "num_return_sequences": 2},
-        {"prefill_chunk_size": 4},
+        ({"num_beams": 3}, {}),
+        ({"num_beams": 2, "do_sample": True}, {}),
+        ({"do_sample": True, "num_return_sequences": 2}, {}),
+        ({}, {"prefill_chunk_size": 4}),
     ],
     ids=["beams", "sampled beams", "samples", "chunks"],
 )
 @EVERY_BACK
-def test_decoding_with_a_cache_equals_decoding_without(name, ask, gone) -> None:
+def test_decoding_with_a_cache_equals_decoding_without(name, ask, cached, gone) -> None:
     llm = tiny_llm(name)
     found = []
-    for use_cache in (True, False):
+    for use_cache, more in ((True, cached), (False, {})):
         llm.apply(gone)
         torch.manual_seed(7)
-        steps = 3 if use_cache and "prefill_chunk_size" in ask else 0
-        kept = ask if use_cache or not steps else {}
-        if not use_cache:
-            kept = {key: value for key, value in ask.items() if key != "prefill_chunk_size"}
-        chunks = 2 if "prefill_chunk_size" in kept else 0  # more passes for the prompt
-        switch = Switch(llm, **{f"at_{3 + chunks}": Plan()})
-        found.append(generate(llm, switch, use_cache=use_cache, **kept))
+        restored = 5 if more else 3  # chunks are two more passes for the prompt
+        switch = Switch(llm, **{f"at_{restored}": Plan()})
+        found.append(generate(llm, switch, use_cache=use_cache, **ask, **more))
     assert torch.equal(*found)
 
 
@@ -198,9 +182,6 @@ class TestGivenCache:
         whole = torch.cat([batch["input_ids"][:, :5], out], dim=1)
         assert_greedy(llm, whole, {index: [True] * 99 for index in sorted(ATTENTION.removed)})
 
-    def test_embeddings_are_not_enough_either(self) -> None:
-        llm = tiny_llm()
-        batch = padded_batch()
         embedded = llm.model.get_input_embeddings()(batch["input_ids"])
         llm.apply(ATTENTION)
         ask = {"attention_mask": batch["attention_mask"], "max_new_tokens": 4}
@@ -235,6 +216,8 @@ def test_bad_arguments_are_rejected() -> None:
         generate(llm, restore="refil")
     with pytest.raises(UnsupportedCacheError, match="prompt_lookup_num_tokens"):
         generate(llm, prompt_lookup_num_tokens=3)
+    with pytest.raises(UnsupportedCacheError, match="no layers"):
+        check_cache(object())
 
 
 def test_keys_and_values_are_freed_while_it_generates() -> None:
@@ -341,11 +324,3 @@ def test_a_given_static_cache_survives_a_mask_switch() -> None:
     llm.apply(ATTENTION)
     out = generate(llm, Switch(llm, at_3=Plan()), **{cache_argument(llm.model): cache})
     assert_greedy(llm, out, {}, start=3)
-
-
-def test_quantised_caches_are_unsupported() -> None:
-    from rap_env.models.caches import kv_cache
-
-    assert QuantizedCache is not None
-    with pytest.raises(UnsupportedCacheError, match="no layers"):
-        kv_cache.check_cache(object())

@@ -1,5 +1,7 @@
 """Caches at a level in live models: one pass, chunks, single tokens and joined rows agree."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -21,7 +23,7 @@ from tests.models.grouped import (
     rows_of,
     teacher_forced,
     uniform,
-)
+)  # fmt: skip
 from tests.tiny import FAMILIES, LAYERS, each_family, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -199,11 +201,7 @@ def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None
     other.prefill(random_rows(50, seed=2))
     batch.join(other)  # rows of one layer have one level: the lower one
     assert [layer.level.name for layer in batch._cache.layers] == ["int4", "int4"]
-    with llm.masked(uniform("int4")):
-        expected = last_logits(llm, rows_of(batch)[:1])
     assert torch.isfinite(grown(batch, [[5], [6]])).all()
-    batch.keep([])
-    assert expected.shape[0] == 1
 
 
 @pytest.mark.parametrize("restored", ["removed", "missing"])
@@ -242,14 +240,12 @@ def test_bfloat16_stays_within_its_rounding(name, level) -> None:
     assert (found - expected).abs().max() <= 0.1 * (expected.max() - expected.min())
 
 
-def generate(llm, rows, before_step=None, **kwargs):
+def generate(run, rows, **kwargs):
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     ask = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return llm.generate(
-        input_ids=ids, attention_mask=mask, before_step=before_step, **{**ask, **kwargs}
-    )
+    return run(input_ids=ids, attention_mask=mask, **{**ask, **kwargs})
 
 
 @each_family("name", level=["int8", "window64"], way=["llm", "model"])
@@ -258,18 +254,7 @@ def test_generate_takes_the_likeliest_tokens(name, level, way) -> None:
     llm = long_llm(name)
     llm.apply(uniform(level))
     rows = random_rows(90, 57)
-    if way == "model":
-        ids = torch.tensor([rows[0], [0] * 33 + rows[1]])
-        out = llm.model.generate(
-            input_ids=ids,
-            attention_mask=(torch.arange(90) >= torch.tensor([[0], [33]])).long(),
-            max_new_tokens=10,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    else:
-        out = generate(llm, rows)
+    out = generate(llm.generate if way == "llm" else llm.model.generate, rows)
     for row, new in zip(rows, out[:, 90:].tolist(), strict=True):
         logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) - 1 :]
         chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
@@ -284,8 +269,8 @@ def test_beam_search(name) -> None:
     llm.apply(uniform("window64"))
     rows = random_rows(75, 50)
     out = generate(
-        llm, rows, num_beams=3, num_return_sequences=2, max_new_tokens=34, length_penalty=0.0,
-        output_scores=True, return_dict_in_generate=True,
+        llm.generate, rows, num_beams=3, num_return_sequences=2, max_new_tokens=34,
+        length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     for number, sequence in enumerate(out.sequences[:, 75:].tolist()):
         row = rows[number // 2]
@@ -303,8 +288,9 @@ def test_levels_change_while_generate_runs() -> None:
         if plan is not None:
             llm.apply(plan)
 
-    out = generate(llm, random_rows(70, 45), before_step, max_new_tokens=6)
-    for row, new in zip(random_rows(70, 45), out[:, 70:].tolist(), strict=True):
+    rows = random_rows(70, 45)
+    out = generate(llm.generate, rows, before_step=before_step, max_new_tokens=6)
+    for row, new in zip(rows, out[:, 70:].tolist(), strict=True):
         logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) + 2 :]  # native again
         assert logits.argmax(1).tolist() == new[3:]
 
@@ -314,12 +300,9 @@ def test_caches_of_other_kinds_are_rejected_and_unchanged() -> None:
     cache = StaticCache(config=llm.model.config, max_cache_len=64)
     ids = torch.tensor(random_rows(10))
     name = cache_argument(llm.model)
-
-    def before_step() -> None:
-        llm.apply(uniform("int8"))
-
+    lower = partial(llm.apply, uniform("int8"))
     with pytest.raises(UnsupportedCacheError, match="StaticCache with StaticLayer cannot be"):
-        llm.generate(ids, before_step=before_step, max_new_tokens=4, **{name: cache})
+        llm.generate(ids, before_step=lower, max_new_tokens=4, **{name: cache})
     assert all(type(layer).__name__ == "StaticLayer" for layer in cache.layers)
     cache = DynamicCache(config=llm.model.config)
     llm.generate(ids, max_new_tokens=4, **{name: cache})

@@ -114,9 +114,7 @@ def test_sites_cover_each_layer_without_overlap(name: str) -> None:
         ("qwen2_moe", {"decoder_sparse_step": 3}, 24),
     ],
 )
-def test_ffn_width_counts_the_experts_that_a_token_visits(
-    name: str, change: dict, width: int
-) -> None:
+def test_ffn_width_counts_the_experts_that_a_token_visits(name, change, width) -> None:
     config = tiny_config(name)
     for key, value in change.items():
         setattr(config, key, value)

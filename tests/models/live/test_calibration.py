@@ -12,17 +12,16 @@ from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from tests import tiny
+from tests.models.states import damage_file, logits
 
 WINDOWS = torch.randint(3, tiny.VOCAB_SIZE, (24, 16), generator=torch.Generator().manual_seed(0))
 OTHERS = torch.randint(3, tiny.VOCAB_SIZE, (16, 16), generator=torch.Generator().manual_seed(1))
 INT4 = Plan.uniform(tiny.LAYERS, weights="int4")
 
 
-@torch.no_grad()
 def _logits(llm: ElasticLLM, plan: Plan) -> torch.Tensor:
     with llm.masked(plan):
-        found: torch.Tensor = llm.model(OTHERS, use_cache=False).logits
-    return found
+        return logits(llm, input_ids=OTHERS, attention_mask=None, use_cache=False)
 
 
 def _error(llm: ElasticLLM) -> float:
@@ -59,7 +58,7 @@ def test_damaged_files_are_made_again(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = tiny.tiny_llm("llama"), tiny.tiny_llm("llama")
     calibrate(first, WINDOWS)
     (path, *_) = sorted(tmp_path.rglob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    damage_file(path, "changed")
     calibrate(second, WINDOWS)
     assert torch.equal(_logits(second, INT4), _logits(first, INT4))
 

@@ -1,28 +1,19 @@
 """Masking a live model equals deleting the blocks, and is exactly reversible."""
 
 import copy
-import hashlib
 
 import pytest
 import torch
 
 from rap_env.errors import UnknownNameError
-from rap_env.memory import MemoryModel
+from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.families.adapter import BlockSite
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from rap_env.request import Request
 from tests.models.generation import token_by_token
+from tests.models.states import logits, weights_hash
 from tests.models.stubs import repaired
-from tests.tiny import (
-    FAMILIES,
-    LAYERS,
-    each_family,
-    padded_batch,
-    randomise,
-    tiny_llm,
-    tiny_model,
-)
+from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, randomise, tiny_llm, tiny_model
 
 NUM_BLOCKS = 2 * LAYERS
 MASKS = {
@@ -37,33 +28,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 # The last linear map of each block: with its weights at zero the block adds nothing.
 OUTPUTS = (
-    (
-        "self_attn.o_proj",
-        "self_attn.out_proj",
-        "attn.c_proj",
-        "attention.dense",
-    ),
-    (
-        "mlp.down_proj",
-        "mlp.experts.down_proj",
-        "mlp.shared_expert.down_proj",
-        "mlp.c_proj",
-        "mlp.dense_4h_to_h",
-        "fc2",
-    ),
-)
-
-
-def logits(model, **changes) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**{**padded_batch(), **changes}).logits
-
-
-def weights_hash(model) -> str:
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj", "attention.dense"),
+    ("mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj", "mlp.c_proj",
+     "mlp.dense_4h_to_h", "fc2"),
+)  # fmt: skip
 
 
 def zeroed(llm: ElasticLLM, mask: Plan):
@@ -94,19 +62,6 @@ def without_layer(llm: ElasticLLM, number: int):
     return model
 
 
-@EVERY_FAMILY
-def test_the_empty_mask_is_the_original_model_bit_for_bit(name: str) -> None:
-    model = tiny_model(name)
-    before = logits(model)
-    llm = ElasticLLM(model, None, name=name)
-    assert torch.equal(logits(llm.model), before)
-    for mask in MASKS.values():
-        llm.apply(mask)
-        assert not torch.equal(logits(llm.model), before)
-    llm.apply(Plan())
-    assert torch.equal(logits(llm.model), before)
-
-
 @pytest.mark.engine_feature("here", "Families", "all")
 @pytest.mark.engine_feature("here", "Removed blocks", "any")
 @pytest.mark.parametrize(
@@ -118,7 +73,7 @@ def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype
     llm = tiny_llm(name, dtype=dtype)
     for mask in [*MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
         with llm.masked(mask):
-            masked = logits(llm.model)
+            masked = logits(llm)
         assert torch.equal(masked, logits(zeroed(llm, mask))), mask
 
 
@@ -127,23 +82,8 @@ def test_a_mask_of_both_blocks_equals_a_deleted_layer(name: str) -> None:
     llm = tiny_llm(name)
     for layer in range(LAYERS):
         with llm.masked(Plan.removing(2 * layer, 2 * layer + 1)):
-            masked = logits(llm.model, use_cache=False)
+            masked = logits(llm, use_cache=False)
         assert torch.equal(masked, logits(without_layer(llm, layer), use_cache=False)), layer
-
-
-@pytest.mark.engine_feature("here", "Removed blocks", "any")
-@EVERY_FAMILY
-def test_removing_everything_leaves_embedding_and_head(name: str) -> None:
-    llm = tiny_llm(name)
-    with llm.masked(MASKS["everything"]):
-        # Without attention a token's logits depend on itself and its position alone.
-        ids = padded_batch()["input_ids"]
-        other = ids.clone()
-        other[:, :-1] = 3
-        full = torch.ones_like(ids)
-        one = logits(llm.model, input_ids=ids, attention_mask=full)[:, -1]
-        two = logits(llm.model, input_ids=other, attention_mask=full)[:, -1]
-    assert torch.equal(one, two)
 
 
 def opened(name: str, stubs: bool, dtype: torch.dtype = torch.float32) -> ElasticLLM:
@@ -168,7 +108,7 @@ def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype, stubs) -> None:
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
     with llm.masked(mask):
-        at_once = logits(llm.model).float()[seen]
+        at_once = logits(llm).float()[seen]
         in_steps = token_by_token(llm.model, **batch, prompt=5).float()[seen]
     rounding = 1e-4 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
     assert (in_steps - at_once).abs().max() <= rounding * at_once.abs().max()
@@ -186,64 +126,31 @@ def test_beam_search_and_a_static_cache_serve_masked_models_too(name, mask, stub
 
 
 @each_family("name", dtype=DTYPES, stubs=[False, True])
-def test_without_a_mask_it_is_the_dense_model_and_no_weight_changes(name, dtype, stubs) -> None:
-    llm = opened(name, stubs, dtype)
-    before, weights = logits(llm.model), weights_hash(llm.model)
+def test_without_a_mask_it_is_the_original_model_bit_for_bit(name, dtype, stubs) -> None:
+    model = tiny_model(name, dtype=dtype)
+    before, weights = logits(model), weights_hash(model)
+    llm = ElasticLLM(model, None, name=name)
+    llm = repaired(llm) if stubs else llm
+    assert torch.equal(logits(llm), before)
     for mask in MASKS.values():
-        with llm.masked(mask):
-            llm.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
-        assert torch.equal(logits(llm.model), before)
+        llm.apply(mask)
+        assert not torch.equal(logits(llm), before)
+        llm.generate(**padded_batch(), max_new_tokens=2, do_sample=False)
+        llm.apply(Plan())
+        assert torch.equal(logits(llm), before)
     assert weights_hash(llm.model) == weights
-
-
-def test_an_exception_inside_a_mask_restores_the_model() -> None:
-    llm = tiny_llm()
-    weights, dense = weights_hash(llm.model), logits(llm.model)
-    with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
-        raise KeyboardInterrupt
-    assert llm.mask == Plan()
-    assert weights_hash(llm.model) == weights
-    assert torch.equal(logits(llm.model), dense)
-
-
-def test_nested_masks_restore_the_previous_mask() -> None:
-    llm = tiny_llm()
-    llm.apply(Plan.removing(3))
-    outer = logits(llm.model)
-    with llm.masked(Plan.removing(0, 1)) as same:
-        assert same is llm
-        with llm.masked(Plan.removing(1, 2)):
-            assert llm.mask == Plan.removing(1, 2)
-        assert llm.mask == Plan.removing(0, 1)
-    assert llm.mask == Plan.removing(3)
-    assert torch.equal(logits(llm.model), outer)
 
 
 def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
     llm = tiny_llm()
     llm.apply(Plan.removing(1))
-    before = logits(llm.model)
+    before = logits(llm)
     with pytest.raises(UnknownNameError, match=r"block 'layer02.attn'; known are 'layer00.attn"):
         llm.apply(Plan.removing(0, 4))
     with pytest.raises(UnknownNameError), llm.masked(Plan.removing("layer99.ffn")):
         pytest.fail("the mask should not have been applied")
     assert llm.mask == Plan.removing(1)
-    assert torch.equal(logits(llm.model), before)
-
-
-@EVERY_FAMILY
-def test_a_module_swap_equals_setting_the_attributes(name: str) -> None:
-    llm = tiny_llm(name)
-    for site in llm.adapter.sites(llm.model):
-        for slot in site.slots:
-            assert getattr(slot.parent, slot.attribute) is slot.original
-            slot.remove()
-            assert getattr(slot.parent, slot.attribute) is slot.placeholder
-            swapped = list(slot.parent.named_children())
-            setattr(slot.parent, slot.attribute, slot.placeholder)
-            assert list(slot.parent.named_children()) == swapped
-            slot.restore()
-            assert getattr(slot.parent, slot.attribute) is slot.original
+    assert torch.equal(logits(llm), before)
 
 
 def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
@@ -271,7 +178,7 @@ def test_no_module_of_a_removed_block_runs(name: str) -> None:
     for mask in MASKS.values():
         ran.clear()
         with llm.masked(mask):
-            logits(llm.model)
+            logits(llm)
         assert set(ran) == set(range(NUM_BLOCKS)) - mask.removed
 
 
@@ -316,13 +223,6 @@ def test_a_tensor_tied_across_blocks_belongs_to_neither() -> None:
     assert tied.facts.base_bytes == plain.facts.base_bytes + shared
 
 
-def test_each_removed_block_lowers_the_peak() -> None:
-    memory = MemoryModel(tiny_llm())
-    request = Request(2, 16, 1)
-    peaks = [memory.peak_bytes(Plan(frozenset(range(n))), request) for n in range(NUM_BLOCKS + 1)]
-    assert peaks == sorted(set(peaks), reverse=True)
-
-
 def test_a_masked_model_exposes_only_kept_weights() -> None:
     llm = tiny_llm()
     names = list(llm.model.state_dict())
@@ -340,12 +240,6 @@ class TestFingerprint:
         assert llm.fingerprint == tiny_llm().fingerprint == llm.facts.fingerprint
         assert llm.mask == MASKS["everything"]
 
-    def test_the_fingerprint_survives_saving_and_loading(self, tmp_path) -> None:
-        llm = tiny_llm("llama_tied")
-        llm.model.save_pretrained(tmp_path)
-        loaded = type(llm.model).from_pretrained(tmp_path)
-        assert ElasticLLM(loaded, None, name="elsewhere").fingerprint == llm.fingerprint
-
     def test_the_fingerprint_depends_on_weights_dtype_config_and_family(self) -> None:
         one_value = tiny_model()
         with torch.no_grad():
@@ -357,3 +251,53 @@ class TestFingerprint:
         models = [tiny_model(), one_value, other_config, tiny_model(dtype=torch.bfloat16), retyped]
         prints = {ElasticLLM(model, None, name="same").fingerprint for model in models}
         assert len(prints) == len(models)
+
+
+INT4 = CacheLevel.of("int4")
+PLAN = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
+
+
+def attention(llm: ElasticLLM, layer: int) -> torch.nn.Module:
+    return llm.adapter.layers(llm.model)[layer].get_submodule(llm.adapter.family.attn)
+
+
+def levels(llm: ElasticLLM) -> list[CacheLevel | None]:
+    return [getattr(attention(llm, n), "cache_level", None) for n in range(LAYERS)]
+
+
+@EVERY_FAMILY
+def test_attention_modules_carry_the_levels_of_their_caches(name: str) -> None:
+    llm = tiny_llm(name)
+    llm.apply(PLAN)
+    assert (llm.plan, llm.mask) == (PLAN, Plan.removing(3))
+    assert (llm.plan.cache_level(0), llm.plan.cache_level(1)) == (INT4, NATIVE_CACHE)
+    assert levels(llm) == [INT4, None]
+    llm.apply(PLAN.without(0))
+    assert llm.plan == Plan.removing(0, 3)
+    llm.apply(Plan())
+    assert levels(llm) == [None, None]
+    assert llm.plan == Plan()
+
+
+def test_a_plan_is_restored_after_a_with_block() -> None:
+    llm = tiny_llm()
+    llm.apply(PLAN)
+    uniform = Plan.uniform(LAYERS, caches="int2")
+    with llm.masked(uniform) as same, llm.without({2}):
+        assert same is llm
+        assert llm.plan == uniform.without(2)
+        assert levels(llm) == [CacheLevel.of("int2"), None]
+    assert llm.plan == PLAN
+    assert levels(llm) == [INT4, None]
+    with llm.masked(Plan()):
+        assert levels(llm) == [None, None]
+    assert levels(llm) == [INT4, None]
+
+
+@pytest.mark.parametrize("item", ["layer05.cache", "layer07.ffn"])
+def test_an_unknown_item_changes_nothing(item: str) -> None:
+    llm = tiny_llm()
+    llm.apply(PLAN)
+    with pytest.raises(UnknownNameError):
+        llm.apply(Plan.of({"layer00.cache": "int8", item: "int8"}))
+    assert llm.plan == PLAN

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
+from rap_env.levels import CacheLevel
 from rap_env.models.live import live_batch
+from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from tests.models.gated import gated_logits
+from tests.models.generation import gated_logits
+from tests.models.grouped import random_rows, rows_of
 from tests.models.stubs import repaired
-from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, each_family, tiny_llm
+from tests.tiny import FAMILIES, LAYERS, each_family, tiny_llm
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 ATTENTION = Plan.removing(*range(0, 2 * LAYERS, 2))
@@ -22,24 +25,15 @@ SWITCHES = {
 }
 
 
-def random_tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
-
-
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def grown(batch: LiveBatch, steps: int, seed: int = 1) -> torch.Tensor:
     """Logits after some more tokens."""
-    for column in zip(*random_tokens(*[steps] * batch.size, seed=seed), strict=True):
+    for column in zip(*random_rows(*[steps] * batch.size, seed=seed), strict=True):
         logits = batch.extend(column)
     return logits
-
-
-def rows_of(batch: LiveBatch) -> list[list[int]]:
-    return [list(row) for row in batch._rows]
 
 
 @pytest.mark.engine_feature("here", "Live changes", "yes")
@@ -49,7 +43,7 @@ def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switc
     llm = tiny_llm(name)
     llm.apply(before)
     batch = LiveBatch(llm)
-    batch.prefill(random_tokens(7, 4, 9))
+    batch.prefill(random_rows(7, 4, 9))
     grown(batch, 2)
     llm.apply(after)
     logits = grown(batch, 1, seed=2)
@@ -64,12 +58,12 @@ def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
     llm = tiny_llm(name)
     llm.apply(ATTENTION)
     batch = LiveBatch(llm)
-    batch.prefill(random_tokens(6, 6))
+    batch.prefill(random_rows(6, 6))
     llm.apply(Plan.removing(1))
-    (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
+    (column,) = zip(*random_rows(1, 1, seed=5), strict=True)
     logits = batch.extend(column)
     fresh = LiveBatch(llm)
-    fresh.prefill(random_tokens(6, 6))
+    fresh.prefill(random_rows(6, 6))
     assert torch.equal(logits, fresh.extend(column))
 
 
@@ -79,7 +73,7 @@ def test_a_removal_affects_only_later_tokens(name, switch) -> None:
     llm = tiny_llm(name)
     llm.apply(after)  # the switch the other way round: what was there goes
     batch = LiveBatch(llm, restore="next_request")
-    batch.prefill(random_tokens(7, 4, 9))
+    batch.prefill(random_rows(7, 4, 9))
     grown(batch, 2)
     old = batch.length
     llm.apply(before)
@@ -99,13 +93,13 @@ def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
     llm = tiny_llm(name)
     llm.apply(ATTENTION)
     batch = LiveBatch(llm, restore="next_request")
-    batch.prefill(random_tokens(5, 3))
+    batch.prefill(random_rows(5, 3))
     llm.apply(Plan())
     logits = grown(batch, 2)
     gates = {index: [True] * batch.length for index in sorted(ATTENTION.removed)}
     close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
     batch.keep([])
-    dense = batch.prefill(random_tokens(5, 3, seed=4))
+    dense = batch.prefill(random_rows(5, 3, seed=4))
     close(dense, gated_logits(llm, rows_of(batch), {})[:, -1])
 
 
@@ -114,8 +108,8 @@ def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
     llm = tiny_llm(name)
     llm.apply(Plan.removing(0, 3))
     batch, other = LiveBatch(llm), LiveBatch(llm)
-    batch.prefill(random_tokens(3, 8))
-    other.prefill(random_tokens(12, 2, seed=3))
+    batch.prefill(random_rows(3, 8))
+    other.prefill(random_rows(12, 2, seed=3))
     batch.join(other)
     assert (batch.size, batch.length, other.size, other.length) == (4, 12, 0, 0)
     gone = {index: [True] * 40 for index in (0, 3)}
@@ -134,13 +128,13 @@ def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
 @EVERY_FAMILY
 def test_a_chunked_prefill_equals_one_prefill(name) -> None:
     llm = tiny_llm(name)
-    prompts = random_tokens(11, 3, 7)
+    prompts = random_rows(11, 3, 7)
     for chunk in (1, 4, 11, 50):
         batch = LiveBatch(llm, most_tokens=chunk * len(prompts))
         close(batch.prefill(prompts), gated_logits(llm, prompts, {})[:, -1])
     batch = LiveBatch(llm)
     batch.prefill([prompt[:3] for prompt in prompts])
-    more = random_tokens(4, 4, 4, seed=9)
+    more = random_rows(4, 4, 4, seed=9)
     logits = batch.append(more)
     close(logits, gated_logits(llm, rows_of(batch), {})[:, -1])
 
@@ -148,9 +142,9 @@ def test_a_chunked_prefill_equals_one_prefill(name) -> None:
 def test_a_joining_row_under_another_mask_is_updated_first() -> None:
     llm = tiny_llm()
     batch, newcomer = LiveBatch(llm), LiveBatch(llm)
-    batch.prefill(random_tokens(6))
+    batch.prefill(random_rows(6))
     llm.apply(Plan.removing(0))
-    newcomer.prefill(random_tokens(4, seed=2))
+    newcomer.prefill(random_rows(4, seed=2))
     llm.apply(Plan.removing(2))
     batch.join(newcomer)
     logits = grown(batch, 1)
@@ -163,7 +157,7 @@ def test_a_joining_row_under_another_mask_is_updated_first() -> None:
 def test_removed_keys_and_values_are_freed_and_the_rest_is_counted() -> None:
     llm = tiny_llm(dtype=torch.bfloat16)
     batch = LiveBatch(llm)
-    batch.prefill(random_tokens(8, 8))
+    batch.prefill(random_rows(8, 8))
     one_layer = 2 * 8 * llm.facts.kv_bytes_per_token[0]
     assert batch.kv_bytes == llm.held_bytes.kv_cache == 2 * one_layer
     llm.apply(Plan.removing(0))
@@ -179,7 +173,7 @@ def test_a_failed_step_leaves_the_rows_and_the_next_one_is_right(monkeypatch) ->
     llm = tiny_llm()
     llm.apply(Plan.removing(0))
     batch = LiveBatch(llm)
-    batch.prefill(random_tokens(6, 4))
+    batch.prefill(random_rows(6, 4))
     before = rows_of(batch)
     llm.apply(Plan())
     down = llm.adapter.layers(llm.model)[1].mlp.down_proj
@@ -194,8 +188,8 @@ def test_a_failed_step_leaves_the_rows_and_the_next_one_is_right(monkeypatch) ->
 def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     llm = tiny_llm()
     batch, other = LiveBatch(llm), LiveBatch(llm)
-    batch.prefill(random_tokens(6))
-    other.prefill(random_tokens(4))
+    batch.prefill(random_rows(6))
+    other.prefill(random_rows(4))
     real, calls = live_batch._concatenate, []
 
     def fails_at_the_second(*args):
@@ -221,7 +215,7 @@ def test_a_refill_respects_its_token_limit() -> None:
     llm.adapter.decoder(llm.model).register_forward_pre_hook(
         lambda _, args, kwargs: ran.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    batch.prefill(random_tokens(8, 8))
+    batch.prefill(random_rows(8, 8))
     llm.apply(Plan())
     logits = grown(batch, 1)
     assert ran == [6, 6, 4, 6, 6, 4, 2]
@@ -265,14 +259,102 @@ def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
     view = repaired(llm)
     view.apply(Plan.removing(0, 3))
     batch = LiveBatch(view)
-    batch.prefill(random_tokens(6, 6))
+    batch.prefill(random_rows(6, 6))
     bare = LiveBatch(llm)
     view.apply(Plan.removing(3))
-    (column,) = zip(*random_tokens(1, 1, seed=5), strict=True)
+    (column,) = zip(*random_rows(1, 1, seed=5), strict=True)
     logits = batch.extend(column)
     fresh = LiveBatch(view)
-    fresh.prefill(random_tokens(6, 6))
+    fresh.prefill(random_rows(6, 6))
     assert torch.equal(logits, fresh.extend(column))
     llm.apply(Plan.removing(3))  # the same mask without stubs gives other logits
-    bare.prefill(random_tokens(6, 6))
+    bare.prefill(random_rows(6, 6))
     assert not torch.equal(logits, bare.extend(column))
+
+
+LEVELS = {
+    "int8": (CacheLevel(bits=8), True),
+    "int2": (CacheLevel(bits=2), True),
+    "int8 with a window": (CacheLevel(bits=8, window_tokens=32), False),
+}
+
+
+class Interrupt:
+    """Ends a pass before the layer with a number, counted from 0; None ends none."""
+
+    def __init__(self) -> None:
+        self.before_layer = None
+        self.asked = 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.asked - 1 == self.before_layer
+
+    def at(self, layer) -> None:
+        self.before_layer, self.asked = layer, 0
+
+
+@each_family("name", layer=[0, 1])
+def test_an_interrupted_pass_can_be_repeated(name, layer):
+    llm, interrupt = tiny_llm(name), Interrupt()
+    llm.apply(Plan.removing(2))  # a removed attention block has placeholders in the cache
+    batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
+    prompts, more = random_rows(7, 4), random_rows(5, 5, seed=1)
+    assert torch.equal(batch.prefill(prompts), whole.prefill(prompts))
+    rows = rows_of(batch)
+    interrupt.at(layer)
+    with pytest.raises(PassInterruptedError):
+        batch.append(more)
+    assert rows_of(batch) == rows
+    interrupt.at(None)
+    close(batch.append(more), whole.append(more))
+    close(batch.extend([3, 4]), whole.extend([3, 4]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_cache_is_kept_unless_a_window_has_replaced_tokens(level, layer):
+    (cache, kept), interrupt = LEVELS[level], Interrupt()
+    llm = tiny_llm("llama")
+    llm.apply(Plan(caches=tuple((n, cache) for n in range(LAYERS))))
+    batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
+    prompts, more = random_rows(70, 37), random_rows(40, 40, seed=1)
+    batch.prefill(prompts), whole.prefill(prompts)
+    interrupt.at(layer)
+    with pytest.raises(PassInterruptedError):
+        batch.append(more)
+    assert bool(batch.kv_bytes) == (kept or layer == 0)  # before layer 0 nothing is written
+    interrupt.at(None)
+    if batch.kv_bytes:
+        assert torch.equal(batch.append(more), whole.append(more))
+        assert torch.equal(batch.extend([3, 4]), whole.extend([3, 4]))
+
+
+def test_a_plan_that_is_lowered_after_an_interruption_finds_the_earlier_tokens():
+    llm, interrupt = tiny_llm("llama"), Interrupt()
+    batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
+    prompts, more = random_rows(40, 33), random_rows(20, 20, seed=1)
+    batch.prefill(prompts), whole.prefill(prompts)
+    interrupt.at(1)
+    with pytest.raises(PassInterruptedError):
+        batch.append(more)
+    interrupt.at(None)
+    llm.apply(Plan(caches=((0, CacheLevel(bits=4)), (1, CacheLevel(bits=8)))))
+    assert torch.equal(batch.append(more), whole.append(more))
+
+
+def test_an_interrupted_prefill_leaves_an_empty_batch_and_a_refill_is_not_interrupted():
+    llm, interrupt = tiny_llm("llama"), Interrupt()
+    batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
+    prompts = random_rows(6, 9)
+    interrupt.at(1)
+    with pytest.raises(PassInterruptedError):
+        batch.prefill(prompts)
+    assert (batch.size, batch.kv_bytes) == (0, 0)
+    interrupt.at(None)
+    llm.apply(Plan.removing(0))
+    batch.prefill(prompts), whole.prefill(prompts)
+    llm.apply(Plan())
+    interrupt.at(LAYERS)  # after the refill and one whole pass
+    assert torch.equal(batch.extend([3, 4]), whole.extend([3, 4]))
+    assert interrupt.asked == LAYERS

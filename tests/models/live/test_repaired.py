@@ -14,9 +14,10 @@ from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.models.live.test_elastic import EVERY_MASK, MASKS, NUM_BLOCKS, logits
+from tests.models.live.test_elastic import EVERY_MASK, MASKS, NUM_BLOCKS
+from tests.models.states import logits, saved
 from tests.models.stubs import RANKS, random_stubs, repaired
-from tests.tiny import each_family, padded_batch, tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import each_family, tiny_llm, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 SOME = Plan.removing(0, 3)
@@ -57,9 +58,9 @@ def test_a_repaired_mask_equals_a_model_with_manual_stubs(name, dtype) -> None:
     for mask in [*MASKS.values(), *map(Plan.removing, range(NUM_BLOCKS))]:
         expected = logits(hooked(llm, stubs, mask))
         with view.masked(mask):
-            assert torch.equal(logits(view.model), expected), mask
+            assert torch.equal(logits(view), expected), mask
         with llm.masked(mask):
-            assert not torch.equal(logits(llm.model), expected), mask
+            assert not torch.equal(logits(llm), expected), mask
 
 
 class TestSharing:
@@ -74,15 +75,15 @@ class TestSharing:
         llm, view = pair
         view.apply(SOME)
         assert llm.mask == view.mask == SOME
-        with_stubs = logits(llm.model)
+        with_stubs = logits(llm)
         llm.apply(SOME)  # the same mask, without stubs
         assert view.mask == SOME
-        without = logits(view.model)
+        without = logits(view)
         assert not torch.equal(with_stubs, without)
         with tiny_llm().masked(SOME) as plain:
-            assert torch.equal(without, logits(plain.model))
+            assert torch.equal(without, logits(plain))
         view.apply(SOME)
-        assert torch.equal(logits(llm.model), with_stubs)
+        assert torch.equal(logits(llm), with_stubs)
         llm.apply(Plan())
         assert view.mask == Plan()
 
@@ -91,35 +92,35 @@ class TestSharing:
     def test_masks_of_both_nest(self, pair, view_outside: bool, inner: Plan) -> None:
         outer, other = pair[::-1] if view_outside else pair
         with outer.masked(SOME):
-            before = logits(outer.model)
+            before = logits(outer)
         with other.masked(inner):
-            expected = logits(other.model)
+            expected = logits(other)
         with outer.masked(SOME):
             with other.masked(inner):
-                assert torch.equal(logits(other.model), expected)
+                assert torch.equal(logits(other), expected)
                 assert outer.mask == inner
             assert outer.mask == SOME
-            assert torch.equal(logits(outer.model), before)
+            assert torch.equal(logits(outer), before)
         assert list(outer.model.state_dict()) == list(tiny_model().state_dict())
 
     def test_two_views_with_different_stubs_do_not_interfere(self, pair) -> None:
         llm, one = pair
         two = repaired(llm, seed=1)
         with one.masked(SOME):
-            first = logits(llm.model)
+            first = logits(llm)
             with two.masked(SOME):
-                assert not torch.equal(logits(llm.model), first)
-            assert torch.equal(logits(llm.model), first)
+                assert not torch.equal(logits(llm), first)
+            assert torch.equal(logits(llm), first)
 
     def test_an_exception_restores_the_previous_stubs(self, pair) -> None:
         llm, view = pair
         with view.masked(SOME):
-            before = logits(view.model)
+            before = logits(view)
             with pytest.raises(KeyboardInterrupt), llm.masked(MASKS["everything"]):
                 raise KeyboardInterrupt
             with pytest.raises(UnknownNameError), view.masked(Plan.removing(99)):
                 pytest.fail("the mask should not have been applied")
-            assert torch.equal(logits(view.model), before)
+            assert torch.equal(logits(view), before)
 
     def test_a_view_of_a_view_uses_only_its_own_stubs(self, pair) -> None:
         llm, view = pair
@@ -129,36 +130,27 @@ class TestSharing:
         )  # fmt: skip
         assert [other.has_stub([block]) for block in range(NUM_BLOCKS)] == [False] * 3 + [True]
         with other.masked(Plan.removing(0)):
-            found = logits(llm.model)
+            found = logits(llm)
         with llm.masked(Plan.removing(0)):
-            assert torch.equal(logits(llm.model), found)
+            assert torch.equal(logits(llm), found)
 
 
 def test_removed_blocks_without_stubs_leave_no_module() -> None:
     llm = tiny_llm()
     stubs = random_stubs(llm)
-    view = llm.repaired(stubs, "random")
+    view, single = llm.repaired(stubs, "random"), llm.repaired({0: stubs[0]}, "one")
     with view.masked(SOME, bare=Plan.removing(3)):
         assert view.mask == SOME
-        found = logits(view.model)
-    with llm.repaired({0: stubs[0]}, "one").masked(SOME) as one:
-        assert torch.equal(logits(one.model), found)
+        found = logits(view)
+    with single.masked(SOME):
+        assert torch.equal(logits(single), found)
     with view.masked(SOME, bare=SOME):
-        found = logits(view.model)
+        found = logits(view)
     with llm.masked(SOME):
-        assert torch.equal(logits(llm.model), found)
-
-
-def test_a_block_without_a_stub_leaves_no_module() -> None:
-    llm = tiny_llm()
-    view = llm.repaired({0: random_stubs(llm)[0]}, "one")
-    assert view.has_stub([0, 3])
-    assert not view.has_stub([1, 2, 3])
+        assert torch.equal(logits(llm), found)
+    assert single.has_stub([0, 3])
+    assert not single.has_stub([1, 2, 3])
     assert not llm.has_stub(range(NUM_BLOCKS))
-    with view.masked(Plan.removing(3)):
-        found = logits(view.model)
-    with llm.masked(Plan.removing(3)):
-        assert torch.equal(logits(llm.model), found)
 
 
 def test_the_view_has_the_weights_fingerprint_and_facts_of_its_own() -> None:
@@ -195,26 +187,13 @@ def test_every_byte_of_a_repaired_model_is_counted(name, dtype) -> None:
         assert parts.peak == sum(held.values()) + parts.kv_cache + parts.workspace
 
 
-def test_stub_bytes_are_added_and_the_rest_is_unchanged() -> None:
-    llm = tiny_llm()
-    plain, ours = MemoryModel(llm), MemoryModel(repaired(llm))
-    request = Request(2, 8, 1)
-    assert ours.peak_bytes(Plan(), request) == plain.peak_bytes(Plan(), request)
-    dearer = [
-        ours.peak_bytes(Plan.removing(b), request) - plain.peak_bytes(Plan.removing(b), request)
-        for b in range(NUM_BLOCKS)
-    ]
-    assert dearer == list(ours.facts.stub_bytes)
-
-
 # Streamed models
 
 
 @pytest.fixture
 def streamed(lonely, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
-    return stream_llm(tmp_path / "m", device="cpu", dtype="float32", max_memory_bytes=2**20)
+    folder = saved(tmp_path / "m", dtype=torch.float32)
+    return stream_llm(folder, device="cpu", dtype="float32", max_memory_bytes=2**20)
 
 
 def test_stubs_reduce_the_free_bytes_of_a_streamed_model(streamed) -> None:
@@ -228,22 +207,19 @@ def test_stubs_reduce_the_free_bytes_of_a_streamed_model(streamed) -> None:
 def test_a_streamed_view_is_the_view_in_memory(streamed, mask: Plan) -> None:
     view, whole = repaired(streamed), repaired(tiny_llm())
     with view.masked(mask), whole.masked(mask):
-        assert torch.equal(logits(view.model), logits(whole.model))
+        assert torch.equal(logits(view), logits(whole))
 
 
 def test_a_view_keeps_its_streamed_model_alive(lonely, tmp_path) -> None:
     # Experts are merged into files that go with the model.
-    tiny_model("mixtral").save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
-    llm = stream_llm(tmp_path / "m", device="cpu", dtype="float32", max_memory_bytes=2**20)
-    with torch.no_grad():
-        expected = llm.model(padded_batch()["input_ids"]).logits
+    folder = saved(tmp_path / "m", "mixtral", torch.float32)
+    llm = stream_llm(folder, device="cpu", dtype="float32", max_memory_bytes=2**20)
+    expected = logits(llm)
     view = copy.copy(repaired(repaired(llm), seed=1))
     del llm
     gc.collect()
     assert list(lonely.glob("converted-*/*"))
-    with torch.no_grad():
-        assert torch.equal(view.model(padded_batch()["input_ids"]).logits, expected)
+    assert torch.equal(logits(view), expected)
     del view
     gc.collect()
     assert not list(lonely.glob("converted-*"))
