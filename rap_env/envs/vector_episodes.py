@@ -111,17 +111,24 @@ class VectorEpisodes:
         self.peak_bytes[rows] = self._costs.dense_peak_bytes[rows]
         if positions is not None:
             self.peak_bytes[rows] = self._costs.peaks(self.positions[rows], rows)
-        names = self._task.names_of(positions or [0] * len(self._items))
-        for row, entry in zip(rows.tolist(), costs, strict=True):
-            self._levels[row] = self._encoder.rows_of(entry.steps)
+        names, encoder = self._task.names_of(positions or [0] * len(self._items)), self._encoder
+        seen, valid = self._observation[encoder.key], self._observation["action_mask"]
+        for row, start in starts.items():
+            request, steps = start.request, start.costs.steps
+            self._levels[row] = encoder.rows_of(steps)
             self._names[row] = names.copy()
+            seen[row] = encoder.native_rows(request.batch_size, request.seq_len_tokens)
+            valid[row] = steps.native_valid
         self._observation["request"][rows] = request_features(
             self._task.memory,
             **{name: self.requests[name][rows] for name in vars(starts[int(rows[0])].request)},
             dense_peak_bytes=self._costs.dense_peak_bytes[rows],
             kv_cache_bytes=self._costs.kv_cache_bytes[rows],
         )
-        self._show(rows.repeat(len(self._items)), np.tile(self._items, len(rows)))
+        if positions is None:
+            self._show_bytes_over()
+        else:
+            self._show(rows.repeat(len(self._items)), np.tile(self._items, len(rows)))
 
     def plan(self, actions: Counts, active: Flags) -> VectorStep:
         """The effect of `actions` where `active`; 0 elsewhere, both (n,)."""
@@ -185,6 +192,10 @@ class VectorEpisodes:
         )
         has_next = costs.next_of(items, positions, offsets) >= 0
         self._observation["action_mask"][rows, items] = has_next
+        self._show_bytes_over()
+
+    def _show_bytes_over(self) -> None:
+        costs = self._costs
         over_bytes = np.maximum(0, self.peak_bytes - self.requests["budget_bytes"])
         dense_peak_bytes = np.maximum(1, costs.dense_peak_bytes)  # 0 before the first episode
         shares = np.minimum(1.0, over_bytes / dense_peak_bytes)

@@ -334,6 +334,11 @@ class LevelSteps:
         return nexts
 
     @cached_property
+    def native_valid(self) -> npt.NDArray[np.bool_]:
+        """Whether each item of the unchanged model has a lower level, (items,)."""
+        return np.asarray(self.next_level[:, 0] >= 0)
+
+    @cached_property
     def lowest(self) -> list[int]:
         """The position of each item's level once no action is valid, (items,)."""
         positions = [0] * len(self.ladder)

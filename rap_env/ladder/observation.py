@@ -43,11 +43,6 @@ ITEM_FEATURES = (
 )  # fmt: skip
 """Columns of an item's row, ``ladder``."""
 
-FREED = ITEM_FEATURES.index("freed_share")
-
-KEPT_AND_FREED = slice(2, 4)
-"""The columns of a block's row that are zero once it is removed."""
-
 COST_FLOOR, COST_CEILING = 1e-4, 10.0
 """Costs in nats per token that are observed as about 0 and as 1, on a log scale between."""
 
@@ -55,6 +50,7 @@ Observation = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 
 _CACHED_ROWS = 64
+_CACHED_SHAPES = 2048  # a few kilobytes each
 
 _FEW = 8
 """Rows of an observation that are faster to update one by one than all at once."""
@@ -145,6 +141,7 @@ class ObservationEncoder(ABC):
         boxes: Any = self.space
         self.zeros = {key: np.zeros(box.shape, box.dtype) for key, box in boxes.items()}
         self.rows_of = lru_cache(_CACHED_ROWS)(self._rows_of)
+        self.native_rows = lru_cache(_CACHED_SHAPES)(self._native_rows)
 
     @property
     def memory(self) -> MemoryModel:
@@ -154,6 +151,14 @@ class ObservationEncoder(ABC):
     @abstractmethod
     def _rows_of(self, steps: LevelSteps) -> Floats:
         """The row of each item at each level, (items, W, F), without the freed share."""
+
+    def _native_rows(self, batch_size: int, seq_len_tokens: int) -> Floats:
+        """The rows of the unchanged model for a batch size and a length, (items, F), read-only."""
+        costs = self.item_bytes.costs(batch_size, seq_len_tokens)
+        rows, native = self.rows_of(costs.steps)[:, 0].copy(), [0] * len(self.ladder)
+        rows = self.encode(rows, costs.freed_bytes(native), costs.dense_peak_bytes)
+        rows.flags.writeable = False
+        return rows
 
     def encode(self, rows: Floats, freed_bytes: Any, dense_peak_bytes: Any) -> Floats:
         """Complete rows of `rows_of`, (..., F), by the bytes that the items' next levels free."""
@@ -281,7 +286,12 @@ class ObservedState:
             dense_peak_bytes=costs.dense_peak_bytes,
             kv_cache_bytes=costs.kv_cache_bytes,
         )
-        self._show_all()
+        if any(self.state.positions):
+            self._show_all()
+        else:
+            self._seen_rows[:] = encoder.native_rows(request.batch_size, request.seq_len_tokens)
+            self._valid[:] = costs.steps.native_valid
+            self._show_bytes_over()
 
     def lower(self, item: int) -> Collection[int]:
         """Lower an item that has a lower level, with its companions.
