@@ -1,0 +1,60 @@
+"""The size of the code: what does not count as code, and the limit."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MOST_CODE_LINES = 42_000
+"""Lowered with every merge; the aim is 30,000."""
+FOLDERS = ("rap_env", "agents", "experiments", "benchmarks", "examples", "docs", "tools")
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+    tokenize.ENDMARKER, tokenize.ENCODING,
+}  # fmt: skip
+
+
+def code_lines(text: str) -> int:
+    """Lines of a Python file that hold code: no blank lines, comments and docstrings."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    lines = {
+        line
+        for token in tokens
+        if token.type not in NO_CODE
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    for node in ast.walk(ast.parse(text)):
+        value = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            # A docstring, also that of an attribute.
+            lines -= set(range(value.lineno, (value.end_lineno or value.lineno) + 1))
+    return len(lines)
+
+
+def test_blank_lines_comments_and_docstrings_are_no_code():
+    text = (
+        '"""A module."""\n\n# A comment.\nSIZE = 3  # another one\n"""Of an attribute."""\n\n\n'
+        'def f(\n    x,\n):\n    """One\n\n    more."""\n    return """a\nb"""\n'
+    )
+    assert code_lines(text) == 1 + 3 + 2
+
+
+def test_the_code_is_no_longer_than_its_limit():
+    sizes = {
+        folder: sum(
+            code_lines(path.read_text(encoding="utf-8"))
+            for path in (ROOT / folder).rglob("*.py")
+            if "_build" not in path.parts
+        )
+        for folder in FOLDERS
+    }
+    total = sum(sizes.values())
+    assert total <= MOST_CODE_LINES, (
+        f"There are {total:,} lines of code outside of tests ({sizes}), more than "
+        f"{MOST_CODE_LINES:,}. The limit keeps the project readable: a newcomer should meet each "
+        "idea once. Merge what exists twice, or delete what nobody uses, before you add more; do "
+        "not raise the limit or press lines together. It only goes down, towards 30,000."
+    )
