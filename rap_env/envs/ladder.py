@@ -18,7 +18,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 
 
-class LoweringTask(PruningTask):
+class LadderTask(PruningTask):
     """What an action does here: it lowers an item by one level."""
 
     unchanged = "native"
@@ -267,7 +267,7 @@ class RAPLadderEnv(PruningEnv):
     """
 
     config_type = LadderEnvConfig
-    task_type = LoweringTask
+    task_type = LadderTask
 
     @property
     def ladder(self) -> Ladder:

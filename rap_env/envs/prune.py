@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
 
-class RemovalTask(PruningTask):
+class PruneTask(PruningTask):
     """What an action does here: it removes a block, the only lower level of the ladder's items."""
 
     unchanged = "dense"
@@ -270,7 +270,7 @@ class RAPPruneEnv(PruningEnv):
     """
 
     config_type = EnvConfig
-    task_type = RemovalTask
+    task_type = PruneTask
 
     @property
     def mask(self) -> Plan:
