@@ -28,17 +28,6 @@ def test_names_and_indices(index: int, name: str) -> None:
     assert (block.layer, block.kind) == (index // 2, name.split(".")[1])
 
 
-@given(INDICES)
-def test_every_index_has_one_name(index: int) -> None:
-    assert block_index(block_name(index)) == index
-
-
-@given(INDICES)
-def test_names_sort_within_a_hundred_layers_as_the_blocks_do(index: int) -> None:
-    if index < 198:
-        assert block_name(index) < block_name(index + 2)
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

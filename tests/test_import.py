@@ -1,57 +1,36 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import gymnasium
 import pytest
 
 import rap_env
 from rap_env.version import __version__
+from tests.imports import loaded_by
 
 HEAVY = (
-    "torch",
-    "transformers",
-    "matplotlib",
-    "stable_baselines3",
-    "hydra",
-    "lm_eval",
-    "PIL",
-    "ray",
+    "torch", "transformers", "matplotlib", "stable_baselines3", "hydra", "lm_eval", "PIL", "ray",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gymnasium, rap_env; assert 'RAPPrune-v0' in gymnasium.registry",
+        "import rap_env; rap_env.Plan, rap_env.Request, rap_env.MemoryModel; "
+        "import rap_env.render, rap_env.reward, rap_env.workload, rap_env.context",
+    ],
+    ids=["the package", "the parts without a model"],
 )
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_importing_loads_nothing_heavy_and_registers_the_environment():
-    code = (
-        "import sys, gymnasium, rap_env; "
-        "assert 'RAPPrune-v0' in gymnasium.registry; "
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    assert run(code) == "[]"
-
-
-def test_the_parts_without_a_model_load_no_torch():
-    code = (
-        "import sys, rap_env; "
-        "rap_env.Plan, rap_env.Request, rap_env.MemoryModel; "
-        "import rap_env.render, rap_env.reward, rap_env.workload, rap_env.context; "
-        f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    assert run(code) == "[]"
+def test_importing_loads_nothing_heavy(code):
+    assert loaded_by(code, of=HEAVY) == []
 
 
 def test_the_package_needs_neither_stable_baselines_nor_hydra():
     code = (
         "import sys; sys.modules['stable_baselines3'] = sys.modules['hydra'] = None; "
-        "import rap_env; [getattr(rap_env, name) for name in rap_env.__all__]; print('ok')"
+        "import rap_env; [getattr(rap_env, name) for name in rap_env.__all__]"
     )
-    assert run(code) == "ok"
+    assert loaded_by(code, of=("agents",)) == []
 
 
 @pytest.mark.parametrize("name", rap_env.__all__)

@@ -6,33 +6,20 @@ import numpy as np
 import pytest
 
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
 from rap_env.request import Request
+from tests.made_facts import made_facts
 
 _MIB = 2**20
 BLUE, ORANGE = (0, 114, 178), (230, 159, 0)  # FFN and attention weights
 
 
-def make_memory(layers: int = 4, **facts) -> MemoryModel:
-    return MemoryModel(
-        ModelFacts(
-            name="paper-model",
-            fingerprint="0" * 64,
-            dtype="bfloat16",
-            block_param_bytes=(_MIB, 4 * _MIB) * layers,
-            base_bytes=3 * _MIB,
-            kv_bytes_per_token=(512,) * layers,
-            kv_window_tokens=(None,) * layers,
-            itemsize=2,
-            hidden_size=4,
-            ffn_width=8,
-            vocab_size=64,
-            max_positions=2048,
-            **facts,
-        )
-    )
+def make_memory(layers: int = 4, **changed) -> MemoryModel:
+    sizes = {"base_bytes": 3 * _MIB, "kv_bytes_per_token": (512,) * layers, "hidden_size": 4,
+             "ffn_width": 8, "vocab_size": 64, "max_positions": 2048}  # fmt: skip
+    facts = made_facts(layers, _MIB, 4 * _MIB, name="paper-model", **{**sizes, **changed})
+    return MemoryModel(facts)
 
 
 def make_scene(*blocks: int, layers: int = 4, loss: float | None = None, fraction: float = 0.7):

@@ -107,11 +107,6 @@ def test_the_log_scale_by_hand(settings, loss, expected):
     assert term.step(StepOutcome(PATH[1], loss, None, ends=True)) == pytest.approx(expected)
 
 
-def test_the_log_scale_is_smooth_at_zero():
-    around = [PerplexityReward(scale="log")._cost(loss) for loss in (-1e-7, 0.0, 1e-7)]
-    assert around[2] - around[1] == pytest.approx(around[1] - around[0], rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("settings", "loss", "baseline_loss", "expected"),
     [
@@ -157,12 +152,6 @@ def test_the_dense_reward_pays_the_delta_nll_of_each_removal(scorer):
 def test_a_dense_reward_without_the_loss_before_is_rejected():
     with pytest.raises(ValueError, match="needs the ΔNLL of the mask before"):
         PerplexityReward("dense").step(StepOutcome(PATH[1], 1.0, None, ends=True))
-
-
-def test_no_removal_is_the_baseline_of_every_term():
-    nothing = StepOutcome(Plan(), 0.0, 0.0, ends=True)
-    for term in (PerplexityReward(), PerplexityReward("dense"), AccuracyReward(KeptShare())):
-        assert term.step(nothing) == 0.0
 
 
 def test_accuracy_is_paid_at_the_end_against_the_dense_model(scorer):
@@ -221,16 +210,6 @@ def test_every_reward_works_by_name(scorer, name):
         ({"name": "combined", "relative_to": "gis"}, "baseline of the reward 'gis'; .* 'gsi'"),
         ({"name": "accuracy", "relative_to": "gsi"}, "setting of the reward 'accuracy'"),
         ({"name": "combined", "weights": {"speed": 1}}, "reward term 'speed'; .*'accuracy'"),
-    ],
-)
-def test_unknown_names_list_the_known_ones(spec, message):
-    with pytest.raises(UnknownNameError, match=message):
-        make_reward(spec, KeptShare)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
         ({"name": "perplexity", "loss_cap": 0}, "loss_cap must be above 0 .* not 0"),
         ({"name": "perplexity", "log_offset": 0.0}, r"log_offset must be above 0 .* not 0\.0"),
         ({"name": "perplexity", "log_offset": math.inf}, "not inf"),
@@ -239,8 +218,8 @@ def test_unknown_names_list_the_known_ones(spec, message):
         ({"name": "combined", "weights": {"accuracy": 0}}, "needs a weight above 0"),
     ],
 )
-def test_impossible_settings_are_rejected(spec, message):
-    with pytest.raises(InvalidRequestError, match=message):
+def test_wrong_specifications_are_rejected(spec, message):
+    with pytest.raises((InvalidRequestError, UnknownNameError), match=message):
         make_reward(spec, KeptShare)
 
 

@@ -15,7 +15,7 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from tests.agents.synthetic import SyntheticContext
-from tests.envs.conftest import make_context
+from tests.envs.tiny_contexts import make_context
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 

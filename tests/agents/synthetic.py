@@ -20,6 +20,7 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.request import Request
+from tests.made_facts import made_facts
 
 DENSE_NLL = 2.5
 
@@ -28,20 +29,8 @@ ONE_OF_EACH_KIND = ("maskable_ppo", "masked_dqn")
 
 
 def facts(layers: int = 4, attn_bytes: int = 1000, ffn_bytes: int = 3000) -> ModelFacts:
-    return ModelFacts(
-        name="synthetic",
-        fingerprint="0" * 64,
-        dtype="bfloat16",
-        block_param_bytes=(attn_bytes, ffn_bytes) * layers,
-        base_bytes=500,
-        kv_bytes_per_token=(4,) * layers,
-        kv_window_tokens=(None,) * layers,
-        itemsize=2,
-        hidden_size=1,
-        ffn_width=1,
-        vocab_size=1,
-        max_positions=4096,
-    )
+    names = {"name": "synthetic", "fingerprint": "0" * 64}
+    return made_facts(layers, attn_bytes, ffn_bytes, ffn_width=1, **names)
 
 
 class SyntheticScorer:

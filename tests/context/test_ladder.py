@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import gymnasium as gym
@@ -23,8 +21,9 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus
-from tests.envs.playing import DENSE_TIMING, play
-from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+from tests.envs.playing import DENSE_TIMING, LEVELS, make_v1, play
+from tests.envs.tiny_contexts import make_ladder_context
+from tests.imports import loaded_by
 from tests.scoring.tiny_table import all_masks, table_of
 
 CACHES = LEVELS["caches"]
@@ -47,25 +46,17 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     assert len(list(tmp_path.glob("levels-*.json"))) == 2
 
 
-def test_packaged_costs_are_used_where_they_fit(tmp_path, monkeypatch):
-    made = make_ladder_context()
-    made.level_costs(CACHES).save(tmp_path / "packaged.json")
+@pytest.mark.parametrize("source", ["self", "tokens"])
+def test_packaged_costs_are_used_for_self_written_text_where_they_fit(
+    tmp_path, monkeypatch, source
+):
+    make_ladder_context().level_costs(CACHES).save(tmp_path / "packaged.json")
     monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
     context = make_ladder_context()
-    context.scorer.corpus = Corpus.of_tokens(context.corpus.tokens, source="self")
+    context.scorer.corpus = Corpus.of_tokens(context.corpus.tokens, source=source)
     context.level_costs(CACHES[:2])
-    assert context.scorer.evaluations == 0
+    assert (context.scorer.evaluations == 0) == (source == "self")
     context.level_costs(["int2"])  # not among them
-    assert context.scorer.evaluations > 20
-
-
-def test_packaged_costs_stand_for_self_written_text_only(tmp_path, monkeypatch):
-    made = make_ladder_context()
-    made.level_costs(CACHES).save(tmp_path / "packaged.json")
-    monkeypatch.setattr(live_module, "PACKAGED_COSTS", tmp_path / "packaged.json")
-    context = make_ladder_context()
-    assert context.corpus.provenance["source"] == "tokens"
-    context.level_costs(CACHES[:2])
     assert context.scorer.evaluations > 20
 
 
@@ -166,7 +157,6 @@ for _ in range(200):
         assert "nll" in info
         env.reset()
 assert ended > 2
-print([name for name in ("torch", "transformers") if name in sys.modules])
 """
 
 
@@ -174,8 +164,6 @@ def test_gymnasium_makes_it_from_a_table_without_torch(table, tmp_path):
     table.save(tmp_path / "t.json")
     model = f"score_table:{tmp_path / 't.json'}"
     code = CODE.format(model=model, levels=LEVELS)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert loaded_by(code) == []
     envs = gym.make_vec("RAPLadder-v0", num_envs=2, model=model, levels=LEVELS)
     assert envs.reset(seed=0)[0]["ladder"].shape[0] == 2

@@ -20,7 +20,7 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore
-from tests.envs.conftest import tiny_library
+from tests.envs.tiny_contexts import tiny_library
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
@@ -145,27 +145,6 @@ def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
     assert plain.scorer.dense_nll == repaired.scorer.dense_nll
     assert set(mixed[plain]).isdisjoint(mixed[repaired])
     assert plain.llm.mask == Plan()
-
-
-@pytest.mark.slow
-def test_importance_is_stored_separately_for_each_repair(config, tmp_path):
-    contexts = [open_context(replace(config, repair=repair)) for repair in ("none", "library")]
-    orders = [context.gsi for context in contexts]
-    assert orders[0].nll_after != orders[1].nll_after
-    assert len({context._artifact("gsi") for context in contexts}) == 2
-    assert orders[1].provenance["scoring"]["repair"] == contexts[1].memory.facts.repair
-    assert "repair" not in orders[0].provenance["scoring"]
-    for context, order in zip(contexts, orders, strict=True):
-        order.save(tmp_path / "gsi.json")
-        again = LiveContext(
-            context.llm, context.scorer.corpus, importance=str(tmp_path / "gsi.json")
-        )
-        assert again.gsi == order
-    others = LiveContext(
-        contexts[0].llm, contexts[0].scorer.corpus, importance=str(tmp_path / "gsi.json")
-    )
-    with pytest.raises(ArtifactError, match="measured with the stubs .* is loaded without stubs"):
-        _ = others.gsi
 
 
 def test_a_rewritten_library_is_read_again(config, tmp_path):

@@ -1,43 +1,12 @@
-"""A real context around a tiny random model: all that an environment needs, in milliseconds."""
+"""Contexts and both tasks on them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 
 from rap_env.context.base import PruningContext
-from rap_env.context.live import LiveContext
-from rap_env.models.live.elastic import ElasticLLM
-from rap_env.repair.config import FitConfig
-from rap_env.repair.fitting import fit_library
-from rap_env.repair.stub_library import StubLibrary
-from rap_env.scoring.corpus import Corpus
-from tests.tiny import VOCAB_SIZE, tiny_llm
-
-LAYERS = 3
-
-
-def tiny_tokens(seed: int = 0, windows: int = 2, length: int = 8) -> Corpus:
-    generator = torch.Generator().manual_seed(seed)
-    return Corpus.of_tokens(torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator))
-
-
-def tiny_library(llm: ElasticLLM, seed: int = 5) -> StubLibrary:
-    """Stubs of rank 4, fitted on random tokens."""
-    text, held_back = tiny_tokens(seed, 8, 32), tiny_tokens(seed + 1, 4, 32)
-    return fit_library(llm, text, held_back, FitConfig(rank=4, ranks=None), progress=False)
-
-
-def make_context(
-    tokenizer: Any = None, *, repaired: bool = False, importance: str = "one_shot"
-) -> PruningContext:
-    torch.set_num_threads(1)
-    llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
-    if repaired:
-        llm = tiny_library(llm).attach(llm)
-    return LiveContext(llm, tiny_tokens(), importance=importance, progress=False)
+from tests.envs.playing import Task, ladder_task, prune_task
+from tests.envs.tiny_contexts import make_context, make_ladder_context
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +18,17 @@ def context() -> PruningContext:
 def repaired() -> PruningContext:
     """The same model, whose removed blocks leave stubs behind."""
     return make_context(repaired=True)
+
+
+@pytest.fixture(scope="session")
+def ladder() -> PruningContext:
+    """A model with all levels."""
+    return make_ladder_context()
+
+
+@pytest.fixture(scope="session", params=["prune", "ladder"])
+def task(request) -> Task:
+    """Each of the two environments."""
+    if request.param == "prune":
+        return prune_task(request.getfixturevalue("context"))
+    return ladder_task(request.getfixturevalue("ladder"))

@@ -2,26 +2,92 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rap_env.envs.prune import RAPPruneEnv
+from rap_env.envs.ladder import RAPLadderEnv, RAPLadderVectorEnv
+from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
+from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.request import Request
-from tests.envs.conftest import LAYERS
+from tests.envs.tiny_contexts import LAYERS
 
-COUNT = 2 * LAYERS
+COUNT, ITEMS = 2 * LAYERS, 3 * LAYERS + 1
+NUM_ENVS = 5
+MODES = list(AutoresetMode)
 DENSE_TIMING = {"name": "perplexity", "timing": "dense"}
 LONG = {"batch_size": 8, "seq_len_tokens": 64}  # its budgets need attention blocks removed
+LONG_CACHES = {"batch_size": 16, "seq_len_tokens": 500}  # its cache is most of its bytes
 USUAL = {"workload": "grid", "infeasible": "clip"}  # a tiny model's workspace is large
+LEVELS = {
+    "weights": ["int8", "int4", "removed"],
+    "caches": ["int8", "int4", "int4-window32"],
+    "embeddings": ["int8", "int4"],
+}
+"""All levels of items, with a window that is short enough for a tiny model's text."""
+ONE_BY_ONE = {**USUAL, "levels": LEVELS, "together": []}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of both environments, and what tests of both need to know of it."""
+
+    context: Any
+    env: type[gym.Env]
+    vector_env: type[gym.vector.VectorEnv]
+    settings: dict[str, Any]
+    actions: int
+    columns: int
+
+    def make(self, context: Any = None, **settings: Any) -> gym.Env:
+        return self.env(context=context or self.context, **{**self.settings, **settings})
+
+    def make_vector(self, context: Any = None, **settings: Any) -> gym.vector.VectorEnv:
+        settings = {"num_envs": NUM_ENVS, **self.settings, **settings}
+        return self.vector_env(context=context or self.context, **settings)
+
+    def make_sync(self, mode, steps=None, context: Any = None, **settings: Any) -> SyncVectorEnv:
+        def one() -> gym.Env:
+            return self.make(context, max_steps=steps, **settings)
+
+        return SyncVectorEnv([one] * NUM_ENVS, autoreset_mode=mode)
+
+
+def prune_task(context) -> Task:
+    return Task(context, RAPPruneEnv, RAPPruneVectorEnv, USUAL, COUNT, 7)
+
+
+def ladder_task(context) -> Task:
+    columns = len(ITEM_FEATURES)
+    return Task(context, RAPLadderEnv, RAPLadderVectorEnv, ONE_BY_ONE, ITEMS, columns)
 
 
 def make(context, **settings) -> RAPPruneEnv:
-    return RAPPruneEnv(context=context, **{**USUAL, **settings})
+    return prune_task(context).make(**settings)
+
+
+def make_vector(context, **settings) -> RAPPruneVectorEnv:
+    return prune_task(context).make_vector(**settings)
+
+
+def make_sync(context, mode, steps=None, **settings) -> SyncVectorEnv:
+    return prune_task(context).make_sync(mode, steps, **settings)
+
+
+def make_v1(context, **settings) -> RAPLadderEnv:
+    return ladder_task(context).make(**settings)
 
 
 def request_at(context, fraction: float = 0.8) -> Request:
     return Request.at_fraction(context.memory, *LONG.values(), fraction)
+
+
+def long_request(context, fraction: float = 0.6) -> Request:
+    return Request.at_fraction(context.memory, *LONG_CACHES.values(), fraction)
 
 
 def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:
@@ -33,6 +99,39 @@ def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:
         seen.append(env.step(env.action_space.sample(mask)))
         over = seen[-1][2] or seen[-1][3]
     return seen
+
+
+def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
+    """Random actions, many of them invalid; a reset follows where autoreset does not.
+
+    Returns everything that `reset` and `step` returned.
+    """
+    rng = np.random.default_rng(seed)
+    happened = [envs.reset(seed=seed)]
+    for _ in range(steps):
+        happened.append(envs.step(rng.integers(envs.single_action_space.n, size=NUM_ENVS)))
+        reset_finished(envs, happened)
+    return happened
+
+
+def reset_finished(envs, happened: list[tuple]) -> None:
+    """Reset finished sub-environments where autoreset does not."""
+    over = happened[-1][2] | happened[-1][3]
+    if envs.metadata["autoreset_mode"] == AutoresetMode.DISABLED and over.any():
+        happened.append(envs.reset(options={"reset_mask": over}))
+
+
+def check_resumed(task: Task, steps: int, **settings) -> None:
+    """A vector environment with the state of another one goes on as the other does."""
+    vector = task.make_vector(**settings)
+    start = vector.reset(seed=4)[0]
+    for row in np.random.default_rng(0).integers(task.actions, size=(steps, NUM_ENVS)):
+        resumed = task.make_vector(**settings)
+        assert_same(resumed.set_state(json.loads(json.dumps(vector.get_state()))), start)
+        results = [vector.step(row)]
+        assert_same(resumed.step(row), results[0])
+        reset_finished(vector, results)
+        start = results[-1][0]
 
 
 def assert_same(one, other, where="") -> None:

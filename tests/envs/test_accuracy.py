@@ -6,8 +6,8 @@ from rap_env.envs.config import TASK_DOCUMENTS
 from rap_env.envs.task import task_scorer
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
-from tests.envs.conftest import make_context
 from tests.envs.playing import make, play
+from tests.envs.tiny_contexts import make_context
 from tests.tiny import tiny_tokenizer
 
 

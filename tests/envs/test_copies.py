@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from rap_env.context.table import TableContext
-from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, make
-from tests.envs.playing_v1 import ITEMS, make_ladder_context, make_v1, make_vector_v1
-from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector
+from tests.envs.playing import (
+    COUNT,
+    DENSE_TIMING,
+    MODES,
+    NUM_ENVS,
+    assert_same,
+    make,
+    make_v1,
+    reset_finished,
+)
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def ladder():
-    return make_ladder_context()
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +72,17 @@ def test_copies_of_a_live_environment_share_its_model(context, ladder):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_copies_of_vector_environments_continue_identically(table, ladder, version, mode):
-    if version == "v0":
-        envs, count, copies = (
-            make_vector(table, autoreset_mode=mode),
-            COUNT,
-            (copy.deepcopy, pickled),
-        )
-    else:
-        envs, count, copies = make_vector_v1(ladder, autoreset_mode=mode), ITEMS, (copy.deepcopy,)
+def test_copies_of_vector_environments_continue_identically(table, task, mode):
+    """Of a table, which has masks only, pickles continue, too."""
+    of_masks = task.actions == COUNT
+    envs = task.make_vector(table if of_masks else None, autoreset_mode=mode)
+    copies = (copy.deepcopy, pickled) if of_masks else (copy.deepcopy,)
 
     def go_on(one):
         rng, seen = np.random.default_rng(0), []
         for _ in range(12):
-            seen.append(one.step(rng.integers(count, size=NUM_ENVS)))
-            over = seen[-1][2] | seen[-1][3]
-            if mode.value == "Disabled" and over.any():
-                seen.append(one.reset(options={"reset_mask": over}))
+            seen.append(one.step(rng.integers(task.actions, size=NUM_ENVS)))
+            reset_finished(one, seen)
         return seen
 
     copies[0](envs).reset(seed=0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
 
-from tests.envs.playing import COUNT, assert_same, make
-from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
+from tests.envs.playing import (
+    MODES,
+    NUM_ENVS,
+    assert_same,
+    check_resumed,
+    make_sync,
+    make_vector,
+    play_vector,
+    prune_task,
+)
 
 SHARES = {"name": "grid", "budget_fractions": [0.5, 0.55, 0.6]}
 POOL = {"name": "pool", "of": SHARES, "size": 3}
@@ -61,25 +66,7 @@ def test_a_pool_repeats_its_requests_in_all_sub_environments(context):
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_restored_state_continues_identically(context, mode, workload):
     settings = {"autoreset_mode": mode, "workload": workload, "max_episode_steps": 4}
-    vector = make_vector(context, **settings)
-    vector.reset(seed=4)
-    resumed = make_vector(context, **settings)
-    for number, row in enumerate(np.random.default_rng(0).integers(COUNT, size=(24, NUM_ENVS))):
-        result = vector.step(row)
-        if number:
-            assert_same(resumed.step(row), result)
-        over = result[2] | result[3]
-        if mode == AutoresetMode.DISABLED and over.any():
-            vector.reset(options={"reset_mask": over})
-        state = json.loads(json.dumps(vector.get_state()))
-        resumed = make_vector(context, **settings)
-        resumed.set_state(state)
-
-
-def test_single_environments_take_them_by_name(context):
-    env = make(context, workload=CURRICULUM)
-    budgets = [env.reset(seed=seed)[1]["request"]["budget_bytes"] for seed in (0, None, 0)]
-    assert budgets[0] == budgets[2]
+    check_resumed(prune_task(context), 24, **settings)
 
 
 def _requests(vector, seed: int):

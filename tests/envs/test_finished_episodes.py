@@ -10,16 +10,9 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from rap_env.errors import InvalidRequestError
-from tests.envs.playing import DENSE_TIMING, LONG, make
-from tests.envs.playing_v1 import make_ladder_context, make_v1, make_vector_v1
-from tests.envs.playing_vectors import MODES, NUM_ENVS, make_vector
+from tests.envs.playing import DENSE_TIMING, LONG, MODES, NUM_ENVS
 
 OPTIONS = {"request": {**LONG, "budget_bytes": 10}}  # clipped: everything must be given up
-
-
-@pytest.fixture(scope="module")
-def ladder():
-    return make_ladder_context()
 
 
 def softmax_of_masked_logits(masks) -> np.ndarray:
@@ -28,9 +21,8 @@ def softmax_of_masked_logits(masks) -> np.ndarray:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_the_mask_of_a_finished_episode_is_usable(context, ladder, version):
-    env = make(context) if version == "v0" else make_v1(ladder)
+def test_the_mask_of_a_finished_episode_is_usable(task):
+    env = task.make()
     seen, _ = env.reset(seed=0, options=OPTIONS)
     terminated = False
     while not terminated:
@@ -43,11 +35,9 @@ def test_the_mask_of_a_finished_episode_is_usable(context, ladder, version):
     assert env.observation_space.contains(seen)
 
 
-@pytest.mark.parametrize("version", ["v0", "v1"])
 @pytest.mark.parametrize("mode", MODES)
-def test_masks_of_finished_sub_environments_are_usable(context, ladder, version, mode):
-    make_one, its_context = (make_vector, context) if version == "v0" else (make_vector_v1, ladder)
-    envs = make_one(its_context, autoreset_mode=mode)
+def test_masks_of_finished_sub_environments_are_usable(task, mode):
+    envs = task.make_vector(autoreset_mode=mode)
     seen, _ = envs.reset(seed=0, options=OPTIONS)
     for _ in range(200):
         assert np.isfinite(softmax_of_masked_logits(seen["action_mask"])).all()
@@ -74,44 +64,31 @@ def play_first_valid(env) -> tuple[float, bool, dict]:
 @pytest.mark.parametrize(
     "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}]
 )
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(
-    context, ladder, version, reward
-):
-    def make_one(**settings):
-        settings = {"reward": reward, **settings}
-        return make(context, **settings) if version == "v0" else make_v1(ladder, **settings)
-
-    finished, truncated, _ = play_first_valid(make_one())
+def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(task, reward):
+    finished, truncated, _ = play_first_valid(task.make(reward=reward))
     assert not truncated
-    everything = make_one(infeasible="clip")
+    everything = task.make(reward=reward, infeasible="clip")
     everything.reset(options=OPTIONS)
     worst, terminated = 0.0, False
     while not terminated:
         action = int(everything.action_masks().argmax())
         _, paid, terminated, _, _ = everything.step(action)
         worst += paid
-    cut, truncated, info = play_first_valid(make_one(max_steps=2))
+    cut, truncated, info = play_first_valid(task.make(reward=reward, max_steps=2))
     assert truncated
     assert cut == pytest.approx(worst)
     assert cut <= finished
     assert not {"loss", "delta_nll"} & info.keys()
 
 
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_an_episode_that_ends_with_its_last_step_is_finished(context, ladder, version):
-    make_one = (
-        (lambda **s: make(context, **s)) if version == "v0" else (lambda **s: make_v1(ladder, **s))
-    )
-    env = make_one()
+def test_an_episode_that_ends_with_its_last_step_is_finished(task):
+    env = task.make()
     play_first_valid(env)
     steps = env._episode.steps
-    assert play_first_valid(make_one(max_steps=steps)) == play_first_valid(make_one())
+    assert play_first_valid(task.make(max_steps=steps)) == play_first_valid(task.make())
 
 
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_make_vec_with_max_episode_steps_pays_too(context, ladder, version):
-    make_one, its_context = (make_vector, context) if version == "v0" else (make_vector_v1, ladder)
+def test_make_vec_with_max_episode_steps_pays_too(task):
     options = {"request": {**LONG, "budget_fraction": 0.5}}
     results = []
     for settings in (
@@ -119,7 +96,7 @@ def test_make_vec_with_max_episode_steps_pays_too(context, ladder, version):
         {"max_episode_steps": 2},
         {"max_episode_steps": 2, "max_steps": 9},
     ):
-        envs = make_one(its_context, **settings)
+        envs = task.make_vector(**settings)
         envs.reset(seed=0, options=options)
         for action in range(2):
             _, rewards, _, truncated, _ = envs.step(np.full(NUM_ENVS, action))
@@ -130,19 +107,18 @@ def test_make_vec_with_max_episode_steps_pays_too(context, ladder, version):
     with pytest.raises(
         InvalidRequestError, match="max_steps must be .* at least 1, or None, not 0"
     ):
-        make_one(its_context, max_steps=0)
+        task.make_vector(max_steps=0)
 
 
-@pytest.mark.parametrize("version", ["v0", "v1"])
-def test_a_time_limit_that_ends_episodes_unpaid_is_noticed(context, ladder, version):
-    env = TimeLimit(make(context) if version == "v0" else make_v1(ladder), 2)
+def test_a_time_limit_that_ends_episodes_unpaid_is_noticed(task):
+    env = TimeLimit(task.make(), 2)
     assert play_first_valid(env)[0] == 0.0  # the trap: no finished episode returns as much
     play_first_valid(env)
     with pytest.warns(UserWarning, match="reset after 2 steps.*max_steps=2"):
         env.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = make(context)
+        env = task.make()
         for steps in (3, 2, 4, 1, 1):  # somebody resets by hand
             env.reset(seed=0, options=OPTIONS)
             for action in range(steps):

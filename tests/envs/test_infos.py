@@ -8,14 +8,16 @@ from gymnasium.utils.env_checker import check_env
 
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
-from tests.envs.playing import COUNT, assert_same, make, play
-from tests.envs.playing_v1 import ITEMS, make_ladder_context, make_sync_v1, make_v1, make_vector_v1
-from tests.envs.playing_vectors import MODES, make_sync, make_vector, play_vector
-
-
-@pytest.fixture(scope="module")
-def ladder():
-    return make_ladder_context()
+from tests.envs.playing import (
+    COUNT,
+    ITEMS,
+    MODES,
+    assert_same,
+    make,
+    make_v1,
+    play,
+    play_vector,
+)
 
 
 def test_removed_blocks_as_an_array_have_a_fixed_shape(context):
@@ -48,13 +50,9 @@ def test_levels_as_an_array_have_a_fixed_shape(ladder):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_vector_environments_have_those_of_single_ones(context, ladder, mode):
-    vector = make_vector(context, autoreset_mode=mode, info="arrays")
-    sync = make_sync(context, mode, info="arrays")
-    assert_same(play_vector(vector, 0), play_vector(sync, 0))
-    vector = make_vector_v1(ladder, autoreset_mode=mode, info="arrays")
-    sync = make_sync_v1(ladder, mode, info="arrays")
-    assert_same(play_vector(vector, 0), play_vector(sync, 0))
+def test_vector_environments_have_those_of_single_ones(task, mode):
+    vector = task.make_vector(autoreset_mode=mode, info="arrays")
+    assert_same(play_vector(vector, 0), play_vector(task.make_sync(mode, info="arrays"), 0))
 
 
 def test_the_checker_of_gymnasium_accepts_them(context):

@@ -10,8 +10,8 @@ from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder, squash
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.envs.conftest import LAYERS
 from tests.envs.playing import COUNT, make, play
+from tests.envs.tiny_contexts import LAYERS
 
 
 @pytest.fixture
@@ -87,14 +87,6 @@ def test_every_call_returns_new_arrays(builder, request_):
         array += 1
     third = builder.build(request_, Plan())
     assert all(np.array_equal(third[key], second[key]) for key in second)
-
-
-def test_consecutive_requests_do_not_interfere(builder, request_):
-    other = Request.at_fraction(builder.memory, 1, 8, 0.9)
-    fresh = builder.build(other, Plan())
-    builder.build(request_, Plan())
-    again = builder.build(other, Plan())
-    assert all(np.array_equal(fresh[key], again[key]) for key in fresh)
 
 
 def test_observations_of_unknown_blocks_or_lengths_are_rejected(builder, request_):

@@ -12,7 +12,7 @@ from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import task_scorer
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.envs.conftest import tiny_tokens
+from tests.envs.tiny_contexts import tiny_tokens
 from tests.scoring.test_long_context_tasks import word_llm
 
 TASKS = {"names": ["rap_recall_512"], "limit": 16}

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import gymnasium as gym
 import pytest
-from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode
 
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
-from rap_env.request import Request
-from tests.envs.conftest import tiny_library
-from tests.envs.playing import DENSE_TIMING, assert_same, make, play, request_at
-from tests.envs.playing_vectors import make_sync, make_vector, play_vector
+from tests.envs.playing import DENSE_TIMING, make, play, request_at
+from tests.envs.tiny_contexts import tiny_library
 from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
-def test_gymnasium_accepts_it(repaired, workload):
-    env = make(repaired, workload=workload, reward=DENSE_TIMING)
-    check_env(env, skip_render_check=True, skip_close_check=True)
 
 
 def test_spaces_and_info_are_those_without_stubs(context, repaired):
@@ -42,36 +30,6 @@ def test_the_dense_model_is_the_same_one(context, repaired):
     assert stubs == plain  # no block is removed, so no stub is active
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_bytes_of_stubs_count_until_the_request_fits(repaired, seed):
-    env = make(repaired, reward=DENSE_TIMING)
-    (_, start), *steps = play(env, seed, masked=True)
-    request = Request(**start["request"])
-    for _, _, terminated, _, info in steps:
-        mask = Plan.removing(*info["removed"])
-        parts = repaired.memory.breakdown(mask, request)
-        assert (
-            parts.stubs
-            == sum(repaired.memory.facts.stub_bytes[index] for index in sorted(mask.removed))
-            > 0
-        )
-        assert info["peak_bytes"] == parts.peak
-        assert terminated == (parts.peak <= request.budget_bytes)
-    peaks = [start["peak_bytes"], *(info["peak_bytes"] for *_, info in steps)]
-    assert all(after < before for before, after in itertools.pairwise(peaks))
-
-
-def test_freed_bytes_in_observations_exclude_the_stub(context, repaired):
-    request = request_at(context, 0.7)
-    plain, stubs = (
-        make(each).reset(seed=0, options={"request": request})[0]["blocks"][:, 3]
-        for each in (context, repaired)
-    )
-    dense = context.memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-    lost = [count / dense for count in repaired.memory.facts.stub_bytes]
-    assert plain - stubs == pytest.approx(lost, abs=1e-6)
-
-
 def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
     options = {"request": request_at(context, 0.8)}
     found = {}
@@ -82,19 +40,6 @@ def test_rewards_are_those_of_the_model_with_stubs(context, repaired):
         found[each] = info["nll"]
         assert info["nll"] == each.scorer.nll(Plan.removing(1))
     assert found[context] != found[repaired]
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_sub_environments_are_single_environments_side_by_side(repaired, mode):
-    settings = {"reward": DENSE_TIMING, "workload": "azure-conv"}
-    expected = play_vector(make_sync(repaired, mode, **settings), 1)
-    found = play_vector(make_vector(repaired, autoreset_mode=mode, **settings), 1)
-    for one, other in zip(found, expected, strict=True):
-        for array in ("request", "blocks", "action_mask"):
-            assert_same(one[0][array], other[0][array])
-        assert_same(one[1:-1], other[1:-1])
-        for key in ("peak_bytes", "removed", "request"):
-            assert_same(one[-1][key], other[-1][key])
 
 
 @pytest.fixture
@@ -136,7 +81,3 @@ def test_errors_name_the_wrong_value(settings, tmp_path):
     tiny_library(shared_llm(settings["model"], dtype="bfloat16")).save(other)
     with pytest.raises(ArtifactError, match="fitted on .* another dtype"):
         RAPPruneEnv(repair=str(other), **settings)
-
-
-def test_the_page_documents_it():
-    assert '| `repair` | `"none"` |' in RAPPruneEnv.__doc__

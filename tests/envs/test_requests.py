@@ -3,10 +3,8 @@ from __future__ import annotations
 import pytest
 from gymnasium.error import ResetNeeded
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, UnknownNameError
-from rap_env.request import Request
-from tests.envs.playing import COUNT, LONG, make, request_at
-from tests.envs.playing_vectors import make_vector
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from tests.envs.playing import COUNT, LONG, make, make_vector, request_at
 
 
 def test_the_workload_draws_and_options_override(context):
@@ -55,12 +53,6 @@ def test_a_workload_that_never_needs_pruning_is_rejected(context):
     env = make(context, workload={"name": "fixed", "budget_bytes": 2**60})
     with pytest.raises(InvalidRequestError, match=r"each of 100 requests .* smaller budgets"):
         env.reset(seed=0)
-
-
-def test_an_option_that_fits_the_dense_model_is_rejected(context):
-    env = make(context)
-    with pytest.raises(InvalidRequestError, match=r"dense model already fits .* smaller"):
-        env.reset(options={"request": {**LONG, "budget_fraction": 1.0}})
 
 
 def test_an_infeasible_budget_is_rejected_at_reset(context):
@@ -114,26 +106,3 @@ def test_an_infeasible_budget_is_clipped_on_demand(context):
     assert terminated
     assert info["peak_bytes"] == env.request.budget_bytes
     assert "infeasible" not in env.reset(seed=0)[1]
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        ({**LONG, "budget_byte": 5}, UnknownNameError, "setting of a request: 'budget_byte'"),
-        ({"batch_size": 1}, InvalidRequestError, r"needs batch_size, .*\['batch_size'\]"),
-        ({**LONG, "budget_bytes": 5, "budget_fraction": 0.5}, InvalidRequestError, "one of"),
-        ({**LONG, "seq_len_tokens": 65, "budget_bytes": 5}, InvalidRequestError, "1 to 64"),
-        ({**LONG, "batch_size": 0, "budget_fraction": 0.5}, InvalidRequestError, "not 0"),
-        ({**LONG, "batch_size": "8", "budget_fraction": 0.5}, InvalidRequestError, "not '8'"),
-        (Request(1, 65, 5), InvalidRequestError, "from 1 to 64 tokens"),
-        ([1, 2, 3], InvalidRequestError, "must be a Request or a dict"),
-    ],
-)
-def test_bad_requests_are_rejected(context, request_, error, message):
-    with pytest.raises(error, match=message):
-        make(context).reset(options={"request": request_})
-
-
-def test_a_misspelt_option_is_rejected(context):
-    with pytest.raises(UnknownNameError, match="setting of reset: 'requests'"):
-        make(context).reset(options={"requests": request_at(context)})

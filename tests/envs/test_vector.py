@@ -1,35 +1,72 @@
+"""Vector environments are single environments side by side, stepped as arrays."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode
 
-from tests.envs.conftest import make_context
-from tests.envs.playing import COUNT, DENSE_TIMING, assert_same, request_at
-from tests.envs.playing_vectors import MODES, NUM_ENVS, make_sync, make_vector, play_vector
+from tests.envs.playing import (
+    COUNT,
+    DENSE_TIMING,
+    LEVELS,
+    MODES,
+    NUM_ENVS,
+    assert_same,
+    ladder_task,
+    make_sync,
+    make_vector,
+    play_vector,
+    prune_task,
+    request_at,
+)
+from tests.envs.tiny_contexts import make_context, make_ladder_context
+from tests.tiny import tiny_tokenizer
+
+EASY = {"name": "azure-conv", "budget_fraction_range": [0.9, 0.95]}
 
 
-@pytest.mark.parametrize("mode", MODES)
+def both(task, mode, seed=0, context=None, **settings) -> list[tuple]:
+    """What a vector environment returned, which single ones returned, too."""
+    vector = task.make_vector(context, autoreset_mode=mode, **settings)
+    happened = play_vector(vector, seed)
+    steps = settings.pop("max_episode_steps", None)
+    sync = task.make_sync(mode, steps, context, **settings)
+    assert_same(happened, play_vector(sync, seed))
+    return happened
+
+
 @pytest.mark.parametrize(
-    ("reward", "workload"),
+    ("mode", "reward", "workload"),
     [
-        ("perplexity", "azure-conv"),
-        (DENSE_TIMING, "grid"),
-        pytest.param("perplexity", "grid", marks=pytest.mark.slow),
-        pytest.param(DENSE_TIMING, "azure-conv", marks=pytest.mark.slow),
-        pytest.param("perplexity", "fixed", marks=pytest.mark.slow),
-        pytest.param(DENSE_TIMING, "fixed", marks=pytest.mark.slow),
+        (MODES[0], "perplexity", "azure-conv"),
+        (MODES[0], DENSE_TIMING, "grid"),
+        (MODES[1], "perplexity", EASY),
+        (MODES[1], DENSE_TIMING, "fixed"),
+        (MODES[2], "perplexity", "grid"),
+        pytest.param(MODES[2], DENSE_TIMING, EASY, marks=pytest.mark.slow),
     ],
 )
-def test_it_equals_single_environments(context, mode, reward, workload):
-    settings = {"reward": reward, "workload": workload, "max_invalid_actions": 3}
-    vector = make_vector(context, autoreset_mode=mode, **settings)
-    sync = make_sync(context, mode, **settings)
-    for seed in range(3):
-        happened = play_vector(vector, seed)
-        assert_same(happened, play_vector(sync, seed))
-        steps = [result for result in happened if len(result) == 5]
-        assert any(terminated.any() for _, _, terminated, _, _ in steps)
-        assert any(truncated.any() for _, _, _, truncated, _ in steps)
+def test_it_equals_single_environments(task, mode, reward, workload):
+    settings = {"reward": reward, "workload": workload, "max_invalid_actions": 4}
+    happened = both(task, mode, **settings) + both(task, mode, 1, **settings)
+    steps = [result for result in happened if len(result) == 5]
+    assert any(terminated.any() for _, _, terminated, _, _ in steps)
+    assert any(truncated.any() for _, _, _, truncated, _ in steps)
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
+def test_levels_that_caches_take_together_equal_single_environments(mode, reward):
+    unordered = make_ladder_context(importance="none")
+    together = ["int8", "int4-window32"]
+    both(ladder_task(unordered), mode, reward=reward, together=together, max_invalid_actions=4)
+
+
+@pytest.mark.parametrize("levels", ["masks", {"caches": LEVELS["caches"][1:2]}], ids=str)
+def test_few_levels_equal_single_environments(ladder, levels):
+    long = {"name": "grid", "batch_sizes": [16], "seq_lens_tokens": [500, 512]}
+    both(ladder_task(ladder), AutoresetMode.SAME_STEP, 1, levels=levels, workload=long)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -37,24 +74,26 @@ def test_a_replayed_trace_continues_in_each_sub_environment(context, mode, tmp_p
     path = tmp_path / "trace.csv"
     lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
-    workload = {"name": "trace", "path": str(path), "order": "replay"}
-    vector = make_vector(context, autoreset_mode=mode, workload=workload)
-    assert_same(play_vector(vector, 1), play_vector(make_sync(context, mode, workload=workload), 1))
+    both(
+        prune_task(context),
+        mode,
+        1,
+        workload={"name": "trace", "path": str(path), "order": "replay"},
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_limit_of_steps_truncates_as_in_single_environments(context, mode):
-    settings = {"invalid_action_penalty": 0.5, "reward": DENSE_TIMING}
-    vector = make_vector(context, autoreset_mode=mode, max_episode_steps=3, **settings)
-    happened = play_vector(vector, 2)
-    assert_same(happened, play_vector(make_sync(context, mode, steps=3, **settings), 2))
+@pytest.mark.parametrize(
+    "reward", [DENSE_TIMING, {"name": "perplexity", "relative_to": "one_shot", "scale": "log"}]
+)
+def test_a_limit_of_steps_truncates_as_in_single_environments(task, mode, reward):
+    settings = {"invalid_action_penalty": 0.5, "reward": reward, "max_episode_steps": 3}
+    happened = both(task, mode, 2, **settings)
     assert any(result[3].any() for result in happened if len(result) == 5)
 
 
 def test_rewards_with_accuracy_are_those_of_single_environments():
     pytest.importorskip("lm_eval")
-    from tests.tiny import tiny_tokenizer
-
     context = make_context(tokenizer=tiny_tokenizer())
     settings = {
         "reward": {"name": "combined", "timing": "dense"},

@@ -1,50 +1,64 @@
 from __future__ import annotations
 
-import json
 import warnings
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 
 import rap_env
-from rap_env.envs.prune import RAPPruneVectorEnv
 from rap_env.errors import InvalidRequestError, NonFiniteScoreError, UnknownNameError
 from rap_env.plan import Plan
-from tests.envs.conftest import make_context
-from tests.envs.playing import COUNT, DENSE_TIMING, USUAL, assert_same, request_at
-from tests.envs.playing_vectors import (
+from tests.envs.playing import (
+    COUNT,
+    DENSE_TIMING,
+    ITEMS,
     MODES,
     NUM_ENVS,
+    USUAL,
+    assert_same,
+    check_resumed,
+    ladder_task,
+    long_request,
+    make_v1,
     make_vector,
     play_vector,
+    request_at,
 )
+from tests.envs.tiny_contexts import make_context
 
 
-def test_gymnasium_makes_it(context):
+@pytest.mark.parametrize("name", ["RAPPrune", "RAPLadder"])
+def test_gymnasium_makes_it(context, name):
     class Holder:
         """Survives the deep copy of a spec."""
 
         memory, features, scorer = context.memory, context.features, context.scorer
+        importance = "none"
 
         def __deepcopy__(self, memo):
             return self
 
+    settings = {"levels": "masks"} if name == "RAPLadder" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs = gym.make_vec(
-            "RAPPrune-v0", num_envs=3, context=Holder(), max_episode_steps=7, **USUAL
+            f"{name}-v0", 3, context=Holder(), max_episode_steps=7, **USUAL, **settings
         )
-    assert type(envs) is RAPPruneVectorEnv is rap_env.RAPPruneVectorEnv
+    assert type(envs) is getattr(rap_env, f"{name}VectorEnv")
     assert envs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
-    assert RAPPruneVectorEnv.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert type(envs).metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     seen, _ = envs.reset(seed=0)
     assert envs.observation_space.contains(seen)
     assert envs.action_space == gym.spaces.MultiDiscrete([COUNT] * 3)
     assert envs.single_action_space == gym.spaces.Discrete(COUNT)
+
+
+def test_an_environment_has_one_sub_environment_at_least(context):
+    with pytest.raises(InvalidRequestError, match="num_envs must be .* at least 1, not 0"):
+        make_vector(context, num_envs=0)
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
@@ -105,23 +119,8 @@ def test_it_renders_every_sub_environment(context):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_a_restored_state_continues_identically(context, mode, reward):
-    settings = {"autoreset_mode": mode, "reward": reward, "max_episode_steps": 9}
-    vector = make_vector(context, **settings)
-    rng = np.random.default_rng(0)
-    actions = rng.integers(COUNT, size=(40, NUM_ENVS))
-    vector.reset(seed=4)
-    resumed = make_vector(context, **settings)
-    for number, row in enumerate(actions):
-        result = vector.step(row)
-        if number:
-            assert_same(resumed.step(row), result)
-        over = result[2] | result[3]
-        if mode == AutoresetMode.DISABLED and over.any():
-            result = vector.reset(options={"reset_mask": over})
-        state = json.loads(json.dumps(vector.get_state()))
-        resumed = make_vector(context, **settings)
-        assert_same(resumed.set_state(state), result[0])
+def test_a_restored_state_continues_identically(task, mode, reward):
+    check_resumed(task, 30, autoreset_mode=mode, reward=reward, max_episode_steps=9)
 
 
 def test_a_failing_model_changes_no_sub_environment():
@@ -144,67 +143,34 @@ def test_a_failing_model_changes_no_sub_environment():
     assert vector.masks[4] == Plan.removing(1, 3)
 
 
-def test_finished_sub_environments_wait_for_their_reset(context):
-    vector = make_vector(context, autoreset_mode="Disabled", max_episode_steps=1)
-    with pytest.raises(ResetNeeded, match="call reset"):
-        vector.step(np.zeros(NUM_ENVS, dtype=int))
-    with pytest.raises(ResetNeeded, match="call reset"):
-        vector.reset(options={"reset_mask": np.arange(NUM_ENVS) == 0})
-    vector.reset(seed=0)
-    vector.step(np.zeros(NUM_ENVS, dtype=int))
-    message = r"sub-environments \[0, 1, 2, 3, 4\] are over; .*reset_mask"
-    with pytest.raises(ResetNeeded, match=message):
-        vector.step(np.zeros(NUM_ENVS, dtype=int))
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"num_envs": 0}, InvalidRequestError, "num_envs must be .* at least 1, not 0"),
-        ({"max_episode_steps": 1.5}, InvalidRequestError, "max_episode_steps .* not 1.5"),
-        ({"autoreset_mode": "same"}, UnknownNameError, "autoreset mode 'same'; .*'SameStep'"),
-        ({"render_mode": "human"}, UnknownNameError, "render mode 'human'"),
-        ({"infeasible": "ignore"}, UnknownNameError, "'ignore'; known are"),
-        ({"budget": 1}, UnknownNameError, "setting of the environment: 'budget'; .*'workload'"),
-    ],
-)
-def test_impossible_settings_are_rejected(context, settings, error, message):
-    with pytest.raises(error, match=message):
-        RAPPruneVectorEnv(context=context, **{"num_envs": 2, **settings})
-
-
 @pytest.mark.parametrize(
     ("actions", "error", "message"),
     [
         ([0] * (NUM_ENVS - 1), InvalidRequestError, r"array of 5 actions, .* shape \(4,\)"),
         ([[0] * NUM_ENVS], InvalidRequestError, r"shape \(1, 5\)"),
-        ([0, 0, COUNT, 0, 0], UnknownNameError, r"Unknown action 6; .*5 \(layer02\.ffn\)"),
+        ([0, 0, ITEMS, 0, 0], UnknownNameError, r"Unknown action 10; .*(ffn|embeddings)\)"),
         ([0, -1, 0, 0, 0], UnknownNameError, "Unknown action -1"),
         ([0.0] * NUM_ENVS, UnknownNameError, r"Unknown action 0\.0"),
     ],
 )
-def test_impossible_actions_are_rejected_and_change_nothing(context, actions, error, message):
-    vector = make_vector(context)
+def test_impossible_actions_are_rejected_and_change_nothing(task, actions, error, message):
+    vector = task.make_vector()
     vector.reset(seed=0)
     with pytest.raises(error, match=message):
         vector.step(np.array(actions))
-    assert vector.masks == (Plan(),) * NUM_ENVS
+    assert vector.plans == (Plan(),) * NUM_ENVS
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({"seed": [1, 2]}, InvalidRequestError, "one for each of 5 sub-environments, not 2"),
-        ({"options": {"reset_mask": [0, 1]}}, InvalidRequestError, "must hold 5 booleans"),
-        ({"options": {"reset_mask": np.zeros(5, bool)}}, InvalidRequestError, "at least one"),
-        ({"options": {"requests": 1}}, UnknownNameError, "setting of reset: 'requests'"),
-    ],
-)
-def test_impossible_resets_are_rejected(context, given, error, message):
-    with pytest.raises(error, match=message):
-        make_vector(context).reset(**given)
-
-
-def test_reset_options_that_are_no_dict_are_rejected(context):
-    with pytest.raises(InvalidRequestError, match="must be a dict such as .*, or None, not 5"):
-        make_vector(context).reset(options=5)
+def test_sub_environments_of_levels_have_their_plans_and_pictures(ladder):
+    options = {"request": long_request(ladder, 0.3)}
+    vector = ladder_task(ladder).make_vector(render_mode="ansi")
+    vector.reset(seed=0, options=options)
+    vector.step(np.arange(NUM_ENVS))
+    names = [item.name for item in vector.ladder.items]
+    plans = tuple(Plan.of({names[index]: "int8"}) for index in range(NUM_ENVS))
+    assert vector.get_attr("plan") == plans
+    assert vector.call("action_masks")[0].tolist() == [True] * ITEMS
+    single = make_v1(ladder, render_mode="ansi")
+    single.reset(seed=0, options=options)
+    single.step(3)
+    assert vector.render()[3] == single.render()

@@ -1,6 +1,5 @@
 """GSI: equal to the naive loop, resumable, rejected for another model."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +10,9 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
 from rap_env.plan import Plan
-from rap_env.scoring import nll as nll_module
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.envs.conftest import tiny_library
+from tests.envs.tiny_contexts import tiny_library
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
 
@@ -67,18 +65,6 @@ def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
     assert list(profile.order) == [block.name for block in order]
     assert list(profile.nll_after) == levels  # bit for bit
     assert profile.candidates == tuple(10 - i for i in range(5))
-
-
-@pytest.mark.slow
-def test_exact_gsi_measures_few_candidates_to_the_end(monkeypatch):
-    monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)  # a tight bound
-    llm, ids = tiny_llm(layers=6), tokens(windows=6)
-    scorer = MaskScorer(llm, ids, batch_tokens=18)
-    profile = gsi(scorer, stop=8, progress=False)
-    assert profile.block_forwards == scorer.block_forwards
-    # The dense model, the first and the last round, and of the others the winner at least.
-    whole = 1 + 12 + 5
-    assert whole + 6 <= scorer.known < whole + sum(range(6, 12)) / 2
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +162,6 @@ def test_interrupted_and_resumed_gives_the_same_result(method, tmp_path):
         gsi(scorer, method={"exact": "lazy", "lazy": "exact"}[method], path=path, progress=False)
 
 
-def test_a_kill_while_saving_leaves_the_previous_round(tmp_path, monkeypatch):
-    llm, ids, path = tiny_llm(layers=3), tokens(), tmp_path / "gsi.json"
-    gsi(MaskScorer(llm, ids), stop=1, path=path, progress=False)
-
-    def killed(*_args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        gsi(MaskScorer(llm, ids), stop=2, path=path, progress=False)
-    monkeypatch.undo()
-    assert len(GSIProfile.load(path, llm).order) == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["gsi.json"]
-
-
 def test_another_models_artifact_is_rejected(tmp_path):
     path = tmp_path / "gsi.json"
     gsi(MaskScorer(tiny_llm(), tokens()), stop=1, path=path, progress=False)
@@ -199,26 +170,6 @@ def test_another_models_artifact_is_rejected(tmp_path):
             GSIProfile.load(path, other)
     with pytest.raises(ArtifactError, match="not with 'exact' on this text"):
         gsi(MaskScorer(tiny_llm(), tokens(seed=1)), path=path, progress=False)
-
-
-@pytest.mark.parametrize("damage", ["cut", "edited", "kind", "format", "no json"])
-def test_a_damaged_artifact_is_rejected(tmp_path, damage):
-    llm, path = tiny_llm(), tmp_path / "gsi.json"
-    gsi(MaskScorer(llm, tokens()), stop=1, path=path, progress=False)
-    text = path.read_text()
-    document = json.loads(text)
-    document["body"]["dense_nll"] += 1
-    path.write_text(
-        {
-            "cut": text[: len(text) // 2],
-            "edited": json.dumps(document),
-            "kind": text.replace("GSI profile", "shopping list"),
-            "format": text.replace('"version": 3', '"version": 7'),
-            "no json": "[1, 2]",
-        }[damage]
-    )
-    with pytest.raises(ArtifactError, match=r"truncated|altered|of the kind|has format"):
-        GSIProfile.load(path, llm)
 
 
 def test_unknown_method():

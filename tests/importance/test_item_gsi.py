@@ -14,8 +14,8 @@ from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
-from tests.envs.playing import play
-from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+from tests.envs.playing import LEVELS, make_v1, play
+from tests.envs.tiny_contexts import make_ladder_context
 
 CACHES = LEVELS["caches"]
 

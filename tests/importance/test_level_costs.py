@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +13,7 @@ from rap_env.importance.level_costs import LevelCosts, window_share
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.levels import CacheLevel
 from rap_env.plan import Plan
+from tests.imports import loaded_by
 from tests.policies.test_knapsack import costs, facts
 
 SINGLE = {"int8": 0.01, "int4": 0.1, "int2": 0.5, "int4-window64": 0.3, "removed": 1.0}
@@ -192,9 +191,10 @@ LOAD = """
 import sys
 from types import SimpleNamespace
 from rap_env.importance.level_costs import LevelCosts
+from tests.imports import loaded_by
 from tests.policies.test_knapsack import facts
 made = LevelCosts.load(sys.argv[1], SimpleNamespace(facts=facts(packed=True)))
-print(len(made.one_shot), [name for name in ("torch", "transformers") if name in sys.modules])
+assert len(made.one_shot) == 7
 """
 
 
@@ -202,10 +202,7 @@ def test_artifacts_load_without_torch_and_only_for_their_model(tmp_path):
     path = tmp_path / "levels.json"
     made = scanned()
     made.save(path)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "7 []"
+    assert loaded_by(LOAD, path) == []
     live = SimpleNamespace(facts=facts(packed=True))
     assert LevelCosts.load(path, live) == made
     with pytest.raises(ArtifactError, match="other weights"):

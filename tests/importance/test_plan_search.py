@@ -22,7 +22,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
 from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path, with_tuples
-from tests.envs.playing_v1 import make_ladder_context
+from tests.envs.tiny_contexts import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")
 TOGETHER = ("int8", "int4")

@@ -1,7 +1,5 @@
 """The best known plans: a lookup gives the best one that fits, and files keep all of them."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -11,11 +9,8 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, every_mask
-from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from tests.tiny import tiny_llm
-
-PACKAGED = Path(__file__).parents[2] / "rap_env/policies/packaged/smollm2-135m.frontier.json"
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +83,3 @@ def test_the_best_mask_for_each_pair_of_counts_answers_requests(llm):
                    if memory.peak_bytes(m, request) <= request.budget_bytes]  # fmt: skip
         assert table.best_mask(memory, request) == next(iter(fitting), None)
     assert table.best_mask(memory, Request(1, 8, 1)) is None
-
-
-def test_the_packaged_table_is_read():
-    table = PlanTable.load(PACKAGED, MemoryModel(default_facts("bf16")))
-    assert table.scores[Plan()] == table.dense_nll
-    for mask in table.scores:
-        mask.check(2 * table.num_layers)
-    assert table.has_masks_only
-    assert table.entries[0][1] <= 0

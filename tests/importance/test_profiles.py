@@ -1,7 +1,5 @@
 """Artifacts of importance load without torch."""
 
-import subprocess
-import sys
 from dataclasses import asdict
 
 from rap_env.importance.gsi_search import gsi
@@ -10,6 +8,7 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
+from tests.imports import loaded_by
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm
 
@@ -26,8 +25,6 @@ gsi = GSIProfile.load(f"{folder}/gsi.json", model)
 frontier = PlanTable.load(f"{folder}/frontier.json", model)
 ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 frontier.entries
-torch_like = ("torch", "transformers", "rap_env.models", "rap_env.scoring.scorer")
-print([name for name in torch_like if name in sys.modules])
 """
 
 
@@ -47,8 +44,7 @@ def test_loading_profiles_and_frontiers_imports_no_torch(tmp_path):
         settings={},
         provenance=scorer.provenance,
     ).save(tmp_path / "frontier.json")
-    command = [sys.executable, "-c", LOAD, str(tmp_path), facts.fingerprint]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = ("torch", "transformers", "rap_env.models", "rap_env.scoring.scorer")
+    assert loaded_by(LOAD, tmp_path, facts.fingerprint, of=heavy) == []
     assert asdict(GSIProfile.load(tmp_path / "gsi.json", scorer.llm)) == asdict(order)
     assert asdict(OneShotProfile.load(tmp_path / "one_shot.json", scorer.llm)) == asdict(single)

@@ -10,7 +10,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import StackedCosts
 from rap_env.memory import MemoryModel
-from rap_env.plan import Plan
+from rap_env.plan import Plan, every_mask
 from rap_env.request import Request
 from tests.policies.test_knapsack import facts
 from tests.tiny import FAMILIES, tiny_llm
@@ -61,6 +61,22 @@ def test_each_step_has_the_bytes_of_the_memory_model(name, levels, shape):
     for seed in range(4):
         walk(memory, ladder, shape, seed)
         walk(memory, Ladder.of(made, levels, ["int8", "int4-window128"]), shape, seed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MADE)
+def test_all_masks_have_the_bytes_of_the_memory_model(name, shape):
+    memory, request = MemoryModel(MADE[name]), Request(*shape, 1)
+    costs = LadderBytes(memory, Ladder.of(memory.facts, "masks")).costs(*shape)
+    masks = list(every_mask(memory.facts.num_blocks))
+    positions = np.array([costs.ladder.positions(mask) for mask in masks])
+    peaks = [memory.peak_bytes(mask, request) for mask in masks]
+    assert costs.peaks(positions).tolist() == peaks
+    assert [costs.state(row).peak_bytes for row in positions.tolist()] == peaks
+    assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
+    assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
+    assert costs.least_peak_bytes == memory.least_peak_bytes(request)
+    assert costs.freed_bytes(positions[0]).tolist() == memory.freed_bytes(request).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,30 +6,17 @@ import numpy as np
 
 from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
 from rap_env.policies.network import NetworkWeights
 from rap_env.policies.network_policy import PolicyFile
 from rap_env.policies.network_rows import ROWS
+from tests.made_facts import made_facts
 
 PROVENANCE = {"agent": "maskable_ppo", "seed": 0, "steps": 64}
 
 
-def facts(layers=6, fingerprint="a" * 64, name="made"):
+def facts(layers=6, **changed):
     """An attention block of 1,000 bytes and an ffn block of 3,000 in each layer."""
-    return ModelFacts(
-        name=name,
-        fingerprint=fingerprint,
-        dtype="bfloat16",
-        block_param_bytes=(1000, 3000) * layers,
-        base_bytes=500,
-        kv_bytes_per_token=(4,) * layers,
-        kv_window_tokens=(None,) * layers,
-        itemsize=2,
-        hidden_size=1,
-        ffn_width=4,
-        vocab_size=1,
-        max_positions=4096,
-    )
+    return made_facts(layers, **changed)
 
 
 def memory(layers=6, **changed):

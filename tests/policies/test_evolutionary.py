@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.policies.evolutionary import Evolution, _level_above, _mutated, _raised
+from rap_env.policies.evolutionary import Evolution, _level_above, _mutated
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer, measure_choice
 from rap_env.policies.registry import methods
@@ -64,16 +64,6 @@ def test_keeps_its_budget_and_is_no_worse_than_its_start(large, shape, evaluatio
     assert fits(large, choice.plan, request)
     assert choice.evaluations <= evaluations
     assert large.scorer.loss(choice.plan) <= start
-
-
-@pytest.mark.slow
-def test_more_evaluations_find_better_masks(large):
-    request = request_at(large, 1, 10, 0.7)
-    losses = [
-        large.scorer.loss(made("evolutionary", large, max_evaluations=evaluations).choose(request))
-        for evaluations in (6, 60, 500)
-    ]
-    assert losses[0] > losses[1] > losses[2]
 
 
 def test_seed_and_request_decide(large):
@@ -134,10 +124,6 @@ def test_a_text_of_one_window_is_searched_too(small):
     assert small.scorer.windows_run == 0
 
 
-def test_setup_counts_the_evaluations_of_the_first_parents(small):
-    assert make_method("evolutionary", small).setup_evaluations == small.gsi.evaluations
-
-
 @pytest.fixture(params=SHAPES)
 def shape(request):
     return request.param
@@ -165,37 +151,6 @@ def test_offspring_fit_and_no_item_is_lower_than_it_must(
             higher = _level_above(costs, positions, item)
             if higher is not None:
                 assert costs.state(higher).peak_bytes > request.budget_bytes
-
-
-def test_raising_undoes_lowering(item_bytes, shape):
-    costs = alone(item_bytes, shape)
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        state = costs.state()
-        for _ in range(int(rng.integers(0, 25))):
-            valid = [item for item in range(len(costs.ladder)) if state.is_valid(item)]
-            if not valid:
-                break
-            item = int(rng.choice(valid))
-            before = tuple(state.positions)
-            state.lower(item)
-            after = _level_above(costs, tuple(state.positions), item)
-            partner = costs.ladder.partners[item]
-            # A cache that comes back with its block has the level of the others.
-            assert [n for n, p in enumerate(after) if p != before[n]] in ([], [partner])
-        order = rng.permutation(len(costs.ladder)).tolist()
-        assert not any(_raised(costs, tuple(state.positions), order, 2**40))
-
-
-def test_a_block_returns_with_the_level_of_most_caches(item_bytes):
-    costs = alone(item_bytes, SHAPES[1])
-    ladder, state = costs.ladder, costs.state()
-    for _ in range(3):
-        state.lower(0)  # the first attention block is removed
-    for cache in ladder.caches[1:]:
-        state.lower(cache)
-    higher = _level_above(costs, tuple(state.positions), 0)
-    assert [ladder.items[cache].levels[higher[cache]] for cache in ladder.caches] == ["int8"] * 3
 
 
 def test_it_improves_on_its_starts_within_its_evaluations(

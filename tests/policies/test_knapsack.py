@@ -20,7 +20,6 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext
-from tests.agents.synthetic import facts as facts_of_masks
 from tests.policies.requests import SHAPES, fits, needing
 
 CACHES = ("int8", "int4", "int4-window64")
@@ -230,17 +229,3 @@ def test_over_masks_it_beats_one_shot_where_sizes_matter():
     context = SyntheticContext([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
     plan = make_method("knapsack", context).choose(needing(context, 3000))
     assert plan.removed_names == ("layer00.ffn",), "0.2, against 0.33 for three attn blocks"
-
-
-def test_a_budget_that_only_the_empty_model_fits_is_met():
-    context = SyntheticContext([0.1] * 8)
-    everything = Plan.removing(*range(8))
-    budget = context.memory.peak_bytes(everything, Request(1, 100, 10**9))
-    assert make_method("knapsack", context).choose(Request(1, 100, budget)) == everything
-
-
-def test_large_models_with_two_sizes_are_quick():
-    rng = np.random.default_rng(0)
-    context = SyntheticContext(rng.random(160), facts_of_masks(80, 1_770_624, 5_309_568))
-    request = needing(context, int(0.4 * sum(context.memory.facts.block_param_bytes)))
-    assert fits(context, make_method("knapsack", context).choose(request), request)

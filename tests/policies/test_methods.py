@@ -65,15 +65,6 @@ def test_impossible_requests_are_rejected(context, name):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_on_a_real_model(real_context, name):
-    request = Request.at_fraction(real_context.memory, 2, 16, 0.8)
-    choice = measure_choice(make_method(name, real_context), request, real_context.scorer)
-    assert fits(real_context, choice.plan, request) or name in NEVER_SURE
-    assert name != "dense" or not choice.plan
-    assert choice.evaluations == 0 or name in SEARCHES
-
-
-@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("shape", "fraction"), [((1, 8), 0.9), ((8, 64), 0.7)])
 def test_bytes_of_stubs_count_on_a_repaired_model(repaired_context, name, shape, fraction):
     memory = repaired_context.memory

@@ -134,13 +134,6 @@ def test_the_policy_depends_on_the_request(memory):
     assert long.count_removed("attn") > 2 * long.count_removed("ffn")
 
 
-def test_the_policy_file_holds_the_order_of_its_model(memory):
-    policy = load_policy("rap-v0", memory)
-    assert isinstance(policy, NetworkPolicy)
-    assert sorted(policy.order) == list(range(60))
-    assert policy.file.num_blocks == 60
-
-
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("weights", "names"),

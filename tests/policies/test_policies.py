@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
@@ -16,7 +14,7 @@ from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.registry import methods, policy_names
 from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
-from tests.policies.made_policies import facts, memory, policy_file
+from tests.policies.made_policies import memory, policy_file
 from tests.policies.test_knapsack import costs as level_costs
 from tests.policies.test_knapsack import facts as levelled_facts
 
@@ -109,17 +107,6 @@ def test_the_table_of_plans_gives_the_best_measured_plan_that_fits(tmp_path):
     assert policy.choose(Request(*shape, 1)) == smallest
 
 
-def test_the_network_meets_every_budget():
-    policy = NetworkPolicy(memory(), policy_file(vectors=3))
-    for shape in ((1, 10), (16, 2000)):
-        for fraction in (0.4, 0.6, 0.8, 0.999):
-            request = at(fraction, shape)
-            mask = policy.choose(request)
-            assert memory().peak_bytes(mask, request) <= request.budget_bytes
-    assert len(policy.choose(Request(1, 10, 1)).removed) == 12
-    assert policy.name == "rap-v0"
-
-
 @pytest.mark.parametrize("policy", ["order", "frontier", "network"])
 def test_requests_that_the_model_cannot_serve_are_rejected(policy):
     made = {
@@ -140,23 +127,6 @@ class TestLoadPolicy:
         assert (type(network), type(table)) == (NetworkPolicy, TablePolicy)
         request = at(0.7)
         assert network.choose(request) == NetworkPolicy(memory(), policy_file()).choose(request)
-
-    def test_for_any_model_with_facts(self, tmp_path):
-        policy_file().save(tmp_path / "policy.safetensors")
-        live = SimpleNamespace(facts=facts())
-        assert load_policy(tmp_path / "policy.safetensors", live).choose(at(0.7))
-        assert load_policy("dense", live).name == "dense"
-
-    def test_by_name(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
-        policy_file().save(tmp_path / "smollm2-135m.blocks.safetensors")
-        frontier().save(tmp_path / "smollm2-135m.frontier.json")
-        assert load_policy("rap-v0", memory()).name == "rap-v0"
-        assert load_policy("frontier", memory()).name == "frontier"
-        with pytest.raises(ArtifactError, match="12 and 8 items"):
-            load_policy("rap-v0", memory(4))
-        with pytest.raises(ArtifactError, match="other weights or another dtype"):
-            load_policy("frontier", memory(fingerprint="b" * 64))
 
     def test_level_costs_by_path_and_by_name(self, tmp_path, monkeypatch):
         made = levelled_facts(packed=True)

@@ -7,13 +7,14 @@ import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
-from rap_env.importance.plan_table import KnownPlans, PlanTable
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
 from rap_env.request import Request
 from tests.agents.synthetic import request_at
-from tests.envs.playing_v1 import LEVELS, make_ladder_context, make_v1
+from tests.envs.playing import LEVELS, make_v1
+from tests.envs.tiny_contexts import make_ladder_context
 from tests.policies.requests import SHAPES, fits
 
 
@@ -31,20 +32,6 @@ def test_the_frontier_looks_up_and_scores_nothing(context):
     assert (choice.evaluations, context.scorer.passes) == (0, before)
     assert method.setup_evaluations == context.frontier.evaluations == 25
     assert method.table_sha256 is None, "rows of masks keep their former keys"
-
-
-def test_the_frontier_follows_the_gsi_order_where_no_entry_fits(context, monkeypatch):
-    monkeypatch.setattr(KnownPlans, "best", lambda *_: None)
-    request = request_at(context, 8, 250, 0.5)
-    gsi = make_method("gsi", context).choose(request)
-    assert make_method("frontier", context).choose(request) == gsi != Plan()
-
-
-def test_a_real_frontier_is_read(real_context):
-    request = Request.at_fraction(real_context.memory, 2, 16, 0.7)
-    plan = make_method("frontier", real_context).choose(request)
-    assert plan == real_context.frontier.best_mask(real_context.memory, request)
-    assert fits(real_context, plan, request)
 
 
 def measured(context, plans, path):

@@ -77,26 +77,6 @@ def test_the_floor_is_that_of_the_kind_of_text(memory, costs, policy):
             assert chooser.allows(plan, shape) == (rise <= 1.0)
 
 
-def served(policy, budget_bytes, prompt):
-    harness = Harness(policy=policy, budget=budget_bytes)
-    engine = harness.engine()
-    handle = engine.submit(prompt, greedy(4))
-    harness.run(engine)
-    assert handle.reason == "length"
-    return handle
-
-
-def test_requests_are_served_with_the_plan_of_their_text(memory, policy):
-    budget = int(0.7 * Harness().need(Plan(), BatchShape(1, len(PROSE) + 4)))
-    prose, code, again = (served(policy, budget, prompt) for prompt in (PROSE, CODE, PROSE))
-    assert min(prose.text_shares[0], code.text_shares[1]) > 0.8
-    assert prose.plan == again.plan
-    assert prose.plan != code.plan, "the prompts have the same length, and the budget is the same"
-    blind = policy.for_text(())
-    plans = [served(blind, budget, prompt).plan for prompt in (PROSE, CODE)]
-    assert plans[0] == plans[1]
-
-
 def test_a_batch_of_several_prompts_has_the_mean_of_their_shares(policy):
     engine = Harness(policy=policy).engine()
     handles = [engine.submit(prompt, greedy(6)) for prompt in (PROSE, CODE)]

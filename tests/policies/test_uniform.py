@@ -13,7 +13,7 @@ from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer
 from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
 from rap_env.request import Request
-from tests.envs.playing_v1 import LEVELS
+from tests.envs.playing import LEVELS
 from tests.policies.made_policies import facts
 from tests.policies.requests import SHAPES, fits
 
@@ -101,11 +101,3 @@ def test_settings_are_not_dominated_and_sorted_by_what_is_known(
     known = [one.least_delta_nll for one in settings]
     assert known == sorted(known)
     assert len({one.plan for one in settings}) == len(settings)
-
-
-def test_setup_is_the_order_of_removal(ladder_context, item_bytes):
-    method = make_method("uniform", ladder_context, item_bytes)
-    assert sorted(method._order) == sorted(
-        block.name for block in ladder_context.memory.facts.blocks
-    )
-    assert method.setup_evaluations > len(method._order)

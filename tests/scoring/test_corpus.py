@@ -186,27 +186,25 @@ def test_an_unreachable_data_set_is_an_error(monkeypatch):
         load_corpus(CorpusConfig(source="hub:nobody/nothing-at-all"), llm())
 
 
-def test_a_document_that_is_repeated_is_read_once(tmp_path):
+def same_tokens(tmp_path, rows, other, **settings) -> bool:
+    """Whether rows, read with these settings, give the tokens of other rows or of a plain text."""
+    path, plain = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    plain.write_text(other if isinstance(other, str) else "\n".join(map(json.dumps, other)))
+    if isinstance(other, str):
+        plain = plain.rename(tmp_path / "other.txt")
+    of_rows, of_other = (
+        load_corpus(CorpusConfig(str(source), windows=2, window_tokens=8, **given), llm())
+        for source, given in ((path, settings), (plain, {}))
+    )
+    return of_rows.sha256 == of_other.sha256
+
+
+def test_documents_that_are_repeated_are_read_once_or_joined_otherwise(tmp_path):
     rows = [{"text": f"passage {number} " * 40} for number in range(6) for _ in range(2)]
-    repeated, single = tmp_path / "repeated.jsonl", tmp_path / "single.jsonl"
-    repeated.write_text("\n".join(json.dumps(row) for row in rows))
-    single.write_text("\n".join(json.dumps(row) for row in rows[::2]))
-    both = [
-        load_corpus(CorpusConfig(source=str(path), windows=2, window_tokens=8), llm())
-        for path in (repeated, single)
-    ]
-    assert both[0].sha256 == both[1].sha256
-
-
-def test_documents_may_be_repeated_and_joined_otherwise(tmp_path):
-    path, plain = tmp_path / "rows.jsonl", tmp_path / "plain.txt"
-    rows = ["one two three " * 9, "four five six " * 9, "one two three " * 9] * 3
-    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
-    plain.write_text(" | ".join(rows))
-    settings = {"windows": 3, "window_tokens": 8}
-    given = {"separator": " | ", "deduplicate": False}
-    found = load_corpus(CorpusConfig(source=str(path), **given, **settings), llm())
-    assert found.sha256 == load_corpus(CorpusConfig(source=str(plain), **settings), llm()).sha256
+    assert same_tokens(tmp_path, rows, rows[::2])
+    plain = " | ".join(row["text"] for row in rows)
+    assert same_tokens(tmp_path, rows, plain, separator=" | ", deduplicate=False)
     with pytest.raises(CorpusError, match="deduplicate must be of type bool, not 'no'"):
         CorpusConfig(deduplicate="no")
 
@@ -228,21 +226,11 @@ def test_the_part_of_a_file_that_a_role_reads_is_logged(tmp_path, caplog, role, 
 
 
 def test_fields_are_joined(tmp_path):
-    rows = [
-        {"question": f"how many {number} are", "answer": f"there are {number} of"}
-        for number in range(60)
-    ]
-    apart, joined = tmp_path / "apart.jsonl", tmp_path / "joined.jsonl"
-    apart.write_text("\n".join(json.dumps(row) for row in rows))
-    joined.write_text(
-        "\n".join(json.dumps({"text": f"{row['question']} {row['answer']}"}) for row in rows)
-    )
-    settings = {"windows": 2, "window_tokens": 8}
-    of_two = CorpusConfig(source=str(apart), field="question+answer", **settings)
-    of_one = CorpusConfig(source=str(joined), **settings)
-    assert load_corpus(of_two, llm()).sha256 == load_corpus(of_one, llm()).sha256
+    rows = [{"question": f"how many {n} are", "answer": f"there are {n} of"} for n in range(60)]
+    joined = [{"text": f"{row['question']} {row['answer']}"} for row in rows]
+    assert same_tokens(tmp_path, rows, joined, field="question+answer")
     with pytest.raises(CorpusError, match="'question\\+reply'"):
-        load_corpus(CorpusConfig(source=str(apart), field="question+reply", **settings), llm())
+        same_tokens(tmp_path, rows, joined, field="question+reply")
 
 
 def test_texts_are_joined_and_spread():

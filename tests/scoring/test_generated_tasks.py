@@ -6,8 +6,6 @@ from rap_env.errors import UnknownNameError
 from rap_env.scoring.generated_tasks import (
     FEWSHOT_DOCUMENTS,
     GENERATED_TASKS,
-    NAMES,
-    OBJECTS,
     RECALL_LENGTHS,
     RELATIONS,
     TEST_DOCUMENTS,
@@ -18,10 +16,6 @@ from rap_env.scoring.minimal_pairs import PARADIGMS
 
 ALL = sorted(GENERATED_TASKS)
 WHOLE = TEST_DOCUMENTS + FEWSHOT_DOCUMENTS
-
-
-def test_the_three_tasks_are_there():
-    assert ALL == ["rap_choice", "rap_minimal_pairs", "rap_recall"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -84,18 +78,8 @@ def test_word_frequency_does_not_solve_minimal_pairs():
         wrong = set(document["choices"][1 - document["gold"]].rstrip(".").split())
         good.update(right - wrong)
         bad.update(wrong - right)
-    for word in (
-        "is",
-        "are",
-        "was",
-        "were",
-        "himself",
-        "themselves",
-        "much",
-        "many",
-        "that",
-        "what",
-    ):
+    paired = ("is", "are", "was", "were", "himself", "themselves", "much", "many", "that", "what")
+    for word in paired:
         assert good[word] / (good[word] + bad[word]) == pytest.approx(0.5, abs=0.12), word
 
 
@@ -111,20 +95,6 @@ def test_recall_asks_for_a_value_that_its_list_holds_once():
         assert shown.split(" - ")[1] == pairs[shown.split(" - ")[0]]
         assert not shown.startswith(asked)
     assert lengths == set(RECALL_LENGTHS)
-
-
-def test_recall_has_enough_words_for_its_longest_list():
-    assert len(set(NAMES)) == len(NAMES) >= max(RECALL_LENGTHS)
-    assert len(set(OBJECTS)) == len(OBJECTS) >= max(RECALL_LENGTHS)
-
-
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.name)
-def test_facts_have_one_answer_and_enough_distractors(relation):
-    asked = [known for known, _ in relation.pairs]
-    assert len(set(asked)) == len(asked)
-    assert all(known and answer for known, answer in relation.pairs)
-    assert len({answer for _, answer in relation.pairs}) >= 6
-    assert relation.question.count("{}") == 1
 
 
 def test_choice_offers_answers_of_its_own_relation():

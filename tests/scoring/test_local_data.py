@@ -18,46 +18,32 @@ def load(root, name, **kwargs):
 
 
 PROMPTS = {
-    "arc_challenge": ("Question: a b?\nAnswer:", "c d", 1),
-    "arc_easy": ("Question: a b?\nAnswer:", "c d", 1),
-    "blimp_causative": ("", "a b.", 0),
-    "boolq": ("a b.\nQuestion: is it a?\nAnswer:", "no", 0),
-    "hellaswag": ("Title: a b. The c", "d e.", 0),
-    "openbookqa": ("a b", "c d", 0),
-    "piqa": ("Question: a b\nAnswer:", "d e", 1),
-    "sciq": ("s t.\nQuestion: a b?\nAnswer:", "c", 3),
+    "arc_challenge": ("Question: a b?\nAnswer:", 1, "c d"),
+    "arc_easy": ("Question: a b?\nAnswer:", 1, "c d"),
+    "blimp_causative": ("", 0, "a b."),
+    "boolq": ("a b.\nQuestion: is it a?\nAnswer:", 0, "no"),
+    "copa": ("a b because", " it was so.", None),
+    "hellaswag": ("Title: a b. The c", 0, "d e."),
+    "lambada_openai": ("a b c", " d", None),
+    "openbookqa": ("a b", 0, "c d"),
+    "piqa": ("Question: a b\nAnswer:", 1, "d e"),
+    "sciq": ("s t.\nQuestion: a b?\nAnswer:", 3, "c"),
+    "wikitext": ("", " = Title =\na b, c-d. ", None),
+    "winogrande": (1, "was low.", "The cup fell because the box"),
 }
+"""The context, the target or its number, and the choice that is right, where there are choices."""
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_of_multiple_choice_tasks_are_lm_evals_own(tmp_path, name):
+def test_prompts_are_lm_evals_own(tmp_path, name):
     write_task(tmp_path, name)
     (task,) = load(tmp_path, name).tasks
     doc = task.eval_docs[0]
-    context, good, gold = PROMPTS[name]
-    target = task.doc_to_target(doc)
-    assert (task.doc_to_text(doc), target) == (context, gold)
-    assert task.doc_to_choice(doc)[target].strip() == good
-
-
-def test_prompts_of_the_other_tasks_are_lm_evals_own(tmp_path):
-    for name in ("winogrande", "lambada_openai", "wikitext", "copa"):
-        write_task(tmp_path, name)
-    (winogrande,) = load(tmp_path, "winogrande").tasks
-    doc = winogrande.eval_docs[0]
-    assert winogrande.doc_to_choice(doc) == [
-        "The cup fell because the cup",
-        "The cup fell because the box",
-    ]
-    assert (winogrande.doc_to_text(doc), winogrande.doc_to_target(doc)) == (1, "was low.")
-    (lambada,) = load(tmp_path, "lambada_openai").tasks
-    doc = lambada.eval_docs[0]
-    assert (lambada.doc_to_text(doc), lambada.doc_to_target(doc)) == ("a b c", " d")
-    (wikitext,) = load(tmp_path, "wikitext").tasks
-    assert wikitext.doc_to_target(wikitext.eval_docs[0]) == " = Title =\na b, c-d. "
-    (copa,) = load(tmp_path, "copa").tasks
-    doc = copa.eval_docs[0]
-    assert (copa.doc_to_text(doc), copa.doc_to_target(doc)) == ("a b because", " it was so.")
+    context, target, right = PROMPTS[name]
+    assert (task.doc_to_text(doc), task.doc_to_target(doc)) == (context, target)
+    if right is not None:
+        number = target if isinstance(target, int) else context
+        assert task.doc_to_choice(doc)[number].strip() == right
 
 
 def test_only_the_data_set_differs_from_lm_evals_config(tmp_path):
@@ -90,22 +76,6 @@ def test_fewshot_examples_come_from_the_train_file(tmp_path):
     (task,) = load(tmp_path, "copa", num_fewshot=2).tasks
     task.build_all_requests(limit=1, rank=0, world_size=1)
     assert task.instances[0].args[0].count("a b because") == 3
-
-
-def test_a_group_is_its_members(tmp_path):
-    members = [f"blimp_{name}" for name in harness_blimp_members()]
-    for member in members:
-        write_task(tmp_path, member, count=1)
-    loaded = load(tmp_path, "blimp")
-    assert [task.task_name for task in loaded.tasks] == members
-    assert len(members) == 67
-    rows = {m: {"acc,none": float(i % 2), "sample_len": 1 + i} for i, m in enumerate(members)}
-    assert loaded.group.aggregate(rows)["acc,none"] == pytest.approx(33 / 67)
-
-
-def harness_blimp_members():
-    index = lm_eval_tasks._manager("blimp").task_index
-    return [name.removeprefix("blimp_") for name in index["blimp"].cfg["task"]]
 
 
 def test_every_listed_task_has_rows_here_and_a_folder_in_lm_eval():

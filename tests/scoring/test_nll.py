@@ -66,12 +66,3 @@ def test_all_of_the_vocabulary_is_the_loss_itself(monkeypatch):
     bound = VocabularyBound(partial, [hidden], [ids])
     whole = window_nll(partial, hidden, ids)
     assert bound.window_nll(0, hidden).tolist() == pytest.approx(whole.tolist(), rel=1e-6)
-
-
-def test_the_subsets_take_no_more_memory_than_the_head():
-    llm = tiny_llm()
-    batches = [tokens(windows=20, length=3, seed=seed) for seed in range(2)]
-    bound = VocabularyBound(PartialForward(llm), [passed(llm, ids) for ids in batches], batches)
-    pieces = [piece for batch in bound._pieces for piece in batch]
-    assert len(pieces) == 2 * 5  # 40 windows in pieces of 4
-    assert all(len(piece.weight) <= 61 // 12 + 4 * 2 for piece in pieces)

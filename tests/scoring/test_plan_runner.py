@@ -67,13 +67,6 @@ def test_branches_are_where_later_masks_leave():
     assert branch_nodes([], STEPS) == set()
 
 
-def test_prefixes_are_the_blocks_removed_before_each_step():
-    mask = Plan.removing(1, 6)
-    assert plan_prefixes(mask, STEPS) == (*[DENSE] * 2, *[Plan.removing(1)] * 5, mask, mask)
-    pairs = tuple((block, block + 1) for block in range(0, 8, 2))
-    assert plan_prefixes(mask, pairs) == (DENSE, *[Plan.removing(1)] * 3, mask)
-
-
 def test_with_its_branches_kept_every_prefix_runs_once():
     draw = random.Random(0)
     for _ in range(50):

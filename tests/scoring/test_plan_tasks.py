@@ -1,7 +1,6 @@
 """Likelihoods of tasks under plans: padding does not matter, and plans have keys of their own."""
 
 import pytest
-import torch
 
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
@@ -52,11 +51,3 @@ def test_tasks_are_scored_under_plans_and_stored_by_plan(tmp_path):
     assert again.evaluations == 0
     with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
         scorer.results(Plan.of({"layer02.cache": "int4"}))
-
-
-def test_the_applied_plan_stays():
-    llm, plan = make_llm(), Plan.of(CACHES)
-    llm.apply(plan)
-    TaskScorer(llm, CONFIG).results(Plan())
-    assert llm.plan == plan
-    assert torch.is_inference_mode_enabled() is False

@@ -1,7 +1,7 @@
 """The residual network: what pairs of blocks miss, in sums that no order of additions changes."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from rap_env.scoring.predictor import ScoreModel
 from rap_env.scoring.predictor_fit import fit_predictor
 from rap_env.scoring.residual_fit import fit_residual
 from rap_env.scoring.score_table import ScoreTable
-from tests.envs.conftest import make_context
-from tests.scoring.tiny_table import all_masks, table_of
+from tests.envs.tiny_contexts import make_context
+from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
 BLOCKS = 16
 ALONE = np.random.default_rng(0).uniform(0.05, 0.5, BLOCKS)
@@ -101,12 +101,7 @@ def test_a_table_of_many_scores_keeps_its_network(tmp_path, monkeypatch):
     few = table_of(make_context(), all_masks(6))
     assert few.predictor.members[0].residual is None
     monkeypatch.setattr(score_table, "NETWORK_SCORES", len(few.scores))
-    origin = {
-        field.name: getattr(few, field.name)
-        for field in fields(few)
-        if field.name not in ("facts", "scores", "predictor", "fidelity")
-    }
-    table = ScoreTable.fitted(few.facts, few.scores, **origin)
+    table = fitted_again(few)
     table.save(tmp_path / "table.json")
     (again,) = ScoreTable.load(tmp_path / "table.json").predictor.members
     network = table.predictor.members[0].residual

@@ -2,23 +2,18 @@
 
 import gzip
 import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-import numpy as np
 import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.plan import Plan
-from rap_env.scoring.predictor_fit import feature_matrix
-from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
-from tests.envs.conftest import make_context
-from tests.scoring.tiny_table import all_masks, table_of
+from rap_env.scoring.score_table import ScoreTable, TableScorer
+from tests.envs.tiny_contexts import make_context
+from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
 BLOCKS = 6
-ORIGIN = ("context", "text", "settings", "features", "one_shot", "gsi", "evaluation_s")
 
 
 @pytest.fixture(scope="module")
@@ -118,66 +113,10 @@ def test_damaged_files_are_rejected(table, path, tmp_path):
         ScoreTable.load(tmp_path)
 
 
-def test_names_of_tables():
-    assert str(table_path("score_table:some/file.json")) == "some/file.json"
-    assert table_path("smollm2-135m") is None
-
-
-@pytest.fixture(scope="module")
-def large(table):
-    """A table of 20,000 masks of 60 blocks."""
-    layers = 30
-    facts = replace(
-        table.facts, block_param_bytes=(10, 20) * layers, kv_bytes_per_token=(4,) * layers,
-        kv_window_tokens=(None,) * layers,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    cost = rng.uniform(0.05, 0.5, 2 * layers)
-    masks = [Plan(), *(Plan.removing(i) for i in range(2 * layers))]
-    drawn = {
-        Plan.removing(*rng.permutation(60)[: rng.integers(2, 40)].tolist()) for _ in range(20000)
-    }
-    scores = {mask: 2.0 + cost[list(mask.removed)].sum() for mask in [*masks, *drawn]}
-    origin = {name: getattr(table, name) for name in (
-        "context", "text", "settings", "features", "one_shot", "gsi", "evaluation_s")}  # fmt: skip
-    return ScoreTable.fitted(facts, scores, **origin)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_masks_are_a_small_file(large, tmp_path):
-    assert len(large.scores) > 19_000
-    large.save(tmp_path / "t.json")
-    assert (tmp_path / "t.json").stat().st_size < 1e6
-    assert ScoreTable.load(tmp_path / "t.json").scores == large.scores
-
-
-def test_it_loads_neither_torch_nor_transformers(path):
-    code = (
-        "import sys; from rap_env.scoring.score_table import ScoreTable, TableScorer; "
-        f"TableScorer(ScoreTable.load({str(path)!r})).dense_nll; "
-        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_table_of_a_model_with_stubs_holds_their_bytes_and_hash(tmp_path):
-    context = make_context(repaired=True)
-    table_of(context, all_masks(BLOCKS, 2)).save(tmp_path / "r.json")
-    again = ScoreTable.load(tmp_path / "r.json")
-    assert again.facts == context.memory.facts
-    assert len(again.facts.stub_bytes) == BLOCKS
-    assert min(again.facts.stub_bytes) > 0
-    assert again.context["repair"] == again.facts.repair == context.llm.facts.repair
-    masks = all_masks(BLOCKS, 2)
-    assert TableScorer(again).nll_many(masks) == context.scorer.nll_many(masks)
-
-
 def test_measured_plans_stand_beside_masks(context, table, tmp_path):
     plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     scores = {**table.scores, plan: 7.25, Plan.removing(0, 1, 2, 3): 9.5}
-    kept = {name: getattr(table, name) for name in ORIGIN}
-    with_plans = ScoreTable.fitted(table.facts, scores, **kept)
+    with_plans = fitted_again(table, scores)
     with_plans.save(tmp_path / "t.json")
     again = ScoreTable.load(tmp_path / "t.json")
     assert again.scores == with_plans.scores
@@ -194,8 +133,3 @@ def test_measured_plans_stand_beside_masks(context, table, tmp_path):
         scorer.nll(other)
     with pytest.raises(UnknownNameError, match=r"layer09"):
         scorer.nll(Plan.of({"layer09.cache": "int2"}))
-
-
-def test_the_predictors_input_of_a_plan_is_its_removed_blocks():
-    plan = Plan.of({"layer01.ffn": "int8", "layer01.attn": "removed"})
-    assert feature_matrix([Plan.removing(2), plan], 4).tolist() == 2 * [[0, 0, 1, 0]]

@@ -16,7 +16,7 @@ from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.envs.conftest import make_context
+from tests.envs.tiny_contexts import make_context
 from tests.models.stubs import repaired
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
@@ -181,16 +181,6 @@ def test_the_context_distinguishes_models_texts_and_dtypes():
     ]
     assert len({str(context) for context in contexts}) == 5
     assert MaskScorer(tiny_llm(), ids).context == contexts[0]
-
-
-def test_stored_scores_are_not_run_again(tmp_path):
-    llm, ids = tiny_llm(), tokens()
-    first = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
-    values = first.nll_many(MASKS)
-    assert first.evaluations == len(MASKS)
-    again = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
-    assert again.nll_many(MASKS) == values
-    assert again.evaluations == again.block_forwards == 0
 
 
 def test_a_failed_pass_leaves_model_and_later_scores_right():

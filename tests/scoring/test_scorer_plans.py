@@ -1,10 +1,8 @@
 """Scores of plans: correct, shared bit for bit, stored beside those of masks, and searched."""
 
-import itertools
-
 import pytest
 
-from rap_env.plan import Plan, cache_name
+from rap_env.plan import Plan
 from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
@@ -40,31 +38,6 @@ def test_plans_share_the_steps_before_the_first_that_differs():
     assert scorer.block_forwards == 8 + 2 + 1
     assert scorer.evaluations == 5
     assert scorer.full_block_forwards == 8 + 8 + 7 + 7 + 7
-
-
-@pytest.mark.slow
-def test_plans_run_next_to_those_with_which_they_share_most():
-    llm, ids = tiny_llm(layers=4), text()
-    base = Plan.of({"layer01.cache": "int4"})
-    plans = [base.lower({cache_name(layer): "int8"}) for layer in (2, 3)]
-    plans += [base.without(block) for block in (4, 5, 6, 7)]
-    one_by_one = MaskScorer(llm, ids, prefix_cache_bytes=1)
-    for plan in plans:
-        one_by_one.nll(plan)
-    ideal = min(
-        _distinct_runs(llm, order) for order in itertools.islice(itertools.permutations(plans), 50)
-    )
-    together = MaskScorer(llm, ids)
-    together.nll_many(plans)
-    assert together.block_forwards <= ideal < one_by_one.block_forwards
-
-
-def _distinct_runs(llm, plans):
-    """Block runs if a state is kept for every node of the tree."""
-    scorer = MaskScorer(llm, text())
-    for plan in plans:
-        scorer.nll(plan)
-    return scorer.block_forwards
 
 
 def test_plans_that_differ_in_the_embeddings_share_nothing():

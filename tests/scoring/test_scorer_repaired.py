@@ -1,17 +1,13 @@
 """Scores of masks with stubs: shared without changing a bit, and kept apart from those without."""
 
-import pytest
 import torch
 
-from rap_env.models.files.streamed import stream_llm
-from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
-from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.models.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import MASKS, tokens
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_llm
 
 
 def test_a_stub_is_not_counted_as_a_block():
@@ -21,31 +17,6 @@ def test_a_stub_is_not_counted_as_a_block():
         scorer.nll_many(MASKS)
     assert ours.block_forwards == plain.block_forwards
     assert ours.full_block_forwards == plain.full_block_forwards
-
-
-def test_a_search_finds_the_best_repaired_mask():
-    view, ids = repaired(tiny_llm(layers=3), (2, 0, 1, 3, 4, 2)), tokens()
-    scan = MaskScorer(view, ids).scan(Plan.removing(3))
-    least = min(scan, key=scan.__getitem__)
-    scorer = MaskScorer(view, ids)
-    masks = list(scorer.candidates(Plan.removing(3)).values())
-    found = find_best_mask(scorer, masks)
-    assert found.best == Plan.removing(3, least)
-    assert found.nll[found.best] == scan[least]
-
-
-def test_scores_of_a_streamed_view_are_those_of_the_view_in_memory(lonely_model):
-    ids = tokens()
-    ours, theirs = (MaskScorer(repaired(llm), ids) for llm in (lonely_model, tiny_llm()))
-    assert ours.nll_many(MASKS) == theirs.nll_many(MASKS)
-    assert ours.context == theirs.context
-
-
-@pytest.fixture
-def lonely_model(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "m")
-    tiny_tokenizer().save_pretrained(tmp_path / "m")
-    return stream_llm(tmp_path / "m", device="cpu", dtype="float32", max_memory_bytes=2**21)
 
 
 # The store

@@ -15,9 +15,7 @@ from rap_env.models.files.streamed import stream_llm
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.scoring.store import ScoreStore
 from tests.tiny import (
     DISTINCT_FAMILIES,
     VOCAB_SIZE,
@@ -102,23 +100,6 @@ def test_gsi_finds_the_same_order(method, tmp_path):
     theirs = gsi(MaskScorer(whole, ids), method=method, stop=4, progress=False)
     assert (ours.order, ours.nll_after) == (theirs.order, theirs.nll_after)
     assert ours.provenance == theirs.provenance
-
-
-def test_a_search_finds_the_same_mask(tmp_path):
-    whole, streamed = pair(save(tmp_path / "m", tiny_model(layers=4)))
-    masks = [Plan.removing(1, i) for i in (2, 3, 4, 6)]
-    found = find_best_mask(MaskScorer(streamed, tokens()), masks, near=Plan.removing(1))
-    expected = find_best_mask(MaskScorer(whole, tokens()), masks, near=Plan.removing(1))
-    assert found.best == expected.best
-    assert found.nll[found.best] == expected.nll[expected.best]
-
-
-def test_scores_made_either_way_serve_both(tmp_path):
-    whole, streamed = pair(save(tmp_path / "m", tiny_model()))
-    values = MaskScorer(whole, tokens(), ScoreStore(tmp_path / "s.sqlite")).nll_many(MASKS)
-    scorer = MaskScorer(streamed, tokens(), ScoreStore(tmp_path / "s.sqlite"))
-    assert scorer.nll_many(MASKS) == values
-    assert scorer.evaluations == 0
 
 
 @pytest.mark.parametrize(

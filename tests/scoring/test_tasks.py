@@ -133,17 +133,6 @@ def test_lm_eval_scores_the_folder_of_a_pruned_model_as_we_score_the_mask(tmp_pa
         assert np.allclose(theirs, scorer._outputs(SOME)[name][:, 0], rtol=1e-5)
 
 
-def test_likelihoods_of_each_request_equal_lm_evals(llm):
-    scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=8))
-    outputs = scorer._outputs(SOME)
-    for name, samples in lm_evals_results(llm, scorer, SOME)["samples"].items():
-        theirs = [pair for sample in samples for pair in sample["filtered_resps"]]
-        ours = outputs[name]
-        assert np.allclose([float(p[0]) for p in theirs], ours[:, 0], rtol=1e-5)
-        assert [str(p[1]) == "True" for p in theirs] == (ours[:, 1] == 1).tolist()
-        assert len({round(value, 6) for value in ours[:, 0]}) > len(ours) // 2
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_on_continuations_alone_changes_nothing(family):
     """For every family, soft caps included: the whole model's logits give the same sums."""
@@ -260,16 +249,6 @@ def test_records_of_first_documents_keep_their_keys(tmp_path, llm):
         TaskConfig(("piqa",), documents="frist")
 
 
-@pytest.mark.parametrize("name", ["hellaswag", "arc_challenge"])
-def test_both_accuracies_are_reported_by_name(tmp_path, llm, name):
-    write_task(tmp_path, name)
-    scorer = TaskScorer(llm, TaskConfig((name,), data_root=str(tmp_path)))
-    result = scorer.results(Plan())[name]
-    assert {"acc", "acc_norm"} <= result.metrics.keys() & result.stderr.keys()
-    for metric in ("acc", "acc_norm"):
-        assert scorer.accuracies(Plan(), metric) == {name: result.metrics[metric]}
-
-
 @pytest.mark.parametrize("name", ["gsm8k", "humaneval", "mmlu_pro", "truthfulqa_gen"])
 def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkeypatch, name):
     def fail(*_: object, **__: object) -> None:
@@ -341,23 +320,6 @@ def test_the_tokenizer_is_left_as_it_was():
     llm.tokenizer.pad_token = None
     RequestEncoder(llm)
     assert llm.tokenizer.pad_token is None
-
-
-def test_stored_scores_are_used_and_do_not_count(tmp_path, llm):
-    config = TaskConfig(GENERATED, limit=4)
-    store = ScoreStore(tmp_path / "scores.db")
-    first = TaskScorer(llm, config, store)
-    expected = first.results(SOME)
-    first.results(SOME)
-    assert first.evaluations == 1
-    again = TaskScorer(llm, config, ScoreStore(tmp_path / "scores.db"))
-    found = again.results(SOME)
-    assert again.evaluations == 0
-    for name in GENERATED:
-        assert found[name].metrics == expected[name].metrics
-        assert (found[name].per_document["acc"] == expected[name].per_document["acc"]).all()
-    again.accuracies(Plan())
-    assert again.evaluations == 1
 
 
 def test_a_task_scored_with_others_is_stored_separately(tmp_path, llm):
@@ -457,12 +419,6 @@ def test_nan_is_an_error_with_its_location():
     with pytest.raises(NonFiniteScoreError, match=message):
         scorer.accuracies(Plan())
     assert llm.mask == Plan()
-
-
-def test_unknown_blocks_are_named(llm):
-    scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=1))
-    with pytest.raises(UnknownNameError, match="Unknown block 'layer09.ffn'"):
-        scorer.accuracies(Plan.removing("layer09.ffn"))
 
 
 def test_a_misspelt_generated_task_is_rejected_at_once():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain, combinations
 
 from rap_env.context.base import PruningContext
@@ -46,3 +46,10 @@ def table_of(
         gsi=asdict(context.gsi) if importance == "gsi" else None,
         evaluation_s=0.25,
     )
+
+
+def fitted_again(table: ScoreTable, scores: dict[Plan, float] | None = None, **how) -> ScoreTable:
+    """A table of the same origin, fitted to other scores or in another way."""
+    fitted = ("facts", "scores", "predictor", "fidelity")
+    origin = {f.name: getattr(table, f.name) for f in fields(table) if f.name not in fitted}
+    return ScoreTable.fitted(table.facts, scores or table.scores, **how, **origin)
