@@ -47,15 +47,12 @@ def test_a_library_round_trips_bit_for_bit(dtype, tmp_path) -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_ranks_and_bytes() -> None:
-    made = library()
-    names = ("layer00.attn", "layer00.ffn", "layer01.attn", "layer01.ffn")
-    assert made.ranks == dict(zip(names, RANKS, strict=True))
-    assert made.nbytes == sum(4 * 16 * (2 * rank + 1) for rank in RANKS)
-
-
 def test_it_is_a_safetensors_file_that_others_can_read(path) -> None:
-    tensors = safetensors.torch.load_file(path)
+    made, tensors = StubLibrary.load(path), safetensors.torch.load_file(path)
+    assert made.ranks == dict(
+        zip(("layer00.attn", "layer00.ffn", "layer01.attn", "layer01.ffn"), RANKS, strict=True)
+    )
+    assert made.nbytes == sum(4 * 16 * (2 * rank + 1) for rank in RANKS)
     assert tensors["layer00.attn.down"].shape == (RANKS[0], 16)
     assert len(tensors) == 3 * len(RANKS)
 

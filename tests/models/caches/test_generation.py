@@ -140,6 +140,10 @@ def test_a_static_cache_is_refilled_too(name, gone) -> None:
     out = generate(llm, Switch(llm, at_3=gone), cache_implementation="static")
     begin = PROMPT + 2
     assert_greedy(llm, out, {i: [False] * begin + [True] * 99 for i in gone.removed})
+    given = StaticCache(config=llm.model.config, max_cache_len=32)
+    llm.apply(gone)
+    out = generate(llm, Switch(llm, at_3=Plan()), **{cache_argument(llm.model): given})
+    assert_greedy(llm, out, {}, start=3)
 
 
 class TestGivenCache:
@@ -316,11 +320,3 @@ class TestThreads:
             thread.join(60)
         assert len(ran) == 12 * NEW
         assert all(len(step & {1, 3}) in (0, 2) for step in ran)
-
-
-def test_a_given_static_cache_survives_a_mask_switch() -> None:
-    llm = tiny_llm()
-    cache = StaticCache(config=llm.model.config, max_cache_len=32)
-    llm.apply(ATTENTION)
-    out = generate(llm, Switch(llm, at_3=Plan()), **{cache_argument(llm.model): cache})
-    assert_greedy(llm, out, {}, start=3)

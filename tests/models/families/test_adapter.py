@@ -69,7 +69,7 @@ def test_a_model_without_a_head_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_decoder_gives_the_hidden_states_that_the_head_reads(name: str) -> None:
+def test_decoder_positions_and_vocabulary_are_those_of_the_text_part(name: str) -> None:
     model = tiny_model(name)
     adapter = adapter_for(model.config)
     seen = []
@@ -81,6 +81,10 @@ def test_the_decoder_gives_the_hidden_states_that_the_head_reads(name: str) -> N
     handle.remove()
     assert torch.equal(hidden, seen[0])
     assert len(adapter.layers(model)) == adapter.num_layers == LAYERS
+    assert adapter.max_positions == 64
+    assert adapter.vocab_size == head.weight.shape[0]
+    # OPT projects to another width before its head.
+    assert adapter.hidden_size == (16 if name == "opt" else head.weight.shape[1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -119,13 +123,3 @@ def test_ffn_width_counts_the_experts_that_a_token_visits(name, change, width) -
     for key, value in change.items():
         setattr(config, key, value)
     assert adapter_for(config).ffn_width == width
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_positions_and_vocabulary_come_from_the_text_part(name: str) -> None:
-    adapter = adapter_for(tiny_config(name))
-    head = tiny_model(name).get_output_embeddings()
-    assert adapter.max_positions == 64
-    assert adapter.vocab_size == head.weight.shape[0]
-    # OPT projects to another width before its head.
-    assert adapter.hidden_size == (16 if name == "opt" else head.weight.shape[1])

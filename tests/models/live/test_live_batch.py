@@ -53,18 +53,22 @@ def test_after_a_refill_the_state_is_that_of_the_new_mask_throughout(name, switc
         close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
 
 
-@EVERY_FAMILY
-def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name) -> None:
-    llm = tiny_llm(name)
-    llm.apply(ATTENTION)
-    batch = LiveBatch(llm)
-    batch.prefill(random_rows(6, 6))
-    llm.apply(Plan.removing(1))
+@each_family("name", stubs=[False, True])
+def test_a_refilled_state_equals_a_fresh_prefill_bit_for_bit(name, stubs) -> None:
+    bare = tiny_llm(name)
+    llm = repaired(bare) if stubs else bare
+    prompts = random_rows(6, 6)
     (column,) = zip(*random_rows(1, 1, seed=5), strict=True)
+    llm.apply(ATTENTION)
+    batch, fresh, other = LiveBatch(llm), LiveBatch(llm), LiveBatch(bare)
+    batch.prefill(prompts)
+    llm.apply(Plan.removing(1))
     logits = batch.extend(column)
-    fresh = LiveBatch(llm)
-    fresh.prefill(random_rows(6, 6))
+    fresh.prefill(prompts)
     assert torch.equal(logits, fresh.extend(column))
+    bare.apply(Plan.removing(1))  # the same mask without stubs gives other logits
+    other.prefill(prompts)
+    assert torch.equal(logits, other.extend(column)) is not stubs
 
 
 @each_family("name", switch=SWITCHES)
@@ -252,24 +256,6 @@ def test_bad_calls_are_rejected_and_change_nothing() -> None:
     with pytest.raises(InvalidRequestError, match="of the same model"):
         batch.join(other)
     assert rows_of(batch) == [[3, 4], [5]]
-
-
-def test_stubs_replace_removed_blocks_and_go_when_they_return() -> None:
-    llm = tiny_llm()
-    view = repaired(llm)
-    view.apply(Plan.removing(0, 3))
-    batch = LiveBatch(view)
-    batch.prefill(random_rows(6, 6))
-    bare = LiveBatch(llm)
-    view.apply(Plan.removing(3))
-    (column,) = zip(*random_rows(1, 1, seed=5), strict=True)
-    logits = batch.extend(column)
-    fresh = LiveBatch(view)
-    fresh.prefill(random_rows(6, 6))
-    assert torch.equal(logits, fresh.extend(column))
-    llm.apply(Plan.removing(3))  # the same mask without stubs gives other logits
-    bare.prefill(random_rows(6, 6))
-    assert not torch.equal(logits, bare.extend(column))
 
 
 LEVELS = {
