@@ -1,7 +1,5 @@
 """`RAPLadder-v0` on a model whose losses are known by formula, for agents to learn on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

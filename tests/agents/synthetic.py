@@ -5,8 +5,6 @@ add up), and learning in seconds (`interaction > 0`: like a real model, neighbou
 look cheap are dear together).
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from types import SimpleNamespace
 
@@ -133,6 +131,11 @@ class SyntheticContext:
             settings={},
             provenance={},
         )
+
+
+def block_context(layers=15, seed=0):
+    costs = np.random.default_rng(seed).lognormal(-3, 0.8, 2 * layers)
+    return SyntheticContext(costs, interaction=2.0, cap=12.0)
 
 
 def make_env(context, **settings):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback
@@ -24,8 +22,6 @@ from tests.agents.synthetic import make_env
             "of the agent 'maskable_ppo': 'learning_rat'.*Did you mean 'learning_rate'",
         ),
         ({"hyperparameters": {"gamma": 1.5}}, AgentConfigError, "gamma.*0 to 1, not 1.5"),
-        ({"hyperparameters": {"learning_rate": -1e-3}}, AgentConfigError, "learning_rate must be"),
-        ({"hyperparameters": {"n_steps": "many"}}, AgentConfigError, "n_steps.*not 'many'"),
         (
             {"policy_settings": {"block_vector": 3}},
             UnknownNameError,
@@ -57,14 +53,6 @@ def test_given_hyperparameters_override_the_defaults(name, context):
     assert model.lr_schedule(0) == pytest.approx(0.00123)
     assert model.gamma == 1.0
     assert model.batch_size == (32 if "ppo" in name else 64)
-
-
-def test_policy_settings_reach_the_network(context):
-    settings = {"hidden": 7, "block_vectors": 5, "without": ["gsi"]}
-    config = AgentConfig("ppo", n_envs=1, policy_settings=settings)
-    policy = make_model(config, DummyVecEnv([make_env(context)])).policy
-    assert policy.hidden == 7
-    assert policy.features_extractor.vectors.shape == (12, 5)
 
 
 def test_config_round_trips_through_a_dict():
@@ -120,16 +108,3 @@ def test_random_actions_of_masked_dqn_reach_every_valid_block(context):
     assert seen == {2, 5, 11}
     single = {key: value[0] for key, value in observation.items()}
     assert np.shape(model.predict(single)[0]) == ()
-
-
-@pytest.mark.slow
-def test_same_seed_same_training_of_masked_dqn(context):
-    weights = []
-    for _ in range(2):
-        config = AgentConfig(
-            "masked_dqn", n_envs=2, hyperparameters={"learning_starts": 40, "batch_size": 8}
-        )
-        model = make_model(config, DummyVecEnv([make_env(context)] * 2))
-        model.learn(120)
-        weights.append(np.concatenate([p.detach().ravel() for p in model.policy.parameters()]))
-    assert np.array_equal(*weights)

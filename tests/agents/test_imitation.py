@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +9,7 @@ from agents.imitation import Demonstration, ImitationConfig, Lesson, TeacherStat
 from agents.observations import make_encoder
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
-from agents.training import make_vector_env, train
+from agents.training import make_vector_env
 from rap_env.errors import UnknownNameError
 from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
@@ -173,22 +171,3 @@ def test_unsupported_imitation_is_rejected(context, builder, teacher):
         imitate(model, [Lesson(foreign, builder)])
     with pytest.raises(AgentConfigError, match="updates of imitation must be at least 1, not 0"):
         ImitationConfig(updates=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
-def test_imitation_warm_starts_a_training(tmp_path, context, builder, teacher, name):
-    """Few steps after imitation the policy still does what the teacher does."""
-    rate = {"learning_rate": 1e-6}
-    config = AgentConfig(
-        name, "blockwise", 64, 2, hyperparameters=rate, policy_settings={"block_vectors": 8}
-    )
-    train(
-        config,
-        make_envs(context),
-        tmp_path,
-        progress=False,
-        warm_start=lambda model: imitate(model, [Lesson(teacher, builder)], QUICK, progress=False),
-    )
-    policy = TrainedPolicy.load(tmp_path, context)
-    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]

@@ -1,7 +1,5 @@
 """Rows of blocks and of items, as the network in torch observes them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 
 import pytest
@@ -55,6 +53,8 @@ def test_impossible_settings_are_named(given, error, text):
     ("kind", "valid", "given", "text"),
     [
         (PPOHyperparameters, PPO, {"n_steps": 1.5}, "n_steps must be a whole number.*not 1.5"),
+        (PPOHyperparameters, PPO, {"n_steps": "many"}, "n_steps.*not 'many'"),
+        (PPOHyperparameters, PPO, {"learning_rate": -1e-3}, "learning_rate must be.*not -0.001"),
         (PPOHyperparameters, PPO, {"gamma": True}, "gamma must be a number from 0 to 1, not True"),
         (PPOHyperparameters, PPO, {"gamma": None}, "gamma must be.*not None"),
         (PPOHyperparameters, PPO, {"ent_coef": float("nan")}, "ent_coef must be.*not nan"),
@@ -73,10 +73,6 @@ def test_a_missing_setting_is_named():
         DQNHyperparameters.of({k: v for k, v in DQN.items() if k != "batch_size"}, "dqn")
 
 
-def test_no_early_stopping_is_a_target():
-    assert PPOHyperparameters(**{**PPO, "target_kl": None}).target_kl is None
-
-
 @pytest.mark.parametrize("name", HYPERPARAMETERS)
 def test_an_agents_file_has_exactly_its_settings(name):
     file = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "agent" / f"{name}.yaml"))
@@ -92,10 +88,3 @@ def test_the_files_hold_the_values_of_the_published_runs(name):
     assert asdict(HYPERPARAMETERS[name](**expected)) == expected
     assert with_defaults(name, "policy_settings", {}) == POLICY
     assert with_defaults(name, "hyperparameters", {"gamma": 0.5})["gamma"] == 0.5
-
-
-def test_policy_settings_in_the_terms_of_stable_baselines3():
-    assert changed(without=["gsi", "request"]).policy_kwargs() == {
-        "hidden": 32,
-        "features_extractor_kwargs": {"block_vectors": 0, "without": ("gsi", "request")},
-    }

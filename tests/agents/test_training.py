@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import base64
 import errno
 import json
@@ -27,8 +25,8 @@ from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
+from tests.agents.policies import envs_for
 from tests.agents.synthetic import make_envs, request_at
-from tests.policies.requests import fits
 from tests.programs import PythonProgram
 
 ROOT = Path(__file__).parents[2]
@@ -89,15 +87,12 @@ def often(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, context, name, often):
-    config, whole, cut, rest = short(name), [], [], []
-    train(config, make_envs(context), tmp_path / "whole", log_fns=[into(whole)], progress=False)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, any_context, name, often):
+    config, envs, whole, cut, rest = short(name), envs_for(any_context), [], [], []
+    train(config, envs, tmp_path / "whole", log_fns=[into(whole)], progress=False)
     with pytest.raises(Interrupt):
-        train(config, make_envs(context), tmp_path / "cut", log_fns=[into(cut), stop_at(150)],
-              progress=False)  # fmt: skip
-    result = train(
-        config, make_envs(context), tmp_path / "cut", log_fns=[into(rest)], progress=False
-    )
+        train(config, envs, tmp_path / "cut", log_fns=[into(cut), stop_at(150)], progress=False)
+    result = train(config, envs, tmp_path / "cut", log_fns=[into(rest)], progress=False)
     # The stop comes with the first episode that ends after step 150.
     assert 0 < result.resumed_from < config.total_timesteps
     assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
@@ -388,30 +383,20 @@ def test_every_agent_learns(tmp_path, context, name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_on_a_real_model(tmp_path, real_context, name):
+@pytest.mark.parametrize("which_context", ["real_context", "repaired_context"])
+def test_on_a_real_model(request, tmp_path, which_context, name):
+    context = request.getfixturevalue(which_context)
     settings = {
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
         "reward": "perplexity",
-    }
-    result = train(short(name, 128), make_envs(real_context, **settings), tmp_path, progress=False)
-    assert result.timesteps == 128
-    assert real_context.scorer.known > 10  # the agents share a context, and there are 64 masks
-    before, request = real_context.scorer.passes, request_at(real_context, 2, 16, 0.8)
-    mask = TrainedPolicy.load(tmp_path, real_context).choose(request)
-    assert fits(real_context, mask, request)
-    assert real_context.scorer.passes == before
-
-
-def test_on_a_repaired_model(tmp_path, repaired_context):
-    settings = {
-        "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 32]},
         "infeasible": "clip",
     }
-    envs = make_envs(repaired_context, **settings)
-    result = train(short("maskable_ppo", 128), envs, tmp_path, progress=False)
+    result = train(short(name, 128), make_envs(context, **settings), tmp_path, progress=False)
     assert result.timesteps == 128
-    request = request_at(repaired_context, 2, 16, 0.8)
-    mask = TrainedPolicy.load(tmp_path, repaired_context).choose(request)
-    parts = repaired_context.memory.breakdown(mask, request)
-    assert parts.stubs > 0
-    assert parts.peak <= request.budget_bytes
+    assert context.scorer.known > 10  # the agents share a context, and there are 64 masks
+    before, asked = context.scorer.passes, request_at(context, 2, 16, 0.8)
+    mask = TrainedPolicy.load(tmp_path, context).choose(asked)
+    parts = context.memory.breakdown(mask, asked)
+    assert parts.peak <= asked.budget_bytes
+    assert (parts.stubs > 0) == (which_context == "repaired_context")
+    assert context.scorer.passes == before

@@ -1,16 +1,13 @@
-from __future__ import annotations
-
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.algorithms import AgentConfig, make_model
-from agents.vector_env import GymVecEnv, split_infos
+from agents.vector_env import GymVecEnv
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from tests.agents.synthetic import ONE_OF_EACH_KIND, make_env, make_envs, request_at
+from tests.agents.synthetic import make_env, make_envs, request_at
 from tests.envs.playing import assert_same
 
 NUM_ENVS = 4
@@ -48,19 +45,6 @@ def test_an_agent_cannot_tell_it_from_single_environments(context, reward, workl
                 ends[infos[index]["TimeLimit.truncated"]] += 1
                 assert not infos[index]["terminal_observation"]["action_mask"].all()
     assert min(ends.values()) > 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_training_on_it_is_training_on_single_environments(context, name):
-    steps = {"n_steps": 16} if "ppo" in name else {"learning_starts": 32}
-    config = AgentConfig(name, n_envs=NUM_ENVS, hyperparameters={**steps, "batch_size": 16})
-    trained = []
-    for envs in (together(context), one_by_one(context)):
-        model = make_model(config, VecNormalize(VecMonitor(envs), norm_obs=False, gamma=1.0))
-        model.learn(192)
-        trained.append([parameter.detach().numpy() for parameter in model.policy.parameters()])
-    assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
 
 
 def test_a_new_episode_takes_the_seeds_and_options_given_before(context):
@@ -132,19 +116,3 @@ def test_another_autoreset_mode_is_rejected():
     envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
     with pytest.raises(UnknownNameError, match="'NextStep'; known are 'SameStep'.*must be reset"):
         GymVecEnv(envs)
-
-
-def test_infos_are_split_by_sub_environment():
-    infos = {
-        "a": np.array([1, 2]),
-        "_a": np.array([True, False]),
-        "b": {"c": np.array([0.5, 0.25]), "_c": np.array([False, True])},
-        "_b": np.array([True, True]),
-        "d": np.ones((2, 3)),
-    }
-    first, second = split_infos(infos, 2)
-    assert first.pop("d").tolist() == [1, 1, 1]
-    assert first == {"a": 1, "b": {}}
-    assert second["b"] == {"c": 0.25}
-    assert type(first["a"]) is int
-    assert "a" not in second

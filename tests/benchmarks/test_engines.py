@@ -1,7 +1,5 @@
 """The benchmark of exported plans in other engines."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import pkgutil

@@ -1,7 +1,5 @@
 """The benchmarks of a live model on a tiny one: what they count, and that they end in a record."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

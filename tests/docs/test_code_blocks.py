@@ -1,7 +1,5 @@
 """Every code block of README and docs runs, on a tiny model in the place of the default one."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

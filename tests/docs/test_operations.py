@@ -1,7 +1,5 @@
 """Metrics in the dashboard, the alerts and the page are those of a server; its files agree."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

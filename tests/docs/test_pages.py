@@ -1,7 +1,5 @@
 """README and docs: length, links, and numbers that come from the records."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Texts of random letters, whose kinds are easy to tell apart."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@ The numbers follow a rule (better methods lose less, tighter budgets lose more),
 know what a report has to say about them. They are no measurements.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

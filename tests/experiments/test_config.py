@@ -1,7 +1,5 @@
 """Settings: every file composes, and errors name the wrong value."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from pathlib import Path
@@ -22,7 +20,7 @@ from experiments.errors import ExperimentError
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
 from experiments.study.run_names import run_label
 from experiments.train import agent_config
-from rap_env.errors import RapError, UnknownNameError
+from rap_env.errors import RapError
 from rap_env.policies.registry import methods
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.workload import SAMPLERS
@@ -150,10 +148,6 @@ def test_names_in_the_files_exist():
         assert set(found.tasks.names) <= set(GENERATED_TASKS)
 
 
-def test_a_file_names_the_repair():
-    assert context_config(composed("train", "repair=library")).repair == "library"
-
-
 def test_null_takes_the_value_of_the_agent_file():
     changed = ("agent.hyperparameters.learning_rate=0.01", "agent.hyperparameters.gamma=null")
     given = agent_config(composed("train", *changed)).hyperparameters
@@ -199,12 +193,6 @@ def test_an_impossible_value_is_named(override, sentence):
     with pytest.raises(RapError) as caught:
         as_config(with_values(composed_node(), override))
     assert sentence in str(caught.value)
-
-
-def test_an_unknown_hyperparameter_is_named():
-    config = composed("train", "+agent.hyperparameters.learning_speed=1")
-    with pytest.raises(UnknownNameError, match="learning_speed.*Did you mean 'learning_rate'"):
-        agent_config(config)
 
 
 def test_shapes_are_read():

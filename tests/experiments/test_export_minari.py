@@ -1,7 +1,5 @@
 """Episodes of a pinned task as a Minari dataset."""
 
-from __future__ import annotations
-
 import minari
 import numpy as np
 import pytest

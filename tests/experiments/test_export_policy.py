@@ -1,7 +1,5 @@
 """Export of a run's policy: the same masks as the run, also if its folder was moved."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -12,11 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from agents.trained_policy import TrainedPolicy
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
-from experiments.config.training import AgentConfig, FrontierConfig
+from experiments.config.model import ImportanceConfig
+from experiments.config.training import FrontierConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
@@ -30,35 +26,22 @@ from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
 from tests.experiments.test_config import run_program
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 STORED = Plan.removing(0, 1, 2, 3, 4, 5, 7)
 """A mask that is in the store before the frontier is built."""
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings of a run on a random model of four layers, with a profile and a frontier."""
-    base = tmp_path_factory.mktemp("export_policy")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False, threads=1,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(gsi_removals=3),
-            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
-                      "budget_fractions": [0.9]},
-            reward={"name": "perplexity"},
-            frontier=FrontierConfig(evaluations=40, requests=8),
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16}),
-            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9],
-                                    text=TextConfig(source="self", windows=3, window_tokens=12)),
-        )  # fmt: skip
+    return tiny_study(
+        base, stage="train", threads=1,
+        importance=ImportanceConfig(gsi_removals=3),
+        frontier=FrontierConfig(evaluations=40, requests=8),
+        agent=short_training(),
+        evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], text=own_text()),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Export of a score table: content, resuming after a kill, training on it, rejected settings."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import signal
@@ -14,11 +12,9 @@ import pytest
 
 from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ExportConfig, ImportanceConfig, ModelConfig
-from experiments.config.training import AgentConfig, FrontierConfig
+from experiments.config.training import FrontierConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
@@ -31,35 +27,22 @@ from rap_env.errors import RapError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.scoring.score_table import ScoreTable
+from tests.experiments.tiny_study import WORKLOAD, own_text, short_training, tiny_study
 from tests.programs import PythonProgram, run_python
-from tests.tiny import tiny_model, tiny_tokenizer
 
 MASKS = 150
-WORKLOAD = {
-    "name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16], "budget_fractions": [0.9],
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of five layers."""
-    base = tmp_path_factory.mktemp("export")
-    tiny_model(layers=5).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="export_scores", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"), threads=1, workload=WORKLOAD,
-            reward={"name": "perplexity"},
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(gsi_removals=3),
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16}),
-            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], baselines=["gsi"]),
-            export=ExportConfig(masks=MASKS),
-        )  # fmt: skip
+    return tiny_study(
+        base, layers=5, stage="export_scores", threads=1,
+        importance=ImportanceConfig(gsi_removals=3),
+        agent=short_training(),
+        evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], baselines=["gsi"]),
+        export=ExportConfig(masks=MASKS),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +53,7 @@ def exported(config):
 
 @pytest.mark.slow
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
-    calibration = TextConfig(source="self", windows=3, window_tokens=48)
+    calibration = own_text(3, 48)
     levels = replace(
         config, name="levels", calibration=calibration, export=ExportConfig(MASKS, levels=True)
     )

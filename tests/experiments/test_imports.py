@@ -1,8 +1,8 @@
 """The import graph of the experiments: no circles, and nothing imports a program but a program."""
 
-from __future__ import annotations
-
 import ast
+import subprocess
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -55,6 +55,21 @@ def test_only_programs_import_programs():
         if name not in PROGRAMS and imports(name) & PROGRAMS
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [
+        ("experiments.compare", ("torch", "transformers", "wandb")),
+        ("experiments.training.loggers", ("torch", "matplotlib", "tensorboard", "wandb")),
+    ],
+)
+def test_large_libraries_are_not_loaded_where_they_are_not_needed(module, unneeded):
+    code = f"import sys, {module}; print([name for name in {unneeded} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_root_has_few_files():

@@ -1,7 +1,5 @@
 """Entries of the leaderboard: made from records, and replayed on the model."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

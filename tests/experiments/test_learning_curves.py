@@ -1,7 +1,5 @@
 """Learning curves: a trainer is evaluated as it goes on, recorded, and drawn."""
 
-from __future__ import annotations
-
 import json
 
 import click

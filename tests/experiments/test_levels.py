@@ -1,17 +1,13 @@
 """The program that measures levels: its artifacts, its grid, and the policy made from them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import LevelsConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.levels import COSTS_FILE, KINDS_FILE, STUDY, PlanRow
@@ -22,30 +18,21 @@ from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from tests.experiments.letter_texts import write_letters
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, tiny_study
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of two layers in a separate folder."""
-    base = tmp_path_factory.mktemp("levels")
-    tiny_model(layers=2).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="levels", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=2, window_tokens=48),
-            importance=ImportanceConfig(method="none"),
-            levels=LevelsConfig(
-                caches=["int8", "int2", "int2-window512"], requests=["1x16", "2x60"],
-                budgets=[0.9, 0.7], joint_budgets=[0.8],
-                text=TextConfig(source="self", windows=2, window_tokens=48),
-                out=str(base / "saved" / "tiny.levels.json"),
-            ),
-        )  # fmt: skip
+    return tiny_study(
+        base, layers=2, stage="levels", calibration=own_text(2, 48),
+        levels=LevelsConfig(
+            caches=["int8", "int2", "int2-window512"], requests=["1x16", "2x60"],
+            budgets=[0.9, 0.7], joint_budgets=[0.8],
+            text=own_text(2, 48),
+            out=str(base / "saved" / "tiny.levels.json"),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """A policy, an agent and a baseline of another package, `tests/plugin_package`."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

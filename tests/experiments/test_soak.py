@@ -1,7 +1,5 @@
 """A short soak test of a tiny model, and its check of answers."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The four stages on a tiny real model: end to end, resuming, and rejected settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,22 +8,18 @@ import pytest
 from hydra import initialize_config_dir
 
 from experiments.comparison.evaluation import check_names
-from experiments.comparison.loading import gather
 from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import training_dirs
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, ScoringConfig
-from experiments.config.training import AgentConfig
+from experiments.config.model import ImportanceConfig, ScoringConfig
 from experiments.contexts import build_context
-from experiments.demo import demo, demo_agents
+from experiments.demo import demo_agents
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
-from experiments.study.records import append_record, read_records, record_files
+from experiments.study.records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
@@ -36,37 +30,24 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.workers import ScoringWorker
+from tests.experiments.tiny_study import own_text, short_training, tiny_study
 from tests.scoring.fake_ray import FakeRay
-from tests.tiny import tiny_model, tiny_tokenizer
 
 BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of four layers in a separate folder."""
-    base = tmp_path_factory.mktemp("stages")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="test", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(gsi_removals=3),
-            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
-                      "budget_fractions": [0.9]},
-            reward={"name": "perplexity"},
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16, "gamma": None}),
-            evaluate=EvaluateConfig(
-                requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
-                random_seeds=[0, 1], text=TextConfig(source="self", windows=3, window_tokens=12),
-            ),
-            ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
-        )  # fmt: skip
+    return tiny_study(
+        base, stage="test", importance=ImportanceConfig(gsi_removals=3),
+        agent=short_training(gamma=None),
+        evaluate=EvaluateConfig(
+            requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
+            random_seeds=[0, 1], text=own_text(),
+        ),
+        ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -207,24 +188,6 @@ def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
     assert in_order(read_records(path)) == in_order(whole)
 
 
-@pytest.mark.slow
-def test_the_demo_reuses_everything_and_ends_with_table_and_report(evaluated, capsys):
-    results = evaluated.stage_dir("evaluate") / "results.jsonl"
-    before = results.read_bytes()
-    page = demo(evaluated, evaluated.root)
-    assert results.read_bytes() == before
-    assert "MaskablePPO" in page.read_text()
-    out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line.startswith("[")][-1] == "[5/5] report"
-    assert "Greedy per byte" in out
-    assert "native / int4" in (evaluated.stage_dir("ladder") / "tables.md").read_text().replace(
-        "float32", "native"
-    )
-    assert page.read_text().index("Precision before removal") < page.read_text().index("ΔNLL of")
-    assert f"The report is {page}" in out
-    assert gather(evaluated.root).comparison.incomplete is False
-
-
 def test_the_demo_trains_the_configured_agents(evaluated):
     several = replace(evaluated, demo={**evaluated.demo, "agents": ["dqn", "maskable_ppo"]})
     register()
@@ -269,12 +232,6 @@ def test_unknown_names_and_folders_are_rejected(trained, tmp_path):
     nothing = replace(trained, evaluate=replace(trained.evaluate, agents=[], baselines=[]))
     with pytest.raises(ExperimentError, match="nothing to evaluate"):
         check_names(nothing)
-
-
-def test_a_damaged_row_raises_an_error(evaluated, tmp_path):
-    append_record(tmp_path / "results.jsonl", {"method": "gsi"})
-    with pytest.raises(ArtifactError, match="missing or unknown keys"):
-        ResultRow.read(tmp_path / "results.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Sweeps as a user runs them: resumed studies, pruned trials, workers that share a store."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -17,18 +15,15 @@ from experiments.config.evaluation import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
 from experiments.study.run_folder import RunFolder
 from rap_env.scoring.store import ScoreStore
+from tests.experiments.tiny_study import tiny_study
 from tests.programs import run_python
-from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweeps")
-    tiny_model(layers=4).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    return folder
+@pytest.fixture(autouse=True, scope="module")
+def model(base):
+    tiny_study(base, layers=2)
 
 
 def run_train(base, *arguments, program="train"):
@@ -36,11 +31,11 @@ def run_train(base, *arguments, program="train"):
     arguments = [
         "-m", f"experiments.{program}", "-m",
         "model=custom", f"model.name={base / 'model'}",
-        "threads=1", "model.device=cpu", "model.dtype=float32", "calibration.windows=3",
+        "threads=1", "model.device=cpu", "model.dtype=float32", "calibration.windows=1",
         "calibration.window_tokens=12", "importance=none", "workload=grid",
         "workload.batch_sizes=[1,2]", "workload.seq_lens_tokens=[16]",
         "workload.budget_fractions=[0.9]", "evaluate.requests=[1x16]", "evaluate.budgets=[0.9]",
-        "agent.total_timesteps=128", "agent.n_envs=2", "agent.hyperparameters.batch_size=16",
+        "agent.total_timesteps=64", "agent.n_envs=2", "agent.hyperparameters.batch_size=16",
         "agent.hyperparameters.n_steps=16", "progress=false", f"runs_dir={base / 'runs'}",
         f"store={base / 'scores.sqlite'}", *arguments,
     ]  # fmt: skip
@@ -52,6 +47,7 @@ def runs_in(folder):
     return [RunFolder(path.parent).read() for path in sorted(folder.glob("*/run.json"))]
 
 
+@pytest.mark.slow  # tests/experiments/training/test_sweeps.py shows its parts
 def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
     """Two trials; then the study is made three long, under a pruner that stops every trial."""
     import optuna  # takes seconds, and other tests do without
@@ -75,9 +71,9 @@ def test_a_study_is_stored_resumed_and_prunes_bad_trials(base):
     assert marks[0] > 1, "nothing is reported before there is a checkpoint"
     assert marks[-1] == 9
     (stopped,) = (run for run in runs if run["pruned"])
-    assert stopped["timesteps"] < 128
+    assert stopped["timesteps"] < 64
     assert "Trial 2 of the study is pruned" in stopped["stopped"]
-    assert all(run["timesteps"] == 128 for run in runs if not run["pruned"])
+    assert all(run["timesteps"] == 64 for run in runs if not run["pruned"])
 
 
 def test_runs_are_named_and_compared_by_what_varies(base):
@@ -106,7 +102,7 @@ def test_workers_share_a_live_model_and_one_store(base):
                      f"store={base / 'shared.sqlite'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = base / "runs" / "together" / "train"
-    assert [run["timesteps"] for run in runs_in(folder)] == [128, 128]
+    assert [run["timesteps"] for run in runs_in(folder)] == [64, 64]
     settings = yaml.safe_load(next(folder.glob("*-s0/config.yaml")).read_text())
     assert settings["threads"] == 1
     store = ScoreStore(base / "shared.sqlite")
@@ -116,6 +112,7 @@ def test_workers_share_a_live_model_and_one_store(base):
     assert len(rows) == len(store) > 10
 
 
+@pytest.mark.slow
 def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
     """`slurm_local` submits as `slurm` does, to processes in the place of a queue."""
     done = run_train(base, "name=queued", "seed=0,1", "hydra/launcher=slurm_local",

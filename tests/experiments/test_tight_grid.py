@@ -1,16 +1,13 @@
 """Budgets at which uniform settings lose given amounts, found on a tiny model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from experiments.config import Config
-from experiments.config.common import TextConfig, parse_pinned
+from experiments.config.common import parse_pinned
 from experiments.config.evaluation import EvaluateConfig, TightGridConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ImportanceConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
@@ -18,7 +15,7 @@ from experiments.tight_grid import tight_budgets, tight_grid
 from rap_env.policies.method import CountingScorer
 from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, tiny_study
 
 LEVELS = {"weights": ["int8", "int4", "removed"], "caches": ["int8", "int4"]}
 SHAPES = ((1, 16), (4, 60))
@@ -26,24 +23,16 @@ LOSSES = [0.06, 0.15, 0.3]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("tight")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="tight_grid", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=2, window_tokens=48),
-            importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
-            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-            tight_grid=TightGridConfig(
-                requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,
-                out=str(base / "tight.yaml"),
-            ),
-        )  # fmt: skip
+def config(base):
+    return tiny_study(
+        base, stage="tight_grid", calibration=own_text(2, 48),
+        importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
+        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
+        tight_grid=TightGridConfig(
+            requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,
+            out=str(base / "tight.yaml"),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

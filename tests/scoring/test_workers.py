@@ -64,6 +64,7 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow  # the next test shows the same without the processes of a cluster
 def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_path, caplog):
     ids, plans = tokens(windows=5), [*MASKS, *LOWERED]
     alone = MaskScorer(llm, ids, batch_tokens=18)
@@ -139,6 +140,37 @@ def pool_on(worker, llm, count=2):
     workers = WorkerPool(lambda: llm, count)
     workers._ray = FakeRay(ray, worker)
     return workers
+
+
+def test_a_worker_lost_in_the_middle_changes_no_score(tmp_path, caplog):
+    lost = []
+
+    class DyingOnce(ScoringWorker):
+        def measure(self, job, plans):
+            if len(lost) < 1 and len(plans) < 6:
+                lost.append(plans)
+                raise ray.exceptions.RayActorError(error_msg="killed")
+            return super().measure(job, plans)
+
+    llm, ids, plans = tiny_llm("llama_tied", layers=3), tokens(windows=5), [*MASKS, *LOWERED]
+    workers, store = pool_on(DyingOnce, llm), ScoreStore(tmp_path / "scores.sqlite")
+    alone, scored = MaskScorer(llm, ids, batch_tokens=18), Counter()
+    spread = MaskScorer(llm, ids, store, batch_tokens=18, workers=workers)
+    spread.nll_many(plans, lambda plan: scored.update([plan]))
+    assert (workers.losses, len(lost)) == (1, 1)
+    assert "A scoring worker was lost" in caplog.text
+    assert scored == Counter(plans)
+    expected = {plan: alone.window_nll(plan).tolist() for plan in plans}
+    assert {plan: spread.window_nll(plan).tolist() for plan in plans} == expected
+    rows = dict(store.rows(context_key(spread.context), METRIC))
+    assert {mask: rows[mask] for mask in MASKS} == {mask: expected[mask] for mask in MASKS}
+    here, there = (
+        gsi(MaskScorer(llm, ids, workers=pool), method="lazy", progress=False)
+        for pool in (None, workers)
+    )
+    assert (there.order_indices, there.nll_after) == (here.order_indices, here.nll_after)
+    part = MaskScorer(llm, ids, workers=workers).nll_on(MASKS[:4], [0, 3])
+    assert part == MaskScorer(llm, ids).nll_on(MASKS[:4], [0, 3])
 
 
 def test_workers_that_always_die_end_in_an_error():

@@ -1,7 +1,5 @@
 """Cells outside the grid, and agents that propose several masks: on a tiny real model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,47 +14,30 @@ from experiments.comparison.evaluation import (
 )
 from experiments.comparison.loading import read_groups
 from experiments.comparison.records import ResultRow
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
-from experiments.config.training import AgentConfig
+from experiments.config.model import ImportanceConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.train import train
-from rap_env.errors import InfeasibleBudgetError
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of four layers in a separate folder."""
-    base = tmp_path_factory.mktemp("cells")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="test", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(method="one_shot"),
-            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
-                      "budget_fractions": [0.9]},
-            reward={"name": "perplexity"},
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=32, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16}),
-            evaluate=EvaluateConfig(
-                requests=["2x32", "1x16"], budgets=[0.9], sparsities=[0.3, 0.1],
-                outside=["4x48@0.75"], baselines=["greedy_per_byte", "one_shot"], best_of=[1, 4],
-                text=TextConfig(source="self", windows=3, window_tokens=12),
-            ),
-        )  # fmt: skip
+    return tiny_study(
+        base, stage="test", importance=ImportanceConfig(method="one_shot"),
+        agent=short_training(32),
+        evaluate=EvaluateConfig(
+            requests=["2x32", "1x16"], budgets=[0.9], sparsities=[0.3, 0.1],
+            outside=["4x48@0.75"], baselines=["greedy_per_byte", "one_shot"], best_of=[1, 4],
+            text=own_text(),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +63,6 @@ def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
         assert one.cell[2] == one.request.budget_bytes / memory.dense_peak_bytes(1, 16)
     assert [one.sparsity for one in asked[2:4]] == [0.1, 0.3]
     assert asked[4].cell == (4, 48, 0.75)
-
-
-def test_cells_that_no_mask_fits_are_rejected(config):
-    memory = build_context(config).memory
-    with pytest.raises(InfeasibleBudgetError, match="No mask of .* fits"):
-        evaluation_cells(replace(config.evaluate, outside=["1x16@0.01"]), memory)
 
 
 @pytest.mark.parametrize(

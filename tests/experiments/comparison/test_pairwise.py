@@ -1,7 +1,5 @@
 """Verdicts on rows whose differences are known."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Tables and figures of plans at budgets that differ between requests, from invented records."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

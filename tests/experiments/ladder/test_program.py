@@ -1,7 +1,5 @@
 """The ladder on a tiny real model: plans, exact bytes, measured losses, resuming."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +8,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
@@ -29,31 +24,22 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, tiny_study
 
 LAYERS = 3
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("ladder")
-    tiny_model(layers=LAYERS).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="ladder", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=2, window_tokens=40, seed=9),
-            importance=ImportanceConfig(method="none"),
-            evaluate=EvaluateConfig(
-                text=TextConfig(source="self", windows=3, window_tokens=44, seed=1)
-            ),
-            ladder=LadderConfig(
-                requests=["1x48", "4x64"], weights=["native", "int4"], caches=["native", "int2"],
-                removal="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
-            ),
-        )  # fmt: skip
+def config(base):
+    return tiny_study(
+        base, layers=LAYERS, stage="ladder", store=None,
+        calibration=own_text(2, 40, 9),
+        evaluate=EvaluateConfig(text=own_text(3, 44, 1)),
+        ladder=LadderConfig(
+            requests=["1x48", "4x64"], weights=["native", "int4"], caches=["native", "int2"],
+            removal="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +79,6 @@ def test_losses_are_those_of_the_scorer(rows, config):
     assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
     assert all(row.loss != 0.0 for row in rows if row.name == "int4 / native")
     assert all(row.loss != 0.0 for row in rows if row.name == "native / int2")
-
-
-def test_a_resumed_run_measures_nothing_again(rows, config, monkeypatch):
-    path = config.stage_dir("ladder") / LadderRow.file
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:-2]) + lines[-1][:20])  # killed while it wrote a row
-    measured = []
-    scored = MaskScorer.window_nll
-    monkeypatch.setattr(
-        MaskScorer, "window_nll", lambda self, plan: measured.append(plan) or scored(self, plan)
-    )
-    again = LadderRow.read(STUDY.run(config, config.stage_dir("ladder")))
-    assert [row.window_losses for row in again] == [row.window_losses for row in rows]
-    lowered = [plan for plan in measured if plan]
-    assert len(lowered) == 2, "one for each missing row"
 
 
 def test_levels_that_a_model_lacks_are_left_out(config):

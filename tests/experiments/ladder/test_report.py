@@ -1,7 +1,5 @@
 """Tables and figure of the ladder, from invented records."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

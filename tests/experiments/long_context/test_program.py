@@ -1,7 +1,5 @@
 """The program on a tiny real model: rows of all plans, resuming, losses by hand, tables."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.long_context.documents import AnswerLoss, PositionLoss
 from experiments.long_context.figures import over_length
-from experiments.long_context.rows import ANSWERS, POSITIONS, Curves, TaskRow
+from experiments.long_context.rows import ANSWERS, POSITIONS, Curves
 from experiments.long_context.study import STUDY
 from experiments.long_context.tables import long_context_findings
 from experiments.study.records import read_records
@@ -142,18 +140,6 @@ def test_answers_are_scored_after_documents_cut_in_the_middle(found, config):
     assert loss.measure(Plan())[:, 0] == pytest.approx(expected, abs=1e-4)
     row = found.loss("native", ANSWERS, 256)
     assert row.by_bucket == pytest.approx([np.mean(expected)], abs=1e-4)
-
-
-def test_a_resumed_run_measures_only_what_is_missing(found, config, capsys):
-    folder = config.stage_dir("long_context")
-    lines = (folder / TaskRow.file).read_bytes().splitlines(keepends=True)
-    (folder / TaskRow.file).write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
-    STUDY.run(config, folder)
-    assert "1 of 30 rows" in capsys.readouterr().out
-    assert STUDY.read(folder).tasks == found.tasks
-    other = replace(config, model=replace(config.model, dtype="bfloat16"))
-    with pytest.raises(ExperimentError, match="model"):
-        STUDY.run(other, folder)
 
 
 def test_tables_and_figures_name_every_plan(found, config):

@@ -1,19 +1,16 @@
 """The repair program on a tiny real model: libraries, rows, resuming, rejected settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 
-from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig, StubsConfig
+from experiments.config.model import ImportanceConfig, StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
-from experiments.repair.study import STUDY, RepairEvaluator, repair_jobs
+from experiments.repair.study import STUDY, repair_jobs
 from experiments.repair.tables import repair_tables
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
@@ -22,7 +19,7 @@ from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import tiny_study
 
 CELLS = ["1x16@0.8", "2x32@0.7"]
 
@@ -32,29 +29,22 @@ def text(seed: int, windows: int = 8) -> TextConfig:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("repair")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="repair", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=text(9, 3),
-            importance=ImportanceConfig(gsi_removals=3),
-            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
-                      "budget_fractions": [0.9, 0.7]},
-            evaluate=EvaluateConfig(),
-            stubs=StubsConfig(
-                fit_texts={"first": text(1, 12), "second": text(2)},
-                report_texts={"first": text(3), "third": text(4)},
-                rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
-                study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
-                alone=["first"],
-            ),
-        )  # fmt: skip
+def config(base):
+    return tiny_study(
+        base, stage="repair",
+        calibration=text(9, 3),
+        importance=ImportanceConfig(gsi_removals=3),
+        workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+                  "budget_fractions": [0.9, 0.7]},
+        evaluate=EvaluateConfig(),
+        stubs=StubsConfig(
+            fit_texts={"first": text(1, 12), "second": text(2)},
+            report_texts={"first": text(3), "third": text(4)},
+            rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
+            study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
+            alone=["first"],
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,22 +107,6 @@ def test_the_fitted_tokens_are_recorded(rows):
     cell = (2, 32, 0.7)
     assert {row.cell for row in rows if row.study != "grid"} == {cell}
     assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
-
-
-def test_only_a_missing_row_is_measured_again(config, rows, monkeypatch):
-    measured, row = [], RepairEvaluator.row
-    monkeypatch.setattr(
-        RepairEvaluator, "row", lambda *arguments: measured.append(1) or row(*arguments)
-    )
-    folder = STUDY.run(config, config.stage_dir("repair"))
-    assert not measured
-    lines = (folder / RepairRow.file).read_bytes().splitlines(keepends=True)
-    killed = b"".join(lines[:-2]) + lines[-1][:40]  # in the middle of a line
-    (folder / RepairRow.file).write_bytes(killed)
-    STUDY.run(config, folder)
-    assert len(measured) == 2
-    again = RepairRow.read(folder)
-    assert {row.key: row.loss for row in again} == {row.key: row.loss for row in rows}
 
 
 def test_other_settings_are_rejected_in_the_same_folder(config, rows):

@@ -1,7 +1,5 @@
 """Tables, figure and report of repair agree with the rows."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A replay of a tiny model: its settings, and random policies and tables for it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Budgets that move: pure functions of time, from settings and from files."""
 
-from __future__ import annotations
-
 import json
 import math
 

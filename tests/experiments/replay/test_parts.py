@@ -1,7 +1,5 @@
 """Parts of a replay on their own: clock, time series, prompts, and the systems' policies."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """A replay of a tiny model from settings to records: complete runs, resuming, rejected settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -13,7 +11,6 @@ from experiments.config.common import TextConfig
 from experiments.config.serving import MASK_SYSTEMS, ReplayConfig
 from experiments.contexts import load_text
 from experiments.errors import ExperimentError
-from experiments.replay.harness import SystemRun
 from experiments.replay.study import STUDY
 from experiments.replay.workload import make_workload
 from experiments.study.records import read_records
@@ -125,24 +122,6 @@ def test_rows_have_provenance_without_local_paths(rows, base):
     for row in rows.values():
         assert row.provenance["load"]["trace"] == "trace.csv"
         assert str(base) not in json.dumps({**row.depends_on, "model": ""})
-
-
-def test_a_killed_system_restarts_and_finished_ones_are_kept(config, folder, monkeypatch):
-    lines = (folder / "replay.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "replay.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:99])
-    ran = []
-    serve = SystemRun.serve
-    monkeypatch.setattr(
-        SystemRun,
-        "serve",
-        lambda *args, **kwargs: ran.append(args[1].name) or serve(*args, **kwargs),
-    )
-    STUDY.run(config, folder)
-    assert ran == ["oracle"]
-    STUDY.run(config, folder)
-    assert ran == ["oracle"], "nothing is measured again"
-    again = (folder / "replay.jsonl").read_bytes().splitlines(keepends=True)
-    assert again[:-1] == lines[:-1]
 
 
 def test_other_settings_are_rejected_in_the_same_folder(config, folder):

@@ -1,7 +1,5 @@
 """Arrivals: read from a trace file or drawn, thinned and scaled."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

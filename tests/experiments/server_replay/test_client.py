@@ -1,7 +1,5 @@
 """The open-loop client, against our own server with an engine of scripted answers."""
 
-from __future__ import annotations
-
 import pytest
 
 from experiments.replay.workload import ReplayRequest

@@ -1,7 +1,5 @@
 """llama.cpp's server: what its log says, and the search for the largest context."""
 
-from __future__ import annotations
-
 from experiments.server_replay.systems import buffer_bytes, largest_context
 
 LOG = """\

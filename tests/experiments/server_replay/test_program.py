@@ -1,7 +1,5 @@
 """Replays on server processes: a fake of llama.cpp's server, and ``rap serve`` itself (slow)."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import replace

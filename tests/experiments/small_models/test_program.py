@@ -1,7 +1,5 @@
 """Small models trained from scratch: text, block costs, and resuming after a kill."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -21,7 +19,6 @@ from experiments.small_models.training import Trainer
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -230,11 +227,3 @@ def test_invalid_settings_are_rejected(make, tmp_path):
     short = TextConfig(source=str(tmp_path / "text.txt"), windows=4000, window_tokens=24)
     with pytest.raises(CorpusError, match="Give a longer text"):
         trained(make(texts={"short": short}))
-
-
-@pytest.mark.slow
-def test_removing_every_block_still_gives_a_finite_loss(make):
-    llm = load_llm(trained(make("unequal")), device="cpu", dtype="float32")
-    text = load_corpus(CorpusConfig(windows=2, window_tokens=20), llm, progress=False)
-    scorer = MaskScorer(llm, text)
-    assert math.isfinite(scorer.nll(Plan.removing(*llm.blocks)))

@@ -1,13 +1,10 @@
 """The study of prompts: a policy by text beside a blind one, on a tiny model with real kinds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 
 from experiments.comparison.recorded import RecordedPlans
-from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
@@ -25,22 +22,20 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.synthetic_records import DEPENDS, make_row
+from tests.experiments.tiny_study import tiny_study
 from tests.policies.test_knapsack import costs
-from tests.tiny import tiny_model, tiny_tokenizer
 
 LETTERS = {"few": "abcde ", "many": "FGHIJKLMNOP"}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("prompts")
-    tiny_model(layers=3).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+def config(base):
+    study = tiny_study(base, layers=3, stage="prompts")
     texts, seen = {}, {}
     for name, letters in LETTERS.items():
         path = write_letters(base, name, letters)
         texts[name] = TextConfig(path, windows=3, window_tokens=48)
-    llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
+    llm = load_llm(study.model.name, device="cpu", dtype="float32")
     memory = MemoryModel(llm)
     for name, text in texts.items():
         corpus = CorpusConfig(text.source, 6, 48, role="calibration")
@@ -49,14 +44,8 @@ def config(tmp_path_factory):
     KindCosts(TextKinds.of(seen, llm.facts.vocab_size), made).save(base / "kinds.json")
     made["few"].save(base / "few.json")
     budget = Request.at_fraction(memory, 2, 40, 0.7).budget_bytes
-    return Config(
-        stage="prompts", name="tiny", runs_dir=str(base / "runs"), progress=False,
-        store=str(base / "scores.sqlite"),
-        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-        prompts=PromptsConfig(
-            [str(base / "few.json"), str(base / "kinds.json")], texts, 16, [f"2x40@{budget}"]
-        ),
-    )  # fmt: skip
+    policies = [str(base / "few.json"), str(base / "kinds.json")]
+    return replace(study, prompts=PromptsConfig(policies, texts, 16, [f"2x40@{budget}"]))
 
 
 @pytest.fixture(scope="module")

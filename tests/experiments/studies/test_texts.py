@@ -1,16 +1,13 @@
 """The study of texts: real costs of a tiny model, a synthetic scorer with a known gap, resuming."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from experiments.config import Config
 from experiments.config.common import parse_pinned
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.config.studies import KindConfig, TextsConfig
 from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
@@ -30,36 +27,29 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.experiments.letter_texts import write_letters
-from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import tiny_study
+from tests.tiny import tiny_llm
 
 KINDS = ("few", "many")
 LEVELS = {"weights": ["removed"], "caches": ["int4", "int2"], "embeddings": ["int4"]}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("texts")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
+def config(base):
     for name, letters in (("few", "abcde ."), ("many", "fghijklmnopqrstuvwxyz ,")):
         write_letters(base, name, letters)
     memory = MemoryModel(tiny_llm(layers=4))
     budgets = {s: memory.dense_peak_bytes(*s) * 7 // 10 for s in ((1, 16), (4, 60))}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="texts", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"),
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            importance=ImportanceConfig(method="none"),
-            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int4"]),
-            texts=TextsConfig(
-                kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
-                seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
-                cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
-                sized="few", sizes_tokens=[24, 96], prompt_tokens=0,
-            ),
-        )  # fmt: skip
+    return tiny_study(
+        base, stage="texts",
+        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int4"]),
+        texts=TextsConfig(
+            kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
+            seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
+            cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
+            sized="few", sizes_tokens=[24, 96], prompt_tokens=0,
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

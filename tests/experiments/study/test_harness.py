@@ -1,7 +1,5 @@
 """A study resumes, writes tables and figures, and is read from plain and compressed records."""
 
-from __future__ import annotations
-
 import gzip
 from collections import Counter
 from dataclasses import dataclass
@@ -80,6 +78,7 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
     config = Config(stage="levels", progress=False)
     first.study.run(config, folder)
     second = FakeStudy(["int8", "int4", "int16"])
+    (folder / "caches.jsonl").open("a").write('{"level": "int4", "req')  # a kill while it wrote
     second.study.run(config, folder)
     assert second.made == Counter(["int4", "int16"])
     assert second.scorer.asked == [["int4", "int16"]]
@@ -89,6 +88,8 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
     assert {row.shape for row in rows} == {(8, 64)}
     assert rows[0].provenance.keys() == {"depends_on", "git", "by"}
     assert rows[0].key == next(iter(second.jobs(config, folder))).key
+    second.study.run(config, folder)
+    assert second.made.total() == 2, "nothing is measured again"
     text = second.study.markdown(rows)
     assert text == (folder / "tables.md").read_text()
     assert text.startswith(

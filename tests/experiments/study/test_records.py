@@ -1,7 +1,5 @@
 """Records survive kills, and damage is detected."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -12,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments.comparison.records import ResultRow
+from experiments.comparison.summaries import Comparison
+from experiments.comparison.tables import accuracy_table
 from experiments.study.records import (
     append_record,
     read_records,
@@ -111,9 +111,13 @@ def test_a_row_of_another_schema_names_the_keys():
 
 def test_missing_fields_of_older_rows_get_defaults():
     record = make_row("gsi", (1, 128), 0.9).to_record()
-    for key in ("sparsity", "outside", "training_s"):
+    for key in ("sparsity", "outside", "training_s", "accuracies_norm", "task_documents", "levels",
+                "target_loss"):  # fmt: skip
         del record[key]
     row = ResultRow.from_record(record)
+    assert row.accuracies_norm is row.task_documents is row.levels is None
+    assert row.plan.removed_names == tuple(row.mask)
+    assert accuracy_table(Comparison([row]))[0] == ["Method", "task_one", "task_two", "mean"]
     assert (row.sparsity, row.outside, row.training_s, row.part) == (None, False, None, "grid")
     published = sorted((Path(__file__).parents[3] / "results").glob("*/evaluate"))
     assert published

@@ -1,7 +1,5 @@
 """Run folders record their settings, versions and starts."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

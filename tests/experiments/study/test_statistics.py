@@ -1,7 +1,5 @@
 """Coverage of intervals, and the effect of pairing."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Training on `RAPLadder-v0` by the program: warm start, resuming, and the exported policy."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +9,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
-from experiments.config import Config
-from experiments.config.common import TextConfig
-from experiments.config.evaluation import EvaluateConfig, ExportPolicyConfig
+from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
 from experiments.config.model import ImportanceConfig, ModelConfig
 from experiments.config.training import (
@@ -31,7 +27,6 @@ from experiments.contexts import (
 from experiments.demo import demo
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
-from experiments.export_policy import export
 from experiments.profile import profile
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
@@ -47,40 +42,31 @@ from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
-from rap_env.policies.loading import load_policy
-from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, tiny_study
 
 LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of three layers."""
-    base = tmp_path_factory.mktemp("ladder")
-    tiny_model(layers=3).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False, threads=1,
-            store=str(base / "scores.sqlite"),
-            env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-            model=ModelConfig(
-                name=str(base / "model"), device="cpu", dtype="float32", weights="native"
-            ),
-            calibration=TextConfig(source="self", windows=2, window_tokens=12),
-            importance=ImportanceConfig(method="one_shot"),
-            workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
-                      "budget_fractions": [0.6, 0.8, 0.9]},
-            reward={"name": "perplexity"},
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
-                              hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
-            warm_start=WarmStartConfig(teacher="one_shot", requests=12, updates=150),
-            evaluate=EvaluateConfig(requests=["4x64"], budgets=[0.9, 0.7]),
-        )  # fmt: skip
+    return tiny_study(
+        base, layers=3, stage="train", threads=1,
+        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
+        model=ModelConfig(
+            name=str(base / "model"), device="cpu", dtype="float32", weights="native"
+        ),
+        calibration=own_text(2, 12),
+        importance=ImportanceConfig(method="one_shot"),
+        workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
+                  "budget_fractions": [0.6, 0.8, 0.9]},
+        agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
+                          hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
+        warm_start=WarmStartConfig(teacher="one_shot", requests=12, updates=150),
+        evaluate=EvaluateConfig(requests=["4x64"], budgets=[0.9, 0.7]),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -134,17 +120,6 @@ def test_the_run_records_its_choices_and_resumes(config, run):
         train(other, run)
 
 
-def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
-    path = export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
-    context = build_context(config)
-    exported = load_policy(path, context.memory)
-    assert isinstance(exported, NetworkPolicy)
-    trained = TrainedPolicy.load(run, context)
-    for request in draw_requests(config, context, 12, 9):
-        assert exported.choose(request) == trained.choose(request)
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_policy_chooses(config):
     changed = replace(
         config,
@@ -178,16 +153,21 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
 
 def test_the_agent_is_evaluated_beside_baselines(config, run):
     given = replace(config.evaluate, baselines=["uniform"], best_of=[1, 4],
-                    text=TextConfig(source="self", windows=2, window_tokens=12))  # fmt: skip
+                    text=own_text(2, 12))  # fmt: skip
     changed = replace(config, stage="evaluate", evaluate=given)
     evaluate(changed, changed.stage_dir("evaluate"))
     rows = ResultRow.read(changed.stage_dir("evaluate") / "results.jsonl")
     agents = [row for row in rows if row.method.startswith("agent")]
     assert {row.method for row in agents} == {"agent", "agent-best_of=4"}
-    trained = TrainedPolicy.load(run, build_context(config))
+    context = build_context(config)
+    trained, ladder = TrainedPolicy.load(run, context), ladder_bytes(config, context).ladder
+    assert len(agents) == 2 * len(config.evaluate.budgets)
     for row in agents:
         request = Request(**row.request, budget_bytes=row.budget_bytes)
+        assert row.fits
         assert row.peak_bytes <= row.budget_bytes
+        assert row.setup_evaluations > 0
+        ladder.positions(row.plan)
         if row.method == "agent":
             assert row.levels == trained.choose(request).levels
 
@@ -207,7 +187,7 @@ def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, 
             config.evaluate,
             baselines=["uniform", "knapsack", "one_shot", "random"],
             random_seeds=[0],
-            text=TextConfig(source="self", windows=2, window_tokens=12, seed=1),
+            text=own_text(2, 12, 1),
         ),
     )
     page = demo(small, small.root)

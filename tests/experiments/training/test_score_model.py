@@ -1,17 +1,13 @@
 """Warm start and training on predicted scores: real scores correct it, and it resumes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.config import Config
-from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ImportanceConfig
 from experiments.config.training import (
     AgentConfig,
     FrontierConfig,
@@ -31,7 +27,7 @@ from experiments.training.score_model import (
     scored_masks,
 )
 from rap_env.scoring.score_table import ScoreTable
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import tiny_study
 
 WORKLOAD = {
     "name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [8, 16],
@@ -40,32 +36,24 @@ WORKLOAD = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of five layers, profiled with a frontier."""
-    base = tmp_path_factory.mktemp("learn")
-    tiny_model(layers=5).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        made = Config(
-            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"), threads=1, workload=WORKLOAD,
-            reward={"name": "perplexity", "relative_to": "frontier"},
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(gsi_removals=3),
-            frontier=FrontierConfig(evaluations=120, requests=16),
-            warm_start=WarmStartConfig(teacher="frontier", requests=16, updates=150),
-            score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
-            agent=AgentConfig(
-                name="maskable_ppo", total_timesteps=256, n_envs=4,
-                hyperparameters={"n_steps": 16, "learning_rate": 1e-4},
-                policy_settings={"block_vectors": 4},
-            ),
-            evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9]),
-        )  # fmt: skip
-        profile(replace(made, stage="profile"), made.stage_dir("profile"))
-        yield made
+    made = tiny_study(
+        base, layers=5, stage="train", threads=1, workload=WORKLOAD,
+        reward={"name": "perplexity", "relative_to": "frontier"},
+        importance=ImportanceConfig(gsi_removals=3),
+        frontier=FrontierConfig(evaluations=120, requests=16),
+        warm_start=WarmStartConfig(teacher="frontier", requests=16, updates=150),
+        score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
+        agent=AgentConfig(
+            name="maskable_ppo", total_timesteps=256, n_envs=4,
+            hyperparameters={"n_steps": 16, "learning_rate": 1e-4},
+            policy_settings={"block_vectors": 4},
+        ),
+        evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9]),
+    )  # fmt: skip
+    profile(replace(made, stage="profile"), made.stage_dir("profile"))
+    return made
 
 
 def folder_of(config, label="agent-s0"):

@@ -1,7 +1,5 @@
 """The objective that a sweep minimises, and trials of an Optuna study."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -9,11 +7,8 @@ from omegaconf import OmegaConf
 
 from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import grid_requests
-from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
-from experiments.config.training import AgentConfig
 from experiments.contexts import build_context
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
@@ -31,29 +26,17 @@ from rap_env.errors import CorpusError
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Settings for a random model of four layers."""
-    base = tmp_path_factory.mktemp("objective")
-    tiny_model(layers=4).save_pretrained(base / "model")
-    tiny_tokenizer().save_pretrained(base / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="train", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            store=str(base / "scores.sqlite"), threads=1, reward={"name": "perplexity"},
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=3, window_tokens=12),
-            importance=ImportanceConfig(method="none"),
-            workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
-                      "budget_fractions": [0.9]},
-            agent=AgentConfig(name="maskable_ppo", total_timesteps=32, n_envs=2,
-                              hyperparameters={"n_steps": 16, "batch_size": 16}),
-            evaluate=EvaluateConfig(requests=["1x16", "2x32"], budgets=[0.9, 0.8]),
-        )  # fmt: skip
+    return tiny_study(
+        base, stage="train", threads=1,
+        agent=short_training(32),
+        evaluate=EvaluateConfig(requests=["1x16", "2x32"], budgets=[0.9, 0.8]),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +73,7 @@ def test_a_finished_run_returns_its_objective_without_training(config, trained):
 
 
 def test_the_objective_on_another_text_is_measured_again(config, trained, tmp_path):
-    text = TextConfig(source="self", windows=2, window_tokens=12, seed=7)
+    text = own_text(2, 12, 7)
     other = replace(config, evaluate=replace(config.evaluate, selection=text))
     context = build_context(config)
     corpus = load_corpus(

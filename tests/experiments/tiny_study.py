@@ -1,0 +1,37 @@
+"""A study of a random model, which keeps everything in one folder."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.training import AgentConfig
+from tests.tiny import tiny_model, tiny_tokenizer
+
+WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
+            "budget_fractions": [0.9]}  # fmt: skip
+
+
+def own_text(windows: int = 3, window_tokens: int = 12, seed: int = 0) -> TextConfig:
+    """A text that the model writes itself."""
+    return TextConfig(source="self", windows=windows, window_tokens=window_tokens, seed=seed)
+
+
+def short_training(steps: int = 64, **hyperparameters: Any) -> AgentConfig:
+    """A training of a few steps."""
+    values = {"n_steps": 16, "batch_size": 16, **hyperparameters}
+    return AgentConfig("maskable_ppo", total_timesteps=steps, n_envs=2, hyperparameters=values)
+
+
+def tiny_study(base: Path, layers: int = 4, **settings: Any) -> Config:
+    """Write a random model into a folder, and return settings for it."""
+    tiny_model(layers=layers).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    common = {
+        "name": "tiny", "runs_dir": str(base / "runs"), "store": str(base / "scores.sqlite"),
+        "workload": WORKLOAD, "reward": {"name": "perplexity"}, "progress": False,
+        "calibration": own_text(), "importance": ImportanceConfig(method="none"),
+        "model": ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+    }  # fmt: skip
+    return Config(**{**common, **settings})
