@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -49,22 +51,23 @@ def masked_logits(llm: ElasticLLM, plan) -> torch.Tensor:
         return llm.model(IDS[None]).logits[0].double()
 
 
+def check_file(llm: ElasticLLM, plan: Plan, path, atol: float = 1e-5) -> set[str]:
+    """Export, and compare with the masked model what the file computes; gives its tensors."""
+    export_gguf(GgufModel.of_llm(llm), plan, path)
+    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=atol)
+    return {tensor.name for tensor in GgufFile(path).tensors}
+
+
 @pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
 def test_the_file_is_the_masked_model(removed, tmp_path):
-    llm = tiny_llm(layers=LAYERS)
-    path, plan = tmp_path / "a.gguf", Plan.removing(*removed)
-    export_gguf(GgufModel.of_llm(llm), plan, path)
-    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
+    check_file(tiny_llm(layers=LAYERS), Plan.removing(*removed), tmp_path / "a.gguf")
 
 
 @pytest.mark.engine_feature("llama.cpp", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2"])
 def test_further_families_with_biases_and_tied_heads(name, tmp_path):
-    llm = tiny_llm(name, layers=LAYERS)
-    path, plan = tmp_path / "a.gguf", Plan.removing(0, 3, 5, 6)
-    export_gguf(GgufModel.of_llm(llm), plan, path)
-    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-5)
-    names = {tensor.name for tensor in GgufFile(path).tensors}
+    llm, plan = tiny_llm(name, layers=LAYERS), Plan.removing(0, 3, 5, 6)
+    names = check_file(llm, plan, tmp_path / "a.gguf")
     assert ("output.weight" in names) == (name != "llama_tied")
 
 
@@ -74,12 +77,6 @@ def test_other_families_are_refused_by_name(name, tmp_path):
     with pytest.raises(
         UnsupportedModelError, match=rf"tiny-{name} \(\w+\) is none; known are llama"
     ):
-        GgufModel.of_llm(tiny_llm(name))
-
-
-@pytest.mark.parametrize("name", ["mistral_sliding", "qwen2_sliding"])
-def test_a_sliding_window_is_refused(name):
-    with pytest.raises(UnsupportedModelError, match="has a sliding window of 5 tokens"):
         GgufModel.of_llm(tiny_llm(name))
 
 
@@ -106,16 +103,22 @@ def scaled_llm(kind: str) -> ElasticLLM:
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_scaled_rotary_positions_are_carried_over(kind, tmp_path):
-    llm = scaled_llm(kind)
-    path, plan = tmp_path / "a.gguf", Plan.removing(1)
-    export_gguf(GgufModel.of_llm(llm), plan, path)
-    torch.testing.assert_close(deci_logits(path, IDS), masked_logits(llm, plan), rtol=0, atol=1e-4)
-    assert "rope_freqs.weight" in {tensor.name for tensor in GgufFile(path).tensors}
+    names = check_file(scaled_llm(kind), Plan.removing(1), tmp_path / "a.gguf", atol=1e-4)
+    assert "rope_freqs.weight" in names
 
 
-def test_other_rotary_positions_are_refused():
-    with pytest.raises(UnsupportedModelError, match="default, linear, llama3.*silu and yarn"):
-        GgufModel.of_llm(scaled_llm("yarn"))
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (partial(tiny_llm, "mistral_sliding"), "has a sliding window of 5 tokens"),
+        (partial(tiny_llm, "qwen2_sliding"), "has a sliding window of 5 tokens"),
+        (partial(scaled_llm, "yarn"), "default, linear, llama3.*silu and yarn"),
+        (lambda: tiny_llm(tokenizer=tiny_tokenizer()), r"The tokenizer \(WordLevel with Split\)"),
+    ],
+)
+def test_models_without_counterpart_are_refused(make, words):
+    with pytest.raises(UnsupportedModelError, match=words):
+        GgufModel.of_llm(make())
 
 
 def source_llm(**sizes) -> ElasticLLM:
@@ -301,8 +304,3 @@ def test_missing_tokens_are_padded_and_added_ones_have_types():
         UnsupportedModelError, match="has 5 tokens and the model's embeddings 4 rows"
     ):
         tokenizer_entries(tokenizer, 4)
-
-
-def test_a_tokenizer_without_counterpart_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"The tokenizer \(WordLevel with Split\)"):
-        GgufModel.of_llm(tiny_llm(tokenizer=tiny_tokenizer()))

@@ -57,9 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_without_a_terminal_a_line_is_logged_every_ten_seconds(
-    clock: list[float], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_terminal_a_line_is_logged_every_ten_seconds(clock, caplog) -> None:
     caplog.set_level(std_logging.INFO, "rap_env.models.progress")
     with progress_bar(True, total=40, desc="GSI", unit="mask", leave=False) as bar:
         for step in range(40):
@@ -72,9 +70,7 @@ def test_without_a_terminal_a_line_is_logged_every_ten_seconds(
     ]
 
 
-def test_short_work_and_bars_that_are_not_wanted_log_nothing(
-    clock: list[float], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_short_work_and_bars_that_are_not_wanted_log_nothing(clock, caplog) -> None:
     caplog.set_level(std_logging.INFO, "rap_env.models.progress")
     for shown, seconds in ((True, 0.2), (False, 5.0)):
         for _ in progress_bar(shown, range(40), desc="GSI"):
@@ -104,9 +100,7 @@ def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_the_bar_is_shown_on_a_terminal_unless_disabled(
-    tmp_path: Path, shown: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bar_is_shown_on_a_terminal_unless_disabled(tmp_path, shown, monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
