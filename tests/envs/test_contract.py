@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env, data_equivalence
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 import rap_env
+from rap_env.context import opening
 from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
+from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
-from tests.envs.playing import DENSE_TIMING, play
+from tests.envs.playing import DENSE_TIMING, assert_same, play
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("workload", ["fixed", "grid", "azure-conv"])
@@ -78,3 +85,62 @@ def test_the_package_exports_and_registers_them():
     spec = gym.spec("RAPLadder-v0")
     assert spec.entry_point == "rap_env.envs.ladder:RAPLadderEnv"
     assert spec.vector_entry_point == "rap_env.envs.ladder:RAPLadderVectorEnv"
+
+
+SETTINGS = {
+    "workload": "grid", "infeasible": "clip", "importance": "none", "store": None,
+    "calibration": {"windows": 1, "window_tokens": 8},
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Arguments of an environment on a tiny model in a folder."""
+    tiny_model(layers=2).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return {**SETTINGS, "model": str(tmp_path / "model")}
+
+
+def six_steps(envs) -> list:
+    seen = [envs.reset(seed=0)]
+    for action in range(6):
+        seen.append(envs.step(np.full(2, action % 4)))
+    return seen
+
+
+@pytest.mark.parametrize("version", ["RAPPrune-v0", "RAPLadder-v0"])
+def test_vector_kwargs_work_in_every_mode(settings, version):
+    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    own = rap_env.make_vec(version, 2, vector_kwargs=mode, **settings)
+    plain = gym.make_vec(version, 2, **mode, **settings)
+    sync = [
+        make(version, 2, vectorization_mode="sync", vector_kwargs=mode, **settings)
+        for make in (rap_env.make_vec, gym.make_vec)
+    ]
+    assert isinstance(own, rap_env.RAPPruneVectorEnv | rap_env.RAPLadderVectorEnv)
+    for envs in (own, plain, *sync):
+        assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+        assert_same(six_steps(envs), six_steps(own))
+    assert isinstance(sync[0], SyncVectorEnv)
+    with pytest.raises(UnknownNameError, match="'autoreset'.*Did you mean"):
+        rap_env.make_vec(version, 2, vector_kwargs={"autoreset": "SameStep"}, **settings)
+
+
+def test_the_main_process_does_not_warn_of_a_copy(settings, monkeypatch, caplog):
+    monkeypatch.setattr(opening, "_open", {})
+    gym.make("RAPLadder-v0", **settings)
+    assert "own copy" not in caplog.text
+
+
+def test_workers_that_load_a_model_each_say_so(settings, capfd):
+    """A server that has imported the libraries once forks the workers."""
+    libraries = ["torch", "transformers.models.llama.modeling_llama", "rap_env.envs.ladder"]
+    multiprocessing.set_forkserver_preload(libraries)
+    served = {"vectorization_mode": "async", "vector_kwargs": {"context": "forkserver"}}
+    envs = gym.make_vec("RAPLadder-v0", 2, **served, **settings)
+    assert isinstance(envs, AsyncVectorEnv)
+    envs.reset(seed=0)
+    envs.close()
+    lines = [line for line in capfd.readouterr().err.splitlines() if "own copy of model" in line]
+    assert len(lines) == 2
+    assert "leave out vectorization_mode" in lines[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from rap_env.context.table import TableContext
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
@@ -23,7 +22,6 @@ from tests.envs.playing import (
 )
 from tests.envs.test_vector import CountsCalls
 from tests.envs.tiny_contexts import make_context
-from tests.scoring.tiny_table import all_masks, table_of
 
 LOG_DENSE = {"timing": "dense", "scale": "log"}
 FRONTIER = [Plan.removing(*range(count)) for count in range(1, COUNT + 1)]
@@ -84,21 +82,6 @@ def test_the_frontier_baseline_uses_its_best_fitting_mask(ordered):
     assert reward == pytest.approx(expected - info["loss"])
 
 
-@pytest.mark.parametrize("name", ["gsi", "one_shot"])
-@pytest.mark.parametrize("settings", [{}, {"scale": "log"}, {"timing": "dense"}, LOG_DENSE])
-def test_following_the_baseline_gives_a_return_of_zero(ordered, name, settings):
-    order = ordered.gsi.full_order if name == "gsi" else ordered.one_shot.delta_nll.argsort()
-    env = make(ordered, reward=relative(name, **settings))
-    for seed in range(5):
-        env.reset(seed=seed)
-        rewards, over = [], False
-        while not over:
-            _, reward, over, _, info = env.step(int(order[len(rewards)]))
-            rewards.append(reward)
-        assert sum(rewards) == pytest.approx(0.0, abs=1e-12)
-        assert info["baseline_loss"] == info["loss"] != 0.0
-
-
 @pytest.mark.parametrize("reward", ["perplexity", relative("gsi"), relative("gsi", **LOG_DENSE)])
 def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward):
     (_, start), *steps = play(make(ordered, reward=reward), 3, masked=True)
@@ -116,18 +99,6 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
         play(env, seed, masked=True)
         masks |= {env.mask, make_method("gsi", context).choose(env.request)}
     assert context.scorer.evaluations - before <= len(masks)
-
-
-def test_with_a_score_table_the_baseline_is_scored_as_the_table_scores(ordered):
-    shallow = TableContext(table_of(ordered, all_masks(COUNT, 2), "gsi"), "shallow")
-    env = make(shallow, reward=relative("gsi"))
-    env.reset(seed=0, options={"request": request_at(ordered, 0.6)})
-    mask = make_method("gsi", ordered).choose(env.request)
-    assert shallow.scorer.is_predicted(mask)
-    over = False
-    while not over:
-        _, _, over, _, info = env.step(env.action_masks().argmax())
-    assert info["baseline_loss"] == pytest.approx(loss_of(shallow, mask))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from rap_env.context.base import item_order
@@ -59,20 +57,6 @@ def test_the_lazy_search_measures_fewer_plans(context):
     assert len(lazy.order) == 10
     assert lazy.evaluations < 0.8 * exact.evaluations
     assert lazy.nll_after[-1] < exact.nll_after[-1] + 0.5
-
-
-def test_it_is_continued_where_it_stopped(context, tmp_path):
-    path = tmp_path / "gsi.json"
-    whole = run(context, stop=7)
-    run(context, stop=3, path=path)
-    resumed = run(context, stop=7, path=path)
-    assert replace(resumed, seconds=0, evaluations_run=0, block_forwards=0) == replace(
-        whole, seconds=0, evaluations_run=0, block_forwards=0
-    )
-    assert GSIProfile.load(path, context.llm) == resumed
-    before = context.scorer.evaluations
-    assert run(context, stop=7, path=path) == resumed
-    assert context.scorer.evaluations == before
 
 
 def test_a_profile_of_other_levels_or_methods_is_rejected(context, tmp_path):

@@ -1,15 +1,23 @@
-"""The best known plans: a lookup gives the best one that fits, and files keep all of them."""
+"""The best known plans by request; files of importance, which load without torch."""
+
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError
+from rap_env.importance.gsi_search import gsi
+from rap_env.importance.one_shot_scores import one_shot
 from rap_env.importance.plan_table import PlanTable
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan, every_mask
 from rap_env.request import Request
+from rap_env.scoring.scorer import MaskScorer
+from tests.imports import loaded_by
+from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm
 
 
@@ -37,9 +45,9 @@ def test_a_lookup_gives_the_best_plan_that_fits(llm, frontier):
     ladder, memory = Ladder.of(llm.facts, "all"), MemoryModel(llm)
     known, item_bytes = frontier.on(ladder), LadderBytes(memory, ladder)
     assert len(known.plans) == len(frontier.scores) - 1, "the ladder has no int2"
-    for batch, tokens in ((1, 16), (4, 40)):
-        costs = item_bytes.costs(batch, tokens)
-        request = Request(batch, tokens, budget_bytes=1)
+    for shape in ((1, 16), (4, 40)):
+        costs = item_bytes.costs(*shape)
+        request = Request(*shape, budget_bytes=1)
         peaks = [memory.peak_bytes(plan, request) for plan in known.plans]
         assert known.peak_bytes(costs).tolist() == peaks
         assert known.best(costs, min(peaks) - 1) is None
@@ -83,3 +91,41 @@ def test_the_best_mask_for_each_pair_of_counts_answers_requests(llm):
                    if memory.peak_bytes(m, request) <= request.budget_bytes]  # fmt: skip
         assert table.best_mask(memory, request) == next(iter(fitting), None)
     assert table.best_mask(memory, Request(1, 8, 1)) is None
+
+
+LOAD = """
+import sys
+from types import SimpleNamespace
+from rap_env.importance.plan_table import PlanTable
+from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.ladder.observation import ImportanceFeatures
+folder, fingerprint = sys.argv[1:]
+model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
+one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)
+gsi = GSIProfile.load(f"{folder}/gsi.json", model)
+frontier = PlanTable.load(f"{folder}/frontier.json", model)
+ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
+frontier.entries
+"""
+
+
+def test_loading_profiles_and_frontiers_imports_no_torch(tmp_path):
+    scorer = MaskScorer(tiny_llm(), tokens())
+    facts = scorer.llm.facts
+    single = one_shot(scorer, progress=False)
+    single.save(tmp_path / "one_shot.json")
+    order = gsi(scorer, progress=False)
+    order.save(tmp_path / "gsi.json")
+    PlanTable(
+        num_layers=facts.num_layers,
+        dense_nll=scorer.dense_nll,
+        scores={mask: scorer.nll(mask) for mask in scorer.candidates(Plan()).values()},
+        evaluations_run=0,
+        seconds=0.0,
+        settings={},
+        provenance=scorer.provenance,
+    ).save(tmp_path / "frontier.json")
+    heavy = ("torch", "transformers", "rap_env.models", "rap_env.scoring.scorer")
+    assert loaded_by(LOAD, tmp_path, facts.fingerprint, of=heavy) == []
+    assert asdict(GSIProfile.load(tmp_path / "gsi.json", scorer.llm)) == asdict(order)
+    assert asdict(OneShotProfile.load(tmp_path / "one_shot.json", scorer.llm)) == asdict(single)

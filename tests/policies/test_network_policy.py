@@ -71,35 +71,25 @@ def test_it_reads_what_was_written(path, made, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("size", [0, 4, 100, -1, -200])
-def test_a_truncated_file_is_rejected(path, made, size):
-    path.write_bytes(path.read_bytes()[:size])
-    words = r"is truncated or not an exported policy; use a packaged policy"
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        *((lambda path, n=size: path.write_bytes(path.read_bytes()[:n]), "is truncated or not an")
+          for size in (0, 4, 100, -1, -200)),
+        (lambda path: path.write_text("{}"), "truncated or not an exported policy; use a packaged"),
+        (lambda path: path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)})),
+         "holds tensors, but no exported policy"),
+        (lambda path: rewritten(path, lambda header: header.update(format=9)),
+         "format 9, but this version reads .* of format 2"),
+        (lambda path: rewritten(path, lambda header: header["body"]["features"].append("width")),
+         "observes .*'width'.*, but this version observes"),
+        (lambda path: path.unlink(), "There is no exported policy at"),
+        (lambda path: (path.unlink(), path.mkdir()), "truncated or not an exported policy"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_exported_policy_are_rejected(path, damage, words):
+    damage(path)
     with pytest.raises(ArtifactError, match=words):
-        load_policy(path, made.memory())
-
-
-def test_a_file_of_another_kind_is_rejected(path, tmp_path):
-    path.write_text("{}")
-    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
-        PolicyFile.load(path)
-    path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)}))
-    with pytest.raises(ArtifactError, match="holds tensors, but no exported policy"):
-        PolicyFile.load(path)
-    with pytest.raises(ArtifactError, match="truncated or not an exported policy"):
-        PolicyFile.load(tmp_path)  # a folder
-    with pytest.raises(ArtifactError, match="There is no exported policy at"):
-        PolicyFile.load(tmp_path / "nothing.safetensors")
-
-
-def test_another_format_or_other_columns_are_rejected(path):
-    before = path.read_bytes()
-    rewritten(path, lambda header: header.update(format=9))
-    with pytest.raises(ArtifactError, match="format 9, but this version reads .* of format 2"):
-        PolicyFile.load(path)
-    path.write_bytes(before)
-    rewritten(path, lambda header: header["body"]["features"].append("width"))
-    with pytest.raises(ArtifactError, match="observes .*'width'.*, but this version observes"):
         PolicyFile.load(path)
 
 

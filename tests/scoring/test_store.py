@@ -45,40 +45,36 @@ def test_rows_lists_what_was_stored(path):
     assert len(store) == 3
 
 
-def test_an_altered_row_is_rejected(path):
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("""UPDATE scores SET "values" = '[0.5]'""", r"altered .*delete the file"),
+        ("PRAGMA user_version = 99", "has format 99"),
+    ],
+)
+def test_an_altered_row_or_a_newer_format_is_rejected(path, statement, message):
     store = ScoreStore(path)
     store.put(KEY, MASK, "nll", [1.0])
     store.close()
     with sqlite3.connect(path) as connection:
-        connection.execute("""UPDATE scores SET "values" = '[0.5]'""")
-    with pytest.raises(StoreError, match=r"altered .*delete the file"):
+        connection.execute(statement)
+    with pytest.raises(StoreError, match=message):
         ScoreStore(path).get(KEY, MASK, "nll")
 
 
-def test_a_truncated_file_is_rejected(path):
+def test_a_truncated_file_and_another_kind_of_file_are_rejected(path):
     store = ScoreStore(path)
     for index in range(200):
         store.put(KEY, Plan.removing(index), "nll", [float(index)] * 20)
     store.close()
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2 - 100])
-    with pytest.raises(StoreError, match=r"damaged .*delete it"):
-        ScoreStore(path)
-
-
-def test_another_kind_of_file_is_rejected(path):
-    path.parent.mkdir()
-    path.write_text("these are no scores, " * 100)
-    with pytest.raises(StoreError, match="no score store"):
-        ScoreStore(path)
-
-
-def test_a_newer_format_is_rejected(path):
-    ScoreStore(path).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(StoreError, match="has format 99"):
-        ScoreStore(path)
+    for damaged, message in (
+        (data[: len(data) // 2 - 100], r"damaged .*delete it"),
+        (b"these are no scores, " * 100, "no score store"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=message):
+            ScoreStore(path)
 
 
 def test_a_full_disk_raises_an_error_and_loses_nothing(path):
