@@ -101,6 +101,15 @@ def play(env, seed: int, masked: bool = False) -> list[tuple[Any, ...]]:
     return seen
 
 
+def play_first_valid(env, request: Any = None) -> list[tuple[Any, ...]]:
+    """The steps of an episode of the first valid actions, on a request or a drawn one."""
+    env.reset(seed=0, options={"request": request} if request else None)
+    steps: list[tuple[Any, ...]] = []
+    while not steps or not (steps[-1][2] or steps[-1][3]):
+        steps.append(env.step(int(env.unwrapped.action_masks().argmax())))
+    return steps
+
+
 def play_vector(envs, seed: int, steps: int = 60) -> list[tuple]:
     """Random actions, many of them invalid; a reset follows where autoreset does not.
 

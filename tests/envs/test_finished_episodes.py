@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from rap_env.errors import InvalidRequestError
-from tests.envs.playing import DENSE_TIMING, LONG, MODES, NUM_ENVS
+from tests.envs.playing import DENSE_TIMING, LONG, MODES, NUM_ENVS, play_first_valid
 
 OPTIONS = {"request": {**LONG, "budget_bytes": 10}}  # clipped: everything must be given up
 
@@ -50,31 +50,22 @@ def test_masks_of_finished_sub_environments_are_usable(task, mode):
     assert all(observation["action_mask"].all() for observation in last)
 
 
-def play_first_valid(env) -> tuple[float, bool, dict]:
+def outcome(env) -> tuple[float, bool, dict]:
     """The return of an episode on the request, whether it was truncated, and its last info."""
-    total, over = 0.0, False
-    env.reset(seed=0, options={"request": {**LONG, "budget_fraction": 0.5}})
-    while not over:
-        action = int(env.unwrapped.action_masks().argmax())
-        _, reward, terminated, truncated, info = env.step(action)
-        total, over = total + reward, terminated or truncated
-    return total, truncated, info
+    steps = play_first_valid(env, {**LONG, "budget_fraction": 0.5})
+    *_, truncated, info = steps[-1]
+    return sum(reward for _, reward, *_ in steps), truncated, info
 
 
 @pytest.mark.parametrize(
     "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}]
 )
 def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(task, reward):
-    finished, truncated, _ = play_first_valid(task.make(reward=reward))
+    finished, truncated, _ = outcome(task.make(reward=reward))
     assert not truncated
     everything = task.make(reward=reward, infeasible="clip")
-    everything.reset(options=OPTIONS)
-    worst, terminated = 0.0, False
-    while not terminated:
-        action = int(everything.action_masks().argmax())
-        _, paid, terminated, _, _ = everything.step(action)
-        worst += paid
-    cut, truncated, info = play_first_valid(task.make(reward=reward, max_steps=2))
+    worst = sum(reward for _, reward, *_ in play_first_valid(everything, OPTIONS["request"]))
+    cut, truncated, info = outcome(task.make(reward=reward, max_steps=2))
     assert truncated
     assert cut == pytest.approx(worst)
     assert cut <= finished
@@ -83,9 +74,9 @@ def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(task, reward)
 
 def test_an_episode_that_ends_with_its_last_step_is_finished(task):
     env = task.make()
-    play_first_valid(env)
+    outcome(env)
     steps = env._episode.steps
-    assert play_first_valid(task.make(max_steps=steps)) == play_first_valid(task.make())
+    assert outcome(task.make(max_steps=steps)) == outcome(task.make())
 
 
 def test_make_vec_with_max_episode_steps_pays_too(task):
@@ -112,8 +103,8 @@ def test_make_vec_with_max_episode_steps_pays_too(task):
 
 def test_a_time_limit_that_ends_episodes_unpaid_is_noticed(task):
     env = TimeLimit(task.make(), 2)
-    assert play_first_valid(env)[0] == 0.0  # the trap: no finished episode returns as much
-    play_first_valid(env)
+    assert outcome(env)[0] == 0.0  # the trap: no finished episode returns as much
+    outcome(env)
     with pytest.warns(UserWarning, match="reset after 2 steps.*max_steps=2"):
         env.reset()
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from rap_env.envs.prune import RAPPruneEnv
 from rap_env.envs.task import task_scorer
 from rap_env.plan import Plan
 from rap_env.request import Request
+from tests.envs.playing import play_first_valid
 from tests.envs.tiny_contexts import tiny_tokens
 from tests.scoring.test_long_context_tasks import word_llm
 
@@ -24,26 +25,17 @@ def context():
     return LiveContext(word_llm(), tiny_tokens(), importance="one_shot", progress=False)
 
 
-def finish(env, choose):
-    """Play one episode; returns the last step's reward and info."""
-    request = Request.at_fraction(env.unwrapped.context.memory, 256, 512, 0.8)
-    env.reset(options={"request": request})
-    over = False
-    while not over:
-        _, reward, terminated, truncated, info = env.step(choose(env.unwrapped))
-        over = terminated or truncated
+def end_of_episode(env):
+    """The last step's reward and info."""
+    request = Request.at_fraction(env.context.memory, 256, 512, 0.8)
+    _, reward, _, _, info = play_first_valid(env, request)[-1]
     return reward, info
 
 
 def test_v1_pays_for_the_recall_that_lowered_caches_cost(context):
-    env = RAPLadderEnv(
-        context=context,
-        reward=SPEC,
-        tasks=TASKS,
-        levels={"caches": ["native", "int2"]},
-        together=(),
-    )
-    reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
+    levels = {"levels": {"caches": ["native", "int2"]}, "together": ()}
+    env = RAPLadderEnv(context=context, reward=SPEC, tasks=TASKS, **levels)
+    reward, info = end_of_episode(env)
     assert "int2" in info["levels"]
     scorer = task_scorer(context, TASKS)
     rise = scorer.mean_choice_nll(env.plan) - scorer.mean_choice_nll(Plan())
@@ -54,7 +46,7 @@ def test_v1_pays_for_the_recall_that_lowered_caches_cost(context):
 
 def test_v0_pays_for_the_recall_that_removed_blocks_cost(context):
     env = RAPPruneEnv(context=context, reward="recall", tasks=TASKS, infeasible="clip")
-    reward, info = finish(env, lambda unwrapped: int(unwrapped.action_masks().argmax()))
+    reward, info = end_of_episode(env)
     scorer = task_scorer(context, TASKS)
     mask = Plan.removing(*info["removed"])
     expected = scorer.mean_choice_nll(Plan()) - scorer.mean_choice_nll(mask)

@@ -17,6 +17,7 @@ from tests.envs.playing import (
     make_sync,
     make_vector,
     play,
+    play_first_valid,
     play_vector,
     request_at,
 )
@@ -70,10 +71,7 @@ def test_the_return_is_the_advantage_over_the_baseline(ordered, name, seed):
 
 def test_the_frontier_baseline_uses_its_best_fitting_mask(ordered):
     env = make(ordered, reward=relative("frontier"))
-    env.reset(seed=0, options={"request": request_at(ordered, 0.7)})
-    over = False
-    while not over:
-        _, reward, over, _, info = env.step(env.action_masks().argmax())
+    _, reward, _, _, info = play_first_valid(env, request_at(ordered, 0.7))[-1]
     peaks = {mask: ordered.memory.peak_bytes(mask, env.request) for mask in FRONTIER}
     fitting = [mask for mask in FRONTIER if peaks[mask] <= env.request.budget_bytes]
     assert 0 < len(fitting) < len(FRONTIER)

@@ -13,7 +13,7 @@ from rap_env.policies.loading import make_method
 from rap_env.policies.method import measure_choice
 from rap_env.request import Request
 from tests.agents.synthetic import request_at
-from tests.envs.playing import LEVELS, make_v1
+from tests.envs.playing import LEVELS, make_v1, play_first_valid
 from tests.envs.tiny_contexts import make_ladder_context
 from tests.policies.requests import SHAPES, fits
 
@@ -108,16 +108,7 @@ def test_a_reward_may_be_relative_to_the_best_measured_plan(tmp_path):
     env = make_v1(
         context, reward={"name": "perplexity", "relative_to": "frontier", "timing": "terminal"}
     )
-    info = play_lowest(env, Request(16, 500, peak_bytes))
+    info = play_first_valid(env, Request(16, 500, peak_bytes))[-1][-1]
     assert info["baseline_delta_nll"] == pytest.approx(scores[low] - context.scorer.dense_nll)
     with pytest.raises(InvalidRequestError, match="No plan of the frontier fits"):
-        play_lowest(env, Request(16, 500, peak_bytes - 1))
-
-
-def play_lowest(env, request):
-    """Lower the first item that can be lowered until the request fits."""
-    env.reset(seed=0, options={"request": request})
-    done = False
-    while not done:
-        _, _, done, _, info = env.step(int(np.flatnonzero(env.action_masks())[0]))
-    return info
+        play_first_valid(env, Request(16, 500, peak_bytes - 1))
