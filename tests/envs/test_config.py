@@ -82,12 +82,6 @@ def test_a_wrong_type_is_named_before_a_model_loads(settings, words):
         RAPPruneEnv(**{"model": "no-such-model", **settings})
 
 
-@pytest.mark.parametrize("context", [{}, 5, "smollm2-135m"])
-def test_another_object_is_no_context(context):
-    with pytest.raises(InvalidRequestError, match="context must be a pruning context, not "):
-        RAPPruneEnv("no-such-model", context=context)
-
-
 def test_numbers_of_numpy_are_accepted():
     config = EnvConfig(gsi_removals=np.int64(3), invalid_action_penalty=np.float32(0.5))
     assert type(config.gsi_removals) is int

@@ -105,8 +105,6 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
     [
         ("gsi", {}),
         ("frontier", LOG_DENSE),
-        pytest.param("gsi", LOG_DENSE, marks=pytest.mark.slow),
-        pytest.param("frontier", {}, marks=pytest.mark.slow),
     ],
 )
 def test_sub_environments_get_the_rewards_of_single_environments(ordered, mode, name, settings):

@@ -18,7 +18,7 @@ from tests.agents.synthetic import SyntheticContext, request_at
 from tests.envs.playing import LEVELS
 from tests.policies.requests import SHAPES as LADDER_SHAPES
 from tests.policies.requests import fits, needing
-from tests.policies.test_methods import MASKS
+from tests.policies.test_methods import MASKS, chosen
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
@@ -28,10 +28,6 @@ def made(name, context, item_bytes=None, **settings):
     method = make_method(name, context, item_bytes)
     vars(method).update(settings)
     return method
-
-
-def chosen(name, context, request):
-    return make_method(name, context).choose(request).removed_names
 
 
 def test_greedy_prefers_loss_per_byte_and_ends_with_the_least_loss_that_suffices():
