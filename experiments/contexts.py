@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.common import TasksConfig, TextConfig
+from experiments.config.common import TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context, require_live
@@ -48,7 +48,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         profiled: Whether to read the importance from this comparison's artifact, if it exists, so
             that agents are evaluated with the same numbers that they were trained with.
     """
-    importance = config.importance.method
+    importance = config.importance["method"]
     artifact = gsi_artifact(config)
     of_blocks = not config.env.lowers  # the profile measures GSI over blocks
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
@@ -61,13 +61,13 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         max_memory_bytes=config.model.max_memory_bytes,
         calibration=CorpusConfig(**asdict(config.calibration), role="calibration"),
         importance=importance,
-        gsi_removals=config.importance.gsi_removals,
-        gsi_method=config.importance.gsi_method,
+        gsi_removals=config.importance["gsi_removals"],
+        gsi_method=config.importance["gsi_method"],
         repair=config.repair["name"],
         frontier=str(frontier_artifact(config)),
         store=config.store,
-        workers=config.scoring.workers,
-        workers_address=config.scoring.address,
+        workers=config.scoring["workers"],
+        workers_address=config.scoring["address"],
     )
 
 
@@ -132,11 +132,11 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
     return MaskScorer(context.llm, corpus, context.store, workers=workers)
 
 
-def task_config(tasks: TasksConfig) -> TaskConfig:
+def task_config(tasks: Mapping[str, Any]) -> TaskConfig:
     """Convert the settings of tasks to those of the scorer."""
     from rap_env.scoring.tasks import TaskConfig
 
-    return TaskConfig(**{**asdict(tasks), "names": tuple(tasks.names)})
+    return TaskConfig(**{**tasks, "names": tuple(tasks["names"])})
 
 
 def server_settings(config: Config, folder: Path) -> ServerSettings:

@@ -66,7 +66,7 @@ def ladder_settings(config: Config) -> Config:
         stage="ladder",
         model=replace(config.model, weights="bf16"),
         calibration=replace(config.calibration, windows=1, window_tokens=_FEW_TOKENS),
-        importance=replace(config.importance, method="none"),
+        importance={"method": "none"},
     )
 
 

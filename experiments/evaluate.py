@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Evaluator:
         self.report = held_out_scorer(config.evaluate.text, "report", context)
         corpus = self.report.corpus
         self.tasks = None
-        if config.evaluate.tasks.names:
+        if config.evaluate.tasks["names"]:
             from rap_env.scoring.tasks import TaskScorer
 
             settings = task_config(config.evaluate.tasks)
@@ -174,12 +174,12 @@ class Evaluator:
         else:
             values = list(vars(item_importance(self.context, self.item_bytes)).values())
         return {
-            "method": config.importance.method,
+            "method": config.importance["method"],
             "values": digest([array.tolist() for array in values]),
         }
 
     def _tasks(self, config: Config) -> dict[str, Any]:
-        settings = asdict(config.evaluate.tasks)
+        settings = config.evaluate.tasks
         if self.tasks is None:
             return settings
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
@@ -194,10 +194,10 @@ def evaluate(config: Config, folder: Path) -> Path:
         The path of ``results.jsonl`` in the folder.
     """
     check_names(config)
-    if config.evaluate.tasks.names:
+    if config.evaluate.tasks["names"]:
         from rap_env.scoring.lm_eval_tasks import check_scorable
 
-        check_scorable(config.evaluate.tasks.names)
+        check_scorable(config.evaluate.tasks["names"])
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
     again = config.evaluate.plans
@@ -209,7 +209,7 @@ def evaluate(config: Config, folder: Path) -> Path:
         evaluator = Evaluator(config, context)
         jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
         set_aside(run.results, ResultRow, {job.key for job in jobs})
-        together = max(1, _ROWS_EACH * config.scoring.workers)
+        together = max(1, _ROWS_EACH * config.scoring["workers"])
         rows = measured(
             jobs, folder, "evaluate", config.progress, evaluator.prepare, together=together
         )

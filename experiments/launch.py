@@ -221,7 +221,7 @@ def set_threads(config: Config) -> None:
 
     bound_kernel_caches()  # before the first matrix product, which measures the threads
     use_threads(
-        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring.workers)
+        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring["workers"])
     )
 
 

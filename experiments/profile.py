@@ -50,7 +50,7 @@ def profile(config: Config, folder: Path) -> Path:
     if not path.exists():
         _measure(config, context, folder, path)
     table = frontier_artifact(config)
-    if config.frontier.evaluations and not table.exists():
+    if config.frontier["evaluations"] and not table.exists():
         build_frontier_table(config, context, table)
     run.finish(started)
     log.info("Importance: %s.", path)
@@ -70,21 +70,21 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     else:
         ladder, costs = Ladder.of(facts, "masks"), LevelCosts.of_removals(context.one_shot)
     start = None
-    if settings.start is not None:
+    if settings["start"] is not None:
         bare = MemoryModel(replace(facts, repair="", stub_bytes=()))
-        start = PlanTable.load(settings.start, bare)
+        start = PlanTable.load(settings["start"], bare)
     search = PlanSearchConfig(
-        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
+        evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
     )
     stored = None
     if context.store is not None:
         stored = stored_scores(context, plans=config.env.lowers)
-    with progress_bar(config.progress, total=settings.evaluations, desc="frontier") as bar:
+    with progress_bar(config.progress, total=settings["evaluations"], desc="frontier") as bar:
         table = build_plan_table(
             require_live(context).scorer,
             costs,
             LadderBytes(context.memory, ladder),
-            draw_requests(config, context, settings.requests),
+            draw_requests(config, context, settings["requests"]),
             search,
             stored,
             bar_callback(bar),
@@ -95,9 +95,9 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
 
 
 def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:
-    record = profile_record(context, with_gsi=config.importance.method == "gsi")
+    record = profile_record(context, with_gsi=config.importance["method"] == "gsi")
     context.one_shot.save(folder / "one_shot.json")
-    if config.importance.method == "gsi":
+    if config.importance["method"] == "gsi":
         context.gsi.save(folder / GSI_FILE)
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode())

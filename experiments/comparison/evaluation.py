@@ -296,7 +296,7 @@ def _agent(
 
 def _importance_evaluations(config: Config, context: PruningContext) -> int:
     """Return how many evaluations the importance needed that agents observe."""
-    method, item_bytes = config.importance.method, ladder_bytes(config, context)
+    method, item_bytes = config.importance["method"], ladder_bytes(config, context)
     if method == "none":
         return 0
     if item_bytes is None:

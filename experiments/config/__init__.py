@@ -1,4 +1,4 @@
-"""Settings of all experiments: dataclasses define types and bounds, ``conf/`` holds values.
+"""Settings of all experiments: `Config` defines types and bounds, ``conf/`` holds values.
 
 Hydra merges the YAML files and the command line into `Config`: a misspelt key or a wrong type
 raises an error that names it, and `Section` rejects values that are not allowed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,12 @@ from experiments.config.evaluation import (
 )
 from experiments.config.ladder import LadderConfig
 from experiments.config.long_context import LongContextConfig
-from experiments.config.model import (
-    ExportConfig,
-    ImportanceConfig,
-    ModelConfig,
-    ScoringConfig,
-    StubsConfig,
-)
+from experiments.config.model import ModelConfig, StubsConfig
+from experiments.config.plain import PLAIN, completed, defaults
 from experiments.config.servers import ServerReplayConfig
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
 from experiments.config.studies import PromptsConfig, SmallModelConfig, TextsConfig
-from experiments.config.training import (
-    AgentConfig,
-    EnvConfig,
-    FrontierConfig,
-    LoggerConfig,
-    ScoreModelConfig,
-    WarmStartConfig,
-)
+from experiments.config.training import AgentConfig, EnvConfig
 from experiments.errors import ExperimentError
 
 
@@ -59,12 +48,12 @@ class Config(Section):
     """Threads of torch; null measures the fastest number once for each comparison, or takes 1 if
     workers measure."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    scoring: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["scoring"]))
     calibration: TextConfig = field(default_factory=TextConfig)
     kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
     differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    importance: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["importance"]))
     repair: dict[str, str] = field(default_factory=lambda: {"name": "none"})
     """Replacement of removed blocks. Its ``name`` is ``none``; ``library``: stubs fitted once on
     self-written text; or the path of a library."""
@@ -73,10 +62,10 @@ class Config(Section):
     reward: dict[str, Any] = field(default_factory=dict)
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
-    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
-    score_model: ScoreModelConfig = field(default_factory=ScoreModelConfig)
-    frontier: FrontierConfig = field(default_factory=FrontierConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    warm_start: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["warm_start"]))
+    score_model: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["score_model"]))
+    frontier: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["frontier"]))
+    logger: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["logger"]))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
     texts: TextsConfig = field(default_factory=TextsConfig)
@@ -98,10 +87,17 @@ class Config(Section):
         default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}
     )
     levels: LevelsConfig = field(default_factory=LevelsConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    export: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["export"]))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for section, settings in PLAIN.items():
+            setattr(self, section, completed(section, getattr(self, section), settings))
+        if self.scoring["address"] is not None and not self.scoring["workers"]:
+            raise ExperimentError(
+                "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "
+                "there. Set scoring.workers to the number of workers."
+            )
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ExperimentError(
                 f"name must be one folder name of letters, digits and . _ + -, not {self.name!r}."

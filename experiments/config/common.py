@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from omegaconf import MISSING
@@ -166,17 +166,6 @@ ShapeText = Annotated[str, form(parse_shape)]
 
 
 @dataclass
-class KindConfig(Section):
-    """A kind of text; its windows are those of the section that it is in."""
-
-    section = "kinds"
-    source: str = MISSING
-    """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
-    field: str = "text"
-    """Field of a JSONL file or data set that holds the text."""
-
-
-@dataclass
 class TextConfig(Section):
     """Text cut into windows."""
 
@@ -188,18 +177,3 @@ class TextConfig(Section):
     seed: int = 0
     field: str = "text"
     """Field of a JSONL file or data set that holds the text."""
-
-
-@dataclass
-class TasksConfig(Section):
-    """lm-eval tasks; none without names."""
-
-    section = "tasks"
-    names: list[str] = field(default_factory=list)
-    limit: Count | None = None
-    """Documents of each task; null for all."""
-    documents: Annotated[str, among("sample", "first")] = "sample"
-    """Which ones: a sample that the seed draws, or the first ones, as of generated tasks."""
-    data_root: str | None = None
-    """Folder with local files of hub tasks, or null."""
-    num_fewshot: CountOrZero = 0

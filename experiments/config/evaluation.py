@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,6 @@ from experiments.config.common import (
     Positive,
     Section,
     ShapeText,
-    TasksConfig,
     TextConfig,
     among,
     distinct,
@@ -25,6 +25,7 @@ from experiments.config.common import (
     parse_pinned,
     some,
 )
+from experiments.config.plain import TASKS, completed, defaults
 from experiments.errors import ExperimentError
 from experiments.study.records import Cell
 from rap_env.importance.level_costs import CACHE_LEVELS
@@ -67,10 +68,11 @@ class EvaluateConfig(Section):
         default_factory=lambda: TextConfig(source=CALIBRATION)  # Hydra merges no dict into a null
     )
     """Text on which a sweep's objective is measured; ``calibration`` or null for that text."""
-    tasks: TasksConfig = field(default_factory=TasksConfig)
+    tasks: dict[str, Any] = field(default_factory=partial(defaults, TASKS))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.tasks = completed("tasks", self.tasks, TASKS)
         for name in ("requests", "budgets"):
             if not self.pinned:
                 some(f"evaluate.{name}", getattr(self, name))

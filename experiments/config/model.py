@@ -17,7 +17,6 @@ from experiments.config.common import (
     among,
     parse_cell,
 )
-from experiments.errors import ExperimentError
 from experiments.study.records import Cell
 from rap_env.errors import check_name
 
@@ -38,38 +37,6 @@ class ModelConfig:
     ``int4``."""
     max_memory_bytes: int | None = None
     """Memory cap; layers are then streamed from files one at a time. null loads the model."""
-
-
-@dataclass
-class ScoringConfig(Section):
-    """Where masks and plans are measured; the scores do not depend on it."""
-
-    section = "scoring"
-    workers: CountOrZero = 0
-    """Worker processes that measure, each with a model of its own; 0 measures in this process."""
-    address: str | None = None
-    """``HOST:PORT`` of a Ray cluster, or ``auto`` for the one that runs on this machine; null
-    starts the workers on this machine."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.address is not None and not self.workers:
-            raise ExperimentError(
-                "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "
-                "there. Set scoring.workers to the number of workers."
-            )
-
-
-@dataclass
-class ImportanceConfig(Section):
-    """Importance scores that the agent observes."""
-
-    section = "importance"
-    method: Annotated[str, among("gsi", "one_shot", "none")] = "gsi"
-    gsi_removals: Count | None = None
-    """Number of blocks that GSI removes; null for all."""
-    gsi_method: Annotated[str, among("exact", "lazy")] = "exact"
-    """``lazy`` is several times faster than ``exact``."""
 
 
 @dataclass
@@ -119,19 +86,3 @@ class StubsConfig(Section):
         """Return the cells that one of `experiments.repair.records.STUDIES` uses."""
         few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells
-
-
-@dataclass
-class ExportConfig(Section):
-    """The score table that ``experiments.export_scores`` writes."""
-
-    section = "export"
-    masks: Count | None = None
-    """Masks that the store must have, all or at most half of them; missing ones are measured first.
-    null measures none."""
-    levels: bool = False
-    """Whether the table has the costs of levels and measured plans, as ``RAPLadder-v0`` needs."""
-    records: list[str] = field(default_factory=list)
-    """Folders of comparisons on the same model and text, whose measured scores are added."""
-    path: str | None = None
-    """The table's file; null for one in the run folder."""

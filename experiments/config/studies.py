@@ -8,7 +8,6 @@ from typing import Annotated
 from experiments.config.common import (
     Count,
     CountOrZero,
-    KindConfig,
     PinnedText,
     Section,
     TextConfig,
@@ -26,8 +25,8 @@ class TextsConfig(Section):
     """Dependence of costs and plans on the calibration text."""
 
     section = "texts"
-    kinds: dict[str, KindConfig] = field(default_factory=dict)
-    """Kinds of text by name."""
+    kinds: dict[str, TextConfig] = field(default_factory=dict)
+    """Kinds of text by name: their sources. The sizes are those of this section."""
     seeds: Annotated[list[CountOrZero], distinct] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the calibration text: each gives a draw of every kind and size."""
     windows: Count = 1

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from agents.settings import with_defaults
-from experiments.config.common import Count, CountOrZero, NotNegative, Section, TasksConfig, among
+from experiments.config.common import Count, Section, among
+from experiments.config.plain import TASKS, completed, defaults
 from rap_env.errors import UnknownNameError
 
 ENV_IDS = ("RAPPrune-v0", "RAPLadder-v0")
-TEACHERS = ("none", "frontier", "greedy", "knapsack", "gsi", "one_shot", "score_model")
 
 
 @dataclass
@@ -29,8 +30,12 @@ class EnvConfig(Section):
     infeasible: str = "clip"
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
-    tasks: TasksConfig = field(default_factory=TasksConfig)
+    tasks: dict[str, Any] = field(default_factory=partial(defaults, TASKS))
     """Tasks of the accuracy reward; without names, the environment's default tasks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tasks = completed("tasks", self.tasks, TASKS)
 
     @property
     def lowers(self) -> bool:
@@ -86,66 +91,3 @@ def complete_agent(agent: dict[str, Any]) -> dict[str, Any]:
         except UnknownNameError:  # its package is not installed, or the training reports it
             return agent
     return completed
-
-
-@dataclass
-class WarmStartConfig(Section):
-    """Imitation learning before reinforcement learning."""
-
-    section = "warm_start"
-    teacher: Annotated[str, among(*TEACHERS)] = "none"
-    """``frontier``: the table of the best known masks or plans; ``greedy``: greedy searches per
-    byte; ``knapsack``, ``gsi``, ``one_shot`` and ``score_model``: the baselines of these names."""
-    requests: Count = 512
-    """Number of workload requests that the teacher answers."""
-    updates: Count = 600
-    """Updates of the network on the teacher's masks or plans."""
-    learning_rate: NotNegative = 3e-3
-
-
-@dataclass
-class ScoreModelConfig(Section):
-    """Training on predicted scores that are corrected with measured ones after each round."""
-
-    section = "score_model"
-    rounds: CountOrZero = 0
-    """Number of rounds, each of which fits the score model again; the training steps are divided
-    among them. 0 trains on measured scores only."""
-    first_masks: Count = 1000
-    """Masks measured before the first round, if no frontier table provides scores."""
-    verify_requests: Count = 128
-    """Requests on which masks of the policy are measured after each round: for each request the
-    most probable mask, and the best of several sampled ones."""
-    members: Count = 5
-    """Predictors of the ensemble."""
-    pessimism: NotNegative = 1.0
-    """Standard deviations of the ensemble that are added to a predicted ΔNLL."""
-
-
-@dataclass
-class FrontierConfig(Section):
-    """The frontier table that ``experiments.profile`` builds."""
-
-    section = "frontier"
-    evaluations: CountOrZero = 0
-    """Masks to score at most; 0 builds no table."""
-    deepest_loss: NotNegative = 3.0
-    """Pairs of counts whose best mask is expected to have a larger ΔNLL, in nats per token, are
-    left out."""
-    requests: Count = 512
-    """Workload requests that decide which pairs of counts, or which plans, are useful."""
-    start: str | None = None
-    """A table of plans of the same model without stubs, whose best plans are measured first."""
-
-
-@dataclass
-class LoggerConfig(Section):
-    """Loggers besides ``metrics.jsonl`` in the run folder, which is always written."""
-
-    section = "logger"
-    wandb: bool = False
-    tensorboard: bool = False
-    project: str = "rap"
-    wandb_mode: Annotated[str, among("auto", "online", "offline")] = "auto"
-    """``auto``: online if a login is found, else offline."""
-    tags: list[str] = field(default_factory=list)

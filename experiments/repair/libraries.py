@@ -160,7 +160,7 @@ class StubLibraries:
         return gsi(
             self.context_with(self.stubs_of(repair)).scorer,
             method="lazy",
-            stop=self.config.importance.gsi_removals,
+            stop=self.config.importance["gsi_removals"],
             path=self.folder / f"gsi-{repair}.json",
             progress=self.config.progress,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class RepairEvaluator:
             "calibration_sha256": libraries.context.corpus.sha256,
             "report_sha256": libraries.texts.report[text].sha256 if text else "",
             "stubs": "" if entry.library is None else entry.library.sha256,
-            "tasks": asdict(libraries.config.evaluate.tasks) if grid else {},
+            "tasks": libraries.config.evaluate.tasks if grid else {},
         }
 
     def _mask(self, entry: Entry, cell: Cell) -> Plan:
@@ -175,7 +175,7 @@ class RepairEvaluator:
     def _measured_accuracies(self, view: ElasticLLM, mask: Plan) -> dict[str, float]:
         """Return the accuracy of each lm-eval task in [0, 1]; empty without tasks."""
         settings = self._libraries.config.evaluate.tasks
-        if not settings.names:
+        if not settings["names"]:
             return {}
         from rap_env.scoring.tasks import TaskScorer
 

@@ -71,9 +71,9 @@ def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> It
     """
     with ExitStack() as stack:
         parts: list[MetricLogger] = [JsonLines(RunFolder(folder).metrics)]
-        if config.logger.tensorboard:
+        if config.logger["tensorboard"]:
             parts.append(TensorBoard(folder / "tensorboard", step))
-        if config.logger.wandb:
+        if config.logger["wandb"]:
             parts.append(Wandb(config, folder, job))
         for part in parts:
             stack.callback(part.close)
@@ -152,7 +152,7 @@ class Wandb(MetricLogger):
         self._wandb = wandb
         options: dict[str, Any] = {
             "dir": str(config.root),
-            "project": config.logger.project,
+            "project": config.logger["project"],
             "group": config.name,
             "job_type": job,
             "name": folder.name if job == "train" else f"{job}-{config.name}",
@@ -162,7 +162,7 @@ class Wandb(MetricLogger):
             "config": logged_settings(config, job),
         }
         earlier = _offline_runs(config.root, options["id"])
-        self._run = self._open(wandb_mode(config.logger.wandb_mode), options)
+        self._run = self._open(wandb_mode(config.logger["wandb_mode"]), options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self._media: dict[str, Any] = {}
@@ -228,7 +228,7 @@ class Wandb(MetricLogger):
     @staticmethod
     def _tags(config: Config, job: str) -> list[str]:
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
-        return [*about, Path(config.model.name).name[:64], *config.logger.tags]
+        return [*about, Path(config.model.name).name[:64], *config.logger["tags"]]
 
 
 _READ_BY_BOTH = (

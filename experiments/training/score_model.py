@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,14 +74,14 @@ def learn(
         The result; ``evaluations`` counts the masks and plans scored by the model, also those that
         it scored for a table that is the model here.
     """
-    if not config.score_model.rounds:
+    if not config.score_model["rounds"]:
         result = _train(config, agent, context, folder, sinks)
         if not isinstance(context, TableContext):
             return result
         context.table.save(folder / TABLE_FILE)
         return replace(result, evaluations=len(context.table.scores))
     text = _ScoredText(config, context)
-    rounds = config.score_model.rounds
+    rounds = config.score_model["rounds"]
     for number in range(rounds):
         steps = agent.total_timesteps * (number + 1) // rounds
         predicted = text.predicted()
@@ -111,9 +111,9 @@ class _ScoredText:
         settings = self._config.score_model
         table = table_of(
             self._config, self._context, self.known, levels=self._levels,
-            members=settings.members, pessimism=settings.pessimism,
+            members=settings["members"], pessimism=settings["pessimism"],
         )  # fmt: skip
-        importance, frontier = self._config.importance.method, self._context.frontier_path
+        importance, frontier = self._config.importance["method"], self._context.frontier_path
         return TableContext(table, TABLE_FILE, importance=importance, frontier=frontier)
 
     def verify(
@@ -144,7 +144,7 @@ class _ScoredText:
     def _measured(self, policy: TrainedPolicy, predicted: TableContext) -> dict[str, Any]:
         """Measure the policy's favourites for some requests, and the best of its other samples."""
         config, context = self._config, self._context
-        requests = draw_requests(config, context, config.score_model.verify_requests, 2)
+        requests = draw_requests(config, context, config.score_model["verify_requests"], 2)
         favourites, others = [], []
         for request in requests:
             first, *drawn = policy.sample(request, 1 + _DRAWN)
@@ -171,7 +171,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
         context=context,
         workload=config.workload,
         reward=config.reward,
-        tasks=asdict(config.env.tasks) if config.env.tasks.names else None,
+        tasks=config.env.tasks if config.env.tasks["names"] else None,
         infeasible=config.env.infeasible,
         invalid_action_penalty=config.env.invalid_action_penalty,
         max_invalid_actions=config.env.max_invalid_actions,
@@ -220,19 +220,19 @@ def _train(
 
 def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
     settings = config.warm_start
-    if settings.teacher == "none":
+    if settings["teacher"] == "none":
         return None
 
     def start(model: Any) -> None:
         how = ImitationConfig(
-            updates=settings.updates, learning_rate=settings.learning_rate, seed=config.seed
+            updates=settings["updates"], learning_rate=settings["learning_rate"], seed=config.seed
         )
         ladder = config.env.ladder if config.env.lowers else None
         lesson = Lesson(demonstrations(config, context), make_encoder(context, ladder))
         result = imitate(model, [lesson], how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            len(lesson.shown), settings.teacher, 100 * result.agreement,
+            len(lesson.shown), settings["teacher"], 100 * result.agreement,
         )  # fmt: skip
 
     return start
@@ -245,12 +245,12 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
         ArtifactError: The teacher is the frontier table, and there is none.
     """
     settings, item_bytes = config.warm_start, ladder_bytes(config, context)
-    requests = draw_requests(config, context, settings.requests, 1)
-    if settings.teacher == "frontier" and item_bytes is None:
+    requests = draw_requests(config, context, settings["requests"], 1)
+    if settings["teacher"] == "frontier" and item_bytes is None:
         known = [context.frontier.best_mask(context.memory, request) for request in requests]
         pairs = zip(requests, known, strict=True)
         return [Demonstration(request, mask) for request, mask in pairs if mask]
-    name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
+    name = "greedy_per_byte" if settings["teacher"] == "greedy" else settings["teacher"]
     teacher = make_method(name, context, item_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
@@ -270,7 +270,7 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     if table is not None:
         shift = native_shift(table, str(context.frontier_path), context)
         return {plan: nll + shift for plan, nll in table.scores.items()}
-    blocks, wanted = context.memory.facts.num_blocks, config.score_model.first_masks
+    blocks, wanted = context.memory.facts.num_blocks, config.score_model["first_masks"]
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, wanted))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))

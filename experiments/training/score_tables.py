@@ -130,7 +130,7 @@ def table_of(
         ArtifactError: There are too few scores.
     """
     scorer, features = context.scorer, context.features
-    with_gsi = config.importance.method == "gsi"
+    with_gsi = config.importance["method"] == "gsi"
     arrays = {name: array.tolist() for name, array in vars(features).items()}
     return ScoreTable.fitted(
         context.memory.facts,
@@ -159,9 +159,9 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
         "device": context.llm.device.type,
         "dtype": context.memory.facts.dtype,
         "calibration": text,
-        "importance": config.importance.method,
-        "gsi_removals": config.importance.gsi_removals,
-        "gsi_method": config.importance.gsi_method,
+        "importance": config.importance["method"],
+        "gsi_removals": config.importance["gsi_removals"],
+        "gsi_method": config.importance["gsi_method"],
         "repair": repair_label(config.repair["name"]),
     }
 
@@ -185,4 +185,4 @@ def stored_scores(context: PruningContext, *, plans: bool) -> dict[Plan, float]:
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
     """Return the importance orders from which masks are drawn."""
     alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
-    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
+    return [context.gsi.full_order, alone] if config.importance["method"] == "gsi" else [alone]

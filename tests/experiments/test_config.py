@@ -145,7 +145,7 @@ def test_names_in_the_files_exist():
         settings = composed("evaluate", f"experiment={experiment}")
         found = settings.evaluate
         assert set(found.baselines) <= set(methods())
-        assert set(found.tasks.names) <= set(GENERATED_TASKS)
+        assert set(found.tasks["names"]) <= set(GENERATED_TASKS)
 
 
 def test_null_takes_the_value_of_the_agent_file():

@@ -11,8 +11,6 @@ from omegaconf.errors import MissingMandatoryValue
 
 from agents.trained_policy import TrainedPolicy
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig
-from experiments.config.training import FrontierConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
@@ -37,8 +35,8 @@ def config(base):
     """Settings of a run on a random model of four layers, with a profile and a frontier."""
     return tiny_study(
         base, stage="train", threads=1,
-        importance=ImportanceConfig(gsi_removals=3),
-        frontier=FrontierConfig(evaluations=40, requests=8),
+        importance={"gsi_removals": 3},
+        frontier={"evaluations": 40, "requests": 8},
         agent=short_training(),
         evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], text=own_text()),
     )  # fmt: skip

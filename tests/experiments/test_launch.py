@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from experiments.config import Config
-from experiments.config.model import ScoringConfig
 from experiments.launch import set_threads
 from rap_env.models import device
 
@@ -29,7 +28,7 @@ def test_the_first_choice_is_kept(tmp_path, monkeypatch):
 
 def test_workers_have_one_thread_unless_the_comparison_began_with_more(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "fastest_threads", lambda: 3)
-    workers = ScoringConfig(workers=2)
+    workers = {"workers": 2}
     set_threads(Config(name="new", runs_dir=str(tmp_path), scoring=workers))
     assert torch.get_num_threads() == 1
     set_threads(Config(name="new", runs_dir=str(tmp_path)))

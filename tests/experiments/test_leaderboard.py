@@ -13,7 +13,7 @@ from experiments.comparison.records import ResultRow
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig
 from experiments.leaderboard import (
     TASKS_FILE,
@@ -119,7 +119,7 @@ def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
         config = Config(
             stage="train", name="mine", runs_dir=str(tmp_path), seed=seed, progress=False,
             store=None, model=ModelConfig(name="score_table:smollm2-135m"),
-            importance=ImportanceConfig(gsi_removals=24), calibration=TextConfig(source="self"),
+            importance={"gsi_removals": 24}, calibration=TextConfig(source="self"),
             workload={"name": "fixed", "batch_size": 4, "seq_len_tokens": 512,
                       "budget_fraction": 0.9},
             reward={"name": "perplexity"},

@@ -12,7 +12,6 @@ from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import training_dirs
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ScoringConfig
 from experiments.contexts import build_context
 from experiments.demo import demo_agents
 from experiments.errors import ExperimentError
@@ -40,7 +39,7 @@ BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
 def config(base):
     """Settings for a random model of four layers in a separate folder."""
     return tiny_study(
-        base, stage="test", importance=ImportanceConfig(gsi_removals=3),
+        base, stage="test", importance={"gsi_removals": 3},
         agent=short_training(gamma=None),
         evaluate=EvaluateConfig(
             requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
@@ -148,7 +147,7 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_import_ray", lambda: fake)
     folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
     spread = replace(
-        evaluated, name="spread", store=None, scoring=ScoringConfig(workers=2),
+        evaluated, name="spread", store=None, scoring={"workers": 2},
         evaluate=replace(evaluated.evaluate, agents=[folder]),
     )  # fmt: skip
     evaluate(spread, spread.stage_dir("evaluate"))
@@ -216,7 +215,7 @@ def test_text_that_was_searched_on_is_rejected(trained, tmp_path):
         trained, name="overlap",
         calibration=replace(trained.calibration, **source),
         evaluate=replace(trained.evaluate, text=replace(trained.evaluate.text, **source)),
-        importance=ImportanceConfig(method="none"),
+        importance={"method": "none"},
     )  # fmt: skip
     with pytest.raises(CorpusError, match="share 32 tokens in a row"):
         evaluate(same, tmp_path / "evaluate")

@@ -7,7 +7,6 @@ import yaml
 
 from experiments.config.common import parse_pinned
 from experiments.config.evaluation import EvaluateConfig, TightGridConfig
-from experiments.config.model import ImportanceConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
@@ -26,7 +25,7 @@ LOSSES = [0.06, 0.15, 0.3]
 def config(base):
     return tiny_study(
         base, stage="tight_grid", calibration=own_text(2, 48),
-        importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
+        importance={"method": "one_shot", "gsi_method": "lazy"},
         env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
         tight_grid=TightGridConfig(
             requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -31,7 +31,7 @@ def tiny_study(base: Path, layers: int = 4, **settings: Any) -> Config:
     common = {
         "name": "tiny", "runs_dir": str(base / "runs"), "store": str(base / "scores.sqlite"),
         "workload": WORKLOAD, "reward": {"name": "perplexity"}, "progress": False,
-        "calibration": own_text(), "importance": ImportanceConfig(method="none"),
+        "calibration": own_text(), "importance": {"method": "none"},
         "model": ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
     }  # fmt: skip
     return Config(**{**common, **settings})

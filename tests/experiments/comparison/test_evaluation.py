@@ -15,7 +15,6 @@ from experiments.comparison.evaluation import (
 from experiments.comparison.loading import read_groups
 from experiments.comparison.records import ResultRow
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
-from experiments.config.model import ImportanceConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
@@ -30,7 +29,7 @@ from tests.experiments.tiny_study import own_text, short_training, tiny_study
 def config(base):
     """Settings for a random model of four layers in a separate folder."""
     return tiny_study(
-        base, stage="test", importance=ImportanceConfig(method="one_shot"),
+        base, stage="test", importance={"method": "one_shot"},
         agent=short_training(32),
         evaluate=EvaluateConfig(
             requests=["2x32", "1x16"], budgets=[0.9], sparsities=[0.3, 0.1],

@@ -8,9 +8,8 @@ from experiments.compare import compare
 from experiments.comparison.evaluation import evaluation_cells, grid_requests
 from experiments.comparison.loading import gather
 from experiments.comparison.records import ResultRow
-from experiments.config.common import TasksConfig, parse_pinned
+from experiments.config.common import parse_pinned
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
-from experiments.config.model import ImportanceConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.errors import ExperimentError
@@ -33,7 +32,7 @@ def config(base):
     """Settings for a random model of four layers in a separate folder."""
     return tiny_study(
         base, stage="evaluate", calibration=own_text(2, 48),
-        importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
+        importance={"method": "one_shot", "gsi_method": "lazy"},
         env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8", "int4"]),
         evaluate=EvaluateConfig(
             requests=[], budgets=[], pinned=PINNED, baselines=BASELINES, random_seeds=[0, 1],
@@ -101,7 +100,7 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
 def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     source = str(evaluated.stage_dir("evaluate"))
     text = replace(evaluated.evaluate.text, windows=4, seed=3)
-    tasks = TasksConfig(names=["rap_choice"], limit=2)
+    tasks = {"names": ["rap_choice"], "limit": 2}
     settings = replace(evaluated.evaluate, plans=[source], text=text, tasks=tasks)
     again = replace(evaluated, name="again", evaluate=settings)
     evaluate(again, again.stage_dir("evaluate"))

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.long_context import AnswersConfig, LongContextConfig, TaskLengths
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
 from experiments.long_context.documents import AnswerLoss, PositionLoss
@@ -56,7 +56,7 @@ def config(tmp_path_factory):
             stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
             model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
             calibration=TextConfig(source="self", windows=2, window_tokens=40),
-            importance=ImportanceConfig(method="none"),
+            importance={"method": "none"},
             long_context=LongContextConfig(
                 caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
                 tasks={"recall": TaskLengths([512, 768], 16), "counting": TaskLengths([512], 6)},

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ImportanceConfig, StubsConfig
+from experiments.config.model import StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
@@ -33,7 +33,7 @@ def config(base):
     return tiny_study(
         base, stage="repair",
         calibration=text(9, 3),
-        importance=ImportanceConfig(gsi_removals=3),
+        importance={"gsi_removals": 3},
         workload={"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
                   "budget_fractions": [0.9, 0.7]},
         evaluate=EvaluateConfig(),

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.config.studies import SmallModelConfig
 from experiments.errors import ExperimentError
 from experiments.profile import profile
@@ -106,7 +106,7 @@ def test_it_writes_text_and_can_be_profiled(make, tmp_path):
     config = replace(
         make(), stage="profile", model=ModelConfig(name=str(path)),
         calibration=TextConfig(source="self", windows=2, window_tokens=20),
-        importance=ImportanceConfig(gsi_removals=2),
+        importance={"gsi_removals": 2},
     )  # fmt: skip
     assert profile(config, tmp_path / "profile").exists()
 

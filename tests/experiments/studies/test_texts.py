@@ -8,7 +8,7 @@ import pytest
 
 from experiments.config.common import parse_pinned
 from experiments.config.model import ModelConfig
-from experiments.config.studies import KindConfig, TextsConfig
+from experiments.config.studies import TextConfig, TextsConfig
 from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
@@ -44,7 +44,7 @@ def config(base):
         base, stage="texts",
         env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int4"]),
         texts=TextsConfig(
-            kinds={name: KindConfig(str(base / f"{name}.txt")) for name in KINDS},
+            kinds={name: TextConfig(str(base / f"{name}.txt")) for name in KINDS},
             seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
             cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
             sized="few", sizes_tokens=[24, 96], prompt_tokens=0,
@@ -257,7 +257,7 @@ def test_impossible_settings_are_rejected(config, tmp_path):
             list(text_jobs(replace(config, texts=replace(config.texts, **changes)), tmp_path))
 
     refused("two kinds", kinds={"few": config.texts.kinds["few"]})
-    refused("names other than 'all'", kinds={"few": KindConfig("a"), ALL: KindConfig("b")})
+    refused("names other than 'all'", kinds={"few": TextConfig("a"), ALL: TextConfig("b")})
     refused("needs a cell", cells=[])
     refused("Raise the budget", InfeasibleBudgetError, cells=["1x16@10"])
     refused("enough for", CorpusError, report_windows=1000)

@@ -11,13 +11,10 @@ from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
-from experiments.config.model import ImportanceConfig, ModelConfig
+from experiments.config.model import ModelConfig
 from experiments.config.training import (
     AgentConfig,
     EnvConfig,
-    FrontierConfig,
-    ScoreModelConfig,
-    WarmStartConfig,
 )
 from experiments.contexts import (
     build_context,
@@ -59,12 +56,12 @@ def config(base):
             name=str(base / "model"), device="cpu", dtype="float32", weights="native"
         ),
         calibration=own_text(2, 12),
-        importance=ImportanceConfig(method="one_shot"),
+        importance={"method": "one_shot"},
         workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
                   "budget_fractions": [0.6, 0.8, 0.9]},
         agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
                           hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
-        warm_start=WarmStartConfig(teacher="one_shot", requests=12, updates=150),
+        warm_start={"teacher": "one_shot", "requests": 12, "updates": 150},
         evaluate=EvaluateConfig(requests=["4x64"], budgets=[0.9, 0.7]),
     )  # fmt: skip
 
@@ -87,7 +84,7 @@ def test_the_section_env_makes_the_environment_and_feasible_requests(config):
 
 @pytest.mark.parametrize("teacher", ["one_shot", "knapsack", "greedy"])
 def test_teachers_show_plans_that_fit(config, teacher):
-    changed = replace(config, warm_start=replace(config.warm_start, teacher=teacher, requests=4))
+    changed = replace(config, warm_start={**config.warm_start, "teacher": teacher, "requests": 4})
     context = build_context(config)
     shown = demonstrations(changed, context)
     assert len(shown) == 4
@@ -124,9 +121,9 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     changed = replace(
         config,
         name="searched",
-        frontier=FrontierConfig(evaluations=50, requests=16),
-        warm_start=WarmStartConfig(teacher="score_model", requests=8, updates=50),
-        score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
+        frontier={"evaluations": 50, "requests": 16},
+        warm_start={"teacher": "score_model", "requests": 8, "updates": 50},
+        score_model={"rounds": 2, "verify_requests": 6, "members": 2},
         reward={"name": "perplexity", "relative_to": "frontier"},
     )
     with pytest.raises(ArtifactError, match="There is no frontier artifact"):
@@ -177,11 +174,11 @@ def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, 
         config,
         name="demo",
         agent=replace(config.agent, label="rap"),
-        frontier=FrontierConfig(evaluations=20, requests=8),
-        warm_start=WarmStartConfig(teacher="score_model", requests=4, updates=20),
-        score_model=ScoreModelConfig(rounds=1, verify_requests=2, members=2),
+        frontier={"evaluations": 20, "requests": 8},
+        warm_start={"teacher": "score_model", "requests": 4, "updates": 20},
+        score_model={"rounds": 1, "verify_requests": 2, "members": 2},
         reward={"name": "perplexity", "relative_to": "one_shot"},
-        importance=ImportanceConfig(method="one_shot", gsi_method="lazy", gsi_removals=2),
+        importance={"method": "one_shot", "gsi_method": "lazy", "gsi_removals": 2},
         ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
         evaluate=replace(
             config.evaluate,
@@ -212,4 +209,4 @@ def test_settings_of_the_environment_are_checked():
     with pytest.raises(UnknownNameError, match="RAPPrune-v2"):
         EnvConfig(id="RAPPrune-v2")
     with pytest.raises(UnknownNameError, match="teacher"):
-        WarmStartConfig(teacher="best")
+        Config(warm_start={"teacher": "best"})

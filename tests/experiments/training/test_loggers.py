@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments.config import Config
 from experiments.config.model import ModelConfig
-from experiments.config.training import AgentConfig, LoggerConfig
+from experiments.config.training import AgentConfig
 from experiments.errors import ExperimentError
 from experiments.study.records import append_record, read_records, trim_metrics
 from experiments.study.run_folder import flatten
@@ -71,7 +71,7 @@ def test_json_lines_are_always_written(config):
 def test_tensorboard_gets_scalars_text_and_image(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config.logger = LoggerConfig(tensorboard=True)
+    config.logger |= {"tensorboard": True}
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
@@ -82,7 +82,7 @@ def test_tensorboard_gets_scalars_text_and_image(config):
 
 
 def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
-    config.logger = LoggerConfig(wandb=True)
+    config.logger |= {"wandb": True}
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
@@ -100,7 +100,7 @@ def test_wandb_offline_keeps_curves_config_table_and_picture(config, no_login):
 
 
 def test_wandb_compares_hyperparameters_as_they_were_used(config, no_login):
-    config.logger = LoggerConfig(wandb=True)
+    config.logger |= {"wandb": True}
     given = {"learning_rate": 0.007, "gae_lambda": None}
     config.agent = AgentConfig(name="ppo", hyperparameters=given)
     folder = config.stage_dir("train") / "ppo-s4"
@@ -187,11 +187,11 @@ KILLED = """
 import os, sys
 from experiments.study.run_folder import flatten
 from experiments.config import Config
-from experiments.config.training import AgentConfig, LoggerConfig
+from experiments.config.training import AgentConfig
 from experiments.training.loggers import open_loggers
 
 config = Config(stage="train", name="cmp", runs_dir=sys.argv[1], agent=AgentConfig(name="ppo"),
-                logger=LoggerConfig(wandb=True, wandb_mode="offline"))
+                logger=dict(wandb=True, wandb_mode="offline"))
 config.model.name = "tiny"
 with open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train") as loggers:
     for step in (10, 20, 30):
@@ -210,7 +210,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_a_whole_history(config, no_log
     assert done.returncode == 9, done.stderr
     folder, wandb = config.stage_dir("train") / "ppo-s4", config.root / "wandb"
     (first,) = (path.name.split("-")[3] for path in wandb.glob("offline-run-*"))
-    config.logger = LoggerConfig(wandb=True)
+    config.logger |= {"wandb": True}
     time.sleep(1)  # wandb names the folder of an offline run by the second
     trim_metrics(folder / "metrics.jsonl", 20)
     with open_loggers(config, folder, job="train", step=20) as loggers:
@@ -256,7 +256,7 @@ class FakeRun:
 def test_only_the_part_since_the_last_upload_is_logged(
     config, no_login, monkeypatch, uploaded, expected
 ):
-    config.logger = LoggerConfig(wandb=True)
+    config.logger |= {"wandb": True}
     run = FakeRun(uploaded)
     monkeypatch.setattr(Wandb, "_open", lambda *_: run)
     folder = config.stage_dir("train") / "ppo-s4"
@@ -269,7 +269,7 @@ def test_only_the_part_since_the_last_upload_is_logged(
 
 
 def test_a_repeated_evaluation_adds_its_metrics(config, no_login, monkeypatch):
-    config.logger = LoggerConfig(wandb=True)
+    config.logger |= {"wandb": True}
     run = FakeRun(1)
     monkeypatch.setattr(Wandb, "_open", lambda *_: run)
     with open_loggers(config, config.stage_dir("evaluate"), job="evaluate") as loggers:
@@ -297,7 +297,7 @@ def test_the_mode_follows_the_login(no_login, monkeypatch):
 def test_a_missing_package_is_named(config, monkeypatch, package, no_login):
     hidden = "torch.utils.tensorboard" if package == "tensorboard" else package
     monkeypatch.setitem(sys.modules, hidden, None)
-    config.logger = LoggerConfig(**{package: True})
+    config.logger |= {package: True}
     expected = rf"logger={package} needs the package '{package}'; .*`pip install --group agents`"
     with (
         pytest.raises(MissingDependencyError, match=expected),
