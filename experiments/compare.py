@@ -15,31 +15,20 @@ import numpy as np
 
 from experiments.comparison.loading import Group, Learning, read_groups
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import (
-    COUNTS_CAPTION,
-    PART_CAPTIONS,
-    PART_TITLES,
-    costs_table,
-    difference_table,
-    tables_markdown,
-    terminal_text,
-    tight_document,
-)
+from experiments.comparison.tables import tables_markdown
 from experiments.comparison.training_runs import TrainingRun
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import launch_reader
-from experiments.study.looks import look, short_label
+from experiments.study.looks import short_label
 from experiments.study.records import Cell
 from experiments.study.run_names import short_keys
 from experiments.study.tables import (
     Table,
-    TitledTable,
     columns_table,
     markdown,
-    plain,
+    rendered,
     seconds,
     text_words,
-    wrapped,
 )
 
 
@@ -49,7 +38,9 @@ def compare(config: CompareConfig) -> str:
     if config.format == "json":
         rows = [*result_rows(groups, learning), *training_rows(groups, learning)]
         return json.dumps(rows, indent=1, allow_nan=False)
-    return (as_text if config.format == "text" else as_markdown)(groups, learning)
+    if config.format == "text":
+        return rendered(as_markdown(groups, learning, captions=True))
+    return as_markdown(groups, learning)
 
 
 def result_rows(groups: list[Group], learning: Sequence[Learning] = ()) -> list[dict[str, Any]]:
@@ -156,31 +147,37 @@ LEARNING_CAPTION = (
 )
 
 
-def as_text(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
-    """Format all groups for the terminal, then the results of training runs."""
-    parts = [_group_text(group) for group in groups]
-    for part in learning:
-        title = _title(part)
-        table, caption = plain(learning_table(part)), wrapped(LEARNING_CAPTION)
-        parts.append(f"== {title}: training ==\n\n{table}\n\n{caption}")
-        if swept := swept_table(part):
-            parts.append(f"== {title}: what varies ==\n\n{plain(swept)}")
-    return "\n\n\n".join(parts)
+def as_markdown(
+    groups: Sequence[Group], learning: Sequence[Learning], *, captions: bool = False
+) -> str:
+    """Format the tables of all groups as Markdown, then the results of training runs.
 
-
-def as_markdown(groups: Sequence[Group], learning: Sequence[Learning]) -> str:
-    """Format all tables as Markdown."""
+    Args:
+        groups: Result rows.
+        learning: Training runs.
+        captions: Whether to add the texts of each group, and what the numbers of its tables mean.
+    """
     parts = []
     for group in groups:
         first, *others = group.parts.values()
         shown = [first, *(others if first.part != "grid" else [])]
-        parts += [tables_markdown(comparison, _title(group)) for comparison in shown]
+        for comparison in shown:
+            parts.append(tables_markdown(comparison, _title(group), captions=captions))
+        parts += [f"{_texts(group)}\n"] if captions else []
     for part in learning:
         title, table = _title(part), markdown(learning_table(part))
         parts.append(f"# {title}: training\n\n{table}\n{LEARNING_CAPTION}\n")
         if swept := swept_table(part):
             parts.append(f"# {title}: what varies\n\n{markdown(swept)}")
     return "\n".join(parts).rstrip()
+
+
+def _texts(group: Group) -> str:
+    depends = group.depends_on
+    return (
+        f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "
+        f"{text_words(depends.get('calibration', {}))}."
+    )
 
 
 def learning_table(part: Learning) -> Table:
@@ -255,51 +252,9 @@ def final_delta_nll(run: TrainingRun) -> float | None:
     return None if recent is None else float(recent)
 
 
-def _group_text(group: Group) -> str:
-    depends = group.depends_on
-    parts = [
-        f"== {_title(group)} ==",
-        wrapped(
-            f"Report text: {text_words(depends.get('report_text', {}))}. Calibration text: "
-            f"{text_words(depends.get('calibration', {}))}."
-        ),
-    ]
-    for part, comparison in group.parts.items():
-        if part in PART_TITLES:
-            parts += [f"-- {PART_TITLES[part]} --", wrapped(PART_CAPTIONS[part])]
-        parts += _comparison_text(comparison)
-    return "\n\n".join(parts)
-
-
-def _comparison_text(comparison: Comparison) -> list[str]:
-    if not comparison.summaries:
-        return ["No pair of request and budget has results of all methods, so nothing is compared."]
-    parts = [terminal_text(comparison), plain(setup_table(comparison))]
-    parts += [_titled(part) for part in tight_document(comparison)]
-    learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
-    for method in learned:
-        title = f"ΔNLL of {look(method).label} minus each other method (nats per token, paired):"
-        parts.append(f"{title}\n\n{plain(difference_table(comparison, method, short=True))}")
-    if learned:
-        parts.append(wrapped(COUNTS_CAPTION))
-    return parts
-
-
-def _titled(part: TitledTable) -> str:
-    caption = f"\n\n{wrapped(part.caption)}" if part.caption else ""
-    return f"{part.title}:\n\n{plain(part.table)}{caption}"
-
-
-def setup_table(comparison: Comparison) -> Table:
-    """Return the cost of each method before any request."""
-    costs = zip(comparison.summaries, costs_table(comparison)[1], strict=True)
-    rows = [[short_label(summary.method), *row[3:5]] for summary, row in costs]
-    return ["Cost once", "Evaluations", "Training"], rows
-
-
-def _title(found: Group | Learning) -> str:
-    repair = "no repair" if found.repair == "none" else f"repair {found.repair}"
-    return f"{found.name}: {found.model}, {repair}"
+def _title(shown: Group | Learning) -> str:
+    repair = "no repair" if shown.repair == "none" else f"repair {shown.repair}"
+    return f"{shown.name}: {shown.model}, {repair}"
 
 
 def main(config: CompareConfig) -> None:

@@ -297,28 +297,18 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 
-def difference_table(comparison: Comparison, method: str, *, short: bool = False) -> Table:
-    """Return the ΔNLL of a method minus that of each other, paired over windows.
-
-    Args:
-        comparison: The results.
-        method: The method.
-        short: Whether the table must fit in 100 columns; it then lacks the counts by Holm.
-    """
+def difference_table(comparison: Comparison, method: str) -> Table:
+    """Return the ΔNLL of a method minus that of each other, paired over windows."""
     header = ["Compared with", "Difference in ΔNLL (nats/token)", "Relative",
               "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
-    rows = [
+    return header, [
         [
-            (short_label if short else full_label)(found.other), signed(found.difference),
-            relative_words(found.relative), str(found.cells), str(found.corrected),
-            found.verdict if found.other_fits else f"{found.verdict}*",
+            full_label(pair.other), signed(pair.difference),
+            relative_words(pair.relative), str(pair.cells), str(pair.corrected),
+            pair.verdict if pair.other_fits else f"{pair.verdict}*",
         ]
-        for found in pairwise_comparisons(comparison, method)
+        for pair in pairwise_comparisons(comparison, method)
     ]  # fmt: skip
-    if not short:
-        return header, rows
-    header = ["Compared with", "Difference", "Relative", "+/=/-", "Verdict"]
-    return header, [[*row[:4], row[5]] for row in rows]
 
 
 def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
@@ -360,7 +350,9 @@ def comparison_document(comparison: Comparison) -> list[TitledTable]:
     return tables
 
 
-def tables_markdown(comparison: Comparison, title: str = "Comparison") -> str:
-    """Return all tables as Markdown, for ``tables.md``."""
+def tables_markdown(
+    comparison: Comparison, title: str = "Comparison", *, captions: bool = False
+) -> str:
+    """Return all tables as Markdown, if asked to with the meaning of their numbers."""
     tables = [*comparison_document(comparison), TitledTable(costs_table(comparison), "Costs")]
-    return f"# {title}\n\n{document(tables)}"
+    return f"# {title}\n\n{document(tables, captions=captions)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +113,20 @@ def plain(table: Table) -> str:
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def rendered(text: str) -> str:
+    """Render Markdown for the terminal: aligned tables, and other lines wrapped."""
+    shown = []
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] == "|"):
+        if is_table:
+            header, _, *rows = [line[2:-2].split(" | ") for line in lines]
+            shown.append(plain((header, rows)))
+            continue
+        for line in lines:
+            title = re.sub(r"^# (.*)", r"== \1 ==", line)
+            shown.append(wrapped(re.sub(r"^## (.*)", r"-- \1 --", title)))
+    return "\n".join(shown)
 
 
 def wrapped(text: str) -> str:
