@@ -126,7 +126,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
     moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)
     moved.save(recorded.root / "profile" / "frontier.json")
-    again = recorded_scores(export.records, context)
+    again = recorded_scores(export["records"], context)
     assert again[policys] == 7.5 - shift
     assert again == pytest.approx({**frontier.scores, policys: 7.5 - shift})
     other = replace(fresh, calibration=replace(config.calibration, seed=5))
