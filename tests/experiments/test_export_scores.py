@@ -12,6 +12,7 @@ import pytest
 
 from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
+from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ModelConfig
 from experiments.contexts import build_context

@@ -9,6 +9,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
+from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.ladder import LadderConfig
 from experiments.config.model import ModelConfig
