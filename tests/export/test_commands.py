@@ -20,6 +20,9 @@ from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
+from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.corpus_loading import load_corpus
+from rap_env.scoring.scorer import MaskScorer
 from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.serving.tokenizers import chat_tokenizer
@@ -65,9 +68,12 @@ def test_the_folder_is_the_model_under_the_plan(exported, model_folder, tmp_path
         assert torch.equal(model(ids).logits, llm.model(ids).logits)
 
 
-def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exported, tmp_path):
-    (tmp_path / "text.txt").write_text("a b c d e f g h. " * 200)
-    answer, folder = exported("--remove", REMOVED, "--measure", tmp_path / "text.txt")
+def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(
+    exported, model_folder, tmp_path
+):
+    path = tmp_path / "text.txt"
+    path.write_text("a b c d e f g h. " * 200)
+    answer, folder = exported("--remove", REMOVED, "--measure", path)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# tiny under a plan, for transformers\n")
     llm = load_llm(folder)
@@ -78,6 +84,10 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exp
     measured = answer["measured_delta_nll"]
     text = f"{measured:+.4f} nats/token on 4 x 64 tokens of text.txt"
     assert rows["Rise in NLL, measured"] == text
+    dense = load_llm(model_folder, dtype="float32", device="cpu")
+    corpus = load_corpus(CorpusConfig(str(path), 4, 64, role="report"), dense)
+    before, after = (MaskScorer(model, corpus).nll(Plan()) for model in (dense, llm))
+    assert measured == pytest.approx(after - before, abs=1e-6) != 0
     assert rows["Command"].startswith("`rap export ")
     assert "--to hf" in rows["Command"]
     assert {"rap-env", "torch", "transformers"} <= {
@@ -85,20 +95,6 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(exp
     }
     plan = Plan.from_json(card.partition("```json\n")[2].partition("\n```")[0])
     assert plan.mask == llm.pruned == MASK
-
-
-def test_the_measured_rise_is_that_of_the_plan(exported, model_folder, tmp_path):
-    from rap_env.scoring.corpus import CorpusConfig
-    from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import MaskScorer
-
-    path = tmp_path / "text.txt"
-    path.write_text("a b c d e f g h. " * 200)
-    answer, folder = exported("--remove", REMOVED, "--measure", path)
-    dense, smaller = load_llm(model_folder, dtype="float32", device="cpu"), load_llm(folder)
-    text = load_corpus(CorpusConfig(str(path), 4, 64, role="report"), dense)
-    before, after = (MaskScorer(llm, text).nll(Plan()) for llm in (dense, smaller))
-    assert answer["measured_delta_nll"] == pytest.approx(after - before, abs=1e-6) != 0
 
 
 def test_a_policy_chooses_for_a_request(exported, model_folder):
@@ -116,8 +112,7 @@ def test_stubs_travel(exported, model_folder, tmp_path):
     llm = load_llm(model_folder, dtype="float32", device="cpu")
     library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
     library.save(tmp_path / "stubs.safetensors")
-    removed = REMOVED
-    answer, folder = exported("--remove", removed, "--repair", tmp_path / "stubs.safetensors")
+    answer, folder = exported("--remove", REMOVED, "--repair", tmp_path / "stubs.safetensors")
     assert answer["delta_nll_source"] == "no prediction knows stubs"
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert answer["weight_bytes_after"] == sum(tensor.nbytes for tensor in model.parameters())
@@ -134,11 +129,10 @@ def test_stubs_travel(exported, model_folder, tmp_path):
         (("--batch", 1, "--seq", 4), "Give either --remove, or --plan, or all of --batch"),
         (("--remove", "layer09.ffn"), "layer09.ffn"),
         (("--plan", "absent.json"), "Cannot read a plan from absent.json"),
+        (("--to", "vllm", "--remove", "layer00.attn"), "cannot start with a feed-forward block"),
     ],
 )
-def test_what_is_no_plan_is_an_error_and_writes_nothing(
-    rap, model_folder, tmp_path, options, words
-):
+def test_what_is_no_plan_is_an_error(rap, model_folder, tmp_path, options, words):
     target = tmp_path / "out"
     code, out, err = rap("export", target, "--to", "hf", "--model", model_folder, *options)
     assert (code, out) == (2, "")
@@ -193,14 +187,6 @@ def test_a_folder_for_vllm_opens_in_transformers_too(exported):
     assert "`vllm serve out --trust-remote-code`" in (folder / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert answer["removed"] == list(MASK.removed_names)
-
-
-def test_what_vllm_cannot_serve_is_refused_with_the_reason(rap, model_folder, tmp_path):
-    code, _, err = rap("export", tmp_path / "out", "--to", "vllm", "--remove", "layer00.attn",
-                       "--model", model_folder)  # fmt: skip
-    assert code == 2
-    assert "cannot start with a feed-forward block" in err
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

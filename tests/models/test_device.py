@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,37 +25,35 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def cuda_devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A machine with as many CUDA devices as the parameter says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
 
 
-@pytest.fixture
-def two_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.mark.parametrize(
+    ("cuda_devices", "name", "chosen"),
+    [
+        (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "auto", "cuda:0"), (2, "cuda", "cuda:0"),
+        (2, "cuda:1", "cuda:1"), (2, "cpu", "cpu"),
+    ],
+    indirect=["cuda_devices"],
+)  # fmt: skip
+def test_a_device_by_name(cuda_devices: None, name: str, chosen: str) -> None:
+    assert str(choose_device(name)) == chosen
 
 
-def test_auto_is_the_cpu_without_cuda(no_cuda: None) -> None:
-    assert choose_device("auto") == choose_device("cpu") == CPU
-
-
-def test_auto_is_the_first_cuda_device(two_cuda: None) -> None:
-    assert str(choose_device("auto")) == str(choose_device("cuda")) == "cuda:0"
-    assert str(choose_device("cuda:1")) == "cuda:1"
-    assert choose_device("cpu") == CPU
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "gpu"])
-def test_a_missing_device_is_rejected(name: str, no_cuda: None) -> None:
-    with pytest.raises(
-        UnknownNameError, match=f"device '{name}'; known are 'auto', 'cpu'.*has no CUDA device"
-    ):
+@pytest.mark.parametrize(
+    ("cuda_devices", "name", "known"),
+    [
+        *((0, name, "'auto', 'cpu'.*has no CUDA device") for name in ("cuda", "cuda:0", "gpu")),
+        (2, "cuda:2", "'auto', 'cpu', 'cuda:0'"),
+    ],
+    indirect=["cuda_devices"],
+)
+def test_a_missing_device_is_rejected(cuda_devices: None, name: str, known: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"device '{name}'; known are {known}"):
         choose_device(name)
-
-
-def test_a_cuda_index_out_of_range_is_rejected(two_cuda: None) -> None:
-    with pytest.raises(UnknownNameError, match=r"'cuda:2'; known are 'auto', 'cpu', 'cuda:0'"):
-        choose_device("cuda:2")
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -86,15 +83,11 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_threads_by_number(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_threads_by_number_and_by_measurement(threads: int, caplog) -> None:
     with caplog.at_level("INFO"):
         assert use_threads(threads + 1) == torch.get_num_threads() == threads + 1
-    assert f"torch uses {threads + 1} threads." in caplog.text
-
-
-def test_threads_by_measurement(threads: int, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
         assert use_threads() == torch.get_num_threads() <= (os.cpu_count() or 1)
+    assert f"torch uses {threads + 1} threads." in caplog.text
     assert "Products per second by number of threads: 1: " in caplog.text
     assert f"{torch.get_num_threads()} is chosen" in caplog.text
 
@@ -131,42 +124,22 @@ print((before - resident()) // 1_000_000)
         assert (int(done.stdout) > 90) is given_back, mode  # of 100 MB
 
 
-def _rate(bfloat16: float, float32: float) -> device.ProductRate:
-    found = {torch.bfloat16: bfloat16, torch.float32: float32}
-    return lambda dtype, seconds: found[dtype]
-
-
 @pytest.mark.parametrize(
-    ("bfloat16", "float32", "expected"),
+    ("kind", "rates", "expected"),
     [
-        (400.0, 200.0, torch.bfloat16),
-        (20.0, 200.0, torch.float32),  # emulated
-        (210.0, 200.0, torch.float32),  # no clear gain: the more exact one
+        ("cpu", (200.0, 400.0), torch.bfloat16),
+        ("cpu", (200.0, 20.0), torch.float32),  # emulated
+        ("cpu", (200.0, 210.0), torch.float32),  # no clear gain: the more exact one
+        ("cuda:0", (100.0, 30.0, 400.0), torch.float16),  # V100, T4: bfloat16 is emulated
+        ("cuda:0", (100.0, 390.0, 400.0), torch.bfloat16),  # Ampere: with the range of float32
+        ("cuda:0", (100.0, 90.0, 110.0), torch.float32),
     ],
 )
-def test_the_clearly_faster_dtype_is_chosen(
-    bfloat16: float,
-    float32: float,
-    expected: torch.dtype,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_clearly_faster_dtype_is_chosen(kind, rates, expected, caplog) -> None:
+    known = dict(zip((torch.float32, torch.bfloat16, torch.float16), rates, strict=False))
     with caplog.at_level("INFO"):
-        assert measured_dtype(CPU, _rate(bfloat16, float32)) is expected
-    assert f"bfloat16 {bfloat16 / float32:.2f} times as fast as float32" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rates", "expected"),
-    [
-        ((100.0, 30.0, 400.0), torch.float16),  # V100, T4: bfloat16 is emulated
-        ((100.0, 390.0, 400.0), torch.bfloat16),  # Ampere: as fast, with the range of float32
-        ((100.0, 90.0, 110.0), torch.float32),
-    ],
-)
-def test_a_gpu_without_units_for_bfloat16_uses_float16(rates, expected) -> None:
-    known = dict(zip((torch.float32, torch.bfloat16, torch.float16), rates, strict=True))
-    gpu = torch.device("cuda:0")
-    assert measured_dtype(gpu, lambda dtype, seconds: known[dtype]) is expected
+        assert measured_dtype(torch.device(kind), lambda dtype, _: known[dtype]) is expected
+    assert f"bfloat16 {rates[1] / rates[0]:.2f}" in caplog.text
 
 
 def test_one_slow_slice_does_not_decide() -> None:
@@ -236,9 +209,7 @@ class TestRemembered:
         remembered_dtype.cache_clear()
         assert remembered_dtype(CPU, "one") is torch.bfloat16
 
-    def test_another_processor_or_torch_is_measured_again(
-        self, measurements: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_another_processor_or_torch_is_measured_again(self, measurements, monkeypatch) -> None:
         measurements += [torch.bfloat16, torch.float32, torch.bfloat16]
         assert remembered_dtype(CPU, "one") is torch.bfloat16
         assert remembered_dtype(CPU, "two") is torch.float32
@@ -248,9 +219,7 @@ class TestRemembered:
         assert len(list(cache_dir().glob("dtype-*.json"))) == 3
 
     @pytest.mark.parametrize("damage", ["", "{}", "nonsense"])
-    def test_a_damaged_file_is_measured_again(
-        self, damage: str, measurements: list[torch.dtype]
-    ) -> None:
+    def test_a_damaged_file_is_measured_again(self, damage, measurements) -> None:
         measurements += [torch.bfloat16, torch.float32]
         remembered_dtype(CPU, "one")
         (file,) = cache_dir().glob("dtype-*.json")
@@ -260,9 +229,7 @@ class TestRemembered:
         remembered_dtype.cache_clear()
         assert remembered_dtype(CPU, "one") is torch.bfloat16  # replaced by the new measurement
 
-    def test_a_cache_that_cannot_be_written_is_no_error(
-        self, measurements: list[torch.dtype], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_cache_that_cannot_be_written_is_no_error(self, measurements, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "file"))  # no folder: nothing goes in
         measurements.append(torch.bfloat16)
