@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 
 import torch
 
@@ -150,3 +152,30 @@ def between(harness, count: int, shape=SHAPE) -> int:
     most = harness.need(Plan.removing(*ORDER[:count]), shape)
     less = harness.need(Plan.removing(*ORDER[: count - 1]), shape) if count else most + 100
     return (most + less) // 2
+
+
+def serve_while_the_budget_jumps(harness, engine, least: int, most: int) -> list:
+    """Answer requests while the budget jumps between two limits, then with plenty."""
+    harness.controller.monitor.max_budget_bytes = PLENTY
+    draw, handles = random.Random(0), []
+    for turn in range(300):
+        if turn % 8 == 0:
+            harness.budget_bytes = PLENTY if turn > 150 else draw.randint(least, most)
+        if turn < 80 and turn % 4 == 0:
+            handles.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
+        engine.step()
+        harness.time_s += 0.1
+    assert all(handle.reason == "length" for handle in handles)
+    return handles
+
+
+def steps(engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
+
+
+def eventually(true, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Every answer says which plan computed it."""
+"""Every answer says which plan computed it, and metrics count answers and plans."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.chat import ChatCompletionChunk
+from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.plan import Plan
+from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
 from rap_env.serving.generation import AnswerPlans
-from tests.serving.conftest import client_of, served
+from rap_env.serving.metrics import AnswerTimer, ServingMetrics
+from rap_env.serving.settings import ServerSettings
+from tests.serving.conftest import served
 from tests.serving.fake_engine import NATIVE, PLAN, FakeEngine, delta_nll
 from tests.serving.test_app import CHAT, PLAIN, events_of, post
 
 UNKNOWN = Plan(embeddings="int8")
 LEVELS = "removed attn 0-1; removed ffn 1; int8 ffn 2; int4 cache 2-3"
 PROMPT = len("user: hi\nassistant: ")
+ROUTES = pytest.mark.parametrize(
+    ("body", "route"), [(CHAT, "chat/completions"), (PLAIN, "completions")]
+)
 
 
 def plans_of(*plans):
@@ -58,7 +66,7 @@ def test_the_fingerprint_is_that_of_the_plans_in_their_order():
     assert other.fingerprint != plans_of(NATIVE).fingerprint
 
 
-@pytest.mark.parametrize(("body", "route"), [(CHAT, "chat/completions"), (PLAIN, "completions")])
+@ROUTES
 def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
     response = post(lowered, {**body, "max_tokens": 8}, route)
     found = response.json()["rap"]
@@ -80,7 +88,7 @@ def test_an_answer_and_its_headers_have_the_plan(lowered, body, route):
 
 
 @pytest.mark.parametrize("usage", [False, True])
-@pytest.mark.parametrize(("body", "route"), [(CHAT, "chat/completions"), (PLAIN, "completions")])
+@ROUTES
 def test_the_last_chunk_of_a_stream_has_the_plan(lowered, body, route, usage):
     options = {"stream": True, "stream_options": {"include_usage": usage}, "n": 2}
     response = post(lowered, {**body, **options}, route)
@@ -99,17 +107,6 @@ def test_the_last_chunk_of_a_stream_has_the_plan(lowered, body, route, usage):
     kind.model_validate(last)
 
 
-def test_the_client_parses_answers_and_gives_the_plan(lowered):
-    with client_of(lowered) as client:
-        raw = client.chat.completions.with_raw_response.create(**CHAT)
-        answer = raw.parse()
-        assert answer.model_extra["rap"]["levels"] == LEVELS
-        assert raw.headers["x-rap-plan"] == answer.model_extra["rap"]["plan"]
-        ChatCompletion.model_validate(answer.model_dump())
-        chunks = list(client.completions.create(**PLAIN, stream=True))
-        assert chunks[-1].model_extra["rap"]["plan"] == PLAN.digest
-
-
 def test_the_example_of_the_docs_has_the_fields_of_an_answer(lowered):
     page = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text(encoding="utf-8")
     blocks = map(json.loads, re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
@@ -119,3 +116,102 @@ def test_the_example_of_the_docs_has_the_fields_of_an_answer(lowered):
     assert {k: type(v) for k, v in example["rap"].items()} == {
         k: type(v) for k, v in answer["rap"].items()
     }
+
+
+@pytest.fixture
+def metrics(tokenizer):
+    return ServingMetrics(FakeEngine(tokenizer), ServerSettings())
+
+
+def sums(metrics):
+    """Number and sum of the values of each histogram."""
+    text = metrics.render().decode()
+    counts = dict(re.findall(r"^rap_(\w+)_count (\S+)$", text, re.MULTILINE))
+    found = dict(re.findall(r"^rap_(\w+)_sum (\S+)$", text, re.MULTILINE))
+    return {name: (float(counts[name]), pytest.approx(float(found[name]))) for name in counts}
+
+
+def token(time_s):
+    return TokenEvent(5, -0.5, time_s, NATIVE)
+
+
+def test_an_answer_is_measured_from_its_events(metrics):
+    timer = AnswerTimer(metrics, 7, arrived_s=100.0)
+    events = [
+        AdmitEvent(103.0), PlanEvent(NATIVE, 103.5), token(104.0), token(104.5),
+        AdmitEvent(106.0),  # after a preemption
+        token(107.0), EndEvent("length", None, 107.0),
+    ]  # fmt: skip
+    for event in events:
+        timer.add(event)
+    assert (timer.queue_s, timer.first_token_s) == (3.0, 4.0)
+    assert sums(metrics) == {
+        "queue_time_seconds": (1, 3.0),
+        "time_to_first_token_seconds": (1, 4.0),
+        "inter_token_latency_seconds": (2, 3.0),
+        "time_per_output_token_seconds": (1, 1.5),
+        "answer_duration_seconds": (1, 7.0),
+        "prompt_length_tokens": (1, 7),
+        "answer_length_tokens": (1, 3),
+    }
+
+
+def test_an_answer_that_is_rejected_counts_its_time_in_the_queue(metrics):
+    timer = AnswerTimer(metrics, 7, arrived_s=100.0)
+    timer.add(EndEvent("error", "It waited.", 220.0, "queue_timeout"))
+    found = sums(metrics)
+    assert found["queue_time_seconds"] == found["answer_duration_seconds"] == (1, 120.0)
+    assert found["answer_length_tokens"] == (1, 0)
+    assert found["time_to_first_token_seconds"] == found["inter_token_latency_seconds"] == (0, 0)
+
+
+def test_another_plan_makes_no_other_series(tokenizer, metrics):
+    engine = FakeEngine(tokenizer)
+    other, stats = ServingMetrics(engine, ServerSettings()), engine.stats()
+    stats.plan = Plan.uniform(4, weights="int4", caches="int8", embeddings="int8")
+    engine.stats = lambda: stats
+    before, after = (
+        {line.split(" ")[0] for line in made.render().decode().splitlines()}
+        for made in (metrics, other)
+    )
+    assert before == after
+
+
+def test_metrics_are_what_prometheus_reads(tokenizer):
+    engine = FakeEngine(tokenizer, "abc")
+    engine.controller.chooser.policy.name = "rap"
+    with served(engine, tokenizer) as server:
+        assert post(server, CHAT).status_code == 200
+        assert post(server, {**CHAT, "n": 0}).status_code == 400
+        response = httpx.get(f"{server.url}/metrics")
+    families = {f.name: f for f in text_string_to_metric_families(response.text)}
+    samples = {
+        (s.name, *sorted(s.labels.values())): s.value for f in families.values() for s in f.samples
+    }
+    assert samples["rap_memory_used_bytes",] == 700
+    assert samples["rap_memory_budget_bytes",] == 1000
+    assert samples["rap_memory_held_bytes", "kv_cache"] == 70
+    assert samples["rap_blocks_removed", "attn"] == 2
+    assert samples["rap_blocks_removed", "ffn"] == 1
+    assert samples["rap_queue_length",] == 1
+    assert samples["rap_running",] == 2
+    assert samples["rap_memory_margin_bytes",] == 30
+    assert samples["rap_plan_switches_total",] == 3
+    assert samples["rap_decisions_lost_total",] == 2
+    assert samples["rap_weights_unreadable",] == 1
+    assert samples["rap_ready",] == 1
+    assert samples["rap_controller_overhead_seconds_total",] == 0.25
+    assert samples["rap_requests_total", "chat", "ok"] == 1
+    assert samples["rap_requests_total", "chat", "invalid_value"] == 1
+    assert samples["rap_time_to_first_token_seconds_count",] == 1
+    assert samples["rap_time_per_output_token_seconds_count",] == 1
+    items = {(s.labels["kind"], s.labels["level"]): s.value for s in families["rap_items"].samples}
+    assert {labels: count for labels, count in items.items() if count} == {
+        ("attn", "removed"): 2, ("attn", "native"): 2,
+        ("ffn", "removed"): 1, ("ffn", "int8"): 1, ("ffn", "native"): 2,
+        ("cache", "removed"): 2, ("cache", "int4"): 2, ("embeddings", "native"): 1,
+    }  # fmt: skip
+    assert items["ffn", "int4"] == 0
+    assert samples["process_resident_memory_bytes",] > 2**20
+    (build,) = families["rap_build_info"].samples
+    assert build.labels["policy"] == "rap"

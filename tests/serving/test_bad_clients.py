@@ -6,11 +6,12 @@ import contextlib
 import json
 import socket
 import threading
-import time
 
 import httpx
 import pytest
 
+from rap_env.errors import QueueFullError
+from tests.runtime.harness import eventually
 from tests.serving.conftest import served
 from tests.serving.fake_engine import FakeEngine
 
@@ -39,13 +40,6 @@ def everything(connection):
         while chunk := connection.recv(65536):
             received += chunk
     return received
-
-
-def eventually(true, timeout_s=20):
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def outcome(server, name):
@@ -86,55 +80,49 @@ def test_a_long_answer_is_no_idle_connection(tokenizer):
         assert answers(server)
 
 
-def test_connections_beyond_the_limit_are_rejected(tokenizer):
+@contextlib.contextmanager
+def idle_connections(tokenizer, number, accepted):
+    """A server of three connections with idle ones, and these; it answers once they close."""
     with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
-        idle = [raw(server) for _ in range(3)]
-        eventually(lambda: len(server._server.server_state.connections) == 3)
-        refused = everything(raw(server, request(BODY)))
-        assert refused.startswith(b"HTTP/1.1 503")
-        error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
-        assert error["code"] == "too_many_connections"
-        assert server.service.metrics.refused_connections.collect()[0].samples[0].value == 1
-        for connection in idle:
-            connection.close()
-        eventually(lambda: not server._server.server_state.connections)
-        assert answers(server)
-
-
-def test_probes_are_answered_above_the_limit(tokenizer):
-    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
-        idle = [raw(server) for _ in range(3)]
-        eventually(lambda: len(server._server.server_state.connections) == 3)
-        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
-            response = httpx.get(f"{server.url}{path}")
-            assert response.status_code == 200
-            assert response.headers["connection"] == "close"
-        assert server.service.metrics.refused_connections.collect()[0].samples[0].value == 0
-        assert httpx.get(f"{server.url}/v1/models").status_code == 503
-        for connection in idle:
-            connection.close()
-
-
-def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer):
-    with served(FakeEngine(tokenizer), tokenizer, max_connections=3) as server:
-        idle = [raw(server) for _ in range(100)]
+        idle = [raw(server) for _ in range(number)]
         connections = server._server.server_state.connections
-        eventually(lambda: len(connections) == 3 + 64)
-        assert httpx.get(f"{server.url}/readyz").status_code == 200
-        assert everything(idle[3]).startswith(b"HTTP/1.1 503")
-        refused = server.service.metrics.refused_connections.collect()[0].samples[0].value
-        assert refused == 100 - 3 - 64 + 1  # the probe took a place, too
+        eventually(lambda: len(connections) == accepted)
+        yield server, idle
         for connection in idle:
             connection.close()
         eventually(lambda: not connections)
         assert answers(server)
 
 
+def refused_by(server):
+    return server.service.metrics.refused_connections.collect()[0].samples[0].value
+
+
+def test_connections_beyond_the_limit_are_rejected_but_probes_are_answered(tokenizer):
+    with idle_connections(tokenizer, 3, accepted=3) as (server, _):
+        for path in ("/livez", "/readyz", "/healthz", "/metrics"):
+            response = httpx.get(f"{server.url}{path}")
+            assert response.status_code == 200
+            assert response.headers["connection"] == "close"
+        assert refused_by(server) == 0
+        refused = everything(raw(server, request(BODY)))
+        assert refused.startswith(b"HTTP/1.1 503")
+        error = json.loads(refused.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "too_many_connections"
+        assert refused_by(server) == 1
+
+
+def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer):
+    with idle_connections(tokenizer, 100, accepted=3 + 64) as (server, idle):
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert everything(idle[3]).startswith(b"HTTP/1.1 503")
+        assert refused_by(server) == 100 - 3 - 64 + 1  # the probe took a place, too
+
+
 def test_invalid_http_is_rejected(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer) as server:
-        assert everything(raw(server, b"\x16\x03\x01\x02\x00hello\r\n\r\n")).startswith(
-            b"HTTP/1.1 400"
-        )
+        received = everything(raw(server, b"\x16\x03\x01\x02\x00hello\r\n\r\n"))
+        assert received.startswith(b"HTTP/1.1 400")
         assert answers(server)
 
 
@@ -145,8 +133,10 @@ def test_a_disconnect_cancels_the_handle(tokenizer, stream, begun):
     engine = FakeEngine(tokenizer, text, gate=threading.Event())
     with served(engine, tokenizer) as server:
         connection = raw(server, request(BODY, stream=stream, max_tokens=50))
-        if stream and begun:
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        received = b""
+        while stream and begun and b'"text": "a"' not in received:  # the first of three pieces
+            received += connection.recv(4096)
+        assert received.startswith(b"HTTP/1.1 200" if received else b"")
         eventually(lambda: engine.handles)
         assert not engine.handles[0].cancelled
         connection.close()
@@ -184,8 +174,6 @@ def test_all_choices_are_cancelled_when_one_is_rejected(tokenizer):
     submit = engine.submit
 
     def once(*args, **more):
-        from rap_env.errors import QueueFullError
-
         if engine.handles:
             raise QueueFullError("The queue is full.")
         return submit(*args, **more)

@@ -1,13 +1,18 @@
-"""Streamed text has whole characters, equals a single decode, and ends at a stop string."""
+"""Tokens of texts and messages, and streamed text: whole characters that end at a stop string."""
 
 from __future__ import annotations
 
 import random
 
+import httpx
 import pytest
 
 from rap_env.serving.detokenizer import UNFINISHED, Detokenizer, StopStrings
+from tests.serving.conftest import served
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.test_app import CHAT, PLAIN, error_of, post
 from tests.serving.tokenizers import byte_tokenizer, metaspace_tokenizer
+from tests.tiny import tiny_tokenizer
 
 TEXTS = (
     "plain",
@@ -20,48 +25,45 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def by_bytes():
     return byte_tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_are_whole_characters_and_add_up(tokenizer, text):
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.add(token) for token in tokenizer.encode(text)]
+def test_pieces_are_whole_characters_and_add_up(by_bytes, text):
+    detokenizer = Detokenizer(by_bytes)
+    pieces = [detokenizer.add(token) for token in by_bytes.encode(text)]
     assert "".join(pieces) + detokenizer.finish() == text
     if UNFINISHED not in text:
         assert not any(UNFINISHED in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) <= len(text)
 
 
-def test_streamed_bytes_equal_decoding_in_one_call(tokenizer):
-    random_state = random.Random(0)
+def test_any_bytes_equal_decoding_in_one_call_and_are_not_held_back_forever(by_bytes):
+    draw = random.Random(0)
     for _ in range(30):
-        ids = [random_state.randrange(1, 257) for _ in range(random_state.randrange(1, 60))]
-        detokenizer = Detokenizer(tokenizer)
-        found = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
-        assert found == tokenizer.decode(ids)
-
-
-def test_invalid_bytes_are_not_held_back_forever(tokenizer):
-    byte = tokenizer.encode("é")[0]
-    detokenizer = Detokenizer(tokenizer)
+        ids = [draw.randrange(1, 257) for _ in range(draw.randrange(1, 60))]
+        detokenizer = Detokenizer(by_bytes)
+        text = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+        assert text == by_bytes.decode(ids)
+    byte = by_bytes.encode("é")[0]
+    detokenizer = Detokenizer(by_bytes)
     given = "".join(detokenizer.add(byte) for _ in range(500))
     assert len(given) >= 490
     assert len(given + detokenizer.finish()) == 500
 
 
-def test_the_text_of_a_short_window_is_that_of_the_whole(tokenizer):
+def test_the_text_of_a_short_window_is_that_of_the_whole(by_bytes):
     text = "one two three " * 100
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(by_bytes)
     decoded = []
-    original = tokenizer.decode
+    original = by_bytes.decode
     detokenizer._tokenizer = type(
         "Counting",
         (),
         {"decode": lambda _, ids, **k: decoded.append(len(ids)) or original(ids, **k)},
     )()
-    assert "".join(map(detokenizer.add, tokenizer.encode(text))) == text
+    assert "".join(map(detokenizer.add, by_bytes.encode(text))) == text
     assert max(decoded) <= 3
 
 
@@ -95,7 +97,10 @@ def test_text_ends_before_the_first_stop_string(pieces, stops, expected):
     assert stop.add("more") == stop.finish() == ""
 
 
-def test_partial_stop_strings_are_released():
+def test_partial_stop_strings_are_released_and_without_any_no_text_is_held_back():
+    stop = StopStrings()
+    assert [stop.add("a"), stop.add(""), stop.add("b")] == ["a", "", "b"]
+    assert stop.finish() == ""
     stop = StopStrings(["\n\nUser:", "###"])
     pieces = ["Hello", "\n", "\n", "User", "s #", "#", " end ##"]
     given = [stop.add(piece) for piece in pieces]
@@ -105,7 +110,78 @@ def test_partial_stop_strings_are_released():
     assert stop.finish() == "##"
 
 
-def test_without_stop_strings_text_is_not_held_back():
-    stop = StopStrings()
-    assert [stop.add("a"), stop.add(""), stop.add("b")] == ["a", "", "b"]
-    assert stop.finish() == ""
+MESSAGES = CHAT["messages"]
+
+
+def tokenize(server, **body):
+    return httpx.post(f"{server.url}/tokenize", json=body)
+
+
+def detokenize(server, **body):
+    return httpx.post(f"{server.url}/detokenize", json=body)
+
+
+def test_a_text_is_tokenized_and_back(server, tokenizer):
+    body = tokenize(server, model="tiny", prompt="hi there", return_token_strs=True).json()
+    tokens = tokenizer.encode("hi there")
+    assert body == {
+        "count": 8, "max_model_len": 64, "tokens": tokens, "token_strs": list("hi there"),
+    }  # fmt: skip
+    assert detokenize(server, tokens=tokens).json() == {"prompt": "hi there"}
+    assert tokenize(server, prompt="").json()["tokens"] == []
+    assert tokenize(server, prompt="a").json()["token_strs"] is None
+
+
+def test_messages_are_the_tokens_of_the_prompt_of_a_chat(server, tokenizer):
+    post(server, CHAT)
+    handle = server.service.engine.handles[-1]
+    assert tokenize(server, messages=MESSAGES).json()["tokens"] == list(handle.prompt_ids)
+    without = tokenize(server, messages=MESSAGES, add_generation_prompt=False).json()
+    assert tokenizer.decode(without["tokens"]) == "user: hi\n"
+
+
+def test_special_tokens_are_added_to_texts_unless_told_otherwise():
+    tokenizer = byte_tokenizer()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 0)]
+    )
+    with served(FakeEngine(tokenizer), tokenizer) as server:
+        assert tokenize(server, prompt="a").json()["count"] == 2
+        tokens = tokenize(server, prompt="a", add_special_tokens=False).json()["tokens"]
+        assert len(tokens) == 1
+        assert detokenize(server, tokens=[0, *tokens]).json() == {"prompt": "</s>a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "prompt", "invalid_value"),
+        ({"prompt": "a", "messages": MESSAGES}, "prompt", "invalid_value"),
+        ({"prompt": ["a"]}, "prompt", "invalid_type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_type"),
+        ({"prompt": "a", "promt": "a"}, "promt", "unknown_parameter"),
+    ],
+)
+def test_a_wrong_field_is_named(server, body, param, code):
+    error = error_of(tokenize(server, **body), 400)
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize("tokens", [[61], [3, 10**30], [-1], ["a"], None])
+def test_only_ids_of_the_vocabulary_have_a_text(server, tokens):
+    error = error_of(detokenize(server, tokens=tokens), 400)
+    assert error["param"].startswith("tokens")
+
+
+def test_another_model_and_a_missing_chat_template_are_reported(server):
+    assert error_of(tokenize(server, model="gpt", prompt="a"), 404)["code"] == "model_not_found"
+    assert error_of(detokenize(server, model="gpt", tokens=[]), 404)["code"] == "model_not_found"
+    tokenizer = tiny_tokenizer()
+    with served(FakeEngine(tokenizer), tokenizer) as other:
+        for response in (tokenize(other, messages=MESSAGES), post(other, CHAT)):
+            error = error_of(response, 400)
+            assert error["code"] == "no_chat_template"
+            assert "/v1/completions" in error["message"]
+        assert post(other, PLAIN, "completions").status_code == 200

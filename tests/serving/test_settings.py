@@ -1,22 +1,32 @@
-"""Settings are checked and read from files, and a missing package is named."""
+"""Settings are checked, read from files, and refused before weights are read if none can serve."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields
 
 import pytest
 
+from rap_env.artifacts import save_artifact
 from rap_env.errors import (
     MissingDependencyError,
     RapError,
     ServingSettingsError,
     UnknownNameError,
 )
+from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import RESTORES
 from rap_env.models.files.loading import WEIGHTS
 from rap_env.models.weights.residency import RESIDENCIES
+from rap_env.policies.loading import load_policy, policy_blocks
+from rap_env.policies.packaged_files import PACKAGED, default_facts
+from rap_env.policies.registry import packaged_policies
+from rap_env.runtime.plan_chooser import predicts
+from rap_env.serving.preflight import _PREDICTING, check_before_loading
 from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (
     CHOICES,
@@ -26,32 +36,6 @@ from rap_env.serving.settings import (
     require_extra,
     setting_help,
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("1048576", 2**20), ("2.5GiB", 5 * 2**29), ("800 MB", 800 * 10**6), ("1kB", 1000),
-        ("512KiB", 2**19), (" 3 B ", 3), (4096, 4096),
-    ],
-)  # fmt: skip
-def test_bytes_are_read_with_their_unit(text, expected):
-    assert parse_bytes("memory", text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "2 GX", "1e9", "two"])
-def test_an_invalid_number_of_bytes_is_named(text):
-    with pytest.raises(
-        ServingSettingsError, match=f"reserve must be .* not {re.escape(repr(text))}"
-    ):
-        parse_bytes("reserve", text)
-
-
-@pytest.mark.parametrize("name", ["settings.yaml", "settings.toml"])
-def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
-    (tmp_path / name).write_text("a = " + 9999 * "[" if name.endswith("toml") else 9999 * "[")
-    with pytest.raises(ServingSettingsError, match=f"{name} is not valid"):
-        read_settings_file(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +59,10 @@ def test_a_file_that_is_nested_too_deeply_is_named(tmp_path, name):
         ({"max_delta_nll": "low"}, "max_delta_nll must be 'auto', null or a number, not 'low'"),
         ({"min_quality_per_request": 0.2}, r"at most max_delta_nll \(0.1\)"),
         ({"threads": 100_000}, r"threads must be at most \d+, the number of CPUs, not 100000"),
+        ({"log_format": "xml"}, "log_format"),
+        ({"log_level": "INFO"}, "log_level"),
+        ({"log_file_bytes": "big"}, "log_file_bytes must be a number of bytes .* not 'big'"),
+        ({"log_file_count": 0}, "log_file_count must be at least 1, not 0"),
         ({"port": "8000"}, "port must be of type int, not '8000'"),
         ({"max_batch_size": True}, "max_batch_size must be of type int, not True"),
         ({"queue_timeout_s": "long"}, "queue_timeout_s must be of type float or null"),
@@ -95,15 +83,26 @@ def test_memory_limits_the_process_or_the_model():
         ServerSettings(memory="300MiB", model_memory=1000)
 
 
+def test_bytes_are_read_with_their_unit():
+    for text, expected in (
+        ("1048576", 2**20), ("2.5GiB", 5 * 2**29), ("800 MB", 800 * 10**6), ("1kB", 1000),
+        ("512KiB", 2**19), (" 3 B ", 3), (4096, 4096),
+    ):  # fmt: skip
+        assert parse_bytes("memory", text) == expected
+    for text in ("", "GiB", "-1", "2 GX", "1e9", "two"):
+        words = f"reserve must be .* not {re.escape(repr(text))}"
+        with pytest.raises(ServingSettingsError, match=words):
+            parse_bytes("reserve", text)
+
+
 def test_names_are_those_of_the_model():
     assert set(CHOICES) == {"weights", "residency", "restore", "log_format", "log_level"}
     assert (CHOICES["residency"], CHOICES["restore"]) == (RESIDENCIES, RESTORES)
     assert set(WEIGHTS) <= set(CHOICES["weights"])
-
-
-def test_every_setting_has_a_description():
     assert list(setting_help()) == [field.name for field in fields(ServerSettings)]
     assert setting_help()["port"] == "Port to listen at; 0 takes a free one."
+    with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
+        ServerSettings.from_mapping({"prot": 1})
 
 
 @pytest.mark.parametrize(
@@ -124,11 +123,6 @@ def test_files_give_settings(tmp_path, suffix, text):
     )
 
 
-def test_an_unknown_setting_is_named_with_the_known_ones():
-    with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
-        ServerSettings.from_mapping({"prot": 1})
-
-
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -137,6 +131,8 @@ def test_an_unknown_setting_is_named_with_the_known_ones():
         ("a.yaml", "a: [", "a.yaml is not valid yaml"),
         ("a.toml", "a = ", "a.toml is not valid toml"),
         ("a.yaml", "- a", "must hold settings as 'name: value', not a list"),
+        ("a.yaml", 9999 * "[", "a.yaml is not valid"),
+        ("a.toml", "a = " + 9999 * "[", "a.toml is not valid"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, words):
@@ -144,21 +140,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, words):
         (tmp_path / name).write_text(text)
     with pytest.raises(ServingSettingsError, match=words):
         read_settings_file(tmp_path / name)
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_settings_file(tmp_path / "empty.yaml") == {}
 
 
-def test_an_empty_file_sets_nothing(tmp_path):
-    (tmp_path / "a.yaml").write_text("# nothing\n")
-    assert read_settings_file(tmp_path / "a.yaml") == {}
-
-
-@pytest.mark.parametrize("module", ["fastapi", "uvicorn", "prometheus_client", "jinja2"])
-def test_a_missing_package_is_named_with_its_extra(module, monkeypatch):
-    find = importlib.util.find_spec
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    find, missing = importlib.util.find_spec, []
     monkeypatch.setattr(
-        "rap_env.serving.settings.find_spec", lambda n: None if n == module else find(n)
+        "rap_env.serving.settings.find_spec", lambda name: None if name in missing else find(name)
     )
-    with pytest.raises(MissingDependencyError, match=r"rap-env\[serve\]"):
-        require_extra()
+    for module in ("fastapi", "uvicorn", "prometheus_client", "jinja2"):
+        missing[:] = [module]
+        with pytest.raises(MissingDependencyError, match=r"rap-env\[serve\]"):
+            require_extra()
 
 
 def test_an_address_can_be_bound_only_once():
@@ -168,9 +162,85 @@ def test_an_address_can_be_bound_only_once():
         assert url_of(first) == f"http://127.0.0.1:{port}"
         with pytest.raises(ServingSettingsError, match=f"127.0.0.1:{port}.*another port"):
             bind("127.0.0.1", port)
+    for host, port in (("no.such.host.invalid", 80), ("127.0.0.1", 99999)):
+        with pytest.raises(ServingSettingsError, match=f"Cannot listen at {host}:{port}"):
+            bind(host, port)
 
 
-@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 80), ("127.0.0.1", 99999)])
-def test_an_invalid_address_is_named(host, port):
-    with pytest.raises(ServingSettingsError, match=f"Cannot listen at {host}:{port}"):
-        bind(host, port)
+RAP = str(PACKAGED / "smollm2-135m.ladder.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder of which only the config can be read."""
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    (tmp_path / "other.json").write_text("{}")
+    save_artifact(tmp_path / "facts.json", "model facts", 1, {})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"policy": "nobody"}, "Unknown policy 'nobody'"),
+        ({"policy": "{folder}/gone.json"}, "no such file"),
+        ({"policy": "{folder}/other.json"}, "other.json is damaged, but the file of a policy"),
+        ({"policy": "{folder}/facts.json"}, "facts.json is of the kind 'model facts', but"),
+        ({"policy": "{folder}/config.json"}, "config.json is damaged"),
+        ({"policy": "frontier"}, "other weights or another dtype"),
+        ({"policy": "rap", "weights": "bf16"}, 'is of smollm2-135m.* with native weights'),
+        ({"policy": RAP, "model": "{folder}"}, "of a model with 60 blocks, but .* has 8;"),
+        ({"policy": "rap-v0", "model": "{folder}"}, "of a model with 60 blocks, but .* has 8;"),
+        ({"model": "{folder}/gone"}, "There is no model folder or GGUF file .*gone"),
+        ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
+        ({"dtype": "int3"}, "Unknown dtype 'int3'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_serve_is_named(folder, wrong, words):
+    given = {k: v.format(folder=folder) for k, v in wrong.items()}
+    with pytest.raises(RapError, match=words):
+        check_before_loading(ServerSettings(**given))
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {}, {"policy": "rap"}, {"policy": RAP}, {"policy": "rap-v0", "weights": "bf16"},
+        {"policy": "frontier", "weights": "bf16"}, {"model": "{folder}"},
+        {"model": "{folder}", "policy": "dense"}, {"model": "some/hub-id", "policy": "rap-v0"},
+        {"model_memory": "40MiB"}, {"weights": "int4", "policy": "rap-v0"},
+        {"policy": "some.module:policy"},
+    ],
+)  # fmt: skip
+def test_what_can_serve_passes(folder, right):
+    given = {k: v.format(folder=folder) for k, v in right.items()}
+    check_before_loading(ServerSettings(**given))
+
+
+def test_the_policies_without_predictions_are_named():
+    names = {"dense", *packaged_policies()}
+    for name in names:
+        masks = name in ("frontier", "rap-v0")
+        memory = MemoryModel(default_facts("bf16" if masks else "native"))
+        assert predicts(load_policy(name, memory)) == (name in _PREDICTING)
+    for name in names - {*_PREDICTING}:
+        settings = ServerSettings(policy=name, min_quality_per_request=0.1)
+        with pytest.raises(RapError, match=f"min_quality_per_request=0.1 needs .* {name} does not"):
+            check_before_loading(settings)
+
+
+def test_the_blocks_of_a_policy_are_those_of_its_model():
+    assert policy_blocks("rap") == policy_blocks(RAP) == 60
+    assert policy_blocks("dense") is policy_blocks("frontier") is None
+
+
+def test_the_command_ends_without_torch():
+    code = (
+        "import sys; from rap_env.cli import main\n"
+        "try: main(['serve', '--policy', 'nobody'])\n"
+        "except SystemExit as ended: assert ended.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Unknown policy 'nobody'" in done.stderr

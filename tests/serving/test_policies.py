@@ -1,6 +1,8 @@
-"""The server under a quality floor: answers above it, and 503 with the reason for all others."""
+"""A real server's policy: answers above its quality floor, and plans by the kind of text."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import httpx
 import pytest
@@ -8,15 +10,16 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
+from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
-from rap_env.runtime.memory_source import GivenMemory
 from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
+from tests.importance.test_kind_costs import kind_costs
 from tests.policies.test_knapsack import costs
-from tests.serving.conftest import served
+from tests.serving.conftest import served, tiny_stack
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.tiny import tiny_llm
@@ -25,25 +28,13 @@ FLOOR = 2.0
 ASKED = {**PLAIN, "max_tokens": 20}
 
 
-def knapsack_of(llm):
+def knapsack_of(memory):
     """A knapsack with random costs of all levels."""
-    memory = MemoryModel(llm)
     return KnapsackPolicy(memory, costs(memory.facts, caches=("int8", "int4")))
 
 
 def stack_of(tokenizer, read_budget, max_delta_nll=None, **settings):
-    llm = tiny_llm(layers=3, tokenizer=tokenizer)
-    llm.set_residency("offload")
-    return build_stack(
-        ServerSettings(
-            model_name="tiny", shutdown_grace_s=5.0, max_delta_nll=max_delta_nll, **settings
-        ),
-        llm=llm,
-        policy=knapsack_of(llm),
-        memory=GivenMemory(read_budget),
-        meter=TensorMeter(llm),
-        hold_s=0.0,
-    )
+    return tiny_stack(tokenizer, knapsack_of, read_budget, max_delta_nll=max_delta_nll, **settings)
 
 
 def peak_of(stack):
@@ -79,17 +70,6 @@ def test_every_answer_is_above_the_floor_and_every_refusal_a_503_that_says_why(t
     assert 0 < max(rises) <= FLOOR
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_never_fits_above_the_floor_is_refused_at_once(tokenizer, stream):
-    budget = 10**9
-    stack = stack_of(tokenizer, lambda: budget, max_delta_nll=0.0)
-    budget = stack.engine.controller.monitor.max_budget_bytes = peak_of(stack) - 1
-    with BackgroundServer(stack.app) as server:
-        message = refusal(post(server, {**ASKED, "stream": stream}, "completions"))
-        assert f"largest expected budget of {budget:,} bytes" in message
-        assert post(server, {**ASKED, "max_tokens": 2}, "completions").status_code == 200
-
-
 def refusal(response, code="insufficient_quality"):
     """The message of a response that refuses a request because of the floor."""
     error = error_of(response, 503)
@@ -102,19 +82,22 @@ def refusal(response, code="insufficient_quality"):
 def test_a_fixed_budget_in_which_nothing_fits_above_the_floor_is_refused_at_the_start(tokenizer):
     llm = tiny_llm(layers=3, tokenizer=tokenizer)
     budget = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
-    for floor in (None, 0.0):
-        settings = ServerSettings(model_memory=budget, max_delta_nll=floor)
-        given = {"llm": llm, "policy": knapsack_of(llm), "meter": TensorMeter(llm)}
-        if floor is None:
-            assert build_stack(settings, **given).app
-            continue
-        with pytest.raises(RapError, match=f"{budget:,} bytes, in which one token .* max_delta"):
-            build_stack(settings, **given)
+    given = {"llm": llm, "policy": knapsack_of(MemoryModel(llm)), "meter": TensorMeter(llm)}
+    assert build_stack(ServerSettings(model_memory=budget, max_delta_nll=None), **given).app
+    with pytest.raises(RapError, match=f"{budget:,} bytes, in which one token .* max_delta"):
+        build_stack(ServerSettings(model_memory=budget, max_delta_nll=0.0), **given)
 
 
-def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer):
-    settings = ServerSettings(policy="dense", model_memory="1GiB", max_delta_nll=0.1)
-    with pytest.raises(RapError, match="dense does not: choose such a policy, or set max_delta"):
+@pytest.mark.parametrize(
+    ("floor", "words"),
+    [
+        ({"max_delta_nll": 0.1}, "dense does not: choose such a policy, or set max_delta"),
+        ({"min_quality_per_request": 0.0}, "min_quality_per_request=0.0 needs a policy"),
+    ],
+)
+def test_a_policy_that_predicts_nothing_is_refused_at_the_start(tokenizer, floor, words):
+    settings = ServerSettings(policy="dense", model_memory="1GiB", **floor)
+    with pytest.raises(RapError, match=words):
         build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
 
 
@@ -133,9 +116,6 @@ def test_a_request_may_ask_for_a_stricter_floor_within_the_limit_of_the_server(t
         error = error_of(post(server, {**ASKED, "max_delta_nll": 0.05}, "completions"), 400)
         assert error["param"] == "max_delta_nll"
         assert "0.1 or more (min_quality_per_request)" in error["message"]
-
-
-def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer):
     with served(FakeEngine(tokenizer), tokenizer) as server:
         error = error_of(post(server, {**ASKED, "max_delta_nll": 1.0}, "completions"), 400)
     assert "no floor of their own (min_quality_per_request)" in error["message"]
@@ -144,7 +124,7 @@ def test_no_request_has_a_floor_of_its_own_unless_the_server_allows_it(tokenizer
 def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(tokenizer, caplog):
     for policy, floor in (("dense", None), (None, 0.1)):
         llm = tiny_llm(layers=3, tokenizer=tokenizer)
-        given = {} if policy else {"policy": knapsack_of(llm)}
+        given = {} if policy else {"policy": knapsack_of(MemoryModel(llm))}
         caplog.clear()
         with caplog.at_level("INFO", "rap_env.serving.stack"):
             stack = build_stack(
@@ -154,7 +134,63 @@ def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(token
         assert ("dense predicts no rise in NLL, so answers" in caplog.text) == (floor is None)
 
 
-def test_floors_of_requests_need_a_policy_that_predicts(tokenizer):
-    settings = ServerSettings(policy="dense", model_memory="1GiB", min_quality_per_request=0.0)
-    with pytest.raises(RapError, match=r"min_quality_per_request=0.0 needs a policy"):
-        build_stack(settings, llm=tiny_llm(tokenizer=tokenizer))
+PROSE, CODE = "backgammonplayedit", "QRSTUVWYZYXWSTRQVU"
+"""Letters of the lower and of the upper half of the vocabulary, in prompts of the same length."""
+
+
+@pytest.fixture(scope="module")
+def stack(tokenizer):
+    budget = []
+    stack = tiny_stack(
+        tokenizer,
+        lambda memory: TextPolicy(kind_costs(memory.facts), partial(KnapsackPolicy, memory)),
+        lambda: budget[0] if budget else 10**9,
+        max_delta_nll=None,
+    )
+    native = stack.engine.controller.estimator.peak_bytes(Plan(), BatchShape(1, 40))
+    budget.append(int(0.7 * native))
+    return stack
+
+
+@pytest.fixture(scope="module")
+def server(stack):
+    with BackgroundServer(stack.app) as running:
+        yield running
+
+
+def shares_of(stack, **body):
+    """What kinds of text the server sees in a request."""
+    from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest
+
+    kind = ChatCompletionRequest if "messages" in body else CompletionRequest
+    return stack.app.state.service.builder.build(
+        kind(model="tiny", max_tokens=4, **body)
+    ).text_shares
+
+
+def test_a_chat_counts_without_its_template_and_system_message(stack):
+    for text, number in ((PROSE, 0), (CODE, 1)):
+        (plain,) = shares_of(stack, prompt=text)
+        assert plain[number] > 0.8
+        asked = {"role": "user", "content": text}
+        ordered = {"role": "system", "content": CODE[:9] if number == 0 else "advise"}
+        for messages in ([asked], [ordered, asked]):
+            (found,) = shares_of(stack, messages=messages)
+            assert found[number] > 0.8
+    both = shares_of(stack, prompt=[PROSE, CODE])
+    assert both == [*shares_of(stack, prompt=PROSE), *shares_of(stack, prompt=CODE)]
+
+
+def test_answers_come_from_the_plan_of_their_text_and_say_so(stack, server):
+    policy, plans, steps = stack.engine.controller.chooser.policy, {}, []
+    stack.engine.observers.append(steps.append)
+    for text in (PROSE, CODE, PROSE):
+        body = {"model": "tiny", "prompt": text, "max_tokens": 4, "temperature": 0}
+        answer = post(server, body, "completions").json()["rap"]
+        plan, tokens = steps[-1].plan, len(text) + 3
+        assert answer["plan"] == plan.digest
+        assert plans.setdefault(text, plan) == plan
+        own, general = (policy.for_text(one) for one in (*shares_of(stack, prompt=text), ()))
+        assert answer["delta_nll"] == pytest.approx(own.delta_nll(plan, tokens))
+        assert answer["delta_nll"] != pytest.approx(general.delta_nll(plan, tokens))
+    assert plans[PROSE] != plans[CODE], "equal lengths in an equal budget"
