@@ -1,8 +1,13 @@
+"""When the controller removes blocks, and when it restores them."""
+
 from __future__ import annotations
 
 import json
+import math
+import random
 
 import pytest
+import torch
 
 from rap_env.errors import (
     InfeasibleBudgetError,
@@ -10,40 +15,32 @@ from rap_env.errors import (
     MemorySourceError,
     UnknownNameError,
 )
-from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import DecisionLog
-from tests.runtime.harness import ORDER, SHAPE, FakePolicy, Harness, between, ordered
+from tests.runtime.harness import ORDER, PLENTY, SHAPE, FakePolicy, Harness, between, ordered
 
 
-def test_a_request_that_fits_leaves_the_model_as_it_is():
-    harness = ordered()
-    assert harness.controller.admit(SHAPE)
-    controller = harness.controller
-    assert harness.mask == Plan()
-    assert (controller.switcher.switches, controller.chooser.decisions) == (0, 0)
+@pytest.fixture
+def harness():
+    return ordered()
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
-def test_at_arrival_as_many_blocks_are_removed_as_needed(count):
-    harness = ordered()
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
+def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count):
     harness.budget_bytes = between(harness, count)
-    assert harness.controller.admit(SHAPE)
+    controller = harness.controller
+    assert controller.admit(SHAPE)
     assert harness.mask == Plan.removing(*ORDER[:count])
-    assert harness.controller.switcher.recent[-1].trigger == "arrival"
+    assert [made.trigger for made in controller.switcher.recent] == ["arrival"] * bool(count)
+    assert controller.chooser.decisions == controller.switcher.switches == bool(count)
+    seconds = controller.chooser.decision_s + controller.switcher.switch_s
+    assert bool(seconds) == bool(count)
+    assert seconds <= controller.overhead_s
 
 
-def test_a_request_that_no_mask_fits_changes_nothing_and_the_policy_is_not_asked():
-    harness = ordered()
-    harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
-    assert not harness.controller.admit(SHAPE)
-    assert (harness.mask, harness.controller.chooser.decisions) == (Plan(), 0)
-
-
-def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
-    harness = ordered()
+def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source(harness):
     least = harness.need(harness.everything, SHAPE)
     harness.controller.monitor.max_budget_bytes = 0
     harness.budget_bytes = least - 1
@@ -57,48 +54,30 @@ def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source():
     assert harness.controller.could_fit(SHAPE)
 
 
-def test_a_falling_budget_shrinks_the_mask_before_the_next_step():
-    harness = ordered()
-    assert harness.controller.check(SHAPE)
-    harness.budget_bytes = between(harness, 2)
-    assert harness.controller.check(SHAPE)
-    assert harness.mask == Plan.removing(*ORDER[:2])
-    assert harness.controller.switcher.recent[-1].trigger == "budget_fell"
-    assert harness.meter.used_bytes() <= harness.budget_bytes
-
-
-def test_check_is_false_where_no_mask_fits():
-    harness = ordered()
+def test_where_no_mask_fits_nothing_changes_and_the_policy_is_not_asked(harness):
     harness.budget_bytes = harness.need(harness.everything, SHAPE) - 1
+    assert not harness.controller.admit(SHAPE)
+    assert harness.controller.chooser.decisions == 0
     assert not harness.controller.check(SHAPE)
     assert harness.mask == Plan()
     assert harness.controller.check(BatchShape(1, 10))
 
 
-def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may():
-    harness = ordered()
+def test_an_empty_batch_that_does_not_fit_removes_all_that_the_guard_may(harness):
     harness.budget_bytes = 10
     assert not harness.controller.check(EMPTY_BATCH)
     assert harness.mask == harness.everything
 
 
-def test_the_guard_shrinks_a_mask_that_does_not_fit():
-    harness = Harness(policy=FakePolicy(Plan.removing(4)), guard_order=ORDER)
-    expected = Plan.removing(4, 5, 0)
+@pytest.mark.parametrize(("said", "more"), [((4,), (5, 0)), ((1, 2, 3), ())])
+def test_the_policys_own_mask_is_taken_and_the_guard_shrinks_it_if_it_does_not_fit(said, more):
+    harness = Harness(policy=FakePolicy(Plan.removing(*said)), guard_order=ORDER)
+    expected = Plan.removing(*said, *more)
     harness.budget_bytes = harness.need(expected, SHAPE)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == expected
-    assert harness.controller.switcher.recent[-1].guarded
-
-
-def test_the_policys_own_mask_is_taken_if_it_fits():
-    mask = Plan.removing(1, 2, 3)
-    harness = Harness(policy=FakePolicy(mask), guard_order=ORDER)
-    harness.budget_bytes = harness.need(mask, SHAPE) + 10
-    assert harness.controller.admit(SHAPE)
-    assert harness.mask == mask
-    assert not harness.controller.switcher.recent[-1].guarded
-    assert harness.policy.asked[-1].budget_bytes == harness.budget_bytes
+    assert harness.controller.switcher.recent[-1].guarded == bool(more)
+    assert harness.policy.asked[0].budget_bytes == harness.budget_bytes
 
 
 @pytest.mark.parametrize("said", [RuntimeError("no"), Plan.removing(99), None])
@@ -140,8 +119,7 @@ def test_settings_out_of_range_are_rejected(wrong):
         Harness(**wrong)
 
 
-def test_unpredicted_bytes_are_learned_and_reserved():
-    harness = ordered()
+def test_unpredicted_bytes_are_learned_and_reserved(harness):
     harness.budget_bytes = between(harness, 2)
     harness.controller.admit(SHAPE)
     harness.meter.noise_bytes = 3 * 10**5
@@ -153,8 +131,7 @@ def test_unpredicted_bytes_are_learned_and_reserved():
     assert len(harness.mask.removed) == 2
 
 
-def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits():
-    harness = ordered()
+def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fits(harness):
     harness.budget_bytes = harness.need(Plan(), SHAPE)
     assert harness.controller.check(SHAPE)
     harness.meter.noise_bytes = harness.budget_bytes - harness.llm.held_bytes.total + 1000
@@ -163,8 +140,7 @@ def test_measured_bytes_over_the_budget_remove_blocks_although_the_prediction_fi
     assert harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
-    harness = ordered()
+def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once(harness):
     harness.budget_bytes = between(harness, 1)
     apply = harness.llm.apply_readable
 
@@ -181,8 +157,7 @@ def test_bytes_that_appear_during_a_switch_remove_more_blocks_at_once():
     assert not fits or harness.meter.used_bytes() <= harness.budget_bytes
 
 
-def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs():
-    harness = ordered()
+def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs(harness):
     harness.budget_bytes = harness.need(Plan(), SHAPE)
     next_pass = PassSize(80, 160)
     assert harness.controller.check(SHAPE, next_pass)
@@ -191,8 +166,15 @@ def test_a_pass_that_could_exceed_the_budget_removes_blocks_before_it_runs():
     assert harness.meter.used_bytes() + estimate.total <= harness.budget_bytes
 
 
-def test_while_idle_a_burst_expires_and_freed_memory_is_returned():
-    harness = ordered()
+def test_what_ran_out_of_memory_is_not_expected_again(harness):
+    monitor = harness.controller.monitor
+    harness.budget_bytes = monitor.meter.peak_bytes() + 5000
+    assert harness.controller.check(EMPTY_BATCH)
+    harness.controller.note_out_of_memory("decode")
+    assert monitor.margin.bytes == 5000
+
+
+def test_while_idle_a_burst_expires_and_freed_memory_is_returned(harness):
     harness.meter.noise_bytes = 10**6
     harness.controller.observe(SHAPE, "decode")
     assert harness.controller.monitor.margin.bytes > 0
@@ -202,8 +184,7 @@ def test_while_idle_a_burst_expires_and_freed_memory_is_returned():
     assert harness.controller.monitor.margin.bytes == 0
 
 
-def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
-    harness = ordered()
+def test_a_source_that_fails_leaves_the_budget_as_it_was(harness, caplog):
     harness.controller.check(SHAPE)
 
     def fails(used_bytes):
@@ -216,7 +197,7 @@ def test_a_source_that_fails_leaves_the_budget_as_it_was(caplog):
 
 
 def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
-    path = tmp_path / "decisions.jsonl"
+    path = tmp_path / "deep" / "decisions.jsonl"
     log = DecisionLog(path)
     harness = ordered(log=log)
     dense = harness.llm.held_bytes.total
@@ -226,27 +207,19 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     record = json.loads(path.read_text())
     assert record["time_s"] == 7.0
     assert (record["from"], record["to"]) == ([], list(Plan.removing(*ORDER[:2]).removed_names))
+    assert harness.meter.used_bytes() <= harness.budget_bytes
     assert record["bytes_before"] == dense
     assert record["bytes_after"] == harness.llm.held_bytes.total < dense
     assert record["budget_bytes"] == harness.budget_bytes
     assert record["demand"] == {"batch_size": 4, "seq_len_tokens": 40}
+    assert (record["why"], record["guarded"]) == ("budget_fell", False)
     assert record["switch_s"] > 0
     assert harness.controller.switcher.lost_decisions == 0
     log.lost = 3
     assert harness.controller.switcher.lost_decisions == 3
 
 
-def test_seconds_and_counts_add_up():
-    harness = ordered()
-    harness.budget_bytes = between(harness, 2)
-    harness.controller.check(SHAPE)
-    controller = harness.controller
-    assert (controller.chooser.decisions, controller.switcher.switches) == (1, 1)
-    assert 0 < controller.chooser.decision_s + controller.switcher.switch_s <= controller.overhead_s
-
-
-def test_generate_stays_within_its_budget():
-    harness = ordered()
+def test_generate_stays_within_its_budget(harness):
     shape = BatchShape(2, 30)
     harness.controller.admit(shape)
     before, seen = harness.controller.before_step(shape), []
@@ -256,8 +229,6 @@ def test_generate_stays_within_its_budget():
         harness.budget_bytes = next(budgets)
         before()
         seen.append((harness.llm.held_bytes.total, harness.budget_bytes))
-
-    import torch
 
     ids = torch.full((2, 10), 7)
     harness.llm.generate(
@@ -270,10 +241,123 @@ def test_generate_stays_within_its_budget():
         before()
 
 
-def test_keys_and_values_in_use_count_as_used():
-    harness = ordered(policy=StaticPolicy(Plan(), "dense"))
-    batch = LiveBatch(harness.llm)
-    batch.prefill([[5] * 40] * 4)
+@pytest.mark.parametrize(
+    ("moments", "kept"),
+    [
+        ([(0, 3), (0, 0), (1, 0), (1.9, 0)], 3),  # headroom must last for two seconds
+        ([(0, 3), (0, 0), (1, 0), (1.9, 0), (2, 0)], 0),
+        ([(0, 3), (0.1, 0), (1, 3), (1.1, 0), (2.5, 0)], 3),  # a dip restarts the wait
+        ([(0, 3), (0.1, 0), (1, 3), (1.1, 0), (2.5, 0), (3.2, 0)], 0),
+        ([(0, 5), (1, 0), (2, 2), (3, 0)], 2),  # only what fitted throughout is restored
+        ([(0, 5), (1, 0), (2, 2), (3, 0), (5, 0)], 2),  # and then a new wait begins
+        ([(0, 5), (1, 0), (2, 2), (3, 0), (4, 0), (6, 0)], 0),
+    ],
+)
+def test_blocks_are_restored_once_headroom_has_lasted(moments, kept):
+    """Moments: seconds, and how many blocks must be removed for the budget of the moment."""
+    harness = ordered(hold_s=2.0, hysteresis_share=0.0)
+    for time_s, removed in moments:
+        harness.time_s = float(time_s)
+        harness.budget_bytes = between(harness, removed) if removed else PLENTY
+        assert harness.controller.check(SHAPE)
+    assert harness.mask == Plan.removing(*ORDER[:kept])
+    if kept == 0:
+        assert harness.controller.switcher.recent[-1].trigger == "room"
+
+
+def test_a_request_that_leaves_gives_headroom():
+    harness = ordered(hold_s=1.0)
+    harness.budget_bytes = between(harness, 4)
     harness.controller.check(SHAPE)
-    assert harness.controller.monitor.used_bytes == harness.llm.held_bytes.total
-    assert harness.controller.monitor.used_bytes > harness.llm.held_bytes.weights
+    for time_s in (0.5, 1.5):
+        harness.time_s = time_s
+        harness.controller.check(BatchShape(1, 20))
+    assert len(harness.mask.removed) < 4
+    assert harness.controller.switcher.recent[-1].trigger == "left"
+
+
+def switches(budget_of, *, share, hold_s) -> int:
+    harness = ordered(hysteresis_share=share, hold_s=hold_s)
+    threshold = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
+    for step in range(600):
+        harness.time_s = step / 10
+        harness.budget_bytes = int(threshold * budget_of(harness.time_s))
+        assert harness.controller.check(SHAPE)
+    return harness.controller.switcher.switches
+
+
+def jitter(time_s: float) -> float:
+    return 1 + 0.03 * random.Random(time_s).uniform(-1, 1)
+
+
+def sine(time_s: float) -> float:
+    return 1 + 0.03 * math.sin(2 * math.pi * time_s / 1.5)
+
+
+@pytest.mark.parametrize("budget_of", [jitter, sine])
+def test_a_budget_that_moves_around_a_threshold_does_not_make_the_mask_flap(budget_of):
+    assert switches(budget_of, share=0.05, hold_s=2.0) <= 2
+    assert switches(budget_of, share=0.0, hold_s=0.0) > 30
+
+
+def test_a_policy_that_adds_no_block_is_not_asked_repeatedly():
+    mask = Plan.removing(0, 2)
+    harness = Harness(policy=FakePolicy(mask), guard_order=ORDER, mask=mask, hold_s=1.0)
+    for step in range(200):
+        harness.time_s = step / 10
+        assert harness.controller.check(SHAPE)
+    assert harness.mask == mask
+    assert len(harness.policy.asked) == 1
+
+
+def test_a_mask_that_fits_stays_while_others_run():
+    policy = FakePolicy(Plan())
+    harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(1))
+    assert harness.controller.admit(SHAPE, running=BatchShape(1, 5))
+    assert (harness.mask, policy.asked) == (Plan.removing(1), [])
+    assert harness.controller.admit(SHAPE)
+    assert harness.mask == Plan()
+
+
+def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
+    harness = ordered(hysteresis_share=0.05)
+    harness.budget_bytes = between(harness, 3)
+    harness.controller.admit(SHAPE)
+    dense = harness.need(Plan(), SHAPE)
+    harness.budget_bytes = int(dense * 1.02)
+    assert harness.controller.admit(SHAPE)
+    assert 0 < len(harness.mask.removed) < 3
+    harness.budget_bytes = int(dense * 1.06)
+    assert harness.controller.admit(SHAPE)
+    assert harness.mask == Plan()
+
+
+def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
+    before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
+    harness = Harness(policy=FakePolicy(said), guard_order=ORDER, mask=before)
+    harness.budget_bytes = harness.need(said, SHAPE)
+    assert harness.need(before, SHAPE) > harness.budget_bytes
+    assert harness.controller.check(SHAPE)
+    assert 0 in harness.mask.removed
+    assert harness.mask != before.without(*said.removed)  # blocks that need not be removed stay
+    assert harness.controller.switcher.recent[-1].guarded
+    assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
+
+
+def test_attention_is_restored_only_where_a_refill_fits():
+    for share, dense in ((0.9, False), (1.1, True)):
+        harness = Harness(
+            guard_order=ORDER, mask=Plan.removing(0), hysteresis_share=0.0, hold_s=1.0
+        )
+        refill = harness.estimator.refill_bytes(Plan(), SHAPE)
+        assert refill > 0
+        harness.budget_bytes = harness.need(Plan(), SHAPE) + int(share * refill)
+        for time_s in (0.0, 1.0):
+            harness.time_s = time_s
+            harness.controller.check(SHAPE)
+        assert (harness.mask == Plan()) == dense
+        refill = harness.estimator.refill_bytes(harness.mask, SHAPE)
+        assert (
+            0 in harness.mask.removed
+            or harness.need(harness.mask, SHAPE) + refill <= harness.budget_bytes
+        )

@@ -1,7 +1,10 @@
+"""What requests get from the engine, and what their handles hold."""
+
 from __future__ import annotations
 
 import functools
 import math
+import threading
 
 import pytest
 import torch
@@ -15,9 +18,15 @@ from rap_env.errors import (
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
+from rap_env.runtime.request_handle import (
+    AdmitEvent,
+    EndEvent,
+    PlanEvent,
+    RequestHandle,
+    TokenEvent,
+)
 from rap_env.runtime.sampling import SamplingParams
-from tests.runtime.harness import Harness, alone, greedy, prompt
+from tests.runtime.harness import Harness, alone, greedy, prompt, steps
 
 MASKS = (Plan(), Plan.removing(0, 3), Plan.removing(0, 2, 4, 5))
 
@@ -38,22 +47,7 @@ def test_a_row_gets_the_tokens_that_it_gets_alone(name, mask):
         assert set(handle.plans) == {mask}
 
 
-def test_later_requests_join_between_steps():
-    harness = Harness()
-    engine = harness.engine()
-    first = engine.submit(prompt(5), greedy(12))
-    for _ in range(4):
-        engine.step()
-    assert len(first.token_ids) > 2
-    second = engine.submit(prompt(11, 1), greedy(4))
-    harness.run(engine)
-    assert second.ended_s <= first.ended_s
-    assert first.token_ids == alone(harness.llm, prompt(5), 12)
-    assert second.token_ids == alone(harness.llm, prompt(11, 1), 4)
-
-
-def test_a_long_prompt_does_not_delay_decoding_by_more_than_a_chunk():
-    harness = Harness()
+def test_a_long_prompt_does_not_delay_decoding_by_more_than_a_chunk(harness):
     engine = harness.engine(prefill_chunk_tokens=4)
     running = engine.submit(prompt(3), greedy(30))
     engine.step()
@@ -66,36 +60,7 @@ def test_a_long_prompt_does_not_delay_decoding_by_more_than_a_chunk():
     assert kinds == ["prefill", "decode"] * 7
 
 
-def test_seeded_sampling_does_not_depend_on_other_rows():
-    params = SamplingParams(max_new_tokens=10, temperature=1.3, top_k=20, seed=11)
-
-    def drawn(neighbours):
-        harness = Harness()
-        engine = harness.engine()
-        for number in range(neighbours):
-            engine.submit(prompt(4 + number, number), SamplingParams(8, temperature=1.0))
-        handle = engine.submit(prompt(6, 99), params)
-        harness.run(engine)
-        return handle.token_ids
-
-    assert drawn(0) == drawn(3)
-
-
-def test_log_probabilities_are_those_of_the_model():
-    harness = Harness()
-    engine = harness.engine()
-    ids = prompt(6)
-    handle = engine.submit(ids, greedy(5))
-    harness.run(engine)
-    with torch.no_grad():
-        logits = harness.llm.model(input_ids=torch.tensor([ids + handle.token_ids])).logits[0]
-    expected = torch.log_softmax(logits.float(), dim=-1)
-    for number, (token, logprob) in enumerate(zip(handle.token_ids, handle.logprobs, strict=True)):
-        assert logprob == pytest.approx(float(expected[len(ids) - 1 + number, token]), abs=1e-4)
-
-
-def test_a_stop_token_ends_the_answer_and_is_not_part_of_it():
-    harness = Harness()
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(harness):
     for seed in range(50):
         ids = prompt(6, seed)
         expected = alone(harness.llm, ids, 12)
@@ -111,17 +76,14 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it():
     assert engine.stats().served == 1
 
 
-def test_events_come_in_order_with_times():
-    harness = Harness()
-    engine = harness.engine()
+def test_events_come_in_order_with_times(harness, engine):
     heard = []
     handle = engine.submit(prompt(3), greedy(4), heard.append)
     harness.run(engine)
-    admitted, plan, *tokens, end = heard
-    assert admitted == AdmitEvent(0.0)
-    assert plan == PlanEvent(Plan(), 0.0)
+    *begin, end = heard
+    tokens = begin[2:]
+    assert begin[:2] == [AdmitEvent(0.0), PlanEvent(Plan(), 0.0)]
     assert [event.token_id for event in tokens] == handle.token_ids
-    assert all(isinstance(event, TokenEvent) for event in tokens)
     times = [event.time_s for event in tokens]
     assert times == sorted(times)
     assert end == EndEvent("length", None, handle.ended_s)
@@ -129,28 +91,12 @@ def test_events_come_in_order_with_times():
     assert handle.first_token_s == times[0]
 
 
-def test_a_listener_that_raises_does_not_affect_requests(caplog):
-    harness = Harness()
-    engine = harness.engine()
-
-    def broken(event):
-        raise RuntimeError("no")
-
-    first = engine.submit(prompt(3), greedy(5), broken)
-    second = engine.submit(prompt(4, 1), greedy(5))
-    harness.run(engine)
-    assert (first.reason, second.reason) == ("length", "length")
-    assert second.token_ids == alone(harness.llm, prompt(4, 1), 5)
-
-
 @pytest.mark.parametrize("turns", [0, 1, 3, 6])
-def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(turns):
-    harness = Harness()
+def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(harness, turns):
     engine = harness.engine(prefill_chunk_tokens=2)
     staying = engine.submit(prompt(4), greedy(15))
     leaving = engine.submit(prompt(6, 1), greedy(20))
-    for _ in range(turns):
-        engine.step()
+    steps(engine, turns)
     leaving.cancel()
     harness.run(engine)
     assert leaving.reason == "cancelled"
@@ -162,28 +108,21 @@ def test_a_request_can_be_cancelled_at_any_stage_and_others_continue(turns):
 
 def test_invalid_requests_are_rejected_at_once():
     engine = Harness().engine(max_seq_len_tokens=20)
-    with pytest.raises(InvalidRequestError, match="prompt is empty"):
-        engine.submit([], greedy(1))
-    with pytest.raises(InvalidRequestError, match="15 tokens, and 6 new ones"):
-        engine.submit(prompt(15), greedy(6))
-    with pytest.raises(InvalidRequestError, match="Token 61 is not in"):
-        engine.submit([3, 61], greedy(1))
-    with pytest.raises(InvalidRequestError, match="Token -1 is not in"):
-        engine.submit([-1, 5], greedy(1))
+    for ids, new, words in (
+        ([], 1, "prompt is empty"),
+        (prompt(15), 6, "15 tokens, and 6 new ones"),
+        ([3, 61], 1, "Token 61 is not in"),
+        ([-1, 5], 1, "Token -1 is not in"),
+    ):
+        with pytest.raises(InvalidRequestError, match=words):
+            engine.submit(ids, greedy(new))
     engine.submit(prompt(15), greedy(5))
+    for wrong in ({"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}):
+        with pytest.raises(InvalidRequestError, match="must be at least 1"):
+            Harness().engine(**wrong)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}]
-)
-def test_invalid_limits_are_rejected(wrong):
-    with pytest.raises(InvalidRequestError, match="must be at least 1"):
-        Harness().engine(**wrong)
-
-
-def test_a_request_can_use_the_whole_context():
-    harness = Harness()
-    engine = harness.engine()
+def test_a_request_can_use_the_whole_context(harness, engine):
     handles = [engine.submit(prompt(length, length), greedy(64 - length)) for length in (60, 2)]
     harness.run(engine)
     assert [len(handle.token_ids) for handle in handles] == [4, 62]
@@ -199,8 +138,7 @@ def test_a_full_queue_rejects_requests():
     assert engine.stats().refused == 1
 
 
-def test_a_request_that_waits_too_long_is_rejected():
-    harness = Harness()
+def test_a_request_that_waits_too_long_is_rejected(harness):
     engine = harness.engine(max_batch_size=1, queue_timeout_s=1.0)
     first = engine.submit(prompt(3), greedy(30))
     second = engine.submit(prompt(3), greedy(2))
@@ -212,8 +150,7 @@ def test_a_request_that_waits_too_long_is_rejected():
     assert engine.stats().refused == 1
 
 
-def test_no_request_overtakes_the_first_one_in_the_queue():
-    harness = Harness()
+def test_no_request_overtakes_the_first_one_in_the_queue(harness):
     engine = harness.engine(max_batch_size=2)
     handles = [engine.submit(prompt(3, n), greedy(6)) for n in range(5)]
     harness.run(engine)
@@ -221,52 +158,42 @@ def test_no_request_overtakes_the_first_one_in_the_queue():
     assert firsts == sorted(firsts)
 
 
-def test_a_failing_step_ends_its_requests_and_the_engine_continues(caplog):
-    harness = Harness()
-    engine = harness.engine()
+def test_a_failing_step_ends_its_requests_and_the_engine_continues(harness, engine, caplog):
     handles = [engine.submit(prompt(3 + n, n), greedy(10)) for n in range(2)]
-    for _ in range(4):
-        engine.step()
-    forward, calls = harness.llm.model.forward, []
-
-    @functools.wraps(forward)
-    def broken(*args, **kwargs):
-        calls.append(1)
-        raise RuntimeError("out of luck")
-
-    harness.llm.model.forward = broken
+    steps(engine, 4)
+    fails(harness, lambda ids: True, RuntimeError("out of luck"))
     engine.step()
-    harness.llm.model.forward = forward
-    for handle in handles:
-        assert handle.reason == "error"
-        assert "out of luck" in handle.error
+    del harness.llm.model.forward
+    assert all("out of luck" in handle.error for handle in handles)
     after = engine.submit(prompt(5), greedy(4))
     harness.run(engine)
     assert after.token_ids == alone(harness.llm, prompt(5), 4)
     assert engine.stats().failed == 2
 
 
-def runs_out_of_memory(harness, when):
-    """Let the model's passes run out of memory where `when(input_ids)` holds; the plan stays."""
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+
+def fails(harness, when, error=OUT_OF_MEMORY):
+    """Let the model's passes fail where `when(input_ids)` holds; the plan stays."""
     harness.controller.monitor.observe_out_of_memory = lambda kind: None
     forward = harness.llm.model.forward
 
     @functools.wraps(forward)
-    def short(*args, **kwargs):
-        found = forward(*args, **kwargs)  # caches are written, as far as memory goes
+    def failing(*args, **kwargs):
+        output = forward(*args, **kwargs)  # caches are written, as far as memory goes
         if when(kwargs["input_ids"]):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
-        return found
+            raise error
+        return output
 
-    harness.llm.model.forward = short
+    harness.llm.model.forward = failing
 
 
-def test_requests_that_run_out_of_memory_together_run_again_in_smaller_batches(caplog):
-    harness = Harness()
+def test_requests_that_run_out_of_memory_together_run_again_in_smaller_batches(harness, caplog):
     engine = harness.engine(max_batch_size=3)
     prompts = [prompt(20 + n, n) for n in range(3)]
     handles = [engine.submit(ids, greedy(4 + n)) for n, ids in enumerate(prompts)]
-    runs_out_of_memory(harness, lambda ids: len(ids) == 3)
+    fails(harness, lambda ids: len(ids) == 3)
     harness.run(engine)
     assert max(record.rows for record in harness.records) == 2
     del harness.llm.model.forward
@@ -277,14 +204,12 @@ def test_requests_that_run_out_of_memory_together_run_again_in_smaller_batches(c
     assert engine.stats().preemptions >= 3
 
 
-def test_a_request_that_runs_out_of_memory_alone_fails_alone():
-    harness = Harness()
-    engine = harness.engine()
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("out of memory")])
+def test_a_request_whose_prefill_fails_alone_ends_alone(harness, engine, error):
     running = engine.submit(prompt(3), greedy(20))
-    for _ in range(3):
-        engine.step()
+    steps(engine, 3)
     long = engine.submit(prompt(20, 1), greedy(5))
-    runs_out_of_memory(harness, lambda ids: ids.shape[1] > 10)
+    fails(harness, lambda ids: ids.shape[1] > 10, error)
     harness.run(engine)
     assert long.reason == "error"
     assert "out of memory" in long.error
@@ -294,37 +219,7 @@ def test_a_request_that_runs_out_of_memory_alone_fails_alone():
     assert running.token_ids == alone(harness.llm, prompt(3), 20)
 
 
-def test_what_ran_out_of_memory_is_not_expected_again():
-    harness = Harness(budget=1 << 20)
-    monitor = harness.controller.monitor
-    peak = monitor.meter.peak_bytes()
-    harness.controller.note_out_of_memory("decode")
-    assert monitor.margin.bytes == (1 << 20) - peak > 0
-
-
-def test_a_failing_prefill_ends_only_its_request():
-    harness = Harness()
-    engine = harness.engine()
-    running = engine.submit(prompt(3), greedy(10))
-    engine.step()
-    failing = engine.submit(prompt(20, 1), greedy(5))
-    forward = harness.llm.model.forward
-
-    @functools.wraps(forward)
-    def broken(*args, **kwargs):
-        if kwargs["input_ids"].shape[1] > 1:
-            raise RuntimeError("too long")
-        return forward(*args, **kwargs)
-
-    harness.llm.model.forward = broken
-    harness.run(engine)
-    assert failing.reason == "error"
-    assert running.reason == "length"
-
-
-def test_logits_that_are_not_finite_end_the_request():
-    harness = Harness()
-    engine = harness.engine()
+def test_logits_that_are_not_finite_end_the_request(harness, engine):
     handle = engine.submit(prompt(3), greedy(10))
     engine.step()
     with torch.no_grad():
@@ -334,45 +229,31 @@ def test_logits_that_are_not_finite_end_the_request():
     assert "logits that are not finite" in handle.error
 
 
-def test_stats_count_everything():
-    harness = Harness()
-    engine = harness.engine()
+def test_stats_and_records_describe_the_steps(harness, engine):
     for n in range(3):
         engine.submit(prompt(4, n), greedy(5))
     engine.step()
-    early = engine.stats()
-    assert (early.queued, early.running, early.tokens) == (2, 1, 2)
+    stats = engine.stats()
+    assert (stats.queued, stats.running, stats.tokens) == (2, 1, 2)
     harness.run(engine)
     stats = engine.stats()
     assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
     assert (stats.tokens, stats.prompt_tokens) == (15, 12)
-    assert stats.plan == Plan()
-    assert stats.held == harness.llm.held_bytes
+    assert (stats.plan, stats.held) == (Plan(), harness.llm.held_bytes)
     assert 0 < stats.overhead_s < stats.busy_s
-
-
-def test_records_describe_each_step():
-    harness = Harness()
-    engine = harness.engine()
-    engine.submit(prompt(4), greedy(3))
-    harness.run(engine)
-    assert [(r.kind, r.rows, r.length) for r in harness.records] == [
-        ("prefill", 1, 4),
-        ("decode", 1, 5),
-        ("decode", 1, 6),
-    ]
+    steps = [(record.kind, record.rows, record.length) for record in harness.records]
+    assert steps[:2] == [("prefill", 1, 4), ("decode", 1, 5)]
+    assert ("decode", 3) in [step[:2] for step in steps]
     for record in harness.records:
         assert record.budget_bytes == harness.budget_bytes
         assert record.duration_s > 0
         assert record.peak_bytes >= record.held.weights
 
 
-def test_closing_ends_all_requests():
-    harness = Harness()
+def test_closing_ends_all_requests(harness):
     engine = harness.engine(max_batch_size=1)
     handles = [engine.submit(prompt(3, n), greedy(20)) for n in range(3)]
-    for _ in range(3):
-        engine.step()
+    steps(engine, 3)
     engine.close()
     for handle in handles:
         assert (handle.reason, handle.error) == ("cancelled", "The engine was closed.")
@@ -383,8 +264,7 @@ def test_closing_ends_all_requests():
     engine.close()
 
 
-def test_a_request_that_can_never_fit_is_rejected():
-    harness = Harness()
+def test_a_request_that_can_never_fit_is_rejected(harness):
     least = harness.need(harness.everything, BatchShape(1, 30))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = least - 1
     engine = harness.engine()
@@ -394,8 +274,7 @@ def test_a_request_that_can_never_fit_is_rejected():
     assert engine.stats().refused == 1
 
 
-def test_warm_up_teaches_the_margin_and_leaves_no_rows():
-    harness = Harness()
+def test_warm_up_teaches_the_margin_and_leaves_no_rows(harness):
     engine = harness.engine(prefill_chunk_tokens=8)
     harness.meter.noise_bytes = 10**6
     engine.warm_up()
@@ -404,14 +283,89 @@ def test_warm_up_teaches_the_margin_and_leaves_no_rows():
     assert engine.stats().tokens == 0
 
 
-def test_the_time_to_retry_after_is_that_of_the_running_request_with_the_fewest_tokens_to_come():
-    engine = Harness().engine()
+def test_the_time_to_retry_after_is_that_of_the_request_that_ends_first(engine):
     assert engine.retry_after_s() == 1
     for number, new in enumerate((40, 12)):
         engine.submit(prompt(4, number), greedy(new))
-    for _ in range(3):
-        engine.step()
+    steps(engine, 3)
     assert engine.retry_after_s() == 1  # steps take milliseconds
     engine._scheduler._decode_s = 0.5
     left = 12 - len(engine._scheduler.running[1].handle.token_ids)
     assert engine.retry_after_s() == -(-left // 2)
+
+
+def handle(**settings) -> RequestHandle:
+    return RequestHandle((3, 4), SamplingParams(), 1.0, **settings)
+
+
+def token(number: int) -> TokenEvent:
+    return TokenEvent(number, -0.5, 2.0 + number)
+
+
+def test_the_plan_is_an_event_only_where_it_changes():
+    made, heard = handle(), []
+    made.add_listener(heard.append)
+    plans = [Plan.removing(*blocks) for blocks in ((), (), (3,), ())]
+    for number, plan in enumerate(plans):
+        made.note_plan(plan, float(number))
+    changes = [PlanEvent(plans[0], 0.0), PlanEvent(plans[2], 2.0), PlanEvent(plans[3], 3.0)]
+    assert heard == changes
+    assert made.plan == plans[-1]
+
+
+def test_events_after_the_end_are_ignored():
+    made, heard = handle(), []
+    made.add_listener(heard.append)
+    made.emit(EndEvent("error", "It broke.", 5.0))
+    made.emit(token(7))
+    made.emit(EndEvent("length", None, 6.0))
+    assert heard == [EndEvent("error", "It broke.", 5.0)]
+    assert (made.reason, made.token_ids) == ("error", [])
+
+
+def test_a_handle_holds_the_results_and_a_late_listener_gets_all_events():
+    made, heard, after = handle(), [], []
+    made.emit(token(7))
+    made.add_listener(heard.append)
+    made.emit(token(8))
+    assert not made.done
+    made.emit(EndEvent("stop", None, 20.0))
+    made.add_listener(after.append)
+    assert heard == after == [token(7), token(8), EndEvent("stop", None, 20.0)]
+    assert made.result(timeout_s=0) is made
+    assert (made.token_ids, made.logprobs) == ([7, 8], [-0.5, -0.5])
+    assert (made.first_token_s, made.ended_s, made.reason, made.error) == (9.0, 20.0, "stop", None)
+
+
+def test_a_listener_that_raises_is_logged_and_not_called_again(caplog):
+    made, heard, calls = handle(), [], []
+
+    def broken(event):
+        calls.append(event)
+        raise RuntimeError("no")
+
+    made.add_listener(broken)
+    made.add_listener(heard.append)
+    for number in (1, 2, 3):
+        made.emit(token(number))
+    assert len(calls) == 1
+    assert len(heard) == 3
+    assert "not called again" in caplog.text
+
+
+def test_waiting_ends_with_the_request_or_with_the_timeout():
+    made = handle()
+    with pytest.raises(TimeoutError, match="has not ended"):
+        made.result(timeout_s=0.01)
+    threading.Timer(0.05, made.emit, [EndEvent("length", None, 1.0)]).start()
+    assert made.result(timeout_s=10).reason == "length"
+
+
+def test_cancelling_wakes_the_engine_until_it_has_ended():
+    calls = []
+    made = handle(on_cancel=lambda: calls.append(1))
+    made.cancel()
+    assert made.cancelled
+    made.emit(EndEvent("cancelled", None, 1.0))
+    made.cancel()
+    assert calls == [1]

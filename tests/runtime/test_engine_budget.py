@@ -1,7 +1,8 @@
-"""The engine under a moving budget, and used from several threads."""
+"""The engine under a moving budget, used from several threads, and prefills that it interrupts."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -9,9 +10,21 @@ import time
 import pytest
 
 from rap_env.plan import Plan
+from rap_env.runtime import scheduler
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
-from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt
+from tests.runtime.harness import (
+    ORDER,
+    PLENTY,
+    Harness,
+    alone,
+    eventually,
+    greedy,
+    ordered,
+    prompt,
+    serve_while_the_budget_jumps,
+)
+from tests.runtime.test_sampling import reading
 
 
 def test_measured_bytes_stay_within_a_budget_that_jumps():
@@ -19,23 +32,7 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
     engine = harness.engine(prefill_chunk_tokens=4, max_batch_size=4)
     top = harness.need(Plan(), BatchShape(4, 40))
     least = harness.need(harness.everything, BatchShape(1, 40))
-    draw = random.Random(0)
-    handles = []
-
-    def before(turn):
-        if turn % 8 == 0:
-            harness.budget_bytes = int(draw.uniform(0.8 * least, top))
-        if turn < 80 and turn % 4 == 0:
-            handles.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
-        if turn > 150:
-            harness.budget_bytes = PLENTY
-
-    harness.controller.monitor.max_budget_bytes = PLENTY
-    for turn in range(400):
-        before(turn)
-        engine.step()
-        harness.time_s += 0.1
-    assert all(handle.reason == "length" for handle in handles)
+    serve_while_the_budget_jumps(harness, engine, int(0.8 * least), top)
     assert engine.stats().preemptions > 0
     assert harness.controller.switcher.switches > 10
     for record in harness.records:
@@ -43,9 +40,7 @@ def test_measured_bytes_stay_within_a_budget_that_jumps():
         assert record.held.total <= record.budget_bytes
 
 
-def test_an_engine_says_why_it_cannot_serve():
-    harness = Harness()
-    engine = harness.engine()
+def test_an_engine_says_why_it_cannot_serve(harness, engine):
     assert engine.unready_reason() == "The engine does not run."
     engine.start()
     try:
@@ -63,13 +58,6 @@ def test_an_engine_says_why_it_cannot_serve():
     finally:
         engine.close()
     assert engine.unready_reason() == "The engine does not run."
-
-
-def eventually(true, timeout_s=20):
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_newest_request_is_preempted_and_continues_from_its_tokens():
@@ -118,9 +106,7 @@ def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
     assert [handle.preemptions for handle in handles] == [0, 0]
 
 
-def test_nothing_happens_while_the_budget_is_too_small_for_anything():
-    harness = Harness()
-    engine = harness.engine()
+def test_nothing_happens_while_the_budget_is_too_small_for_anything(harness, engine):
     handle = engine.submit(prompt(5), greedy(5))
     harness.budget_bytes = 10
     assert not engine.step()
@@ -132,9 +118,7 @@ def test_nothing_happens_while_the_budget_is_too_small_for_anything():
     assert set(handle.plans) == {Plan()}
 
 
-def test_a_queued_request_that_can_no_longer_fit_is_rejected():
-    harness = Harness()
-    engine = harness.engine()
+def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     handle = engine.submit(prompt(5), greedy(20))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000
     engine.step()
@@ -143,28 +127,7 @@ def test_a_queued_request_that_can_no_longer_fit_is_rejected():
     assert handle.rejection == "infeasible"
 
 
-def test_each_token_records_its_mask():
-    harness = Harness(hold_s=0.5)
-    engine = harness.engine()
-    handle = engine.submit(prompt(5), greedy(40))
-
-    def before(turn):
-        low = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 45))
-        harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
-
-    harness.run(engine, before=before)
-    assert len(handle.plans) == len(handle.token_ids) == 40
-    sizes = [len(plan.removed) for plan in handle.plans]
-    assert sizes[0] == 0 < max(sizes)
-    assert sizes[-1] == 0
-    assert [decision.trigger for decision in harness.controller.switcher.recent] == [
-        "budget_fell",
-        "room",
-    ]
-
-
-def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_token():
-    harness = Harness()
+def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_token(harness):
     engine = harness.engine(prefill_chunk_tokens=4)
     heard = []
     handle = engine.submit(prompt(8), greedy(4), heard.append)
@@ -178,20 +141,24 @@ def test_a_plan_that_changes_within_the_prompt_is_an_event_before_the_first_toke
     assert handle.plan == harness.llm.plan
 
 
-def test_after_a_switch_rows_continue_as_under_the_new_mask():
-    harness = Harness(hold_s=0.0, hysteresis_share=0.0)
+def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one():
+    harness = Harness(hold_s=0.5)
     engine = harness.engine()
-    handle = engine.submit(prompt(5), greedy(30))
+    handle = engine.submit(prompt(5), greedy(40))
+    low = harness.need(Plan.removing(0, 1, 2), BatchShape(1, 45))
 
     def before(turn):
-        low = harness.need(Plan.removing(0, 2), BatchShape(1, 34))
-        harness.budget_bytes = low if 5 <= turn < 12 else PLENTY
+        harness.budget_bytes = low if 10 <= turn < 20 else PLENTY
 
     harness.run(engine, before=before)
+    switches = harness.controller.switcher.recent
+    assert [decision.trigger for decision in switches] == ["budget_fell", "room"]
+    changes = [plan for plan, _ in itertools.groupby(handle.plans)]
+    assert changes == [Plan(), switches[0].after, Plan()]
     back = max(n for n, plan in enumerate(handle.plans) if plan) + 1
-    assert 5 < back < 25
+    assert 10 < back < 40 == len(handle.plans)
     ids = prompt(5) + handle.token_ids[:back]
-    assert handle.token_ids[back:] == alone(harness.llm, ids, 30 - back)
+    assert handle.token_ids[back:] == alone(harness.llm, ids, 40 - back)
 
 
 def test_an_idle_engine_shrinks_and_grows_its_mask():
@@ -270,8 +237,69 @@ def test_closing_a_running_engine_ends_all_requests_and_its_thread(served):
     assert harness.llm.held_bytes.kv_cache == 0
 
 
-def test_an_idle_thread_wakes_up_at_once(served):
-    _, engine = served
-    assert engine.alive
-    time.sleep(0.05)
-    assert engine.submit(prompt(3), greedy(3)).result(timeout_s=30).reason == "length"
+@pytest.fixture
+def looks_before_each_layer(monkeypatch):
+    monkeypatch.setattr(scheduler, "_LOOK_S", 0.0)
+
+
+class Fall:
+    """Lowers a harness's budget while a given layer runs, once for each call of `arm`."""
+
+    def __init__(self, harness, layer=1):
+        self.harness, self.armed = harness, None
+        module = harness.llm.adapter.layers(harness.llm.model)[layer]
+        module.register_forward_pre_hook(self._hook)
+
+    def arm(self, budget_bytes):
+        self.armed = budget_bytes
+
+    def _hook(self, *_args):
+        if self.armed is not None:
+            self.harness.budget_bytes, self.armed = self.armed, None
+
+
+@pytest.mark.usefixtures("looks_before_each_layer")
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_prefill_chunk_ends_when_the_budget_falls_and_is_repeated(chunk):
+    harness = ordered()
+    engine, fall = harness.engine(prefill_chunk_tokens=6), Fall(harness)
+    handle = engine.submit(prompt(11), reading(4))
+    if chunk == 2:
+        engine.step()
+    records = len(harness.records)
+    fall.arm(harness.need(Plan.removing(*ORDER[:4]), BatchShape(1, 15)))
+    engine.step()
+    assert engine.stats().interruptions == 1
+    assert len(harness.records) == records  # the chunk did not end
+    assert harness.mask.removed >= set(ORDER[:4])  # lowered in the same turn
+    harness.run(engine)
+    assert handle.reason == "length"
+    assert len(handle.prompt_samples) == 10
+    assert handle.token_ids == alone(harness.llm, prompt(11), 4, harness.mask) or chunk == 2
+    assert all(record.peak_bytes <= record.budget_bytes for record in harness.records)
+
+
+@pytest.mark.usefixtures("looks_before_each_layer")
+def test_a_budget_that_falls_and_rises_without_end_cannot_stop_a_prefill():
+    harness = ordered(hold_s=0.0)
+    engine, fall = harness.engine(), Fall(harness)
+    handle = engine.submit(prompt(11), greedy(3))
+
+    def jump(_turn):
+        harness.budget_bytes = PLENTY
+        if not handle.token_ids:
+            fall.arm(harness.need(Plan(), BatchShape(1, 1)) // 2)
+
+    harness.run(engine, before=jump)
+    assert handle.reason == "length"
+    assert engine.stats().interruptions == 3
+
+
+@pytest.mark.usefixtures("looks_before_each_layer")
+def test_a_budget_that_falls_but_leaves_enough_interrupts_nothing():
+    harness = ordered()
+    engine, fall = harness.engine(), Fall(harness)
+    handle = engine.submit(prompt(11), greedy(3))
+    fall.arm(PLENTY - 1)
+    harness.run(engine)
+    assert (handle.reason, engine.stats().interruptions) == ("length", 0)

@@ -1,9 +1,13 @@
+"""Shapes of batches, and what they need."""
+
 from __future__ import annotations
+
+import random
 
 import pytest
 
+from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
-from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
@@ -11,7 +15,6 @@ from rap_env.runtime.memory_estimator import MemoryEstimator
 from tests.tiny import tiny_llm
 
 SHAPE = BatchShape(3, 20)
-PROMPTS = [[5] * 20] * 3
 
 
 @pytest.fixture
@@ -26,19 +29,6 @@ def test_a_mask_needs_its_peak_bytes_and_one_more_layer_of_keys_and_values(llm):
     peak = memory.peak_bytes(Plan(), Request(3, 20, 1))
     layer = int(memory.kv_bytes_by_layer(3, 20)[0])
     assert estimator.peak_bytes(Plan(), SHAPE) == peak + layer
-
-
-@pytest.mark.parametrize("residency", ["offload", "resident"])
-@pytest.mark.parametrize("blocks", [(), (0,), (1, 2), (0, 2, 4), (1, 3, 5), tuple(range(6))])
-def test_estimates_cover_held_bytes_and_add_at_most_workspace_and_copies(llm, residency, blocks):
-    llm.set_residency(residency)
-    mask, estimator = Plan.removing(*blocks), MemoryEstimator(llm)
-    llm.apply(mask)
-    batch = LiveBatch(llm)
-    batch.prefill(PROMPTS)
-    held = llm.held_bytes.total
-    need = estimator.peak_bytes(mask, SHAPE)
-    assert held <= need <= held + estimator.workspace_bytes(SHAPE)
 
 
 def test_resident_weights_are_not_freed_and_the_guard_skips_them(llm):
@@ -69,14 +59,10 @@ def test_the_guard_removes_blocks_in_order_until_the_mask_fits(llm):
     everything = estimator.peak_bytes(Plan.removing(*order), SHAPE)
     assert estimator.shrink_to_fit(Plan(), order, SHAPE, everything - 1) is None
     assert estimator.shrink_to_fit(Plan(), [], SHAPE, everything) is None
-
-
-def test_the_guard_starts_from_the_given_mask(llm):
-    estimator = MemoryEstimator(llm)
     limit = estimator.peak_bytes(Plan.removing(3, 4), SHAPE)
     for start, order, expected in (((3,), [4, 1], (3, 4)), ((3, 4, 5), [1], (3, 4, 5))):
-        found = estimator.shrink_to_fit(Plan.removing(*start), order, SHAPE, limit)
-        assert found == Plan.removing(*expected)
+        fitting = estimator.shrink_to_fit(Plan.removing(*start), order, SHAPE, limit)
+        assert fitting == Plan.removing(*expected)
 
 
 def test_sliding_windows_limit_the_cache_of_a_row():
@@ -87,3 +73,52 @@ def test_sliding_windows_limit_the_cache_of_a_row():
         Request(1, 20, 1)
     )
     assert long - short == activations
+
+
+def simulated(rows) -> int:
+    """The most tokens that a batch ever holds, step by step."""
+    rows, most = [list(row) for row in rows], 0
+    while rows:
+        most = max(most, len(rows) * max(held for held, _ in rows))
+        rows = [[held + 1, coming - 1] for held, coming in rows if coming > 0]
+    return most
+
+
+def test_the_empty_batch_is_false_and_has_a_size_for_the_memory_model():
+    assert not EMPTY_BATCH
+    assert EMPTY_BATCH.request(0).seq_len_tokens == 1
+    assert BatchShape.of([]) == EMPTY_BATCH
+    assert BatchShape(2, 5).tokens == 10
+
+
+@pytest.mark.parametrize("wrong", [(0, 3), (3, 0), (-1, 2)])
+def test_invalid_shapes_are_rejected(wrong):
+    with pytest.raises(InvalidRequestError, match="or 0 of both"):
+        BatchShape(*wrong)
+
+
+def test_one_row_ends_at_its_final_length():
+    assert BatchShape.of([(7, 13)]) == BatchShape(1, 20)
+
+
+def test_the_largest_shape_agrees_with_a_simulation():
+    draw = random.Random(0)
+    for _ in range(200):
+        rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(draw.randint(1, 9))]
+        assert BatchShape.of(rows).tokens == simulated(rows), rows
+
+
+def test_a_shape_knows_the_most_rows_of_its_batch():
+    assert BatchShape(3, 20).rows == 3
+    assert BatchShape.of([(100, 10)] * 7 + [(100, 900)]) == BatchShape(1, 1000, rows=8)
+
+
+def test_a_uniform_shape_covers_every_row_at_every_time():
+    draw = random.Random(1)
+    for _ in range(50):
+        rows = [(draw.randint(1, 40), draw.randint(0, 40)) for _ in range(5)]
+        shape = BatchShape.of(rows, uniform=True)
+        assert shape.batch_size == 5
+        assert shape.seq_len_tokens == max(held + coming for held, coming in rows) or (
+            shape.tokens >= simulated(rows)
+        )

@@ -1,3 +1,5 @@
+"""How memory is measured, and what the monitor learns from it."""
+
 from __future__ import annotations
 
 import mmap
@@ -6,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.memory import MemoryModel
@@ -14,6 +17,9 @@ from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.policies.uniform import UniformPolicy, uniform_plans
+from rap_env.runtime import memory_monitor
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import (
     ResidentMeter,
     TensorMeter,
@@ -21,11 +27,20 @@ from rap_env.runtime.memory_meter import (
     process_meter,
     resident_bytes,
 )
-from tests.runtime.harness import set_status
+from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
+from rap_env.runtime.memory_source import GivenMemory
+from tests.runtime.harness import NoisyMeter, set_status
 from tests.tiny import tiny_llm
 
 MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def touched(mib: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, mib * MIB)
+    for _ in range(mib):
+        memory.write(b"x" * MIB)  # in pieces: the heap may keep a large one
+    return memory
 
 
 def test_the_tensor_meter_is_exact_and_its_peak_restarts_at_each_call():
@@ -46,15 +61,16 @@ def test_the_tensor_meter_is_exact_and_its_peak_restarts_at_each_call():
 @linux
 def test_the_process_is_measured_less_its_baseline():
     llm = tiny_llm()
+    llm.apply(Plan.removing(0, 3))
     meter = process_meter(llm)
     assert isinstance(meter, ResidentMeter)
+    assert llm.mask == Plan.removing(0, 3)  # making a meter changes neither mask nor caches
+    assert llm.held_bytes.kv_cache == 0
     before = meter.used_bytes()
     assert abs(before - llm.held_bytes.total - buffer_bytes()) < 4 * MIB
-    touched = mmap.mmap(-1, 64 * MIB)
-    for _ in range(64):
-        touched.write(b"x" * MIB)  # in pieces: the heap may keep a large one
+    memory = touched(64)
     assert meter.used_bytes() - before > 60 * MIB
-    touched.close()
+    memory.close()
     assert meter.used_bytes() - before < 30 * MIB
     assert meter.peak_bytes() - before > 60 * MIB
 
@@ -62,25 +78,19 @@ def test_the_process_is_measured_less_its_baseline():
 @linux
 def test_a_mark_that_is_reset_restarts_at_each_call():
     meter = ResidentMeter(tiny_llm(), reset_mark=True)
-    touched = mmap.mmap(-1, 64 * MIB)
-    for _ in range(64):
-        touched.write(b"x" * MIB)  # in pieces: the heap may keep a large one
-    touched.close()
+    touched(64).close()
     first, second = meter.peak_bytes(), meter.peak_bytes()
     assert first - second > 40 * MIB
 
 
 @linux
 def test_by_default_the_mark_is_left_alone_and_samples_show_what_it_hides():
-    touched = mmap.mmap(-1, 256 * MIB)  # the mark is high already
-    touched.write(b"x" * (256 * MIB))
-    touched.close()
+    touched(256).close()  # the mark is high already
     meter = ResidentMeter(tiny_llm())
     mark, before = resident_bytes()[0], meter.used_bytes()
-    touched = mmap.mmap(-1, 64 * MIB)
-    touched.write(b"x" * (64 * MIB))
+    memory = touched(64)
     time.sleep(0.1)  # the work of a step
-    touched.close()
+    memory.close()
     assert meter.peak_bytes() - before > 60 * MIB
     assert meter.peak_bytes() - before < 30 * MIB
     assert resident_bytes()[0] >= mark
@@ -155,18 +165,8 @@ def test_a_process_that_cannot_be_read_is_rejected(tmp_path):
         ResidentMeter(tiny_llm(), process=tmp_path / "none")
 
 
-def test_making_a_meter_changes_neither_mask_nor_caches():
-    llm = tiny_llm()
-    llm.apply(Plan.removing(0, 3))
-    process_meter(llm)
-    assert llm.mask == Plan.removing(0, 3)
-    assert llm.held_bytes.kv_cache == 0
-
-
 @pytest.mark.gpu
 def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
-    import torch
-
     llm = tiny_llm()
     llm.model.to("cuda")
     meter = process_meter(llm)
@@ -190,3 +190,117 @@ def test_levels_are_made_once_before_a_service_starts_and_only_for_policies_that
     assert held > native  # resident weights keep all levels
     make_levels(llm, policy)
     assert llm.held_bytes.weights == held
+
+
+SHAPE = BatchShape(2, 30)
+
+
+def monitor(read=lambda: 10**6, **settings) -> MemoryMonitor:
+    llm = tiny_llm()
+    memory = GivenMemory(read, **settings)
+    return MemoryMonitor(llm, memory, NoisyMeter(llm), MemoryEstimator(llm), SafetyMargin())
+
+
+def test_where_a_pass_could_exceed_the_budget_all_memory_of_the_process_counts():
+    made = monitor()
+    made.meter.noise_bytes = 5 * 10**5
+    made.poll()
+    workspace = MemoryEstimator(tiny_llm()).workspace_bytes(SHAPE)
+    assert made.available_bytes(SHAPE, PassEstimate(1000, 0)) == 10**6
+    tight = PassEstimate(1000, 10**6)
+    assert made.available_bytes(SHAPE, tight) == 10**6 - 5 * 10**5 - 1000 + workspace
+
+
+def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
+    made = monitor()
+    batch = LiveBatch(made._llm)
+    batch.prefill([[5] * 30] * 2)
+    made.observe_step(SHAPE, "prefill")
+    freed = batch.kv_bytes
+    batch.close()
+    made.meter.noise_bytes = freed  # the process keeps what was freed
+    made.observe_step(SHAPE, "decode")
+    assert made.margin.bytes == 0
+    made.trim()
+    made.observe_step(EMPTY_BATCH, "decode")
+    assert made.margin.bytes > 0
+
+
+def test_freed_memory_that_piles_up_is_returned_before_the_next_pass():
+    made = monitor()
+    kept, trims = memory_monitor._MOST_FREED_BYTES, []
+    made.trim = lambda: trims.append(made.meter.noise_bytes) or MemoryMonitor.trim(made)
+    made.meter.noise_bytes = kept // 2
+    made.observe_step(SHAPE, "decode")
+    assert trims == []
+    made.meter.noise_bytes = 2 * kept
+    made.observe_step(SHAPE, "decode")
+    assert trims == [2 * kept]
+    made.observe_step(SHAPE, "decode")  # the meter still shows it, so it is not freed memory
+    assert trims == [2 * kept]
+    made.meter.noise_bytes = 4 * kept
+    made.observe_step(SHAPE, "decode")
+    assert trims == [2 * kept, 4 * kept]
+
+
+def test_a_pass_estimate_depends_on_the_kept_blocks():
+    estimator = MemoryEstimator(tiny_llm())
+    dense = estimator.pass_estimate(Plan(), SHAPE, PassSize(8, 10))
+    half = estimator.pass_estimate(Plan.removing(0), SHAPE, PassSize(8, 10))
+    assert half.growth * 2 == dense.growth == 10 * sum(estimator.memory.facts.kv_bytes_per_token)
+    assert estimator.pass_estimate(Plan(), SHAPE, PassSize(16, 10)).workspace > dense.workspace
+    assert estimator.pass_estimate(Plan(), EMPTY_BATCH, PassSize(0, 0)).total == 0
+
+
+def test_reading_the_limit_does_not_change_the_budget():
+    budgets = iter([100, 500, 300])
+    made = monitor(lambda: next(budgets))
+    assert made.budget_limit_bytes() == 500
+    assert made.budget_bytes == 100
+    made.poll()
+    assert (made.budget_bytes, made.max_budget_bytes) == (300, 500)
+    assert monitor(limit_bytes=7 * 10**6).budget_limit_bytes() == 7 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("excesses", "expected"),
+    [
+        ([-50, 30, 10], 30),  # the largest excess
+        ([5], 20),  # at least a bound
+        ([5, 25], 25),
+        ([100, *[27] * 9], 100),
+        ([100, *[27] * 20], 27),  # a single burst expires within two windows
+        ([100 if step % 9 == 0 else 0 for step in range(200)], 100),  # a repeated one does not
+    ],
+)
+def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, expected):
+    made = monitor()
+    made.margin = SafetyMargin(least_bytes=20, window=10)
+    for excess in excesses:
+        made.margin.observe("decode", excess)
+    assert made.margin.bytes == expected
+    assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6 - expected
+    made.margin.observe("prefill", 160)  # each kind of step expires separately
+    for _ in range(100):
+        made.margin.observe("decode", 3)
+    assert made.margin.bytes == 160
+
+
+def test_an_excess_is_forgotten_after_a_time_even_without_steps():
+    now = 0.0
+    margin = SafetyMargin(least_bytes=5, window_s=10.0, clock=lambda: now)
+    margin.observe("prefill", 60)
+    margin.observe("decode", 40)
+    assert (margin.bytes, margin.decode_bytes) == (60, 40)
+    seen = {}
+    for step in range(1, 26):
+        now = float(step)
+        if step % 9 == 0:
+            margin.observe("decode", 30)
+        margin.expire()
+        seen[step] = (margin.bytes, margin.decode_bytes)
+    assert seen[19] == (60, 40)
+    assert seen[20] == (30, 30)  # the prefill is forgotten, repeated decode steps are not
+    now = 100.0
+    margin.expire()
+    assert margin.bytes == 5

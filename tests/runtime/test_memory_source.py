@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -50,17 +51,12 @@ class Machine:
             (self.mount / folder / name.replace("memory_", "memory.")).write_text(f"{value}\n")
 
     def v2(self, folder, *, limit, used_mib, stat="", **more) -> None:
-        self.files(
-            folder, memory_max=limit, memory_current=used_mib * MIB, memory_stat=stat, **more
-        )
+        used = used_mib * MIB
+        self.files(folder, memory_max=limit, memory_current=used, memory_stat=stat, **more)
 
     def v1(self, folder, *, limit, used_mib, stat="") -> None:
-        self.files(
-            folder,
-            memory_limit_in_bytes=limit,
-            memory_usage_in_bytes=used_mib * MIB,
-            memory_stat=stat,
-        )
+        numbers = {"memory_limit_in_bytes": limit, "memory_usage_in_bytes": used_mib * MIB}
+        self.files(folder, **numbers, memory_stat=stat)
 
     def open(self, reserve_bytes=0) -> CgroupMemory:
         return CgroupMemory(reserve_bytes, mount=self.mount, proc=self.proc)
@@ -71,13 +67,26 @@ def machine(tmp_path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_the_version_2_budget_is_used_plus_free_bytes(machine):
-    machine.groups("0::/app\n")
-    machine.v2("app", limit=1000 * MIB, used_mib=300)
+@pytest.mark.parametrize(
+    ("group", "files", "free_mib"),
+    [
+        ("/app", {"limit": 1000 * MIB, "used_mib": 300}, 700),
+        ("/app", {"limit": 1000 * MIB, "used_mib": 100, "memory_high": 400 * MIB}, 300),
+        ("/app", {"limit": 100_000 * MIB, "used_mib": 0}, 4096),  # the machine has less
+        ("/app", {"limit": 100 * MIB, "used_mib": 130}, -30),
+        # In a container the root of the mount is its own group.
+        ("/docker/0123abcd", {"limit": 512 * MIB, "used_mib": 12}, 500),
+        ("/../../host", {"limit": 512 * MIB, "used_mib": 12}, 500),
+    ],
+)
+def test_the_version_2_budget_is_used_plus_free_bytes(machine, group, files, free_mib):
+    machine.groups(f"0::{group}\n")
+    machine.v2("app" if group == "/app" else ".", **files)
     memory = machine.open()
-    assert memory.free_bytes() == 700 * MIB
-    assert memory.budget_bytes(used_bytes=200 * MIB) == 900 * MIB
-    assert memory.limit_bytes == 1000 * MIB
+    assert memory.free_bytes() == free_mib * MIB
+    for used_mib in (10, 200):
+        assert memory.budget_bytes(used_mib * MIB) == max(0, used_mib + free_mib) * MIB
+    assert memory.limit_bytes == min(8192 * MIB, files.get("memory_high", files["limit"]))
 
 
 def test_cache_that_can_be_dropped_is_free_and_mapped_or_dirty_pages_are_not(machine):
@@ -102,23 +111,11 @@ def test_the_tightest_of_the_groups_above_holds_and_limits_may_move(machine):
     assert memory.free_bytes() == 20 * MIB
 
 
-def test_version_2_counts_the_throttling_limit_too(machine):
-    machine.groups("0::/app\n")
-    machine.v2("app", limit=1000 * MIB, used_mib=100, memory_high=400 * MIB)
-    assert machine.open().free_bytes() == 300 * MIB
-
-
 def test_the_machine_itself_is_the_limit_where_no_group_has_one(machine):
     machine.groups("0::/\n")
     memory = machine.open(reserve_bytes=96 * MIB)
     assert memory.budget_bytes(used_bytes=10 * MIB) == (10 + 4096 - 96) * MIB
     assert memory.limit_bytes == (8192 - 96) * MIB
-
-
-def test_a_machine_with_less_than_the_group_allows_is_the_limit(machine):
-    machine.groups("0::/app\n")
-    machine.v2("app", limit=100_000 * MIB, used_mib=0)
-    assert machine.open().free_bytes() == 4096 * MIB
 
 
 def test_version_1_reads_its_own_names_and_sums_over_the_groups_below(machine):
@@ -128,36 +125,14 @@ def test_version_1_reads_its_own_names_and_sums_over_the_groups_below(machine):
     machine.v1("memory/box", limit=600 * MIB, used_mib=500, stat=stat)
     machine.v1("memory", limit=UNLIMITED, used_mib=700)
     assert machine.open().free_bytes() == (100 + 30) * MIB
-
-
-def test_version_1_with_several_controllers_in_a_line(machine):
-    machine.groups("3:cpu,cpuacct:/\n2:hugetlb,memory:/app\n")
+    machine.groups("3:cpu,cpuacct:/\n2:hugetlb,memory:/app\n")  # several controllers in a line
     machine.v1("memory/app", limit=256 * MIB, used_mib=56)
     assert machine.open().free_bytes() == 200 * MIB
 
 
-@pytest.mark.parametrize("path", ["/docker/0123abcd", "/../../host"])
-def test_in_a_container_the_root_of_the_mount_is_its_own_group(machine, path):
-    machine.groups(f"0::{path}\n")
-    machine.v2(".", limit=512 * MIB, used_mib=12)
-    assert machine.open().free_bytes() == 500 * MIB
-
-
-def test_no_budget_is_below_zero(machine):
-    machine.groups("0::/app\n")
-    machine.v2("app", limit=100 * MIB, used_mib=130)
-    memory = machine.open()
-    assert memory.free_bytes() == -30 * MIB
-    assert memory.budget_bytes(used_bytes=50 * MIB) == 20 * MIB
-    assert memory.budget_bytes(used_bytes=10 * MIB) == 0
-
-
-def test_a_system_that_reports_nothing_is_rejected_with_a_remedy(tmp_path):
+def test_what_cannot_be_read_is_rejected_with_a_remedy(machine, tmp_path):
     with pytest.raises(MemorySourceError, match="give the budget as a number of bytes"):
         CgroupMemory(mount=tmp_path, proc=tmp_path)
-
-
-def test_a_group_that_becomes_unreadable_raises(machine):
     machine.groups("0::/app\n")
     machine.v2("app", limit=100 * MIB, used_mib=50)
     memory = machine.open()
@@ -166,35 +141,27 @@ def test_a_group_that_becomes_unreadable_raises(machine):
         memory.budget_bytes(0)
 
 
-def test_it_reads_this_machine():
+@pytest.mark.parametrize(
+    ("given", "budgets", "limit_bytes"),
+    [
+        (1234, [1234] * 3, 1234),
+        (iter([100, 250.9, -5]).__next__, [100, 250, 0], None),
+        (GivenMemory(lambda: 50, limit_bytes=90), [50] * 3, 90),
+    ],
+)
+def test_a_given_budget_does_not_depend_on_what_is_used(given, budgets, limit_bytes):
+    memory = open_memory(given)
+    assert [memory.budget_bytes(used) for used in (0, 10**9, 0)] == budgets
+    assert memory.limit_bytes == limit_bytes
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(MemorySourceError, match="should return a number of bytes"):
+            open_memory(lambda wrong=wrong: wrong).budget_bytes(0)
+
+
+def test_this_machine_is_read():
     memory = open_memory("auto", devices=[torch.device("cpu")])
     assert isinstance(memory, CgroupMemory)
     assert memory.budget_bytes(0) > 0
-
-
-def test_a_given_budget_does_not_depend_on_what_is_used():
-    amounts = iter([100, 250.9, -5])
-    memory = GivenMemory(lambda: next(amounts))
-    assert [memory.budget_bytes(used) for used in (0, 10**9, 0)] == [100, 250, 0]
-    assert memory.limit_bytes is None
-
-
-def test_a_fixed_budget_is_its_own_limit():
-    assert GivenMemory(70).limit_bytes == 70
-    assert GivenMemory(lambda: 50, limit_bytes=90).limit_bytes == 90
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_function_that_gives_no_number_is_rejected(wrong):
-    with pytest.raises(MemorySourceError, match="should return a number of bytes"):
-        GivenMemory(lambda: wrong).budget_bytes(0)
-
-
-def test_settings_become_sources():
-    given = GivenMemory(5)
-    assert open_memory(given) is given
-    assert open_memory(1234).budget_bytes(0) == 1234
-    assert open_memory(lambda: 77).budget_bytes(0) == 77
     assert isinstance(open_memory("cgroup", reserve_bytes=3), MemorySource)
 
 
@@ -224,23 +191,21 @@ def test_a_cuda_budget_counts_what_the_allocator_keeps_as_free():
 @pytest.fixture
 def process(tmp_path):
     """A folder in the place of /proc/self, and a function that sets the resident memory."""
-
-    def write(now_mib):
-        set_status(tmp_path, now_mib)
-
-    write(500)
-    return tmp_path, write
+    set_status(tmp_path, 500)
+    return tmp_path, partial(set_status, tmp_path)
 
 
 @linux
 def test_the_budget_is_what_the_limit_leaves_beside_everything_else(process):
     folder, write = process
     llm = tiny_llm()
-    meter = ResidentMeter(llm, process=folder)
-    memory = ProcessMemory(600 * MIB, meter)
+    limits = [550 * MIB]
+    memory = ProcessMemory(lambda: limits[0], ResidentMeter(llm, process=folder))
+    limits[0] = 600 * MIB  # the limit may move
     held = llm.held_bytes.total
     other = memory.other_bytes
     assert other <= 500 * MIB - held
+    assert memory.process_bytes == 600 * MIB
     assert memory.budget_bytes(0) == 600 * MIB - HEADROOM_BYTES - other
     write(540)
     memory.measure_others(held)
@@ -248,16 +213,6 @@ def test_the_budget_is_what_the_limit_leaves_beside_everything_else(process):
     write(900)
     memory.measure_others(held)
     assert memory.budget_bytes(0) == 0
-
-
-@linux
-def test_the_limit_may_move(process):
-    limits = [600 * MIB]
-    memory = ProcessMemory(lambda: limits[0], ResidentMeter(tiny_llm(), process=process[0]))
-    before = memory.budget_bytes(0)
-    limits[0] += 50 * MIB
-    assert memory.process_bytes == 650 * MIB
-    assert memory.budget_bytes(0) == before + 50 * MIB
 
 
 @linux

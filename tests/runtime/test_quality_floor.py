@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,17 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.controller import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
-from tests.runtime.harness import PLENTY, SHAPE, FakePolicy, Harness, greedy, prompt
+from tests.runtime.harness import (
+    ORDER,
+    PLENTY,
+    SHAPE,
+    FakePolicy,
+    Harness,
+    greedy,
+    prompt,
+    serve_while_the_budget_jumps,
+    steps,
+)
 from tests.tiny import tiny_llm
 
 NATIVE = Plan()
@@ -52,17 +61,7 @@ def served(policy, floor):
     harness = Harness(policy=policy, max_delta_nll=floor, hold_s=0.3)
     engine = harness.engine(prefill_chunk_tokens=4, max_batch_size=4)
     top = harness.need(NATIVE, BatchShape(4, 40))
-    draw, handles = random.Random(0), []
-    harness.controller.monitor.max_budget_bytes = PLENTY
-    for turn in range(200):
-        if turn % 8 == 0:
-            harness.budget_bytes = PLENTY if turn > 90 else int(draw.uniform(0.2, 1) * top)
-        if turn < 40 and turn % 4 == 0:
-            handles.append(engine.submit(prompt(draw.randint(1, 20), turn), greedy(20)))
-        engine.step()
-        harness.time_s += 0.1
-    assert all(handle.reason == "length" for handle in handles)
-    return handles
+    return serve_while_the_budget_jumps(harness, engine, int(0.2 * top), top)
 
 
 def test_no_token_is_computed_below_the_floor_while_the_budget_jumps(policy):
@@ -70,21 +69,6 @@ def test_no_token_is_computed_below_the_floor_while_the_budget_jumps(policy):
     assert 0 < worst(policy, floored) <= 2.0
     assert any(handle.preemptions for handle in floored)
     assert worst(policy, served(policy, None)) > 2.0
-
-
-def test_running_requests_are_preempted_instead_of_lowered_below_the_floor(policy):
-    for floor, preempted in ((0.0, True), (None, False)):
-        harness = Harness(policy=policy, max_delta_nll=floor)
-        engine = harness.engine()
-        handles = [engine.submit(prompt(4, n), greedy(20)) for n in range(2)]
-        for _ in range(6):
-            engine.step()
-        assert engine.stats().running == 2
-        harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 30))
-        harness.run(engine)
-        assert bool(engine.stats().preemptions) == preempted
-        assert all(handle.reason == "length" for handle in handles)
-        assert (worst(policy, handles) == 0) == preempted
 
 
 def test_a_request_that_no_plan_above_the_floor_can_ever_fit_is_rejected(policy):
@@ -116,9 +100,15 @@ def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
     assert "max_delta_nll" in handle.error
 
 
-def test_a_plan_of_an_idle_engine_that_is_below_the_floor_serves_nothing(policy):
+def test_a_plan_below_the_floor_serves_nothing(policy):
     harness = Harness(policy=policy, max_delta_nll=0.0)
     engine = harness.engine()
+    handle = engine.submit(prompt(5), greedy(20))
+    steps(engine, 3)
+    harness.llm.apply(Plan.removing(1))  # from outside
+    harness.run(engine)
+    assert set(handle.plans) == {NATIVE}
+    # The plan of an idle engine may be below the floor.
     harness.budget_bytes = harness.llm.held_bytes.total // 2
     engine.step()
     assert harness.llm.held_bytes.total <= harness.budget_bytes
@@ -136,23 +126,12 @@ def test_a_plan_that_spares_a_running_batch_a_refill_is_above_the_floor_too():
     before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
     policy = FakePolicy(said)
     policy.delta_nll = lambda plan, tokens: 1.0 if before.removed < plan.removed else 0.1
-    harness = Harness(policy=policy, guard_order=(5, 0, 3, 2, 1, 4), mask=before, max_delta_nll=0.5)
+    harness = Harness(policy=policy, guard_order=ORDER, mask=before, max_delta_nll=0.5)
     harness.budget_bytes = harness.need(said, SHAPE)
     assert not harness.controller.check(SHAPE)  # block 0 would stay removed besides others
     assert harness.mask == before
     assert harness.controller.admit(SHAPE)
     assert harness.mask == said
-
-
-def test_a_plan_that_was_applied_from_outside_serves_nothing_below_the_floor(policy):
-    harness = Harness(policy=policy, max_delta_nll=0.0)
-    engine = harness.engine()
-    handle = engine.submit(prompt(5), greedy(20))
-    for _ in range(3):
-        engine.step()
-    harness.llm.apply(Plan.removing(1))
-    harness.run(engine)
-    assert set(handle.plans) == {NATIVE}
 
 
 def test_the_floor_holds_at_the_length_of_the_longest_request():
@@ -169,18 +148,19 @@ def test_the_floor_holds_at_the_length_of_the_longest_request():
     assert not chooser.allows(unknown, BatchShape(1, 10))
 
 
-@pytest.mark.parametrize("floor", [-0.1, float("nan"), float("inf")])
-def test_a_floor_that_is_no_rise_is_rejected(policy, floor):
+def test_a_floor_is_a_rise_and_needs_a_policy_that_predicts(policy):
+    for floor in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(InvalidRequestError, match="max_delta_nll must be at least 0"):
+            Harness(policy=policy, max_delta_nll=floor)
     with pytest.raises(InvalidRequestError, match="max_delta_nll must be at least 0"):
-        Harness(policy=policy, max_delta_nll=floor)
-
-
-def test_a_floor_needs_a_policy_that_predicts():
+        Harness(policy=policy).engine().submit(prompt(5), greedy(2), max_delta_nll=-1.0)
     without = SimpleNamespace(name="mute", choose=lambda request: NATIVE)
     nothing = SimpleNamespace(**vars(without), delta_nll=lambda *_: None)
-    for policy in (None, without, nothing):
+    for silent in (None, without, nothing):
         with pytest.raises(InvalidRequestError, match=r"needs a policy .* (dense|mute) does not"):
-            Harness(policy=policy, max_delta_nll=0.1)
+            Harness(policy=silent, max_delta_nll=0.1)
+        with pytest.raises(InvalidRequestError, match="needs a policy that predicts"):
+            Harness(policy=silent).engine().submit(prompt(5), greedy(2), max_delta_nll=1.0)
 
 
 def fills(policy, rows, tokens, share):
@@ -241,14 +221,6 @@ def test_a_request_that_waits_for_its_own_floor_does_not_hold_up_others(policy):
     engine.step()  # reads the budget
     harness.run(engine)
     assert set(strict.plans) == {NATIVE}
-
-
-def test_a_floor_of_a_request_is_checked(policy):
-    engine = Harness(policy=policy).engine()
-    with pytest.raises(InvalidRequestError, match="max_delta_nll must be at least 0"):
-        engine.submit(prompt(5), greedy(2), max_delta_nll=-1.0)
-    with pytest.raises(InvalidRequestError, match="needs a policy that predicts"):
-        Harness().engine().submit(prompt(5), greedy(2), max_delta_nll=1.0)
 
 
 @pytest.mark.parametrize("floor", [None, 0.0])

@@ -1,3 +1,5 @@
+"""Sampled tokens, and log-probabilities of answers and prompts."""
+
 from __future__ import annotations
 
 import math
@@ -6,11 +8,20 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.plan import Plan
+from rap_env.runtime.request_handle import PromptEvent, TokenEvent
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
+from tests.runtime.harness import Harness, greedy, prompt, steps
 
 
 def logits(rows=3, vocab=50, seed=0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(scores, count=3, **settings) -> list[int]:
+    """Tokens that one row draws one after another."""
+    sampler = RowSampler(SamplingParams(**settings))
+    return [sample_rows([sampler], scores)[0].token_id for _ in range(count)]
 
 
 def sampled(**settings) -> SamplingParams:
@@ -49,13 +60,6 @@ def test_greedy_decoding_takes_the_most_likely_token_with_its_log_probability():
         assert drawn.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
 
 
-def test_log_probabilities_do_not_depend_on_the_temperature():
-    scores = logits(1)
-    drawn = sample_rows([RowSampler(sampled(temperature=2.0, top_k=5, seed=3))], scores)[0]
-    expected = torch.log_softmax(scores[0], dim=-1)[drawn.token_id]
-    assert drawn.logprob == pytest.approx(float(expected), abs=1e-5)
-
-
 def test_samples_of_a_row_do_not_depend_on_other_rows():
     scores, others = logits(), logits(seed=9)
     lone = RowSampler(sampled(seed=5))
@@ -67,29 +71,24 @@ def test_samples_of_a_row_do_not_depend_on_other_rows():
 
 
 def test_a_seed_repeats_samples_and_no_seed_does_not():
-    scores = torch.zeros(1, 1000)
-
-    def drawn(seed):
-        sampler = RowSampler(sampled(seed=seed))
-        return [sample_rows([sampler], scores)[0].token_id for _ in range(8)]
-
-    assert drawn(4) == drawn(4) != drawn(5)
-    assert drawn(None) != drawn(None)
+    first, again, other, *free = (
+        tokens(torch.zeros(1, 1000), 8, temperature=1.0, seed=seed)
+        for seed in (4, 4, 5, None, None)
+    )
+    assert first == again != other
+    assert free[0] != free[1]
 
 
 def test_top_k_and_top_p_limit_the_sampled_tokens():
     scores = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     cases = (({"top_k": 2}, {0, 1}), ({"top_p": 0.75}, {0, 1}), ({"top_k": 1}, {0}))
     for bound, allowed in cases:
-        sampler = RowSampler(sampled(seed=0, **bound))
-        seen = {sample_rows([sampler], scores)[0].token_id for _ in range(200)}
-        assert seen == allowed, bound
+        assert set(tokens(scores, 200, temperature=1.0, seed=0, **bound)) == allowed, bound
 
 
 def test_frequencies_follow_the_warped_probabilities():
     scores = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
-    sampler = RowSampler(sampled(temperature=0.5, seed=0))
-    draws = [sample_rows([sampler], scores)[0].token_id for _ in range(4000)]
+    draws = tokens(scores, 4000, temperature=0.5, seed=0)
     weights = [0.36, 0.09, 0.01]
     for token, weight in enumerate(weights):
         assert draws.count(token) / 4000 == pytest.approx(weight / sum(weights), abs=0.03)
@@ -105,25 +104,16 @@ def test_a_row_with_logits_that_are_not_finite_has_no_sample_and_other_rows_do(b
     assert drawn[1] is None
     assert drawn[0] is not None
     assert drawn[2] is not None
-
-
-def test_logits_of_minus_infinity_are_no_error():
-    scores = logits(1)
-    scores[0, 3:] = -math.inf
-    assert sample_rows([RowSampler(sampled(seed=0))], scores)[0].token_id < 3
-
-
-def greedily(scores, steps=3, **settings):
-    sampler = RowSampler(SamplingParams(**settings))
-    return [sample_rows([sampler], scores)[0].token_id for _ in range(steps)]
+    scores[1, 3:] = -math.inf  # no error
+    assert tokens(scores[1][None], 1, temperature=1.0, seed=0)[0] < 3
 
 
 def test_penalties_lower_the_logits_of_tokens_that_the_answer_has():
     scores = torch.tensor([[3.0, 2.2, 1.9, 0.0]])
-    assert greedily(scores) == [0, 0, 0]
-    assert greedily(scores, presence_penalty=1.0) == [0, 1, 0]  # 2.0, 1.2, 1.9: once each
-    assert greedily(scores, 5, frequency_penalty=0.9) == [0, 1, 0, 2, 1]
-    assert greedily(scores, presence_penalty=-1.0) == [0, 0, 0]
+    assert tokens(scores) == [0, 0, 0]
+    assert tokens(scores, presence_penalty=1.0) == [0, 1, 0]  # 2.0, 1.2, 1.9: once each
+    assert tokens(scores, 5, frequency_penalty=0.9) == [0, 1, 0, 2, 1]
+    assert tokens(scores, presence_penalty=-1.0) == [0, 0, 0]
 
 
 def test_a_bias_is_added_and_its_row_alone_changes():
@@ -135,13 +125,13 @@ def test_a_bias_is_added_and_its_row_alone_changes():
     assert drawn[1].token_id == 7
     assert [drawn[0], drawn[2]] == [sample_rows([plain], before[row][None])[0] for row in (0, 2)]
     assert torch.equal(scores, before)
-    banned = RowSampler(sampled(seed=0, logit_bias=((3, -100.0),)))
-    assert all(sample_rows([banned], torch.zeros(1, 4))[0].token_id != 3 for _ in range(40))
+    banned = {"logit_bias": ((3, -100.0),)}
+    assert set(tokens(torch.zeros(1, 4), 40, temperature=1.0, seed=0, **banned)) == {0, 1, 2}
 
 
-def test_log_probabilities_are_those_before_penalties_and_bias():
+def test_log_probabilities_are_those_before_penalties_bias_and_temperature():
     scores = logits(1)
-    sampler = RowSampler(SamplingParams(logit_bias=((4, 100.0),), top_logprobs=3))
+    sampler = RowSampler(sampled(temperature=2.0, logit_bias=((4, 100.0),), top_logprobs=3))
     drawn = sample_rows([sampler], scores)[0]
     expected = torch.log_softmax(scores[0], dim=-1)
     assert drawn.token_id == 4
@@ -154,3 +144,67 @@ def test_each_row_has_as_many_likely_tokens_as_it_asks_for():
     drawn = sample_rows([RowSampler(some) for some in params], logits())
     assert [len(sample.top) for sample in drawn] == [0, 4, 50]
     assert drawn[1].top[0] == (drawn[1].token_id, pytest.approx(drawn[1].logprob))
+
+
+def reading(count=3, top=2) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, top_logprobs=top, prompt_logprobs=top)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "mistral_sliding"])
+def test_log_probabilities_are_those_of_one_pass_of_the_model_whatever_the_chunks(name):
+    harness = Harness(name=name)
+    engine = harness.engine(prefill_chunk_tokens=4)
+    ids = prompt(11)
+    other, single = engine.submit(prompt(6, 1), greedy(9)), engine.submit(prompt(1), reading())
+    handle = engine.submit(ids, reading())
+    harness.run(engine)
+    with torch.no_grad():
+        logits = harness.llm.model(torch.tensor([ids + handle.token_ids])).logits[0].float()
+    every = torch.log_softmax(logits, dim=-1)
+    answer = every[len(ids) - 1 : -1].gather(1, torch.tensor(handle.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(handle.logprobs), answer, atol=1e-4, rtol=0)
+    expected = every[: len(ids) - 1]
+    assert [sample.token_id for sample in handle.prompt_samples] == ids[1:]
+    found = torch.tensor([sample.logprob for sample in handle.prompt_samples])
+    torch.testing.assert_close(found, expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    likely = expected.topk(2)
+    top = torch.tensor([[p for _, p in sample.top] for sample in handle.prompt_samples])
+    torch.testing.assert_close(top, likely.values)
+    assert [[token for token, _ in sample.top] for sample in handle.prompt_samples] == (
+        likely.indices.tolist()
+    )
+    assert other.prompt_samples is None
+    assert single.prompt_samples == ()
+
+
+def test_those_of_a_prompt_come_once_and_before_the_first_token_also_after_a_preemption(harness):
+    engine = harness.engine(prefill_chunk_tokens=3)
+    events = []
+    handle = engine.submit(prompt(8), reading(5), events.append)
+    for _ in range(2):
+        engine.step()  # two of three chunks
+    engine._scheduler._preempt()
+    steps(engine, 5)
+    assert handle.token_ids
+    engine._scheduler._preempt()
+    harness.run(engine)
+    assert handle.preemptions == 2
+    kinds = [type(e) for e in events if isinstance(e, PromptEvent | TokenEvent)]
+    assert kinds == [PromptEvent, *[TokenEvent] * 5]
+    assert len(handle.prompt_samples) == 7
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_alone():
+    harness = Harness(mask=Plan())
+    engine = harness.engine()
+    good = engine.submit(prompt(4), greedy(8))
+    engine.step()
+    head = harness.llm.model.get_output_embeddings()
+    hook = head.register_forward_hook(
+        lambda _m, _i, output: output * float("nan") if output.dim() == 2 else None
+    )
+    bad = engine.submit(prompt(5, 1), reading())
+    harness.run(engine)
+    hook.remove()
+    assert (bad.reason, good.reason) == ("error", "length")
+    assert "not finite" in bad.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ pytest.importorskip("llguidance", reason="the extra structured is not installed"
 
 from rap_env.errors import InvalidGrammarError, UnsupportedModelError
 from rap_env.plan import Plan
-from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import MAX_GRAMMAR_CHARS, GrammarCompiler
+from tests.runtime.harness import FakePolicy
 from tests.serving.tokenizers import byte_llm, byte_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -34,6 +35,11 @@ KINDS = {
     "choice": '["yes", "no", "may be"]',
     "grammar": 'start: "<" item ("," item)* ">"\nitem: /[0-9]{1,3}/',
 }
+PATTERNS = {
+    "regex": "[a-c]{3,9}é",
+    "choice": "yes|no|may be",
+    "grammar": r"<\d{1,3}(,\d{1,3})*>",
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +53,10 @@ def compiler(llm):
 
 
 def matches(kind, text):
-    import re
-
     if kind == "json_schema":
-        found = json.loads(text)
-        return set(found) == {"ok", "n"} and found["n"] in (1, 22, 333)
-    patterns = {
-        "regex": "[a-c]{3,9}é", "choice": "yes|no|may be", "grammar": r"<\d{1,3}(,\d{1,3})*>",
-    }  # fmt: skip
-    return re.fullmatch(patterns[kind], text) is not None
+        content = json.loads(text)
+        return set(content) == {"ok", "n"} and content["n"] in (1, 22, 333)
+    return re.fullmatch(PATTERNS[kind], text) is not None
 
 
 def random_answer(grammar, seed, tokenizer):
@@ -72,17 +73,11 @@ def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
     grammar = compiler.compile(kind, KINDS[kind])
     for seed in range(5):
         assert matches(kind, random_answer(grammar, seed, llm.tokenizer))
-
-
-def test_gbnf_is_a_grammar_too(compiler, llm):
-    grammar = compiler.compile("grammar", 'root ::= "a" ("b" | "c") "d"')
-    assert {random_answer(grammar, seed, llm.tokenizer) for seed in range(9)} == {"abd", "acd"}
-
-
-def test_logits_without_a_token_are_never_allowed(compiler):
+    gbnf = compiler.compile("grammar", 'root ::= "a" ("b" | "c") "d"')
+    assert {random_answer(gbnf, seed, llm.tokenizer) for seed in range(9)} == {"abd", "acd"}
     allowed = compiler.compile("regex", r"[\s\S]*").matcher().allowed()
     assert allowed.shape == (300,)
-    assert not allowed[len(byte_tokenizer()) :].any()
+    assert not allowed[len(llm.tokenizer) :].any()  # logits without a token
 
 
 @pytest.mark.parametrize(
@@ -118,12 +113,8 @@ def test_a_tokenizer_that_the_library_does_not_read_is_named():
         compiler.compile("regex", "a")
 
 
-def engine_of(llm, plan=lambda: Plan()):
-    class Policy(StaticPolicy):
-        def choose(self, request):
-            return plan()
-
-    policy = Policy(Plan(), "static")
+def engine_of(llm, policy=None):
+    policy = policy or FakePolicy(Plan())
     controller = RuntimeController(llm, policy, lambda: 10**9, meter=TensorMeter(llm), hold_s=0.0)
     return Engine(llm, controller, max_batch_size=6, prefill_chunk_tokens=8)
 
@@ -134,10 +125,7 @@ def submitted(engine, constraint, **settings):
 
 
 def finish(engine):
-    for _ in range(2000):
-        if not engine.step():
-            return
-    raise AssertionError("still busy")
+    assert any(not engine.step() for _ in range(2000)), "still busy"
 
 
 def test_each_row_of_a_batch_follows_its_own_grammar(llm, compiler):
@@ -149,30 +137,25 @@ def test_each_row_of_a_batch_follows_its_own_grammar(llm, compiler):
         for kind, text in KINDS.items()
     }
     again = submitted(engine, None, max_new_tokens=20)
+    short = submitted(engine, compiler.compile("regex", "[ab]{30}"), max_new_tokens=7)
     finish(engine)
+    assert short.reason == "length"
+    assert set(llm.tokenizer.decode(short.token_ids)) <= {"a", "b"}
     for kind, handle in rows.items():
         assert handle.reason == "stop"
         assert matches(kind, llm.tokenizer.decode(handle.token_ids)), kind
     assert again.token_ids == free.token_ids
 
 
-def test_a_limit_inside_the_answer_ends_it(llm, compiler):
-    engine = engine_of(llm)
-    handle = submitted(engine, compiler.compile("regex", "[ab]{30}"), max_new_tokens=7)
-    finish(engine)
-    assert handle.reason == "length"
-    assert set(llm.tokenizer.decode(handle.token_ids)) <= {"a", "b"}
-
-
 def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, compiler):
-    removed = [Plan(), Plan.removing(0, 3), Plan.removing(1, 2, 5)]
-    chosen = []
-    engine = engine_of(llm, plan=lambda: (chosen or removed)[0])
+    plans = [Plan(), Plan.removing(0, 3), Plan.removing(1, 2, 5)]
+    policy = FakePolicy(Plan())
+    engine = engine_of(llm, policy)
     handle = submitted(engine, compiler.compile("regex", "[ab]{10}-[0-9]{10}"))
     other = submitted(engine, compiler.compile("json_schema", KINDS["json_schema"]))
     for number in range(12):
-        chosen[:] = [removed[number % 3]]
-        engine.llm.apply(removed[number % 3])
+        policy.mask = plans[number % 3]
+        engine.llm.apply(policy.mask)
         engine.step()
         if number in (4, 8):
             engine._scheduler._preempt()
