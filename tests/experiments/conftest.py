@@ -1,6 +1,8 @@
-"""The folder of a file of tests."""
+"""Folders of a file of tests."""
 
 import pytest
+
+from tests.experiments.synthetic_records import write_root
 
 
 @pytest.fixture(scope="module")
@@ -10,3 +12,9 @@ def base(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAP_CACHE_DIR", str(folder / "cache"))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def root(base):
+    """The invented records of a comparison, with two seeds of the agent."""
+    return write_root(base / "syn", agent_seeds=2)

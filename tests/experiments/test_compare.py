@@ -40,11 +40,6 @@ def as_json(*folders):
     return json.loads(compare(config))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_root(tmp_path_factory.mktemp("runs") / "syn", agent_seeds=2)
-
-
 @pytest.fixture
 def pair(tmp_path):
     """Two methods at one cell, in two comparisons of different models."""

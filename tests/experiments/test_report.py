@@ -23,12 +23,7 @@ from experiments.report import content, findings, report
 from experiments.study.looks import look
 from experiments.study.records import append_record
 from rap_env.errors import ArtifactError
-from tests.experiments.synthetic_records import FACTORS, make_row, make_rows, write_root
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_root(tmp_path_factory.mktemp("runs") / "syn", agent_seeds=2)
+from tests.experiments.synthetic_records import FACTORS, make_row, make_rows
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,7 @@ def write_rows(path, rows):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    base = tmp_path_factory.mktemp("long_context")
+def config(base):
     llm = word_llm()
     llm.model.set_attn_implementation("sdpa")
     llm.model.save_pretrained(base / "model")
@@ -50,22 +49,20 @@ def config(tmp_path_factory):
         for n in range(4)
     ]
     write_rows(base / "questions" / "test.jsonl", rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(base / "cache"))
-        yield Config(
-            stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
-            model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
-            calibration=TextConfig(source="self", windows=2, window_tokens=40),
-            importance={"method": "none"},
-            long_context=LongContextConfig(
-                caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
-                tasks={"recall": TaskLengths([512, 768], 16), "counting": TaskLengths([512], 6)},
-                positions=[TextConfig(source=str(base / "questions" / "test.jsonl"),
-                                      field="context", windows=2, window_tokens=300)],
-                bucket_tokens=128,
-                answers=AnswersConfig(str(base), "questions", lengths=[256, 512], questions=3),
-            ),
-        )  # fmt: skip
+    return Config(
+        stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
+        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+        calibration=TextConfig(source="self", windows=2, window_tokens=40),
+        importance={"method": "none"},
+        long_context=LongContextConfig(
+            caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
+            tasks={"recall": TaskLengths([512, 768], 16), "counting": TaskLengths([512], 6)},
+            positions=[TextConfig(source=str(base / "questions" / "test.jsonl"),
+                                  field="context", windows=2, window_tokens=300)],
+            bucket_tokens=128,
+            answers=AnswersConfig(str(base), "questions", lengths=[256, 512], questions=3),
+        ),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -67,14 +67,8 @@ def moment(time_s, seconds, peak, budget, plan=NATIVE):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parts")
-    write_model(folder)
-    return folder
-
-
-@pytest.fixture
 def loaded(base):
+    write_model(base)
     config = tiny_replay(base)
     return config, load_llm(config.model.name, device="cpu", dtype="float32")
 

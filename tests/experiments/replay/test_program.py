@@ -24,16 +24,8 @@ from tests.experiments.replay.replayed import tiny_replay, write_model
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("replay")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(folder / "cache"))
-        write_model(folder)
-        yield folder
-
-
-@pytest.fixture(scope="module")
 def config(base):
+    write_model(base)
     return tiny_replay(base)
 
 

@@ -39,9 +39,8 @@ def mergeable_tokenizer():
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(base):
     """Six requests within 0.25 s, the first of which is longer than a small context."""
-    base = tmp_path_factory.mktemp("servers")
     byte_llm().model.save_pretrained(base / "model")
     mergeable_tokenizer().save_pretrained(base / "model")
     (base / "story.txt").write_text("Some words to cut prompts from. " * 40)
@@ -68,9 +67,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAP_CACHE_DIR", str(Path(config.runs_dir) / "cache"))
-        return STUDY.run(config, config.stage_dir("server_replay"))
+    return STUDY.run(config, config.stage_dir("server_replay"))
 
 
 @pytest.fixture(scope="module")
