@@ -38,7 +38,7 @@ _REPORTED_UPDATES = 20
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A teacher's mask or plan for a request.
+    """A teacher's plan for a request.
 
     Attributes:
         plan: The blocks that the teacher removes, or the levels that it chooses.
@@ -199,7 +199,7 @@ def imitate(
 
     Args:
         model: A model of any agent, trained or not; its policy is changed.
-        lessons: The teacher's masks or plans; those without any step are ignored. Each lesson has
+        lessons: The teacher's plans; those without any step are ignored. Each lesson has
             an equal share of every batch.
         config: Settings; None for the defaults.
         progress: Show a progress bar on a terminal.

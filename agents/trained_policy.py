@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from rap_env.scoring.interface import Scorer
 
 ScoreMasks = Callable[[Sequence[Any]], Sequence[float]]
-"""Returns a number for each mask or plan, lower is better: its delta_nll or its NLL."""
+"""Returns a number for each plan, lower is better: its delta_nll or its NLL."""
 
 _Q_TEMPERATURE = 0.25
 """Temperature of sampling by Q values, in units of their spread over an observation's blocks."""
 
 
 class TrainedPolicy(Policy):
-    """Chooses masks or plans with a trained network of any agent.
+    """Chooses plans with a trained network of any agent.
 
     It repeatedly takes the action with the highest logit until the request fits: it removes a
     block or lowers an item. Invalid actions are never considered, also for agents that
     were trained without action masks. With `best_of` above 1 it also samples from the network,
-    all samples in parallel, and returns the mask or plan with the lowest score.
+    all samples in parallel, and returns the plan with the lowest score.
 
     Args:
         policy: The network.
         encoder: Encodes its observations.
-        best_of: Number of masks or plans among which it chooses: the greedy one and samples.
-        score_masks: Predicts scores of masks or plans; if `best_of` is above 1, this or `scorer`
+        best_of: Number of plans among which it chooses: the greedy one and samples.
+        score_masks: Predicts scores of plans; if `best_of` is above 1, this or `scorer`
             is needed.
-        scorer: Measures scores instead, if there is no `score_masks`; each mask or plan then
+        scorer: Measures scores instead, if there is no `score_masks`; each plan then
             counts in `evaluations`.
         seed: Seed of the samples; the same request always gets the same samples.
 
     Attributes:
-        evaluations: Masks and plans whose measured scores all choices so far needed, stored
+        evaluations: Plans whose measured scores all choices so far needed, stored
             scores included.
         lowers: Whether it chooses plans that lower weights that are kept.
 
@@ -147,7 +147,7 @@ class TrainedPolicy(Policy):
 
     @torch.inference_mode()
     def sample(self, request: Request, count: int) -> list[Plan]:
-        """Return masks or plans that fit `request`: the greedy one, then `count` - 1 samples.
+        """Return plans that fit `request`: the greedy one, then `count` - 1 samples.
 
         All of them grow in parallel, by one action in each pass of the network.
         """

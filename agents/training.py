@@ -56,7 +56,7 @@ class TrainResult:
     Attributes:
         run_dir: The run's folder; the policy is in the newest of ``checkpoints``.
         episodes: Finished episodes.
-        evaluations: Masks and plans whose score was needed, stored scores included.
+        evaluations: Plans whose score was needed, stored scores included.
         seconds: Wall time.
         resumed_from: Step of the checkpoint from which this call resumed, or None.
         recent_delta_nll: Mean rise in NLL of the plans of the last episodes that fit their

@@ -45,7 +45,7 @@ _ROWS_EACH = 8  # for each worker
 
 
 class Evaluator:
-    """Measures masks and plans on tasks and on text that no method has used."""
+    """Measures plans on tasks and on text that no method has used."""
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context

@@ -1,4 +1,4 @@
-"""Byte arithmetic: what a mask or plan needs for a request. It loads neither torch nor a model.
+"""Byte arithmetic: what a plan needs for a request. It loads neither torch nor a model.
 
 Weights and KV cache are exact at every level: equal to the bytes of the tensors that the model and
 its cache hold, with scales, zeros and the unquantised tail of a cache. The workspace (activations
@@ -39,7 +39,7 @@ _CACHED_PLANS = 256  # about a kilobyte each
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes of one mask or plan under one request, by what they hold."""
+    """Bytes of one plan under one request, by what they hold."""
 
     attn_weights: int
     ffn_weights: int
@@ -154,7 +154,7 @@ class MemoryModel:
         return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
 
     def check_plan(self, plan: Plan) -> Plan:
-        """Return a mask or plan as a plan if the model has all its items and levels.
+        """Return a plan if the model has all its items and levels.
 
         Raises:
             UnknownNameError: It names an item or a level that the model does not have.
@@ -168,7 +168,7 @@ class MemoryModel:
         return plan
 
     def breakdown(self, plan: Plan, request: Request) -> MemoryBreakdown:
-        """The bytes that the model with a mask or plan holds while it serves `request`.
+        """The bytes that the model with a plan holds while it serves `request`.
 
         Raises:
             InvalidRequestError: As for `check`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,26 +43,16 @@ class Scene:
     """The content of a picture.
 
     Attributes:
-        given: The mask or plan.
+        plan: The plan.
         delta_nll: Its NLL minus that of the unchanged model, nats per token; None if not measured.
         unchanged: What the words call the unchanged model.
     """
 
     memory: MemoryModel
     request: Request
-    given: Plan
+    plan: Plan
     delta_nll: float | None = None
     unchanged: str = "dense"
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The levels of all items."""
-        return self.given
-
-    @property
-    def mask(self) -> Plan:
-        """The removed blocks."""
-        return self.plan.mask
 
     @property
     def over_bytes(self) -> int:

@@ -44,7 +44,7 @@ class StepOutcome(NamedTuple):
     """Measurements of a step that is rewarded.
 
     Attributes:
-        mask: The mask or plan after the step.
+        mask: The plan after the step.
         delta_nll: Its NLL minus the dense model's, nats per token; 0 for the dense model.
         delta_nll_before: The same of the mask before the step (the same mask for an invalid
             action), or None if it was not measured.
@@ -213,7 +213,7 @@ class AccuracyReward(RewardTerm):
 
 @dataclass(frozen=True)
 class RecallReward(RewardTerm):
-    """Minus the rise in the NLL of right choices under the final mask or plan, at the last step.
+    """Minus the rise in the NLL of right choices under the final plan, at the last step.
 
     It is the smooth form of the accuracy: each question counts by the probability that the right
     choice has among the choices. On tasks of long contexts, such as ``rap_recall_1024``, it shows

@@ -95,7 +95,7 @@ def test_the_parts_of_the_bar_add_up_to_the_peak(facts, removed):
     memory = make_memory(**facts)
     request = Request.at_fraction(memory, 2, 1024, 0.7)
     scene = Scene(memory, request, Plan.removing(*removed))
-    peak = memory.peak_bytes(scene.mask, request)
+    peak = memory.peak_bytes(scene.plan.mask, request)
     assert sum(scene.parts.values()) == peak
     assert ("stubs" in scene.parts) == bool(facts and removed)
     left, right = _PANEL

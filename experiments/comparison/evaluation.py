@@ -54,7 +54,7 @@ class EvaluationCell:
 
 @dataclass(frozen=True)
 class Choice:
-    """Mask or plan that a policy chose at one cell.
+    """Plan that a policy chose at one cell.
 
     Attributes:
         loss_calibration: ΔNLL on the calibration text, nats per token.
@@ -185,7 +185,7 @@ class Method:
     Attributes:
         seed: Seed of the agent or the random baseline; None for deterministic methods.
         kv_aware: Whether the method counts the KV cache when it chooses.
-        setup_evaluations: Masks or plans scored once, before any request.
+        setup_evaluations: Plans scored once, before any request.
         identity: What the choices depend on besides the context, as plain values.
         training_s: Seconds of training; None if not recorded.
     """
@@ -257,7 +257,7 @@ def _baseline(
 
 
 def decision_scores(folder: Path) -> Scores | None:
-    """Return the predictor by which an agent selects the best of its sampled masks or plans.
+    """Return the predictor by which an agent selects the best of its sampled plans.
 
     Returns:
         The score table that the run was trained on (`TABLE_FILE` in its folder), which predicts

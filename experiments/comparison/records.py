@@ -28,9 +28,9 @@ class ResultRow(CellRecord):
         ffn_removed: Number of removed ffn blocks.
         loss_calibration: ΔNLL on the calibration text, which methods may have used.
         accuracies: Accuracy of each task in [0, 1]; empty without tasks.
-        decision_s: Seconds from the request to the mask or plan.
-        evaluations: Masks or plans scored by the model for this request.
-        setup_evaluations: Masks or plans scored once, before any request.
+        decision_s: Seconds from the request to the plan.
+        evaluations: Plans scored by the model for this request.
+        setup_evaluations: Plans scored once, before any request.
         sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
         outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.

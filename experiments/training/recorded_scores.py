@@ -21,7 +21,7 @@ Folders = Sequence[str | os.PathLike[str]]
 
 
 def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:
-    """Return the mean NLL of all masks and plans that comparisons recorded, nats per token.
+    """Return the mean NLL of all plans that comparisons recorded, nats per token.
 
     So that scores of several machines go together, each has its own rise; see `native_shift`.
 

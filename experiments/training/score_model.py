@@ -71,7 +71,7 @@ def learn(
         sinks: Take the metrics.
 
     Returns:
-        The result; ``evaluations`` counts the masks and plans scored by the model, also those that
+        The result; ``evaluations`` counts the plans scored by the model, also those that
         it scored for a table that is the model here.
     """
     if not config.score_model["rounds"]:
@@ -96,7 +96,7 @@ class _ScoredText:
     """The scores of a text that are known, and the score models fitted to them.
 
     Attributes:
-        known: NLL of masks and plans, nats per token.
+        known: NLL of plans, nats per token.
     """
 
     def __init__(self, config: Config, context: PruningContext) -> None:
@@ -124,7 +124,7 @@ class _ScoredText:
         sinks: Sequence[MetricSink],
         step: int,
     ) -> None:
-        """Measure and record the masks or plans that the policy chooses after a round."""
+        """Measure and record the plans that the policy chooses after a round."""
         path = folder / ROUNDS_FILE
         done = {record["round"]: record for record in read_records(path)}
         if number not in done:
@@ -180,7 +180,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
 
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
-    """Draw workload requests that need pruning and that some mask or plan can fit."""
+    """Draw workload requests that need pruning and that some plan can fit."""
     memory, item_bytes = context.memory, ladder_bytes(config, context)
     sampler = make_sampler(config.workload, memory)
     rng = np.random.default_rng([config.seed, *key])
@@ -239,7 +239,7 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
 
 
 def demonstrations(config: Config, context: PruningContext) -> list[Demonstration]:
-    """Return the teacher's masks or plans for requests of the workload.
+    """Return the teacher's plans for requests of the workload.
 
     Raises:
         ArtifactError: The teacher is the frontier table, and there is none.
@@ -298,8 +298,5 @@ def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
 
 
 def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
-    """Return the NLL of the masks or plans that a round scored, nats per token."""
-    return {
-        Plan.removing(*found) if isinstance(found, list) else Plan.of(found): nll
-        for found, nll in record["scored"]
-    }
+    """Return the NLL of the plans that a round scored, nats per token."""
+    return {Plan.of_record(plan): nll for plan, nll in record["scored"]}

@@ -121,7 +121,7 @@ def table_of(
     Args:
         config: All settings.
         context: What the scores were measured with.
-        scores: Mean NLL of masks and plans, nats per token.
+        scores: Mean NLL of plans, nats per token.
         levels: Costs of levels, from which plans are predicted; None predicts masks only.
         held_out: Losses on held-out text, if some were measured.
         **model: ``members`` and ``pessimism`` of the score model.

@@ -117,7 +117,7 @@ class TableContext:
         return importance_features(self, self.importance)
 
     def best_measured(self, request: Request) -> Plan | None:
-        """The measured mask or plan of least NLL that fits a request; None if none does.
+        """The measured plan of least NLL that fits a request; None if none does.
 
         Raises:
             InvalidRequestError: The model cannot serve the batch size or the length.

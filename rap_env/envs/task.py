@@ -138,7 +138,7 @@ class PruningTask(ABC):
         return Measurement(nll, 0.0, self.context.scorer.is_predicted(Plan()))
 
     def measure(self, plans: Sequence[Plan]) -> list[Measurement]:
-        """Measure masks or plans; missing scores are measured together."""
+        """Measure plans; missing scores are measured together."""
         scorer, start_nll = self.context.scorer, self.measured_start.nll
         scores = zip(plans, scorer.nll_many(plans), strict=True)
         return [

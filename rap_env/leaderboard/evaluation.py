@@ -40,7 +40,7 @@ class CellResult:
 
     Attributes:
         request: The request.
-        plan: The mask or plan.
+        plan: The plan.
         peak_bytes: Its peak bytes.
         budget_fraction: The budget as a share of the native model's peak bytes.
         delta_nll: Its ΔNLL on the split's text, nats per token. Where the plan does not fit, that
@@ -236,7 +236,7 @@ def evaluate(
     """Evaluate a policy at the requests of a pinned task.
 
     Args:
-        policy: What decides: an object with ``choose(request)`` that returns a mask or plan; a
+        policy: What decides: an object with ``choose(request)`` that returns a plan; a
             stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
             acts deterministically); or a function from an observation to an action.
         task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v0"``.

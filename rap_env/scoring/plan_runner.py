@@ -169,8 +169,6 @@ class PlanRunner:
     levels may share a batch. `batches` are the token ids of the text, each of shape (windows, T).
     At most `width` states share a batch; above 1, results may differ by the dtype's rounding.
     `block_runs` counts a block once for each batch of the text and state.
-
-    Masks are given as masks (see `simplest`), here and in `StateCache`.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def test_a_time_limit_that_ends_episodes_unpaid_is_noticed(task):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = task.make()
-        for steps in (3, 2, 4, 1, 1):  # somebody resets by hand
+        for steps in (3, 2, 4, 1, 1):  # reset by hand
             env.reset(seed=0, options=OPTIONS)
             for action in range(steps):
                 env.step(action)

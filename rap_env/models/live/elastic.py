@@ -152,7 +152,7 @@ class ElasticLLM:
         return any(index in self._stubs for index in blocks)
 
     def apply(self, plan: Plan) -> None:
-        """Give every item its level in a mask or plan; a mask's kept blocks are native.
+        """Give every item its level in a plan; a mask's kept blocks are native.
 
         Waits for a step of another thread to end. Then caches of removed blocks are evicted,
         lowered ones are requantised, and weights that the plan does not use are freed as
@@ -209,7 +209,7 @@ class ElasticLLM:
 
     @contextlib.contextmanager
     def masked(self, plan: Plan, *, bare: Plan = Plan()) -> Iterator[ElasticLLM]:
-        """Apply a mask or plan for the duration of a ``with`` block.
+        """Apply a plan for the duration of a ``with`` block.
 
         The earlier plan is restored afterwards, also after an error. Other threads neither run the
         model nor change its plan in the meantime. Weights that are unused only inside the ``with``

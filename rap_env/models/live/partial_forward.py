@@ -112,7 +112,7 @@ class PartialForward:
     """Runs a live model in steps: the embedding, each block, the last norm, the head.
 
     Shapes: B sequences, T tokens, H hidden width, V vocabulary. Sequences have no padding. The
-    mask or plan that is applied to the model has no effect: each step names the blocks that it runs
+    plan that is applied to the model has no effect: each step names the blocks that it runs
     and their levels.
 
     Args:
