@@ -5,8 +5,6 @@ of a feature. ``pytest -m engine_feature --engine-features results/engines/featu
 (with ``llama-cpp-py-sync`` installed) and writes the record, unless one fails.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a Python program imports, in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

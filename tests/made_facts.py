@@ -1,7 +1,5 @@
 """Facts of made-up models, in which an attention and an ffn block of each layer are alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rap_env.model_facts import ModelFacts

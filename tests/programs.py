@@ -7,8 +7,6 @@ stays in its own process, as if the interpreter had been started for it.
 Tests of what an import loads, or of memory, need an interpreter of their own: `subprocess`.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """The command rap: answers, JSON, and errors of one sentence."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -4,8 +4,6 @@ Every import counts: those for type checking, those inside functions, and the re
 package's ``__init__``.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable
 from functools import cache

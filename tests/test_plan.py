@@ -1,7 +1,5 @@
 """Levels and plans, and plans that only remove blocks."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """Random models of two layers, of every family, built in milliseconds without a network."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Importance of a ladder's items in contexts: measured once, packaged, or from a score table."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 
 import gymnasium as gym

@@ -1,7 +1,5 @@
 """Contexts and both tasks on them."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.context.base import PruningContext

@@ -1,7 +1,5 @@
 """Environments on a context, and random episodes in them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

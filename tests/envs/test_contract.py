@@ -1,7 +1,5 @@
 """What gymnasium, its wrappers and agents ask of an environment, for both tasks."""
 
-from __future__ import annotations
-
 import multiprocessing
 
 import gymnasium as gym

@@ -1,7 +1,5 @@
 """Workloads around other workloads, in environments that are resumed and run side by side."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The last observation of an episode: agents choose an action there before an autoreset."""
 
-from __future__ import annotations
-
 import warnings
 
 import numpy as np

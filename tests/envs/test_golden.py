@@ -1,7 +1,5 @@
 """Both tasks return what they have always returned, to the byte: see `tests.envs.golden`."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.envs import golden

@@ -1,7 +1,5 @@
 """Infos of fixed shape, for frameworks that stack them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env

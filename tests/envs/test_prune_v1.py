@@ -1,7 +1,5 @@
 """`RAPLadder-v0`: the contract of Gymnasium, the episodes, and that masks are those of v0."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The reward for recall in both environments, measured with the caches of plans."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("lm_eval")

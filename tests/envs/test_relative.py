@@ -1,7 +1,5 @@
 """Rewards that are relative to what a baseline reaches at the same request."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.errors import InvalidRequestError, UnknownNameError

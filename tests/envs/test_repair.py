@@ -1,7 +1,5 @@
 """The environment on a model whose removed blocks leave stubs behind."""
 
-from __future__ import annotations
-
 import gymnasium as gym
 import pytest
 

@@ -1,7 +1,5 @@
 """Vector environments are single environments side by side, stepped as arrays."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode

@@ -1,7 +1,5 @@
 """Real contexts around tiny random models: all that an environment needs, in milliseconds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

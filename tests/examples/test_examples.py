@@ -1,7 +1,5 @@
 """Each example learns or improves something, with fewer steps than when it is run as a program."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ Written from what llama.cpp does, not from what the export intends: a layer whos
 skipped as a whole, and a layer with heads but without key and value heads has linear attention.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The command ``rap export``: plans from everywhere, a folder, a card and an answer."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """GGUF files for llama.cpp hold the model under the plan; read and computed without llama.cpp."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import gguf

@@ -1,7 +1,5 @@
 """Installs the engines and serves exported plans with them: minutes, and a package index."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

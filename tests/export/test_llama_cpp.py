@@ -1,7 +1,5 @@
 """The static deployment in llama.cpp: bytes, choice, commands."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

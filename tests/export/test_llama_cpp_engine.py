@@ -1,7 +1,5 @@
 """llama.cpp itself computes the model under the plan, where its bindings are installed."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

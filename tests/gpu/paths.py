@@ -1,7 +1,5 @@
 """Paths through a live model that must give on a GPU what they give on the CPU."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

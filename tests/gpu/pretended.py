@@ -5,8 +5,6 @@ too. Operations on tensors of several devices raise, as do NumPy arrays of a ten
 rounding, memory, streams and sizes that depend on data are not pretended.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Every path gives on a pretended GPU what it gives on the CPU, for every family."""
 
-from __future__ import annotations
-
 import copy
 import os
 from functools import partial

@@ -1,7 +1,5 @@
 """A model that accelerate spreads over two GPUs gives what it gives on the CPU."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """GSI over items: measured again after each step, resumable, with counted evaluations."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.context.base import item_order

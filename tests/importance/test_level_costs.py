@@ -1,7 +1,5 @@
 """Costs of levels: factors, windows, artifacts, and the scan that measures them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

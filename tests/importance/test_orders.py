@@ -1,7 +1,5 @@
 """The greedy order over the items of a ladder."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

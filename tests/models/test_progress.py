@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import io
 import logging as std_logging
 import shutil

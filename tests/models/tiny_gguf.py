@@ -1,7 +1,5 @@
 """A GGUF file of a few layers, written as llama.cpp writes them, and the model that it holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

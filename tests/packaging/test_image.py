@@ -1,7 +1,5 @@
 """The image's recipe and the files beside it name what exists, and run what the command has."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

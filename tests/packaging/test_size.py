@@ -1,7 +1,5 @@
 """The size of the code: what does not count as code, and the limit."""
 
-from __future__ import annotations
-
 import ast
 import io
 import tokenize

@@ -1,7 +1,5 @@
 """The wheel works by itself in a virtual environment outside the checkout."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Models on which methods choose: one with known losses, and tiny real ones."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.ladder.items import Ladder

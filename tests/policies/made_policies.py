@@ -1,7 +1,5 @@
 """Random policies over blocks for a model with known costs: no training, no torch."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder

@@ -1,7 +1,5 @@
 """Requests on which methods choose, and whether a plan fits one. Without torch."""
 
-from __future__ import annotations
-
 from rap_env.request import Request
 
 SHAPES = ((1, 100), (16, 500))

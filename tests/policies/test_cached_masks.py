@@ -1,7 +1,5 @@
 """The packaged policy over masks, on the bytes of a model with int8 caches. No model is loaded."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

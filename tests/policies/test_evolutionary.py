@@ -1,7 +1,5 @@
 """Level switches at equal bytes: offspring fit, are minimal, and stay near their parent."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The knapsack over levels: best plans, exact bytes, and costs that depend on the length."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

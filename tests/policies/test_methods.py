@@ -1,7 +1,5 @@
 """All methods, over masks and over a ladder: they fit, count and repeat their choices."""
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 

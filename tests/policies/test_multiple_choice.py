@@ -1,7 +1,5 @@
 """The multiple-choice knapsack: exact against brute force and against an integer programme."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

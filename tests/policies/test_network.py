@@ -1,7 +1,5 @@
 """The network in NumPy; `tests/agents/test_export.py` compares it with the trained one."""
 
-from __future__ import annotations
-
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

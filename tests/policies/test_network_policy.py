@@ -1,7 +1,5 @@
 """Exported policies: the file, its rejection when damaged, and choices for a model."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import replace

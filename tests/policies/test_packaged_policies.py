@@ -1,7 +1,5 @@
 """The packaged policies, level costs and frontier."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Policies: the interface, what each chooses, and what `load_policy` loads by name or path."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError

@@ -1,7 +1,5 @@
 """Searches: greedy steps, and those that look further than greedy does."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Choices from tables of measured plans: masks by their counts, and plans of a ladder."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

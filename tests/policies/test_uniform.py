@@ -1,7 +1,5 @@
 """Uniform levels first, then whole blocks: without measured costs, and the best of all."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Distilled stubs: training, and the divergence that it lowers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

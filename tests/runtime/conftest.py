@@ -1,7 +1,5 @@
 """A harness with plenty of memory and its engine."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.runtime.harness import Harness

@@ -1,7 +1,5 @@
 """A harness: a tiny live model with a budget, a clock and a meter that a test sets."""
 
-from __future__ import annotations
-
 import os
 import random
 import time

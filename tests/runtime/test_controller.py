@@ -1,7 +1,5 @@
 """When the controller removes blocks, and when it restores them."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """What requests get from the engine, and what their handles hold."""
 
-from __future__ import annotations
-
 import functools
 import math
 import threading

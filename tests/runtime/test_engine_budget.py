@@ -1,7 +1,5 @@
 """The engine under a moving budget, used from several threads, and prefills that it interrupts."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import threading

@@ -1,7 +1,5 @@
 """Shapes of batches, and what they need."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """How memory is measured, and what the monitor learns from it."""
 
-from __future__ import annotations
-
 import mmap
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Plans at runtime: levels are lowered before blocks are removed, and raised again."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import threading

@@ -1,7 +1,5 @@
 """The quality floor, the longest prompt within it, and what an idle engine restores."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Sampled tokens, and log-probabilities of answers and prompts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Answers that follow schemas, expressions and grammars, alone and in a running batch."""
 
-from __future__ import annotations
-
 import json
 import re
 

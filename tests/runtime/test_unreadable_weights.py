@@ -1,7 +1,5 @@
 """A server whose weights file goes away, is cut or changes continues, and recovers by itself."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 

@@ -1,7 +1,5 @@
 """The part of Ray that a pool of workers uses, in this process."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace

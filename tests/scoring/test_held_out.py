@@ -1,7 +1,5 @@
 """Losses on held-out text: measured ones as they are, others predicted."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

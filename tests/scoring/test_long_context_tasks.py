@@ -1,7 +1,5 @@
 """Tasks of long contexts: their texts, and that they are scored with the caches of a plan."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

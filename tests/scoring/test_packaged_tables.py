@@ -1,7 +1,5 @@
 """The score tables in the package: names, fidelity, and environments without torch or model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Scoring on Ray workers: the scores of one process, also if a node dies in the middle."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections import Counter

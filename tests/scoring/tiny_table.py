@@ -1,7 +1,5 @@
 """Score tables of tiny real models."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 from itertools import chain, combinations
 

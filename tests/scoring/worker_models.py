@@ -1,7 +1,5 @@
 """How the workers of a test load a tiny model: together, and with a node that can be held up."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

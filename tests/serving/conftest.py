@@ -1,7 +1,5 @@
 """Servers on free ports."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

@@ -1,7 +1,5 @@
 """A fake engine with scripted answers, for events that are rare in a real one."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

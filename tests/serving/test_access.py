@@ -1,7 +1,5 @@
 """API keys, TLS, and addresses that others can reach."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import ssl

@@ -1,7 +1,5 @@
 """Every answer says which plan computed it, and metrics count answers and plans."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

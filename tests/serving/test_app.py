@@ -1,7 +1,5 @@
 """The API by its wire format: answers, streams, errors, health and metrics."""
 
-from __future__ import annotations
-
 import json
 
 import httpx

@@ -1,7 +1,5 @@
 """Bad clients get an error or lose their connection without affecting others."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

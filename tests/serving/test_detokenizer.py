@@ -1,7 +1,5 @@
 """Tokens of texts and messages, and streamed text: whole characters that end at a stop string."""
 
-from __future__ import annotations
-
 import random
 
 import httpx

@@ -1,7 +1,5 @@
 """The memory limit: checked early, reported, and changed by a file, an administrator or SIGHUP."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

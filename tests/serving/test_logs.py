@@ -1,7 +1,5 @@
 """Log lines as text or JSON, to standard error or a rotated file, and the ids of requests."""
 
-from __future__ import annotations
-
 import json
 import logging
 

@@ -1,7 +1,5 @@
 """The OpenAI client against a real engine with a tiny model."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

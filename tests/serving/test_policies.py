@@ -1,7 +1,5 @@
 """A real server's policy: answers above its quality floor, and plans by the kind of text."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import httpx

@@ -1,7 +1,5 @@
 """Options of an answer's tokens and its grammar, through the OpenAI client and a tiny model."""
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Literal

@@ -1,7 +1,5 @@
 """Settings are checked, read from files, and refused before weights are read if none can serve."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

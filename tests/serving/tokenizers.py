@@ -1,7 +1,5 @@
 """Small real tokenizers: one of bytes, one with a chat template."""
 
-from __future__ import annotations
-
 from tests.tiny import tiny_tokenizer
 
 CHAT_TEMPLATE = (

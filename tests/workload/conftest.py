@@ -1,7 +1,5 @@
 """A model of three layers whose bytes are round numbers, and a trace of five requests."""
 
-from __future__ import annotations
-
 import pytest
 
 from rap_env.memory import MemoryModel

@@ -1,7 +1,5 @@
 """Helper that draws requests from a sampler."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from rap_env.memory import MemoryModel

@@ -1,7 +1,5 @@
 """Samplers around others: requests that repeat, and budgets that are eased at first."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Model folders that are made in a process of their own."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

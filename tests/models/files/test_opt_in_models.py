@@ -1,7 +1,5 @@
 """Known models that are loaded only once their terms were accepted."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Pruned checkpoints, with and without stubs."""
 
-from __future__ import annotations
-
 import errno
 import json
 

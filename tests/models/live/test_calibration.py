@@ -1,7 +1,5 @@
 """Int4 weights made with a text: for all families, at every residency, read again from files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The lean Llama computes what transformers' computes, bit for bit, and imports far less."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

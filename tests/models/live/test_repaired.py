@@ -1,7 +1,5 @@
 """Stubs on live models: exact, reversible, shared by view and base, and their bytes."""
 
-from __future__ import annotations
-
 import copy
 import gc
 

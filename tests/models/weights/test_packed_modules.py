@@ -1,7 +1,5 @@
 """Packed modules in models of all families: equal to widened ones, with exact bytes."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

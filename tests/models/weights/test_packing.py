@@ -1,7 +1,5 @@
 """Packed matrices: exact bytes, exact widening, and products equal to those of widened weights."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import subprocess

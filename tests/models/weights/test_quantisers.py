@@ -1,7 +1,5 @@
 """Quantisers: by the weights, and by a layer's outputs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
