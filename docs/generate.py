@@ -27,7 +27,6 @@ from experiments.learning_curves import learning_curves, read_curves
 from experiments.long_context.study import STUDY as LONG_CONTEXT
 from experiments.repair.study import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
-from experiments.server_replay.study import STUDY as SERVER_REPLAY
 from experiments.studies.prompts import STUDY as PROMPTS
 from experiments.studies.texts import STUDY as TEXTS
 from experiments.study.figures import save_png
@@ -52,7 +51,6 @@ TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 STUDIES: dict[str, tuple[Study[Any], Path]] = {
     "replay": (REPLAY, RESULTS / "replay" / "replay"),
     "replay_ladder": (REPLAY, RESULTS / "ladder" / "replay"),
-    "server_replay": (SERVER_REPLAY, RESULTS / "server_replay"),
     "long_context": (LONG_CONTEXT, RESULTS / "long_context"),
     "tight_recall": (LONG_CONTEXT, RESULTS / "tight_recall" / "long_context"),
     "texts": (TEXTS, RESULTS / "texts"),

@@ -30,7 +30,6 @@ from experiments.config import Config
 from experiments.console import say
 from experiments.contexts import server_settings
 from experiments.launch import launch
-from experiments.server_replay.client import REJECTED_CODES
 from experiments.study.records import append_record
 from experiments.study.run_folder import provenance
 from rap_env.blocks import block_name
@@ -51,6 +50,8 @@ from rap_env.runtime.request_handle import EndEvent, Event, RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.serving.stack import build_stack, load_served_model
 
+REJECTED_CODES = ("insufficient_memory", "insufficient_quality", "rate_limit_exceeded")
+"""Codes of valid answers when memory is short."""
 UNLIMITED_BYTES = 2**50
 TIE_ROUNDINGS, MIN_TOLERANCE = 4.0, 1e-3
 """Logits are equal within so many roundings of the largest one: batches sum in another order."""

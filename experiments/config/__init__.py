@@ -24,7 +24,6 @@ from experiments.config.ladder import LadderConfig
 from experiments.config.long_context import LongContextConfig
 from experiments.config.model import ModelConfig, StubsConfig
 from experiments.config.plain import PLAIN, completed, defaults
-from experiments.config.servers import ServerReplayConfig
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
 from experiments.config.studies import PromptsConfig, SmallModelConfig, TextsConfig
 from experiments.config.training import AgentConfig, EnvConfig
@@ -79,7 +78,6 @@ class Config(Section):
     """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
     it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    server_replay: ServerReplayConfig = field(default_factory=ServerReplayConfig)
     demo: dict[str, list[Any]] = field(default_factory=lambda: {"agents": [], "seeds": [0]})
     """Agents that ``experiments.demo`` trains (names of files in ``conf/agent``; the configured one
     if there are none), and their seeds."""

@@ -1,1 +1,0 @@
-"""Server replay: the same arrivals over HTTP against server processes within a memory budget."""
