@@ -20,7 +20,6 @@ from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, StaticPolicy, load_policy, make_method
 from rap_env.policies.tables import TablePolicy
-from rap_env.policies.uniform import UniformPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -117,7 +116,7 @@ class SystemFactory:
             lowered[EMBEDDINGS] = "int8"
         plan = Plan.uniform(facts.num_layers, caches=cache).lower(lowered)
         order = self._guard_order or ()
-        policy = UniformPolicy(self._memory, [plan], order, name)
+        policy = OrderPolicy(self._memory, order, [plan], name)
         return System(name, policy, order or None, plan)
 
     def _static(self, name: str, policy: Policy, rows: int) -> System:

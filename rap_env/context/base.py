@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Self
 
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.importance.level_costs import LevelCosts
@@ -92,78 +94,100 @@ class ContextConfig:
             raise InvalidRequestError(f"workers must be at least 0, not {self.workers}.")
 
 
-class PruningContext(Protocol):
+class PruningContext(ABC):
     """A model with its memory arithmetic, calibration text, scorer and importance.
 
     Environments, agents, baselines and experiments take a context, so that all of them measure
     the same masks on the same text and share one model and one score store. `LiveContext` has a
     live model. `TableContext` has a score table instead; there, `llm`, `corpus` and
     `layer_influence` raise `ModelNotAvailableError`.
+
+    Attributes:
+        memory: The model's byte arithmetic.
+        scorer: Scores masks on the calibration text.
+        store: The store of scores; None if they are kept in memory or come from a table.
+        importance: The kind of importance that an agent observes, see `ContextConfig`.
+        frontier_path: Path of the frontier artifact, if one was given.
     """
 
-    @property
-    def memory(self) -> MemoryModel:
-        """The model's byte arithmetic."""
+    memory: MemoryModel
+    scorer: Scorer
+    store: ScoreStore | None = None
+    importance: str
+    frontier_path: str | None
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> Self:
+        return self  # environments share it
 
     @property
-    def scorer(self) -> Scorer:
-        """Scores masks on the calibration text."""
-
-    @property
-    def store(self) -> ScoreStore | None:
-        """The store of scores; None if they are kept in memory or come from a table."""
-
-    @property
+    @abstractmethod
     def llm(self) -> ElasticLLM:
         """The live model."""
 
     @property
+    @abstractmethod
     def corpus(self) -> Corpus:
         """The calibration text."""
 
     @property
-    def one_shot(self) -> OneShotProfile:
-        """One-shot importance of every block."""
-
-    @property
-    def gsi(self) -> GSIProfile:
-        """The GSI order; an `ArtifactError` if there is none, or none of this model."""
-
-    @property
+    @abstractmethod
     def layer_influence(self) -> npt.NDArray[np.float64]:
         """Block influence of each whole layer, shape (L,)."""
 
     @property
-    def frontier_path(self) -> str | None:
-        """Path of the frontier artifact, if one was given."""
+    @abstractmethod
+    def one_shot(self) -> OneShotProfile:
+        """One-shot importance of every block."""
 
-    @property
-    def frontier(self) -> PlanTable:
-        """The best known plans; an `ArtifactError` without artifact."""
-
-    @property
-    def features(self) -> ImportanceFeatures:
-        """The importance of the blocks, as an agent observes it."""
-
-    @property
-    def importance(self) -> str:
-        """The kind of importance that an agent observes, see `ContextConfig`."""
-
+    @abstractmethod
     def level_costs(self, cache_levels: Sequence[str], /) -> LevelCosts:
         """One-shot costs of the levels of all items; those of caches are named."""
 
+    @abstractmethod
     def item_gsi(self, item_bytes: LadderBytes, /) -> GSIProfile:
         """GSI over the items of a ladder; an `ArtifactError` if there is none."""
 
+    @abstractmethod
+    def _block_gsi(self) -> GSIProfile:
+        """The GSI order of blocks, if `importance` is not the path of one."""
 
-def importance_features(context: PruningContext, importance: str) -> ImportanceFeatures:
-    """The importance that an agent observes: measured, or zeros for ``"none"``."""
-    if importance == "none":
-        return ImportanceFeatures.none(context.memory.facts.num_blocks)
-    if importance == "one_shot":
-        return ImportanceFeatures.from_one_shot(context.one_shot.delta_nll)
-    gsi = context.gsi
-    return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
+    @cached_property
+    def gsi(self) -> GSIProfile:
+        """The GSI order of blocks: measured, or the artifact that `importance` names.
+
+        Raises:
+            ArtifactError: There is none, or it is damaged or of other items.
+        """
+        if self.importance in IMPORTANCES:
+            return self._block_gsi()
+        profile = GSIProfile.load(self.importance, self.memory)
+        check_ladder(profile, Ladder.of(self.memory.facts, "masks"))
+        return profile
+
+    @cached_property
+    def frontier(self) -> PlanTable:
+        """The best known plans; an `ArtifactError` without artifact."""
+        path = self.frontier_path
+        if path is None or not Path(path).exists():
+            raise ArtifactError(
+                f"There is no frontier artifact ({path or 'no path was given'}); build one with "
+                "rap_env.importance.plan_search.build_plan_table(...).save(path), or in a checkout "
+                "with `python -m experiments.profile frontier.evaluations=3000`."
+            )
+        return PlanTable.load(path, self.memory)
+
+    @cached_property
+    def features(self) -> ImportanceFeatures:
+        """The importance of the blocks, as an agent observes it."""
+        return self._features()
+
+    def _features(self) -> ImportanceFeatures:
+        if self.importance == "none":
+            return ImportanceFeatures.none(self.memory.facts.num_blocks)
+        if self.importance == "one_shot":
+            return ImportanceFeatures.from_one_shot(self.one_shot.delta_nll)
+        gsi = self.gsi
+        return ImportanceFeatures(gsi.first_pass, gsi.rank, gsi.marginal_delta_nll)
 
 
 def item_order(
@@ -184,21 +208,3 @@ def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImp
     if context.importance == "none":
         return ItemImportance.none(item_bytes.ladder)
     return item_order(context, item_bytes).importance
-
-
-def load_block_order(path: str, memory: MemoryModel) -> GSIProfile:
-    """Read a GSI order of blocks; an `ArtifactError` if it is damaged or of other items."""
-    profile = GSIProfile.load(path, memory)
-    check_ladder(profile, Ladder.of(memory.facts, "masks"))
-    return profile
-
-
-def load_plan_table(path: str | None, memory: MemoryModel) -> PlanTable:
-    """Read a table of measured plans; an `ArtifactError` if there is none or it is damaged."""
-    if path is None or not Path(path).exists():
-        raise ArtifactError(
-            f"There is no frontier artifact ({path or 'no path was given'}); build one with "
-            "rap_env.importance.plan_search.build_plan_table(...).save(path), or in a checkout "
-            "with `python -m experiments.profile frontier.evaluations=3000`."
-        )
-    return PlanTable.load(path, memory)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from rap_env.artifacts import digest
-from rap_env.context.base import IMPORTANCES, importance_features, load_block_order, load_plan_table
+from rap_env.context.base import IMPORTANCES, PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.memory import MemoryModel
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rap_env.ladder.ladder_bytes import LadderBytes
-    from rap_env.ladder.observation import ImportanceFeatures
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
     from rap_env.scoring.store import ScoreStore
@@ -40,7 +38,7 @@ PACKAGED_ORDERS = tuple(sorted(_PACKAGED.glob("*.gsi*.json")))
 """GSI orders of the default model with default settings, on text that it wrote; one a dtype."""
 
 
-class LiveContext:
+class LiveContext(PruningContext):
     """A live model with its memory arithmetic, scorer and importance.
 
     Arguments that are not described here are those of `ContextConfig`.
@@ -74,11 +72,10 @@ class LiveContext:
     ) -> None:
         from rap_env.scoring.scorer import MaskScorer
 
-        self.llm = llm
         self.store = store
         self.memory = MemoryModel(llm)
         self.workers = workers
-        self.scorer = MaskScorer(llm, calibration, store, workers=workers)
+        self.scorer: MaskScorer = MaskScorer(llm, calibration, store, workers=workers)
         self.frontier_path = frontier
         self.importance = importance
         self._gsi_removals = gsi_removals
@@ -88,9 +85,6 @@ class LiveContext:
         self._level_costs: dict[tuple[str, ...], LevelCosts] = {}
         self.reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> Self:
-        return self  # environments share it
-
     def __reduce__(self) -> tuple[Any, ...]:
         if self.reopen is None:
             raise pickle.PicklingError(
@@ -99,6 +93,11 @@ class LiveContext:
                 "or make the environment by the model's name."
             )
         return self.reopen
+
+    @property
+    def llm(self) -> ElasticLLM:
+        """The live model."""
+        return self.scorer.llm
 
     @property
     def corpus(self) -> Corpus:
@@ -118,13 +117,10 @@ class LiveContext:
             profile.save(path)
         return profile
 
-    @cached_property
-    def gsi(self) -> GSIProfile:
-        """The GSI order: in the package for default settings, else measured (minutes), cached."""
+    def _block_gsi(self) -> GSIProfile:
+        """The order in the package for default settings, else measured (minutes) and cached."""
         from rap_env.importance.gsi_search import gsi
 
-        if self.importance not in IMPORTANCES:
-            return load_block_order(self.importance, self.memory)
         if (packaged := self._packaged_gsi()) is not None:
             return packaged
         # What an agent observes depends on how far and how GSI ran, so each has its own file.
@@ -145,16 +141,6 @@ class LiveContext:
         from rap_env.importance.one_shot_scores import layer_influence
 
         return layer_influence(self.llm, self.scorer.batches)
-
-    @cached_property
-    def frontier(self) -> PlanTable:
-        """The best known plans."""
-        return load_plan_table(self.frontier_path, self.memory)
-
-    @cached_property
-    def features(self) -> ImportanceFeatures:
-        """The importance of the blocks, as an agent observes it."""
-        return importance_features(self, self.importance)
 
     def level_costs(self, cache_levels: Sequence[str]) -> LevelCosts:
         """One-shot costs of the levels of all items, measured on first use and cached.
@@ -213,11 +199,11 @@ class LiveContext:
         if self.corpus.provenance.get("source") != "self":
             return None
         try:
-            found = LevelCosts.load(PACKAGED_COSTS, self.llm)
+            costs = LevelCosts.load(PACKAGED_COSTS, self.llm)
         except ArtifactError:
             return None
-        known = {level.name for level in found.cache_levels}
-        return found if known.issuperset(cache_levels) else None
+        measured = {level.name for level in costs.cache_levels}
+        return costs if measured.issuperset(cache_levels) else None
 
     def _measured_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
         from rap_env.importance.level_scan import scan_levels
@@ -226,10 +212,10 @@ class LiveContext:
         if path is not None and path.exists():
             return LevelCosts.load(path, self.llm)
         log.info("Measuring the costs of levels on %s; this takes minutes, once.", self.llm.name)
-        found = scan_levels(self.scorer, cache_levels, progress=self._progress)
+        costs = scan_levels(self.scorer, cache_levels, progress=self._progress)
         if path is not None:
-            found.save(path)
-        return found
+            costs.save(path)
+        return costs
 
     def _artifact(self, name: str) -> Path | None:
         """The file for one model, text and way of measuring."""

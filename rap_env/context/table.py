@@ -6,24 +6,17 @@ A step of such an environment takes microseconds; neither torch nor transformers
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 
-from rap_env.context.base import (
-    IMPORTANCES,
-    ContextConfig,
-    importance_features,
-    load_block_order,
-    load_plan_table,
-)
+from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures
@@ -37,7 +30,7 @@ from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
 log = logging.getLogger(__name__)
 
 
-class TableContext:
+class TableContext(PruningContext):
     """Memory arithmetic, scores and importance from a score table.
 
     What needs text or a model (`llm`, `corpus`, `layer_influence`) raises
@@ -49,8 +42,6 @@ class TableContext:
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
     """
-
-    store = None
 
     def __init__(
         self,
@@ -71,9 +62,6 @@ class TableContext:
         if importance == "gsi" and table.gsi is None:
             raise ArtifactError(self._no_gsi())
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> Self:
-        return self  # environments share it
-
     @property
     def llm(self) -> NoReturn:
         """Raises `ModelNotAvailableError`: a score table has no model."""
@@ -89,32 +77,17 @@ class TableContext:
         """One-shot importance of every block."""
         return OneShotProfile(**with_tuples(self.table.one_shot))
 
-    @cached_property
-    def gsi(self) -> GSIProfile:
-        """The GSI order.
-
-        Raises:
-            ArtifactError: The table has none, or the artifact that ``importance`` names is
-                damaged or of another model.
-        """
-        if self.importance not in IMPORTANCES:
-            return load_block_order(self.importance, self.memory)
+    def _block_gsi(self) -> GSIProfile:
         if self.table.gsi is None:
             raise ArtifactError(self._no_gsi())
         return GSIProfile(**with_tuples(self.table.gsi))
 
-    @cached_property
-    def frontier(self) -> PlanTable:
-        """The best known plans."""
-        return load_plan_table(self.frontier_path, self.memory)
-
-    @cached_property
-    def features(self) -> ImportanceFeatures:
-        """The importance of the blocks, equal to what the live model's context gives."""
+    def _features(self) -> ImportanceFeatures:
+        """Those of the live model's context."""
         if self.importance == self.table.settings["importance"]:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
-        return importance_features(self, self.importance)
+        return super()._features()
 
     def best_measured(self, request: Request) -> Plan | None:
         """The measured plan of least NLL that fits a request; None if none does.

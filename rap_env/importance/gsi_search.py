@@ -14,10 +14,17 @@ from pathlib import Path
 
 from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import LadderWalk, WeighedWalk, check_ladder, follow
+from rap_env.importance.orders import (
+    PricedState,
+    check_ladder,
+    one_shot_costs,
+    reference_costs,
+)
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.state import LadderState
+from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.mask_search import find_best_mask
@@ -86,15 +93,18 @@ def gsi_rounds(
     """
     check_name("GSI method", method, GSI_METHODS)
     if item_bytes is None or costs is None:
-        walk = LadderWalk(Ladder.of(scorer.llm.facts, "masks"))
+        state = LadderState(reference_costs(mask_bytes(MemoryModel(scorer.llm))))
     else:
-        walk = WeighedWalk(costs, item_bytes)
-    search = _Search(scorer, walk, _start(scorer, walk.ladder, method, path), stop, on_score)
+        one_shot = one_shot_costs(costs, item_bytes.ladder)
+        state = PricedState(reference_costs(item_bytes), one_shot)
+    profile = _start(scorer, state.costs.ladder, method, path)
+    search = _Search(scorer, state, profile, stop, on_score)
     yield search.profile
-    for _ in follow(walk, lambda _: search.next()):
+    while (item := search.next()) is not None:
         if path is not None:
             search.profile.save(path)
         yield search.profile
+        state.lower(item)
 
 
 def _start(
@@ -137,34 +147,36 @@ class _Search:
     def __init__(
         self,
         scorer: MaskScorer,
-        walk: LadderWalk,
+        state: LadderState,
         profile: GSIProfile,
         stop: int | None,
         on_score: OnScore | None,
     ) -> None:
         self.profile = profile
-        self._scorer, self._walk, self._on_score = scorer, walk, on_score
-        steps = sum(len(item.levels) - 1 for item in walk.ladder.items)
+        self._scorer, self._state, self._on_score = scorer, state, on_score
+        self._ladder = state.costs.ladder
+        steps = sum(len(item.levels) - 1 for item in self._ladder.items)
         self._stop = min(stop or steps, steps)
-        self._names = [item.name for item in walk.ladder.items]
-        self._by_bytes = isinstance(walk, WeighedWalk)
+        self._names = [item.name for item in self._ladder.items]
+        self._by_bytes = isinstance(state, PricedState)
         self._exact = profile.method == "exact"
         for name in profile.order:
-            walk.lower(walk.ladder.numbers[name])
+            state.lower(self._ladder.numbers[name])
 
     def next(self) -> int | None:
         """Measure a round; None if there is nothing left to lower."""
-        walk, profile, began = self._walk, self.profile, time.perf_counter()
-        freed = dict.fromkeys(walk.lowerable(), 1)
-        if isinstance(walk, WeighedWalk):
-            freed = {item: size for item in freed if (size := walk.freed_bytes(item)) > 0}
+        state, profile, began = self._state, self.profile, time.perf_counter()
+        items = filter(state.is_valid, range(len(self._ladder)))
+        freed = {item: 1 for item in items if state.companions(item)[0] == item}
+        if isinstance(state, PricedState):
+            freed = {item: size for item in freed if (size := state.step_bytes(item)) > 0}
         if not freed or len(profile.order) >= self._stop:
             return None
         before = self._scorer.evaluations, self._scorer.block_forwards
         best, nll, rises = self._measure(freed)
         named = {self._names[item]: rise for item, rise in rises.items()}
         last_rises = profile.last_rises | named
-        for item in walk.changed_by(best):  # their next step is another one then
+        for item in state.changes(state.lowering(best)):  # their next step is another one then
             last_rises.pop(self._names[item], None)
         first_nll = {name: profile.dense_nll + rise for name, rise in named.items()}
         self.profile = replace(
@@ -222,12 +234,11 @@ class _Search:
 
         Items that are scored `again` bound the others.
         """
-        ladder = self._walk.ladder
-        plans = {n: ladder.plan(self._walk.after(n)) for n in (*again, *items)}
+        plans = {n: self._ladder.plan(self._state.positions_after(n)) for n in (*again, *items)}
         if not droppable:
             nll = self._scorer.nll_many(list(plans.values()), self._on_score)
             return dict(zip(plans, nll, strict=True)), {}
-        near = ladder.plan(self._walk.positions) if self._exact else None
+        near = self._state.plan if self._exact else None
         search = find_best_mask(
             self._scorer, list(plans.values()), near=near, on_score=self._on_score
         )
@@ -236,9 +247,9 @@ class _Search:
 
     def _known_rises(self, items: Iterable[int]) -> dict[int, float]:
         """Last known rise of each item: measured, else predicted; empty if nothing is known."""
-        walk, rises = self._walk, self.profile.last_rises
-        if isinstance(walk, WeighedWalk):
-            return {item: rises.get(self._names[item], walk.rise(item)) for item in items}
+        state, rises = self._state, self.profile.last_rises
+        if isinstance(state, PricedState):
+            return {item: rises.get(self._names[item], state.step_rise(item)) for item in items}
         return {item: rises[self._names[item]] for item in items if rises}
 
     def _likely_first(self, freed: Mapping[int, int], known: Mapping[int, float]) -> list[int]:
@@ -252,7 +263,7 @@ class _Search:
             return list(freed)
         nearest: set[int] = set()
         if not self._by_bytes:
-            removed = self._walk.ladder.numbers[self.profile.order[-1]]
+            removed = self._ladder.numbers[self.profile.order[-1]]
             kept_before = [item for item in freed if item < removed]
             kept_after = [item for item in freed if item > removed]
             nearest = {*kept_before[-1:], *kept_after[:1]}

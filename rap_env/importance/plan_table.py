@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ from rap_env.artifacts import digest, save_artifact
 from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
@@ -30,11 +30,6 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 
 _FORMAT = 1
-
-
-@lru_cache(maxsize=8)
-def _mask_bytes(memory: MemoryModel) -> LadderBytes:
-    return LadderBytes(memory, Ladder.of(memory.facts, "masks"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +88,7 @@ class PlanTable:
         Raises:
             InvalidRequestError: The model does not support the batch size or the length.
         """
-        costs = _mask_bytes(memory).costs(request.batch_size, request.seq_len_tokens)
+        costs = mask_bytes(memory).costs(request.batch_size, request.seq_len_tokens)
         return self._by_counts.best(costs, request.budget_bytes)
 
     @cached_property

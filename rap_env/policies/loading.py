@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from rap_env.artifacts import artifact_kind
 from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
@@ -56,27 +57,44 @@ def _dense(memory: MemoryModel) -> Policy:
 
 
 class OrderPolicy(Policy):
-    """Removes blocks in a fixed order until the request fits; all of them if it never does.
+    """Chooses the first of some plans that fits, else the last one with blocks removed in an order.
+
+    It needs no measured costs.
+
+    Args:
+        memory: The model's byte arithmetic.
+        order: Indices of blocks in the order in which they are removed.
+        plans: Plans from the most to the least exact one, such as `uniform_plans`.
+        name: The policy's name.
 
     Raises:
-        UnknownNameError: The order names a block that the model does not have.
+        UnknownNameError: The model does not have an item or a level of a plan, or a block of the
+            order.
     """
 
-    name = "order"
     order: tuple[int, ...]
 
-    def __init__(self, memory: MemoryModel, order: Iterable[int]) -> None:
+    def __init__(
+        self,
+        memory: MemoryModel,
+        order: Iterable[int],
+        plans: Iterable[Plan] = (Plan(),),
+        name: str = "order",
+    ) -> None:
+        self.name = name
         self.memory = memory
         self.order = tuple(order)
+        self._plans = tuple(map(memory.check_plan, plans))
+        self.lowers = not all(plan.is_mask for plan in self._plans)
         Plan.removing(*self.order).check(memory.facts.num_blocks)
 
     def choose(self, request: Request) -> Plan:
-        """Return the shortest prefix of the order that fits the budget."""
-        plan = Plan()
-        for index in self.order:
+        """Return the most exact plan that fits, or the smallest one if none does."""
+        *_, last = self._plans
+        fewer = (last.without(*self.order[:count]) for count in range(1, len(self.order) + 1))
+        for plan in itertools.chain(self._plans, fewer):
             if self.memory.peak_bytes(plan, request) <= request.budget_bytes:
                 break
-            plan = plan.without(index)
         return plan
 
 
@@ -137,7 +155,7 @@ def make_method(
     """
     memory = context.memory
     if item_bytes is None:
-        item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "masks"))
+        item_bytes = mask_bytes(memory)
     if name in methods():
         return methods()[name](context, item_bytes, seed)
     if name in packaged_policies() or Path(name).expanduser().is_file():
@@ -198,12 +216,8 @@ def _reader_of(path: Path) -> Reader:
 
 def _served(method: type[Method], memory: MemoryModel) -> Method:
     """A method on the packaged scores of a model."""
-    return method(packaged_context(memory), LadderBytes(memory, _ladder(memory)))
-
-
-def _ladder(memory: MemoryModel) -> Ladder:
-    """All levels of a model whose weights are packed; masks of any other."""
-    return Ladder.of(memory.facts, "all" if memory.facts.packed else "masks")
+    levels = "all" if memory.facts.packed else "masks"
+    return method(packaged_context(memory), LadderBytes(memory, Ladder.of(memory.facts, levels)))
 
 
 def _checked(plugin: Plugin, made: object) -> Policy:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rap_env.errors import SearchTooLargeError
-from rap_env.importance.orders import one_shot_costs
+from rap_env.importance.orders import PricedState, one_shot_costs
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.state import LadderState
+from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan, every_mask
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
 from rap_env.policies.orders import whole_layer
@@ -62,13 +64,17 @@ class _StepSearch(Method):
 
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
         super().__init__(context, item_bytes, seed)
-        self._one_shot: list[list[float]] = [[0.0] * self.ladder.width] * len(self.ladder)
+        self._one_shot = np.zeros((len(self.ladder), self.ladder.width))
         if not self.removes_only:
             costs = context.level_costs(self.ladder.cache_levels)
-            self._one_shot = one_shot_costs(costs, self.ladder).tolist()
+            self._one_shot = one_shot_costs(costs, self.ladder)
             self.setup_evaluations = costs.evaluations
 
-    def steps(self, state: LadderState, rises: dict[tuple[int, int, int], float]) -> list[_Step]:
+    def state(self, costs: LadderCosts, positions: Positions | None = None) -> PricedState:
+        """A plan under a request, by default the native one."""
+        return PricedState(costs, self._one_shot, positions)
+
+    def steps(self, state: PricedState, rises: dict[tuple[int, int, int], float]) -> list[_Step]:
         """The steps from a state that free bytes; all steps if none does.
 
         Args:
@@ -77,12 +83,10 @@ class _StepSearch(Method):
         """
         steps = []
         for item in filter(state.is_valid, range(len(self.ladder))):
-            companions = state.companions(item)
-            if companions[0] != item:
+            if state.companions(item)[0] != item:
                 continue  # levels taken together are one step
             key = item, state.positions[item], state.positions[self.ladder.partners[item]]
-            predicted = sum(self._predicted(state, lowered) for lowered in companions)
-            freed = sum(map(state.freed_bytes, companions))
+            predicted, freed = state.step_rise(item), state.step_bytes(item)
             positions = tuple(state.positions_after(item))
             tie = (item,) if self.removes_only else (-freed, *positions)
             steps.append(_Step(positions, freed, rises.get(key, predicted), key, tie))
@@ -92,15 +96,6 @@ class _StepSearch(Method):
         """The NLL after each step, nats per token."""
         nlls = scores.nll_many([self.ladder.plan(step.positions) for step in steps])
         return dict(zip(steps, nlls, strict=True))
-
-    def _predicted(self, state: LadderState, item: int) -> float:
-        """Predicted ΔNLL of an item's next level, at least 0."""
-        position, after = state.positions[item], state.positions_after(item)
-        rise = self._one_shot[item][after[item]] - self._one_shot[item][position]
-        partner = self.ladder.partners[item]
-        if partner != item and after[item] == self.ladder.removals[item]:  # its cache goes too
-            rise -= self._one_shot[partner][state.positions[partner]]
-        return max(0.0, rise)
 
 
 @register
@@ -121,7 +116,7 @@ class GreedyPerByte(_StepSearch):
 
     def greedy(self, request: Request, scores: CountingScorer) -> Plan:
         """The plan at which the steps end."""
-        state, nll = self.costs(request).state(), scores.nll(Plan())
+        state, nll = self.state(self.costs(request)), scores.nll(Plan())
         rises: dict[tuple[int, int, int], float] = {}
         while state.peak_bytes > request.budget_bytes:
             needed = state.peak_bytes - request.budget_bytes
@@ -237,7 +232,7 @@ class Beam(_StepSearch):
         while unfit := [plan for plan in beam if peaks[plan] > budget]:
             children: list[Positions] = []
             for plan in unfit:
-                steps = self.steps(costs.state(plan), rises)
+                steps = self.steps(self.state(costs, plan), rises)
                 for step in steps:
                     peaks[step.positions] = costs.state(step.positions).peak_bytes
                 if not self.removes_only:

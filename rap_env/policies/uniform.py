@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rap_env.importance.orders import greedy_order
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
-from rap_env.policies.base import Policy
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.registry import register
 from rap_env.request import Request
@@ -22,54 +18,6 @@ if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
 
 _KINDS = {"attn": "weights", "ffn": "weights", "cache": "caches", "embeddings": "embeddings"}
-
-
-class UniformPolicy(Policy):
-    """Chooses the first of some plans that fits, else the last one with blocks removed in an order.
-
-    It needs no measured costs.
-
-    Args:
-        memory: The model's byte arithmetic.
-        plans: Plans from the most to the least exact one, such as `uniform_plans`.
-        order: Indices of blocks in the order in which they are removed.
-        name: The policy's name.
-
-    Raises:
-        UnknownNameError: The model does not have an item or a level of a plan, or a block of the
-            order.
-    """
-
-    lowers = True
-    order: tuple[int, ...]
-
-    def __init__(
-        self,
-        memory: MemoryModel,
-        plans: Sequence[Plan],
-        order: Iterable[int] = (),
-        name: str = "uniform",
-    ) -> None:
-        self.name = name
-        self.memory = memory
-        self.order = tuple(order)
-        self._plans = tuple(map(memory.check_plan, plans))
-        Plan.removing(*self.order).check(memory.facts.num_blocks)
-
-    def choose(self, request: Request) -> Plan:
-        """Return the most exact plan that fits, or the smallest one if none does."""
-        plan = self._plans[-1]
-        for plan in self._plans:
-            if self._fits(plan, request):
-                return plan
-        for index in self.order:
-            plan = plan.without(index)
-            if self._fits(plan, request):
-                break
-        return plan
-
-    def _fits(self, plan: Plan, request: Request) -> bool:
-        return self.memory.peak_bytes(plan, request) <= request.budget_bytes
 
 
 def uniform_plans(facts: ModelFacts) -> list[Plan]:
@@ -176,7 +124,7 @@ class Uniform(Method):
         Where GSI stopped early, that of its last removal is repeated.
         """
         removable = {item.name for item in self.ladder.items if "removed" in item.levels}
-        masks = LadderBytes(self.memory, Ladder.of(self.memory.facts, "masks"))
+        masks = mask_bytes(self.memory)
         profile = self.context.item_gsi(masks)
         self.setup_evaluations = profile.evaluations
         self._native_nll = profile.dense_nll

@@ -18,9 +18,9 @@ from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.tensors import copy_to_memory
 from rap_env.policies.base import Policy, PolicyLike, as_policy
-from rap_env.policies.loading import load_policy
+from rap_env.policies.loading import OrderPolicy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS
-from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
+from rap_env.policies.uniform import middle_first, uniform_plans
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
@@ -103,8 +103,8 @@ def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> Policy:
             "removes whole layers, the last ones first.", error,
         )  # fmt: skip
     memory = MemoryModel(llm)
-    plans, order = uniform_plans(memory.facts), middle_first(memory.facts.num_layers)
-    return UniformPolicy(memory, plans, order)
+    order = middle_first(memory.facts.num_layers)
+    return OrderPolicy(memory, order, uniform_plans(memory.facts), "uniform")
 
 
 def build_stack(

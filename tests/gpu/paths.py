@@ -8,7 +8,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.policies.uniform import UniformPolicy, uniform_plans
+from rap_env.policies.loading import OrderPolicy
+from rap_env.policies.uniform import uniform_plans
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import MaskSampler, Trainer, distill
 from rap_env.repair.fitting import fit_library
@@ -109,7 +110,7 @@ def served(llm):
     estimator = MemoryEstimator(llm)
     memory = estimator.memory
     plans = uniform_plans(memory.facts)
-    policy = UniformPolicy(memory, plans, (3, 0, 2, 1))
+    policy = OrderPolicy(memory, (3, 0, 2, 1), plans)
     low = estimator.peak_bytes(Plan.removing(0, 1, 3), BatchShape(2, 60))
     budget = [10**12]
     controller = RuntimeController(

@@ -13,7 +13,8 @@ from rap_env.models.families.adapter import adapter_for
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.policies.uniform import UniformPolicy, uniform_plans
+from rap_env.policies.loading import OrderPolicy
+from rap_env.policies.uniform import uniform_plans
 from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.runtime.controller import RuntimeController
@@ -189,7 +190,7 @@ def test_what_cannot_work_on_several_devices_is_refused(tmp_path):
         with pytest.raises(UnsupportedModelError, match="its layers are on several devices"):
             llm.model.to(GPU)
         memory = MemorySourceError, "cuda:0, cuda:1, whose free memory is not one number"
-        policy = UniformPolicy(MemoryModel(llm), uniform_plans(llm.facts))
+        policy = OrderPolicy(MemoryModel(llm), (), uniform_plans(llm.facts))
         with pytest.raises(memory[0], match=memory[1]):
             RuntimeController(llm, policy, "auto")
     tiny_model("llama").save_pretrained(tmp_path / "model")

@@ -5,7 +5,7 @@ import pytest
 from rap_env.context.base import item_order
 from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
-from rap_env.importance.orders import WeighedWalk, greedy_order
+from rap_env.importance.orders import PricedState, greedy_order, one_shot_costs, reference_costs
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -31,22 +31,27 @@ def run(context, item_bytes=None, **settings) -> GSIProfile:
     return gsi(context.scorer, item_bytes, context.level_costs(CACHES), progress=False, **settings)
 
 
+def priced(context, item_bytes) -> PricedState:
+    one_shot = one_shot_costs(context.level_costs(CACHES), item_bytes.ladder)
+    return PricedState(reference_costs(item_bytes), one_shot)
+
+
 def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
     item_bytes = bytes_of(context)
     profile = run(context, item_bytes, method="exact", stop=8)
-    walk = WeighedWalk(context.level_costs(CACHES), item_bytes)
     ladder, before = item_bytes.ladder, context.scorer.dense_nll
+    state = priced(context, item_bytes)
     for name, nll, count in zip(profile.order, profile.nll_after, profile.candidates, strict=True):
-        plan, prices = ladder.plan(walk.positions), {}
-        for item in walk.lowerable():
-            if walk.freed_bytes(item) > 0:
+        plan, prices = state.plan, {}
+        for item in filter(state.is_valid, range(len(ladder))):
+            if state.companions(item)[0] == item and state.step_bytes(item) > 0:
                 rise = context.scorer.nll(ladder.lower(plan, item)) - before
-                prices[ladder.items[item].name] = max(0.0, rise) / walk.freed_bytes(item)
+                prices[ladder.items[item].name] = max(0.0, rise) / state.step_bytes(item)
         assert prices[name] == min(prices.values())
         assert count == len(prices)
-        walk.lower(ladder.numbers[name])
+        state.lower(ladder.numbers[name])
         before = nll
-        assert nll == context.scorer.nll(ladder.plan(walk.positions))
+        assert nll == context.scorer.nll(state.plan)
     assert profile.evaluations == 1 + sum(profile.candidates)
 
 
@@ -78,13 +83,13 @@ def test_the_order_begins_with_the_measured_steps_and_is_complete(context):
     item_bytes, costs = bytes_of(context), context.level_costs(CACHES)
     profile, ladder = run(context, stop=6), item_bytes.ladder
     order = greedy_order(costs, item_bytes, profile)
-    walk = WeighedWalk(costs, item_bytes)
+    state = priced(context, item_bytes)
     for name in profile.order:
-        walk.lower(ladder.numbers[name])
+        state.lower(ladder.numbers[name])
     reached = [0] * len(ladder)
     for number, (item, position) in enumerate(order.steps):
-        if number == sum(walk.positions):
-            assert reached == walk.positions
+        if number == sum(state.positions):
+            assert reached == state.positions
         reached[item] = position
     assert ladder.plan(reached) == ladder.lowest
     with pytest.raises(ArtifactError, match="measured for other levels"):

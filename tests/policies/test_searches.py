@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rap_env.errors import SearchTooLargeError
-from rap_env.importance.orders import WeighedWalk
+from rap_env.importance.orders import PricedState, one_shot_costs, reference_costs
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer, measure_choice
@@ -83,20 +83,18 @@ def test_over_a_ladder_smaller_budgets_share_the_first_steps(ladder_context, ite
 def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, item_bytes):
     costs, ladder = ladder_context.level_costs(LEVELS["caches"]), item_bytes.ladder
     search = make_method("greedy_per_byte", ladder_context, item_bytes)
-    state, walk = item_bytes.costs(16, 500).state(), WeighedWalk(costs, item_bytes)
+    state = search.state(item_bytes.costs(16, 500))
+    priced = PricedState(reference_costs(item_bytes), one_shot_costs(costs, ladder))
     for item in (ladder.numbers["layer00.cache"], 0, 0, 0, 1):  # the first block is removed
         for step in search.steps(state, {}):
-            number = step.key[0]
-            assert step.rise == pytest.approx(walk.rise(number, walk.next_of(number)))
+            assert step.rise == pytest.approx(priced.step_rise(step.key[0]))
         state.lower(item)
-        walk.lower(item)
+        priced.lower(item)
 
 
 def test_a_measured_rise_replaces_the_predicted_one(ladder_context, item_bytes):
-    search, state = (
-        make_method("beam", ladder_context, item_bytes),
-        item_bytes.costs(16, 500).state(),
-    )
+    search = make_method("beam", ladder_context, item_bytes)
+    state = search.state(item_bytes.costs(16, 500))
     first, *others = search.steps(state, {})
     scores = CountingScorer(ladder_context.scorer)
     rise = search.measure(scores, [first])[first] - scores.nll(Plan())

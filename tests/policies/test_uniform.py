@@ -7,9 +7,9 @@ import pytest
 
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.loading import make_method
+from rap_env.policies.loading import OrderPolicy, make_method
 from rap_env.policies.method import CountingScorer
-from rap_env.policies.uniform import UniformPolicy, middle_first, uniform_plans
+from rap_env.policies.uniform import middle_first, uniform_plans
 from rap_env.request import Request
 from tests.envs.playing import LEVELS
 from tests.policies.made_policies import facts
@@ -45,7 +45,7 @@ def test_a_model_without_levels_has_the_native_plan_only():
 def test_the_most_exact_plan_that_fits_is_chosen_and_blocks_are_removed_last():
     memory = MemoryModel(with_levels())
     plans, order = uniform_plans(memory.facts), middle_first(6)
-    policy = UniformPolicy(memory, plans, order)
+    policy = OrderPolicy(memory, order, plans)
     for plan in plans:
         need = memory.peak_bytes(plan, Request(2, 200, 1))
         assert policy.choose(Request(2, 200, need)) == plan

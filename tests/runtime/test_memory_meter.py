@@ -13,8 +13,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import Plan
-from rap_env.policies.loading import StaticPolicy
-from rap_env.policies.uniform import UniformPolicy, uniform_plans
+from rap_env.policies.loading import OrderPolicy, StaticPolicy
+from rap_env.policies.uniform import uniform_plans
 from rap_env.runtime import memory_monitor
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
@@ -178,7 +178,7 @@ def test_on_a_cuda_device_temporary_tensors_count_in_the_peak():
 
 def test_levels_are_made_once_before_a_service_starts_and_only_for_policies_that_use_them():
     llm = tiny_llm()
-    policy = UniformPolicy(MemoryModel(llm), uniform_plans(llm.facts))
+    policy = OrderPolicy(MemoryModel(llm), (), uniform_plans(llm.facts))
     native = llm.held_bytes.weights
     make_levels(llm, StaticPolicy(Plan()))
     assert llm.held_bytes.weights == native

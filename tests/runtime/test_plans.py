@@ -10,7 +10,8 @@ import torch
 from rap_env.memory import MemoryModel
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from rap_env.policies.uniform import UniformPolicy, uniform_plans
+from rap_env.policies.loading import OrderPolicy
+from rap_env.policies.uniform import uniform_plans
 from rap_env.request import Request
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator
@@ -43,7 +44,7 @@ def lowering(**settings) -> Harness:
     """
     harness = Harness(guard_order=ORDER, layers=LAYERS, **settings)
     memory = harness.estimator.memory
-    policy = UniformPolicy(memory, uniform_plans(memory.facts), ORDER)
+    policy = OrderPolicy(memory, ORDER, uniform_plans(memory.facts))
     harness.controller.chooser.policy = policy
     return harness
 
