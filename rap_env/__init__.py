@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from rap_env.extras import missing_extra
 from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
@@ -115,7 +116,11 @@ if "RAPPrune-v0" not in gymnasium.registry:
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"rap_env.{name}") from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

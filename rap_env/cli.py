@@ -33,6 +33,7 @@ from rap_env.command_options import (
 from rap_env.errors import RapError
 from rap_env.export.commands import deployment_answer, deployment_text, export, prune
 from rap_env.export.llama_cpp import choose_deployment
+from rap_env.extras import missing_extra, require_extra
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from rap_env.serving.preflight import check_before_loading
@@ -40,7 +41,6 @@ from rap_env.serving.settings import (
     ServerSettings,
     parse_bytes,
     read_settings_file,
-    require_extra,
     setting_help,
     setting_types,
 )
@@ -76,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sentence = error.format_message()
     except RapError as error:
         sentence = str(error)
+    except ModuleNotFoundError as error:
+        known = missing_extra(error, "This command")
+        if known is error:
+            raise
+        sentence = str(known)
     except OSError as error:
         sentence = str(error)
         if error.filename is not None and error.strerror:
@@ -136,7 +141,7 @@ def serve(config: Path | None, **options: str | bool | None) -> None:
         return ServerSettings.from_mapping(values)
 
     settings = read()
-    require_extra()
+    require_extra("serve", "Serving")
     check_before_loading(settings)  # before torch is imported, which takes seconds
     from rap_env.serving.stack import serve as serve_until_interrupted
 

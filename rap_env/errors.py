@@ -114,7 +114,7 @@ class MissingDependencyError(RapError, ImportError):
         self._made_from = (package, feature, extra)
         super().__init__(
             f"{feature} needs the package {package!r}; install it with "
-            f"`pip install 'rap-env[{extra}]'`."
+            f'`pip install "rap-env[{extra}]"`.'
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -8,56 +8,62 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rap_env.extras import EXTRAS, missing_modules
 from rap_env.paths import cache_dir
 from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
 from rap_env.version import __version__
 
-_EXTRAS = {
-    "eval": "lm-eval",
-    "plots": "matplotlib",
-    "ray": "ray",
-    "serve": "fastapi",
-    "structured": "llguidance",
-}  # a distribution of each
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
+_NO_MODEL: dict[str, Any] = {"device": None, "device_kind": None, "threads": None, "models": []}
 _MIB = 2**20
 
 
 def describe() -> dict[str, Any]:
     """The installation as plain values."""
-    import torch
-
-    from rap_env.models.device import choose_device, device_kind
-    from rap_env.models.files.sources import cached_models
-    from rap_env.models.progress import folder_bytes
-
-    device, folder = choose_device(), cache_dir()
+    folder = cache_dir()
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    sizes = {e.name: folder_bytes(e) if e.is_dir() else e.stat().st_size for e in entries}
+    sizes = {entry.name: _bytes_of(entry) for entry in entries}
+    extras = {extra: not missing_modules(extra) for extra in EXTRAS}
     return {
         "rap_env": __version__,
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-        "extras": {extra: _installed(name) for extra, name in _EXTRAS.items()},
-        "device": str(device),
-        "device_kind": device_kind(device),
-        "threads": torch.get_num_threads(),
+        "packages": {n: v for n in _VERSIONS_OF if (v := _version(n)) is not None},
+        "extras": extras,
+        **(_device_and_models() if extras["model"] else _NO_MODEL),
         "cpus": os.cpu_count(),
         "cache": {"folder": str(folder), "bytes": sum(sizes.values()), "entries": sizes},
-        "models": [
-            {"name": model.name, "folder": str(model.folder), "bytes": model.size_bytes}
-            for model in cached_models()
-        ],
         "score_tables": [_score_table(path) for path in packaged_tables()],
     }
 
 
-def _installed(distribution: str) -> bool:
+def _device_and_models() -> dict[str, Any]:
+    """What only torch knows, and the models that are cached."""
+    import torch
+
+    from rap_env.models.device import choose_device, device_kind
+    from rap_env.models.files.sources import cached_models
+
+    device = choose_device()
+    return {
+        "device": str(device),
+        "device_kind": device_kind(device),
+        "threads": torch.get_num_threads(),
+        "models": [
+            {"name": model.name, "folder": str(model.folder), "bytes": model.size_bytes}
+            for model in cached_models()
+        ],
+    }
+
+
+def _version(distribution: str) -> str | None:
     try:
-        importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
 def _score_table(path: Path) -> dict[str, Any]:
@@ -82,16 +88,22 @@ def description(answer: dict[str, Any]) -> str:
     versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
     extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
     models, cache = answer["models"], answer["cache"]
+    device = "Device: unknown without torch"
+    if answer["device"] is not None:
+        device = (
+            f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads"
+        )
     lines = [
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"Extras installed: {', '.join(extras)}",
-        f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads, "
-        f"{answer['cpus']} CPUs",
+        f"{device}, {answer['cpus']} CPUs",
         f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
         *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
         *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
     ]
-    if not models:
+    if not answer["extras"]["model"]:
+        lines.append('To run a model: `pip install "rap-env[model]"`.')
+    elif not models:
         lines.append("No model is cached; `rap fetch` downloads the default model.")
     lines += [
         f"Model: {t['model']} in {t['environment']}, {t['scores']:,} measured scores. Predictions, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rap_env.errors import MissingDependencyError
+from rap_env.extras import require_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +32,8 @@ def draw_memory(
 
     All panels are side by side unless `columns` says how many.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError("matplotlib", "The memory picture", "plots") from None
+    require_extra("plots", "The memory picture")
+    from matplotlib.figure import Figure
 
     batches = sorted({row["batch_size"] for row in shares})
     columns = columns or len(batches)

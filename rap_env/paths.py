@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_dir() -> Path:
     """The folder for models, scores and artifacts: ``$RAP_CACHE_DIR``, or the user's cache."""
-    override = os.environ.get("RAP_CACHE_DIR")
-    return Path(override).expanduser() if override else platformdirs.user_cache_path("rap-env")
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("RAP_CACHE_DIR") or f"{users}/rap-env").expanduser()

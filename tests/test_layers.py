@@ -17,9 +17,8 @@ ROOT = Path(rap_env.__file__).parent
 
 LAYERS = (
     (
-        "version", "errors", "paths", "plugins", "specs", "artifacts", "blocks", "levels", "plan",
-        "model_facts", "request", "memory", "memory_picture",
-        "ladder",
+        "version", "errors", "extras", "paths", "plugins", "specs", "artifacts", "blocks", "levels",
+        "plan", "model_facts", "request", "memory", "memory_picture", "ladder",
     ),
     ("workload",),
     ("models",),

@@ -15,6 +15,7 @@ from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
 from rap_env.errors import ModelNotAvailableError, check_name
+from rap_env.extras import require_extra
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.repair.config import REPAIRS, check_repair
@@ -57,6 +58,7 @@ def open_context(config: ContextConfig) -> PruningContext:
 
 def _open_live(config: ContextConfig) -> LiveContext:
     """A new context of a live model; the model itself is shared within a process."""
+    require_extra("model", f"The live model {config.model!r} (unlike a score table)")
     from rap_env.scoring.corpus_loading import load_corpus
 
     llm = _open_llm(_model_settings(config))

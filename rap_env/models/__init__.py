@@ -10,3 +10,7 @@ Each room uses those above it:
 
 Import what you need from its modules; each loads torch, and most load transformers on first use.
 """
+
+from rap_env.extras import require_extra
+
+require_extra("model", "A language model")

@@ -19,7 +19,7 @@ from rap_env.plugins import Plugin, PluginError, find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Method
 from rap_env.policies.network_policy import KIND, PACKAGED_POLICIES, PolicyFile, packaged_network
-from rap_env.policies.packaged_files import packaged_context
+from rap_env.policies.packaged_files import default_facts, packaged_context
 from rap_env.policies.registry import (
     Reader,
     methods,
@@ -98,8 +98,10 @@ class OrderPolicy(Policy):
         return plan
 
 
-def load_policy(source: str | os.PathLike[str], model: HasFacts | MemoryModel) -> Policy:
-    """Load a policy for a live model.
+def load_policy(
+    source: str | os.PathLike[str], model: HasFacts | MemoryModel | None = None
+) -> Policy:
+    """Load a policy for a model.
 
     Args:
         source: The name of a policy, or the path of a file: an exported policy (``.safetensors``),
@@ -113,14 +115,15 @@ def load_policy(source: str | os.PathLike[str], model: HasFacts | MemoryModel) -
             model. For any model: ``"dense"``. Other packages may offer further names (entry points
             ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any callable
             that makes a policy from the model's byte arithmetic.
-        model: The model that is served, or its byte arithmetic.
+        model: The model that is served, or its byte arithmetic. None is the default model with
+            native weights; it is not loaded, as its facts are in the package.
 
     Raises:
         UnknownNameError: There is no policy of this name, and no such file.
         ArtifactError: The file is damaged, or of an incompatible model.
         PluginError: A policy of another package cannot be loaded or made.
     """
-    memory = model if isinstance(model, MemoryModel) else MemoryModel(model)
+    memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
     name, path = os.fspath(source), Path(source).expanduser()
     if name in packaged_policies():
         return packaged_policies()[name](memory)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
+from rap_env.extras import require_extra
 
 GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
 """How a grammar is written: as a JSON schema, a regular expression, a JSON list of strings to
@@ -136,10 +137,9 @@ class GrammarCompiler:
 
     def _load(self) -> Any:
         """The vocabulary in the library's form."""
-        try:
-            import llguidance.hf
-        except ImportError:
-            raise MissingDependencyError("llguidance", "Structured output", "structured") from None
+        require_extra("structured", "Structured output")
+        import llguidance.hf
+
         if not self._stop_token_ids:
             raise UnsupportedModelError(
                 "Structured output needs a token that ends an answer, and the model has none."

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.errors import CorpusError, MissingDependencyError
+from rap_env.errors import CorpusError
+from rap_env.extras import require_extra
 from rap_env.models.live.calibration import TEMPERATURE, TOP_P, self_written, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
@@ -218,10 +219,9 @@ def _field_text(row: Mapping[str, Any], names: str) -> str:
 
 
 def _hub_text(config: CorpusConfig) -> str:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise MissingDependencyError("datasets", "A hub data set as text", "eval") from None
+    require_extra("eval", "A hub data set as text")
+    from datasets import load_dataset
+
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rap_env.errors import CorpusError, MissingDependencyError, UnknownNameError
+from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS, lm_eval_config
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
@@ -41,22 +42,6 @@ class LoadedTask:
     name: str
     tasks: tuple[Any, ...]
     group: Any = None
-
-
-def require_lm_eval() -> None:
-    """Check that lm-eval and its dependencies for transformers models are installed.
-
-    Raises:
-        MissingDependencyError: One of them is not.
-    """
-    try:
-        import datasets  # noqa: F401
-        import lm_eval.models.huggingface
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        missing = (error.name or "lm_eval").partition(".")[0]
-        package = "lm-eval" if missing == "lm_eval" else missing
-        raise MissingDependencyError(package, "Scoring tasks", "eval") from error
 
 
 _quiet_lock = threading.RLock()
@@ -198,7 +183,7 @@ def check_scorable(names: Iterable[str]) -> None:
         UnknownNameError: There is no such task, or its config says that it is not scored by
             likelihoods.
     """
-    require_lm_eval()
+    require_extra("eval", "Scoring tasks")
     with quiet():
         for name in names:
             if not is_generated(name):

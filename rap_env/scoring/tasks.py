@@ -17,6 +17,7 @@ from rap_env.errors import (
     UnknownNameError,
     check_name,
 )
+from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
@@ -120,7 +121,7 @@ class TaskScorer:
         *,
         progress: bool = False,
     ) -> None:
-        lm_eval_tasks.require_lm_eval()
+        require_extra("eval", "Scoring tasks")
         self.llm = llm
         self.config = config
         self.store = store

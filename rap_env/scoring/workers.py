@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from rap_env.errors import InvalidRequestError, MissingDependencyError, WorkerError
+from rap_env.errors import InvalidRequestError, WorkerError
+from rap_env.extras import require_extra
 from rap_env.models.device import bound_kernel_caches, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
@@ -247,10 +248,9 @@ def batches_of(plans: Sequence[Plan], workers: int, least: int = 1) -> list[Sequ
 
 
 def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependencyError("ray", "Scoring on several workers", "ray") from None
+    require_extra("ray", "Scoring on several workers")
+    import ray
+
     return ray
 
 

@@ -9,13 +9,11 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rap_env.errors import MissingDependencyError, ServingSettingsError, check_name
+from rap_env.errors import ServingSettingsError, check_name
+from rap_env.extras import require_extra
 from rap_env.specs import check_settings, check_types, field_types
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
@@ -34,7 +32,6 @@ CHOICES = {
 }
 """Allowed values of settings that are names."""
 
-_EXTRA = ("fastapi", "uvicorn", "prometheus_client", "jinja2")  # jinja2 renders chat templates
 _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
@@ -281,17 +278,6 @@ class ServerSettings:
         return parse_bytes("log_file_bytes", self.log_file_bytes)
 
 
-def require_extra() -> None:
-    """Check that the packages of the extra ``serve`` are installed.
-
-    Raises:
-        MissingDependencyError: One is not.
-    """
-    for module in _EXTRA:
-        if find_spec(module) is None:
-            raise MissingDependencyError(module.replace("_", "-"), "Serving", "serve")
-
-
 def setting_types() -> dict[str, tuple[type, ...]]:
     """Types that each setting accepts, by its name."""
     return field_types(ServerSettings)
@@ -311,6 +297,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         ServingSettingsError: The file does not exist, has another suffix or is not valid.
     """
+    require_extra("serve", "A file of settings")
+    import yaml
+
     parsers: dict[str, Callable[[str], Any]] = {
         ".yaml": yaml.safe_load,
         ".yml": yaml.safe_load,

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rap_env.errors import ArtifactError, ServingSettingsError
+from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.models.device import use_threads
 from rap_env.models.files.loading import load_llm
@@ -30,7 +31,7 @@ from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving import limits
 from rap_env.serving.preflight import check_before_loading
-from rap_env.serving.settings import ServerSettings, require_extra
+from rap_env.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -124,7 +125,7 @@ def build_stack(
         RapError: The model, the policy or the memory source is not available, a limit does not
             suit the model, or the extra ``serve`` is not installed.
     """
-    require_extra()
+    require_extra("serve", "Serving")
     from rap_env.serving.app import create_app
     from rap_env.serving.prompts import grammar_compiler
 
@@ -213,7 +214,7 @@ def serve(
         RapError: As for `build_stack`, the address is not available, or `check_access`,
             `check_address` or `check_before_loading` rejects the settings.
     """
-    require_extra()
+    require_extra("serve", "Serving")
     from rap_env.serving.access import check_access, check_address
     from rap_env.serving.logs import server_logging
     from rap_env.serving.server import Server, bind, url_of

@@ -1,6 +1,5 @@
 """Settings are checked, read from files, and refused before weights are read if none can serve."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import (
-    MissingDependencyError,
     RapError,
     ServingSettingsError,
     UnknownNameError,
@@ -31,7 +29,6 @@ from rap_env.serving.settings import (
     ServerSettings,
     parse_bytes,
     read_settings_file,
-    require_extra,
     setting_help,
 )
 
@@ -140,17 +137,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, words):
         read_settings_file(tmp_path / name)
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert read_settings_file(tmp_path / "empty.yaml") == {}
-
-
-def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    find, missing = importlib.util.find_spec, []
-    monkeypatch.setattr(
-        "rap_env.serving.settings.find_spec", lambda name: None if name in missing else find(name)
-    )
-    for module in ("fastapi", "uvicorn", "prometheus_client", "jinja2"):
-        missing[:] = [module]
-        with pytest.raises(MissingDependencyError, match=r"rap-env\[serve\]"):
-            require_extra()
 
 
 def test_an_address_can_be_bound_only_once():
