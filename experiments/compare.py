@@ -6,7 +6,6 @@ Only the comparison is printed to the standard output.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison.loading import Group, Learning, read_groups
-from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import tables_markdown
 from experiments.comparison.training_runs import TrainingRun
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import launch_reader
 from experiments.study.looks import short_label
-from experiments.study.records import Cell
 from experiments.study.run_names import short_keys
 from experiments.study.tables import (
     Table,
@@ -35,91 +32,9 @@ from experiments.study.tables import (
 def compare(config: CompareConfig) -> str:
     """Return the comparison of all methods in some folders, in the configured format."""
     groups, learning = read_groups(config.folders)
-    if config.format == "json":
-        rows = [*result_rows(groups, learning), *training_rows(groups, learning)]
-        return json.dumps(rows, indent=1, allow_nan=False)
     if config.format == "text":
         return rendered(as_markdown(groups, learning, captions=True))
     return as_markdown(groups, learning)
-
-
-def result_rows(groups: list[Group], learning: Sequence[Learning] = ()) -> list[dict[str, Any]]:
-    """Return a row for each group, part, method and cell.
-
-    Keys with ``loss`` are ΔNLL in nats per token, on the report text unless stated otherwise.
-    Trained methods also have what varies in their sweep, and the mean objective of their runs.
-    """
-    trained = {(f.name, method): runs for f in learning for method, runs in f.by_method.items()}
-    rows = []
-    for group in groups:
-        for comparison in group.parts.values():
-            for method in comparison.compared:
-                runs = trained.get((group.home, method))
-                sweep = {} if runs is None else _sweep_of(runs)
-                cells = sorted({row.cell for row in comparison.rows if row.method == method})
-                rows += [{**_row(group, comparison, method, cell), **sweep} for cell in cells]
-    return rows
-
-
-def training_rows(groups: list[Group], learning: Sequence[Learning]) -> list[dict[str, Any]]:
-    """Return a row for each training run whose method no evaluation has measured."""
-    measured = {(group.home, row.method) for group in groups for row in group.rows}
-    facts = ("objective_on", "timesteps", "evaluations", "training_s")
-    return [
-        {
-            "comparison": part.name,
-            "model": part.model,
-            "repair": part.repair,
-            "part": "training",
-            "method": run.method,
-            "run": run.label,
-            "learned": True,
-            "seed": run.seed,
-            "swept": run.swept,
-            "objective": run.objective,
-            "finished": "finished" in run.facts,
-            "pruned": run.facts.get("pruned", False),
-            "final_loss": final_delta_nll(run),
-            **{name: run.facts.get(name) for name in facts},
-        }
-        for part in learning
-        for run in part.runs
-        if (part.name, run.method) not in measured
-    ]
-
-
-def _sweep_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:
-    return {"swept": settings_of(runs), "objective": mean_objective(runs)}
-
-
-def _row(group: Group, comparison: Comparison, method: str, cell: Cell) -> dict[str, Any]:
-    summary, first = comparison.summary(method, [cell]), comparison.at(method, cell)[0]
-    return {
-        "comparison": group.name,
-        "model": group.model,
-        "repair": group.repair,
-        "part": comparison.part,
-        "method": method,
-        "learned": method in comparison.learned,
-        "request": f"{cell[0]}x{cell[1]}",
-        "budget_fraction": cell[2],
-        "budget_bytes": first.budget_bytes,
-        "target_loss": first.target_loss,
-        "sparsity": first.sparsity,
-        "loss_mean": summary.delta_nll.mean,
-        "ci_low": summary.delta_nll.low,
-        "ci_high": summary.delta_nll.high,
-        "loss_calibration_mean": summary.delta_nll_calibration,
-        "seeds": summary.rows,
-        "fits": summary.fits_all,
-        "kv_aware": summary.kv_aware,
-        "evaluations": summary.evaluations,
-        "decision_s": summary.decision_s,
-        "setup_evaluations": summary.setup_evaluations,
-        "training_s": summary.training_s,
-        "report_sha256": group.depends_on.get("report_sha256"),
-        "calibration_sha256": group.depends_on.get("calibration_sha256"),
-    }
 
 
 def settings_of(runs: Sequence[TrainingRun]) -> dict[str, Any]:

@@ -116,14 +116,12 @@ class Group:
     Attributes:
         name: The comparison's folder, relative to the searched folder, and what distinguishes the
             group from others of the folder.
-        home: That folder alone.
         model: The model's name.
         repair: Name of the stubs that replace removed blocks; ``none`` without stubs.
         rows: Result rows.
     """
 
     name: str
-    home: str
     model: str
     repair: str
     rows: list[ResultRow]
@@ -193,7 +191,7 @@ def _groups(
             key = (name, *(str(depends.get(part)) for part in _SEPARATE))
             if key not in found:
                 model, repair = _model(settings, depends), _repair(settings, depends)
-                found[key] = Group(name, name, model, repair, [])
+                found[key] = Group(name, model, repair, [])
             found[key].rows.append(row)
     return _distinct_names(list(found.values()))
 

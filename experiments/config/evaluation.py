@@ -144,7 +144,7 @@ class CompareConfig(Section):
 
     runs: Any = "runs"
     """A folder or a list of folders; records are found at any depth."""
-    format: Annotated[str, among("text", "json", "markdown")] = "text"
+    format: Annotated[str, among("text", "markdown")] = "text"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,6 @@ from experiments.config.common import (
     parse_shape,
     within,
 )
-from experiments.errors import ExperimentError
 from rap_env.serving.settings import CHOICES, ServerSettings
 
 Meter = Annotated[str, among("process", "tensors")]
@@ -99,12 +98,10 @@ class ReplayConfig(Section):
     )
     """Systems to run, in this order; all get the same arrivals and the same budget."""
     trace: str | None = None
-    """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null generates
-    `traffic`."""
-    traffic: Annotated[str, among("azure-conv", "azure-code")] = "azure-conv"
-    """Model of the synthetic traffic."""
+    """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null samples arrivals with the
+    lengths of Azure's conversations."""
     arrivals_per_minute: Positive = 300.0
-    """Arrival rate of the synthetic traffic, in trace time and before `every` is applied."""
+    """Arrival rate without a trace, in trace time and before `every` is applied."""
     minutes: Positive = 10.0
     """Minutes of the trace to replay."""
     every: Count = 75
@@ -112,9 +109,7 @@ class ReplayConfig(Section):
     time_scale: Positive = 10.0
     """Seconds of trace time per second of the replay."""
     token_scale: Positive = 0.1
-    """Factor by which prompt lengths are scaled."""
-    new_token_scale: Positive | None = None
-    """Factor by which answer lengths are scaled; null for `token_scale`."""
+    """Factor by which lengths are scaled."""
     max_prompt_tokens: Count = 256
     max_new_tokens: Count = 32
     text: TextConfig = field(
@@ -123,10 +118,9 @@ class ReplayConfig(Section):
     """Text that prompts are cut from; the dense model writes this one within half a minute."""
     known_share: Share = 0.25
     """Share of requests with a known answer."""
-    known_task: Annotated[str, among("lambada_openai", "rap_recall")] = "rap_recall"
-    """``rap_recall`` (lists from templates), or ``lambada_openai``, which needs `data_root`."""
     data_root: str | None = None
-    """Folder with one folder for each lm-eval task, for ``lambada_openai``."""
+    """Folder with ``lambada_openai/test.jsonl``, whose last words are the known answers; null for
+    lists from templates."""
     reference: ShapeText = "8x256"
     """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
     policy: str = "rap-v0"
@@ -136,8 +130,6 @@ class ReplayConfig(Section):
     """Policy of the system ``knapsack``: level costs, or the name of bundled ones."""
     frontier: str = "frontier"
     """Table of the systems ``frontier`` and ``oracle``: a file, or the name of a bundled one."""
-    gsi: str | None = None
-    """GSI artifact of the system ``static_gsi``; null for the order in the policy file."""
     greedy_tokens: Annotated[int, within(2)] = 16
     """Tokens of text on which the system ``greedy`` evaluates masks while it serves."""
     max_batch_size: Count = 8
@@ -157,14 +149,6 @@ class ReplayConfig(Section):
     """Minimum time for which a mask is kept before blocks are restored, in seconds."""
     mask_loss_windows: Count = 2
     """Windows of `text` on which ΔNLL of the used plans is measured."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.known_task == "lambada_openai" and self.known_share and not self.data_root:
-            raise ExperimentError(
-                "replay.known_task=lambada_openai needs replay.data_root, a folder with "
-                "lambada_openai/test.jsonl; or set replay.known_task=rap_recall."
-            )
 
     @property
     def reference_shape(self) -> tuple[int, int]:

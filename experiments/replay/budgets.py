@@ -1,13 +1,12 @@
-"""Moving memory budgets of a replay: step functions of time, from settings or a recorded file."""
+"""Moving memory budgets of a replay: what co-tenants leave free, or steps of a recorded file."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,6 @@ import numpy as np
 from rap_env.errors import RapError
 from rap_env.specs import split_spec
 
-COLUMNS = ("time_s", "budget_bytes")
-"""Fields of a recorded budget."""
-
-_SINE_STEPS = 64
 _DRAWN_S = 24 * 3600.0  # seconds for which co-tenants are drawn; then the last level stays
 _TENANTS_PER_DRAW = 256
 
@@ -34,12 +29,11 @@ class BudgetError(RapError, ValueError):
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a system may use at each time, constant between changes.
+    """Bytes that a system may use at each time, constant between changes; the last level stays.
 
     Attributes:
         times_s: Times of the changes in seconds from the start, ascending, the first of them 0.
         levels_bytes: Bytes from each time on.
-        period_s: Seconds after which the steps repeat; None keeps the last level.
 
     Raises:
         BudgetError: Times and levels differ in length or are empty, times do not ascend from 0, or
@@ -48,7 +42,6 @@ class Budget:
 
     times_s: Sequence[float]
     levels_bytes: Sequence[int]
-    period_s: float | None = None
 
     def __post_init__(self) -> None:
         times, levels = self.times_s, self.levels_bytes
@@ -60,11 +53,6 @@ class Budget:
             )
         if min(levels) < 1:
             raise BudgetError(f"A budget must be at least 1 byte, not {min(levels)}.")
-        if self.period_s is not None and not times[-1] < self.period_s < math.inf:
-            raise BudgetError(
-                f"The period of a budget must be longer than its last time ({times[-1]} s), not "
-                f"{self.period_s!r}."
-            )
 
     def at(self, time_s: float) -> int:
         """Bytes at a time; before the start, those at the start."""
@@ -80,53 +68,13 @@ class Budget:
 
     def next_change(self, time_s: float, horizon_s: float) -> float | None:
         """Time of the first change after `time_s` and up to `horizon_s`, or None."""
-        times, _ = self._until(horizon_s)
-        index = bisect_right(times, time_s)
-        return times[index] if index < len(times) and times[index] <= horizon_s else None
+        index = bisect_right(self.times_s, time_s)
+        later = self.times_s[index : index + 1]
+        return later[0] if later and later[0] <= horizon_s else None
 
     def _between(self, start_s: float, end_s: float) -> Sequence[int]:
-        times, levels = self._until(end_s)
-        first = max(0, bisect_right(times, start_s) - 1)
-        return levels[first : max(first + 1, bisect_right(times, end_s))]
-
-    def _until(self, time_s: float) -> tuple[Sequence[float], Sequence[int]]:
-        """All changes up to a time, and possibly some later ones."""
-        if self.period_s is None:
-            return self.times_s, self.levels_bytes
-        rounds = 1 + int(max(0.0, time_s) // self.period_s)
-        times = [n * self.period_s + time for n in range(rounds) for time in self.times_s]
-        return times, list(self.levels_bytes) * rounds
-
-
-def constant_budget(scale: Scale, level: float = 0.85) -> Budget:
-    """A budget that does not change."""
-    return Budget([0.0], [scale(level)])
-
-
-def step_budget(
-    scale: Scale,
-    times_s: Sequence[float] = (0, 20, 40, 50),
-    levels: Sequence[float] = (1.05, 0.8, 0.9, 0.75),
-    period_s: float | None = 60,
-) -> Budget:
-    """A budget of given levels; without a period the last one stays."""
-    return Budget(list(times_s), list(map(scale, levels)), period_s)
-
-
-def sine_budget(
-    scale: Scale,
-    mean: float = 0.9,
-    amplitude: float = 0.15,
-    period_s: float = 60,
-    phase_s: float = 0,
-) -> Budget:
-    """A sinusoidal budget, in steps of a 64th of its period; with phase 0 it rises at the start."""
-    _need_positive(period_s=period_s)
-    times = [n * period_s / _SINE_STEPS for n in range(_SINE_STEPS)]
-    middle_s = period_s / _SINE_STEPS / 2  # of a step
-    angles = [2 * math.pi * (time + middle_s + phase_s) / period_s for time in times]
-    middle, swing = scale(mean), scale(amplitude)
-    return Budget(times, [int(middle + swing * math.sin(angle)) for angle in angles], period_s)
+        first = max(0, bisect_right(self.times_s, start_s) - 1)
+        return self.levels_bytes[first : max(first + 1, bisect_right(self.times_s, end_s))]
 
 
 def cotenant_budget(
@@ -150,7 +98,11 @@ def cotenant_budget(
             f"A budget with co-tenants needs sizes of at least 1 byte and a floor from 1 byte to "
             f"its capacity; got the sizes {choices}, the floor {least} and the capacity {free}."
         )
-    _need_positive(arrivals_per_minute=arrivals_per_minute, mean_stay_s=mean_stay_s)
+    if not (0 < arrivals_per_minute < math.inf and 0 < mean_stay_s < math.inf):
+        raise BudgetError(
+            "arrivals_per_minute and mean_stay_s of a budget must be above 0, not "
+            f"{arrivals_per_minute!r} and {mean_stay_s!r}."
+        )
     rng = np.random.default_rng(seed)
     now, moves = 0.0, [(0.0, 0)]
     present: list[tuple[float, int]] = []  # end and size of each tenant
@@ -170,36 +122,28 @@ def cotenant_budget(
 
 
 def read_budget(_scale: Scale, path: str) -> Budget:
-    """Read a recorded budget: a CSV file, or JSON lines if the name ends in ``.jsonl``.
+    """Read a recorded budget from a CSV file; its first time becomes 0.
 
     Args:
-        path: A file with the fields `COLUMNS` in ascending order of time; its first time becomes 0.
+        path: A file with the columns ``time_s``, in ascending order, and ``budget_bytes``.
 
     Raises:
         BudgetError: The file is missing, malformed or empty, or its times do not ascend.
     """
-    file = Path(path).expanduser()
-    rows: Iterable[Any]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = map(json.loads, lines) if file.suffix == ".jsonl" else csv.DictReader(lines)
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        rows = csv.DictReader(lines)
         points = [(float(row["time_s"]), int(row["budget_bytes"])) for row in rows]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise BudgetError(
-            f"The budget {path} cannot be read ({error!r}); give a CSV or JSON-lines file with "
-            f"{' and '.join(COLUMNS)}."
+            f"The budget {path} cannot be read ({error!r}); give a CSV file with time_s and "
+            "budget_bytes."
         ) from None
     start = points[0][0] if points else 0.0
     return Budget([time - start for time, _ in points], [level for _, level in points])
 
 
-BUDGETS: dict[str, Callable[..., Budget]] = {
-    "constant": constant_budget,
-    "step": step_budget,
-    "sine": sine_budget,
-    "cotenants": cotenant_budget,
-    "file": read_budget,
-}
+BUDGETS: dict[str, Callable[..., Budget]] = {"cotenants": cotenant_budget, "file": read_budget}
 """What makes each kind of budget from its settings."""
 
 
@@ -232,9 +176,3 @@ def make_budget(settings: str | Mapping[str, Any], reference_bytes: int) -> Budg
         raise BudgetError(
             f"The budget {name!r} lacks a setting or has a wrong one: {error}."
         ) from None
-
-
-def _need_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise BudgetError(f"{name} of a budget must be above 0, not {value!r}.")

@@ -53,6 +53,7 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
     memory = MemoryModel(llm)
     reference_bytes = memory.dense_peak_bytes(*settings.reference_shape)
     budget = make_budget(config.budget, reference_bytes)
+    spec = config.budget if isinstance(config.budget, dict) else {"name": config.budget}
     workload = make_workload(config, llm)
     factory = SystemFactory(config, llm, workload, budget)
     depends_on = {
@@ -61,11 +62,11 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
         "dtype": memory.facts.dtype,
         "num_layers": memory.facts.num_layers,
         "load_sha256": workload.provenance["sha256"],
-        "budget": config.budget if isinstance(config.budget, dict) else {"name": config.budget},
+        "budget": {key: _file_hash(v) if key == "path" else v for key, v in spec.items()},
         "reference_bytes": reference_bytes,
-        "policies": list(
-            map(_file_hash, (settings.policy, settings.knapsack, settings.frontier, settings.gsi))
-        ),
+        "policies": [
+            _file_hash(name) for name in (settings.policy, settings.knapsack, settings.frontier)
+        ],
     }
     for name in settings.systems:
         decisions = folder / "decisions" / f"{name}.jsonl"
@@ -74,10 +75,10 @@ def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
         yield Job(ReplayRow, (name,), depends_on, measure, facts={"load": workload.provenance})
 
 
-def _file_hash(name: str | None) -> str | None:
+def _file_hash(name: str) -> str:
     """Hash of a file's content; a name that is no file's stays."""
-    path = Path(name).expanduser() if name else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else name
+    path = Path(name).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
 
 
 def replayed(

@@ -142,8 +142,8 @@ class SystemFactory:
     def _ordered(self) -> Policy:
         if not self._guard_order:
             raise ExperimentError(
-                f"The policy {self._config.replay.policy} holds no GSI order; set replay.gsi to "
-                "the gsi.json of `python -m experiments.profile`."
+                f"The policy {self._config.replay.policy} holds no GSI order, which static systems "
+                "need; give the policy of a training with importance=gsi."
             )
         return OrderPolicy(self._memory, self._guard_order)
 
@@ -158,17 +158,6 @@ class SystemFactory:
     @cached_property
     def _guard_order(self) -> tuple[int, ...] | None:
         """The GSI order; None without one, and the controller then removes the largest blocks."""
-        path = self._config.replay.gsi
-        if path is not None:
-            from rap_env.importance.profiles import GSIProfile
-
-            try:
-                return GSIProfile.load(path, self._llm).full_order
-            except FileNotFoundError:
-                raise ExperimentError(
-                    f"There is no GSI artifact {path}; measure one with "
-                    "`python -m experiments.profile`."
-                ) from None
         if self._trained.order and not self._trained.lowers:
             return self._trained.order
         try:

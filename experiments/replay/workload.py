@@ -1,9 +1,9 @@
 """The workload of a replay: when requests arrive, how long they are, and their prompts.
 
-Arrivals come from a trace file or are sampled from fitted traffic. A data center's trace is more
-than a small machine can serve, so it is thinned (every k-th request is kept), replayed faster, and
-its lengths are scaled and capped; bursts and the mix of short and long requests remain. Prompts
-are cut from real text; some have a known answer.
+Arrivals come from a trace file, or are sampled with the lengths of fitted traffic. The trace of a
+data center is more than a small machine can serve, so it is thinned (every k-th request is kept),
+replayed faster, and its lengths are scaled and capped; bursts and the mix of short and long
+requests remain. Prompts are cut from real text; some have a known answer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.generated_tasks import generated_task
 from rap_env.scoring.local_data import TASK_FIELDS, read_rows
-from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, COLUMNS, TraceError, open_trace
+from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, open_trace
 
-FITTED_TRAFFIC = {"azure-conv": (AZURE_CONV, 0.149), "azure-code": (AZURE_CODE, 0.013)}
-"""Fitted traffic by name: total lengths, and the mean generated share of a sequence (fitted to the
-requests before 18:55 of the Azure LLM inference trace 2023)."""
+GENERATED_SHARE = 0.149
+"""Mean generated share of a sequence in the requests before 18:55 of the conversations of the Azure
+LLM inference trace 2023, whose lengths `AZURE_CONV` has."""
 
 Arrival = tuple[float, int, int]
 """One request of a trace: seconds, prompt tokens, generated tokens."""
@@ -172,13 +172,12 @@ def sample_arrivals(settings: ReplayConfig, seed: int = 0) -> list[Arrival]:
 
 
 def _sample(settings: ReplayConfig, seed: int) -> Iterator[Arrival]:
-    table, generated_share = FITTED_TRAFFIC[settings.traffic]
     rng = np.random.default_rng(seed)
     moment = 0.0
     while moment < 60 * settings.minutes:
         moment += float(rng.exponential(60 / settings.arrivals_per_minute))
-        tokens = table.sample(rng)
-        new = round(tokens * generated_share * 2 * float(rng.random()))
+        tokens = AZURE_CONV.sample(rng)
+        new = round(tokens * GENERATED_SHARE * 2 * float(rng.random()))
         new = min(max(1, new), max(1, tokens - 1))
         yield moment, max(1, tokens - new), new
 
@@ -189,15 +188,14 @@ def thinned(arrivals: Iterable[Arrival], settings: ReplayConfig) -> list[Arrival
     Raises:
         TraceError: No request is left.
     """
-    new_scale = settings.new_token_scale or settings.token_scale
-    within = itertools.takewhile(lambda row: row[0] < 60 * settings.minutes, arrivals)
+    in_time = itertools.takewhile(lambda row: row[0] < 60 * settings.minutes, arrivals)
     kept = [
         (
             time_s / settings.time_scale,
             min(max(1, round(prompt * settings.token_scale)), settings.max_prompt_tokens),
-            min(max(1, round(new * new_scale)), settings.max_new_tokens),
+            min(max(1, round(new * settings.token_scale)), settings.max_new_tokens),
         )
-        for time_s, prompt, new in itertools.islice(within, None, None, settings.every)
+        for time_s, prompt, new in itertools.islice(in_time, None, None, settings.every)
     ]
     if not kept:
         raise TraceError(
@@ -208,26 +206,26 @@ def thinned(arrivals: Iterable[Arrival], settings: ReplayConfig) -> list[Arrival
 
 
 def known_answers(settings: ReplayConfig, count: int, seed: int) -> list[Known]:
-    """Return prompts with a known continuation.
+    """Return prompts with a known continuation: of LAMBADA, or of generated lists.
 
     Raises:
-        CorpusError: The data of the task is missing or malformed.
-        ExperimentError: The task has fewer than `count` such prompts.
+        CorpusError: LAMBADA is missing or malformed.
+        ExperimentError: It has fewer than `count` such prompts.
     """
     if not count:
         return []
-    if settings.known_task == "lambada_openai":
-        path = Path(str(settings.data_root)).expanduser() / "lambada_openai" / "test.jsonl"
+    if settings.data_root is not None:
+        path = Path(settings.data_root).expanduser() / "lambada_openai" / "test.jsonl"
         rows = read_rows(path, TASK_FIELDS["lambada_openai"])
         parts = [str(row["text"]).rstrip().rpartition(" ") for row in rows]
         pairs = [(context, word) for context, _, word in parts if context and word]
     else:
-        documents = generated_task(settings.known_task).documents(seed, count)
+        documents = generated_task("rap_recall").documents(seed, count)
         pairs = [(d["context"], d["choices"][d["gold"]].strip()) for d in documents]
     if len(pairs) < count:
         raise ExperimentError(
-            f"{settings.known_task} has {len(pairs)} prompts with a known answer, but the replay "
-            f"asks for {count}; lower replay.known_share."
+            f"There are {len(pairs)} prompts with a known answer, but the replay asks for {count}; "
+            "lower replay.known_share."
         )
     chosen = np.random.default_rng([seed, 2]).permutation(len(pairs))[:count]
     return [pairs[place] for place in chosen.tolist()]
@@ -248,7 +246,7 @@ def _provenance(
 ) -> dict[str, Any]:
     """Describe the requests; a trace is named by its file name, without its folder."""
     return {
-        "trace": Path(settings.trace).name if settings.trace else f"fitted {settings.traffic}",
+        "trace": Path(settings.trace).name if settings.trace else "fitted azure-conv",
         "last_arrival_s": round(requests[-1].time_s, 3),
         "prompt_tokens_mean": round(float(np.mean([len(r.prompt_ids) for r in requests])), 1),
         "new_tokens_mean": round(float(np.mean([r.new_tokens for r in requests])), 1),

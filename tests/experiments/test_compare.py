@@ -1,7 +1,6 @@
-"""Comparison of run folders: separate groups, and pure JSON output."""
+"""Comparison of run folders: separate groups, and pure output."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,10 @@ from experiments.config.evaluation import CompareConfig
 from experiments.errors import ExperimentError
 from experiments.study.records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
-from tests.experiments.synthetic_records import DEPENDS, FACTORS, make_row, make_rows, write_root
+from tests.experiments.synthetic_records import DEPENDS, make_row, make_rows
 from tests.programs import run_python
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = {
-    "comparison": str, "model": str, "repair": str, "method": str, "request": str,
-    "budget_fraction": float, "loss_mean": float, "ci_low": float, "ci_high": float,
-    "evaluations": float, "decision_s": float, "seeds": int, "loss_calibration_mean": float,
-}  # fmt: skip
 
 
 def write_rows(folder, rows, model="some-model", repair="none"):
@@ -35,9 +29,12 @@ def depending(**changes):
     return {"depends_on": {**DEPENDS, **changes, "method": {}}}
 
 
-def as_json(*folders):
-    config = CompareConfig(runs=[str(folder) for folder in folders], format="json")
-    return json.loads(compare(config))
+def groups_of(*folders):
+    return {group.name: group for group in read_groups(list(folders))[0]}
+
+
+def mean_losses(group, part="grid"):
+    return {s.method: s.delta_nll.mean for s in group.parts[part].summaries}
 
 
 @pytest.fixture
@@ -53,31 +50,12 @@ def pair(tmp_path):
     return tmp_path / "some"
 
 
-def test_json_has_a_row_for_each_method_and_cell(root):
-    rows = as_json(root)
-    assert {row["method"] for row in rows} == set(FACTORS), "the dense model is not compared"
-    assert len(rows) == 9 * len(FACTORS)
-    for row in rows:
-        for key, kind in SCHEMA.items():
-            assert isinstance(row[key], kind), key
-        assert row["comparison"] == "syn"
-        assert row["ci_low"] <= row["loss_mean"] <= row["ci_high"]
-    by_method = {row["method"]: row for row in rows}
-    assert by_method["maskable_ppo"]["seeds"] == 2
-    assert by_method["maskable_ppo"]["learned"]
-    assert by_method["random"]["seeds"] == 3
-    assert not by_method["gsi"]["learned"]
-    assert {row["request"] for row in rows} == {"1x128", "4x1024", "8x2048"}
-
-
 def test_losses_are_those_of_the_report_text(pair):
-    rows = as_json(pair)
-    found = {(row["comparison"], row["method"]): row["loss_mean"] for row in rows}
-    assert found == {
-        ("one", "gsi"): 1.0, ("one", "greedy_per_byte"): 0.5,
-        ("two", "gsi"): 3.0, ("two", "greedy_per_byte"): 1.5,
+    groups = groups_of(pair)
+    assert {name: mean_losses(group) for name, group in groups.items()} == {
+        "one": {"greedy_per_byte": 0.5, "gsi": 1.0}, "two": {"greedy_per_byte": 1.5, "gsi": 3.0}
     }  # fmt: skip
-    assert {row["model"] for row in rows} == {"model-one", "model-two"}
+    assert [group.model for group in groups.values()] == ["model-one", "model-two"]
 
 
 @pytest.mark.parametrize(
@@ -97,29 +75,26 @@ def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
 def test_a_repair_has_the_name_of_its_run(tmp_path):
     row = make_row("gsi", (1, 128), 0.9, provenance=depending(repair="9" * 64))
     write_rows(tmp_path / "r", [row], repair="some/folder/distilled.safetensors")
-    assert as_json(tmp_path)[0]["repair"] == "distilled"
+    assert groups_of(tmp_path)["r"].repair == "distilled"
 
 
 def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):
-    assert as_json(pair, pair / "one") == as_json(pair)
-    inner = as_json(pair / "one")
-    assert {row["comparison"] for row in inner} == {"one"}
-    assert len(inner) == 2
-    deep = as_json(pair.parent)
-    assert {row["comparison"] for row in deep} == {"some/one", "some/two"}
+    assert groups_of(pair, pair / "one") == groups_of(pair)
+    assert len(groups_of(pair / "one")["one"].rows) == 2
+    assert groups_of(pair.parent).keys() == {"some/one", "some/two"}
 
 
 def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     row = make_row("gsi", (1, 128), 0.9)
     for label in ("a", "b"):
         append_record(tmp_path / "x/evaluate" / label / "results.jsonl", row.to_record())
-    (found,) = as_json(tmp_path)
-    assert found["seeds"] == 1
-    assert found["loss_mean"] == pytest.approx(row.loss)
+    (summary,) = groups_of(tmp_path)["x"].parts["grid"].summaries
+    assert summary.rows == 1
+    assert summary.delta_nll.mean == pytest.approx(row.loss)
     other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
     append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
     with pytest.raises(ArtifactError, match="gsi .* have different masks or plans"):
-        as_json(tmp_path)
+        compare(CompareConfig(runs=str(tmp_path)))
 
 
 def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
@@ -128,13 +103,10 @@ def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
         rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_losses=[50.0] * 16))
         rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_losses=[90.0] * 16))
     write_rows(tmp_path / "x", rows)
-    parts = {row["part"]: row for row in as_json(tmp_path)}
-    assert parts["sparsity"]["sparsity"] == 0.2
-    assert parts["sparsity"]["loss_mean"] == 50.0
-    assert parts["outside"]["loss_mean"] == 90.0
-    (group,), _ = read_groups([tmp_path])
-    grid = {s.method: s.delta_nll.mean for s in group.parts["grid"].summaries}
-    assert max(grid.values()) < 50.0
+    group = groups_of(tmp_path)["x"]
+    assert set(mean_losses(group, "sparsity").values()) == {50.0}
+    assert set(mean_losses(group, "outside").values()) == {90.0}
+    assert max(mean_losses(group).values()) < 50.0
     text = compare(CompareConfig(runs=str(tmp_path)))
     assert "-- At fixed sparsity --" in text
     assert "-- Outside the training range of policies --" in text
@@ -159,7 +131,7 @@ def test_text_and_markdown_show_verdicts_curves_and_costs(root):
     assert "Better / even / worse" in page
 
 
-def test_trainings_alone_are_rows_with_what_varied_and_the_objective(tmp_path):
+def test_trainings_alone_show_what_varied_and_the_objective(tmp_path):
     for name, swept, objective in (
         ("a", {"x.y": 1}, 0.5),
         ("b", {"x.y": 2}, 0.25),
@@ -169,29 +141,10 @@ def test_trainings_alone_are_rows_with_what_varied_and_the_objective(tmp_path):
         folder.mkdir(parents=True)
         record = {"method": name, "seed": 0, "swept": swept, "objective": objective}
         (folder / "run.json").write_text(json.dumps(record))
-    rows = as_json(tmp_path)
-    assert [row["part"] for row in rows] == ["training"] * 3
-    assert [row["swept"] for row in rows] == [{"x.y": 1}, {"x.y": 2}, {}]
-    assert [row["objective"] for row in rows] == [0.5, 0.25, None]
     text = compare(CompareConfig(runs=str(tmp_path)))
     table = [line.split() for line in text.split("what varies ==")[1].splitlines() if line]
     assert table[0] == ["y", "Trained", "Objective"]
     assert [line[0] for line in table[2:]] == ["2", "1", "-"], "the best first"
-
-
-def test_evaluated_methods_have_what_varied_in_their_sweep(tmp_path):
-    root = write_root(tmp_path / "syn", agent_seeds=2)
-    for seed in (0, 1):
-        path = root / "train" / f"maskable_ppo-s{seed}" / "run.json"
-        swept = {"seed": seed, "agent.hyperparameters.gamma": 0.9}
-        record = {**json.loads(path.read_text()), "swept": swept, "objective": 0.5 + seed}
-        path.write_text(json.dumps(record))
-    rows = as_json(root)
-    assert len(rows) == 9 * len(FACTORS), "a run that was evaluated has no row of its own"
-    found = [row for row in rows if row["method"] == "maskable_ppo"]
-    assert all(row["swept"] == {"agent.hyperparameters.gamma": 0.9} for row in found)
-    assert {row["objective"] for row in found} == {1.0}
-    assert all("objective" not in row for row in rows if row["method"] == "gsi")
 
 
 def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
@@ -209,8 +162,8 @@ def test_errors_name_the_wrong_value(tmp_path):
         compare(CompareConfig(runs=str(tmp_path / "nothing")))
     with pytest.raises(ExperimentError, match="no records under"):
         compare(CompareConfig(runs=str(tmp_path)))
-    with pytest.raises(UnknownNameError, match="Did you mean 'json'"):
-        CompareConfig(format="jsn")
+    with pytest.raises(UnknownNameError, match="Did you mean 'markdown'"):
+        CompareConfig(format="markdwn")
     with pytest.raises(ExperimentError, match="a folder or a list of folders"):
         CompareConfig(runs=[])
 
@@ -222,13 +175,11 @@ def run_compare(*arguments, cwd):
     )
 
 
-def test_the_program_prints_json_of_published_records_and_nothing_else(tmp_path):
-    done = run_compare(f"runs={ROOT}/results", "format=json", cwd=tmp_path)
+def test_the_program_prints_published_records_and_nothing_else(tmp_path):
+    done = run_compare(f"runs={ROOT}/results/seeds", "format=markdown", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = [row for row in json.loads(done.stdout) if row["part"] != "training"]
-    assert {row["comparison"] for row in rows} >= {"learning", "seeds"}
-    assert {"gsi", "greedy_per_byte", "maskable_ppo"} <= {row["method"] for row in rows}
-    assert all(math.isfinite(row["loss_mean"]) for row in rows)
+    assert done.stdout.startswith("# seeds: ")
+    assert "| MaskablePPO (5) |" in done.stdout
     assert list(tmp_path.iterdir()) == [], "it makes no run folder"
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from experiments.compare import compare, result_rows
+from experiments.compare import compare
 from experiments.comparison.evaluation import (
     TABLE_FILE,
     build_methods,
@@ -137,8 +137,7 @@ def test_parts_are_compared_separately(evaluated):
     groups, learning = read_groups([evaluated.root])
     assert [part for group in groups for part in group.parts] == ["grid", "sparsity", "outside"]
     assert [run.method for found in learning for run in found.runs] == ["rap"]
-    rows = result_rows(groups)
-    assert {row["sparsity"] for row in rows if row["part"] == "sparsity"} == {0.1, 0.3}
+    assert {row.sparsity for row in groups[0].parts["sparsity"].rows} == {0.1, 0.3}
     assert groups[0].parts["grid"].learned == ["rap", "rap-best_of=4"]
     assert groups[0].parts["grid"].main_policy.method == "rap"
     text = compare(CompareConfig(runs=str(evaluated.root)))

@@ -18,11 +18,12 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 4
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-STEPS = {"name": "step", "unit": "fraction", "times_s": [0, 2, 3], "levels": [1.1, 0.36, 1.1]}
+STEPS = ((0, 1.1), (2, 0.36), (3, 1.1))
+"""Seconds, and budgets as shares of the peak of 3 x 30 tokens."""
 
 
 def write_model(base: Path) -> None:
-    """A model folder, a text, a trace of 24 requests in 6 s, a policy and a frontier table."""
+    """A model folder, a text, a trace of 24 requests in 6 s, a budget, a policy and a frontier."""
     tiny_model(layers=LAYERS).save_pretrained(base / "model")
     tiny_tokenizer().save_pretrained(base / "model")
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz ,."), 2400)
@@ -30,6 +31,9 @@ def write_model(base: Path) -> None:
     lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
     (base / "trace.csv").write_text(HEAD + "\n".join(lines) + "\n")
     llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
+    peak = MemoryModel(llm).dense_peak_bytes(3, 30)
+    steps = "".join(f"{time_s},{int(share * peak)}\n" for time_s, share in STEPS)
+    (base / "budget.csv").write_text(f"time_s,budget_bytes\n{steps}")
     made_policies.policy_file(model=MemoryModel(llm)).save(base / "policy.safetensors")
     rng = np.random.default_rng(1)
     masks = [Plan.removing(*rng.permutation(2 * LAYERS)[:k].tolist())
@@ -45,7 +49,7 @@ def tiny_replay(base: Path, **changed) -> Config:
     settings = ReplayConfig(
         trace=str(base / "trace.csv"), minutes=1, every=1, time_scale=1.0, token_scale=1.0,
         max_prompt_tokens=28, max_new_tokens=8,
-        text=text, known_share=0.25, known_task="rap_recall", reference="3x30",
+        text=text, known_share=0.25, reference="3x30",
         policy=str(base / "policy.safetensors"), frontier=str(base / "frontier.json"),
         max_batch_size=3, max_queue=8, queue_timeout_s=1.5, prefill_chunk_tokens=16, hold_s=0.2,
         greedy_tokens=8, meter="tensors", residency="drop", mask_loss_windows=1,
@@ -54,6 +58,6 @@ def tiny_replay(base: Path, **changed) -> Config:
         stage="replay", name="tiny", runs_dir=str(base / "runs"), progress=False, store=None,
         model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
         calibration=TextConfig(source="self", windows=2, window_tokens=12, seed=9),
-        budget=dict(STEPS), replay=settings,
+        budget={"name": "file", "path": str(base / "budget.csv")}, replay=settings,
     )  # fmt: skip
     return replace(config, **changed)

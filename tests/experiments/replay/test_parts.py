@@ -131,7 +131,7 @@ def test_prompts_are_cut_from_the_text_to_the_requested_lengths(loaded):
 
 
 def test_known_answers_follow_their_prompts():
-    recall = known_answers(ReplayConfig(known_task="rap_recall"), 8, seed=0)
+    recall = known_answers(ReplayConfig(), 8, seed=0)
     assert len(recall) == 8
     for context, answer in recall:
         assert f"- {answer}\n" in context  # it is in the list
@@ -143,9 +143,9 @@ def test_lambada_asks_for_the_last_word(tmp_path):
     folder = tmp_path / "lambada_openai"
     folder.mkdir()
     (folder / "test.jsonl").write_text('{"text": "she went to the sea"}\n{"text": "word"}\n')
-    settings = ReplayConfig(known_task="lambada_openai", data_root=str(tmp_path))
+    settings = ReplayConfig(data_root=str(tmp_path))
     assert known_answers(settings, 1, seed=0) == [("she went to the", "sea")]
-    with pytest.raises(Exception, match="has 1 prompts with a known answer"):
+    with pytest.raises(Exception, match="are 1 prompts with a known answer"):
         known_answers(settings, 2, seed=0)
 
 

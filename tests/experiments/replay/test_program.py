@@ -138,8 +138,6 @@ def test_figures_and_tables_come_from_the_rows_alone(rows, tmp_path):
 def test_invalid_settings_raise_a_short_error():
     with pytest.raises(UnknownNameError, match="Did you mean 'rap'"):
         ReplayConfig(systems=["rapp"])
-    with pytest.raises(ExperimentError, match="needs replay.data_root"):
-        ReplayConfig(known_task="lambada_openai")
 
 
 def changed_replay(config, tmp_path, **changes) -> tuple[Config, object]:
@@ -154,11 +152,10 @@ def changed_replay(config, tmp_path, **changes) -> tuple[Config, object]:
         ({"trace": "nothing.csv"}, "cannot be read"),
         ({"policy": "nothing.safetensors"}, "Unknown policy"),
         ({"frontier": "nothing.json"}, "nothing.json"),
-        ({"gsi": "nothing.json"}, "no GSI artifact"),
-        ({"budget": {"name": "constant", "level": 0.5, "unit": "MB"}}, "fraction or bytes"),
+        ({"budget": {"name": "cotenants", "unit": "MB"}}, "fraction or bytes"),
         ({"max_prompt_tokens": 60, "token_scale": 9.0}, "accepts 64"),
         ({"text": TextConfig(source="nothing.txt")}, "Cannot read the text"),
-        ({"known_task": "lambada_openai", "data_root": "nowhere"}, "Cannot read"),
+        ({"data_root": "nowhere"}, "Cannot read"),
     ],
 )
 def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes, sentence):
@@ -169,7 +166,7 @@ def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes,
 
 
 def test_a_budget_below_every_static_mask_raises_a_short_error(config, tmp_path):
-    tiny = {"name": "constant", "unit": "bytes", "level": 100}
+    tiny = {"name": "cotenants", "unit": "bytes", "capacity": 100, "floor": 100, "sizes": [1]}
     changed, run = changed_replay(config, tmp_path, budget=tiny, systems=["static_gsi"])
     with pytest.raises(ExperimentError, match="raise the budget's floor"):
         STUDY.run(changed, run)

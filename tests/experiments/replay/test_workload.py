@@ -5,9 +5,8 @@ import pytest
 
 from experiments.config.serving import ReplayConfig
 from experiments.errors import ExperimentError
-from experiments.replay.workload import FITTED_TRAFFIC, read_arrivals, sample_arrivals
-from rap_env.errors import UnknownNameError
-from rap_env.workload.traces import TraceError
+from experiments.replay.workload import GENERATED_SHARE, read_arrivals, sample_arrivals
+from rap_env.workload.traces import AZURE_CONV, TraceError
 
 DEFAULTS = {
     "minutes": 30, "every": 1, "time_scale": 1.0, "token_scale": 1.0, "max_prompt_tokens": 1024,
@@ -41,13 +40,8 @@ def test_times_count_from_the_first_request(trace):
 
 
 def test_a_trace_is_cut_thinned_scaled_and_capped(trace):
-    found = read_arrivals(
-        trace,
-        thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300),
-    )
-    assert found == [(0.0, 10, 1), (4.25 / 4, 300, 1)]
-    other = thinning(minutes=1, token_scale=0.1, new_token_scale=2.0)
-    assert read_arrivals(trace, other)[1] == (0.5, 20, 40)
+    less = thinning(minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300)
+    assert read_arrivals(trace, less) == [(0.0, 10, 1), (4.25 / 4, 300, 1)]
     assert len(read_arrivals(trace, thinning(minutes=1))) == 3  # the end is not part of it
 
 
@@ -86,26 +80,21 @@ def test_impossible_thinning_is_rejected(settings, name):
         thinning(**settings)
 
 
-@pytest.mark.parametrize("name", FITTED_TRAFFIC)
-def test_sample_arrivals_have_the_rate_and_the_lengths_of_their_traffic(name):
-    table, share = FITTED_TRAFFIC[name]
+def test_sampled_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
     settings = thinning(
-        minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6, traffic=name,
-        arrivals_per_minute=60,
-    )  # fmt: skip
+        minutes=60, max_prompt_tokens=10**6, max_new_tokens=10**6, arrivals_per_minute=60
+    )
     times, prompts, new = np.array(sample_arrivals(settings, seed=1)).T
     assert len(times) == pytest.approx(3600, rel=0.05)
     gaps = np.diff(times)
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
-    assert np.median(prompts + new) == pytest.approx(float(table.at(0.5)), rel=0.1)
-    assert new.sum() / (prompts + new).sum() == pytest.approx(share, rel=0.1)
+    assert np.median(prompts + new) == pytest.approx(float(AZURE_CONV.at(0.5)), rel=0.1)
+    assert new.sum() / (prompts + new).sum() == pytest.approx(GENERATED_SHARE, rel=0.1)
     assert sample_arrivals(settings, seed=1) == sample_arrivals(settings, seed=1)
     assert sample_arrivals(settings, seed=1) != sample_arrivals(settings, seed=2)
 
 
-def test_unknown_traffic_and_no_arrivals_are_rejected():
-    with pytest.raises(UnknownNameError, match="Did you mean 'azure-conv'"):
-        thinning(traffic="azure-conf")
+def test_no_arrivals_are_rejected():
     with pytest.raises(ExperimentError, match="arrivals_per_minute"):
         thinning(arrivals_per_minute=0)
     with pytest.raises(TraceError, match="No request arrives"):
