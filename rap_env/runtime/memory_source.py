@@ -11,15 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
 from rap_env.models.device import free_bytes
 from rap_env.runtime.memory_meter import ResidentMeter
-
-T = TypeVar("T")
 
 HEADROOM_BYTES = 8 * 2**20
 """Bytes below a process's limit that stay free: for request bodies, texts and responses."""
@@ -50,47 +48,75 @@ class MemorySource(ABC):
         """The largest budget that it will ever give, if that is known."""
         return None
 
-    def measure_others(self, held_bytes: int) -> bool:
-        """Measure what else takes memory while the runtime rests, if the budget depends on it.
+    @property
+    def process_bytes(self) -> int | None:
+        """Most resident bytes of the whole process now; None if only the model is limited."""
+        return None
 
-        Args:
-            held_bytes: Bytes of the model's tensors.
+    @property
+    def other_bytes(self) -> int | None:
+        """Bytes that count against `process_bytes` besides the model, as last measured."""
+        return None
+
+    def measure_others(self, held_bytes: int) -> bool:
+        """Measure `other_bytes` while the runtime rests, with tensors of `held_bytes`.
 
         Returns:
-            Whether it does.
+            Whether the budget depends on them.
         """
         return False
 
 
 class GivenMemory(MemorySource):
-    """A budget set from outside.
+    """A budget set from outside: of the model, or of the whole process.
+
+    Of a process, the model may use what is left beside everything else that is resident
+    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which is the
+    meter's baseline. It is measured again whenever the runtime comes to rest; between these times
+    its growth counts as used.
 
     Args:
         budget: The budget in bytes, or a function that returns it whenever it is called.
         limit_bytes: The largest budget that the function will ever return, if known. A request
             that does not fit it is rejected on arrival; one that does waits.
+        meter: Measures the process, if the budget is that of the process.
     """
 
     name = "given"
 
     def __init__(
-        self, budget: Callable[[], float] | int, *, limit_bytes: int | None = None
+        self,
+        budget: Callable[[], float] | int,
+        *,
+        limit_bytes: int | None = None,
+        meter: ResidentMeter | None = None,
     ) -> None:
         self._limit_bytes = limit_bytes
+        self._meter = meter
         if callable(budget):
             self._read = budget
         else:
             fixed = budget
             self._read = lambda: fixed
-            self._limit_bytes = fixed if limit_bytes is None else limit_bytes
+            self._limit_bytes = fixed if limit_bytes is None and meter is None else limit_bytes
 
     @property
     def limit_bytes(self) -> int | None:
         """The given limit, or the given number of bytes."""
         return self._limit_bytes
 
+    @property
+    def process_bytes(self) -> int | None:
+        """The given budget, if it is that of the process."""
+        return None if self._meter is None else int(self._read())
+
+    @property
+    def other_bytes(self) -> int | None:
+        """Resident bytes of all that is not the model, if the budget is that of the process."""
+        return None if self._meter is None else self._meter.baseline_bytes
+
     def budget_bytes(self, used_bytes: int) -> int:
-        """The given budget, whatever is used.
+        """The given budget; of a process, less `other_bytes` and the headroom.
 
         Raises:
             MemorySourceError: The function did not return a finite number.
@@ -100,57 +126,50 @@ class GivenMemory(MemorySource):
             raise MemorySourceError(
                 f"The budget function returned {budget!r}; it should return a number of bytes."
             )
-        return max(0, int(budget))
-
-
-class ProcessMemory(MemorySource):
-    """What is left of a limit on the resident memory of the process, beside all but the model.
-
-    Everything else that is resident (interpreter, libraries, tokenizer, server, freed memory that
-    the C library keeps) is the meter's baseline. It is measured again whenever the runtime comes to
-    rest; between these times its growth counts as used.
-
-    Args:
-        limit: Most bytes that may be resident, or a function that returns them.
-        meter: Measures the process.
-    """
-
-    name = "process"
-
-    def __init__(self, limit: Callable[[], int] | int, meter: ResidentMeter) -> None:
-        self._read: Callable[[], int] = limit if callable(limit) else lambda: limit
-        self._meter = meter
-
-    @property
-    def process_bytes(self) -> int:
-        """Most bytes of the process that may be resident now."""
-        return self._read()
-
-    @property
-    def other_bytes(self) -> int:
-        """Resident bytes of all that is not the model, as last measured."""
-        return self._meter.baseline_bytes
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """The limit, less all that is not the model and the headroom."""
-        return max(0, self._read() - self.other_bytes - HEADROOM_BYTES)
+        others = self.other_bytes
+        return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
 
     def measure_others(self, held_bytes: int) -> bool:
-        """Measure all that is not the model."""
-        self._meter.move_baseline(held_bytes)
-        return True
+        """Measure all that is not the model, if the budget is that of the process."""
+        if self._meter is not None:
+            self._meter.move_baseline(held_bytes)
+        return self._meter is not None
+
+
+class SystemMemory(MemorySource):
+    """What a system reports as free, less `reserve_bytes`, and what the runtime uses already."""
+
+    reserve_bytes: int
+
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """Bytes that could be allocated now; negative if too many are in use."""
+
+    @abstractmethod
+    def total_bytes(self) -> int | None:
+        """All bytes of the system, if they are known."""
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """All bytes of the system, less the reserve."""
+        total = self.total_bytes()
+        return None if total is None else max(0, total - self.reserve_bytes)
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """Used and free bytes, less the reserve."""
+        return max(0, used_bytes + self.free_bytes() - self.reserve_bytes)
 
 
 CUDA_RESERVE_BYTES = 2**28
 """What `CudaMemory` leaves free unless told otherwise."""
 
 
-class CudaMemory(MemorySource):
+class CudaMemory(SystemMemory):
     """All free memory of a CUDA device, shared with other processes.
 
     Memory that PyTorch's allocator holds in reserve counts as free: the allocator reuses it.
-    Of what is free, `reserve_bytes` stay free: for the workspaces of libraries, kernels that are
-    loaded at their first use, and gaps between the allocator's pieces.
+    The reserve is for the workspaces of libraries, kernels that are loaded at their first use, and
+    gaps between the allocator's pieces.
     """
 
     def __init__(
@@ -159,24 +178,20 @@ class CudaMemory(MemorySource):
         self.device = torch.device(device)
         self.name = str(self.device)
         self.reserve_bytes = reserve_bytes
-        self._total_bytes = self._ask(torch.cuda.mem_get_info)[1]
+        self.free_bytes()  # fail early where nothing can be read
 
-    @property
-    def limit_bytes(self) -> int | None:
-        """All memory of the device, less the reserve."""
-        return max(0, self._total_bytes - self.reserve_bytes)
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """Used and free bytes, less the reserve."""
-        return max(0, used_bytes + self._ask(free_bytes) - self.reserve_bytes)
-
-    def _ask(self, question: Callable[[torch.device], T]) -> T:
+    def free_bytes(self) -> int:
+        """Free bytes, those that the allocator holds in reserve included."""
         try:
-            return question(self.device)
+            return free_bytes(self.device)
         except (RuntimeError, AssertionError) as error:
             raise MemorySourceError(
                 f"{self.name} does not report its free memory: {error}."
             ) from error
+
+    def total_bytes(self) -> int:
+        """All memory of the device."""
+        return torch.cuda.mem_get_info(self.device)[1]
 
 
 _UNLIMITED_BYTES = 2**60  # version 1 writes a number near 2**63 where there is no limit
@@ -206,17 +221,18 @@ _V2 = _CgroupVersion(
 )
 
 
-class CgroupMemory(MemorySource):
+class CgroupMemory(SystemMemory):
     """Free memory of this process's control groups (Linux, version 1 and 2) and of the machine.
 
     A group's limit counts every page that its processes use, file cache included. The kernel drops
     clean, unmapped file cache as soon as memory is needed, so that counts as free here. Any group
-    above this process's own may have a limit too; the tightest one holds. Of what is free,
-    `reserve_bytes` stay free.
+    above this process's own may have a limit too; the tightest one holds.
 
     Raises:
         MemorySourceError: This system reports neither.
     """
+
+    name = "cgroup"
 
     def __init__(
         self,
@@ -225,23 +241,15 @@ class CgroupMemory(MemorySource):
         mount: Path = Path("/sys/fs/cgroup"),
         proc: Path = Path("/proc"),
     ) -> None:
-        self.name = "cgroup"
         self.reserve_bytes = reserve_bytes
         self._meminfo = proc / "meminfo"
         self._version, self._groups = _find_groups(mount, proc)
         self.free_bytes()  # fail early where nothing can be read
 
-    @property
-    def limit_bytes(self) -> int | None:
-        """The tightest limit now, or all memory of the machine, less the reserve."""
-        limits = [limit for limit, _ in self._limited()]
-        if (machine := self._machine("MemTotal")) is not None:
-            limits.append(machine)
-        return max(0, min(limits) - self.reserve_bytes) if limits else None
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """Used and free bytes, less the reserve."""
-        return max(0, used_bytes + self.free_bytes() - self.reserve_bytes)
+    def total_bytes(self) -> int | None:
+        """The tightest limit now, or all memory of the machine."""
+        limits = [*(limit for limit, _ in self._limited()), self._machine("MemTotal")]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def free_bytes(self) -> int:
         """Bytes that this process could allocate before the kernel kills a process."""

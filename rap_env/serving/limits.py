@@ -21,7 +21,6 @@ from rap_env.runtime.memory_source import (
     HEADROOM_BYTES,
     GivenMemory,
     MemorySource,
-    ProcessMemory,
     open_memory,
 )
 from rap_env.serving.preflight import too_little
@@ -226,13 +225,9 @@ def open_budget(
     if limit is None:
         reserve = settings.reserve_bytes
         return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+    resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
+    memory = GivenMemory(limit, meter=resident)
     least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
-    memory: MemorySource
-    if limit.of_process:
-        assert isinstance(meter, ResidentMeter)
-        memory = ProcessMemory(limit, meter)
-    else:
-        memory = GivenMemory(limit)
     limit.check = partial(_check_least, settings.model, least, memory)
     limit.check(limit())
     return memory, meter
@@ -240,24 +235,25 @@ def open_budget(
 
 def _check_least(model: str, least: int, memory: MemorySource, limit_bytes: int) -> None:
     """Reject a limit within which not even one token fits with every block removed."""
-    if not isinstance(memory, ProcessMemory):
+    if memory.other_bytes is None:
         if limit_bytes < least:
             raise ServingSettingsError(too_little(model, least, limit_bytes))
         return
     others = memory.other_bytes + HEADROOM_BYTES
-    if limit_bytes < least + others:
-        raise ServingSettingsError(
-            f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for one "
-            f"token without any block and {_mib(others)} for everything else in the process, not "
-            f"{_mib(limit_bytes)}; give more."
-        )
+    if limit_bytes >= least + others:
+        return
+    raise ServingSettingsError(
+        f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for one token "
+        f"without any block and {_mib(others)} for everything else in the process, not "
+        f"{_mib(limit_bytes)}; give more."
+    )
 
 
 def limit_text(controller: RuntimeController) -> str:
     """What a user should know of the memory limit, as a sentence."""
     monitor = controller.monitor
     source, budget = monitor.source, _mib(monitor.budget_bytes)
-    if isinstance(source, ProcessMemory):
+    if source.process_bytes is not None and source.other_bytes is not None:
         return (
             f"Memory: at most {_mib(source.process_bytes)} for the whole process, of which "
             f"{_mib(source.other_bytes)} are everything but the model; it may take {budget} now."

@@ -25,14 +25,12 @@ from rap_env.blocks import KINDS
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.memory_source import ProcessMemory
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
-    from rap_env.runtime.memory_monitor import MemoryMonitor
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -174,6 +172,7 @@ class _EngineState(Collector):
         """Metrics of the engine's state."""
         stats, controller = self._engine.stats(), self._engine.controller
         chooser, switcher = controller.chooser, controller.switcher
+        whole = controller.monitor.source.process_bytes
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
@@ -196,7 +195,7 @@ class _EngineState(Collector):
              {"prompt": stats.prompt_tokens, "generated": stats.tokens}),
             (_GAUGE, "memory_limit_bytes",
              "The memory limit: of the whole process, or of the model.", "of",
-             _limit(controller.monitor)),
+             {"model": controller.monitor.budget_bytes} if whole is None else {"process": whole}),
         ):  # fmt: skip
             yield _labelled(family, name, text, labels, values)
         for family, name, text, value in (
@@ -229,13 +228,6 @@ class _EngineState(Collector):
                 "rap_memory_other_bytes", "Resident bytes of everything but the model.",
                 value=meter.baseline_bytes,
             )  # fmt: skip
-
-
-def _limit(monitor: MemoryMonitor) -> dict[str, float]:
-    """The limit, by what it is a limit of."""
-    if isinstance(monitor.source, ProcessMemory):
-        return {"process": monitor.source.process_bytes}
-    return {"model": monitor.budget_bytes}
 
 
 def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:

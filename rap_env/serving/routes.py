@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import ServingSettingsError
-from rap_env.runtime.memory_source import ProcessMemory
 from rap_env.serving.errors import ApiError, invalid
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
@@ -107,9 +106,8 @@ def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
             "budget_bytes": monitor.budget_bytes,
             "used_bytes": monitor.used_bytes,
         }
-        if isinstance(monitor.source, ProcessMemory):
-            answer["other_bytes"] = monitor.source.other_bytes
-        return JSONResponse(answer)
+        others = monitor.source.other_bytes
+        return JSONResponse(answer if others is None else {**answer, "other_bytes": others})
 
     @router.get("/admin/budget")
     async def show_budget() -> Response:

@@ -11,10 +11,7 @@ import torch
 import benchmarks
 from benchmarks import engines
 from experiments.errors import ExperimentError
-from rap_env.models.families.adapter import adapter_for
-from rap_env.models.files.pruned_code import vllm_entries
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny import tiny_config
 
 
 def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
@@ -26,18 +23,6 @@ def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
         name for name in modules if hasattr(importlib.import_module(f"benchmarks.{name}"), "main")
     }
     assert set(listed) == programs - {"against"}, "which needs another checkout"
-
-
-def test_masks_name_what_they_remove():
-    masks = engines.masks_of(30)
-    assert masks["attention"].count_removed("ffn") == masks["FFN"].count_removed("attn") == 0
-    assert {"layer00.attn", "layer29.ffn"} == set(masks["first and last"].removed_names)
-    ten = masks["ten blocks"]
-    assert ten.count_removed("attn") == ten.count_removed("ffn") == 5
-    adapter = adapter_for(tiny_config(layers=30))
-    for name, mask in masks.items():
-        if name != "first and last":
-            assert vllm_entries(adapter, mask, stubs=False)
 
 
 def test_without_llama_cpp_it_says_what_to_install(monkeypatch):

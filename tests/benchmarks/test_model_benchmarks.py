@@ -80,15 +80,6 @@ class TestMemory:
         assert peak["reached"] == max(abs(cell["peak_off_%"]) for cell in cells)
         assert len(cells) == 8
 
-    def test_masks_remove_the_share_from_their_kind(self):
-        masks = memory.masks_of(20, 0.3)
-        counts = {
-            name: (mask.count_removed("attn"), mask.count_removed("ffn"))
-            for name, mask in masks.items()
-        }
-        assert sum(counts.pop("even")) == 6
-        assert counts == {"dense": (0, 0), "attn": (6, 0), "ffn": (0, 6)}
-
     def test_a_request_without_a_prompt_is_rejected(self):
         with pytest.raises(InvalidRequestError, match="longer than its answer of 4 tokens"):
             memory.measure(tiny_llm("llama"), Request(1, 4, budget_bytes=2**62), steps=4)

@@ -1,19 +1,11 @@
 """The greedy order over the items of a ladder."""
 
-import numpy as np
 import pytest
 
-from rap_env.context.live import PACKAGED_COSTS
-from rap_env.envs.config import LadderEnvConfig
-from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import REFERENCE_BATCH_SIZE, greedy_order, one_shot_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
-from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.policies.packaged_files import default_facts
-from rap_env.request import Request
-from rap_env.workload import make_sampler
 from tests.policies.test_knapsack import costs, facts
 
 CACHES = ("int8", "int4", "int4-window128")
@@ -78,52 +70,6 @@ def test_levels_taken_together_are_steps_in_a_row():
     caches = set(ladder.caches)
     at = [n for n, (item, position) in enumerate(order.steps) if item in caches and position == 1]
     assert at == list(range(at[0], at[0] + len(caches)))
-
-
-def test_the_order_is_nearly_as_good_as_the_best_plans_of_the_default_model():
-    """Following it loses little to a knapsack that chooses the best plan for each request."""
-    memory = MemoryModel(default_facts())
-    found = LevelCosts.load(PACKAGED_COSTS, memory)
-    item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
-    order, policy = greedy_order(found, item_bytes), KnapsackPolicy(memory, found)
-    followed, best = [], []
-    for shape in ((1, 128), (4, 512), (4, 1024), (16, 1024)):
-        for fraction in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
-            request = Request.at_fraction(memory, *shape, fraction)
-            costs_there = item_bytes.costs(*shape)
-            plan = costs_there.lower_until_fits(order.steps, request.budget_bytes)
-            assert memory.peak_bytes(plan, request) <= request.budget_bytes
-            followed.append(found.delta_nll(plan))
-            best.append(found.delta_nll(policy.choose(request)))
-    assert sum(best) < sum(followed) < 1.03 * sum(best)
-
-
-def test_taking_the_first_levels_together_halves_episodes_and_costs_nothing():
-    memory = MemoryModel(default_facts())
-    found = LevelCosts.load(PACKAGED_COSTS, memory)
-    sampler, rng = make_sampler(LadderEnvConfig().workload, memory), np.random.default_rng(0)
-    requests = [sampler.sample(rng) for _ in range(60)]
-    steps, delta_nll = {}, {}
-    for together in ((), LadderEnvConfig().together):
-        item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all", together))
-        order = greedy_order(found, item_bytes)
-        taken, reached = [], []
-        for request in requests:
-            there = item_bytes.costs(request.batch_size, request.seq_len_tokens)
-            state, count = there.state(), 0
-            for item, position in order.steps:
-                if state.peak_bytes <= max(request.budget_bytes, there.least_peak_bytes):
-                    break
-                if there.steps.nexts[item][state.positions[item]] == position:
-                    state.lower(item)
-                    count += 1
-            taken.append(count)
-            reached.append(found.delta_nll(item_bytes.ladder.plan(state.positions)))
-        steps[together], delta_nll[together] = np.mean(taken), np.mean(reached)
-    alone, grouped = steps.values()
-    assert grouped < 0.55 * alone
-    alone, grouped = delta_nll.values()
-    assert grouped == pytest.approx(alone, rel=0.01)
 
 
 def test_an_observed_order_has_places_and_costs():

@@ -13,7 +13,7 @@ from rap_env.importance.plan_search import (
     PlanSearchConfig,
     build_plan_table,
 )
-from rap_env.importance.plan_table import KnownPlans, PlanTable
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -214,11 +214,6 @@ def test_a_search_over_masks_is_near_optimal(name):
             followed.append(table.scores[bytes_of.lower_until_fits(order, request.budget_bytes)])
     gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
     assert 0.9 < gained <= 1
-
-
-def test_known_plans_of_an_empty_table_fit_nothing(item_bytes):
-    table = KnownPlans.of(item_bytes.ladder, {}, 1.0)
-    assert table.best(item_bytes.costs(1, 20), 10**12) is None
 
 
 def test_bad_settings_are_rejected():

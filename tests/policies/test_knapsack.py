@@ -221,9 +221,3 @@ def test_over_masks_it_has_the_least_sum_of_all_masks_that_fit(seed):
     sums = [context.scorer.loss(mask) for mask in every_mask(8) if fits(context, mask, request)]
     assert fits(context, plan, request)
     assert context.scorer.loss(plan) == pytest.approx(min(sums))
-
-
-def test_over_masks_it_beats_one_shot_where_sizes_matter():
-    context = SyntheticContext([0.10, 0.2, 0.11, 0.3, 0.12, 0.4, 0.13, 0.5])
-    plan = make_method("knapsack", context).choose(needing(context, 3000))
-    assert plan.removed_names == ("layer00.ffn",), "0.2, against 0.33 for three attn blocks"

@@ -168,11 +168,6 @@ def test_methods_of_one_kind_remove_only_that_kind_and_may_not_fit(context):
     assert only_ffn == Plan.removing("layer02.ffn", "layer03.ffn", "layer01.ffn")
 
 
-def test_only_dense_does_not_count_the_cache(context):
-    assert not make_method("dense", context).choose(needing(context, 1))
-    assert [name for name, method in methods().items() if not method.kv_aware] == ["dense"]
-
-
 def test_random_depends_on_seed_and_request_only(context, ladder_context, item_bytes, between):
     def plans(request, *made_of):
         return [make_method("random", *made_of, seed=n).choose(request) for n in range(10)]
@@ -232,14 +227,6 @@ def test_costs_of_a_choice_are_counted(context):
     assert costs["one_shot"] == costs["knapsack"] == costs["one_shot_per_byte"] == 9
     assert costs["gsi"] == costs["evolutionary"] == context.gsi.evaluations
     assert costs["random"] == costs["greedy_per_byte"] == costs["dense"] == costs["sleb"] == 0
-
-
-def test_a_budget_that_the_stubs_alone_exceed_takes_one_more_block(real_context, repaired_context):
-    """Without stubs two blocks would do; what they leave behind makes it three."""
-    order = np.argsort(repaired_context.one_shot.delta_nll, kind="stable").tolist()
-    plain = real_context.memory.peak_bytes(Plan.removing(*order[:2]), Request(1, 8, 1))
-    chosen = make_method("one_shot", repaired_context).choose(Request(1, 8, plain))
-    assert chosen == Plan.removing(*order[:3])
 
 
 @pytest.mark.parametrize("on_ladder", [False, True])

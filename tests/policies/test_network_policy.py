@@ -11,9 +11,7 @@ from safetensors import safe_open
 
 from rap_env.artifacts import canonical_json, digest
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.ladder.items import Ladder
 from rap_env.ladder.observation import ImportanceFeatures
-from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
 from rap_env.policies.delta_nll import find_delta_nll
@@ -23,7 +21,6 @@ from rap_env.policies.network_rows import ROWS
 from rap_env.request import Request
 from tests.policies import made_ladder, made_policies
 from tests.policies.made_ladder import importance, ladder
-from tests.runtime.harness import SHAPE, Harness
 
 MADE = {"blocks": made_policies, "ladder": made_ladder}
 
@@ -193,36 +190,6 @@ def test_predictions_come_from_the_order_where_it_has_the_levels():
     assert NetworkPolicy(model, blind).delta_nll(plan) is None
     masks = NetworkPolicy(made_policies.memory(), made_policies.policy_file())
     assert masks.delta_nll(Plan.removing(1)) is None
-
-
-def test_cached_choices_equal_new_ones(made):
-    """Requests that differ in one value do not share a cached choice."""
-    model = made.memory()
-    policy = NetworkPolicy(model, made.policy_file())
-    shapes = ((1, 10), (2, 10), (1, 20))
-    asked = [Request.at_fraction(model, *shape, f) for shape in shapes for f in (0.5, 0.6, 0.7)]
-    for request in asked * 2 + asked[::-1]:
-        assert policy.choose(request) == policy._network.plan(request)
-    assert len({policy.choose(request) for request in asked}) > 1
-
-
-@pytest.mark.parametrize("blind", [False, True])
-def test_a_controller_lowers_and_raises_a_live_model(blind):
-    harness = Harness(layers=3, hold_s=1.0)
-    model = MemoryModel(harness.llm)
-    file = made_ladder.policy_file(model, {"levels": "all", "together": []})
-    if blind:
-        file = replace(file, importance=type(file.importance).none(Ladder.of(model.facts)))
-    harness.controller.chooser.policy = NetworkPolicy(model, file)
-    native = harness.need(Plan(), SHAPE)
-    seen = []
-    for time_s, share in enumerate((0.9, 0.6, 2.0, 2.0, 2.0)):
-        harness.time_s, harness.budget_bytes = 2.0 * time_s, int(share * native)
-        assert harness.controller.check(SHAPE)
-        assert harness.need(harness.llm.plan, SHAPE) <= harness.budget_bytes
-        seen.append(harness.llm.plan)
-    assert len({*seen[:2], Plan()}) == 3
-    assert not seen[-1]
 
 
 def test_the_packaged_policies_have_names(tmp_path, monkeypatch):

@@ -122,17 +122,6 @@ def test_the_packaged_policies_meet_their_budgets(memory, name, caplog):
     assert not caplog.records
 
 
-def test_the_policy_depends_on_the_request(memory):
-    """Weights fill the memory of short requests and the cache that of long batches."""
-    policy = load_policy("rap-v0", memory)
-    assert policy.file.num_blocks == len(policy.order) == 60
-    short, long = (
-        policy.choose(Request.at_fraction(memory, *shape, 0.8)) for shape in ((1, 128), (8, 2048))
-    )
-    assert short.count_removed("ffn") > 2 * long.count_removed("ffn")
-    assert long.count_removed("attn") > 2 * long.count_removed("ffn")
-
-
 @pytest.mark.network
 @pytest.mark.parametrize(
     ("weights", "names"),

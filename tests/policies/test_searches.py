@@ -16,7 +16,7 @@ from tests.agents.synthetic import SyntheticContext, request_at
 from tests.envs.playing import LEVELS
 from tests.policies.requests import SHAPES as LADDER_SHAPES
 from tests.policies.requests import fits, needing
-from tests.policies.test_methods import MASKS, chosen
+from tests.policies.test_methods import chosen
 
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
@@ -67,17 +67,6 @@ def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, ite
     assert scorer.nll(exact.choose(request)) == pytest.approx(scorer.nll(state.plan))
     lazy.choose(request)
     assert lazy.evaluations < exact.evaluations
-
-
-def test_over_a_ladder_smaller_budgets_share_the_first_steps(ladder_context, item_bytes, between):
-    method, scorer = (
-        make_method("greedy_per_byte", ladder_context, item_bytes),
-        ladder_context.scorer,
-    )
-    method.choose(between((15, 500), 0.7))
-    ran, counted = scorer.evaluations, method.evaluations
-    method.choose(between((15, 500), 0.65))
-    assert scorer.evaluations - ran < method.evaluations - counted
 
 
 def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, item_bytes):
@@ -145,17 +134,6 @@ def test_beam_returns_the_best_mask_seen():
 
 
 @pytest.mark.parametrize("shape", REQUESTS)
-def test_a_wider_beam_scores_more(large, shape):
-    request = request_at(large, *shape)
-    narrow, wide = (
-        measure_choice(made("beam", large, width=width), request, large.scorer) for width in (1, 4)
-    )
-    assert fits(large, narrow.plan, request)
-    assert fits(large, wide.plan, request)
-    assert narrow.evaluations < wide.evaluations <= 4 * narrow.evaluations
-
-
-@pytest.mark.parametrize("shape", REQUESTS)
 def test_swaps_end_where_no_swap_helps(large, shape):
     request = request_at(large, *shape)
     choice = made("greedy_swaps", large, extra_evaluations=10**6).choose(request)
@@ -198,24 +176,6 @@ def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape
     assert fits(real_context, choice.plan, request)
     assert choice.evaluations == len(masks)
     assert real_context.scorer.nll(choice.plan) == min(map(real_context.scorer.nll, masks))
-
-
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_no_fitting_mask_beats_the_oracle(real_context, name, shape):
-    request = Request.at_fraction(real_context.memory, *shape)
-    oracle = make_method("oracle", real_context).choose(request)
-    choice = make_method(name, real_context).choose(request)
-    nll = real_context.scorer.nll
-    assert nll(oracle) <= nll(choice) or not fits(real_context, choice, request)
-
-
-def test_requests_of_the_oracle_share_their_scores():
-    context = SyntheticContext([0.1 + 0.01 * i for i in range(MOST_BLOCKS)], interaction=1.0)
-    oracle = make_method("oracle", context)
-    for fraction in (0.9, 0.7, 0.5):
-        oracle.choose(request_at(context, 8, 250, fraction))
-    assert context.scorer.evaluations <= 2**MOST_BLOCKS
 
 
 def test_the_oracle_rejects_a_larger_model():

@@ -104,18 +104,6 @@ def test_a_request_waits_while_no_mask_fits_it_with_the_running_batch():
     assert [handle.preemptions for handle in handles] == [0, 0]
 
 
-def test_nothing_happens_while_the_budget_is_too_small_for_anything(harness, engine):
-    handle = engine.submit(prompt(5), greedy(5))
-    harness.budget_bytes = 10
-    assert not engine.step()
-    assert harness.mask == harness.everything
-    assert not handle.done
-    harness.budget_bytes = PLENTY
-    harness.run(engine)
-    assert handle.reason == "length"
-    assert set(handle.plans) == {Plan()}
-
-
 def test_a_queued_request_that_can_no_longer_fit_is_rejected(harness, engine):
     handle = engine.submit(prompt(5), greedy(20))
     harness.budget_bytes = harness.controller.monitor.max_budget_bytes = 1000
@@ -157,20 +145,6 @@ def test_each_token_records_its_mask_and_rows_continue_as_under_a_new_one():
     assert 10 < back < 40 == len(handle.plans)
     ids = prompt(5) + handle.token_ids[:back]
     assert handle.token_ids[back:] == alone(harness.llm, ids, 40 - back)
-
-
-def test_an_idle_engine_shrinks_and_grows_its_mask():
-    harness = Harness(hold_s=1.0)
-    engine = harness.engine()
-    dense = harness.llm.held_bytes.total
-    harness.budget_bytes = dense // 2
-    assert not engine.step()
-    assert harness.llm.held_bytes.total <= dense // 2
-    harness.budget_bytes = PLENTY
-    for _ in range(3):
-        harness.time_s += 1.0
-        engine.step()
-    assert harness.mask == Plan()
 
 
 @pytest.fixture

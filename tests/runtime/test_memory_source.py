@@ -16,7 +16,6 @@ from rap_env.runtime.memory_source import (
     CudaMemory,
     GivenMemory,
     MemorySource,
-    ProcessMemory,
     open_memory,
 )
 from tests.runtime.harness import set_status
@@ -198,7 +197,7 @@ def test_the_budget_is_what_the_limit_leaves_beside_everything_else(process):
     folder, write = process
     llm = tiny_llm()
     limits = [550 * MIB]
-    memory = ProcessMemory(lambda: limits[0], ResidentMeter(llm, process=folder))
+    memory = GivenMemory(lambda: limits[0], meter=ResidentMeter(llm, process=folder))
     limits[0] = 600 * MIB  # the limit may move
     held = llm.held_bytes.total
     other = memory.other_bytes
@@ -218,7 +217,7 @@ def test_growth_of_the_rest_counts_as_used_and_at_rest_lowers_the_budget(process
     folder, write = process
     llm = tiny_llm()
     meter = ResidentMeter(llm, process=folder)
-    memory = ProcessMemory(600 * MIB, meter)
+    memory = GivenMemory(600 * MIB, meter=meter)
     controller = RuntimeController(llm, StaticPolicy(llm.mask), memory, meter=meter)
     monitor = controller.monitor
     budget, shape = monitor.budget_bytes, BatchShape(1, 8)

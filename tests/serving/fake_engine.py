@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 from rap_env.plan import Plan
+from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, RequestHandle, TokenEvent
 
 NATIVE = Plan()
@@ -64,7 +65,7 @@ class FakeEngine:
             ),
             chooser=chooser,
             estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
-            monitor=SimpleNamespace(source=None, meter=None, budget_bytes=1000),
+            monitor=SimpleNamespace(source=GivenMemory(1000), meter=None, budget_bytes=1000),
         )
         self.llm = SimpleNamespace(
             fingerprint="0123",

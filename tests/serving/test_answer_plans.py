@@ -163,18 +163,6 @@ def test_an_answer_that_is_rejected_counts_its_time_in_the_queue(metrics):
     assert found["time_to_first_token_seconds"] == found["inter_token_latency_seconds"] == (0, 0)
 
 
-def test_another_plan_makes_no_other_series(tokenizer, metrics):
-    engine = FakeEngine(tokenizer)
-    other, stats = ServingMetrics(engine, ServerSettings()), engine.stats()
-    stats.plan = Plan.uniform(4, weights="int4", caches="int8", embeddings="int8")
-    engine.stats = lambda: stats
-    before, after = (
-        {line.split(" ")[0] for line in made.render().decode().splitlines()}
-        for made in (metrics, other)
-    )
-    assert before == after
-
-
 def test_metrics_are_what_prometheus_reads(tokenizer):
     engine = FakeEngine(tokenizer, "abc")
     engine.controller.chooser.policy.name = "rap"

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rap_env.errors import ServingSettingsError
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
-from rap_env.runtime.memory_source import ProcessMemory
+from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
 from rap_env.serving import limits
 from rap_env.serving.access import check_access
 from rap_env.serving.app import Service, create_app
@@ -64,7 +64,6 @@ def test_the_server_starts_within_a_limit_that_is_large_enough_and_reports_it(fo
     stack = build_stack(settings)
     monitor = stack.engine.controller.monitor
     source = monitor.source
-    assert isinstance(source, ProcessMemory)
     assert source.process_bytes == limit
     assert monitor.budget_bytes < limit - source.other_bytes < limit
     whole = f"at most {-(-limit // MIB)}MiB for the whole process"
@@ -175,7 +174,7 @@ def administered(tokenizer, tmp_path_factory):
     (folder / "admins").write_text("admin\n")
     files = {"api_key_file": str(folder / "clients"), "admin_key_file": str(folder / "admins")}
     engine, limit = FakeEngine(tokenizer), LiveLimit("model_memory", 500 * MIB)
-    source = SimpleNamespace(name="given")
+    source = GivenMemory(7)
     engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
     with BackgroundServer(create_app(engine, tokenizer, ServerSettings(**files), limit)) as server:
         yield server.url, limit
@@ -232,7 +231,7 @@ def test_a_key_of_both_files_is_refused_before_the_start(tmp_path):
 def test_a_budget_of_the_system_is_shown_and_cannot_be_set(tokenizer, tmp_path):
     (tmp_path / "admins").write_text("admin")
     engine = FakeEngine(tokenizer)
-    source = SimpleNamespace(name="cgroup")
+    source = CgroupMemory()
     engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
     settings = ServerSettings(admin_key_file=str(tmp_path / "admins"))
     with BackgroundServer(create_app(engine, tokenizer, settings)) as server:

@@ -1,15 +1,12 @@
 """The OpenAI client against a real engine with a tiny model."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
-from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
 from tests.runtime.harness import PLENTY, Harness, eventually
 from tests.serving.conftest import chat, client_of, served
@@ -97,40 +94,6 @@ def test_concurrent_clients_get_the_answers_of_single_clients(client):
     prompts = [f"{letter} is a letter" for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(text_of, prompts)) == [text_of(prompt) for prompt in prompts]
-
-
-def test_the_mask_changes_while_a_stream_runs(client, engine):
-    harness, running = engine
-    before = chat(client, max_tokens=40).choices[0].message.content
-    plans, paused, resumed = [], threading.Event(), threading.Event()
-
-    def watch(record):
-        plans.append(record.plan)
-        if len(plans) == 8:  # so that the budget falls after the same step at any load
-            paused.set()
-            resumed.wait(20)
-
-    running.observers.append(watch)
-    text = ""
-    for number, chunk in enumerate(chat(client, stream=True, max_tokens=40)):
-        text += chunk.choices[0].delta.content or ""
-        if number == 5:
-            assert paused.wait(20)
-            low = Plan.removing(*range(4))
-            harness.budget_bytes = harness.need(low, BatchShape(1, 60))
-            resumed.set()
-    running.observers.remove(watch)
-    assert text != before
-    assert plans[0] == Plan()
-    assert len(plans[-1].removed) >= 4  # of the last step: an idle engine restores blocks
-    assert chunk.model_extra["rap"] == {
-        "plan": plans[-1].digest, "delta_nll": None,  # this policy predicts none
-        "levels": plans[-1].summary, "plan_changed": True,
-    }  # fmt: skip
-    harness.budget_bytes = PLENTY
-    chat(client)
-    eventually(lambda: not running.stats().plan)  # there is room again
-    assert chat(client, max_tokens=40).choices[0].message.content == before
 
 
 def test_shutdown_is_reported_to_waiting_requests(tokenizer):

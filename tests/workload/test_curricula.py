@@ -12,15 +12,6 @@ GRID = {"name": "grid", "batch_sizes": [1, 2], "budget_fractions": [0.55, 0.7]}
 
 
 class TestPool:
-    def test_it_gives_each_request_of_one_draw_as_often(self, memory):
-        sampler = make_sampler({"name": "pool", "of": "azure-conv", "size": 5}, memory)
-        inner = make_sampler("azure-conv", memory)
-        assert list(sampler.requests) == draws(inner, 5, seed=0)
-        seen = draws(sampler, 1000, seed=7)
-        counts = [seen.count(request) for request in sampler.requests]
-        assert sum(counts) == 1000
-        assert min(counts) > 150
-
     def test_the_pool_depends_on_its_own_seed_alone(self, memory):
         spec = {"name": "pool", "of": {"name": "azure-conv", "max_batch_size": 4}, "size": 20}
         pools = [make_sampler({**spec, "seed": seed}, memory).requests for seed in (3, 3, 4)]
@@ -29,11 +20,6 @@ class TestPool:
         sampler = make_sampler({**spec, "seed": 3}, memory)
         draws(sampler, 9, seed=1)
         assert sampler.clone().requests == sampler.requests == pools[0]
-
-    def test_a_replayed_trace_fills_it_in_order(self, memory, trace):
-        inner = {"name": "trace", "path": str(trace), "order": "replay"}
-        sampler = make_sampler({"name": "pool", "of": inner, "size": 3}, memory)
-        assert [request.seq_len_tokens for request in sampler.requests] == [101, 202, 303]
 
 
 class TestCurriculum:
@@ -81,12 +67,6 @@ class TestCurriculum:
         assert draws(clone, 4) == before
         assert sampler.position == 4
         assert draws(sampler, 1)[0].seq_len_tokens == 505  # the fifth of the file
-
-    def test_a_pool_can_be_eased(self, memory):
-        pool = {"name": "pool", "of": LOW, "size": 2}
-        spec = {"name": "curriculum", "of": pool, "requests": 2, "start_fraction": 0.8}
-        shares = [share(memory, request) for request in draws(make_sampler(spec, memory), 3)]
-        assert shares == pytest.approx([0.8, 0.4, 0.3], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,6 @@ def test_tight_draws_budgets_around_the_lowest_levels(memory):
         make_sampler({"name": "tight", "seq_len_range": [64]}, small)
 
 
-def test_fixed_returns_its_request(memory):
-    spec = {"name": "fixed", "batch_size": 3, "seq_len_tokens": 7, "budget_bytes": 11_000}
-    assert draws(make_sampler(spec, memory), 2) == [Request(3, 7, 11_000)] * 2
-    assert share(memory, draws(make_sampler("fixed", memory), 1)[0]) == pytest.approx(0.8, abs=1e-3)
-
-
 def test_grid_draws_every_combination_as_often(memory):
     spec = {
         "name": "grid",
