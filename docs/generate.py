@@ -31,7 +31,6 @@ from experiments.studies.prompts import STUDY as PROMPTS
 from experiments.studies.texts import STUDY as TEXTS
 from experiments.study.figures import save_png
 from experiments.study.harness import Study
-from experiments.study.tables import markdown
 from rap_env.cli import cli
 
 ENVIRONMENTS = {
@@ -78,7 +77,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
     "results_readme": lambda: (RESULTS / "README.md").read_text(encoding="utf-8"),
-    "texts_sizes": lambda: markdown(TEXTS.read(RESULTS / "texts_sizes").size_table()),
     "ladder": lambda: below(LADDER.markdown(read_ladder(RESULTS / "ladder"))),
 }
 """The text of each other page, by its name."""

@@ -16,8 +16,6 @@ from experiments.config.common import (
     within,
 )
 from experiments.errors import ExperimentError
-from rap_env.errors import check_name
-from rap_env.importance.text_kinds import LEAST_TOKENS
 
 
 @dataclass
@@ -26,47 +24,16 @@ class TextsConfig(Section):
 
     section = "texts"
     kinds: dict[str, TextConfig] = field(default_factory=dict)
-    """Kinds of text by name: their sources. The sizes are those of this section."""
+    """Kinds of text by name: their sources. Windows and seeds are those of this section."""
     seeds: Annotated[list[CountOrZero], distinct] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of the calibration text: each gives a draw of every kind and size."""
+    """Seeds of the calibration text: each gives a draw of every kind."""
     windows: Count = 1
     """Windows of the calibration text of a draw."""
     window_tokens: Annotated[int, within(2)] = 1024
     report_windows: Count = 8
     """Windows of each kind's report text."""
-    prompt_tokens: CountOrZero = 64
-    """First tokens of a report window by whose kind of text plans are chosen; 0 for none."""
     cells: list[PinnedText] = field(default_factory=list)
     """Requests with budgets in bytes, as in ``evaluate.pinned``."""
-    sized: str | None = None
-    """Kind whose calibration text is drawn in several sizes as well; null for none."""
-    sizes_tokens: Annotated[list[Annotated[int, within(2)]], distinct] = field(
-        default_factory=lambda: [256, 1024, 4096, 8192]
-    )
-    """Those sizes: whole windows of ``window_tokens``, or one shorter window."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sized is not None:
-            check_name("kind of texts.sized", self.sized, self.kinds)
-        for tokens in self.sizes_tokens:
-            if tokens % min(tokens, self.window_tokens):
-                raise ExperimentError(
-                    f"texts.sizes_tokens must be multiples of texts.window_tokens "
-                    f"({self.window_tokens}) or smaller than it, not {tokens}."
-                )
-
-        if self.prompt_tokens and self.tokens < LEAST_TOKENS:
-            raise ExperimentError(
-                f"texts.prompt_tokens={self.prompt_tokens} needs at least {LEAST_TOKENS} tokens of "
-                f"calibration text of each kind, to tell kinds apart, and texts.windows x "
-                f"texts.window_tokens are {self.tokens}; give more of them, or prompt_tokens=0."
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the calibration text of a draw."""
-        return self.windows * self.window_tokens
 
 
 @dataclass

@@ -22,7 +22,6 @@ from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.studies.texts import losses_by_window
 from experiments.study.harness import Job, Study
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
@@ -133,8 +132,15 @@ def _row(
     recorded: bool,
     provenance: dict[str, Any],
 ) -> PolicyRow:
-    losses = losses_by_window(scorer, plans)
+    losses = _losses_by_window(scorer, plans)
     return PolicyRow(*names, prompt_tokens, recorded, losses, provenance=provenance)
+
+
+def _losses_by_window(scorer: MaskScorer, plans: Sequence[Plan]) -> list[float]:
+    """Return the ΔNLL of each window with a plan of its own, nats per token."""
+    native = scorer.window_nll(Plan())
+    by_plan = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
+    return [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
 
 
 class PromptStudy:

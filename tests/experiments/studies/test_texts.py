@@ -12,10 +12,17 @@ from experiments.config.studies import TextConfig, TextsConfig
 from experiments.config.training import EnvConfig
 from experiments.errors import ExperimentError
 from experiments.studies import texts as program
-from experiments.studies.rows import ALL, CALIBRATION, CostRow, PlanRow
-from experiments.studies.tables import OTHERS, TextStudy, kendall_tau
-from experiments.studies.texts import STUDY, text_jobs
-from rap_env.errors import CorpusError, InfeasibleBudgetError, UnknownNameError
+from experiments.studies.texts import (
+    ALL,
+    OTHERS,
+    STUDY,
+    CostRow,
+    PlanRow,
+    TextStudy,
+    kendall_tau,
+    text_jobs,
+)
+from rap_env.errors import CorpusError, InfeasibleBudgetError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
@@ -47,7 +54,6 @@ def config(base):
             kinds={name: TextConfig(str(base / f"{name}.txt")) for name in KINDS},
             seeds=[0, 1], windows=1, window_tokens=48, report_windows=4,
             cells=[f"{b}x{n}@{size}" for (b, n), size in budgets.items()],
-            sized="few", sizes_tokens=[24, 96], prompt_tokens=0,
         ),
     )  # fmt: skip
 
@@ -65,11 +71,8 @@ def scorer_of(config, kind, seed, tokens, windows, role):
 
 def test_costs_are_measured_on_each_draw(config, folder):
     rows = CostRow.read(folder / CostRow.file)
-    draws = {(row.kind, row.seed, row.tokens) for row in rows}
-    assert draws == {(k, s, 48) for k in KINDS for s in (0, 1)} | {
-        ("few", s, tokens) for s in (0, 1) for tokens in (24, 96)
-    }
-    row = next(row for row in rows if (row.kind, row.seed, row.tokens) == ("many", 1, 48))
+    assert {(row.kind, row.seed) for row in rows} == {(k, s) for k in KINDS for s in (0, 1)}
+    row = next(row for row in rows if (row.kind, row.seed) == ("many", 1))
     scorer = scorer_of(config, "many", 1, 48, 1, "calibration")
     for item, level in (("layer02.cache", "int2"), ("layer01.ffn", "removed")):
         rise = scorer.nll(Plan.of({item: level})) - scorer.dense_nll
@@ -79,19 +82,19 @@ def test_costs_are_measured_on_each_draw(config, folder):
 
 def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
     rows = PlanRow.read(folder / PlanRow.file)
-    found = {(r.chosen_on, r.seed, r.tokens, r.judged_on, r.cell) for r in rows}
-    places = [(c, 48, k) for c in (*KINDS, ALL) for k in KINDS]
-    places += [("few", size, on) for size in (24, 96) for on in ("few", CALIBRATION)]
-    assert found == {
-        (c, s, n, k, p) for c, n, k in places for s in (0, 1) for p in config.texts.cells
-    }
-    assert len(rows) == len(found)
-    costs = {(r.kind, r.seed, r.tokens): r.costs for r in CostRow.read(folder / CostRow.file)}
+    plans = {(r.chosen_on, r.seed, r.judged_on, r.cell) for r in rows}
+    assert plans == {
+        (chosen_on, seed, kind, cell)
+        for chosen_on in (*KINDS, ALL) for seed in (0, 1) for kind in KINDS
+        for cell in config.texts.cells
+    }  # fmt: skip
+    assert len(rows) == len(plans)
+    costs = {(r.kind, r.seed): r.costs for r in CostRow.read(folder / CostRow.file)}
     report = scorer_of(config, "many", 0, 48, 4, "report")
     memory = MemoryModel(report.llm)
     levels = {item.name: item.levels for item in Ladder.of(memory.facts, LEVELS).items}
     for row in (row for row in rows if (row.chosen_on, row.judged_on) == ("few", "many")):
-        policy = KnapsackPolicy(memory, LevelCosts(**costs["few", row.seed, 48]), levels=levels)
+        policy = KnapsackPolicy(memory, LevelCosts(**costs["few", row.seed]), levels=levels)
         pinned = parse_pinned(row.cell)
         request = Request(*pinned.shape, pinned.budget_bytes)
         plan = policy.choose(request)
@@ -102,7 +105,7 @@ def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
 
 def test_tables_and_figure_are_made_from_the_record(folder):
     shown = (folder / "tables.md").read_text()
-    for part in ("attn removed", "cache int2", "| all |", "Amount of calibration text", "The gap"):
+    for part in ("attn removed", "cache int2", "| all |", "The gap"):
         assert part in shown
     assert "cache int4" not in shown, "its costs are shares of one measurement"
     assert (folder / "texts.png").stat().st_size > 1000
@@ -164,28 +167,6 @@ def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
     assert rows["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
 
 
-def test_plans_by_prompt_win_where_costs_depend_on_the_kind(config, monkeypatch):
-    longer = replace(
-        config,
-        texts=replace(config.texts, windows=6, sized=None, prompt_tokens=16, seeds=[0]),
-    )
-    _, _, study = synthetic(longer, monkeypatch, 1.0, "prompts")
-    assert study.prompt_gain(known=True).high < -0.02
-    rows = {row[0]: row[1:] for row in study.prompt_table()[1]}
-    own, seen, equal = (
-        float(rows[n][1]) for n in ("own kind", "kind of the prompt", "equal shares")
-    )
-    assert own <= seen < equal
-    for kind, *shares in study.recognised_table()[1]:
-        right, wrong, none, unknown = map(float, shares)
-        assert right > 0.8, kind
-        assert wrong + none < 0.2
-        assert unknown == 1.0, "the kinds have no letter in common"
-    assert study.prompt_verdict in study.summary
-    with pytest.raises(ExperimentError, match="needs at least 256 tokens of calibration text"):
-        replace(longer.texts, windows=5)
-
-
 def test_draws_of_the_same_windows_do_not_count_as_agreement(config, monkeypatch):
     _, changed, _ = synthetic(config, monkeypatch, 1.0, "twice")
     folder = changed.stage_dir("texts")
@@ -200,7 +181,6 @@ def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch)
     _, _, study = synthetic(config, monkeypatch, 0.0, "alike")
     assert study.gap(ALL).mean == study.gap(OTHERS).mean == 0
     assert "The gap is not above 3 %" in study.verdict
-    assert [row[3] for row in study.size_table()[1]] == ["+0.000"] * 2
 
 
 @pytest.mark.slow
@@ -224,7 +204,7 @@ def test_a_killed_run_measures_only_what_is_missing(config, monkeypatch):
     count = len(CostRow.read(folder))
     more = replace(config, texts=replace(config.texts, seeds=[0, 1, 2]))
     STUDY.run(more, folder)
-    assert len(CostRow.read(folder)) == count + 4
+    assert len(CostRow.read(folder)) == count + 2
     with pytest.raises(ExperimentError, match="other settings"):
         STUDY.run(replace(config, env=replace(config.env, together=[])), folder)
 
@@ -233,7 +213,7 @@ def test_the_verdict_follows_the_interval():
     def study(ratios):
         provenance = {"depends_on": {"ladder": {}}}
         return TextStudy([
-            PlanRow(c, 0, 8, "1x8@9", k, [1.0] * 4 if c == k else list(ratios),
+            PlanRow(c, 0, "1x8@9", k, [1.0] * 4 if c == k else list(ratios),
                     provenance=provenance)
             for c in ("a", "b", ALL) for k in ("a", "b")
         ])  # fmt: skip
@@ -265,7 +245,3 @@ def test_impossible_settings_are_rejected(config, tmp_path):
         list(text_jobs(replace(config, env=EnvConfig()), tmp_path))
     with pytest.raises(ExperimentError, match="needs a live model"):
         list(text_jobs(replace(config, model=ModelConfig(name="score_table:x.json")), tmp_path))
-    with pytest.raises(ExperimentError, match="multiples of texts.window_tokens"):
-        TextsConfig(sizes_tokens=[1500])
-    with pytest.raises(UnknownNameError, match=r"texts\.sized"):
-        TextsConfig(sized="poetry")
