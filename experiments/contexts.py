@@ -53,6 +53,8 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
     of_blocks = not config.env.lowers  # the profile measures GSI over blocks
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
         importance = str(artifact)
+    frontier = frontier_artifact(config)
+    own = table_path(config.model.name) is not None and not frontier.exists()  # that of the table
     return ContextConfig(
         model=config.model.name,
         device=config.model.device,
@@ -64,7 +66,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         gsi_removals=config.importance["gsi_removals"],
         gsi_method=config.importance["gsi_method"],
         repair=config.repair["name"],
-        frontier=str(frontier_artifact(config)),
+        frontier=None if own else str(frontier),
         store=config.store,
         workers=config.scoring["workers"],
         workers_address=config.scoring["address"],

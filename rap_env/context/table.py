@@ -17,6 +17,7 @@ import numpy as np
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures
@@ -34,7 +35,8 @@ class TableContext(PruningContext):
     """Memory arithmetic, scores and importance from a score table.
 
     What needs text or a model (`llm`, `corpus`, `layer_influence`) raises
-    `ModelNotAvailableError`. `importance` and `frontier` are as in `ContextConfig`.
+    `ModelNotAvailableError`. `importance` and `frontier` are as in `ContextConfig`; without
+    `frontier`, the best known plans are all that the table has measured.
 
     Args:
         name: What error messages call the table.
@@ -88,6 +90,25 @@ class TableContext(PruningContext):
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
         return super()._features()
+
+    @cached_property
+    def frontier(self) -> PlanTable:
+        """The best known plans: those of the artifact, or without one those of this table.
+
+        Raises:
+            ArtifactError: There is no artifact at the given path, or it is damaged.
+        """
+        if self.frontier_path is not None:
+            return super().frontier
+        return PlanTable(
+            num_layers=self.table.facts.num_layers,
+            dense_nll=self.table.dense_nll,
+            scores=self.table.scores,
+            evaluations_run=0,
+            seconds=0.0,
+            settings={},
+            provenance={"text": self.table.text, "scoring": self.table.context},
+        )
 
     def best_measured(self, request: Request) -> Plan | None:
         """The measured plan of least NLL that fits a request; None if none does.

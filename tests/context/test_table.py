@@ -207,3 +207,13 @@ def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model,
     # This table has no word on repair, like those that older versions made.
     with pytest.raises(ArtifactError, match="repair='none', so it cannot give repair='library'"):
         opened(model, "library")
+
+
+def test_without_an_artifact_the_best_known_plans_are_those_of_the_table(shallow, tmp_path):
+    context = open_context(ContextConfig(model=shallow, importance="one_shot"))
+    assert context.frontier.scores == context.table.scores
+    assert context.frontier.dense_nll == context.scorer.dense_nll
+    assert (context.frontier.num_layers, context.frontier.evaluations) == (BLOCKS // 2, 22)
+    named = ContextConfig(model=shallow, importance="one_shot", frontier=str(tmp_path / "none"))
+    with pytest.raises(ArtifactError, match="no frontier artifact"):
+        _ = open_context(named).frontier
