@@ -129,7 +129,7 @@ def explorer_data(
         for policy, rows in zip(policies, choices, strict=True):
             rows.append([])
             for budget in budgets[-1]:
-                request = Request(*shape, budget)
+                request = Request(*shape, budget_bytes=budget)
                 plan = policy.choose(request)
                 parts = memory.breakdown(plan, request)
                 number = plans.setdefault(plan, len(plans))
