@@ -10,7 +10,7 @@ from generate import LONG_CONTEXT, PROMPTS, RESULTS, STUDIES, read_ladder, study
 from tables import PLANS, comparison_text, stubs_text
 
 from experiments.ladder.tables import ladder_findings
-from experiments.long_context.tables import long_context_findings
+from experiments.long_context.results import long_context_findings
 from experiments.studies.prompts import BLIND
 from experiments.study.tables import percent, relative_words
 

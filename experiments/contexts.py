@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,13 @@ from experiments.config.common import TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.opening import open_context, require_live
+from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.memory import MemoryModel
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import load_policy, make_method
+from rap_env.policies.registry import methods
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer
     from rap_env.scoring.tasks import TaskConfig
 
+log = logging.getLogger(__name__)
+
+_PACKAGED = ("frontier", "knapsack")  # policies that the package has for the default model
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
 DECISIONS_FILE = "decisions.jsonl"
@@ -132,6 +141,24 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
     ensure_disjoint(context.corpus, corpus)
     workers = require_live(context).workers
     return MaskScorer(context.llm, corpus, context.store, workers=workers)
+
+
+def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:
+    """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
+
+    None without a name, or if the packaged one is of another model.
+    """
+    if name is None:
+        return None
+    if name in methods() and name not in _PACKAGED:
+        return make_method(name, context)
+    try:
+        return load_policy(name, memory)
+    except ArtifactError as error:
+        if name not in _PACKAGED:
+            raise
+        log.warning("Without the packaged policy %s: %s", name, error)
+        return None
 
 
 def task_config(tasks: Mapping[str, Any]) -> TaskConfig:

@@ -20,12 +20,16 @@ from experiments.config.evaluation import (
     LevelsConfig,
     TightGridConfig,
 )
-from experiments.config.ladder import LadderConfig
-from experiments.config.long_context import LongContextConfig
 from experiments.config.model import ModelConfig, StubsConfig
 from experiments.config.plain import PLAIN, completed, defaults
 from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
-from experiments.config.studies import PromptsConfig, SmallModelConfig, TextsConfig
+from experiments.config.studies import (
+    LadderConfig,
+    LongContextConfig,
+    PromptsConfig,
+    SmallModelConfig,
+    TextsConfig,
+)
 from experiments.config.training import AgentConfig, EnvConfig
 from experiments.errors import ExperimentError
 

@@ -1,21 +1,29 @@
-"""Settings of the study of calibration text, and of small models trained from scratch."""
+"""Settings of the studies: texts and prompts, the ladder, long contexts, small models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from experiments.config.common import (
     Count,
     CountOrZero,
+    Fraction,
     PinnedText,
     Section,
+    ShapeText,
     TextConfig,
     among,
     distinct,
+    form,
+    some,
     within,
 )
+from experiments.config.plain import Setting, completed
 from experiments.errors import ExperimentError
+from rap_env.errors import check_name
+from rap_env.levels import WEIGHT_LEVELS, CacheLevel
+from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
 
 
 @dataclass
@@ -101,3 +109,94 @@ class SmallModelConfig(Section):
                 "small_models.hidden_size must be an even number of values for each of "
                 f"{self.heads} heads, not {self.hidden_size}."
             )
+
+
+LLAMA_CPP_CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Formats of llama.cpp's cache, from the most to the least exact one."""
+
+
+@dataclass
+class LadderConfig(Section):
+    """Requests, levels and budgets that ``experiments.ladder`` compares on ``evaluate.text``."""
+
+    section = "ladder"
+    requests: Annotated[list[ShapeText], some] = field(
+        default_factory=lambda: ["1x128", "4x512", "8x2048", "16x4096"]
+    )
+    """Batch size x sequence length in tokens."""
+    weights: list[Annotated[str, among(*WEIGHT_LEVELS[:-1])]] = field(
+        default_factory=lambda: ["native", "int8", "int4"]
+    )
+    """Levels of all weights in uniform settings."""
+    caches: list[Annotated[str, form(CacheLevel.of)]] = field(
+        default_factory=lambda: ["native", "int8", "int4", "int2", "window512"]
+    )
+    """Levels of all caches in uniform settings."""
+    removal: str | None = "frontier"
+    """Policy that only removes blocks: a baseline, or what `rap_env.load_policy` takes; null for
+    none."""
+    removal_budgets: list[Fraction] = field(default_factory=lambda: [0.95, 0.9, 0.8, 0.7, 0.6])
+    """Its budgets, as fractions of the unquantised model's peak bytes."""
+    knapsack: str | None = "knapsack"
+    """Policy over the levels of all items: what `rap_env.load_policy` takes; null for none."""
+    budgets: list[Fraction] = field(
+        default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2]
+    )
+    """Its budgets."""
+    windows: Count | None = None
+    """Windows of the text; null for those of ``evaluate.text``."""
+    window_tokens: Annotated[int, within(2)] | None = None
+    """Tokens of a window; null for those of ``evaluate.text``."""
+    llama_cpp_caches: list[Annotated[str, among(*LLAMA_CPP_CACHES)]] = field(
+        default_factory=lambda: ["f16", "q8_0", "q5_1", "q4_1", "q4_0"]
+    )
+    """Formats of llama.cpp's cache; weights are those of the file."""
+    llama_cpp_threads: Count = 1
+    """Threads of llama.cpp; they change only the duration."""
+
+    def text_of(self, text: TextConfig) -> TextConfig:
+        """The text to measure on: a given one with these windows."""
+        return replace(
+            text,
+            windows=self.windows or text.windows,
+            window_tokens=self.window_tokens or text.window_tokens,
+        )
+
+
+LENGTHS = {"lengths": Setting(list, [512, 1024, 2048]), "questions": Setting(int, 32, within(1))}
+"""Settings of a kind of generated task."""
+
+
+@dataclass
+class LongContextConfig(Section):
+    """What ``experiments.long_context`` compares, and on what."""
+
+    section = "long_context"
+    caches: list[Annotated[str, form(CacheLevel.of)]] = field(
+        default_factory=lambda: ["native", "int4", "int2", "window512", "int4-window512"]
+    )
+    """Levels of all caches in uniform settings; ``native`` is always measured."""
+    policies: list[str] = field(default_factory=lambda: ["knapsack"])
+    """Baselines, and what `rap_env.load_policy` takes: names and files."""
+    budgets: list[Fraction] = field(default_factory=lambda: [0.4, 0.25])
+    """Budgets of policies, as fractions of the native model's peak bytes."""
+    batch_size: Count = 16
+    """Sequences of the requests that policies answer; the length is that of each task."""
+    tasks: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {kind: {} for kind in LONG_CONTEXT_KINDS}
+    )
+    """Generated tasks by kind: the ``lengths`` of their texts in tokens, and the number of
+    ``questions`` at each length; a text has 3 to 12 of them."""
+    positions: list[TextConfig] = field(default_factory=list)
+    """Documents for the loss by position: those of a JSONL file that are long enough, or written by
+    the model (``self``). `windows` is their number, `window_tokens` what they are cut to."""
+    bucket_tokens: Count = 512
+    """Positions whose loss is averaged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind, given in self.tasks.items():
+            check_name("kind of long_context.tasks", kind, LONG_CONTEXT_KINDS)
+            task = self.tasks[kind] = completed(f"long_context.tasks.{kind}", given, LENGTHS)
+            for tokens in task["lengths"]:
+                within(LEAST_TOKENS)(f"long_context.tasks.{kind}.lengths", tokens)

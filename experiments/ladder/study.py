@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from experiments.config.ladder import LadderConfig
-from experiments.contexts import build_context, held_out_scorer
+from experiments.config.studies import LadderConfig
+from experiments.contexts import build_context, held_out_scorer, named_policy
 from experiments.ladder.figures import loss_against_bytes
 from experiments.ladder.rows import Ladder, LadderRow
 from experiments.ladder.tables import ladder_tables
 from experiments.study.harness import Job, Study
 from experiments.study.records import delta_nll_fields, request_field
-from experiments.study.tables import (
-    percent,
-)
-from rap_env.context.base import PruningContext
-from rap_env.errors import ArtifactError
+from experiments.study.tables import percent
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
-from rap_env.policies.base import Policy
-from rap_env.policies.loading import load_policy, make_method
-from rap_env.policies.registry import methods
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
-
-log = logging.getLogger(__name__)
-
-PACKAGED = ("frontier", "knapsack")
-"""Policies that the package has for the default model."""
 
 
 def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
@@ -143,24 +130,6 @@ def uniform_plans(settings: LadderConfig, facts: ModelFacts) -> dict[str, Plan]:
                 embeddings="int8" if lowered else "native",
             )
     return plans
-
-
-def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:
-    """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
-
-    None without a name, or if the packaged one is of another model.
-    """
-    if name is None:
-        return None
-    if name in methods() and name not in PACKAGED:
-        return make_method(name, context)
-    try:
-        return load_policy(name, memory)
-    except ArtifactError as error:
-        if name not in PACKAGED:
-            raise
-        log.warning("Without the packaged policy %s: %s", name, error)
-        return None
 
 
 STUDY = Study(

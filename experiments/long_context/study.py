@@ -2,51 +2,104 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from experiments.config import Config
-from experiments.contexts import build_context
-from experiments.ladder.study import named_policy
-from experiments.long_context.documents import AnswerLoss, PositionLoss
-from experiments.long_context.figures import over_length
-from experiments.long_context.rows import ANSWERS, NATIVE, POSITIONS, Curves, LossRow, TaskRow
-from experiments.long_context.tables import long_context_tables
+from experiments.config.common import TextConfig
+from experiments.contexts import build_context, load_text, named_policy
+from experiments.long_context.results import (
+    NATIVE,
+    POSITIONS,
+    Curves,
+    LossRow,
+    TaskRow,
+    long_context_tables,
+    over_length,
+)
 from experiments.study.harness import Job, Study
 from experiments.study.tables import percent
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
+from rap_env.errors import CorpusError
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.scoring.local_data import read_rows
 from rap_env.scoring.long_context_tasks import LongContextTask
+from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
 from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
-PlanOf = Callable[[Request], Plan]
-"""Gives a plan for a request, whose budget is the native peak."""
 
-
-@dataclass(frozen=True)
-class _Measure:
-    """One measure at one length: a task, or a loss on documents.
+class PositionLoss:
+    """The loss by position on documents of one length.
 
     Attributes:
-        name: Kind of the task, or measure of the loss.
-        length: Tokens of a text.
-        identity: What its values depend on besides model and plan.
-        row_type: Type of its rows.
-        fields: Measures a plan; returns the fields of the row that are its own.
+        length: Tokens of a document.
+        tokens: Token ids, (documents, tokens).
+        buckets: First and last position (exclusive) of each bucket.
     """
 
-    name: str
-    length: int
-    identity: dict[str, Any]
-    row_type: type[TaskRow] | type[LossRow]
-    fields: Callable[[Plan], dict[str, Any]]
+    def __init__(self, llm: ElasticLLM, text: TextConfig, bucket_tokens: int) -> None:
+        self._partial = PartialForward(llm, widen=True)
+        self._llm = llm
+        self.length = text.window_tokens
+        self.tokens = _documents(llm, text)
+        edges = [*range(0, self.length, bucket_tokens), self.length]
+        self.buckets = [[low, high] for low, high in itertools.pairwise(edges)]
+
+    @torch.inference_mode()
+    def measure(self, plan: Plan) -> npt.NDArray[np.float64]:
+        """Mean NLL of each document and bucket, nats per token, (documents, buckets).
+
+        The prediction of a token counts at the token's position.
+        """
+        by_document = []
+        for ids in self.tokens.to(self._llm.device):
+            with self._llm.masked(plan):
+                rows, targets = predictions(self._partial.hidden(ids[None]), ids[None])
+                parts = zip(rows.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+                losses = torch.cat(
+                    [token_nll(self._partial.logits(part), wanted) for part, wanted in parts]
+                )
+            by_document.append(
+                [float(losses[max(0, a - 1) : b - 1].mean()) for a, b in self.buckets]
+            )
+        return np.array(by_document)
+
+
+def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
+    """Token ids of the documents, (documents, tokens)."""
+    if text.source == "self":
+        return load_text(text, "report", llm).tokens
+    if llm.tokenizer is None:
+        raise CorpusError(f"{llm.name} has no tokenizer to read documents with.")
+    documents: list[list[int]] = []
+    rows = read_rows(Path(text.source).expanduser(), (text.field,))
+    for document in dict.fromkeys(str(row[text.field]) for row in rows):
+        ids = llm.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= text.window_tokens:
+            documents.append(ids[: text.window_tokens])
+    if len(documents) < text.windows:
+        raise CorpusError(
+            f"{text.source} has {len(documents)} documents of at least {text.window_tokens} "
+            f"tokens, but {text.windows} are needed. Set fewer windows or fewer window_tokens."
+        )
+    chosen = np.random.default_rng(text.seed).permutation(len(documents))[: text.windows]
+    return torch.tensor([documents[number] for number in sorted(chosen)])
+
+
+Fields = Callable[[Plan], dict[str, Any]]
+"""Measures a plan; returns the fields of its row."""
 
 
 def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | LossRow]]:
@@ -55,14 +108,14 @@ def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | Lo
     context = build_context(config)
     memory, facts = context.memory, context.memory.facts
     plans = plans_of(config, context)
-    for measure in _measures(config, context):
-        whole = Request.at_fraction(memory, settings.batch_size, measure.length, 1.0)
+    for row_type, measure, length, depends, fields in _measures(config, context):
+        whole = Request.at_fraction(memory, settings.batch_size, length, 1.0)
         for name, plan_of in plans.items():
             plan = plan_of(whole)
-            fields = {
+            described = {
                 "plan": name,
-                "measure": measure.name,
-                "length": measure.length,
+                "measure": measure,
+                "length": length,
                 "peak_bytes": memory.peak_bytes(plan, whole),
                 "native_peak_bytes": whole.budget_bytes,
                 "batch_size": settings.batch_size,
@@ -72,15 +125,26 @@ def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | Lo
                 "dtype": facts.dtype,
                 "weights": facts.weights,
                 "plan": plan.levels,
-                "measure": measure.identity,
+                "measure": depends,
             }
-            identity = (name, measure.name, measure.length)
-            make = partial(_row, measure, plan, fields)
-            yield Job(measure.row_type, identity, depends_on, make)
+            make = partial(_row, row_type, fields, plan, described)
+            yield Job(row_type, (name, measure, length), depends_on, make)
 
 
-def plans_of(config: Config, context: PruningContext) -> dict[str, PlanOf]:
+def _row(
+    row_type: type[TaskRow] | type[LossRow],
+    fields: Fields,
+    plan: Plan,
+    described: dict[str, Any],
+    provenance: dict[str, Any],
+) -> TaskRow | LossRow:
+    return row_type(**described, **fields(plan), provenance=provenance)
+
+
+def plans_of(config: Config, context: PruningContext) -> dict[str, Callable[[Request], Plan]]:
     """What gives the plans by their names: uniform caches, the native ones first; then policies.
+
+    A request has the native peak as its budget.
 
     Raises:
         UnknownNameError: There is no such policy.
@@ -95,7 +159,7 @@ def plans_of(config: Config, context: PruningContext) -> dict[str, PlanOf]:
         plan: Plan = policy.choose(Request.at_fraction(memory, *shape, fraction))
         return plan
 
-    plans: dict[str, PlanOf] = {
+    plans: dict[str, Callable[[Request], Plan]] = {
         level: partial(uniform, level) for level in dict.fromkeys([NATIVE, *settings.caches])
     }
     named = lru_cache(lambda name: named_policy(name, context, memory))
@@ -107,22 +171,23 @@ def plans_of(config: Config, context: PruningContext) -> dict[str, PlanOf]:
     return plans
 
 
-def _measures(config: Config, context: PruningContext) -> Iterator[_Measure]:
-    """All tasks and losses, each at each of its lengths."""
+def _measures(
+    config: Config, context: PruningContext
+) -> Iterator[tuple[type[TaskRow] | type[LossRow], str, int, dict[str, Any], Fields]]:
+    """Type of row, measure, length, what values depend on, and fields of each task and loss."""
     settings, llm = config.long_context, context.llm
     for kind, task in settings.tasks.items():
-        for length in task.lengths:
+        for length in task["lengths"]:
             name = LongContextTask(kind, length).name
-            tasks = TaskConfig((name,), limit=task.questions, seed=config.seed)
+            tasks = TaskConfig((name,), limit=task["questions"], seed=config.seed)
             scorer = TaskScorer(llm, tasks, context.store)
-            identity = {"task": digest(scorer.context)}
-            yield _Measure(kind, length, identity, TaskRow, partial(_answers, scorer, name))
+            depends = {"task": digest(scorer.context)}
+            yield TaskRow, kind, length, depends, partial(_answers, scorer, name)
     for text in settings.positions:
         loss = PositionLoss(llm, text, settings.bucket_tokens)
-        yield _Measure(POSITIONS, loss.length, loss.identity, LossRow, partial(_losses, loss))
-    for length in settings.answers.lengths if settings.answers.data_root is not None else ():
-        answers = AnswerLoss(llm, settings.answers, length)
-        yield _Measure(ANSWERS, length, answers.identity, LossRow, partial(_losses, answers))
+        text_hash = hashlib.sha256(loss.tokens.numpy().tobytes()).hexdigest()
+        depends = {"tokens": text_hash, "buckets": loss.buckets}
+        yield LossRow, POSITIONS, loss.length, depends, partial(_losses, loss)
 
 
 def _answers(scorer: TaskScorer, name: str, plan: Plan) -> dict[str, Any]:
@@ -131,14 +196,8 @@ def _answers(scorer: TaskScorer, name: str, plan: Plan) -> dict[str, Any]:
             "kinds": scorer.kinds(name)}  # fmt: skip
 
 
-def _losses(loss: PositionLoss | AnswerLoss, plan: Plan) -> dict[str, Any]:
+def _losses(loss: PositionLoss, plan: Plan) -> dict[str, Any]:
     return {"buckets": loss.buckets, "values": np.round(loss.measure(plan), 5).tolist()}
-
-
-def _row(
-    measure: _Measure, plan: Plan, fields: dict[str, Any], provenance: dict[str, Any]
-) -> TaskRow | LossRow:
-    return measure.row_type(**fields, **measure.fields(plan), provenance=provenance)
 
 
 STUDY = Study(

@@ -11,7 +11,7 @@ from experiments.comparison.evaluation import check_names
 from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import training_dirs
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.ladder import LadderConfig
+from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context
 from experiments.demo import demo_agents
 from experiments.errors import ExperimentError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.ladder import LadderConfig
+from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.errors import ExperimentError
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP

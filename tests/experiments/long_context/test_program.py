@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +11,20 @@ pytest.importorskip("lm_eval")
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.long_context import AnswersConfig, LongContextConfig, TaskLengths
 from experiments.config.model import ModelConfig
+from experiments.config.studies import LongContextConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.long_context.documents import AnswerLoss, PositionLoss
-from experiments.long_context.figures import over_length
-from experiments.long_context.rows import ANSWERS, POSITIONS, Curves
-from experiments.long_context.study import STUDY
-from experiments.long_context.tables import long_context_findings
-from experiments.study.records import read_records
+from experiments.long_context.results import (
+    POSITIONS,
+    Curves,
+    long_context_findings,
+    over_length,
+    share_of,
+)
+from experiments.long_context.study import STUDY, PositionLoss
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
-from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
 from tests.scoring.test_long_context_tasks import word_llm
 
@@ -44,11 +44,7 @@ def config(base):
     llm.tokenizer.save_pretrained(base / "model")
     rng = np.random.default_rng(0)
     documents = [" ".join(rng.choice([*NAMES, *OBJECTS], size)) for size in (900, 300, 40)]
-    rows = [
-        {"context": documents[n % 3], "question": f"{NAMES[n]} on Monday", "answers": ["lamp cup"]}
-        for n in range(4)
-    ]
-    write_rows(base / "questions" / "test.jsonl", rows)
+    write_rows(base / "documents.jsonl", [{"context": document} for document in documents])
     return Config(
         stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
         model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
@@ -56,48 +52,47 @@ def config(base):
         importance={"method": "none"},
         long_context=LongContextConfig(
             caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
-            tasks={"recall": TaskLengths([512, 768], 16), "counting": TaskLengths([512], 6)},
-            positions=[TextConfig(source=str(base / "questions" / "test.jsonl"),
-                                  field="context", windows=2, window_tokens=300)],
+            tasks={"recall": {"lengths": [512, 768], "questions": 16},
+                   "counting": {"lengths": [512], "questions": 6}},
+            positions=[TextConfig(source=str(base / "documents.jsonl"), field="context",
+                                  windows=2, window_tokens=300)],
             bucket_tokens=128,
-            answers=AnswersConfig(str(base), "questions", lengths=[256, 512], questions=3),
         ),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def found(config):
+def curves(config):
     return STUDY.read(STUDY.run(config, config.stage_dir("long_context")))
 
 
-def test_every_plan_has_a_row_of_each_measure(found):
+def test_every_plan_has_a_row_of_each_measure(curves):
     plans = [*CACHES, "greedy_per_byte 90 %"]
-    assert found.plans == plans
+    assert curves.plans == plans
     for plan in plans:
-        tasks = [(row.measure, row.length) for row in found.tasks if row.plan == plan]
+        tasks = [(row.measure, row.length) for row in curves.tasks if row.plan == plan]
         assert tasks == [("recall", 512), ("recall", 768), ("counting", 512)]
-        losses = [(row.measure, row.length) for row in found.losses if row.plan == plan]
-        assert losses == [(POSITIONS, 300), (ANSWERS, 256), (ANSWERS, 512)]
-    assert found.task("int4", "recall", 512).depends_on["plan"] == {
+        assert curves.losses[plan, 300].measure == POSITIONS
+    assert curves.task("int4", "recall", 512).depends_on["plan"] == {
         "layer00.cache": "int4",
         "layer01.cache": "int4",
     }
-    searched = found.task("greedy_per_byte 90 %", "recall", 768)
+    searched = curves.task("greedy_per_byte 90 %", "recall", 768)
     assert set(searched.depends_on["plan"].values()) == {"removed"}
     assert searched.peak_bytes <= 0.9 * searched.native_peak_bytes
 
 
-def test_accuracies_have_their_questions_and_intervals(found):
-    for row in found.tasks:
+def test_accuracies_have_their_questions_and_intervals(curves):
+    for row in curves.tasks:
         assert len(row.right) == len(row.kinds) == (16 if row.measure == "recall" else 6)
-        assert row.share.mean == pytest.approx(np.mean(row.right))
-        interval = row.share.low, row.share.high
-        assert interval == wilson_interval(row.share.mean, len(row.right))
+        share = share_of(row.right)
+        assert share.mean == pytest.approx(np.mean(row.right))
+        assert (share.low, share.high) == wilson_interval(share.mean, len(row.right))
         assert row.chance == 0.25
 
 
-def test_losses_by_position_are_those_of_the_model(found, config):
-    row = found.loss("native", POSITIONS, 300)
+def test_losses_by_position_are_those_of_the_model(curves, config):
+    row = curves.losses["native", 300]
     assert row.buckets == [[0, 128], [128, 256], [256, 300]]
     llm = build_context(config).llm
     loss = PositionLoss(llm, config.long_context.positions[0], 128)
@@ -110,55 +105,32 @@ def test_losses_by_position_are_those_of_the_model(found, config):
     assert row.nll == pytest.approx(nll.mean(), abs=1e-4)
 
 
-def test_a_window_changes_nothing_before_its_end(found):
-    native, window = (found.loss(plan, POSITIONS, 300) for plan in ("native", "window128"))
+def test_a_window_changes_nothing_before_its_end(curves):
+    native, window = (curves.losses[plan, 300] for plan in ("native", "window128"))
     first, *later = np.abs(np.subtract(native.by_bucket, window.by_bucket))
     assert first < 1e-4 < min(later)
 
 
-def test_answers_are_scored_after_documents_cut_in_the_middle(found, config):
-    llm, settings = build_context(config).llm, config.long_context.answers
-    loss = AnswerLoss(llm, settings, 256)
-    rows = read_records(Path(settings.data_root) / settings.task / "test.jsonl")
-    expected = []
-    for row in rows[:3]:
-        parts = ["Transcript of a meeting:\n", row["context"]]
-        parts += [f"\n\nQuestion: {row['question']}\nAnswer:", " lamp cup"]
-        head, document, question, answer = (
-            llm.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts
-        )
-        room = 256 - len(head) - len(question) - len(answer)
-        if len(document) > room:
-            document = document[: (room + 1) // 2] + document[-(room // 2) :]
-        ids = torch.tensor([[*head, *document, *question, *answer]])
-        with torch.no_grad():
-            logs = llm.model(ids).logits[0, :-1].log_softmax(-1)
-        expected.append(-logs[-2:].gather(1, ids[0, -2:, None]).mean().item())
-    assert loss.measure(Plan())[:, 0] == pytest.approx(expected, abs=1e-4)
-    row = found.loss("native", ANSWERS, 256)
-    assert row.by_bucket == pytest.approx([np.mean(expected)], abs=1e-4)
-
-
-def test_tables_and_figures_name_every_plan(found, config):
-    text = STUDY.markdown(found)
+def test_tables_and_figures_name_every_plan(curves, config):
+    text = STUDY.markdown(curves)
     assert text == (config.stage_dir("long_context") / "tables.md").read_text()
     assert (config.stage_dir("long_context") / "long_context.png").stat().st_size > 10_000
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles[:3] == ["## Loss and recall", "## Recall", "## Most common words"]
-    assert all(text.count(f"| {plan} |") >= 5 for plan in found.plans if plan != "native")
-    share = found.task("int2", "recall", 512).share
+    assert all(text.count(f"| {plan} |") >= 4 for plan in curves.plans if plan != "native")
+    share = share_of(curves.task("int2", "recall", 512).right)
     assert f"| int2 | {100 * share.mean:.0f} % [{100 * share.low:.0f}" in text
     for narrow in (False, True):
-        figure = over_length(found, narrow)
+        figure = over_length(curves, narrow)
         drawn = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
         assert drawn[:2] == ["Recall", "Most common words"]
         (legend,) = figure.legends
-        assert [text.get_text() for text in legend.texts] == found.plans
+        assert [text.get_text() for text in legend.texts] == curves.plans
 
 
-def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(found):
+def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(curves):
     def with_lengths(**lengths):
-        row = found.tasks[0]
+        row = curves.tasks[0]
         named = [(kind, length) for kind, every in lengths.items() for length in every]
         return Curves([replace(row, measure=kind, length=length) for kind, length in named])
 
@@ -169,31 +141,26 @@ def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(found):
     assert with_lengths(recall=[256, 512], counting=[1024]).long == [256, 512]
 
 
-def test_findings_name_loss_and_recall(found):
-    (text,) = long_context_findings(found)
+def test_findings_name_loss_and_recall(curves):
+    (text,) = long_context_findings(curves)
     assert text.startswith("In texts of 512 to 768 tokens, the native model answers ")
-    row, base = (found.loss(plan, POSITIONS, 300) for plan in ("int2", "native"))
-    right = np.mean([found.task("int2", "recall", length).share.mean for length in (512, 768)])
+    row, base = (curves.losses[plan, 300] for plan in ("int2", "native"))
+    right = np.mean(
+        [share_of(curves.task("int2", "recall", length).right).mean for length in (512, 768)]
+    )
     lost = f"{row.nll - base.nll:.3f} nats per token on documents"
     assert text.endswith(f"; caches of 2 bits cost {lost} and leave {100 * right:.0f} %.")
-    assert long_context_findings(Curves(found.tasks)) == []
+    assert long_context_findings(Curves(curves.tasks)) == []
 
 
-def test_wrong_settings_and_documents_are_named(config, tmp_path):
+def test_wrong_settings_and_documents_are_named(config):
     llm = build_context(config).llm
     text = config.long_context.positions[0]
     with pytest.raises(CorpusError, match="has 1 documents of at least 800 tokens, but 2 are"):
         PositionLoss(llm, replace(text, window_tokens=800), 128)
     with pytest.raises(CorpusError, match="lacks the field 'passage'"):
         PositionLoss(llm, replace(text, field="passage"), 128)
-    answers = config.long_context.answers
-    with pytest.raises(CorpusError, match="has 4 questions, but 5 are needed"):
-        AnswerLoss(llm, replace(answers, questions=5), 256)
-    with pytest.raises(CorpusError, match="Cannot read"):
-        AnswerLoss(llm, replace(answers, data_root=str(tmp_path)), 256)
-    with pytest.raises(CorpusError, match="have more than 8 tokens"):
-        AnswerLoss(llm, answers, 8)
     with pytest.raises(UnknownNameError, match="kind of long_context.tasks 'recal'"):
-        LongContextConfig(tasks={"recal": TaskLengths()})
-    with pytest.raises(ExperimentError, match=r"long_context\.tasks\.lengths must be at least 512"):
-        TaskLengths([256])
+        LongContextConfig(tasks={"recal": {}})
+    with pytest.raises(ExperimentError, match=r"tasks\.recall\.lengths must be at least 512"):
+        LongContextConfig(tasks={"recall": {"lengths": [256]}})

@@ -11,8 +11,8 @@ from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.ladder import LadderConfig
 from experiments.config.model import ModelConfig
+from experiments.config.studies import LadderConfig
 from experiments.config.training import (
     AgentConfig,
     EnvConfig,

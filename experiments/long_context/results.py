@@ -1,0 +1,369 @@
+"""Results over the length of the context: rows, tables, the figure, and findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.study.figures import FAINT, Panel, draw_series, panel_figure
+from experiments.study.records import Record
+from experiments.study.statistics import Estimate, paired_difference, wilson_interval
+from experiments.study.tables import Table, TitledTable, counted, crossed_table, percent, signed
+from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NATIVE = "native"
+"""Name of the plan that all others are compared with."""
+POSITIONS = "positions"
+"""The measure of losses by position in a document."""
+
+SUMMARY_CAPTION = (
+    "Peak bytes of {batch} sequences of {middle} tokens, as a share of the native peak. ΔNLL on "
+    "documents of the length with most of them, nats per token with a 95 % interval over "
+    "documents. Recall: share of right answers to questions about facts (all kinds but counting) "
+    "at {lengths} tokens, with a 95 % interval over questions; a guess is right in {chance}."
+)
+KIND_CAPTION = (
+    "Share of right answers by length of the text in tokens, with a 95 % interval; chance "
+    "is {chance}, {questions} questions each."
+)
+PLACE_CAPTION = (
+    "Share of right answers to questions about facts by the place of the fact in the text, in "
+    "texts of {length} tokens."
+)
+POSITION_CAPTION = (
+    "NLL of the native model by position in documents of {length} tokens, nats per token, and the "
+    "difference to it; {documents}."
+)
+TITLES = {
+    "recall": "Recall",
+    "multikey": "Recall of one of several keys",
+    "multivalue": "Recall of several values",
+    "tracking": "Tracking of chains",
+    "counting": "Most common words",
+}
+_COLOURS = (
+    "#1F2328", "#2F6DB5", "#C8324B", "#E0812F", "#8E4FA8",
+    "#00707F", "#2FA52F", "#6B7178", "#8A5A2B", "#D64FA0",
+)  # fmt: skip
+_MARKERS = "osD^vPX"  # another number than of colours, so that no two plans look alike
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow(Record):
+    """A row of one plan at one length.
+
+    Attributes:
+        plan: Level of all caches, or a policy with its budget.
+        measure: Kind of the task; `POSITIONS` for a loss.
+        length: Tokens of a text.
+        peak_bytes: Peak bytes of the plan for a batch of sequences of this length.
+        native_peak_bytes: The same of the native model.
+        batch_size: Sequences of that batch.
+    """
+
+    rerun = "run experiments.long_context again"
+    identity = ("plan", "measure", "length")
+
+    plan: str
+    measure: str
+    length: int
+    peak_bytes: int
+    native_peak_bytes: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class TaskRow(PlanRow):
+    """The result of one plan on one task.
+
+    Attributes:
+        chance: Accuracy of guessing.
+        right: For each question whether the answer is right.
+        kinds: For each question where in the text its answer is.
+    """
+
+    file = "tasks.jsonl"
+    record_name = "A result of a long-context task"
+
+    chance: float
+    right: list[int]
+    kinds: list[str]
+
+
+@dataclass(frozen=True)
+class LossRow(PlanRow):
+    """The loss of one plan on documents.
+
+    Attributes:
+        buckets: First and last position (exclusive) of each bucket.
+        values: Mean NLL of each document and bucket, nats per token, (documents, buckets).
+    """
+
+    file = "losses.jsonl"
+    record_name = "A loss over a long context"
+
+    buckets: list[list[int]]
+    values: list[list[float]]
+
+    @property
+    def by_bucket(self) -> list[float]:
+        """Mean NLL of each bucket over the documents."""
+        return [float(value) for value in np.mean(self.values, axis=0)]
+
+    @property
+    def nll(self) -> float:
+        """Mean over documents and tokens, nats per token."""
+        sizes = [high - max(low, 1) for low, high in self.buckets]  # the first is not predicted
+        return float(np.average(self.by_bucket, weights=sizes))
+
+
+def share_of(right: Sequence[int]) -> Estimate:
+    """Share of right answers, with a 95 % interval (Wilson) over independent questions."""
+    share = sum(right) / len(right)
+    return Estimate(share, *wilson_interval(share, len(right)))
+
+
+class Curves:
+    """All rows, by plan, measure and length.
+
+    Attributes:
+        plans: Names of the plans, the native one first.
+        kinds: Kinds of tasks that there are rows of.
+    """
+
+    def __init__(self, rows: Sequence[PlanRow]) -> None:
+        self.tasks = [row for row in rows if isinstance(row, TaskRow)]
+        self.losses = {(r.plan, r.length): r for r in rows if isinstance(r, LossRow)}
+        self._tasks = {(row.plan, row.measure, row.length): row for row in self.tasks}
+        self.plans = list(dict.fromkeys(row.plan for row in rows))
+        measured = {row.measure for row in self.tasks}
+        self.kinds = [kind for kind in LONG_CONTEXT_KINDS if kind in measured]
+
+    def lengths(self, kind: str) -> list[int]:
+        """Lengths at which a kind of task was measured."""
+        return sorted({row.length for row in self.tasks if row.measure == kind})
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """Lengths at which losses were measured."""
+        return sorted({length for _, length in self.losses})
+
+    def task(self, plan: str, kind: str, length: int) -> TaskRow | None:
+        """The row of a plan on a task."""
+        return self._tasks.get((plan, kind, length))
+
+    def facts(self, plan: str, length: int | None = None) -> list[TaskRow]:
+        """Rows of a plan on tasks that ask for facts, at one length or at the long ones."""
+        lengths = self.long if length is None else [length]
+        rows = [row for row in self.tasks if row.plan == plan and row.measure != "counting"]
+        return [row for row in rows if row.length in lengths]
+
+    @cached_property
+    def long(self) -> list[int]:
+        """Lengths from 1,024 tokens that all tasks about facts have, or all if there are none."""
+        by_kind = [set(self.lengths(kind)) for kind in self.kinds if kind != "counting"]
+        lengths = sorted(set.intersection(*by_kind) or set.union(*by_kind)) if by_kind else []
+        return [length for length in lengths if length >= 1024] or lengths
+
+    @property
+    def compared_length(self) -> int | None:
+        """The greatest of the lengths with most documents; None without any."""
+        rows = [row for (plan, _), row in self.losses.items() if plan == NATIVE]
+        longest = max(rows, key=lambda row: (len(row.values), row.length), default=None)
+        return None if longest is None else longest.length
+
+
+def long_context_tables(data: Curves) -> list[TitledTable]:
+    """All tables that there are rows for."""
+    tables: list[tuple[str, str, str, Table]] = []
+    if data.tasks:
+        chance = percent(data.tasks[0].chance, 0)
+        caption = SUMMARY_CAPTION.format(
+            batch=data.tasks[0].batch_size,
+            middle=f"{data.long[len(data.long) // 2]:,}",
+            lengths=", ".join(f"{length:,}" for length in data.long),
+            chance=chance,
+        )
+        tables.append(("summary", "Loss and recall", caption, _summary_table(data)))
+        for kind in data.kinds:
+            asked = sorted({len(row.right) for row in data.tasks if row.measure == kind})
+            questions = " to ".join(map(str, dict.fromkeys((asked[0], asked[-1]))))
+            caption = KIND_CAPTION.format(chance=chance, questions=questions)
+            tables.append((kind, TITLES[kind], caption, _kind_table(data, kind)))
+        for length in data.long:
+            caption = PLACE_CAPTION.format(length=f"{length:,}")
+            title = f"Recall by place, {length:,} tokens"
+            tables.append((f"depth_{length}", title, caption, _place_table(data, length)))
+    for length in data.document_lengths:
+        documents = counted(len(data.losses[NATIVE, length].values), "document")
+        caption = POSITION_CAPTION.format(length=f"{length:,}", documents=documents)
+        title = f"Loss by position, {length:,} tokens"
+        tables.append((f"positions_{length}", title, caption, _position_table(data, length)))
+    return [
+        TitledTable(table, title, caption, name, by_method=False)
+        for name, title, caption, table in tables
+    ]
+
+
+def _summary_table(data: Curves) -> Table:
+    """Plans as lines: bytes, losses and recall."""
+    middle, length = data.long[len(data.long) // 2], data.compared_length
+    header = ["Plan", f"Bytes, {middle:,}", *(["ΔNLL, documents"] if length else []), "Recall"]
+    lines = []
+    for plan in data.plans:
+        rows = [row for row in data.tasks if (row.plan, row.length) == (plan, middle)]
+        share = rows[0].peak_bytes / rows[0].native_peak_bytes if rows else None
+        deltas = [_delta(data, plan, length)] if length else []
+        lines.append([plan, percent(share, 0), *deltas, _share(data.facts(plan))])
+    return header, lines
+
+
+def _delta(data: Curves, plan: str, length: int) -> str:
+    """The difference of a loss to that of the native plan, with its interval over documents."""
+    if plan == NATIVE:
+        return "0"
+    row = data.losses.get((plan, length))
+    if row is None:
+        return "-"
+    sizes = [high - low for low, high in row.buckets]
+    values, base = (
+        np.average(each.values, axis=1, weights=sizes)
+        for each in (row, data.losses[NATIVE, length])
+    )
+    return signed(paired_difference(values, base))
+
+
+def _kind_table(data: Curves, kind: str) -> Table:
+    """Plans as lines, lengths as columns: the accuracy on one kind of task."""
+
+    def entry(plan: str, length: int) -> str:
+        row = data.task(plan, kind, length)
+        return _share([row] if row else [])
+
+    lengths = {f"{length:,}": length for length in data.lengths(kind)}
+    return crossed_table("Plan", {plan: plan for plan in data.plans}, lengths, entry)
+
+
+def _place_table(data: Curves, length: int) -> Table:
+    """Plans as lines, places of the fact as columns: the accuracy at one length."""
+    places = {place for row in data.facts(NATIVE, length) for place in row.kinds}
+    ordered = sorted(places, key=lambda place: int(place.split()[1].split("-")[0]))
+
+    def entry(plan: str, place: str) -> str:
+        return _share(data.facts(plan, length), place)
+
+    columns = {place: place for place in ordered}
+    return crossed_table("Plan", {plan: plan for plan in data.plans}, columns, entry)
+
+
+def _share(rows: Sequence[TaskRow], place: str | None = None) -> str:
+    """Format the share of right answers, at one place or all, with its interval in per cent."""
+    right = [
+        value
+        for row in rows
+        for value, kind in zip(row.right, row.kinds, strict=True)
+        if place in (None, kind)
+    ]
+    if not right:
+        return "-"
+    share = share_of(right)
+    return f"{100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def _position_table(data: Curves, length: int) -> Table:
+    """Plans as lines, positions as columns: NLL of the native model, and differences to it."""
+    native = data.losses[NATIVE, length]
+    header = ["Plan", *(f"{low:,}-{high:,}" for low, high in native.buckets)]
+    lines = [[f"{NATIVE} (NLL)", *(f"{value:.3f}" for value in native.by_bucket)]]
+    for plan in data.plans:
+        row = data.losses.get((plan, length))
+        if row is not None and plan != NATIVE:
+            pairs = zip(row.by_bucket, native.by_bucket, strict=True)
+            lines.append([plan, *(f"{value - base:+.3f}" for value, base in pairs)])
+    return header, lines
+
+
+def long_context_findings(data: Curves) -> list[str]:
+    """What caches lose on documents and in recall, in sentences; empty without both."""
+    length, native = data.compared_length, data.facts(NATIVE)
+    if length is None or not native:
+        return []
+    parts, base = [], data.losses[NATIVE, length]
+    for plan, words in (("int2", "caches of 2 bits"), ("window512", "windows of 512 tokens")):
+        row, rows = data.losses.get((plan, length)), data.facts(plan)
+        if row is not None and len(rows) == len(native):
+            lost = f"{row.nll - base.nll:.3f} nats per token on documents"
+            parts.append(f"{words} cost {lost} and leave {_recall(rows)}")
+    if not parts:
+        return []
+    return [
+        f"In texts of {data.long[0]:,} to {data.long[-1]:,} tokens, the native model answers "
+        f"{_recall(native)} of the questions about facts (a guess: "
+        f"{percent(native[0].chance, 0)}); {'; '.join(parts)}."
+    ]
+
+
+def _recall(rows: Sequence[TaskRow]) -> str:
+    right = [value for row in rows for value in row.right]
+    return percent(sum(right) / len(right), 0)
+
+
+def over_length(data: Curves, narrow: bool) -> Figure:
+    """Accuracy over length for each kind of task, then ΔNLL by position."""
+    parts = [
+        Panel(partial(_draw_task, data, kind), TITLES[kind], "length of the text (tokens)",
+              "right (%)")
+        for kind in data.kinds
+    ]  # fmt: skip
+    if data.losses:
+        draw = partial(_draw_positions, data)
+        parts.append(Panel(draw, "Loss on documents", "position (tokens)", "ΔNLL (nats/token)"))
+    return panel_figure(parts, narrow=narrow, height=2.6)
+
+
+def _draw_task(data: Curves, kind: str, axis: Axes) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    lengths = data.lengths(kind)
+    for number, plan in enumerate(data.plans):
+        rows = [row for length in lengths if (row := data.task(plan, kind, length))]
+        shares = [share_of(row.right) for row in rows]
+        places = [row.length * 1.02 ** (number - len(data.plans) / 2) for row in rows]
+        draw_series(
+            axis, places, [100 * share.mean for share in shares],
+            [(100 * share.low, 100 * share.high) for share in shares],
+            **_look(number), elinewidth=0.6, label=plan,
+        )  # fmt: skip
+    axis.axhline(100 * data.tasks[0].chance, color=FAINT, linestyle=":", linewidth=1)
+    axis.set_ylim(0, 104)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(FixedLocator(lengths))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels([f"{length:,}" for length in lengths])
+
+
+def _draw_positions(data: Curves, axis: Axes) -> None:
+    length = data.compared_length
+    assert length is not None
+    native = data.losses[NATIVE, length]
+    for number, plan in enumerate(data.plans):
+        row = data.losses.get((plan, length))
+        if row is not None and plan != NATIVE:
+            middles = [(low + high) / 2 for low, high in row.buckets]
+            rises = [a - b for a, b in zip(row.by_bucket, native.by_bucket, strict=True)]
+            draw_series(axis, middles, rises, **_look(number))
+    axis.axhline(0, color=FAINT, linewidth=0.7)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, marker and width of the line of a plan by its place."""
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    return {"color": colour, "marker": marker, "linewidth": 1.3}
