@@ -101,7 +101,7 @@ class StubLibraries:
 
     @cached_property
     def distilled(self) -> StubLibrary:
-        """The same stubs, distilled; an interrupted distillation resumes."""
+        """The same stubs, distilled."""
         path = self.folder / "distilled.safetensors"
         if path.exists():
             return self._load(path)
@@ -113,19 +113,10 @@ class StubLibraries:
             learning_rate=stubs.learning_rate,
             seed=self.config.seed,
         )
-        unfinished = self.folder / "distilling.pt"
         made = distill(
-            self.llm,
-            self.library,
-            text,
-            self._mask_draw(),
-            settings,
-            path=unfinished,
-            progress=self.config.progress,
+            self.llm, self.library, text, self._mask_draw(), settings, progress=self.config.progress
         )
-        self._save(made, path)
-        unfinished.unlink()
-        return made
+        return self._save(made, path)
 
     def fitted(self, label: str, names: list[str], windows: int | None = None) -> StubLibrary:
         """Return a library fitted on some texts; it is read from its file if that exists.

@@ -13,7 +13,6 @@ from gguf import GGUFValueType as Value
 from gguf import GGUFWriter
 
 from rap_env.artifacts import atomic_write
-from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import (
     ARCHITECTURE,
     ZERO_FFN_LENGTH,
@@ -141,20 +140,3 @@ def _no_ffn(width: int, place: str) -> Iterator[tuple[str, GgufTensor]]:
     for part in ("ffn_gate", "ffn_up"):
         yield f"{place}.{part}.weight", GgufTensor.zeros(ZERO_FFN_LENGTH, width)
     yield f"{place}.ffn_down.weight", GgufTensor.zeros(width, ZERO_FFN_LENGTH)
-
-
-def check_stubs(ranks: Mapping[str, int]) -> None:
-    """Check that the stubs in the place of removed blocks can be written.
-
-    Args:
-        ranks: Rank of each, by the block's name.
-
-    Raises:
-        UnsupportedModelError: One is more than a mean.
-    """
-    if mapped := [name for name, rank in ranks.items() if rank]:
-        raise UnsupportedModelError(
-            f"llama.cpp has no low-rank map in the place of a block, as the stubs of "
-            f"{', '.join(mapped)} have; only their means can be written (rank 0). Choose a plan "
-            "without stubs (--repair none), or export for transformers (--to hf)."
-        )

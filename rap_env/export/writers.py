@@ -12,8 +12,8 @@ import numpy as np
 
 from rap_env.artifacts import atomic_write
 from rap_env.blocks import block_name
-from rap_env.errors import InvalidRequestError
-from rap_env.export.gguf_export import check_stubs, export_gguf
+from rap_env.errors import InvalidRequestError, UnsupportedModelError
+from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
 from rap_env.export.llama_cpp import cache_flags, cache_type
 from rap_env.export.plan_choice import ChosenPlan, PlanChoice
@@ -83,14 +83,14 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
     sizes, stubs = facts.block_param_bytes, facts.stub_bytes or (0,) * facts.num_blocks
     before = facts.base_bytes + sum(sizes)
     after = before - sum(sizes[i] - stubs[i] for i in plan.removed)
-    card = ModelCard.of(
+    answer, card = _card(
         export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
         use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
         + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
         "`rap_env.load_llm(FOLDER)`.",
     )  # fmt: skip
-    save_pruned(llm, plan, export.out, readme=card.text)
-    return card.answer
+    save_pruned(llm, plan, export.out, readme=card)
+    return answer
 
 
 def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dict[str, Any]:
@@ -124,13 +124,13 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
         flags = cache_flags(caches)
     else:
         caches, flags = deployment.cache.name, deployment.flags
-    card = ModelCard.of(
+    answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
         use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
     with atomic_write(export.out.with_suffix(".md")) as file:
-        file.write(card.text.encode())
-    return card.answer | {"cache_type": caches}
+        file.write(card.encode())
+    return answer | {"cache_type": caches}
 
 
 def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:
@@ -155,95 +155,75 @@ def _means(llm: ElasticLLM, removed: Plan) -> dict[int, Any]:
     """The means in the place of removed blocks, (H,), by index."""
     with llm.masked(removed):
         stubs = {index: stub for index, _, stub in stubs_in_place(llm)}
-    check_stubs({block_name(index): stub.rank for index, stub in stubs.items()})
+    if mapped := [block_name(index) for index, stub in stubs.items() if stub.rank]:
+        raise UnsupportedModelError(
+            f"llama.cpp has no low-rank map in the place of a block, as the stubs of "
+            f"{', '.join(mapped)} have; only their means can be written (rank 0). Choose a plan "
+            "without stubs (--repair none), or export for transformers (--to hf)."
+        )
     return {i: np.asarray(stub.mean.detach().float().cpu()) for i, stub in stubs.items()}
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """The card beside an exported model: what it is made from, and what is known of it.
+def _card(
+    export: Export,
+    facts: ModelFacts,
+    chosen: ChosenPlan,
+    target: str,
+    sizes: tuple[int, int],
+    llm: ElasticLLM | None,
+    use: str,
+) -> tuple[dict[str, Any], str]:
+    """What the command answers, and the card beside the exported model.
 
-    Attributes:
+    Measures the rise in NLL if the user asked for it.
+
+    Args:
         export: What the user asked for.
         facts: Facts of the base model.
-        chosen: The plan, in the items of the base model, with its predicted rise in NLL.
+        chosen: The plan, in the items of the base model.
         target: The engine that the export is for.
-        bytes_before: Bytes of the base model's weights.
-        bytes_after: Bytes of the exported weights, stubs included.
-        measured: The measured rise and the text that it was measured on, if it was.
-        licence: Licence of the base model.
+        sizes: Bytes of the base model's weights, and of the exported ones, stubs included.
+        llm: The live model, or None.
         use: Markdown on how to use it.
     """
-
-    export: Export
-    facts: ModelFacts
-    chosen: ChosenPlan
-    target: str
-    bytes_before: int
-    bytes_after: int
-    measured: tuple[float, str] | None
-    licence: str
-    use: str
-
-    @classmethod
-    def of(
-        cls,
-        export: Export,
-        facts: ModelFacts,
-        chosen: ChosenPlan,
-        target: str,
-        sizes: tuple[int, int],
-        llm: ElasticLLM | None,
-        use: str,
-    ) -> ModelCard:
-        """The card of an export; measures the rise in NLL if the user asked for it."""
-        measured = None
-        if export.measure is not None:
-            assert llm is not None
-            measured = measured_rise(llm, chosen.plan, export.measure)
-        licence = licence_of(None if llm is None else llm.folder, export.gguf_file)
-        return cls(export, facts, chosen, target, *sizes, measured, licence, use)
-
-    @property
-    def answer(self) -> dict[str, Any]:
-        """What the command answers, as plain values."""
-        return {
-            "model": self.facts.name,
-            "dtype": self.facts.dtype,
-            "out": str(self.export.out),
-            "removed": list(self.chosen.plan.removed_names),
-            "levels": self.chosen.plan.levels,
-            "weight_bytes_before": self.bytes_before,
-            "weight_bytes_after": self.bytes_after,
-            "delta_nll": self.chosen.rise,
-            "delta_nll_source": self.chosen.source,
-            "measured_delta_nll": None if self.measured is None else self.measured[0],
-        }
-
-    @property
-    def text(self) -> str:
-        """The card in Markdown; its head is what model hubs read."""
-        rise = self.chosen.rise
-        predicted = "unknown" if rise is None else f"{rise:+.4f} nats/token"
-        measured = "not measured; `rap export --measure TEXT` does"
-        if self.measured is not None:
-            measured = f"{self.measured[0]:+.4f} nats/token on {self.measured[1]}"
-        share = 100 * self.bytes_after / self.bytes_before
-        rows = {
-            "Base model": self.facts.name,
-            "Its fingerprint": self.facts.fingerprint or "not computed",
-            "Its licence": self.licence,
-            "Weights": f"{self.bytes_after:,} bytes, {share:.1f} % of {self.bytes_before:,}",
-            "Rise in NLL, predicted": f"{predicted} ({self.chosen.source})",
-            "Rise in NLL, measured": measured,
-            "Command": f"`{self.export.command}`",
-            "Versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
-        }
-        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        return f"""---
-license: {self.licence}
+    measured, shown = None, "not measured; `rap export --measure TEXT` does"
+    if export.measure is not None:
+        assert llm is not None
+        measured, text = measured_rise(llm, chosen.plan, export.measure)
+        shown = f"{measured:+.4f} nats/token on {text}"
+    before, after = sizes
+    answer = {
+        "model": facts.name,
+        "dtype": facts.dtype,
+        "out": str(export.out),
+        "removed": list(chosen.plan.removed_names),
+        "levels": chosen.plan.levels,
+        "weight_bytes_before": before,
+        "weight_bytes_after": after,
+        "delta_nll": chosen.rise,
+        "delta_nll_source": chosen.source,
+        "measured_delta_nll": measured,
+    }
+    licence = licence_of(None if llm is None else llm.folder, export.gguf_file)
+    predicted = "unknown" if chosen.rise is None else f"{chosen.rise:+.4f} nats/token"
+    rows = {
+        "Base model": facts.name,
+        "Its fingerprint": facts.fingerprint or "not computed",
+        "Its licence": licence,
+        "Weights": f"{after:,} bytes, {100 * after / before:.1f} % of {before:,}",
+        "Rise in NLL, predicted": f"{predicted} ({chosen.source})",
+        "Rise in NLL, measured": shown,
+        "Command": f"`{export.command}`",
+        "Versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    # Model hubs read the head.
+    return (
+        answer,
+        f"""---
+license: {licence}
 ---
-# {self.facts.name} under a plan, for {self.target}
+# {facts.name} under a plan, for {target}
 
 | | |
 |---|---|
@@ -251,16 +231,17 @@ license: {self.licence}
 
 ## Use
 
-{self.use}
+{use}
 
 ## Plan
 
 Each item of the base model that is not native, and its level:
 
 ```json
-{self.chosen.plan.to_json()}
+{chosen.plan.to_json()}
 ```
-"""
+""",
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -25,10 +25,11 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     with progress_bar(
         progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
     ) as bar:
-        without = scorer.scan(Plan(), on_score=bar_callback(bar))
+        alone = [Plan.removing(block.index) for block in blocks]
+        nll = scorer.nll_many(alone, bar_callback(bar))
     return OneShotProfile(
         dense_nll=dense,
-        nll_without=tuple(without[block] for block in blocks),
+        nll_without=tuple(nll),
         influence=tuple(block_influence(scorer).tolist()),
         evaluations=len(blocks) + 1,
         evaluations_run=scorer.evaluations - before[0],

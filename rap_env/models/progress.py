@@ -1,4 +1,4 @@
-"""Progress of downloads, conversions and measurements: bars on a terminal, log lines elsewhere."""
+"""Progress of conversions and measurements: bars on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import monotonic
@@ -88,29 +87,6 @@ def hub_bars(*, shown: bool) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-@contextlib.contextmanager
-def growing_folder_bar(
-    folder: Path, total_bytes: int, title: str, *, shown: bool = True
-) -> Iterator[None]:
-    """Show a bar of the bytes that another program writes below a folder."""
-    done = threading.Event()
-    with progress_bar(
-        shown, desc=title, total=total_bytes, unit="B", unit_scale=True, leave=False
-    ) as bar:
-
-        def watch() -> None:
-            while not done.wait(0.2):
-                bar.update(min(folder_bytes(folder), total_bytes) - bar.n)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -75,7 +75,6 @@ class DistillConfig:
         learning_rate: Learning rate of Adam after the warm-up; it decays along half a cosine.
         warmup_steps: Updates over which the rate rises.
         seed: Seeds the masks and the order of the text.
-        save_every: Updates between two checkpoints.
 
     Raises:
         InvalidRequestError: A number is out of range.
@@ -86,10 +85,9 @@ class DistillConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 20
     seed: int = 0
-    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("windows", 1), ("warmup_steps", 0), ("save_every", 1)):
+        for name, least in (("steps", 1), ("windows", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
             if value < least:
                 raise InvalidRequestError(

@@ -5,21 +5,16 @@ The masks go from those of a good policy to random ones.
 
 from __future__ import annotations
 
-import logging
-import os
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.artifacts import atomic_write, digest
-from rap_env.errors import ArtifactError, UnsupportedModelError
+from rap_env.errors import UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.live.elastic import ElasticLLM
@@ -87,16 +82,10 @@ class MaskSampler:
         return mask
 
 
-log = logging.getLogger(__name__)
-
 _ROWS = 16  # float32 rows over the vocabulary in memory at a time: they stay in the CPU cache
 _TEACHER_BYTES = 512 * 2**20
 _CLIP_NORM = 1.0
-
-# What torch.load and the first look at its result raise if a file is truncated or altered.
-_DAMAGE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError
-)  # fmt: skip
+_LOGGED_STEPS = 50  # updates over which a divergence is averaged
 
 
 def distill(
@@ -106,7 +95,6 @@ def distill(
     masks: MaskSampler,
     config: DistillConfig = DistillConfig(),
     *,
-    path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> StubLibrary:
     """Train all stubs of a library together, under a new mask at each update.
@@ -115,13 +103,11 @@ def distill(
     are trained. One set of stubs serves all masks, as Once-for-All (Cai et al. 2020) trains one
     set of weights for all subnetworks.
 
-    Do not report results on the text that the stubs are trained on. `path` is a checkpoint file,
-    from which an interrupted run resumes. It is kept at the end: remove it once the library, which
-    is in the model's dtype, is saved.
+    Do not report results on the text that the stubs are trained on.
 
     Raises:
         UnsupportedModelError: The model is streamed from files; gradients need all layers.
-        ArtifactError: The library is of another model, or the file at `path` of another run.
+        ArtifactError: The library is of another model.
     """
     if llm.spare_bytes is not None:
         raise UnsupportedModelError(
@@ -135,22 +121,14 @@ def distill(
         **masks.settings,
     }
     trainer = Trainer(llm, library, text, masks, config)
-    if path is not None and Path(path).exists():
-        trainer.restore(Path(path), digest(run))
     bar = progress_bar(
-        progress, total=config.steps, initial=trainer.step, desc="distilling stubs", unit="step",
-        leave=False,
-    )  # fmt: skip
+        progress, total=config.steps, desc="distilling stubs", unit="step", leave=False
+    )
     with bar:
         while trainer.step < config.steps:
             value = trainer.update()
             bar.update()
             bar.set_postfix_str(f"divergence {value:.3f}")
-            if trainer.step % config.save_every and trainer.step < config.steps:
-                continue
-            log.info("Distilling: %d of %d steps, %s.", trainer.step, config.steps, trainer.recent)
-            if path is not None:
-                trainer.save(Path(path), digest(run))
     return trainer.library(library, {"run": run, "text": dict(text.provenance)})
 
 
@@ -186,7 +164,7 @@ class Trainer:
         """Make one update and return its divergence in nats per token."""
         began = time.perf_counter()
         windows = self._windows(self.step)
-        self._masks.requests.restart(self.step)  # a replayed trace continues where it stopped
+        self._masks.requests.restart(self.step)  # a replayed trace goes on
         mask = self._masks.draw(np.random.default_rng([self._config.seed, self.step]))
         ids = self._tokens[windows].to(self._llm.device)
         teacher = torch.cat([self._teacher(int(window)) for window in windows])
@@ -206,60 +184,18 @@ class Trainer:
         self._seconds += time.perf_counter() - began
         return value
 
-    @property
-    def recent(self) -> str:
-        """The mean divergence since the last checkpoint, as text."""
-        mean = np.mean(self._divergences[-self._config.save_every :])
-        return f"divergence {mean:.3f} nats per token"
-
-    def save(self, path: Path, run: str) -> None:
-        """Write a checkpoint atomically."""
-        state = {
-            "run": run,
-            "step": self.step,
-            "seconds": self._seconds,
-            "divergences": self._divergences,
-            "stubs": {index: stub.state_dict() for index, stub in self._stubs.items()},
-            "adam": self._adam.state_dict(),
-        }
-        with atomic_write(path) as file:
-            torch.save(state, file)
-
-    def restore(self, path: Path, run: str) -> None:
-        """Resume from a checkpoint that `save` wrote, unless it is damaged or of another run."""
-        try:
-            # Adam counts its steps on the CPU; on a GPU, each count would be a wait for the device.
-            state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            made_by = state["run"]
-        except _DAMAGE as error:
-            raise ArtifactError(
-                f"{path} is damaged or not a distillation checkpoint; delete it to start again."
-            ) from error
-        if made_by != run:
-            raise ArtifactError(
-                f"{path} is a checkpoint of another model, text or settings; give another path, or "
-                "delete it to start again."
-            )
-        self.step, self._seconds = state["step"], state["seconds"]
-        self._divergences = state["divergences"]
-        for index, stub in self._stubs.items():
-            stub.load_state_dict(state["stubs"][index])
-        self._adam.load_state_dict(state["adam"])
-
     def library(self, start: StubLibrary, made_from: Mapping[str, Any]) -> StubLibrary:
         """The current stubs, in the model's dtype."""
         stubs = {
             index: Stub(*(part.detach().to("cpu", self._llm.dtype) for part in stub.parameters()))
             for index, stub in self._stubs.items()
         }
-        every = self._config.save_every
-        means = [
-            float(np.mean(self._divergences[at : at + every])) for at in range(0, self.step, every)
-        ]
+        parts = range(0, self.step, _LOGGED_STEPS)
+        means = [float(np.mean(self._divergences[at : at + _LOGGED_STEPS])) for at in parts]
         provenance = {
             "method": "distillation under many masks",
             **made_from,
-            "divergence_every": every,
+            "divergence_every": _LOGGED_STEPS,
             "divergences": means,
             "seconds": self._seconds,
             "library": start.provenance,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from rap_env.artifacts import package_json
 from rap_env.errors import check_name
+from rap_env.scoring.local_data import dataset_maker
 from rap_env.scoring.minimal_pairs import PARADIGMS
 
 TEST_DOCUMENTS = 200
@@ -107,13 +108,11 @@ class GeneratedTask:
 
     Attributes:
         name: Its name in lm-eval.
-        chance: Accuracy of guessing.
         stream: Yields documents endlessly from a random generator.
         version: Increased whenever the documents of a seed change.
     """
 
     name: str
-    chance: float
     stream: Callable[[random.Random], Iterator[Document]]
     version: int = 1
 
@@ -131,39 +130,37 @@ class GeneratedTask:
                 return documents[skip:]
         raise AssertionError("streams do not end")
 
+    def lm_eval_config(self, seed: int = 0) -> dict[str, Any]:
+        """The task as an inline lm-eval config, for ``TaskManager.load([config])``.
+
+        Few-shot examples are separate documents that are not among the tested ones.
+        """
+
+        def splits() -> dict[str, list[Document]]:
+            train = self.documents(seed, FEWSHOT_DOCUMENTS, skip=TEST_DOCUMENTS)
+            return {"train": train, "test": self.documents(seed)}
+
+        config = multiple_choice_config(self.name, self.version, splits)
+        return {**config, "training_split": "train"}
+
 
 GENERATED_TASKS: dict[str, GeneratedTask] = {
     task.name: task
     for task in (
-        GeneratedTask("rap_minimal_pairs", 1 / 2, _minimal_pairs),
-        GeneratedTask("rap_recall", 1 / 4, _recall),
-        GeneratedTask("rap_choice", 1 / 4, _choice),
+        GeneratedTask("rap_minimal_pairs", _minimal_pairs),
+        GeneratedTask("rap_recall", _recall),
+        GeneratedTask("rap_choice", _choice),
     )
 }
 
 
-def lm_eval_config(task: GeneratedTask, seed: int = 0) -> dict[str, Any]:
-    """The task as an inline lm-eval config, for ``TaskManager.load([config])``.
-
-    Few-shot examples are separate documents that are not among the tested ones.
-    """
-
-    def make(**_metadata: Any) -> Any:
-        from datasets import Dataset, DatasetDict
-
-        test = task.documents(seed)
-        train = task.documents(seed, FEWSHOT_DOCUMENTS, skip=TEST_DOCUMENTS)
-        return DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)})
-
-    config = multiple_choice_config(task.name, task.version, make)
-    return {**config, "training_split": "train"}
-
-
-def multiple_choice_config(name: str, version: int, make: Callable[..., Any]) -> dict[str, Any]:
-    """The lm-eval config of a task whose split ``test`` has `Document`s, made by a function."""
+def multiple_choice_config(
+    name: str, version: int, splits: Callable[[], dict[str, list[Document]]]
+) -> dict[str, Any]:
+    """The lm-eval config of a task whose `Document`s a function returns by split."""
     return {
         "task": name,
-        "custom_dataset": make,
+        "custom_dataset": dataset_maker(splits),
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "context",

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import Block
 from rap_env.plan import Plan
 
 OnScore = Callable[[Any], object]
 """Called with each plan after it was scored."""
-
-
-def removal_candidates(blocks: Iterable[Block], plan: Plan) -> dict[Block, Plan]:
-    """For every block that a plan keeps: the plan that also removes it."""
-    kept = (block for block in blocks if block.index not in plan.removed)
-    return {block: plan.without(block.index) for block in kept}
 
 
 def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:
@@ -85,9 +78,6 @@ class Scorer(Protocol):
     def nll_on(self, plans: Sequence[Plan], windows: Sequence[int], /) -> list[float]:
         """NLL of several plans on some windows of the text only, nats per token."""
 
-    def scan(self, plan: Plan, /, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a plan keeps: the NLL if that block is removed too."""
-
 
 @dataclass(frozen=True, eq=False)
 class ScoringJob:
@@ -128,12 +118,3 @@ class Measured:
     window_nll: Mapping[Plan, npt.NDArray[np.float64]]
     lower_bounds: Mapping[Plan, float]
     block_runs: int
-
-
-class Workers(Protocol):
-    """Workers that hold the model of a scorer; `rap_env.scoring.workers.WorkerPool` is one."""
-
-    def measure(
-        self, job: ScoringJob, plans: Sequence[Plan], least: int = 1, /
-    ) -> Iterator[Measured]:
-        """Score plans, in batches of at least some, or find the best of them."""

@@ -7,6 +7,7 @@ whose folder is known, only that folder is read.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import logging
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.extras import require_extra
-from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS, lm_eval_config
+from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
 
@@ -49,11 +50,12 @@ _quiet_lock = threading.RLock()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress lm-eval's log lines below errors and the progress bars of `datasets`.
+    """Suppress lm-eval's log lines below errors, its progress bars and those of `datasets`.
 
     Standard error is not touched. Threads take turns, so that the last one restores the settings.
     """
     import datasets
+    import lm_eval.api.task as lm_eval_task
 
     with _quiet_lock, contextlib.ExitStack() as restore:
         for logger in map(logging.getLogger, _NOISY):
@@ -62,12 +64,14 @@ def quiet() -> Iterator[None]:
         if not datasets.are_progress_bars_disabled():
             restore.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
+        restore.callback(setattr, lm_eval_task, "tqdm", lm_eval_task.tqdm)
+        lm_eval_task.tqdm = functools.partial(lm_eval_task.tqdm, disable=True)
         yield
 
 
 @functools.cache
 def task_class() -> Any:
-    """A subclass of lm-eval's `ConfigurableTask` that draws no bar and renders documents once.
+    """A subclass of lm-eval's `ConfigurableTask` that renders documents once.
 
     lm-eval compiles a Jinja template at every use, and its metrics use the templates of each
     document again for every mask. Documents do not change, so results are kept.
@@ -87,35 +91,6 @@ def task_class() -> Any:
 
         def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> Any:
             return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
-
-        def build_all_requests(
-            self, *, limit: int | None = None, samples: list[int] | None = None, **settings: Any
-        ) -> None:
-            """Build requests as lm-eval does, but without its progress bar."""
-            if {name: value for name, value in settings.items() if value} != {"world_size": 1}:
-                super().build_all_requests(limit=limit, samples=samples, **settings)
-                return
-            instances: list[Any] = []
-            docs = self.doc_iterator(rank=0, limit=limit, world_size=1)
-            if samples is not None:  # lm-eval looks up each document in the list
-                docs = enumerate(self.eval_docs[number] for number in samples)
-            for number, doc in docs:
-                context = self.fewshot_context(
-                    doc,
-                    num_fewshot=self.config.num_fewshot or 0,
-                    gen_prefix=self.doc_to_prefix(doc),
-                )
-                made = self.construct_requests(
-                    doc=doc,
-                    ctx=context,
-                    metadata=(self.config.task, number, self.config.repeats),
-                    apply_chat_template=False,
-                    chat_template=None,
-                )
-                instances += made if isinstance(made, list) else [made]
-            if not instances:
-                raise ValueError("it has no documents")
-            self._instances = instances
 
         def _once(self, kind: str, render: Any, doc: Any, override: Any) -> Any:
             """Render a document, or return what was rendered before."""
@@ -155,8 +130,8 @@ def load_task(
         config = long_context.lm_eval_config(tokenizer, seed, limit or TEST_DOCUMENTS)
         loaded: dict[str, Any] = {"tasks": {name: task_class()(config=config)}}
     elif name in GENERATED_TASKS:
-        task = task_class()(config=lm_eval_config(GENERATED_TASKS[name], seed))
-        loaded = {"tasks": {name: task}}
+        config = GENERATED_TASKS[name].lm_eval_config(seed)
+        loaded = {"tasks": {name: task_class()(config=config)}}
     else:
         loaded = _load_named(name, data_root)
     tasks = tuple(loaded["tasks"].values())
@@ -225,8 +200,9 @@ def _manager_for(name: str) -> Any:
         manager = _manager("")
     index = manager.task_index
     if name not in index:
-        near = _near(name, manager.all_tasks)
-        raise UnknownNameError("task", name, KNOWN_TASKS, near or _ANY_OTHER)
+        near = difflib.get_close_matches(name, manager.all_tasks, n=4, cutoff=0.7)
+        hint = f"lm-eval also has {', '.join(map(repr, near))}." if near else _ANY_OTHER
+        raise UnknownNameError("task", name, KNOWN_TASKS, hint)
     with contextlib.suppress(CorpusError):  # a group that changes its members' configs
         for leaf in _leaves(index, name):
             output = (index[leaf].cfg or {}).get("output_type")
@@ -262,20 +238,20 @@ def _has(manager: Any, name: str) -> bool:
     return name in TASK_FOLDERS or bool(index[name].kind.name != "TAG")
 
 
-def _near(name: str, names: Iterable[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, names, n=4, cutoff=0.7)
-    return f"lm-eval also has {', '.join(map(repr, near))}." if near else ""
-
-
 def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
     manager = _manager_for(name)
+    index, overrides = manager.task_index, {}
     if data_root is not None:
-        return _load_local(manager, name, data_root)
+        for leaf in _leaves(index, name):
+            overrides[leaf] = local_overrides(data_root, leaf, index[leaf].cfg)
     try:
-        return _load_leaves(manager, name)
-    except Exception as error:  # the hub's client has no common base class for its errors
+        return _load_leaves(manager, name, overrides)
+    except Exception as error:  # of the hub's client, or of a task's own templates and functions
+        if data_root is not None:
+            raise CorpusError(
+                f"The files of the task {name!r} in {data_root} do not match what it reads: "
+                f"{_brief(error)}. Compare their fields with the task's config in lm-eval."
+            ) from error
         raise CorpusError(
             f"Cannot load the data of the task {name!r} from the hub ({_brief(error)}); check "
             "the network, set data_root to a folder with the task's data, or use the generated "
@@ -283,23 +259,8 @@ def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _load_local(manager: Any, name: str, data_root: str) -> dict[str, Any]:
-    """Load a task or group with local files in the place of its data sets."""
-    index = manager.task_index
-    overrides = {
-        leaf: local_overrides(data_root, leaf, index[leaf].cfg) for leaf in _leaves(index, name)
-    }
-    try:
-        return _load_leaves(manager, name, overrides)
-    except Exception as error:  # a task's own templates and functions may raise anything
-        raise CorpusError(
-            f"The files of the task {name!r} in {data_root} do not match what it reads: "
-            f"{_brief(error)}. Compare their fields with the task's config in lm-eval."
-        ) from error
-
-
 def _load_leaves(
-    manager: Any, name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    manager: Any, name: str, overrides: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Load a task or group with `task_class` and changed settings of its tasks.
 
@@ -314,7 +275,7 @@ def _load_leaves(
         return loaded
     for leaf in leaves:
         own_class = "class" in (index[leaf].cfg or {})
-        member = {"task": leaf, **(overrides or {}).get(leaf, {})}
+        member = {"task": leaf, **overrides.get(leaf, {})}
         members.append(member if own_class else {**member, "class": task_class()})
     tasks = manager.load([{"group": name, "task": members}])["tasks"]
     own = index[name].cfg or {}
@@ -354,12 +315,8 @@ def _leaves(index: Any, name: str) -> Iterator[str]:
 
 def _check_output(name: str, output_type: str) -> None:
     if output_type not in SCORABLE_OUTPUTS:
-        raise UnknownNameError(
-            "likelihood task",
-            name,
-            KNOWN_TASKS,
-            f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be.",
-        )
+        hint = f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be."
+        raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
 
 
 def _brief(error: Exception) -> str:

@@ -9,7 +9,7 @@ validation split.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
         CorpusError: The folder, a file or a field is missing, or a file is not JSON lines.
     """
     folder = _task_folder(Path(data_root).expanduser(), task)
-    wanted = _split_names(config)
+    wanted = {key: config[key] for key in SPLIT_KEYS if config.get(key)}
     rows = {
         split: read_rows(path, TASK_FIELDS.get(known_name(task), ()))
         for split in sorted(set(wanted.values()))
@@ -58,7 +58,7 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
             f"{', '.join(files)}; add the file."
         )
     nulls = {key: None for key, split in wanted.items() if split not in rows}
-    return {"custom_dataset": _dataset_maker(rows), **nulls}
+    return {"custom_dataset": dataset_maker(lambda: rows), **nulls}
 
 
 def read_rows(path: Path, fields: tuple[str, ...] = ()) -> Rows:
@@ -118,17 +118,12 @@ def _task_folder(root: Path, task: str) -> Path:
     return root / task
 
 
-def _split_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """The splits that a config names, by config key."""
-    return {key: config[key] for key in SPLIT_KEYS if config.get(key)}
-
-
-def _dataset_maker(rows: Mapping[str, Rows]) -> Callable[..., Any]:
-    """A function for lm-eval's ``custom_dataset``; it ignores the task's metadata."""
+def dataset_maker(splits: Callable[[], Mapping[str, Sequence[Any]]]) -> Callable[..., Any]:
+    """A function for lm-eval's ``custom_dataset``, from one that returns the rows of each split."""
 
     def make(**_metadata: Any) -> Any:
         from datasets import Dataset, DatasetDict
 
-        return DatasetDict({split: Dataset.from_list(part) for split, part in rows.items()})
+        return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits().items()})
 
     return make

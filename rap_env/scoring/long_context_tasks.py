@@ -219,16 +219,6 @@ class LongContextTask:
         """Its name in lm-eval."""
         return f"rap_{self.kind}_{self.tokens}"
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return 1 / CHOICES
-
-    @property
-    def questions_per_text(self) -> int:
-        """Documents that share a text, which follow each other."""
-        return len(_KINDS[self.kind](random.Random(0)).questions)
-
     def documents(self, tokenizer: Any, seed: int, count: int = TEST_DOCUMENTS) -> list[Document]:
         """The first documents of a seed, with texts measured by a tokenizer.
 
@@ -238,13 +228,11 @@ class LongContextTask:
         texts = (
             document
             for number in itertools.count()
-            for document in self._text(tokenizer, self._rng(seed, number))
+            for document in self._text(
+                tokenizer, random.Random(f"{self.name} {_VERSION} {seed} {number}")
+            )
         )
         return list(itertools.islice(texts, count))
-
-    def _rng(self, seed: int, number: int) -> random.Random:
-        """The random numbers of one text."""
-        return random.Random(f"{self.name} {_VERSION} {seed} {number}")
 
     def _text(self, tokenizer: Any, rng: random.Random) -> list[Document]:
         """The documents of one text."""
@@ -270,15 +258,10 @@ class LongContextTask:
 
     def lm_eval_config(self, tokenizer: Any, seed: int, count: int) -> dict[str, Any]:
         """The task as an inline lm-eval config with its first documents."""
-
-        def make(**_metadata: Any) -> Any:
-            from datasets import Dataset, DatasetDict
-
-            documents = self.documents(tokenizer, seed, count)
-            return DatasetDict({"test": Dataset.from_list(documents)})
-
-        # A solved example would be as long as the document itself.
-        return {**multiple_choice_config(self.name, _VERSION, make), "num_fewshot": 0}
+        config = multiple_choice_config(
+            self.name, _VERSION, lambda: {"test": self.documents(tokenizer, seed, count)}
+        )
+        return {**config, "num_fewshot": 0}  # an example would be as long as the document itself
 
 
 def recall_text(tokenizer: Any, tokens: int, rng: random.Random) -> str | None:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.artifacts import load_artifact, save_artifact
-from rap_env.blocks import Block, block_name
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, only_mask
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
-from rap_env.scoring.interface import OnScore, removal_candidates
+from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import DeltaNLLPredictor, ResidualNetwork, ScoreModel
 from rap_env.scoring.predictor_fit import (
     NETWORK_SCORES,
@@ -319,12 +319,6 @@ class TableScorer:
     def nll_on(self, plans: Sequence[Plan], _windows: Sequence[int]) -> list[float]:
         """NLL of several plans on the whole text, because a table does not divide it."""
         return self.nll_many(plans)
-
-    def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a plan keeps: the NLL if that block is removed too."""
-        candidates = removal_candidates(self._facts.blocks, plan)
-        nll = self.nll_many(list(candidates.values()), on_score)
-        return dict(zip(candidates, nll, strict=True))
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
@@ -13,7 +13,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rap_env.blocks import Block
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
 from rap_env.models.device import device_kinds, keep_freed_memory
@@ -24,14 +23,7 @@ from rap_env.models.weights.bfloat16_products import uses_float32
 from rap_env.plan import Plan
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.interface import (
-    Measured,
-    OnScore,
-    ScoringJob,
-    Workers,
-    notify,
-    removal_candidates,
-)
+from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify
 from rap_env.scoring.nll import tokens_at_once, window_nll
 from rap_env.scoring.plan_runner import (
     Node,
@@ -62,8 +54,8 @@ class MaskScorer:
     pass bit for bit, because the same operations run on the same tensors. On an accelerator,
     where several plans may share a batch, it is equal up to the dtype's rounding.
 
-    A mask and a plan that says the same have one score and one key in the store. Lowered caches
-    are those of `rap_env.levels`: a score is what decoding token by token would give.
+    Lowered caches are those of `rap_env.levels`: a score is what decoding token by token would
+    give.
 
     Args:
         llm: The live model; its plan is restored after each call.
@@ -101,7 +93,7 @@ class MaskScorer:
         batch_tokens: int = _BATCH_TOKENS,
         prefix_cache_bytes: int = _PREFIX_BYTES,
         masks_together: int | None = None,
-        workers: Workers | None = None,
+        workers: Any = None,
     ) -> None:
         keep_freed_memory()
         self.llm = llm
@@ -111,7 +103,7 @@ class MaskScorer:
         self.evaluations = 0
         self.full_block_forwards = 0
         tokens = self.corpus.tokens
-        windows, length = tokens.shape
+        length = tokens.shape[1]
         if not 2 <= length <= llm.facts.max_positions:
             raise CorpusError(
                 f"A window must have from 2 to {llm.facts.max_positions} tokens (the positions "
@@ -128,10 +120,10 @@ class MaskScorer:
         }
         partial_forward, cache = PartialForward(llm, widen=True), StateCache(width.cache_bytes)
         self.runner = PlanRunner(partial_forward, batches, cache, width.masks)
-        state_bytes = windows * length * llm.facts.hidden_size * llm.facts.itemsize
+        state_bytes = tokens.numel() * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
         self.stride = max(1, -(-path_bytes // max(1, width.cache_bytes)))
-        self._scores: dict[Plan, npt.NDArray[np.float64]] = {}  # masks as masks
+        self._scores: dict[Plan, npt.NDArray[np.float64]] = {}
         self._memory = MemoryModel(llm)
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
         self._part_windows = 0  # windows that parts ran, summed over plans
@@ -186,7 +178,7 @@ class MaskScorer:
     @property
     def num_windows(self) -> int:
         """Windows of the text."""
-        return int(self.corpus.tokens.shape[0])
+        return len(self.corpus.tokens)
 
     @property
     def passes(self) -> float:
@@ -218,7 +210,7 @@ class MaskScorer:
         return self.nll(Plan())
 
     def is_predicted(self, _plan: Plan) -> bool:
-        """Whether the score of a plan is predicted: never, because a live model measures it."""
+        """Never: a live model measures all scores."""
         return False
 
     def nll(self, plan: Plan) -> float:
@@ -256,17 +248,14 @@ class MaskScorer:
                 self.take(batch)
                 notify(on_score, batch.plans)
         else:
-            self._measure_here(missing, on_score)
+            branches = branch_nodes(missing, self.runner.partial.steps)
+            for group in chunks(missing, self.in_flight):
+                last = group[-1] is missing[-1]
+                self._measure(group, branches | self._path(group[-1]) if last else branches)
+                notify(on_score, group)
         measured = set(missing)
         notify(on_score, [plan for plan in distinct if plan not in measured])
         return [self.nll(plan) for plan in plans]
-
-    def _measure_here(self, missing: Sequence[Plan], on_score: OnScore | None) -> None:
-        branches = branch_nodes(missing, self.runner.partial.steps)
-        for group in chunks(missing, self.in_flight):
-            last = group[-1] is missing[-1]
-            self._measure(group, branches | self._path(group[-1]) if last else branches)
-            notify(on_score, group)
 
     def nll_on(self, plans: Sequence[Plan], windows: Sequence[int]) -> list[float]:
         """NLL of several plans on some windows of the text only, nats per token.
@@ -289,34 +278,23 @@ class MaskScorer:
             self._part_windows += (part.evaluations - ran) * len(chosen)
         return [nll[plan] for plan in plans]
 
-    def scan(self, plan: Plan, on_score: OnScore | None = None) -> dict[Block, float]:
-        """For every block that a plan keeps: the NLL if that block is removed too."""
-        candidates = self.candidates(plan)
-        nll = self.nll_many(list(candidates.values()), on_score)
-        return dict(zip(candidates, nll, strict=True))
-
-    def candidates(self, plan: Plan) -> dict[Block, Plan]:
-        """For every block that a plan keeps: the plan that also removes it."""
-        return removal_candidates(self.llm.blocks, plan)
-
     def look_up(self, plan: Plan) -> npt.NDArray[np.float64] | None:
         """NLL of each window if it is known, shape (windows,), or None.
 
         Raises:
             UnknownNameError: The plan names items or levels that the model does not have.
         """
-        values = self._scores.get(plan)
-        return self._look_further(plan) if values is None else values
-
-    def _look_further(self, plan: Plan) -> npt.NDArray[np.float64] | None:
-        if plan not in self._scores:
-            self._check(plan)
-            key = self._mask_key if plan.is_mask else self._plan_key
-            values = None if self.store is None else self.store.get(key, plan, METRIC)
-            if values is None:
-                return None
+        if (known := self._scores.get(plan)) is not None:
+            return known
+        if plan.is_mask:
+            plan.check(self.llm.facts.num_blocks)
+        else:
+            self._memory.check_plan(plan)
+        key = self._mask_key if plan.is_mask else self._plan_key
+        values = None if self.store is None else self.store.get(key, plan, METRIC)
+        if values is not None:
             self._scores[plan] = np.array(values)
-        return self._scores[plan]
+        return self._scores.get(plan)
 
     def record(self, plan: Plan, values: npt.NDArray[np.float64]) -> None:
         """Store the measured NLL of each window under a plan, shape (windows,).
@@ -327,8 +305,10 @@ class MaskScorer:
         if not np.isfinite(values).all():
             self.raise_non_finite(plan)
         if self.store is not None:
-            context = self.context if plan.is_mask else self.plan_context
-            self.store.put(context_key(context), plan, METRIC, values.tolist(), context)
+            key, context = self._mask_key, self.context
+            if not plan.is_mask:
+                key, context = self._plan_key, self.plan_context
+            self.store.put(key, plan, METRIC, values.tolist(), context)
         self._scores[plan] = values
 
     def take(self, measured: Measured) -> None:
@@ -350,13 +330,7 @@ class MaskScorer:
     def count(self, plan: Plan) -> None:
         """Count a plan that the model ran."""
         self.evaluations += 1
-        self.full_block_forwards += self.llm.facts.num_blocks - len(plan.removed)
-
-    def _check(self, plan: Plan) -> None:
-        if plan.is_mask:
-            plan.check(self.llm.facts.num_blocks)
-        else:
-            self._memory.check_plan(plan)
+        self.full_block_forwards += self.llm.num_blocks - len(plan.removed)
 
     def _path(self, plan: Plan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""
@@ -400,8 +374,7 @@ class MaskScorer:
                         rows = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
                     nll |= dict(zip(group, rows.view(len(group), -1), strict=True))
                 parts.append(torch.stack([nll[plan] for plan in plans]))
-        values: npt.NDArray[np.float64] = torch.cat(parts, dim=1).cpu().numpy()
-        return values
+        return np.asarray(torch.cat(parts, dim=1).cpu().numpy(), dtype=np.float64)
 
 
 def model_context(llm: ElasticLLM) -> dict[str, Any]:
@@ -422,10 +395,6 @@ def levels_context(plan: Plan) -> Mapping[str, Any]:
     return {} if plan.is_mask else _LEVELS
 
 
-def bar_callback(bar: tqdm[Any]) -> Callable[[Any], None]:
+def bar_callback(bar: tqdm[Any]) -> OnScore:
     """A callback for `MaskScorer.nll_many` that advances a progress bar."""
-
-    def advance(_plan: Plan) -> None:
-        bar.update()
-
-    return advance
+    return lambda _plan: bar.update()

@@ -168,11 +168,6 @@ class TaskScorer:
             name: {**common, "task": member.context} for name, member in self._members.items()
         }
 
-    @property
-    def dense_accuracies(self) -> dict[str, float]:
-        """Accuracies of the dense model."""
-        return self.accuracies(Plan())
-
     @cached_property
     def chance(self) -> dict[str, float]:
         """Accuracy of guessing, by task: mean of 1 / choices, 0 for open answers."""

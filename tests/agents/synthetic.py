@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from rap_env.blocks import Block
 from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.observation import ImportanceFeatures
@@ -84,10 +83,6 @@ class SyntheticScorer:
 
     def is_predicted(self, mask):
         return False
-
-    def scan(self, mask):
-        blocks = [Block(i, 1) for i in range(len(self.costs)) if i not in mask]
-        return {block: self.nll(mask | Plan.removing(block)) for block in blocks}
 
 
 class SyntheticContext:

@@ -105,7 +105,7 @@ def test_one_context_for_each_config(tmp_path):
     )
     first = open_context(config)
     assert open_context(config) is first
-    first.scorer.scan(first.llm.mask)
+    first.scorer.nll_many([Plan.removing(block) for block in range(4)])
     assert len(ScoreStore(tmp_path / "s.sqlite")) == 4
     other = open_context(replace(config, store=None))
     assert other is not first

@@ -29,7 +29,6 @@ from tests.gpu.paths import (
     repaired,
     scored,
     served,
-    trainer_of,
 )
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.models.states import saved
@@ -197,19 +196,15 @@ def test_weights_go_to_the_host_in_few_copies_and_nothing_waits():
         assert (seen.copies, seen.waits) == (2 * 2, 0)
 
 
-def test_pinned_memory_is_asked_in_powers_of_two_of_which_one_is_not_full():
-    """torch rounds each allocation up to a power of two."""
+def test_pinned_memory_of_offloaded_weights_is_taken_once():
     with pretended_gpu() as seen:
-        llm = ElasticLLM(tiny_model("llama", layers=40).to("cuda"), None, name="llama")
+        llm = llm_of("llama", "cuda")
         llm.set_residency("offload")
         for _ in range(2):  # the copies of the first time are kept
-            llm.apply(Plan.removing(*range(80)))
+            llm.apply(Plan.removing(*range(llm.num_blocks)))
             llm.apply(Plan())
         weights = sum(llm.facts.block_param_bytes)
-        largest = max(seen.pinned)
-        assert all(size & (size - 1) == 0 for size in seen.pinned)
-        assert weights <= sum(seen.pinned) < 1.2 * weights + largest
-        assert len(seen.pinned) > 1
+        assert weights <= sum(seen.pinned) < 1.2 * weights
 
 
 def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
@@ -239,21 +234,6 @@ def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypa
             llm = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
             spare.append(llm.spare_bytes)
     assert spare[1] - spare[0] == 8000
-
-
-def test_a_resumed_distillation_counts_its_steps_on_the_cpu(tmp_path):
-    """On the GPU, each count would be a wait for the device at each update."""
-    with pretended_gpu():
-        llm = llm_of("llama", "cuda")
-        first, again = (trainer_of(llm) for _ in range(2))
-        first.update()
-        first.save(tmp_path / "checkpoint", "run")
-        again.restore(tmp_path / "checkpoint", "run")
-        states = again._adam.state.values()
-        assert {state["step"].device.type for state in states} == {"cpu"}
-        assert {state["exp_avg"].device for state in states} == {GPU}
-        again.update()
-    assert again.step == 2
 
 
 def in_a_fork(run):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.gsi_search import gsi
 from rap_env.importance.profiles import GSIProfile
@@ -13,6 +14,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import tiny_library
+from tests.scoring.removals import scan
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
 
@@ -36,7 +38,7 @@ def test_exact_gsi_is_the_naive_loop(seed):
     llm, ids = tiny_llm(layers=4, seed=seed), tokens()
     profile = gsi(MaskScorer(llm, ids), progress=False)
     order, levels = naive_order(llm, ids, 8)
-    assert list(profile.order) == [block.name for block in order]
+    assert list(profile.order) == [block_name(block) for block in order]
     assert profile.nll_after == pytest.approx(levels, rel=2e-5)
     assert profile.evaluations == profile.evaluations_run == 1 + sum(range(1, 9))
 
@@ -57,12 +59,12 @@ def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
     scorer = MaskScorer(llm, tokens(windows=6), batch_tokens=18)
     removed, order, levels = Plan(), [], []
     for _ in range(5):
-        nll = MaskScorer(llm, tokens(windows=6), batch_tokens=18).scan(removed)
-        order.append(min(nll, key=lambda block: (nll[block], block.index)))
+        nll = scan(MaskScorer(llm, tokens(windows=6), batch_tokens=18), removed)
+        order.append(min(nll, key=lambda block: (nll[block], block)))
         levels.append(nll[order[-1]])
         removed = removed.without(order[-1])
     profile = gsi(scorer, stop=5, progress=False)
-    assert list(profile.order) == [block.name for block in order]
+    assert list(profile.order) == [block_name(block) for block in order]
     assert list(profile.nll_after) == levels  # bit for bit
     assert profile.candidates == tuple(10 - i for i in range(5))
 
@@ -93,7 +95,7 @@ def test_lazy_measures_less_and_is_nearly_as_good(deep):
 def test_lazy_measures_more_items_if_one_has_risen(good, bad, examined, tmp_path):
     """All of them if each loses more than any was last known to, else a few."""
     scorer, path = MaskScorer(tiny_llm(layers=8), tokens()), tmp_path / "gsi.json"
-    nll = {block.name: value for block, value in scorer.scan(Plan.removing(0)).items()}
+    nll = {block_name(block): value for block, value in scan(scorer, Plan.removing(0)).items()}
     next_to_it = "layer00.ffn"
     ranked = sorted(set(nll) - {next_to_it}, key=nll.__getitem__)
     known = dict.fromkeys(ranked[:7], good) | dict.fromkeys(ranked[7:], bad) | {next_to_it: 99.0}

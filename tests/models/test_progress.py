@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from rap_env.models.progress import (
     folder_bytes,
-    growing_folder_bar,
     hub_bars,
     progress_bar,
     transformers_bars,
@@ -88,25 +87,16 @@ def test_lines_reach_a_user_who_has_not_configured_logging() -> None:
     assert "levels: 10/20 plan [00:10<00:10" in ran.stderr
 
 
-def test_the_bar_ends_with_its_watcher(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
-    with growing_folder_bar(tmp_path, 10, "Downloading"):
-        # tqdm's own monitor thread stays for all later bars.
-        started = {t for t in threading.enumerate() if t.name != "tqdm_monitor"} - before
-        assert started
-    assert not started & set(threading.enumerate())
-
-
 @pytest.mark.parametrize("shown", [True, False])
-def test_the_bar_is_shown_on_a_terminal_unless_disabled(tmp_path, shown, monkeypatch) -> None:
+def test_a_bar_is_drawn_on_a_terminal_unless_disabled(shown, monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with growing_folder_bar(tmp_path, 10, "Downloading", shown=shown):
+    with progress_bar(shown, total=10, desc="Measuring"):
         pass
-    assert ("Downloading" in sys.stderr.getvalue()) == shown
+    assert ("Measuring" in sys.stderr.getvalue()) == shown
 
 
 def test_the_hubs_progress_bars_are_restored() -> None:

@@ -15,6 +15,7 @@ from rap_env.scoring.mask_search import (
 )
 from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from rap_env.scoring.scorer import MaskScorer
+from tests.scoring.removals import removals
 from tests.scoring.test_scorer import tokens
 from tests.tiny import DISTINCT_FAMILIES, each_family, tiny_llm
 
@@ -30,7 +31,7 @@ def scorers(family="llama", layers=5, dtype=torch.float32, windows=4):
 @each_family("family", DISTINCT_FAMILIES, near=[BASE, None], dtype=[torch.float32, torch.bfloat16])
 def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
-    masks = list(scorer.candidates(BASE).values())
+    masks = list(removals(scorer.llm.num_blocks, BASE).values())
     nll = plain.nll_many(masks)
     found = find_best_mask(scorer, masks, near=near)
     assert found.best == masks[int(np.argmin(nll))]
@@ -46,7 +47,9 @@ def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
 def test_masks_that_cannot_win_are_dropped(monkeypatch):
     monkeypatch.setattr(nll_module, "_VOCABULARY_PARTS", 1)  # a tight bound
     scorer, plain = scorers(layers=8)
-    masks = sorted(scorer.candidates(BASE).values(), key=plain.nll)  # likely winners first
+    masks = sorted(
+        removals(scorer.llm.num_blocks, BASE).values(), key=plain.nll
+    )  # likely winners first
     ticks = []
     found = find_best_mask(scorer, masks, near=BASE, on_score=ticks.append)
     assert len(found.lower_bounds) > len(masks) // 2
@@ -57,7 +60,7 @@ def test_masks_that_cannot_win_are_dropped(monkeypatch):
 
 def test_known_masks_are_not_run_again():
     scorer, _ = scorers()
-    masks = list(scorer.candidates(BASE).values())
+    masks = list(removals(scorer.llm.num_blocks, BASE).values())
     nll = scorer.nll_many(masks)
     ran = scorer.evaluations, scorer.block_forwards
     found = find_best_mask(scorer, masks)
@@ -67,7 +70,7 @@ def test_known_masks_are_not_run_again():
 
 def test_the_next_round_starts_from_the_winners_states():
     scorer, plain = scorers(layers=8)
-    best = find_best_mask(scorer, list(scorer.candidates(BASE).values())).best
+    best = find_best_mask(scorer, list(removals(scorer.llm.num_blocks, BASE).values())).best
     before = scorer.block_forwards
     alone = best.without(15)
     assert scorer.nll(alone) == plain.nll(alone)
@@ -83,7 +86,7 @@ def test_non_finite_numbers_are_rejected():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match="non-finite"):
-        find_best_mask(scorer, list(scorer.candidates(BASE).values()))
+        find_best_mask(scorer, list(removals(scorer.llm.num_blocks, BASE).values()))
     assert scorer.known == 0
 
 
@@ -101,7 +104,7 @@ def test_what_masks_in_flight_hold_stays_within_the_cache(near, monkeypatch):
         held.append(sum(h.nbytes for one in candidates for h in one.hidden.values()))
 
     monkeypatch.setattr(CandidateRunner, "evaluate_batch", noted)
-    masks = list(wide.candidates(BASE).values())
+    masks = list(removals(wide.llm.num_blocks, BASE).values())
     found = find_best_mask(wide, masks, near=near)
     assert len(wide.batches) == 12
     assert max(held) <= cap

@@ -18,6 +18,7 @@ from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import make_context
 from tests.models.stubs import repaired
+from tests.scoring.removals import scan
 from tests.scoring.tiny_table import all_masks, table_of
 from tests.tiny import DISTINCT_FAMILIES, FAMILIES, VOCAB_SIZE, each_family, tiny_llm
 
@@ -143,23 +144,15 @@ def test_sharing_saves_blocks_whatever_the_cache_holds():
     work = []
     for cache_bytes in (1, 3 * ids.numel() * 16 * 4, 2**30):
         scorer = MaskScorer(llm, ids, batch_tokens=9, prefix_cache_bytes=cache_bytes)
-        scan = scorer.scan(base)
-        expected = expected or scan
-        assert scan == expected
+        nll = scan(scorer, base)
+        expected = expected or nll
+        assert nll == expected
         assert scorer.evaluations == 11
         work.append(scorer.block_forwards)
     assert work[0] == 11 * 10  # nothing kept: each of 11 masks runs its 10 blocks
     assert work[0] > work[1] > work[2]
     # Masks in order of their first departure: layer 5 last, each layer's own work alone.
     assert work[2] <= 0.65 * work[0]
-
-
-@pytest.mark.parametrize("levels", [{}, CACHES])
-def test_a_scan_removes_each_kept_block(levels):
-    scorer, plan = MaskScorer(tiny_llm(), text()), Plan.of({**levels, "layer00.ffn": "removed"})
-    scan = scorer.scan(plan)
-    assert [block.name for block in scan] == ["layer00.attn", "layer01.attn", "layer01.ffn"]
-    assert all(nll == scorer.nll(plan.without(block)) for block, nll in scan.items())
 
 
 def test_batching_of_windows_is_part_of_the_context():

@@ -14,6 +14,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
+from tests.scoring.removals import scan
 from tests.tiny import (
     DISTINCT_FAMILIES,
     VOCAB_SIZE,
@@ -86,7 +87,7 @@ def test_scores_are_bit_for_bit_those_of_the_model_in_memory(family, dtype, tmp_
     assert ours.in_flight < len(MASKS)
     assert ours.context == theirs.context
     assert ours.nll_many(MASKS) == theirs.nll_many(MASKS)
-    assert ours.scan(Plan.removing(1)) == theirs.scan(Plan.removing(1))
+    assert scan(ours, Plan.removing(1)) == scan(theirs, Plan.removing(1))
     assert MaskScorer(streamed, ids).nll(MASKS[1]) == theirs.nll(MASKS[1])
 
 
@@ -125,7 +126,7 @@ def test_the_measured_peak_stays_under_the_cap(dtype, how, tmp_path):
 
 def _measure(scorer, how):
     if how == "scan":
-        return scorer.scan(Plan.removing(3))
+        return scan(scorer, Plan.removing(3))
     profile = gsi(scorer, method=how, stop=2, progress=False)
     return profile.order_indices, profile.nll_after
 

@@ -189,7 +189,6 @@ def test_accuracies_are_means_of_right_documents(llm):
         assert accuracy == pytest.approx(right.mean())
         assert results[name].stderr["acc"] == pytest.approx(right.std(ddof=1) / 12**0.5)
     assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
-    assert scorer.dense_accuracies == scorer.accuracies(Plan())
     assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
 
 

@@ -220,12 +220,12 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
             )
         given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         batch, queries = next(states for states in given if states is not None).shape[:2]
-        held = 0 if cache is None else int(cache.get_seq_length())
-        rows = known_lengths(cache, batch, held + queries)
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        rows = known_lengths(cache, batch, cached + queries)
         if rows is None:
-            step = Step.of(batch, queries, held, mask)
+            step = Step.of(batch, queries, cached, mask)
         else:
-            step = Step([max(0, count - queries) for count in rows], rows, held + queries)
+            step = Step([max(0, count - queries) for count in rows], rows, cached + queries)
         set_current_step(step)
         if cache is not None:
             lower(cache, levels, step.before)
@@ -257,14 +257,14 @@ def chunk_of(
     step = current_step()
     if columns > queries:
         layer = GroupedLayer(level, window)
-        held, known = columns - queries, step
+        cached, known = columns - queries, step
         if known is not None and len(known.after) == batch and known.columns == columns:
-            set_current_step(Step([0] * batch, known.before, held))
+            set_current_step(Step([0] * batch, known.before, cached))
         try:
-            layer.update(keys[:, :, :held], values[:, :, :held])
+            layer.update(keys[:, :, :cached], values[:, :, :cached])
         finally:
             set_current_step(known)
-        chunk: Chunk = layer.update(keys[:, :, held:], values[:, :, held:])[0]
+        chunk: Chunk = layer.update(keys[:, :, cached:], values[:, :, cached:])[0]
         return chunk
     if step is None or len(step.after) != batch or step.columns != columns:
         step = Step([0] * batch, [columns] * batch, columns)

@@ -109,12 +109,12 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return step
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
-        full = [n for n, held in enumerate(self.lengths) if held and held % GROUP_TOKENS == 0]
-        if full:
-            index: Any = slice(None) if len(full) == len(self.lengths) else full
-            tails = (self.keys[index][:, :, None], self.values[index][:, :, None])
+        for tokens in {n for n in self.lengths if n and n % GROUP_TOKENS == 0}:  # full tails
             self._grow(step.after)
-            self._write(full, [stored_groups(self.lengths[n] + 1) - 1 for n in full], tails)
+            rows = [row for row, length in enumerate(self.lengths) if length == tokens]
+            index = self._index(rows)
+            tails = (states[index][:, :, None] for states in (self.keys, self.values))
+            self._store(rows, tokens // GROUP_TOKENS - 1, pack(self.level.bits, *tails))
         key = ("places", self.device)
         places = step.memo.get(key)
         if places is None:
@@ -131,20 +131,21 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self._grow(step.after) and self._ring() is not None:
             self.groups = tuple(tensor.clone() for tensor in self.groups)
         bundles = []
-        for (held, after), rows in equal_rows(self.lengths, step.after).items():
-            whole = len(rows) == len(self.lengths)
-            index: Any = slice(None) if whole else rows
-            new, first = after - held, stored_groups(held)
-            tail = held - first * GROUP_TOKENS
+        for (cached, after), rows in equal_rows(self.lengths, step.after).items():
+            index = self._index(rows)
+            new, first = after - cached, stored_groups(cached)
+            tail = cached - first * GROUP_TOKENS
             keys, values = (
                 torch.cat([tails[index][:, :, :tail], states[index][:, :, -new:]], dim=2)
                 for tails, states in ((self.keys, key_states), (self.values, value_states))
             )
-            slots = self._slots(held)
+            slots = self._slots(cached)
             stored = self._fill(rows, first, keys, values)
             later = widen(self.level.bits, stored, self.dtype)
             bundles.append(
-                Bundle(None if whole else rows, held, new, keys, values, before, slots, later)
+                Bundle(
+                    rows if index is rows else None, cached, new, keys, values, before, slots, later
+                )
             )
         return Chunk(self.level, self.sliding_window, step, tuple(bundles))
 
@@ -156,8 +157,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         Returns:
             The groups that were complete, as they are stored.
         """
-        index: Any = slice(None) if len(rows) == len(self.lengths) else rows
-        count = stored_groups(keys.shape[2])
+        index, count = self._index(rows), stored_groups(keys.shape[2])
         done = count * GROUP_TOKENS
         stored = pack(self.level.bits, in_groups(keys, count), in_groups(values, count))
         self._store(rows, first, stored)
@@ -174,14 +174,15 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         made.cumulative_length = layer.get_seq_length()
         made.lengths = list(lengths)
         made._grow(lengths)
-        held = layer.keys.shape[2]
+        cached = layer.keys.shape[2]
         for (_, length), rows in equal_rows([0] * len(lengths), lengths).items():
-            index: Any = slice(None) if len(rows) == len(lengths) else rows
-            kept = min(held, length)
+            kept = min(cached, length)
             # A sliding window may have lost the start of a group; copies of the first token left
             # take its place. No later token sees them.
             first, lost = divmod(length - kept, GROUP_TOKENS)
-            parts = (t[index][:, :, held - kept :] for t in (layer.keys, layer.values))
+            parts = (
+                t[made._index(rows)][:, :, cached - kept :] for t in (layer.keys, layer.values)
+            )
             if lost:
                 parts = (torch.cat([t[:, :, :1]] * lost + [t], dim=2) for t in parts)
             made._fill(rows, first, *parts)
@@ -209,10 +210,10 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 place = torch.tensor(rows, device=self.device)[:, None]
                 old_place = torch.tensor(piece, device=self.device)
                 new_place = torch.tensor([kept[slot] for slot in piece], device=self.device)
-                held = tuple(t[place, :, old_place] for t in self.groups)  # (b, P, K, ...)
+                cached = tuple(t[place, :, old_place] for t in self.groups)  # (b, P, K, ...)
                 if level.bits != self.level.bits:
-                    held = pack(level.bits, *widen(self.level.bits, held, self.dtype))
-                for mine, new in zip(made.groups, held, strict=True):
+                    cached = pack(level.bits, *widen(self.level.bits, cached, self.dtype))
+                for mine, new in zip(made.groups, cached, strict=True):
                     mine[place, :, new_place] = new
         return made
 
@@ -234,16 +235,14 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _ring(self) -> tuple[int, int] | None:
         """Slots that are kept and slots that are reused in turn; None if all groups are kept."""
-        model, own = self._model_groups(), self.level.window_tokens
-        window = None if own is None else own // GROUP_TOKENS
+        model = window = None
+        if self.sliding_window is not None:
+            model = -(-(self.sliding_window - 1) // GROUP_TOKENS)
+        if self.level.window_tokens is not None:
+            window = self.level.window_tokens // GROUP_TOKENS
         if window is not None and (model is None or window + SINK_GROUPS <= model):
             return SINK_GROUPS, window
         return None if model is None else (0, model)
-
-    def _model_groups(self) -> int | None:
-        if self.sliding_window is None:
-            return None
-        return -(-(self.sliding_window - 1) // GROUP_TOKENS)
 
     def _slot(self, group: int) -> int:
         ring = self._ring()
@@ -267,16 +266,13 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def slot_groups(self) -> torch.Tensor:
         """The group in each slot of each row, -1 for none, (B, G), on the CPU."""
-        slots = {held: self._slots(held) for held in set(self.lengths)}
-        rows = [slots[held] for held in self.lengths]
+        slots = {cached: self._slots(cached) for cached in set(self.lengths)}
+        rows = [slots[cached] for cached in self.lengths]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), -1)
 
     def _grow(self, after: Sequence[int]) -> bool:
         """Make slots for rows of these lengths; returns whether tensors were copied."""
-        model = None if self.sliding_window is None else self.sliding_window - 1
-        longest = max(after)
-        slots = self.level.groups_held(longest, model) if longest else 0
-        more = slots - self.capacity
+        more = self._slots_for(after) - self.capacity
         if more <= 0:
             return False
         self.groups = tuple(
@@ -286,10 +282,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return True
 
     def _store(self, rows: list[int], first: int, stored: Groups) -> None:
-        index: Any = slice(None) if len(rows) == len(self.lengths) else rows
-        count = stored[0].shape[2]
-        ring = self._ring()
-        if ring is None:
+        index, count = self._index(rows), stored[0].shape[2]
+        if self._ring() is None:
             for mine, new in zip(self.groups, stored, strict=True):
                 mine[index, :, first : first + count] = new
             return
@@ -299,21 +293,14 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 for mine, new in zip(self.groups, stored, strict=True):
                     mine[index, :, slot] = new[:, :, number]
 
-    def _write(
-        self, rows: list[int], groups: list[int], tails: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        """Store one full tail of each of some rows, (b, K, 1, 32, D) each."""
-        stored = pack(self.level.bits, *tails)
-        slots = [self._slot(group) for group in groups]
-        if len(rows) == len(self.lengths) and len(set(slots)) == 1:
-            if slots[0] >= 0:
-                for mine, new in zip(self.groups, stored, strict=True):
-                    mine[:, :, slots[0]] = new[:, :, 0]
-            return
-        for number, (row, slot) in enumerate(zip(rows, slots, strict=True)):
-            if slot >= 0:
-                for mine, new in zip(self.groups, stored, strict=True):
-                    mine[row, :, slot] = new[number, :, 0]
+    def _index(self, rows: list[int]) -> Any:
+        """What selects rows of a tensor: all of them as a view."""
+        return slice(None) if len(rows) == len(self.lengths) else rows
+
+    def _slots_for(self, lengths: Sequence[int]) -> int:
+        model = None if self.sliding_window is None else self.sliding_window - 1
+        longest = max(lengths, default=0)
+        return self.level.groups_held(longest, model) if longest else 0
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -326,11 +313,11 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The length and offset of the columns that a mask must have, as for unquantised layers."""
-        held = self.cumulative_length
+        cached = self.cumulative_length
         if self.sliding_window is None:
-            return held + query_length, 0
-        return min(held, self.sliding_window - 1) + query_length, max(
-            held - self.sliding_window + 1, 0
+            return cached + query_length, 0
+        return min(cached, self.sliding_window - 1) + query_length, max(
+            cached - self.sliding_window + 1, 0
         )
 
     def get_max_length(self) -> int:
@@ -345,9 +332,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
-        model = None if self.sliding_window is None else self.sliding_window - 1
-        longest = max(self.lengths, default=0)
-        slots = self.level.groups_held(longest, model) if longest else 0
+        slots = self._slots_for(self.lengths)
         self.groups = tuple(tensor[rows, :, :slots] for tensor in self.groups)
 
     def append_rows(self, other: GroupedLayer, columns: int) -> None:

@@ -223,15 +223,15 @@ class Step:
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: int, queries: int, held: int, mask: torch.Tensor | None) -> Step:
+    def of(cls, batch: int, queries: int, cached: int, mask: torch.Tensor | None) -> Step:
         """The step of a pass with a padding mask (B, T), or without padding."""
-        columns = held + queries
+        columns = cached + queries
         if mask is None or mask.shape != (batch, columns):
-            return cls([held] * batch, [columns] * batch, columns)
+            return cls([cached] * batch, [columns] * batch, columns)
         real = mask.bool()
         pads = (~real).long().cumprod(dim=1).sum(dim=1)
         whole = torch.arange(columns, device=mask.device) >= pads[:, None]
-        if held and not torch.equal(real, whole):
+        if cached and not torch.equal(real, whole):
             raise UnsupportedCacheError(
                 "A quantised or windowed KV cache needs all padding on the left; this attention "
                 "mask has some between or after the tokens. Set padding_side='left'."

@@ -1,6 +1,6 @@
 """The KV cache of a model whose mask changes: transformers' own cache, layer by layer.
 
-Shapes: B sequences, T tokens held, K key and value heads, D values in a head.
+Shapes: B sequences, T tokens cached, K key and value heads, D values in a head.
 
 A mask changes between two steps (`ElasticLLM.apply`), and each cache in use is updated before its
 own next step. `apply` immediately evicts the keys and values of a removed attention block. A
@@ -34,9 +34,8 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -50,42 +49,12 @@ from rap_env.models.caches.layers import (
     native_layer,
     raised,
 )
-from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
-from rap_env.plan import Plan
 
 Restore = Literal["refill", "next_request"]
 """What happens to the earlier tokens of a restored attention block."""
 
 RESTORES: tuple[Restore, ...] = get_args(Restore)
-
-
-class MaskedModel(Protocol):
-    """Interface of a live model that a step needs; `models.live.elastic.ElasticLLM` has it."""
-
-    model: Any
-    adapter: FamilyAdapter
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-
-    @property
-    def removed_attention(self) -> frozenset[int]:
-        """Layers whose attention block is removed."""
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that is applied."""
-
-    def exclusive(self) -> AbstractContextManager[object]:
-        """Keep other threads from running the model or changing its mask."""
-
-    def track_cache(self, cache: Any) -> None:
-        """Let the cache follow the masks that are applied."""
-
-    def without(self, blocks: AbstractSet[int]) -> AbstractContextManager[None]:
-        """Run without more blocks than the mask removes."""
 
 
 @dataclass(frozen=True)
@@ -171,24 +140,23 @@ def cache_bytes(cache: Any) -> int:
     storages = {
         storage.data_ptr(): storage.nbytes()
         for _, layer in filled_layers(cache)
-        for storage in (tensor.untyped_storage() for tensor in _tensors(layer))
+        for tensor in (
+            layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
+        )
+        for storage in (tensor.untyped_storage(),)
     }
     return sum(storages.values())
-
-
-def _tensors(layer: Any) -> tuple[torch.Tensor, ...]:
-    return layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
 
 
 def _emptied(layer: GroupedLayer) -> Any:
     """Placeholders for the columns of a layer, in transformers' own kind of layer."""
     made = native_layer(layer)
     columns = layer.get_seq_length()
-    held = columns
+    cached = columns
     if made.is_sliding:
         made.cumulative_length = columns
-        held = min(columns, made.sliding_window - 1)
-    row = placeholder_entries(len(layer.lengths), held, layer.device)
+        cached = min(columns, made.sliding_window - 1)
+    row = placeholder_entries(len(layer.lengths), cached, layer.device)
     made.lazy_initialization(row, row)
     made.keys, made.values = row, row.clone()
     return made
@@ -196,7 +164,7 @@ def _emptied(layer: GroupedLayer) -> Any:
 
 @contextlib.contextmanager
 def step(
-    llm: MaskedModel,
+    llm: Any,
     cache: Any,
     restore: Restore,
     past: Callable[[], Past | None],
@@ -205,7 +173,7 @@ def step(
     """Prepare the model and `cache` for one step; no mask changes until the block ends.
 
     Args:
-        llm: The live model.
+        llm: The live model, an `ElasticLLM`.
         cache: The cache of the step, or None.
         restore: For attention blocks that the mask has restored and the cache lacks.
         past: Returns the tokens of the cache, or None if they are not known; called for a refill.
@@ -223,7 +191,7 @@ def step(
 
 
 def update_cache(
-    llm: MaskedModel,
+    llm: Any,
     cache: Any,
     restore: Restore,
     past: Callable[[], Past | None],
@@ -248,9 +216,7 @@ def update_cache(
     refill(llm, cache, known, most_tokens)
 
 
-def refill(
-    llm: MaskedModel, cache: Any, past: Past, most_tokens: int = PREFILL_CHUNK_TOKENS
-) -> None:
+def refill(llm: Any, cache: Any, past: Past, most_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
     """Compute a cache again under the model's mask, in chunks that bound the workspace.
 
     Its content is freed first, so that memory never holds more than the new state. At most

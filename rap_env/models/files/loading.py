@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -122,7 +123,7 @@ def load_llm(
     if (folder / PRUNED_FILE).is_file():
         if before_weights is not None:
             before_weights(2 * _stored_bytes(folder))
-        return _load_pruned(folder, place, None if dtype == "auto" else kind)
+        return load_pruned(folder, device=str(place), dtype=None if dtype == "auto" else kind)
     config = lean_config(folder) if lean and place.type == "cpu" else None
     if config is None:
         read_config(folder)
@@ -231,17 +232,10 @@ def shared_llm(
     key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
     with _shared_lock:
         if key not in _shared:
-            _shared[key] = (
-                load_llm(model, device=device, dtype=dtype, weights=weights)
-                if max_memory_bytes is None
-                else stream_llm(
-                    model,
-                    max_memory_bytes=max_memory_bytes,
-                    device=device,
-                    dtype=dtype,
-                    weights=weights,
-                )
-            )
+            load: Callable[..., ElasticLLM] = load_llm
+            if max_memory_bytes is not None:
+                load = partial(stream_llm, max_memory_bytes=max_memory_bytes)
+            _shared[key] = load(model, device=device, dtype=dtype, weights=weights)
         return _shared[key]
 
 
@@ -260,14 +254,3 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def _load_pruned(folder: Path, device: torch.device, dtype: torch.dtype | None) -> ElasticLLM:
-    llm = load_pruned(folder, device=str(device))
-    if dtype not in (None, llm.dtype):
-        raise UnsupportedModelError(
-            f"The pruned checkpoint {folder} has dtype {llm.dtype}, not {dtype}; leave dtype at "
-            "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
-        )
-    llm.model.requires_grad_(False)
-    return llm

@@ -27,19 +27,12 @@ from rap_env.models.live.calibration import calibrate, self_written, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.tensors import (
-    DTYPES,
-    StoredTensor,
-    read_header,
-    stored_dtype,
-    weights_of,
-)
+from rap_env.models.weights.tensors import stored_dtype, stored_tensors, weights_of
 from rap_env.plan import EMBEDDINGS, Plan
 
 PACKED_FILE = "packed.safetensors"
 """The file that makes a model folder a packed one."""
 
-_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
 _LEVELS: dict[torch.dtype, PackedLevel] = {torch.int8: "int8", torch.uint8: "int4"}
 _CODES = "_codes"
 
@@ -64,24 +57,17 @@ def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
     path = folder / PACKED_FILE
     if not path.is_file():
         raise ModelNotAvailableError(f"{folder} has no {PACKED_FILE}, so it has no packed weights.")
-    table = read_header(path)
-    require_all(model, table, path)
-
-    def read(name: str, kind: torch.dtype | None = None) -> torch.Tensor:
-        entry = table[name]
-        stored_as = _DTYPES[entry["dtype"]]
-        place = StoredTensor(path, entry["at"], tuple(entry["shape"]), stored_as, kind or stored_as)
-        return place.read(torch.device("cpu"))
-
-    packed = [name.removesuffix(_CODES) for name in table if name.endswith(_CODES)]
+    stored, cpu = stored_tensors(folder, PACKED_FILE), torch.device("cpu")
+    require_all(model, stored, path)
+    packed = [name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)]
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in packed):
         parts = [name for name in packed if name.rpartition(".")[0] == owner]
         names = [f"{name}_{part}" for name in parts for part in ("codes", "scales")]
-        tensors = {name.removeprefix(f"{owner}."): read(name) for name in names}
+        tensors = {name.removeprefix(f"{owner}."): stored[name].read(cpu) for name in names}
         _replace(model, owner, tensors)
-    for name in table:
+    for name, tensor in stored.items():
         if name.rpartition("_")[0] not in packed:
-            _set_parameter(model, name, read(name, dtype))
+            _set_parameter(model, name, tensor.as_dtype(dtype).read(cpu))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval().requires_grad_(False)

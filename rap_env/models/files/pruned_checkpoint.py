@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
@@ -99,7 +100,9 @@ def save_pruned(
     return folder
 
 
-def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> ElasticLLM:
+def load_pruned(
+    folder: str | os.PathLike[str], *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> ElasticLLM:
     """Load a pruned checkpoint; the removed blocks take no memory, not even while loading.
 
     Its logits equal those of the masked model bit for bit. Its blocks keep their names and
@@ -110,10 +113,12 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
     Args:
         folder: A folder that `save_pruned` wrote.
         device: Device of the weights.
+        dtype: The dtype that the checkpoint must have; None for any.
 
     Raises:
         FileNotFoundError: There is no pruned checkpoint in the folder.
         ArtifactError: It was truncated or altered, or a tensor is missing or unexpected.
+        UnsupportedModelError: It has another dtype.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -131,12 +136,17 @@ def load_pruned(folder: str | os.PathLike[str], *, device: str = "cpu") -> Elast
         )
     entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = AutoConfig.for_model(**without_code(entries, body["model_type"]))
+    if dtype not in (None, config.dtype):
+        raise UnsupportedModelError(
+            f"The pruned checkpoint {folder} has dtype {config.dtype}, not {dtype}; leave dtype at "
+            "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
+        )
     ranks = dict.fromkeys(body["removed"]) | body.get("stub_ranks", {})
     model = _load_model(folder, config, ranks, body["attention"])
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    model = model.to(device)
+    model = model.to(device).requires_grad_(False)
     speed_up_decoding(model)
     llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
     for _, placeholder, stub in stubs_in_place(llm):

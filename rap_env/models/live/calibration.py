@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import HessianCollector, Quantiser, quantise_gptq
+from rap_env.models.weights.quantisers import HessianCollector, quantise_gptq
 from rap_env.models.weights.residency import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
@@ -150,16 +151,15 @@ class _Calibration:
         with HessianCollector(layers) as collector:
             for state in states:
                 self._forward.run(step, state)
-        quantisers = {places[name]: _gptq(collector[name]) for name in layers if name in collector}
+        quantisers = {
+            places[name]: partial(_gptq, collector[name]) for name in layers if name in collector
+        }
         for item in items:
             item.quantise(_LEVEL, quantisers)
 
 
-def _gptq(hessian: torch.Tensor) -> Quantiser:
-    def quantise(weight: torch.Tensor, _: PackedLevel) -> PackedMatrix:
-        return quantise_gptq(weight, hessian)
-
-    return quantise
+def _gptq(hessian: torch.Tensor, weight: torch.Tensor, _level: PackedLevel) -> PackedMatrix:
+    return quantise_gptq(weight, hessian)
 
 
 def _read(item: WeightItem, path: Path) -> bool:

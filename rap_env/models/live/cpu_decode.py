@@ -82,18 +82,10 @@ def grouped_query_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return whole
-    return _single(query, key, value, scaling), None
-
-
-def _single(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Attention of one token: queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D).
-
-    The heads of a group are adjacent, so that regrouping them is a view.
-    """
+    # Queries (B, N, 1, D), keys and values (B, K, T, D), to (B, 1, N, D). The heads of a group are
+    # adjacent, so that regrouping them is a view.
     batch, heads, _, width = query.shape
     shared = key.shape[1]
     rows = query.reshape(batch, shared, heads // shared, width)
     attended = functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
-    return attended.reshape(batch, 1, heads, attended.shape[-1])
+    return attended.reshape(batch, 1, heads, attended.shape[-1]), None

@@ -83,7 +83,7 @@ def install_device_map(model: Any, adapter: FamilyAdapter, devices: DeviceMap) -
     decoder.register_forward_pre_hook(arrivals.enter, with_kwargs=True)
     decoder.register_forward_hook(arrivals.leave, always_call=True)
     inside = {module for layer in layers for module in layer.modules()}
-    outside = [m for m in decoder.modules() if m not in inside and not _holds(m, inside)]
+    outside = [m for m in decoder.modules() if inside.isdisjoint(m.modules())]
     for layer, device in zip(layers, devices.layers, strict=True):
         layer.register_forward_pre_hook(_Arrival(arrivals, device), with_kwargs=True)
     for module in outside:
@@ -104,10 +104,6 @@ def remove_hooks(modules: Iterable[nn.Module]) -> None:
         left = getattr(module.__dict__.get("forward"), "__func__", None)
         if left is type(module).forward:  # a shallow copy would run that of the original
             del module.forward
-
-
-def _holds(module: nn.Module, inside: set[nn.Module]) -> bool:
-    return any(child in inside for child in module.modules())
 
 
 class _Arrivals:

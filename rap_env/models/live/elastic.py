@@ -378,8 +378,8 @@ class ElasticLLM:
     def _stub_bytes(self) -> tuple[int, ...]:
         if not self._stubs:
             return ()
-        stubs = (self._stubs.get(index) for index in range(self.num_blocks))
-        return tuple(0 if stub is None else stub.nbytes for stub in stubs)
+        sizes = {index: stub.nbytes for index, stub in self._stubs.items()}
+        return tuple(sizes.get(index, 0) for index in range(self.num_blocks))
 
     def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor

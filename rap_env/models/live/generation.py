@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rap_env.errors import UnsupportedCacheError, check_name
-from rap_env.models.caches.kv_cache import RESTORES, MaskedModel, Past, Restore, positions_of, step
+from rap_env.models.caches.kv_cache import RESTORES, Past, Restore, positions_of, step
 from rap_env.models.families.placeholders import cache_in
 from rap_env.models.live.lean_llama import reject_lean
 
@@ -18,7 +18,7 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate")
 
 
 def generate(
-    llm: MaskedModel,
+    llm: Any,
     restore: Restore,
     before_step: Callable[[], object] | None,
     args: tuple[Any, ...],
@@ -32,7 +32,12 @@ def generate(
     errors are those of `ElasticLLM.generate`.
     """
     check_name("restore mode", restore, RESTORES)
-    _reject_assisted(kwargs)
+    if asked := [name for name in _ASSISTED if kwargs.get(name) is not None]:
+        raise UnsupportedCacheError(
+            f"generate({asked[0]}=...) removes tokens from the cache again, which is not supported "
+            "while the mask may change; leave it out, or call llm.model.generate inside "
+            "llm.masked(...)."
+        )
     model = llm.model
     reject_lean(model, "generate (use LiveBatch)")
     view = copy.copy(model)
@@ -89,13 +94,3 @@ class _Prepared:
         if positions is None or positions.shape != self._ids.shape:
             positions = positions_of(mask)
         return Past(self._ids[:, :length], mask[:, :length], positions[:, :length])
-
-
-def _reject_assisted(kwargs: Mapping[str, Any]) -> None:
-    asked = [name for name in _ASSISTED if kwargs.get(name) is not None]
-    if asked:
-        raise UnsupportedCacheError(
-            f"generate({asked[0]}=...) removes tokens from the cache again, which is not supported "
-            "while the mask may change; leave it out, or call llm.model.generate inside "
-            "llm.masked(...)."
-        )

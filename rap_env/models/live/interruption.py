@@ -43,7 +43,7 @@ class InterruptibleCache(DynamicCache):
         before = [(layer, layer.get_seq_length(), _undo(layer)) for layer in layers]
 
         def restore() -> bool:
-            changed = [undo for layer, held, undo in before if layer.get_seq_length() != held]
+            changed = [undo for layer, cached, undo in before if layer.get_seq_length() != cached]
             if None in changed:
                 return False
             for undo in changed:
@@ -63,9 +63,9 @@ def _undo(layer: Any) -> Any:
         return layer.undo()
     if layer.is_sliding or type(layer) not in DYNAMIC_LAYERS or not layer.is_initialized:
         return None
-    held = layer.get_seq_length()
+    cached = layer.get_seq_length()
 
     def undo() -> None:
-        layer.keys, layer.values = layer.keys[:, :, :held], layer.values[:, :, :held]
+        layer.keys, layer.values = layer.keys[:, :, :cached], layer.values[:, :, :cached]
 
     return undo

@@ -157,10 +157,10 @@ class _Decoder(nn.Module):
         use_cache: bool = False,
     ) -> SimpleNamespace:
         new = input_ids.shape[1]
-        held = 0 if cache is None else int(cache.get_seq_length())
+        cached = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
-            position_ids = torch.arange(held, held + new, device=input_ids.device)[None]
-        mask = causal_mask(attention_mask, new, held, input_ids.device)
+            position_ids = torch.arange(cached, cached + new, device=input_ids.device)[None]
+        mask = causal_mask(attention_mask, new, cached, input_ids.device)
         states: torch.Tensor = self.embed_tokens(input_ids)
         rotary = self.rotary_emb(position_ids, states.dtype)
         for layer in self.layers:
@@ -287,18 +287,18 @@ def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 
 def causal_mask(
-    attention_mask: torch.Tensor | None, new: int, held: int, device: torch.device
+    attention_mask: torch.Tensor | None, new: int, cached: int, device: torch.device
 ) -> torch.Tensor | None:
-    """The mask of scaled dot product attention, (B, 1, new, held + new), True for what is seen.
+    """The mask of scaled dot product attention, (B, 1, new, cached + new), True for what is seen.
 
     None if attention needs none: no token is padding, and either one query sees everything, or
     nothing is cached, which the kernel's own causal attention handles.
     """
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (new == 1 or not held):
+    if not padded and (new == 1 or not cached):
         return None
-    keys = torch.arange(held + new, device=device)
-    seen = (keys[None] <= keys[held:, None])[None, None]
+    keys = torch.arange(cached + new, device=device)
+    seen = (keys[None] <= keys[cached:, None])[None, None]
     if attention_mask is None or not padded:
         return seen
     return seen & attention_mask.bool()[:, None, None]

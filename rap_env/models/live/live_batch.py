@@ -1,6 +1,6 @@
 """A batch of sequences with one KV cache; sequences join and leave, and the mask may change.
 
-Shapes: B sequences (rows), T tokens held for each, V entries of the head. Shorter rows are padded
+Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are padded
 on the left; attention masks hide the padding.
 """
 
@@ -101,7 +101,7 @@ class LiveBatch:
 
     @property
     def length(self) -> int:
-        """T, tokens held for each row, padding included; 0 without rows."""
+        """T, tokens cached for each row, padding included; 0 without rows."""
         return max(map(len, self._rows), default=0)
 
     @property
@@ -131,9 +131,9 @@ class LiveBatch:
         try:
             for end in [*range(width, length, width), length]:
                 # All rows end together: the first chunks of short rows are padding.
-                held = self.length
+                cached = self.length
                 self._rows = [row[: max(0, len(row) - (length - end))] for row in rows]
-                logits = self._forward(end - held)
+                logits = self._forward(end - cached)
         except BaseException:
             self._rows, self._cache = [], None
             raise
@@ -257,14 +257,14 @@ class LiveBatch:
         return logits.to(torch.float32, copy=True)
 
     def _last_logits(self, new: int) -> torch.Tensor:
-        held = self.length - new
-        past = functools.partial(self._columns, 0, held)
-        columns = self._columns(held, self.length)
+        cached = self.length - new
+        past = functools.partial(self._columns, 0, cached)
+        columns = self._columns(cached, self.length)
         padded = min(map(len, self._rows)) < self.length
         with self._llm.exclusive():
             if self._cache is None:
                 self._cache = self._new_cache()
-                if held:
+                if cached:
                     refill(self._llm, self._cache, past(), self._most_tokens)
             with step(self._llm, self._cache, self._restore, past, self._most_tokens):
                 note_rows(self._cache, self._lengths)  # so that nothing has to read the mask
@@ -317,7 +317,7 @@ class LiveBatch:
         return cache
 
 
-def _held(layer: Any, length: int) -> int:
+def _cached_tokens(layer: Any, length: int) -> int:
     """Tokens that a layer holds of sequences of `length` tokens."""
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
@@ -331,10 +331,10 @@ def _select(layer: Any, length: int, index: Mapping[torch.device, torch.Tensor],
         layer.select_rows(rows)
         layer.cumulative_length -= cut
         return
-    held = _held(layer, length)
+    cached = _cached_tokens(layer, length)
     room = getattr(layer, "reserve_tokens", 0)
     for name in ("keys", "values"):
-        setattr(layer, name, with_room([getattr(layer, name)[rows]], held, room))
+        setattr(layer, name, with_room([getattr(layer, name)[rows]], cached, room))
     if layer.is_sliding:
         layer.cumulative_length -= cut
 
@@ -343,11 +343,11 @@ def _concatenate(mine: Any, theirs: Any, length: int) -> None:
     if isinstance(mine, GroupedLayer):
         mine.append_rows(theirs, length)
         return
-    held = _held(mine, length)
+    cached = _cached_tokens(mine, length)
     room = getattr(mine, "reserve_tokens", 0)
     for name in ("keys", "values"):
         parts = [getattr(layer, name) for layer in (mine, theirs)]
-        setattr(mine, name, with_room(parts, held, room))
+        setattr(mine, name, with_room(parts, cached, room))
         setattr(theirs, name, None)
     if mine.is_sliding:
         mine.cumulative_length = length

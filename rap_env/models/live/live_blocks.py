@@ -15,7 +15,7 @@ from rap_env.blocks import block_name
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.models.caches.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
-from rap_env.models.caches.layers import check_levels, lower
+from rap_env.models.caches.layers import level_changes, lower
 from rap_env.models.families.adapter import BlockSite
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.weights.residency import WeightStore
@@ -89,24 +89,14 @@ class LiveBlocks:
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
     def prepare(self, wanted: LiveState) -> None:
         """Make levels that did not exist so far, as far as they can be kept out of memory."""
-        for key, level in self._changes(wanted).items():
-            self._prepare(key, level)
+        if self.store is not None:
+            for key, level in self._changes(wanted).items():
+                self.store.prepare(self._item(key), level)
 
     def verify(self, key: int) -> None:
         """Check that native weights are in memory or can be loaded."""
         if self.store is not None:
             self.store.verify(self._item(key))
-
-    def _prepare(self, key: int, level: WeightLevel) -> None:
-        if self.store is not None:
-            self.store.prepare(self._item(key), level)
-
-    def _keeping(self, wanted: LiveState, keys: Iterable[int]) -> LiveState:
-        names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
-        present = self.state.plan.levels
-        plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in keys})
-        stubs = {index: self._removed.get(index) for index in plan.removed}
-        return LiveState(plan, {**stubs, **wanted.stubs})
 
     @torch.inference_mode(False)
     def set(self, wanted: LiveState, *, evict: bool = False) -> None:
@@ -133,12 +123,17 @@ class LiveBlocks:
         errors: dict[int, RapError] = {}
         for key, level in self._changes(wanted).items():
             try:
-                self._prepare(key, level)
-                if self.store is not None:  # before weights are freed that cannot be read either
+                if self.store is not None:
+                    self.store.prepare(self._item(key), level)
+                    # before weights are freed that cannot be read either
                     self.store.check(self._item(key), level)
             except UNREADABLE as error:
                 errors[key] = error
-        return errors | self._set(self._keeping(wanted, errors), evict=True)
+        names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
+        present = self.state.plan.levels
+        plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in errors})
+        stubs = {index: self._removed.get(index) for index in plan.removed}
+        return errors | self._set(LiveState(plan, {**stubs, **wanted.stubs}), evict=True)
 
     def _set(self, wanted: LiveState, evict: bool) -> dict[int, RapError]:
         """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
@@ -159,13 +154,6 @@ class LiveBlocks:
             raise
         self.state = self._found_state() if errors else wanted
         return errors
-
-    def forget_evicted(self) -> None:
-        """Forget levels of weights that are not in memory; no item may use one."""
-        for item in self.all_items:
-            for level in item.made:
-                if self.store is not None and not self.store.holds(item, level):
-                    item.forget(level)
 
     def _changes(self, wanted: LiveState) -> dict[int, WeightLevel]:
         """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
@@ -253,7 +241,7 @@ class LiveBlocks:
         for cache in caches:
             if layers_with_keys(cache, layers):
                 check_cache(cache)
-            check_levels(cache, dict(plan.caches))
+            level_changes(cache, dict(plan.caches))  # raises where it cannot be lowered
         for cache in caches:
             evict(cache, layers)
             lower(cache, dict(plan.caches))
@@ -263,7 +251,10 @@ class LiveBlocks:
         """Have all native weights in memory, and no store, until a ``with`` block makes one."""
         before = self.state
         self.set(LiveState())
-        self.forget_evicted()
+        for item in self.all_items:
+            for level in item.made:
+                if self.store is not None and not self.store.holds(item, level):
+                    item.forget(level)
         self.store = None
         try:
             yield

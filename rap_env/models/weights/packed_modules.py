@@ -49,7 +49,6 @@ class PackedModule(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.level = next(iter(matrices.values())).level
-        self._shapes = {name: matrix.shape for name, matrix in matrices.items()}
         for name, matrix in matrices.items():
             for part, tensor in matrix.tensors.items():
                 self.register_buffer(f"{name}_{part}", tensor)
@@ -69,17 +68,15 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # torch calls this to move a module; scales keep their dtype when the model changes its own
-        moved = super()._apply(  # type: ignore[no-untyped-call]
-            lambda tensor: _same_dtype(fn(tensor), tensor), recurse
-        )
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        applied = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
         for name, matrix in self.matrices.items():
             parts = {part: getattr(self, f"{name}_{part}") for part in matrix.tensors}
             self.matrices[name] = PackedMatrix(matrix.level, matrix.shape, **parts)
-        self._moved()
-        return moved
-
-    def _moved(self) -> None:
-        """Refresh what depends on the tensors."""
+        return applied
 
 
 class PackedLinear(PackedModule):
@@ -97,23 +94,19 @@ class PackedLinear(PackedModule):
         super().__init__({"weight": matrix}, dtype)
         self.out_features, self.in_features = matrix.shape
         self.register_parameter("bias", bias)
-        self._matrix = matrix
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        output = self._matrix.product(states)
+        output = self.matrices["weight"].product(states)
         bias = self.bias
         return output if bias is None else output.add_(bias)
 
     def widened(self) -> nn.Linear:
         """A linear layer with the same weights, in memory of its own, and the same bias."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = _fixed(self._matrix.widened(self.dtype))
+        linear.weight = _fixed(self.matrices["weight"].widened(self.dtype))
         linear.register_parameter("bias", self.bias)
         return linear.eval()
-
-    def _moved(self) -> None:
-        self._matrix = self.matrices["weight"]
 
 
 class PackedEmbedding(PackedModule):
@@ -133,16 +126,12 @@ class PackedEmbedding(PackedModule):
         super().__init__({"weight": matrix}, dtype)
         self.num_embeddings, self.embedding_dim = matrix.shape
         self.register_buffer("embed_scale", scale, persistent=False)
-        self._matrix = matrix
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(...) to (..., hidden)."""
-        output = self._matrix.rows(token_ids, self.dtype)
+        output = self.matrices["weight"].rows(token_ids, self.dtype)
         scale = self.embed_scale
         return output if scale is None else output * scale.to(self.dtype)
-
-    def _moved(self) -> None:
-        self._matrix = self.matrices["weight"]
 
 
 class PackedExperts(PackedModule):
@@ -320,11 +309,8 @@ def module_widen_bytes(child: nn.Module) -> int:
     matrices = matrices_of(child)
     if weights := raw_weights(child):
         return sum(weight.numel() * weight.element_size() for weight in weights.values())
-    return max(_piece_bytes((m.shape[0], m.shape[1])) * m.element_size() for m in matrices.values())
-
-
-def _piece_bytes(shape: tuple[int, int]) -> int:
-    return piece_rows(shape) * shape[1]
+    shapes = ((matrix, (matrix.shape[0], matrix.shape[1])) for matrix in matrices.values())
+    return max(piece_rows(s) * s[1] * matrix.element_size() for matrix, s in shapes)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -333,10 +319,6 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _fixed(weight: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
-
-
-def _same_dtype(moved: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 def _without(child: nn.Module, names: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,7 @@
 =======  ==========================================  =============================================
 Level    Codes                                       Scales (bfloat16)
 =======  ==========================================  =============================================
-int8     int8 (out, in)                              (out,); from files also (in / 32, out)
+int8     int8 (out, in)                              (out,)
 int4     uint8, two codes of 0 to 15 a byte:         (in / 32, out, 2): scale and zero of each
          (out / 64, in, 32) in blocks of 64 rows,    group of 32 inputs;
          or (out, in / 2) in pairs of inputs         weight = (code - 8) * scale + zero
@@ -88,15 +88,14 @@ class PackedMatrix:
         Args:
             codes: (out, in), integers; 0 to 15 at int4, -127 to 127 at int8.
             scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly shorter; at
-                int8 (out,), or (out, groups) with a scale for each group.
+                int8 (out,).
             minimum: At int4 (out, groups): the weight of code 0.
             zero: In place of the minimum, the weight of code 8.
         """
         if zero is None and minimum is not None:
             zero = minimum.float() + MIDDLE * scale.float()
         if zero is None:
-            stored = scale if scale.dim() == 1 else scale.T
-            return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(stored))
+            return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(scale))
         scales = torch.stack((scale.float().T, zero.float().T), dim=-1)
         return cls("int4", _pair(codes), packed_codes(codes), _as_scales(scales))
 
@@ -126,7 +125,8 @@ class PackedMatrix:
             return parts[0]
         first = parts[0]
         codes = torch.cat([part.codes for part in parts])
-        scales = torch.cat([part.scales for part in parts], dim=1 if first.grouped else 0)
+        dim = 0 if first.level == "int8" else 1
+        scales = torch.cat([part.scales for part in parts], dim)
         return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), codes, scales)
 
     @property
@@ -149,11 +149,6 @@ class PackedMatrix:
         """Whether its codes are int4 in blocks of 64 rows."""
         return self.codes.dim() > len(self.shape)
 
-    @property
-    def grouped(self) -> bool:
-        """Whether scales belong to groups of inputs, not to whole rows."""
-        return self.scales.dim() > 1
-
     def to(self, device: torch.device | str) -> PackedMatrix:
         """The same matrix on another device."""
         return PackedMatrix(self.level, self.shape, self.codes.to(device), self.scales.to(device))
@@ -169,9 +164,7 @@ class PackedMatrix:
         rows = slice(first, first + len(out))
         codes = self.codes[rows]
         if self.level == "int8":
-            by_row = self.scales[rows, None]
-            scale = by_input(self.scales[:, rows], self.shape[1]) if self.grouped else by_row
-            out.copy_(codes).mul_(scale)
+            out.copy_(codes).mul_(self.scales[rows, None])
             return
         scale, zero = self.scales[:, rows].unbind(-1)
         if not self.in_blocks:
@@ -197,12 +190,9 @@ class PackedMatrix:
         """The weights of single rows, as an embedding looks them up: (...) to (..., in)."""
         flat = indices.reshape(-1)
         if self.level == "int4":
-            scale, zero = (by_input(part[:, flat], self.shape[1]) for part in self._pairs())
+            scale, zero = (by_input(s[:, flat], self.shape[1]) for s in self.scales.unbind(-1))
             codes = self.code_rows(flat).to(torch.float32)
             weights = torch.addcmul(zero.float(), codes - MIDDLE, scale.float())
-        elif self.grouped:
-            scale = by_input(self.scales[:, flat], self.shape[1])
-            weights = self.codes[flat].float() * scale.float()
         else:
             weights = self.codes[flat].float() * self.scales[flat, None].float()
         return weights.to(dtype).view(*indices.shape, self.shape[1])
@@ -222,7 +212,7 @@ class PackedMatrix:
         if self.level == "int4":
             readable = self.in_blocks and bool(kernel_block_rows())
         else:  # with other sizes torch's kernel reads beyond the end of the matrix
-            readable = not self.grouped and self.shape[1] % GROUP_INPUTS == 0
+            readable = self.shape[1] % GROUP_INPUTS == 0
         return readable and rows <= kernel_rows(self.level, flat.dtype)
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
@@ -297,16 +287,12 @@ class PackedMatrix:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Some rows widened into a buffer, and the scale of each row if that is left out."""
         inputs, rows = self.shape[1], last - first
-        if self.level == "int8" and not self.grouped:
+        if self.level == "int8":
             return buffer.view(rows, inputs).copy_(self.codes[first:last]), self.scales[first:last]
         shape = (inputs, rows) if self.in_blocks else (rows, inputs)
         weights = buffer.view(shape).T if self.in_blocks else buffer.view(shape)
         self.widen(weights, first)
         return weights, None
-
-    def _pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        scale, zero = self.scales.unbind(-1)
-        return scale, zero
 
     def code_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The int4 codes of single rows, (n,) to (n, in)."""

@@ -46,7 +46,7 @@ from rap_env.errors import (
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors, untied_weights
-from rap_env.models.weights.weight_groups import PinnedMemory, WeightGroup, bytes_of
+from rap_env.models.weights.weight_groups import WeightGroup, bytes_of
 from rap_env.models.weights.weight_levels import WeightItem, packed_level
 from rap_env.paths import cache_dir
 
@@ -95,9 +95,7 @@ class WeightStore:
         rest = {name: tensor for name, tensor in others.items() if id(tensor) not in ids}
         own.append(embeddings)
         weights = [tensor for tensors in (*own, rest) for tensor in tensors.values()]
-        self._pinned: PinnedMemory | None = None
-        if residency == "offload" and any(tensor.is_cuda for tensor in weights):
-            self._pinned = PinnedMemory(sum(tensor.nbytes for tensor in weights))
+        self._pinned = residency == "offload" and any(tensor.is_cuda for tensor in weights)
         self._written = cache_dir() / "offloaded" / fingerprint[:16]
         self._known = {} if folder is None else stored_tensors(folder)
         self._native = {
@@ -139,7 +137,7 @@ class WeightStore:
         if packed is not None and packed not in self._made[item] and self.residency == "offload":
             self._make(item, packed)
             for group in self._made[item][packed]:
-                group.evict(self._pinned)
+                group.evict(pinned=self._pinned)
 
     def check(self, item: WeightItem, level: WeightLevel) -> None:
         """Check that `load` will find the weights of a level, or those that it is made from."""
@@ -155,7 +153,7 @@ class WeightStore:
         """Free the weights of an item that a level does not use."""
         for group in self._groups_of(item):
             if level not in group.levels:
-                group.evict(self._pinned)
+                group.evict(pinned=self._pinned)
 
     def load(self, item: WeightItem, level: WeightLevel) -> None:
         """Load the weights that an item uses at a level, unless they are in memory."""
@@ -189,7 +187,7 @@ class WeightStore:
     def _find_files(self, item: WeightItem) -> None:
         """Find the files from which an item's native weights can be read, or write them."""
         groups = [group for group in self._native[item] if group.files is None]
-        if self._pinned is not None or not groups:
+        if self._pinned or not groups:
             return
         known = {**item.aliased(self._known), **self._known}
         stored = [group.among(known) for group in groups]
@@ -207,7 +205,7 @@ class WeightStore:
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
         """Make a level of an item, from its file if there is one; the weights are in memory."""
         path = self._level_path(item, level)
-        if self.residency == "offload" and self._pinned is None and path.is_file():
+        if self.residency == "offload" and not self._pinned and path.is_file():
             try:
                 item.build(level, verified_tensors(path))
                 self._add(item, level)
@@ -221,14 +219,14 @@ class WeightStore:
             item.quantise(level)
         finally:
             for group in absent:
-                group.evict(self._pinned)
+                group.evict(pinned=self._pinned)
         self._add(item, level)
 
     def _add(self, item: WeightItem, level: PackedLevel) -> None:
         self._made[item][level] = groups = list(_groups(item.tensors(level), (level,)))
         for group in groups:
             group.pack()
-        if self.residency == "offload" and self._pinned is None:
+        if self.residency == "offload" and not self._pinned:
             stored = _in_file(groups, self._level_path(item, level))
             for group, files in zip(groups, stored, strict=True):
                 group.store_in(files)

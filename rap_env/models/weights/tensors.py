@@ -24,15 +24,14 @@ _VOLATILE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_versi
 
 _PIECE_VALUES = 2**20  # values that are converted at a time
 _LENGTH_BYTES = 8  # at the start of a safetensors file: the length of its header
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-}
-"""Dtypes of unquantised weights that can be read, by their names in safetensors files."""
-
-_ALL_DTYPES = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}  # that can be read, by their names in safetensors files
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -190,7 +189,7 @@ def stored_tensors(folder: Path, pattern: str = "*.safetensors") -> dict[str, St
     tensors = {}
     for path in sorted(folder.glob(pattern)):
         for name, entry in read_header(path).items():
-            if (dtype := _ALL_DTYPES.get(entry["dtype"])) is not None:
+            if (dtype := _DTYPES.get(entry["dtype"])) is not None:
                 tensors[name] = StoredTensor(path, entry["at"], tuple(entry["shape"]), dtype, dtype)
     return tensors
 
@@ -199,7 +198,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of most weights in a folder's safetensors files; float32 without any."""
     headers = (read_header(path).values() for path in folder.glob("*.safetensors"))
     kinds = Counter(entry["dtype"] for header in headers for entry in header)
-    return DTYPES.get(kinds.most_common(1)[0][0], torch.float32) if kinds else torch.float32
+    dtype = _DTYPES.get(kinds.most_common(1)[0][0]) if kinds else None
+    return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,37 +15,6 @@ from rap_env.models.weights.tensors import StoredTensor, not_readable
 
 ALIGN_BYTES = 64
 """Best for vector instructions, and the alignment of torch's own allocator."""
-
-_LEAST_CHUNK, _MOST_CHUNK = 2**16, 2**26  # bytes
-_CHUNKS = 16  # of a model, roughly
-
-
-class PinnedMemory:
-    """Page-locked memory of the host, which CUDA devices copy to and from without waiting.
-
-    torch rounds each pinned allocation up to a power of two. It is therefore taken in chunks of
-    such a size, and given out in pieces that fill one chunk after the other; all of it is in use,
-    except the end of the last chunk. It is freed with the last tensor in it.
-
-    Args:
-        expected_bytes: Bytes that will be taken, roughly.
-    """
-
-    def __init__(self, expected_bytes: int) -> None:
-        size = 1 << (expected_bytes // _CHUNKS).bit_length()
-        self.chunk_bytes = min(max(size, _LEAST_CHUNK), _MOST_CHUNK)
-        self._left = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, nbytes: int) -> list[torch.Tensor]:
-        """Memory for `nbytes` in one or more pieces, uint8."""
-        pieces = []
-        while nbytes:
-            if not len(self._left):
-                self._left = torch.empty(self.chunk_bytes, dtype=torch.uint8, pin_memory=True)
-            pieces.append(self._left[:nbytes])
-            self._left = self._left[nbytes:]
-            nbytes -= len(pieces[-1])
-        return pieces
 
 
 def aligned(nbytes: int) -> int:
@@ -90,24 +59,26 @@ class WeightGroup:
         self.nbytes = sum(part.nbytes for part in parts)
         self.device = parts[0].tensor.device
         self.evicted = False
-        self.host: list[torch.Tensor] = []  # CUDA: the copy in pinned memory, in pieces
+        self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
         self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
         self._digest = b""  # of the weights
         self._states: Sequence[tuple[int, ...]] = ()  # of the files when they held these weights
 
     def pack(self) -> None:
         """Move the weights into a buffer of their own."""
-        self._point_to(self._copied_to(_buffer(self.buffer_bytes, self.device)))
+        buffer = _buffer(self.buffer_bytes, self.device)
+        for part in self.parts:
+            part.view(buffer).copy_(part.tensor.data)
+        self._point_to(buffer)
 
-    def evict(self, pinned: PinnedMemory | None) -> None:
-        """Free the buffer, unless it is freed already; keep a copy in pinned memory, if given."""
+    def evict(self, *, pinned: bool) -> None:
+        """Free the buffer, unless it is freed already; keep a copy in pinned memory if asked."""
         if self.evicted:
             return
-        if pinned is not None and not self.host:  # the copy is kept: weights never change
-            self.host = pinned.take(self.buffer_bytes)
+        if pinned and self.host is None:  # the copy is kept: weights never change
+            self.host = torch.empty(self.buffer_bytes, dtype=torch.uint8, pin_memory=True)
             # Nothing waits for it: the memory is reused, and the copy read, in the same stream.
-            for here, piece in self._pieces(self._packed()):
-                piece.copy_(here, non_blocking=True)
+            self.host.copy_(self._packed(), non_blocking=True)
         for part in self.parts:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
@@ -123,13 +94,16 @@ class WeightGroup:
         if not self.evicted:
             return
         buffer = _buffer(self.buffer_bytes, self.device)
-        if self.host:
-            for there, piece in self._pieces(buffer):
-                there.copy_(piece, non_blocking=True)
+        if self.host is not None:
+            buffer.copy_(self.host, non_blocking=True)
         else:
-            for part, stored in zip(self.parts, self.files or (), strict=True):
+            files = self.files or ()
+            for part, stored in zip(self.parts, files, strict=True):
                 stored.read_into(part.view(buffer))
-            self._accept(part.view(buffer) for part in self.parts)
+            if (states := _states_of(files)) != self._states:
+                if _digest(part.view(buffer) for part in self.parts) != self._digest:
+                    raise _changed(files)
+                self._states = states
         self._point_to(buffer)
         self.evicted = False
 
@@ -140,7 +114,7 @@ class WeightGroup:
 
     def _verify(self) -> None:
         files = self.files
-        if not self.host and files is not None:
+        if self.host is None and files is not None:
             cpu = torch.device("cpu")
             pieces = (piece.read(cpu) for stored in files for piece in stored.pieces())
             if _digest(pieces) != self._digest:
@@ -148,18 +122,8 @@ class WeightGroup:
 
     def check(self) -> None:
         """As `verify`, as if the weights were evicted; unchanged files are not read."""
-        if not self.host and self.files is not None and _states_of(self.files) != self._states:
+        if self.host is None and self.files and _states_of(self.files) != self._states:
             self._verify()
-
-    def _accept(self, found: Iterable[torch.Tensor]) -> None:
-        """Raise `ChecksumError` if the files have changed, and what was read with them."""
-        files = self.files or ()
-        states = _states_of(files)
-        if states == self._states:
-            return
-        if _digest(found) != self._digest:
-            raise _changed(files)
-        self._states = states
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
         """Storage of the tensors in their dtype; those that are not stored are left out."""
@@ -183,15 +147,6 @@ class WeightGroup:
         """The buffer that `pack` or `load` made, whole, (bytes,)."""
         first = self.parts[0].tensor.data
         return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
-
-    def _pieces(self, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The parts of a buffer, each with the piece of the copy on the host."""
-        return zip(torch.split(buffer, [len(piece) for piece in self.host]), self.host, strict=True)
-
-    def _copied_to(self, buffer: torch.Tensor) -> torch.Tensor:
-        for part in self.parts:
-            part.view(buffer).copy_(part.tensor.data)
-        return buffer
 
     def _point_to(self, buffer: torch.Tensor) -> None:
         for part in self.parts:

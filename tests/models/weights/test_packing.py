@@ -66,15 +66,11 @@ def test_given_int4_codes_widen_exactly(shape: tuple[int, int], dtype: torch.dty
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("grouped", [False, True])
-def test_given_int8_codes_widen_exactly(shape, dtype, grouped) -> None:
+def test_given_int8_codes_widen_exactly(shape, dtype) -> None:
     codes = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(2))
-    scale = _grid(shape)[1]
-    if not grouped:
-        scale = scale[:, 0]
+    scale = _grid(shape)[1][:, 0]
     matrix = PackedMatrix.from_codes(codes, scale)
-    wide = _by_input(scale, shape[1]) if grouped else scale[:, None]
-    assert torch.equal(matrix.widened(dtype), (codes * wide).to(dtype))
+    assert torch.equal(matrix.widened(dtype), (codes * scale[:, None]).to(dtype))
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
