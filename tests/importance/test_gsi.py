@@ -14,19 +14,19 @@ from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.tiny_contexts import tiny_library
-from tests.scoring.removals import scan
+from tests.scoring.removals import removals, scan
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
 
 
-def naive_order(llm, ids, removals):
+def naive_order(llm, ids, count):
     """The loop as research code writes it: a whole forward pass for each candidate."""
     removed, order, levels = Plan(), [], []
-    for _ in range(removals):
-        left = [block for block in llm.blocks if block.index not in removed.removed]
-        nll = [np.mean(plain_nll(llm, ids, removed.without(block))) for block in left]
-        order.append(left[int(np.argmin(nll))])
-        levels.append(min(nll))
+    for _ in range(count):
+        plans = removals(llm.num_blocks, removed)
+        nll = {block: np.mean(plain_nll(llm, ids, plan)) for block, plan in plans.items()}
+        order.append(min(nll, key=nll.__getitem__))
+        levels.append(nll[order[-1]])
         removed = removed.without(order[-1])
     return order, levels
 

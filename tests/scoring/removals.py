@@ -1,7 +1,5 @@
 """The plans that also remove one of the blocks that a plan keeps."""
 
-from __future__ import annotations
-
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 
