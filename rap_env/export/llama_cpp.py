@@ -134,10 +134,10 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     for mask, rise in masks:
         if mask.count_removed("attn") == facts.num_blocks // 2:
             continue  # llama.cpp needs an attention block
-        mask_bytes = MaskBytes.of(facts, mask)
+        of_mask = mask_bytes(facts, mask)
         for cache in CACHE_TYPES:
             for batch in BATCHES:
-                sizes = mask_bytes.with_request(facts, cache, request, batch)
+                sizes = deployment_bytes(facts, of_mask, cache, request, batch)
                 lost = max(rise, 0.0) + cache.delta_nll
                 deployments.append(Deployment(mask, cache, batch, request, sizes, lost, source))
     fitting = [d for d in deployments if d.peak_bytes <= request.budget_bytes]
@@ -150,52 +150,45 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     return min(fitting, key=lambda d: (d.delta_nll, len(d.mask.removed), -d.batch_tokens))
 
 
-@dataclass(frozen=True)
-class MaskBytes:
+def mask_bytes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
     """What depends on the mask alone.
 
-    Attributes:
-        weights: Bytes of the weights in llama.cpp's file, blocks of zeros included.
-        cached_values: Values that one token adds to the KV cache.
+    Returns:
+        Bytes of the weights in llama.cpp's file, blocks of zeros included, and the number of values
+        that one token adds to the KV cache.
     """
+    width, layers = facts.hidden_size, deci_layers(facts.num_blocks // 2, mask)
+    kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed)
+    no_ffn = (1 + 3 * ZERO_FFN_LENGTH) * width * _FLOAT
+    weights = facts.base_bytes + kept + no_ffn * sum(layer.ffn is None for layer in layers)
+    if layers[0].attn is None:
+        weights += width * _FLOAT + width * width * 18 // 32  # a norm, and zeros in Q4_0
+    sizes = zip(facts.kv_heads, facts.kv_head_size, strict=True)
+    cached = (2 * n * size for i, (n, size) in enumerate(sizes) if 2 * i not in mask.removed)
+    return weights, sum(cached)
 
-    weights: int
-    cached_values: int
 
-    @classmethod
-    def of(cls, facts: ModelFacts, mask: Plan) -> MaskBytes:
-        """The bytes of a mask."""
-        width, layers = facts.hidden_size, deci_layers(facts.num_blocks // 2, mask)
-        kept = sum(n for i, n in enumerate(facts.block_param_bytes) if i not in mask.removed)
-        no_ffn = (1 + 3 * ZERO_FFN_LENGTH) * width * _FLOAT
-        weights = facts.base_bytes + kept + no_ffn * sum(layer.ffn is None for layer in layers)
-        if layers[0].attn is None:
-            weights += width * _FLOAT + width * width * 18 // 32  # a norm, and zeros in Q4_0
-        sizes = zip(facts.kv_heads, facts.kv_head_size, strict=True)
-        values = sum(
-            2 * heads * size
-            for layer, (heads, size) in enumerate(sizes)
-            if 2 * layer not in mask.removed
-        )
-        return cls(weights, values)
+def deployment_bytes(
+    facts: ModelFacts,
+    of_mask: tuple[int, int],
+    cache: CacheType,
+    request: Request,
+    batch_tokens: int,
+) -> dict[str, int]:
+    """Bytes of weights, KV cache and compute buffers for a request, given those of `mask_bytes`.
 
-    def with_request(
-        self, facts: ModelFacts, cache: CacheType, request: Request, batch_tokens: int
-    ) -> dict[str, int]:
-        """Bytes of weights, KV cache and compute buffers for a request.
-
-        The buffers hold, for each token of a batch, logits, the widest activations, and a row of
-        the attention mask in float16; and the logits of one token of each sequence.
-        """
-        tokens = _padded(request.seq_len_tokens)
-        by_token = (facts.vocab_size + 2 * facts.ffn_width) * _FLOAT + 2 * tokens
-        logits = request.batch_size * facts.vocab_size * _FLOAT
-        cached = request.batch_size * tokens * self.cached_values * cache.bits / 8
-        return {
-            "weights_bytes": self.weights,
-            "kv_cache_bytes": round(cached),
-            "compute_bytes": min(batch_tokens, request.seq_len_tokens) * by_token + logits,
-        }
+    The buffers hold, for each token of a batch, logits, the widest activations, and a row of
+    the attention mask in float16; and the logits of one token of each sequence.
+    """
+    weights, cached_values = of_mask
+    tokens = _padded(request.seq_len_tokens)
+    by_token = (facts.vocab_size + 2 * facts.ffn_width) * _FLOAT + 2 * tokens
+    logits = request.batch_size * facts.vocab_size * _FLOAT
+    return {
+        "weights_bytes": weights,
+        "kv_cache_bytes": round(request.batch_size * tokens * cached_values * cache.bits / 8),
+        "compute_bytes": min(batch_tokens, request.seq_len_tokens) * by_token + logits,
+    }
 
 
 def _padded(tokens: int) -> int:

@@ -43,7 +43,7 @@ class FitConfig:
     Attributes:
         rank: Mean rank of the stubs: together they take as many bytes as stubs of this rank.
         ridges: Penalties to choose from for each block, as multiples of the mean variance.
-        ranks: Ranks to choose from for each block; None gives every block `rank`.
+        ranks: Ranks to choose from for each block; a single one is that of every block.
 
     Raises:
         InvalidRequestError: A number is out of range.
@@ -51,15 +51,14 @@ class FitConfig:
 
     rank: int = 64
     ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
-    ranks: tuple[int, ...] | None = (0, 8, 16, 32, 64, 96, 128, 192, 256)
+    ranks: tuple[int, ...] = (0, 8, 16, 32, 64, 96, 128, 192, 256)
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or min(self.ranks or (0,)) < 0:
+        if self.rank < 0 or min(self.ranks, default=0) < 0:
             raise InvalidRequestError(f"Ranks of stubs must be 0 or above, not {self}.")
-        if self.ranks is not None and min(self.ranks, default=self.rank + 1) > self.rank:
+        if min(self.ranks, default=self.rank + 1) > self.rank:
             raise InvalidRequestError(
-                f"No rank of {self.ranks} is within the mean rank of {self.rank}; offer a lower "
-                "one, or None for the same rank everywhere."
+                f"No rank of {self.ranks} is within the mean rank of {self.rank}."
             )
         if not self.ridges or min(self.ridges) <= 0:
             raise InvalidRequestError(f"Ridge penalties must be above 0, not {self.ridges}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -250,7 +250,7 @@ def block_fits(
 ) -> Iterator[BlockFit]:
     """The fitted maps of each block, in order of index."""
     partial = PartialForward(llm, widen=True)
-    width = min(llm.facts.hidden_size, max(config.ranks or (config.rank,)))
+    width = min(llm.facts.hidden_size, max(config.ranks))
     bar = progress_bar(
         progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
     )
@@ -260,7 +260,8 @@ def block_fits(
             sums = [_advance(partial, step, several) for several in states]
             for block in step:
                 fit_on, judge_on = (moments[block] for moments in sums)
-                yield best_fit(block, fit_on, judge_on, config, width)
+                rank = min(config.rank, width)
+                yield best_fit(block, fit_on, judge_on, config.ridges, rank, width)
                 bar.update()
 
 
@@ -287,23 +288,26 @@ def _advance(
 
 
 def best_fit(
-    block: int, fit_on: Moments, judge_on: Moments, config: FitConfig, width: int
+    block: int,
+    fit_on: Moments,
+    judge_on: Moments,
+    ridges: Sequence[float],
+    rank: int,
+    width: int,
 ) -> BlockFit:
-    """Fit maps up to rank `width` with the penalty of least held-back error at the mean rank."""
+    """Fit maps up to rank `width` with the penalty of least held-back error at `rank`."""
     fits = []
-    for ridge in config.ridges:
+    for ridge in ridges:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
         # The output may be zero, as for a block that a pruned model has lost.
         power = max(judge_on.y_power, torch.finfo(torch.float32).tiny)
         errors = candidate.errors(judge_on) / power
         fits.append(BlockFit(block, candidate, ridge, errors))
-    return min(fits, key=lambda fit: float(fit.errors[min(config.rank, width)]))
+    return min(fits, key=lambda fit: float(fit.errors[rank]))
 
 
 def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:
     width = fits[0].map.basis.shape[1]
-    if config.ranks is None:
-        return {fit.block: min(config.rank, width) for fit in fits}
     choices = sorted({min(rank, width) for rank in config.ranks})
     errors = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
     return allocate_ranks(errors, choices, config.rank * len(fits))
@@ -314,17 +318,15 @@ def fit_for_mask(
     mask: Plan,
     text: Corpus,
     held_back: Corpus,
+    ranks: Mapping[int, int],
     config: FitConfig = FitConfig(),
-    *,
-    ranks: Mapping[int, int] | None = None,
 ) -> StubLibrary:
     """Fit the stubs of one mask, each on the states that result from the stubs before it.
 
     A stub's target is the dense model's state after the block, so it also corrects errors of
     earlier blocks. The library has stubs for the blocks of this mask only; a shared library is
     compared with it. The ridge penalty is chosen on the held-back tokens. `ranks` has the rank of
-    each stub by index of its block, such as a library's, for equal bytes; None gives every stub
-    the rank of `config`.
+    each stub by index of its block, such as a library's, for equal bytes.
 
     Raises:
         CorpusError: The two texts overlap.
@@ -343,9 +345,8 @@ def fit_for_mask(
                 track.advance(step, kept)
             for block in (block for block in step if block in mask.removed):
                 fit_on, judge_on = (track.moments() for track in tracks)
-                rank = config.rank if ranks is None else ranks[block]
-                fit = best_fit(block, fit_on, judge_on, replace(config, rank=rank), rank)
-                stubs[block] = fit.stub(rank, llm.dtype)
+                fit = best_fit(block, fit_on, judge_on, config.ridges, ranks[block], ranks[block])
+                stubs[block] = fit.stub(ranks[block], llm.dtype)
                 for track in tracks:
                     track.add(stubs[block].on(llm.device_of(block)))
     made_by = {

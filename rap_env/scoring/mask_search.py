@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -74,11 +73,10 @@ def find_best_mask(
             notify(on_score, part.plans)
     elif missing:
         with scorer.llm.masked(Plan()):
-            bound = None
+            search = _Search(scorer, plans, known)
             if near is not None and len({plan.embeddings for plan in (near, *plans)}) == 1:
-                bound = _vocabulary(scorer, near)
-            search = _Search(scorer, plans, bound, known)
-            for group in chunks(missing, search.together if bound else scorer.in_flight):
+                search.bound_by(near)
+            for group in chunks(missing, search.in_flight):
                 lower_bounds |= search.evaluate(group)
                 notify(on_score, group)
             search.keep_winner()
@@ -110,87 +108,49 @@ class Candidate:
         return sum(self.contributions.values())
 
 
-class CandidateRunner:
-    """Runs plans that share a prefix, such as the candidates of one GSI round.
+class _Search:
+    """One exact search: runs candidates and tracks the best one so far.
 
-    The states of the shared prefix (`shared_plan`) are cached for all of them. The states of a
-    single one are kept until it is known whether it wins, because the next round starts from them.
+    The states of the prefix that all plans share (`shared_plan`), such as that of one GSI round,
+    are cached for all of them. The states of a single one are kept until it is known whether it
+    wins, because the next round starts from them.
     """
 
-    def __init__(self, scorer: MaskScorer, plans: Sequence[Plan]) -> None:
+    def __init__(self, scorer: MaskScorer, plans: Sequence[Plan], known: dict[Plan, float]) -> None:
         self._scorer = scorer
-        self._prefixes = scorer.runner.prefixes(shared_plan(plans))
-
-    def evaluate_batch(self, candidates: Sequence[Candidate], batch: int) -> None:
-        """Run plans on one batch of the text and set their `hidden`."""
-        runner = self._scorer.runner
-        for group in chunks(candidates, self._scorer.in_flight):
-            visit = partial(self._visit, batch, group[0] if len(group) == 1 else None)
-            last = runner.run(batch, [candidate.plan for candidate in group], visit)
-            hidden: dict[Plan, torch.Tensor] = {}
-            for level, plans in runner.share_head(last):
-                with runner.partial.embeddings(level):
-                    left = runner.partial.leave(joined([last[plan] for plan in plans]))
-                hidden |= dict(zip(plans, left.chunk(len(plans)), strict=True))
-            for candidate in group:
-                candidate.hidden[batch] = hidden[candidate.plan]
-
-    def head(self, candidate: Candidate) -> AbstractContextManager[object]:
-        """Run the head at the candidate's level in a ``with`` block."""
-        return self._scorer.runner.partial.embeddings(candidate.plan.embeddings)
-
-    def _visit(self, batch: int, holder: Candidate | None, node: Node, state: torch.Tensor) -> None:
-        number, prefix = node
-        if number % self._scorer.stride:
-            return
-        if prefix == self._prefixes[number]:
-            self._scorer.runner.cache.put(batch, node, state)
-        elif holder is not None:
-            holder.states[batch, node] = state
-
-
-def _vocabulary(scorer: MaskScorer, near: Plan) -> VocabularyBound:
-    """The bound from the entries that are likely under a plan."""
-    runner, candidate = CandidateRunner(scorer, [near]), Candidate(near)
-    for batch in range(len(scorer.batches)):
-        runner.evaluate_batch([candidate], batch)
-    hidden = [candidate.hidden[batch] for batch in range(len(scorer.batches))]
-    with runner.head(candidate):
-        return VocabularyBound(scorer.runner.partial, hidden, scorer.batches)
-
-
-class _Search:
-    """One exact search: runs candidates and tracks the best one so far."""
-
-    def __init__(
-        self,
-        scorer: MaskScorer,
-        plans: Sequence[Plan],
-        bound: VocabularyBound | None,
-        known: dict[Plan, float],
-    ) -> None:
-        self._scorer, self._runner, self._bound = scorer, CandidateRunner(scorer, plans), bound
+        self._shared = shared_plan(plans)
         self._known = known  # NLL of the plans measured to the end; grows
         self._best = min(known.values(), default=math.inf)
-        self._tolerance = 0.0 if bound is None else bound.tolerance
         self._winner: Candidate | None = None
+        self._bound: VocabularyBound | None = None
+        self._tolerance = 0.0
+        self.in_flight = scorer.in_flight
+        """Plans of one group, which advance together."""
 
-    @property
-    def together(self) -> int:
-        """Candidates that may keep the decoder's output for the whole text at the same time.
+    def bound_by(self, near: Plan) -> None:
+        """Bound the NLL of plans from below by the entries that are likely under `near`.
 
-        Those of one group advance together; what they keep stays within the bytes of the cache.
+        Candidates then keep the decoder's output for the whole text; what those of one group keep
+        stays within the bytes of the cache.
         """
-        facts, tokens = self._scorer.llm.facts, self._scorer.corpus.tokens.numel()
+        scorer, candidate = self._scorer, Candidate(near)
+        for batch in range(len(scorer.batches)):
+            self._run([candidate], batch, shared=near)
+        hidden = [candidate.hidden[batch] for batch in range(len(scorer.batches))]
+        with self._head(candidate):
+            self._bound = VocabularyBound(scorer.runner.partial, hidden, scorer.batches)
+        self._tolerance = self._bound.tolerance
+        facts, tokens = scorer.llm.facts, scorer.corpus.tokens.numel()
         text_bytes = tokens * facts.hidden_size * facts.itemsize
-        most = self._scorer.runner.cache.max_bytes // text_bytes
-        return max(1, min(self._scorer.in_flight, most))
+        most = scorer.runner.cache.max_bytes // text_bytes
+        self.in_flight = max(1, min(scorer.in_flight, most))
 
     def evaluate(self, plans: Sequence[Plan]) -> dict[Plan, float]:
         """Run plans; returns the lower bounds of those that were dropped."""
         candidates = alive = [Candidate(plan) for plan in plans]
         for batch in range(len(self._scorer.batches)):
-            self._runner.evaluate_batch(alive, batch)
+            for group in chunks(alive, self._scorer.in_flight):
+                self._run(group, batch, self._shared)
             remaining = []
             for candidate in alive:
                 self._bound_batch(candidate, batch)
@@ -211,12 +171,37 @@ class _Search:
             for (batch, node), state in self._winner.states.items():
                 self._scorer.runner.cache.put(batch, node, state)
 
+    def _run(self, group: Sequence[Candidate], batch: int, shared: Plan) -> None:
+        """Run plans on one batch and set their `hidden`; keeps the states of a shared prefix."""
+        runner, stride = self._scorer.runner, self._scorer.stride
+        prefixes = runner.prefixes(shared)
+
+        def visit(node: Node, state: torch.Tensor) -> None:
+            number, prefix = node
+            if number % stride == 0 and prefix == prefixes[number]:
+                runner.cache.put(batch, node, state)
+            elif number % stride == 0 and len(group) == 1:
+                group[0].states[batch, node] = state
+
+        last = runner.run(batch, [candidate.plan for candidate in group], visit)
+        hidden: dict[Plan, torch.Tensor] = {}
+        for level, plans in runner.share_head(last):
+            with runner.partial.embeddings(level):
+                left = runner.partial.leave(joined([last[plan] for plan in plans]))
+            hidden |= dict(zip(plans, left.chunk(len(plans)), strict=True))
+        for candidate in group:
+            candidate.hidden[batch] = hidden[candidate.plan]
+
+    def _head(self, candidate: Candidate) -> AbstractContextManager[object]:
+        """Run the head at the candidate's level in a ``with`` block."""
+        return self._scorer.runner.partial.embeddings(candidate.plan.embeddings)
+
     def _bound_batch(self, candidate: Candidate, batch: int) -> None:
         """Add a batch's lower bound, or its exact NLL if there is no vocabulary bound."""
         if self._bound is None:
             self._measure(candidate, batch)
         else:
-            with self._runner.head(candidate):
+            with self._head(candidate):
                 windows = self._bound.window_nll(batch, candidate.hidden[batch])
             self._add(candidate, batch, windows)
 
@@ -236,7 +221,7 @@ class _Search:
 
     def _measure(self, candidate: Candidate, batch: int) -> None:
         """Measure a batch with the whole head and free its `hidden`."""
-        with self._runner.head(candidate):
+        with self._head(candidate):
             windows = window_nll(
                 self._scorer.runner.partial, candidate.hidden[batch], self._scorer.batches[batch]
             )

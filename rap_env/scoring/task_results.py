@@ -149,11 +149,6 @@ class TaskRequests:
         """The kind of each document of a generated task."""
         return [str(instances[0].doc["kind"]) for instances in self._documents.values()]
 
-    @property
-    def passes(self) -> list[int]:
-        """Tokens of each sequence that the model runs for all documents, the longest first."""
-        return self._scorer.lengths
-
     def _choice_nll(self, outputs: Outputs) -> npt.NDArray[np.float64]:
         """`TaskResult.choice_nll` from the likelihoods of the task's instances."""
         if self.task.OUTPUT_TYPE != "multiple_choice":

@@ -178,11 +178,6 @@ class TaskScorer:
             for loaded in self._loaded
         }
 
-    @property
-    def passes(self) -> dict[str, list[int]]:
-        """Tokens of each sequence that the model runs for one plan, by member task."""
-        return {name: member.passes for name, member in self._members.items()}
-
     def kinds(self, name: str) -> list[str]:
         """The kind of each document of a generated task, in the order of the results."""
         return self._members[name].kinds()

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _MOST_PLANS = 64  # of a batch: what a lost worker costs, and how often a bar advances
 _BATCHES_LEFT = 2  # for each worker, of equal size, in what is not handed out yet
 _MOST_LOSSES = 3  # for each worker, without a finished batch between them
+_LOSSES = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
 _PROBE_S = 5.0
 _OBJECT_STORE_BYTES = 2**27  # texts and losses; Ray would reserve a third of the memory
 
@@ -114,7 +115,10 @@ class WorkerPool:
         self.count, self.losses = count, 0
         self._open_model, self._address, self._gpu = open_model, address, gpu
         self._threads = torch.get_num_threads()
-        self._ray = _import_ray()
+        require_extra("ray", "Scoring on several workers")
+        import ray
+
+        self._ray: Any = ray
         if address not in (None, "auto"):
             _check_address(str(address))
         self._idle: list[Any] = []
@@ -142,6 +146,7 @@ class WorkerPool:
         if not (self._idle or self._running) or not self._ray.is_initialized():
             self._start()
         sent, waiting, left, losses_in_a_row = self._ray.put(job), deque(batches), len(batches), 0
+        lost = tuple(getattr(self._ray.exceptions, name) for name in _LOSSES)
         try:
             while left:
                 while self._idle and waiting:
@@ -151,7 +156,7 @@ class WorkerPool:
                 worker, batch = self._running.pop(finished)
                 try:
                     measured = self._ray.get(finished)
-                except _losses(self._ray) as error:
+                except lost as error:
                     losses_in_a_row += 1
                     self._replace(worker, error, losses_in_a_row)
                     if batch is not None:
@@ -245,19 +250,6 @@ def batches_of(plans: Sequence[Plan], workers: int, least: int = 1) -> list[Sequ
         batches.append(plans[start : start + size])
         start += size
     return batches
-
-
-def _import_ray() -> Any:
-    require_extra("ray", "Scoring on several workers")
-    import ray
-
-    return ray
-
-
-def _losses(ray: Any) -> tuple[type[Exception], ...]:
-    """The errors of a worker or node that died."""
-    names = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
-    return tuple(getattr(ray.exceptions, name) for name in names)
 
 
 def _check_address(address: str) -> None:

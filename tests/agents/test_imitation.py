@@ -109,7 +109,7 @@ def test_q_values_of_the_teachers_blocks_are_returns_and_the_highest(context, bu
         with torch.no_grad():
             values = model.policy.q_net(tensors)[0].numpy()
             assert np.array_equal(model.policy.q_net_target(tensors)[0].numpy(), values)
-        right = np.isin(np.arange(12), list(one.plan))
+        right = np.isin(np.arange(12), list(one.plan.removed))
         assert values[right].mean() == pytest.approx(one.episode_return, abs=0.4)
         assert values[right].max() - values[~right].max() > 0.3
 

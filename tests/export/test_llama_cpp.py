@@ -10,8 +10,9 @@ from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.llama_cpp import (
     BATCHES,
     CACHE_TYPES,
-    MaskBytes,
     choose_deployment,
+    deployment_bytes,
+    mask_bytes,
 )
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -31,9 +32,8 @@ def test_bytes_are_those_that_llama_cpp_reports(row):
     """Of the dense model, in the committed record, whose batches had 256 tokens."""
     request = Request(**row["request"], budget_bytes=1)
     cache = next(cache for cache in CACHE_TYPES if cache.name == row["cache"])
-    predicted = MaskBytes.of(default_facts(), Plan()).with_request(
-        default_facts(), cache, request, 256
-    )
+    facts = default_facts()
+    predicted = deployment_bytes(facts, mask_bytes(facts, Plan()), cache, request, 256)
     compute_bytes = COMPUTE_BYTES[request.seq_len_tokens]
     cache_bytes = row["held_bytes"] - WEIGHTS_BYTES
     assert predicted["weights_bytes"] == pytest.approx(WEIGHTS_BYTES, rel=0.02)
@@ -70,13 +70,12 @@ def test_the_least_loss_that_fits_is_chosen():
 def test_other_models_choose_among_caches():
     memory = MemoryModel(tiny_llm())
     dense = choose_deployment(memory, Request(1, 32, 2**30))
-    held = MaskBytes.of(memory.facts, Plan())
-    least = min(
-        sum(held.with_request(memory.facts, cache, dense.request, 32).values())
-        for cache in CACHE_TYPES
+    of_mask = mask_bytes(memory.facts, Plan())
+    sizes = (
+        deployment_bytes(memory.facts, of_mask, cache, dense.request, 32) for cache in CACHE_TYPES
     )
-    found = choose_deployment(memory, Request(1, 32, least))
-    assert (found.mask, found.cache.name) == (Plan(), "q4_0")
+    chosen = choose_deployment(memory, Request(1, 32, min(sum(each.values()) for each in sizes)))
+    assert (chosen.mask, chosen.cache.name) == (Plan(), "q4_0")
 
 
 def test_rap_choose_shows_it_beside_the_live_plan(rap):

@@ -89,7 +89,7 @@ def masks_of(llm):
 
 
 def fitted(llm):
-    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None), progress=False)
+    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=(2,)), progress=False)
 
 
 def trainer_of(llm):

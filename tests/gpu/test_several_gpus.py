@@ -15,7 +15,6 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_for_mask
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import CudaMeter
@@ -77,7 +76,7 @@ def looked_up(llm):
 
 def fitted_for_mask(llm):
     mask = Plan.removing(1, 2)
-    library = fit_for_mask(llm, mask, TEXT, HELD_BACK, FitConfig(rank=2, ranks=None))
+    library = fit_for_mask(llm, mask, TEXT, HELD_BACK, dict.fromkeys(mask.removed, 2))
     with library.attach(llm).masked(mask) as attached:
         return np.array(MaskScorer(attached, TOKENS).nll(mask))
 

@@ -23,13 +23,18 @@ from tests.repair.texts import random_text, state_error
 from tests.tiny import each_family, tiny_llm, tiny_model
 
 TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
-CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=None)
+CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=(4,))
 MASK = Plan.removing(0, 1, 3, 4)
 SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
 
 
 def fitted(llm: ElasticLLM, config: FitConfig = SMALL) -> StubLibrary:
     return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
+
+
+def fitted_for(llm: ElasticLLM, mask: Plan, ranks=None) -> StubLibrary:
+    ranks = ranks or dict.fromkeys(mask.removed, CONFIG.rank)
+    return fit_for_mask(llm, mask, TEXT, HELD_BACK, ranks, CONFIG)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -86,7 +91,7 @@ def test_a_block_that_is_linear_is_reproduced(parallel: bool) -> None:
         layer.post_attention_layernorm = nn.RMSNorm(16, eps=1e-6)
     layer.mlp = nn.Linear(16, 16)  # the norm in front has a weight, which is linear too
     llm = ElasticLLM(model, None, name="linear")
-    library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=None))
+    library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=(16,)))
     view, mask = library.attach(llm), Plan.removing(1)
     assert library.provenance["held_back_errors"][1] < 1e-6
     dense = logits(llm)
@@ -100,7 +105,7 @@ def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
     llm = tiny_llm()
     nbytes, errors = [], []
     for rank in (0, 2, 8, 16):
-        library = fitted(llm, FitConfig(rank=rank, ridges=(1e-6,), ranks=None))
+        library = fitted(llm, FitConfig(rank=rank, ridges=(1e-6,), ranks=(rank,)))
         assert set(library.ranks.values()) == {rank}
         nbytes.append(library.nbytes)
         errors.append(state_error(library.attach(llm), TEXT, Plan.removing(3)))
@@ -110,7 +115,7 @@ def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
 
 def test_ranks_are_given_to_the_largest_savings() -> None:
     llm = tiny_llm(layers=3)
-    even = fitted(llm, FitConfig(rank=4, ranks=None))
+    even = fitted(llm, FitConfig(rank=4, ranks=(4,)))
     uneven = fitted(llm, FitConfig(rank=4, ranks=tuple(range(17))))
     assert len(set(uneven.ranks.values())) > 1
     assert sum(uneven.provenance["held_back_errors"]) < sum(even.provenance["held_back_errors"])
@@ -121,9 +126,9 @@ def test_the_best_ridge_on_held_out_text_is_selected() -> None:
     llm = tiny_llm()
     ridges = (1e-6, 0.1, 1e4)
     errors = [
-        fitted(llm, FitConfig(4, (ridge,), None)).provenance["held_back_errors"] for ridge in ridges
+        fitted(llm, FitConfig(4, (ridge,), (4,))).provenance["held_back_errors"] for ridge in ridges
     ]
-    library = fitted(llm, FitConfig(4, ridges, None))
+    library = fitted(llm, FitConfig(4, ridges, (4,)))
     for block, (ridge, error) in enumerate(
         zip(library.provenance["ridge"], library.provenance["held_back_errors"], strict=True)
     ):
@@ -149,7 +154,7 @@ def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tm
 def test_the_mask_in_force_does_not_matter_and_stays() -> None:
     llm = tiny_llm()
     expected = fitted(llm).sha256
-    for_mask = partial(fit_for_mask, llm, Plan.removing(0, 3), TEXT, HELD_BACK, CONFIG)
+    for_mask = partial(fitted_for, llm, Plan.removing(0, 3))
     expected_for_mask = for_mask().sha256
     with llm.masked(MASKS["everything"]):
         assert fitted(llm).sha256 == expected
@@ -200,7 +205,7 @@ def test_settings_out_of_range(settings, message: str) -> None:
 def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
     llm = tiny_llm(name, layers=3, dtype=dtype)
     weights = weights_hash(llm.model)
-    library = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG)
+    library = fitted_for(llm, MASK)
     assert library.stubs.keys() == set(MASK.removed)
     assert set(library.ranks.values()) == {4}
     assert all(stub.mean.dtype == dtype for stub in library.stubs.values())
@@ -214,7 +219,7 @@ def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
 def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
     llm = tiny_llm(name, layers=3)
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).attach(llm)
-    own = fit_for_mask(llm, MASK, TEXT, HELD_BACK, CONFIG).attach(llm)
+    own = fitted_for(llm, MASK).attach(llm)
     assert state_error(own, TEXT, MASK) < state_error(shared, TEXT, MASK)
 
 
@@ -222,19 +227,19 @@ def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
 def test_a_single_removed_block_gets_the_library_stub(block: int) -> None:
     llm = tiny_llm()
     shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).stubs[block]
-    own = fit_for_mask(llm, Plan.removing(block), TEXT, HELD_BACK, CONFIG).stubs[block]
+    own = fitted_for(llm, Plan.removing(block)).stubs[block]
     for ours, theirs in zip(own.parameters(), shared.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_ranks_can_be_those_of_another_library() -> None:
     llm, wanted = tiny_llm(), {0: 0, 1: 2, 3: 16}
-    library = fit_for_mask(llm, Plan.removing(*wanted), TEXT, HELD_BACK, CONFIG, ranks=wanted)
+    library = fitted_for(llm, Plan.removing(*wanted), wanted)
     assert {index: stub.rank for index, stub in library.stubs.items()} == wanted
 
 
 def test_without_blocks_there_are_no_stubs() -> None:
-    assert fit_for_mask(tiny_llm(), Plan(), TEXT, HELD_BACK, CONFIG).stubs == {}
+    assert fitted_for(tiny_llm(), Plan()).stubs == {}
 
 
 def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
@@ -242,6 +247,6 @@ def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
-        fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, CONFIG)
+        fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, {})
     with pytest.raises(UnknownNameError, match="layer09"):
-        fit_for_mask(tiny_llm(), Plan.removing("layer09.ffn"), TEXT, HELD_BACK, CONFIG)
+        fitted_for(tiny_llm(), Plan.removing("layer09.ffn"))

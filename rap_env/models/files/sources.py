@@ -52,10 +52,20 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 @dataclass(frozen=True)
 class Located:
-    """A folder in transformers' format, and the model's name in results (with its source)."""
+    """A model on this machine.
 
-    folder: Path
+    Attributes:
+        name: Its name in results, with its source; `load_llm` accepts it, unless it is a file's.
+        folder: Its folder in transformers' format.
+    """
+
     name: str
+    folder: Path
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files in the folder."""
+        return folder_bytes(self.folder)
 
 
 def locate(
@@ -81,17 +91,17 @@ def locate(
     alias, _, source = name.partition("@")
     if alias == ALIAS:
         folder, source = default_model_folder(source or None, packed=packed, progress=progress)
-        return Located(folder, f"{alias}@{source}")
+        return Located(f"{alias}@{source}", folder)
     if name in OPT_IN:
         known = OPT_IN[name]
         folder = known.folder(packed=packed, progress=progress, accept_terms=accept_terms)
-        return Located(folder, name)
+        return Located(name, folder)
     if looks_like_path(model):
         path = Path(name).expanduser()
         if path.is_dir():
-            return Located(path, path.resolve().name)
+            return Located(path.resolve().name, path)
         if path.is_file():
-            return Located(converted_gguf(path.resolve(), packed=packed), path.stem)
+            return Located(path.stem, converted_gguf(path.resolve(), packed=packed))
         raise ModelNotAvailableError(
             f"There is no model folder or GGUF file {path}; check the path, or use one of the "
             f"aliases {', '.join(KNOWN)}, or a hub id."
@@ -104,7 +114,7 @@ def locate(
             KNOWN,
             "A hub model is written 'organisation/name', a folder or GGUF file by its path.",
         )
-    return Located(hub_folder(match["repo"], match["revision"], read_config), name)
+    return Located(name, hub_folder(match["repo"], match["revision"], read_config))
 
 
 def gguf_source(model: str | os.PathLike[str]) -> Path | None:
@@ -134,24 +144,9 @@ def looks_like_path(model: str | os.PathLike[str]) -> bool:
     return written or (name != "" and Path(name).exists())
 
 
-@dataclass(frozen=True)
-class CachedModel:
-    """A model on this machine that loads without a network.
-
-    Attributes:
-        name: Name that `load_llm` accepts, or the file name of a converted GGUF file.
-        folder: Its folder in transformers' format.
-        size_bytes: Bytes of all files in the folder.
-    """
-
-    name: str
-    folder: Path
-    size_bytes: int
-
-
 def fetch_model(
     alias: str = ALIAS, *, accept_licence: bool = False, progress: bool = True
-) -> CachedModel:
+) -> Located:
     """Download and convert a known model, unless it is cached already.
 
     Args:
@@ -169,12 +164,11 @@ def fetch_model(
     """
     if alias.partition("@")[0] != ALIAS and alias not in OPT_IN:
         raise UnknownNameError("model", alias, KNOWN, "Only these have a source to fetch from.")
-    model = locate(alias, packed=True, progress=progress, accept_terms=accept_licence)
-    return CachedModel(model.name, model.folder, folder_bytes(model.folder))
+    return locate(alias, packed=True, progress=progress, accept_terms=accept_licence)
 
 
-def cached_models() -> list[CachedModel]:
-    """Models in the project's cache, and the default model in the hub's cache, with their sizes.
+def cached_models() -> list[Located]:
+    """Models in the project's cache, and the default model in the hub's cache.
 
     Folders that are damaged or half made are left out.
     """
@@ -188,9 +182,9 @@ def cached_models() -> list[CachedModel]:
     for folder in sorted(models_dir().glob("*/")):
         with contextlib.suppress(OSError, ArtifactError, KeyError):
             name = names.get(folder.name, manifest_source(folder)["file"])
-            models.append(CachedModel(name, folder, folder_bytes(folder)))
+            models.append(Located(name, folder))
     if (hub := cached_hub_folder(HUB_ID, HUB_REVISION)) is not None:
-        models.append(CachedModel(f"{ALIAS}@hub", hub, folder_bytes(hub)))
+        models.append(Located(f"{ALIAS}@hub", hub))
     return models
 
 

@@ -7,7 +7,6 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from rap_env.errors import UnsupportedCacheError
-from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument, cache_bytes
 from rap_env.models.live.elastic import ElasticLLM
@@ -325,14 +324,3 @@ def test_another_attention_has_no_levels() -> None:
     with pytest.raises(UnsupportedCacheError, match="and this model runs 'flex_attention'"):
         llm.apply(uniform("int8"))
     assert llm.plan == Plan.removing(1)
-
-
-def test_other_layers_stay_native() -> None:
-    """With one lowered cache the other layers still hold unquantised keys and values."""
-    llm = long_llm()
-    llm.apply(Plan.of({"layer01.cache": "int4"}))
-    batch = LiveBatch(llm)
-    batch.prefill(random_rows(40, 40))
-    kinds = [type(layer).__name__ for layer in batch._cache.layers]
-    assert kinds == ["ReservedLayer", "GroupedLayer"]
-    assert batch._cache.layers[1].level == CacheLevel.of("int4")

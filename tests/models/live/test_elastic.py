@@ -51,17 +51,6 @@ def zeroed(llm: ElasticLLM, mask: Plan):
     return model
 
 
-def without_layer(llm: ElasticLLM, number: int):
-    """A copy of the model that never had one of its layers."""
-    model = copy.deepcopy(llm.model)
-    del llm.adapter.layers(model)[number]
-    config = model.config.get_text_config(decoder=True)
-    config.num_hidden_layers -= 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = [t for i, t in enumerate(config.layer_types) if i != number]
-    return model
-
-
 @pytest.mark.engine_feature("here", "Families", "all")
 @pytest.mark.engine_feature("here", "Removed blocks", "any")
 @pytest.mark.parametrize(
@@ -75,15 +64,6 @@ def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype
         with llm.masked(mask):
             masked = logits(llm)
         assert torch.equal(masked, logits(zeroed(llm, mask))), mask
-
-
-@EVERY_FAMILY
-def test_a_mask_of_both_blocks_equals_a_deleted_layer(name: str) -> None:
-    llm = tiny_llm(name)
-    for layer in range(LAYERS):
-        with llm.masked(Plan.removing(2 * layer, 2 * layer + 1)):
-            masked = logits(llm, use_cache=False)
-        assert torch.equal(masked, logits(without_layer(llm, layer), use_cache=False)), layer
 
 
 def opened(name: str, stubs: bool, dtype: torch.dtype = torch.float32) -> ElasticLLM:
@@ -112,17 +92,6 @@ def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype, stubs) -> None:
         in_steps = token_by_token(llm.model, **batch, prompt=5).float()[seen]
     rounding = 1e-4 if dtype == torch.float32 else 0.02  # bfloat16 keeps 8 bits
     assert (in_steps - at_once).abs().max() <= rounding * at_once.abs().max()
-
-
-@each_family("name", mask=MASKS, stubs=[False, True])
-def test_beam_search_and_a_static_cache_serve_masked_models_too(name, mask, stubs) -> None:
-    llm = opened(name, stubs)
-    ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    with llm.masked(mask):
-        beams = llm.generate(**ask, num_beams=3, use_cache=True)
-        assert torch.equal(beams, llm.generate(**ask, num_beams=3, use_cache=False))
-        static = llm.generate(**ask, cache_implementation="static")
-        assert torch.equal(static, llm.generate(**ask, use_cache=False))
 
 
 @each_family("name", dtype=DTYPES, stubs=[False, True])
@@ -292,12 +261,3 @@ def test_a_plan_is_restored_after_a_with_block() -> None:
     with llm.masked(Plan()):
         assert levels(llm) == [None, None]
     assert levels(llm) == [INT4, None]
-
-
-@pytest.mark.parametrize("item", ["layer05.cache", "layer07.ffn"])
-def test_an_unknown_item_changes_nothing(item: str) -> None:
-    llm = tiny_llm()
-    llm.apply(PLAN)
-    with pytest.raises(UnknownNameError):
-        llm.apply(Plan.of({"layer00.cache": "int8", item: "int8"}))
-    assert llm.plan == PLAN

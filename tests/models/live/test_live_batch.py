@@ -93,21 +93,6 @@ def test_a_removal_affects_only_later_tokens(name, switch) -> None:
 
 
 @EVERY_FAMILY
-def test_a_restored_block_is_unused_until_the_next_request(name) -> None:
-    llm = tiny_llm(name)
-    llm.apply(ATTENTION)
-    batch = LiveBatch(llm, restore="next_request")
-    batch.prefill(random_rows(5, 3))
-    llm.apply(Plan())
-    logits = grown(batch, 2)
-    gates = {index: [True] * batch.length for index in sorted(ATTENTION.removed)}
-    close(logits, gated_logits(llm, rows_of(batch), gates)[:, -1])
-    batch.keep([])
-    dense = batch.prefill(random_rows(5, 3, seed=4))
-    close(dense, gated_logits(llm, rows_of(batch), {})[:, -1])
-
-
-@EVERY_FAMILY
 def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
     llm = tiny_llm(name)
     llm.apply(Plan.removing(0, 3))

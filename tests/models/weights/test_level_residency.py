@@ -1,6 +1,5 @@
 """Levels of weights that are not in use leave memory, and come back bit for bit."""
 
-import os
 import threading
 from pathlib import Path
 
@@ -125,28 +124,6 @@ def test_a_level_is_written_once_and_read_by_later_processes_unless_it_is_damage
     for path in files:
         damage_file(path, "changed")
     apply_to(INT4, first, offloaded())
-
-
-def test_a_killed_process_leaves_only_whole_files() -> None:
-    llm, plain = offloaded(), tiny_llm()
-    pid = os.fork()
-    if pid == 0:
-        done: list[object] = []
-        move = os.replace
-
-        def killed(*args: object) -> None:  # the third file is written, but not in its place
-            done.append(args)
-            if len(done) == 3:
-                os._exit(9)
-            move(*args)
-
-        os.replace = killed
-        llm.apply(INT4)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    # The embeddings' native and int8 weights came first.
-    assert len(list(cache_dir().rglob("*.int*.safetensors"))) == 1
-    apply_to(INT4, llm, plain)
 
 
 def test_plans_may_change_while_another_thread_generates() -> None:

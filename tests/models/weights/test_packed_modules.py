@@ -14,7 +14,6 @@ from rap_env.models.live.partial_forward import PartialForward, WidenedWeights
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
 from rap_env.models.weights.packed_modules import (
     PackedExperts,
-    PackedLinear,
     PackedModule,
     from_matrices,
     from_tensors,
@@ -113,13 +112,6 @@ def test_scales_keep_their_dtype_when_the_model_changes_its_own() -> None:
     module.to(torch.float64).to(torch.float32)
     assert {t.dtype for t in module.tensors().values()} == {torch.uint8, torch.bfloat16}
     assert torch.equal(module(torch.ones(1, 32)), before)
-
-
-def test_a_packed_module_follows_its_tensors_to_another_device() -> None:
-    module = packed(nn.Linear(32, 64), "int4").to("meta")
-    assert isinstance(module, PackedLinear)
-    assert module(torch.ones(1, 32, device="meta")).device.type == "meta"
-    assert {t.device.type for t in module.tensors().values()} == {"meta"}
 
 
 def test_experts_hold_no_widened_weights_between_calls() -> None:

@@ -272,12 +272,6 @@ def test_a_slow_kernel_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most_rows(_kernel, _widening, 4, FLOAT) == 0
 
 
-def test_both_ways_are_run() -> None:
-    ran = []
-    most_rows(lambda states: ran.append(states.shape), lambda states: None, 4, FLOAT)
-    assert (1, 4) in ran
-
-
 def test_the_result_is_kept_for_later_processes(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("rap_env.models.device.cache_dir", lambda: tmp_path)
     _times(monkeypatch, 10)
