@@ -9,10 +9,7 @@ from rap_env.errors import NonFiniteScoreError
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
-from rap_env.scoring.mask_search import (
-    CandidateRunner,
-    find_best_mask,
-)
+from rap_env.scoring.mask_search import _Search, find_best_mask
 from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.removals import removals
@@ -97,17 +94,17 @@ def test_what_masks_in_flight_hold_stays_within_the_cache(near, monkeypatch):
     text_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
     cap = 3 * text_bytes
     wide = MaskScorer(llm, ids, batch_tokens=18, masks_together=8, prefix_cache_bytes=cap)
-    held, evaluate = [], CandidateRunner.evaluate_batch
+    kept_bytes, run = [], _Search._run
 
-    def noted(runner, candidates, batch, **options):
-        evaluate(runner, candidates, batch, **options)
-        held.append(sum(h.nbytes for one in candidates for h in one.hidden.values()))
+    def noted(search, group, *arguments, **options):
+        run(search, group, *arguments, **options)
+        kept_bytes.append(sum(h.nbytes for each in group for h in each.hidden.values()))
 
-    monkeypatch.setattr(CandidateRunner, "evaluate_batch", noted)
+    monkeypatch.setattr(_Search, "_run", noted)
     masks = list(removals(wide.llm.num_blocks, BASE).values())
     found = find_best_mask(wide, masks, near=near)
     assert len(wide.batches) == 12
-    assert max(held) <= cap
+    assert max(kept_bytes) <= cap
     assert found.nll[found.best] == pytest.approx(min(MaskScorer(llm, ids).nll_many(masks)))
 
 

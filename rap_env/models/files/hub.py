@@ -64,43 +64,8 @@ def hub_folder(
         progress: Show progress bars on a terminal.
     """
     folder = cached_hub_folder(repo_id, revision)
-    if folder is None:
-        folder = _fetch(repo_id, revision, check, progress)
-    return folder
-
-
-def has_all_weights(folder: Path) -> bool:
-    """Whether a folder has a config and every weight file that its index names."""
-    if not (folder / "config.json").is_file():
-        return False
-    for name in _INDEXES:
-        if (folder / name).is_file():
-            try:
-                parts = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError):
-                return False
-            return all((folder / part).is_file() for part in set(parts.values()))
-    return any((folder / name).is_file() for name in _SINGLES)
-
-
-def downloads_forbidden() -> bool:
-    """Whether the user forbade all downloads (``RAP_OFFLINE=1``)."""
-    return os.environ.get(OFFLINE_VARIABLE, "").upper() in _TRUE
-
-
-def _offline_variable() -> str | None:
-    """The environment variable that forbids the use of the hub, if one does."""
-    from huggingface_hub import constants
-
-    if downloads_forbidden():
-        return OFFLINE_VARIABLE
-    now = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-    return "HF_HUB_OFFLINE" if now or constants.HF_HUB_OFFLINE else None
-
-
-def _fetch(
-    repo_id: str, revision: str | None, check: Callable[[Path], object], progress: bool
-) -> Path:
+    if folder is not None:
+        return folder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -132,6 +97,35 @@ def _fetch(
             raise _unreachable(repo_id, error) from error
         raise
     return folder
+
+
+def has_all_weights(folder: Path) -> bool:
+    """Whether a folder has a config and every weight file that its index names."""
+    if not (folder / "config.json").is_file():
+        return False
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            try:
+                parts = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError):
+                return False
+            return all((folder / part).is_file() for part in set(parts.values()))
+    return any((folder / name).is_file() for name in _SINGLES)
+
+
+def downloads_forbidden() -> bool:
+    """Whether the user forbade all downloads (``RAP_OFFLINE=1``)."""
+    return os.environ.get(OFFLINE_VARIABLE, "").upper() in _TRUE
+
+
+def _offline_variable() -> str | None:
+    """The environment variable that forbids the use of the hub, if one does."""
+    from huggingface_hub import constants
+
+    if downloads_forbidden():
+        return OFFLINE_VARIABLE
+    now = os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    return "HF_HUB_OFFLINE" if now or constants.HF_HUB_OFFLINE else None
 
 
 def _ask(repo_id: str, revision: str | None) -> Any:

@@ -6,6 +6,7 @@ A matrix (out, in) of int4 codes is in blocks of 64 rows, or in pairs of inputs;
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from typing import Literal
@@ -75,11 +76,8 @@ def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple
 
 def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
     """Bytes of a matrix at a level, without making it."""
-    out, inputs = shape
-    if level == "int8":
-        return out * inputs + out * SCALE_DTYPE.itemsize
-    groups = -(-inputs // GROUP_INPUTS)
-    return out * -(-inputs // 2) + out * groups * 2 * SCALE_DTYPE.itemsize
+    sizes = {name: math.prod(part) for name, part in tensor_shapes(level, shape).items()}
+    return sizes["codes"] + sizes["scales"] * SCALE_DTYPE.itemsize
 
 
 def fills_blocks(shape: tuple[int, int]) -> bool:
