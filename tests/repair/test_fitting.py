@@ -238,10 +238,6 @@ def test_ranks_can_be_those_of_another_library() -> None:
     assert {index: stub.rank for index, stub in library.stubs.items()} == wanted
 
 
-def test_without_blocks_there_are_no_stubs() -> None:
-    assert fitted_for(tiny_llm(), Plan()).stubs == {}
-
-
 def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
     shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):

@@ -9,7 +9,6 @@ import torch
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from tests.models.live.test_elastic import MASKS
@@ -183,18 +182,3 @@ def test_another_model_is_rejected(other) -> None:
         rf"\({dtype}\) that is loaded; fit stubs for this model, or load the other one",
     ):
         library().attach(other)
-
-
-def test_a_pruned_model_is_another_model(tmp_path) -> None:
-    made, llm = library(), tiny_llm()
-    pruned = load_pruned(save_pruned(made.attach(llm), Plan.removing(0), tmp_path / "pruned"))
-    with pytest.raises(ArtifactError, match="other weights"):
-        made.attach(pruned)
-
-
-def test_the_mask_in_force_does_not_matter() -> None:
-    llm = tiny_llm()
-    llm.apply(Plan.removing(0, 3))
-    view = library().attach(llm)
-    assert view.mask == Plan.removing(0, 3)
-    assert library().attach(view).facts.repair == library().sha256

@@ -43,24 +43,17 @@ def test_self_written_text_has_no_special_tokens():
     assert not set(model.tokenizer.all_special_ids) & set(written.tokens.unique().tolist())
 
 
-def test_writing_leaves_the_global_generator_and_the_mask_alone():
-    model = llm()
+def test_the_dense_model_writes_and_leaves_the_global_generator_and_the_mask_alone(cache):
+    model, config = llm(), CorpusConfig(windows=2, window_tokens=8)
+    dense = load_corpus(config, model, progress=False)
+    next((cache / "corpora").iterdir()).unlink()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with model.masked(Plan.removing(1)):
-        load_corpus(CorpusConfig(windows=1, window_tokens=5), model, progress=False)
-        assert model.mask == Plan.removing(1)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_written_text_is_the_dense_models_whatever_mask_is_on(cache):
-    config = CorpusConfig(windows=2, window_tokens=8)
-    dense = load_corpus(config, llm(), progress=False)
-    next((cache / "corpora").iterdir()).unlink()
-    model = llm()
     with model.masked(Plan.removing(0, 1, 2)):
         assert torch.equal(load_corpus(config, model, progress=False).tokens, dense.tokens)
+        assert model.mask == Plan.removing(0, 1, 2)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_written_text_is_cached(cache):

@@ -141,7 +141,7 @@ def load_pruned(
             f"The pruned checkpoint {folder} has dtype {config.dtype}, not {dtype}; leave dtype at "
             "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
         )
-    ranks = dict.fromkeys(body["removed"]) | body.get("stub_ranks", {})
+    ranks = dict.fromkeys(body["removed"]) | body["stub_ranks"]
     model = _load_model(folder, config, ranks, body["attention"])
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():

@@ -81,17 +81,6 @@ def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     assert_greedy(llm, generate(llm), {})
 
 
-@EVERY_FAMILY
-def test_removed_restored_removed_again_and_restored(name) -> None:
-    llm = tiny_llm(name)
-    masks = {"at_1": ATTENTION, "at_3": Plan(), "at_4": Plan.removing(0), "at_5": Plan()}
-    out = generate(llm, Switch(llm, **masks))
-    gates = {0: [False] * PROMPT + [True, True], 2: [False] * PROMPT + [True, True]}
-    before = {index: [*gate, *[False] * 99] for index, gate in gates.items()}
-    assert_greedy(llm, out[:, : PROMPT + 3], before)
-    assert_greedy(llm, out, {}, start=5)
-
-
 @pytest.mark.parametrize("restore", ["refill", "next_request"])
 def test_a_block_restored_and_removed_between_two_tokens(restore) -> None:
     llm = tiny_llm()

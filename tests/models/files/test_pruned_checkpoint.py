@@ -18,7 +18,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.generation import token_by_token
 from tests.models.states import logits
-from tests.models.stubs import RANKS, random_stubs, repaired
+from tests.models.stubs import random_stubs, repaired
 from tests.tiny import LAYERS, each_family, padded_batch, tiny_llm, tiny_tokenizer
 
 MASK = Plan.removing("layer00.attn", "layer01.ffn")
@@ -222,19 +222,6 @@ def test_a_full_disk_leaves_the_older_checkpoint(saved, tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "gpt2", "opt", "mixtral"])
-def test_a_model_loaded_with_stubs_generates_as_the_masked_one(name: str, dtype, tmp_path) -> None:
-    view = repaired(tiny_llm(name, dtype=dtype))
-    ask = {**padded_batch(), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    for mask in (MASK, EVERYTHING):
-        loaded = load_pruned(save_pruned(view, mask, tmp_path / "pruned"))
-        found = loaded.generate(**ask, use_cache=True)
-        assert torch.equal(found, loaded.generate(**ask, use_cache=False))
-        with view.masked(mask):
-            assert torch.equal(found, view.generate(**ask))
-
-
 def test_a_mask_with_a_missing_block_removes_its_stub(tmp_path) -> None:
     llm = tiny_llm()
     loaded = load_pruned(save_pruned(repaired(llm), MASK, tmp_path / "pruned"))
@@ -258,20 +245,6 @@ def test_a_loaded_model_is_saved_again_with_its_stubs(tmp_path) -> None:
     )
     with view.masked(MASK.without(1)):
         assert torch.equal(logits(more), logits(view))
-
-
-def test_ranks_are_saved_and_older_files_without_them_load(tmp_path) -> None:
-    view = repaired(tiny_llm())
-    body = load_artifact(
-        save_pruned(view, MASK, tmp_path / "new") / PRUNED_FILE, "pruned-checkpoint", 1
-    )
-    assert body["stub_ranks"] == {"layer00.attn": RANKS[0], "layer01.ffn": RANKS[3]}
-    folder = save_pruned(tiny_llm(), MASK, tmp_path / "old")
-    body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
-    assert body.pop("stub_ranks") == {}
-    save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, body)
-    with view.masked(MASK, bare=MASK):
-        assert torch.equal(logits(load_pruned(folder).model), logits(view))
 
 
 @pytest.mark.parametrize(

@@ -185,20 +185,6 @@ def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(
         apply_to(plan, llm, plain)
 
 
-def test_embeddings_that_cannot_be_read_keep_their_level() -> None:
-    llm = offloaded()
-    llm.apply(INT4)
-    llm.apply(Plan())
-    llm.apply(Plan(embeddings="int8"))
-    before = logits(llm)
-    (file,) = cache_dir().rglob("embeddings.safetensors")
-    file.unlink()
-    with pytest.raises(ModelNotAvailableError, match="embeddings"):
-        llm.apply(Plan())
-    assert llm.plan == Plan(embeddings="int8")
-    assert torch.equal(logits(llm), before)
-
-
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
 @pytest.mark.parametrize("present", ["native", "int8"])
 def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(present, how) -> None:

@@ -97,15 +97,6 @@ def test_embeddings_and_head(family: str, level: PackedLevel) -> None:
     assert torch.allclose(found, _logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_a_gemma_embedding_keeps_its_factor() -> None:
-    embedding = tiny_model("gemma3_text").get_input_embeddings()
-    module = packed(embedding, "int8")
-    native = embedding(IDS).detach()
-    assert torch.allclose(module(IDS), native, atol=0.02 * float(native.max()))
-    embedding.weight = nn.Parameter(module.matrices["weight"].widened(torch.float32), False)
-    assert torch.equal(module(IDS), embedding(IDS))
-
-
 def test_scales_keep_their_dtype_when_the_model_changes_its_own() -> None:
     module = packed(nn.Linear(32, 64), "int4")
     before = module(torch.ones(1, 32))
@@ -205,20 +196,6 @@ def test_modules_are_left_as_they_were():
     with pytest.raises(TypeError):
         by_blocks(PartialForward(llm, widen=True), ids, Plan())
     assert all("forward" not in module.__dict__ for module in packed_in(llm))
-
-
-def test_a_packed_head_is_widened_and_has_its_rows():
-    model = tiny_model("llama_tied", dtype=torch.bfloat16)
-    rows = packed(model.get_input_embeddings(), "int8")
-    head = from_matrices(model.get_output_embeddings(), rows.matrices)
-    model.set_input_embeddings(rows)
-    model.set_output_embeddings(head)
-    llm = ElasticLLM(model, None, name="packed")
-    partial, states = PartialForward(llm, widen=True), torch.randn(40, 16).bfloat16()
-    assert torch.equal(partial.head.weight, head.widened().weight)
-    assert torch.equal(partial.logits(states), head.widened()(states))
-    assert partial.head is partial.head
-    assert PartialForward(llm).head is head
 
 
 def test_a_packed_model_is_scored_as_one_with_its_widened_weights():

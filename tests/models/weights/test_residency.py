@@ -25,19 +25,6 @@ from tests.models.states import apply_to, damage_file, logits, opened, saved, we
 from tests.tiny import LAYERS, tiny_llm
 
 
-def test_weights_of_a_removed_block_are_in_no_tensor() -> None:
-    llm = tiny_llm()
-    parameters = [
-        list(site.slots[0].original.parameters()) for site in llm.adapter.sites(llm.model)
-    ]
-    llm.set_residency("offload")
-    llm.apply(Plan.removing(1))
-    assert all(p.untyped_storage().nbytes() == 0 for p in parameters[1])
-    assert all(p.untyped_storage().nbytes() > 0 for p in parameters[0])
-    with pytest.raises(RuntimeError):
-        torch.nn.functional.linear(torch.ones(1, 16), parameters[1][0])
-
-
 def test_the_models_own_files_serve_and_nothing_is_written(tmp_path) -> None:
     folder = saved(tmp_path)
     for residency in ("offload", "drop"):

@@ -1,6 +1,5 @@
 """Weights at other levels: packed modules in their places, exact bytes, exact restoration."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -49,17 +48,6 @@ def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype)
     assert len(set(seen)) == len(seen) - 1  # native embeddings are the empty plan
 
 
-@each_family("name", dtype=[torch.float32, torch.bfloat16])
-def test_levels_below_native_take_fewer_bytes(name: str, dtype: torch.dtype) -> None:
-    facts = tiny_llm(name, dtype=dtype).facts
-    for index in range(facts.num_blocks):
-        sizes = list(facts.weight_levels(index).items())
-        assert [level for level, _ in sizes] == ["native", "int8", "int4", "removed"]
-        assert all(above > below for (_, above), (_, below) in itertools.pairwise(sizes))
-    assert facts.weights == "unquantised"
-    assert facts.widen_bytes > 0
-
-
 @pytest.mark.engine_feature("here", "Levels of weights", "int8, int4")
 @each_family("name", level=["int8", "int4"])
 def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:
@@ -100,15 +88,6 @@ def test_the_state_depends_on_the_plan_alone(name: str) -> None:
         assert torch.equal(logits(llm), logits(fresh))
     assert llm.plan == MIXED
     assert torch.equal(logits(llm), logits(fresh))
-
-
-def test_tied_embeddings_and_head_share_packed_weights() -> None:
-    tied, untied = tiny_llm("llama_tied"), tiny_llm("llama")
-    for llm in (tied, untied):
-        llm.apply(Plan(embeddings="int8"))
-        rows, head = llm.model.get_input_embeddings(), llm.model.get_output_embeddings()
-        shared = rows.tensors()["weight_codes"] is head.tensors()["weight_codes"]
-        assert shared == (llm is tied)
 
 
 @pytest.mark.parametrize("residency", ["resident", "offload"])
