@@ -1,8 +1,9 @@
-"""Speed of levels against unquantised ones: ``python -m benchmarks.levels``.
+"""Levels and masks that change while the model generates: ``python -m benchmarks.levels``.
 
-Decode steps and prefills of the model with packed weights and of the same model unquantised run in
-turn, and so do decode steps with a quantised and an unquantised cache. Then all levels of a running
-batch change at once.
+Record ``levels``: decode steps and prefills of the model with packed weights and of the same model
+unquantised run in turn, and so do decode steps with a quantised and an unquantised cache; then all
+levels of a running batch change at once. Record ``live``: the time of removing blocks relative to a
+decode step, and of a KV-cache refill relative to a prefill of the same tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.harness import (
     spread,
 )
 from benchmarks.record import Target, write_record
+from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -49,11 +51,21 @@ class LevelsSettings(ModelSettings):
     """Rows x tokens of its decode step."""
     steps: int = 8
     """Decode steps in one measurement."""
+    blocks: int = 20
+    """Random blocks that are removed and restored."""
+    refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
+    """Tokens in the cache when attention blocks are restored."""
 
 
 def main(settings: LevelsSettings) -> None:
-    """Measure, and write the record."""
+    """Measure, and write both records."""
     wide = open_model(settings, weights="bf16")
+    measure_levels(wide, settings)
+    measure_masks(wide, settings)
+
+
+def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
+    """Compare levels with those of an unquantised model, and write the record ``levels``."""
     packed = open_model(settings, weights=settings.packed)
     wide_weights, targets = f"{wide.facts.dtype} weights", []
 
@@ -86,7 +98,7 @@ def main(settings: LevelsSettings) -> None:
             f"decode step of {settings.cache_request} tokens, cache in {settings.cache}",
             sides, settings.steps, _CACHE_AT_MOST, f"a {wide.facts.dtype} cache, {name}",
         )  # fmt: skip
-    change = measured["change"] = _changing(wide, settings)
+    change = measured["change"] = _changing(wide, all_lowered(wide), settings)
     targets.append(
         Target.of(
             "decode steps that a change of the levels of all weights and caches takes",
@@ -110,10 +122,81 @@ def main(settings: LevelsSettings) -> None:
     )
 
 
-def batch_of(llm: ElasticLLM, rows: int, tokens: int, reserve_tokens: int = 0) -> LiveBatch:
+def measure_masks(llm: ElasticLLM, settings: LevelsSettings) -> None:
+    """Remove and restore random blocks of a running batch, and write the record ``live``."""
+    drawn = random.Random(0).sample(range(llm.num_blocks), llm.num_blocks)
+    mask = Plan.removing(*drawn[: settings.blocks])
+    switch = _changing(llm, mask, settings)
+    percent = {n: v if n == "repeats" else 100 * v for n, v in switch["ratio"].items()}
+    refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
+    targets = [
+        Target.of(
+            "% of a decode step that removing blocks takes, their keys and values included",
+            percent,
+            at_most=2.0,
+            against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
+        )
+    ]
+    targets += [
+        Target.of(
+            f"times a prefill that a refill of {tokens} tokens takes",
+            refill["ratio"],
+            at_most=1.1,
+            against=f"a prefill: {refill['prefill_s']['median']:.2f} s",
+        )
+        for tokens, refill in refills.items()
+    ]
+    write_record(
+        "live",
+        device=str(llm.device),
+        settings=settings,
+        targets=targets,
+        measured={"switch": switch, "refill": refills},
+        notes=[
+            f"{llm.facts.dtype}; {settings.blocks} random blocks with resident weights; "
+            f"{settings.context_tokens} tokens of context.",
+        ],
+    )
+
+
+def _refilling(
+    llm: ElasticLLM, mask: Plan, tokens: int, settings: LevelsSettings
+) -> dict[str, Any]:
+    """Time of the step that refills the cache minus a plain step, and of a prefill."""
+    batches: list[LiveBatch] = []
+
+    def prepare() -> None:
+        llm.apply(mask)
+        batches[:] = [batch_of(llm, 1, tokens, restore="refill")]
+        llm.apply(Plan())
+
+    def step() -> None:
+        batches[0].extend([0])
+
+    sides = {
+        "prepare": prepare, "refill": step, "step": step,
+        "prefill": lambda: batch_of(llm, 1, tokens),
+    }  # fmt: skip
+    seconds = alternate(sides, settings.repeats)
+    refill_s = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
+    return {
+        "ratio": ratios(refill_s, seconds["prefill"]),
+        "refill_s": spread(refill_s),
+        "prefill_s": spread(seconds["prefill"]),
+        "affected_layers": mask.count_removed("attn"),
+    }
+
+
+def batch_of(
+    llm: ElasticLLM,
+    rows: int,
+    tokens: int,
+    reserve_tokens: int = 0,
+    restore: Restore = "next_request",
+) -> LiveBatch:
     """A batch whose cache holds `tokens` random tokens of each row."""
     drawn = random.Random(rows)
-    batch = LiveBatch(llm, restore="next_request")
+    batch = LiveBatch(llm, restore=restore)
     batch.reserve_tokens = reserve_tokens
     batch.prefill([drawn.choices(range(llm.adapter.vocab_size), k=tokens) for _ in range(rows)])
     return batch
@@ -160,14 +243,13 @@ def _cache_sides(settings: LevelsSettings) -> Iterator[tuple[str, dict[str, Call
         yield name, {"old": side("native", reserve_tokens), "new": side(settings.cache, 0)}
 
 
-def _changing(llm: ElasticLLM, settings: LevelsSettings) -> dict[str, Any]:
-    """Seconds of lowering everything under a running batch, in decode steps before it."""
-    lowered = all_lowered(llm)
+def _changing(llm: ElasticLLM, plan: Plan, settings: LevelsSettings) -> dict[str, Any]:
+    """Seconds of applying a plan under a running batch, in decode steps before it."""
     change_s, step_s, back_s = [], [], []
     for _ in range(settings.repeats + 1):  # the first one makes the levels
         batch = batch_of(llm, 1, settings.context_tokens)
         step_s.append(seconds_of(_stepping(batch, settings.steps)) / settings.steps)
-        change_s.append(seconds_of(lambda: llm.apply(lowered)))
+        change_s.append(seconds_of(lambda: llm.apply(plan)))
         back_s.append(seconds_of(lambda: llm.apply(Plan())))
         batch.close()
     return {

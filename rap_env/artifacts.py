@@ -166,15 +166,15 @@ def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict
     remedy = "delete it and create it again"
     try:
         document = _document(path)
-        found, written, checksum = document["kind"], document["version"], document["sha256"]
+        actual_kind, written, checksum = document["kind"], document["version"], document["sha256"]
         body: dict[str, Any] = document["body"]
         actual = digest(body)
     except _DAMAGED:
         raise ArtifactError(
             f"{path} is truncated or no artifact of this project; {remedy}."
         ) from None
-    if found != kind:
-        raise ArtifactError(f"{path} is of the kind {found!r}, but {kind!r} was expected.")
+    if actual_kind != kind:
+        raise ArtifactError(f"{path} is of the kind {actual_kind!r}, but {kind!r} was expected.")
     if written != version:
         raise ArtifactError(
             f"{path} has format {written}, but this version reads {version}; {remedy}."

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,6 @@ from rap_env.levels import ATTENTION_WORKSPACE_BYTES, CacheLevel
 from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.plan import Plan, check_levels
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PREFILL_CHUNK_TOKENS = 2048
 """Prompt tokens processed in one pass; servers limit it, so the workspace is bounded."""
@@ -250,22 +247,6 @@ class MemoryModel:
                 part_shares = {name: held / parts.peak for name, held in named.items()}
                 rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
         return rows
-
-    def picture(
-        self,
-        batch_sizes: Sequence[int] = (1, 4, 16, 64),
-        seq_lens_tokens: Sequence[int] | None = None,
-    ) -> Figure:
-        """Plot `shares`: weights dominate the memory of short requests, the KV cache of long ones.
-
-        Save it with ``figure.savefig("memory.png")``.
-
-        Raises:
-            MissingDependencyError: matplotlib is not installed.
-        """
-        from rap_env.memory_picture import draw_memory
-
-        return draw_memory(self.shares(batch_sizes, seq_lens_tokens))
 
     def check_fits(self, plan: Plan, request: Request) -> None:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""

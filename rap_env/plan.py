@@ -130,7 +130,6 @@ class Plan:
         weights: WeightLevel = "native",
         caches: str | CacheLevel = NATIVE_CACHE,
         embeddings: WeightLevel = "native",
-        removed: frozenset[int] = frozenset(),
     ) -> Plan:
         """The same level for all blocks, and one for all caches, as llama.cpp has them.
 
@@ -139,7 +138,7 @@ class Plan:
         """
         level = caches if isinstance(caches, CacheLevel) else CacheLevel.of(caches)
         return cls(
-            removed,
+            frozenset(),
             tuple((index, weights) for index in range(2 * num_layers)),
             tuple((layer, level) for layer in range(num_layers)),
             embeddings,

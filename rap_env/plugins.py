@@ -119,15 +119,15 @@ def find_plugin(kind: str, name: str, own: Iterable[str], hint: str = _HINT) -> 
         PluginError: Several packages offer this name.
     """
     offered = entry_points(kind)
-    found = [plugin for plugin in offered if plugin.name == name]
-    if len(found) > 1:
-        packages = " and ".join(sorted(plugin.package for plugin in found))
+    plugins = [plugin for plugin in offered if plugin.name == name]
+    if len(plugins) > 1:
+        packages = " and ".join(sorted(plugin.package for plugin in plugins))
         raise PluginError(
             f"{packages} both offer the {kind} {name!r}; uninstall one, or name it as "
-            f"{found[0].module}:{found[0].attribute}."
+            f"{plugins[0].module}:{plugins[0].attribute}."
         )
-    if found:
-        return found[0]
+    if plugins:
+        return plugins[0]
     if _REFERENCE.fullmatch(name):
         module, _, attribute = name.partition(":")
         return Plugin(kind, name, f"the module {module}", module, attribute)
@@ -136,9 +136,9 @@ def find_plugin(kind: str, name: str, own: Iterable[str], hint: str = _HINT) -> 
 
 def entry_points(kind: str) -> list[Plugin]:
     """Return what installed packages offer, sorted by name."""
-    found = []
+    plugins = []
     for point in metadata.entry_points(group=GROUPS[kind]):
         assert point.dist is not None  # it was found in an installed package
         package = f"the package {point.dist.name} {point.dist.version}"
-        found.append(Plugin(kind, point.name, package, point.module, point.attr))
-    return sorted(found, key=lambda plugin: (plugin.name, plugin.package))
+        plugins.append(Plugin(kind, point.name, package, point.module, point.attr))
+    return sorted(plugins, key=lambda plugin: (plugin.name, plugin.package))

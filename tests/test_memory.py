@@ -13,6 +13,7 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
+from rap_env.memory_picture import draw_memory
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -263,7 +264,7 @@ def test_the_cache_share_grows_with_the_request() -> None:
 
 
 def test_the_picture_has_a_panel_for_each_batch_size(tmp_path) -> None:
-    figure = MEMORY.picture(batch_sizes=(1, 8))
+    figure = draw_memory(MEMORY.shares(batch_sizes=(1, 8)))
     assert [axis.get_title() for axis in figure.axes] == ["batch 1", "batch 8"]
     figure.savefig(tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 10_000

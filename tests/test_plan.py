@@ -76,7 +76,7 @@ def test_a_mask_is_a_plan() -> None:
 
 
 def test_the_same_level_everywhere() -> None:
-    plan = Plan.uniform(3, weights="int4", caches="int8", embeddings="int8", removed=frozenset({0}))
+    plan = Plan.uniform(3, weights="int4", caches="int8", embeddings="int8").without(0)
     assert set(plan.levels) == set(item_names(3)) - {"layer00.cache"}
     assert plan.weight_level(0) == "removed"
     assert Plan.uniform(2, weights="removed") == Plan.removing(0, 1, 2, 3)

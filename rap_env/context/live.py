@@ -8,13 +8,13 @@ import pickle
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.importance.profiles import GSIProfile, OneShotProfile, Profile
 from rap_env.memory import MemoryModel
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)
+
+ProfileT = TypeVar("ProfileT", bound=Profile)
 
 _PACKAGED = Path(__file__).parents[1] / "policies" / "packaged"
 
@@ -109,31 +111,14 @@ class LiveContext(PruningContext):
         """One-shot importance of every block, measured on first use."""
         from rap_env.importance.one_shot_scores import one_shot
 
-        path = self._artifact("one_shot")
-        if path is not None and path.exists():
-            return OneShotProfile.load(path, self.llm)
-        profile = one_shot(self.scorer, progress=self._progress)
-        if path is not None:
-            profile.save(path)
-        return profile
+        def measure() -> OneShotProfile:
+            return one_shot(self.scorer, progress=self._progress)
+
+        return self._cached("one_shot", OneShotProfile, measure)
 
     def _block_gsi(self) -> GSIProfile:
         """The order in the package for default settings, else measured (minutes) and cached."""
-        from rap_env.importance.gsi_search import gsi
-
-        if (packaged := self._packaged_gsi()) is not None:
-            return packaged
-        # What an agent observes depends on how far and how GSI ran, so each has its own file.
-        path = self._artifact(f"gsi-{self._gsi_method}-{self._gsi_removals or 'all'}")
-        if path is None or not path.exists():
-            log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
-        return gsi(
-            self.scorer,
-            method=self._gsi_method,
-            stop=self._gsi_removals,
-            path=path,
-            progress=self._progress,
-        )
+        return self._packaged_gsi() or self._measured_gsi("gsi")
 
     @cached_property
     def layer_influence(self) -> npt.NDArray[np.float64]:
@@ -160,22 +145,33 @@ class LiveContext(PruningContext):
             UnknownNameError: There is no such method over items.
             ArtifactError: The artifact that ``importance`` names is of another model or ladder.
         """
-        from rap_env.importance.gsi_search import gsi
-
         ladder = item_bytes.ladder
         if self.importance not in IMPORTANCES:
             return GSIProfile.load(self.importance, self.llm)
         key = digest([[item.name, item.levels] for item in ladder.items] + [ladder.together])[:8]
-        stop = self._gsi_removals
-        path = self._artifact(f"item-gsi-{self._gsi_method}-{stop or 'all'}-{key}")
+        costs = self.level_costs(ladder.cache_levels)
+        return self._measured_gsi("item-gsi", f"-{key}", item_bytes, costs)
+
+    def _measured_gsi(
+        self,
+        name: str,
+        key: str = "",
+        item_bytes: LadderBytes | None = None,
+        costs: LevelCosts | None = None,
+    ) -> GSIProfile:
+        """An order, which is continued if a measurement was interrupted."""
+        from rap_env.importance.gsi_search import gsi
+
+        # What an agent observes depends on how far and how GSI ran, so each has its own file.
+        path = self._artifact(f"{name}-{self._gsi_method}-{self._gsi_removals or 'all'}{key}")
         if path is None or not path.exists():
-            log.info("Measuring GSI over items on %s; this takes long, once.", self.llm.name)
+            log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
         return gsi(
             self.scorer,
             item_bytes,
-            self.level_costs(ladder.cache_levels),
+            costs,
             method=self._gsi_method,
-            stop=stop,
+            stop=self._gsi_removals,
             path=path,
             progress=self._progress,
         )
@@ -208,14 +204,21 @@ class LiveContext(PruningContext):
     def _measured_costs(self, cache_levels: tuple[str, ...]) -> LevelCosts:
         from rap_env.importance.level_scan import scan_levels
 
-        path = self._artifact(f"levels-{digest(cache_levels)[:8]}")
+        def measure() -> LevelCosts:
+            log.info("Measuring costs of levels on %s; this takes minutes, once.", self.llm.name)
+            return scan_levels(self.scorer, cache_levels, progress=self._progress)
+
+        return self._cached(f"levels-{digest(cache_levels)[:8]}", LevelCosts, measure)
+
+    def _cached(self, name: str, kind: type[ProfileT], measure: Callable[[], ProfileT]) -> ProfileT:
+        """A profile that is in the folder, or is measured and saved there."""
+        path = self._artifact(name)
         if path is not None and path.exists():
-            return LevelCosts.load(path, self.llm)
-        log.info("Measuring the costs of levels on %s; this takes minutes, once.", self.llm.name)
-        costs = scan_levels(self.scorer, cache_levels, progress=self._progress)
+            return kind.load(path, self.llm)
+        profile = measure()
         if path is not None:
-            costs.save(path)
-        return costs
+            profile.save(path)
+        return profile
 
     def _artifact(self, name: str) -> Path | None:
         """The file for one model, text and way of measuring."""

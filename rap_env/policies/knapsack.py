@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,11 +15,15 @@ from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
+from rap_env.ladder.items import Item, Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS, SharedBytes
-from rap_env.levels import NATIVE_CACHE, CacheLevel
+from rap_env.ladder.named_ladders import LADDERS
+from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS
+from rap_env.ladder.state import LadderCosts
+from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
+from rap_env.model_facts import ModelFacts
+from rap_env.plan import Plan, cache_name
 from rap_env.policies.base import Policy
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.multiple_choice import MultipleChoice
@@ -113,6 +117,7 @@ class KnapsackPolicy(Policy):
         self.memory = memory
         self.costs = costs
         self._levels = levels
+        self._bytes = LadderBytes(memory, _ladder(memory.facts, costs.cache_levels))
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
@@ -133,14 +138,15 @@ class KnapsackPolicy(Policy):
         return tuple(sorted(range(len(names)), key=costs.__getitem__))
 
     def _choose(self, request: Request) -> Plan:
-        memory, budget = self.memory, request.budget_bytes
-        if memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens) <= budget:
+        costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
+        if costs.dense_peak_bytes <= request.budget_bytes:
             return Plan()
         problems = self._problems_of(request.batch_size, request.seq_len_tokens)
         plans = [
             (problem.solver.cost(chosen), problem.plan(chosen))
             for problem in problems
-            if (chosen := problem.solver.solve(budget - problem.shared_bytes)) is not None
+            if (chosen := problem.solver.solve(request.budget_bytes - problem.shared_bytes))
+            is not None
         ]
         if plans:
             return min(plans, key=lambda pair: pair[0])[1]
@@ -153,22 +159,14 @@ class KnapsackPolicy(Policy):
         A set to which a flag can be added for no more bytes is left out, since it has fewer
         options.
         """
-        memory, request = self.memory, Request(batch_size, seq_len_tokens, budget_bytes=1)
-        options = self._options(request)
-        used = {flag for row in options for o in row for flag in _FLAGS if o.flags & flag}
-        workspace, without_ffn = (memory.workspace_bytes(request, ffn) for ffn in (True, False))
-        shared = SharedBytes(
-            last_ffn=workspace - without_ffn,
-            lowered_cache=memory.attention_workspace_bytes(request),
-            lowered_weights=0 if memory.facts.packed else memory.facts.widen_bytes,
-        )
+        costs = self._bytes.costs(batch_size, seq_len_tokens)
+        options = self._options(costs, seq_len_tokens)
+        used = [flag for flag in _FLAGS if any(o.flags & flag for row in options for o in row)]
         problems = []
-        for allowed in reversed(range(sum(_FLAGS) + 1)):
-            size = shared.of(allowed)
-            missing = [flag for flag in _FLAGS if not allowed & flag]
-            if allowed & ~sum(used) or any(
-                shared.of(allowed | flag) <= size for flag in used.intersection(missing)
-            ):
+        for allowed in sorted((sum(flags) for flags in _subsets(used)), reverse=True):
+            shared = costs.shared.of(allowed)
+            others = [flag for flag in used if not allowed & flag]
+            if any(costs.shared.of(allowed | flag) <= shared for flag in others):
                 continue
             rows = [tuple(o for o in row if not o.flags & ~allowed) for row in options]
             if not all(rows):
@@ -177,60 +175,47 @@ class KnapsackPolicy(Policy):
                 [[option.size for option in row] for row in rows],
                 [[option.cost for option in row] for row in rows],
             )
-            problems.append(_Problem(workspace + size, tuple(rows), solver))
+            problems.append(_Problem(costs.constant_bytes + shared, tuple(rows), solver))
         return tuple(problems)
 
-    def _options(self, request: Request) -> list[tuple[_Option, ...]]:
-        """The options of each block, and last those of the embeddings; (2L + 1,)."""
-        facts, length = self.memory.facts, request.seq_len_tokens
-        rows = []
-        for index in range(facts.num_blocks):
-            name, sizes = block_name(index), facts.weight_levels(index)
-            caches: list[tuple[CacheLevel, int]] = [(NATIVE_CACHE, 0)]
-            if index % 2 == 0:
-                caches = self._offered_caches(index // 2, request)
+    def _options(self, costs: LadderCosts, seq_len_tokens: int) -> list[tuple[_Option, ...]]:
+        """The options of each block, and those of the embeddings if they have levels."""
+        ladder, rows = costs.ladder, []
+        for number, item in enumerate(ladder.items):
+            if item.kind == "cache":
+                continue  # chosen with its block
+            cache = ladder.partners[number]
+            kept: list[dict[int, int]] = [{}]
+            without: dict[int, int] = {}
+            if cache != number:
+                kept = [{cache: position} for position in self._cache_positions(costs, cache)]
+                without = {cache: len(ladder.items[cache].levels)}
             rows.append(
                 tuple(
-                    self._option(
-                        {name: weights, cache_name(index // 2): level.name},
-                        size + cache_size,
-                        length,
-                        KEPT_FFN * (index % 2 and weights != "removed"),
-                    )
-                    for weights, size in sizes.items()
-                    if weights == "native" or self._offered(name, weights)
-                    for level, cache_size in (
-                        caches if weights != "removed" else [(NATIVE_CACHE, 0)]
-                    )
+                    self._option(costs, {number: position} | beside, seq_len_tokens)
+                    for position, level in enumerate(item.levels)
+                    if position == 0 or self._offered(item.name, level)
+                    for beside in ([without] if level == "removed" else kept)
                 )
             )
-        rows.append(
-            tuple(
-                self._option({EMBEDDINGS: level}, size, length)
-                for level, size in facts.embedding_levels.items()
-                if level == "native" or self._offered(EMBEDDINGS, level)
-            )
-        )
         return rows
 
-    def _offered_caches(self, layer: int, request: Request) -> list[tuple[CacheLevel, int]]:
-        """Measured levels of a layer's cache with their bytes.
+    def _cache_positions(self, costs: LadderCosts, cache: int) -> list[int]:
+        """Positions of the levels of a cache that may be chosen.
 
         A level is left out if it needs no fewer bytes than a more exact one, such as a window that
         is longer than the sequence.
         """
-        name = cache_name(layer)
-        levels = [NATIVE_CACHE]
-        if self.memory.facts.kv_heads:
-            levels += [c for c in self.costs.cache_levels[1:] if self._offered(name, c.name)]
-        shape = layer, request.batch_size, request.seq_len_tokens
-        sizes = {level: self.memory.cache_bytes(level, *shape) for level in levels}
+        item, sizes = costs.ladder.items[cache], costs.sizes[cache]
+        positions = [p for p, n in enumerate(item.levels) if p == 0 or self._offered(item.name, n)]
         return [
-            (level, size)
-            for level, size in sizes.items()
+            position
+            for position in positions
             if not any(
-                other != level and smaller <= size and is_as_exact(name, other.name, level.name)
-                for other, smaller in sizes.items()
+                other != position
+                and sizes[other] <= sizes[position]
+                and is_as_exact(item.name, item.levels[other], item.levels[position])
+                for other in positions
             )
         ]
 
@@ -242,14 +227,36 @@ class KnapsackPolicy(Policy):
         return level in self.costs.one_shot.get(item, {})
 
     def _option(
-        self, levels: dict[str, str], size: int, seq_len_tokens: int, flags: int = 0
+        self, costs: LadderCosts, positions: Mapping[int, int], seq_len_tokens: int
     ) -> _Option:
-        lowered = tuple((item, level) for item, level in levels.items() if level != "native")
-        for item, level in lowered:
-            if level != "removed":
-                flags |= LOWERED_CACHE if is_cache(item) else LOWERED_WEIGHTS
+        """The option in which some items, by number, are at some positions of their levels."""
+        items, flags = costs.ladder.items, 0
+        for number, position in positions.items():
+            flags |= costs.flag_lists[number][position]
+        lowered = tuple(
+            (items[number].name, items[number].levels[position])
+            for number, position in positions.items()
+            if 0 < position < len(items[number].levels)  # not removed with its block
+        )
+        size = sum(costs.sizes[number][position] for number, position in positions.items())
         cost = sum(self.costs.cost(item, level, seq_len_tokens) for item, level in lowered)
         return _Option(lowered, size, cost + _STEP_COST * len(lowered), flags)
+
+
+def _subsets(flags: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    for count in range(len(flags) + 1):
+        yield from itertools.combinations(flags, count)
+
+
+def _ladder(facts: ModelFacts, cache_levels: Sequence[CacheLevel]) -> Ladder:
+    """All items of a model, whose caches have some levels, in any order."""
+    *blocks, last = Ladder.of(facts, {**LADDERS["all"], "caches": ()}).items
+    levels = tuple(level.name for level in cache_levels)
+    layers = range(facts.num_layers if facts.kv_heads and len(levels) > 1 else 0)
+    caches = (Item(cache_name(layer), "cache", layer, levels) for layer in layers)
+    if last.layer is None:
+        return Ladder((*blocks, *caches, last))
+    return Ladder((*blocks, last, *caches))
 
 
 @packaged("knapsack")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,18 +124,15 @@ def load_policy(
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
-    name, path = os.fspath(source), Path(source).expanduser()
+    name = os.fspath(source)
     if name in packaged_policies():
         return packaged_policies()[name](memory)
-    if name in methods():
-        return _served(methods()[name], memory)
-    if path.is_file():
-        return _reader_of(path)(path, memory)
-    plugin = find_plugin("policy", name, policy_names(), _HINT)
-    factory = plugin.load()
-    if isinstance(factory, type) and issubclass(factory, Method):
-        return _served(factory, memory)
-    return _checked(plugin, plugin.make(memory))
+    levels = "all" if memory.facts.packed else "masks"
+
+    def on_packaged_scores() -> tuple[PruningContext, LadderBytes, int]:
+        return packaged_context(memory), LadderBytes(memory, Ladder.of(memory.facts, levels)), 0
+
+    return _method_or_file(name, memory, on_packaged_scores)
 
 
 def make_method(
@@ -157,16 +154,25 @@ def make_method(
         PluginError: The policy of another package cannot be loaded or made.
     """
     memory = context.memory
-    if item_bytes is None:
-        item_bytes = mask_bytes(memory)
+    if name in packaged_policies() and name not in methods():
+        return packaged_policies()[name](memory)
+    item_bytes = mask_bytes(memory) if item_bytes is None else item_bytes
+    return _method_or_file(name, memory, lambda: (context, item_bytes, seed))
+
+
+def _method_or_file(
+    name: str, memory: MemoryModel, arguments: Callable[[], tuple[PruningContext, LadderBytes, int]]
+) -> Policy:
+    """A method, made of its arguments; the policy of a file; or either of another package."""
     if name in methods():
-        return methods()[name](context, item_bytes, seed)
-    if name in packaged_policies() or Path(name).expanduser().is_file():
-        return load_policy(name, memory)
+        return methods()[name](*arguments())
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _reader_of(path)(path, memory)
     plugin = find_plugin("policy", name, policy_names(), _HINT)
     factory = plugin.load()
     if isinstance(factory, type) and issubclass(factory, Method):
-        policy: Policy = plugin.make(context, item_bytes, seed)
+        policy: Policy = plugin.make(*arguments())
     else:
         policy = _checked(plugin, plugin.make(memory))
     policy.source_sha256 = plugin.source_sha256
@@ -215,12 +221,6 @@ def _reader_of(path: Path) -> Reader:
             f"a policy is one of {', '.join(sorted(readers()))}."
         )
     return readers()[kind]
-
-
-def _served(method: type[Method], memory: MemoryModel) -> Method:
-    """A method on the packaged scores of a model."""
-    levels = "all" if memory.facts.packed else "masks"
-    return method(packaged_context(memory), LadderBytes(memory, Ladder.of(memory.facts, levels)))
 
 
 def _checked(plugin: Plugin, made: object) -> Policy:

@@ -39,10 +39,10 @@ class MultipleChoice:
         self._sizes: Ints = np.full((sets, width), _NO_OPTION, dtype=np.int64)
         self._costs: Floats = np.full((sets, width), np.inf)
         hulls = []
-        for row, (held, prices) in enumerate(zip(sizes, costs, strict=True)):
-            self._sizes[row, : len(held)] = held
-            self._costs[row, : len(held)] = prices
-            hulls.append(_hull(held, prices))
+        for row, (options, prices) in enumerate(zip(sizes, costs, strict=True)):
+            self._sizes[row, : len(options)] = options
+            self._costs[row, : len(options)] = prices
+            hulls.append(_hull(options, prices))
         self._rows = np.arange(sets)
         self._first: Ints = np.array([hull[0] for hull in hulls])  # the cheapest options
         self.least: Ints = np.array([hull[-1] for hull in hulls])
@@ -78,20 +78,20 @@ class MultipleChoice:
         """A good choice that fits, from the greedy one before the last step."""
         rows = self._rows
         chosen = chosen.copy()
-        held, price = self._sizes[rows, chosen], self._costs[rows, chosen]
-        needed = int(held.sum()) - budget
+        size, price = self._sizes[rows, chosen], self._costs[rows, chosen]
+        needed = int(size.sum()) - budget
         rise = self._costs - price[:, None]
-        rise[held[:, None] - self._sizes < needed] = np.inf
+        rise[size[:, None] - self._sizes < needed] = np.inf
         row, column = np.unravel_index(int(np.argmin(rise)), rise.shape)
         if np.isfinite(rise[row, column]):  # the one change that costs least and makes it fit
             chosen[row] = column
         else:
             chosen[self._step_rows[last]] = self._step_to[last]
         while True:  # spend what is left on single better options
-            held, price = self._sizes[rows, chosen], self._costs[rows, chosen]
-            left = budget - int(held.sum())
+            size, price = self._sizes[rows, chosen], self._costs[rows, chosen]
+            left = budget - int(size.sum())
             gain = price[:, None] - self._costs
-            gain[self._sizes - held[:, None] > left] = 0
+            gain[self._sizes - size[:, None] > left] = 0
             row, column = np.unravel_index(int(np.argmax(gain)), gain.shape)
             if gain[row, column] <= 0:
                 return chosen
@@ -131,15 +131,15 @@ class MultipleChoice:
             trail.append((kept // len(options), options[kept % len(options)]))
             if not len(kept):
                 return chosen  # nothing is better
-        found, state = fixed.copy(), int(np.argmin(excesses - price * sizes))
+        better, state = fixed.copy(), int(np.argmin(excesses - price * sizes))
         for row, (parents, options) in zip(open_rows[::-1], reversed(trail), strict=True):
-            found[row] = options[state]
+            better[row] = options[state]
             state = int(parents[state])
-        return found if self._better(found, chosen, budget, rounding) else chosen
+        return better if self._better(better, chosen, budget, rounding) else chosen
 
-    def _better(self, found: Ints, chosen: Ints, budget: int, rounding: float) -> bool:
-        fits = int(self._sizes[self._rows, found].sum()) <= budget
-        return fits and self.cost(found) < self.cost(chosen) - rounding / 10
+    def _better(self, better: Ints, chosen: Ints, budget: int, rounding: float) -> bool:
+        fits = int(self._sizes[self._rows, better].sum()) <= budget
+        return fits and self.cost(better) < self.cost(chosen) - rounding / 10
 
 
 def _pareto(sizes: Ints, costs: Floats) -> Ints:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rap_env.memory import MemoryModel
 from rap_env.policies.base import Policy
@@ -18,6 +18,7 @@ Factory = Callable[[MemoryModel], Policy]
 Reader = Callable[[Path, MemoryModel], Policy]
 FactoryT = TypeVar("FactoryT", bound=Factory)
 ReaderT = TypeVar("ReaderT", bound=Reader)
+MakerT = TypeVar("MakerT")
 
 _METHODS: dict[str, type[Method]] = {}
 _PACKAGED: dict[str, Factory] = {}
@@ -32,22 +33,17 @@ def register(method: MethodT) -> MethodT:
 
 def packaged(*names: str) -> Callable[[FactoryT], FactoryT]:
     """Register what makes policies of these names from the byte arithmetic of a model."""
-
-    def decorate(factory: FactoryT) -> FactoryT:
-        _PACKAGED.update(dict.fromkeys(names, factory))
-        return factory
-
-    return decorate
+    return partial(_register, _PACKAGED, names)
 
 
-def reads(*kinds: str) -> Callable[[ReaderT], ReaderT]:
-    """Register what makes policies from files of these kinds (`rap_env.artifacts`)."""
+def reads(kind: str) -> Callable[[ReaderT], ReaderT]:
+    """Register what makes policies from files of this kind (`rap_env.artifacts`)."""
+    return partial(_register, _READERS, (kind,))
 
-    def decorate(reader: ReaderT) -> ReaderT:
-        _READERS.update(dict.fromkeys(kinds, reader))
-        return reader
 
-    return decorate
+def _register(registry: dict[str, Any], names: Sequence[str], maker: MakerT) -> MakerT:
+    registry.update(dict.fromkeys(names, maker))
+    return maker
 
 
 def methods() -> Mapping[str, type[Method]]:

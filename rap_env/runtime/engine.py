@@ -192,7 +192,7 @@ class Engine:
         prompt = self._check_prompt(prompt_ids, params)
         if max_delta_nll is not None:
             self.controller.chooser.check_bound("max_delta_nll", max_delta_nll)
-        kinds = self.controller.chooser.text_kinds
+        kinds = self.controller.chooser.policy.text_kinds
         if text_shares is None:
             text_shares = () if kinds is None else kinds.shares(prompt)
         handle = RequestHandle(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
-from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.importance.text_kinds import Shares
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
@@ -127,11 +127,6 @@ class PlanChooser:
             f" with a predicted rise in NLL of at most {floor} nats per token "
             f"(max_delta_nll{whose})"
         )
-
-    @property
-    def text_kinds(self) -> TextKinds | None:
-        """Tells the kinds of text of prompts; None for a policy that does not choose by them."""
-        return self.policy.text_kinds
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int, text_shares: Shares = ()) -> float | None:
         """Rise in NLL that the policy predicts for a plan, nats per token; any thread may call it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,13 +32,6 @@ class TokenMatcher(Protocol):
         """Move on by an allowed token."""
 
 
-class Constraint(Protocol):
-    """What answers have to follow (`rap_env.runtime.structured_output`)."""
-
-    def matcher(self) -> TokenMatcher:
-        """A matcher at the start of an answer."""
-
-
 @dataclass(frozen=True)
 class SamplingParams:
     """Length of the generation and sampling settings.
@@ -56,7 +49,8 @@ class SamplingParams:
         top_logprobs: Number of most likely tokens to report with each token of the answer.
         prompt_logprobs: The same for each token of the prompt, whose own log-probabilities are
             reported too; None to report nothing about the prompt.
-        constraint: What the answer has to follow; None for nothing.
+        constraint: Makes a matcher of what the answer has to follow
+            (`rap_env.runtime.structured_output`); None for nothing.
 
     Raises:
         InvalidRequestError: A value is out of its range.
@@ -73,7 +67,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Callable[[], TokenMatcher] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
@@ -134,7 +128,7 @@ class RowSampler:
         self._warpers: list[Any] = []
         self._counts: Counter[int] = Counter()  # of the answer's tokens
         self._penalised = bool(params.presence_penalty or params.frequency_penalty)
-        self._matcher = None if params.constraint is None else params.constraint.matcher()
+        self._matcher = None if params.constraint is None else params.constraint()
         self.error: str | None = None
         if params.greedy:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ WHITESPACE = r"[ \n\t]{1,20}"
 class GrammarMatcher:
     """Follows the tokens of one answer and knows which ones may come next.
 
-    Made by `CompiledGrammar.matcher`.
+    Made by what `GrammarCompiler.compile` returns.
     """
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
@@ -51,18 +51,6 @@ class GrammarMatcher:
     def accept(self, token_id: int) -> None:
         """Move on by a token that `allowed` has; if that fails, `allowed` raises an error."""
         self._matcher.consume_token(token_id)
-
-
-class CompiledGrammar:
-    """A grammar that any number of answers may follow. Made by `GrammarCompiler.compile`."""
-
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-
-    def matcher(self) -> GrammarMatcher:
-        """A matcher at the start of an answer."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
 
 
 class GrammarCompiler:
@@ -96,8 +84,11 @@ class GrammarCompiler:
         with self._lock, contextlib.suppress(MissingDependencyError, UnsupportedModelError):
             self._vocabulary = self._vocabulary or self._load()
 
-    def compile(self, kind: GrammarKind, text: str) -> CompiledGrammar:
+    def compile(self, kind: GrammarKind, text: str) -> Callable[[], GrammarMatcher]:
         """Compile a grammar, and compute what may come first.
+
+        Returns:
+            A function that makes a matcher at the start of an answer; any number may follow it.
 
         Raises:
             InvalidGrammarError: It is too long or too complex, or the library does not take it.
@@ -113,7 +104,7 @@ class GrammarCompiler:
             matcher = self._matcher(kind, text)
         if matcher.is_error():
             raise InvalidGrammarError(f"The grammar cannot be compiled: {_reason(matcher)}")
-        return CompiledGrammar(matcher, self._vocab_size)
+        return lambda: GrammarMatcher(matcher.deep_copy(), self._vocab_size)
 
     def _matcher(self, kind: GrammarKind, text: str) -> Any:
         """The library's matcher, which may have an error."""

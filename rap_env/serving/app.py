@@ -82,7 +82,7 @@ class Service:
             grammars=grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size),
             stop_token_ids=stop_tokens(engine.llm, tokenizer),
             longest_prompt=engine.longest_prompt_tokens,
-            text_kinds=chooser.text_kinds,
+            text_kinds=chooser.policy.text_kinds,
         )
         self._server = repr((engine.llm.fingerprint, chooser.policy.name, __version__))
 

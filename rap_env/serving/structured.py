@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
-from rap_env.runtime.structured_output import CompiledGrammar, GrammarCompiler, GrammarKind
+from rap_env.runtime.structured_output import GrammarCompiler, GrammarKind, GrammarMatcher
 from rap_env.serving.errors import invalid, shown
 from rap_env.serving.schemas import BaseCompletionRequest
 
@@ -21,7 +22,9 @@ _OPTIONS: dict[str, GrammarKind] = {
 }
 
 
-def constraint_of(body: BaseCompletionRequest, compiler: GrammarCompiler) -> CompiledGrammar | None:
+def constraint_of(
+    body: BaseCompletionRequest, compiler: GrammarCompiler
+) -> Callable[[], GrammarMatcher] | None:
     """Compile what the answers have to follow, None for free text.
 
     Raises:
@@ -45,7 +48,7 @@ def constraint_of(body: BaseCompletionRequest, compiler: GrammarCompiler) -> Com
 
 def _compiled(
     compiler: GrammarCompiler, kind: GrammarKind, text: str, field: str
-) -> CompiledGrammar:
+) -> Callable[[], GrammarMatcher]:
     """Compile a grammar that a field of the request asks for; errors are `ApiError` (400)."""
     try:
         return compiler.compile(kind, text)

@@ -130,8 +130,8 @@ def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
 
 def fit_trace(path: str | PathLike[str]) -> LengthTable:
     """Fit a length table to a trace file: its empirical quantiles at `LEVELS`."""
-    found = np.quantile(read_trace(path), LEVELS, method="nearest")
-    return LengthTable(tuple(int(value) for value in found))
+    quantiles = np.quantile(read_trace(path), LEVELS, method="nearest")
+    return LengthTable(tuple(int(value) for value in quantiles))
 
 
 _FITTED = package_json("rap_env.workload", "azure_2023.json")

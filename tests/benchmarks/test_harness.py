@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import harness
 from benchmarks.harness import (
     Settings,
     alternate,
@@ -68,10 +67,9 @@ def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys)
     assert late == (word == "batch_size=0")
 
 
-@pytest.mark.parametrize("word", ["-h", "--help"])
-def test_help_says_what_is_measured_and_lists_the_settings(word, monkeypatch, capsys):
+def test_help_says_what_is_measured_and_lists_the_settings(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules[__name__], "__doc__", "What this measures.")
-    _given(monkeypatch, word, "batch_size=2")
+    _given(monkeypatch, "--help", "batch_size=2")
     launch(_Settings, _reject)
     said = capsys.readouterr().out
     assert said.startswith("What this measures.\n")
@@ -86,12 +84,6 @@ def test_sides_take_turns_after_the_warm_up():
     assert "".join(calls) == "ABAB" + "ABABAB"
     assert {name: len(found) for name, found in seconds.items()} == {"A": 3, "B": 3}
     assert all(found > 0 for side in seconds.values() for found in side)
-
-
-def test_only_the_call_is_timed(monkeypatch):
-    clock = iter([1.0, 3.5, 10.0, 10.25])
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
-    assert alternate({"A": lambda: None}, repeats=2, warm_up=3) == {"A": [2.5, 0.25]}
 
 
 def test_spread_and_paired_ratios():
@@ -126,11 +118,6 @@ class TestMeasuredPeak:
         with measured_peak(CPU) as measured:
             functional.cross_entropy(logits, wanted)
         assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, not returned
-
-    def test_an_empty_block_has_a_peak_of_zero(self):
-        with measured_peak(CPU) as measured:
-            pass
-        assert measured.peak_bytes == 0
 
     def test_an_error_in_the_block_propagates_and_the_next_measurement_works(self):
         with pytest.raises(ZeroDivisionError), measured_peak(CPU):

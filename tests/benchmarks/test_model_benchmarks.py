@@ -5,11 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import levels, live, memory, scoring
+from benchmarks import levels, memory, scoring
 from benchmarks.engine_steps import targets_of
-from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
-from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -45,16 +43,6 @@ def measured(folder, tmp_path):
     return run
 
 
-def test_live_writes_a_record_of_seconds(measured):
-    records = measured(
-        live, live.LiveSettings, blocks=3, context_tokens=8, steps=2, refill_tokens=[4, 8]
-    )
-    numbers = records["live-cpu"]["measured"]
-    assert set(numbers["refill"]) == {"4", "8"}
-    assert 0 < numbers["switch"]["remove_s"]["low"] <= numbers["switch"]["remove_s"]["high"]
-    assert len(records["live-cpu"]["targets"]) == 3
-
-
 class TestMemory:
     @pytest.mark.parametrize("removed", [(), ("layer00.attn", "layer02.ffn")])
     def test_weights_and_cache_of_a_pruned_model_are_as_predicted(self, removed, tmp_path):
@@ -80,15 +68,11 @@ class TestMemory:
         assert peak["reached"] == max(abs(cell["peak_off_%"]) for cell in cells)
         assert len(cells) == 8
 
-    def test_a_request_without_a_prompt_is_rejected(self):
-        with pytest.raises(InvalidRequestError, match="longer than its answer of 4 tokens"):
-            memory.measure(tiny_llm("llama"), Request(1, 4, budget_bytes=2**62), steps=4)
 
-
-def test_levels_are_compared_and_changed(folder, measured):
+def test_levels_are_compared_and_changed(measured):
     records = measured(
         levels, levels.LevelsSettings, context_tokens=40, cache_request="2x48", steps=2,
-        rows=[1, 2],
+        rows=[1, 2], blocks=3, refill_tokens=[4, 8],
     )  # fmt: skip
     record = records["levels-cpu"]
     assert set(record["measured"]["decode"]) == {"1_rows", "2_rows"}
@@ -96,11 +80,10 @@ def test_levels_are_compared_and_changed(folder, measured):
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     bounds = [target["at_most"] for target in record["targets"]]
     assert bounds == [0.85, 1.0, 1.15, 1.3, 1.3, 3.0]
-    llm = load_llm(folder, weights="bf16")
-    lowered = levels.all_lowered(llm)
-    assert MemoryModel(llm).check_plan(lowered) == lowered
-    has_int4 = {b.name for b in llm.blocks if "int4" in llm.facts.weight_levels(b.index)}
-    assert has_int4 <= {name for name, level in lowered.levels.items() if level == "int4"}
+    masks = records["live-cpu"]["measured"]
+    assert set(masks["refill"]) == {"4", "8"}
+    assert 0 < masks["switch"]["change_s"]["low"] <= masks["switch"]["change_s"]["high"]
+    assert len(records["live-cpu"]["targets"]) == 3
 
 
 @pytest.mark.slow

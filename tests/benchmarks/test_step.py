@@ -33,13 +33,6 @@ def test_every_score_is_cached_after_one_run(sides):
     assert scorer.evaluations == scored
 
 
-def test_the_single_environments_have_the_same_wrappers(sides):
-    def wrappers(env) -> list[str]:
-        return [] if env is env.unwrapped else [type(env).__name__, *wrappers(env.env)]
-
-    assert wrappers(sides["single"].env) == wrappers(sides["cart_pole"].env) != []
-
-
 def test_a_record_is_written(settings, tmp_path, capsys):
     settings = StepSettings(**{**vars(settings), "results_dir": str(tmp_path)})
     main(settings)

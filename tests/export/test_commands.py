@@ -196,7 +196,7 @@ def gguf_file(tmp_path):
 
 @pytest.mark.engine_feature("llama.cpp", "Levels of caches", "one format for all layers")
 def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
-    plan = Plan.uniform(2, caches="int8", removed=frozenset({1}))
+    plan = Plan.uniform(2, caches="int8").without(1)
     (tmp_path / "plan.json").write_text(plan.to_json())
     target = tmp_path / "small" / "out.gguf"
     code, out, err = rap("export", target, "--to", "gguf", "--plan", tmp_path / "plan.json",

@@ -58,7 +58,7 @@ def matches(kind, text):
 
 
 def random_answer(grammar, seed, tokenizer):
-    matcher, drawn = grammar.matcher(), np.random.default_rng(seed)
+    matcher, drawn = grammar(), np.random.default_rng(seed)
     tokens = []
     while not tokens or tokens[-1] != END:
         tokens.append(int(drawn.choice(np.flatnonzero(matcher.allowed().numpy()))))
@@ -73,7 +73,7 @@ def test_whatever_is_drawn_follows_the_grammar(kind, compiler, llm):
         assert matches(kind, random_answer(grammar, seed, llm.tokenizer))
     gbnf = compiler.compile("grammar", 'root ::= "a" ("b" | "c") "d"')
     assert {random_answer(gbnf, seed, llm.tokenizer) for seed in range(9)} == {"abd", "acd"}
-    allowed = compiler.compile("regex", r"[\s\S]*").matcher().allowed()
+    allowed = compiler.compile("regex", r"[\s\S]*")().allowed()
     assert allowed.shape == (300,)
     assert not allowed[len(llm.tokenizer) :].any()  # logits without a token
 
@@ -169,9 +169,6 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
 
 def test_a_grammar_that_fails_in_the_answer_ends_its_request_alone(llm, compiler):
     class Failing:
-        def matcher(self):
-            return self
-
         steps = 0
 
         def allowed(self):
@@ -184,7 +181,7 @@ def test_a_grammar_that_fails_in_the_answer_ends_its_request_alone(llm, compiler
             pass
 
     engine = engine_of(llm)
-    bad = submitted(engine, Failing())
+    bad = submitted(engine, Failing)
     good = submitted(engine, compiler.compile("choice", KINDS["choice"]))
     finish(engine)
     assert (bad.reason, bad.rejection, bad.error) == ("error", "constraint", "Too complex.")

@@ -55,9 +55,8 @@ class FakeEngine:
         self.closed = False
         chooser = SimpleNamespace(
             decisions=5,
-            policy=SimpleNamespace(name="dense"),
+            policy=SimpleNamespace(name="dense", text_kinds=None),
             delta_nll=delta_nll,
-            text_kinds=None,
         )
         self.controller = SimpleNamespace(
             switcher=SimpleNamespace(
@@ -98,7 +97,7 @@ class FakeEngine:
         if params.constraint is None:
             yield from self.tokens
             return
-        matcher, drawn = params.constraint.matcher(), random.Random(params.seed)
+        matcher, drawn = params.constraint(), random.Random(params.seed)
         while True:
             token = drawn.choice(matcher.allowed().nonzero()[:, 0].tolist())
             matcher.accept(token)

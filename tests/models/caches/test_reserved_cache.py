@@ -86,7 +86,7 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
     llm.apply(Plan.removing(0))
     assert batch._cache.layers[0].keys.dtype == PLACEHOLDER_DTYPE
     assert batch.kv_bytes < share * (layers - 1) + 100
-    llm.apply(Plan.uniform(layers, caches="int8", removed=frozenset({0})))
+    llm.apply(Plan.uniform(layers, caches="int8").without(0))
     batch.extend([3, 3])
     assert batch.kv_bytes < share
     llm.apply(Plan())
