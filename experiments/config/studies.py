@@ -94,9 +94,7 @@ class SmallModelConfig(Section):
     """Windows of text in each update."""
     learning_rate: Annotated[float, within(1e-8)] = 2e-3
     texts: dict[str, TextConfig] = field(default_factory=dict)
-    """Training texts by name: the calibration parts of files. If empty, ``writer`` writes."""
-    writer: str = "smollm2-135m"
-    """Language model that writes texts with the source ``self``."""
+    """Training texts by name: the calibration parts of files."""
     held_out_windows: Count = 8
     """Windows of each text's selection part on which the trained model is measured."""
     path: str | None = None

@@ -67,7 +67,9 @@ class PositionLoss:
         for ids in self.tokens.to(self._llm.device):
             with self._llm.masked(plan):
                 rows, targets = predictions(self._partial.hidden(ids[None]), ids[None])
-                parts = zip(rows.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+                parts = zip(
+                    torch.split(rows, HEAD_TOKENS), torch.split(targets, HEAD_TOKENS), strict=True
+                )
                 losses = torch.cat(
                     [token_nll(self._partial.logits(part), wanted) for part, wanted in parts]
                 )
@@ -181,7 +183,7 @@ def _measures(
             name = LongContextTask(kind, length).name
             tasks = TaskConfig((name,), limit=task["questions"], seed=config.seed)
             scorer = TaskScorer(llm, tasks, context.store)
-            depends = {"task": digest(scorer.context)}
+            depends: dict[str, Any] = {"task": digest(scorer.context)}
             yield TaskRow, kind, length, depends, partial(_answers, scorer, name)
     for text in settings.positions:
         loss = PositionLoss(llm, text, settings.bucket_tokens)

@@ -134,7 +134,10 @@ class TextJobs:
 
     def __init__(self, config: Config) -> None:
         self._progress, self._settings = config.progress, config.texts
-        size = {"windows": config.texts.windows, "window_tokens": config.texts.window_tokens}
+        size: dict[str, Any] = {
+            "windows": config.texts.windows,
+            "window_tokens": config.texts.window_tokens,
+        }
         self._contexts: dict[Draw, LiveContext] = {}
         for name, kind in config.texts.kinds.items():
             for seed in config.texts.seeds:
@@ -201,7 +204,8 @@ def _plan_row(
     scorer: MaskScorer, plan: Plan, identity: tuple[Any, ...], provenance: dict[str, Any]
 ) -> PlanRow:
     losses = (scorer.window_nll(plan) - scorer.window_nll(Plan())).tolist()
-    return PlanRow(*identity, losses, provenance=provenance)
+    named = dict(zip(PlanRow.identity, identity, strict=True))
+    return PlanRow(**named, window_losses=losses, provenance=provenance)
 
 
 class TextStudy:

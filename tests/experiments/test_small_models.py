@@ -1,4 +1,4 @@
-"""Small models trained from scratch: text, block costs, and resuming after a kill."""
+"""Small models trained from scratch: text, block costs, and folders that are used already."""
 
 import math
 from dataclasses import replace
@@ -12,18 +12,20 @@ from experiments.config.model import ModelConfig
 from experiments.config.studies import SmallModelConfig
 from experiments.errors import ExperimentError
 from experiments.profile import profile
-from experiments.small_models import training as small_models_training
-from experiments.small_models.data import BOS, train_tokenizer
-from experiments.small_models.program import read_record, train_small_model
-from experiments.small_models.training import Trainer
-from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
+from experiments.small_models import (
+    BOS,
+    Trainer,
+    read_record,
+    train_small_model,
+    train_tokenizer,
+)
+from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from tests.tiny import tiny_model, tiny_tokenizer
 
 STEPS = 30
 WINDOW_TOKENS = 24
@@ -126,45 +128,10 @@ def test_model_and_tokenizer_are_trained_on_the_calibration_part_only(make, tmp_
     assert len(rare) == 5 > len(known)
 
 
-@pytest.mark.slow
-def test_without_files_another_model_writes_the_text(make, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "writer")
-    tiny_tokenizer().save_pretrained(tmp_path / "writer")
-    text = TextConfig(source="self", windows=20, window_tokens=40)
-    path = trained(make(texts={"own": text}, writer=str(tmp_path / "writer")))
-    (found,) = read_record(path)["texts"].values()
-    assert (found["source"], found["role"]) == ("self", "calibration")
-    assert found["tokens"] > 0
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_model_and_resumes(make, monkeypatch):
-    monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
-    whole = load_llm(trained(make(run="whole"))).fingerprint
-    update, done = Trainer._update, []
-
-    def killed(trainer: Trainer) -> float:
-        if len(done) == 17:
-            raise KeyboardInterrupt
-        done.append(trainer.step)
-        return update(trainer)
-
-    config = make(run="killed")
-    monkeypatch.setattr(Trainer, "_update", killed)
-    with pytest.raises(KeyboardInterrupt):
-        trained(config)
-    assert not (config.stage_dir("small_models") / "model").exists()
-    done.append(-1)
-    path = trained(config)
-    assert done[18:] == list(range(10, STEPS))
-    assert load_llm(path).fingerprint == whole
-    assert not (config.stage_dir("small_models") / "training.pt").exists()
-
-
 def test_a_finished_model_is_not_trained_again_and_other_settings_are_rejected(make, monkeypatch):
     path = trained(make())
 
-    def updated(_: object) -> float:
+    def updated(*_: object) -> float:
         raise AssertionError("it was trained again")
 
     monkeypatch.setattr(Trainer, "_update", updated)
@@ -185,27 +152,6 @@ def test_a_folder_with_other_content_is_not_modified(make, tmp_path):
     assert (other / "notes.txt").read_text() == "keep"
 
 
-def test_progress_that_is_damaged_or_of_another_run_is_rejected(make, monkeypatch):
-    monkeypatch.setattr(small_models_training, "SAVE_EVERY", 10)
-    update = Trainer._update
-
-    def killed(trainer: Trainer) -> float:
-        if trainer.step == 12:
-            raise KeyboardInterrupt
-        return update(trainer)
-
-    monkeypatch.setattr(Trainer, "_update", killed)
-    config = make()
-    with pytest.raises(KeyboardInterrupt):
-        trained(config)
-    with pytest.raises(ArtifactError, match="other text or settings"):
-        trained(make(learning_rate=1e-3))
-    path = config.stage_dir("small_models") / "training.pt"
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ArtifactError, match="damaged"):
-        trained(config)
-
-
 def test_the_tokenizer_round_trips_any_text():
     tokenizer = train_tokenizer([sentences(WORDS, 50)], vocab_size=280, max_positions=64)
     text = "  Grüße, 世界!\n\tthe cat 🐈"
@@ -220,6 +166,8 @@ def test_the_tokenizer_round_trips_any_text():
 def test_invalid_settings_are_rejected(make, tmp_path):
     with pytest.raises(UnknownNameError, match=r"small_models\.family.*uniform"):
         make(family="mixed")
+    with pytest.raises(ExperimentError, match=r"small_models\.texts has no text"):
+        trained(make(texts={}))
     with pytest.raises(ExperimentError, match="8 heads, not 24"):
         make(heads=8, hidden_size=24)
     with pytest.raises(ExperimentError, match=r"small_models\.vocab_size must be at least 258"):

@@ -1,1 +1,0 @@
-"""Small language models, trained from scratch in minutes."""
