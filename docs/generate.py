@@ -1,6 +1,6 @@
 """Generates what the documentation does not type: result tables, environment pages, pictures.
 
-``python docs/generate.py`` writes ``docs/_generated`` and the results of README.md; `docs/conf.py`
+``python docs/generate.py`` writes ``docs/_generated``, and the table and figure of README.md; `docs/conf.py`
 writes the former at each build. All numbers come from the committed records in ``results/``.
 """
 
@@ -182,12 +182,13 @@ def command_reference() -> str:
 
 
 def main() -> None:
-    """Write everything to ``docs/_generated``, and the README's results with their picture."""
-    from readme_results import update_readme
+    """Write everything to ``docs/_generated``, and the README's table with its figure."""
+    from readme_results import decision_cost, update_readme
 
     docs = Path(__file__).resolve().parent
     write_all(docs)
     shutil.copy(docs / "_generated" / LADDER_FIGURE, docs / "images" / LADDER_FIGURE)
+    save_png(decision_cost(False), docs / "images" / "decision_cost.png")
     update_readme(ROOT / "README.md")
 
 

@@ -21,7 +21,7 @@ DEFAULT_MAX_DELTA_NLL = 0.1
 """Default floor of quality, nats per token.
 
 At it, plans of the default model lose at most five points of accuracy on each of arc_easy, piqa and
-hellaswag; one with 0.15 loses five on piqa (`docs/results/plans.md`).
+hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.md`).
 """
 CHOICES = {
     "weights": ("native", "bf16", "int8", "int4"),

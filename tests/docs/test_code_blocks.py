@@ -153,7 +153,7 @@ def test_commands_run(page, environment, tmp_path):
 
 def run_command(words: list[str], environment: dict[str, str], folder: Path) -> str:
     """Run one command, or check it as far as that goes without a network; what went wrong."""
-    if words[0] in ("git", "lm_eval", "ray", "vllm"):
+    if words[0] in ("git", "lm_eval", "ray", "vllm", "curl", "echo"):
         return ""
     if words[0] == "make":
         command = ["make", "--dry-run", *words[1:]]

@@ -106,7 +106,7 @@ def test_the_last_chunk_of_a_stream_has_the_plan(lowered, body, route, usage):
 
 
 def test_the_example_of_the_docs_has_the_fields_of_an_answer(lowered):
-    page = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "server_reference.md").read_text(encoding="utf-8")
     blocks = map(json.loads, re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     (example,) = [block for block in blocks if "rap" in block]
     answer = post(lowered, CHAT).json()
