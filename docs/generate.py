@@ -1,7 +1,7 @@
 """Generates what the documentation does not type: result tables, environment pages, pictures.
 
-``python docs/generate.py`` writes ``docs/_generated``, and the table and figure of README.md; `docs/conf.py`
-writes the former at each build. All numbers come from the committed records in ``results/``.
+``python docs/generate.py`` writes ``docs/_generated``, and README.md's table and figure;
+`docs/conf.py` writes the former at each build. All numbers come from the records in ``results/``.
 """
 
 from __future__ import annotations
