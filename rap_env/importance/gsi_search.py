@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,30 +67,6 @@ def gsi(
         UnknownNameError: An unknown method.
         ArtifactError: The file at `path` is damaged, or of another model, text, method or ladder.
     """
-    with progress_bar(progress, desc="GSI", unit="plan", leave=False) as bar:
-        on_score = bar_callback(bar)
-        for profile in gsi_rounds(
-            scorer, item_bytes, costs, method=method, stop=stop, path=path, on_score=on_score
-        ):
-            rise = (profile.dense_nll, *profile.nll_after)[-1] - profile.dense_nll
-            bar.set_postfix_str(f"{len(profile.order)} lowered, delta_nll {rise:.3f}")
-    return profile
-
-
-def gsi_rounds(
-    scorer: MaskScorer,
-    item_bytes: LadderBytes | None = None,
-    costs: LevelCosts | None = None,
-    *,
-    method: str = "exact",
-    stop: int | None = None,
-    path: str | os.PathLike[str] | None = None,
-    on_score: OnScore | None = None,
-) -> Iterator[GSIProfile]:
-    """Run `gsi` with its arguments, and yield the profile at the start and after each action.
-
-    `on_score` is called after each examined plan.
-    """
     check_name("GSI method", method, GSI_METHODS)
     if item_bytes is None or costs is None:
         state = LadderState(reference_costs(mask_bytes(MemoryModel(scorer.llm))))
@@ -98,13 +74,16 @@ def gsi_rounds(
         one_shot = one_shot_costs(costs, item_bytes.ladder)
         state = PricedState(reference_costs(item_bytes), one_shot)
     profile = _start(scorer, state.costs.ladder, method, path)
-    search = _Search(scorer, state, profile, stop, on_score)
-    yield search.profile
-    while (item := search.next()) is not None:
-        if path is not None:
-            search.profile.save(path)
-        yield search.profile
-        state.lower(item)
+    with progress_bar(progress, desc="GSI", unit="plan", leave=False) as bar:
+        search = _Search(scorer, state, profile, stop, bar_callback(bar))
+        while (item := search.next()) is not None:
+            profile = search.profile
+            if path is not None:
+                profile.save(path)
+            rise = profile.nll_after[-1] - profile.dense_nll
+            bar.set_postfix_str(f"{len(profile.order)} lowered, delta_nll {rise:.3f}")
+            state.lower(item)
+    return profile
 
 
 def _start(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,7 +35,9 @@ from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Floats
 from rap_env.scoring.predictor_fit import necessary_masks
-from rap_env.scoring.scorer import MaskScorer
+
+if TYPE_CHECKING:  # a search with a predictor loads no torch
+    from rap_env.scoring.scorer import MaskScorer
 
 _MOST_STEPS = 40
 _PESSIMISM = (1.0, 2.0, 4.0)  # of the rounds, in turn

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rap_env.errors import ArtifactError
+from rap_env.importance.plan_predictor import fit_plan_predictor
+from rap_env.importance.plan_search import PlanSearch
 from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -129,8 +131,6 @@ class ScoreModelSearch(Method):
     name = "score_model"
 
     def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        from rap_env.importance.plan_predictor import fit_plan_predictor
-
         super().__init__(context, item_bytes, seed)
         table = context.frontier
         costs = context.level_costs(self.ladder.cache_levels)
@@ -143,8 +143,6 @@ class ScoreModelSearch(Method):
         self.setup_evaluations = table.evaluations + costs.evaluations
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        from rap_env.importance.plan_search import PlanSearch  # imports torch
-
         costs = self.costs(request)
         starts = [self._greedy.choose(request), self._known.best(costs, request.budget_bytes)]
         search = PlanSearch(self._predictor, costs, request.budget_bytes)

@@ -22,17 +22,6 @@ def sides(settings) -> dict[str, Player]:
     return players(settings, known_context(settings))
 
 
-def test_every_score_is_cached_after_one_run(sides):
-    scorer = sides["single"].env.unwrapped.context.scorer
-    for side in sides.values():
-        side()
-    scored = scorer.evaluations
-    assert scored > 5
-    for side in sides.values():
-        side()
-    assert scorer.evaluations == scored
-
-
 def test_a_record_is_written(settings, tmp_path, capsys):
     settings = StepSettings(**{**vars(settings), "results_dir": str(tmp_path)})
     main(settings)

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.errors import ArtifactError
 from rap_env.importance.one_shot_scores import block_influence, layer_influence, one_shot
-from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
-from tests.envs.tiny_contexts import tiny_library
 from tests.scoring.test_scorer import tokens
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
@@ -55,30 +52,6 @@ def test_features_from_one_shot_rank_by_loss():
     features = ImportanceFeatures.from_one_shot(np.array([3.0, 0.0, 1.0]))
     assert features.gsi_rank.tolist() == [1.0, 0.0, 0.5]
     assert ImportanceFeatures.none(3).one_shot.tolist() == [0, 0, 0]
-
-
-def test_importance_is_that_of_the_model_with_its_stubs(tmp_path):
-    llm = tiny_llm()
-    repaired = tiny_library(llm).attach(llm)
-    found = {}
-    for name, model in (("plain", llm), ("repaired", repaired)):
-        scorer = MaskScorer(model, tokens())
-        found[name] = one_shot(scorer, progress=False)
-        expected = [scorer.nll(Plan.removing(i)) - scorer.dense_nll for i in range(4)]
-        assert found[name].delta_nll == pytest.approx(expected)
-        found[name].save(tmp_path / f"{name}.json")
-    assert found["plain"].dense_nll == found["repaired"].dense_nll
-    assert np.all(found["plain"].delta_nll != found["repaired"].delta_nll)
-    # What a block does to the residual stream has nothing to do with its stub.
-    assert found["plain"].influence == found["repaired"].influence
-    assert OneShotProfile.load(tmp_path / "repaired.json", repaired) == found["repaired"]
-    with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
-        OneShotProfile.load(tmp_path / "plain.json", repaired)
-    with pytest.raises(ArtifactError, match="measured with the stubs .* without stubs"):
-        OneShotProfile.load(tmp_path / "repaired.json", llm)
-    other = tiny_library(llm, seed=9).attach(llm)
-    with pytest.raises(ArtifactError, match="with the stubs .* with the stubs"):
-        OneShotProfile.load(tmp_path / "repaired.json", other)
 
 
 def streams(llm, ids):

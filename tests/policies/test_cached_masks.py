@@ -32,17 +32,6 @@ def uniform(memory, level: str) -> Plan:
     return Plan.uniform(memory.facts.num_layers, caches=level)
 
 
-@pytest.mark.parametrize("level", ["int8", "int4"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_policy_sees_the_bytes_of_plans_with_lowered_caches(memory, shape, level):
-    masks, request = Ladder.of(memory.facts, "masks"), Request(*shape, budget_bytes=1)
-    costs = LadderBytes(memory, masks, uniform(memory, level)).costs(*shape)
-    for mask in (Plan(), Plan.removing(0, 3, 5), Plan.removing(*range(1, 60, 2))):
-        plan = uniform(memory, level).without(*mask.removed)
-        state = costs.state(masks.positions(mask))
-        assert state.peak_bytes == memory.peak_bytes(plan, request)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_removes_blocks_only_where_int8_caches_do_not_suffice(memory, baseline, shape):
     int8 = memory.peak_bytes(uniform(memory, "int8"), Request(*shape, budget_bytes=1))

@@ -49,18 +49,6 @@ def test_finds_the_best_mask_of_a_small_model(small, shape):
     assert small.scorer.loss(mask) == pytest.approx(least_loss(small, request))
 
 
-def test_evaluations_count_stored_scores_too(large):
-    request = request_at(large, 1, 10, 0.7)
-    baseline = made("evolutionary", large, max_evaluations=60)
-    before = large.scorer.passes
-    first = measure_choice(baseline, request, large.scorer)
-    assert first.evaluations == np.ceil(large.scorer.passes - before)
-    assert first.decision_s < large.scorer.evaluation_s  # all of it was really run
-    again = measure_choice(baseline, request, large.scorer)
-    assert (again.plan, again.evaluations) == (first.plan, first.evaluations)
-    assert again.decision_s > large.scorer.evaluation_s
-
-
 @pytest.fixture(params=SHAPES)
 def shape(request):
     return request.param

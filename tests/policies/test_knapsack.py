@@ -143,19 +143,6 @@ def test_ties_prefer_less_lowering():
     assert len(policy.choose(Request(1, 700, native - 1)).levels) == 1
 
 
-def test_a_window_is_free_where_it_holds_everything():
-    made = facts(layers=1, packed=True)
-    known = costs(made, caches=("window64",), window_tokens=512)
-    price = known.one_shot["layer00.cache"]["window64"]
-    whole = 64 + 32 + 32  # the window, the sinks and the token's own group
-    measured = (512 - whole) / 512
-    assert known.cost("layer00.cache", "window64") == price
-    assert known.cost("layer00.cache", "window64", whole) == 0
-    assert known.cost("layer00.cache", "window64", 512) == pytest.approx(price)
-    expected = price * (2048 - whole) / 2048 / measured
-    assert known.cost("layer00.cache", "window64", 2048) == pytest.approx(expected)
-
-
 def test_a_window_longer_than_the_sequences_is_not_chosen():
     """It needs as many bytes as the level without it, whatever was measured for it."""
     made = facts(layers=16, packed=True)  # enough caches to pay for their workspace

@@ -109,16 +109,6 @@ def test_over_a_ladder_every_method_fits_and_counts(
     assert (choice.evaluations > 0) == (name in {*SEARCHES, "uniform"})
 
 
-@pytest.mark.parametrize("name", [*LADDER, "dense"])
-def test_over_a_ladder_nothing_is_lowered_where_the_native_model_fits(
-    ladder_context, item_bytes, name
-):
-    native = ladder_context.memory.dense_peak_bytes(2, 100)
-    method = make_method(name, ladder_context, item_bytes)
-    assert method.choose(Request(2, 100, native)) == Plan()
-    assert (method.evaluations, method.lowers) == (0, True)
-
-
 def test_a_search_is_no_worse_than_random_steps(ladder_context, choices, between):
     for shape in SHAPES:
         request = between(shape, 0.5)

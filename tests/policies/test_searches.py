@@ -115,16 +115,6 @@ def test_beam_search_escapes_the_greedy_local_optimum(name):
     assert mask == Plan.removing("layer01.attn", "layer02.attn")
 
 
-def test_beam_counts_every_mask_once():
-    context = trap()
-    choice = measure_choice(made("beam", context, width=2), needing(context, 1500), context.scorer)
-    # The dense model, 8 blocks, then 7 more behind each of two blocks, one pair being the same.
-    assert choice.evaluations == 1 + 8 + 7 + 7 - 1 == context.scorer.evaluations
-    again = measure_choice(made("beam", context, width=2), needing(context, 1500), context.scorer)
-    assert (again.plan, again.evaluations) == (choice.plan, choice.evaluations)
-    assert again.decision_s > context.scorer.evaluation_s * again.evaluations
-
-
 def test_beam_returns_the_best_mask_seen():
     """A removal that lowers the loss is taken though the request fits without it."""
     context = SyntheticContext([0.5, 4.0, -0.1, 0.3, 0.01, 0.04, 0.03, 0.2])

@@ -120,13 +120,6 @@ def test_invalid_requests_are_rejected_at_once():
             Harness().engine(**wrong)
 
 
-def test_a_request_can_use_the_whole_context(harness, engine):
-    handles = [engine.submit(prompt(length, length), greedy(64 - length)) for length in (60, 2)]
-    harness.run(engine)
-    assert [len(handle.token_ids) for handle in handles] == [4, 62]
-    assert max(record.length for record in harness.records) <= 64
-
-
 def test_a_full_queue_rejects_requests():
     engine = Harness().engine(max_queue=2)
     for _ in range(2):

@@ -92,11 +92,6 @@ def test_grid_takes_budgets_in_bytes(memory):
     assert {request.budget_bytes for request in sampler.requests} == {9000, 10_000}
 
 
-def test_default_lengths_are_cut_to_the_positions(memory):
-    lengths = {request.seq_len_tokens for request in make_sampler("grid", memory).requests}
-    assert lengths == {256, 1024, 2048}
-
-
 @pytest.mark.parametrize(
     ("name", "table"), [("azure-conv", AZURE_CONV), ("azure-code", AZURE_CODE)]
 )
