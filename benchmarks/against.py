@@ -20,8 +20,8 @@ from benchmarks.record import Target, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
-    "prune": "RAPPrune/SmolLM2-Table-v0",
-    "ladder": "RAPLadder/SmolLM2-Table-v0",
+    "prune": "RAPPrune/SmolLM2-Table-v1",
+    "ladder": "RAPLadder/SmolLM2-Table-v1",
     "plan": "rap_env.Plan.removing",
     "batch": "rap_env.models.live.live_batch.LiveBatch",
     "policy": "rap",

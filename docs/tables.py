@@ -228,19 +228,21 @@ def leaderboard_text() -> str:
     parts = []
     for comparison in dict.fromkeys(task.comparison for task in pinned_tasks().values()):
         entries = published_entries(comparison)
-        entries = sorted(entries, key=lambda entry: float(entry.delta_nll("test").mean()))
+        entries = sorted(entries, key=lambda entry: float(entry.scores("test").mean()))
         predicted = predicted_test_delta_nll(comparison)
         columns = {
             "Method": lambda entry: entry.name,
-            "ΔNLL, test": lambda entry: f"{entry.delta_nll('test').mean():.3f}",
-            "Predicted": lambda entry, predicted=predicted: f"{predicted[entry.name]:.3f}",
-            "ΔNLL, calibration": lambda entry: f"{entry.delta_nll('calibration').mean():.3f}",
+            "ΔNLL, test": lambda entry: f"{entry.scores('test').mean():.3f}",
+            "Predicted": lambda entry, predicted=predicted: (
+                f"{predicted[entry.name]:.3f}" if entry.name in predicted else "-"
+            ),
+            "ΔNLL, calibration": lambda entry: f"{entry.scores('calibration').mean():.3f}",
             "Seeds": lambda entry: str(len(entry.runs)),
             "Evaluations": lambda e: f"{e.evaluations:,.0f} + {e.setup_evaluations:,}",
             "Time": lambda entry: seconds(entry.decision_s),
         }
         agreement = (
-            f"Rank correlation of *Predicted* and *ΔNLL, test* over the {len(entries)} methods: "
+            f"Rank correlation of *Predicted* and *ΔNLL, test* over the {len(predicted)} methods: "
             f"{rank_correlation(comparison, predicted):.2f}."
         )
         table = markdown(columns_table(entries, columns))

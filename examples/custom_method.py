@@ -26,7 +26,7 @@ from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer, Method
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 ASKED = ("knapsack", "one_shot")
 NAME = "examples.custom_method:BetterOfTwo"
 

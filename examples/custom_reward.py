@@ -15,7 +15,7 @@ import numpy as np
 
 import rap_env
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 
 
 class FreeBytes(gym.Wrapper):

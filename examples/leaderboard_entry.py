@@ -15,7 +15,7 @@ import numpy as np
 import rap_env
 from rap_env.plan import Plan
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 
 
 class LocalSearch:
@@ -53,5 +53,5 @@ class LocalSearch:
 if __name__ == "__main__":
     result = rap_env.evaluate(LocalSearch(), TASK, "test", name="local search")
     print(result)
-    result.entry("Exchanges levels on predicted losses.").save("local_search.json")
-    print("Check it with: python -m experiments.leaderboard check local_search.json")
+    result.entry("Exchanges levels on predicted losses.").save("runs/local_search.json")
+    print("Check it with: python -m experiments.leaderboard check runs/local_search.json")

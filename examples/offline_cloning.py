@@ -54,7 +54,7 @@ def train(
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     seen, actions = transitions(dataset)
-    agent = _PPO.Agent(seen["request"].shape[1], seen["ladder"].shape[2])
+    agent = _PPO.Agent(seen["request"].shape[1], seen["action_mask"].shape[1])
     optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
     for update in range(updates):
         part = torch.randint(len(actions), (BATCH,))

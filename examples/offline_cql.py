@@ -24,7 +24,7 @@ from torch import nn
 
 import rap_env
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 DATASET = "rapladder/smollm2-table/mixed-v0"
 UPDATES, BATCH, LEARNING_RATE, ALPHA = 800, 64, 3e-3, 4.0
 KEYS = ("ladder", "request", "action_mask")

@@ -25,7 +25,7 @@ from torch import nn
 
 import rap_env
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 ENVS, STEPS, ITERATIONS = 16, 1024, 40
 HIDDEN, LEARNING_RATE = 32, 2e-3
 LOWEST = -1e9  # a finite logit: RLlib multiplies probabilities and logits, and 0 * inf is NaN

@@ -26,7 +26,7 @@ from torchrl.objectives.value import GAE
 
 import rap_env
 
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 ENVS, STEPS, UPDATES, EPOCHS, MINIBATCHES = 32, 32, 40, 4, 4
 HIDDEN, LEARNING_RATE = 32, 2e-3
 KEYS = ["ladder", "request", "action_mask"]

@@ -135,7 +135,7 @@ def _episode(
 
 
 @click.command()
-@click.option("--task", default="RAPLadder/SmolLM2-Table-v0", show_default=True)
+@click.option("--task", default="RAPLadder/SmolLM2-Table-v1", show_default=True)
 @click.option("--episodes", default=400, show_default=True, type=click.IntRange(min=1))
 @click.option("--behaviours", default=",".join(BEHAVIOURS), show_default=True)
 @click.option("--seed", default=0, show_default=True)

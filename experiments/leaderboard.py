@@ -29,10 +29,12 @@ from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, Entry, Run, published_entries
 from rap_env.leaderboard.evaluation import Evaluation
-from rap_env.leaderboard.tasks import SPLITS, pinned_task, pinned_tasks
+from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, pinned_tasks
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
+from rap_env.policies.loading import StaticPolicy
 from rap_env.request import Request
+from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.fidelity import spearman
 from rap_env.scoring.held_out import HeldOutLosses
 
@@ -113,37 +115,51 @@ def check_file(
     import torch
 
     from rap_env.models.progress import progress_bar
-    from rap_env.scoring.corpus import CorpusConfig
     from rap_env.scoring.corpus_loading import load_corpus
     from rap_env.scoring.scorer import MaskScorer
 
     torch.set_num_threads(threads)
     entry = Entry.load(file)
-    live = [
-        task
-        for task in pinned_tasks().values()
-        if task.comparison == entry.comparison and task.live
-    ]
-    if not live:
+    task = task_of(entry.comparison)
+    if not task.live:
         raise ExperimentError(
             f"The comparison {entry.comparison} has no task with the real model, so its entries "
             "cannot be replayed here."
         )
-    (task,) = live
     # Plans are replayed, not chosen, so that no importance has to be measured.
     context = task.make(importance="none").unwrapped.context  # type: ignore[attr-defined]
     scorers = {"calibration": context.scorer}
     if text is not None:
-        names = ("windows", "window_tokens", "seed", "role")
-        settings = {name: task.test_text[name] for name in names}
-        asked = CorpusConfig(text, field=text_field, **settings, sha256=task.test_text["sha256"])
-        corpus = load_corpus(asked, context.llm)
+        corpus = load_corpus(held_out_text(task, text, text_field), context.llm)
         scorers["test"] = MaskScorer(context.llm, corpus, context.store)
     total = len(entry.runs) * len(range(0, len(task.requests), every))
     with progress_bar(True, total=total, desc="replay", unit="plan") as bar:
         return check_entry(
             entry, context.memory, task.requests, scorers, every=every, on_plan=bar.update
         )
+
+
+def task_of(comparison: str) -> PinnedTask:
+    """Return the task of a comparison with the real model, or that with its score table."""
+    tasks = [task for task in pinned_tasks().values() if task.comparison == comparison]
+    return max(tasks, key=lambda task: task.live)
+
+
+def held_out_text(task: PinnedTask, text: str, text_field: str) -> CorpusConfig:
+    """Return the test text of a task, from a file; other text is refused when it is read."""
+    settings = {name: task.test_text[name] for name in ("windows", "window_tokens", "seed", "role")}
+    return CorpusConfig(text, field=text_field, **settings, sha256=task.test_text["sha256"])
+
+
+def measure_lowest(comparison: str, results: Path, text: str, text_field: str) -> Evaluation:
+    """Evaluate the plan with every item at its lowest level, and save the rows for `publish`."""
+    task = task_of(comparison)
+    # Nothing is chosen, so that no importance has to be measured.
+    lowest = task.make(importance="none").unwrapped.ladder.lowest  # type: ignore[attr-defined]
+    held_out = held_out_text(task, text, text_field) if task.live else None
+    result = rap_env.evaluate(StaticPolicy(lowest), task.name, "test", name=LOWEST, text=held_out)
+    write_records(lowest_file(comparison, results), result.rows())
+    return result
 
 
 def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun, Evaluation]]:
@@ -197,16 +213,26 @@ def _of_run(row: dict[str, Any], run: TrainingRun) -> dict[str, Any]:
 TASKS_FILE = ENTRIES.parent / "tasks.json"
 """The pinned comparisons: environment and arguments, requests, texts and thresholds."""
 
-LEFT_OUT = ("dense",)
-"""Methods whose plans exceed the budgets."""
+LOWEST = "lowest"
+_NAMES = {
+    "dense": ("Do nothing", "the model as it is, over every budget"),
+    LOWEST: ("Remove everything", "every item at its lowest level"),
+}
+"""Names and descriptions of what needs no method, by its name in records."""
 
 _THRESHOLD_REQUESTS = 1000
 
 
 def grid_rows(comparison: str, results: Path) -> list[ResultRow]:
-    """Return the rows of a comparison's grid, from the records that its entries name."""
+    """Return the rows of a comparison's grid, from its records and those of `lowest`."""
     (records,) = {Path(entry.origin["records"]).name for entry in published_entries(comparison)}
-    return [row for row in rows_below(results / records / "evaluate") if row.part == "grid"]
+    rows = [row for row in rows_below(results / records / "evaluate") if row.part == "grid"]
+    return rows + ResultRow.read(lowest_file(comparison, results))
+
+
+def lowest_file(comparison: str, results: Path) -> Path:
+    """Return the file with the rows of the plan with every item at its lowest level."""
+    return results / "leaderboard" / f"{comparison}.jsonl"
 
 
 def requests_of(rows: Sequence[ResultRow]) -> list[Request]:
@@ -223,7 +249,7 @@ def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> li
         records: Where they are from, as the entry says it.
     """
     entries, requests = [], requests_of(rows)
-    for method in dict.fromkeys(row.method for row in rows if row.method not in LEFT_OUT):
+    for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]
         runs = []
         for seed in dict.fromkeys(row.seed for row in own):
@@ -235,11 +261,12 @@ def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> li
             }
             plans = tuple(row.plan.levels for row in chosen)
             runs.append(Run(seed, plans, delta_nll, tuple(row.fits for row in chosen)))
+        name, description = _NAMES.get(method, (look(method).label, look(method).what))
         entries.append(
             Entry(
-                name=look(method).label,
+                name=name,
                 comparison=comparison,
-                description=look(method).what,
+                description=description,
                 runs=tuple(runs),
                 evaluations=float(np.median([row.evaluations for row in own])),
                 setup_evaluations=max(row.setup_evaluations for row in own),
@@ -250,14 +277,12 @@ def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> li
     return entries
 
 
-def mean_return(pinned: Mapping[str, Any]) -> float:
-    """Return the mean return of the best measured plans on requests of a comparison's workload.
+def mean_return(env: Any) -> float:
+    """Return the mean return of the best measured plans on requests of an environment's workload.
 
     Args:
-        pinned: The comparison in `TASKS_FILE`; its first task has a score table.
+        env: The environment of a pinned task on a score table.
     """
-    table = next(iter(pinned["tasks"].values()))
-    env: Any = gymnasium.make(pinned["environment"], **pinned["arguments"], **table).unwrapped
     scorer = env.context.scorer
     env.reset(seed=0)
     returns = []
@@ -283,7 +308,10 @@ def publish(results: Path) -> int:
         ]
         pinned["calibration_sha256"] = rows[0].depends_on["calibration_sha256"]
         pinned["test_text"] = rows[0].depends_on["report_text"]
-        pinned["reward_threshold"] = mean_return(pinned)
+        table = next(iter(pinned["tasks"].values()))  # the first task has a score table
+        env: Any = gymnasium.make(pinned["environment"], **pinned["arguments"], **table).unwrapped
+        pinned["vocab_size"] = env.memory.facts.vocab_size
+        pinned["reward_threshold"] = mean_return(env)
         for entry in make_entries(comparison, rows, records):
             entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json")
     with atomic_write(TASKS_FILE) as file:
@@ -306,19 +334,24 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
         ArtifactError: Too few plans were measured on held-out text without one of the methods.
     """
     tasks = (task for task in pinned_tasks().values() if task.comparison == comparison)
-    env: Any = next(task for task in tasks if not task.live).make()
+    task = next(task for task in tasks if not task.live)
+    env: Any = task.make()
     context = env.unwrapped.context
     measured: HeldOutLosses = context.table.held_out
     dense_nll = context.scorer.dense_nll
     calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
     found = {}
     for entry in published_entries(comparison):
+        if entry.origin["method"] in _NAMES:  # nothing is chosen
+            continue
         plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
         values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
+        fits = [*itertools.chain(*(run.fits for run in entry.runs))]
         own = set(plans)
         others = {plan: value for plan, value in measured.measured.items() if plan not in own}
         losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
-        found[entry.name] = float(np.mean([*map(losses.delta_nll, plans, values)]))
+        predicted = [*map(losses.delta_nll, plans, values)]
+        found[entry.name] = float(task.scores(predicted, fits).mean())
     return found
 
 
@@ -330,10 +363,9 @@ def rank_correlation(comparison: str, predicted: Mapping[str, float]) -> float:
         predicted: Predicted ΔNLL by the name of the published method, nats per token.
     """
     measured = {
-        entry.name: float(np.mean([run.delta_nll["test"] for run in entry.runs]))
-        for entry in published_entries(comparison)
+        entry.name: float(entry.scores("test").mean()) for entry in published_entries(comparison)
     }
-    values = [(predicted[name], value) for name, value in measured.items()]
+    values = [(value, measured[name]) for name, value in predicted.items()]
     found = spearman(*np.array(values).T)
     assert found is not None, "published methods differ"
     return found
@@ -381,6 +413,17 @@ def judge(task: str, folder: Path, split: str) -> None:
             )
     except RapError as error:
         fail(str(error))
+
+
+@main.command("lowest")
+@click.argument("comparison", type=click.Choice(list(json.loads(TASKS_FILE.read_text()))))
+@click.option("--text", default="data/wikitext/validation.jsonl", show_default=True)
+@click.option("--text-field", default="page", show_default=True)
+@click.option("--results", default="results", show_default=True, type=click.Path(path_type=Path))
+def lowest_plan(comparison: str, text: str, text_field: str, results: Path) -> None:
+    """Measure the plan with every item at its lowest level at the requests of COMPARISON."""
+    result = measure_lowest(comparison, results, text, text_field)
+    say(f"{lowest_file(comparison, results)}: ΔNLL {result.mean_delta_nll:.4f} nats per token")
 
 
 @main.command("publish")

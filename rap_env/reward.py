@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -52,6 +52,7 @@ class StepOutcome(NamedTuple):
         baseline_delta_nll: The same of the mask that the baseline named by
             `RewardTerm.relative_to` has for this request; None if no term names one, or if the
             episode continues.
+        fails: Whether the episode ends over its budget and has to rank below every plan that fits.
     """
 
     mask: Plan
@@ -59,6 +60,7 @@ class StepOutcome(NamedTuple):
     delta_nll_before: float | None
     ends: bool
     baseline_delta_nll: float | None = None
+    fails: bool = False
 
 
 class RewardTerm(ABC):
@@ -71,8 +73,8 @@ class RewardTerm(ABC):
     deterministic: ClassVar[bool] = True
     """Whether the same masks always give the same rewards."""
     on_failure: ClassVar[str] = (
-        "the value of the mask reached, as for an episode that fits; out of steps, that of a model "
-        "without its blocks"
+        "with over_budget='worst', less than any plan that fits; with 'measured', the value of the "
+        "mask reached, or out of steps that of a model without its blocks"
     )
     relative_to: str | None = None
     """Baseline whose ΔNLL at the same request is needed where an episode ends, or None."""
@@ -165,11 +167,17 @@ class PerplexityReward(RewardTerm):
     def step(self, outcome: StepOutcome) -> float:
         """Minus the cost added by this step (dense) or by the whole episode (terminal)."""
         baseline = self._baseline_cost(outcome) if outcome.ends else 0.0
+        if not (self.pays_every_step or outcome.ends):
+            return 0.0
+        if outcome.fails and self.loss_cap is not None:
+            cost = self._scaled(over_budget_nll(self.loss_cap))
+        else:
+            cost = self._cost(outcome.delta_nll)
         if not self.pays_every_step:
-            return baseline - self._cost(outcome.delta_nll) if outcome.ends else 0.0
+            return baseline - cost
         if outcome.delta_nll_before is None:
             raise ValueError("A dense reward needs the ΔNLL of the mask before each step.")
-        return baseline + self._cost(outcome.delta_nll_before) - self._cost(outcome.delta_nll)
+        return baseline + self._cost(outcome.delta_nll_before) - cost
 
     def _baseline_cost(self, outcome: StepOutcome) -> float:
         if self.relative_to is None:
@@ -182,6 +190,9 @@ class PerplexityReward(RewardTerm):
         """Cost of a ΔNLL on the reward's scale; 0 for the dense model."""
         if self.loss_cap is not None:
             delta_nll = min(delta_nll, self.loss_cap)
+        return self._scaled(delta_nll)
+
+    def _scaled(self, delta_nll: float) -> float:
         if self.scale == "nats":
             return delta_nll
         ratio = delta_nll / self.log_offset
@@ -206,6 +217,8 @@ class AccuracyReward(RewardTerm):
 
     def step(self, outcome: StepOutcome) -> float:
         """The change in accuracy, at most 0 unless pruning helped."""
+        if outcome.fails:
+            return 2 * self.range[0]
         if not outcome.ends or not outcome.mask:
             return 0.0
         return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(Plan())
@@ -221,18 +234,23 @@ class RecallReward(RewardTerm):
 
     Attributes:
         tasks: Measures the NLL of choices; all tasks must have choices.
+        cap: A larger rise counts as this many nats; None for no cap.
     """
 
     name: ClassVar[str] = "recall"
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     tasks: MeasuresAccuracy = field(repr=False)
+    cap: float | None = None
 
     def step(self, outcome: StepOutcome) -> float:
         """Minus the rise in nats; a model that guesses among four choices has an NLL of 1.39."""
+        if outcome.fails and self.cap is not None:
+            return -over_budget_nll(self.cap)
         if not outcome.ends or not outcome.mask:
             return 0.0
-        return self.tasks.mean_choice_nll(Plan()) - self.tasks.mean_choice_nll(outcome.mask)
+        rise = self.tasks.mean_choice_nll(outcome.mask) - self.tasks.mean_choice_nll(Plan())
+        return -rise if self.cap is None else -min(rise, self.cap)
 
 
 @dataclass(frozen=True)
@@ -276,13 +294,25 @@ REWARDS: dict[str, tuple[str, ...]] = {
 """Every reward with the names of its settings."""
 
 _COMBINED_WEIGHTS = {"perplexity": 1.0, "accuracy": 1.0}
-_TERMS_OF_TASKS: dict[str, type[AccuracyReward | RecallReward]] = {
-    "accuracy": AccuracyReward, "recall": RecallReward
-}  # fmt: skip
+_TERMS_OF_TASKS = ("accuracy", "recall")
 _TERMS = ("perplexity", *_TERMS_OF_TASKS)
 
 
-def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccuracy]) -> Reward:
+def ceiling_nll(vocab_size: int) -> float:
+    """The most nats per token that a plan within its budget can cost: those of a uniform guess."""
+    return math.log(vocab_size)
+
+
+def over_budget_nll(ceiling: float) -> float:
+    """Nats per token that a plan over its budget counts as: more than a plan that fits can cost."""
+    return 2 * ceiling
+
+
+def make_reward(
+    spec: str | Mapping[str, Any],
+    tasks: Callable[[], MeasuresAccuracy],
+    ceiling: float | None = None,
+) -> Reward:
     """Make the reward that a spec names.
 
     Args:
@@ -291,18 +321,25 @@ def make_reward(spec: str | Mapping[str, Any], tasks: Callable[[], MeasuresAccur
             ``weights`` by term (1 each for perplexity and accuracy by default; 0 leaves a term
             out).
         tasks: Returns what measures tasks; called only if a term needs it.
+        ceiling: Cap of the cost of a plan in nats, so that an episode that fails can rank below
+            every plan that fits; None for no cap but that of the spec.
 
     Raises:
         UnknownNameError: There is no such reward, setting, timing, scale, baseline or term.
         InvalidRequestError: A weight, the cap or the offset is out of its range.
     """
     weights, perplexity = parse_reward(spec)
-    weighted: list[tuple[float, RewardTerm]] = []
-    for term, weight in weights.items():
-        if weight:
-            kind = _TERMS_OF_TASKS.get(term)
-            weighted.append((float(weight), perplexity if kind is None else kind(tasks())))
-    return Reward(tuple(weighted))
+    if ceiling is not None:
+        cap = perplexity.loss_cap
+        perplexity = replace(perplexity, loss_cap=ceiling if cap is None else min(cap, ceiling))
+    make: dict[str, Callable[[], RewardTerm]] = {
+        "perplexity": lambda: perplexity,
+        "accuracy": lambda: AccuracyReward(tasks()),
+        "recall": lambda: RecallReward(tasks(), ceiling),
+    }
+    return Reward(
+        tuple((float(weight), make[term]()) for term, weight in weights.items() if weight)
+    )
 
 
 def parse_reward(spec: str | Mapping[str, Any]) -> tuple[Mapping[str, float], PerplexityReward]:

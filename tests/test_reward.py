@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,3 +224,27 @@ def test_wrong_specifications_are_rejected(spec, message):
 
 def _dense() -> dict[str, str]:
     return {"name": "perplexity", "timing": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "best", "failure"),
+    [
+        ("perplexity", -4.0, -8.0),
+        ({"name": "perplexity", "loss_cap": 1.5}, -1.5, -3.0),
+        ({"name": "perplexity", "scale": "log"}, -math.log(81), -math.log(161)),
+        ("recall", -4.0, -8.0),
+        ("accuracy", -1.0, -2.0),
+    ],
+)
+def test_an_episode_that_fails_pays_less_than_the_worst_plan_that_fits(spec, best, failure):
+    """Values by hand: the ceiling is 4 nats, twice that for a failure."""
+    hopeless = SimpleNamespace(
+        mean_accuracy=lambda plan: float(not plan),
+        mean_choice_nll=lambda plan: 99.0 if plan else 0.0,
+    )
+    reward = make_reward(spec, lambda: hopeless, ceiling=4.0)
+    fits = StepOutcome(PATH[1], 99.0, None, ends=True)
+    fails = StepOutcome(PATH[1], 0.1, None, ends=True, fails=True)
+    assert list(reward.step(fits).values()) == pytest.approx([best])
+    assert list(reward.step(fails).values()) == pytest.approx([failure])
+    assert list(reward.step(fails._replace(mask=Plan())).values()) == pytest.approx([failure])

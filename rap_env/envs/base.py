@@ -14,6 +14,7 @@ from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
 from rap_env.envs.episode_values import EpisodeStart, Measurement
 from rap_env.envs.task import PruningTask
+from rap_env.ladder.items import Ladder
 from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
@@ -79,6 +80,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def request(self) -> Request:
         """The request of this episode."""
         return self.episode.start.request
+
+    @property
+    def ladder(self) -> Ladder:
+        """The items, in the order of the actions, and the levels of each."""
+        return self._task.ladder
 
     @property
     def plan(self) -> Plan:

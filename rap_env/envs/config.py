@@ -23,6 +23,10 @@ INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
 again), or raise the budget to the least one."""
 
+OVER_BUDGET = ("measured", "worst")
+"""What an episode that is truncated over its budget pays: the value of the plan that it reached, or
+less than any plan that fits."""
+
 INFO_FORMS = ("names", "arrays")
 """How `info` says what was done: lists of names, or arrays of fixed shape."""
 
@@ -45,7 +49,7 @@ class EnvConfig:
 
     Raises:
         UnknownNameError: There is no such workload, reward, calibration setting or value of
-            `infeasible` or `info`.
+            `infeasible`, `over_budget` or `info`.
         InvalidRequestError: An argument has the wrong type, or a number of the reward, the
             penalty or the number of invalid actions or steps is out of its range.
         CorpusError: A number of the calibration text is out of its range.
@@ -70,6 +74,7 @@ class EnvConfig:
     repair: str = "none"
     tasks: Sequence[str] | Mapping[str, Any] | None = None
     infeasible: str = "error"
+    over_budget: str = "measured"
     invalid_action_penalty: float = 0.1
     max_invalid_actions: int = 10
     max_steps: int | None = None
@@ -79,6 +84,13 @@ class EnvConfig:
     store: str | None = "default"
 
     def __post_init__(self) -> None:
+        if callable(self.reward):
+            raise InvalidRequestError(
+                "reward must be a name or a dict of settings, such as "
+                f"{{'name': 'perplexity', 'scale': 'log'}}, not the function {self.reward!r}; a "
+                "reward of your own is a wrapper around the environment that reads info, as in "
+                "examples/custom_reward.py."
+            )
         check_types(self)
         parse_sampler(self.workload)
         parse_reward(self.reward)
@@ -86,6 +98,7 @@ class EnvConfig:
         if self.tasks is not None:
             parse_tasks(self.tasks)
         check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
+        check_name("setting of over_budget:", self.over_budget, OVER_BUDGET)
         check_name("form of info", self.info, INFO_FORMS)
         penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
         if not 0 <= penalty < float("inf"):
@@ -162,6 +175,7 @@ class LadderEnvConfig(EnvConfig):
     gsi_method: str = "lazy"
     gsi_actions: int | None = None
     infeasible: str = "clip"
+    over_budget: str = "worst"
     levels: str | Mapping[str, Any] = "all"
     together: Sequence[str] = ("int8", "int4")
 

@@ -89,7 +89,7 @@ class Episode:
             for item, position in () if transition.lowering is None else transition.lowering.moves:
                 positions[item] = position
             plan = self.task.ladder.plan(positions)
-        return RewardedStep(self.start, plan, self.delta_nll, transition.ends)
+        return RewardedStep(self.start, plan, self.delta_nll, transition.ends, transition.truncated)
 
     def apply(self, transition: Transition, measurement: Measurement | None) -> None:
         """Take a step; `measurement` is that of its plan, or None if nothing was measured."""

@@ -59,9 +59,11 @@ class RewardedStep(NamedTuple):
         plan: The plan after the step, or `PruningTask.lowest` if `max_steps` ends the episode.
         delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
         ends: Whether the episode ends with this step.
+        fails: Whether it is truncated, over its budget.
     """
 
     start: EpisodeStart
     plan: Plan
     delta_nll_before: float | None
     ends: bool
+    fails: bool

@@ -184,6 +184,12 @@ class RAPLadderEnv(PruningEnv):
     `"one_shot"` (the greedy order, followed until the request fits), `"gsi"` (likewise), or
     `"frontier"` (the best known mask).
 
+    A truncated episode is worth less than any plan that fits (`over_budget="worst"`): the ΔNLL of a
+    plan that fits counts as at most C, the logarithm of the vocabulary's size (the NLL of a uniform
+    guess, 10.8 for the default model), and a truncated episode as 2 C, in nats or on the log scale.
+    Accuracy pays -2 then and recall -2 C. Penalties of invalid actions are paid on top. With
+    `over_budget="measured"` it pays for the plan that it reached, and doing nothing can pay.
+
     ## Starting State
     The native model and a request drawn from `workload` that it does not fit (up to 100 requests
     are drawn to find one). `reset(options={"request": ...})` sets the request, as in
@@ -198,8 +204,7 @@ class RAPLadderEnv(PruningEnv):
     - Termination: the request fits, that is, the peak bytes are at most the budget. Whatever the
       order of valid actions, this happens at the latest when every item is at its lowest level.
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step.
-    - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
-      item were at its lowest level; see `RAPPrune`.
+    - Truncation: `max_steps` steps were taken, if it is given; see `RAPPrune`.
 
     ## Information
     As in `RAPPrune`, except:
@@ -230,6 +235,7 @@ class RAPLadderEnv(PruningEnv):
     | `repair` | `"none"` | what replaces removed blocks, see `RAPPrune` |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
+    | `over_budget` | `"worst"` | `"measured"` or `"worst"`: what a truncated episode pays |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
     | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |
@@ -260,19 +266,15 @@ class RAPLadderEnv(PruningEnv):
     of levels; scores of plans that were not measured are then predicted and flagged in `info`.
 
     ## Version History
-    - v0: First version. With `levels="masks"` on an unquantised model, and the workload, text and
-      `infeasible` of `RAPPrune-v0`, episodes are those of `RAPPrune-v0`: the same requests,
-      actions, bytes, ends and rewards. Only a reward relative to an order differs, since the order
-      here weighs costs against bytes.
+    - v0: First version. With `levels="masks"` on an unquantised model, and the workload, text,
+      `infeasible` and `over_budget` of `RAPPrune-v0`, episodes are those of `RAPPrune-v0`: the same
+      requests, actions, bytes, ends and rewards. Only a reward relative to an order differs, since
+      the order here weighs costs against bytes. A truncated episode first paid for the plan that it
+      reached, as with `over_budget="measured"`.
     """
 
     config_type = LadderEnvConfig
     task_type = LadderTask
-
-    @property
-    def ladder(self) -> Ladder:
-        """The items, in the order of the actions, and the levels of each."""
-        return self._task.ladder
 
 
 class RAPLadderVectorEnv(PruningVectorEnv):

@@ -163,7 +163,8 @@ class RAPPruneEnv(PruningEnv):
     - Paid at the end (`timing="terminal"`), an episode needs one model evaluation. With
       `{"name": "perplexity", "timing": "dense"}` each step pays the ΔNLL that it adds. The
       undiscounted return is the same with less delay, at the cost of one evaluation per step.
-    - A truncated episode pays the ΔNLL of the mask that it reached.
+    - A truncated episode pays the ΔNLL of the mask that it reached, unless `over_budget` says
+      otherwise (see below).
 
     The ΔNLL differs between requests by orders of magnitude. Two settings of this reward keep a
     learner from learning mainly which requests are hard. Both work with either timing:
@@ -175,9 +176,13 @@ class RAPPruneEnv(PruningEnv):
       request, so that the return is the advantage over the baseline. This needs one more
       evaluation for each new request. With `scale="log"` the return is a log ratio.
 
-    An episode that fails is paid like any other, and its mask may have a lower ΔNLL than a mask
-    that fits. If invalid actions are not masked, `invalid_action_penalty` must therefore be high
-    enough that failing does not pay; on the log scale, an episode is worth several units.
+    An episode that fails is paid like any other (`over_budget="measured"`), and its mask may have a
+    lower ΔNLL than a mask that fits. If invalid actions are not masked, failing may therefore pay.
+    With `over_budget="worst"`, as in the pinned tasks, a plan over its budget is worth less than
+    any plan that fits: the ΔNLL of a plan that fits counts as at most C, the logarithm of the
+    vocabulary's size (the NLL of a uniform guess; C is `loss_cap`, if that is less), and a
+    truncated episode as 2 C, in nats or on the log scale. In the same way, accuracy pays -2 then,
+    and recall -2 C. Penalties of invalid actions are paid on top.
 
     `"accuracy"` pays the final mask's mean accuracy on `tasks` minus the dense model's.
     `"recall"` pays minus the rise in the NLL that the right choices of `tasks` have among the
@@ -202,11 +207,11 @@ class RAPPruneEnv(PruningEnv):
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step,
       since no block is removed before it.
     - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
-      block were removed, so that not finishing is never better than finishing; `nll` and `loss`
-      are not measured then. Use it in the place of `max_episode_steps` of `gymnasium.make` and of
-      the wrapper `TimeLimit`: they end an episode before its reward, which makes not finishing
-      the best return. The environment cannot see them; it warns when two episodes in a row are
-      reset after the same number of steps.
+      block were removed (with `over_budget="worst"`, less than any mask that fits), so that not
+      finishing is never better than finishing; `nll` and `loss` are not measured then. Use it in
+      the place of `max_episode_steps` of `gymnasium.make` and of the wrapper `TimeLimit`: they end
+      an episode before its reward, which makes not finishing the best return. The environment
+      cannot see them; it warns when two episodes in a row are reset after the same number of steps.
 
     ## Information
     `reset` and `step` return a dict without wall-clock times:
@@ -242,6 +247,7 @@ class RAPPruneEnv(PruningEnv):
     | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet, see above |
+    | `over_budget` | `"measured"` | `"measured"` or `"worst"`: what a truncated episode pays |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
     | `max_steps` | `None` | number of steps that ends an episode; `None`: no limit |

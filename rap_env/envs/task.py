@@ -27,7 +27,7 @@ from rap_env.ladder.state import LadderCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.reward import MeasuresAccuracy, StepOutcome, make_reward, uses_tasks
+from rap_env.reward import MeasuresAccuracy, StepOutcome, ceiling_nll, make_reward, uses_tasks
 from rap_env.specs import check_settings
 from rap_env.workload import RequestSampler, make_sampler
 
@@ -76,7 +76,10 @@ class PruningTask(ABC):
         self.context = open_context(config.context_config()) if context is None else context
         self.memory: MemoryModel = self.context.memory
         self.sampler = make_sampler(config.workload, self.memory)
-        self.reward = make_reward(config.reward, lambda: task_scorer(self.context, config.tasks))
+        self._worst = config.over_budget == "worst"
+        ceiling = ceiling_nll(self.memory.facts.vocab_size) if self._worst else None
+        tasks = config.tasks
+        self.reward = make_reward(config.reward, lambda: task_scorer(self.context, tasks), ceiling)
         self.invalid_action_penalty = float(config.invalid_action_penalty)
         self.max_invalid_actions = int(config.max_invalid_actions)
         self.max_steps = config.max_steps
@@ -164,8 +167,14 @@ class PruningTask(ABC):
         return [(measurement, self._terms(step, measurement)) for step, measurement in scored]
 
     def _terms(self, step: RewardedStep, measured: Measurement) -> dict[str, float]:
-        before, compared_to = step.delta_nll_before, measured.baseline_delta_nll
-        outcome = StepOutcome(step.plan, measured.delta_nll, before, step.ends, compared_to)
+        outcome = StepOutcome(
+            step.plan,
+            measured.delta_nll,
+            step.delta_nll_before,
+            step.ends,
+            measured.baseline_delta_nll,
+            step.fails and self._worst,
+        )
         return self.reward.step(outcome)
 
     def costs(self, request: Request) -> LadderCosts:

@@ -158,6 +158,7 @@ class VectorEpisodes:
                 else task.ladder.plan(step.positions[row].tolist()),
                 self.delta_nll(row),
                 bool(ends[row]),
+                bool(step.truncated[row]),
             )
             for row in rows
         }

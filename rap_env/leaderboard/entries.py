@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
-from rap_env.leaderboard.tasks import SPLITS
+from rap_env.leaderboard.tasks import SPLITS, Floats, pinned_tasks
 from rap_env.plan import Plan
 
 ENTRIES = Path(__file__).parent / "published"
@@ -77,9 +76,14 @@ class Entry:
         """Whether all plans were measured on the text of a split."""
         return all(split in run.delta_nll for run in self.runs)
 
-    def delta_nll(self, split: str) -> npt.NDArray[np.float64]:
-        """ΔNLL at each request on a split, mean over seeds, nats per token, (requests,)."""
-        return np.asarray(np.mean([run.delta_nll[split] for run in self.runs], axis=0))
+    def scores(self, split: str) -> Floats:
+        """What its plans count as at each request, mean over seeds, nats per token, (requests,).
+
+        `PinnedTask.scores` has the rule.
+        """
+        task = next(t for t in pinned_tasks().values() if t.comparison == self.comparison)
+        runs = [task.scores(run.delta_nll[split], run.fits) for run in self.runs]
+        return np.asarray(np.mean(runs, axis=0))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a checked, compressed JSON artifact."""

@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rap_env.artifacts import digest, disk_errors
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.leaderboard.entries import Entry, Run, published_entries
-from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task
+from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.reward import over_budget_nll
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
     from rap_env.scoring.corpus import CorpusConfig
-
-Floats = npt.NDArray[np.float64]
 
 _RESAMPLES = 10_000
 _INTERVAL = (2.5, 97.5)
@@ -43,8 +41,7 @@ class CellResult:
         plan: The plan.
         peak_bytes: Its peak bytes.
         budget_fraction: The budget as a share of the native model's peak bytes.
-        delta_nll: Its ΔNLL on the split's text, nats per token. Where the plan does not fit, that
-            of the model without any block.
+        delta_nll: Its ΔNLL on the split's text, nats per token, whether it fits or not.
         calibration_delta_nll: The same on the calibration text.
         predicted: Whether ΔNLL was predicted, because the table has not measured the plan.
         decision_s: Seconds until the plan was known.
@@ -90,14 +87,15 @@ class Evaluation:
     entries: tuple[Entry, ...]
 
     @property
-    def delta_nll(self) -> Floats:
-        """ΔNLL at each request, nats per token, (requests,)."""
-        return np.array([cell.delta_nll for cell in self.cells])
+    def scores(self) -> Floats:
+        """What the plans count as at each request, nats per token: see `PinnedTask.scores`."""
+        cells = self.cells
+        return self.task.scores([cell.delta_nll for cell in cells], [cell.fits for cell in cells])
 
     @property
     def mean_delta_nll(self) -> float:
-        """Mean ΔNLL over the requests, nats per token."""
-        return float(self.delta_nll.mean())
+        """Mean of `scores` over the requests, nats per token: the mean ΔNLL if all plans fit."""
+        return float(self.scores.mean())
 
     @cached_property
     def digest(self) -> str:
@@ -111,7 +109,7 @@ class Evaluation:
         Negative values: this policy loses less. The interval is a bootstrap over requests, which
         are the same for both.
         """
-        difference = self.delta_nll - entry.delta_nll(self.split)
+        difference = self.scores - entry.scores(self.split)
         rng = np.random.default_rng(0)
         drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
         low, high = np.percentile(difference[drawn].mean(axis=1), _INTERVAL)
@@ -123,7 +121,7 @@ class Evaluation:
         rows = [(self.mean_delta_nll, own, "")]
         for entry in self.entries:
             mean, low, high = self.against(entry)
-            own_mean = float(entry.delta_nll(self.split).mean())
+            own_mean = float(entry.scores(self.split).mean())
             rows.append((own_mean, entry.name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"))
         rows.sort(key=lambda row: row[0])
         width = max(len(name) for _, name, _ in rows)
@@ -136,8 +134,10 @@ class Evaluation:
             *(f"{name:{width}}  {mean:8.4f}  {against}".rstrip() for mean, name, against in rows),
         ]
         if missed:
+            ceiling = self.task.ceiling_nll
             lines.append(
-                f"{missed} plans exceed their budget and count as the model without any block."
+                f"{missed} plans exceed their budget and count as {over_budget_nll(ceiling):.1f}; "
+                f"a plan that fits counts as at most {ceiling:.1f}."
             )
         if predicted:
             lines.append(
@@ -210,7 +210,7 @@ class Evaluation:
         run = Run(
             seed=None,
             plans=tuple(cell.plan.levels for cell in self.cells),
-            delta_nll={self.split: tuple(self.delta_nll.tolist())},
+            delta_nll={self.split: tuple(cell.delta_nll for cell in self.cells)},
             fits=tuple(cell.fits for cell in self.cells),
         )
         decision_s = float(np.median([cell.decision_s for cell in self.cells]))
@@ -239,7 +239,7 @@ def evaluate(
         policy: What decides: an object with ``choose(request)`` that returns a plan; a
             stable-baselines3 model (``predict``; it gets the action mask if it takes one, and
             acts deterministically); or a function from an observation to an action.
-        task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v0"``.
+        task: Name of a pinned task, such as ``"RAPLadder/SmolLM2-Table-v1"``.
         split: ``"calibration"``, the text that the rewards of the task come from, or ``"test"``,
             text that no published method has used.
         name: The name of the policy in the result.
@@ -252,7 +252,8 @@ def evaluate(
 
     Raises:
         UnknownNameError: There is no such task or split.
-        InvalidRequestError: The policy has none of the three forms, or the live task needs a text.
+        InvalidRequestError: The policy has none of the three forms, what it chooses is no plan,
+            or the live task needs a text.
         ArtifactError: The task's table has no losses on held-out text.
         RapError: As the environment does.
     """
@@ -286,13 +287,11 @@ def evaluate(
 def _cell(
     context: PruningContext, judge: Judge, request: Request, plan: Plan, decision_s: float
 ) -> CellResult:
-    """The result of one request; a plan that does not fit is scored as no model at all."""
+    """The result of one request."""
     memory, scorer = context.memory, context.scorer
     peak_bytes = memory.peak_bytes(plan, request)
-    fits = peak_bytes <= request.budget_bytes
-    scored = plan if fits else Plan.removing(*range(memory.facts.num_blocks))
-    calibration = scorer.nll(scored) - scorer.dense_nll
-    delta_nll, predicted = judge(scored, calibration)
+    calibration = scorer.nll(plan) - scorer.dense_nll
+    delta_nll, predicted = judge(plan, calibration)
     return CellResult(
         request=request,
         plan=plan,
@@ -309,7 +308,17 @@ def _cell(
 def _decider(policy: Any) -> Callable[[Any, Request, int], Plan]:
     """What gives the plan of a policy for a request in an environment, with a seed."""
     if hasattr(policy, "choose"):
-        return lambda _env, request, _seed: policy.choose(request)
+
+        def chosen(_env: Any, request: Request, _seed: int) -> Plan:
+            plan = policy.choose(request)
+            if not isinstance(plan, Plan):
+                raise InvalidRequestError(
+                    "choose(request) must return a rap_env.Plan, such as "
+                    f"Plan.of({{'layer03.ffn': 'removed'}}), not {plan!r}."
+                )
+            return plan
+
+        return chosen
     act = policy
     if hasattr(policy, "predict"):
         masked = "action_masks" in inspect.signature(policy.predict).parameters

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from rap_env.artifacts import package_json
 from rap_env.errors import check_name
 from rap_env.request import Request
+from rap_env.reward import ceiling_nll, over_budget_nll
 
 if TYPE_CHECKING:
     import gymnasium
+
+Floats = npt.NDArray[np.float64]
 
 SPLITS = ("calibration", "test")
 """The text that rewards come from and that methods search on, and text that no method has seen."""
@@ -31,6 +37,7 @@ class PinnedTask:
             live model, the other a score table.
         calibration_sha256: Hash of the tokens of the calibration text.
         test_text: Provenance of the text of the split ``"test"``, with its hash.
+        vocab_size: Entries of the model's vocabulary, from which the ceiling of a score follows.
         reward_threshold: Mean return of the best measured plans on requests of the workload.
     """
 
@@ -41,12 +48,31 @@ class PinnedTask:
     comparison: str
     calibration_sha256: str
     test_text: Mapping[str, Any]
+    vocab_size: int
     reward_threshold: float
 
     @property
     def live(self) -> bool:
         """Whether it runs the model itself."""
         return not str(self.arguments["model"]).startswith("score_table:")
+
+    @property
+    def ceiling_nll(self) -> float:
+        """The most nats per token that a plan within its budget counts as."""
+        return ceiling_nll(self.vocab_size)
+
+    def scores(self, delta_nll: Sequence[float], fits: Sequence[bool]) -> Floats:
+        """What plans count as, nats per token, so that each that fits ranks above all that do not.
+
+        A plan that fits counts as its ΔNLL, at most `ceiling_nll`. One over its budget counts as
+        twice the ceiling, whatever its ΔNLL.
+
+        Args:
+            delta_nll: The ΔNLL of each plan, nats per token.
+            fits: Whether each plan is within its budget.
+        """
+        counted = np.minimum(np.asarray(delta_nll, dtype=np.float64), self.ceiling_nll)
+        return np.where(fits, counted, over_budget_nll(self.ceiling_nll))
 
     def sha256_of(self, split: str) -> str:
         """Hash of the tokens of a split's text, in hex."""
@@ -75,6 +101,7 @@ def pinned_tasks() -> dict[str, PinnedTask]:
                 comparison=comparison,
                 calibration_sha256=values["calibration_sha256"],
                 test_text=values["test_text"],
+                vocab_size=values["vocab_size"],
                 reward_threshold=values["reward_threshold"],
             )
     return found

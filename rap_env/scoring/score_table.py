@@ -198,6 +198,14 @@ class ScoreTable:
         try:
             body = load_artifact(path, _KIND, _FORMAT)
         except OSError as error:
+            name, _, weights = Path(path).stem.partition(".")
+            if Path(path).parent == TABLES:  # a packaged model, with the weights of the other task
+                environments = {"bf16": "RAPPrune-v0", "native": "RAPLadder-v0"}
+                names = [p.stem.split(".")[0] for p in packaged_tables() if weights in p.stem]
+                raise ModelNotAvailableError(
+                    f"{environments.pop(weights)} has no packaged score table of {name}, only of "
+                    f"{', '.join(names)}; the one of {name} is for {environments.popitem()[1]}."
+                ) from None
             raise ModelNotAvailableError(
                 f"Cannot read the score table {os.fspath(path)} ({error.strerror}); correct the "
                 f"path, name a packaged table ({', '.join(packaged_names())}), or make a table "

@@ -148,6 +148,8 @@ class Shared:
 
 def arguments_of(task: str, model: str, variant: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `gymnasium.make` or `make_vec`."""
+    if task == "ladder":  # as the record was made
+        variant = {"over_budget": "measured", **variant}
     if model != "made":
         return {"id": IDS[task], "model": model, **variant}
     workload = {"workload": MADE_WORKLOAD}

@@ -69,6 +69,7 @@ def wrong_arguments():
         yield {"calibration": {"source": source}}, "source must be of type str"
     for windows in ("1", True, 1.5):
         yield {"calibration": {"windows": windows}}, "windows must be of type int"
+    yield {"reward": len}, "not the function .* a wrapper .* reads info"
     yield {"gsi_removals": 0}, "gsi_removals must be at least 1"
     yield {"gsi_method": "fast"}, "Unknown GSI method 'fast'"
     yield {"importance": "absent.json"}, "Unknown importance 'absent.json'.*no such file"

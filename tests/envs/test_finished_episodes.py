@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from rap_env.errors import InvalidRequestError
+from rap_env.reward import ceiling_nll, over_budget_nll
 from tests.envs.playing import DENSE_TIMING, LONG, MODES, NUM_ENVS, play_first_valid
 
 OPTIONS = {"request": {**LONG, "budget_bytes": 10}}  # clipped: everything must be given up
@@ -59,15 +60,23 @@ def outcome(env) -> tuple[float, bool, dict]:
     "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}]
 )
 def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(task, reward):
-    finished, truncated, _ = outcome(task.make(reward=reward))
+    measured = {"reward": reward, "over_budget": "measured"}
+    finished, truncated, _ = outcome(task.make(**measured))
     assert not truncated
-    everything = task.make(reward=reward, infeasible="clip")
+    everything = task.make(**measured, infeasible="clip")
     worst = sum(reward for _, reward, *_ in play_first_valid(everything, OPTIONS["request"]))
-    cut, truncated, info = outcome(task.make(reward=reward, max_steps=2))
+    cut, truncated, info = outcome(task.make(**measured, max_steps=2))
     assert truncated
     assert cut == pytest.approx(worst)
     assert cut <= finished
     assert not {"loss", "delta_nll"} & info.keys()
+    env = task.make(reward=reward, over_budget="worst", max_steps=2)
+    bound = over_budget_nll(ceiling_nll(env.memory.facts.vocab_size))
+    cut, truncated, _ = outcome(env)
+    assert truncated
+    log = isinstance(reward, dict) and reward.get("scale") == "log"
+    assert cut == pytest.approx(-np.log1p(bound / 0.05) if log else -bound)
+    assert cut < worst
 
 
 def test_an_episode_that_ends_with_its_last_step_is_finished(task):

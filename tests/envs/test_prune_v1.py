@@ -35,7 +35,10 @@ class TestSameAsV0:
     def test_masks_have_the_same_episodes(self, reward, workload, model, request):
         context = request.getfixturevalue(model)
         shared = {"reward": reward, "workload": workload}
-        old, new = make(context, **shared), make_v1(context, levels="masks", **shared)
+        old, new = (
+            make(context, **shared),
+            make_v1(context, levels="masks", over_budget="measured", **shared),
+        )
         assert old.action_space == new.action_space
         for seed in range(3):
             for masked in (False, True):

@@ -9,7 +9,7 @@ from experiments.export_minari import BEHAVIOURS, export
 from rap_env.errors import UnknownNameError
 from rap_env.leaderboard.tasks import pinned_task
 
-TASKS = ["RAPPrune/SmolLM2-Table-v0", "RAPLadder/SmolLM2-Table-v0"]
+TASKS = ["RAPPrune/SmolLM2-Table-v1", "RAPLadder/SmolLM2-Table-v1"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from experiments.learning_curves import learning_curves, read_curves
 
 TRAINER = """
 import numpy as np
-TASK = "RAPLadder/SmolLM2-Table-v0"
+TASK = "RAPLadder/SmolLM2-Table-v1"
 class Agent:
     def __init__(self, seed): self.rng, self.greedy = np.random.default_rng(seed), False
     def predict(self, observation, deterministic=True):
@@ -44,7 +44,7 @@ def test_agents_are_evaluated_at_growing_steps_and_at_the_end(recorded):
     assert curves[0][0].delta_nll != curves[1][0].delta_nll, "seeds differ"
     assert curves[0][1].delta_nll == curves[1][1].delta_nll
     head = json.loads(recorded.read_text().splitlines()[0])["provenance"]
-    assert head["task"] == "RAPLadder/SmolLM2-Table-v0"
+    assert head["task"] == "RAPLadder/SmolLM2-Table-v1"
     assert {"torch", "gymnasium", "rap-env", "python"} <= set(head)
 
 

@@ -9,7 +9,7 @@ import pytest
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, ModelNotAvailableError, UnknownNameError
 from rap_env.plan import Plan
-from rap_env.scoring.score_table import ScoreTable, TableScorer
+from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
@@ -110,6 +110,9 @@ def test_damaged_files_are_rejected(table, path, tmp_path):
         ScoreTable.load(tmp_path / "none.json")
     with pytest.raises(ModelNotAvailableError, match="Cannot read"):
         ScoreTable.load(tmp_path)
+    only = "RAPPrune-v0 has no .* of gemma3-270m, only of .*smollm2-135m; .* is for RAPLadder-v0"
+    with pytest.raises(ModelNotAvailableError, match=only):
+        ScoreTable.load(table_path("score_table:gemma3-270m"))
 
 
 def test_measured_plans_stand_beside_masks(context, table, tmp_path):
