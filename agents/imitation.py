@@ -21,11 +21,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.observations import as_tensors
+from agents.plan_observer import PlanObserver
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import ObservationEncoder
-from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -16,12 +16,12 @@ import gymnasium as gym
 import numpy as np
 
 from agents.observations import make_encoder
+from agents.plan_observer import PlanObserver
 from experiments.console import fail, say
 from experiments.errors import ExperimentError
 from rap_env.errors import RapError, check_name
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
-from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.leaderboard.tasks import PinnedTask, pinned_task
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy, make_method

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from agents.plan_observer import PlanObserver
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.observation import ObservationBuilder
-from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import request_at

@@ -152,12 +152,12 @@ class PlanObserver:
         at = self.start(len(which))
         right = self.right_actions(which, at, targets)
         goes = np.flatnonzero(steps > 0)
-        for taken in range(1, int(steps.max(initial=0)) + 1):
+        for number in range(1, int(steps.max(initial=0)) + 1):
             chosen = np.where(right[goes], rng.random(right[goes].shape), -1.0).argmax(axis=1)
             moved = self.act(which[goes], at[goes], chosen)
             then = self.right_actions(which[goes], moved, targets[goes])
             # Ways differ in length: a shorter one stays one step before its end.
             short = np.asarray(~then.any(axis=1))
             at[goes[~short]], right[goes[~short]] = moved[~short], then[~short]
-            goes = goes[~short & (steps[goes] > taken)]
+            goes = goes[~short & (steps[goes] > number)]
         return at, right

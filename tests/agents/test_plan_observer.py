@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from agents.plan_observer import PlanObserver
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import (
@@ -10,7 +11,6 @@ from rap_env.ladder.observation import (
     ItemObservationBuilder,
     ObservedState,
 )
-from rap_env.ladder.plan_observer import PlanObserver
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
