@@ -100,7 +100,7 @@ def write_all(docs: Path) -> None:
         if name in ("long_context", "tight_recall"):
             text = text.split("\n## ")[1].partition("\n")[2]
         elif name == "repair":
-            text = shown_tables(text, ("Targets",))
+            text = shown_tables(text, ())
         elif name in ("texts", "prompts"):
             text = text.partition("\n")[2]
         else:

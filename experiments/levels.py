@@ -1,34 +1,24 @@
-"""``python -m experiments.levels``: what each level costs, and what the knapsack's plans cost.
+"""``python -m experiments.levels``: measure what each level of each item costs.
 
-Levels are measured on the calibration text; the knapsack's plans for a grid of requests and budgets
-on a text that no level was measured on.
+Levels are measured on the calibration text, and on other kinds of text if there are any.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from experiments.config import Config
 from experiments.config.evaluation import LEVELS_SUFFIX
-from experiments.contexts import build_context, context_config, held_out_scorer, reject_table
+from experiments.console import say
+from experiments.contexts import build_context, context_config, reject_table
 from experiments.errors import ExperimentError
 from experiments.launch import launch
-from experiments.study.harness import Job, Study
-from experiments.study.records import CellRecord, Shape, delta_nll_fields, request_field
-from experiments.study.tables import (
-    TitledTable,
-    columns_table,
-    mebibytes,
-    percent,
-    shape_words,
-)
-from rap_env.artifacts import digest, save_artifact
+from experiments.study.run_folder import RunFolder
+from rap_env.artifacts import save_artifact
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context, require_live
@@ -38,103 +28,44 @@ from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import FACTS_VERSION
 from rap_env.request import Request
-from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)
 
 COSTS_FILE, KINDS_FILE = "levels.json", "kinds.json"
 
-CAPTION = (
-    "Plans of the knapsack over levels at shares of the unquantised model's peak: ΔNLL over native "
-    "weights as predicted from the costs of single levels, and as measured on text on which "
-    "nothing was measured before, nats per token with a 95 % interval over windows."
-)
 
+def levels(config: Config, folder: Path) -> Path:
+    """Measure the costs of levels; existing files of the folder are kept.
 
-@dataclass(frozen=True)
-class PlanRow(CellRecord):
-    """A plan for a request at a budget, a fraction of the peak of the unquantised model.
+    The folder gets ``levels.json``, and ``kinds.json`` with `kinds`. With `levels.out`, the costs
+    are also written there, and the model's facts beside them.
 
-    For the other fields see `CellRecord`.
-
-    Attributes:
-        policy: Name of what chose the plan.
-        fits: Whether its peak is within the budget.
-        levels: Levels of the items that are not native, by name.
-        predicted: ΔNLL that the policy predicts, nats per token.
-        decision_s: Seconds that the choice took.
-    """
-
-    file = "grid.jsonl"
-    record_name = "A row of a plan"
-    identity = ("policy", "request", "budget_fraction")
-
-    policy: str
-    fits: bool
-    levels: dict[str, str]
-    predicted: float
-    decision_s: float
-
-
-def plan_jobs(config: Config, folder: Path) -> Iterator[Job[PlanRow]]:
-    """Measure the costs of levels, then yield the knapsack's plan for each request and budget.
-
-    The folder gets ``levels.json``, and ``kinds.json`` with `kinds`; existing files are kept. With
-    `levels.out`, the costs are also written there, and the model's facts beside them.
+    Returns:
+        The path of ``levels.json``.
 
     Raises:
         ExperimentError: The calibration is too short for `kinds`.
     """
     check_kinds(config)
+    run, started = RunFolder(folder), time.monotonic()
+    frozen = ("levels.caches", "levels.requests", "levels.joint_budgets", "kinds")
+    run.start(config, frozen=("model", "calibration", *frozen))
     context = require_live(build_context(config, profiled=False))
-    memory, reference = context.memory, MemoryModel(unquantised_facts(config))
-    settings = config.levels
-    if settings.out is not None:
-        facts_path = Path(settings.out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
-        save_facts(facts_path, {"native": memory.facts, "bf16": reference.facts})
+    settings, path = config.levels, folder / COSTS_FILE
+    reference = MemoryModel(unquantised_facts(config))
     if config.kinds and not (folder / KINDS_FILE).exists():
         kind_costs(config).save(folder / KINDS_FILE)
-    costs = _costs(config, context, reference, folder / COSTS_FILE)
+    costs = _costs(config, context, reference, path)
     if settings.out is not None:
+        facts_path = Path(settings.out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
+        save_facts(facts_path, {"native": context.memory.facts, "bf16": reference.facts})
         costs.save(settings.out)
-    policy = KnapsackPolicy(memory, costs)
-    scorer = held_out_scorer(settings.text, "report", context)
-    for fraction, request in grid(reference, settings.shapes, settings.budgets):
-        began = time.perf_counter()
-        plan = policy.choose(request)
-        field = request_field((request.batch_size, request.seq_len_tokens))
-        chosen = {
-            "policy": policy.name,
-            "request": field,
-            "budget_fraction": fraction,
-            "budget_bytes": request.budget_bytes,
-            "peak_bytes": (peak_bytes := memory.peak_bytes(plan, request)),
-            "fits": peak_bytes <= request.budget_bytes,
-            "levels": plan.levels,
-            "predicted": policy.delta_nll(plan, request.seq_len_tokens),
-            "decision_s": time.perf_counter() - began,
-        }
-        depends_on = {"scores": digest(dict(scorer.plan_context)), "levels": plan.levels}
-        yield Job(
-            PlanRow,
-            (policy.name, field, fraction),
-            depends_on,
-            partial(_measured, scorer, plan, chosen),
-            facts=scorer.provenance,
-            scorer=scorer,
-            plans=[Plan(), plan],
-        )
-
-
-def _measured(
-    scorer: MaskScorer, plan: Plan, chosen: dict[str, Any], provenance: dict[str, Any]
-) -> PlanRow:
-    delta_nll = scorer.window_nll(plan) - scorer.window_nll(Plan())
-    return PlanRow(**chosen, **delta_nll_fields(delta_nll), provenance=provenance)
+    run.finish(started, evaluations=costs.evaluations)
+    say(f"The costs of {len(costs.one_shot)} items are in {path}.")
+    return path
 
 
 def _costs(config: Config, context: LiveContext, reference: MemoryModel, path: Path) -> LevelCosts:
@@ -143,9 +74,13 @@ def _costs(config: Config, context: LiveContext, reference: MemoryModel, path: P
     if path.exists():
         return LevelCosts.load(path, context.memory)
     costs = scan_levels(context.scorer, settings.caches, progress=progress)
-    joint = grid(reference, settings.shapes, settings.joint_budgets)
     policy = KnapsackPolicy(context.memory, costs)
-    plans = list(dict.fromkeys(policy.choose(request) for _, request in joint))
+    joint = [
+        Request.at_fraction(reference, *shape, fraction)
+        for shape in settings.shapes
+        for fraction in sorted(set(settings.joint_budgets), reverse=True)
+    ]
+    plans = list(dict.fromkeys(map(policy.choose, joint)))
     costs = measure_jointly(costs, context.scorer, plans, progress=progress)
     costs.save(path)
     for row in costs.predictions():
@@ -211,38 +146,5 @@ def save_facts(path: Path, facts: Mapping[str, ModelFacts]) -> None:
     save_artifact(path, "model facts", FACTS_VERSION, body)
 
 
-def grid(
-    reference: MemoryModel, shapes: Sequence[Shape], budgets: Sequence[float]
-) -> list[tuple[float, Request]]:
-    """Every request with its budget as a fraction of the reference model's peak."""
-    return [
-        (fraction, Request.at_fraction(reference, *shape, fraction))
-        for shape in shapes
-        for fraction in sorted(set(budgets), reverse=True)
-    ]
-
-
-def plan_tables(rows: Sequence[PlanRow]) -> list[TitledTable]:
-    """The plans of each request and budget: ΔNLL, as predicted and as measured."""
-    columns: dict[str, Callable[[PlanRow], str]] = {
-        "Request": lambda row: shape_words(row.shape),
-        "Budget": lambda row: percent(row.budget_fraction, 0),
-        "Peak": lambda row: mebibytes(row.peak_bytes),
-        "Predicted": lambda row: f"{row.predicted:.3f}",
-        "ΔNLL": lambda row: str(row.estimate),
-    }
-    return [TitledTable(columns_table(rows, columns), "Plans of the knapsack", CAPTION)]
-
-
-STUDY = Study(
-    "levels",
-    "Levels",
-    [PlanRow],
-    plan_jobs,
-    plan_tables,
-    frozen=("model", "calibration", "levels.caches", "levels.requests", "levels.joint_budgets",
-            "kinds"),
-)  # fmt: skip
-
 if __name__ == "__main__":
-    launch(STUDY.name, STUDY.run)
+    launch("levels", levels)

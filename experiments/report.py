@@ -21,8 +21,13 @@ from experiments.ladder.tables import (
     ladder_tables,
 )
 from experiments.launch import launch
-from experiments.repair.figures import REPAIR_ABSTRACT, repair_section
-from experiments.repair.tables import repair_findings, repair_markdown, repair_tables
+from experiments.repair.tables import (
+    REPAIR_ABSTRACT,
+    repair_findings,
+    repair_markdown,
+    repair_section,
+    repair_tables,
+)
 from experiments.study.figures import Draw
 from experiments.study.looks import look
 from experiments.study.page import Gallery, coloured, titled_parts, write_page

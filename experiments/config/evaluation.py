@@ -113,19 +113,16 @@ class TightGridConfig(Section):
 
 @dataclass
 class LevelsConfig(Section):
-    """Levels to measure, and the grid for the plans of the knapsack over them."""
+    """Levels to measure, and plans of the knapsack over them."""
 
     section = "levels"
     caches: list[str] = field(default_factory=lambda: list(CACHE_LEVELS))
     """Levels of KV caches, such as int4 or int4-window512."""
     requests: Annotated[list[ShapeText], some] = field(default_factory=lambda: ["1x128"])
-    """Batch size x sequence length in tokens."""
-    budgets: Annotated[list[Fraction], some] = field(default_factory=lambda: [0.9, 0.8])
-    """Fractions of the unquantised model's peak bytes, at which plans are evaluated."""
+    """Batch size x sequence length in tokens, for `joint_budgets`."""
     joint_budgets: list[Fraction] = field(default_factory=list)
-    """Such fractions at which plans are measured on the calibration text, to correct costs."""
-    text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
-    """Text on which plans are evaluated."""
+    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured on
+    the calibration text, to correct costs."""
     out: str | None = None
     """File for the costs of levels, ending in .levels.json; the model's facts are written next to
     it. null for none."""

@@ -67,13 +67,11 @@ class StubsConfig(Section):
     """Numbers of tokens to fit on, to measure how many are needed; empty for no such study."""
     domain_study: list[str] = field(default_factory=list)
     """Names of `fit_texts` to fit on alone, equally much of each; empty for no such study."""
-    alone: list[str] = field(default_factory=list)
-    """Names of `fit_texts` to fit on alone, the whole text, and to search masks with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in [*self.domain_study, *self.alone]:
-            check_name("text of stubs.domain_study and stubs.alone", name, self.fit_texts)
+        for name in self.domain_study:
+            check_name("text of stubs.domain_study", name, self.fit_texts)
         for name in self.study_cells:
             check_name("cell of stubs.study_cells", name, self.cells)
 
@@ -83,6 +81,6 @@ class StubsConfig(Section):
         return [parse_cell(text) for text in self.cells]
 
     def cells_of(self, study: str) -> list[Cell]:
-        """Return the cells that one of `experiments.repair.records.STUDIES` uses."""
+        """Return the cells of the ``"grid"``, or of the ``"tokens"`` or ``"domain"`` study."""
         few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells

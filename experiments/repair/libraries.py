@@ -16,7 +16,6 @@ from experiments.contexts import build_context, load_texts
 from experiments.errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.importance.gsi_search import gsi
-from rap_env.importance.profiles import GSIProfile
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.repair.config import DistillConfig, FitConfig
 from rap_env.repair.distilling import MaskSampler, distill
@@ -146,16 +145,6 @@ class StubLibraries:
             return None
         return self.distilled if repair == "distilled" else self.library
 
-    def importance(self, repair: str) -> GSIProfile:
-        """Measure the GSI order with the stubs of a repair; an interrupted measurement resumes."""
-        return gsi(
-            self.context_with(self.stubs_of(repair)).scorer,
-            method="lazy",
-            stop=self.config.importance["gsi_removals"],
-            path=self.folder / f"gsi-{repair}.json",
-            progress=self.config.progress,
-        )
-
     def context_with(self, library: StubLibrary | None) -> LiveContext:
         """Return the context of the model with these stubs or none, for a search for masks."""
         own = self.context
@@ -169,8 +158,15 @@ class StubLibraries:
 
     def _mask_draw(self) -> MaskSampler:
         """Return a sampler of masks that follow the importance with stubs, with noise."""
-        profile = self.importance("library")
-        memory = self.context_with(self.library).memory
+        context = self.context_with(self.library)
+        profile = gsi(
+            context.scorer,
+            method="lazy",
+            stop=self.config.importance["gsi_removals"],
+            path=self.folder / "gsi-library.json",
+            progress=self.config.progress,
+        )
+        memory = context.memory
         sampler = make_sampler(self.config.workload, memory)
         return MaskSampler(memory, sampler, np.asarray(profile.marginal_delta_nll))
 

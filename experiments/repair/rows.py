@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.study.looks import rank
-from experiments.study.records import Cell, CellRecord, Record
+from experiments.study.records import Cell, CellRecord
 from experiments.study.statistics import RESAMPLES, SEED, Estimate, resample_weights
 
 PLAIN = "none"
@@ -28,7 +28,7 @@ class RepairRow(CellRecord):
     Attributes:
         study: ``"grid"``: every repair with its own search; ``"tokens"`` and ``"domain"``:
             libraries fitted on other amounts and kinds of text, under the masks of the grid's
-            library; ``"alone"``: a library fitted on one kind of text, with its own search.
+            library.
         repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
         text: Name of the report text.
         fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
@@ -54,43 +54,19 @@ class RepairRow(CellRecord):
     dense_accuracies: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class OrderRow(Record):
-    """The order of greedy sequential importance (GSI) with the stubs of one repair in place.
-
-    Attributes:
-        repair: The repair.
-        order: Names of the blocks.
-        loss_after: ΔNLL on the calibration text after each removal, nats per token.
-    """
-
-    file = "orders.jsonl"
-    record_name = "An order of importance"
-    rerun = "make it again"
-    identity = ("repair",)
-
-    repair: str
-    order: list[str]
-    loss_after: list[float]
-
-
 class RepairComparison:
     """All rows of one study of repair.
 
     Attributes:
         rows: A row for each measurement; of several of the same, the last.
-        orders: Orders of importance.
     """
 
-    def __init__(self, rows: Iterable[Record]) -> None:
-        rows = list(rows)
+    def __init__(self, rows: Iterable[RepairRow]) -> None:
         measurements = {}
         for row in rows:
-            if isinstance(row, RepairRow):
-                library = (*row.fitted_on, row.fit_tokens) if row.study != "grid" else ()
-                measurements[row.study, row.repair, row.cell, row.text, library] = row
+            library = (*row.fitted_on, row.fit_tokens) if row.study != "grid" else ()
+            measurements[row.study, row.repair, row.cell, row.text, library] = row
         self.rows = list(measurements.values())
-        self.orders = [row for row in rows if isinstance(row, OrderRow)]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
@@ -167,9 +143,7 @@ class RepairComparison:
 
 def read_repair(folder: Path) -> RepairComparison:
     """Read the rows of a run folder; empty without any."""
-    return RepairComparison([
-        *RepairRow.read(folder / RepairRow.file), *OrderRow.read(folder / OrderRow.file)
-    ])  # fmt: skip
+    return RepairComparison(RepairRow.read(folder / RepairRow.file))
 
 
 def mean_delta_nll(rows: Sequence[RepairRow]) -> Estimate | None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.contexts import task_config
-from experiments.repair.figures import delta_nll_against_peak
 from experiments.repair.libraries import StubLibraries
-from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
-from experiments.repair.tables import repair_tables
+from experiments.repair.rows import RepairComparison, RepairRow
+from experiments.repair.tables import delta_nll_against_peak, repair_tables
 from experiments.study.harness import Job, Study
 from experiments.study.records import Cell, delta_nll_fields, request_field
 from rap_env.memory import MemoryModel
@@ -46,8 +45,8 @@ class Entry:
     searched_with: tuple[str, StubLibrary | None]
 
 
-def repair_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
-    """Yield every library, cell and text, and the orders; existing libraries are not made again."""
+def repair_jobs(config: Config, folder: Path) -> Iterator[Job[RepairRow]]:
+    """Yield every library, cell and text; existing libraries are not made again."""
     libraries = StubLibraries(config, folder)
     compared = list(entries(libraries))
     evaluator = RepairEvaluator(libraries)
@@ -60,10 +59,6 @@ def repair_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
                     evaluator.depends_on(entry, text),
                     partial(evaluator.row, entry, cell, text),
                 )
-    for entry in compared:
-        if entry.study == "grid" and entry.repair != "per_mask":
-            make = partial(_order_row, libraries, entry.repair)
-            yield Job(OrderRow, (entry.repair,), evaluator.depends_on(entry), make)
 
 
 def entries(libraries: StubLibraries) -> Iterator[Entry]:
@@ -88,9 +83,6 @@ def entries(libraries: StubLibraries) -> Iterator[Entry]:
     for name in stubs.domain_study:
         library = libraries.fitted(f"domain-{name}", [name], least)
         yield Entry("domain", "library", [name], library, shared)
-    for name in stubs.alone:
-        library = libraries.fitted(f"alone-{name}", [name])
-        yield Entry("alone", "library", [name], library, (name, library))
 
 
 class RepairEvaluator:
@@ -105,10 +97,8 @@ class RepairEvaluator:
     def row(self, entry: Entry, cell: Cell, text: str, provenance: dict[str, Any]) -> RepairRow:
         """Measure the mask of a cell on a text."""
         libraries = self._libraries
-        request, mask = (
-            Request.at_fraction(libraries.context.memory, *cell),
-            self._mask(entry, cell),
-        )
+        request = Request.at_fraction(libraries.context.memory, *cell)
+        mask = self._mask(entry, cell)
         library = self._stubs(entry, cell)
         view = libraries.view(library)
         dense = libraries.report[text].window_nll(Plan())
@@ -131,17 +121,16 @@ class RepairEvaluator:
             provenance=provenance,
         )
 
-    def depends_on(self, entry: Entry, text: str = "") -> dict[str, Any]:
-        """What a row of a library depends on; an order depends on no report text."""
+    def depends_on(self, entry: Entry, text: str) -> dict[str, Any]:
+        """What a row of a library depends on."""
         libraries = self._libraries
-        grid = entry.study == "grid" and text
         return {
             "model_fingerprint": libraries.llm.fingerprint,
             "dtype": libraries.llm.facts.dtype,
             "calibration_sha256": libraries.context.corpus.sha256,
-            "report_sha256": libraries.texts.report[text].sha256 if text else "",
+            "report_sha256": libraries.texts.report[text].sha256,
             "stubs": "" if entry.library is None else entry.library.sha256,
-            "tasks": libraries.config.evaluate.tasks if grid else {},
+            "tasks": libraries.config.evaluate.tasks if entry.study == "grid" else {},
         }
 
     def _mask(self, entry: Entry, cell: Cell) -> Plan:
@@ -186,20 +175,10 @@ class RepairEvaluator:
         return self._accuracies[key]
 
 
-def _order_row(libraries: StubLibraries, repair: str, provenance: dict[str, Any]) -> OrderRow:
-    profile = libraries.importance(repair)
-    return OrderRow(
-        repair=repair,
-        order=list(profile.order),
-        loss_after=[nll - profile.dense_nll for nll in profile.nll_after],
-        provenance=provenance,
-    )
-
-
 STUDY = Study(
     "repair",
     "Repair",
-    [RepairRow, OrderRow],
+    [RepairRow],
     repair_jobs,
     repair_tables,
     data=RepairComparison,

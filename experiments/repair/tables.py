@@ -1,12 +1,16 @@
-"""Tables of what stubs recover, and findings from them."""
+"""Tables and the figure of what stubs recover, findings, and the section of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from experiments.repair.rows import PLAIN, RepairComparison, RepairRow, mean_delta_nll
+from experiments.study.figures import panels, style
 from experiments.study.looks import look
-from experiments.study.records import Cell
+from experiments.study.page import Gallery, Section
+from experiments.study.records import Cell, Shape
 from experiments.study.statistics import Estimate
 from experiments.study.tables import (
     TIMES,
@@ -19,22 +23,30 @@ from experiments.study.tables import (
     percent,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 SAME_MASKS = (
-    "Each library is evaluated under the masks that the search with the whole library chose "
-    "(except where own masks are stated), and compared, cell by cell, with removal without stubs "
-    "under the masks of its own search."
+    "Each library is evaluated under the masks that the search with the whole library chose, and "
+    "compared, cell by cell, with removal without stubs under the masks of its own search."
 )
 """Caption of the studies of tokens and domains."""
 
 
-ORDERS_CAPTION = (
-    "ΔNLL on the calibration text (nats/token) when blocks are removed in the order of greedy "
-    "sequential importance, measured again with each kind of stub in place."
-)
-"""Caption of `orders_table`."""
-_ORDER_STEPS = (5, 10, 15, 20)
+REPAIR_ABSTRACT = [
+    "A model can fit a memory budget by removing attention and feed-forward (FFN) blocks. A stub "
+    "is a small module in a removed block's place: a low-rank linear map and a mean, fitted once "
+    "for any set of removed blocks. This report shows how much of the lost quality stubs recover "
+    "at equal memory, with the bytes of the stubs counted.",
+]
+
+"""The abstract of a report on repair."""
+
+_MIB = 2**20
+_MIN_SPAN = 0.06  # of the memory axis, as a share of its values
 
 
 def repair_tables(data: RepairComparison) -> list[TitledTable]:
@@ -42,7 +54,6 @@ def repair_tables(data: RepairComparison) -> list[TitledTable]:
     title, grid = "ΔNLL at each request and budget", _grid_caption(data)
     tables = [
         TitledTable(_summary_table(data), caption=_summary_caption(data), name="summary"),
-        TitledTable(_targets_table(data), "Targets", name="targets", by_method=False),
         TitledTable(_grid_table(data), title, grid, name="grid", by_method=False),
         TitledTable(
             _accuracy_table(data), "Accuracy of each task, mean over the cells", name="accuracy"
@@ -55,14 +66,7 @@ def repair_tables(data: RepairComparison) -> list[TitledTable]:
             _domain_table(data), "Ratio to no stubs: fitted on (lines), reported on (columns)",
             SAME_MASKS, name="domains", by_method=False,
         ),
-        TitledTable(
-            _orders_table(data), "The order of importance, with stubs in place", ORDERS_CAPTION,
-            name="orders",
-        ),
     ]  # fmt: skip
-    for text in data.texts:
-        title = f"ΔNLL with interval and peak memory, {_text_label(data, text)}"
-        tables.append(TitledTable(_text_table(data, text), title, detail=True, by_method=False))
     return [part for part in tables if part.table[1]]
 
 
@@ -135,18 +139,6 @@ def _grid_caption(data: RepairComparison) -> str:
     )
 
 
-def _text_table(data: RepairComparison, text: str) -> Table:
-    """ΔNLL with interval and peak memory on one text: a line per request, a column per repair."""
-    lines = []
-    for cell in data.cells:
-        line = [_request(cell), _budget(data, cell)]
-        for row in (data.at(repair, cell, text) for repair in data.repairs):
-            misses = " (does not fit)" if row and row.peak_bytes > row.budget_bytes else ""
-            line.append(f"{row.estimate}, {mebibytes(row.peak_bytes)}{misses}" if row else "")
-        lines.append(line)
-    return ["Request", "Budget", *[look(repair).label for repair in data.repairs]], lines
-
-
 def _accuracy_table(data: RepairComparison) -> Table:
     """Mean accuracy of each task over the cells; no rows without tasks."""
     rows = [row for row in data.study("grid") if row.accuracies]
@@ -170,64 +162,11 @@ def _domain_table(data: RepairComparison) -> Table:
     """Ratio to no stubs: texts fitted on as lines, reported on as columns."""
     cells = {row.cell for row in data.study("domain")}
     lines: dict[tuple[str, int], list[RepairRow]] = {}
-    for row in (*data.study("domain"), *data.grid("library"), *data.study("alone")):
+    for row in (*data.study("domain"), *data.grid("library")):
         if row.cell in cells:
-            own = ", own masks" if row.study == "alone" else ""
-            name = ("+" if own else " + ").join(row.fitted_on) + own
-            lines.setdefault((name, row.fit_tokens), []).append(row)
+            lines.setdefault((" + ".join(row.fitted_on), row.fit_tokens), []).append(row)
     rows = [[name, f"{count:,}", *_ratios(data, own)] for (name, count), own in lines.items()]
     return ["Fitted on", "Tokens", *data.texts], rows
-
-
-def _orders_table(data: RepairComparison) -> Table:
-    """ΔNLL after some removals in GSI order, and the overlap with the order without stubs."""
-    plain = next((row for row in data.orders if row.repair == PLAIN), None)
-    if plain is None:
-        return [], []
-    measured = min(len(row.order) for row in data.orders)
-    steps = [step for step in _ORDER_STEPS if step <= measured] or [measured]
-    shared_of = min(10, measured)
-    header = ["GSI order", *[f"{step} removed" for step in steps],
-              f"first {shared_of} shared with no stubs", f"attn of first {measured}"]  # fmt: skip
-    rows = [
-        [
-            look(row.repair).label,
-            *[f"{row.loss_after[step - 1]:.3f}" for step in steps],
-            f"{len(set(plain.order[:shared_of]) & set(row.order[:shared_of]))}",
-            f"{sum(block.endswith('.attn') for block in row.order[:measured])}",
-        ]
-        for row in data.orders
-    ]
-    return header, rows
-
-
-def _targets_table(data: RepairComparison) -> Table:
-    """Targets with the measured ratios."""
-    alone = [row for row in data.study("alone") if row.fitted_on == ["self"]]
-    alone = alone or [row for row in data.study("domain") if row.fitted_on == ["self"]]
-    by_text = [data.ratio([row for row in alone if row.text == text]) for text in data.texts]
-    known = [ratio for ratio in by_text if ratio]
-    other_library = data.ratio(data.on("library", other=True))
-    distilled = data.ratio(data.on("distilled", other=True))
-    fitted_library = data.ratio(data.on("library", other=False))
-    worst = max(known, key=lambda ratio: ratio.mean) if known else None
-    targets = [
-        ("library against plain, texts not fitted on", 0.75, other_library),
-        ("distilled, texts not fitted on", 0.6, distilled),
-        ("library, held-out text of a fitted domain", 0.6, fitted_library),
-        ("fitted on self-written text alone, worst text", 0.8, worst),
-    ]
-    rows = [
-        [
-            name,
-            _ratio(measured),
-            f"at most {target:g}",
-            "yes" if measured.mean <= target else "no",
-        ]
-        for name, target, measured in targets
-        if measured
-    ]
-    return ["Ratio to no stubs", "Measured", "Target", "Met"], rows
 
 
 def _ratio(ratio: Estimate | None) -> str:
@@ -302,3 +241,82 @@ def repair_findings(data: RepairComparison) -> list[str]:
             remains = " and ".join(clauses)
             texts.append(f"{name}: of the ΔNLL without stubs at equal memory, {remains}.")
     return texts
+
+
+def delta_nll_against_peak(data: RepairComparison, narrow: bool) -> Figure:
+    """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
+
+    Peaks differ more between requests than between budgets, so each request has its own x axis.
+    """
+    shapes = list(dict.fromkeys(cell[:2] for cell in data.cells))
+    places: list[tuple[str, Shape]] = (
+        [(text, shape) for text in data.texts for shape in shapes]
+        if narrow
+        else [(text, shape) for shape in shapes for text in data.texts]
+    )
+    columns = len(shapes) if narrow else len(data.texts)
+    rows = len(places) // columns
+    with style():
+        figure, axes = panels(
+            rows, columns, narrow=narrow, height=2.1 + 0.8 / rows,
+            sharex="col" if narrow else "row", sharey=True,
+        )  # fmt: skip
+        for place, (axis, (text, shape)) in enumerate(zip(axes, places, strict=True)):
+            _draw_peaks(axis, data, text, shape)
+            fitted = "not fitted on" if data.is_other(text) else "fitted domain"
+            names = (f"{text}\n{fitted}", f"{shape[0]} {TIMES} {shape[1]:,} tokens")
+            row_name, column_name = names if narrow else names[::-1]
+            if place < columns:
+                axis.set_title(column_name, fontsize=9)
+            if place + columns >= len(places):
+                axis.set_xlabel("peak memory (MiB)", fontsize=8)
+            if place % columns == 0:
+                axis.set_ylabel(row_name, fontweight="bold")
+        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
+        figure.supylabel("ΔNLL (nats/token)", fontsize=9)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center",
+            ncols=2 if narrow else 4,
+        )  # fmt: skip
+    return figure
+
+
+def _draw_peaks(axis: Axes, data: RepairComparison, text: str, shape: Shape) -> None:
+    """Draw a line per repair over the budgets of one request; hollow marks exceed the budget."""
+    from matplotlib.ticker import MaxNLocator
+
+    for place, repair in enumerate(data.repairs):
+        shown = look(repair)
+        rows = [data.at(repair, cell, text) for cell in data.cells if cell[:2] == shape]
+        known = [row for row in rows if row]
+        points = [(row.peak_bytes / _MIB, row.loss) for row in known]
+        axis.plot(
+            *zip(*points, strict=True) if points else ([], []), color=shown.colour, marker="o",
+            markersize=4.5, linewidth=1.4, label=shown.label, zorder=3 + place,
+        )  # fmt: skip
+        for point, row in zip(points, known, strict=True):
+            if row.peak_bytes > row.budget_bytes:
+                axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
+                          zorder=9)  # fmt: skip
+    low, high = axis.get_xlim()
+    spare = max(0.0, _MIN_SPAN * high - (high - low)) / 2  # so that a few kB are not magnified
+    axis.set_xlim(low - spare, high + spare)
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def repair_section(data: RepairComparison, gallery: Gallery) -> Section:
+    """Section of a report on repair: ΔNLL at equal memory, and its tables."""
+    section = Section("repair", "Repair")
+    for part in repair_tables(data):
+        if part.name == "grid":
+            looks = "; ".join(f"{look(r).label}: {look(r).what}" for r in data.repairs)
+            gallery.add(
+                section, "repair_delta_nll_against_peak",
+                "ΔNLL against peak memory, with and without stubs",
+                f"Peak memory of each mask for its request (batch {TIMES} tokens), stubs included. "
+                "A line joins the budgets of one request; hollow marks exceed their budget. "
+                f"{looks}.",
+                partial(delta_nll_against_peak, data),
+            )  # fmt: skip
+        section.document([part], {look(repair).label: repair for repair in data.repairs})
+    return section

@@ -1,4 +1,4 @@
-"""The program that measures levels: its artifacts, its grid, and the policy made from them."""
+"""The program that measures levels: its artifacts, and the policy made from them."""
 
 import json
 from dataclasses import replace
@@ -10,13 +10,12 @@ from experiments.config.common import TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.contexts import build_context
 from experiments.errors import ExperimentError
-from experiments.levels import COSTS_FILE, KINDS_FILE, STUDY, PlanRow
+from experiments.levels import COSTS_FILE, KINDS_FILE, levels
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.loading import load_policy
-from rap_env.request import Request
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.tiny_study import own_text, tiny_study
 
@@ -28,8 +27,7 @@ def config(base):
         base, layers=2, stage="levels", calibration=own_text(2, 48),
         levels=LevelsConfig(
             caches=["int8", "int2", "int2-window512"], requests=["1x16", "2x60"],
-            budgets=[0.9, 0.7], joint_budgets=[0.8],
-            text=own_text(2, 48),
+            joint_budgets=[0.8],
             out=str(base / "saved" / "tiny.levels.json"),
         ),
     )  # fmt: skip
@@ -37,7 +35,7 @@ def config(base):
 
 @pytest.fixture(scope="module")
 def measured(config):
-    STUDY.run(config, config.stage_dir("levels"))
+    levels(config, config.stage_dir("levels"))
     return config
 
 
@@ -57,22 +55,6 @@ def test_costs_are_measured_on_the_model(measured):
     assert costs.provenance["text"]["role"] == "calibration"
 
 
-def test_the_grid_has_the_policys_plans_with_their_loss_on_other_text(measured):
-    rows = STUDY.read(measured.stage_dir("levels"))
-    context = build_context(measured, profiled=False)
-    policy = load_policy(measured.levels.out, context.memory)
-    assert len(rows) == 4
-    for row in rows:
-        request = Request(**row.request, budget_bytes=row.budget_bytes)
-        plan = policy.choose(request)
-        assert plan.levels == row.levels
-        assert row.peak_bytes == context.memory.peak_bytes(plan, request) <= row.budget_bytes
-        assert row.fits
-        assert row.predicted == policy.delta_nll(plan, request.seq_len_tokens)
-        assert row.provenance["text"]["role"] == "report"
-    assert len({str(row.levels) for row in rows}) > 1
-
-
 def test_facts_are_written_beside_the_costs(measured):
     path = Path(measured.levels.out).with_name("tiny.facts.json")
     body = json.loads(path.read_text())["body"]
@@ -84,12 +66,12 @@ def test_facts_are_written_beside_the_costs(measured):
 def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
     folder = measured.stage_dir("levels")
     before = {path.name: path.read_bytes() for path in folder.glob("[!r]*.*") if path.is_file()}
-    assert {COSTS_FILE, PlanRow.file, "tables.md"} <= before.keys()
-    STUDY.run(measured, folder)
+    assert COSTS_FILE in before
+    levels(measured, folder)
     assert before == {name: (folder / name).read_bytes() for name in before}
     other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
     with pytest.raises(ExperimentError, match=r"levels\.caches"):
-        STUDY.run(other, folder)
+        levels(other, folder)
 
 
 def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
@@ -99,7 +81,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"]["source"], windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
-    STUDY.run(config, folder := config.stage_dir("levels"))
+    levels(config, folder := config.stage_dir("levels"))
     context = build_context(config, profiled=False)
     policy = load_policy(folder / KINDS_FILE, context.llm)
     assert isinstance(policy, TextPolicy)
@@ -115,17 +97,17 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     code = replace(calibration, source=kinds["code"]["source"])
     on_code = build_context(replace(config, calibration=code), profiled=False).scorer
     rise = on_code.nll(Plan.of({"layer00.ffn": "removed"})) - on_code.dense_nll
-    found = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
-    assert found.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
+    costs = KindCosts.load(folder / KINDS_FILE, context.memory).costs["code"]
+    assert costs.one_shot["layer00.ffn"]["removed"] == pytest.approx(rise, abs=1e-12)
     before = (folder / KINDS_FILE).read_bytes()
-    STUDY.run(config, folder)
+    levels(config, folder)
     assert (folder / KINDS_FILE).read_bytes() == before
     other = {**kinds, "code": kinds["prose"]}
     with pytest.raises(ExperimentError, match=r"kinds\.code"):
-        STUDY.run(replace(config, kinds=other), folder)
+        levels(replace(config, kinds=other), folder)
     short = replace(config, name="short", calibration=replace(calibration, windows=5))
     with pytest.raises(ExperimentError, match="at least 256 tokens of each kind"):
-        STUDY.run(short, short.stage_dir("levels"))
+        levels(short, short.stage_dir("levels"))
 
 
 def test_wrong_settings_are_rejected():

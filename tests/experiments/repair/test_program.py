@@ -9,9 +9,8 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import StubsConfig
 from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
-from experiments.repair.rows import OrderRow, RepairComparison, RepairRow
+from experiments.repair.rows import RepairRow
 from experiments.repair.study import STUDY, repair_jobs
-from experiments.repair.tables import repair_tables
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
@@ -42,7 +41,6 @@ def config(base):
             report_texts={"first": text(3), "third": text(4)},
             rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
             study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
-            alone=["first"],
         ),
     )  # fmt: skip
 
@@ -58,11 +56,10 @@ def _grid(rows: list[RepairRow], name: str) -> list[RepairRow]:
 
 def test_there_is_a_row_for_each_repair_cell_and_text(rows):
     for name in ("none", "library", "distilled", "per_mask"):
-        found = {(row.cell, row.text) for row in _grid(rows, name)}
-        assert found == {
+        assert {(row.cell, row.text) for row in _grid(rows, name)} == {
             (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
         }
-    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1 + 1)
+    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1)
     assert all(row.text not in row.fitted_on for row in rows if row.text == "third")
 
 
@@ -99,7 +96,6 @@ def test_the_fitted_tokens_are_recorded(rows):
     assert tokens == {
         ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
         ("grid", "per_mask"): 20 * 12, ("tokens", "library"): 24, ("domain", "library"): 8 * 12,
-        ("alone", "library"): 12 * 12,
     }  # fmt: skip
     (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
     assert domain == ("second",)
@@ -129,7 +125,7 @@ def test_text_that_is_fitted_on_is_not_reported_on(config, tmp_path):
     shared.write_text("the cat sat on the mat and looked at the dog. " * 200)
     source = TextConfig(source=str(shared), windows=4, window_tokens=36)
     stubs = replace(
-        config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[], alone=[]
+        config.stubs, fit_texts={"a": source}, report_texts={"a": source}, domain_study=[]
     )
     with pytest.raises(CorpusError, match="share"):
         list(repair_jobs(replace(config, stubs=stubs), tmp_path))
@@ -150,22 +146,3 @@ def test_invalid_settings_are_rejected(config, tmp_path):
         StubsConfig(fit_texts={"a": text(0)}, domain_study=["b"])
     with pytest.raises(UnknownNameError, match=r"study_cells.*'1x16@0\.5'"):
         StubsConfig(cells=CELLS, study_cells=["1x16@0.5"])
-
-
-def test_the_order_of_importance_is_measured_with_stubs_in_place(config, rows):
-    orders = {row.repair: row for row in OrderRow.read(config.stage_dir("repair"))}
-    assert list(orders) == ["none", "library", "distilled"]
-    library = StubLibrary.load(config.stage_dir("repair") / "library.safetensors")
-    assert orders["none"].depends_on["stubs"] == ""
-    assert orders["library"].depends_on["stubs"] == library.sha256
-    llm = load_llm(config.model.name, device="cpu", dtype="float32")
-    scorer = MaskScorer(
-        library.attach(llm), StubLibraries(config, config.stage_dir("repair")).context.corpus
-    )
-    row = orders["library"]
-    loss = scorer.nll(Plan.removing(*row.order)) - scorer.dense_nll
-    assert row.loss_after[-1] == pytest.approx(loss, abs=1e-6)
-    data = RepairComparison([*rows, *orders.values()])
-    header, lines = next(part.table for part in repair_tables(data) if part.name == "orders")
-    assert header[1:] == ["3 removed", "first 3 shared with no stubs", "attn of first 3"]
-    assert lines[0][1:3] == [f"{orders['none'].loss_after[2]:.3f}", "3"]

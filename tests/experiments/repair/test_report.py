@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from experiments.config import Config
-from experiments.repair.figures import delta_nll_against_peak
 from experiments.repair.rows import RepairComparison, mean_delta_nll
 from experiments.repair.tables import (
+    delta_nll_against_peak,
     repair_findings,
     repair_markdown,
     repair_tables,
@@ -33,8 +33,8 @@ CELL = (1, 128, 0.9)
 
 
 def tables(data):
-    """All tables by name, and the one of the text wiki."""
-    return {part.name or part.title.rpartition(", ")[2]: part.table for part in repair_tables(data)}
+    """All tables by name."""
+    return {part.name: part.table for part in repair_tables(data)}
 
 
 def captions(data):
@@ -101,7 +101,6 @@ def test_without_a_loss_to_divide_by_there_is_no_ratio():
     found = RepairComparison(rows)
     assert found.ratio(found.on("library", other=False)) is None
     assert tables(found)["summary"][1][1][2] == "-"
-    assert "targets" not in tables(found)
     alone = RepairComparison([make_repair_row("library", CELL, "wiki")])
     assert alone.ratio(alone.rows) is None
 
@@ -152,7 +151,6 @@ def test_a_mask_over_its_budget_is_marked():
     row = make_repair_row("none", CELL, "wiki")
     found = RepairComparison([replace(row, peak_bytes=row.budget_bytes + 1)])
     assert tables(found)["summary"][1][0][-1] == "0/1"
-    assert tables(found)["wiki (not fitted on)"][1][0][-1].endswith("MiB (does not fit)")
 
 
 def test_the_token_study_ends_with_the_whole_library(found):
@@ -177,26 +175,6 @@ def test_domains_are_compared_with_the_grid_cell_by_cell(found):
     alone = RepairComparison(part)
     own = [row for row in alone.study("domain") if row.fitted_on == ["self"]]
     assert alone.ratio(own).mean == pytest.approx((0.5 * 0.8 + 0.75 * 4.2) / 5.0), "one cell alone"
-
-
-def test_targets_are_compared_with_reached_values(found):
-    header, rows = tables(found)["targets"]
-    assert header == ["Ratio to no stubs", "Measured", "Target", "Met"]
-    assert [(row[0], row[1][:4], row[2], row[3]) for row in rows] == [
-        ("library against plain, texts not fitted on", "0.70", "at most 0.75", "yes"),
-        ("distilled, texts not fitted on", "0.65", "at most 0.6", "no"),
-        ("library, held-out text of a fitted domain", "0.55", "at most 0.6", "yes"),
-        ("fitted on self-written text alone, worst text", "0.75", "at most 0.8", "yes"),
-    ]
-
-
-def test_a_target_without_rows_is_omitted():
-    rows = [r for r in make_repair_rows() if r.repair != "distilled" and r.study == "grid"]
-    goals = [row[0] for row in tables(RepairComparison(rows))["targets"][1]]
-    assert len(goals) == 2
-    assert all(goal.startswith("library") for goal in goals)
-    fitted = [row for row in rows if row.text != "maths"]
-    assert len(tables(RepairComparison(fitted))["targets"][1]) == 1
 
 
 def test_the_last_row_of_the_same_counts():
