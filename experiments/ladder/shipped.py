@@ -32,7 +32,7 @@ from rap_env.models.files.model_folder import manifest_source
 from rap_env.models.files.sources import locate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import HessianCollector, quantise_gptq, round_to_nearest
+from rap_env.models.weights.quantisers import hessians, quantise_gptq, round_to_nearest
 from rap_env.models.weights.tensors import read_header
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
@@ -132,14 +132,14 @@ def rounded_nll(
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     layers = linear_layers(llm)
-    with HessianCollector(layers) as sums, torch.no_grad():
+    with hessians(layers) as sums, torch.no_grad():
         for window in calibration if rounding == "calibrated" else ():
             llm.model(input_ids=window[None].to(llm.device), use_cache=False)
     packed: PackedMatrix
     with torch.no_grad():
         for name, layer in layers.items():
             if rounding == "nearest":
-                packed = round_to_nearest(layer.weight, "int4")
+                packed = round_to_nearest(layer.weight)
             else:
                 packed = quantise_gptq(layer.weight, sums[name])
             layer.weight.copy_(packed.widened(layer.weight.dtype))

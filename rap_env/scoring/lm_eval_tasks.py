@@ -52,10 +52,12 @@ _quiet_lock = threading.RLock()
 def quiet() -> Iterator[None]:
     """Suppress lm-eval's log lines below errors, its progress bars and those of `datasets`.
 
-    Standard error is not touched. Threads take turns, so that the last one restores the settings.
+    Templates are compiled once. Standard error is not touched. Threads take turns, so that the last
+    one restores the settings.
     """
     import datasets
     import lm_eval.api.task as lm_eval_task
+    from lm_eval.utils import env
 
     with _quiet_lock, contextlib.ExitStack() as restore:
         for logger in map(logging.getLogger, _NOISY):
@@ -66,42 +68,18 @@ def quiet() -> Iterator[None]:
             datasets.disable_progress_bars()
         restore.callback(setattr, lm_eval_task, "tqdm", lm_eval_task.tqdm)
         lm_eval_task.tqdm = functools.partial(lm_eval_task.tqdm, disable=True)
+        if "from_string" not in vars(env):  # the outermost block restores it
+            restore.callback(vars(env).pop, "from_string")
+            env.from_string = _compiled
         yield
 
 
-@functools.cache
-def task_class() -> Any:
-    """A subclass of lm-eval's `ConfigurableTask` that renders documents once.
+@functools.lru_cache(maxsize=1024)
+def _compiled(template: str) -> Any:
+    """A template as lm-eval compiles it, which it would do again for each document."""
+    from lm_eval.utils import env
 
-    lm-eval compiles a Jinja template at every use, and its metrics use the templates of each
-    document again for every mask. Documents do not change, so results are kept.
-    """
-    from lm_eval.api.task import ConfigurableTask
-
-    class RenderedTask(ConfigurableTask):  # type: ignore[misc]
-        def __init__(self, config: Mapping[str, Any]) -> None:
-            self._rendered: dict[tuple[str, int], tuple[Any, Any]] = {}
-            super().__init__(config={k: v for k, v in config.items() if k != "class"})
-
-        def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> Any:
-            return self._once("text", super().doc_to_text, doc, doc_to_text)
-
-        def doc_to_target(self, doc: Any, doc_to_target: Any = None) -> Any:
-            return self._once("target", super().doc_to_target, doc, doc_to_target)
-
-        def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> Any:
-            return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
-
-        def _once(self, kind: str, render: Any, doc: Any, override: Any) -> Any:
-            """Render a document, or return what was rendered before."""
-            if override is not None:
-                return render(doc, override)
-            key = kind, id(doc)
-            if key not in self._rendered:
-                self._rendered[key] = doc, render(doc)  # holds `doc`, so its id stays unique
-            return self._rendered[key][1]
-
-    return RenderedTask
+    return type(env).from_string(env, template)
 
 
 def load_task(
@@ -125,24 +103,24 @@ def load_task(
         UnknownNameError: There is no such task, or it is not scored by likelihoods.
         CorpusError: Its data is missing or does not match.
     """
+    from lm_eval.api.task import ConfigurableTask
+
     long_context = long_context_task(name)
     if long_context is not None:
         config = long_context.lm_eval_config(tokenizer, seed, limit or TEST_DOCUMENTS)
-        loaded: dict[str, Any] = {"tasks": {name: task_class()(config=config)}}
+        tasks, group = [ConfigurableTask(config=config)], None
     elif name in GENERATED_TASKS:
         config = GENERATED_TASKS[name].lm_eval_config(seed)
-        loaded = {"tasks": {name: task_class()(config=config)}}
+        tasks, group = [ConfigurableTask(config=config)], None
     else:
-        loaded = _load_named(name, data_root)
-    tasks = tuple(loaded["tasks"].values())
+        tasks, group = _load_named(name, data_root)
     for task in tasks:
         _check_output(name, task.OUTPUT_TYPE)
         # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         task.set_fewshot_seed(seed=seed)
-    groups = loaded.get("groups") or {}
-    return LoadedTask(name, tasks, next(iter(groups.values()), None))
+    return LoadedTask(name, tuple(tasks), group)
 
 
 def is_generated(name: str) -> bool:
@@ -238,14 +216,26 @@ def _has(manager: Any, name: str) -> bool:
     return name in TASK_FOLDERS or bool(index[name].kind.name != "TAG")
 
 
-def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
+def _load_named(name: str, data_root: str | None) -> tuple[list[Any], Any]:
+    """A task of lm-eval, or the tasks of a group or tag with the group's own aggregation.
+
+    Members of an inline group may override settings of the task that they name; this is
+    lm-eval's way to change the data of a task.
+    """
     manager = _manager_for(name)
-    index, overrides = manager.task_index, {}
-    if data_root is not None:
-        for leaf in _leaves(index, name):
-            overrides[leaf] = local_overrides(data_root, leaf, index[leaf].cfg)
+    index = manager.task_index
+    wanted: list[Any] = [name]
     try:
-        return _load_leaves(manager, name, overrides)
+        members = [{"task": leaf} for leaf in _leaves(index, name)]
+        wanted = [{"group": name, "task": members}]
+    except CorpusError:  # a group that changes its members' configs
+        if data_root is not None:
+            raise
+    if data_root is not None:
+        for member in members:
+            member |= local_overrides(data_root, member["task"], index[member["task"]].cfg)
+    try:
+        tasks = list(manager.load(wanted)["tasks"].values())
     except Exception as error:  # of the hub's client, or of a task's own templates and functions
         if data_root is not None:
             raise CorpusError(
@@ -257,41 +247,20 @@ def _load_named(name: str, data_root: str | None) -> dict[str, Any]:
             "the network, set data_root to a folder with the task's data, or use the generated "
             f"tasks {', '.join(GENERATED_TASKS)}."
         ) from error
-
-
-def _load_leaves(
-    manager: Any, name: str, overrides: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Load a task or group with `task_class` and changed settings of its tasks.
-
-    Members of an inline group may override settings of the task that they name; this is
-    lm-eval's way to change the class or the data of a task.
-    """
-    index, members = manager.task_index, []
-    try:
-        leaves = list(_leaves(index, name))
-    except CorpusError:  # a group that changes its members' configs
-        loaded: dict[str, Any] = manager.load([name])
-        return loaded
-    for leaf in leaves:
-        own_class = "class" in (index[leaf].cfg or {})
-        member = {"task": leaf, **overrides.get(leaf, {})}
-        members.append(member if own_class else {**member, "class": task_class()})
-    tasks = manager.load([{"group": name, "task": members}])["tasks"]
     own = index[name].cfg or {}
-    return {"tasks": tasks, "groups": _group(name, own, tasks) if "group" in own else {}}
+    return tasks, _group(name, own, tasks) if "group" in own else None
 
 
-def _group(name: str, config: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
+def _group(name: str, config: Mapping[str, Any], tasks: Iterable[Any]) -> Any:
     """lm-eval's group object with the group's own aggregation."""
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
 
     rule = config.get("aggregate_metric_list")
     group = Group.from_config(GroupConfig(group=name, aggregate_metric_list=rule))
-    for task in tasks.values():
+    for task in tasks:
         group.add(task)
-    return {name: group}
+    return group
 
 
 def _leaves(index: Any, name: str) -> Iterator[str]:

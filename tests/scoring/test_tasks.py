@@ -28,7 +28,6 @@ from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenize
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import env as lm_eval_env
 
 from rap_env.scoring.likelihoods import RequestEncoder
@@ -36,13 +35,6 @@ from rap_env.scoring.tasks import TaskConfig, TaskScorer
 
 GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
 SOME = Plan.removing("layer00.attn", "layer01.ffn")
-
-
-class PlainTask(ConfigurableTask):
-    """lm-eval's task, made as `lm_eval_tasks` makes tasks."""
-
-    def __init__(self, config):
-        super().__init__(config={k: v for k, v in config.items() if k != "class"})
 
 
 def make_llm(positions=768, seed=0, dtype=torch.float32):
@@ -71,7 +63,6 @@ def lm_evals_results(llm, scorer, mask, **options):
 
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    monkeypatch.setattr(lm_eval_tasks, "task_class", lambda: PlainTask)  # lm-eval's own code
     config = scorer.config
     tasks = {}
     for name in config.names:
@@ -253,7 +244,7 @@ def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkey
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model or a data set was loaded")
 
-    monkeypatch.setattr(lm_eval_tasks, "_load_leaves", fail)
+    monkeypatch.setattr(lm_eval_tasks, "_load_named", fail)
     monkeypatch.setattr("rap_env.envs.task.open_context", fail)
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'.*by generate_until"):
         lm_eval_tasks.check_scorable([name])

@@ -22,7 +22,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import HessianCollector, quantise_gptq
+from rap_env.models.weights.quantisers import hessians, quantise_gptq
 from rap_env.models.weights.residency import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
@@ -148,12 +148,10 @@ class _Calibration:
     ) -> None:
         places = {p.name: p for item in items for p in item.places if not p.keeps(_LEVEL)}
         layers = {name: p.original for name, p in places.items() if not raw_weights(p.original)}
-        with HessianCollector(layers) as collector:
+        with hessians(layers) as sums:
             for state in states:
                 self._forward.run(step, state)
-        quantisers = {
-            places[name]: partial(_gptq, collector[name]) for name in layers if name in collector
-        }
+        quantisers = {places[name]: partial(_gptq, hessian) for name, hessian in sums.items()}
         for item in items:
             item.quantise(_LEVEL, quantisers)
 

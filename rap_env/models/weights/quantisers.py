@@ -17,8 +17,9 @@ At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -70,11 +71,9 @@ def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
     return PackedMatrix.joined(parts)
 
 
-def round_to_nearest(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
-    """Pack a matrix with scales from the least and the greatest weight; for comparisons."""
-    check_name("level of packed weights", level, PACKED_LEVELS)
-    weight = weight.detach()
-    return _quantise_int8(weight) if level == "int8" else _int4(weight, _whole_range)
+def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:
+    """Pack a matrix at int4 with scales from the least and greatest weight; for comparisons."""
+    return _int4(weight.detach(), _whole_range)
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
@@ -180,56 +179,39 @@ def _fitted(
 _DAMPING = 0.01  # part of the Hessian's mean diagonal that is added to its diagonal
 
 
-class HessianCollector:
-    """Sums ``x.T x`` of the inputs of linear layers while a model runs.
+@contextlib.contextmanager
+def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sum ``x.T x`` of the inputs of linear layers, (in, in), float32, while a model runs.
 
     Layers that are called with the same tensor one after the other, as the projections of queries,
-    keys and values are, share one sum. Use it as a context manager around the passes over the
-    calibration text.
+    keys and values are, share one sum. Run the calibration text in the ``with`` block.
 
     Args:
         layers: The layers by any names.
+
+    Yields:
+        The sums so far, by the names of the layers that were called.
     """
+    sums: dict[str, torch.Tensor] = {}
+    last: tuple[torch.Tensor, str] | None = None
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._sums: dict[str, torch.Tensor] = {}
-        self._sharing: dict[str, str] = {}  # the layer whose sum a layer uses
-        self._last: tuple[torch.Tensor, str] | None = None
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> HessianCollector:
-        for name, layer in self._layers.items():
-
-            def hook(_: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-                self._add(name, args[0])
-
-            self._hooks.append(layer.register_forward_pre_hook(hook))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._last = [], None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        """The sum for a layer, (in, in), float32; `KeyError` if it was not called."""
-        return self._sums[self._sharing[name]]
-
-    def __contains__(self, name: str) -> bool:
-        """Whether a layer was called."""
-        return name in self._sharing
-
-    def _add(self, name: str, states: torch.Tensor) -> None:
-        if self._last is not None and self._last[0] is states:
-            self._sharing[name] = self._last[1]
+    def add(name: str, _layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal last
+        states = args[0]
+        if last is not None and last[0] is states:
+            sums[name] = sums[last[1]]
             return
-        self._last, self._sharing[name] = (states, name), name
+        last = states, name
         flat = states.detach().reshape(-1, states.shape[-1]).float()
-        if name in self._sums:
-            self._sums[name].addmm_(flat.T, flat)
+        if name in sums:
+            sums[name].addmm_(flat.T, flat)
         else:
-            self._sums[name] = flat.T @ flat
+            sums[name] = flat.T @ flat
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
+        yield sums
 
 
 def quantise_gptq(weight: torch.Tensor, hessian: torch.Tensor) -> PackedMatrix:
