@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from rap_env.errors import ArtifactError, ChecksumError, UnsupportedModelError
+from rap_env.errors import UnsupportedModelError
+from rap_env.models.files.model_folder import made_once
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import PackedLevel
@@ -112,61 +113,49 @@ def calibrate(llm: ElasticLLM, windows: torch.Tensor) -> None:
     with llm.exclusive(), llm.masked(Plan()):
         residency = llm.residency
         llm.set_residency("resident")
-        _Calibration(llm, windows).run(folder, digest)
+        items = [item for item in llm._live.items if _LEVEL in item.levels]
+        for item in llm._live.items:
+            item.calibration = digest
+        made_once(folder, partial(_make, llm, windows), f"Calibrating {llm.name} (once; minutes)")
+        for item in items:
+            item.build(_LEVEL, verified_tensors(folder / f"{item.name}.safetensors"))
         llm.__dict__.pop("facts", None)
         llm.set_residency(residency)
 
 
-class _Calibration:
-    def __init__(self, llm: ElasticLLM, windows: torch.Tensor) -> None:
-        self._items = llm._live.items
-        self._windows = [window[None].to(llm.device) for window in windows]
-        self._forward = PartialForward(llm)
+def _make(llm: ElasticLLM, windows: torch.Tensor, folder: Path) -> dict[str, str]:
+    """Write the int4 weights of each block."""
+    forward = PartialForward(llm)
+    states = [forward.enter(window[None].to(llm.device)) for window in windows]
+    for number, step in enumerate(forward.steps):
+        log.info("Step %d of %d is calibrated", number + 1, len(forward.steps))
+        items = {index: llm._live.items[index] for index in step}
+        lowered = {index: item for index, item in items.items() if _LEVEL in item.levels}
+        _quantise(forward, lowered.values(), step, states)
+        plan = Plan(weights=tuple((index, _LEVEL) for index in lowered))
+        states = [forward.run(step, state, plan) for state in states]
+        for item in lowered.values():
+            write_tensors(folder / f"{item.name}.safetensors", item.tensors(_LEVEL))
+    return {"model": llm.name}
 
-    def run(self, folder: Path, digest: str) -> None:
-        for item in self._items:
-            item.calibration = digest
-        paths = {item: folder / f"{item.name}.safetensors" for item in self._items}
-        if all(_read(item, path) for item, path in paths.items() if _LEVEL in item.levels):
-            return
-        states = [self._forward.enter(window) for window in self._windows]
-        for number, step in enumerate(self._forward.steps):
-            log.info("Step %d of %d is calibrated", number + 1, len(self._forward.steps))
-            items = [self._items[index] for index in step]
-            self._make([item for item in items if _LEVEL in item.levels], step, states)
-            made = {index: _LEVEL for index in step if _LEVEL in self._items[index].levels}
-            plan = Plan(weights=tuple(made.items()))
-            states = [self._forward.run(step, state, plan) for state in states]
-            for index in made:
-                item = self._items[index]
-                write_tensors(paths[item], item.tensors(_LEVEL))
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _make(
-        self, items: list[WeightItem], step: tuple[int, ...], states: list[torch.Tensor]
-    ) -> None:
-        places = {p.name: p for item in items for p in item.places if not p.keeps(_LEVEL)}
-        layers = {name: p.original for name, p in places.items() if not raw_weights(p.original)}
-        with hessians(layers) as sums:
-            for state in states:
-                self._forward.run(step, state)
-        quantisers = {places[name]: partial(_gptq, hessian) for name, hessian in sums.items()}
-        for item in items:
-            item.quantise(_LEVEL, quantisers)
+@torch.inference_mode(False)
+@torch.no_grad()
+def _quantise(
+    forward: PartialForward,
+    items: Collection[WeightItem],
+    step: tuple[int, ...],
+    states: Iterable[torch.Tensor],
+) -> None:
+    places = {p.name: p for item in items for p in item.places if not p.keeps(_LEVEL)}
+    layers = {name: p.original for name, p in places.items() if not raw_weights(p.original)}
+    with hessians(layers) as sums:
+        for state in states:
+            forward.run(step, state)
+    quantisers = {places[name]: partial(_gptq, hessian) for name, hessian in sums.items()}
+    for item in items:
+        item.quantise(_LEVEL, quantisers)
 
 
 def _gptq(hessian: torch.Tensor, weight: torch.Tensor, _level: PackedLevel) -> PackedMatrix:
     return quantise_gptq(weight, hessian)
-
-
-def _read(item: WeightItem, path: Path) -> bool:
-    """Build an item's int4 level from a file; False if there is none that can be used."""
-    if not path.is_file():
-        return False
-    try:
-        item.build(_LEVEL, verified_tensors(path))
-    except (ChecksumError, ArtifactError) as error:
-        log.warning("%s is damaged (%s); it is created again", path, error)
-        return False
-    return True
