@@ -244,7 +244,7 @@ def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkey
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model or a data set was loaded")
 
-    monkeypatch.setattr(lm_eval_tasks, "_load_named", fail)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
     monkeypatch.setattr("rap_env.envs.task.open_context", fail)
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'.*by generate_until"):
         lm_eval_tasks.check_scorable([name])
