@@ -28,8 +28,8 @@ from rap_env.serving.settings import ServerSettings
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.scoring.corpus import Corpus
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
     from rap_env.scoring.scorer import MaskScorer
-    from rap_env.scoring.tasks import TaskConfig
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def named_policy(name: str | None, context: PruningContext, memory: MemoryModel)
 
 def task_config(tasks: Mapping[str, Any]) -> TaskConfig:
     """Convert the settings of tasks to those of the scorer."""
-    from rap_env.scoring.tasks import TaskConfig
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
 
     return TaskConfig(**{**tasks, "names": tuple(tasks["names"])})
 

@@ -34,10 +34,11 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.local_data import read_rows
 from rap_env.scoring.long_context_tasks import LongContextTask
 from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
-from rap_env.scoring.tasks import TaskConfig, TaskScorer
+from rap_env.scoring.tasks import TaskScorer
 
 
 class PositionLoss:

@@ -17,7 +17,7 @@ from rap_env.workload.registry import parse_sampler
 
 if TYPE_CHECKING:
     from rap_env.context.base import ContextConfig
-    from rap_env.scoring.tasks import TaskConfig
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
@@ -204,7 +204,7 @@ def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:
         InvalidRequestError: A number is out of range, or names are repeated.
     """
     from rap_env.scoring.generated_tasks import GENERATED_TASKS
-    from rap_env.scoring.tasks import TaskConfig
+    from rap_env.scoring.lm_eval_tasks import TaskConfig
 
     given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
     check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])

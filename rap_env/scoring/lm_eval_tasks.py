@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError, check_name
 from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
@@ -24,10 +24,67 @@ from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+DOCUMENTS = ("sample", "first")
+"""Which documents of a task a limit leaves."""
 
 log = logging.getLogger(__name__)
 
 _NOISY = ("lm_eval", "transformers.tokenization_utils_base")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The tasks to score, and on how many documents.
+
+    Attributes:
+        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
+            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task or group
+            of lm-eval that is scored by likelihoods.
+        limit: Number of documents of each task (of each member of a group); None for all.
+        documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
+            ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
+            of one kind: those of hellaswag have one source. Generated tasks always have the first
+            ones, since `seed` decides their content and kinds take turns.
+        data_root: Folder of local data for lm-eval's own tasks, see
+            `rap_env.scoring.local_data`; None uses the hub's data.
+        num_fewshot: Solved examples before each question.
+        seed: Chooses the documents of generated tasks, the sample of others and the few-shot
+            examples.
+
+    Raises:
+        UnknownNameError: A name is not a string, or a misspelt generated task; or there is no
+            such value of `documents`.
+        InvalidRequestError: A number is out of range, or names are missing or repeated.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    data_root: str | None = None
+    num_fewshot: int = 0
+    seed: int = 0
+    documents: str = "sample"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str) or not all(isinstance(n, str) for n in self.names):
+            raise UnknownNameError("list of tasks", self.names, ['("rap_choice", "rap_recall")'])
+        object.__setattr__(self, "names", tuple(self.names))
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise InvalidRequestError(
+                f"names must hold one task at least and none twice, not {list(self.names)}."
+            )
+        for name in self.names:
+            check_generated_name(name)
+        check_name("choice of documents", self.documents, DOCUMENTS)
+        if self.data_root is not None:
+            object.__setattr__(self, "data_root", str(self.data_root))
+        for setting, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0)):
+            value = getattr(self, setting)
+            if setting == "limit" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidRequestError(
+                    f"{setting} must be a whole number >= {least}, not {value!r}."
+                )
 
 
 @dataclass(frozen=True)
@@ -82,22 +139,11 @@ def _compiled(template: str) -> Any:
     return type(env).from_string(env, template)
 
 
-def load_task(
-    name: str,
-    *,
-    data_root: str | None,
-    seed: int,
-    num_fewshot: int,
-    tokenizer: Any = None,
-    limit: int | None = None,
-) -> LoadedTask:
-    """Load a generated task, or any task, group or tag of lm-eval by name.
+def load_task(name: str, config: TaskConfig, tokenizer: Any = None) -> LoadedTask:
+    """Load one of a config's tasks: a generated one, or a task, group or tag of lm-eval.
 
-    Generated tasks need no data; others read `data_root` (see `rap_env.scoring.local_data`) if it
-    is given, else the hub. `seed` is that of the documents of generated tasks and of the choice of
-    few-shot examples. Tasks of long contexts measure their texts with `tokenizer`, and have `limit`
-    documents if it is given. As in lm-eval, tasks that fix `num_fewshot` to 0 (such as blimp's)
-    keep 0.
+    Tasks of long contexts measure their texts with `tokenizer`. As in lm-eval, tasks that fix
+    `num_fewshot` to 0 (such as blimp's) keep 0.
 
     Raises:
         UnknownNameError: There is no such task, or it is not scored by likelihoods.
@@ -107,19 +153,20 @@ def load_task(
 
     long_context = long_context_task(name)
     if long_context is not None:
-        config = long_context.lm_eval_config(tokenizer, seed, limit or TEST_DOCUMENTS)
-        tasks, group = [ConfigurableTask(config=config)], None
+        count = config.limit or TEST_DOCUMENTS
+        inline = long_context.lm_eval_config(tokenizer, config.seed, count)
+        tasks, group = [ConfigurableTask(config=inline)], None
     elif name in GENERATED_TASKS:
-        config = GENERATED_TASKS[name].lm_eval_config(seed)
-        tasks, group = [ConfigurableTask(config=config)], None
+        inline = GENERATED_TASKS[name].lm_eval_config(config.seed)
+        tasks, group = [ConfigurableTask(config=inline)], None
     else:
-        tasks, group = _load_named(name, data_root)
+        tasks, group = _load_named(name, config.data_root)
     for task in tasks:
         _check_output(name, task.OUTPUT_TYPE)
         # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
         if task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        task.set_fewshot_seed(seed=seed)
+            task.set_config(key="num_fewshot", value=config.num_fewshot)
+        task.set_fewshot_seed(seed=config.seed)
     return LoadedTask(name, tuple(tasks), group)
 
 

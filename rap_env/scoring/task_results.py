@@ -16,7 +16,7 @@ from rap_env.artifacts import canonical_json
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
-from rap_env.scoring.lm_eval_tasks import LoadedTask, is_generated
+from rap_env.scoring.lm_eval_tasks import LoadedTask, TaskConfig, is_generated
 from rap_env.scoring.long_context_tasks import long_context_task
 
 _FILTER = "none"  # lm-eval's name for the default filter
@@ -53,8 +53,8 @@ class TaskResult:
 class TaskRequests:
     """One lm-eval task with its requests built and encoded, once for all masks.
 
-    It has all documents, or `limit` of them: the first ones, or a sample that `seed` draws. A
-    generated task has the first ones.
+    It has all documents, or as many as the config says: the first ones, or a sample. A generated
+    task has the first ones.
 
     Attributes:
         context: Everything but the model that determines the task's likelihoods.
@@ -64,20 +64,14 @@ class TaskRequests:
     """
 
     def __init__(
-        self,
-        llm: ElasticLLM,
-        task: Any,
-        encoder: RequestEncoder,
-        *,
-        limit: int | None,
-        seed: int,
-        sample: bool,
+        self, llm: ElasticLLM, task: Any, encoder: RequestEncoder, config: TaskConfig
     ) -> None:
         self.task = task
+        limit, sample = config.limit, config.documents == "sample"
         try:
             chosen = None
             if sample and limit is not None and not is_generated(task.task_name):
-                chosen = sampled(len(task.eval_docs), limit, seed)
+                chosen = sampled(len(task.eval_docs), limit, config.seed)
             task.build_all_requests(limit=limit, rank=0, world_size=1, samples=chosen)
         except Exception as error:  # a task's own templates may raise anything on bad rows
             raise CorpusError(
@@ -100,7 +94,7 @@ class TaskRequests:
             "documents": len(self._documents),
             "limit": limit,
             "num_fewshot": task.get_config("num_fewshot"),
-            "seed": seed,
+            "seed": config.seed,
             "max_length": encoder.max_length,
             "documents_sha256": _documents_hash(self._documents),
             "requests_sha256": hashlib.sha256(canonical_json(requests).encode()).hexdigest(),

@@ -5,91 +5,28 @@ from __future__ import annotations
 import importlib.metadata
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rap_env.errors import (
-    InvalidRequestError,
-    NonFiniteScoreError,
-    UnknownNameError,
-    check_name,
-)
+from rap_env.errors import NonFiniteScoreError, UnknownNameError
 from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring import likelihoods, lm_eval_tasks
 from rap_env.scoring.likelihoods import RequestEncoder
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.long_context_tasks import check_fits, long_context_task
 from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
 
-DOCUMENTS = ("sample", "first")
-"""Which documents of a task a limit leaves."""
-
 _METRIC = "loglikelihoods"
 _MULTIPLE_CHOICE = [
     name for name in lm_eval_tasks.KNOWN_TASKS if name not in ("lambada_openai", "wikitext")
 ]
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """The tasks to score, and on how many documents.
-
-    Attributes:
-        names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
-            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task or group
-            of lm-eval that is scored by likelihoods.
-        limit: Number of documents of each task (of each member of a group); None for all.
-        documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
-            ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
-            of one kind: those of hellaswag have one source. Generated tasks always have the first
-            ones, since `seed` decides their content and kinds take turns.
-        data_root: Folder of local data for lm-eval's own tasks, see
-            `rap_env.scoring.local_data`; None uses the hub's data.
-        num_fewshot: Solved examples before each question.
-        seed: Chooses the documents of generated tasks, the sample of others and the few-shot
-            examples.
-
-    Raises:
-        UnknownNameError: A name is not a string, or a misspelt generated task; or there is no
-            such value of `documents`.
-        InvalidRequestError: A number is out of range, or names are missing or repeated.
-    """
-
-    names: tuple[str, ...]
-    limit: int | None = None
-    data_root: str | None = None
-    num_fewshot: int = 0
-    seed: int = 0
-    documents: str = "sample"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not all(isinstance(n, str) for n in self.names):
-            raise UnknownNameError("list of tasks", self.names, ['("rap_choice", "rap_recall")'])
-        object.__setattr__(self, "names", tuple(self.names))
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise InvalidRequestError(
-                f"names must hold one task at least and none twice, not {list(self.names)}."
-            )
-        for name in self.names:
-            lm_eval_tasks.check_generated_name(name)
-        check_name("choice of documents", self.documents, DOCUMENTS)
-        if self.data_root is not None:
-            object.__setattr__(self, "data_root", str(self.data_root))
-        for setting, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0)):
-            value = getattr(self, setting)
-            if setting == "limit" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidRequestError(
-                    f"{setting} must be a whole number >= {least}, not {value!r}."
-                )
 
 
 class TaskScorer:
@@ -132,27 +69,11 @@ class TaskScorer:
             for task in filter(None, map(long_context_task, config.names)):
                 check_fits(task, encoder.max_length, llm.name)
             self._loaded = [
-                lm_eval_tasks.load_task(
-                    name,
-                    data_root=config.data_root,
-                    seed=config.seed,
-                    num_fewshot=config.num_fewshot,
-                    tokenizer=llm.tokenizer,
-                    limit=config.limit,
-                )
-                for name in config.names
+                lm_eval_tasks.load_task(name, config, llm.tokenizer) for name in config.names
             ]
             members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
             self._members = {
-                name: TaskRequests(
-                    llm,
-                    task,
-                    encoder,
-                    limit=config.limit,
-                    seed=config.seed,
-                    sample=config.documents == "sample",
-                )
-                for name, task in members.items()
+                name: TaskRequests(llm, task, encoder, config) for name, task in members.items()
             }
         self._results: dict[Plan, dict[str, TaskResult]] = {}
         common = {

@@ -11,7 +11,7 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
 from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import MaskSampler, Trainer, distill
+from rap_env.repair.distilling import MaskSampler, distill
 from rap_env.repair.fitting import fit_library
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -90,10 +90,6 @@ def masks_of(llm):
 
 def fitted(llm):
     return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=(2,)), progress=False)
-
-
-def trainer_of(llm):
-    return Trainer(llm, fitted(llm), TEXT, masks_of(llm), DistillConfig(steps=9, windows=1))
 
 
 def repaired(llm):

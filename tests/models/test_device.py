@@ -13,7 +13,6 @@ from rap_env.models.device import (
     choose_dtype,
     device_kind,
     measured_dtype,
-    products_per_second,
     remembered_dtype,
     use_threads,
 )
@@ -165,24 +164,6 @@ def test_the_measurement_is_bounded_and_keeps_the_thread_count() -> None:
     finally:
         torch.set_num_threads(before)
     assert sum(asked) == pytest.approx(0.5)
-
-
-def test_a_real_measurement_picks_the_faster_dtype() -> None:
-    found: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    real = device._rate_on(CPU)
-
-    def rate(dtype: torch.dtype, seconds: float) -> float:
-        found[dtype].append(real(dtype, seconds))
-        return found[dtype][-1]
-
-    chosen = measured_dtype(CPU, rate)
-    gain = max(found[torch.bfloat16]) / max(found[torch.float32])
-    assert chosen is (torch.bfloat16 if gain > device.CLEAR_GAIN else torch.float32)
-
-
-def test_the_rate_is_work_per_second() -> None:
-    small, large = torch.ones(8, 8), torch.ones(400, 400)
-    assert products_per_second(small, small, 0.02) > products_per_second(large, large, 0.02) > 0
 
 
 class TestRemembered:

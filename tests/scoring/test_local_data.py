@@ -11,10 +11,10 @@ from rap_env.scoring import lm_eval_tasks
 from tests.scoring.local_tasks import ROWS, write_task
 
 
-def load(root, name, **kwargs):
-    settings = {"data_root": str(root), "seed": 0, "num_fewshot": 0, **kwargs}
+def load(root, name, **settings):
+    config = lm_eval_tasks.TaskConfig((name,), data_root=root, **settings)
     with lm_eval_tasks.quiet():
-        return lm_eval_tasks.load_task(name, **settings)
+        return lm_eval_tasks.load_task(name, config)
 
 
 PROMPTS = {

@@ -135,7 +135,8 @@ class TestScores:
     """The model runs once for each text, with the caches of the plan."""
 
     def scorer(self, llm, *names, limit=16):
-        from rap_env.scoring.tasks import TaskConfig, TaskScorer
+        from rap_env.scoring.lm_eval_tasks import TaskConfig
+        from rap_env.scoring.tasks import TaskScorer
 
         return TaskScorer(llm, TaskConfig(names, limit=limit))
 
@@ -211,7 +212,8 @@ class TestScores:
             self.scorer(llm, "rap_recal_512")
 
     def test_open_answers_have_no_choices(self, tmp_path, llm):
-        from rap_env.scoring.tasks import TaskConfig, TaskScorer
+        from rap_env.scoring.lm_eval_tasks import TaskConfig
+        from rap_env.scoring.tasks import TaskScorer
         from tests.scoring.local_tasks import write_task
 
         write_task(tmp_path, "lambada_openai")

@@ -5,8 +5,9 @@ import pytest
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from rap_env.scoring.likelihoods import ContinuationScorer
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.store import ScoreStore
-from rap_env.scoring.tasks import TaskConfig, TaskScorer
+from rap_env.scoring.tasks import TaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.scoring.test_tasks import make_llm
 from tests.tiny import FAMILIES, tiny_llm

@@ -31,7 +31,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.utils import env as lm_eval_env
 
 from rap_env.scoring.likelihoods import RequestEncoder
-from rap_env.scoring.tasks import TaskConfig, TaskScorer
+from rap_env.scoring.lm_eval_tasks import TaskConfig
+from rap_env.scoring.tasks import TaskScorer
 
 GENERATED = ("rap_minimal_pairs", "rap_recall", "rap_choice")
 SOME = Plan.removing("layer00.attn", "layer01.ffn")
@@ -67,9 +68,7 @@ def lm_evals_results(llm, scorer, mask, **options):
     tasks = {}
     for name in config.names:
         with lm_eval_tasks.quiet():
-            loaded = lm_eval_tasks.load_task(
-                name, data_root=config.data_root, seed=config.seed, num_fewshot=config.num_fewshot
-            )
+            loaded = lm_eval_tasks.load_task(name, config)
         tasks.update({task.task_name: task for task in loaded.tasks})
     with lm_eval_tasks.quiet(), llm.masked(mask):
         given = {"pretrained": llm.model, "tokenizer": tiny_tokenizer(), **options}
@@ -251,7 +250,7 @@ def test_tasks_that_are_generated_text_are_rejected_before_anything_loads(monkey
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
         RAPLadderEnv("no-such-model", reward="accuracy", tasks=[name])
     with pytest.raises(UnknownNameError, match=f"likelihood task '{name}'"):
-        lm_eval_tasks.load_task(name, data_root=None, seed=0, num_fewshot=0)
+        lm_eval_tasks.load_task(name, TaskConfig((name,)))
     lm_eval_tasks.check_scorable(["piqa", "rap_choice", "blimp_causative", "truthfulqa_mc1"])
 
 
