@@ -18,7 +18,7 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.packaged_files import packaged_costs, packaged_file
 from rap_env.policies.tables import TablePolicy
-from rap_env.scoring.predictor_fit import feature_matrix, fit_predictor
+from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model
 
 
 def find_delta_nll(
@@ -95,7 +95,7 @@ def predicted_delta_nll(
     """
     rises = np.array(list(frontier.scores.values())) - frontier.dense_nll
     features = feature_matrix(list(frontier.scores), 2 * frontier.num_layers)
-    predictor, fidelity = fit_predictor(features, rises, alone)
+    predictor, fidelity = fit_score_model(features, rises, alone)
     error = fidelity.rows[0].median_relative_error
     assert error is not None  # a tenth of the masks is held out
     return predictor.delta_nll(mask), (

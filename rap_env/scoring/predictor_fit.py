@@ -25,9 +25,6 @@ from rap_env.scoring.predictor import (
 Lowered = Callable[[Plan], float]
 """Gives the sum of what the levels of a plan cost alone, nats per token."""
 
-MEMBERS = 5
-"""Default number of predictors in an ensemble."""
-
 REACHES = (4, 12, 60)
 """Candidates for the greatest distance, in blocks, of pairs that have a weight."""
 
@@ -43,19 +40,22 @@ _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
 _SPLIT = (0.8, 0.1, 0.1)  # masks to fit, to choose the settings, to state the fidelity
 
 
-def fit_predictor(
+def fit_score_model(
     features: Features,
     delta_nll: Floats,
     alone: Floats,
     lowered: Floats | None = None,
     *,
+    members: int = 1,
+    pessimism: float = 0.0,
     seed: int = 0,
     network: bool = False,
-) -> tuple[DeltaNLLPredictor, Fidelity]:
-    """Fit a predictor to measured masks and evaluate it on held-out masks.
+) -> tuple[ScoreModel, Fidelity]:
+    """Fit predictors to measured masks and evaluate one on held-out masks.
 
-    A tenth of the masks is held out for the evaluation; another tenth selects reach and ridge. The
-    returned predictor is then fitted to all masks, so it is no worse than the evaluated one.
+    A tenth of the masks is held out for the evaluation; another tenth selects reach and ridge. A
+    single member is then fitted to all masks, so it is no worse than the evaluated one; several are
+    fitted to bootstrap samples, with the same settings.
 
     Args:
         features: The measured masks, from `feature_matrix`, (N, 2L).
@@ -63,11 +63,14 @@ def fit_predictor(
         alone: delta_nll without each block alone, nats per token, (2L,).
         lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
             for masks.
-        seed: Decides which masks are held out.
-        network: Whether it has a residual network (`ResidualNetwork`), which is fitted with torch.
+        members: Predictors of the ensemble.
+        pessimism: As in `ScoreModel`.
+        seed: Decides which masks are held out, and the samples.
+        network: Whether a single member has a residual network (`ResidualNetwork`), which is fitted
+            with torch.
 
     Returns:
-        The predictor, and the fidelity of one that never saw the held-out masks.
+        The ensemble, and the fidelity of a predictor that never saw the held-out masks.
     """
     order = np.random.default_rng(seed).permutation(len(delta_nll))
     ends = np.round(np.cumsum(_SPLIT[:2]) * len(delta_nll)).astype(int)
@@ -85,13 +88,18 @@ def fit_predictor(
         evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
         features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
     )  # fmt: skip
-    return fitted([0, 1, 2]), fidelity
+    if members == 1:
+        return ScoreModel((fitted([0, 1, 2]),), pessimism), fidelity
+    rng = np.random.default_rng([seed, members])
+    samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
+    fits = (PredictorFit(features, delta_nll, alone, [s], lowered, best[:1]) for s in samples)
+    return ScoreModel(tuple(each.solved([0], *best) for each in fits), pessimism), fidelity
 
 
 class PredictorFit:
     """Normal equations of parts of the data, from which predictors of any settings are solved.
 
-    The data are as in `fit_predictor`; each part has the indices of its masks. Of the candidates
+    The data are as in `fit_score_model`; each part has the indices of its masks. Of the candidates
     for the reach, those with too many pairs are left out.
     """
 
@@ -180,46 +188,12 @@ class PredictorFit:
         return total
 
 
-def fit_score_model(
-    features: Features,
-    delta_nll: Floats,
-    alone: Floats,
-    lowered: Floats | None = None,
-    *,
-    members: int = MEMBERS,
-    pessimism: float = 0.0,
-    seed: int = 0,
-    network: bool = False,
-) -> tuple[ScoreModel, Fidelity]:
-    """Fit an ensemble to measured masks, given as to `fit_predictor`, and evaluate one member.
-
-    A single member is fitted to all masks, several to bootstrap samples. `seed` decides which
-    masks are held out, and the samples. `network` is as in `fit_predictor`, for a single member.
-
-    Returns:
-        The ensemble, and the fidelity of a single predictor that never saw the held-out masks;
-        all members use the settings that were best for it.
-    """
-    single, fidelity = fit_predictor(
-        features, delta_nll, alone, lowered, seed=seed, network=network
-    )
-    if members == 1:
-        return ScoreModel((single,), pessimism), fidelity
-    rng = np.random.default_rng([seed, members])
-    samples = [rng.integers(len(delta_nll), size=len(delta_nll)) for _ in range(members)]
-    fitted = []
-    for sample in samples:
-        fit = PredictorFit(features, delta_nll, alone, [sample], lowered, (single.reach,))
-        fitted.append(fit.solved([0], single.reach, single.ridge))
-    return ScoreModel(tuple(fitted), pessimism), fidelity
-
-
 def fit_scores(
     scores: Mapping[Plan, float],
     num_blocks: int,
     lowered: Lowered | None = None,
     *,
-    members: int = MEMBERS,
+    members: int = 1,
     pessimism: float = 0.0,
     seed: int = 0,
     network: bool = False,

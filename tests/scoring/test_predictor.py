@@ -9,7 +9,7 @@ import pytest
 from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
 from rap_env.scoring.predictor import LEAST_SHARE, ScoreModel
-from rap_env.scoring.predictor_fit import fit_predictor, fit_score_model
+from rap_env.scoring.predictor_fit import fit_score_model
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
@@ -37,13 +37,17 @@ def masks(number, most=BLOCKS, seed=1):
     return np.concatenate([np.zeros((1, BLOCKS), bool), np.eye(BLOCKS, dtype=bool), removed])
 
 
+SINGLE = losses(np.eye(BLOCKS, dtype=bool))
+
+
 def mask_of(row):
     return Plan.removing(*np.flatnonzero(row).tolist())
 
 
 def fitted(number=1500, most=BLOCKS, seed=0):
     removed = masks(number, most)
-    return fit_predictor(removed, losses(removed), losses(np.eye(BLOCKS, dtype=bool)), seed=seed)
+    model, fidelity = fit_score_model(removed, losses(removed), SINGLE, seed=seed)
+    return model.members[0], fidelity
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +63,13 @@ def test_it_predicts_held_out_plans_from_what_their_other_levels_cost():
     total = -CEILING * np.log1p(-losses(removed) / CEILING) + lowered
     values = CEILING * (1 - np.exp(-total / CEILING))
     fit, held = slice(None, -200), slice(-200, None)
-    single = losses(np.eye(BLOCKS, dtype=bool))
-    predictor, _ = fit_predictor(removed[fit], values[fit], single, lowered[fit])
-    found = ScoreModel((predictor,)).delta_nll_many(removed[held], lowered[held])
+    model, _ = fit_score_model(removed[fit], values[fit], SINGLE, lowered[fit])
+    (predictor,) = model.members
+    found = model.delta_nll_many(removed[held], lowered[held])
     assert np.median(np.abs(found / values[held] - 1)) < 0.05
     one = predictor.delta_nll(mask_of(removed[-1]), float(lowered[-1]))
     assert one == pytest.approx(found[-1])
-    blind = ScoreModel((predictor,)).delta_nll_many(removed[held])
+    blind = model.delta_nll_many(removed[held])
     few = removed[held].sum(axis=1) < 5  # where the other levels matter
     errors = [np.abs(predicted - values[held])[few].mean() for predicted in (blind, found)]
     assert errors[0] > 1.3 * errors[1]
@@ -92,7 +96,7 @@ def test_the_fidelity_is_that_of_unseen_masks():
     # Noise cannot be predicted: a fidelity that knew the answers would not fall.
     removed = masks(1500)
     noise = np.random.default_rng(2).uniform(0, 5, len(removed))
-    _, none = fit_predictor(removed, noise, losses(np.eye(BLOCKS, dtype=bool)))
+    _, none = fit_score_model(removed, noise, SINGLE)
     assert abs(none.rows[0].spearman) < 0.3
 
 
@@ -122,8 +126,8 @@ def test_one_lucky_deep_mask_does_not_set_the_bound():
     deep = np.zeros((1, BLOCKS), dtype=bool)
     deep[0, 1:11] = True
     values = np.concatenate([losses(removed), [7.5]])
-    alone = losses(np.eye(BLOCKS, dtype=bool))
-    predictor, _ = fit_predictor(np.concatenate([removed, deep]), values, alone)
+    model, _ = fit_score_model(np.concatenate([removed, deep]), values, SINGLE)
+    (predictor,) = model.members
     assert predictor.least[10] == predictor.least[4] < 2
 
 
@@ -151,9 +155,6 @@ def test_fidelity_as_a_table():
     assert FidelityRow.of("many", measured[:0], measured[:0]).spearman is None
 
 
-SINGLE = losses(np.eye(BLOCKS, dtype=bool))
-
-
 def shallow():
     """Masks that remove few blocks, none of them the first two together."""
     removed = masks(600, most=6)
@@ -163,7 +164,7 @@ def shallow():
 @pytest.fixture(scope="module")
 def model():
     removed = shallow()
-    return fit_score_model(removed, losses(removed), SINGLE)[0]
+    return fit_score_model(removed, losses(removed), SINGLE, members=5)[0]
 
 
 def test_members_disagree_more_on_masks_unlike_those_measured(model):
@@ -181,15 +182,6 @@ def test_pessimism_makes_a_prediction_worse_by_the_spread(model):
     mean, spread = model.mean_and_spread(other)
     assert pessimistic.delta_nll_many(other) == pytest.approx(mean + 2 * spread)
     assert (pessimistic.delta_nll_many(other) >= model.delta_nll_many(other)).all()
-
-
-def test_a_single_member_is_the_predictor_itself():
-    removed = masks(1500)
-    single, fidelity = fit_score_model(removed, losses(removed), SINGLE, members=1)
-    predictor, same = fitted()
-    assert single.members[0].linear == predictor.linear
-    assert fidelity == same
-    assert single.mean_and_spread(removed)[1].max() == 0
 
 
 def test_no_masks_have_no_predictions(model):

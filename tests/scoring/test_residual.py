@@ -10,7 +10,7 @@ import torch
 from rap_env.plan import Plan
 from rap_env.scoring import score_table
 from rap_env.scoring.predictor import ScoreModel
-from rap_env.scoring.predictor_fit import fit_predictor
+from rap_env.scoring.predictor_fit import fit_score_model
 from rap_env.scoring.residual_fit import fit_residual
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.tiny_contexts import make_context
@@ -36,12 +36,13 @@ def masks(number, seed):
 @pytest.fixture(scope="module")
 def fitted():
     removed = masks(1500, 2)
-    return [fit_predictor(removed, losses(removed), ALONE, network=one) for one in (False, True)]
+    scores = removed, losses(removed), ALONE
+    return [fit_score_model(*scores, network=network) for network in (False, True)]
 
 
 @pytest.fixture(scope="module")
 def predictor(fitted):
-    return fitted[1][0]
+    return fitted[1][0].members[0]
 
 
 def indices(row):
@@ -52,8 +53,8 @@ def test_it_predicts_what_pairs_of_blocks_miss(fitted):
     removed = masks(500, 3)[1 + BLOCKS :]
     removed = removed[removed.any(axis=1)]
     errors = [
-        np.median(np.abs(ScoreModel((predictor,)).delta_nll_many(removed) / losses(removed) - 1))
-        for predictor, _ in fitted
+        np.median(np.abs(model.delta_nll_many(removed) / losses(removed) - 1))
+        for model, _ in fitted
     ]
     assert errors[1] < errors[0] / 2
     stated = [fidelity.rows[0].median_relative_error for _, fidelity in fitted]
