@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -57,14 +57,9 @@ class MaskSampler:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the sampler, without the model, for records."""
-        sampler: Any = self.requests
-        known = fields(sampler) if is_dataclass(sampler) else ()
-        # `memory` is left out: its repr contains the address of the model.
-        named = {f.name: getattr(sampler, f.name) for f in known if f.init and f.name != "memory"}
-        shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
         return {
             "losses": self.delta_nll.tolist(),
-            "requests": f"{type(sampler).__name__}({shown})",
+            "requests": type(self.requests).__name__,
             "noise": list(self.noise),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -220,12 +220,25 @@ def fit_library(
     """
     ensure_disjoint(text, held_back)
     began = time.perf_counter()
-    fits = [
-        fit
-        for fit in block_fits(llm, text, held_back, config, progress=progress)
-        if fit.block not in llm.pruned.removed  # the model has already lost it
-    ]
-    ranks = _ranks(fits, config)
+    partial = PartialForward(llm, widen=True)
+    width = min(llm.facts.hidden_size, max(config.ranks))
+    bar = progress_bar(
+        progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
+    )
+    fits = []
+    with bar, llm.masked(Plan()):
+        states = [[partial.enter(ids) for ids in text_batches(t, llm)] for t in (text, held_back)]
+        for step in partial.steps:
+            sums = [_advance(partial, step, several) for several in states]
+            for block in step:
+                fit_on, judge_on = (moments[block] for moments in sums)
+                rank = min(config.rank, width)
+                if block not in llm.pruned.removed:  # which the model has lost already
+                    fits.append(best_fit(block, fit_on, judge_on, config.ridges, rank, width))
+                bar.update()
+    choices = sorted({min(rank, width) for rank in config.ranks})
+    errors = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
+    ranks = allocate_ranks(errors, choices, config.rank * len(fits))
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
     made_by = {
         **_made_by(text, held_back, config, began),
@@ -243,26 +256,6 @@ def _made_by(text: Corpus, held_back: Corpus, config: FitConfig, began: float) -
         "held_back": dict(held_back.provenance),
         "seconds": time.perf_counter() - began,
     }
-
-
-def block_fits(
-    llm: ElasticLLM, text: Corpus, held_back: Corpus, config: FitConfig, *, progress: bool = True
-) -> Iterator[BlockFit]:
-    """The fitted maps of each block, in order of index."""
-    partial = PartialForward(llm, widen=True)
-    width = min(llm.facts.hidden_size, max(config.ranks))
-    bar = progress_bar(
-        progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
-    )
-    with bar, llm.masked(Plan()):
-        states = [[partial.enter(ids) for ids in text_batches(t, llm)] for t in (text, held_back)]
-        for step in partial.steps:
-            sums = [_advance(partial, step, several) for several in states]
-            for block in step:
-                fit_on, judge_on = (moments[block] for moments in sums)
-                rank = min(config.rank, width)
-                yield best_fit(block, fit_on, judge_on, config.ridges, rank, width)
-                bar.update()
 
 
 def text_batches(text: Corpus, llm: ElasticLLM) -> Sequence[torch.Tensor]:
@@ -304,13 +297,6 @@ def best_fit(
         errors = candidate.errors(judge_on) / power
         fits.append(BlockFit(block, candidate, ridge, errors))
     return min(fits, key=lambda fit: float(fit.errors[rank]))
-
-
-def _ranks(fits: Sequence[BlockFit], config: FitConfig) -> dict[int, int]:
-    width = fits[0].map.basis.shape[1]
-    choices = sorted({min(rank, width) for rank in config.ranks})
-    errors = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
-    return allocate_ranks(errors, choices, config.rank * len(fits))
 
 
 def fit_for_mask(

@@ -10,7 +10,6 @@ from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.repair.distilling import NOISE, MaskSampler
 from rap_env.workload.sampler import FixedSampler, GridSampler
-from rap_env.workload.traffic import TraceSampler
 
 LAYERS = 4
 LOSSES = np.array([0.3, 0.2, 0.05, 0.4, 0.1, 0.02, 0.6, -0.01])
@@ -125,19 +124,3 @@ def test_budgets_that_every_mask_or_none_meets(budget_bytes: int, mask: Plan) ->
     model = memory()
     sampler = FixedSampler(model, 1, 16, budget_bytes=budget_bytes)
     assert set(masks(MaskSampler(model, sampler, LOSSES), 20)) == {mask}
-
-
-def test_settings_are_plain_values_and_identify_the_draws(tmp_path) -> None:
-    (tmp_path / "trace.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n1,10,5\n")
-    model = memory()
-    trace = TraceSampler(model, path=str(tmp_path / "trace.csv"), order="replay")
-    samplers = [grid(model), FixedSampler(model), FixedSampler(model, 2), trace]
-    described = [MaskSampler(model, sampler, LOSSES).settings for sampler in samplers]
-    described.append(MaskSampler(model, grid(model), LOSSES + 1).settings)
-    described.append(MaskSampler(model, grid(model), LOSSES, (1.0,)).settings)
-    assert len({str(one) for one in described}) == len(described)
-    assert described[0]["losses"] == LOSSES.tolist()
-    assert described[3]["requests"].startswith("TraceSampler(max_batch_size=16, ")
-    # Equal ones in another process, or of another object, are equal.
-    other = memory()
-    assert MaskSampler(other, grid(other), LOSSES).settings == described[0]
