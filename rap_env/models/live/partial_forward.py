@@ -201,7 +201,9 @@ class PartialForward:
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `logits`, with gradients."""
-        return self.cap(self._model_head(hidden))
+        with bfloat16_products.in_float32():
+            logits: torch.Tensor = self.head(hidden)
+        return self.cap(logits)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
@@ -235,11 +237,6 @@ class PartialForward:
         if self._widened is None:
             return contextlib.nullcontext()
         return self._widened.used_in(module)
-
-    def _model_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        with bfloat16_products.in_float32():
-            logits: torch.Tensor = self.head(hidden)
-        return logits
 
     def _calls_for(self, state: torch.Tensor) -> list[_Call]:
         """The arguments with which the decoder calls each layer for sequences of this length.
