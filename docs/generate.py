@@ -38,6 +38,8 @@ ENVIRONMENTS = {
     "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
 }
 """The page of each environment, with its name and class."""
+EPISODE = "![An episode: items are lowered until the request fits](images/episode.gif)"
+"""What `docs/episode_gif.py` draws."""
 
 PLAN_COMPARISONS = (PLANS, GEMMA, OUTSIDE)
 COMPARISONS = (
@@ -69,7 +71,6 @@ PAGES: dict[str, Callable[[], str]] = {
     "floor_tasks": partial(tables.tasks_text, "floor_tasks"),
     "tight_agents": tables.agents_text,
     "ablation": tables.ablation_text,
-    "leaderboard": tables.leaderboard_text,
     "soak": tables.soak_text,
     "soak_floor": tables.floor_text,
     "load_generator": tables.load_generator_text,
@@ -117,11 +118,21 @@ def write_all(docs: Path) -> None:
     save_png(figure, folder / LADDER_FIGURE)
     save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
     draw_architecture(folder / "architecture.svg")
-    for page, (name, kind) in ENVIRONMENTS.items():
-        text = inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
-        write(folder / f"{page}.md", f"# {name}\n\n{text}\n")
     write(folder / "commands.md", command_reference())
     write(folder / "api.md", api_page())
+
+
+def committed_pages(docs: Path) -> dict[Path, str]:
+    """The pages that are read in the repository too and hold generated text, with that text."""
+    pages = {}
+    for page, (name, kind) in ENVIRONMENTS.items():
+        text = inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
+        pages[docs / f"{page}.md"] = f"# {name}\n\n{EPISODE}\n\n{text}\n"
+    board = docs / "leaderboard.md"
+    before, begin, rest = board.read_text(encoding="utf-8").partition("<!-- entries: begin -->\n")
+    end = rest[rest.index("<!-- entries: end -->") :]
+    pages[board] = f"{before}{begin}{tables.leaderboard_text()}\n{end}"
+    return pages
 
 
 def write(path: Path, text: str) -> None:
@@ -187,6 +198,8 @@ def main() -> None:
 
     docs = Path(__file__).resolve().parent
     write_all(docs)
+    for path, text in committed_pages(docs).items():
+        write(path, text)
     shutil.copy(docs / "_generated" / LADDER_FIGURE, docs / "images" / LADDER_FIGURE)
     save_png(decision_cost(False), docs / "images" / "decision_cost.png")
     update_readme(ROOT / "README.md")

@@ -227,6 +227,7 @@ def leaderboard_text() -> str:
     """The published entries of each comparison, the best on held-out text first."""
     parts = []
     for comparison in dict.fromkeys(task.comparison for task in pinned_tasks().values()):
+        names = [f"`{t.name}`" for t in pinned_tasks().values() if t.comparison == comparison]
         entries = published_entries(comparison)
         entries = sorted(entries, key=lambda entry: float(entry.scores("test").mean()))
         predicted = predicted_test_delta_nll(comparison)
@@ -246,7 +247,7 @@ def leaderboard_text() -> str:
             f"{rank_correlation(comparison, predicted):.2f}."
         )
         table = markdown(columns_table(entries, columns))
-        parts.append(f"### {comparison}\n\n{table}\n\n{agreement}")
+        parts.append(f"### {', '.join(names)}\n\n{table.strip()}\n\n{agreement}")
     return "\n\n".join(parts) + "\n"
 
 

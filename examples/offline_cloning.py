@@ -30,13 +30,12 @@ _SPEC.loader.exec_module(_PPO)
 TASK = _PPO.TASK
 
 
-def transitions(dataset: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def transitions(dataset: str) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     """All observations in which an action was taken, and the actions."""
     episodes = list(minari.load_dataset(dataset).iterate_episodes())
     names = episodes[0].observations
     seen = {
-        name: torch.as_tensor(np.concatenate([one.observations[name][:-1] for one in episodes]))
-        for name in names
+        name: np.concatenate([one.observations[name][:-1] for one in episodes]) for name in names
     }
     return seen, torch.as_tensor(np.concatenate([one.actions for one in episodes]))
 
@@ -55,10 +54,11 @@ def train(
     torch.set_num_threads(1)
     seen, actions = transitions(dataset)
     agent = _PPO.Agent(seen["request"].shape[1], seen["action_mask"].shape[1])
+    inputs = _PPO.flat(seen)
     optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
     for update in range(updates):
         part = torch.randint(len(actions), (BATCH,))
-        distribution, _ = agent({name: array[part] for name, array in seen.items()})
+        distribution, _ = agent(inputs[part])
         loss = -distribution.log_prob(actions[part]).mean()
         optimiser.zero_grad()
         loss.backward()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
@@ -21,7 +22,7 @@ from torch.distributions import Categorical
 import rap_env
 
 TASK = "RAPLadder/SmolLM2-Table-v1"
-ENVS, STEPS, UPDATES, EPOCHS, BATCH = 64, 32, 300, 4, 512
+ENVS, STEPS, UPDATES, EPOCHS, BATCH = 64, 32, 400, 4, 512
 GAMMA, LAMBDA, CLIP, ENTROPY, LEARNING_RATE = 1.0, 0.95, 0.2, 0.002, 2e-3
 CHANGING = [5, 6]  # columns of an item's row: its level, and the bytes that the next one frees
 
@@ -41,31 +42,31 @@ def network(inputs: int, outputs: int, gain: float, hidden: int = 64) -> nn.Sequ
 
 
 class Agent(nn.Module):
-    """A policy and a value, each from the request, the mask, and what changes of all items."""
+    """A policy and a value, each with a network of its own."""
 
     def __init__(self, request: int, items: int) -> None:
         super().__init__()
         inputs = request + items * (len(CHANGING) + 1)
         self.scores, self.value = network(inputs, items, 0.01), network(inputs, 1, 1.0)
 
-    def forward(self, observation: dict) -> tuple[Categorical, torch.Tensor]:
-        """The distribution over items and the value, for a batch of observations."""
-        mask = observation["action_mask"]
-        rows = observation["ladder"][:, :, CHANGING].flatten(1)
-        seen = torch.cat([observation["request"], mask, rows], dim=1)
-        scores = self.scores(seen).masked_fill(mask == 0, -torch.inf)
+    def forward(self, seen: torch.Tensor) -> tuple[Categorical, torch.Tensor]:
+        """The distribution over items and the value, for what `flat` returns."""
+        scores = self.scores(seen)
+        scores = scores.masked_fill(seen[:, : scores.shape[1]] == 0, -torch.inf)
         return Categorical(logits=scores, validate_args=False), self.value(seen)[:, 0]
 
     def predict(self, observation: dict, deterministic: bool = True) -> tuple[int, None]:
         """The most likely action for one observation, as `rap_env.evaluate` asks for it."""
         with torch.no_grad():
-            distribution, _ = self(tensors({k: v[None] for k, v in observation.items()}))
+            distribution, _ = self(flat({key: array[None] for key, array in observation.items()}))
         return int(distribution.logits[0].argmax()), None
 
 
-def tensors(observation: dict) -> dict:
-    """The arrays of an observation as tensors."""
-    return {name: torch.as_tensor(array) for name, array in observation.items()}
+def flat(observation: dict) -> torch.Tensor:
+    """The mask, the request and what changes of all items, (n, inputs)."""
+    rows = observation["ladder"][:, :, CHANGING]
+    parts = observation["action_mask"], observation["request"], rows.reshape(len(rows), -1)
+    return torch.as_tensor(np.concatenate(parts, axis=1, dtype=np.float32))
 
 
 def advantages(rewards: torch.Tensor, values: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def train(
     envs = gym.make_vec(TASK, num_envs=ENVS, reward=reward, autoreset_mode=AutoresetMode.SAME_STEP)
     agent = Agent(envs.single_observation_space["request"].shape[0], envs.single_action_space.n)
     optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, eps=1e-5)
-    observation = tensors(envs.reset(seed=seed)[0])
+    observation = flat(envs.reset(seed=seed)[0])
     for update in range(updates):
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - update / updates)
         seen, actions, log_probs, values, rewards, over = [], [], [], [], [], []
@@ -107,7 +108,7 @@ def train(
             log_probs.append(distribution.log_prob(action))
             values.append(value)
             arrays, reward, terminated, truncated, _ = envs.step(action.numpy())
-            observation = tensors(arrays)
+            observation = flat(arrays)
             rewards.append(torch.as_tensor(reward, dtype=torch.float32))
             over.append(torch.as_tensor(terminated | truncated, dtype=torch.float32))
         with torch.no_grad():
@@ -115,11 +116,10 @@ def train(
         advantage = advantages(torch.stack(rewards), torch.stack(values), torch.stack(over))
         returns = (advantage + torch.stack(values[:-1])).flatten()
         advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()
-        batch = {name: torch.cat([each[name] for each in seen]) for name in observation}
-        action, old = torch.cat(actions), torch.cat(log_probs)
+        batch, action, old = torch.cat(seen), torch.cat(actions), torch.cat(log_probs)
         for _ in range(EPOCHS):
             for part in torch.randperm(len(action)).split(BATCH):
-                distribution, value = agent({name: array[part] for name, array in batch.items()})
+                distribution, value = agent(batch[part])
                 ratio = (distribution.log_prob(action[part]) - old[part]).exp()
                 clipped = torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
                 loss = -torch.min(ratio * advantage[part], clipped * advantage[part]).mean()

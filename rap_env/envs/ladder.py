@@ -216,6 +216,11 @@ class RAPLadderEnv(PruningEnv):
 
     The property `plan` is the `Plan`.
 
+    ## Rendering
+    `render_mode="rgb_array"` draws a row for each layer, as wide as its bytes, beside the bytes
+    against the budget, as an array of shape (640, 960, 3); `"ansi"` returns the same as text.
+    `env.render()` works after any step, also with `gymnasium.wrappers.RecordVideo`.
+
     ## Arguments
     Names, numbers and plain dicts, so that `gymnasium.make` can copy them. An unknown argument
     raises `UnknownNameError`, which lists the known ones.
