@@ -124,8 +124,8 @@ def load_texts(
 ) -> dict[str, Corpus]:
     """Load texts by name. Files come first, so that a wrong path fails before the model writes."""
     files_first = sorted(texts.items(), key=lambda item: item[1].source == "self")
-    found = {name: load_text(text, role, llm, progress=progress) for name, text in files_first}
-    return {name: found[name] for name in texts}
+    corpora = {name: load_text(text, role, llm, progress=progress) for name, text in files_first}
+    return {name: corpora[name] for name in texts}
 
 
 def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> MaskScorer:

@@ -209,9 +209,9 @@ def evaluate(config: Config, folder: Path) -> Path:
         evaluator = Evaluator(config, context)
         jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
         set_aside(run.results, ResultRow, {job.key for job in jobs})
-        together = max(1, _ROWS_EACH * config.scoring["workers"])
+        at_once = max(1, _ROWS_EACH * config.scoring["workers"])
         rows = measured(
-            jobs, folder, "evaluate", config.progress, evaluator.prepare, together=together
+            jobs, folder, "evaluate", config.progress, evaluator.prepare, at_once=at_once
         )
         _log_results(Comparison(rows), loggers)
     run.finish(started, rows=len(rows))

@@ -106,7 +106,7 @@ def _episode(
         The fields of an ``EpisodeBuffer``.
     """
     observation, _ = env.reset(seed=seed)
-    seen, actions, paid = [observation], [], []
+    steps, actions, paid = [observation], [], []
     if choose is not None:
         request = env.unwrapped.request  # type: ignore[attr-defined]
         observer, first = PlanObserver(encoder, [request]), np.array([0])
@@ -121,12 +121,12 @@ def _episode(
         if choose is not None:
             state = observer.act(first, state, np.array([action]))
         observation, reward, terminated, truncated, _ = env.step(action)
-        seen.append(observation)
+        steps.append(observation)
         actions.append(action)
         paid.append(float(reward))
     ends = [False] * (len(actions) - 1)
     return {
-        "observations": {name: np.stack([one[name] for one in seen]) for name in observation},
+        "observations": {name: np.stack([seen[name] for seen in steps]) for name in observation},
         "actions": np.array(actions),
         "rewards": np.array(paid),
         "terminations": np.array([*ends, terminated]),

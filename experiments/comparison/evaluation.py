@@ -82,43 +82,43 @@ def grid_requests(
         memory: Byte arithmetic of the model.
         item_bytes: The ladder, if items are lowered; it decides which budgets can be met.
     """
-    return [(one.cell, one.request) for one in _grid_cells(grid, memory, item_bytes)]
+    return [(cell.cell, cell.request) for cell in _grid_cells(grid, memory, item_bytes)]
 
 
 def evaluation_cells(
     grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
 ) -> list[EvaluationCell]:
     """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
-    found = _grid_cells(grid, memory, item_bytes)
+    cells = _grid_cells(grid, memory, item_bytes)
     for share in sorted(set(grid.sparsities)):
         shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
         shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
-        found.append(_at_sparsity(memory, shape, share))
-    for cell in dict.fromkeys(grid.outside_cells):
-        request = Request.at_fraction(memory, *cell)
-        found.append(EvaluationCell(cell, request, outside=True))
-    for one in found:
-        _check_feasible(one.request, memory, item_bytes)
-    return found
+        cells.append(_at_sparsity(memory, shape, share))
+    for outside_cell in dict.fromkeys(grid.outside_cells):
+        request = Request.at_fraction(memory, *outside_cell)
+        cells.append(EvaluationCell(outside_cell, request, outside=True))
+    for cell in cells:
+        _check_feasible(cell.request, memory, item_bytes)
+    return cells
 
 
 def _grid_cells(
     grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None
 ) -> list[EvaluationCell]:
     """Return the grid of requests and budgets, then the pinned cells."""
-    found = []
+    cells = []
     for shape in grid.shapes:
         for fraction in sorted(set(grid.budgets), reverse=True):
             request = Request.at_fraction(memory, *shape, fraction)
-            found.append(EvaluationCell((*shape, fraction), request))
+            cells.append(EvaluationCell((*shape, fraction), request))
     for pinned in grid.pinned_cells:
         request = Request(*pinned.shape, budget_bytes=pinned.budget_bytes)
-        cell = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
+        place = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
         target = pinned.target_delta_nll
-        found.append(EvaluationCell(cell, request, target_delta_nll=target))
-    for one in found:
-        _check_feasible(one.request, memory, item_bytes)
-    return found
+        cells.append(EvaluationCell(place, request, target_delta_nll=target))
+    for cell in cells:
+        _check_feasible(cell.request, memory, item_bytes)
+    return cells
 
 
 def _check_feasible(request: Request, memory: MemoryModel, item_bytes: LadderBytes | None) -> None:
@@ -145,10 +145,10 @@ def choices(
     policy: Policy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
 ) -> list[Choice]:
     """Let a policy choose on the grid, and score what it chooses on the calibration text."""
-    found = []
+    chosen = []
     for cell, request in requests:
         plan = policy.choose(request)
-        found.append(
+        chosen.append(
             Choice(
                 cell=cell,
                 plan=plan,
@@ -157,10 +157,10 @@ def choices(
                 loss_calibration=context.scorer.nll(plan) - context.scorer.dense_nll,
             )
         )
-    return found
+    return chosen
 
 
-def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | float]]]:
+def choice_table(chosen: Sequence[Choice]) -> tuple[list[str], list[list[str | float]]]:
     """Return choices as header and rows for a logger."""
     header = ["request", "budget", "budget_mib", "peak_mib", "attn_removed", "ffn_removed",
               "loss_calibration"]  # fmt: skip
@@ -170,7 +170,7 @@ def choice_table(found: Sequence[Choice]) -> tuple[list[str], list[list[str | fl
             mebibytes(c.peak_bytes), c.plan.count_removed("attn"), c.plan.count_removed("ffn"),
             round(c.loss_calibration, 4),
         ]
-        for c in found
+        for c in chosen
     ]  # fmt: skip
     return header, rows
 

@@ -80,12 +80,12 @@ def gather(root: Path) -> ReportData:
 def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
     """Return the rows with missing seconds of training filled in from the training runs."""
     known = {run.label: run.facts.get("training_s") for run in runs}
-    found = []
+    completed = []
     for row in rows:
         label = row.provenance.get("depends_on", {}).get("method", {}).get("run")
         seconds = row.training_s if row.training_s is not None else known.get(label)
-        found.append(replace(row, training_s=seconds))
-    return found
+        completed.append(replace(row, training_s=seconds))
+    return completed
 
 
 def _repair_notes(path: Path) -> list[dict[str, Any]]:
@@ -150,10 +150,10 @@ class Learning:
     @cached_property
     def by_method(self) -> dict[str, list[TrainingRun]]:
         """The runs of each method, one for each seed."""
-        found: dict[str, list[TrainingRun]] = defaultdict(list)
+        by_method: dict[str, list[TrainingRun]] = defaultdict(list)
         for run in self.runs:
-            found[run.method].append(run)
-        return dict(found)
+            by_method[run.method].append(run)
+        return dict(by_method)
 
 
 def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
@@ -181,7 +181,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
 def _groups(
     files: Iterable[Path], names: dict[Path, str], learning: Sequence[Learning]
 ) -> list[Group]:
-    found: dict[tuple[str, ...], Group] = {}
+    groups: dict[tuple[str, ...], Group] = {}
     for file in files:
         name, folder = names[_home(file.parent)], RunFolder(file.parent)
         runs = [run for part in learning if part.name == name for run in part.runs]
@@ -189,11 +189,11 @@ def _groups(
         for row in with_training_s(ResultRow.read(file), runs):
             depends = row.provenance.get("depends_on", {})
             key = (name, *(str(depends.get(part)) for part in _SEPARATE))
-            if key not in found:
+            if key not in groups:
                 model, repair = _model(settings, depends), _repair(settings, depends)
-                found[key] = Group(name, model, repair, [])
-            found[key].rows.append(row)
-    return _distinct_names(list(found.values()))
+                groups[key] = Group(name, model, repair, [])
+            groups[key].rows.append(row)
+    return _distinct_names(list(groups.values()))
 
 
 def _distinct_names(groups: list[Group]) -> list[Group]:
@@ -219,13 +219,13 @@ def _differs(group: Group, others: Sequence[Group]) -> str:
 
 
 def _learning(files: Iterable[Path], names: dict[Path, str]) -> list[Learning]:
-    found: dict[tuple[str, str, str], Learning] = {}
+    by_model: dict[tuple[str, str, str], Learning] = {}
     for file in files:
         run = TrainingRun(file.parent)
         settings = run.settings() or {}
         key = names[_home(file.parent)], _model(settings, {}), _setting(settings)
-        found.setdefault(key, Learning(*key, [])).runs.append(run)
-    return list(found.values())
+        by_model.setdefault(key, Learning(*key, [])).runs.append(run)
+    return list(by_model.values())
 
 
 def _home(folder: Path) -> Path:
@@ -238,14 +238,14 @@ def _home(folder: Path) -> Path:
 
 def _names(homes: Iterable[Path], roots: Sequence[Path]) -> dict[Path, str]:
     """Name each comparison by its path below the searched folder."""
-    found = {}
+    named = {}
     for home in homes:
         root = next((r.resolve() for r in roots if home.is_relative_to(r.resolve())), None)
-        found[home] = str(home.relative_to(root)) if root and home != root else home.name
-    times = Counter(found.values())
+        named[home] = str(home.relative_to(root)) if root and home != root else home.name
+    times = Counter(named.values())
     return {
         home: name if times[name] == 1 else f"{home.parent.name}/{home.name}"
-        for home, name in found.items()
+        for home, name in named.items()
     }
 
 

@@ -59,7 +59,7 @@ class PairwiseComparison:
 def pairwise_comparisons(comparison: Comparison, method: str) -> list[PairwiseComparison]:
     """Compare a method with every other one, in order of their mean ΔNLL."""
     others = [s.method for s in comparison.summaries if s.method != method]
-    return [found for other in others if (found := compare_pair(comparison, method, other))]
+    return [pair for other in others if (pair := compare_pair(comparison, method, other))]
 
 
 def compare_pair(
@@ -74,7 +74,7 @@ def compare_pair(
     summary = next((s for s in comparison.summaries if s.method == other), None)
     if summary is None or not cells:
         return None
-    one, two = comparison.window_means(method, cells), comparison.window_means(other, cells)
+    first, second = (comparison.window_means(name, cells) for name in (method, other))
     pairs = [
         (comparison.window_delta_nlls(method, cell), comparison.window_delta_nlls(other, cell))
         for cell in cells
@@ -83,9 +83,9 @@ def compare_pair(
     rejected = holm([difference_p(*pair) for pair in pairs])
     return PairwiseComparison(
         other=other,
-        difference=paired_difference(one, two),
-        relative=relative_difference(one, two),
-        cells=_counts(differences, [found.high < 0 or found.low > 0 for found in differences]),
+        difference=paired_difference(first, second),
+        relative=relative_difference(first, second),
+        cells=_counts(differences, [d.high < 0 or d.low > 0 for d in differences]),
         corrected=_counts(differences, rejected),
         other_fits=summary.fits_all,
     )

@@ -40,8 +40,8 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        found = [path] if path.is_file() else record_files(path, "results.jsonl")
-        files |= dict.fromkeys(file.resolve() for file in found)
+        below = [path] if path.is_file() else record_files(path, "results.jsonl")
+        files |= dict.fromkeys(file.resolve() for file in below)
     rows = {row.key: row for file in files for row in ResultRow.read(file)}
     if not rows:
         raise ExperimentError(

@@ -162,12 +162,12 @@ class Comparison:
     @cached_property
     def targets(self) -> dict[float, list[Cell]]:
         """The cells of each ΔNLL that budgets stand for, in ascending order; empty if none do."""
-        found: dict[float, list[Cell]] = defaultdict(list)
+        by_target: dict[float, list[Cell]] = defaultdict(list)
         known = {row.cell: row.target_loss for row in self.rows if row.target_loss is not None}
         for cell in self.cells:
             if cell in known:
-                found[known[cell]].append(cell)
-        return dict(sorted(found.items()))
+                by_target[known[cell]].append(cell)
+        return dict(sorted(by_target.items()))
 
     def at(self, method: str, cell: Cell) -> list[ResultRow]:
         """Return the rows of a method at a cell, one for each seed."""
@@ -202,8 +202,8 @@ class Comparison:
         """One summary for each compared method: those that meet every budget first, by ΔNLL."""
         if not self.cells:
             return []
-        found = [self.summary(method) for method in self.compared]
-        return sorted(found, key=lambda s: (not s.fits_all, s.delta_nll.mean))
+        summaries = [self.summary(method) for method in self.compared]
+        return sorted(summaries, key=lambda s: (not s.fits_all, s.delta_nll.mean))
 
     @property
     def main_policy(self) -> Summary | None:
@@ -218,10 +218,10 @@ class Comparison:
 
     @cached_property
     def _by_cell(self) -> dict[tuple[str, Cell], list[ResultRow]]:
-        found: dict[tuple[str, Cell], list[ResultRow]] = defaultdict(list)
+        by_cell: dict[tuple[str, Cell], list[ResultRow]] = defaultdict(list)
         for row in self.rows:
-            found[row.method, row.cell].append(row)
-        return found
+            by_cell[row.method, row.cell].append(row)
+        return by_cell
 
     def summary(self, method: str, cells: Sequence[Cell] | None = None) -> Summary:
         """Return the summary of a method over some cells (default: `cells`)."""
@@ -268,14 +268,14 @@ def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
         ArtifactError: Two rows of the same method, seed and cell have different masks or
             plans.
     """
-    found: dict[tuple[object, ...], ResultRow] = {}
+    latest: dict[tuple[object, ...], ResultRow] = {}
     for row in rows:
         place = row.method, row.seed, row.cell
-        if found.setdefault(place, row).plan != row.plan:
+        if latest.setdefault(place, row).plan != row.plan:
             raise ArtifactError(
                 f"Two result rows of {row.method} (seed {row.seed}) at {row.cell} have different "
                 "masks or plans, so they were made with different settings. Report one run folder "
                 "at a time."
             )
-        found[place] = row
-    return list(found.values())
+        latest[place] = row
+    return list(latest.values())

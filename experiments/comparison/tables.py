@@ -102,8 +102,8 @@ def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
 
     def entry(rows: list[ResultRow]) -> str:
-        found = bootstrap_mean([row.window_losses for row in rows])
-        return f"{found}{'' if all(row.fits for row in rows) else ' (does not fit)'}"
+        mean = bootstrap_mean([row.window_losses for row in rows])
+        return f"{mean}{'' if all(row.fits for row in rows) else ' (does not fit)'}"
 
     return _budget_table(comparison, shape, entry)
 
@@ -238,12 +238,12 @@ def accuracy_table(comparison: Comparison) -> Table | None:
     rows = []
     dense = [REFERENCE] if REFERENCE in comparison.methods else []
     for method in [*dense, *[s.method for s in comparison.summaries]]:
-        found = [row for row in comparison.rows if row.method == method and row.accuracies]
+        scored = [row for row in comparison.rows if row.method == method and row.accuracies]
         if method != REFERENCE:
-            found = [row for row in found if row.cell in comparison.cells]
-        if found:
-            means = [_mean_accuracy(found, *column) for column in columns]
-            whole = _mean([_mean_accuracy(found, task, "acc") for task in tasks])
+            scored = [row for row in scored if row.cell in comparison.cells]
+        if scored:
+            means = [_mean_accuracy(scored, *column) for column in columns]
+            whole = _mean([_mean_accuracy(scored, task, "acc") for task in tasks])
             rows.append([look(method).label, *map(percent, means), percent(whole)])
     chance = comparison.rows[0].provenance.get("depends_on", {}).get("tasks", {}).get("chance")
     if chance and set(tasks) <= set(chance):

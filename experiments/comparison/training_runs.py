@@ -56,8 +56,8 @@ class TrainingRun(RunFolder):
     @property
     def objective(self) -> float | None:
         """Mean ΔNLL of the policy on the evaluation's grid, nats per token; None if unfinished."""
-        found = self.facts.get("objective")
-        return None if found is None else float(found)
+        objective = self.facts.get("objective")
+        return None if objective is None else float(objective)
 
     @cached_property
     def curve(self) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def training_dirs(root: Path, *, finished: bool = False) -> list[Path]:
         root: The comparison's folder.
         finished: Whether to skip unfinished runs.
     """
-    found = sorted(path.parent for path in (root / "train").glob("*/run.json"))
+    folders = sorted(path.parent for path in (root / "train").glob("*/run.json"))
     if not finished:
-        return found
-    return [path for path in found if "finished" in (RunFolder(path).read() or {})]
+        return folders
+    return [path for path in folders if "finished" in (RunFolder(path).read() or {})]

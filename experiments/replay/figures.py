@@ -63,8 +63,6 @@ class ReplayRow(Record):
     Attributes:
         system: Its name, as in ``replay.systems``.
         outcomes: Number of requests with each of the outcomes of `RequestOutcome`.
-        servable: Requests that, alone, some plan fits into the maximum of the budget.
-        waited: Requests that waited because memory was short.
         preemptions: How often a running request was returned to the queue.
         violation_byte_s: Integral of the measured bytes above the budget at the start of each
             step, in byte-seconds, idle time included.
@@ -98,8 +96,6 @@ class ReplayRow(Record):
 
     system: str
     outcomes: dict[str, int]
-    servable: int
-    waited: int
     preemptions: int
     violation_byte_s: float
     violations: int

@@ -92,13 +92,11 @@ class RequestOutcome:
         handle: Its handle in the engine; None if it was rejected on arrival.
         outcome: ``served`` to its last token; ``refused``, because no plan can ever fit it;
             ``queue_full``; ``timed_out`` in the queue; ``failed``; ``unserved`` at the end.
-        waited: Whether it waited because memory was short.
     """
 
     request: ReplayRequest
     handle: RequestHandle | None = None
     outcome: str = "unserved"
-    waited: bool = False
 
     @property
     def ttft_s(self) -> float | None:
@@ -162,16 +160,11 @@ class ReplayClock:
 
 
 class MonitoredController(RuntimeController):
-    """A controller that records rejections and resets the peak when the budget falls.
+    """A controller that resets the peak when the budget falls.
 
     Each step is measured against the budget at its start: memory that the process held before the
     budget fell, and released then, does not count as a peak of the following step.
-
-    Attributes:
-        admission_failed: Whether the last admission request was rejected.
     """
-
-    admission_failed = False
 
     def admit(
         self,
@@ -181,9 +174,7 @@ class MonitoredController(RuntimeController):
     ) -> bool:
         """As `RuntimeController.admit`."""
         with self._reset_peak_if_budget_falls():
-            admitted = super().admit(shape, running, next_pass)
-        self.admission_failed = not admitted
-        return admitted
+            return super().admit(shape, running, next_pass)
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """As `RuntimeController.check`."""
@@ -301,12 +292,10 @@ class SystemRun:
     def _loop(self, bar: tqdm[Any]) -> None:
         while True:
             self._submit()
-            self.controller.admission_failed = False
             started = self.clock()
             self.clock.resume()
             worked = self._engine.step()
             self.clock.stop()
-            self._mark_waiting()
             ended = sum(o.handle is None or o.handle.done for o in self.outcomes[: self._arrived])
             bar.update(ended - bar.n)
             if not worked and not self._skip_idle_time(started):
@@ -354,19 +343,6 @@ class SystemRun:
         used, budget_bytes = self._meter.used_bytes(), self.budget.at(now)
         self.intervals.append(Interval(now, until - now, self.llm.plan, used, budget_bytes))
         return True
-
-    def _mark_waiting(self) -> None:
-        """Mark the requests that stay in the queue because this step could not admit them."""
-        stats = self._engine.stats()
-        if not self.controller.admission_failed and stats.running < self.settings.max_batch_size:
-            return
-        queued = [
-            outcome
-            for outcome in self.outcomes[: self._arrived]
-            if (handle := outcome.handle) and not handle.done and handle.first_token_s is None
-        ]
-        for outcome in queued[len(queued) - stats.queued :] if stats.queued else ():
-            outcome.waited = True
 
     def _on_step(self, record: StepRecord) -> None:
         seconds = self.clock() - record.time_s

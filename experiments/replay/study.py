@@ -26,20 +26,18 @@ from experiments.study.statistics import bootstrap_mean, wilson_interval
 from experiments.study.tables import TitledTable, mebibytes, percent, seconds
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
 
 LEGEND = (
     "Every system gets the same arrivals under the same budget. Over budget: measured bytes above "
     "the budget at the start of a step, integrated over time. Served: requests that got all their "
-    "tokens; servable requests are those that some plan fits. TTFT: time from arrival to first "
-    "token; TPOT: time per output token after it; both of served requests, in the time of the "
-    "replay, which skips idle time. ΔNLL of output: NLL of the generated tokens under the dense "
-    "model minus that of its own greedy continuation of the same prompts, nats/token, with a 95 % "
-    "interval over requests. ΔNLL of plans: rise in NLL on held-out text, nats/token. Removed: "
-    "blocks. Lowered: kept blocks and caches below their native level. All three are means over "
-    "generated tokens. Controller: decisions and switches as a share "
-    "of all work."
+    "tokens. TTFT: time from arrival to first token; TPOT: time per output token after it; both of "
+    "served requests, in the time of the replay, which skips idle time. ΔNLL of output: NLL of the "
+    "generated tokens under the dense model minus that of its own greedy continuation of the same "
+    "prompts, nats/token, with a 95 % interval over requests. ΔNLL of plans: rise in NLL on "
+    "held-out text, nats/token. Removed: blocks. Lowered: kept blocks and caches below their "
+    "native level. All three are means over generated tokens. Controller: decisions and switches "
+    "as a share of all work."
 )
 _STEPS = 600  # approximate number of steps in a row
 
@@ -97,9 +95,7 @@ def replayed(
     tokens = by_plan.total()
     ends = [handle.ended_s or 0.0 for _, handle in done]
     duration = max(ends, default=0.0) - run.workload.requests[0].time_s
-    memory, stats, chooser = MemoryModel(run.llm), run.stats, run.controller.chooser
-    most = run.budget.most(0.0, run.end_s)
-    alone = [Request(1, request.total_tokens, most) for request in run.workload.requests]
+    stats, chooser = run.stats, run.controller.chooser
     over = [interval for interval in run.intervals if interval.over_bytes]
 
     def mean_over_tokens(values: Sequence[float]) -> float | None:
@@ -110,8 +106,6 @@ def replayed(
     row = ReplayRow(
         system=system.name,
         outcomes=dict(Counter(outcome.outcome for outcome in run.outcomes)),
-        servable=sum(memory.least_peak_bytes(request) <= most for request in alone),
-        waited=sum(outcome.waited for outcome in run.outcomes),
         preemptions=stats.preemptions,
         violation_byte_s=sum(interval.over_bytes * interval.duration_s for interval in over),
         violations=len(over),
@@ -180,9 +174,8 @@ def replay_tables(rows: Sequence[ReplayRow]) -> list[TitledTable]:
         failed = outcomes["timed_out"] + outcomes["failed"] + outcomes["unserved"]
         memory.append([
             name, percent(row.served / row.requests),
-            percent(row.served / row.servable if row.servable else None),
-            f"{outcomes['refused'] + outcomes['queue_full']}", f"{failed}", f"{row.waited}",
-            row.over_words, f"{row.violations}", mebibytes(row.peak_bytes),
+            f"{outcomes['refused'] + outcomes['queue_full']}", f"{failed}", row.over_words,
+            f"{row.violations}", mebibytes(row.peak_bytes),
         ])  # fmt: skip
         latency.append([
             name, *percentile_cells(row.ttft_s), *percentile_cells(row.tpot_s),
@@ -199,8 +192,8 @@ def replay_tables(rows: Sequence[ReplayRow]) -> list[TitledTable]:
             percent(row.overhead_fraction, 2),
         ])  # fmt: skip
     headers = {
-        "Served, and memory": ("Served", "of servable", "Refused", "Failed", "Waited",
-                               "Over budget", "Steps over", "Peak"),
+        "Served, and memory": ("Served", "Refused", "Failed", "Over budget", "Steps over",
+                               "Peak"),
         "Latency": ("TTFT p50", "p95", "p99", "TPOT p50", "p95", "p99", "Tokens/s"),
         "Quality": ("ΔNLL of output", "ΔNLL of plans", "Same", "Accuracy", "Removed", "Lowered"),
         "Cost of adaptation": ("Switches", "each", "Decisions", "each", "Plans", "Preempted",

@@ -137,7 +137,7 @@ def measured(
     name: str,
     progress: bool,
     prepare: Callable[[Sequence[Job[Any]]], None] | None = None,
-    together: int = 1,
+    at_once: int = 1,
 ) -> list[Any]:
     """Return the rows of all jobs, in their order; rows that the folder lacks are measured.
 
@@ -147,7 +147,7 @@ def measured(
         name: Name of the study, for the progress bar.
         progress: Whether to show progress.
         prepare: Called with the next jobs before their rows are made.
-        together: Jobs that `prepare` gets in one call.
+        at_once: Jobs that `prepare` gets in one call.
     """
     from rap_env.scoring.plan_runner import chunks
     from rap_env.scoring.scorer import bar_callback
@@ -165,7 +165,7 @@ def measured(
             if scorer is not None and plans:
                 with progress_bar(progress, total=len(set(plans)), desc="plans") as of_plans:
                     scorer.nll_many(plans, bar_callback(of_plans))
-            for chunk in chunks(neighbours, together):
+            for chunk in chunks(neighbours, at_once):
                 if prepare is not None:
                     prepare(chunk)
                 for job in chunk:

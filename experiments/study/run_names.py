@@ -68,17 +68,17 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
     {'agent.hyperparameters.gamma': 'gamma', 'calibration.windows': 'calibration.windows', \
 'evaluate.text.windows': 'text.windows'}
     """
-    found = {}
+    short = {}
     keys = list(keys)
     for key in keys:
         parts = key.split(".")
         ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
         others = [other for other in keys if other != key]
-        found[key] = next(
+        short[key] = next(
             (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)),
             key,
         )
-    return found
+    return short
 
 
 def _names_single(stage: str, key: str) -> bool:

@@ -77,9 +77,9 @@ def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate:
     Raises:
         ValueError: The two were not measured on the same number of windows.
     """
-    one, two = _paired(first, second)
-    means, others = _resampled(one, two)
-    return _estimate(one.mean() - two.mean(), means - others, len(one))
+    ours, theirs = _paired(first, second)
+    means, others = _resampled(ours, theirs)
+    return _estimate(ours.mean() - theirs.mean(), means - others, len(ours))
 
 
 def relative_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate | None:
@@ -89,11 +89,11 @@ def relative_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> Estimate
         The estimate, such as -0.1 for 10 % less; None if `second` is not significantly above 0,
         because the ratio is then meaningless.
     """
-    one, two = _paired(first, second)
-    means, others = _resampled(one, two)
-    if min(float(two.mean()), float(others.min())) <= 0:
+    ours, theirs = _paired(first, second)
+    means, others = _resampled(ours, theirs)
+    if min(float(theirs.mean()), float(others.min())) <= 0:
         return None
-    return _estimate(one.mean() / two.mean() - 1.0, means / others - 1.0, len(one))
+    return _estimate(ours.mean() / theirs.mean() - 1.0, means / others - 1.0, len(ours))
 
 
 def paired_ratio(
@@ -114,12 +114,12 @@ def paired_ratio(
     """
     means, resampled = [], []
     for first, second in zip(firsts, seconds, strict=True):
-        one, two = _paired(first, second)
-        ours, theirs = _resampled(one, two)
-        if min(one.mean(), two.mean(), ours.min(), theirs.min()) <= 0:
+        ours, theirs = _paired(first, second)
+        resampled_ours, resampled_theirs = _resampled(ours, theirs)
+        if min(ours.mean(), theirs.mean(), resampled_ours.min(), resampled_theirs.min()) <= 0:
             return None
-        means.append(np.log(one.mean() / two.mean()))
-        resampled.append(np.log(ours / theirs))
+        means.append(np.log(ours.mean() / theirs.mean()))
+        resampled.append(np.log(resampled_ours / resampled_theirs))
     if not means:
         return None
     seeds = min(len(np.atleast_2d(np.asarray(first))) for first in firsts)
@@ -130,10 +130,10 @@ def relative_ratio(
     firsts: Sequence[npt.ArrayLike], seconds: Sequence[npt.ArrayLike]
 ) -> Estimate | None:
     """Return `paired_ratio` minus 1."""
-    found = paired_ratio(firsts, seconds)
-    if found is None:
+    ratio = paired_ratio(firsts, seconds)
+    if ratio is None:
         return None
-    return Estimate(found.mean - 1, found.low - 1, found.high - 1, found.seeds)
+    return Estimate(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.seeds)
 
 
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -186,13 +186,13 @@ def resample_weights(
 def _paired(
     first: npt.ArrayLike, second: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    one = np.atleast_2d(np.asarray(first, dtype=np.float64))
-    two = np.atleast_2d(np.asarray(second, dtype=np.float64))
-    if one.shape[1] != two.shape[1]:
+    ours = np.atleast_2d(np.asarray(first, dtype=np.float64))
+    theirs = np.atleast_2d(np.asarray(second, dtype=np.float64))
+    if ours.shape[1] != theirs.shape[1]:
         raise ValueError(
-            f"Paired values need the same windows: {one.shape[1]} against {two.shape[1]}."
+            f"Paired values need the same windows: {ours.shape[1]} against {theirs.shape[1]}."
         )
-    return one, two
+    return ours, theirs
 
 
 def _resampled(
@@ -213,10 +213,10 @@ def _weights(
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """Return weights of windows (resamples, windows), then of each table's seeds."""
     rng = np.random.default_rng(SEED)
-    found = [resample_weights(rng, windows, resamples)]
+    weights = [resample_weights(rng, windows, resamples)]
     for count in seeds:  # a single seed is not resampled
-        found.append(resample_weights(rng, count, resamples) if count > 1 else np.ones((1, 1)))
-    return tuple(found)
+        weights.append(resample_weights(rng, count, resamples) if count > 1 else np.ones((1, 1)))
+    return tuple(weights)
 
 
 def _estimate(mean: float, resampled: npt.NDArray[np.float64], seeds: int) -> Estimate:

@@ -151,16 +151,17 @@ def signed_percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:+.{digits}f} %"
 
 
-def signed(found: Estimate) -> str:
+def signed(estimate: Estimate) -> str:
     """Format a difference with its sign and interval."""
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
 
 
-def relative_words(found: Estimate | None) -> str:
+def relative_words(estimate: Estimate | None) -> str:
     """Format a relative difference with its interval in per cent; a dash for None."""
-    if found is None:
+    if estimate is None:
         return "-"
-    return f"{signed_percent(found.mean)} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    low, high = 100 * estimate.low, 100 * estimate.high
+    return f"{signed_percent(estimate.mean)} [{low:+.1f}, {high:+.1f}]"
 
 
 def seconds(value: float) -> str:
