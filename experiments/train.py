@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
@@ -16,6 +19,7 @@ from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
+from experiments.console import say
 from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.figures import save_png
@@ -32,6 +36,7 @@ from experiments.training.sweeps import (
     objective,
     running_trial,
 )
+from experiments.training.verdict import next_steps, verdict
 from rap_env.context.base import PruningContext
 from rap_env.request import Request
 
@@ -92,7 +97,7 @@ def train(
         facts |= scorer.facts(found)
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
-    log.info("Training: %s is finished.", folder.name)
+    log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
     return folder
 
 
@@ -170,6 +175,10 @@ def show_policy(
 def run_trial(config: Config, folder: Path) -> float:
     """Train an agent and return the objective that a sweep minimises."""
     train(config, folder, trial=running_trial(), swept=swept_settings())
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
+        context = build_context(config)
+        say(verdict(config, folder, context))
+        say(next_steps(config, folder, context, HydraConfig.get().overrides.task))
     return objective(config, folder)
 
 

@@ -95,6 +95,8 @@ class Config(Section):
         super().__post_init__()
         for section, settings in PLAIN.items():
             setattr(self, section, completed(section, getattr(self, section), settings))
+        if self.model.weights == "auto":
+            self.model.weights = "native" if self.env.lowers else "bf16"
         if self.scoring["address"] is not None and not self.scoring["workers"]:
             raise ExperimentError(
                 "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "

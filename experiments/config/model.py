@@ -32,9 +32,9 @@ class ModelConfig:
     ``score_table:PATH`` (for training only)."""
     device: str = "auto"
     dtype: str = "auto"
-    weights: str = "bf16"
+    weights: str = "auto"
     """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
-    ``int4``."""
+    ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
     max_memory_bytes: int | None = None
     """Memory cap; layers are then streamed from files one at a time. null loads the model."""
 

@@ -44,7 +44,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
     "importance": {
         "method": Setting(str, "gsi", among("gsi", "one_shot", "none")),
         # Number of blocks that GSI removes; null for all.
-        "gsi_removals": Setting(int | None, None, within(1)),
+        "gsi_removals": Setting(int | None, 16, within(1)),
         # lazy is several times faster than exact.
         "gsi_method": Setting(str, "exact", among("exact", "lazy")),
     },

@@ -125,7 +125,7 @@ def assert_has(section, values, group):
     values = values.get("_global_", {group: values})[group]  # an option may set other sections too
     for key, value in values.items():
         own = section[key] if isinstance(section, dict) else getattr(section, key)
-        if value != "???" and not isinstance(value, dict):
+        if value not in ("???", "auto") and not isinstance(value, dict):
             assert own == value
 
 

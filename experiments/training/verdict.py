@@ -1,0 +1,75 @@
+"""What a finished training says: how its policy compares, where it is, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import rap_env
+from agents.trained_policy import TrainedPolicy
+from experiments.config import Config
+from experiments.study.statistics import bootstrap_mean
+from rap_env.context.base import PruningContext
+from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.scoring.score_table import PREFIX
+
+
+def task_of(config: Config) -> str | None:
+    """Return the newest pinned task on the score table that a training runs on, if it has one."""
+    names = [
+        task.name
+        for task in pinned_tasks().values()
+        if task.environment == config.env.id and task.arguments["model"] == config.model.name
+    ]
+    return max((name for name in names if not pinned_tasks()[name].live), default=None)
+
+
+def verdict(config: Config, folder: Path, context: PruningContext) -> str:
+    """Return a policy's ΔNLL beside the published methods; "" if no pinned task has its table.
+
+    Args:
+        config: The settings of the training.
+        folder: Its run folder.
+        context: The score table that it ran on.
+    """
+    task = task_of(config)
+    if task is None:
+        return ""
+    policy = TrainedPolicy.load(folder, context)
+    result = rap_env.evaluate(policy, task, "test", name=folder.name, seed=config.seed)
+    estimate, cells = bootstrap_mean(result.delta_nll), result.cells
+    predicted = sum(cell.predicted for cell in cells)
+    return (
+        f"{result}\n\n{folder.name}: ΔNLL {estimate.mean:.3f} [{estimate.low:.3f}, "
+        f"{estimate.high:.3f}] nats per token on held-out text, 95 % over requests. The table has "
+        f"measured {len(cells) - predicted} of its {len(cells)} plans and predicts {predicted}; "
+        "all plans of the published methods were measured on the model."
+    )
+
+
+def next_steps(
+    config: Config, folder: Path, context: PruningContext, overrides: Sequence[str]
+) -> str:
+    """Return a run's folder, and the commands that judge, export and serve its policy.
+
+    Args:
+        config: The settings of the training.
+        folder: Its run folder.
+        context: What it ran on.
+        overrides: The settings of the command that started it.
+    """
+    facts = context.memory.facts
+    settings = [text for text in overrides if not text.startswith("model.name=")]
+    if config.model.name.startswith(PREFIX) or "model.name" in " ".join(overrides):
+        settings.append(f"model.name={facts.name}")
+    file = f"{config.name}.safetensors"
+    serve = f"rap serve --policy {file}"
+    if facts.name.partition("@")[0] != "smollm2-135m":
+        serve += f" --model {facts.name}"
+    if not facts.packed:
+        serve += " --weights bf16"
+    return (
+        f"The run is in {folder}. Next, measure it on the model beside other methods; export it; "
+        f"serve it:\n  python -m experiments.evaluate {' '.join(settings)}\n"
+        f"  python -m experiments.export_policy run={folder} out={file}\n  {serve}"
+    )

@@ -1,0 +1,88 @@
+"""A training on a packaged score table ends with its result, and with commands that work."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.config import as_config
+from experiments.contexts import build_context
+from experiments.export_policy import ExportPolicyConfig, export
+from experiments.launch import CONF_DIR
+from experiments.train import train
+from experiments.training.verdict import next_steps, task_of, verdict
+from rap_env.errors import ArtifactError
+from rap_env.leaderboard.tasks import pinned_task
+from rap_env.policies.loading import load_policy
+
+SHORT = ["agent.total_timesteps=64", "agent.n_envs=2", "agent.hyperparameters.n_steps=32",
+         "agent.hyperparameters.batch_size=32", "warm_start.updates=2", "warm_start.requests=4",
+         "progress=false"]  # fmt: skip
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF_DIR), version_base=None):
+        return as_config(compose("train", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The settings, the run and the context of a short training by the README's command."""
+    runs = tmp_path_factory.mktemp("runs")
+    config = composed("experiment=table", "name=mine", f"runs_dir={runs}", *SHORT)
+    folder = train(config, config.stage_dir("train") / "maskable_ppo-s0")
+    return config, folder, build_context(config)
+
+
+def test_the_result_stands_beside_the_published_methods(trained):
+    config, folder, context = trained
+    task = pinned_task(task_of(config))
+    assert task.environment == "RAPLadder-v0"
+    assert not task.live
+    text = verdict(config, folder, context)
+    assert "Knapsack" in text
+    mean, low, high = map(float, re.search(r"ΔNLL (\S+) \[(\S+), (\S+)\]", text).groups())
+    assert 0 < low < mean < high
+    measured, of, predicted = map(
+        int, re.search(r"measured (\d+) of its (\d+) plans and predicts (\d+);", text).groups()
+    )
+    assert measured + predicted == of == len(task.requests)
+
+
+def test_the_commands_at_the_end_work(trained, tmp_path, monkeypatch):
+    config, folder, context = trained
+    monkeypatch.chdir(tmp_path)
+    lines = next_steps(config, folder, context, ["experiment=table", "name=mine"]).splitlines()
+    judge, exporting, serve = [shlex.split(line) for line in lines[1:]]
+    judged = composed(*judge[3:])
+    assert (judged.model.name, judged.name) == (context.memory.facts.name, "mine")
+    export(ExportPolicyConfig(**dict(text.split("=", 1) for text in exporting[3:])))
+    assert serve == ["rap", "serve", "--policy", "mine.safetensors"]
+    policy = load_policy(Path(serve[-1]), context.memory)
+    assert policy.choose(pinned_task(task_of(config)).requests[0])
+
+
+def test_a_training_without_a_pinned_task_has_no_verdict(trained):
+    _, folder, context = trained
+    assert verdict(composed(), folder, context) == ""
+    steps = next_steps(composed(), folder, context, [])
+    assert "python -m experiments.evaluate \n" in steps
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [([], "bf16"), (["importance=one_shot"], "bf16"),
+     (["env=ladder", "importance=one_shot"], "native")],
+)  # fmt: skip
+def test_settings_that_a_table_fixes_are_taken_from_it(settings, weights):
+    config = composed("model.name=score_table:smollm2-135m", *settings)
+    packed = build_context(config).table.facts.packed
+    assert packed == (weights == "native")
+
+
+def test_a_setting_that_differs_from_the_tables_is_named_with_both_values():
+    config = composed("experiment=table", "importance.gsi_removals=20")
+    with pytest.raises(ArtifactError, match=r"gsi_removals=34.*gsi_removals=20"):
+        build_context(config)
