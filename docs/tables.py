@@ -33,7 +33,7 @@ from experiments.study.tables import (  # noqa: E402
     seconds,
 )
 from rap_env.leaderboard.entries import published_entries  # noqa: E402
-from rap_env.leaderboard.tasks import pinned_tasks  # noqa: E402
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks  # noqa: E402
 
 PLANS, GEMMA, OUTSIDE, STUBS = "tight", "tight_gemma", "tight_outside", "tight_stubs"
 """Comparisons of methods that choose plans."""
@@ -199,10 +199,13 @@ def agents_text() -> str:
     runs: dict[str, dict[int | None, list[ResultRow]]] = defaultdict(lambda: defaultdict(list))
     for row in read("tight_agents", "evaluate/SmolLM2-Table-v1-test"):
         runs[row.method][row.seed].append(row)
-    lines = []
+    lines, scores = [], pinned_task("RAPLadder/SmolLM2-Table-v1").scores
     for method, seeds in runs.items():
-        test = [float(np.mean([row.loss for row in rows])) for rows in seeds.values()]
-        own = [float(np.mean([row.loss_calibration for row in rows])) for rows in seeds.values()]
+        runs_of = [(rows, [row.fits for row in rows]) for rows in seeds.values()]
+        test = [float(scores([r.loss for r in rows], fits).mean()) for rows, fits in runs_of]
+        own = [
+            float(scores([r.loss_calibration for r in rows], fits).mean()) for rows, fits in runs_of
+        ]
         every = [row for rows in seeds.values() for row in rows]
         predicted = np.mean([bool(row.provenance.get("predicted")) for row in every])
         spent = np.mean([rows[0].training_s or 0.0 for rows in seeds.values()])

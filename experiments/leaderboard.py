@@ -2,7 +2,8 @@
 
 ``check FILE`` replays the plans of an entry on the real model and on held-out text, and refuses
 numbers that do not reproduce. ``judge TASK FOLDER`` evaluates the policies of a training sweep.
-``publish`` makes the entries of our methods from the records in ``results/``.
+``publish`` makes the entries of our methods from the records in ``results/``; ``lowest COMPARISON``
+measures one of them, the plan with every item at its lowest level.
 """
 
 from __future__ import annotations

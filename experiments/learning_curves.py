@@ -20,8 +20,11 @@ import numpy as np
 
 import rap_env
 from experiments.study.figures import Panel, panel_figure
+from experiments.study.looks import look
 from experiments.study.records import read_records, write_records
 from experiments.study.run_folder import package_versions
+from rap_env.leaderboard.entries import published_entries
+from rap_env.leaderboard.tasks import pinned_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +50,9 @@ TRAINERS = {
     "offline_cql": ("discrete CQL (d3rlpy)", "#6B7178", "offline"),
 }
 """Label, colour and panel of each trainer that is shown."""
+
+TASK, BASELINES = "RAPLadder/SmolLM2-Table-v1", ("Knapsack", "Uniform settings", "Frontier table")
+"""The pinned task of the trainers that are shown, and the published methods beside them."""
 
 _STEPS = {"online": "steps of the environment", "offline": "actions of the dataset learned from"}
 
@@ -129,7 +135,7 @@ def read_curves(folder: Path) -> dict[str, Curves]:
 
 
 def learning_curves(trainers: Mapping[str, Curves], narrow: bool = False) -> Figure:
-    """Mean ΔNLL over seeds as a line over the steps, and the range over seeds as a band."""
+    """Mean ΔNLL over seeds over the steps, the range over seeds as a band, baselines as lines."""
 
     def draw(panel: str, axis: Axes) -> None:
         for name, curves in trainers.items():
@@ -142,7 +148,16 @@ def learning_curves(trainers: Mapping[str, Curves], narrow: bool = False) -> Fig
             axis.plot(steps, values.mean(axis=0), color=colour, label=label)
             axis.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set(xscale="log", yscale="log")
-        if axis.lines:
+        for entry in published_entries(pinned_task(TASK).comparison):
+            if entry.name in BASELINES:
+                value = float(entry.scores("calibration").mean())
+                style = look(str(entry.origin["method"]))
+                axis.axhline(value, color=style.colour, linestyle="--", linewidth=1)
+                axis.annotate(
+                    entry.name, (1, value), xycoords=("axes fraction", "data"), ha="right",
+                    va="bottom", fontsize="x-small", color=style.colour,
+                )  # fmt: skip
+        if axis.collections:
             axis.legend()
 
     parts = [

@@ -37,7 +37,7 @@ def verdict(config: Config, folder: Path, context: PruningContext) -> str:
         return ""
     policy = TrainedPolicy.load(folder, context)
     result = rap_env.evaluate(policy, task, "test", name=folder.name, seed=config.seed)
-    estimate, cells = bootstrap_mean(result.delta_nll), result.cells
+    estimate, cells = bootstrap_mean(result.scores), result.cells
     predicted = sum(cell.predicted for cell in cells)
     return (
         f"{result}\n\n{folder.name}: ΔNLL {estimate.mean:.3f} [{estimate.low:.3f}, "
