@@ -207,21 +207,6 @@ class MemoryModel:
         """Peak bytes with every block removed: no mask needs less."""
         return self.peak_bytes(Plan.removing(*self.facts.blocks), request)
 
-    def check_feasible(self, request: Request) -> None:
-        """Reject a budget that no mask can meet.
-
-        Raises:
-            InfeasibleBudgetError: With every block removed, the request still needs more.
-        """
-        least = self.least_peak_bytes(request)
-        if request.budget_bytes < least:
-            raise InfeasibleBudgetError(
-                f"No mask of {self.facts.name} fits {request.budget_bytes:,} bytes for "
-                f"{request.batch_size} x {request.seq_len_tokens} tokens: with every block removed "
-                f"it still needs {least:,} bytes. Raise the budget, or pass infeasible='clip' to "
-                "the environment to serve the nearest budget that can be met."
-            )
-
     def shares(
         self,
         batch_sizes: Sequence[int] = (1, 4, 16, 64),

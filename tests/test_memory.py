@@ -12,6 +12,7 @@ from rap_env.errors import (
     InvalidRequestError,
     UnknownNameError,
 )
+from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.memory_picture import draw_memory
 from rap_env.model_facts import ModelFacts
@@ -110,9 +111,9 @@ def test_a_budget_between_the_least_with_and_without_stubs_is_rejected() -> None
     least = MEMORY.least_peak_bytes(REQUEST)
     assert REPAIRED.least_peak_bytes(REQUEST) == least + sum(STUB_BYTES)
     tight = replace(REQUEST, budget_bytes=least + sum(STUB_BYTES) - 1)
-    MEMORY.check_feasible(tight)
+    mask_bytes(MEMORY).check_feasible(tight)
     with pytest.raises(InfeasibleBudgetError, match=f"still needs {tight.budget_bytes + 1:,}"):
-        REPAIRED.check_feasible(tight)
+        mask_bytes(REPAIRED).check_feasible(tight)
 
 
 def test_stubs_are_part_of_what_scores_depend_on() -> None:
@@ -213,9 +214,9 @@ def test_a_mask_of_another_model_is_rejected() -> None:
 
 def test_a_budget_below_every_mask_is_rejected_with_the_least() -> None:
     least = MEMORY.least_peak_bytes(REQUEST)
-    MEMORY.check_feasible(replace(REQUEST, budget_bytes=least))
+    mask_bytes(MEMORY).check_feasible(replace(REQUEST, budget_bytes=least))
     with pytest.raises(InfeasibleBudgetError) as caught:
-        MEMORY.check_feasible(replace(REQUEST, budget_bytes=least - 1))
+        mask_bytes(MEMORY).check_feasible(replace(REQUEST, budget_bytes=least - 1))
     text = str(caught.value)
     assert f"No mask of made-up fits {least - 1:,} bytes for 2 x 10 tokens" in text
     assert f"it still needs {least:,} bytes" in text

@@ -21,7 +21,7 @@ from experiments.study.records import Cell
 from experiments.study.tables import mebibytes, percent
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -98,7 +98,7 @@ def evaluation_cells(
         request = Request.at_fraction(memory, *outside_cell)
         cells.append(EvaluationCell(outside_cell, request, outside=True))
     for cell in cells:
-        _check_feasible(cell.request, memory, item_bytes)
+        (item_bytes or mask_bytes(memory)).check_feasible(cell.request)
     return cells
 
 
@@ -117,16 +117,8 @@ def _grid_cells(
         target = pinned.target_delta_nll
         cells.append(EvaluationCell(place, request, target_delta_nll=target))
     for cell in cells:
-        _check_feasible(cell.request, memory, item_bytes)
+        (item_bytes or mask_bytes(memory)).check_feasible(cell.request)
     return cells
-
-
-def _check_feasible(request: Request, memory: MemoryModel, item_bytes: LadderBytes | None) -> None:
-    """Raise an `InfeasibleBudgetError` if no mask, or no plan of the ladder, fits a request."""
-    if item_bytes is None:
-        memory.check_feasible(request)
-    else:
-        item_bytes.check_feasible(request)
 
 
 def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:

@@ -15,7 +15,6 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ItemObservationBuilder
 from rap_env.plan import Plan
-from rap_env.request import Request
 
 
 class LadderTask(PruningTask):
@@ -31,10 +30,6 @@ class LadderTask(PruningTask):
         ladder = Ladder.of(self.memory.facts, config.levels, config.together)
         item_bytes = LadderBytes(self.memory, ladder)
         return ItemObservationBuilder(item_bytes, item_importance(self.context, item_bytes))
-
-    def check_feasible(self, request: Request) -> None:
-        """Raise an `InfeasibleBudgetError`: the lowest levels need more than the budget."""
-        self.encoder.item_bytes.check_feasible(request)
 
     def names_of(self, positions: Sequence[int]) -> list[str]:
         """The name of each item's level."""

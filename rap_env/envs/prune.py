@@ -34,10 +34,6 @@ class PruneTask(PruningTask):
         """Blocks that are kept or removed."""
         return ObservationBuilder(self.memory, self.context.features)
 
-    def check_feasible(self, request: Request) -> None:
-        """Raise an `InfeasibleBudgetError`: the request needs more with every block removed."""
-        self.memory.check_feasible(request)
-
     def names_of(self, positions: Sequence[int]) -> list[str]:
         """The names of the removed blocks."""
         return [self.ladder.items[i].name for i, position in enumerate(positions) if position]

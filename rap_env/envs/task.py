@@ -103,10 +103,6 @@ class PruningTask(ABC):
         """
 
     @abstractmethod
-    def check_feasible(self, request: Request) -> None:
-        """Raise an `InfeasibleBudgetError`: the budget is below the least possible peak."""
-
-    @abstractmethod
     def names_of(self, positions: Sequence[int]) -> list[str]:
         """What `info` says of a plan."""
 
@@ -231,7 +227,7 @@ class PruningTask(ABC):
             if meets and not self.is_pointless(start):
                 return start
         if not self.is_pointless(start):
-            self.check_feasible(start.request)
+            self.encoder.item_bytes.check_feasible(start.request)
         raise InvalidRequestError(self._nothing_drawn(start))
 
     def _feasible(self, start: EpisodeStart) -> EpisodeStart:
@@ -240,7 +236,7 @@ class PruningTask(ABC):
             return start
         asked, costs = start.request.budget_bytes, start.costs
         if self._infeasible == "error":
-            self.check_feasible(start.request)
+            self.encoder.item_bytes.check_feasible(start.request)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
 

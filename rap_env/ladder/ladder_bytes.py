@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -74,6 +74,11 @@ class LadderBytes:
         """
         return self.cached_costs(batch_size, seq_len_tokens)
 
+    @cached_property
+    def removes_only(self) -> bool:
+        """Whether native and removed are the only levels of the ladder."""
+        return all(item.levels[1:] == ("removed",) for item in self.ladder.items)
+
     def check_feasible(self, request: Request) -> None:
         """Reject a budget that no levels of the ladder can meet.
 
@@ -82,14 +87,18 @@ class LadderBytes:
             InfeasibleBudgetError: With every item at its lowest level, the request needs more.
         """
         least = self.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
-        if request.budget_bytes < least:
-            raise InfeasibleBudgetError(
-                f"No levels of {self.memory.facts.name} in this ladder fit "
-                f"{request.budget_bytes:,} bytes for {request.batch_size} x "
-                f"{request.seq_len_tokens} tokens: the lowest ones need {least:,} bytes. Raise the "
-                "budget, name lower levels, or pass infeasible='clip' to the environment to serve "
-                "the nearest budget that can be met."
-            )
+        if request.budget_bytes >= least:
+            return
+        name, remedy = self.memory.facts.name, "Raise the budget, name lower levels,"
+        plans, lowest = f"levels of {name} in this ladder fit", "the lowest ones need"
+        if self.removes_only:
+            plans, lowest = f"mask of {name} fits", "with every block removed it still needs"
+            remedy = "Raise the budget,"
+        raise InfeasibleBudgetError(
+            f"No {plans} {request.budget_bytes:,} bytes for {request.batch_size} x "
+            f"{request.seq_len_tokens} tokens: {lowest} {least:,} bytes. {remedy} or pass "
+            "infeasible='clip' to the environment to serve the nearest budget that can be met."
+        )
 
     def _make(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
         memory, items = self.memory, self.ladder.items

@@ -51,7 +51,7 @@ class Method(Policy):
         self.item_bytes = item_bytes
         self.ladder = item_bytes.ladder
         self.seed = seed
-        self.removes_only = all(item.levels[1:] == ("removed",) for item in self.ladder.items)
+        self.removes_only = item_bytes.removes_only
         self.lowers = not self.removes_only
 
     def choose(self, request: Request) -> Plan:
