@@ -70,25 +70,6 @@ def transformers_bars(*, shown: bool) -> Iterator[None]:
         switch[before]()
 
 
-@contextlib.contextmanager
-def hub_bars(*, shown: bool) -> Iterator[None]:
-    """Hide the hub client's own progress bars unless `shown`; their setting is restored."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; 0 if there is none."""
     total = 0

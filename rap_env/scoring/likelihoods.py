@@ -15,7 +15,6 @@ import torch
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.progress import progress_bar
 
 TokenRequest = tuple[list[int], list[int]]
 """Token ids of a context and of the continuation whose likelihood is wanted."""
@@ -161,8 +160,8 @@ class ContinuationScorer:
         self.lengths = [len(tokens) for tokens in ordered]
 
     @torch.inference_mode()
-    def run(self, *, progress: str | None = None) -> npt.NDArray[np.float64]:
-        """Score all requests, with a progress bar if it has a text.
+    def run(self) -> npt.NDArray[np.float64]:
+        """Score all requests.
 
         Returns:
             Shape (requests, 2): log-likelihood in nats, and 1.0 if greedy decoding would give the
@@ -171,8 +170,7 @@ class ContinuationScorer:
         device = self._llm.head_device
         sums = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         wrong = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
-        bar = progress_bar(bool(progress), self._batches, desc=progress, leave=False)
-        for batch in bar:
+        for batch in self._batches:
             hidden = self._partial.hidden(batch.tokens.to(self._llm.device))
             wanted = hidden[batch.rows.to(device), batch.columns.to(device)]
             request = batch.request.to(device)

@@ -108,9 +108,9 @@ class TaskRequests:
             return 0.0
         return statistics.fmean(1 / len(parts) for parts in self._documents.values())
 
-    def run(self, progress: str | None) -> Outputs:
+    def run(self) -> Outputs:
         """Likelihoods of all instances under the mask that is applied."""
-        values = self._scorer.run(progress=progress)
+        values = self._scorer.run()
         outputs = np.zeros((self._owner[-1] + 1, 2))
         np.add.at(outputs[:, 0], self._owner, values[:, 0])
         outputs[:, 1] = 1.0

@@ -39,7 +39,6 @@ class TaskScorer:
         llm: The live model; its plan is restored after each call.
         config: Which tasks.
         store: Keeps likelihoods between runs; None keeps results in this object only.
-        progress: Whether to draw a bar for each task while the model runs.
 
     Attributes:
         evaluations: Plans for which the model ran; those found in the store do not count.
@@ -51,19 +50,13 @@ class TaskScorer:
     """
 
     def __init__(
-        self,
-        llm: ElasticLLM,
-        config: TaskConfig,
-        store: ScoreStore | None = None,
-        *,
-        progress: bool = False,
+        self, llm: ElasticLLM, config: TaskConfig, store: ScoreStore | None = None
     ) -> None:
         require_extra("eval", "Scoring tasks")
         self.llm = llm
         self.config = config
         self.store = store
         self.evaluations = 0
-        self._progress = progress
         with lm_eval_tasks.quiet():
             encoder = RequestEncoder(llm)
             for task in filter(None, map(long_context_task, config.names)):
@@ -178,7 +171,7 @@ class TaskScorer:
         return None if values is None else np.array(values).reshape(-1, 2)
 
     def _measure(self, name: str, plan: Plan) -> Outputs:
-        outputs = self._members[name].run(name if self._progress else None)
+        outputs = self._members[name].run()
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(
                 f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite likelihood on the "

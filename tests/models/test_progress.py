@@ -7,12 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
 
 from rap_env.models.progress import (
     folder_bytes,
-    hub_bars,
     progress_bar,
     transformers_bars,
 )
@@ -97,14 +95,6 @@ def test_a_bar_is_drawn_on_a_terminal_unless_disabled(shown, monkeypatch) -> Non
     with progress_bar(shown, total=10, desc="Measuring"):
         pass
     assert ("Measuring" in sys.stderr.getvalue()) == shown
-
-
-def test_the_hubs_progress_bars_are_restored() -> None:
-    assert not are_progress_bars_disabled()
-    for shown in (True, False):
-        with hub_bars(shown=shown):
-            assert are_progress_bars_disabled() is not shown
-        assert not are_progress_bars_disabled()
 
 
 def test_the_transformers_progress_bars_are_restored() -> None:

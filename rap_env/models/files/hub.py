@@ -14,7 +14,6 @@ from typing import Any
 
 from rap_env.artifacts import disk_errors
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
-from rap_env.models.progress import hub_bars
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +47,7 @@ def cached_hub_folder(repo_id: str, revision: str | None = None) -> Path | None:
     return folder if has_all_weights(folder) else None
 
 
-def hub_folder(
-    repo_id: str, revision: str | None, check: Callable[[Path], object], *, progress: bool = True
-) -> Path:
+def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], object]) -> Path:
     """The folder of a hub model, downloaded if it is not in the hub's cache yet.
 
     A model that is in the cache is used as it is, without a look at the network, so that a run
@@ -61,7 +58,6 @@ def hub_folder(
         revision: Branch, tag or commit; None is the main branch.
         check: Called with the folder as soon as its config is there, before any weights are
             downloaded; raises if the model cannot be used.
-        progress: Show progress bars on a terminal.
     """
     folder = cached_hub_folder(repo_id, revision)
     if folder is not None:
@@ -83,7 +79,7 @@ def hub_folder(
         repo_id, total, constants.HF_HUB_CACHE, OFFLINE_VARIABLE,
     )  # fmt: skip
     try:
-        with disk_errors(repo_id), hub_bars(shown=progress):
+        with disk_errors(repo_id):
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=small))
             check(folder)
             snapshot_download(repo_id, revision=revision, allow_patterns=weights)

