@@ -26,7 +26,7 @@ from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.generated_tasks import generated_task
+from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.scoring.local_data import TASK_FIELDS, read_rows
 from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, open_trace
 
@@ -220,7 +220,7 @@ def known_answers(settings: ReplayConfig, count: int, seed: int) -> list[Known]:
         parts = [str(row["text"]).rstrip().rpartition(" ") for row in rows]
         pairs = [(context, word) for context, _, word in parts if context and word]
     else:
-        documents = generated_task("rap_recall").documents(seed, count)
+        documents = GENERATED_TASKS["rap_recall"].documents(seed, count)
         pairs = [(d["context"], d["choices"][d["gold"]].strip()) for d in documents]
     if len(pairs) < count:
         raise ExperimentError(

@@ -27,14 +27,13 @@ _FORMAT = 1  # increased when the same settings give other stubs
 _FILE = "stubs.safetensors"
 
 
-def open_library(name: str, llm: ElasticLLM, *, progress: bool = True) -> StubLibrary:
+def open_library(name: str, llm: ElasticLLM) -> StubLibrary:
     """Open the stubs that a setting ``repair`` names.
 
     Args:
         name: ``"library"`` for stubs that are fitted on generated text at the first use (minutes
             on a CPU) and cached, or the path of a stub library.
         llm: The live model; its mask is restored.
-        progress: Whether generating and fitting draw progress bars.
 
     Raises:
         UnknownNameError: It is neither that word nor a file.
@@ -43,14 +42,14 @@ def open_library(name: str, llm: ElasticLLM, *, progress: bool = True) -> StubLi
         StorageFullError: The disk is full.
     """
     if name == "library":
-        return _cached_library(llm, progress)
+        return _cached_library(llm)
     path = Path(name).expanduser()
     if not path.is_file():
         raise UnknownNameError("repair", name, REPAIRS, NO_LIBRARY)
     return StubLibrary.load(path)
 
 
-def _cached_library(llm: ElasticLLM, progress: bool) -> StubLibrary:
+def _cached_library(llm: ElasticLLM) -> StubLibrary:
     """The library from the cache; fits it first if it is not there.
 
     It is always read from the file, so that all processes have bit-identical stubs, because
@@ -65,8 +64,8 @@ def _cached_library(llm: ElasticLLM, progress: bool) -> StubLibrary:
     }
 
     def fit(folder: Path) -> dict[str, Any]:
-        text, held_back = (load_corpus(each, llm, progress=progress) for each in texts)
-        fit_library(llm, text, held_back, progress=progress).save(folder / _FILE)
+        text, held_back = (load_corpus(each, llm) for each in texts)
+        fit_library(llm, text, held_back).save(folder / _FILE)
         return {"model": llm.name}
 
     folder = made_once(

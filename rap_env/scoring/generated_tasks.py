@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 from rap_env.artifacts import package_json
-from rap_env.errors import check_name
 from rap_env.scoring.local_data import dataset_maker
 from rap_env.scoring.minimal_pairs import PARADIGMS
 
@@ -169,13 +168,3 @@ def multiple_choice_config(
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": version},
     }
-
-
-def generated_task(name: str) -> GeneratedTask:
-    """A generated task by name.
-
-    Raises:
-        UnknownNameError: There is no such task.
-    """
-    check_name("generated task", name, GENERATED_TASKS)
-    return GENERATED_TASKS[name]

@@ -48,7 +48,7 @@ def short(monkeypatch):
 
 def test_the_library_matches_its_text_and_settings():
     llm = tiny_llm()
-    found = open_library("library", llm, progress=False)
+    found = open_library("library", llm)
     texts = [found.provenance[name] for name in ("text", "held_back")]
     assert [(t["source"], t["role"], t["seed"], t["windows"]) for t in texts] == [
         ("self", "calibration", 0, 64),
@@ -61,21 +61,21 @@ def test_the_library_matches_its_text_and_settings():
 
 def test_it_is_fitted_once_for_each_model(short, monkeypatch):
     llm = tiny_llm()
-    first = open_library("library", llm, progress=False)
-    open_library("library", tiny_llm(seed=1), progress=False)
+    first = open_library("library", llm)
+    open_library("library", tiny_llm(seed=1))
     assert len(kept_files()) == 2
     monkeypatch.setattr(cached_library, "fit_library", None)  # fitting again would fail
-    again = open_library("library", tiny_llm(), progress=False)
+    again = open_library("library", tiny_llm())
     assert again.sha256 == first.sha256
     with pytest.raises(TypeError):
-        open_library("library", tiny_llm(seed=2), progress=False)
+        open_library("library", tiny_llm(seed=2))
 
 
 def test_a_path_is_read_and_nothing_is_fitted(short, tmp_path):
-    library = open_library("library", tiny_llm(), progress=False)
+    library = open_library("library", tiny_llm())
     library.save(tmp_path / "mine.safetensors")
     before = kept_files()
-    found = open_library(str(tmp_path / "mine.safetensors"), tiny_llm(seed=3), progress=False)
+    found = open_library(str(tmp_path / "mine.safetensors"), tiny_llm(seed=3))
     assert found.sha256 == library.sha256
     assert kept_files() == before
 
@@ -90,10 +90,10 @@ def test_an_unknown_repair_setting_is_rejected(name):
 
 def test_a_damaged_file_is_made_again(short, caplog):
     llm = tiny_llm()
-    first = open_library("library", llm, progress=False)
+    first = open_library("library", llm)
     (path,) = kept_files()
     path.write_bytes(path.read_bytes()[:-50])
-    assert open_library("library", llm, progress=False).sha256 == first.sha256
+    assert open_library("library", llm).sha256 == first.sha256
     assert "is damaged; it is created again" in caplog.text
 
 
@@ -101,7 +101,7 @@ def test_a_model_without_a_start_token_cannot_write_text(short):
     llm = tiny_llm()
     llm.model.config.bos_token_id = llm.model.generation_config.bos_token_id = None
     with pytest.raises(CorpusError, match="no start token"):
-        open_library("library", llm, progress=False)
+        open_library("library", llm)
     assert not kept_files()
 
 
@@ -109,7 +109,7 @@ def test_blocks_that_a_pruned_checkpoint_lacks_have_no_stub(short, tmp_path):
     llm = tiny_llm(layers=3, tokenizer=tiny_tokenizer())
     save_pruned(llm, Plan.removing(1, 2), tmp_path / "pruned")
     pruned = load_pruned(tmp_path / "pruned")
-    view = open_library("library", pruned, progress=False).attach(pruned)
+    view = open_library("library", pruned).attach(pruned)
     assert [index for index, count in enumerate(view.facts.stub_bytes) if not count] == [1, 2]
     assert min(MemoryModel(view).freed_bytes(Request(1, 8, 1))) >= 0
 
@@ -118,10 +118,10 @@ def test_a_model_that_is_streamed_has_the_stubs_of_the_whole_one(short, tmp_path
     saved(tmp_path / "model", dtype=torch.float32)
     whole = load_llm(tmp_path / "model", dtype="float32", device="cpu")
     streamed = stream_llm(tmp_path / "model", max_memory_bytes=10**6, dtype="float32", device="cpu")
-    expected = open_library("library", whole, progress=False)
+    expected = open_library("library", whole)
     for path in kept_files():
         path.unlink()
-    assert open_library("library", streamed, progress=False).sha256 == expected.sha256
+    assert open_library("library", streamed).sha256 == expected.sha256
 
 
 def print_digest():
@@ -129,7 +129,7 @@ def print_digest():
     torch.set_num_threads(1)
     cached_library.TEXT = replace(cached_library.TEXT, windows=4, window_tokens=16)
     cached_library.HELD_BACK = replace(cached_library.HELD_BACK, windows=2)
-    print(open_library("library", tiny_llm(), progress=False).sha256)
+    print(open_library("library", tiny_llm()).sha256)
 
 
 def fit_and_hang():
@@ -157,7 +157,7 @@ def test_concurrent_processes_and_a_kill_leave_one_complete_file(short):
     killed.kill()
     found = {process.communicate(120)[0].strip() for process in others}
     killed.wait(120)
-    assert found == {open_library("library", tiny_llm(), progress=False).sha256}
+    assert found == {open_library("library", tiny_llm()).sha256}
     (path,) = kept_files()
     folder = path.parent
     assert {file.name for file in folder.parent.iterdir()} == {

@@ -2,14 +2,12 @@ from collections import Counter
 
 import pytest
 
-from rap_env.errors import UnknownNameError
 from rap_env.scoring.generated_tasks import (
     FEWSHOT_DOCUMENTS,
     GENERATED_TASKS,
     RECALL_LENGTHS,
     RELATIONS,
     TEST_DOCUMENTS,
-    generated_task,
 )
 from rap_env.scoring.minimal_pairs import PARADIGMS
 
@@ -105,12 +103,6 @@ def test_choice_offers_answers_of_its_own_relation():
         question = document["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
         assert document["choices"][document["gold"]] == answer[question]
         assert set(document["choices"]) <= set(answer.values())
-
-
-def test_an_unknown_generated_task_is_named():
-    with pytest.raises(UnknownNameError, match="'rap_recal'.*Did you mean 'rap_recall'"):
-        generated_task("rap_recal")
-    assert generated_task("rap_recall") is GENERATED_TASKS["rap_recall"]
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -172,9 +172,9 @@ def _int8(
     return PackedMatrix.from_codes(codes, torch.cat(scales))
 
 
-def _halves(blocks: torch.Tensor, begin: int) -> torch.Tensor:
-    """Two 16-bit floats at a byte of each block, (..., 2), as float32."""
-    return blocks[..., begin : begin + 4].contiguous().view(torch.float16).float()
+def _halves(blocks: torch.Tensor) -> torch.Tensor:
+    """Two 16-bit floats at the start of each block, (..., 2), as float32."""
+    return blocks[..., :4].contiguous().view(torch.float16).float()
 
 
 def _nibbles(stored: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _q4_0(blocks: torch.Tensor) -> _Parts:
 
 def _q4_1(blocks: torch.Tensor) -> _Parts:
     """A 16-bit scale and minimum, then 16 bytes of codes; weight = scale * code + minimum."""
-    scale, minimum = _halves(blocks, 0).unbind(-1)
+    scale, minimum = _halves(blocks).unbind(-1)
     return _nibbles(blocks[..., 4:]), scale, minimum
 
 
@@ -199,7 +199,7 @@ def _q4_k(blocks: torch.Tensor) -> _Parts:
 
     Each 32 bytes of codes hold one group in the low and the next one in the high bits.
     """
-    factor, low_factor = torch.chunk(_halves(blocks, 0), 2, dim=-1)
+    factor, low_factor = torch.chunk(_halves(blocks), 2, dim=-1)
     first, second, high = torch.chunk(blocks[..., 4:16], 3, dim=-1)
     # the last four scales and minima: low bits in `high`, high bits above those of the first four
     scale = torch.cat((first & 63, (high & 15) | ((first >> 6) << 4)), dim=-1)
