@@ -97,10 +97,6 @@ class ScoringJob:
     search: bool = False
     near: Plan | None = None
 
-    def same_text(self, other: ScoringJob) -> bool:
-        """Whether another job has the same text (by its hash), options and context."""
-        return (self.options, self.context) == (other.options, other.context)
-
 
 @dataclass(frozen=True)
 class Measured:

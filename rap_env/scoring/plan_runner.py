@@ -246,16 +246,11 @@ class PlanRunner:
             kept = len(blocks) - len(within.removed)
             for group in chunks(list(prefix_after), self.width if kept else 1):
                 self.block_runs += kept * len(group)
-                outputs = self._run_together(blocks, within, [states[prefix] for prefix in group])
-                for prefix, output in zip(group, outputs, strict=True):
-                    after[prefix_after[prefix]] = output
+                inputs = [states[prefix] for prefix in group]
+                output = self.partial.run(blocks, joined(inputs), within)
+                outputs = torch.split(output, [len(state) for state in inputs])
+                after |= {prefix_after[p]: own for p, own in zip(group, outputs, strict=True)}
         return after
-
-    def _run_together(
-        self, blocks: tuple[int, ...], plan: Plan, states: list[torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
-        outputs = self.partial.run(blocks, joined(states), plan)
-        return torch.split(outputs, [len(s) for s in states])
 
 
 def joined(states: Sequence[torch.Tensor]) -> torch.Tensor:

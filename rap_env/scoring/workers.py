@@ -46,7 +46,8 @@ class ScoringWorker:
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
         """Score plans, or find the best of them, as the job says."""
-        if self._last is None or not job.same_text(self._last[0]):
+        asked = job.options, job.context  # which has the hash of the text
+        if self._last is None or asked != (self._last[0].options, self._last[0].context):
             if self._last is not None:
                 self._last[1].release()
             tokens = torch.tensor(job.tokens)  # a copy: Ray's arrays are read-only

@@ -273,7 +273,8 @@ class LiveBlocks:
         total = 0
         for key, item in enumerate(self.all_items):
             level = packed_level(lowered.get(key, "native"))
-            total += sum(map(item.bytes_to_make, {*item.made, *([] if level is None else [level])}))
+            made = {*item.made, *([] if level is None else [level])}
+            total += sum(item.bytes_to_make[each] for each in made)
         return total
 
     def kv_bytes(self) -> int:

@@ -154,6 +154,7 @@ class WeightItem:
         native_bytes: Bytes of the native weights that other levels replace.
         levels: Bytes of the packed weights that replace them, by level. A level exists only if it
             takes fewer bytes than the one above it.
+        bytes_to_make: Bytes of the packed weights that a level has beside the native ones.
         level: The level of the modules in the places.
         calibration: Hash of the text with which int4 weights are made; empty without a text.
     """
@@ -164,12 +165,12 @@ class WeightItem:
         untied = [place for place in places if place.tied is None]
         self.native_bytes = sum(t.nbytes for place in untied for t in place.weights.values())
         self.levels: dict[PackedLevel, int] = {}
-        self._bytes_to_make: dict[PackedLevel, int] = {}
+        self.bytes_to_make: dict[PackedLevel, int] = {}
         least = self.native_bytes
         for level in PACKED_LEVELS:
             kept = sum(t.nbytes for p in untied if p.keeps(level) for t in p.weights.values())
             made = sum(p.bytes_at(level) for p in untied if not p.keeps(level))
-            self._bytes_to_make[level] = made
+            self.bytes_to_make[level] = made
             size = kept + made
             if size < least:
                 self.levels[level] = least = size
@@ -191,10 +192,6 @@ class WeightItem:
     def made_bytes(self) -> int:
         """Bytes in memory of the packed weights that were made."""
         return sum(t.nbytes for level in self._made for t in self.tensors(level).values())
-
-    def bytes_to_make(self, level: PackedLevel) -> int:
-        """Bytes of the packed weights that a level has beside the native ones."""
-        return self._bytes_to_make[level]
 
     def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
         """The native tensors in the places by name, each with the levels that use it."""
