@@ -295,9 +295,13 @@ def _draw_words(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
         y = 606 - step * (len(shown) - number)
         draw.text((left, y), head, _GREY, _font(15))
         size = 19
-        while draw.textlength(text, _font(size)) > right - left and size > 9:
+        while draw.textlength(text, _font(size)) > right - left and size > 13:
             size -= 1
-        draw.text((left, y + 21), text, _INK, _font(size))
+        if draw.textlength(text, _font(size)) > right - left and ", " in text:
+            place = text.rindex(", ", 0, len(text) // 2 + 8) + 1  # two lines, not tiny letters
+            text = f"{text[:place]}\n{text[place + 1 :]}"
+        top = 18 if "\n" in text else 21
+        draw.multiline_text((left, y + top), text, _INK, _font(size), spacing=2)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
