@@ -1,21 +1,23 @@
-"""Generates what the documentation does not type: result tables, environment pages, pictures.
+"""Generates what the documentation does not type: tables, environment pages, pictures.
 
-``python docs/generate.py`` writes ``docs/_generated``, and README.md's table and figure;
-`docs/conf.py` writes the former at each build. All numbers come from the records in ``results/``.
+``python docs/generate.py`` writes the tables into the pages, between their markers, and the
+pictures of README.md; both are committed. `docs/conf.py` makes the rest at each build, into
+``docs/_generated`` and ``docs/results/details``. All numbers come from the records in ``results/``.
 """
 
 from __future__ import annotations
 
 import inspect
-import shutil
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import click
 import tables
 from architecture import draw_architecture
+from readme_results import decision_cost, readme_results
 from tables import GEMMA, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
 
 import rap_env
@@ -38,8 +40,6 @@ ENVIRONMENTS = {
     "environment_ladder": ("RAPLadder-v0", "RAPLadderEnv"),
 }
 """The page of each environment, with its name and class."""
-EPISODE = "![An episode: items are lowered until the request fits](images/episode.gif)"
-"""What `docs/episode_gif.py` draws."""
 
 PLAN_COMPARISONS = (PLANS, GEMMA, OUTSIDE)
 COMPARISONS = (
@@ -60,9 +60,56 @@ STUDIES: dict[str, tuple[Study[Any], Path]] = {
 }
 """Each study with its records, by the name under which the pages include it."""
 
+
+@cache
+def study_text(name: str) -> str:
+    """All tables of a study."""
+    study, folder = STUDIES[name]
+    return study.markdown(study.read(folder))
+
+
+def part_of(name: str, shown: Callable[[str], str]) -> str:
+    """What a page shows of the tables in `FULL`."""
+    return shown(FULL[name]())
+
+
+def environment_text(kind: str) -> str:
+    """The docstring of an environment, by the name of its class."""
+    return inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
+
+
+def untitled(text: str) -> str:
+    """A text without its title."""
+    return text.partition("\n")[2]
+
+
+def below(text: str) -> str:
+    """A text without its title, below a page's second level."""
+    return untitled(text).replace("\n## ", "\n### ")
+
+
+def first_section(text: str) -> str:
+    """The first section of a text, without its title."""
+    return untitled(text.split("\n## ")[1])
+
+
 LADDER_FIGURE = "loss_against_bytes.png"
 
-PAGES: dict[str, Callable[[], str]] = {
+FULL: dict[str, Callable[[], str]] = {
+    **{name: partial(tables.comparison_text, name) for name in (*PLAN_COMPARISONS, *COMPARISONS)},
+    **{name: partial(tables.transfer_text, name) for name in TRANSFERS},
+    **{name: partial(study_text, name) for name in STUDIES},
+}
+"""All tables of a comparison or study by its name: a page of ``docs/results/details`` each."""
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": readme_results,
+    **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
+    **{name: partial(part_of, name, tables.first_tables) for name in COMPARISONS},
+    **{name: partial(part_of, name, below) for name in ("replay_ladder", "prompts")},
+    **{name: partial(part_of, name, untitled) for name in ("replay", "texts")},
+    **{name: partial(part_of, name, first_section) for name in ("long_context", "tight_recall")},
+    "repair": partial(part_of, "repair", partial(shown_tables, titles=())),
     "tight_stubs": tables.stubs_text,
     **{ranked: partial(tables.ranked_text, name) for name, ranked in RANKED.items()},
     "tight_shipped": tables.shipped_text,
@@ -71,85 +118,67 @@ PAGES: dict[str, Callable[[], str]] = {
     "floor_tasks": partial(tables.tasks_text, "floor_tasks"),
     "tight_agents": tables.agents_text,
     "ablation": tables.ablation_text,
+    "entries": tables.leaderboard_text,
+    **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
     "soak": tables.soak_text,
     "soak_floor": tables.floor_text,
     "load_generator": tables.load_generator_text,
-    "benchmarks": lambda: benchmarks_text(read_benchmarks()) + "\n",
+    "benchmarks": lambda: benchmarks_text(read_benchmarks()),
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
-    "results_readme": lambda: (RESULTS / "README.md").read_text(encoding="utf-8"),
     "ladder": lambda: below(LADDER.markdown(read_ladder(RESULTS / "ladder"))),
 }
-"""The text of each other page, by its name."""
+"""What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
+
+_MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
+
+_INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
+
+
+def with_tables(text: str) -> str:
+    """A page with the tables of the records between its markers; no interval is broken."""
+
+    def filled(match: re.Match[str]) -> str:
+        table = re.sub(
+            r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])", "\\1,\u00a0\\2", TABLES[match[2]]().strip()
+        )
+        return f"{match[1]}\n{table}\n\n{match[3]}"
+
+    return _MARKED.sub(filled, text)
+
+
+def marked_pages() -> list[Path]:
+    """README.md and the pages of the documentation that have markers."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [page for page in pages if _MARKED.search(page.read_text(encoding="utf-8"))]
 
 
 def write_all(docs: Path) -> None:
-    """Write every generated file.
+    """Write every generated file that is not committed.
 
     Args:
         docs: The folder of the documentation's sources.
     """
-    folder = docs / "_generated"
-    folder.mkdir(exist_ok=True)
-    details = {name: tables.comparison_text(name) for name in (*PLAN_COMPARISONS, *COMPARISONS)}
-    details |= {name: tables.transfer_text(name) for name in TRANSFERS}
-    for name, text in details.items():
-        shown = tables.first_tables(text) if name in COMPARISONS else shown_tables(text)
-        write(folder / f"{name}.md", shown)
+    folder, details = docs / "_generated", docs / "results" / "details"
+    for new in (folder, details):
+        new.mkdir(exist_ok=True)
+    for name, full_text in FULL.items():
+        write(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
     for name in STUDIES:
-        details[name] = text = study_text(name)
-        if name in ("long_context", "tight_recall"):
-            text = text.split("\n## ")[1].partition("\n")[2]
-        elif name == "repair":
-            text = shown_tables(text, ())
-        elif name in ("texts", "prompts"):
-            text = text.partition("\n")[2]
-        else:
-            text = below(text)
-        write(folder / f"{name}.md", text)
         draw_study(folder, name)
-    (docs / "results" / "details").mkdir(exist_ok=True)
-    for name, text in details.items():
-        page = f"---\norphan: true\n---\n\n{text.strip()}\n"
-        write(docs / "results" / "details" / f"{name}.md", page)
-    for name, make in PAGES.items():
-        write(folder / f"{name}.md", make())
-    figure = LADDER.figures["loss_against_bytes"](read_ladder(RESULTS / "ladder"), False)
-    save_png(figure, folder / LADDER_FIGURE)
+    draw_ladder(folder / LADDER_FIGURE)
     save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
     draw_architecture(folder / "architecture.svg")
+    records = (RESULTS / "README.md").read_text(encoding="utf-8")
+    write(folder / "results_readme.md", records)
     write(folder / "commands.md", command_reference())
     write(folder / "api.md", api_page())
-
-
-def committed_pages(docs: Path) -> dict[Path, str]:
-    """The pages that are read in the repository too and hold generated text, with that text."""
-    pages = {}
-    for page, (name, kind) in ENVIRONMENTS.items():
-        text = inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
-        pages[docs / f"{page}.md"] = f"# {name}\n\n{EPISODE}\n\n{text}\n"
-    board = docs / "leaderboard.md"
-    before, begin, rest = board.read_text(encoding="utf-8").partition("<!-- entries: begin -->\n")
-    end = rest[rest.index("<!-- entries: end -->") :]
-    pages[board] = f"{before}{begin}{tables.leaderboard_text()}\n{end}"
-    return pages
 
 
 def write(path: Path, text: str) -> None:
     """Write a file only if its text changed, so that Sphinx rebuilds no more than it must."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
-
-
-def below(text: str) -> str:
-    """A text without its title, below a page's second level."""
-    return text.partition("\n")[2].replace("\n## ", "\n### ")
-
-
-def study_text(name: str) -> str:
-    """All tables of a study."""
-    study, folder = STUDIES[name]
-    return study.markdown(study.read(folder))
 
 
 def draw_study(folder: Path, name: str) -> None:
@@ -192,17 +221,17 @@ def command_reference() -> str:
     )
 
 
-def main() -> None:
-    """Write everything to ``docs/_generated``, and the README's table with its figure."""
-    from readme_results import decision_cost, update_readme
+def draw_ladder(path: Path) -> None:
+    """Draw loss against bytes."""
+    data = read_ladder(RESULTS / "ladder")
+    save_png(LADDER.figures["loss_against_bytes"](data, False), path)
 
-    docs = Path(__file__).resolve().parent
-    write_all(docs)
-    for path, text in committed_pages(docs).items():
-        write(path, text)
-    shutil.copy(docs / "_generated" / LADDER_FIGURE, docs / "images" / LADDER_FIGURE)
-    save_png(decision_cost(False), docs / "images" / "decision_cost.png")
-    update_readme(ROOT / "README.md")
+
+def main() -> None:
+    """Write the committed tables and pictures."""
+    for page in marked_pages():
+        write(page, with_tables(page.read_text(encoding="utf-8")))
+    save_png(decision_cost(False), ROOT / "docs" / "images" / "decision_cost.png")
 
 
 if __name__ == "__main__":

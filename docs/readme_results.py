@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from generate import write
 from tables import PLANS, SEARCHES, plan_rows, read
 
 from experiments.comparison.records import ResultRow
@@ -20,17 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
-"""Between these lines, README.md holds what `readme_results` gives."""
-
 POLICY = "rap"
 METHODS = {
     POLICY: "a trained network",
-    "frontier": "looks up the best measured plan that fits",
-    "score_model": "searches on losses predicted from those plans",
-    "uniform": "one level for all, then whole blocks, as tuned by hand",
-    "knapsack": "adds up costs measured one by one",
-    "one_shot": "follows an order measured once",
+    "frontier": "the best of the measured plans that fits",
+    "score_model": "a local search on predicted losses",
+    "uniform": "one level for all, then whole blocks, tuned",
+    "knapsack": "adds up costs that were measured one by one",
+    "one_shot": "follows one order of costs",
 }
 """The methods of the table, with what each does."""
 
@@ -39,7 +34,7 @@ def readme_results() -> str:
     """The README's table: methods at the tight grid, the least ΔNLL first."""
     comparison = Comparison([row for row in plan_rows(PLANS) if row.method in METHODS])
     columns = {
-        "Method": lambda s: f"**{look(s.method).label}**: {METHODS[s.method]}{_seeds(s)}",
+        "Method": _name,
         "ΔNLL [95 % interval]": lambda s: str(s.delta_nll),
         "Runs of the model": lambda s: number(s.evaluations),
         "Time": lambda s: seconds(s.decision_s),
@@ -47,9 +42,12 @@ def readme_results() -> str:
     return markdown(columns_table(comparison.summaries, columns))
 
 
-def _seeds(summary: Summary) -> str:
-    seeds = summary.delta_nll.seeds
-    return f", {counted(seeds, 'seed')}" if seeds > 1 else ""
+def _name(summary: Summary) -> str:
+    """The method's name and what it does; the policy stands out."""
+    name, seeds = look(summary.method).label, summary.delta_nll.seeds
+    if summary.method == POLICY:
+        return f"**{name}**: {METHODS[POLICY]}, {counted(seeds, 'seed')}"
+    return f"{name}: {METHODS[summary.method]}"
 
 
 def relative_to_policy() -> dict[str, tuple[list[ResultRow], Estimate]]:
@@ -107,10 +105,3 @@ def decision_cost(narrow: bool) -> Figure:
 
     panel = Panel(draw, x="runs of the model for one request", y="ΔNLL, relative to the policy's")
     return panel_figure([panel], narrow=narrow, height=3.3, legend=0)
-
-
-def update_readme(path: Path) -> None:
-    """Write `readme_results` into the README."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(README_BEGIN)
-    after = rest.partition(README_END)[2]
-    write(path, f"{before}{README_BEGIN}{readme_results()}{README_END}{after}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -38,6 +39,8 @@ from rap_env.leaderboard.tasks import pinned_task, pinned_tasks  # noqa: E402
 PLANS, GEMMA, OUTSIDE, STUBS = "tight", "tight_gemma", "tight_outside", "tight_stubs"
 """Comparisons of methods that choose plans."""
 
+_MOST_INTERVALS = 8  # columns of a table in which each number has its interval
+
 HIDDEN = {
     "rap": "kind hidden",
     "rap-nothing_hidden-without=": "nothing hidden",
@@ -72,12 +75,21 @@ def comparison_text(name: str) -> str:
     return compare(CompareConfig(runs=str(RESULTS / name), format="markdown"))
 
 
-def shown_tables(text: str, titles: tuple[str, ...] = ("Mean ΔNLL", "ΔNLL divided by")) -> str:
+def shown_tables(
+    text: str, titles: tuple[str, ...] = ("Mean ΔNLL", "ΔNLL divided by that of Uniform")
+) -> str:
     """The summary of a comparison, and those tables whose titles begin in one of some ways."""
     summary, *sections = text.split("\n## ")
     shown = [section for section in sections if section.startswith(titles)]
     bold = [f"**{section.strip()}".replace("\n", "**\n", 1) for section in shown]
-    return "\n\n".join([summary.partition("\n")[2].strip(), *bold]) + "\n"
+    return "\n\n".join([summary.partition("\n")[2].strip(), *map(narrowed, bold)]) + "\n"
+
+
+def narrowed(text: str) -> str:
+    """Tables of many columns without the intervals of all but the last one, which fit no page."""
+    if text.count("|", 0, text.find("\n", text.find("|"))) <= _MOST_INTERVALS:
+        return text
+    return re.sub(r" \[[^]|]*\](?= \|.)", "", text)
 
 
 def first_tables(text: str) -> str:
@@ -125,7 +137,7 @@ def search_text(folder: str, method: str, comparison: str) -> str:
     others = [r for r in plan_rows(comparison) if r.cell in cells and r.method != "dense"]
     compared = Comparison([*searched, *others])
     title = f"**ΔNLL divided by that of {look(method).label}**"
-    table = markdown(ratio_table(compared, method))
+    table = narrowed(markdown(ratio_table(compared, method)))
     return f"{shown_tables(tables_markdown(compared), ())}\n{title}\n\n{table}\n"
 
 
