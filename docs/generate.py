@@ -131,7 +131,6 @@ TABLES: dict[str, Callable[[], str]] = {
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 
 _MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
-
 _INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
 
 
@@ -139,9 +138,7 @@ def with_tables(text: str) -> str:
     """A page with the tables of the records between its markers; no interval is broken."""
 
     def filled(match: re.Match[str]) -> str:
-        table = re.sub(
-            r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])", "\\1,\u00a0\\2", TABLES[match[2]]().strip()
-        )
+        table = _INTERVAL.sub("\\1,\u00a0\\2", TABLES[match[2]]().strip())
         return f"{match[1]}\n{table}\n\n{match[3]}"
 
     return _MARKED.sub(filled, text)
