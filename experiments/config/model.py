@@ -62,9 +62,7 @@ class StubsConfig(Section):
     cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
     """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
     study_cells: list[str] = field(default_factory=list)
-    """Cells that the studies below use; empty for all."""
-    token_study: list[int] = field(default_factory=list)
-    """Numbers of tokens to fit on, to measure how many are needed; empty for no such study."""
+    """Cells that `domain_study` uses; empty for all."""
     domain_study: list[str] = field(default_factory=list)
     """Names of `fit_texts` to fit on alone, equally much of each; empty for no such study."""
 
@@ -81,6 +79,6 @@ class StubsConfig(Section):
         return [parse_cell(text) for text in self.cells]
 
     def cells_of(self, study: str) -> list[Cell]:
-        """Return the cells of the ``"grid"``, or of the ``"tokens"`` or ``"domain"`` study."""
+        """Return the cells of the ``"grid"``, or of the ``"domain"`` study."""
         few = study != "grid" and self.study_cells
         return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells

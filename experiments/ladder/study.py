@@ -10,9 +10,8 @@ from typing import Any
 from experiments.config import Config
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, held_out_scorer, named_policy
-from experiments.ladder.figures import loss_against_bytes
 from experiments.ladder.rows import Ladder, LadderRow
-from experiments.ladder.tables import ladder_tables
+from experiments.ladder.tables import ladder_tables, loss_against_bytes
 from experiments.study.harness import Job, Study
 from experiments.study.records import delta_nll_fields, request_field
 from experiments.study.tables import percent

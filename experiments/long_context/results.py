@@ -1,4 +1,4 @@
-"""Results over the length of the context: rows, tables, the figure, and findings."""
+"""Results over the length of the context: rows, tables and the figure."""
 
 from __future__ import annotations
 
@@ -289,31 +289,6 @@ def _position_table(data: Curves, length: int) -> Table:
             pairs = zip(row.by_bucket, native.by_bucket, strict=True)
             lines.append([plan, *(f"{value - base:+.3f}" for value, base in pairs)])
     return header, lines
-
-
-def long_context_findings(data: Curves) -> list[str]:
-    """What caches lose on documents and in recall, in sentences; empty without both."""
-    length, native = data.compared_length, data.facts(NATIVE)
-    if length is None or not native:
-        return []
-    parts, base = [], data.losses[NATIVE, length]
-    for plan, words in (("int2", "caches of 2 bits"), ("window512", "windows of 512 tokens")):
-        row, rows = data.losses.get((plan, length)), data.facts(plan)
-        if row is not None and len(rows) == len(native):
-            lost = f"{row.nll - base.nll:.3f} nats per token on documents"
-            parts.append(f"{words} cost {lost} and leave {_recall(rows)}")
-    if not parts:
-        return []
-    return [
-        f"In texts of {data.long[0]:,} to {data.long[-1]:,} tokens, the native model answers "
-        f"{_recall(native)} of the questions about facts (a guess: "
-        f"{percent(native[0].chance, 0)}); {'; '.join(parts)}."
-    ]
-
-
-def _recall(rows: Sequence[TaskRow]) -> str:
-    right = [value for row in rows for value in row.right]
-    return percent(sum(right) / len(right), 0)
 
 
 def over_length(data: Curves, narrow: bool) -> Figure:

@@ -26,9 +26,8 @@ class RepairRow(CellRecord):
     """One repair, request, budget and report text; masks are repaired with the stubs.
 
     Attributes:
-        study: ``"grid"``: every repair with its own search; ``"tokens"`` and ``"domain"``:
-            libraries fitted on other amounts and kinds of text, under the masks of the grid's
-            library.
+        study: ``"grid"``: every repair with its own search; ``"domain"``: libraries fitted on one
+            kind of text each, under the masks of the grid's library.
         repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
         text: Name of the report text.
         fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
@@ -129,16 +128,6 @@ class RepairComparison:
         if not pairs:
             return None
         return _estimate(_strata([row for row, _ in pairs]), _strata([row for _, row in pairs]))
-
-    @cached_property
-    def token_rows(self) -> dict[int, list[RepairRow]]:
-        """Rows of the token study by number of tokens, with the whole library of the grid."""
-        rows = self.study("tokens")
-        measured = {(row.cell, row.text, tuple(row.fitted_on)) for row in rows}
-        whole = self.grid("library")
-        rows += [r for r in whole if (r.cell, r.text, tuple(r.fitted_on)) in measured]
-        counts = sorted({row.fit_tokens for row in rows})
-        return {count: [row for row in rows if row.fit_tokens == count] for count in counts}
 
 
 def read_repair(folder: Path) -> RepairComparison:

@@ -75,10 +75,6 @@ def entries(libraries: StubLibraries) -> Iterator[Entry]:
         own = ("library", libraries.library) if name == "per_mask" else (name, library)
         yield Entry("grid", name, every if name != "none" else [], library, own)
     shared = ("library", libraries.library)
-    window_tokens = next(iter(libraries.texts.fit.values())).tokens.shape[1]
-    for tokens in stubs.token_study:
-        library = libraries.fitted(f"tokens-{tokens}", every, max(1, tokens // window_tokens))
-        yield Entry("tokens", "library", every, library, shared)
     least = min(len(libraries.texts.fit[name].tokens) for name in stubs.domain_study or every)
     for name in stubs.domain_study:
         library = libraries.fitted(f"domain-{name}", [name], least)

@@ -33,7 +33,7 @@ SAME_MASKS = (
     "Each library is evaluated under the masks that the search with the whole library chose, and "
     "compared, cell by cell, with removal without stubs under the masks of its own search."
 )
-"""Caption of the studies of tokens and domains."""
+"""Caption of the study of domains."""
 
 
 REPAIR_ABSTRACT = [
@@ -57,10 +57,6 @@ def repair_tables(data: RepairComparison) -> list[TitledTable]:
         TitledTable(_grid_table(data), title, grid, name="grid", by_method=False),
         TitledTable(
             _accuracy_table(data), "Accuracy of each task, mean over the cells", name="accuracy"
-        ),
-        TitledTable(
-            _token_table(data), "Ratio to no stubs against fitting tokens", SAME_MASKS,
-            name="tokens", by_method=False,
         ),
         TitledTable(
             _domain_table(data), "Ratio to no stubs: fitted on (lines), reported on (columns)",
@@ -150,12 +146,6 @@ def _accuracy_table(data: RepairComparison) -> Table:
         if cells:
             lines.append([look(repair).label, *_accuracy_cells(list(cells.values()), tasks)])
     return ["Repair", *tasks, "mean"], lines
-
-
-def _token_table(data: RepairComparison) -> Table:
-    """Ratio to no stubs for each number of fitting tokens and text."""
-    rows = [[f"{count:,}", *_ratios(data, own)] for count, own in data.token_rows.items()]
-    return ["Fitting tokens", *[_text_label(data, text) for text in data.texts]], rows
 
 
 def _domain_table(data: RepairComparison) -> Table:

@@ -1,10 +1,9 @@
-"""Rows of a replay, and their figures: memory against the budget, and latency."""
+"""Rows of a replay, and the figure of their memory against the budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,6 @@ from experiments.study.figures import (
     FAINT,
     INK,
     WIDE_IN,
-    Panel,
-    panel_figure,
-    plain_log_ticks,
     style,
 )
 from experiments.study.looks import KIND_COLOURS, look
@@ -210,39 +206,6 @@ def _draw_removed(axis: Axes, row: ReplayRow, end_s: float) -> None:
     axis.set_ylabel("removed blocks\n(layer 0 on top)", fontsize=8)
     axis.set_xlabel("time of the replay (s)")
     axis.grid(visible=False)
-
-
-def latency(rows: Sequence[ReplayRow], narrow: bool) -> Figure:
-    """Cumulative share of requests over latency, one line per system."""
-
-    def draw(first: bool, axis: Axes) -> None:
-        for row in rows:
-            values, expected = row.ttft_s, row.requests
-            if not first:
-                values, expected = row.tpot_s, row.several_tokens
-            _draw_shares(axis, row.system, values, max(1, expected))
-        axis.set_xscale("log")
-        plain_log_ticks(axis.xaxis)
-        axis.set_ylim(0, 102)
-
-    y = "share of all requests (%)"
-    parts = [
-        Panel(partial(draw, True), "Time to the first token", "seconds (log scale)", y),
-        Panel(partial(draw, False), "Time per output token", "seconds (log scale)"),
-    ]
-    return panel_figure(parts, narrow=narrow, columns=2, height=3.3, legend=4)
-
-
-def _draw_shares(axis: Axes, system: str, values: Sequence[float], expected: int) -> None:
-    """Draw shares of all requests; requests without a value lower the end of the line."""
-    learned = system == "rap"
-    ordered = np.sort([min(values), *values] if values else [])
-    axis.step(
-        ordered, 100 * np.arange(len(ordered)) / expected, where="post", color=_colour(system),
-        linewidth=2.0 if learned else 1.2,
-        linestyle="-" if learned or system == "dense" else (0, (4, 1.5)),
-        label=LABELS[system], zorder=5 if learned else 3,
-    )  # fmt: skip
 
 
 def _colour(system: str) -> str:

@@ -16,7 +16,7 @@ from experiments.config import Config
 from experiments.config.serving import ReplayConfig
 from experiments.contexts import load_text
 from experiments.replay.budgets import make_budget
-from experiments.replay.figures import LABELS, ReplayRow, latency, memory_over_time
+from experiments.replay.figures import LABELS, ReplayRow, memory_over_time
 from experiments.replay.harness import Interval, System, SystemRun
 from experiments.replay.quality import QualityEvaluator
 from experiments.replay.systems import SystemFactory
@@ -249,7 +249,7 @@ STUDY = Study(
     replay_jobs,
     replay_tables,
     words=replay_words,
-    figures={"replay_memory": memory_over_time, "replay_latency": latency},
+    figures={"replay_memory": memory_over_time},
     frozen=(
         "model", "budget", "calibration", "seed",
         *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),

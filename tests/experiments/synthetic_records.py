@@ -21,8 +21,6 @@ REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}
 
 FITTED_RATIOS = {"none": 1.0, "library": 0.55, "distilled": 0.4, "per_mask": 0.35}
 OTHER_RATIOS = {"none": 1.0, "library": 0.7, "distilled": 0.65, "per_mask": 0.6}
-TOKEN_EXTRA = {16_384: 0.3, 65_536: 0.1, 262_144: 0.0}
-"""Rise of the library's ratios where it was fitted on fewer tokens."""
 
 REPAIR_CELLS = {(1, 128, 0.9): 1.0, (1, 128, 0.8): 2.5, (8, 2048, 0.9): 0.8, (8, 2048, 0.8): 2.2}
 """Factors of the loss without stubs."""
@@ -191,16 +189,10 @@ def make_repair_row(
 
 
 def make_repair_rows() -> list[RepairRow]:
-    """All three studies of ``experiments.repair``."""
+    """Both studies of ``experiments.repair``."""
     pairs = [(cell, text) for cell in REPAIR_CELLS for text in REPAIR_TEXTS]
     rows = [make_repair_row(repair, *pair) for repair in FITTED_RATIOS for pair in pairs]
     for cell, text in pairs:
-        ratio = FITTED_RATIOS["library"] if text in FIT_TEXTS else OTHER_RATIOS["library"]
-        for tokens, extra in list(TOKEN_EXTRA.items())[:-1]:
-            rows.append(
-                make_repair_row("library", cell, text, study="tokens", ratio=ratio + extra,
-                                fit_tokens=tokens, accuracies={})
-            )  # fmt: skip
         for name in FIT_TEXTS:
             ratio = 0.5 if name == text else 0.75 if name == "self" else 0.9
             rows.append(

@@ -7,10 +7,15 @@ import pytest
 
 from experiments.config import Config
 from experiments.ladder import llama_cpp_process
-from experiments.ladder.figures import loss_against_bytes, pareto
 from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
 from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, ShippedRow
-from experiments.ladder.tables import ladder_findings, ladder_markdown, ladder_tables
+from experiments.ladder.tables import (
+    ladder_findings,
+    ladder_markdown,
+    ladder_tables,
+    loss_against_bytes,
+    pareto,
+)
 from experiments.report import report
 from experiments.study.figures import style
 from experiments.study.records import append_record, request_field

@@ -18,7 +18,6 @@ from experiments.errors import ExperimentError
 from experiments.long_context.results import (
     POSITIONS,
     Curves,
-    long_context_findings,
     over_length,
     share_of,
 )
@@ -139,18 +138,6 @@ def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(curves):
     assert {row.length for row in both.facts("native")} == {1024, 2048}
     assert with_lengths(recall=[4096], tracking=[2048]).long == [2048, 4096]
     assert with_lengths(recall=[256, 512], counting=[1024]).long == [256, 512]
-
-
-def test_findings_name_loss_and_recall(curves):
-    (text,) = long_context_findings(curves)
-    assert text.startswith("In texts of 512 to 768 tokens, the native model answers ")
-    row, base = (curves.losses[plan, 300] for plan in ("int2", "native"))
-    right = np.mean(
-        [share_of(curves.task("int2", "recall", length).right).mean for length in (512, 768)]
-    )
-    lost = f"{row.nll - base.nll:.3f} nats per token on documents"
-    assert text.endswith(f"; caches of 2 bits cost {lost} and leave {100 * right:.0f} %.")
-    assert long_context_findings(Curves(curves.tasks)) == []
 
 
 def test_wrong_settings_and_documents_are_named(config):

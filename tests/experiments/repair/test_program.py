@@ -40,7 +40,7 @@ def config(base):
             fit_texts={"first": text(1, 12), "second": text(2)},
             report_texts={"first": text(3), "third": text(4)},
             rank=2, distill_steps=4, distill_windows=3, cells=CELLS,
-            study_cells=CELLS[1:], token_study=[24], domain_study=["second"],
+            study_cells=CELLS[1:], domain_study=["second"],
         ),
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_there_is_a_row_for_each_repair_cell_and_text(rows):
         assert {(row.cell, row.text) for row in _grid(rows, name)} == {
             (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
         }
-    assert len(rows) == len(CELLS) * 2 * 4 + 2 * (1 + 1)
+    assert len(rows) == len(CELLS) * 2 * 4 + 2
     assert all(row.text not in row.fitted_on for row in rows if row.text == "third")
 
 
@@ -95,14 +95,14 @@ def test_the_fitted_tokens_are_recorded(rows):
     tokens = {(row.study, row.repair): row.fit_tokens for row in rows}
     assert tokens == {
         ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
-        ("grid", "per_mask"): 20 * 12, ("tokens", "library"): 24, ("domain", "library"): 8 * 12,
+        ("grid", "per_mask"): 20 * 12, ("domain", "library"): 8 * 12,
     }  # fmt: skip
     (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
     assert domain == ("second",)
     masks = {(row.study, row.cell): row.mask for row in rows if row.repair == "library"}
     cell = (2, 32, 0.7)
     assert {row.cell for row in rows if row.study != "grid"} == {cell}
-    assert masks["tokens", cell] == masks["domain", cell] == masks["grid", cell]
+    assert masks["domain", cell] == masks["grid", cell]
 
 
 def test_other_settings_are_rejected_in_the_same_folder(config, rows):

@@ -130,8 +130,7 @@ def test_figures_and_tables_come_from_the_rows_alone(rows, tmp_path):
     assert "24 requests of trace.csv" in text
     assert text.count("| RAP policy |") == 4
     STUDY.draw(data, tmp_path)
-    for name in ("replay_memory", "replay_latency"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert (tmp_path / "replay_memory.png").stat().st_size > 5000
     assert "No system" in STUDY.markdown([])
 
 
