@@ -1,6 +1,7 @@
 """The four stages on a tiny real model: end to end, resuming, and rejected settings."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from experiments.train import train
 from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring import workers
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -144,7 +144,7 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     """GSI, what the baselines search and what all methods chose is measured by workers."""
     monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path))
     fake = FakeRay(pytest.importorskip("ray"), ScoringWorker)
-    monkeypatch.setattr(workers, "_import_ray", lambda: fake)
+    monkeypatch.setitem(sys.modules, "ray", fake)
     folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
     spread = replace(
         evaluated, name="spread", store=None, scoring={"workers": 2},

@@ -9,6 +9,7 @@ class FakeRay:
     """The part of Ray that a pool uses: a call runs when its result is waited for."""
 
     def __init__(self, ray, worker):
+        self.__spec__ = ray.__spec__  # it may stand in `sys.modules`
         self.exceptions = ray.exceptions
         self.worker = worker
         self.calls = Counter()
