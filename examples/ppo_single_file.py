@@ -2,9 +2,8 @@
 
     python examples/ppo_single_file.py
 
-A flat network can learn from what changes: the level of each item, and the bytes that its next
-level frees. Invalid actions get a logit of minus infinity. Where an episode has ended, the vector
-environment already shows the next one (autoreset mode SAME_STEP): no step is a dummy.
+The networks see what changes: the level of each item, and the bytes that its next level frees.
+Where an episode has ended, the vector environment already shows the next one (SAME_STEP).
 """
 
 from __future__ import annotations
@@ -27,18 +26,16 @@ GAMMA, LAMBDA, CLIP, ENTROPY, LEARNING_RATE = 1.0, 0.95, 0.2, 0.002, 2e-3
 CHANGING = [5, 6]  # columns of an item's row: its level, and the bytes that the next one frees
 
 
-def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
-    """A linear layer with orthogonal weights; with a small gain, all outputs begin near 0."""
-    linear = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(linear.weight, gain)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
 def network(inputs: int, outputs: int, gain: float, hidden: int = 64) -> nn.Sequential:
-    """A network with two hidden layers."""
-    first, second = layer(inputs, hidden), layer(hidden, hidden)
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), layer(hidden, outputs, gain))
+    """Two hidden layers; with a small gain, all outputs begin near 0."""
+    layers: list[nn.Module] = []
+    widths, gains = (inputs, hidden, hidden, outputs), (2**0.5, 2**0.5, gain)
+    for width, out, scale in zip(widths[:-1], widths[1:], gains, strict=True):
+        linear = nn.Linear(width, out)
+        nn.init.orthogonal_(linear.weight, scale)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):

@@ -3,8 +3,8 @@
     python examples/sb3_maskable_ppo.py
 
 `MultiInputPolicy` takes the dictionary of arrays as it is. The environment has `action_masks`,
-which MaskablePPO asks each sub-environment for. What `SETTINGS` changes decides: with the defaults
-of MaskablePPO, as many steps end far behind the knapsack.
+which MaskablePPO asks each sub-environment for. What `SETTINGS` and `Changing` change decides: with
+the defaults of MaskablePPO, as many seconds end far behind the knapsack.
 """
 
 from __future__ import annotations
@@ -14,14 +14,31 @@ from collections.abc import Callable
 import gymnasium as gym
 import torch
 from sb3_contrib import MaskablePPO
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import rap_env
 
 TASK = "RAPLadder/SmolLM2-Table-v1"
 REWARD = {"name": "perplexity", "scale": "log"}  # ΔNLL differs by orders of magnitude
-ENVS, STEPS = 64, 307_200
+ENVS, STEPS = 64, 600_000
+
+
+class Changing(BaseFeaturesExtractor):
+    """The request, the mask, and what changes of each item: its level and the bytes of the next."""
+
+    def __init__(self, space: gym.spaces.Dict) -> None:
+        items, request = space["action_mask"].shape[0], space["request"].shape[0]
+        super().__init__(space, features_dim=request + 3 * items)
+
+    def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        """All in one row for each observation."""
+        rows = observation["ladder"][:, :, 5:7].flatten(1)
+        return torch.cat([observation["request"], observation["action_mask"], rows], dim=1)
+
+
 SETTINGS = {
+    "policy_kwargs": {"features_extractor_class": Changing},
     "n_steps": 32,
     "batch_size": 512,
     "n_epochs": 4,
