@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import hydra
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -28,9 +30,10 @@ from experiments.config import Config, as_config
 from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
 from experiments.console import fail, message
 from experiments.errors import ExperimentError
+from experiments.help import guess, help_text, settings_of
 from experiments.study.run_names import run_label
 from rap_env.artifacts import atomic_write
-from rap_env.errors import RapError
+from rap_env.errors import RapError, UnknownNameError
 from rap_env.plugins import GROUPS as PLUGIN_KINDS
 from rap_env.plugins import entry_points
 
@@ -135,6 +138,8 @@ def launch(stage: str, run: Stage) -> None:
             objective that an optimising sweeper minimises.
     """
     register_program(stage)
+    if _asks_for_help(stage, Config, settings_of(stage)):
+        return
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
     def main(node: DictConfig) -> float | None:
@@ -154,7 +159,7 @@ def launch(stage: str, run: Stage) -> None:
             # error that holds only its message can be pickled by a worker process.
             raise ExperimentError(str(error)) from None
 
-    _run_main(main)
+    _run_main(main, stage)
 
 
 def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
@@ -165,6 +170,8 @@ def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
         schema: The class of its settings, from which that file starts.
         run: Called with the settings.
     """
+    if _asks_for_help(name, schema, [field.name for field in fields(schema)]):
+        return
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=name)
     def main(node: DictConfig) -> None:
@@ -175,16 +182,42 @@ def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
         except RapError as error:  # caught here, because Hydra adds text to errors of a job
             fail(str(error))
 
-    _run_main(main)
+    _run_main(main, name)
 
 
-def _run_main(main: Callable[[], Any]) -> None:
+def _composed(program: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, list[str]]]:
+    """Return a program's settings with their values, and the options of each group."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base=None):
+        values = OmegaConf.to_container(hydra.compose(program, overrides=list(overrides)))
+        loader = GlobalHydra.instance().config_loader()
+        groups = {name: loader.get_group_options(name) for name in loader.list_groups("")}
+    return values, {name: options for name, options in groups.items() if name != "hydra"}
+
+
+def _asks_for_help(program: str, schema: type, names: Sequence[str]) -> bool:
+    """Print the help of a program if the command asks for it, with the values that it gives."""
+    if not {"-h", "--help"} & {*sys.argv[1:]}:
+        return False
+    given = [text for text in sys.argv[1:] if not text.startswith("-")]
+
+    def show() -> None:
+        values, groups = _composed(program, given)
+        about = (sys.modules["__main__"].__doc__ or "").partition("\n\n")[0]
+        usage = f"python -m experiments.{program} [SETTING=VALUE ...]"
+        text = help_text(names, schema, values, groups if schema is Config else {})
+        print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
+
+    _run_main(show, program)
+    return True
+
+
+def _run_main(main: Callable[[], Any], program: str) -> None:
     Plugins.instance().register(PackagesSearchPath)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing a traceback
     try:
         main()
     except (RapError, HydraException, OmegaConfBaseException) as error:
-        fail(with_group(message(error)))
+        fail(_mistake(message(error), program))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Run the same command again to continue.\n")
         sys.exit(130)
@@ -199,6 +232,17 @@ def runs_in_parallel(hydra: Any) -> bool:
     return bool(
         hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
     )
+
+
+def _mistake(text: str, program: str) -> str:
+    """Return what is wrong with a command: one sentence for a misspelt setting or option."""
+    if key := re.match(r"Could not override '([^']+)'", text):
+        return guess(key[1], *_composed(program))
+    if option := re.search(r"Could not find '([\w/]+)/(\w+)'", text):
+        known = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
+        if known:
+            return str(UnknownNameError(f"option of {option[1]}", option[2], known))
+    return with_group(text)
 
 
 def with_group(message: str) -> str:

@@ -192,6 +192,8 @@ def choose(
         "delta_nll_source": source,
         "decision_s": seconds,
     }
+    if not as_json:  # no table of a plan that cannot be used
+        memory.check_fits(plan, request)
     text = _choice_text(answer)
     if engine == "llama.cpp":
         deployed = deployment_answer(choose_deployment(memory, request), facts)

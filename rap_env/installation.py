@@ -106,9 +106,9 @@ def description(answer: dict[str, Any]) -> str:
     elif not models:
         lines.append("No model is cached; `rap fetch` downloads the default model.")
     lines += [
-        f"Model: {t['model']} in {t['environment']}, {t['scores']:,} measured scores. Predictions, "
-        f"{t['held_out']} held out: rank correlation {t['rank_correlation']:.3f}, median error "
-        f"{t['median_relative_error']:.1%}"
+        f"Score table: {t['model']} in {t['environment']}, {t['scores']:,} measured scores. "
+        f"Predictions, {t['held_out']} held out: rank correlation {t['rank_correlation']:.3f}, "
+        f"median error {t['median_relative_error']:.1%}"
         for t in answer["score_tables"]
     ]
     return "\n".join(lines)

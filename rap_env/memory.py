@@ -237,9 +237,12 @@ class MemoryModel:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
         if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
             least = min(need, self.least_peak_bytes(request))
+            what, rest = f"This plan needs {need:,}", f"without any block the model needs {least:,}"
+            if least > request.budget_bytes:
+                shape = f"{request.batch_size} x {request.seq_len_tokens} tokens"
+                what, rest = f"For {shape}, the smallest plan needs {least:,}", "give more"
             raise InfeasibleBudgetError(
-                f"This plan needs {need:,} bytes, more than the budget of "
-                f"{request.budget_bytes:,}; without any block the model needs {least:,}."
+                f"{what} bytes, more than the budget of {request.budget_bytes:,}; {rest}."
             )
 
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:

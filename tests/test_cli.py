@@ -163,6 +163,13 @@ def test_a_plan_that_does_not_fit_is_shown_and_fails(rap):
     assert err.startswith("Error: This plan needs 479,007,360 bytes, more than the budget")
 
 
+def test_a_budget_below_every_plan_is_one_sentence(rap):
+    code, out, err = rap("choose", "--batch", 1, "--seq", 10, "--budget", "1MiB")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: For 1 x 10 tokens, the smallest plan needs ")
+    assert err.endswith("more than the budget of 1,048,576; give more.\n")
+
+
 def test_another_model_is_loaded_for_its_bytes(rap, model_folder):
     code, out, _ = rap("choose", "--batch", 1, "--seq", 8, "--budget", "1MiB", "--policy", "dense",
                        "--model", model_folder, "--dtype", "float32")  # fmt: skip

@@ -43,10 +43,13 @@ class Config(Section):
     name: str = "default"
     """Name of the comparison; its records are in ``<runs_dir>/<name>``."""
     runs_dir: str = "runs"
+    """Folder of all comparisons."""
     seed: int = 0
+    """Seed of what the program draws."""
     store: str | None = "default"
     """Score store: ``default`` (in the user's cache), a file, or null for none."""
     progress: bool = True
+    """Whether progress bars are shown."""
     threads: Count | None = None
     """Threads of torch; null measures the fastest number once for each comparison, or takes 1 if
     workers measure."""
@@ -62,7 +65,9 @@ class Config(Section):
     self-written text; or the path of a library."""
     stubs: StubsConfig = field(default_factory=StubsConfig)
     workload: dict[str, Any] = field(default_factory=dict)
+    """Sampler of requests (`rap_env.workload`), and its settings."""
     reward: dict[str, Any] = field(default_factory=dict)
+    """Reward (`rap_env.reward`), and its settings."""
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     warm_start: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["warm_start"]))

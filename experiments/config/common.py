@@ -173,7 +173,10 @@ class TextConfig(Section):
     source: str = MISSING
     """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
     windows: Count = 4
+    """Number of windows."""
     window_tokens: Annotated[int, within(2)] = 128
+    """Tokens of each window."""
     seed: int = 0
+    """Seed of the choice of windows, or of the model that writes them."""
     field: str = "text"
     """Field of a JSONL file or data set that holds the text."""

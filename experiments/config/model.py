@@ -31,7 +31,9 @@ class ModelConfig:
     """An alias such as ``smollm2-135m``, a hub id, a folder, a GGUF file, or
     ``score_table:PATH`` (for training only)."""
     device: str = "auto"
+    """``auto`` (CUDA if there is a device), ``cpu``, or ``cuda``."""
     dtype: str = "auto"
+    """``auto`` (the faster one here), ``bfloat16``, ``float16`` or ``float32``."""
     weights: str = "auto"
     """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
     ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""

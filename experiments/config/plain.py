@@ -42,6 +42,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
     },
     # Importance scores that the agent observes.
     "importance": {
+        # gsi: greedy sequential importance; one_shot: one measurement for each item; or none.
         "method": Setting(str, "gsi", among("gsi", "one_shot", "none")),
         # Number of blocks that GSI removes; null for all.
         "gsi_removals": Setting(int | None, 16, within(1)),
@@ -55,7 +56,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "teacher": Setting(str, "none", among(*TEACHERS)),
         "requests": Setting(int, 512, within(1)),  # workload requests that the teacher answers
         "updates": Setting(int, 600, within(1)),  # updates of the network on the teacher's plans
-        "learning_rate": Setting(float | int, 3e-3, within(0)),
+        "learning_rate": Setting(float | int, 3e-3, within(0)),  # first learning rate
     },
     # Training on predicted scores that are corrected with measured ones after each round.
     "score_model": {
@@ -84,12 +85,12 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
     },
     # Loggers besides metrics.jsonl in the run folder, which is always written.
     "logger": {
-        "wandb": Setting(bool, False),
-        "tensorboard": Setting(bool, False),
-        "project": Setting(str, "rap"),
+        "wandb": Setting(bool, False),  # log to Weights & Biases
+        "tensorboard": Setting(bool, False),  # log to TensorBoard
+        "project": Setting(str, "rap"),  # project of wandb
         # auto: online if a login is found, else offline.
         "wandb_mode": Setting(str, "auto", among("auto", "online", "offline")),
-        "tags": Setting(list, []),
+        "tags": Setting(list, []),  # further tags of wandb
     },
     # The score table that experiments.export_scores writes.
     "export": {

@@ -28,8 +28,11 @@ class EnvConfig(Section):
     together: list[str] = field(default_factory=lambda: ["int8", "int4"])
     """Levels of ``RAPLadder-v0`` that all caches take together."""
     infeasible: str = "clip"
+    """What happens to a request that no plan fits: ``clip`` raises its budget."""
     invalid_action_penalty: float = 0.1
+    """What an invalid action costs."""
     max_invalid_actions: int = 10
+    """Invalid actions after which an episode is truncated."""
     tasks: dict[str, Any] = field(default_factory=partial(defaults, TASKS))
     """Tasks of the accuracy reward; without names, the environment's default tasks."""
 
@@ -60,9 +63,11 @@ class AgentConfig(Section):
     policy: str = "blockwise"
     """``blockwise`` (one network applied to every block or item) or ``mlp``."""
     total_timesteps: Count = 20_000
+    """Steps of the environment until the training ends."""
     n_envs: Count = 8
     """Number of sub-environments; they share one model."""
     normalize_reward: bool = True
+    """Whether rewards are divided by their running standard deviation."""
     policy_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the block-wise network: ``hidden``, ``block_vectors``, ``without``."""
     hyperparameters: dict[str, Any] = field(default_factory=dict)
