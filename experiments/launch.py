@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -170,7 +170,7 @@ def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
         schema: The class of its settings, from which that file starts.
         run: Called with the settings.
     """
-    if _asks_for_help(name, schema, [field.name for field in fields(schema)]):
+    if _asks_for_help(name, schema):
         return
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=name)
@@ -194,7 +194,7 @@ def _composed(program: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[st
     return values, {name: options for name, options in groups.items() if name != "hydra"}
 
 
-def _asks_for_help(program: str, schema: type, names: Sequence[str]) -> bool:
+def _asks_for_help(program: str, schema: type, names: Sequence[str] = ()) -> bool:
     """Print the help of a program if the command asks for it, with the values that it gives."""
     if not {"-h", "--help"} & {*sys.argv[1:]}:
         return False
@@ -204,7 +204,7 @@ def _asks_for_help(program: str, schema: type, names: Sequence[str]) -> bool:
         values, groups = _composed(program, given)
         about = (sys.modules["__main__"].__doc__ or "").partition("\n\n")[0]
         usage = f"python -m experiments.{program} [SETTING=VALUE ...]"
-        text = help_text(names, schema, values, groups if schema is Config else {})
+        text = help_text(names or list(values), schema, values, groups if schema is Config else {})
         print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
 
     _run_main(show, program)
