@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
-from experiments.help import READS, described, guess, help_text, settings_of
 from experiments.launch import _composed, _mistake, register_program
+from experiments.study.help import READS, described, guess, help_text, settings_of
 from tests.programs import run_python
 
 PROGRAMS = sorted({*READS, "levels", "long_context", "small_models", "tight_grid"})

@@ -20,31 +20,31 @@ MODEL = ("model", "scoring", "calibration", "importance", "repair", "store", "th
 """What a program reads that measures on a model."""
 
 READS: dict[str, tuple[str, ...]] = {
-    "train": (*MODEL, "env", "workload", "reward", "agent", "warm_start", "score_model",
+    "train": (*MODEL, "env", "workload", "reward", "agent", "warm_start", "score_model", "logger",
               "frontier", "evaluate.requests", "evaluate.budgets", "evaluate.pinned",
-              "evaluate.selection", "logger", "seed"),
-    "evaluate": (*MODEL, "env", "evaluate", "logger", "seed"),
-    "profile": (*MODEL, "env", "workload", "frontier", "logger", "seed"),
+              "evaluate.selection"),
+    "evaluate": (*MODEL, "env", "evaluate", "logger"),
+    "profile": (*MODEL, "env", "workload", "frontier", "logger"),
     "demo": (*MODEL, "demo", "env", "workload", "reward", "agent.total_timesteps", "frontier",
-             "evaluate", "report", "seed"),
+             "evaluate", "report"),
     "report": ("report",),
-    "export_scores": (*MODEL, "export", "env.id", "seed"),
-    "repair": (*MODEL, "stubs", "workload", "evaluate.text", "seed"),
+    "export_scores": (*MODEL, "export", "env.id"),
+    "repair": (*MODEL, "stubs", "workload", "evaluate.text"),
     "ladder": (*MODEL, "ladder", "evaluate.text", "env"),
-    "replay": (*MODEL, "replay", "budget", "seed"),
-    "soak": ("model", "repair", "threads", "soak", "serve", "seed"),
+    "replay": (*MODEL, "replay", "budget"),
+    "soak": ("model", "repair", "threads", "soak", "serve"),
     "texts": (*MODEL, "texts", "env", "kinds"),
     "prompts": (*MODEL, "prompts", "texts"),
 }  # fmt: skip
-"""Sections and settings of each program beside `name`, `runs_dir` and `progress`; a program that is
-not listed reads those of a model and the section of its own name."""
+"""Sections and settings of each program beside the first four; a program that is not listed reads
+those of a model and the section of its own name."""
 
 _WIDTH = 120
 
 
 def settings_of(program: str) -> tuple[str, ...]:
     """Return the sections and settings that a program reads."""
-    return ("name", "runs_dir", "progress", *READS.get(program, (*MODEL, program, "seed")))
+    return ("name", "runs_dir", "progress", "seed", *READS.get(program, (*MODEL, program)))
 
 
 def help_text(
