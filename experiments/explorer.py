@@ -1,7 +1,7 @@
 """``python -m experiments.explorer``: make the page that shows each method's plan for a request.
 
 The plans are computed at a grid of requests from the score table and the byte arithmetic in the
-package, in about five minutes, and embedded in one HTML file that needs no network. It is
+package, in about a minute, and embedded in one HTML file that needs no network. It is
 committed, so that documentation and reports copy it; no model is run.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,16 @@ from experiments.study.looks import LEVEL_COLOURS, look
 from rap_env.artifacts import atomic_write, canonical_json
 from rap_env.blocks import block_name
 from rap_env.context.table import TableContext
-from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
+from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
 from rap_env.policies.packaged_files import default_facts, packaged_context
 from rap_env.request import Request
-from rap_env.scoring.held_out import HeldOutLosses
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAGE = TEMPLATE.parents[1] / "docs" / "_static" / "explorer.html"
@@ -52,21 +50,8 @@ _TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9  # below and above the bytes of all items
 _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 
 
-class ExplorerContext(TableContext):
-    """The packaged scores, with what lookups and uniform settings need from the measured plans."""
-
-    @cached_property
-    def frontier(self) -> PlanTable:
-        """All plans that the score table measured."""
-        return PlanTable(
-            num_layers=self.table.facts.num_layers,
-            dense_nll=self.table.dense_nll,
-            scores=self.table.scores,
-            evaluations_run=0,
-            seconds=0.0,
-            settings={},
-            provenance=self.table.context,
-        )
+class MeasuredMasks(TableContext):
+    """The context of a table, with the GSI order over blocks that its measured masks hold."""
 
     def item_gsi(self, item_bytes: LadderBytes) -> GSIProfile:  # type: ignore[override]
         """The order of removals along the measured masks, the best next one first."""
@@ -82,123 +67,110 @@ class ExplorerContext(TableContext):
             order.append(block_name(block))
             nll_after.append(nexts[block])
         one_shot = map(float, self.one_shot.delta_nll)
-        rises = dict(zip(map(block_name, sorted(blocks)), one_shot, strict=True))
         return GSIProfile(
-            evaluations=0,
-            evaluations_run=0,
-            block_forwards=0.0,
-            seconds=0.0,
-            provenance=dict(self.table.context),
-            method="lazy",
+            evaluations=0, evaluations_run=0, block_forwards=0.0, seconds=0.0, provenance={},
+            method="lazy", together=(), first_nll={}, candidates=(),
             levels={item.name: list(item.levels) for item in item_bytes.ladder.items},
-            together=(),
-            dense_nll=self.table.dense_nll,
-            order=tuple(order),
-            nll_after=tuple(nll_after),
-            first_nll={},
-            last_rises=rises,
-            candidates=(),
-        )
+            dense_nll=self.table.dense_nll, order=tuple(order), nll_after=tuple(nll_after),
+            last_rises=dict(zip(map(block_name, sorted(blocks)), one_shot, strict=True)),
+        )  # fmt: skip
 
 
-def explorer_data(
-    batches: Sequence[int] = BATCHES, lengths: Sequence[int] = LENGTHS
-) -> dict[str, Any]:
-    """The plans of all methods at each batch size, length and budget, with their bytes and ΔNLL.
+class Explorer:
+    """Computes what the page shows, from what the package has of the default model."""
 
-    Returns:
-        JSON values. ``choices`` has, by method, shape (batch, then length) and budget, the number
-        of a plan, the bytes of its caches and those of the rest; ``plans`` has, by number, its
-        levels (a digit for each item: attention, caches, FFN by layer, then embeddings), the bytes
-        of its weights and embeddings, its ΔNLL on held-out text, and whether that was measured.
-    """
-    packaged = packaged_context(MemoryModel(default_facts()))
-    assert isinstance(packaged, TableContext)
-    context = ExplorerContext(packaged.table, packaged.name, importance="one_shot")
-    memory, item_bytes = (
-        context.memory,
-        LadderBytes(context.memory, Ladder.of(context.memory.facts)),
-    )
-    policies = [make_method(name, context, item_bytes) for name in METHODS]
-    shapes = [(batch, length) for batch in batches for length in lengths]
-    plans: dict[Plan, int] = {}
-    budgets, natives, choices = [], [], [[] for _ in METHODS]  # type: ignore[var-annotated]
-    for shape in progress_bar(True, shapes, desc="plans", unit="request"):
-        budgets.append(_budgets(context, item_bytes, shape))
-        natives.append(memory.dense_peak_bytes(*shape))
-        for policy, rows in zip(policies, choices, strict=True):
-            rows.append([])
-            for budget in budgets[-1]:
-                request = Request(*shape, budget_bytes=budget)
-                plan = policy.choose(request)
-                parts = memory.breakdown(plan, request)
-                number = plans.setdefault(plan, len(plans))
-                rows[-1].append([number, parts.kv_cache, parts.workspace])
-    return {
-        "measured": len(context.table.scores),
-        "tokens": _held_out(context).text["window_tokens"],
-        "error": _held_out(context).fidelity.rows[0].median_relative_error,
-        "batches": batches,
-        "lengths": lengths,
-        "budgets": budgets,
-        "natives": natives,
-        "tight": _TIGHT_BUDGETS - 1,
-        "levels": [[name, LEVEL_COLOURS[name]] for name in _levels(item_bytes.ladder)],
-        "methods": [[look(name).label, look(name).colour, what] for name, what in METHODS.items()],
-        "choices": choices,
-        "plans": [_plan_row(context, item_bytes.ladder, plan) for plan in plans],
-    }
+    def __init__(self) -> None:
+        packaged = packaged_context(MemoryModel(default_facts()))
+        assert isinstance(packaged, TableContext)
+        assert packaged.table.held_out is not None  # the packaged table has held-out losses
+        self.table, self.held_out = packaged.table, packaged.table.held_out
+        self.context = MeasuredMasks(self.table, packaged.name, importance="one_shot")
+        self.memory = self.context.memory
+        self.item_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
+        names = {name for item in self.item_bytes.ladder.items for name in item.levels}
+        self.levels = [name for name in LEVEL_COLOURS if name in names]
 
+    def data(
+        self, batches: Sequence[int] = BATCHES, lengths: Sequence[int] = LENGTHS
+    ) -> dict[str, Any]:
+        """The plans of all methods at each batch size, length and budget.
 
-def _budgets(
-    context: ExplorerContext, item_bytes: LadderBytes, shape: tuple[int, int]
-) -> list[int]:
-    """Budgets for a request, in bytes: from one that costs 2 nats to the native peak.
+        Returns:
+            JSON values. ``choices`` has, by method, shape (batch, then length) and budget, the
+            number of a plan, the bytes of its caches and those of the rest; ``plans`` has, by
+            number, what `plan_row` returns.
+        """
+        policies = [make_method(name, self.context, self.item_bytes) for name in METHODS]
+        shapes = [(batch, length) for batch in batches for length in lengths]
+        budgets = [self.budgets(shape) for shape in shapes]
+        plans: dict[Plan, int] = {}
 
-    The last of the tight ones is the least at which no block has to be removed.
-    """
-    known = context.frontier.on(item_bytes.ladder)
-    peaks = known.peak_bytes(item_bytes.costs(*shape))
-    kept = [not plan.removed for plan in known.plans]
-    least, lowest = peaks[known.delta_nll < _DEEPEST_DELTA_NLL].min(), peaks[kept].min()
-    tight = np.linspace(least, lowest, _TIGHT_BUDGETS)
-    native = context.memory.dense_peak_bytes(*shape)
-    loose = np.geomspace(lowest, native, _LOOSE_BUDGETS + 1)[1:-1]
-    return [*map(int, tight), *map(int, loose), native]
+        def choice(policy: Policy, request: Request) -> list[int]:
+            plan = policy.choose(request)
+            parts = self.memory.breakdown(plan, request)
+            return [plans.setdefault(plan, len(plans)), parts.kv_cache, parts.workspace]
 
+        choices = [
+            [
+                [choice(policy, Request(*shape, budget_bytes=budget)) for budget in row]
+                for shape, row in zip(shapes, budgets, strict=True)
+            ]
+            for policy in progress_bar(True, policies, desc="plans", unit="method")
+        ]
+        return {
+            "measured": len(self.table.scores),
+            "tokens": self.held_out.text["window_tokens"],
+            "error": self.held_out.fidelity.rows[0].median_relative_error,
+            "batches": batches,
+            "lengths": lengths,
+            "budgets": budgets,
+            "natives": [self.memory.dense_peak_bytes(*shape) for shape in shapes],
+            "tight": _TIGHT_BUDGETS - 1,
+            "levels": [[name, LEVEL_COLOURS[name]] for name in self.levels],
+            "methods": [[look(m).label, look(m).colour, what] for m, what in METHODS.items()],
+            "choices": choices,
+            "plans": list(map(self.plan_row, plans)),
+        }
 
-def _levels(ladder: Ladder) -> list[str]:
-    """All levels of the ladder, from native to removed."""
-    names = {name for item in ladder.items for name in item.levels}
-    return [name for name in LEVEL_COLOURS if name in names]
+    def budgets(self, shape: tuple[int, int]) -> list[int]:
+        """Budgets for a request, in bytes: from one that costs 2 nats to the native peak.
 
+        The last of the tight ones is the least at which no block has to be removed.
+        """
+        known = self.context.frontier.on(self.item_bytes.ladder)
+        peaks = known.peak_bytes(self.item_bytes.costs(*shape))
+        native = self.memory.dense_peak_bytes(*shape)
+        lowest = peaks[[not plan.removed for plan in known.plans]].min()
+        least = peaks[known.delta_nll < _DEEPEST_DELTA_NLL].min()
+        tight = np.linspace(least, lowest, _TIGHT_BUDGETS)
+        loose = np.geomspace(lowest, native, _LOOSE_BUDGETS + 1)[1:-1]
+        return [*map(int, tight), *map(int, loose), native]
 
-def _plan_row(context: ExplorerContext, ladder: Ladder, plan: Plan) -> list[Any]:
-    """What the page knows of a plan, whatever the request."""
-    names, facts = _levels(ladder), context.memory.facts
-    layers = range(facts.num_layers)
-    caches = ("removed" if 2 * n in plan.removed else plan.cache_level(n).name for n in layers)
-    levels = [
-        *(plan.weight_level(2 * layer) for layer in layers),
-        *caches,
-        *(plan.weight_level(2 * layer + 1) for layer in layers),
-        plan.embeddings,
-    ]
-    held_out = _held_out(context)
-    delta_nll = held_out.delta_nll(plan, context.scorer.nll(plan) - context.scorer.dense_nll)
-    parts = context.memory.breakdown(plan, Request(1, 1, budget_bytes=1))
-    digits = "".join(str(names.index(level)) for level in levels)
-    measured = int(not held_out.is_predicted(plan))
-    return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]
+    def plan_row(self, plan: Plan) -> list[Any]:
+        """What the page knows of a plan, whatever the request.
 
-
-def _held_out(context: ExplorerContext) -> HeldOutLosses:
-    assert context.table.held_out is not None  # the packaged table has losses on held-out text
-    return context.table.held_out
+        Returns:
+            Its levels (a digit for each item: attention, caches, FFN by layer, then embeddings),
+            the bytes of its weights and embeddings, its ΔNLL on held-out text, and whether that
+            was measured.
+        """
+        layers = range(self.memory.facts.num_layers)
+        levels = [
+            *(plan.weight_level(2 * n) for n in layers),
+            *("removed" if 2 * n in plan.removed else plan.cache_level(n).name for n in layers),
+            *(plan.weight_level(2 * n + 1) for n in layers),
+            plan.embeddings,
+        ]
+        scorer = self.context.scorer
+        delta_nll = self.held_out.delta_nll(plan, scorer.nll(plan) - scorer.dense_nll)
+        parts = self.memory.breakdown(plan, Request(1, 1, budget_bytes=1))
+        digits = "".join(str(self.levels.index(level)) for level in levels)
+        measured = int(not self.held_out.is_predicted(plan))
+        return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]
 
 
 def read_data(page: Path = PAGE) -> dict[str, Any]:
-    """The values of `explorer_data` that a page holds."""
+    """The values of `Explorer.data` that a page holds."""
     data: dict[str, Any] = json.loads(
         page.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]
     )
@@ -206,7 +178,7 @@ def read_data(page: Path = PAGE) -> dict[str, Any]:
 
 
 def write_explorer(page: Path, data: dict[str, Any] | None = None) -> Path:
-    """Write the page from `explorer_data`, by default that of the committed page.
+    """Write the page from `Explorer.data`, by default that of the committed page.
 
     Raises:
         StorageFullError: The disk is full.
@@ -219,4 +191,4 @@ def write_explorer(page: Path, data: dict[str, Any] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    print(write_explorer(PAGE, explorer_data()))
+    print(write_explorer(PAGE, Explorer().data()))

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from experiments.explorer import METHODS, PAGE, TEMPLATE, explorer_data, read_data, write_explorer
+from experiments.explorer import METHODS, PAGE, TEMPLATE, Explorer, read_data, write_explorer
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -75,7 +75,7 @@ def test_plans_of_the_page_are_those_of_the_methods(data, method):
 
 @pytest.mark.slow
 def test_the_page_is_what_its_command_writes(data):
-    again = explorer_data(data["batches"][1:3], data["lengths"][3:4])
+    again = Explorer().data(data["batches"][1:3], data["lengths"][3:4])
     for method, by_shape in enumerate(again["choices"]):
         for row, number in zip(by_shape, (10, 17), strict=True):
             kept = data["choices"][method][number]
