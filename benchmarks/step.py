@@ -123,10 +123,6 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
         sides[f"vector{suffix}"] = player(
             gym.make_vec, settings.vector_steps, **made, num_envs=settings.num_envs
         )
-        pinned = task.replace("-v0", "/SmolLM2-Table-v1")
-        sides[f"vector_table{suffix}"] = player(
-            gym.make_vec, settings.vector_steps, id=pinned, num_envs=settings.num_envs
-        )
     return sides
 
 
@@ -178,7 +174,6 @@ def main(settings: StepSettings) -> None:
             "with as many blocks, asked for once before the clock runs.",
             "Random actions, invalid ones among them; all single environments come from "
             "gymnasium.make with a limit of 500 steps, so with the same wrappers.",
-            "The sides named table are the pinned tasks on the packaged score table.",
         ],
     )
 

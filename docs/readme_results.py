@@ -40,9 +40,9 @@ def readme_results() -> str:
         "Runs of the model": lambda s: number(s.evaluations),
         "Time": lambda s: seconds(s.decision_s),
     }
-    step = json.loads((RESULTS / "benchmarks" / "step-cpu.json").read_text(encoding="utf-8"))
-    speeds = step["measured"]["vector_steps_per_s"]
-    ladder, prune = (round(speeds[f"vector_table{t}"]["median"], -3) for t in ("_ladder", ""))
+    record = RESULTS / "benchmarks" / "table_steps-cpu.json"
+    speeds = json.loads(record.read_text(encoding="utf-8"))["measured"]["steps_per_cpu_s"]
+    ladder, prune = (round(speeds[task]["median"], -3) for task in ("ladder", "prune"))
     return (
         f"{markdown(columns_table(comparison.summaries, columns))}\n"
         f"On a score table, 64 sub-environments of `RAPLadder-v0` make {ladder:,.0f} steps a "
