@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import tables
-from architecture import draw_architecture
 from readme_results import decision_cost, readme_results
 from tables import GEMMA, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
 
@@ -165,7 +164,6 @@ def write_all(docs: Path) -> None:
         draw_study(folder, name)
     draw_ladder(folder / LADDER_FIGURE)
     save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
-    draw_architecture(folder / "architecture.svg")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write(folder / "results_readme.md", records)
     write(folder / "commands.md", command_reference())

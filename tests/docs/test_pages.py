@@ -8,6 +8,7 @@ import pytest
 
 from tests.docs.test_code_blocks import PAGES, ROOT
 from tests.programs import run_python
+from tests.test_layers import LAYERS
 
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
@@ -48,3 +49,12 @@ for page in generate.marked_pages():
     assert done.returncode == 0, done.stderr
     assert "README.md fresh" in done.stdout
     assert "stale" not in done.stdout, f"run `python docs/generate.py`: {done.stdout}"
+
+
+def test_the_page_of_contributors_has_the_layers_of_the_package():
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = [set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| \d+ \|.*", text, re.M)]
+    assert rows[0] <= set(LAYERS[0])
+    assert [row | {"__init__"} for row in rows[1:]] == [
+        {*layer, "__init__"} for layer in LAYERS[1:]
+    ]
