@@ -50,7 +50,7 @@ _TIGHT_BUDGETS, _LOOSE_BUDGETS = 16, 9  # below and above the bytes of all items
 _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 
 
-class MeasuredMasks(TableContext):
+class ExplorerContext(TableContext):
     """The context of a table, with the GSI order over blocks that its measured masks hold."""
 
     def item_gsi(self, item_bytes: LadderBytes) -> GSIProfile:  # type: ignore[override]
@@ -84,7 +84,7 @@ class Explorer:
         assert isinstance(packaged, TableContext)
         assert packaged.table.held_out is not None  # the packaged table has held-out losses
         self.table, self.held_out = packaged.table, packaged.table.held_out
-        self.context = MeasuredMasks(self.table, packaged.name, importance="one_shot")
+        self.context = ExplorerContext(self.table, packaged.name, importance="one_shot")
         self.memory = self.context.memory
         self.item_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
         names = {name for item in self.item_bytes.ladder.items for name in item.levels}
