@@ -154,8 +154,8 @@ def learning_curves(trainers: Mapping[str, Curves], narrow: bool = False) -> Fig
                 style = look(str(entry.origin["method"]))
                 axis.axhline(value, color=style.colour, linestyle="--", linewidth=1)
                 axis.annotate(
-                    entry.name, (1, value), xycoords=("axes fraction", "data"), ha="right",
-                    va="bottom", fontsize="x-small", color=style.colour,
+                    entry.name if panel == "online" else "", (0.01, value), va="bottom",
+                    xycoords=("axes fraction", "data"), fontsize="x-small", color=style.colour,
                 )  # fmt: skip
         if axis.collections:
             axis.legend()
