@@ -6,7 +6,8 @@ import click
 import pytest
 
 import experiments.learning_curves as program
-from experiments.learning_curves import learning_curves, read_curves
+from experiments.learning_curves import BASELINES, learning_curves, read_curves
+from rap_env.leaderboard.entries import published_entries
 
 TRAINER = """
 import numpy as np
@@ -52,11 +53,15 @@ def test_the_figure_has_the_mean_and_the_range_of_the_seeds(recorded):
     found = read_curves(recorded.parent)
     assert list(found) == ["ppo_single_file"]
     online, offline = learning_curves(found).axes
-    (line,) = online.lines
+    line, *published = online.lines
     both = [[point.delta_nll for point in points] for points in found["ppo_single_file"].values()]
     assert list(line.get_ydata()) == [sum(pair) / 2 for pair in zip(*both, strict=True)]
     assert len(online.collections) == 1
-    assert not offline.lines
+    knapsack = next(e for e in published_entries("SmolLM2-v1") if e.name == "Knapsack")
+    heights = [each.get_ydata()[0] for each in published]
+    assert float(knapsack.scores("calibration").mean()) in heights
+    assert heights == [each.get_ydata()[0] for each in offline.lines]
+    assert {text.get_text() for text in online.texts} == set(BASELINES)
 
 
 def test_an_unknown_example_is_named(tmp_path):
