@@ -56,11 +56,13 @@ def next_steps(
         context: What it ran on.
         overrides: The settings of the command that started it.
     """
-    facts = context.memory.facts
-    settings = [text for text in overrides if not text.startswith("model.name=")]
-    if config.model.name.startswith(PREFIX) or "model.name" in " ".join(overrides):
+    facts, settings = context.memory.facts, list(overrides)
+    if config.model.name.startswith(PREFIX):
+        settings = [text for text in settings if not text.startswith("model.name=")]
         settings.append(f"model.name={facts.name}")
-    file = f"{config.name}.safetensors"
+    run, file = f"run={folder}", f"{config.name}.safetensors"
+    if "=" in str(folder):  # in the name of a run with settings of its own: quoted for Hydra
+        run = f"\"run='{folder}'\""
     serve = f"rap serve --policy {file}"
     if facts.name.partition("@")[0] != "smollm2-135m":
         serve += f" --model {facts.name}"
@@ -69,5 +71,5 @@ def next_steps(
     return (
         f"The run is in {folder}. Next, measure it on the model beside other methods; export it; "
         f"serve it:\n  python -m experiments.evaluate {' '.join(settings)}\n"
-        f"  python -m experiments.export_policy run={folder} out={file}\n  {serve}"
+        f"  python -m experiments.export_policy {run} out={file}\n  {serve}"
     )
