@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import tables
-from readme_results import decision_cost, readme_results
+from readme_results import decision_cost, readme_results, table_speeds
 from tables import GEMMA, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
 
 import rap_env
@@ -103,6 +103,7 @@ FULL: dict[str, Callable[[], str]] = {
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": readme_results,
+    "speeds": table_speeds,
     **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
     **{name: partial(part_of, name, tables.first_tables) for name in COMPARISONS},
     **{name: partial(part_of, name, below) for name in ("replay_ladder", "prompts")},
