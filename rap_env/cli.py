@@ -127,7 +127,7 @@ def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
     return values
 
 
-@cli.command()
+@cli.command(short_help="Serve a model over HTTP.")
 @click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
 @combined(*map(_server_option, setting_types()))
 def serve(config: Path | None, **options: str | bool | None) -> None:
@@ -220,7 +220,7 @@ def _choice_text(answer: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@cli.command()
+@cli.command(short_help="Download and convert a model.")
 @click.argument("model", default="smollm2-135m")
 @click.option("--accept-licence", is_flag=True, help="Accept the terms that the model comes under.")
 @json_option
@@ -238,7 +238,7 @@ def fetch(model: str, accept_licence: bool, as_json: bool) -> None:
     show(answer, f"{cached.name}: {cached.size_bytes:,} bytes in {cached.folder}", as_json)
 
 
-@cli.command()
+@cli.command(short_help="Show versions, the cache and score tables.")
 @json_option
 def info(as_json: bool) -> None:
     """Show versions, device, the cache folder and the score tables in the package."""

@@ -40,7 +40,7 @@ _policy_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Write a model for another engine.")
 @click.argument("out", type=Path)
 @click.option(
     "--to",
@@ -92,7 +92,7 @@ def export(
     _show_written(answer, as_json)
 
 
-@click.command()
+@click.command(short_help="Save a smaller checkpoint.")
 @click.argument("folder", type=Path)
 @_remove_option
 @request_options(required=False, policy=setting_option("policy", DEFAULT_POLICY), weights=None)
