@@ -1,7 +1,9 @@
 """Each example learns or improves something, with fewer steps than when it is run as a program."""
 
+import copy
 import importlib.util
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -15,8 +17,10 @@ from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry
 from rap_env.leaderboard.tasks import pinned_task
 from rap_env.models.families.families import FAMILIES
+from tests.examples.notebooks import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 LONGEST_LINES = 150
 
 
@@ -28,7 +32,7 @@ def example(name):
     return module
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_how_it_is_run(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= LONGEST_LINES
@@ -62,6 +66,34 @@ def test_torchrl_ppo():
         rap_env.evaluate(module.train(updates), module.TASK, name="torchrl") for updates in (0, 8)
     )
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
+
+
+def test_first_steps():
+    """The notebook's cells run, and its outputs are those of its cells."""
+    path = EXAMPLES / "first_steps.ipynb"
+    assert path.stat().st_size < 300_000
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    again = copy.deepcopy(stored)
+    names = run(again, {"STEPS = 600_000": "STEPS = 512", "[make_env] * 64": "[make_env] * 8"})
+    assert all(cell.fits for cell in names["result"].cells)
+    cells = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    printed = 0
+    for before, after in zip(stored["cells"], again["cells"], strict=True):
+        if "learn(STEPS)" in "".join(before["source"]):
+            break
+        for old, new in zip(before.get("outputs", ()), after.get("outputs", ()), strict=True):
+            assert old.get("text") == new.get("text")
+            printed += "text" in old
+    assert printed == 3
+
+
+def test_no_example_leaves_an_untracked_file():
+    """The folders that examples write to are those that git ignores."""
+    ignored = (EXAMPLES.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
+    written = re.findall(r"""save\("([^"]+)"\)""", "".join(map(Path.read_text, SCRIPTS)))
+    assert written
+    assert all(f"{Path(name).parts[0]}/" in ignored for name in written)
 
 
 def test_rllib_ppo():
