@@ -1,4 +1,4 @@
-"""The experiments: profile, train, evaluate, report, and demo, which runs the four in one go.
+"""The experiments: profile, train, evaluate, report, and demo, which shows all in a few minutes.
 
 Each is ``python -m experiments.NAME``. Only this package imports Hydra.
 """

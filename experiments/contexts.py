@@ -12,7 +12,8 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
-from rap_env.context.opening import open_context, require_live
+from rap_env.context.live import LiveContext
+from rap_env.context.opening import open_context
 from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -139,7 +140,7 @@ def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> Mas
 
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
-    workers = require_live(context).workers
+    workers = context.workers if isinstance(context, LiveContext) else None
     return MaskScorer(context.llm, corpus, context.store, workers=workers)
 
 

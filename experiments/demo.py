@@ -1,89 +1,122 @@
-"""``python -m experiments.demo``: ladder, profile, train, evaluate and report in one process.
+"""``python -m experiments.demo``: what the project does, on the default model, in a few minutes.
 
-Finished work is not repeated, so the same command resumes after a kill.
+What the package holds of the model (costs of levels, measured plans, a text) is used and not made
+again; every loss that the demo reports is measured on the model in this run. Finished stages are
+not repeated, so the same command resumes after a kill.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
-from hydra import compose
-from omegaconf import OmegaConf
+import torch
 
+from agents.export import export_policy
+from experiments import live
 from experiments.config import Config
-from experiments.config.training import AgentConfig
 from experiments.console import say
+from experiments.contexts import build_context, context_config
 from experiments.evaluate import evaluate
-from experiments.ladder.study import STUDY as LADDER
+from experiments.explorer import ExplorerContext
 from experiments.launch import launch
-from experiments.profile import profile
 from experiments.report import report
-from experiments.study.run_names import run_label
+from experiments.study.run_folder import RunFolder
+from experiments.study.tables import seconds, wrapped
 from experiments.train import train
+from rap_env.context.base import PruningContext
+from rap_env.context.opening import open_context
+from rap_env.context.table import TableContext
+from rap_env.policies.loading import load_policy
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
+    from rap_env.scoring.corpus import Corpus
 
-_FEW_TOKENS = 32
+RUN, POLICY_FILE = "rap-s0", "rap.safetensors"
+
+
+class JudgingContext(ExplorerContext):
+    """The scores and the importance in the package, beside the live model that runs held-out text.
+
+    Args:
+        table: The context of the score table, by which methods choose.
+        model: The context of the model.
+    """
+
+    llm: ElasticLLM = None  # type: ignore[assignment]  # a table alone has none
+    corpus: Corpus = None  # type: ignore[assignment]
+
+    def __init__(self, table: PruningContext, model: PruningContext) -> None:
+        assert isinstance(table, TableContext)  # `demo.table` is the name of one
+        scores = replace(table.table, evaluation_s=0.0)  # reading one runs nothing
+        super().__init__(scores, table.name, importance=table.importance)
+        self.llm, self.corpus, self.store = model.llm, model.corpus, model.store
 
 
 def demo(config: Config, folder: Path) -> Path:
-    """Run the five stages and print the comparison.
+    """Run the five stages.
 
     Returns:
-        The report's path. This program writes only its log to `folder`.
+        The report's path.
     """
     started = time.monotonic()
-    say("[1/5] precision before removal: loss against bytes")
-    LADDER.run(ladder_settings(config), config.stage_dir("ladder"))
-    say("[2/5] importance of each block, and a search of good plans, on calibration text")
-    profile(replace(config, stage="profile"), config.stage_dir("profile"))
-    say(f"[3/5] training on {config.env.id}")
-    for agent in demo_agents(config):
-        for seed in config.demo["seeds"]:
-            settings = replace(config, stage="train", agent=agent, seed=seed)
-            label = run_label("train", agent.label or agent.name, seed)
-            train(settings, config.stage_dir("train") / label)
-    say("[4/5] evaluation against the baselines on held-out text")
-    evaluate(replace(config, stage="evaluate"), config.stage_dir("evaluate"))
-    say("[5/5] report")
-    page = report(replace(config, stage="report"), config.stage_dir("report"))
-    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes.")
+
+    def stage(number: int, text: str) -> None:
+        say(f"\n[{number}/5] {text}  ({time.monotonic() - started:.0f} s)")
+
+    stage(1, f"{config.model.name} answers a question")
+    training = training_config(config)
+    table, model = open_context(context_config(training)), build_context(config)
+    context = JudgingContext(table, model)
+    say(f"  {config.demo['question']}\n  {answer(context.llm, config.demo['question'])}")
+
+    stage(2, f"a policy is trained on {len(context.table.scores):,} measured plans of the package")
+    run = train(training, config.stage_dir("train") / RUN)
+    policy_file = run / POLICY_FILE
+    export_policy(run, context).save(policy_file)
+    facts = RunFolder(run).read() or {}
+    say(
+        f"  It imitates a search, then learns by PPO: {seconds(facts['training_s'])}, {policy_file}"
+    )
+
+    text = config.evaluate.text
+    stage(3, f"judged on the model: {text.windows} x {text.window_tokens} tokens, held out")
+    if not Path(text.source).exists():  # the manual that is a part of every Python
+        Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
+    evaluate(config, config.stage_dir("evaluate"), context)
+
+    stage(4, f"the engine serves for {config.demo['live_s']} s; its memory falls and returns")
+    recording = live.recorded(
+        config.stage_dir("live"),
+        lambda: live.record(
+            context.llm, load_policy(policy_file, context.llm), config.demo["live_s"]
+        ),
+    )
+    assert recording is not None  # it was made
+    say(wrapped(recording.summary))
+
+    stage(5, "verdict and report")
+    page = report(config, config.stage_dir("report"))
+    say(f"\nNext:\n  rap choose --policy {policy_file} --batch 8 --seq 2048 --budget 128MiB")
+    say(f"  rap serve --policy {policy_file} --memory 600MiB")
     return page
 
 
-def ladder_settings(config: Config) -> Config:
-    """Return the settings of the ladder: of the unquantised model, and without calibration.
-
-    The ladder's policies come with the package. Calibration text is as short as possible, since the
-    unquantised model would write its own.
-    """
-    return replace(
-        config,
-        stage="ladder",
-        model=replace(config.model, weights="bf16"),
-        calibration=replace(config.calibration, windows=1, window_tokens=_FEW_TOKENS),
-        importance={"method": "none"},
-    )
+def training_config(config: Config) -> Config:
+    """Return the settings of the training: on the score table, which fixes all about the model."""
+    model = replace(config.model, name=config.demo["table"], device="auto", dtype="auto")
+    return replace(config, stage="train", model=model, store=None)
 
 
-def demo_agents(config: Config) -> list[AgentConfig]:
-    """Return the agents to train: the configured one, or those that ``demo.agents`` names.
-
-    All get the configured number of steps.
-    """
-    if not config.demo["agents"]:
-        return [config.agent]
-    found = []
-    for name in config.demo["agents"]:
-        node: Any = compose(config_name="train", overrides=[f"agent={name}"])
-        agent = OmegaConf.to_object(node.agent)
-        assert isinstance(agent, AgentConfig)
-        found.append(replace(agent, total_timesteps=config.agent.total_timesteps))
-    return found
+def answer(llm: ElasticLLM, question: str) -> str:
+    """Return the native model's answer."""
+    ids = torch.tensor([live.chat_ids(llm, question)])
+    new = llm.generate(ids.to(llm.device), max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    return str(llm.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 if __name__ == "__main__":

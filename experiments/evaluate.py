@@ -185,10 +185,11 @@ class Evaluator:
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
 
 
-def evaluate(config: Config, folder: Path) -> Path:
+def evaluate(config: Config, folder: Path, context: PruningContext | None = None) -> Path:
     """Compare all methods on all cells; existing rows are not computed again.
 
-    With ``evaluate.plans``, the plans of earlier results are measured instead.
+    With ``evaluate.plans``, the plans of earlier results are measured instead. By default, the
+    context is that of the settings.
 
     Returns:
         The path of ``results.jsonl`` in the folder.
@@ -199,7 +200,7 @@ def evaluate(config: Config, folder: Path) -> Path:
 
         check_scorable(config.evaluate.tasks["names"])
     run, started = RunFolder(folder), time.monotonic()
-    context = build_context(config)
+    context = build_context(config) if context is None else context
     again = config.evaluate.plans
     item_bytes = ladder_bytes(config, context)
     cells = [] if again else evaluation_cells(config.evaluate, context.memory, item_bytes)

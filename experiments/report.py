@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments import live
 from experiments.comparison import figures, tables
 from experiments.comparison.loading import ReportData, gather
 from experiments.comparison.pairwise import pairwise_comparisons
-from experiments.comparison.summaries import Comparison, Summary
+from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.console import say
+from experiments.explorer import PAGE as EXPLORER
 from experiments.ladder.tables import (
     LADDER_ABSTRACT,
     ladder_findings,
@@ -36,8 +38,8 @@ from experiments.study.tables import (
     columns_table,
     counted,
     mebibytes,
-    number,
     percent,
+    relative_words,
     seconds,
     shape_words,
     terminal,
@@ -68,8 +70,9 @@ LADDER_METHODS_ABSTRACT = [
 def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
-    The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, ``tables.md``,
-    ``repair_tables.md``, ``ladder_tables.md`` and ``figures/``, as far as there are records.
+    The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, the explorer of
+    plans, ``tables.md``, ``repair_tables.md``, ``ladder_tables.md`` and ``figures/``, as far as
+    there are records.
 
     Returns:
         The page's path.
@@ -84,6 +87,8 @@ def report(config: Config, folder: Path) -> Path:
             say(f"\n{terminal(ladder_tables(data.ladder))}\n")
     if data.comparison:
         _write(folder / "tables.md", tables.tables_markdown(data.comparison))
+        if data.comparison.lowers:
+            _write(folder / EXPLORER.name, EXPLORER.read_text(encoding="utf-8"))
         say(f"\n{tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
@@ -108,23 +113,32 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
     draw: dict[str, Draw] = {f"levels_{m}": picture for m, picture in chosen.items()}
     if compared:
         draw["overview"] = partial(figures.overview, compared)
-        draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
+        if len(compared.cells) > len(compared.shapes):  # else its lines are points
+            draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
     if data.profile:
         draw["memory"] = partial(figures.memory_picture, data.profile)
         draw["importance"] = partial(figures.importance_bars, data.profile)
     if figures.logged_curves(data.runs):
         draw["learning_curves"] = partial(figures.learning_curves, data.runs)
+    recording = live.recorded(data.root / "live")
+    if recording:
+        draw["live"] = partial(live.live_figure, recording)
     notes = [("Evaluation", note) for note in data.evaluations[-1:]]
     return {
         "title": title,
         "subtitle": subtitle(data),
         "abstract": _abstract(data),
-        "key": key_numbers(data),
-        "findings": [*ladder_findings(data.ladder), *findings(data), *repair_findings(data.repair)],
+        "findings": [
+            *ladder_findings(data.ladder),
+            *findings(data),
+            *repair_findings(data.repair),
+        ],
         "gallery": gallery,
         "draw": draw,
         "chosen": {f"levels_{method}": look(method).label for method in chosen},
         "compared": compared,
+        "recording": recording,
+        "explorer": EXPLORER.name if compared and compared.lowers else None,
         "profile": data.profile,
         "smoothed": figures.SMOOTHED_EPISODES,
         "trainings": _trainings(data),
@@ -241,35 +255,6 @@ def subtitle(data: ReportData) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def key_numbers(data: ReportData) -> list[dict[str, str]]:
-    """Return a few numbers for the top of the page."""
-    comparison = data.comparison
-    if not comparison or not comparison.summaries:
-        return []
-    policy = comparison.main_policy
-    fair = [s for s in comparison.summaries if s.method in comparison.baselines and s.fits_all]
-    best = fair[0] if fair else None
-    found = []
-    if policy:
-        found.append(_delta_nll(policy, "nats/token, 95 % interval "))
-    if best:
-        found.append(_delta_nll(best, "the best baseline, "))
-    found += [_delta_nll(s, "", 2) for s in comparison.summaries if s.method == "random"]
-    if policy and best:
-        label = (
-            f"decision time of the policy, with {number(policy.evaluations)} model evaluations; "
-            f"{look(best.method).label}: {seconds(best.decision_s)}, {number(best.evaluations)}"
-        )
-        found.append({"value": seconds(policy.decision_s), "label": label})
-    return found
-
-
-def _delta_nll(s: Summary, what: str, digits: int = 3) -> dict[str, str]:
-    interval = f"{s.delta_nll.low:.3f} to {s.delta_nll.high:.3f}"
-    label = f"ΔNLL of {look(s.method).label}, {what}{interval}"
-    return {"value": f"{s.delta_nll.mean:.{digits}f}", "label": label}
-
-
 def findings(data: ReportData) -> list[str]:
     """Return the results of the comparison as sentences, for and against the policy."""
     comparison = data.comparison
@@ -278,16 +263,18 @@ def findings(data: ReportData) -> list[str]:
         return []
     name = look(policy.method).label
     others: dict[str, list[str]] = defaultdict(list)
-    for found in pairwise_comparisons(comparison, policy.method):
-        if found.other not in comparison.learned and found.other_fits:
-            others[found.verdict].append(look(found.other).label)
-    words = {"better": "has a lower ΔNLL than", "even": "does not differ significantly from",
-             "worse": "has a higher ΔNLL than"}  # fmt: skip
+    for pair in pairwise_comparisons(comparison, policy.method):
+        if pair.other not in comparison.learned and pair.other_fits:
+            relative = "" if pair.relative is None else f" ({relative_words(pair.relative)})"
+            others[pair.verdict].append(f"{look(pair.other).label}{relative}")
+    words = {"better": "loses less than", "even": "does not differ significantly from",
+             "worse": "loses more than"}  # fmt: skip
     clauses = [f"{words[v]} {_join(others[v])}" for v in words if others[v]]
     missing = [look(s.method).label for s in comparison.summaries if not s.fits_all]
     texts = [
         f"On {counted(len(comparison.cells), 'pair')} of request and budget, {name} "
-        f"{_join(clauses)} (paired over held-out windows, 95 % level)."
+        f"{_join(clauses)}. Percentages are differences in ΔNLL, with 95 % intervals paired over "
+        f"{counted(len(comparison.rows[0].window_losses), 'window')} of held-out text."
         if clauses
         else f"There is no baseline to compare {name} with."
     ]

@@ -168,7 +168,8 @@ def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
         shape_words(shape): [cell for cell in comparison.cells if cell[:2] == shape]
         for shape in comparison.shapes
     }
-    columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
+    if len(comparison.cells) > len(comparison.shapes):  # else each request has one target
+        columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
     return {**{name: cells for name, cells in columns.items() if cells}, "All": comparison.cells}
 
 

@@ -87,9 +87,7 @@ class Config(Section):
     """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
     it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    demo: dict[str, list[Any]] = field(default_factory=lambda: {"agents": [], "seeds": [0]})
-    """Agents that ``experiments.demo`` trains (names of files in ``conf/agent``; the configured one
-    if there are none), and their seeds."""
+    demo: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["demo"]))
     report: dict[str, str] = field(
         default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}
     )

@@ -92,6 +92,12 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "wandb_mode": Setting(str, "auto", among("auto", "online", "offline")),
         "tags": Setting(list, []),  # further tags of wandb
     },
+    # experiments.demo.
+    "demo": {
+        "table": Setting(str, "score_table:smollm2-135m"),  # what the policy is trained on
+        "question": Setting(str, "What is the capital of France?"),
+        "live_s": Setting(float | int, 60, within(1)),  # seconds of service with moving memory
+    },
     # The score table that experiments.export_scores writes.
     "export": {
         # Masks that the store must have, all or at most half of them; missing ones are measured

@@ -10,11 +10,12 @@ KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 """Colours of the two kinds of blocks."""
 
 LEVEL_COLOURS = {
-    "native": "#F5F4F0", "int8": "#C9E4D4", "int4": "#7CC0A0", "int2": "#3E8F78",
-    "window512": "#F3D58A", "int4-window512": "#E8B64C", "int4-window256": "#D98C2B",
-    "int4-window128": "#B85C1E", "removed": "#2B2F36",
+    "native": "#EDEBE4", "int8": "#BBD7EE", "int4": "#6BA8D6", "int2": "#1F63A8",
+    "window512": "#FCE3A8", "int4-window512": "#F9BE5B", "int4-window256": "#EA8A24",
+    "int4-window128": "#B25309", "removed": "#22262C",
 }  # fmt: skip
-"""Colours of levels, from the most to the least exact one."""
+"""Colours of levels, from the most to the least exact one; blue and orange are told apart with
+any kind of colour vision."""
 
 
 @dataclass(frozen=True)

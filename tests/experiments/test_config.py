@@ -34,7 +34,7 @@ FOLDERS = {
 GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
-    "profile", "train", "evaluate", "report", "demo", "export_scores", "repair", "texts",
+    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "repair", "texts",
     "small_models", "replay", "soak", "levels", "tight_grid", "prompts",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [

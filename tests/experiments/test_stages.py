@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
 
 from experiments.comparison.evaluation import check_names
 from experiments.comparison.records import ResultRow
@@ -14,10 +13,8 @@ from experiments.comparison.training_runs import training_dirs
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context
-from experiments.demo import demo_agents
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
-from experiments.launch import CONF_DIR, register
 from experiments.profile import profile
 from experiments.study.records import read_records, record_files
 from experiments.study.run_folder import RunFolder
@@ -185,17 +182,6 @@ def test_rows_of_other_settings_are_kept_aside_and_restored(evaluated):
         return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
 
     assert in_order(read_records(path)) == in_order(whole)
-
-
-def test_the_demo_trains_the_configured_agents(evaluated):
-    several = replace(evaluated, demo={**evaluated.demo, "agents": ["dqn", "maskable_ppo"]})
-    register()
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        found = demo_agents(several)
-    assert [agent.name for agent in found] == ["dqn", "maskable_ppo"]
-    assert {agent.total_timesteps for agent in found} == {evaluated.agent.total_timesteps}
-    assert "gradient_steps" in found[0].hyperparameters
-    assert demo_agents(evaluated) == [evaluated.agent]
 
 
 def test_a_budget_that_no_mask_fits_is_rejected_before_the_start(trained, tmp_path):

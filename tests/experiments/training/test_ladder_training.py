@@ -12,7 +12,6 @@ from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ModelConfig
-from experiments.config.studies import LadderConfig
 from experiments.config.training import (
     AgentConfig,
     EnvConfig,
@@ -22,7 +21,6 @@ from experiments.contexts import (
     frontier_artifact,
     ladder_bytes,
 )
-from experiments.demo import demo
 from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.profile import profile
@@ -168,42 +166,6 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
         ladder.positions(row.plan)
         if row.method == "agent":
             assert row.levels == trained.choose(request).levels
-
-
-def test_the_demo_of_a_policy_over_items_ends_with_a_table_and_a_report(config, capsys):
-    small = replace(
-        config,
-        name="demo",
-        agent=replace(config.agent, label="rap"),
-        frontier={"evaluations": 20, "requests": 8},
-        warm_start={"teacher": "score_model", "requests": 4, "updates": 20},
-        score_model={"rounds": 1, "verify_requests": 2, "members": 2},
-        reward={"name": "perplexity", "relative_to": "one_shot"},
-        importance={"method": "one_shot", "gsi_method": "lazy", "gsi_removals": 2},
-        ladder=LadderConfig(requests=["1x16"], weights=["native"], caches=["native", "int4"]),
-        evaluate=replace(
-            config.evaluate,
-            baselines=["uniform", "knapsack", "one_shot", "random"],
-            random_seeds=[0],
-            text=own_text(2, 12, 1),
-        ),
-    )
-    page = demo(small, small.root)
-    out = capsys.readouterr().out
-    for label in ("RAP policy", "Uniform", "Knapsack", "One-shot", "Random"):
-        assert label in out
-    assert [line[:5] for line in out.splitlines() if line.startswith("[")] == [
-        f"[{number}/5]" for number in range(1, 6)
-    ]
-    words = " ".join(out.split())
-    assert "On 2 pairs of request and budget, RAP policy" in words
-    assert "over the native model" in words
-    text = page.read_text()
-    assert "What the policy lowers" in text
-    assert "Targets" not in text, "one training shows little"
-    assert (small.stage_dir("train") / "rap-s0" / TABLE_FILE).exists()
-    measured = RunFolder(small.stage_dir("ladder")).settings()
-    assert measured["model"]["weights"] == "bf16", "the ladder starts from unquantised weights"
 
 
 def test_settings_of_the_environment_are_checked():

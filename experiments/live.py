@@ -1,0 +1,335 @@
+"""``python -m experiments.live experiment=demo``: serve while the memory falls and returns.
+
+Chats about texts run in rounds, and short questions come one after the other. The memory limit
+falls to half of what the native model needs for them, stays there, and returns. The run is recorded
+and drawn: as a figure, and as an animation.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.config import Config
+from experiments.console import say
+from experiments.launch import launch
+from experiments.study.figures import FAINT, INK, NARROW_IN, save_png, style
+from experiments.study.looks import LEVEL_COLOURS
+from experiments.study.records import read_json
+from rap_env.artifacts import atomic_write
+from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from rap_env.models.live.elastic import ElasticLLM
+    from rap_env.runtime.metrics import StepRecord
+    from rap_env.runtime.request_handle import RequestHandle
+
+FILE = "live.json"
+
+QUESTIONS = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Japan?": "Tokyo",
+    "What is the largest ocean on Earth?": "Pacific",
+    "What is the capital of Egypt?": "Cairo",
+    "What is the capital of Germany?": "Berlin",
+    "What is the capital of Greece?": "Athens",
+}
+"""What is asked in turn, and what a right answer contains; the native default model knows them."""
+
+CHATS, TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 4, 3600, 120, 24
+
+CAPTION = "A language model keeps answering while half of its memory is taken away"
+"""One sentence above the animation."""
+
+LIMIT = {0.0: 1.0, 0.25: 1.0, 0.5: 0.5, 0.72: 0.5, 0.8: 1.0, 1.0: 1.0}
+"""The memory limit as a share of the native need, by the share of the time that has passed."""
+
+_FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
+_MOMENTS = 240  # of the levels over the whole time
+
+
+@dataclass
+class Answer:
+    """A question with its answer, as pairs of a time in seconds and the text by then."""
+
+    question: str
+    asked_s: float
+    texts: list[tuple[float, str]] = field(default_factory=list)
+
+    def note(self, time_s: float, text: str) -> None:
+        """Note the text at a moment, if it has grown."""
+        if not self.texts or self.texts[-1][1] != text:
+            self.texts.append((time_s, text))
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer contains what a right one does."""
+        return bool(self.texts) and QUESTIONS[self.question] in self.texts[-1][1]
+
+
+@dataclass
+class Recording:
+    """What an engine did.
+
+    Attributes:
+        native_bytes: What the native model needs for all that runs.
+        steps: Of each pass: its end in seconds, bytes of the limit, measured bytes, and the number
+            of its plan.
+        plans: The levels of the plans, native ones left out.
+    """
+
+    num_layers: int
+    seconds: float
+    native_bytes: int
+    steps: list[tuple[float, int, int, int]] = field(default_factory=list)
+    plans: list[dict[str, str]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """The run in a sentence."""
+        _, limits, measured, _ = zip(*self.steps, strict=True)
+        right = sum(answer.right for answer in self.answers)
+        over = sum(used > limit for limit, used in zip(limits, measured, strict=True))
+        last = "native again" if not self.plans[self.steps[-1][3]] else "not native yet"
+        return (
+            f"The limit falls from {max(limits) / 2**20:.0f} to {min(limits) / 2**20:.0f} MiB and "
+            f"returns. {right} of {len(self.answers)} answers are right, {over} of "
+            f"{len(self.steps)} passes of the model measure more than the limit, and the last plan "
+            f"is {last}."
+        )
+
+    def levels_at(self, time_s: float) -> dict[str, list[str]]:
+        """The level of each item at a moment, by kind of item, from the first layer to the last."""
+        past = [step for step in self.steps if step[0] <= time_s] or self.steps[:1]
+        plan = Plan.of(self.plans[past[-1][3]])
+        layers, removed = range(self.num_layers), plan.removed
+        return {
+            "KV caches": [
+                "removed" if 2 * n in removed else plan.cache_level(n).name for n in layers
+            ],
+            "Attention": [plan.weight_level(2 * n) for n in layers],
+            "FFN": [plan.weight_level(2 * n + 1) for n in layers],
+            "Embeddings": [plan.embeddings],
+        }
+
+
+def chat_ids(llm: ElasticLLM, text: str) -> list[int]:
+    """Tokens of a chat that begins with a text; the text alone without a template of chats."""
+    if llm.tokenizer.chat_template is None:
+        return list(llm.tokenizer(text)["input_ids"])
+    chat = [{"role": "user", "content": text}]
+    ids = llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    return list(ids)
+
+
+def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
+    """Serve for some seconds within the moving limit; the model is native afterwards."""
+    from rap_env.runtime.batch_shape import BatchShape
+    from rap_env.runtime.controller import RuntimeController
+    from rap_env.runtime.engine import Engine
+    from rap_env.runtime.memory_meter import make_levels
+    from rap_env.runtime.memory_source import GivenMemory
+    from rap_env.runtime.sampling import SamplingParams
+
+    llm.set_residency("offload")
+    make_levels(llm, policy)
+    texts = [text[:TEXT_CHARACTERS] for text in topics.values() if len(text) >= TEXT_CHARACTERS]
+    chats = [chat_ids(llm, f"Summarise this text.\n\n{text}") for text in texts[:CHATS]]
+    started, native_bytes = float("inf"), 2**62
+
+    def limit_bytes() -> float:
+        passed = max(0.0, time.monotonic() - started) / seconds
+        return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
+
+    controller = RuntimeController(llm, policy, GivenMemory(limit_bytes))
+    engine = Engine(llm, controller, max_batch_size=CHATS + 1)
+    shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
+    native_bytes = controller.estimator.peak_bytes(Plan(), shape)
+    recording = Recording(llm.facts.num_layers, seconds, native_bytes)
+
+    def on_step(step: StepRecord) -> None:
+        if not recording.plans or recording.plans[-1] != step.plan.levels:
+            recording.plans.append(step.plan.levels)
+        passed, plan = step.time_s + step.duration_s - started, len(recording.plans) - 1
+        recording.steps.append((round(passed, 3), step.budget_bytes, step.peak_bytes, plan))
+
+    def submit(ids: list[int], tokens: int, **sampling: Any) -> RequestHandle:
+        stop = (llm.tokenizer.eos_token_id,)
+        params = SamplingParams(max_new_tokens=tokens, stop_token_ids=stop, **sampling)
+        return engine.submit(ids, params)
+
+    engine.warm_up()
+    engine.observers.append(on_step)
+    questions = itertools.cycle(QUESTIONS)
+    asked: RequestHandle | None = None
+    round_of_chats: list[RequestHandle] = []
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        if asked:
+            text = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
+            recording.answers[-1].note(round(passed, 3), text)
+            asked = None if asked.done else asked
+        elif len(round_of_chats) < CHATS:  # one more chat, then the next question
+            number = len(round_of_chats)
+            round_of_chats.append(submit(chats[number], CHAT_TOKENS, temperature=1.0, seed=number))
+        elif all(chat.done for chat in round_of_chats):  # nothing runs: caches may rise as well
+            round_of_chats = []
+        if not asked and round_of_chats:
+            recording.answers.append(Answer(next(questions), round(passed, 3)))
+            asked = submit(chat_ids(llm, recording.answers[-1].question), ANSWER_TOKENS)
+        engine.step()
+    engine.close()
+    llm.apply(Plan())
+    if asked:  # the time ended before the answer
+        recording.answers.pop()
+    return recording
+
+
+def recorded(folder: Path, make: Callable[[], Recording] | None = None) -> Recording | None:
+    """The recording in a folder; without one, `make` makes it, if it is given."""
+    body = read_json(folder / FILE, made_by="the live run")
+    if body is not None:
+        answers = [Answer(**answer) for answer in body.pop("answers")]
+        return Recording(answers=answers, **body)
+    if make is None:
+        return None
+    recording = make()
+    with atomic_write(folder / FILE) as file:
+        file.write(json.dumps(asdict(recording)).encode())
+    return recording
+
+
+def live_figure(recording: Recording, narrow: bool = False, until_s: float | None = None) -> Figure:
+    """Draw limit, measured bytes and levels over time, and the last question with its answer.
+
+    Args:
+        recording: The run.
+        narrow: Whether to draw the narrow form.
+        until_s: The moment that it is drawn at; None for the end.
+    """
+    from matplotlib.figure import Figure
+
+    now_s = recording.seconds if until_s is None else until_s
+    moments = np.linspace(0, now_s, max(2, int(_MOMENTS * now_s / recording.seconds)))
+    plans = [recording.levels_at(moment) for moment in moments]
+    asked = [answer for answer in recording.answers if answer.asked_s <= now_s]
+    answer = asked[-1] if asked else recording.answers[0]
+    text = next((text for time_s, text in answer.texts[::-1] if time_s <= now_s), "")
+    with style():
+        size = (NARROW_IN, 6.4) if narrow else (7.2, 5.4)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(6, 1, height_ratios=(3, 1.3, 1.3, 1.3, 0.3, 0.9), sharex=True)
+        _draw_memory(axes[0], recording, now_s)
+        for axis, kind in zip(axes[1:5], plans[0], strict=True):
+            _draw_levels(axis, [plan[kind] for plan in plans], moments, kind)
+        axes[4].set_xlabel("seconds")
+        axes[4].tick_params(labelbottom=True)
+        axes[5].axis("off")
+        for y, line, colour in ((0.8, f"Q: {answer.question}", FAINT), (0.0, f"A: {text}", INK)):
+            axes[5].text(0, y, line, fontsize=11, color=colour, transform=axes[5].transAxes)
+        figure.suptitle(CAPTION, fontsize=9 if narrow else 10.5, fontweight="bold", wrap=True)
+        _draw_legend(figure, recording, columns=2 if narrow else 4)
+    return figure
+
+
+def save_gif(recording: Recording, path: Path) -> None:
+    """Write the figure at moments of the run as an animation."""
+    from PIL import Image
+
+    images = []
+    for now_s in np.linspace(0, recording.seconds, _FRAMES):
+        buffer = io.BytesIO()
+        with style():
+            live_figure(recording, until_s=float(now_s)).savefig(buffer, format="png", dpi=125)
+        images.append(Image.open(buffer).convert("RGB").quantize(64))
+    times_ms = [1000 // _FRAMES_PER_S] * (_FRAMES - 1) + [2500]
+    with atomic_write(path) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times_ms,
+                       loop=0)  # fmt: skip
+
+
+def _draw_memory(axis: Axes, recording: Recording, now_s: float) -> None:
+    """Draw limit and measured bytes up to a moment."""
+    steps = [step for step in recording.steps if step[0] <= now_s] or recording.steps[:1]
+    ends, limits, measured, _ = zip(*steps, strict=True)
+    limit, used = (np.array(values) / 2**20 for values in (limits, measured))
+    axis.plot(ends, limit, color=INK, linewidth=2.0, label="memory limit")
+    axis.fill_between(ends, used, color="#2171B5", alpha=0.35, linewidth=0)
+    axis.plot(ends, used, color="#2171B5", linewidth=1.4, label="measured")
+    top = 1.1 * max(step[1] for step in recording.steps) / 2**20
+    for right, marker in ((True, "o"), (False, "x")):
+        at = [a.texts[-1][0] for a in recording.answers if a.texts and a.right == right]
+        at = [end for end in at if end <= now_s]
+        word = "right answer" if right else "wrong answer"
+        axis.plot(at, [top] * len(at), marker, color=INK, markersize=4, label=word if at else None)
+    axis.set_xlim(0, recording.seconds)
+    axis.set_ylim(0, 1.08 * top)
+    axis.set_ylabel("MiB")
+    axis.legend(loc="lower left", ncols=4)
+
+
+def _draw_levels(
+    axis: Axes, levels: Sequence[Sequence[str]], moments: npt.NDArray[np.float64], kind: str
+) -> None:
+    """Draw the levels of the items of a kind, the first layer on top, at some moments."""
+    from matplotlib.colors import to_rgb
+
+    colours = np.array([[to_rgb(LEVEL_COLOURS[level]) for level in row] for row in levels])
+    ends, rows = np.append(moments, moments[-1]), np.arange(len(levels[0]) + 1)
+    axis.pcolormesh(ends, rows, colours.swapaxes(0, 1), shading="flat", rasterized=True)
+    axis.set_ylim(len(levels[0]), 0)
+    axis.set_yticks([])
+    axis.grid(False)
+    axis.set_ylabel(kind, rotation=0, ha="right", va="center")
+
+
+_WORDS = {
+    "native": "full precision", "int8": "8 bits", "int4": "4 bits", "removed": "left out",
+    **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
+}  # fmt: skip
+
+
+def _draw_legend(figure: Figure, recording: Recording, *, columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    used = {"native"}.union(*(plan.values() for plan in recording.plans))
+    handles = [
+        Patch(facecolor=colour, edgecolor=FAINT, label=_WORDS.get(level, level))
+        for level, colour in LEVEL_COLOURS.items()
+        if level in used
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def program(config: Config, folder: Path) -> Path:
+    """Record a run with the packaged policy, and draw it."""
+    from rap_env.models.files.loading import shared_llm
+    from rap_env.policies.loading import load_policy
+
+    llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
+    seconds = float(config.demo["live_s"])
+    recording = recorded(folder, lambda: record(llm, load_policy("rap", llm), seconds))
+    assert recording is not None  # it was made
+    save_png(live_figure(recording), folder / "live.png")
+    save_gif(recording, folder / "live.gif")
+    say(f"{recording.summary}\n{folder / 'live.gif'}")
+    return folder
+
+
+if __name__ == "__main__":
+    launch("live", program)

@@ -1,0 +1,89 @@
+"""The demo on a random model: its five stages, and that finished ones are not repeated."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+from experiments import live
+from experiments.config.common import TextConfig
+from experiments.config.evaluation import EvaluateConfig
+from experiments.config.model import ModelConfig
+from experiments.config.training import EnvConfig
+from experiments.contexts import build_context, ladder_bytes
+from experiments.demo import POLICY_FILE, RUN, demo
+from rap_env.plan import Plan
+from rap_env.policies.network_policy import PolicyFile
+from rap_env.runtime.memory_meter import TensorMeter
+from tests.experiments.tiny_study import own_text, short_training, tiny_study
+from tests.scoring.tiny_table import all_masks, fitted_again, table_of
+
+LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
+METHODS = ["score_model", "frontier", "uniform", "knapsack", "one_shot"]
+
+
+@pytest.fixture(scope="module")
+def config(base):
+    """Settings of the demo for a random model of three layers, with a score table of it."""
+    config = tiny_study(
+        base, layers=3, stage="demo", name="demo", threads=1,
+        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
+        model=ModelConfig(
+            name=str(base / "model"), device="cpu", dtype="float32", weights="native"
+        ),
+        calibration=own_text(2, 12), importance={"method": "one_shot"},
+        workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
+                  "budget_fractions": [0.6, 0.8, 0.9]},
+        agent=replace(short_training(), label="rap"),
+        warm_start={"teacher": "score_model", "requests": 4, "updates": 20},
+        evaluate=EvaluateConfig(
+            requests=["4x64"], budgets=[0.9, 0.7], baselines=METHODS,
+            text=TextConfig(source=str(base / "manual.txt"), windows=2, window_tokens=12),
+        ),
+        demo={"table": f"score_table:{base / 'table.json'}", "live_s": 2},
+    )  # fmt: skip
+    context = build_context(config)
+    ladder = ladder_bytes(config, context).ladder
+    costs = context.level_costs(ladder.cache_levels)
+    plans = [Plan.uniform(3, caches=level, embeddings=embeddings)
+             for level in ladder.cache_levels for embeddings in ("native", "int8")]  # fmt: skip
+    masks = table_of(context, all_masks(6))
+    scores = {plan: context.scorer.nll(plan) for plan in plans} | masks.scores
+    table = fitted_again(replace(masks, levels=asdict(costs)), scores, lowered=costs.delta_nll)
+    table.save(base / "table.json")
+    return config
+
+
+def test_five_stages_end_with_a_verdict_a_service_and_a_report(config, capsys, monkeypatch):
+    monkeypatch.setattr("rap_env.runtime.controller.process_meter", TensorMeter)
+    monkeypatch.setattr(live, "TEXT_CHARACTERS", 20)
+    monkeypatch.setattr(live, "CHAT_TOKENS", 8)
+    monkeypatch.setattr(live, "ANSWER_TOKENS", 4)
+    page = demo(config, config.root)
+    out = capsys.readouterr().out
+    stages = [line[:5] for line in out.splitlines() if line.startswith("[")]
+    assert stages == [f"[{number}/5]" for number in range(1, 6)]
+    for label in ("RAP policy", "Score model search", "Frontier", "Uniform", "Knapsack"):
+        assert label in out
+    assert "On 2 pairs of request and budget, RAP policy" in " ".join(out.split())
+    text = page.read_text()
+    assert "Serving while the memory falls and returns" in text
+    assert 'href="explorer.html"' in text
+    assert (page.parent / "explorer.html").exists()
+    assert PolicyFile.load(config.stage_dir("train") / RUN / POLICY_FILE).num_blocks == 6
+
+    recording = live.recorded(config.stage_dir("live"))
+    assert all(answer.question in live.QUESTIONS for answer in recording.answers)
+    limits = [step[1] for step in recording.steps]
+    assert min(limits) < 0.6 * max(limits)
+    monkeypatch.setattr(live, "_FRAMES", 3)
+    live.save_gif(recording, config.root / "live.gif")
+    assert (config.root / "live.gif").read_bytes().startswith(b"GIF8")
+
+    def never(*_):
+        raise AssertionError("a finished stage is repeated")
+
+    monkeypatch.setattr(live, "record", never)
+    results = config.stage_dir("evaluate") / "results.jsonl"
+    before = results.read_bytes()
+    demo(config, config.root)
+    assert results.read_bytes() == before
