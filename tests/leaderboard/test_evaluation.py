@@ -66,6 +66,11 @@ def test_a_pinned_task_is_an_environment_whose_arguments_are_fixed(name):
     assert vector.reset(seed=0)[0]["action_mask"].shape == (3, env.action_space.n)
 
 
+def test_a_request_for_an_earlier_version_names_the_new_one():
+    with pytest.raises(gym.error.DeprecatedEnv, match=f"Please use `{V1}` instead"):
+        gym.make(V1.replace("-v1", "-v0"))
+
+
 def test_a_live_task_refuses_another_calibration_text(tmp_path):
     """Text that the package does not have is pinned by the hash of its tokens."""
     task = pinned_task("RAPPrune/SmolLM2-v1")
