@@ -155,6 +155,8 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
     """Run one command, or check it as far as that goes without a network; what went wrong."""
     if words[0] in ("git", "lm_eval", "ray", "vllm", "curl", "echo"):
         return ""
+    if words[1:3] == ["-m", "experiments.explorer"]:  # writes the page, which has its own tests
+        return ""
     if words[0] == "make":
         command = ["make", "--dry-run", *words[1:]]
         done = subprocess.run(
