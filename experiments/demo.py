@@ -18,12 +18,12 @@ import torch
 from agents.export import export_policy
 from experiments import live
 from experiments.config import Config
-from experiments.console import say
 from experiments.contexts import build_context, context_config
 from experiments.evaluate import evaluate
 from experiments.explorer import ExplorerContext
 from experiments.launch import launch
 from experiments.report import report
+from experiments.study.console import say
 from experiments.study.run_folder import RunFolder
 from experiments.study.tables import seconds, wrapped
 from experiments.train import train

@@ -17,8 +17,9 @@ import numpy as np
 
 from agents.observations import make_encoder
 from agents.plan_observer import PlanObserver
-from experiments.console import fail, say
-from experiments.errors import ExperimentError
+from experiments.study.console import fail, say
+from experiments.study.errors import ExperimentError
+from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.errors import RapError, check_name
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
@@ -62,8 +63,9 @@ def export(
         )
     made = gym.make(task.name, disable_env_checker=True)
     env: Any = made.unwrapped
-    ladder = LadderBytes(env.memory, env.ladder) if hasattr(env, "ladder") else None
-    encoder = make_encoder(env.context, None if ladder is None else env.ladder.spec)
+    lowers = isinstance(env, RAPLadderEnv)
+    ladder = LadderBytes(env.memory, env.ladder) if lowers else None
+    encoder = make_encoder(env.context, env.ladder.spec if lowers else None)
     chosen = {name: _chooser(name, task, env, ladder) for name in behaviours if name != "random"}
     rng = np.random.default_rng(seed)
     buffer = []

@@ -15,10 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from agents.export import export_policy
 from experiments.config import Config, as_config
 from experiments.config.evaluation import ExportPolicyConfig
-from experiments.console import message, say
 from experiments.contexts import build_context, frontier_artifact
-from experiments.errors import ExperimentError
 from experiments.launch import launch_reader
+from experiments.study.console import message, say
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.importance.plan_table import PlanTable
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.console import say
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.console import say
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from experiments.training.recorded_scores import held_out_losses, recorded_scores
 from experiments.training.score_tables import (

@@ -28,8 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Config, as_config
 from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
-from experiments.console import fail, message
-from experiments.errors import ExperimentError
+from experiments.study.console import fail, message
+from experiments.study.errors import ExperimentError
 from experiments.study.help import guess, help_text, settings_of
 from experiments.study.run_names import run_label
 from rap_env.artifacts import atomic_write

@@ -22,8 +22,8 @@ import numpy as np
 import rap_env
 from experiments.comparison.records import ResultRow, rows_below
 from experiments.comparison.training_runs import TrainingRun, training_dirs
-from experiments.console import fail, say
-from experiments.errors import ExperimentError
+from experiments.study.console import fail, say
+from experiments.study.errors import ExperimentError
 from experiments.study.looks import look
 from experiments.study.records import write_records
 from rap_env.artifacts import atomic_write

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.evaluation import LEVELS_SUFFIX
-from experiments.console import say
 from experiments.contexts import build_context, context_config, reject_table
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.console import say
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
 from rap_env.context.base import PruningContext

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
-from experiments.console import say
 from experiments.launch import launch
+from experiments.study.console import say
 from experiments.study.figures import FAINT, INK, NARROW_IN, save_png, style
 from experiments.study.looks import LEVEL_COLOURS
 from experiments.study.records import read_json

@@ -13,7 +13,6 @@ from experiments.comparison.loading import ReportData, gather
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
-from experiments.console import say
 from experiments.explorer import PAGE as EXPLORER
 from experiments.ladder.tables import (
     LADDER_ABSTRACT,
@@ -30,6 +29,7 @@ from experiments.repair.tables import (
     repair_section,
     repair_tables,
 )
+from experiments.study.console import say
 from experiments.study.figures import Draw
 from experiments.study.looks import look
 from experiments.study.page import Gallery, coloured, titled_parts, write_page

@@ -27,9 +27,9 @@ import httpx
 import torch
 
 from experiments.config import Config
-from experiments.console import say
 from experiments.contexts import server_settings
 from experiments.launch import launch
+from experiments.study.console import say
 from experiments.study.records import append_record
 from experiments.study.run_folder import provenance
 from rap_env.blocks import block_name

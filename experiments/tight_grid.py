@@ -19,10 +19,10 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.common import Pinned
-from experiments.console import say
 from experiments.contexts import build_context, ladder_bytes
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.console import say
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from experiments.study.tables import counted
 from rap_env.artifacts import atomic_write

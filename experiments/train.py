@@ -19,9 +19,9 @@ from agents.training import TrainingDivergedError, TrainResult
 from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
-from experiments.console import say
 from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch, swept_settings
+from experiments.study.console import say
 from experiments.study.figures import save_png
 from experiments.study.records import Cell, trim_metrics
 from experiments.study.run_folder import RunFolder

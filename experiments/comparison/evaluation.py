@@ -16,7 +16,7 @@ from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, traini
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import ladder_bytes
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import Cell
 from experiments.study.tables import mebibytes, percent
 from rap_env.context.base import PruningContext

@@ -15,9 +15,9 @@ from typing import Any
 from experiments.comparison.records import PARTS, ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun, training_dirs
-from experiments.errors import ExperimentError
 from experiments.ladder.rows import Ladder, read_ladder
 from experiments.repair.rows import RepairComparison, read_repair
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison.records import ResultRow, rows_below
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 

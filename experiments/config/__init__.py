@@ -31,7 +31,7 @@ from experiments.config.studies import (
     TextsConfig,
 )
 from experiments.config.training import AgentConfig, EnvConfig
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 
 
 @dataclass

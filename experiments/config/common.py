@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
 
 Cell = tuple[int, int, float]

@@ -26,7 +26,7 @@ from experiments.config.common import (
     some,
 )
 from experiments.config.plain import TASKS, completed, defaults
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import Cell
 from rap_env.importance.level_costs import CACHE_LEVELS
 from rap_env.levels import CacheLevel

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments.config.common import Rule, among, within
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
 
 

@@ -20,7 +20,7 @@ from experiments.config.common import (
     within,
 )
 from experiments.config.plain import Setting, completed
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
@@ -66,7 +66,7 @@ class PromptsConfig(Section):
 
 @dataclass
 class SmallModelConfig(Section):
-    """A small language model that ``experiments.small_models`` trains from scratch."""
+    """A small language model that ``experiments.studies.small_models`` trains from scratch."""
 
     section = "small_models"
     family: Annotated[str, among("uniform", "unequal")] = "uniform"

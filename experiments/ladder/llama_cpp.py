@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer
-from experiments.errors import ExperimentError
 from experiments.ladder.rows import Ladder, LlamaCppRow
 from experiments.ladder.study import report_identity
 from experiments.ladder.tables import ladder_tables
 from experiments.launch import launch
+from experiments.study.errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.records import Shape, delta_nll_fields, request_field
 from experiments.study.run_folder import package_versions

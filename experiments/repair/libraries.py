@@ -13,7 +13,7 @@ import numpy as np
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_texts
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.live.elastic import ElasticLLM

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 from experiments.config import Config
 from experiments.config.serving import UNIFORM_SYSTEMS
-from experiments.errors import ExperimentError
 from experiments.replay.budgets import Budget
 from experiments.replay.harness import System, SystemRun
 from experiments.replay.workload import Workload
+from experiments.study.errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.errors import ArtifactError, InfeasibleBudgetError
 from rap_env.memory import MemoryModel

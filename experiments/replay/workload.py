@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.config.serving import ReplayConfig
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import CorpusConfig

@@ -20,8 +20,8 @@ from experiments.comparison.recorded import RecordedPlans
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import build_context, ladder_bytes, load_text
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.errors import ExperimentError
 from experiments.study.figures import panels, style
 from experiments.study.harness import Job, Study, measured
 from experiments.study.records import Record

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from experiments.config import Config
-from experiments.console import say
+from experiments.study.console import say
 from experiments.study.figures import save_png
 from experiments.study.records import Record, RowFile, row_key
 from experiments.study.run_folder import RunFolder, git_state

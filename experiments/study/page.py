@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import MissingGroupError
+from experiments.study.errors import MissingGroupError
 from experiments.study.figures import PNG_DPI, Draw, style, svg_uri
 from experiments.study.looks import look
 from experiments.study.tables import Table, TitledTable

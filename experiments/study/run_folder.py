@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from experiments.config import Config
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_json
 from rap_env.artifacts import atomic_write
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from experiments.console import say
+from experiments.study.console import say
 from experiments.study.statistics import Estimate
 from rap_env.artifacts import atomic_write
 

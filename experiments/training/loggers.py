@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from experiments.config import Config
-from experiments.errors import ExperimentError, MissingGroupError
+from experiments.study.errors import ExperimentError, MissingGroupError
 from experiments.study.records import append_record, read_records
 from experiments.study.run_folder import RunFolder, flatten
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.comparison.records import ResultRow, rows_below
 from experiments.contexts import FRONTIER_FILE
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.training.score_model import ROUNDS_FILE, native_shift, scored_masks
 from rap_env.context.base import PruningContext

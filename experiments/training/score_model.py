@@ -29,7 +29,7 @@ from agents.training import train as train_agent
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import ladder_bytes
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
 from rap_env.context.base import PruningContext

@@ -9,7 +9,7 @@ import yaml
 from experiments.compare import compare, final_delta_nll
 from experiments.comparison.loading import read_groups
 from experiments.config.evaluation import CompareConfig
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, make_row, make_rows

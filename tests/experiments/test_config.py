@@ -16,8 +16,8 @@ from experiments.config import as_config
 from experiments.config.common import parse_shape
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import context_config
-from experiments.errors import ExperimentError
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
+from experiments.study.errors import ExperimentError
 from experiments.study.run_names import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError

@@ -4,8 +4,8 @@ import minari
 import numpy as np
 import pytest
 
-from experiments.errors import ExperimentError
 from experiments.export_minari import BEHAVIOURS, export
+from experiments.study.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.leaderboard.tasks import pinned_task
 

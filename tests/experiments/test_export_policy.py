@@ -12,10 +12,10 @@ from omegaconf.errors import MissingMandatoryValue
 from agents.trained_policy import TrainedPolicy
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.launch import CONF_DIR
 from experiments.profile import profile
+from experiments.study.errors import ExperimentError
 from experiments.train import train
 from rap_env.errors import ArtifactError
 from rap_env.plan import Plan

@@ -9,8 +9,8 @@ import pytest
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import LevelsConfig
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
+from experiments.study.errors import ExperimentError
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import Plan

@@ -18,8 +18,8 @@ from experiments.comparison.tables import (
     terminal_text,
 )
 from experiments.config import Config
-from experiments.errors import ExperimentError
 from experiments.report import content, findings, report
+from experiments.study.errors import ExperimentError
 from experiments.study.looks import look
 from experiments.study.records import append_record
 from rap_env.errors import ArtifactError

@@ -13,9 +13,9 @@ from experiments.comparison.training_runs import training_dirs
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.profile import profile
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

@@ -9,7 +9,7 @@ from experiments.config.common import parse_pinned
 from experiments.config.evaluation import EvaluateConfig, TightGridConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
 from rap_env.policies.method import CountingScorer
 from rap_env.policies.uniform import Uniform

@@ -387,4 +387,13 @@ class ElasticLLM:
     @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the unmasked model for the memory arithmetic."""
-        return model_facts(self)
+        return model_facts(
+            self.adapter,
+            self._live,
+            self._own_bytes,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            stub_bytes=self._stub_bytes(),
+            repair=self._repair,
+        )

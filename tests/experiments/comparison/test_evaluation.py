@@ -16,8 +16,8 @@ from experiments.comparison.loading import read_groups
 from experiments.comparison.records import ResultRow
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
+from experiments.study.errors import ExperimentError
 from experiments.train import train
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -12,8 +12,8 @@ from experiments.config.common import parse_pinned
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
-from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
+from experiments.study.errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.request import Request
 from tests.experiments.tiny_study import own_text, tiny_study

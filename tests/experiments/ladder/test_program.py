@@ -11,13 +11,13 @@ import torch
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
-from experiments.errors import ExperimentError
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
 from experiments.ladder.llama_cpp import gguf_file
 from experiments.ladder.rows import LadderRow, ShippedRow, read_ladder
 from experiments.ladder.shipped import STUDY as SHIPPED
 from experiments.ladder.shipped import with_start
 from experiments.ladder.study import STUDY, ladder_jobs, uniform_plans
+from experiments.study.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels
 from rap_env.memory import MemoryModel

@@ -14,7 +14,6 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import LongContextConfig
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.long_context.results import (
     POSITIONS,
     Curves,
@@ -22,6 +21,7 @@ from experiments.long_context.results import (
     share_of,
 )
 from experiments.long_context.study import STUDY, PositionLoss
+from experiments.study.errors import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS

@@ -7,10 +7,10 @@ import pytest
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import StubsConfig
-from experiments.errors import ExperimentError
 from experiments.repair.libraries import StubLibraries
 from experiments.repair.rows import RepairRow
 from experiments.repair.study import STUDY, repair_jobs
+from experiments.study.errors import ExperimentError
 from rap_env.errors import ArtifactError, CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm

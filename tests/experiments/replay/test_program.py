@@ -10,9 +10,9 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.serving import MASK_SYSTEMS, ReplayConfig
 from experiments.contexts import load_text
-from experiments.errors import ExperimentError
 from experiments.replay.study import STUDY
 from experiments.replay.workload import make_workload
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.memory import MemoryModel

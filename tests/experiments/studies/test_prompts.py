@@ -8,8 +8,8 @@ from experiments.comparison.recorded import RecordedPlans
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
-from experiments.errors import ExperimentError
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
+from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds

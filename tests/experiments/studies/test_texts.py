@@ -10,7 +10,6 @@ from experiments.config.common import parse_pinned
 from experiments.config.model import ModelConfig
 from experiments.config.studies import TextConfig, TextsConfig
 from experiments.config.training import EnvConfig
-from experiments.errors import ExperimentError
 from experiments.studies import texts as program
 from experiments.studies.texts import (
     ALL,
@@ -22,6 +21,7 @@ from experiments.studies.texts import (
     kendall_tau,
     text_jobs,
 )
+from experiments.study.errors import ExperimentError
 from rap_env.errors import CorpusError, InfeasibleBudgetError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder

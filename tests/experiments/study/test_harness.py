@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from experiments.config import Config
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.figures import Panel, draw_series, panel_figure
 from experiments.study.harness import Job, Study
 from experiments.study.records import LossRecord, RequestRecord, delta_nll_fields, request_field

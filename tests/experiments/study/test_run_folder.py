@@ -7,7 +7,7 @@ import pytest
 
 from experiments.config import Config
 from experiments.config.training import AgentConfig
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder, flatten, provenance
 from rap_env.errors import ArtifactError
 

@@ -21,9 +21,9 @@ from experiments.contexts import (
     frontier_artifact,
     ladder_bytes,
 )
-from experiments.errors import ExperimentError
 from experiments.evaluate import evaluate
 from experiments.profile import profile
+from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

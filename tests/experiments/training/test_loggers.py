@@ -15,7 +15,7 @@ from PIL import Image
 from experiments.config import Config
 from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig
-from experiments.errors import ExperimentError
+from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record, read_records, trim_metrics
 from experiments.study.run_folder import flatten
 from experiments.training.loggers import (

@@ -11,8 +11,8 @@ from experiments.config.training import (
     AgentConfig,
 )
 from experiments.contexts import build_context
-from experiments.errors import ExperimentError
 from experiments.profile import profile
+from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train

@@ -1,4 +1,4 @@
-"""``python -m experiments.small_models``: train a small language model from scratch in minutes.
+"""``python -m experiments.studies.small_models``: train a small model from scratch in minutes.
 
 With 6 layers it has 12 blocks and 4,096 masks, few enough to evaluate all of them. There are two
 families: one whose blocks cost the same, and one whose blocks do not. The model is saved as an
@@ -23,9 +23,9 @@ import torch
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.studies import SmallModelConfig
-from experiments.console import say
-from experiments.errors import ExperimentError
 from experiments.launch import launch
+from experiments.study.console import say
+from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder, provenance
 from rap_env.artifacts import load_artifact, save_artifact
 from rap_env.models.device import choose_device, choose_dtype

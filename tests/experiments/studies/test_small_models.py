@@ -10,15 +10,15 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import SmallModelConfig
-from experiments.errors import ExperimentError
 from experiments.profile import profile
-from experiments.small_models import (
+from experiments.studies.small_models import (
     BOS,
     Trainer,
     read_record,
     train_small_model,
     train_tokenizer,
 )
+from experiments.study.errors import ExperimentError
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
