@@ -6,16 +6,13 @@ import contextlib
 import json
 import logging
 import re
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from logging.handlers import RotatingFileHandler
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rap_env.errors import ServingSettingsError
 from rap_env.serving.access import UNLIMITED_PATHS
 from rap_env.serving.errors import CLIENT_CLOSED_REQUEST, shown
 from rap_env.serving.settings import ServerSettings
@@ -57,35 +54,16 @@ class JsonFormatter(TextFormatter):
         return json.dumps(entry, default=str)
 
 
-class LogFile(RotatingFileHandler):
-    """A file that becomes ``NAME.1`` and so on when it is full; lines that fail are left out.
-
-    The first failure, such as a full disk, is one line on standard error; `lost` counts all.
-    """
-
-    lost = 0
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Count a line that could not be written."""
-        if not self.lost:
-            reason = f"{self.baseFilename}: {sys.exc_info()[1]}"
-            print(f"Lines can no longer be logged in {reason}", file=sys.stderr)
-        self.lost += 1
-
-
 @contextlib.contextmanager
 def server_logging(settings: ServerSettings) -> Iterator[None]:
-    """Log as the settings say, within a ``with`` block.
+    """Log to standard error as the settings say, within a ``with`` block.
 
     The process's handlers for the console are replaced; others, such as files, stay.
-
-    Raises:
-        ServingSettingsError: The log file cannot be opened.
     """
     root, package = logging.getLogger(), logging.getLogger("rap_env")
     level = settings.log_level.upper()
     handlers, package_level = root.handlers[:], package.level
-    handler = _handler(settings)
+    handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     handler.setLevel(level)
     package.setLevel(level)
@@ -96,23 +74,6 @@ def server_logging(settings: ServerSettings) -> Iterator[None]:
         root.handlers[:] = handlers
         package.setLevel(package_level)
         handler.close()
-
-
-def _handler(settings: ServerSettings) -> logging.Handler:
-    if settings.log_file is None:
-        return logging.StreamHandler()
-    try:
-        return LogFile(
-            settings.log_file,
-            maxBytes=settings.log_file_max_bytes,
-            backupCount=settings.log_file_count,
-            encoding="utf-8",
-        )
-    except OSError as error:
-        raise ServingSettingsError(
-            f"Cannot write log_file {settings.log_file}: {error.strerror}; give the path of a file "
-            "in a folder that exists and that the server may write to."
-        ) from None
 
 
 class RequestIds:

@@ -96,9 +96,6 @@ class ServerSettings:
         log_level: Least level of log lines: ``debug``, ``info`` (a line per request), ``warning``
             or ``error``.
         log_format: ``text``, or ``json`` for a JSON object per line.
-        log_file: File for log lines instead of standard error; null for none.
-        log_file_bytes: Size at which the log file becomes ``NAME.1``, such as ``16MiB``.
-        log_file_count: Most older log files that are kept.
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         api_key_file: File of API keys, one per line; requests other than probes must send one of
@@ -154,9 +151,6 @@ class ServerSettings:
     decisions: str | None = None
     log_level: str = "info"
     log_format: str = "text"
-    log_file: str | None = None
-    log_file_bytes: str | int = "16MiB"
-    log_file_count: int = 5
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None
@@ -217,7 +211,6 @@ class ServerSettings:
                 f"threads must be at most {cpus}, the number of CPUs, not {self.threads}."
             )
         _ = self.process_bytes, self.model_bytes, self.reserve_bytes  # raise if they are no bytes
-        _ = self.log_file_max_bytes
         if self.model_memory is not None and self.memory != ServerSettings.memory:
             raise ServingSettingsError(
                 f"Set either memory, for the whole process (now {self.memory}), or model_memory, "
@@ -271,11 +264,6 @@ class ServerSettings:
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
         return parse_bytes("reserve", self.reserve)
-
-    @property
-    def log_file_max_bytes(self) -> int:
-        """Size of a log file, in bytes, at which the next one begins."""
-        return parse_bytes("log_file_bytes", self.log_file_bytes)
 
 
 def setting_types() -> dict[str, tuple[type, ...]]:

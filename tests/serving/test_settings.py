@@ -56,8 +56,6 @@ from rap_env.serving.settings import (
         ({"threads": 100_000}, r"threads must be at most \d+, the number of CPUs, not 100000"),
         ({"log_format": "xml"}, "log_format"),
         ({"log_level": "INFO"}, "log_level"),
-        ({"log_file_bytes": "big"}, "log_file_bytes must be a number of bytes .* not 'big'"),
-        ({"log_file_count": 0}, "log_file_count must be at least 1, not 0"),
         ({"port": "8000"}, "port must be of type int, not '8000'"),
         ({"max_batch_size": True}, "max_batch_size must be of type int, not True"),
         ({"queue_timeout_s": "long"}, "queue_timeout_s must be of type float or null"),
