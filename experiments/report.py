@@ -14,21 +14,7 @@ from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.explorer import PAGE as EXPLORER
-from experiments.ladder.tables import (
-    LADDER_ABSTRACT,
-    ladder_findings,
-    ladder_markdown,
-    ladder_section,
-    ladder_tables,
-)
 from experiments.launch import launch
-from experiments.repair.tables import (
-    REPAIR_ABSTRACT,
-    repair_findings,
-    repair_markdown,
-    repair_section,
-    repair_tables,
-)
 from experiments.study.console import say
 from experiments.study.figures import Draw
 from experiments.study.looks import look
@@ -42,7 +28,6 @@ from experiments.study.tables import (
     relative_words,
     seconds,
     shape_words,
-    terminal,
     text_words,
     wrapped,
 )
@@ -71,8 +56,7 @@ def report(config: Config, folder: Path) -> Path:
     """Write the report of a comparison.
 
     The records of ``<runs_dir>/<name>`` are read; the folder gets ``index.html``, the explorer of
-    plans, ``tables.md``, ``repair_tables.md``, ``ladder_tables.md`` and ``figures/``, as far as
-    there are records.
+    plans, ``tables.md`` and ``figures/``, as far as there are records.
 
     Returns:
         The page's path.
@@ -81,10 +65,6 @@ def report(config: Config, folder: Path) -> Path:
     data = gather(config.root)
     page = folder / "index.html"
     write_page(TEMPLATE, page, **content(config.report["title"], data, folder / "figures"))
-    if data.ladder:
-        _write(folder / "ladder_tables.md", ladder_markdown(data.ladder))
-        if not data.comparison:
-            say(f"\n{terminal(ladder_tables(data.ladder))}\n")
     if data.comparison:
         _write(folder / "tables.md", tables.tables_markdown(data.comparison))
         if data.comparison.lowers:
@@ -92,9 +72,6 @@ def report(config: Config, folder: Path) -> Path:
         say(f"\n{tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
-    if data.repair:
-        _write(folder / "repair_tables.md", repair_markdown(data.repair))
-        say(f"\n{terminal(repair_tables(data.repair)[:2])}\n")
     say(f"The report is {page}")
     return page
 
@@ -123,16 +100,11 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
     recording = live.recorded(data.root / "live")
     if recording:
         draw["live"] = partial(live.live_figure, recording)
-    notes = [("Evaluation", note) for note in data.evaluations[-1:]]
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": _abstract(data),
-        "findings": [
-            *ladder_findings(data.ladder),
-            *findings(data),
-            *repair_findings(data.repair),
-        ],
+        "abstract": LADDER_METHODS_ABSTRACT if comparison and comparison.lowers else ABSTRACT,
+        "findings": findings(data),
         "gallery": gallery,
         "draw": draw,
         "chosen": {f"levels_{method}": look(method).label for method in chosen},
@@ -142,11 +114,8 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
         "profile": data.profile,
         "smoothed": figures.SMOOTHED_EPISODES,
         "trainings": _trainings(data),
-        "ladder_section": partial(ladder_section, data.ladder, gallery),
-        "repair_section": partial(repair_section, data.repair, gallery),
         "depends": comparison.rows[0].depends_on if comparison else {},
-        "files": _files(data),
-        "notes": [*notes, *(("Repair", note) for note in data.repair_notes)],
+        "notes": data.evaluations[-1:],
         "seconds": seconds,
         "text_words": text_words,
         "times": TIMES,
@@ -209,27 +178,6 @@ def _trainings(data: ReportData) -> dict[str, Any]:
     return coloured(columns_table(data.runs, columns), methods)
 
 
-def _files(data: ReportData) -> list[str]:
-    """Name the files that the numbers are from."""
-    names = []
-    if data.comparison or data.profile or data.runs:
-        names = [
-            "evaluate/results.jsonl (one line per method, seed, request and budget)",
-            "train/*/metrics.jsonl",
-            "profile/profile.json",
-        ]
-    if data.repair:
-        names.append("repair/repair.jsonl (one line per repair, request, budget and text)")
-    return names
-
-
-def _abstract(data: ReportData) -> list[str]:
-    if data.comparison or data.profile or data.runs:
-        lowers = data.comparison is not None and data.comparison.lowers
-        return LADDER_METHODS_ABSTRACT if lowers else ABSTRACT
-    return REPAIR_ABSTRACT if data.repair else LADDER_ABSTRACT
-
-
 def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401 - checked before anything is read
@@ -243,9 +191,7 @@ def subtitle(data: ReportData) -> str:
     if data.profile:
         facts = data.profile["facts"]
         parts.append(f"{facts['name']} ({facts['dtype']}, {facts['num_layers']} layers)")
-    elif data.repair_notes:
-        parts.append(data.repair_notes[-1]["model"])
-    notes = data.evaluations or [run.facts for run in data.runs] or data.repair_notes
+    notes = data.evaluations or [run.facts for run in data.runs]
     if notes:
         note = notes[-1]
         parts.append(str(note["provenance"]["machine"].get("cpu", "")))

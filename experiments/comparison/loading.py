@@ -15,8 +15,6 @@ from typing import Any
 from experiments.comparison.records import PARTS, ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun, training_dirs
-from experiments.ladder.rows import Ladder, read_ladder
-from experiments.repair.rows import RepairComparison, read_repair
 from experiments.study.errors import ExperimentError
 from experiments.study.records import read_json, record_files
 from experiments.study.run_folder import RunFolder
@@ -32,9 +30,6 @@ class ReportData:
         profile: The content of ``profile/profile.json``; None before a profile.
         runs: Training runs.
         evaluations: The content of each evaluation's ``run.json``.
-        repair: Rows of ``experiments.repair``.
-        repair_notes: The content of the repair's ``run.json``, with the model's name, if any.
-        ladder: Records of ``experiments.ladder``.
     """
 
     root: Path
@@ -42,9 +37,6 @@ class ReportData:
     profile: dict[str, Any] | None
     runs: list[TrainingRun]
     evaluations: list[dict[str, Any]]
-    repair: RepairComparison
-    repair_notes: list[dict[str, Any]]
-    ladder: Ladder
 
 
 def gather(root: Path) -> ReportData:
@@ -57,24 +49,13 @@ def gather(root: Path) -> ReportData:
     runs = [TrainingRun(path) for path in training_dirs(root)]
     rows = with_training_s([row for file in files for row in ResultRow.read(file)], runs)
     profile = read_json(root / "profile" / "profile.json", made_by="the profile")
-    repair = read_repair(root / "repair")
-    ladder = read_ladder(root)
-    if not (rows or profile or runs or repair or ladder):
+    if not (rows or profile or runs):
         raise ExperimentError(
-            f"{root} has no records to report; run profile, train and evaluate, repair, or ladder, "
-            "with the same name=... (or experiment=...) first."
+            f"{root} has no records to report; run profile, train and evaluate with the same "
+            "name=... (or experiment=...) first."
         )
     notes = [note for file in files if (note := RunFolder(file.parent).read())]
-    return ReportData(
-        root,
-        Comparison(rows) if rows else None,
-        profile,
-        runs,
-        notes,
-        repair,
-        _repair_notes(root / "repair") if repair else [],
-        ladder,
-    )
+    return ReportData(root, Comparison(rows) if rows else None, profile, runs, notes)
 
 
 def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
@@ -86,13 +67,6 @@ def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> l
         seconds = row.training_s if row.training_s is not None else known.get(label)
         completed.append(replace(row, training_s=seconds))
     return completed
-
-
-def _repair_notes(path: Path) -> list[dict[str, Any]]:
-    """Return the repair's ``run.json`` in a list; empty if only its rows were copied."""
-    folder = RunFolder(path)
-    note, settings = folder.read(), folder.settings() or {}
-    return [{**note, "model": settings.get("model", {}).get("name", "")}] if note else []
 
 
 _STAGES = ("evaluate", "train")

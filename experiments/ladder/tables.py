@@ -1,4 +1,4 @@
-"""Tables and the figure of all ladder programs, and the section on the ladder of a report."""
+"""Tables and the figure of all ladder programs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 
 from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
-from experiments.study.page import Gallery, Section
 from experiments.study.records import LossRecord, Shape
 from experiments.study.tables import (
-    TIMES,
     Table,
     TitledTable,
     crossed_table,
-    document,
     percent,
     shape_words,
 )
@@ -42,14 +39,6 @@ SHIPPED_CAPTION = (
     "caches, over the unquantised model, nats per token with a 95 % interval over windows. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
-LADDER_ABSTRACT = [
-    "A model can be fitted into a memory budget by storing its weights and its KV cache in fewer "
-    "bits, by keeping fewer tokens in the cache, and by removing blocks. This report shows what "
-    "each byte saved costs in quality, by uniform settings, by removal alone, and by a choice of "
-    "a level for each item.",
-]
-"""The abstract of a report on the ladder."""
-
 _ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibration text"}
 
 
@@ -96,11 +85,6 @@ def ladder_tables(data: Ladder) -> list[TitledTable]:
     ]
 
 
-def ladder_markdown(data: Ladder) -> str:
-    """All tables with captions in Markdown, below a title."""
-    return f"# The ladder\n\n{document(ladder_tables(data), captions=True)}"
-
-
 def _by_shape(
     corner: str, labels: dict[str, str], rows: Mapping[tuple[str, Shape], LadderRow | LlamaCppRow]
 ) -> Table:
@@ -138,44 +122,6 @@ def nats(row: LossRecord) -> str:
 
 def _mib(value: float) -> str:
     return f"{value / 2**20:,.0f}"
-
-
-def ladder_section(data: Ladder, gallery: Gallery) -> Section:
-    """Section of a report on the ladder: loss against bytes, and its tables."""
-    section = Section("ladder", "Precision before removal")
-    if data.plans:
-        llama = (
-            "Orange: llama.cpp on the same file and windows, by the format of its cache. "
-            if data.llama_cpp
-            else ""
-        )
-        gallery.add(
-            section, "loss_against_bytes", "What each byte saved costs",
-            f"A panel for each request (batch {TIMES} tokens). Grey squares are uniform settings "
-            "(weights / caches; those that no other setting dominates are named). The red line "
-            "removes blocks and nothing else, the teal one chooses a level for each item. "
-            f"{llama}ΔNLL is over the unquantised model; its axis is linear up to 0.01.",
-            partial(loss_against_bytes, data),
-        )  # fmt: skip
-    section.document(ladder_tables(data), {})
-    return section
-
-
-def ladder_findings(data: Ladder) -> list[str]:
-    """The ladder's result in a sentence: removal and levels at the same budget."""
-    for shape in reversed(data.shapes):
-        for fraction in reversed(data.fractions):
-            removal, levels = (
-                data.policy_row(name, shape, fraction) for name in ("removal", "knapsack")
-            )
-            if removal and levels and levels.fits:
-                return [
-                    f"At {percent(fraction, 0)} of the unquantised peak of {shape_words(shape)} "
-                    f"tokens, lowering precision first costs {levels.loss:.3f} nats per token; "
-                    f"removing blocks alone costs {removal.loss:.2f}"
-                    f"{'' if removal.fits else ' and does not fit'}."
-                ]
-    return []
 
 
 def loss_against_bytes(data: Ladder, narrow: bool) -> Figure:

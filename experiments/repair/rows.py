@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -128,11 +127,6 @@ class RepairComparison:
         if not pairs:
             return None
         return _estimate(_strata([row for row, _ in pairs]), _strata([row for _, row in pairs]))
-
-
-def read_repair(folder: Path) -> RepairComparison:
-    """Read the rows of a run folder; empty without any."""
-    return RepairComparison(RepairRow.read(folder / RepairRow.file))
 
 
 def mean_delta_nll(rows: Sequence[RepairRow]) -> Estimate | None:

@@ -1,15 +1,13 @@
-"""Tables and the figure of what stubs recover, findings, and the section of a report."""
+"""Tables and the figure of what stubs recover."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
-from experiments.repair.rows import PLAIN, RepairComparison, RepairRow, mean_delta_nll
+from experiments.repair.rows import RepairComparison, RepairRow, mean_delta_nll
 from experiments.study.figures import panels, style
 from experiments.study.looks import look
-from experiments.study.page import Gallery, Section
 from experiments.study.records import Cell, Shape
 from experiments.study.statistics import Estimate
 from experiments.study.tables import (
@@ -17,7 +15,6 @@ from experiments.study.tables import (
     Table,
     TitledTable,
     counted,
-    document,
     mebibytes,
     number,
     percent,
@@ -35,15 +32,6 @@ SAME_MASKS = (
 )
 """Caption of the study of domains."""
 
-
-REPAIR_ABSTRACT = [
-    "A model can fit a memory budget by removing attention and feed-forward (FFN) blocks. A stub "
-    "is a small module in a removed block's place: a low-rank linear map and a mean, fitted once "
-    "for any set of removed blocks. This report shows how much of the lost quality stubs recover "
-    "at equal memory, with the bytes of the stubs counted.",
-]
-
-"""The abstract of a report on repair."""
 
 _MIB = 2**20
 _MIN_SPAN = 0.06  # of the memory axis, as a share of its values
@@ -64,11 +52,6 @@ def repair_tables(data: RepairComparison) -> list[TitledTable]:
         ),
     ]  # fmt: skip
     return [part for part in tables if part.table[1]]
-
-
-def repair_markdown(data: RepairComparison) -> str:
-    """Every table with its caption in Markdown, below a title."""
-    return f"# Repair\n\n{document(repair_tables(data), captions=True)}"
 
 
 def _summary_table(data: RepairComparison) -> Table:
@@ -216,23 +199,6 @@ def _removed(row: RepairRow | None) -> str:
     return f"{attn}+{len(row.mask) - attn}"
 
 
-def repair_findings(data: RepairComparison) -> list[str]:
-    """What each repair recovers, in sentences, also where stubs do not help."""
-    texts = []
-    for repair in data.repairs:
-        clauses = []
-        for other, words in ((False, "held-out text of fitted domains"), (True, "other texts")):
-            ratio = data.ratio(data.on(repair, other=other))
-            if ratio and repair != PLAIN:
-                note = "" if ratio.high < 1 else " (no significant gain)"
-                clauses.append(f"{_ratio(ratio)} remains on {words}{note}")
-        if clauses:
-            name = look(repair).label
-            remains = " and ".join(clauses)
-            texts.append(f"{name}: of the ΔNLL without stubs at equal memory, {remains}.")
-    return texts
-
-
 def delta_nll_against_peak(data: RepairComparison, narrow: bool) -> Figure:
     """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
 
@@ -292,21 +258,3 @@ def _draw_peaks(axis: Axes, data: RepairComparison, text: str, shape: Shape) -> 
     spare = max(0.0, _MIN_SPAN * high - (high - low)) / 2  # so that a few kB are not magnified
     axis.set_xlim(low - spare, high + spare)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-
-
-def repair_section(data: RepairComparison, gallery: Gallery) -> Section:
-    """Section of a report on repair: ΔNLL at equal memory, and its tables."""
-    section = Section("repair", "Repair")
-    for part in repair_tables(data):
-        if part.name == "grid":
-            looks = "; ".join(f"{look(r).label}: {look(r).what}" for r in data.repairs)
-            gallery.add(
-                section, "repair_delta_nll_against_peak",
-                "ΔNLL against peak memory, with and without stubs",
-                f"Peak memory of each mask for its request (batch {TIMES} tokens), stubs included. "
-                "A line joins the budgets of one request; hollow marks exceed their budget. "
-                f"{looks}.",
-                partial(delta_nll_against_peak, data),
-            )  # fmt: skip
-        section.document([part], {look(repair).label: repair for repair in data.repairs})
-    return section

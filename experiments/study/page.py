@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,10 @@ from experiments.study.tables import Table, TitledTable
 from rap_env.artifacts import atomic_write
 
 
-@dataclass
-class Section:
-    """A heading and the tables, paragraphs and figures below it, which the template renders."""
-
-    name: str
-    title: str
-    parts: list[dict[str, Any]] = field(default_factory=list)
-
-    def document(self, tables: Iterable[TitledTable], methods: Mapping[str, str]) -> None:
-        """Add tables with their titles and captions; `methods` names that of a first cell."""
-        self.parts += titled_parts(tables, methods)
-
-
 def titled_parts(tables: Iterable[TitledTable], methods: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return tables with titles and captions as parts of a section."""
     return [
         {
-            "kind": "table",
             "body": coloured(part.table, methods if part.by_method else {}),
             "title": part.title,
             "folded": part.detail,
@@ -73,11 +58,6 @@ class Gallery:
             "name": name, "number": self.count, "title": title, "caption": caption,
             "wide": svg_uri(wide), "narrow": svg_uri(draw(True)),
         }  # fmt: skip
-
-    def add(self, section: Section, name: str, title: str, caption: str, draw: Draw) -> None:
-        """Draw a figure and add it to a section."""
-        body = self.figure(name, title, caption, draw)
-        section.parts.append({"kind": "figure", "body": body})
 
 
 def write_page(template: Path, path: Path, **content: Any) -> None:

@@ -202,16 +202,6 @@ def make_repair_rows() -> list[RepairRow]:
     return rows
 
 
-def write_repair(root: Path) -> Path:
-    """What ``experiments.repair`` leaves in a comparison's folder, but for the libraries."""
-    for row in make_repair_rows():
-        append_record(root / "repair" / "repair.jsonl", row.to_record(), durable=False)
-    _write_run(root / "repair", rows=224)
-    settings = {"seed": 0, "model": {"name": "smollm2-135m"}}
-    (root / "repair" / "config.yaml").write_text(yaml.safe_dump(settings))
-    return root
-
-
 def _write_run(folder: Path, **facts: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {

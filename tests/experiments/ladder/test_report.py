@@ -1,24 +1,19 @@
 """Tables and figure of the ladder, from invented records."""
 
 import io
-from pathlib import Path
 
 import pytest
 
-from experiments.config import Config
 from experiments.ladder import llama_cpp_process
 from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
 from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, ShippedRow
 from experiments.ladder.tables import (
-    ladder_findings,
-    ladder_markdown,
     ladder_tables,
     loss_against_bytes,
     pareto,
 )
-from experiments.report import report
 from experiments.study.figures import style
-from experiments.study.records import append_record, request_field
+from experiments.study.records import request_field
 from experiments.study.tables import TIMES
 
 MIB = 2**20
@@ -87,9 +82,6 @@ def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
     by_budget = {line[1]: line[3:] for line in TABLES["policies"][1]}
     assert by_budget["80 %"] == ["0.710 [0.709, 0.711]", "-"]
     assert by_budget["60 %"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
-    (finding,) = ladder_findings(DATA)
-    assert "costs 0.002 nats per token" in finding
-    assert finding.endswith("costs 3.20 and does not fit.")
 
 
 def test_the_other_tables_name_formats_and_models():
@@ -122,19 +114,6 @@ def test_the_figure_has_a_panel_for_each_request_and_names_its_points(narrow):
     }  # fmt: skip
     with style():
         figure.savefig(io.BytesIO(), format="png")
-
-
-def test_the_report_starts_with_the_ladder(tmp_path):
-    root = tmp_path / "runs" / "shown"
-    for record in (*ROWS, *LLAMA, *SHIPPED):
-        append_record(root / Path(record.file).stem / record.file, record.to_record())
-    page = report(Config(stage="report", name="shown", runs_dir=str(root.parent)), root / "report")
-    text = page.read_text()
-    assert "Precision before removal" in text
-    assert (root / "report" / "figures" / "loss_against_bytes.png").stat().st_size > 10_000
-    tables = (root / "report" / "ladder_tables.md").read_text()
-    assert tables == ladder_markdown(DATA)
-    assert "llama.cpp's cache" in tables
 
 
 def test_the_nll_of_tokens_is_that_of_a_softmax():

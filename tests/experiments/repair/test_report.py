@@ -5,15 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.config import Config
 from experiments.repair.rows import RepairComparison, mean_delta_nll
 from experiments.repair.tables import (
     delta_nll_against_peak,
-    repair_findings,
-    repair_markdown,
     repair_tables,
 )
-from experiments.report import report
 from experiments.study.looks import look
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import TIMES
@@ -25,8 +21,6 @@ from tests.experiments.synthetic_records import (
     REPAIR_TEXTS,
     make_repair_row,
     make_repair_rows,
-    write_repair,
-    write_root,
 )
 
 CELL = (1, 128, 0.9)
@@ -44,13 +38,6 @@ def captions(data):
 @pytest.fixture(scope="module")
 def found():
     return RepairComparison(make_repair_rows())
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    root = write_repair(tmp_path_factory.mktemp("runs") / "stubs")
-    config = Config(stage="report", name="stubs", runs_dir=str(root.parent))
-    return report(config, root / "report")
 
 
 @pytest.mark.parametrize("repair", FITTED_RATIOS)
@@ -203,43 +190,3 @@ def test_a_mask_over_its_budget_is_hollow():
         found = RepairComparison([replace(row, peak_bytes=peak)])
         lines = delta_nll_against_peak(found, False).axes[0].get_lines()
         assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks
-
-
-@pytest.mark.slow
-def test_a_page_on_stubs_is_made_from_rows_alone(page):
-    text = page.read_text()
-    assert "A stub is a small module" in text
-    assert "smollm2-135m" in text
-    assert "Provenance" in text
-    assert "What fills the memory" not in text
-    assert "results.jsonl" not in text
-    names = {path.stem for path in (page.parent / "figures").glob("*.png")}
-    assert names == {"repair_delta_nll_against_peak"}
-    assert not (page.parent / "tables.md").exists()
-
-
-def test_the_tables_are_written_next_to_the_page(page, found):
-    text = (page.parent / "repair_tables.md").read_text()
-    assert text == repair_markdown(found)
-    assert text.count("masks that the search with the whole library chose") == 1
-
-
-def test_the_findings_agree_with_the_numbers(found):
-    texts = repair_findings(found)
-    assert len(texts) == 3
-    assert texts[0].startswith("Library: of the ΔNLL without stubs at equal memory, 0.55 [")
-    assert "0.70 [" in texts[0]
-
-
-@pytest.mark.slow
-def test_the_repair_section_is_added_to_the_other_sections(tmp_path):
-    root = write_repair(write_root(tmp_path / "both"))
-    text = report(
-        Config(stage="report", name="both", runs_dir=str(tmp_path)), root / "report"
-    ).read_text()
-    assert '<section id="comparison">' in text
-    assert '<section id="repair">' in text
-    assert "evaluate/results.jsonl" in text
-    assert "repair/repair.jsonl" in text
-    assert (root / "report" / "tables.md").exists()
-    assert (root / "report" / "repair_tables.md").exists()
