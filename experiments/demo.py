@@ -84,7 +84,8 @@ def demo(config: Config, folder: Path) -> Path:
     )
 
     text = config.evaluate.text
-    stage(3, f"judged on the model: {text.windows} x {text.window_tokens} tokens, held out")
+    words = f"{text.windows} x {text.window_tokens} tokens of Python's manual"
+    stage(3, f"judged on the model, on {words}, which no method has seen")
     if not Path(text.source).exists():  # the manual that is a part of every Python
         Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
     evaluate(config, config.stage_dir("evaluate"), context)
