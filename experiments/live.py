@@ -184,12 +184,13 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
             text = llm.tokenizer.decode(asked.token_ids, skip_special_tokens=True).strip()
             recording.answers[-1].note(round(passed, 3), text)
             asked = None if asked.done else asked
-        elif len(round_of_chats) < CHATS:  # one more chat, then the next question
+        ready = asked is None
+        if ready and len(round_of_chats) < CHATS:  # one more chat, then the next question
             number = len(round_of_chats)
             round_of_chats.append(submit(chats[number], CHAT_TOKENS, temperature=1.0, seed=number))
-        elif all(chat.done for chat in round_of_chats):  # nothing runs: caches may rise as well
-            round_of_chats = []
-        if not asked and round_of_chats:
+        elif ready and all(chat.done for chat in round_of_chats):
+            round_of_chats = []  # nothing runs, so that caches may rise as well
+        if ready and round_of_chats:
             recording.answers.append(Answer(next(questions), round(passed, 3)))
             asked = submit(chat_ids(llm, recording.answers[-1].question), ANSWER_TOKENS)
         engine.step()
