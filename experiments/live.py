@@ -1,8 +1,8 @@
 """``python -m experiments.live experiment=demo``: serve while the memory falls and returns.
 
 Chats about texts run in rounds, and short questions come one after the other. The memory limit
-falls to half of what the native model needs for them, stays there, and returns. The run is recorded
-and drawn: as a figure, and as an animation.
+begins a tenth above what the native model needs for them, falls by half, and returns. The run is
+recorded and drawn: as a figure, and as an animation.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ CHATS, TEXT_CHARACTERS, CHAT_TOKENS, ANSWER_TOKENS = 4, 3600, 120, 24
 CAPTION = "A language model keeps answering while half of its memory is taken away"
 """One sentence above the animation."""
 
-LIMIT = {0.0: 1.0, 0.25: 1.0, 0.5: 0.5, 0.72: 0.5, 0.8: 1.0, 1.0: 1.0}
+LIMIT = {0.0: 1.1, 0.2: 1.1, 0.45: 0.55, 0.62: 0.55, 0.7: 1.1, 1.0: 1.1}
 """The memory limit as a share of the native need, by the share of the time that has passed."""
 
 _FRAMES, _FRAMES_PER_S = 96, 8  # of the animation, however long the run was
 _MOMENTS = 240  # of the levels over the whole time
+_CHARACTERS = 60  # of an answer that are shown
 
 
 @dataclass
@@ -157,7 +158,7 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
         return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
 
     controller = RuntimeController(llm, policy, GivenMemory(limit_bytes))
-    engine = Engine(llm, controller, max_batch_size=CHATS + 1)
+    engine = Engine(llm, controller, max_batch_size=CHATS + 1, restore="next_request")
     shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
     recording = Recording(llm.facts.num_layers, seconds, native_bytes)
@@ -242,7 +243,9 @@ def live_figure(recording: Recording, narrow: bool = False, until_s: float | Non
         axes[4].tick_params(labelbottom=True)
         axes[5].axis("off")
         for y, line, colour in ((0.8, f"Q: {answer.question}", FAINT), (0.0, f"A: {text}", INK)):
-            axes[5].text(0, y, line, fontsize=11, color=colour, transform=axes[5].transAxes)
+            short = line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]} ..."
+            axes[5].text(0, y, short, fontsize=11, color=colour, transform=axes[5].transAxes,
+                         in_layout=False)  # fmt: skip
         figure.suptitle(CAPTION, fontsize=9 if narrow else 10.5, fontweight="bold", wrap=True)
         _draw_legend(figure, recording, columns=2 if narrow else 4)
     return figure
@@ -252,12 +255,14 @@ def save_gif(recording: Recording, path: Path) -> None:
     """Write the figure at moments of the run as an animation."""
     from PIL import Image
 
-    images = []
+    images: list[Image.Image] = []
     for now_s in np.linspace(0, recording.seconds, _FRAMES):
         buffer = io.BytesIO()
         with style():
             live_figure(recording, until_s=float(now_s)).savefig(buffer, format="png", dpi=125)
-        images.append(Image.open(buffer).convert("RGB").quantize(64))
+        images.append(Image.open(buffer).convert("RGB"))
+    palette = images[-1].quantize(64)  # the last one has all colours
+    images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     times_ms = [1000 // _FRAMES_PER_S] * (_FRAMES - 1) + [2500]
     with atomic_write(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=times_ms,
@@ -300,7 +305,7 @@ def _draw_levels(
 
 
 _WORDS = {
-    "native": "full precision", "int8": "8 bits", "int4": "4 bits", "removed": "left out",
+    "native": "as shipped", "int8": "8 bits", "int4": "4 bits", "removed": "left out",
     **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
 }  # fmt: skip
 
