@@ -15,11 +15,12 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, load_policy
-from rap_env.policies.packaged_files import default_facts
+from rap_env.policies.packaged_files import default_facts, packaged_scores
 from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
 from rap_env.version import __version__
+from tests.made_facts import made_facts
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_llm, tiny_model
 
@@ -114,7 +115,7 @@ def numbers(text):
 def test_the_rise_in_nll_is_measured_or_predicted():
     memory, request = MemoryModel(default_facts("bf16")), Request(8, 1024, 350 * 2**20)
     policy, table = load_policy("rap-v0", memory), load_policy("frontier", memory)
-    frontier, file = table.table, policy.file
+    frontier = table.table
 
     def found(mask, chooser=policy):
         return find_delta_nll(memory, chooser, mask)
@@ -125,31 +126,29 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     assert rise == frontier.scores[mask] - frontier.dense_nll
     assert "512 tokens of wikitext" in source
     assert found(mask, table) == (rise, source)
-    prefix = next(
-        Plan.removing(*policy.order[:n])
-        for n in range(2, 60)
-        if Plan.removing(*policy.order[:n]) not in frontier.scores
-    )
-    rise, source = found(prefix)
-    assert rise == pytest.approx(sum(file.importance.gsi_marginal_loss[i] for i in prefix.removed))
-    assert source == "GSI scores in the policy file"
-    single = next(Plan.removing(n) for n in range(60) if Plan.removing(n) not in frontier.scores)
-    assert found(single)[0] == file.importance.one_shot[next(iter(single.removed))]
-    near = Plan(mask.removed - {max(mask.removed)})
-    assert near not in frontier.scores
+    scores = packaged_scores(memory)
+    known = Plan.removing(*policy.order[:20])
+    assert known not in frontier.scores
+    assert found(known)[0] == scores.scores[known] - scores.dense_nll
+    near = Plan(mask.removed ^ {0, 59})
+    assert near not in scores.scores
     rise, source = found(near)
-    assert rise == pytest.approx(frontier.scores[mask] - frontier.dense_nll, rel=0.3)
-    assert f"predicted from {len(frontier.scores)} measured masks; median error" in source
-    assert found(near, StaticPolicy(near, "static")) == (None, "never measured for this mask")
+    assert rise == scores.predictor.delta_nll(near)
+    assert source.startswith("predicted from 20000 plans measured on 512 tokens of wikitext")
+    unknown = MemoryModel(made_facts(30))
+    assert find_delta_nll(unknown, StaticPolicy(near), near) == (
+        None,
+        "never measured for this mask",
+    )
 
 
 def test_other_policies_plans_are_predicted_from_level_costs():
     memory = MemoryModel(default_facts())
     costs = load_policy("knapsack", memory).costs
-    for plan in (Plan.uniform(30, caches="int4"), Plan.removing(8)):
-        rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
-        assert rise == costs.delta_nll(plan, 2048) > 0
-        assert "predicted from one-shot costs of levels" in source
+    plan = Plan.uniform(30, caches="int4")
+    rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
+    assert rise == costs.delta_nll(plan, 2048) > 0
+    assert "predicted from one-shot costs of levels" in source
     unknown = Plan.uniform(30, caches="window64")
     found = find_delta_nll(memory, StaticPolicy(unknown), unknown)
     assert found == (None, "never measured for this plan")

@@ -67,8 +67,8 @@ def packaged_costs(kind: type[_Costs], memory: MemoryModel) -> _Costs:
         ) from None
 
 
-def packaged_context(memory: MemoryModel) -> PruningContext:
-    """The scores and the importance of the default model, from the score table in the package.
+def packaged_scores(memory: MemoryModel) -> ScoreTable:
+    """The score table of the default model in the package, with its weights as they are loaded.
 
     Raises:
         ArtifactError: The model is another one.
@@ -83,6 +83,16 @@ def packaged_context(memory: MemoryModel) -> PruningContext:
             f"importance of {facts.name}; compare it with others in a checkout "
             "(`python -m experiments.compare`), or choose one that needs none, such as dense."
         )
-    context = TableContext(table, path.name, importance="gsi" if table.gsi else "one_shot")
+    return table
+
+
+def packaged_context(memory: MemoryModel) -> PruningContext:
+    """The scores and the importance of the default model, from the score table in the package.
+
+    Raises:
+        ArtifactError: The model is another one.
+    """
+    table = packaged_scores(memory)
+    context = TableContext(table, DEFAULT_MODEL, importance="gsi" if table.gsi else "one_shot")
     context.memory = memory
     return context
