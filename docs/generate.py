@@ -183,7 +183,7 @@ def draw_study(folder: Path, name: str) -> None:
     data = study.read(records)
     for figure, draw in study.figures.items():
         own = figure.removeprefix(study.name).removeprefix(f"{name}_")
-        save_png(draw(data, False), folder / f"{name}{own}.png")
+        save_png(draw(data), folder / f"{name}{own}.png")
 
 
 def api_page() -> str:
@@ -220,14 +220,14 @@ def command_reference() -> str:
 def draw_ladder(path: Path) -> None:
     """Draw loss against bytes."""
     data = read_ladder(RESULTS / "ladder")
-    save_png(LADDER.figures["loss_against_bytes"](data, False), path)
+    save_png(LADDER.figures["loss_against_bytes"](data), path)
 
 
 def main() -> None:
     """Write the committed tables and pictures."""
     for page in marked_pages():
         write(page, with_tables(page.read_text(encoding="utf-8")))
-    save_png(decision_cost(False), ROOT / "docs" / "images" / "decision_cost.png")
+    save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
 
 
 if __name__ == "__main__":

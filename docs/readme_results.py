@@ -97,7 +97,7 @@ _OFFSETS = {  # of labels that would overlap others
 }  # fmt: skip
 
 
-def decision_cost(narrow: bool) -> Figure:
+def decision_cost() -> Figure:
     """Draw ΔNLL relative to the policy's against the runs of the model for one request."""
     ratios = relative_to_policy()
     most = len({row.cell for row in ratios[POLICY][0]})
@@ -124,4 +124,4 @@ def decision_cost(narrow: bool) -> Figure:
         axis.set_xlim(-0.15, 9000)
 
     panel = Panel(draw, x="runs of the model for one request", y="ΔNLL, relative to the policy's")
-    return panel_figure([panel], narrow=narrow, height=3.3, legend=0)
+    return panel_figure([panel], height=3.3, legend=0)

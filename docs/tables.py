@@ -21,7 +21,7 @@ from experiments.comparison.records import ResultRow  # noqa: E402
 from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tables import ratio_table, tables_markdown  # noqa: E402
 from experiments.config.evaluation import CompareConfig  # noqa: E402
-from experiments.leaderboard import predicted_test_delta_nll, rank_correlation  # noqa: E402
+from experiments.leaderboard import predicted_test_delta_nll  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.tables import (  # noqa: E402
@@ -35,6 +35,7 @@ from experiments.study.tables import (  # noqa: E402
 )
 from rap_env.leaderboard.entries import published_entries  # noqa: E402
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks  # noqa: E402
+from rap_env.scoring.fidelity import spearman  # noqa: E402
 
 PLANS, GEMMA, OUTSIDE, STUBS = "tight", "tight_gemma", "tight_outside", "tight_stubs"
 """Comparisons of methods that choose plans."""
@@ -257,9 +258,11 @@ def leaderboard_text() -> str:
             "Evaluations": lambda e: f"{e.evaluations:,.0f} + {e.setup_evaluations:,}",
             "Time": lambda entry: seconds(entry.decision_s),
         }
+        measured = {entry.name: float(entry.scores("test").mean()) for entry in entries}
+        pairs = [(value, measured[name]) for name, value in predicted.items()]
         agreement = (
             f"Rank correlation of *Predicted* and *ΔNLL, test* over the {len(predicted)} methods: "
-            f"{rank_correlation(comparison, predicted):.2f}."
+            f"{spearman(*np.array(pairs).T):.2f}."
         )
         table = markdown(columns_table(entries, columns))
         parts.append(f"### {', '.join(names)}\n\n{table.strip()}\n\n{agreement}")

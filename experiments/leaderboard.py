@@ -36,7 +36,6 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.fidelity import spearman
 from rap_env.scoring.held_out import HeldOutLosses
 
 if TYPE_CHECKING:
@@ -87,9 +86,9 @@ def check_entry(
                 if split not in run.delta_nll:
                     continue
                 stated = run.delta_nll[split][number]
-                found = scorer.nll(plan) - scorer.dense_nll
-                if not math.isclose(stated, found, rel_tol=TOLERANCE_SHARE, abs_tol=TOLERANCE_NLL):
-                    wrong.append(f"{where}, {split}: ΔNLL {stated:.4f} stated, {found:.4f} found.")
+                actual = scorer.nll(plan) - scorer.dense_nll
+                if not math.isclose(stated, actual, rel_tol=TOLERANCE_SHARE, abs_tol=TOLERANCE_NLL):
+                    wrong.append(f"{where}, {split}: ΔNLL {stated:.4f} stated, {actual:.4f} found.")
             on_plan()
     return wrong
 
@@ -152,29 +151,11 @@ def held_out_text(task: PinnedTask, text: str, text_field: str) -> CorpusConfig:
     return CorpusConfig(text, field=text_field, **settings, sha256=task.test_text["sha256"])
 
 
-def measure_lowest(comparison: str, results: Path, text: str, text_field: str) -> Evaluation:
-    """Evaluate the plan with every item at its lowest level, and save the rows for `publish`."""
-    task = task_of(comparison)
-    # Nothing is chosen, so that no importance has to be measured.
-    lowest = task.make(importance="none").unwrapped.ladder.lowest  # type: ignore[attr-defined]
-    held_out = held_out_text(task, text, text_field) if task.live else None
-    result = rap_env.evaluate(StaticPolicy(lowest), task.name, "test", name=LOWEST, text=held_out)
-    write_records(lowest_file(comparison, results), result.rows())
-    return result
-
-
 def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun, Evaluation]]:
-    """Evaluate the finished training runs below ``root/train`` on a pinned task.
+    """Evaluate the finished training runs below ``root/train`` on a pinned task with a score table.
 
-    All rows replace ``root/evaluate/TASK-SPLIT/results.jsonl`` at the end.
-
-    Args:
-        task: Name of a pinned task on a score table.
-        root: The folder of a comparison, such as ``runs/NAME``.
-        split: ``"calibration"`` or ``"test"``.
-
-    Yields:
-        Each run and its result.
+    Yields each run with its result; all rows replace ``root/evaluate/TASK-SPLIT/results.jsonl`` at
+    the end.
 
     Raises:
         ExperimentError: There are no finished runs.
@@ -194,21 +175,12 @@ def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun,
         policy = TrainedPolicy.load(run.path, env.context)
         result = rap_env.evaluate(policy, task, split, name=run.method, seed=run.seed)
         yield run, result
-        rows += [_of_run(row, run) for row in result.rows()]
+        for row in result.rows():
+            row["provenance"]["depends_on"]["method"] = {"run": run.label}
+            rows.append({**row, "seed": run.seed, "training_s": run.facts.get("training_s")})
     env.close()
     name = f"{task.rpartition('/')[2]}-{split}"
     write_records(root / "evaluate" / name / "results.jsonl", rows)
-
-
-def _of_run(row: dict[str, Any], run: TrainingRun) -> dict[str, Any]:
-    """The row with the run and its seed."""
-    depends_on = {**row["provenance"]["depends_on"], "method": {"run": run.label}}
-    return {
-        **row,
-        "seed": run.seed,
-        "training_s": run.facts.get("training_s"),
-        "provenance": {**row["provenance"], "depends_on": depends_on},
-    }
 
 
 TASKS_FILE = ENTRIES.parent / "tasks.json"
@@ -334,14 +306,14 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
     Raises:
         ArtifactError: Too few plans were measured on held-out text without one of the methods.
     """
-    tasks = (task for task in pinned_tasks().values() if task.comparison == comparison)
-    task = next(task for task in tasks if not task.live)
+    tasks = pinned_tasks().values()
+    task = next(t for t in tasks if t.comparison == comparison and not t.live)
     env: Any = task.make()
     context = env.unwrapped.context
     measured: HeldOutLosses = context.table.held_out
     dense_nll = context.scorer.dense_nll
     calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
-    found = {}
+    by_method = {}
     for entry in published_entries(comparison):
         if entry.origin["method"] in _NAMES:  # nothing is chosen
             continue
@@ -352,24 +324,8 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
         others = {plan: value for plan, value in measured.measured.items() if plan not in own}
         losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
         predicted = [*map(losses.delta_nll, plans, values)]
-        found[entry.name] = float(task.scores(predicted, fits).mean())
-    return found
-
-
-def rank_correlation(comparison: str, predicted: Mapping[str, float]) -> float:
-    """Return the rank correlation of predicted and measured ΔNLL on held-out text.
-
-    Args:
-        comparison: Name of a pinned comparison.
-        predicted: Predicted ΔNLL by the name of the published method, nats per token.
-    """
-    measured = {
-        entry.name: float(entry.scores("test").mean()) for entry in published_entries(comparison)
-    }
-    values = [(value, measured[name]) for name, value in predicted.items()]
-    found = spearman(*np.array(values).T)
-    assert found is not None, "published methods differ"
-    return found
+        by_method[entry.name] = float(task.scores(predicted, fits).mean())
+    return by_method
 
 
 @click.group()
@@ -423,7 +379,12 @@ def judge(task: str, folder: Path, split: str) -> None:
 @click.option("--results", default="results", show_default=True, type=click.Path(path_type=Path))
 def lowest_plan(comparison: str, text: str, text_field: str, results: Path) -> None:
     """Measure the plan with every item at its lowest level at the requests of COMPARISON."""
-    result = measure_lowest(comparison, results, text, text_field)
+    task = task_of(comparison)
+    # Nothing is chosen, so that no importance has to be measured.
+    plan = task.make(importance="none").unwrapped.ladder.lowest  # type: ignore[attr-defined]
+    held_out = held_out_text(task, text, text_field) if task.live else None
+    result = rap_env.evaluate(StaticPolicy(plan), task.name, "test", name=LOWEST, text=held_out)
+    write_records(lowest_file(comparison, results), result.rows())
     say(f"{lowest_file(comparison, results)}: ΔNLL {result.mean_delta_nll:.4f} nats per token")
 
 

@@ -134,7 +134,7 @@ def read_curves(folder: Path) -> dict[str, Curves]:
     return dict(curves)
 
 
-def learning_curves(trainers: Mapping[str, Curves], narrow: bool = False) -> Figure:
+def learning_curves(trainers: Mapping[str, Curves]) -> Figure:
     """Mean ΔNLL over seeds over the steps, the range over seeds as a band, baselines as lines."""
 
     def draw(panel: str, axis: Axes) -> None:
@@ -165,7 +165,7 @@ def learning_curves(trainers: Mapping[str, Curves], narrow: bool = False) -> Fig
               "mean ΔNLL (nats/token, log scale)" if name == "online" else "")
         for name, words in _STEPS.items()
     ]  # fmt: skip
-    return panel_figure(parts, narrow=narrow, height=3.2, legend=0, sharey=True)
+    return panel_figure(parts, height=3.2, legend=0, sharey=True)
 
 
 @click.command()

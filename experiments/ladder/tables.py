@@ -124,7 +124,7 @@ def _mib(value: float) -> str:
     return f"{value / 2**20:,.0f}"
 
 
-def loss_against_bytes(data: Ladder, narrow: bool) -> Figure:
+def loss_against_bytes(data: Ladder) -> Figure:
     """ΔNLL over bytes of weights and cache, a panel for each request, everything labelled."""
     parts = [
         Panel(
@@ -135,9 +135,7 @@ def loss_against_bytes(data: Ladder, narrow: bool) -> Figure:
         )
         for shape in data.shapes
     ]
-    return panel_figure(
-        parts, narrow=narrow, columns=2, height=3.3, legend=0, same_axes=True, sharey=True
-    )
+    return panel_figure(parts, columns=2, height=3.3, legend=0, same_axes=True, sharey=True)
 
 
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:

@@ -291,7 +291,7 @@ def _position_table(data: Curves, length: int) -> Table:
     return header, lines
 
 
-def over_length(data: Curves, narrow: bool) -> Figure:
+def over_length(data: Curves) -> Figure:
     """Accuracy over length for each kind of task, then ΔNLL by position."""
     parts = [
         Panel(partial(_draw_task, data, kind), TITLES[kind], "length of the text (tokens)",
@@ -301,7 +301,7 @@ def over_length(data: Curves, narrow: bool) -> Figure:
     if data.losses:
         draw = partial(_draw_positions, data)
         parts.append(Panel(draw, "Loss on documents", "position (tokens)", "ΔNLL (nats/token)"))
-    return panel_figure(parts, narrow=narrow, height=2.6)
+    return panel_figure(parts, height=2.6)
 
 
 def _draw_task(data: Curves, kind: str, axis: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -199,41 +200,28 @@ def _removed(row: RepairRow | None) -> str:
     return f"{attn}+{len(row.mask) - attn}"
 
 
-def delta_nll_against_peak(data: RepairComparison, narrow: bool) -> Figure:
+def delta_nll_against_peak(data: RepairComparison) -> Figure:
     """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
 
     Peaks differ more between requests than between budgets, so each request has its own x axis.
     """
     shapes = list(dict.fromkeys(cell[:2] for cell in data.cells))
-    places: list[tuple[str, Shape]] = (
-        [(text, shape) for text in data.texts for shape in shapes]
-        if narrow
-        else [(text, shape) for shape in shapes for text in data.texts]
-    )
-    columns = len(shapes) if narrow else len(data.texts)
-    rows = len(places) // columns
+    rows, columns = len(shapes), len(data.texts)
     with style():
-        figure, axes = panels(
-            rows, columns, narrow=narrow, height=2.1 + 0.8 / rows,
-            sharex="col" if narrow else "row", sharey=True,
-        )  # fmt: skip
-        for place, (axis, (text, shape)) in enumerate(zip(axes, places, strict=True)):
+        figure, axes = panels(rows, columns, height=2.1 + 0.8 / rows, sharex="row", sharey=True)
+        places = itertools.product(shapes, data.texts)
+        for place, (axis, (shape, text)) in enumerate(zip(axes, places, strict=True)):
             _draw_peaks(axis, data, text, shape)
-            fitted = "not fitted on" if data.is_other(text) else "fitted domain"
-            names = (f"{text}\n{fitted}", f"{shape[0]} {TIMES} {shape[1]:,} tokens")
-            row_name, column_name = names if narrow else names[::-1]
             if place < columns:
-                axis.set_title(column_name, fontsize=9)
-            if place + columns >= len(places):
+                fitted = "not fitted on" if data.is_other(text) else "fitted domain"
+                axis.set_title(f"{text}\n{fitted}", fontsize=9)
+            if place + columns >= len(axes):
                 axis.set_xlabel("peak memory (MiB)", fontsize=8)
             if place % columns == 0:
-                axis.set_ylabel(row_name, fontweight="bold")
+                axis.set_ylabel(f"{shape[0]} {TIMES} {shape[1]:,} tokens", fontweight="bold")
         axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
         figure.supylabel("ΔNLL (nats/token)", fontsize=9)
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center",
-            ncols=2 if narrow else 4,
-        )  # fmt: skip
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

@@ -132,7 +132,7 @@ class ReplayRow(Record):
         return "0" if amount == 0 else f"{amount:{',.0f' if amount >= 100 else '.3g'}} MB s"
 
 
-def memory_over_time(rows: Sequence[ReplayRow], narrow: bool) -> Figure:
+def memory_over_time(rows: Sequence[ReplayRow]) -> Figure:
     """Measured memory against the budget, and below it which blocks were removed."""
     from matplotlib.figure import Figure
 

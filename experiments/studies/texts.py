@@ -322,13 +322,13 @@ def text_tables(study: TextStudy) -> list[TitledTable]:
     ]
 
 
-def chosen_and_judged(study: TextStudy, narrow: bool) -> Figure:
+def chosen_and_judged(study: TextStudy) -> Figure:
     """Heat map of ΔNLL by the texts that plans were chosen on and judged on."""
     loss = np.mean(list(study.matrix.values()), axis=(2, 3))
     relative = loss / np.diag(loss) - 1
     most = 2 * max(THRESHOLD, float(np.abs(relative).max()))  # twice: text stays readable
     with style():
-        figure, (axis,) = panels(1, 1, narrow=narrow, height=3.2)
+        figure, (axis,) = panels(1, 1, height=3.2)
         axis.pcolormesh(relative, cmap="RdBu_r", vmin=-most, vmax=most, edgecolors="white")
         for (row, column), value in np.ndenumerate(loss):
             text = f"{value:.3f}\n{signed_percent(relative[row, column])}"

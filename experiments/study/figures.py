@@ -1,7 +1,7 @@
 """Style, panels and series that all figures share.
 
-Each figure has a wide form for pages and a narrow form for phones. A study gives the panels of a
-figure; colours of methods are those of `experiments.study.looks`.
+A figure of a report has a wide form for pages and a narrow form for phones. A study gives the
+panels of a figure; colours of methods are those of `experiments.study.looks`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def style() -> Iterator[None]:
 
 
 def panels(
-    rows: int, columns: int, *, narrow: bool, height: float, **options: Any
+    rows: int, columns: int, *, height: float, narrow: bool = False, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure with a grid of panels, `height` inches per row, without pyplot's state."""
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ class Panel:
 def panel_figure(
     parts: Sequence[Panel],
     *,
-    narrow: bool,
+    narrow: bool = False,
     columns: int = 3,
     height: float = 2.8,
     legend: int = 5,

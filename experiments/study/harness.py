@@ -74,7 +74,7 @@ class Study(Generic[DataT]):
         tables: Makes the tables from the data.
         data: Makes the data from all rows; by default they are the rows themselves.
         words: What the tables say, in a sentence or two above them; empty for nothing.
-        figures: Draws each figure, by name; the second argument selects the narrow form.
+        figures: Draws each figure, by name.
         frozen: Sections of the settings that must not change when a run resumes.
         captions: Whether ``tables.md`` has the captions of the tables.
     """
@@ -86,7 +86,7 @@ class Study(Generic[DataT]):
     tables: Callable[[DataT], Sequence[TitledTable]]
     data: Callable[[list[Any]], DataT] = list  # type: ignore[assignment]  # DataT is then a list
     words: Callable[[DataT], str] = lambda data: ""
-    figures: Mapping[str, Callable[[DataT, bool], Figure]] = field(default_factory=dict)
+    figures: Mapping[str, Callable[[DataT], Figure]] = field(default_factory=dict)
     frozen: tuple[str, ...] = ("model",)
     captions: bool = True
 
@@ -126,9 +126,9 @@ class Study(Generic[DataT]):
         return "\n\n".join(filter(None, parts))
 
     def draw(self, data: DataT, folder: Path) -> None:
-        """Draw every figure in its wide form into ``FIGURE.png``."""
+        """Draw every figure into ``FIGURE.png``."""
         for name, figure in self.figures.items():
-            save_png(figure(data, False), folder / f"{name}.png")
+            save_png(figure(data), folder / f"{name}.png")
 
 
 def measured(

@@ -99,10 +99,9 @@ def test_a_dominated_setting_is_not_on_the_pareto_front():
     assert names == ["native / native", "int4 / native", "int4 / int4"]
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_the_figure_has_a_panel_for_each_request_and_names_its_points(narrow):
+def test_the_figure_has_a_panel_for_each_request_and_names_its_points():
     rows = [*ROWS, row("uniform", "native / native", 650, 0.0, shape=(8, 2048))]
-    figure = loss_against_bytes(Ladder(rows, LLAMA, []), narrow)
+    figure = loss_against_bytes(Ladder(rows, LLAMA, []))
     drawn = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title(loc="left") for axis in drawn] == [
         f"1 {TIMES} 128 tokens", f"8 {TIMES} 2,048 tokens"

@@ -119,12 +119,11 @@ def test_tables_and_figures_name_every_plan(curves, config):
     assert all(text.count(f"| {plan} |") >= 4 for plan in curves.plans if plan != "native")
     share = share_of(curves.task("int2", "recall", 512).right)
     assert f"| int2 | {100 * share.mean:.0f} % [{100 * share.low:.0f}" in text
-    for narrow in (False, True):
-        figure = over_length(curves, narrow)
-        drawn = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
-        assert drawn[:2] == ["Recall", "Most common words"]
-        (legend,) = figure.legends
-        assert [text.get_text() for text in legend.texts] == curves.plans
+    figure = over_length(curves)
+    drawn = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
+    assert drawn[:2] == ["Recall", "Most common words"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == curves.plans
 
 
 def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(curves):

@@ -165,21 +165,19 @@ def test_the_last_row_of_the_same_counts():
 
 
 def test_the_figure_shows_each_row_of_the_grid(found):
-    for narrow in (False, True):
-        figure = delta_nll_against_peak(found, narrow)
-        drawn = {
-            (line.get_label(), round(x * 2**20), round(y, 6))
-            for axis in figure.axes
-            for line in axis.get_lines()
-            for x, y in zip(*line.get_data(), strict=True)
-        }
-        assert drawn == {
-            (look(row.repair).label, row.peak_bytes, round(row.loss, 6))
-            for row in found.study("grid")
-        }
-        assert len(figure.axes) == 8, "a panel a text and request"
-        assert len({axis.get_ylim() for axis in figure.axes}) == 1
-    titles = [axis.get_title("left") for axis in delta_nll_against_peak(found, False).axes[:4]]
+    figure = delta_nll_against_peak(found)
+    drawn = {
+        (line.get_label(), round(x * 2**20), round(y, 6))
+        for axis in figure.axes
+        for line in axis.get_lines()
+        for x, y in zip(*line.get_data(), strict=True)
+    }
+    assert drawn == {
+        (look(row.repair).label, row.peak_bytes, round(row.loss, 6)) for row in found.study("grid")
+    }
+    assert len(figure.axes) == 8, "a panel a text and request"
+    assert len({axis.get_ylim() for axis in figure.axes}) == 1
+    titles = [axis.get_title("left") for axis in figure.axes[:4]]
     assert titles[0] == "self\nfitted domain"
     assert titles[3] == "maths\nnot fitted on"
 
@@ -188,5 +186,5 @@ def test_a_mask_over_its_budget_is_hollow():
     row = make_repair_row("none", CELL, "wiki")
     for peak, marks in ((row.budget_bytes, 0), (row.budget_bytes + 1, 1)):
         found = RepairComparison([replace(row, peak_bytes=peak)])
-        lines = delta_nll_against_peak(found, False).axes[0].get_lines()
+        lines = delta_nll_against_peak(found).axes[0].get_lines()
         assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks

@@ -65,12 +65,12 @@ class FakeStudy:
     def words(self, rows):
         return f"There are {len(rows)} levels."
 
-    def figure(self, rows, narrow):
+    def figure(self, rows):
         def draw(axis):
             ends = [(row.loss_ci_low, row.loss_ci_high) for row in rows]
             draw_series(axis, range(len(rows)), [row.loss for row in rows], ends, label="all")
 
-        return panel_figure([Panel(draw, title="Losses", y="ΔNLL")], narrow=narrow)
+        return panel_figure([Panel(draw, title="Losses", y="ΔNLL")])
 
 
 def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
