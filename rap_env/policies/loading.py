@@ -18,7 +18,7 @@ from rap_env.plan import Plan
 from rap_env.plugins import Plugin, PluginError, find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Method
-from rap_env.policies.network_policy import KIND, PACKAGED_POLICIES, PolicyFile, packaged_network
+from rap_env.policies.network_policy import KIND
 from rap_env.policies.packaged_files import default_facts, packaged_context
 from rap_env.policies.registry import (
     Reader,
@@ -194,18 +194,6 @@ def check_policy(source: str | os.PathLike[str]) -> None:
         _reader_of(path)
     else:
         find_plugin("policy", name, policy_names(), _HINT)
-
-
-def policy_blocks(source: str | os.PathLike[str]) -> int | None:
-    """Number of blocks of the model that a trained policy is for; None for any other policy.
-
-    Raises:
-        ArtifactError: The file is damaged.
-    """
-    if os.fspath(source) in PACKAGED_POLICIES:
-        return packaged_network(os.fspath(source)).num_blocks
-    path = Path(source).expanduser()
-    return PolicyFile.load(path).num_blocks if path.suffix == ".safetensors" else None
 
 
 def _reader_of(path: Path) -> Reader:

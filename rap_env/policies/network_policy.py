@@ -108,11 +108,6 @@ class PolicyFile:
         model = {"name": facts.name, "fingerprint": facts.fingerprint, "dtype": facts.dtype}
         return cls(weights, encoder.importance, ladder.spec, _levels(ladder), model, provenance)
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the model that it was exported for, by its items."""
-        return sum(name.endswith((".attn", ".ffn")) for name in self.items)
-
     def serves(self, facts: ModelFacts) -> bool:
         """Whether a model has the items and levels that the policy was exported for."""
         return _levels(Ladder.of(facts, **self.ladder)) == self.items

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import signal
 import socket
 import threading
@@ -20,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rap_env.errors import ServingSettingsError
 from rap_env.serving.access import UNLIMITED_PATHS
 from rap_env.serving.app import Service
-from rap_env.serving.errors import ApiError, unavailable
+from rap_env.serving.errors import unavailable
 from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
@@ -39,8 +38,8 @@ def guarded_protocol(
 
     It closes connections that do not send a header in time or do not read their answer.
     Connections above the limit get one response: probes and metrics are answered, all else is
-    rejected with status 503. A few of them are open at a time; a further one replaces the oldest
-    that has not sent its request yet. `on_refusal` is called for each that gets an error.
+    rejected with status 503. A few of them are open at a time; a further one closes the oldest.
+    `on_refusal` is called for each that gets an error or is closed.
     """
     above_limit: dict[GuardedProtocol, None] = {}  # the oldest first
 
@@ -55,18 +54,13 @@ def guarded_protocol(
                 above_limit[self] = None
                 self.app = _answer_above_limit(self.app, on_refusal)
                 if len(above_limit) > _MOST_ABOVE_LIMIT:
-                    next(each for each in above_limit if each._waits())._reject()
+                    on_refusal()
+                    oldest = next(iter(above_limit))
+                    del above_limit[oldest]
+                    oldest.transport.close()
 
         def _start_header_timer(self) -> None:
             self._header_timer = self.loop.call_later(settings.header_timeout_s, self._no_header)
-
-        def _waits(self) -> bool:
-            return self.cycle is None and not self.transport.is_closing()
-
-        def _reject(self) -> None:
-            on_refusal()
-            self.transport.write(_too_many_connections())
-            self.transport.close()
 
         def handle_events(self) -> None:
             before = self.cycle
@@ -117,24 +111,11 @@ def _answer_above_limit(app: ASGIApp, on_refusal: Callable[[], None]) -> ASGIApp
         unlimited = scope["path"] in UNLIMITED_PATHS
         if not unlimited:
             on_refusal()
-        response = app if unlimited else _too_many().response(scope)
+        refusal = unavailable("Too many connections; ask again later.", "too_many_connections")
+        response = app if unlimited else refusal.response(scope)
         await response(scope, receive, send_and_close)
 
     return answer
-
-
-def _too_many() -> ApiError:
-    return unavailable("Too many connections; ask again later.", "too_many_connections")
-
-
-def _too_many_connections() -> bytes:
-    """Whole HTTP response to a connection above the limit that has not sent its request."""
-    error = _too_many()
-    body = json.dumps(error.to_json())
-    return (
-        f"HTTP/1.1 {error.status} Service Unavailable\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}"
-    ).encode()
 
 
 class Server(uvicorn.Server):

@@ -113,7 +113,7 @@ def test_connections_beyond_the_limit_are_rejected_but_probes_are_answered(token
 def test_a_flood_of_idle_connections_neither_grows_nor_silences_probes(tokenizer):
     with idle_connections(tokenizer, 100, accepted=3 + 64) as (server, idle):
         assert httpx.get(f"{server.url}/readyz").status_code == 200
-        assert everything(idle[3]).startswith(b"HTTP/1.1 503")
+        assert everything(idle[3]) == b""  # the oldest above the limit
         assert refused_by(server) == 100 - 3 - 64 + 1  # the probe took a place, too
 
 

@@ -18,7 +18,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import RESTORES
 from rap_env.models.files.loading import WEIGHTS
 from rap_env.models.weights.residency import RESIDENCIES
-from rap_env.policies.loading import load_policy, policy_blocks
+from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
 from rap_env.policies.registry import packaged_policies
 from rap_env.runtime.plan_chooser import predicts
@@ -171,9 +171,6 @@ def folder(tmp_path):
         ({"policy": "{folder}/config.json"}, "config.json is damaged"),
         ({"policy": "frontier"}, "other weights or another dtype"),
         ({"policy": "rap", "weights": "bf16"}, 'is of smollm2-135m.* with native weights'),
-        ({"policy": RAP, "model": "{folder}"}, "of a model with 60 blocks, but .* has 8;"),
-        ({"policy": "rap-v0", "model": "{folder}"}, "of a model with 60 blocks, but .* has 8;"),
-        ({"model": "{folder}/gone"}, "There is no model folder or GGUF file .*gone"),
         ({"model_memory": "1MiB"}, r"model_memory must be at least [\d,]+ bytes"),
         ({"dtype": "int3"}, "Unknown dtype 'int3'"),
     ],
@@ -209,11 +206,6 @@ def test_the_policies_without_predictions_are_named():
         settings = ServerSettings(policy=name, min_quality_per_request=0.1)
         with pytest.raises(RapError, match=f"min_quality_per_request=0.1 needs .* {name} does not"):
             check_before_loading(settings)
-
-
-def test_the_blocks_of_a_policy_are_those_of_its_model():
-    assert policy_blocks("rap") == policy_blocks(RAP) == 60
-    assert policy_blocks("dense") is policy_blocks("frontier") is None
 
 
 def test_the_command_ends_without_torch():
