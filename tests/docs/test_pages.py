@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from experiments.live import recorded
 from tests.docs.test_code_blocks import PAGES, ROOT
 from tests.programs import run_python
 from tests.test_layers import LAYERS
@@ -58,3 +59,12 @@ def test_the_page_of_contributors_has_the_layers_of_the_package():
     assert [row | {"__init__"} for row in rows[1:]] == [
         {*layer, "__init__"} for layer in LAYERS[1:]
     ]
+
+
+def test_the_readme_says_of_its_picture_what_the_record_has():
+    recording = recorded(ROOT / "results" / "live")
+    right, answers = sum(answer.right for answer in recording.answers), len(recording.answers)
+    over = [step for step in recording.steps if step[2] > step[1]]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{right} of {answers} answers right, no pass above the limit" in text
+    assert over == []
