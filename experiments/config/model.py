@@ -20,7 +20,7 @@ from experiments.config.common import (
 from experiments.study.records import Cell
 from rap_env.errors import check_name
 
-REPAIRS = ("none", "library", "distilled", "per_mask")
+REPAIRS = ("none", "library", "distilled")
 
 
 @dataclass

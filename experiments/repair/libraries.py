@@ -140,7 +140,7 @@ class StubLibraries:
         return held_back.spread(min(len(held_back.tokens), max(_MIN_SUBSET, share)))
 
     def stubs_of(self, repair: str) -> StubLibrary | None:
-        """Return the library of a repair; for ``per_mask`` that with its masks and ranks."""
+        """Return the library of a repair."""
         if repair == "none":
             return None
         return self.distilled if repair == "distilled" else self.library

@@ -27,7 +27,7 @@ class RepairRow(CellRecord):
     Attributes:
         study: ``"grid"``: every repair with its own search; ``"domain"``: libraries fitted on one
             kind of text each, under the masks of the grid's library.
-        repair: ``"none"``, ``"library"``, ``"distilled"`` or ``"per_mask"``.
+        repair: ``"none"``, ``"library"`` or ``"distilled"``.
         text: Name of the report text.
         fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
         fit_tokens: Number of tokens of those texts.

@@ -19,12 +19,9 @@ from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
-from rap_env.repair.fitting import fit_for_mask
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
-
-_PER_MASK_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,7 @@ class Entry:
 
     Attributes:
         fitted_on: Names of the texts it was fitted on.
-        library: The stubs; None for removal without stubs. For ``per_mask`` the library with its
-            mask and ranks.
+        library: The stubs; None for removal without stubs.
         searched_with: Name and stubs of the search that chose the masks.
     """
 
@@ -72,8 +68,7 @@ def entries(libraries: StubLibraries) -> Iterator[Entry]:
         if name == "distilled" and not stubs.distill_steps:
             continue
         library = libraries.stubs_of(name)
-        own = ("library", libraries.library) if name == "per_mask" else (name, library)
-        yield Entry("grid", name, every if name != "none" else [], library, own)
+        yield Entry("grid", name, every if name != "none" else [], library, (name, library))
     shared = ("library", libraries.library)
     least = min(len(libraries.texts.fit[name].tokens) for name in stubs.domain_study or every)
     for name in stubs.domain_study:
@@ -87,7 +82,6 @@ class RepairEvaluator:
     def __init__(self, libraries: StubLibraries) -> None:
         self._libraries = libraries
         self._masks: dict[tuple[str, Cell], Plan] = {}
-        self._own_stubs: dict[Cell, StubLibrary] = {}
         self._accuracies: dict[tuple[str, Plan], dict[str, float]] = {}
 
     def row(self, entry: Entry, cell: Cell, text: str, provenance: dict[str, Any]) -> RepairRow:
@@ -95,8 +89,7 @@ class RepairEvaluator:
         libraries = self._libraries
         request = Request.at_fraction(libraries.context.memory, *cell)
         mask = self._mask(entry, cell)
-        library = self._stubs(entry, cell)
-        view = libraries.view(library)
+        view = libraries.view(entry.library)
         dense = libraries.report[text].window_nll(Plan())
         scorer = MaskScorer(view, libraries.texts.report[text], libraries.context.store)
         grid = entry.study == "grid"
@@ -109,7 +102,7 @@ class RepairEvaluator:
             peak_bytes=MemoryModel(view).peak_bytes(mask, request),
             text=text,
             fitted_on=entry.fitted_on,
-            fit_tokens=0 if library is None else int(library.provenance["text"]["tokens"]),
+            fit_tokens=int(entry.library.provenance["text"]["tokens"]) if entry.library else 0,
             mask=list(mask.removed_names),
             **delta_nll_fields(scorer.window_nll(mask) - dense),
             accuracies=self._measured_accuracies(view, mask) if grid else {},
@@ -138,24 +131,6 @@ class RepairEvaluator:
                 Request.at_fraction(self._libraries.context.memory, *cell)
             )
         return self._masks[name, cell]
-
-    def _stubs(self, entry: Entry, cell: Cell) -> StubLibrary | None:
-        """Return the stubs of the removed blocks; those of ``per_mask`` are fitted for the mask."""
-        if entry.repair != "per_mask" or entry.library is None:
-            return entry.library
-        if cell not in self._own_stubs:
-            libraries = self._libraries
-            text, held_back = libraries.texts.fitted(entry.fitted_on)
-            ranks = {index: stub.rank for index, stub in entry.library.stubs.items()}
-            self._own_stubs[cell] = fit_for_mask(
-                libraries.llm,
-                self._mask(entry, cell),
-                text.spread(min(_PER_MASK_WINDOWS, len(text.tokens))),
-                libraries.held_back_subset(held_back, _PER_MASK_WINDOWS),
-                ranks,
-                libraries.fit_config,
-            )
-        return self._own_stubs[cell]
 
     def _measured_accuracies(self, view: ElasticLLM, mask: Plan) -> dict[str, float]:
         """Return the accuracy of each lm-eval task in [0, 1]; empty without tasks."""

@@ -111,11 +111,10 @@ def _grid_table(data: RepairComparison) -> Table:
 
 def _grid_caption(data: RepairComparison) -> str:
     chain = _chain([look(repair).label for repair in data.repairs])
-    own = "; stubs fitted per mask use that of the library" if "per_mask" in data.repairs else ""
     return (
         f"ΔNLL in nats/token; each cell holds: {chain}. Removed blocks (attn+ffn) are in the same "
         "order, given once if equal. Each repair has its own mask, found by greedy search at the "
-        f"same budget, stubs included{own}."
+        f"same budget, stubs included."
     )
 
 

@@ -1,4 +1,4 @@
-"""Fits stubs by reduced-rank ridge regression: a library for any mask, or those of one mask."""
+"""Fits a library of stubs for any mask by reduced-rank ridge regression."""
 
 from __future__ import annotations
 
@@ -297,74 +297,3 @@ def best_fit(
         errors = candidate.errors(judge_on) / power
         fits.append(BlockFit(block, candidate, ridge, errors))
     return min(fits, key=lambda fit: float(fit.errors[rank]))
-
-
-def fit_for_mask(
-    llm: ElasticLLM,
-    mask: Plan,
-    text: Corpus,
-    held_back: Corpus,
-    ranks: Mapping[int, int],
-    config: FitConfig = FitConfig(),
-) -> StubLibrary:
-    """Fit the stubs of one mask, each on the states that result from the stubs before it.
-
-    A stub's target is the dense model's state after the block, so it also corrects errors of
-    earlier blocks. The library has stubs for the blocks of this mask only; a shared library is
-    compared with it. The ridge penalty is chosen on the held-back tokens. `ranks` has the rank of
-    each stub by index of its block, such as a library's, for equal bytes.
-
-    Raises:
-        CorpusError: The two texts overlap.
-        UnknownNameError: The mask names blocks that the model does not have.
-    """
-    ensure_disjoint(text, held_back)
-    mask.check(llm.num_blocks)
-    began = time.perf_counter()
-    stubs: dict[int, Stub] = {}
-    partial = PartialForward(llm, widen=True)
-    with llm.masked(Plan()):
-        tracks = [_Track(partial, text_batches(t, llm)) for t in (text, held_back)]
-        for step in partial.steps:
-            kept = tuple(block for block in step if block not in mask.removed)
-            for track in tracks:
-                track.advance(step, kept)
-            for block in (block for block in step if block in mask.removed):
-                fit_on, judge_on = (track.moments() for track in tracks)
-                fit = best_fit(block, fit_on, judge_on, config.ridges, ranks[block], ranks[block])
-                stubs[block] = fit.stub(ranks[block], llm.dtype)
-                for track in tracks:
-                    track.add(stubs[block].on(llm.device_of(block)))
-    made_by = {
-        **_made_by(text, held_back, config, began),
-        "method": "ridge regression for one mask, towards the dense model's states",
-        "mask": list(mask.removed_names),
-    }
-    return StubLibrary(llm.name, llm.fingerprint, stubs, made_by)
-
-
-class _Track:
-    def __init__(self, partial: PartialForward, batches: Sequence[torch.Tensor]) -> None:
-        self._partial = partial
-        self._dense = [partial.enter(ids) for ids in batches]
-        self._masked = list(self._dense)
-        self._entered = list(self._dense)
-
-    def advance(self, step: tuple[int, ...], kept: tuple[int, ...]) -> None:
-        """Run a step of both models; the masked model runs the kept blocks only."""
-        self._entered = [self._partial.entering(step, state) for state in self._masked]
-        self._dense = [self._partial.run(step, state) for state in self._dense]
-        self._masked = [self._partial.run(kept, s) if kept else s for s in self._entered]
-
-    def moments(self) -> Moments:
-        """Moments of the masked step's input and of the difference to the dense output."""
-        sums = Moments(self._entered[0].shape[-1])
-        for entered, dense, masked in zip(self._entered, self._dense, self._masked, strict=True):
-            missing = dense.float() - masked.float()
-            sums.add(normalised(entered.float()).flatten(end_dim=1), missing.flatten(end_dim=1))
-        return sums
-
-    @torch.inference_mode()
-    def add(self, stub: Stub) -> None:
-        pairs = zip(self._entered, self._masked, strict=True)
-        self._masked = [masked + stub(entered) for entered, masked in pairs]

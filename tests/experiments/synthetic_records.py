@@ -19,8 +19,8 @@ FIT_TEXTS = ("self", "wiki", "code")
 REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}
 """Loss in nats per token of removal without stubs, of the loosest cell; no stub saw "maths"."""
 
-FITTED_RATIOS = {"none": 1.0, "library": 0.55, "distilled": 0.4, "per_mask": 0.35}
-OTHER_RATIOS = {"none": 1.0, "library": 0.7, "distilled": 0.65, "per_mask": 0.6}
+FITTED_RATIOS = {"none": 1.0, "library": 0.55, "distilled": 0.4}
+OTHER_RATIOS = {"none": 1.0, "library": 0.7, "distilled": 0.65}
 
 REPAIR_CELLS = {(1, 128, 0.9): 1.0, (1, 128, 0.8): 2.5, (8, 2048, 0.9): 0.8, (8, 2048, 0.8): 2.2}
 """Factors of the loss without stubs."""
@@ -176,7 +176,7 @@ def make_repair_row(
         "budget_fraction": cell[2], "budget_bytes": int(dense_mib * cell[2] * 2**20),
         "peak_bytes": int((dense_mib * cell[2] - 1 - len(repair) / 5) * 2**20), "text": text,
         "fitted_on": [] if repair == "none" else list(FIT_TEXTS),
-        "fit_tokens": {"none": 0, "per_mask": 8192}.get(repair, 262_144),
+        "fit_tokens": 0 if repair == "none" else 262_144,
         "mask": names,
         "loss": float(losses.mean()), "loss_ci_low": float(losses.mean()) - 0.05,
         "loss_ci_high": float(losses.mean()) + 0.05, "window_losses": losses.tolist(),

@@ -15,15 +15,12 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.repair.fitting import fit_for_mask
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.memory_meter import CudaMeter
 from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.scorer import MaskScorer
 from tests.gpu.paths import (
-    HELD_BACK,
     PATHS,
-    TEXT,
     TOKENS,
     llm_of,
     ordered,
@@ -74,13 +71,6 @@ def looked_up(llm):
     return ContinuationScorer(llm, requests, 64).run().ravel()
 
 
-def fitted_for_mask(llm):
-    mask = Plan.removing(1, 2)
-    library = fit_for_mask(llm, mask, TEXT, HELD_BACK, dict.fromkeys(mask.removed, 2))
-    with library.attach(llm).masked(mask) as attached:
-        return np.array(MaskScorer(attached, TOKENS).nll(mask))
-
-
 def influence(llm):
     return block_influence(MaskScorer(llm, TOKENS))
 
@@ -91,7 +81,6 @@ ALL_PATHS = {
     "influence": influence,
     "likelihoods": looked_up,
     "repair": repaired,
-    "repair for a mask": fitted_for_mask,
     "engine": served,
     "levels of weights": lowered,
 }

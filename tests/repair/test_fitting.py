@@ -1,20 +1,19 @@
 """Fitted libraries: right, bounded, and the same from a streamed model."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
+from rap_env.errors import CorpusError, InvalidRequestError
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.repair.config import FitConfig
-from rap_env.repair.fitting import fit_for_mask, fit_library
+from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
 from tests.models.live.test_elastic import MASKS
@@ -23,18 +22,11 @@ from tests.repair.texts import random_text, state_error
 from tests.tiny import each_family, tiny_llm, tiny_model
 
 TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
-CONFIG = FitConfig(rank=4, ridges=(1e-6, 1e-2), ranks=(4,))
-MASK = Plan.removing(0, 1, 3, 4)
 SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
 
 
 def fitted(llm: ElasticLLM, config: FitConfig = SMALL) -> StubLibrary:
     return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
-
-
-def fitted_for(llm: ElasticLLM, mask: Plan, ranks=None) -> StubLibrary:
-    ranks = ranks or dict.fromkeys(mask.removed, CONFIG.rank)
-    return fit_for_mask(llm, mask, TEXT, HELD_BACK, ranks, CONFIG)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -154,11 +146,8 @@ def test_a_streamed_model_gives_the_same_stubs(name: str, dtype: str, lonely, tm
 def test_the_mask_in_force_does_not_matter_and_stays() -> None:
     llm = tiny_llm()
     expected = fitted(llm).sha256
-    for_mask = partial(fitted_for, llm, Plan.removing(0, 3))
-    expected_for_mask = for_mask().sha256
     with llm.masked(MASKS["everything"]):
         assert fitted(llm).sha256 == expected
-        assert for_mask().sha256 == expected_for_mask
         assert llm.mask == MASKS["everything"]
     view = fitted(llm).attach(llm)
     assert fitted(view).sha256 == expected  # the dense model is fitted, whatever its view does
@@ -201,48 +190,7 @@ def test_settings_out_of_range(settings, message: str) -> None:
         FitConfig(**settings)
 
 
-@each_family("name", dtype=[torch.float32, torch.bfloat16])
-def test_stubs_of_one_mask_reduce_its_state_error(name: str, dtype) -> None:
-    llm = tiny_llm(name, layers=3, dtype=dtype)
-    weights = weights_hash(llm.model)
-    library = fitted_for(llm, MASK)
-    assert library.stubs.keys() == set(MASK.removed)
-    assert set(library.ranks.values()) == {4}
-    assert all(stub.mean.dtype == dtype for stub in library.stubs.values())
-    assert library.provenance["mask"] == list(MASK.removed_names)
-    view = library.attach(llm)
-    assert state_error(view, TEXT, MASK) < state_error(llm, TEXT, MASK)
-    assert weights_hash(llm.model) == weights
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "opt"])
-def test_mask_specific_stubs_are_nearer_to_the_dense_model(name: str) -> None:
-    llm = tiny_llm(name, layers=3)
-    shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).attach(llm)
-    own = fitted_for(llm, MASK).attach(llm)
-    assert state_error(own, TEXT, MASK) < state_error(shared, TEXT, MASK)
-
-
-@pytest.mark.parametrize("block", [0, 1, 2, 3])
-def test_a_single_removed_block_gets_the_library_stub(block: int) -> None:
-    llm = tiny_llm()
-    shared = fit_library(llm, TEXT, HELD_BACK, CONFIG, progress=False).stubs[block]
-    own = fitted_for(llm, Plan.removing(block)).stubs[block]
-    for ours, theirs in zip(own.parameters(), shared.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_ranks_can_be_those_of_another_library() -> None:
-    llm, wanted = tiny_llm(), {0: 0, 1: 2, 3: 16}
-    library = fitted_for(llm, Plan.removing(*wanted), wanted)
-    assert {index: stub.rank for index, stub in library.stubs.items()} == wanted
-
-
-def test_overlapping_texts_and_unknown_blocks_are_rejected() -> None:
+def test_overlapping_texts_are_rejected() -> None:
     shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
         fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
-    with pytest.raises(CorpusError, match="share 12 tokens in a row"):
-        fit_for_mask(tiny_llm(), MASKS["all ffn"], TEXT, TEXT, {})
-    with pytest.raises(UnknownNameError, match="layer09"):
-        fitted_for(tiny_llm(), Plan.removing("layer09.ffn"))

@@ -55,11 +55,11 @@ def _grid(rows: list[RepairRow], name: str) -> list[RepairRow]:
 
 
 def test_there_is_a_row_for_each_repair_cell_and_text(rows):
-    for name in ("none", "library", "distilled", "per_mask"):
+    for name in ("none", "library", "distilled"):
         assert {(row.cell, row.text) for row in _grid(rows, name)} == {
             (cell, text) for cell in ((1, 16, 0.8), (2, 32, 0.7)) for text in ("first", "third")
         }
-    assert len(rows) == len(CELLS) * 2 * 4 + 2
+    assert len(rows) == len(CELLS) * 2 * 3 + 2
     assert all(row.text not in row.fitted_on for row in rows if row.text == "third")
 
 
@@ -72,7 +72,7 @@ def test_every_mask_fits_its_budget_with_its_stubs(config, rows):
         plain = MemoryModel(llm).peak_bytes(Plan.removing(*row.mask), request)
         if row.repair == "none":
             assert row.peak_bytes == plain
-        elif row.study == "grid" and row.repair in ("library", "per_mask"):
+        elif row.study == "grid" and row.repair == "library":
             stubs = sum(library.stubs[index].nbytes for index in Plan.removing(*row.mask).removed)
             assert row.peak_bytes == plain + stubs
 
@@ -95,7 +95,7 @@ def test_the_fitted_tokens_are_recorded(rows):
     tokens = {(row.study, row.repair): row.fit_tokens for row in rows}
     assert tokens == {
         ("grid", "none"): 0, ("grid", "library"): 20 * 12, ("grid", "distilled"): 20 * 12,
-        ("grid", "per_mask"): 20 * 12, ("domain", "library"): 8 * 12,
+        ("domain", "library"): 8 * 12,
     }  # fmt: skip
     (domain,) = {tuple(row.fitted_on) for row in rows if row.study == "domain"}
     assert domain == ("second",)
