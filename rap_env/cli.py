@@ -135,17 +135,13 @@ def serve(config: Path | None, **options: str | bool | None) -> None:
 
     The API is that of OpenAI: /v1/chat/completions, /v1/completions and /v1/models.
     """
-
-    def read() -> ServerSettings:
-        values = (read_settings_file(config) if config else {}) | _parse_settings(options)
-        return ServerSettings.from_mapping(values)
-
-    settings = read()
+    values = (read_settings_file(config) if config else {}) | _parse_settings(options)
+    settings = ServerSettings.from_mapping(values)
     require_extra("serve", "Serving")
     check_before_loading(settings)  # before torch is imported, which takes seconds
     from rap_env.serving.stack import serve as serve_until_interrupted
 
-    serve_until_interrupted(settings, click.echo, read if config else None)
+    serve_until_interrupted(settings, click.echo)
 
 
 @cli.command()

@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import fields
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,36 +100,11 @@ class Service:
         for generation in list(self._running):
             generation.cancel(shutting_down())
 
-    def reload(self, reread: Callable[[], ServerSettings] | None) -> None:
-        """At SIGHUP: read the files of keys and the settings again; invalid ones change nothing.
-
-        Of the settings, the number of bytes of `memory` or `model_memory` changes at once. Others
-        that differ are logged: they change when the server starts again.
-
-        Args:
-            reread: Reads the settings again; None if they cannot have changed.
-        """
+    def reload_keys(self) -> None:
+        """At SIGHUP: read the files of keys again; an invalid one changes nothing."""
         for keys in (self.api_keys, self.admin_keys):
             if keys is not None:
                 keys.reload()
-        if reread is None:
-            return
-        try:
-            new = reread()
-            if self.limit is not None:
-                self.limit.reload(new)
-        except (RapError, OSError) as error:
-            log.error("The settings stay as they were: %s", error)
-            return
-        names = [field.name for field in fields(new)]
-        live = () if self.limit is None else (self.limit.name,)
-        changed = [
-            name
-            for name in names
-            if getattr(new, name) != getattr(self.settings, name) and name not in live
-        ]
-        if changed:
-            log.warning("The server must start again for changes of: %s.", ", ".join(changed))
 
     async def respond(self, request: Request, schema: Schema) -> Response:
         """Respond to a completion request; errors become responses in the format of the API."""

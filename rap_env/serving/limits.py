@@ -47,7 +47,7 @@ _GRAMMAR_BYTES = 44 * _MIB
 class LiveLimit:
     """A limit that operators change while the server runs; call it to get the present bytes.
 
-    The last change holds, whether a setting, the file or an administrator made it. As long as the
+    The last change holds, whether the file or an administrator made it. As long as the
     file does not exist the limit stays as it is. A file that is incomplete, wrong or too small
     changes nothing, and one warning is logged.
 
@@ -57,7 +57,6 @@ class LiveLimit:
         file: A file with a size such as ``300MiB``, which is read whenever it changes.
 
     Attributes:
-        setting_bytes: Value of the setting, as last read.
         source: What set the present value.
         check: Raises a `ServingSettingsError` for a number of bytes that is too small.
 
@@ -69,7 +68,7 @@ class LiveLimit:
         self.name = name
         self.source: LimitSource = "setting"
         self.check: Callable[[int], None] = lambda limit_bytes: None
-        self._bytes = self.setting_bytes = limit_bytes
+        self._bytes = limit_bytes
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
         self._seen = self._read_state = self._state()
@@ -96,14 +95,6 @@ class LiveLimit:
             if (limit_bytes, source) != (self._bytes, self.source):
                 log.info("%s is now %d bytes (%s).", self.name, limit_bytes, source)
             self._bytes, self.source = limit_bytes, source
-            if source == "setting":
-                self.setting_bytes = limit_bytes
-
-    def reload(self, settings: ServerSettings) -> None:
-        """Apply the limit of new settings if it is one of the same kind and differs."""
-        limit_bytes = settings.process_bytes if self.of_process else settings.model_bytes
-        if limit_bytes is not None and limit_bytes != self.setting_bytes:
-            self.set(limit_bytes, "setting")
 
     def _follow(self) -> None:
         """Read the file if it has changed, once it stays as it is for a moment.

@@ -198,17 +198,12 @@ def _check_floor(controller: RuntimeController) -> None:
         )
 
 
-def serve(
-    settings: ServerSettings,
-    say: Callable[[str], None],
-    reread: Callable[[], ServerSettings] | None = None,
-) -> None:
+def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Args:
         settings: Settings of the server.
         say: Shows a text to the user.
-        reread: Reads the settings again at SIGHUP; None if they cannot have changed.
 
     Raises:
         RapError: As for `build_stack`, the address is not available, or `check_access`,
@@ -229,11 +224,9 @@ def serve(
         stack = build_stack(settings)
         try:
             text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
-            changes = reread or settings.api_key_file or settings.admin_key_file
-            on_hangup = partial(stack.app.state.service.reload, reread)
-            Server(
-                stack.app, on_ready=lambda: say(text), on_hangup=on_hangup if changes else None
-            ).run(sockets=[bound])
+            has_keys = settings.api_key_file or settings.admin_key_file
+            on_hangup = stack.app.state.service.reload_keys if has_keys else None
+            Server(stack.app, lambda: say(text), on_hangup).run(sockets=[bound])
             say(farewell(stack.engine))
         finally:
             stack.close()

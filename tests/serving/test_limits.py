@@ -1,4 +1,4 @@
-"""The memory limit: checked early, reported, and changed by a file, an administrator or SIGHUP."""
+"""The memory limit: checked early, reported, and changed by a file or an administrator."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
 from rap_env.serving import limits
 from rap_env.serving.access import check_access
-from rap_env.serving.app import Service, create_app
+from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
@@ -240,39 +240,3 @@ def test_a_budget_of_the_system_is_shown_and_cannot_be_set(tokenizer, tmp_path):
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
     with BackgroundServer(create_app(engine, tokenizer, ServerSettings())) as server:
         assert ask(server.url).status_code == 404  # there are no administrators
-
-
-def reloaded(limit, old, new):
-    """Reload settings, which may be an error."""
-
-    def reread():
-        if isinstance(new, Exception):
-            raise new
-        return ServerSettings(**new)
-
-    service = SimpleNamespace(
-        api_keys=None, admin_keys=None, limit=limit, settings=ServerSettings(**old)
-    )
-    Service.reload(service, reread)
-
-
-def test_a_reload_changes_the_limit_and_names_what_needs_a_new_start(caplog):
-    caplog.set_level(logging.INFO, "rap_env")
-    limit = LiveLimit("memory", 500)
-    reloaded(limit, {"memory": 500}, {"memory": 400})
-    assert limit() == 400
-    assert "start again" not in caplog.text
-    limit.set(300, "admin")
-    reloaded(limit, {"memory": 500}, {"memory": 400, "policy": "rap", "port": 1})
-    assert limit() == 300  # the setting has not changed since
-    assert "The server must start again for changes of: policy, port." in caplog.text
-
-
-def test_a_reload_with_wrong_settings_changes_nothing(caplog):
-    limit = LiveLimit("memory", 500)
-    reloaded(limit, {"memory": 500}, {"memory": "much"})
-    reloaded(limit, {"memory": 500}, FileNotFoundError("gone"))
-    reloaded(limit, {"memory": 500}, {"model_memory": 300})
-    assert limit() == 500
-    assert caplog.text.count("The settings stay as they were") == 2
-    assert "start again for changes of: model_memory." in caplog.text
