@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_CODE_LINES = 40_100
+MOST_CODE_LINES = 40_000
 """Lowered with every merge; the aim is 30,000."""
 FOLDERS = ("rap_env", "agents", "experiments", "benchmarks", "examples", "docs", "tools")
 NO_CODE = {
