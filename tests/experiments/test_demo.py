@@ -69,7 +69,8 @@ def test_five_stages_end_with_a_verdict_a_service_and_a_report(config, capsys, m
     assert "Serving while the memory falls and returns" in text
     assert 'href="explorer.html"' in text
     assert (page.parent / "explorer.html").exists()
-    assert PolicyFile.load(config.stage_dir("train") / RUN / POLICY_FILE).num_blocks == 6
+    items = PolicyFile.load(config.stage_dir("train") / RUN / POLICY_FILE).items
+    assert sum(name.endswith((".attn", ".ffn")) for name in items) == 6
 
     recording = live.recorded(config.stage_dir("live"))
     assert all(answer.question in live.QUESTIONS for answer in recording.answers)
