@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tables import PLANS, RESULTS, SEARCHES, plan_rows, read
 
+from experiments.comparison.pairwise import compare_pair
 from experiments.comparison.records import ResultRow
 from experiments.comparison.summaries import Comparison, Summary
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.looks import look
-from experiments.study.statistics import Estimate, paired_ratio
+from experiments.study.statistics import Estimate
 from experiments.study.tables import columns_table, counted, markdown, number, percent, seconds
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _name(summary: Summary) -> str:
 
 
 def relative_to_policy() -> dict[str, tuple[list[ResultRow], Estimate]]:
-    """Each method's rows, and its ΔNLL divided by the policy's at the same requests and budgets.
+    """Each method's rows, and its mean ΔNLL divided by the policy's at the same cells.
 
     The searches were run at a few of the requests and budgets only.
     """
@@ -82,18 +83,15 @@ def relative_to_policy() -> dict[str, tuple[list[ResultRow], Estimate]]:
     compared, ratios = Comparison(rows), {}
     for method in compared.methods:
         own = [row for row in compared.rows if row.method == method]
-        cells = sorted({row.cell for row in own})
-        losses, policy = (
-            [compared.window_delta_nlls(name, cell) for cell in cells] for name in (method, POLICY)
-        )
-        if ratio := paired_ratio(losses, policy):
-            ratios[method] = (own, ratio)
+        pair = compare_pair(compared, method, POLICY, sorted({row.cell for row in own}))
+        if pair and (change := pair.relative):
+            ratios[method] = own, Estimate(1 + change.mean, 1 + change.low, 1 + change.high)
     return ratios
 
 
 _OFFSETS = {  # of labels that would overlap others
-    POLICY: (9, 5), "score_model": (9, -11), "greedy_per_byte": (-88, -15),
-    "evolutionary": (9, 4), "beam": (15, -3),
+    POLICY: (9, 5), "frontier": (9, -1), "score_model": (9, -13), "greedy_per_byte": (-120, 7),
+    "evolutionary": (9, 6), "beam": (15, -3),
 }  # fmt: skip
 
 
@@ -123,5 +121,5 @@ def decision_cost() -> Figure:
         axis.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
         axis.set_xlim(-0.15, 9000)
 
-    panel = Panel(draw, x="runs of the model for one request", y="ΔNLL, relative to the policy's")
+    panel = Panel(draw, x="runs of the model for one request", y="mean ΔNLL / the policy's")
     return panel_figure([panel], height=3.3, legend=0)
