@@ -59,8 +59,6 @@ class RuntimeController:
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan with which a batch runs. Other plans, and those without a prediction,
             count as plans that do not fit. None for no floor.
-        margin_share: Share of the native weights to reserve in any case, before the safety margin
-            is learned.
         hysteresis_share: Share of the budget to leave free when items are raised.
         hold_s: Seconds for which headroom must last before items are raised.
         chunk_tokens: Most tokens that one pass through the model runs; fewer need less workspace.
@@ -90,28 +88,25 @@ class RuntimeController:
         meter: Meter | None = None,
         guard_order: Sequence[int] | None = None,
         max_delta_nll: float | None = None,
-        margin_share: float = 0.0,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         log: DecisionLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not 0 <= hysteresis_share < 1 or hold_s < 0 or margin_share < 0:
+        if not 0 <= hysteresis_share < 1 or hold_s < 0:
             raise InvalidRequestError(
-                "hysteresis_share must be from 0 to below 1, hold_s and margin_share at least 0, "
-                f"not {hysteresis_share}, {hold_s} and {margin_share}."
+                "hysteresis_share must be from 0 to below 1 and hold_s at least 0, "
+                f"not {hysteresis_share} and {hold_s}."
             )
         self.llm = llm
         self.estimator = MemoryEstimator(llm, chunk_tokens)
-        facts = self.estimator.memory.facts
-        weights = facts.base_bytes + sum(facts.block_param_bytes)
         self.monitor = MemoryMonitor(
             llm,
             open_memory(memory, devices=llm.devices),
             process_meter(llm) if meter is None else meter,
             self.estimator,
-            SafetyMargin(int(margin_share * weights), clock=clock),
+            SafetyMargin(clock=clock),
         )
         self.chooser = PlanChooser(
             as_policy(policy), self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll

@@ -52,7 +52,6 @@ class SafetyMargin:
     `window` steps of its kind, or after `window_s` seconds.
 
     Args:
-        least_bytes: Lower bound of the margin.
         window: Steps of a kind after which a new maximum is started.
         window_s: Seconds after which it is started, even without a step.
         clock: Gives the time in seconds.
@@ -64,18 +63,16 @@ class SafetyMargin:
 
     def __init__(
         self,
-        least_bytes: int = 0,
         window: int = 512,
         *,
         window_s: float = 25.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._least_bytes = least_bytes
         self._window = window
         self._window_s = window_s
         self._clock = clock
         self._kinds: dict[str, _Excess] = {}
-        self.bytes = self.decode_bytes = max(0, least_bytes)
+        self.bytes = self.decode_bytes = 0
 
     def observe(self, kind: str, excess_bytes: int) -> None:
         """Learn from a step.
@@ -103,7 +100,7 @@ class SafetyMargin:
                 seen.earlier_bytes = 0
         recent = {k: max(seen.most_bytes, seen.earlier_bytes) for k, seen in self._kinds.items()}
         prefill_bytes = recent.pop("prefill", 0)
-        self.decode_bytes = max(0, self._least_bytes, *recent.values())
+        self.decode_bytes = max(recent.values(), default=0)
         self.bytes = max(self.decode_bytes, prefill_bytes)
 
     def bytes_for(self, *, prefills: bool) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from rap_env.serving.prompts import RequestBuilder
 from rap_env.serving.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
+    parse_json,
     read_json,
     validate_fields,
 )
@@ -29,8 +29,6 @@ from rap_env.version import __version__
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
     from rap_env.runtime.memory_monitor import MemoryMonitor
-
-_MOST_ADMIN_BYTES = 1024
 
 
 def probe_router(
@@ -122,8 +120,8 @@ def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
                 "with memory or model_memory as a number of bytes.",
                 code="budget_not_settable",
             )
-        body = await _read_small_body(request)
-        size = body.get(limit.name) if isinstance(body, dict) and len(body) == 1 else None
+        body = parse_json(await request.body())
+        size = body.get(limit.name) if len(body) == 1 else None
         if not isinstance(size, str | int) or isinstance(size, bool):
             example = f'{{"{limit.name}": "500MiB"}}'
             raise invalid(f"The body must be a JSON object such as {example}.", limit.name)
@@ -134,19 +132,6 @@ def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
         return present()
 
     return router
-
-
-async def _read_small_body(request: Request) -> Any:
-    """The JSON value of a short body; None if it is not valid."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > _MOST_ADMIN_BYTES:
-            raise invalid(f"The body is longer than {_MOST_ADMIN_BYTES} bytes.")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def tokenization_router(

@@ -264,7 +264,6 @@ def test_reading_the_limit_does_not_change_the_budget():
     ("excesses", "expected"),
     [
         ([-50, 30, 10], 30),  # the largest excess
-        ([5], 20),  # at least a bound
         ([5, 25], 25),
         ([100, *[27] * 9], 100),
         ([100, *[27] * 20], 27),  # a single burst expires within two windows
@@ -273,7 +272,7 @@ def test_reading_the_limit_does_not_change_the_budget():
 )
 def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, expected):
     made = monitor()
-    made.margin = SafetyMargin(least_bytes=20, window=10)
+    made.margin = SafetyMargin(window=10)
     for excess in excesses:
         made.margin.observe("decode", excess)
     assert made.margin.bytes == expected
@@ -286,7 +285,7 @@ def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, exp
 
 def test_an_excess_is_forgotten_after_a_time_even_without_steps():
     now = 0.0
-    margin = SafetyMargin(least_bytes=5, window_s=10.0, clock=lambda: now)
+    margin = SafetyMargin(window_s=10.0, clock=lambda: now)
     margin.observe("prefill", 60)
     margin.observe("decode", 40)
     assert (margin.bytes, margin.decode_bytes) == (60, 40)
@@ -301,4 +300,4 @@ def test_an_excess_is_forgotten_after_a_time_even_without_steps():
     assert seen[20] == (30, 30)  # the prefill is forgotten, repeated decode steps are not
     now = 100.0
     margin.expire()
-    assert margin.bytes == 5
+    assert margin.bytes == 0
