@@ -21,7 +21,6 @@ from experiments.comparison.records import ResultRow  # noqa: E402
 from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tables import ratio_table, tables_markdown  # noqa: E402
 from experiments.config.evaluation import CompareConfig  # noqa: E402
-from experiments.leaderboard import predicted_test_delta_nll  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.tables import (  # noqa: E402
@@ -33,7 +32,7 @@ from experiments.study.tables import (  # noqa: E402
     percent,
     seconds,
 )
-from rap_env.leaderboard.entries import published_entries  # noqa: E402
+from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entries  # noqa: E402
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks  # noqa: E402
 from rap_env.scoring.fidelity import spearman  # noqa: E402
 

@@ -1,6 +1,6 @@
 """A method of your own in one file: compared with ours, served and exported by its name.
 
-    PYTHONPATH=. python examples/custom_method.py
+    python examples/custom_method.py
 
 `NAME` is taken wherever a policy is named, as any ``package.module:Class``:
 
@@ -15,6 +15,8 @@ same class in a file of `rap_env/policies/`, with `@register` in front of it, ha
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -50,6 +52,7 @@ def methods(names: tuple[str, ...]) -> dict[str, Policy]:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # `NAME` is imported
     for name, method in methods((*ASKED, NAME)).items():
         found = rap_env.evaluate(method, TASK, name=name)
         cost = f"{method.evaluations} plans scored"

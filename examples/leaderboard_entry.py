@@ -53,5 +53,5 @@ class LocalSearch:
 if __name__ == "__main__":
     result = rap_env.evaluate(LocalSearch(), TASK, "test", name="local search")
     print(result)
-    result.entry("Exchanges levels on predicted losses.").save("runs/local_search.json")
-    print("Check it with: python -m experiments.leaderboard check runs/local_search.json")
+    path = result.entry("Exchanges levels on predicted losses.").save("runs/local_search.json")
+    print(f"Check it with: python -m experiments.leaderboard check {path}")

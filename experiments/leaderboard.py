@@ -8,7 +8,6 @@ measures one of them, the plan with every item at its lowest level.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.held_out import HeldOutLosses
 
 if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer
@@ -286,46 +284,10 @@ def publish(results: Path) -> int:
         pinned["vocab_size"] = env.memory.facts.vocab_size
         pinned["reward_threshold"] = mean_return(env)
         for entry in make_entries(comparison, rows, records):
-            entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json")
+            entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json", compress=True)
     with atomic_write(TASKS_FILE) as file:
         file.write((json.dumps(described, indent=1) + "\n").encode())
     return sum(1 for _ in ENTRIES.rglob("*.json"))
-
-
-def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
-    """Return what the table of a comparison predicts for each published method on held-out text.
-
-    The prediction for a method is fitted without its plans, as if the method were new.
-
-    Args:
-        comparison: Name of a pinned comparison.
-
-    Returns:
-        Mean predicted ΔNLL by the name of the method, nats per token.
-
-    Raises:
-        ArtifactError: Too few plans were measured on held-out text without one of the methods.
-    """
-    tasks = pinned_tasks().values()
-    task = next(t for t in tasks if t.comparison == comparison and not t.live)
-    env: Any = task.make()
-    context = env.unwrapped.context
-    measured: HeldOutLosses = context.table.held_out
-    dense_nll = context.scorer.dense_nll
-    calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
-    by_method = {}
-    for entry in published_entries(comparison):
-        if entry.origin["method"] in _NAMES:  # nothing is chosen
-            continue
-        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
-        values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
-        fits = [*itertools.chain(*(run.fits for run in entry.runs))]
-        own = set(plans)
-        others = {plan: value for plan, value in measured.measured.items() if plan not in own}
-        losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
-        predicted = [*map(losses.delta_nll, plans, values)]
-        by_method[entry.name] = float(task.scores(predicted, fits).mean())
-    return by_method
 
 
 @click.group()
@@ -363,10 +325,9 @@ def judge(task: str, folder: Path, split: str) -> None:
     """
     try:
         for run, result in judge_runs(task, folder, split):
-            predicted = sum(cell.predicted for cell in result.cells)
             say(
                 f"{run.label}: ΔNLL {result.mean_delta_nll:.4f} nats per token "
-                f"({predicted} of {len(result.cells)} predicted)"
+                f"({result.num_predicted} of {len(result.cells)} predicted)"
             )
     except RapError as error:
         fail(str(error))

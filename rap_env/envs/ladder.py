@@ -107,7 +107,8 @@ class RAPLadderEnv(PruningEnv):
     argument `levels` chooses the ladder: `"all"`, `"caches"`, `"masks"` (weights native or
     removed: the episodes of `RAPPrune`), or lists, as in
     `{"weights": ["removed"], "caches": ["int8", "int4"], "embeddings": ["int4"]}`. An item with a
-    single level is no item of the environment.
+    single level is no item of the environment. Caches may also have `int2`, which packaged policies
+    choose and no named ladder has.
 
     Terms: the *native peak* is the number of bytes that the model as shipped needs for the request,
     with an unquantised cache; budgets are shares of it, or bytes. The *ΔNLL* of a plan (a level for

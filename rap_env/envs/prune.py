@@ -151,7 +151,7 @@ class RAPPruneEnv(PruningEnv):
 
     ## Rewards
     With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final mask on
-    the calibration text. Reasons for this form:
+    the calibration text (there is no reward named `nll`). Reasons for this form:
     - Fitting the budget ends the episode and is not rewarded separately, so no weight between
       quality and memory has to be chosen: every complete episode meets the budget.
     - The NLL (the log of perplexity) adds up over steps, and one ruined model does not dominate

@@ -6,6 +6,7 @@ the model (`experiments.leaderboard`).
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard.tasks import SPLITS, Floats, pinned_tasks
 from rap_env.plan import Plan
+from rap_env.scoring.held_out import HeldOutLosses
 
 ENTRIES = Path(__file__).parent / "published"
 """Folder of the published entries, ``COMPARISON/NAME.json`` each."""
@@ -85,9 +87,10 @@ class Entry:
         runs = [task.scores(run.delta_nll[split], run.fits) for run in self.runs]
         return np.asarray(np.mean(runs, axis=0))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a checked, compressed JSON artifact."""
-        save_artifact(path, _KIND, _FORMAT, asdict(self), compress=True)
+    def save(self, path: str | os.PathLike[str], *, compress: bool = False) -> Path:
+        """Write it as a checked JSON artifact, as gzip with `compress`; return the path."""
+        save_artifact(path, _KIND, _FORMAT, asdict(self), compress=compress)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -122,3 +125,39 @@ class Entry:
 def published_entries(comparison: str) -> Sequence[Entry]:
     """The published entries of a comparison."""
     return [Entry.load(path) for path in sorted((ENTRIES / comparison).glob("*.json"))]
+
+
+def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
+    """Return what the table of a comparison predicts for each published method on held-out text.
+
+    The prediction for a method is fitted without its plans, as if the method were new.
+
+    Args:
+        comparison: Name of a pinned comparison.
+
+    Returns:
+        Mean predicted ΔNLL by the name of the method, nats per token.
+
+    Raises:
+        ArtifactError: Too few plans were measured on held-out text without one of the methods.
+    """
+    tasks = pinned_tasks().values()
+    task = next(t for t in tasks if t.comparison == comparison and not t.live)
+    env: Any = task.make()
+    context = env.unwrapped.context
+    measured: HeldOutLosses = context.table.held_out
+    dense_nll = context.scorer.dense_nll
+    calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
+    by_method = {}
+    for entry in published_entries(comparison):
+        if entry.origin["method"] in ("dense", "lowest"):  # nothing is chosen
+            continue
+        plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
+        values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))
+        fits = [*itertools.chain(*(run.fits for run in entry.runs))]
+        own = set(plans)
+        others = {plan: value for plan, value in measured.measured.items() if plan not in own}
+        losses = HeldOutLosses.fitted(measured.text, others, calibration, measured.num_blocks)
+        predicted = [*map(losses.delta_nll, plans, values)]
+        by_method[entry.name] = float(task.scores(predicted, fits).mean())
+    return by_method

@@ -17,7 +17,7 @@ import numpy as np
 from rap_env.artifacts import digest, disk_errors
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
-from rap_env.leaderboard.entries import Entry, Run, published_entries
+from rap_env.leaderboard.entries import Entry, Run, predicted_test_delta_nll, published_entries
 from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
     from rap_env.scoring.corpus import CorpusConfig
 
+Decision = tuple[Plan, bool]
+"""A plan, and whether invalid actions ended the episode before it fitted."""
+
 _RESAMPLES = 10_000
-_INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CellResult:
         calibration_delta_nll: The same on the calibration text.
         predicted: Whether ΔNLL was predicted, because the table has not measured the plan.
         decision_s: Seconds until the plan was known.
+        truncated: Whether invalid actions ended the episode.
     """
 
     request: Request
@@ -55,6 +58,7 @@ class CellResult:
     calibration_delta_nll: float
     predicted: bool
     decision_s: float
+    truncated: bool
 
     @property
     def fits(self) -> bool:
@@ -97,6 +101,11 @@ class Evaluation:
         """Mean of `scores` over the requests, nats per token: the mean ΔNLL if all plans fit."""
         return float(self.scores.mean())
 
+    @property
+    def num_predicted(self) -> int:
+        """How many of `scores` are predicted: plans over their budget count as a constant."""
+        return sum(cell.predicted and cell.fits for cell in self.cells)
+
     @cached_property
     def digest(self) -> str:
         """Hash of the task and of the plans: what was evaluated, whatever its name."""
@@ -112,37 +121,43 @@ class Evaluation:
         difference = self.scores - entry.scores(self.split)
         rng = np.random.default_rng(0)
         drawn = rng.integers(len(difference), size=(_RESAMPLES, len(difference)))
-        low, high = np.percentile(difference[drawn].mean(axis=1), _INTERVAL)
+        low, high = np.percentile(difference[drawn].mean(axis=1), (2.5, 97.5))
         return float(difference.mean()), float(low), float(high)
 
     def __str__(self) -> str:
         """A text table, from the least mean ΔNLL up."""
         own = f"{self.name} (this)"
+        has_predictions = self.split == "test" and self.num_predicted
+        as_new = predicted_test_delta_nll(self.task.comparison) if has_predictions else {}
+        column = "  predicted" if as_new else ""
         rows = [(self.mean_delta_nll, own, "")]
         for entry in self.entries:
             mean, low, high = self.against(entry)
-            own_mean = float(entry.scores(self.split).mean())
-            rows.append((own_mean, entry.name, f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"))
+            predicted = f"{as_new[entry.name]:.4f}" if entry.name in as_new else ""
+            against = f"{predicted:>{len(column)}}  {mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+            rows.append((float(entry.scores(self.split).mean()), entry.name, against))
         rows.sort(key=lambda row: row[0])
         width = max(len(name) for _, name, _ in rows)
-        missed = sum(not cell.fits for cell in self.cells)
-        predicted = sum(cell.predicted for cell in self.cells)
         lines = [
             f"{self.task.name}, {self.split} text, {len(self.cells)} requests: mean ΔNLL in nats "
             "per token (less is better)",
-            f"{'':{width}}  {'ΔNLL':>8}  {own} minus it [95 % interval over requests]",
-            *(f"{name:{width}}  {mean:8.4f}  {against}".rstrip() for mean, name, against in rows),
+            f"{'':{width}}  {'ΔNLL':>8}{column}  {own} minus it [95 % interval over requests]",
+            *(f"{name:{width}}  {mean:8.4f}{against}" for mean, name, against in rows),
         ]
-        if missed:
+        if missed := sum(not cell.fits for cell in self.cells):
             ceiling = self.task.ceiling_nll
             lines.append(
                 f"{missed} plans exceed their budget and count as {over_budget_nll(ceiling):.1f}; "
                 f"a plan that fits counts as at most {ceiling:.1f}."
             )
-        if predicted:
+        if truncated := sum(cell.truncated for cell in self.cells):
+            hint = "does the policy use observation['action_mask']?"
+            lines.append(f"{truncated} episodes ended by invalid actions; {hint}")
+        if self.num_predicted:
             lines.append(
-                f"{predicted} of {len(self.cells)} values are predicted: the table has not "
-                "measured these plans."
+                f"{self.num_predicted} of {len(self.cells)} values of {own} are predicted: the "
+                "table has not measured these plans.\nIntervals leave out the error of prediction"
+                + ("; 'predicted' counts the others as unmeasured." if as_new else ".")
             )
         return "\n".join(lines)
 
@@ -187,8 +202,8 @@ class Evaluation:
             "levels": plan.levels,
         }
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Append the results to a JSON-lines file, one line for each request.
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Append the results to a JSON-lines file, one line for each request; return its path.
 
         Raises:
             StorageFullError: The disk is full.
@@ -199,6 +214,7 @@ class Evaluation:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
+        return path
 
     def entry(self, description: str, **origin: Any) -> Entry:
         """The plans as an entry for the leaderboard.
@@ -213,13 +229,12 @@ class Evaluation:
             delta_nll={self.split: tuple(cell.delta_nll for cell in self.cells)},
             fits=tuple(cell.fits for cell in self.cells),
         )
-        decision_s = float(np.median([cell.decision_s for cell in self.cells]))
         return Entry(
             name=self.name,
             comparison=self.task.comparison,
             description=description,
             runs=(run,),
-            decision_s=decision_s,
+            decision_s=float(np.median([cell.decision_s for cell in self.cells])),
             origin=origin,
         )
 
@@ -260,16 +275,15 @@ def evaluate(
     pinned = pinned_task(task)
     check_name("split", split, SPLITS)
     decide = _decider(policy)
-    env = pinned.make()
-    unwrapped: Any = env.unwrapped
-    context: PruningContext = unwrapped.context
+    env: Any = pinned.make()
+    context: PruningContext = env.unwrapped.context
     text_sha256, judge = _judge(pinned, context, split, text)
     cells = []
     for number, request in enumerate(pinned.requests):
         began = time.perf_counter()
-        plan = decide(env, request, seed + number)
+        decision = decide(env, request, seed + number)
         decision_s = time.perf_counter() - began
-        cells.append(_cell(context, judge, request, plan, decision_s))
+        cells.append(_cell(context, judge, request, decision, decision_s))
     env.close()
     entries = [e for e in published_entries(pinned.comparison) if e.measured_on(split)]
     return Evaluation(
@@ -285,9 +299,10 @@ def evaluate(
 
 
 def _cell(
-    context: PruningContext, judge: Judge, request: Request, plan: Plan, decision_s: float
+    context: PruningContext, judge: Judge, request: Request, decision: Decision, decision_s: float
 ) -> CellResult:
     """The result of one request."""
+    plan, truncated = decision
     memory, scorer = context.memory, context.scorer
     peak_bytes = memory.peak_bytes(plan, request)
     calibration = scorer.nll(plan) - scorer.dense_nll
@@ -302,21 +317,22 @@ def _cell(
         calibration_delta_nll=calibration,
         predicted=predicted,
         decision_s=decision_s,
+        truncated=truncated,
     )
 
 
-def _decider(policy: Any) -> Callable[[Any, Request, int], Plan]:
-    """What gives the plan of a policy for a request in an environment, with a seed."""
+def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
+    """What gives the decision of a policy for a request in an environment, with a seed."""
     if hasattr(policy, "choose"):
 
-        def chosen(_env: Any, request: Request, _seed: int) -> Plan:
+        def chosen(_env: Any, request: Request, _seed: int) -> Decision:
             plan = policy.choose(request)
             if not isinstance(plan, Plan):
                 raise InvalidRequestError(
                     "choose(request) must return a rap_env.Plan, such as "
                     f"Plan.of({{'layer03.ffn': 'removed'}}), not {plan!r}."
                 )
-            return plan
+            return plan, False
 
         return chosen
     act = policy
@@ -333,14 +349,12 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Plan]:
             f"from an observation to an action, not {policy!r}."
         )
 
-    def played(env: Any, request: Request, seed: int) -> Plan:
+    def played(env: Any, request: Request, seed: int) -> Decision:
         observation, _ = env.reset(seed=seed, options={"request": request})
-        over = False
-        while not over:
+        terminated = truncated = False
+        while not (terminated or truncated):
             observation, _, terminated, truncated, _ = env.step(act(observation))
-            over = terminated or truncated
-        plan: Plan = env.unwrapped.plan
-        return plan
+        return env.unwrapped.plan, truncated  # tasks limit no steps
 
     return played
 

@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -120,6 +123,10 @@ def test_custom_method():
         for name in (*module.ASKED, module.NAME)
     }
     assert chosen[module.NAME]["fits"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    script = [sys.executable, str(EXAMPLES / "custom_method.py")]
+    ran = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert f"{module.NAME:38} mean ΔNLL {found[module.NAME]:.4f}" in ran.stdout, ran.stderr
     assert chosen[module.NAME]["levels"] in [chosen[name]["levels"] for name in module.ASKED]
 
 

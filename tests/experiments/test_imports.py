@@ -1,11 +1,13 @@
 """The import graph of the experiments: no circles, and nothing imports a program but a program."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -74,3 +76,12 @@ def test_large_libraries_are_not_loaded_where_they_are_not_needed(module, unneed
 
 def test_the_root_has_few_files():
     assert len(list(ROOT.glob("*.py"))) <= 20
+
+
+def test_without_the_packages_of_a_checkout_one_sentence_says_what_to_run():
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(ImportError, match="run `make setup`") as raised,
+    ):
+        importlib.reload(experiments)
+    assert raised.value.name == "experiments", "runpy prints these as one line"

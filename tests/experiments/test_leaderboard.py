@@ -22,11 +22,10 @@ from experiments.leaderboard import (
     grid_rows,
     main,
     make_entries,
-    predicted_test_delta_nll,
     requests_of,
 )
 from experiments.train import train
-from rap_env.leaderboard.entries import ENTRIES, Entry, Run
+from rap_env.leaderboard.entries import ENTRIES, Entry, Run, predicted_test_delta_nll
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan

@@ -146,12 +146,36 @@ def test_an_entry_measured_against_itself_has_no_difference(packaged):
     assert own.comparison == "SmolLM2-v1"
 
 
+@pytest.mark.parametrize("split", ["calibration", "test"])
+def test_predicted_values_stand_beside_predictions_of_the_published_methods(split):
+    """Measured values of the others alone would make the same prediction look better or worse."""
+    result = rap_env.evaluate(first_valid, V1, split, name="first")
+    assert 0 < result.num_predicted <= sum(cell.fits for cell in result.cells)
+    lines = str(result).splitlines()
+    assert lines[-2].startswith(
+        f"{result.num_predicted} of 30 values of first (this) are predicted"
+    )
+    assert lines[-1].startswith("Intervals leave out the error of prediction")
+    row = next(line for line in lines if line.startswith("Uniform settings"))
+    assert ("1.1053     1.0169" in row) == ("predicted" in lines[1]) == (split == "test")
+
+
+def test_a_policy_that_ignores_the_mask_is_told_so():
+    result = rap_env.evaluate(lambda _: 0, V1, "test", name="zero")
+    assert all(cell.truncated and not cell.fits for cell in result.cells)
+    assert result.num_predicted == 0
+    *_, last = str(result).splitlines()
+    assert last.startswith("30 episodes ended by invalid actions; does the policy use")
+    assert "predicted" not in str(result)
+
+
 def test_doing_nothing_is_worse_than_removing_everything_and_than_every_method():
     found = rap_env.evaluate(StaticPolicy(Plan()), V0, name="dense")
     assert not any(cell.fits for cell in found.cells)
     assert {cell.delta_nll for cell in found.cells} == {0.0}
     assert found.scores == pytest.approx(np.full(25, 2 * np.log(49152)))
     assert "25 plans exceed their budget and count as 21.6" in str(found)
+    assert "invalid actions" not in str(found)
     for task in pinned_tasks().values():
         scores = {e.name: e.scores("test").mean() for e in published_entries(task.comparison)}
         assert max(scores, key=scores.get) == "Do nothing"
@@ -203,7 +227,7 @@ def test_every_plan_that_fits_ranks_above_every_plan_that_does_not(name):
 def test_saved_rows_are_results_that_compare_reads(packaged, tmp_path):
     path = tmp_path / "mine" / "evaluate" / "results.jsonl"
     packaged.save(path)
-    packaged.save(path)
+    assert packaged.save(path) == path
     rows = [ResultRow.from_record(json.loads(line)) for line in path.read_text().splitlines()]
     assert len(rows) == 60
     assert len({row.key for row in rows}) == 30, "the same evaluation, twice"
@@ -226,8 +250,8 @@ def test_wrong_names_and_texts_are_refused():
 
 
 def test_an_entry_is_checked_when_read(packaged, tmp_path):
-    path = tmp_path / "mine.json"
-    packaged.entry("The packaged policy.").save(path)
+    path = packaged.entry("The packaged policy.").save(tmp_path / "mine.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["kind"] == "leaderboard entry"
     assert Entry.load(path).digest == packaged.entry("Another name.").digest
     published = Entry.load(ENTRIES / "SmolLM2-v1" / "rap.json")
     assert [run.seed for run in published.runs] == [0, 1, 2, 3, 4]
