@@ -53,8 +53,7 @@ def _from_scores(table: ScoreTable, mask: Plan) -> tuple[float, str]:
     measured = f"measured on {_text(table.text)}"
     if mask in table.scores:
         return table.scores[mask] - table.dense_nll, measured
-    known = f"{len(table.scores)} plans {measured}"
-    return table.predictor.delta_nll(mask), f"predicted from {known}"
+    return table.predictor.delta_nll(mask), f"predicted from {len(table.scores)} plans {measured}"
 
 
 def _text(text: dict[str, Any]) -> str:
