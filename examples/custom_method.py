@@ -6,8 +6,9 @@
 
     python -m experiments.evaluate env=ladder model.weights=native importance=one_shot \
         'evaluate.baselines=[knapsack, one_shot, "examples.custom_method:BetterOfTwo"]'
-    rap choose --policy examples.custom_method:BetterOfTwo --batch 8 --seq 1024 --budget 200MiB
-    rap serve --policy examples.custom_method:BetterOfTwo
+    PYTHONPATH=. rap choose --policy examples.custom_method:BetterOfTwo \
+        --batch 8 --seq 1024 --budget 200MiB
+    PYTHONPATH=. rap serve --policy examples.custom_method:BetterOfTwo
 
 A package gives it a short name by an entry point (see the page on training); in a checkout, the
 same class in a file of `rap_env/policies/`, with `@register` in front of it, has the name `name`.
