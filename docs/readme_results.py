@@ -14,7 +14,8 @@ from experiments.comparison.summaries import Comparison, Summary
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.looks import look
 from experiments.study.statistics import Estimate
-from experiments.study.tables import columns_table, counted, markdown, number, percent, seconds
+from experiments.study.tables import columns_table, markdown, number, percent, seconds
+from rap_env.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

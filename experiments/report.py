@@ -22,7 +22,6 @@ from experiments.study.page import Gallery, coloured, titled_parts, write_page
 from experiments.study.tables import (
     TIMES,
     columns_table,
-    counted,
     mebibytes,
     percent,
     relative_words,
@@ -32,7 +31,7 @@ from experiments.study.tables import (
     wrapped,
 )
 from rap_env.artifacts import atomic_write
-from rap_env.errors import MissingDependencyError
+from rap_env.errors import MissingDependencyError, counted
 
 TEMPLATE = Path(__file__).parent / "comparison" / "report.html.j2"
 

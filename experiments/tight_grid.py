@@ -24,8 +24,8 @@ from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
-from experiments.study.tables import counted
 from rap_env.artifacts import atomic_write
+from rap_env.errors import counted
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer

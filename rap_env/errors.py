@@ -11,6 +11,11 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a number with its noun, such as "1 pair" or "4 pairs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class RapError(Exception):
     """Base class of all errors that the project raises deliberately."""
 

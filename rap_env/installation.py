@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rap_env.errors import counted
 from rap_env.extras import EXTRAS, missing_modules
 from rap_env.paths import cache_dir
 from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
@@ -16,6 +17,10 @@ from rap_env.version import __version__
 _VERSIONS_OF = ("torch", "transformers", "gymnasium", "numpy", "safetensors", "huggingface-hub")
 _NO_MODEL: dict[str, Any] = {"device": None, "device_kind": None, "threads": None, "models": []}
 _MIB = 2**20
+_TWICE = (
+    "A model is there twice: packed for weights=native, and unpacked for other weights. Remove "
+    "either with `rm -r FOLDER`; it is made again when it is needed."
+)
 
 
 def describe() -> dict[str, Any]:
@@ -88,19 +93,21 @@ def description(answer: dict[str, Any]) -> str:
     versions = {"rap_env": answer["rap_env"], "python": answer["python"], **answer["packages"]}
     extras = (f"{n} ({'yes' if there else 'no'})" for n, there in answer["extras"].items())
     models, cache = answer["models"], answer["cache"]
+    entries = [(n, size) for n, size in cache["entries"].items() if size >= 0.05 * _MIB]
     device = "Device: unknown without torch"
     if answer["device"] is not None:
-        device = (
-            f"Device: {answer['device']} ({answer['device_kind']}), {answer['threads']} threads"
-        )
+        threads = counted(answer["threads"], "thread")
+        device = f"Device: {answer['device']} ({answer['device_kind']}), {threads}"
     lines = [
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"Extras installed: {', '.join(extras)}",
         f"{device}, {answer['cpus']} CPUs",
         f"Cache: {cache['folder']}, {cache['bytes'] / _MIB:.1f} MiB",
-        *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in cache["entries"].items()),
+        *(f"  {name:<40}{size / _MIB:>9.1f} MiB" for name, size in entries),
         *(f"Model: {m['name']}, {m['bytes'] / _MIB:.1f} MiB in {m['folder']}" for m in models),
     ]
+    if len({model["name"] for model in models}) < len(models):
+        lines.append(_TWICE)
     if not answer["extras"]["model"]:
         lines.append('To run a model: `pip install "rap-env[model]"`.')
     elif not models:

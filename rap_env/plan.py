@@ -232,9 +232,12 @@ class Plan:
     @property
     def summary(self) -> str:
         """All lowered items in one line: ``removed ffn 3; int4 cache 0-2``, or ``native``."""
-        layers = layers_by_level(self.levels).items()
-        parts = (f"{level} {kind} {layer_ranges(numbers)}" for (level, kind), numbers in layers)
-        return "; ".join(part.rstrip() for part in parts) or "native"
+        return _summary(self.levels) or "native"
+
+    def summary_of_change(self, after: Plan) -> str:
+        """The items that another plan changes, with its levels, in one line as in `summary`."""
+        items = dict.fromkeys((*after.levels, *self.levels), "native") | after.levels
+        return _summary({i: v for i, v in items.items() if v != self.levels.get(i, "native")})
 
     def check(self, num_blocks: int) -> Plan:
         """Return the plan itself if all its items exist in a model with `num_blocks` blocks.
@@ -334,6 +337,12 @@ def layers_by_level(levels: Mapping[str, str]) -> dict[tuple[str, str], list[int
         if kind:
             numbers.append(int(layer.removeprefix("layer")))
     return layers
+
+
+def _summary(levels: Mapping[str, str]) -> str:
+    layers = layers_by_level(levels).items()
+    parts = (f"{level} {kind} {layer_ranges(numbers)}" for (level, kind), numbers in layers)
+    return "; ".join(part.rstrip() for part in parts)
 
 
 def layer_ranges(numbers: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rap_env.errors import ServingSettingsError
+from rap_env.installation import describe, description
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.delta_nll import find_delta_nll
@@ -218,6 +219,20 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     assert code == 0
     assert "score_table:smollm2-135m in RAPLadder-v0, " in out
     assert f"rap_env {__version__}, python 3." in out
+    assert "0.0 MiB\n" not in out.partition("Cache: ")[2].partition("\n")[2]
+
+
+def test_info_says_why_a_model_is_there_twice():
+    answer = describe() | {"device": "cpu", "device_kind": "cpu", "threads": 1}
+    model = {"name": "smollm2-135m@pypi", "bytes": 2**20}
+    answer["models"] = [model | {"folder": folder} for folder in ("packed", "unpacked")]
+    answer["cache"] = {"folder": "here", "bytes": 2**21, "entries": {"models": 2**21, "dtype-1": 1}}
+    text = description(answer)
+    assert "cpu (cpu), 1 thread, " in text
+    assert "dtype-1" not in text
+    assert "rm -r FOLDER" in text
+    answer["models"].pop()
+    assert "rm -r FOLDER" not in description(answer)
 
 
 def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):

@@ -45,6 +45,9 @@ def test_a_summary_names_levels_with_ranges_of_layers() -> None:
     assert Plan().summary == "native"
     assert PLAN.summary == ("removed ffn 3; int8 attn 1; int4-window512 cache 0; int8 embeddings")
     assert Plan.removing(0, 2, 4, 10).summary == "removed attn 0-2 5"
+    lower = Plan.of({"layer03.ffn": "removed", "layer00.cache": "int4"})
+    assert PLAN.summary_of_change(lower) == "int4 cache 0; native attn 1; native embeddings"
+    assert PLAN.summary_of_change(PLAN) == ""
 
 
 def test_equal_plans_are_equal_values() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from experiments.study.figures import FAINT, Panel, draw_series, panel_figure
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, paired_difference, wilson_interval
-from experiments.study.tables import Table, TitledTable, counted, crossed_table, percent, signed
+from experiments.study.tables import Table, TitledTable, crossed_table, percent, signed
+from rap_env.errors import counted
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS
 
 if TYPE_CHECKING:

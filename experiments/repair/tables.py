@@ -11,15 +11,8 @@ from experiments.study.figures import panels, style
 from experiments.study.looks import look
 from experiments.study.records import Cell, Shape
 from experiments.study.statistics import Estimate
-from experiments.study.tables import (
-    TIMES,
-    Table,
-    TitledTable,
-    counted,
-    mebibytes,
-    number,
-    percent,
-)
+from experiments.study.tables import TIMES, Table, TitledTable, mebibytes, number, percent
+from rap_env.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -176,11 +176,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) or value >= 100 else f"{value:.1f}"
 
 
-def counted(count: int, noun: str) -> str:
-    """Format a number with its noun, such as "1 pair" or "4 pairs"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def shape_words(shape: Sequence[float]) -> str:
     """Format batch size and tokens, the first two values of a shape or cell."""
     return f"{shape[0]} {TIMES} {shape[1]:,}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.errors import ArtifactError, ForkedProcessError, UnknownNameError
+from rap_env.errors import ArtifactError, ForkedProcessError, UnknownNameError, counted
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def use_threads(number: int | str = "auto") -> int:
         hint = "Give that, or a whole number of at least 1."
         raise UnknownNameError("number of threads", number, ["auto"], hint)
     torch.set_num_threads(number)
-    log.info("torch uses %d thread%s.", number, "" if number == 1 else "s")
+    log.info("torch uses %s.", counted(number, "thread"))
     return number
 
 

@@ -22,6 +22,7 @@ from rap_env.runtime.plan_switcher import PlanSwitcher
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
+_MORE = "raise model_memory (or memory), or max_delta_nll"
 IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""
 
@@ -238,14 +239,23 @@ class RuntimeController:
 
         Any thread may call it.
         """
-        return self._could_fit(shape, self.monitor.budget_limit_bytes())
+        return self.could_fit_in(shape, self.monitor.budget_limit_bytes())
 
-    def could_fit_now(self, shape: BatchShape) -> bool:
-        """Whether a batch, with nothing else running, can fit in the present budget.
+    def could_fit_in(self, shape: BatchShape, budget_bytes: int) -> bool:
+        """Whether a batch, with nothing else running, can fit in a budget; from any thread."""
+        limit = budget_bytes - self.monitor.margin.bytes
+        # The present plan is tried first, which is faster than another one.
+        return self.switcher.present_fits(shape, limit) or self.chooser.could_fit(shape, limit)
 
-        Any thread may call it.
-        """
-        return self._could_fit(shape, self.monitor.budget_bytes)
+    def nothing_fits(self) -> str:
+        """Why not even a request of one token fits now; empty if it does. From any thread."""
+        budget = self.monitor.budget_now_bytes()
+        if self.could_fit_in(BatchShape(1, 1), budget):
+            return ""
+        return (
+            f"No plan{self.chooser.floor_clause} fits a request of one token into the budget of "
+            f"{budget / 2**20:.1f} MiB; {_MORE}."
+        )
 
     def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Whether a batch can never fit by what is measured now, even with nothing else running."""
@@ -271,17 +281,12 @@ class RuntimeController:
             f"{self.switcher.unreadable.clause}"
         )
         rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
+        remedy = "shorten the prompt or ask for fewer tokens"
+        if not self.could_fit_in(BatchShape(1, 1), budget):
+            remedy = f"not even one token fits: {_MORE}"
         if rise is None:
-            return InfeasibleBudgetError(f"{message}; shorten the prompt or ask for fewer tokens.")
-        return QualityFloorError(
-            f"{message}: the best plan that fits has {rise:.4g}. Shorten the prompt or ask for "
-            "fewer tokens."
-        )
-
-    def _could_fit(self, shape: BatchShape, budget_bytes: int) -> bool:
-        limit = budget_bytes - self.monitor.margin.bytes
-        # The present plan is tried first, which is faster than another one.
-        return self.switcher.present_fits(shape, limit) or self.chooser.could_fit(shape, limit)
+            return InfeasibleBudgetError(f"{message}; {remedy}.")
+        return QualityFloorError(f"{message}: the best plan that fits has {rise:.4g}; {remedy}.")
 
     # When to lower and raise
 

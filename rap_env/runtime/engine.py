@@ -131,13 +131,7 @@ class Engine:
         unreadable = self.controller.switcher.unreadable
         if unreadable.items:
             return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
-        if not self.controller.could_fit_now(BatchShape(1, 1)):
-            clause = self.controller.chooser.floor_clause
-            budget = self.controller.monitor.budget_bytes
-            return (
-                f"No plan{clause} fits a request of one token into the budget of {budget:,} bytes."
-            )
-        return None
+        return self.controller.nothing_fits() or None
 
     def longest_prompt_tokens(self) -> int:
         """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.

@@ -13,7 +13,7 @@ from rap_env.models.device import return_freed_memory
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import Meter
-from rap_env.runtime.memory_source import MemorySource
+from rap_env.runtime.memory_source import GivenMemory, MemorySource
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -193,6 +193,11 @@ class MemoryMonitor:
             return False
         return budget < self.budget_bytes and self.meter.used_bytes() > budget
 
+    def budget_now_bytes(self) -> int:
+        """A given budget as it is now, any other as last read; any thread may call it."""
+        given = isinstance(self.source, GivenMemory)
+        return self._read_budget() if given else self.budget_bytes
+
     def budget_limit_bytes(self) -> int:
         """The largest budget to expect: the largest so far, or the source's own limit.
 
@@ -205,7 +210,7 @@ class MemoryMonitor:
         try:
             budget = self.source.budget_bytes(self.used_bytes)
         except MemorySourceError as error:
-            log.warning("The budget stays at %d bytes: %s", self.budget_bytes, error)
+            log.warning("The budget stays at %.1f MiB: %s", self.budget_bytes / 2**20, error)
             return self.budget_bytes
         self.max_budget_bytes = max(self.max_budget_bytes, budget)
         return budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -379,6 +380,13 @@ class PlanSwitcher:
             switch_s=seconds,
             guarded=choice.guarded,
         )
+        rise = self._chooser.rise(decision.after, shape.at_least_one[1], shape.text_shares)
+        log.info(
+            "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",
+            trigger, textwrap.shorten(before.summary_of_change(decision.after), 280) or "nothing",
+            monitor.budget_bytes / 2**20, choice.need_bytes / 2**20,
+            "" if rise is None else f", ΔNLL {rise:.4g}",
+        )  # fmt: skip
         self.recent.append(decision)
         if self._decision_log is not None:
             self._decision_log.append(decision)

@@ -18,12 +18,7 @@ from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
-from rap_env.runtime.sequence import (
-    OutputProcessor,
-    PrefillingSequence,
-    TokenSequence,
-    shape_of,
-)
+from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence, shape_of
 
 if TYPE_CHECKING:
     from rap_env.models.caches.kv_cache import Restore
@@ -336,7 +331,8 @@ class Scheduler:
         monitor = self._controller.monitor
         limit = monitor.budget_bytes - monitor.margin.bytes
         if limit > sequence.unfit_bytes:
-            if self._controller.could_fit_now(shape_of([], sequence, uniform=self._uniform)):
+            shape = shape_of([], sequence, uniform=self._uniform)
+            if self._controller.could_fit_in(shape, monitor.budget_bytes):
                 return True
             sequence.unfit_bytes = limit
         return False
@@ -346,7 +342,8 @@ class Scheduler:
         shape = shape_of([], sequence, uniform=self._uniform)
         clause = self._controller.chooser.clause_for(shape)
         rejection: Rejection = "queue_timeout"
-        if clause and not self._controller.could_fit_now(shape):
+        budget = self._controller.monitor.budget_bytes
+        if clause and not self._controller.could_fit_in(shape, budget):
             error = self._controller.misfit(shape, expected=False)
             message += f" {error}"
             if isinstance(error, QualityFloorError):

@@ -24,6 +24,7 @@ from rap_env.serving.errors import (
     ApiError,
     failed,
     shutting_down,
+    unavailable,
     unknown_model,
 )
 from rap_env.serving.generation import AnswerPlans, Generation
@@ -124,6 +125,8 @@ class Service:
     async def _complete(self, request: Request, schema: Schema) -> Response:
         if self.closing:
             raise shutting_down()
+        if self.limit is not None and (problem := self.limit.nothing_fits()):
+            raise unavailable(problem, "insufficient_memory")
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
         predict = partial(
@@ -263,7 +266,8 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
-        texts = {404: f"Invalid URL ({where})", 405: f"Method not allowed ({where})"}
+        hint = "; start the server with --admin-key-file" * (request.url.path == "/admin/budget")
+        texts = {404: f"Invalid URL ({where}){hint}", 405: f"Method not allowed ({where})"}
         message = texts.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         return ApiError(error.status_code, message, headers=headers).response(request.scope)

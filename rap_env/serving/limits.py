@@ -17,12 +17,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import choose_device
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
-from rap_env.runtime.memory_source import (
-    HEADROOM_BYTES,
-    GivenMemory,
-    MemorySource,
-    open_memory,
-)
+from rap_env.runtime.memory_source import HEADROOM_BYTES, GivenMemory, MemorySource, open_memory
 from rap_env.serving.preflight import too_little
 from rap_env.serving.settings import ServerSettings, parse_bytes
 
@@ -59,6 +54,7 @@ class LiveLimit:
     Attributes:
         source: What set the present value.
         check: Raises a `ServingSettingsError` for a number of bytes that is too small.
+        nothing_fits: Says why no request fits the new limit, for a warning; empty if one does.
 
     Raises:
         ServingSettingsError: The file exists and does not hold a size.
@@ -68,6 +64,7 @@ class LiveLimit:
         self.name = name
         self.source: LimitSource = "setting"
         self.check: Callable[[int], None] = lambda limit_bytes: None
+        self.nothing_fits: Callable[[], str] = lambda: ""
         self._bytes = limit_bytes
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
@@ -92,9 +89,12 @@ class LiveLimit:
         """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
         self.check(limit_bytes)
         with self._lock:
-            if (limit_bytes, source) != (self._bytes, self.source):
-                log.info("%s is now %d bytes (%s).", self.name, limit_bytes, source)
+            if (limit_bytes, source) == (self._bytes, self.source):
+                return
             self._bytes, self.source = limit_bytes, source
+            log.info("%s is now %s (%s).", self.name, _mib(limit_bytes), source)
+            if problem := self.nothing_fits():
+                log.warning("%s", problem)
 
     def _follow(self) -> None:
         """Read the file if it has changed, once it stays as it is for a moment.
@@ -114,7 +114,7 @@ class LiveLimit:
         try:
             self.set(self._read(), "file")
         except ServingSettingsError as error:
-            log.warning("%s stays at %d bytes: %s", self.name, self._bytes, error)
+            log.warning("%s stays at %s: %s", self.name, _mib(self._bytes), error)
 
     def _state(self) -> tuple[int, int, int] | None:
         """What changes with the content of the file; None if there is none."""

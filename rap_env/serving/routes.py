@@ -101,7 +101,7 @@ def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
             "limit": None if limit is None else limit.name,
             "bytes": None if limit is None else limit(),
             "source": monitor.source.name if limit is None else limit.source,
-            "budget_bytes": monitor.budget_bytes,
+            "budget_bytes": monitor.budget_now_bytes(),
             "used_bytes": monitor.used_bytes,
         }
         others = monitor.source.other_bytes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from rap_env.errors import ArtifactError, ServingSettingsError
+from rap_env.errors import ArtifactError, ServingSettingsError, counted
 from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
 from rap_env.models.device import use_threads
@@ -22,7 +22,6 @@ from rap_env.policies.base import Policy, PolicyLike, as_policy
 from rap_env.policies.loading import OrderPolicy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS
 from rap_env.policies.uniform import middle_first, uniform_plans
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
@@ -156,8 +155,10 @@ def build_stack(
         strictest = settings.min_quality_per_request
         if strictest is not None:
             controller.chooser.check_bound("min_quality_per_request", strictest)
-        if limit is not None and controller.chooser.max_delta_nll is not None:
-            _check_floor(controller)
+        if limit is not None:
+            limit.nothing_fits = controller.nothing_fits
+            if controller.chooser.max_delta_nll is not None and (problem := limit.nothing_fits()):
+                raise ServingSettingsError(problem)
         engine = engine_class(
             llm,
             controller,
@@ -186,16 +187,6 @@ def _floor(settings: ServerSettings, policy: Policy) -> float | None:
         policy.name,
     )
     return None
-
-
-def _check_floor(controller: RuntimeController) -> None:
-    """Reject a fixed budget in which no plan fits one token without going below the floor."""
-    if not controller.could_fit(BatchShape(1, 1)):
-        raise ServingSettingsError(
-            f"The model may take {controller.monitor.budget_bytes:,} bytes, in which one token fits"
-            f" under no plan{controller.chooser.floor_clause}; give it more memory, or a larger "
-            "max_delta_nll."
-        )
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -265,6 +256,7 @@ def farewell(engine: Engine) -> str:
     """Summary of what the engine did, in one line."""
     stats = engine.stats()
     return (
-        f"Ended: {stats.served} answers with {stats.tokens} tokens, {stats.cancelled} cancelled, "
-        f"{engine.controller.switcher.switches} changes of the plan."
+        f"Ended: {counted(stats.served, 'answer')} with {counted(stats.tokens, 'token')}, "
+        f"{stats.cancelled} cancelled, the plan changed "
+        f"{counted(engine.controller.switcher.switches, 'time')}."
     )

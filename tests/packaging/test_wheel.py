@@ -202,6 +202,6 @@ def test_rap_serves_a_model_over_http(installed, model_folder):
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=30)
         assert process.returncode == 0
-        assert f"Ended: 1 answers with {tokens} tokens" in rest
+        assert f"Ended: 1 answer with {tokens} token" in rest
     finally:
         process.kill()

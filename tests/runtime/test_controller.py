@@ -1,6 +1,7 @@
 """When the controller removes blocks, and when it restores them."""
 
 import json
+import logging
 import math
 import random
 
@@ -215,6 +216,29 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     assert harness.controller.switcher.lost_decisions == 0
     log.lost = 3
     assert harness.controller.switcher.lost_decisions == 3
+
+
+def test_each_change_of_the_plan_is_a_short_line(caplog):
+    caplog.set_level(logging.INFO, logger="rap_env.runtime")
+    harness = ordered()
+    harness.budget_bytes = harness.need(Plan.removing(*ORDER[:2]), SHAPE)
+    assert harness.controller.check(SHAPE)
+    (line,) = caplog.messages
+    assert line.startswith("Plan changed (budget_fell): removed attn 0; removed ffn 2; budget 0.")
+    assert "MiB, peak 0." in line
+
+
+def test_a_change_of_very_many_items_is_cut_short(caplog):
+    caplog.set_level(logging.INFO, logger="rap_env.runtime")
+    caches = {f"layer{n:02}.cache": f"int{4 + 4 * (n % 2)}" for n in range(64)}
+    plan = Plan.of(caches | {f"layer{n:02}.ffn": "removed" for n in range(0, 64, 2)})
+    harness = Harness(policy=FakePolicy(plan), layers=64)
+    harness.budget_bytes = harness.need(plan, SHAPE)
+    assert harness.controller.check(SHAPE)
+    assert harness.llm.plan == plan
+    (line,) = caplog.messages
+    assert "[...]; budget" in line
+    assert len(line.encode()) <= 400
 
 
 def test_generate_stays_within_its_budget(harness):

@@ -98,6 +98,17 @@ def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
     assert "max_delta_nll" in handle.error
 
 
+def test_where_not_even_a_token_fits_the_advice_is_more_memory(policy):
+    harness = Harness(policy=policy, max_delta_nll=0.0)
+    shape = BatchShape(1, 24)
+    assert "shorten the prompt" in str(harness.controller.misfit(shape, expected=False))
+    harness.controller.monitor.budget_bytes = 10
+    message = str(harness.controller.misfit(shape, expected=False))
+    assert message.endswith(
+        "not even one token fits: raise model_memory (or memory), or max_delta_nll."
+    )
+
+
 def test_a_plan_below_the_floor_serves_nothing(policy):
     harness = Harness(policy=policy, max_delta_nll=0.0)
     engine = harness.engine()

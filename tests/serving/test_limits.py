@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.errors import ServingSettingsError
+from rap_env.memory import MemoryModel
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
@@ -21,6 +22,8 @@ from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
 from tests.serving.fake_engine import FakeEngine
+from tests.serving.test_app import PLAIN, error_of, post
+from tests.serving.test_policies import knapsack_of
 from tests.tiny import tiny_llm, tiny_model
 
 MIB = 2**20
@@ -134,7 +137,7 @@ def test_a_wrong_file_keeps_the_last_value_with_one_warning(tmp_path, caplog, te
     for _ in range(5):
         assert settled(limit) == 200
     (warning,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "memory stays at 200 bytes" in warning.getMessage()
+    assert "memory stays at 1MiB" in warning.getMessage()
     path.write_text("300")
     assert settled(limit) == 300
 
@@ -174,8 +177,8 @@ def administered(tokenizer, tmp_path_factory):
     (folder / "admins").write_text("admin\n")
     files = {"api_key_file": str(folder / "clients"), "admin_key_file": str(folder / "admins")}
     engine, limit = FakeEngine(tokenizer), LiveLimit("model_memory", 500 * MIB)
-    source = GivenMemory(7)
-    engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
+    source = GivenMemory(limit)
+    engine.controller.monitor = SimpleNamespace(source=source, budget_now_bytes=limit, used_bytes=5)
     with BackgroundServer(create_app(engine, tokenizer, ServerSettings(**files), limit)) as server:
         yield server.url, limit
 
@@ -188,11 +191,37 @@ def ask(url, method="GET", key="admin", **given):
 def test_an_administrator_sees_and_sets_the_limit(administered):
     url, limit = administered
     limit.set(500 * MIB, "setting")
-    seen = {"limit": "model_memory", "source": "setting", "budget_bytes": 7, "used_bytes": 5}
-    assert ask(url).json() == {"bytes": 500 * MIB, **seen}
+    seen = {"limit": "model_memory", "used_bytes": 5}
+    before = {"bytes": 500 * MIB, "budget_bytes": 500 * MIB, "source": "setting"}
+    assert ask(url).json() == {**seen, **before}
     answer = ask(url, "PUT", json={"model_memory": "300MiB"})
-    assert answer.json() == {"bytes": 300 * MIB, **seen, "source": "admin"}
+    after = {"bytes": 300 * MIB, "budget_bytes": 300 * MIB, "source": "admin"}
+    assert answer.json() == {**seen, **after}
     assert limit() == 300 * MIB
+
+
+def test_a_limit_in_which_nothing_fits_warns_and_refuses_at_once(tokenizer, tmp_path, caplog):
+    (tmp_path / "admins").write_text("admin")
+    llm = tiny_llm(layers=3, tokenizer=tokenizer)
+    policy = knapsack_of(MemoryModel(llm))
+    settings = ServerSettings(
+        model_name="tiny",
+        model_memory="1GiB",
+        max_delta_nll=0.0,
+        admin_key_file=str(tmp_path / "admins"),
+    )
+    stack = build_stack(settings, llm=llm, policy=policy, meter=TensorMeter(llm))
+    little = MemoryModel(llm).dense_peak_bytes(1, 1) // 2
+    with BackgroundServer(stack.app) as server:
+        answer = ask(server.url, "PUT", json={"model_memory": little})
+        assert answer.json()["budget_bytes"] == little
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert "raise model_memory (or memory), or max_delta_nll" in warning
+        assert httpx.get(f"{server.url}/readyz").json()["reason"] == warning
+        error = error_of(post(server, PLAIN, "completions"), 503)
+        assert (error["code"], error["message"]) == ("insufficient_memory", warning)
+        ask(server.url, "PUT", json={"model_memory": "1GiB"})
+        assert post(server, PLAIN, "completions").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -232,11 +261,14 @@ def test_a_budget_of_the_system_is_shown_and_cannot_be_set(tokenizer, tmp_path):
     (tmp_path / "admins").write_text("admin")
     engine = FakeEngine(tokenizer)
     source = CgroupMemory()
-    engine.controller.monitor = SimpleNamespace(source=source, budget_bytes=7, used_bytes=5)
+    engine.controller.monitor = SimpleNamespace(
+        source=source, budget_now_bytes=lambda: 7, used_bytes=5
+    )
     settings = ServerSettings(admin_key_file=str(tmp_path / "admins"))
     with BackgroundServer(create_app(engine, tokenizer, settings)) as server:
         assert ask(server.url).json()["source"] == "cgroup"
         assert ask(server.url, "PUT", json={"memory": "1GiB"}).status_code == 409
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
     with BackgroundServer(create_app(engine, tokenizer, ServerSettings())) as server:
-        assert ask(server.url).status_code == 404  # there are no administrators
+        answer = ask(server.url, "PUT")  # there are no administrators
+        assert "start the server with --admin-key-file" in error_of(answer, 404)["message"]
