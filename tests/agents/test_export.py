@@ -134,7 +134,6 @@ def test_the_file_records_ladder_and_provenance(runs, tmp_path):
     assert file.provenance["run"] == folders["plain"].name
     assert (file.provenance["agent"], file.provenance["seed"]) == ("maskable_ppo", 0)
     assert file.provenance["steps"] == 64
-    assert file.num_blocks == context.memory.facts.num_blocks
     assert file.weights.without == ("one_shot",)
     assert file.ladder == ladder.spec
     assert file.items == {item.name: list(item.levels) for item in ladder.items}
