@@ -39,7 +39,9 @@ def block_index(block: Block | str | int) -> int:
     elif not isinstance(block, bool) and hasattr(block, "__index__") and block.__index__() >= 0:
         return block.__index__()
     hint = "A block is written layerNN.attn or layerNN.ffn, or given by its index from 0."
-    raise UnknownNameError("block", block, ["layer00.attn", "layer00.ffn"], hint)
+    layer = re.match(r"layer[0-9]+", str(block))  # suggest a block of the layer that was meant
+    known = [f"{layer[0] if layer else 'layer00'}.{kind}" for kind in KINDS]
+    raise UnknownNameError("block", block, known, hint)
 
 
 @dataclass(frozen=True, order=True)

@@ -13,20 +13,18 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from rap_env.command_options import (
-    MIB,
     Command,
-    byte_lines,
     combined,
     facts_of,
     json_option,
-    level_lines,
+    plan_lines,
     request_options,
     show,
 )
@@ -35,9 +33,10 @@ from rap_env.export.commands import deployment_answer, deployment_text, export, 
 from rap_env.export.llama_cpp import choose_deployment
 from rap_env.extras import missing_extra, require_extra
 from rap_env.memory import MemoryModel
-from rap_env.request import Request
+from rap_env.request import Request, human_bytes
 from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
+    DEFAULT_MAX_DELTA_NLL,
     ServerSettings,
     parse_bytes,
     read_settings_file,
@@ -166,8 +165,11 @@ def choose(
     from rap_env.policies.loading import load_policy
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
-    memory = MemoryModel(facts_of(model, device, dtype, weights))
-    facts, chooser = memory.facts, load_policy(policy, memory)
+    facts = facts_of(model, device, dtype, weights)
+    # Messages name commands for the model, which take its path.
+    facts = replace(facts, name=model) if Path(model).exists() else facts
+    memory = MemoryModel(facts)
+    chooser = load_policy(policy, memory)
     started = time.perf_counter()
     plan = chooser.choose(request)
     seconds = time.perf_counter() - started
@@ -192,7 +194,9 @@ def choose(
         memory.check_fits(plan, request)
     text = _choice_text(answer)
     if engine == "llama.cpp":
-        deployed = deployment_answer(choose_deployment(memory, request), facts)
+        # `rap export --to gguf` writes the native weights.
+        native = facts if weights == "native" else facts_of(model, device, dtype, "native")
+        deployed = deployment_answer(choose_deployment(MemoryModel(native), request), facts)
         answer["llama_cpp"] = deployed
         text += f"\n\n{deployment_text(deployed, request)}"
     show(answer, text, as_json)
@@ -202,17 +206,17 @@ def choose(
 def _choice_text(answer: dict[str, Any]) -> str:
     shape, budget = answer["request"], answer["request"]["budget_bytes"]
     rise = answer["delta_nll"]
-    known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
     lines = [
         f"{answer['model']} ({answer['dtype']}), {shape['batch_size']} x "
         f"{shape['seq_len_tokens']} tokens, policy {answer['policy']}:",
-        *level_lines(answer["levels"]),
-        *byte_lines(answer, budget),
-        f"  {'budget':<14}{budget / MIB:>9.1f} MiB; the native model needs "
-        f"{answer['native_peak_bytes'] / MIB:.1f} MiB",
-        f"ΔNLL: {known} ({answer['delta_nll_source']})",
-        f"Decision time: {1000 * answer['decision_s']:.2f} ms",
+        *plan_lines(answer, budget),
+        f"Budget: {human_bytes(budget)}; native peak: {human_bytes(answer['native_peak_bytes'])}",
     ]
+    if rise is not None and rise > (floor := DEFAULT_MAX_DELTA_NLL):
+        lines.append(f"`rap serve` serves no plan above {floor} by default (--max-delta-nll).")
+    if any("window" in level for level in answer["levels"].values()):
+        lines.append("windowN: the first 32 and the last N tokens; those between are lost.")
+    lines.append(f"Decision time: {1000 * answer['decision_s']:.2f} ms")
     return "\n".join(lines)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings, setting_help
@@ -15,6 +17,8 @@ from rap_env.serving.settings import ServerSettings, setting_help
 _HELP = setting_help()
 
 MIB = 2**20
+
+_BUDGET = "Bytes of the model alone, as in `rap serve --model-memory`; such as 300MiB."
 
 Command = Callable[..., Any]
 
@@ -64,7 +68,7 @@ def request_options(
     return combined(
         click.option("--batch", type=int, required=required, help="Number of sequences."),
         click.option("--seq", type=int, required=required, help="Total tokens per sequence."),
-        click.option("--budget", required=required, metavar="BYTES", help="Such as 300MiB."),
+        click.option("--budget", required=required, metavar="BYTES", help=_BUDGET),
         policy or setting_option("policy"),
         *map(setting_option, ("model", "device")),
         setting_option("dtype", dtype),
@@ -100,15 +104,36 @@ def byte_lines(answer: dict[str, Any], budget: int) -> list[str]:
     ]
 
 
+def plan_lines(answer: dict[str, Any], budget: int) -> list[str]:
+    """What an answer says of its plan: levels, bytes and the rise in NLL."""
+    levels = level_lines(answer["levels"])
+    return [*levels, *byte_lines(answer, budget), *rise_lines(answer)]
+
+
 def level_lines(levels: dict[str, str]) -> list[str]:
-    """A line for each level and kind of item, and one for removed blocks in any case."""
+    """A line for each level and kind of item in the ladder's order, and one for removed blocks."""
     layers = layers_by_level(levels)
+    removed = {kind: layers.pop(("removed", kind), []) for kind in ("attn", "ffn")}
     lines = [
         f"{level} {kind}{f' ({len(numbers)}): layers {layer_ranges(numbers)}' if numbers else ''}"
-        for (level, kind), numbers in layers.items()
-        if level != "removed"
+        for (level, kind), numbers in sorted(layers.items(), key=_ladder_order)
     ]
-    removed = {kind: layers.get(("removed", kind), []) for kind in ("attn", "ffn")}
     parts = [f"{kind} of layers {layer_ranges(nums)}" for kind, nums in removed.items() if nums]
     count = sum(map(len, removed.values()))
-    return [*lines, f"Removed ({count}): {'; '.join(parts) or 'nothing'}"]
+    return [*lines, f"Removed ({count}): {'; '.join(parts)}" if count else "Removed: nothing"]
+
+
+def _ladder_order(entry: tuple[tuple[str, str], list[int]]) -> tuple[str, float, int]:
+    """A key that sorts by kind, and levels from the most to the least exact one."""
+    level = CacheLevel.of(entry[0][0])  # also reads levels of weights
+    return entry[0][1], -(level.window_tokens or math.inf), -level.bits
+
+
+def rise_lines(answer: dict[str, Any]) -> list[str]:
+    """A line for the rise in NLL of a plan, and a warning if it is large."""
+    rise, source = answer["delta_nll"], answer["delta_nll_source"]
+    known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
+    lines = [f"ΔNLL: {known} ({source})"]
+    if rise is not None and rise > 1:
+        lines.append("Warning: above 1 nat per token the model is hardly usable.")
+    return lines

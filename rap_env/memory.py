@@ -21,7 +21,7 @@ from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestE
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, CacheLevel
 from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.plan import Plan, check_levels
-from rap_env.request import Request
+from rap_env.request import Request, human_bytes
 
 PREFILL_CHUNK_TOKENS = 2048
 """Prompt tokens processed in one pass; servers limit it, so the workspace is bounded."""
@@ -237,12 +237,13 @@ class MemoryModel:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
         if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
             least = min(need, self.least_peak_bytes(request))
-            what, rest = f"This plan needs {need:,}", f"without any block the model needs {least:,}"
+            what, rest = "This plan", f"without any block the model needs {human_bytes(least)}"
             if least > request.budget_bytes:
                 shape = f"{request.batch_size} x {request.seq_len_tokens} tokens"
-                what, rest = f"For {shape}, the smallest plan needs {least:,}", "give more"
+                need, what, rest = least, f"For {shape}, the smallest plan", "give more"
             raise InfeasibleBudgetError(
-                f"{what} bytes, more than the budget of {request.budget_bytes:,}; {rest}."
+                f"{what} needs {human_bytes(need)}, {human_bytes(need - request.budget_bytes)} "
+                f"more than the budget of {human_bytes(request.budget_bytes)}; {rest}."
             )
 
     def workspace_bytes(self, request: Request, any_ffn: bool = True) -> int:

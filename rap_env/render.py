@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rap_env.blocks import KINDS
 from rap_env.memory import MemoryModel
 from rap_env.plan import EMBEDDINGS, Plan, is_cache
-from rap_env.request import Request
+from rap_env.request import Request, human_bytes
 
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
@@ -143,15 +143,6 @@ class Scene:
 
 def _kind(item: str) -> str:
     return EMBEDDINGS if item == EMBEDDINGS else "cache" if is_cache(item) else "block"
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in binary units for display: ``"255.0 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
 
 
 def render_ansi(scene: Scene) -> str:

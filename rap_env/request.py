@@ -70,3 +70,12 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
         bound = "" if least is None else f" of at least {least}"
         raise InvalidRequestError(f"{name} must be a whole number{bound}, not {value!r}.")
     return int(value)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in binary units for display: ``"255.0 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

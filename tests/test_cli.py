@@ -107,6 +107,28 @@ def test_the_plan_is_shown_by_levels(rap):
     assert set(blocks) == plan.removed
 
 
+def test_what_a_plan_costs_is_said_in_plain_words(rap):
+    lossy, unusable = "serves no plan above 0.1 by default", "above 1 nat per token the model is"
+    window, nothing = "windowN: the first 32 and the last N tokens; those", "Removed: nothing"
+    for budget, words in (
+        ("2GiB", {nothing}),
+        ("200MiB", {nothing, window}),
+        ("128MiB", {nothing, window, lossy}),
+        ("50MiB", {window, lossy, unusable}),
+    ):
+        _, out, _ = rap("choose", "--batch", 8, "--seq", 2048, "--budget", budget)
+        assert {each for each in (lossy, unusable, window, nothing) if each in out} == words
+    levels = re.findall(r"(\S+) cache \(", rap("choose", *SMALL[:-1], "160MiB")[1])
+    assert levels == ["int4", "int4-window512", "int4-window256"]
+
+
+def test_advice_names_the_path_of_a_model(rap, model_folder):
+    code, _, err = rap("choose", *SMALL, "--model", model_folder, "--policy", "knapsack-by-text")
+    assert code == 2
+    assert f"`python -m experiments.levels model.name={model_folder}`" in err
+    assert err.count(". ") == 0
+
+
 def numbers(text):
     """The numbers of a text such as ``0-4 7``."""
     parts = [part.partition("-") for part in text.split()]
@@ -160,14 +182,15 @@ def test_a_plan_that_does_not_fit_is_shown_and_fails(rap):
     code, out, err = rap("choose", *REQUEST, "--policy", "dense", *bf16, "--json")
     assert code == 2
     assert not json.loads(out)["fits"]
-    assert err.startswith("Error: This plan needs 479,007,360 bytes, more than the budget")
+    assert err.startswith("Error: This plan needs 456.8 MiB, ")
+    assert " more than the budget of " in err
 
 
 def test_a_budget_below_every_plan_is_one_sentence(rap):
     code, out, err = rap("choose", "--batch", 1, "--seq", 10, "--budget", "1MiB")
     assert (code, out) == (2, "")
     assert err.startswith("Error: For 1 x 10 tokens, the smallest plan needs ")
-    assert err.endswith("more than the budget of 1,048,576; give more.\n")
+    assert err.endswith("more than the budget of 1.0 MiB; give more.\n")
 
 
 def test_another_model_is_loaded_for_its_bytes(rap, model_folder):
@@ -278,6 +301,12 @@ def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
         (["choose", *REQUEST, "--policy", "nobody"], "Unknown policy 'nobody'"),
         (["prune", "x"], "Give either --remove, or --plan, or all of --batch, --seq and --budget"),
         (["prune", "x", "--remove", "nonsense"], "Unknown block 'nonsense'"),
+        (["prune", "x", "--remove", "layer06.atn"], "Did you mean 'layer06.attn'?"),
+        (
+            ["choose", *SMALL[:-1], "200M"],
+            "instead of 200M, write 200MB or 200MiB",
+        ),
+        (["choose", *SMALL, "--policy", "uniform"], "or choose another policy"),
         (["serve", "--port", "many"], "port must be of type int, not 'many'"),
         (["serve", "--config", "absent.yaml"], "Cannot read absent.yaml"),
         (["serve", "--prot", "1"], "No such option"),

@@ -5,8 +5,8 @@ import pytest
 
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, human_bytes, render_ansi, render_rgb
-from rap_env.request import Request
+from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, render_ansi, render_rgb
+from rap_env.request import Request, human_bytes
 from tests.made_facts import made_facts
 
 _MIB = 2**20

@@ -43,7 +43,6 @@ _ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibr
 
 
 REMOVAL, KNAPSACK, UNIFORM, LLAMA = "#C8324B", "#00707F", "#6B7178", "#E0812F"
-_MIB = 2**20
 _LINEAR = 0.01  # nats per token up to which the axis of ΔNLL is linear
 _TICKS = (0, 0.01, 0.1, 1, 10)
 _LEAST_GAIN = 0.002  # nats per token
@@ -189,7 +188,7 @@ def _draw_request(data: Ladder, shape: Shape, axis: Axes) -> None:
 
 
 def _points(rows: Sequence[LadderRow] | Sequence[LlamaCppRow]) -> list[Point]:
-    return [(row.held_bytes / _MIB, row.loss) for row in rows]
+    return [(row.held_bytes / 2**20, row.loss) for row in rows]
 
 
 def _label(

@@ -27,7 +27,6 @@ SAME_MASKS = (
 """Caption of the study of domains."""
 
 
-_MIB = 2**20
 _MIN_SPAN = 0.06  # of the memory axis, as a share of its values
 
 
@@ -225,7 +224,7 @@ def _draw_peaks(axis: Axes, data: RepairComparison, text: str, shape: Shape) -> 
         shown = look(repair)
         rows = [data.at(repair, cell, text) for cell in data.cells if cell[:2] == shape]
         known = [row for row in rows if row]
-        points = [(row.peak_bytes / _MIB, row.loss) for row in known]
+        points = [(row.peak_bytes / 2**20, row.loss) for row in known]
         axis.plot(
             *zip(*points, strict=True) if points else ([], []), color=shown.colour, marker="o",
             markersize=4.5, linewidth=1.4, label=shown.label, zorder=3 + place,

@@ -150,7 +150,7 @@ class TableContext(PruningContext):
         """Raises `ArtifactError`: a score table has no GSI over items."""
         raise ArtifactError(
             f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "
-            "'none'."
+            "'none' to an environment, or choose another policy, such as greedy_per_byte."
         )
 
     def _no_gsi(self) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import click
 
 from rap_env.command_options import (
-    byte_lines,
     facts_of,
     json_option,
     level_lines,
+    plan_lines,
     request_options,
+    rise_lines,
     setting_option,
     show,
 )
@@ -26,8 +27,6 @@ from rap_env.export.llama_cpp import Deployment
 from rap_env.export.plan_choice import DEFAULT_POLICY, PlanChoice
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
-
-_TARGETS = ("hf", "vllm", "gguf")
 
 _remove_option = click.option(
     "--remove", multiple=True, metavar="BLOCKS", help="Such as layer03.ffn,layer07.attn."
@@ -45,7 +44,7 @@ _policy_option = click.option(
 @click.option(
     "--to",
     "target",
-    type=click.Choice(_TARGETS),
+    type=click.Choice(["hf", "vllm", "gguf"]),
     required=True,
     help="hf: a transformers folder; vllm: one for vLLM too; gguf: a file for llama.cpp.",
 )
@@ -97,25 +96,14 @@ def export(
 @_remove_option
 @request_options(required=False, policy=setting_option("policy", DEFAULT_POLICY), weights=None)
 @json_option
-@click.pass_obj
-def prune(
-    command: str | None, folder: Path, remove: Sequence[str], batch: int | None, seq: int | None,
-    budget: str | None, policy: str, model: str, device: str, dtype: str, as_json: bool,
-) -> None:  # fmt: skip
+@click.pass_context
+def prune(context: click.Context, /, folder: Path, **options: Any) -> None:
     """Save a smaller checkpoint to FOLDER: `rap export --to hf` without its further options.
 
     Name the blocks (--remove), or a request (--batch, --seq, --budget) for which a policy chooses
     them. Load the checkpoint with rap_env.load_llm, or give its folder as --model.
     """
-    choice = PlanChoice.of(remove, None, (batch, seq, budget), policy)
-    _unwind_when_terminated()
-    from rap_env.export.writers import Export, write_folder
-    from rap_env.models.files.loading import load_llm
-    from rap_env.models.files.sources import gguf_source
-
-    llm = load_llm(model, device=device, dtype=dtype, weights="bf16")
-    order = Export(choice, folder, command or "rap prune", gguf_file=gguf_source(model))
-    _show_written(write_folder(llm, order), as_json)
+    context.invoke(export, out=folder, target="hf", **options)
 
 
 def _unwind_when_terminated() -> None:
@@ -125,14 +113,11 @@ def _unwind_when_terminated() -> None:
 
 
 def _show_written(answer: dict[str, Any], as_json: bool) -> None:
-    before, after = answer["weight_bytes_before"], answer["weight_bytes_after"]
-    removed, rise = answer["removed"], answer["delta_nll"]
-    known = "unknown" if rise is None else f"{rise:+.4f} nats/token"
     lines = [
-        f"Removed ({len(removed)}): {' '.join(removed) or 'nothing'}",
-        f"Weights of {answer['model']} ({answer['dtype']}): {before:,} bytes before, {after:,} "
-        f"after ({100 * after / before:.1f} %), saved in {answer['out']}",
-        f"ΔNLL: {known} ({answer['delta_nll_source']})",
+        *level_lines(answer["levels"]),
+        f"Weights of {answer['model']} ({answer['dtype']}): {answer['weights']}; saved in "
+        f"{answer['out']}",
+        *rise_lines(answer),
     ]
     if answer["measured_delta_nll"] is not None:
         lines.append(f"ΔNLL, measured: {answer['measured_delta_nll']:+.4f} nats/token")
@@ -141,9 +126,12 @@ def _show_written(answer: dict[str, Any], as_json: bool) -> None:
 
 def deployment_answer(deployment: Deployment, facts: ModelFacts) -> dict[str, Any]:
     """A deployment as plain values, with the commands that make the file and serve it."""
-    remove = f" --remove {','.join(deployment.mask.removed_names)}" if deployment.mask else ""
+    request = deployment.request
     file = f"{facts.name.partition('@')[0].rpartition('/')[2].removesuffix('.gguf')}.pruned.gguf"
-    export_command = f"rap export {file} --to gguf --model {facts.name}{remove}"
+    export_command = (
+        f"rap export {file} --to gguf --model {facts.name} --batch {request.batch_size} "
+        f"--seq {request.seq_len_tokens} --budget {request.budget_bytes}"
+    )
     return {
         "removed": list(deployment.mask.removed_names),
         "levels": dict.fromkeys(deployment.mask.removed_names, "removed"),
@@ -160,9 +148,7 @@ def deployment_text(answer: dict[str, Any], request: Request) -> str:
     """The answer of `deployment_answer` as text."""
     lines = [
         f"llama.cpp, one file and caches in {answer['cache_type']}:",
-        *level_lines(answer["levels"]),
-        *byte_lines(answer, request.budget_bytes),
-        f"ΔNLL: {answer['delta_nll']:+.4f} nats/token ({answer['delta_nll_source']})",
+        *plan_lines(answer, request.budget_bytes),
         *answer["commands"],
     ]
     return "\n".join(lines)

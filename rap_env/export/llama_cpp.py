@@ -15,8 +15,9 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.policies.packaged_files import default_facts, packaged_file
-from rap_env.request import Request
+from rap_env.policies.delta_nll import delta_nll_from_scores
+from rap_env.policies.packaged_files import default_facts, packaged_file, packaged_scores
+from rap_env.request import Request, human_bytes
 
 _TYPE_OF_LEVEL = {"native": "f16", "int8": "q8_0", "int4": "q4_1"}
 """llama.cpp's formats of a cache by level; it has one for all keys and one for all values."""
@@ -122,8 +123,8 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     """The deployment of the least predicted rise in NLL that fits a request's budget.
 
     Of equal ones, it is the one with the fewest removed blocks and the largest batch. Masks are
-    those of the packaged frontier for the default model; for others only the dense one. A measured
-    gain by a removed block counts as no rise.
+    those of the packaged frontier for the default model; for others only the dense one. Their rise
+    is that of the package's score table of the default model's file, as in `find_delta_nll`.
 
     Raises:
         InfeasibleBudgetError: None fits.
@@ -138,14 +139,14 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
         for cache in CACHE_TYPES:
             for batch in BATCHES:
                 sizes = deployment_bytes(facts, of_mask, cache, request, batch)
-                lost = max(rise, 0.0) + cache.delta_nll
+                lost = rise + cache.delta_nll
                 deployments.append(Deployment(mask, cache, batch, request, sizes, lost, source))
     fitting = [d for d in deployments if d.peak_bytes <= request.budget_bytes]
     if not fitting:
         least = min(d.peak_bytes for d in deployments)
         raise InfeasibleBudgetError(
-            f"No deployment in llama.cpp that is known fits into {request.budget_bytes:,} bytes; "
-            f"the smallest one needs {least:,}."
+            "No deployment in llama.cpp that is known fits into "
+            f"{human_bytes(request.budget_bytes)}; the smallest one needs {human_bytes(least)}."
         )
     return min(fitting, key=lambda d: (d.delta_nll, len(d.mask.removed), -d.batch_tokens))
 
@@ -201,8 +202,9 @@ def _known_masks(facts: ModelFacts) -> tuple[Iterable[tuple[Plan, float]], str]:
     known = {weights: default_facts(weights) for weights in ("native", "bf16")}
     if facts.fingerprint in {each.fingerprint for each in known.values()}:
         frontier = PlanTable.load(packaged_file("frontier.json"), MemoryModel(known["bf16"]))
-        text = frontier.provenance["text"]
-        tokens = text["windows"] * text["window_tokens"]
-        masks = {Plan(): 0.0, **dict(frontier.entries)}
-        return masks.items(), f"masks measured on {tokens} tokens of {text['source']}, {caches}"
+        # A file for llama.cpp has the native weights.
+        scores = packaged_scores(MemoryModel(known["native"]))
+        masks = dict.fromkeys([Plan(), *dict(frontier.entries)])
+        predicted = [(mask, delta_nll_from_scores(scores, mask)[0]) for mask in masks]
+        return predicted, f"masks predicted from {len(scores.scores)} measured plans, {caches}"
     return [(Plan(), 0.0)], f"the dense model, {caches}"

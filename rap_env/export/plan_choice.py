@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, InvalidRequestError
-from rap_env.export.llama_cpp import Deployment, choose_deployment
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -80,16 +79,6 @@ class PlanChoice:
             return cls(None, request, policy)
         plan = read_plan(plan_file) if plan_file else Plan.removing(*names)
         return cls(plan, None, policy)
-
-    def deployment(self, memory: MemoryModel) -> Deployment | None:
-        """The deployment in llama.cpp for the request, if there is a request and no policy.
-
-        Raises:
-            InfeasibleBudgetError: None fits.
-        """
-        if self.request is None or self.policy is not None:
-            return None
-        return choose_deployment(memory, self.request)
 
     def choose(self, memory: MemoryModel) -> ChosenPlan:
         """The plan for a model.

@@ -15,7 +15,7 @@ from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
-from rap_env.export.llama_cpp import cache_flags, cache_type
+from rap_env.export.llama_cpp import cache_flags, cache_type, choose_deployment
 from rap_env.export.plan_choice import ChosenPlan, PlanChoice
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -105,11 +105,15 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     Raises:
         UnsupportedModelError: llama.cpp cannot compute the model, the layout or the levels.
     """
-    deployment = export.choice.deployment(MemoryModel(facts))
-    if deployment is None:
-        chosen = export.choice.choose(MemoryModel(facts))
+    choice, memory = export.choice, MemoryModel(facts)
+    if choice.request is None or choice.policy is not None:
+        chosen = choice.choose(memory)
+        caches = cache_type(chosen.plan, facts.num_layers)
+        flags = cache_flags(caches)
     else:
+        deployment = choose_deployment(memory, choice.request)
         chosen = ChosenPlan(deployment.mask, deployment.delta_nll, deployment.source)
+        caches, flags = deployment.cache.name, deployment.flags
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if export.gguf_file is not None:
         model = GgufModel.of_file(export.gguf_file)
@@ -119,11 +123,6 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     means = {} if llm is None else _means(llm, plan)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     after = export_gguf(model, plan, export.out, means)
-    if deployment is None:
-        caches = cache_type(plan, model.num_layers)
-        flags = cache_flags(caches)
-    else:
-        caches, flags = deployment.cache.name, deployment.flags
     answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
         use=f"`llama-server -m {export.out.name} {flags}`",
@@ -192,6 +191,10 @@ def _card(
         measured, text = measured_rise(llm, chosen.plan, export.measure)
         shown = f"{measured:+.4f} nats/token on {text}"
     before, after = sizes
+    weights = f"{after:,} bytes, {100 * after / before:.1f} % of {before:,}"
+    if export.gguf_file is not None and target != "llama.cpp":
+        file_bytes = export.gguf_file.stat().st_size
+        weights += f"; unquantised: {after / 1e6:.0f} MB from a file of {file_bytes / 1e6:.0f} MB"
     answer = {
         "model": facts.name,
         "dtype": facts.dtype,
@@ -200,6 +203,7 @@ def _card(
         "levels": chosen.plan.levels,
         "weight_bytes_before": before,
         "weight_bytes_after": after,
+        "weights": weights,
         "delta_nll": chosen.rise,
         "delta_nll_source": chosen.source,
         "measured_delta_nll": measured,
@@ -210,7 +214,7 @@ def _card(
         "Base model": facts.name,
         "Its fingerprint": facts.fingerprint or "not computed",
         "Its licence": licence,
-        "Weights": f"{after:,} bytes, {100 * after / before:.1f} % of {before:,}",
+        "Weights": weights,
         "Rise in NLL, predicted": f"{predicted} ({chosen.source})",
         "Rise in NLL, measured": shown,
         "Command": f"`{export.command}`",

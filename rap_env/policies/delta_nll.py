@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 from rap_env.errors import ArtifactError, UnknownNameError
@@ -37,7 +38,7 @@ def find_delta_nll(
             text = _text(table.provenance["text"])
             return table.scores[plan] - table.dense_nll, f"measured on {text}"
         with contextlib.suppress(ArtifactError):  # another model, or other weights
-            return _from_scores(packaged_scores(memory), plan)
+            return delta_nll_from_scores(packaged_scores(memory), plan)
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
         costs = own_costs or packaged_costs(LevelCosts, memory)
         text = _text(costs.provenance["text"])
@@ -48,7 +49,7 @@ def find_delta_nll(
     return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
 
 
-def _from_scores(table: ScoreTable, mask: Plan) -> tuple[float, str]:
+def delta_nll_from_scores(table: ScoreTable, mask: Plan) -> tuple[float, str]:
     """Rise in NLL of a mask by a score table, and whether it was measured."""
     measured = f"measured on {_text(table.text)}"
     if mask in table.scores:
@@ -57,5 +58,7 @@ def _from_scores(table: ScoreTable, mask: Plan) -> tuple[float, str]:
 
 
 def _text(text: dict[str, Any]) -> str:
-    """How much text a file was measured on, and its source."""
-    return f"{text['windows'] * text['window_tokens']} tokens of {text['source']}"
+    """How much text a file was measured on, and its source in words."""
+    source = re.sub(r"/(test|train|validation)\.jsonl", "", text["source"])
+    source = re.sub(r"\bself$", "text that the model wrote", source)
+    return f"{text['windows'] * text['window_tokens']} tokens of {source}"

@@ -58,12 +58,12 @@ def packaged_costs(kind: type[_Costs], memory: MemoryModel) -> _Costs:
     name = "levels.json" if kind is LevelCosts else "kinds.json"
     try:
         return kind.load(packaged_file(name), memory)
-    except (FileNotFoundError, ArtifactError) as error:
+    except (FileNotFoundError, ArtifactError):
         raise ArtifactError(
             f"The package has no level costs of {memory.facts.name} as it is loaded "
             f"({memory.facts.weights} weights, {memory.facts.dtype}); measure them in a checkout "
             f"with `python -m experiments.levels model.name={memory.facts.name}`, and give the "
-            f"path of the levels.json that it writes as the policy. {error}"
+            f"path of the levels.json that it writes as the policy."
         ) from None
 
 

@@ -52,7 +52,8 @@ def parse_bytes(name: str, text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     if match is None or match[2] not in _UNITS:
         raise ServingSettingsError(
-            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}."
+            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}; "
+            "instead of 200M, write 200MB or 200MiB."
         )
     return int(float(match[1]) * _UNITS[match[2]])
 

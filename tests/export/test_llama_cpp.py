@@ -16,6 +16,8 @@ from rap_env.export.llama_cpp import (
 )
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
+from rap_env.policies.delta_nll import find_delta_nll
+from rap_env.policies.loading import StaticPolicy
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 from tests.tiny import tiny_llm
@@ -67,6 +69,17 @@ def test_the_least_loss_that_fits_is_chosen():
         choose_deployment(memory, Request(8, 1024, 2**20))
 
 
+def test_a_deployment_loses_what_its_mask_and_its_caches_lose():
+    """Of bf16 weights too, since the file for llama.cpp has the native ones."""
+    native = MemoryModel(default_facts())
+    for memory, budget in ((native, 140), (native, 110), (MemoryModel(default_facts("bf16")), 300)):
+        chosen = choose_deployment(memory, Request(8, 1024, budget * 2**20))
+        of_mask, _ = find_delta_nll(native, StaticPolicy(chosen.mask), chosen.mask)
+        assert chosen.mask
+        assert of_mask > 0
+        assert chosen.delta_nll == of_mask + chosen.cache.delta_nll
+
+
 def test_other_models_choose_among_caches():
     memory = MemoryModel(tiny_llm())
     dense = choose_deployment(memory, Request(1, 32, 2**30))
@@ -92,4 +105,5 @@ def test_rap_choose_shows_it_beside_the_live_plan(rap):
     assert "llama.cpp, one file and caches in " in out
     assert "\nrap export smollm2-135m.pruned.gguf --to gguf --model smollm2-135m@pypi " in out
     assert f"\nllama-server -m smollm2-135m.pruned.gguf {found.flags}" in out
+    assert f" --batch 8 --seq 1024 --budget {150 * 2**20}\n" in out
     assert "llama_cpp" not in json.loads(rap("choose", *shape, "--json")[1])

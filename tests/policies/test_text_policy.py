@@ -106,5 +106,5 @@ def test_the_packaged_policy_chooses_by_text(default):
 
 def test_costs_by_kind_that_the_package_lacks_are_to_be_measured(default, monkeypatch, tmp_path):
     monkeypatch.setattr("rap_env.policies.packaged_files.PACKAGED", tmp_path)
-    with pytest.raises(ArtifactError, match=r"no level costs of .*kinds\.json"):
+    with pytest.raises(ArtifactError, match=r"no level costs of .*levels\.json"):
         packaged_costs(KindCosts, default)
