@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rap_env.command_options import rise_lines
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.llama_cpp import choose_deployment
 from rap_env.export.plan_choice import read_plan
@@ -257,6 +259,32 @@ def test_a_request_for_llama_cpp_gets_its_static_deployment(rap, gguf_file, tmp_
     assert json.loads(out)["cache_type"] == found.cache.name
     assert json.loads(out)["delta_nll"] == found.delta_nll
     assert f"`llama-server -m out.gguf {found.flags}`" in target.with_suffix(".md").read_text()
+
+
+def test_the_printed_command_writes_the_same_deployment(rap, gguf_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, out, _ = rap("choose", "--batch", 2, "--seq", 32, "--budget", "1GiB", "--engine",
+                    "llama.cpp", "--policy", "dense", "--model", gguf_file, "--json")  # fmt: skip
+    deployed = json.loads(out)["llama_cpp"]
+    code, out, err = rap(*deployed["commands"][0].split()[1:], "--json")
+    assert code == 0, err
+    assert json.loads(out)["delta_nll"] == deployed["delta_nll"]
+    assert (tmp_path / "source.pruned.gguf").is_file()
+
+
+def test_a_folder_from_a_quantised_file_is_said_to_be_unquantised(rap, gguf_file, tmp_path):
+    options = ("--to", "hf", "--model", gguf_file, "--remove", "layer01.ffn,layer00.attn")
+    code, out, err = rap("export", tmp_path / "out", *options)
+    assert code == 0, err
+    assert "Removed (2): attn of layers 0; ffn of layers 1\n" in out
+    assert re.search(r"; unquantised: \d+ MB from a file of \d+ MB; saved in ", out)
+    assert "; unquantised: " in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("rise", "warned"), [(None, False), (1.0, False), (1.01, True)])
+def test_a_model_that_is_hardly_usable_is_warned_of(rise, warned):
+    lines = rise_lines({"delta_nll": rise, "delta_nll_source": "measured"})
+    assert ("Warning: above 1 nat per token the model is hardly usable." in lines) is warned
 
 
 @pytest.mark.parametrize("target", ["hf", "gguf"])
