@@ -1,8 +1,9 @@
 """``python -m experiments.live experiment=demo``: serve while the memory falls and returns.
 
 Chats about texts run in rounds, and short questions come one after the other. The memory limit
-begins a tenth above what the native model needs for them, falls by half, and returns. The run is
-recorded and drawn: as a figure, and as an animation.
+begins a tenth above what the native model needs for them, falls by half, and returns. Plans above
+the server's quality floor are not run: requests wait instead. The run is recorded and drawn: as a
+figure, and as an animation.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
         passed = max(0.0, time.monotonic() - started) / seconds
         return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
 
-    controller = RuntimeController(llm, policy, GivenMemory(limit_bytes))
+    controller = RuntimeController(llm, policy, GivenMemory(limit_bytes), max_delta_nll=0.1)
     engine = Engine(llm, controller, max_batch_size=CHATS + 1, restore="next_request")
     shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)
