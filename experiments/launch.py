@@ -202,8 +202,10 @@ def _asks_for_help(program: str, schema: type, names: Sequence[str] = ()) -> boo
 
     def show() -> None:
         values, groups = _composed(program, given)
-        about = (sys.modules["__main__"].__doc__ or "").partition("\n\n")[0]
-        usage = f"python -m experiments.{program} [SETTING=VALUE ...]"
+        running = sys.modules["__main__"]
+        module = running.__spec__.name.removesuffix(".__main__") if running.__spec__ else program
+        about = (running.__doc__ or "").partition("\n\n")[0]
+        usage = f"python -m {module} [SETTING=VALUE ...]"
         text = help_text(names or list(values), schema, values, groups if schema is Config else {})
         print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
 

@@ -46,6 +46,12 @@ def test_the_help_shows_the_values_that_the_command_gives(tmp_path):
     assert len(done.stdout.splitlines()) <= MOST_LINES
 
 
+def test_the_usage_names_the_module_that_runs():
+    module = "experiments.studies.small_models"
+    done = run_python("-m", module, "--help", cwd=Path(__file__).parents[2])
+    assert f"Usage: python -m {module} [SETTING=VALUE ...]" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
