@@ -33,7 +33,7 @@ from experiments.study.tables import (  # noqa: E402
     seconds,
 )
 from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entries  # noqa: E402
-from rap_env.leaderboard.tasks import pinned_task, pinned_tasks  # noqa: E402
+from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of  # noqa: E402
 from rap_env.scoring.fidelity import spearman  # noqa: E402
 
 PLANS, GEMMA, OUTSIDE, STUBS = "tight", "tight_gemma", "tight_outside", "tight_stubs"
@@ -242,7 +242,7 @@ def leaderboard_text() -> str:
     """The published entries of each comparison, the best on held-out text first."""
     parts = []
     for comparison in dict.fromkeys(task.comparison for task in pinned_tasks().values()):
-        names = [f"`{t.name}`" for t in pinned_tasks().values() if t.comparison == comparison]
+        names = [f"`{task.name}`" for task in tasks_of(comparison)]
         entries = published_entries(comparison)
         entries = sorted(entries, key=lambda entry: float(entry.scores("test").mean()))
         predicted = predicted_test_delta_nll(comparison)

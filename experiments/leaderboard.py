@@ -27,9 +27,9 @@ from experiments.study.looks import look
 from experiments.study.records import write_records
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError
-from rap_env.leaderboard.entries import ENTRIES, Entry, Run, published_entries
+from rap_env.leaderboard.entries import ENTRIES, UNCHOSEN, Entry, Run, published_entries
 from rap_env.leaderboard.evaluation import Evaluation
-from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, pinned_tasks
+from rap_env.leaderboard.tasks import SPLITS, PinnedTask, pinned_task, tasks_of
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
@@ -139,8 +139,7 @@ def check_file(
 
 def task_of(comparison: str) -> PinnedTask:
     """Return the task of a comparison with the real model, or that with its score table."""
-    tasks = [task for task in pinned_tasks().values() if task.comparison == comparison]
-    return max(tasks, key=lambda task: task.live)
+    return max(tasks_of(comparison), key=lambda task: task.live)
 
 
 def held_out_text(task: PinnedTask, text: str, text_field: str) -> CorpusConfig:
@@ -184,9 +183,9 @@ def judge_runs(task: str, root: Path, split: str) -> Iterator[tuple[TrainingRun,
 TASKS_FILE = ENTRIES.parent / "tasks.json"
 """The pinned comparisons: environment and arguments, requests, texts and thresholds."""
 
-LOWEST = "lowest"
+_DENSE, LOWEST = UNCHOSEN
 _NAMES = {
-    "dense": ("Do nothing", "the model as it is, over every budget"),
+    _DENSE: ("Do nothing", "the model as it is, over every budget"),
     LOWEST: ("Remove everything", "every item at its lowest level"),
 }
 """Names and descriptions of what needs no method, by its name in records."""

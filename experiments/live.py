@@ -30,6 +30,7 @@ from experiments.study.records import read_json
 from rap_env.artifacts import atomic_write
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
+from rap_env.serving.settings import DEFAULT_MAX_DELTA_NLL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,7 +159,9 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
         passed = max(0.0, time.monotonic() - started) / seconds
         return float(native_bytes * np.interp(passed, list(LIMIT), list(LIMIT.values())))
 
-    controller = RuntimeController(llm, policy, GivenMemory(limit_bytes), max_delta_nll=0.1)
+    controller = RuntimeController(
+        llm, policy, GivenMemory(limit_bytes), max_delta_nll=DEFAULT_MAX_DELTA_NLL
+    )
     engine = Engine(llm, controller, max_batch_size=CHATS + 1, restore="next_request")
     shape = BatchShape(CHATS + 1, max(map(len, chats)) + CHAT_TOKENS)
     native_bytes = controller.estimator.peak_bytes(Plan(), shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rap_env.errors import counted
 from rap_env.extras import EXTRAS, missing_modules
-from rap_env.paths import cache_dir
+from rap_env.paths import cache_dir, folder_bytes
 from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
 from rap_env.version import __version__
 
@@ -27,7 +27,7 @@ def describe() -> dict[str, Any]:
     """The installation as plain values."""
     folder = cache_dir()
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    sizes = {entry.name: _bytes_of(entry) for entry in entries}
+    sizes = {e.name: folder_bytes(e) if e.is_dir() else e.stat().st_size for e in entries}
     extras = {extra: not missing_modules(extra) for extra in EXTRAS}
     return {
         "rap_env": __version__,
@@ -65,10 +65,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _bytes_of(path: Path) -> int:
-    return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
 def _score_table(path: Path) -> dict[str, Any]:

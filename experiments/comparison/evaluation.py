@@ -82,14 +82,15 @@ def grid_requests(
         memory: Byte arithmetic of the model.
         item_bytes: The ladder, if items are lowered; it decides which budgets can be met.
     """
-    return [(cell.cell, cell.request) for cell in _grid_cells(grid, memory, item_bytes)]
+    cells = _checked(_grid_cells(grid, memory), memory, item_bytes)
+    return [(cell.cell, cell.request) for cell in cells]
 
 
 def evaluation_cells(
     grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
 ) -> list[EvaluationCell]:
     """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
-    cells = _grid_cells(grid, memory, item_bytes)
+    cells = _grid_cells(grid, memory)
     for share in sorted(set(grid.sparsities)):
         shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
         shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
@@ -97,14 +98,10 @@ def evaluation_cells(
     for outside_cell in dict.fromkeys(grid.outside_cells):
         request = Request.at_fraction(memory, *outside_cell)
         cells.append(EvaluationCell(outside_cell, request, outside=True))
-    for cell in cells:
-        (item_bytes or mask_bytes(memory)).check_feasible(cell.request)
-    return cells
+    return _checked(cells, memory, item_bytes)
 
 
-def _grid_cells(
-    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None
-) -> list[EvaluationCell]:
+def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
     """Return the grid of requests and budgets, then the pinned cells."""
     cells = []
     for shape in grid.shapes:
@@ -116,8 +113,16 @@ def _grid_cells(
         place = (*pinned.shape, pinned.budget_bytes / memory.dense_peak_bytes(*pinned.shape))
         target = pinned.target_delta_nll
         cells.append(EvaluationCell(place, request, target_delta_nll=target))
+    return cells
+
+
+def _checked(
+    cells: list[EvaluationCell], memory: MemoryModel, item_bytes: LadderBytes | None
+) -> list[EvaluationCell]:
+    """Return the cells if some plan fits each of them."""
+    known_bytes = item_bytes or mask_bytes(memory)
     for cell in cells:
-        (item_bytes or mask_bytes(memory)).check_feasible(cell.request)
+        known_bytes.check_feasible(cell.request)
     return cells
 
 

@@ -11,6 +11,7 @@ from experiments.config import Config
 from experiments.study.statistics import bootstrap_mean
 from rap_env.context.base import PruningContext
 from rap_env.leaderboard.tasks import pinned_tasks
+from rap_env.policies.packaged_files import DEFAULT_MODEL
 from rap_env.scoring.score_table import PREFIX
 
 
@@ -64,7 +65,7 @@ def next_steps(
     if "=" in str(folder):  # in the name of a run with settings of its own: quoted for Hydra
         run = f"\"run='{folder}'\""
     serve = f"rap serve --policy {file}"
-    if facts.name.partition("@")[0] != "smollm2-135m":
+    if facts.name.partition("@")[0] != DEFAULT_MODEL:
         serve += f" --model {facts.name}"
     if not facts.packed:
         serve += " --weights bf16"

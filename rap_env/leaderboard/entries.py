@@ -18,7 +18,7 @@ import numpy as np
 
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import ArtifactError
-from rap_env.leaderboard.tasks import SPLITS, Floats, pinned_tasks
+from rap_env.leaderboard.tasks import SPLITS, Floats, tasks_of
 from rap_env.plan import Plan
 from rap_env.scoring.held_out import HeldOutLosses
 
@@ -83,7 +83,7 @@ class Entry:
 
         `PinnedTask.scores` has the rule.
         """
-        task = next(t for t in pinned_tasks().values() if t.comparison == self.comparison)
+        task = tasks_of(self.comparison)[0]
         runs = [task.scores(run.delta_nll[split], run.fits) for run in self.runs]
         return np.asarray(np.mean(runs, axis=0))
 
@@ -122,6 +122,10 @@ class Entry:
         return cls(runs=runs, **body)
 
 
+UNCHOSEN = ("dense", "lowest")
+"""Published plans that no method chose, by the names of records: native, and all levels lowest."""
+
+
 def published_entries(comparison: str) -> Sequence[Entry]:
     """The published entries of a comparison."""
     return [Entry.load(path) for path in sorted((ENTRIES / comparison).glob("*.json"))]
@@ -141,8 +145,7 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
     Raises:
         ArtifactError: Too few plans were measured on held-out text without one of the methods.
     """
-    tasks = pinned_tasks().values()
-    task = next(t for t in tasks if t.comparison == comparison and not t.live)
+    task = next(task for task in tasks_of(comparison) if not task.live)
     env: Any = task.make()
     context = env.unwrapped.context
     measured: HeldOutLosses = context.table.held_out
@@ -150,7 +153,7 @@ def predicted_test_delta_nll(comparison: str) -> dict[str, float]:
     calibration = {plan: context.scorer.nll(plan) - dense_nll for plan in measured.measured}
     by_method = {}
     for entry in published_entries(comparison):
-        if entry.origin["method"] in ("dense", "lowest"):  # nothing is chosen
+        if entry.origin["method"] in UNCHOSEN:
             continue
         plans = [Plan.of(plan) for run in entry.runs for plan in run.plans]
         values = itertools.chain(*(run.delta_nll["calibration"] for run in entry.runs))

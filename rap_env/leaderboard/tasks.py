@@ -107,6 +107,11 @@ def pinned_tasks() -> dict[str, PinnedTask]:
     return found
 
 
+def tasks_of(comparison: str) -> list[PinnedTask]:
+    """The pinned tasks of a comparison: that with its score table, and that with the live model."""
+    return [task for task in pinned_tasks().values() if task.comparison == comparison]
+
+
 def pinned_task(name: str) -> PinnedTask:
     """The pinned task of a name.
 

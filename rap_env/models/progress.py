@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -68,14 +66,3 @@ def transformers_bars(*, shown: bool) -> Iterator[None]:
         yield
     finally:
         switch[before]()
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 if there is none."""
-    total = 0
-    # Files and folders may vanish while they are counted; os.walk skips those.
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += Path(place, name).stat().st_size
-    return total

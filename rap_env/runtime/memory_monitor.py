@@ -13,7 +13,7 @@ from rap_env.models.device import return_freed_memory
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import Meter
-from rap_env.runtime.memory_source import GivenMemory, MemorySource
+from rap_env.runtime.memory_source import MemorySource
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -195,8 +195,7 @@ class MemoryMonitor:
 
     def budget_now_bytes(self) -> int:
         """A given budget as it is now, any other as last read; any thread may call it."""
-        given = isinstance(self.source, GivenMemory)
-        return self._read_budget() if given else self.budget_bytes
+        return self._read_budget() if self.source.is_given else self.budget_bytes
 
     def budget_limit_bytes(self) -> int:
         """The largest budget to expect: the largest so far, or the source's own limit.

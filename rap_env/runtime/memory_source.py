@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,9 +28,11 @@ class MemorySource(ABC):
 
     Attributes:
         name: For logs and metrics.
+        is_given: Whether someone sets the budget, so that it holds as soon as it is read.
     """
 
     name: str
+    is_given: ClassVar[bool] = False
 
     @abstractmethod
     def budget_bytes(self, used_bytes: int) -> int:
@@ -83,6 +85,7 @@ class GivenMemory(MemorySource):
     """
 
     name = "given"
+    is_given = True
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from rap_env.models.files.gguf_source import (
 )
 from rap_env.models.files.hub import cached_hub_folder, hub_folder
 from rap_env.models.files.model_folder import file_sha256, manifest_source, models_dir
-from rap_env.models.progress import folder_bytes
+from rap_env.paths import folder_bytes
 
 log = logging.getLogger(__name__)
 
