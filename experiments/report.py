@@ -31,7 +31,8 @@ from experiments.study.tables import (
     wrapped,
 )
 from rap_env.artifacts import atomic_write
-from rap_env.errors import MissingDependencyError, counted
+from rap_env.errors import counted
+from rap_env.extras import require_extra
 
 TEMPLATE = Path(__file__).parent / "comparison" / "report.html.j2"
 
@@ -60,7 +61,7 @@ def report(config: Config, folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    _need_matplotlib()
+    require_extra("plots", "The report")  # before anything is read
     data = gather(config.root)
     page = folder / "index.html"
     write_page(TEMPLATE, page, **content(config.report["title"], data, folder / "figures"))
@@ -175,13 +176,6 @@ def _trainings(data: ReportData) -> dict[str, Any]:
     }
     methods = {run.label: run.method for run in data.runs}
     return coloured(columns_table(data.runs, columns), methods)
-
-
-def _need_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401 - checked before anything is read
-    except ImportError:
-        raise MissingDependencyError("matplotlib", "The report", "plots") from None
 
 
 def subtitle(data: ReportData) -> str:

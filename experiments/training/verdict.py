@@ -17,12 +17,10 @@ from rap_env.scoring.score_table import PREFIX
 
 def task_of(config: Config) -> str | None:
     """Return the newest pinned task on the score table that a training runs on, if it has one."""
-    names = [
-        task.name
-        for task in pinned_tasks().values()
-        if task.environment == config.env.id and task.arguments["model"] == config.model.name
-    ]
-    return max((name for name in names if not pinned_tasks()[name].live), default=None)
+    own = config.env.id, config.model.name
+    tasks = (task for task in pinned_tasks().values() if not task.live)
+    names = [task.name for task in tasks if (task.environment, task.arguments["model"]) == own]
+    return max(names, default=None)
 
 
 def verdict(config: Config, folder: Path, context: PruningContext) -> str:

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rap_env.errors import ServingSettingsError
+from rap_env.extras import missing_modules
 from rap_env.memory import MemoryModel
 from rap_env.models.device import choose_device
 from rap_env.request import Request
@@ -176,7 +176,7 @@ def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
 
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
-    if find_spec("llguidance") is not None:  # the server loads it at its start
+    if not missing_modules("structured"):  # the server loads it at its start
         need += _GRAMMAR_BYTES
     if need > limit():
         raise ServingSettingsError(
