@@ -120,8 +120,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": tables.ablation_text,
     "entries": tables.leaderboard_text,
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
-    "soak": tables.soak_text,
-    "soak_floor": tables.floor_text,
     "load_generator": tables.load_generator_text,
     "benchmarks": lambda: benchmarks_text(read_benchmarks()),
     "engine_features": tables.features_text,

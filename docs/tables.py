@@ -28,8 +28,6 @@ from experiments.study.tables import (  # noqa: E402
     columns_table,
     crossed_table,
     markdown,
-    mebibytes,
-    percent,
     seconds,
 )
 from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entries  # noqa: E402
@@ -332,43 +330,3 @@ def load_generator_text() -> str:
     header = ["Server", "Requests", "Errors", "TTFT p50", "p95", "ITL p50", "p95", "Latency p50",
               "p95"]  # fmt: skip
     return markdown((header, lines))
-
-
-def soak_text() -> str:
-    """What the soak test counted."""
-    record = _json("soak.jsonl")
-    agreement, memory = record["agreement"], record["rss_bytes"]
-    failed = ", ".join(name for name, passed in record["checks"].items() if not passed)
-    lines = [
-        ["requests", f"{record['requests']:,} in {record['seconds'] / 60:.0f} minutes"],
-        ["by kind", ", ".join(f"{count:,} {kind}" for kind, count in record["kinds"].items())],
-        ["changes of the budget", f"{record['budget_changes']:,}"],
-        ["mask switches", f"{record['switches']:,} among {record['masks']:,} masks"],
-        ["wrong answers", f"{agreement['wrong_answers']} of {agreement['answers']}"],
-        ["wrong answers of the control",
-         f"{agreement['control_wrong']} of {agreement['control_answers']}"],
-        ["growth of resident memory at rest",
-         f"{percent(memory['growth'])} (target: at most 2 %)"],
-        ["checks that failed", failed or "none"],
-    ]  # fmt: skip
-    return in_words((["Soak", ""], lines))
-
-
-def floor_text() -> str:
-    """What a server with a floor of quality answered under budgets that jump."""
-    record = _json("soak_floor.jsonl")
-    refused = {name: n for name, n in record["outcomes"].items() if name != "answered"}
-    least, most = map(mebibytes, record["budgets_bytes"])
-    lines = [
-        ["requests", f"{record['requests']:,} in {record['seconds'] / 60:.0f} minutes"],
-        ["budgets", f"{record['budget_changes']:,}, from {least} to {most}"],
-        ["answered", f"{record['outcomes']['answered']:,}"],
-        ["refused with 503 and the reason", ", ".join(f"{n:,} {k}" for k, n in refused.items())],
-        ["refused otherwise", f"{len(record['problems'])}"],
-        ["passes below the floor", f"{record['passes_below_floor']} of {record['passes']:,}"],
-        ["largest predicted rise of a pass",
-         f"{record['max_delta_nll_of_a_pass']:.3f} of {record['max_delta_nll']} nats per token"],
-        ["smallest budget of a pass", mebibytes(record["least_budget_bytes_of_a_pass"])],
-        ["passes above their budget", f"{record['passes_over_budget']}"],
-    ]  # fmt: skip
-    return in_words((["Floor of quality", ""], lines))

@@ -1,4 +1,4 @@
-"""Build pruning contexts, scorers, tasks and server settings from the settings."""
+"""Build pruning contexts, scorers and tasks from the settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from rap_env.policies.registry import methods
 from rap_env.scoring.corpus import CorpusConfig, ensure_disjoint
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.score_table import table_path
-from rap_env.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -37,7 +36,6 @@ log = logging.getLogger(__name__)
 _PACKAGED = ("frontier", "knapsack")  # policies that the package has for the default model
 GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
-DECISIONS_FILE = "decisions.jsonl"
 
 
 def gsi_artifact(config: Config) -> Path:
@@ -167,17 +165,3 @@ def task_config(tasks: Mapping[str, Any]) -> TaskConfig:
     from rap_env.scoring.lm_eval_tasks import TaskConfig
 
     return TaskConfig(**{**tasks, "names": tuple(tasks["names"])})
-
-
-def server_settings(config: Config, folder: Path) -> ServerSettings:
-    """Settings of the server, from the sections ``serve``, ``model`` and ``repair``.
-
-    `threads` is not set: the program has set it already.
-    """
-    model = {"model": config.model.name, "device": config.model.device,
-             "dtype": config.model.dtype, "weights": config.model.weights,
-             "repair": config.repair["name"]}  # fmt: skip
-    values = {**config.serve, **model}
-    if values["decisions"] == "default":
-        values["decisions"] = str(folder / DECISIONS_FILE)
-    return ServerSettings.from_mapping(values)

@@ -22,7 +22,7 @@ from experiments.config.evaluation import (
 )
 from experiments.config.model import ModelConfig, StubsConfig
 from experiments.config.plain import PLAIN, completed, defaults
-from experiments.config.serving import ReplayConfig, SoakConfig, serve_defaults
+from experiments.config.serving import ReplayConfig
 from experiments.config.studies import (
     LadderConfig,
     LongContextConfig,
@@ -81,8 +81,6 @@ class Config(Section):
     small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
-    serve: dict[str, Any] = field(default_factory=serve_defaults)
-    soak: SoakConfig = field(default_factory=SoakConfig)
     budget: Any = "cotenants"
     """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
     it."""

@@ -1,9 +1,9 @@
-"""Settings of the server, its soak test, and the replay of arrivals on several systems."""
+"""Settings of the replay of arrivals on several systems."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 from experiments.config.common import (
     Count,
@@ -18,57 +18,9 @@ from experiments.config.common import (
     parse_shape,
     within,
 )
-from rap_env.serving.settings import CHOICES, ServerSettings
+from rap_env.serving.settings import CHOICES
 
 Meter = Annotated[str, among("process", "tensors")]
-
-_ELSEWHERE = (
-    "model",
-    "device",
-    "dtype",
-    "weights",
-    "repair",
-    "threads",
-)  # from other sections
-
-
-def serve_defaults() -> dict[str, Any]:
-    """Defaults of the section ``serve``: those of `ServerSettings`, with a log of decisions.
-
-    ``decisions: default`` is ``decisions.jsonl`` in the run folder.
-    """
-    values = asdict(ServerSettings()) | {"decisions": "default"}
-    return {name: value for name, value in values.items() if name not in _ELSEWHERE}
-
-
-@dataclass
-class SoakConfig(Section):
-    """A soak test: valid and invalid requests to a server whose memory budget changes."""
-
-    section = "soak"
-    requests: Count = 10_000
-    """Number of requests of all kinds."""
-    max_minutes: Positive = 30.0
-    """Minutes after which it ends, even if fewer requests were made."""
-    clients: Count = 6
-    """Number of concurrent clients."""
-    random_plans: bool = True
-    """Whether plans are random; else the policy and the floor of the section ``serve`` hold."""
-    checks: Count = 400
-    """About how many answers under one plan are recomputed and compared afterwards."""
-    phase_s: Positive = 2.0
-    """Mean seconds between changes of the budget."""
-    meter: Meter = "process"
-    """How memory is measured: ``process``, or ``tensors`` for a tiny model."""
-    hang_s: Positive = 90.0
-    """Seconds without a token or an answer that count as a hang."""
-    rss_samples: Count = 60
-    """Number of measurements of resident memory, each idle and with the dense model."""
-    rss_tolerance: Positive = 0.02
-    """Allowed relative growth between the second and the last tenth of the samples."""
-    out: str | None = None
-    """File that the record is appended to; null for ``soak.jsonl`` in the run folder."""
-
 
 MASK_SYSTEMS = (
     "dense", "static_gsi", "static_gsi_lean", "static_shortgpt", "greedy", "frontier", "rap",

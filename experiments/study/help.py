@@ -32,7 +32,6 @@ READS: dict[str, tuple[str, ...]] = {
     "repair": (*MODEL, "stubs", "workload", "evaluate.text"),
     "ladder": (*MODEL, "ladder", "evaluate.text", "env"),
     "replay": (*MODEL, "replay", "budget"),
-    "soak": ("model", "repair", "threads", "soak", "serve"),
     "texts": (*MODEL, "texts", "env", "kinds"),
     "prompts": (*MODEL, "prompts", "texts"),
 }  # fmt: skip

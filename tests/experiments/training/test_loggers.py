@@ -112,7 +112,7 @@ def test_wandb_offline_keeps_curves_settings_table_and_picture(config, no_login)
 @pytest.mark.parametrize("job", READ)
 def test_only_what_the_program_reads_is_its_configuration(config, job):
     found = logged_settings(config, job)
-    other = {"serve", "soak", "replay", "small_models", "texts", "ladder", "report", "logger"}
+    other = {"replay", "small_models", "texts", "ladder", "report", "logger"}
     assert not other & {key.split(".")[0] for key in found}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(found)
     assert ("agent.hyperparameters.gamma" in found) == (job == "train")
@@ -133,7 +133,6 @@ def test_only_what_the_program_reads_is_its_configuration(config, job):
 def test_no_setting_that_a_program_reads_is_left_out(job, files):
     """Each section that the source of a program names is logged, or is of its output alone."""
     sections = {field.name for field in fields(Config)} - {"progress", "runs_dir", "logger"}
-    sections.remove("serve")  # read by `contexts.server_settings` for other programs
     folder = Path(__file__).parents[3] / "experiments"
     source = "".join((folder / file).read_text(encoding="utf-8") for file in files)
     named = set(re.findall(r"\bconfig\.(\w+)", source)) & sections
