@@ -212,6 +212,13 @@ class RuntimeController:
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
 
+    def forget_margin(self) -> None:
+        """Expect no more than what is measured now, where requests wait and nothing runs."""
+        with self._timed():
+            self.monitor.margin.forget()
+            self.monitor.trim()
+            self._rejected = None
+
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
 

@@ -38,9 +38,10 @@ class Engine:
     by no more than a chunk at a time. Before each pass through the model the controller reads the
     budget; if it falls below what is used during a chunk, the chunk ends before its next layer, and
     is repeated later. A request waits while no plan makes it fit with the running batch; others
-    overtake it only if it waits for a floor of its own, which no plan reaches even for it alone. If
-    no plan fits the running batch, the newest request is preempted: it returns to the front of the
-    queue with its tokens, and is prefilled again from them later.
+    overtake it only if it waits for a floor of its own, which no plan reaches even for it alone, or
+    if nothing has run for a second: then the shortest one that fits runs, whatever margin of safety
+    was learned. If no plan fits the running batch, the newest request is preempted: it returns to
+    the front of the queue with its tokens, and is prefilled again from them later.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 
@@ -281,6 +282,7 @@ class Engine:
             held=self.controller.monitor.held,
             used_bytes=self.controller.monitor.used_bytes,
             margin_bytes=self.controller.monitor.margin.bytes,
+            stalled_s=self._scheduler.stalled_s,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

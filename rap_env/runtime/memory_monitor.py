@@ -103,6 +103,11 @@ class SafetyMargin:
         self.decode_bytes = max(recent.values(), default=0)
         self.bytes = max(self.decode_bytes, prefill_bytes)
 
+    def forget(self) -> None:
+        """Forget all steps so far."""
+        self._kinds.clear()
+        self.bytes = self.decode_bytes = 0
+
     def bytes_for(self, *, prefills: bool) -> int:
         """The margin for passes with or without prefills."""
         return self.bytes if prefills else self.decode_bytes

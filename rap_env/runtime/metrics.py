@@ -90,6 +90,7 @@ class EngineStats(Counters):
         held: Bytes of all tensors held after the last step.
         used_bytes: Bytes as last measured.
         margin_bytes: Bytes of the budget that stay free for what is not predicted.
+        stalled_s: Seconds for which requests have waited while nothing ran.
     """
 
     queued: int
@@ -99,3 +100,4 @@ class EngineStats(Counters):
     held: HeldBytes
     used_bytes: int
     margin_bytes: int
+    stalled_s: float

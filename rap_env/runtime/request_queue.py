@@ -28,6 +28,12 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waiting(self) -> tuple[TokenSequence, ...]:
+        """The requests that wait, in order."""
+        with self._lock:
+            return tuple(self._waiting)
+
     def append(self, sequence: TokenSequence) -> None:
         """Add a request at the end; raises `QueueFullError` or `EngineClosedError`."""
         with self._lock:
@@ -47,9 +53,7 @@ class RequestQueue:
 
     def first_of(self, predicate: Callable[[TokenSequence], bool]) -> TokenSequence | None:
         """The first request that matches a predicate; it stays in the queue."""
-        with self._lock:
-            waiting = tuple(self._waiting)
-        return next(filter(predicate, waiting), None)
+        return next(filter(predicate, self.waiting), None)
 
     def remove(self, sequence: TokenSequence) -> None:
         """Remove a request."""

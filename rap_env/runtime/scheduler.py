@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 _NEW_SHARE = 0.1  # of the last step in the average time of a step
 _LOOK_S = 0.02  # between looks at the budget within a prefill chunk
 _MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
+_STALLED_S = 1.0
+"""Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
+_SMALL_CHUNKS = 8  # of a request tried then, where others have one: its passes take less memory
 
 
 class Scheduler:
@@ -73,6 +76,8 @@ class Scheduler:
         self._decode_s = 0.0  # of a step, as a moving average
         self._next_look_s = 0.0
         self._interruptions = 0  # of the chunk that is next
+        self._stalled_since_s: float | None = None
+        self._next_try_s = 0.0  # of a request while stalled
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
         self.plan = llm.plan
@@ -97,7 +102,17 @@ class Scheduler:
         if decoded:
             self._decode()
         self.plan = self._llm.plan
+        if prefilled or decoded or not len(self._queue):
+            self._stalled_since_s = None
+        elif self._stalled_since_s is None:
+            self._stalled_since_s = self._clock()
         return prefilled or decoded
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which requests have waited while nothing ran; from any thread."""
+        since_s = self._stalled_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
@@ -297,32 +312,55 @@ class Scheduler:
             self._queue.put_first(sequence)
 
     def _admit_next(self) -> None:
-        """Admit the first request of the queue that does not wait for its own floor, if it fits."""
+        """Admit the first request of the queue that does not wait for its own floor, if it fits.
+
+        Where nothing has run for `_STALLED_S`, all are tried, the shortest first.
+        """
         if self._prefilling is not None or len(self._decoding) >= self._most_running:
+            return
+        if self.stalled_s >= _STALLED_S:
+            self._admit_any()
             return
         if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:
             return  # a request was preempted just now
         sequence = self._queue.first_of(self._within_own_floor)
         if sequence is None:
             return
-        chunks = -(-sequence.known_tokens // self._chunk_tokens)
+        self._admit(sequence, self._chunk_tokens)
+
+    def _admit_any(self) -> None:
+        """Admit the shortest request that fits alone, without a learned margin, in small chunks."""
+        if self._clock() < self._next_try_s:
+            return
+        self._next_try_s = self._clock() + _STALLED_S / 2
+        self._controller.forget_margin()
+        chunk_tokens = max(1, self._chunk_tokens // _SMALL_CHUNKS)
+        for sequence in sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens):
+            if self._admit(sequence, chunk_tokens):
+                return
+
+    def _admit(self, sequence: TokenSequence, chunk_tokens: int) -> bool:
+        """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
+        chunks = -(-sequence.known_tokens // chunk_tokens)
         shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
-        tokens = min(sequence.known_tokens, self._chunk_tokens)
+        tokens = min(sequence.known_tokens, chunk_tokens)
         first = PassSize(tokens, tokens)
         if self._controller.admit(shape, self._running_shape(), first):
             self._queue.remove(sequence)
             sequence.handle.emit(AdmitEvent(self._clock()))
             self._prefilling = PrefillingSequence(
-                sequence, self._llm, self._restore, self._chunk_tokens, self._must_interrupt
+                sequence, self._llm, self._restore, chunk_tokens, self._must_interrupt
             )
             self._interruptions = 0
             if not self._decoding:  # it starts the batch, else it will be copied into it
                 self._prefilling.batch.reserve_tokens = sum(sequence.progress(in_batch=False))
             self._shape = shape
-        elif not self._decoding and self._controller.never_fits(shape, first):
+            return True
+        if not self._decoding and self._controller.never_fits(shape, first):
             self._queue.remove(sequence)
             error = self._controller.misfit(shape, expected=True)
             self.output.reject(sequence, rejection_of(error), str(error))
+        return False
 
     def _within_own_floor(self, sequence: TokenSequence) -> bool:
         """Whether a request could run alone now, unless it has no floor of its own."""
