@@ -1,7 +1,8 @@
 """Measured bytes of the runtime: of the process, of a CUDA device, or of its tensors alone.
 
-Memory that a process holds besides the model when its meter is made (the interpreter, libraries,
-other tensors) is the baseline and does not count. All growth above it counts.
+Memory that a process holds besides the model (the interpreter, libraries, the server, freed memory
+that the C library keeps) is the baseline and does not count. It is measured when the meter is made
+and again by `measure_others`; growth in between counts.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ class Meter(ABC):
     def correct_baseline(self, held_bytes: int) -> None:  # noqa: B027  optional
         """Lower a measured baseline if tensors of `held_bytes` alone prove that it is too high."""
 
+    def measure_others(self, held_bytes: int) -> None:  # noqa: B027  optional
+        """Measure the baseline again: all that is in use besides tensors of `held_bytes`.
+
+        No pass may run, and freed memory should have been returned to the system before.
+        """
+
     def rest(self) -> None:  # noqa: B027  optional
         """Note that no step follows soon, until the next call of `used_bytes`."""
 
@@ -82,7 +89,7 @@ class CudaMeter(Meter):
         self._devices = llm.devices
         self._baseline = 0
         warm_up(llm)
-        self._baseline = max(0, self.used_bytes() - llm.held_bytes.total)
+        self.measure_others(llm.held_bytes.total)
         self.peak_bytes()
 
     def used_bytes(self) -> int:
@@ -95,6 +102,10 @@ class CudaMeter(Meter):
         for device in self._devices:
             torch.cuda.reset_peak_memory_stats(device)
         return max(0, peak - self._baseline)
+
+    def measure_others(self, held_bytes: int) -> None:
+        """Measure what is allocated besides tensors of `held_bytes`."""
+        self._baseline = max(0, sum(map(torch.cuda.memory_allocated, self._devices)) - held_bytes)
 
 
 class ResidentMeter(Meter):
@@ -143,7 +154,7 @@ class ResidentMeter(Meter):
         warm_up(llm)
         return_freed_memory()
         self.baseline_bytes = 0
-        self.move_baseline(llm.held_bytes.total)
+        self.measure_others(llm.held_bytes.total)
         self.peak_bytes()
         if self._reset is None:
             self._sampler = _PeakSampler(self)
@@ -175,11 +186,8 @@ class ResidentMeter(Meter):
         """
         self.baseline_bytes = max(0, min(self.baseline_bytes, self.sample() - held_bytes))
 
-    def move_baseline(self, held_bytes: int) -> None:
-        """Measure the baseline again: all that is resident besides tensors of `held_bytes`.
-
-        Freed memory should have been returned to the system before.
-        """
+    def measure_others(self, held_bytes: int) -> None:
+        """Measure what is resident besides tensors of `held_bytes`."""
         self.baseline_bytes = max(0, self.sample() - held_bytes - buffer_bytes())
 
     def sample(self) -> int:

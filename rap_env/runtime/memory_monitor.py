@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _MOST_FREED_BYTES = 4 * 2**20
 """Freed bytes that a step may leave with the process before they are returned to the system."""
+_LEAST_CHANGE_BYTES = 2**20
+"""Change of what the process holds besides the model that is measured while nothing runs."""
 
 
 @dataclass
@@ -155,7 +157,9 @@ class MemoryMonitor:
 
     On a CPU, freed memory stays with the process until it is returned to the system (`trim`), and
     later allocations reuse it. So measured bytes are compared with the most that tensors and
-    workspace took since the last trim; only the excess over that goes into the margin.
+    workspace took since the last trim; only the excess over that goes into the margin. What the
+    process holds besides the model is measured again at each trim, whatever is limited, so that
+    none of it is charged to the model for long.
 
     Attributes:
         used_bytes: Bytes as last measured.
@@ -176,7 +180,6 @@ class MemoryMonitor:
         self.source = source
         self.meter = meter
         self._estimator = estimator
-        self._stepped = False  # since the runtime was at rest
         self.margin = margin
         self.held = llm.held_bytes
         self._explained_bytes = self.held.total
@@ -221,7 +224,6 @@ class MemoryMonitor:
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
-        self._stepped = True
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total:
@@ -241,24 +243,26 @@ class MemoryMonitor:
 
     def observe_idle(self) -> None:
         """Learn while nothing runs: return freed memory, and let the margin expire."""
-        if self._explained_bytes > self.held.total:
+        freed, changed = self._explained_bytes - self.held.total, self.used_bytes - self.held.total
+        if freed > 0 or abs(changed) > _LEAST_CHANGE_BYTES:
             self.trim()
-        if self._stepped and self.source.measure_others(self.held.total):
-            self.poll()
-            self._other_bytes = self.used_bytes - self.held.total
-        self._stepped = False
         self.meter.rest()
         self.margin.observe("decode", self.used_bytes - self._explained_bytes)
 
     def trim(self) -> None:
-        """Return freed memory to the system, and measure again.
+        """Return freed memory to the system, and measure again, what is not the model's included.
 
-        The meter's peak restarts: memory held before belongs to earlier steps.
+        The meter's peak restarts: memory held before belongs to earlier steps. Pages of caches that
+        were not written yet are not resident, so the rest of the process may seem to have shrunk
+        while there are any.
         """
         return_freed_memory(self._llm.device)
+        self.held = self._llm.held_bytes
+        if not self.held.kv_cache or self.meter.used_bytes() > self.held.total:
+            self.meter.measure_others(self.held.total)
         self.meter.peak_bytes()
         self.used_bytes = self.meter.used_bytes()
-        self.held = self._llm.held_bytes
+        self.budget_bytes = self._read_budget()
         self._explained_bytes = self.held.total
         self._other_bytes = self.used_bytes - self.held.total
 

@@ -60,22 +60,13 @@ class MemorySource(ABC):
         """Bytes that count against `process_bytes` besides the model, as last measured."""
         return None
 
-    def measure_others(self, held_bytes: int) -> bool:
-        """Measure `other_bytes` while the runtime rests, with tensors of `held_bytes`.
-
-        Returns:
-            Whether the budget depends on them.
-        """
-        return False
-
 
 class GivenMemory(MemorySource):
     """A budget set from outside: of the model, or of the whole process.
 
     Of a process, the model may use what is left beside everything else that is resident
     (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which is the
-    meter's baseline. It is measured again whenever the runtime comes to rest; between these times
-    its growth counts as used.
+    meter's baseline (`Meter.measure_others`).
 
     Args:
         budget: The budget in bytes, or a function that returns it whenever it is called.
@@ -131,12 +122,6 @@ class GivenMemory(MemorySource):
             )
         others = self.other_bytes
         return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
-
-    def measure_others(self, held_bytes: int) -> bool:
-        """Measure all that is not the model, if the budget is that of the process."""
-        if self._meter is not None:
-            self._meter.move_baseline(held_bytes)
-        return self._meter is not None
 
 
 class SystemMemory(MemorySource):

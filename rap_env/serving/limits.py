@@ -35,8 +35,8 @@ _LONGEST_TEXT = 64
 _MIB = 2**20
 _SLACK_BYTES = 8 * _MIB
 """Allowance for what the estimate of the bytes that loading takes leaves out."""
-_GRAMMAR_BYTES = 44 * _MIB
-"""Allowance for the vocabulary of grammars: 41 MiB for the default model's 49,152 tokens."""
+_GRAMMAR_BYTES = 12 * _MIB
+"""Allowance for the vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
 
 
 class LiveLimit:

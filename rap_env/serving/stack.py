@@ -134,8 +134,7 @@ def build_stack(
         loaded = llm is None
         llm = load_served_model(settings, limit) if llm is None else llm
         grammars = grammar_compiler(llm, llm.tokenizer, llm.facts.vocab_size)
-        if limit is not None and limit.of_process:
-            grammars.load()  # its memory counts at the start, and not for the first grammar
+        grammars.load()  # before the first baseline: a later request must not pay for it
         chosen = load_serving_policy(settings, llm) if policy is None else as_policy(policy)
         make_levels(llm, chosen)
         if memory is None:

@@ -197,7 +197,8 @@ def test_the_budget_is_what_the_limit_leaves_beside_everything_else(process):
     folder, write = process
     llm = tiny_llm()
     limits = [550 * MIB]
-    memory = GivenMemory(lambda: limits[0], meter=ResidentMeter(llm, process=folder))
+    meter = ResidentMeter(llm, process=folder)
+    memory = GivenMemory(lambda: limits[0], meter=meter)
     limits[0] = 600 * MIB  # the limit may move
     held = llm.held_bytes.total
     other = memory.other_bytes
@@ -205,10 +206,10 @@ def test_the_budget_is_what_the_limit_leaves_beside_everything_else(process):
     assert memory.process_bytes == 600 * MIB
     assert memory.budget_bytes(0) == 600 * MIB - HEADROOM_BYTES - other
     write(540)
-    memory.measure_others(held)
+    meter.measure_others(held)
     assert memory.other_bytes == other + 40 * MIB
     write(900)
-    memory.measure_others(held)
+    meter.measure_others(held)
     assert memory.budget_bytes(0) == 0
 
 
@@ -229,3 +230,30 @@ def test_growth_of_the_rest_counts_as_used_and_at_rest_lowers_the_budget(process
     controller.check(BatchShape(0, 0))
     assert monitor.budget_bytes == budget - 30 * MIB
     assert monitor.used_bytes < MIB + buffer_bytes()
+
+
+@linux
+@pytest.mark.parametrize("limited", ["model", "process", "system"])
+def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, limited):
+    folder, write = process
+    llm = tiny_llm()
+    meter = ResidentMeter(llm, process=folder)
+    machine.groups("0::/\n")
+    memory = {
+        "model": GivenMemory(100 * MIB),
+        "process": GivenMemory(1000 * MIB, meter=meter),
+        "system": machine.open(),
+    }[limited]
+    controller = RuntimeController(llm, StaticPolicy(llm.mask), memory, meter=meter)
+    monitor, shape = controller.monitor, BatchShape(1, 8)
+    before = monitor.budget_bytes
+    write(590)  # a vocabulary, connections, holes in the heap
+    machine.meminfo(total_mib=8192, available_mib=4096 - 90)
+    controller.observe(shape)
+    assert controller.check(shape)
+    write(595)
+    machine.meminfo(total_mib=8192, available_mib=4096 - 95)
+    controller.check(BatchShape(0, 0))
+    assert monitor.used_bytes < MIB + buffer_bytes()
+    assert before - monitor.budget_bytes == (0 if limited == "model" else 95 * MIB)
+    assert controller.nothing_fits() == ""
