@@ -9,7 +9,6 @@ from omegaconf import MISSING
 
 from experiments.config.common import (
     CellText,
-    Count,
     CountOrZero,
     Fraction,
     Section,
@@ -17,10 +16,8 @@ from experiments.config.common import (
     among,
     parse_cell,
 )
+from experiments.repair.rows import REPAIRS
 from experiments.study.records import Cell
-from rap_env.errors import check_name
-
-REPAIRS = ("none", "library", "distilled")
 
 
 @dataclass
@@ -43,7 +40,7 @@ class ModelConfig:
 
 @dataclass
 class StubsConfig(Section):
-    """Settings of ``experiments.repair``: texts to fit on, distillation and comparison."""
+    """Settings of ``experiments.repair``: texts to fit on and comparison."""
 
     section = "stubs"
     fit_texts: dict[str, TextConfig] = field(default_factory=dict)
@@ -54,33 +51,12 @@ class StubsConfig(Section):
     """Windows held back to choose ranks and penalties, as a share of those fitted on."""
     rank: CountOrZero = 64
     """Mean rank of the stubs."""
-    distill_steps: CountOrZero = 1200
-    """Updates of the distillation; 0 for no distillation."""
-    distill_windows: Count = 8
-    """Windows of each update."""
-    learning_rate: float = 1e-3
     repairs: list[Annotated[str, among(*REPAIRS)]] = field(default_factory=lambda: list(REPAIRS))
     """Repairs to compare; empty to make only the libraries."""
     cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
     """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
-    study_cells: list[str] = field(default_factory=list)
-    """Cells that `domain_study` uses; empty for all."""
-    domain_study: list[str] = field(default_factory=list)
-    """Names of `fit_texts` to fit on alone, equally much of each; empty for no such study."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.domain_study:
-            check_name("text of stubs.domain_study", name, self.fit_texts)
-        for name in self.study_cells:
-            check_name("cell of stubs.study_cells", name, self.cells)
 
     @property
     def parsed_cells(self) -> list[Cell]:
         """The cells as (batch size, sequence length in tokens, budget fraction)."""
         return [parse_cell(text) for text in self.cells]
-
-    def cells_of(self, study: str) -> list[Cell]:
-        """Return the cells of the ``"grid"``, or of the ``"domain"`` study."""
-        few = study != "grid" and self.study_cells
-        return [parse_cell(text) for text in self.study_cells] if few else self.parsed_cells

@@ -1,1 +1,1 @@
-"""Repair: fit and distil stubs, and measure how much ΔNLL they recover."""
+"""Repair: fit stubs, and measure how much ΔNLL they recover."""

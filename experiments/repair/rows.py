@@ -16,6 +16,8 @@ from experiments.study.statistics import RESAMPLES, SEED, Estimate, resample_wei
 PLAIN = "none"
 """The repair that is none."""
 
+REPAIRS = (PLAIN, "library")
+
 Strata = list[npt.NDArray[np.float64]]
 """One array of shape (windows,) per report text; the sum of their means is the mean ΔNLL."""
 
@@ -25,9 +27,7 @@ class RepairRow(CellRecord):
     """One repair, request, budget and report text; masks are repaired with the stubs.
 
     Attributes:
-        study: ``"grid"``: every repair with its own search; ``"domain"``: libraries fitted on one
-            kind of text each, under the masks of the grid's library.
-        repair: ``"none"``, ``"library"`` or ``"distilled"``.
+        repair: One of `REPAIRS`.
         text: Name of the report text.
         fitted_on: Names of the texts that stubs were fitted on; empty without stubs.
         fit_tokens: Number of tokens of those texts.
@@ -40,9 +40,8 @@ class RepairRow(CellRecord):
     file = "repair.jsonl"
     record_name = "A repair record"
     rerun = "make it again"
-    identity = ("study", "repair", "cell", "text")
+    identity = ("repair", "cell", "text")
 
-    study: str
     repair: str
     text: str
     fitted_on: list[str]
@@ -53,66 +52,46 @@ class RepairRow(CellRecord):
 
 
 class RepairComparison:
-    """All rows of one study of repair.
+    """All rows of the study.
 
     Attributes:
         rows: A row for each measurement; of several of the same, the last.
     """
 
     def __init__(self, rows: Iterable[RepairRow]) -> None:
-        measurements = {}
-        for row in rows:
-            library = (*row.fitted_on, row.fit_tokens) if row.study != "grid" else ()
-            measurements[row.study, row.repair, row.cell, row.text, library] = row
-        self.rows = list(measurements.values())
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
-
-    def study(self, name: str) -> list[RepairRow]:
-        """Rows of one study."""
-        return [row for row in self.rows if row.study == name]
+        self._rows = {(row.repair, row.cell, row.text): row for row in rows}
+        self.rows = list(self._rows.values())
 
     @cached_property
     def repairs(self) -> list[str]:
-        """Repairs of the grid, in the order of legends."""
-        return sorted({row.repair for row in self.study("grid")}, key=lambda r: (rank(r), r))
+        """Repairs in the order of legends."""
+        return sorted({row.repair for row in self.rows}, key=lambda r: (rank(r), r))
 
     @cached_property
     def texts(self) -> list[str]:
         """Report texts: those of fitted domains first, otherwise in the order of the rows."""
         return sorted(dict.fromkeys(row.text for row in self.rows), key=self.is_other)
 
-    @cached_property
-    def _fitted_texts(self) -> set[str]:
-        rows = [row for row in self.study("grid") if row.fitted_on] or self.rows
-        return {name for row in rows for name in row.fitted_on}
-
     def is_other(self, text: str) -> bool:
-        """Whether no stub of the grid was fitted on text of this domain."""
-        return text not in self._fitted_texts
+        """Whether no stub was fitted on text of this domain."""
+        return not any(text in row.fitted_on for row in self.rows)
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Cells of the grid: small requests first, each from large to small budgets."""
-        cells = {row.cell for row in self.study("grid")}
-        return sorted(cells, key=lambda c: (c[0] * c[1], c[0], -c[2]))
-
-    @cached_property
-    def _grid(self) -> dict[tuple[str, Cell, str], RepairRow]:
-        return {(row.repair, row.cell, row.text): row for row in self.study("grid")}
+        """Cells: small requests first, each from large to small budgets."""
+        return sorted({row.cell for row in self.rows}, key=lambda c: (c[0] * c[1], c[0], -c[2]))
 
     def at(self, repair: str, cell: Cell, text: str) -> RepairRow | None:
-        """Return the row of the grid, or None."""
-        return self._grid.get((repair, cell, text))
+        """Return a row, or None."""
+        return self._rows.get((repair, cell, text))
 
-    def grid(self, repair: str) -> list[RepairRow]:
-        """Rows of a repair over the grid."""
-        return [row for row in self.study("grid") if row.repair == repair]
+    def of(self, repair: str) -> list[RepairRow]:
+        """Rows of a repair."""
+        return [row for row in self.rows if row.repair == repair]
 
     def on(self, repair: str, *, other: bool) -> list[RepairRow]:
-        """Rows of a repair over the grid, on texts of fitted domains or of other domains."""
-        return [row for row in self.grid(repair) if self.is_other(row.text) == other]
+        """Rows of a repair on texts of fitted domains or of other domains."""
+        return [row for row in self.of(repair) if self.is_other(row.text) == other]
 
     def ratio(self, rows: Sequence[RepairRow]) -> Estimate | None:
         """Mean ΔNLL over rows, divided by that without stubs on the same cells and texts.

@@ -11,7 +11,14 @@ from experiments.study.figures import panels, style
 from experiments.study.looks import look
 from experiments.study.records import Cell, Shape
 from experiments.study.statistics import Estimate
-from experiments.study.tables import TIMES, Table, TitledTable, mebibytes, number, percent
+from experiments.study.tables import (
+    Table,
+    TitledTable,
+    mebibytes,
+    number,
+    percent,
+    shape_words,
+)
 from rap_env.errors import counted
 
 if TYPE_CHECKING:
@@ -19,13 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ARROW = " \N{RIGHTWARDS ARROW} "
-
-SAME_MASKS = (
-    "Each library is evaluated under the masks that the search with the whole library chose, and "
-    "compared, cell by cell, with removal without stubs under the masks of its own search."
-)
-"""Caption of the study of domains."""
-
 
 _MIN_SPAN = 0.06  # of the memory axis, as a share of its values
 
@@ -38,10 +38,6 @@ def repair_tables(data: RepairComparison) -> list[TitledTable]:
         TitledTable(_grid_table(data), title, grid, name="grid", by_method=False),
         TitledTable(
             _accuracy_table(data), "Accuracy of each task, mean over the cells", name="accuracy"
-        ),
-        TitledTable(
-            _domain_table(data), "Ratio to no stubs: fitted on (lines), reported on (columns)",
-            SAME_MASKS, name="domains", by_method=False,
         ),
     ]  # fmt: skip
     return [part for part in tables if part.table[1]]
@@ -58,7 +54,7 @@ def _summary_table(data: RepairComparison) -> Table:
             rows = data.on(repair, other=other)
             delta_nll = mean_delta_nll(rows)
             line += [f"{delta_nll.mean:.3f}" if delta_nll else "-", _ratio(data.ratio(rows))]
-        by_cell = {row.cell: row for row in data.grid(repair)}
+        by_cell = {row.cell: row for row in data.of(repair)}
         means = [
             sum(row.accuracies.values()) / len(row.accuracies)
             for row in by_cell.values()
@@ -97,7 +93,7 @@ def _grid_table(data: RepairComparison) -> Table:
             for text in data.texts
         ]
         removed = _chain([_removed(_row_at(data, repair, cell)) for repair in data.repairs])
-        rows.append([_request(cell), _budget(data, cell), *deltas, removed])
+        rows.append([shape_words(cell), _budget(data, cell), *deltas, removed])
     return header, rows
 
 
@@ -112,7 +108,7 @@ def _grid_caption(data: RepairComparison) -> str:
 
 def _accuracy_table(data: RepairComparison) -> Table:
     """Mean accuracy of each task over the cells; no rows without tasks."""
-    rows = [row for row in data.study("grid") if row.accuracies]
+    rows = [row for row in data.rows if row.accuracies]
     tasks = sorted({task for row in rows for task in row.accuracies})
     dense = next((row.dense_accuracies for row in rows if row.dense_accuracies), None)
     lines = [["Dense model", *_accuracy_cells([dense], tasks)]] if dense else []
@@ -121,17 +117,6 @@ def _accuracy_table(data: RepairComparison) -> Table:
         if cells:
             lines.append([look(repair).label, *_accuracy_cells(list(cells.values()), tasks)])
     return ["Repair", *tasks, "mean"], lines
-
-
-def _domain_table(data: RepairComparison) -> Table:
-    """Ratio to no stubs: texts fitted on as lines, reported on as columns."""
-    cells = {row.cell for row in data.study("domain")}
-    lines: dict[tuple[str, int], list[RepairRow]] = {}
-    for row in (*data.study("domain"), *data.grid("library")):
-        if row.cell in cells:
-            lines.setdefault((" + ".join(row.fitted_on), row.fit_tokens), []).append(row)
-    rows = [[name, f"{count:,}", *_ratios(data, own)] for (name, count), own in lines.items()]
-    return ["Fitted on", "Tokens", *data.texts], rows
 
 
 def _ratio(ratio: Estimate | None) -> str:
@@ -154,23 +139,13 @@ def _accuracy_cells(cells: Sequence[Mapping[str, float]], tasks: Sequence[str]) 
     return [percent(mean) for mean in [*means, sum(means) / len(means)]]
 
 
-def _ratios(data: RepairComparison, rows: Sequence[RepairRow]) -> list[str]:
-    """Ratio to no stubs on each text."""
-    by_text = [[row for row in rows if row.text == text] for text in data.texts]
-    return [_ratio(data.ratio(own)) for own in by_text]
-
-
 def _chain(parts: Sequence[str]) -> str:
     """The common value of all repairs, or else their values in order."""
     return parts[0] if len(set(parts)) == 1 else ARROW.join(parts)
 
 
-def _request(cell: Cell) -> str:
-    return f"{cell[0]} {TIMES} {cell[1]:,}"
-
-
 def _budget(data: RepairComparison, cell: Cell) -> str:
-    size = next(row.budget_bytes for row in data.study("grid") if row.cell == cell)
+    size = next(row.budget_bytes for row in data.rows if row.cell == cell)
     return f"{percent(cell[2], 0)} ({mebibytes(size)})"
 
 
@@ -209,7 +184,7 @@ def delta_nll_against_peak(data: RepairComparison) -> Figure:
             if place + columns >= len(axes):
                 axis.set_xlabel("peak memory (MiB)", fontsize=8)
             if place % columns == 0:
-                axis.set_ylabel(f"{shape[0]} {TIMES} {shape[1]:,} tokens", fontweight="bold")
+                axis.set_ylabel(f"{shape_words(shape)} tokens", fontweight="bold")
         axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
         figure.supylabel("ΔNLL (nats/token)", fontsize=9)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

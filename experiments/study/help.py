@@ -29,7 +29,7 @@ READS: dict[str, tuple[str, ...]] = {
              "evaluate", "report"),
     "report": ("report",),
     "export_scores": (*MODEL, "export", "env.id"),
-    "repair": (*MODEL, "stubs", "workload", "evaluate.text"),
+    "repair": (*MODEL, "stubs", "evaluate.tasks"),
     "ladder": (*MODEL, "ladder", "evaluate.text", "env"),
     "replay": (*MODEL, "replay", "budget"),
     "texts": (*MODEL, "texts", "env", "kinds"),

@@ -11,7 +11,7 @@ from rap_env.errors import UnknownNameError
 from rap_env.models.files.model_folder import made_once
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
-from rap_env.repair.config import NO_LIBRARY, REPAIRS, FitConfig
+from rap_env.repair.config import NO_LIBRARY, REPAIRS
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import CorpusConfig
@@ -59,7 +59,6 @@ def _cached_library(llm: ElasticLLM) -> StubLibrary:
     described = {
         "format": _FORMAT,
         "model": llm.fingerprint,
-        "settings": asdict(FitConfig()),
         "texts": [asdict(each) for each in texts],
     }
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
+from rap_env.errors import InvalidRequestError
 from rap_env.models.families.placeholders import Stub, normalised
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
-from rap_env.repair.config import FitConfig
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus, ensure_disjoint
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+"""Penalties to choose from for each block, as multiples of the mean variance."""
+
+RANKS = (0, 8, 16, 32, 64, 96, 128, 192, 256)
+"""Ranks to choose from for each block."""
 
 
 class Moments:
@@ -204,7 +209,7 @@ def fit_library(
     llm: ElasticLLM,
     text: Corpus,
     held_back: Corpus,
-    config: FitConfig = FitConfig(),
+    rank: int = 64,
     *,
     progress: bool = True,
 ) -> StubLibrary:
@@ -215,13 +220,23 @@ def fit_library(
     rank of each block are chosen on the held-back tokens, which are of the same kind of text, but
     disjoint. Do not report results on either text.
 
+    Args:
+        llm: The live model; its mask is restored.
+        text: Text to fit on.
+        held_back: Text to choose penalties and ranks on.
+        rank: Mean rank of the stubs: together they take at most as many bytes as stubs of it.
+        progress: Whether to show progress.
+
     Raises:
+        InvalidRequestError: The rank is below 0.
         CorpusError: The two texts overlap.
     """
+    if rank < 0:
+        raise InvalidRequestError(f"The mean rank of stubs must be 0 or above, not {rank}.")
     ensure_disjoint(text, held_back)
     began = time.perf_counter()
     partial = PartialForward(llm, widen=True)
-    width = min(llm.facts.hidden_size, max(config.ranks))
+    width = min(llm.facts.hidden_size, max(RANKS))
     bar = progress_bar(
         progress, total=llm.num_blocks, desc="fitting stubs", unit="block", leave=False
     )
@@ -232,30 +247,23 @@ def fit_library(
             sums = [_advance(partial, step, several) for several in states]
             for block in step:
                 fit_on, judge_on = (moments[block] for moments in sums)
-                rank = min(config.rank, width)
                 if block not in llm.pruned.removed:  # which the model has lost already
-                    fits.append(best_fit(block, fit_on, judge_on, config.ridges, rank, width))
+                    fits.append(best_fit(block, fit_on, judge_on, min(rank, width), width))
                 bar.update()
-    choices = sorted({min(rank, width) for rank in config.ranks})
-    errors = {fit.block: [float(fit.errors[rank]) for rank in choices] for fit in fits}
-    ranks = allocate_ranks(errors, choices, config.rank * len(fits))
+    choices = sorted({min(choice, width) for choice in RANKS})
+    errors = {fit.block: [float(fit.errors[choice]) for choice in choices] for fit in fits}
+    ranks = allocate_ranks(errors, choices, rank * len(fits))
     stubs = {fit.block: fit.stub(ranks[fit.block], llm.dtype) for fit in fits}
     made_by = {
-        **_made_by(text, held_back, config, began),
+        "rank": rank,
+        "text": dict(text.provenance),
+        "held_back": dict(held_back.provenance),
+        "seconds": time.perf_counter() - began,
         "method": "ridge regression on the dense model's states",
         "ridge": [fit.ridge for fit in fits],
         "held_back_errors": [float(fit.errors[ranks[fit.block]]) for fit in fits],
     }
     return StubLibrary(llm.name, llm.fingerprint, stubs, made_by)
-
-
-def _made_by(text: Corpus, held_back: Corpus, config: FitConfig, began: float) -> dict[str, Any]:
-    return {
-        "settings": asdict(config),
-        "text": dict(text.provenance),
-        "held_back": dict(held_back.provenance),
-        "seconds": time.perf_counter() - began,
-    }
 
 
 def text_batches(text: Corpus, llm: ElasticLLM) -> Sequence[torch.Tensor]:
@@ -280,17 +288,10 @@ def _advance(
     return sums
 
 
-def best_fit(
-    block: int,
-    fit_on: Moments,
-    judge_on: Moments,
-    ridges: Sequence[float],
-    rank: int,
-    width: int,
-) -> BlockFit:
+def best_fit(block: int, fit_on: Moments, judge_on: Moments, rank: int, width: int) -> BlockFit:
     """Fit maps up to rank `width` with the penalty of least held-back error at `rank`."""
     fits = []
-    for ridge in ridges:
+    for ridge in RIDGES:
         candidate = reduced_rank_ridge(fit_on, ridge, width)
         # The output may be zero, as for a block that a pruned model has lost.
         power = max(judge_on.y_power, torch.finfo(torch.float32).tiny)

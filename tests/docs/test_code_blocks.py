@@ -50,7 +50,7 @@ TINY = {
     "ladder": (), "levels": COMPOSED, "ladder.llama_cpp": (),
     "ladder.shipped": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
-    "repair": (*_TEXT, *_GSI, "stubs.distill_steps=2", "evaluate.tasks.names=[]",
+    "repair": (*_TEXT, "evaluate.tasks.names=[]",
                "stubs.cells=[1x128@0.97]",
                "stubs.fit_texts.self.windows=2", "stubs.fit_texts.self.window_tokens=16",
                "stubs.report_texts.self.windows=2", "stubs.report_texts.self.window_tokens=16"),

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.repair.config import FitConfig
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
@@ -25,7 +24,7 @@ def tiny_tokens(seed: int = 0, windows: int = 2, length: int = 8) -> Corpus:
 def tiny_library(llm: ElasticLLM, seed: int = 5) -> StubLibrary:
     """Stubs of rank 4, fitted on random tokens."""
     text, held_back = tiny_tokens(seed, 8, 32), tiny_tokens(seed + 1, 4, 32)
-    return fit_library(llm, text, held_back, FitConfig(rank=4, ranks=(4,)), progress=False)
+    return fit_library(llm, text, held_back, 4, progress=False)
 
 
 def make_context(

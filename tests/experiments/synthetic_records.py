@@ -19,8 +19,8 @@ FIT_TEXTS = ("self", "wiki", "code")
 REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}
 """Loss in nats per token of removal without stubs, of the loosest cell; no stub saw "maths"."""
 
-FITTED_RATIOS = {"none": 1.0, "library": 0.55, "distilled": 0.4}
-OTHER_RATIOS = {"none": 1.0, "library": 0.7, "distilled": 0.65}
+FITTED_RATIOS = {"none": 1.0, "library": 0.55}
+OTHER_RATIOS = {"none": 1.0, "library": 0.7}
 
 REPAIR_CELLS = {(1, 128, 0.9): 1.0, (1, 128, 0.8): 2.5, (8, 2048, 0.9): 0.8, (8, 2048, 0.8): 2.2}
 """Factors of the loss without stubs."""
@@ -171,8 +171,7 @@ def make_repair_row(
     removed = round((1 - cell[2]) * 70) + (repair != "none")
     names = sorted(f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in range(3, 3 + removed))
     values: dict[str, Any] = {
-        "study": "grid", "repair": repair,
-        "request": {"batch_size": cell[0], "seq_len_tokens": cell[1]},
+        "repair": repair, "request": {"batch_size": cell[0], "seq_len_tokens": cell[1]},
         "budget_fraction": cell[2], "budget_bytes": int(dense_mib * cell[2] * 2**20),
         "peak_bytes": int((dense_mib * cell[2] - 1 - len(repair) / 5) * 2**20), "text": text,
         "fitted_on": [] if repair == "none" else list(FIT_TEXTS),
@@ -189,17 +188,9 @@ def make_repair_row(
 
 
 def make_repair_rows() -> list[RepairRow]:
-    """Both studies of ``experiments.repair``."""
+    """All rows of ``experiments.repair``."""
     pairs = [(cell, text) for cell in REPAIR_CELLS for text in REPAIR_TEXTS]
-    rows = [make_repair_row(repair, *pair) for repair in FITTED_RATIOS for pair in pairs]
-    for cell, text in pairs:
-        for name in FIT_TEXTS:
-            ratio = 0.5 if name == text else 0.75 if name == "self" else 0.9
-            rows.append(
-                make_repair_row("library", cell, text, study="domain", ratio=ratio,
-                                fitted_on=[name], fit_tokens=87_040, accuracies={})
-            )  # fmt: skip
-    return rows
+    return [make_repair_row(repair, *pair) for repair in FITTED_RATIOS for pair in pairs]
 
 
 def _write_run(folder: Path, **facts: Any) -> None:

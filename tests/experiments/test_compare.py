@@ -74,8 +74,8 @@ def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
 
 def test_a_repair_has_the_name_of_its_run(tmp_path):
     row = make_row("gsi", (1, 128), 0.9, provenance=depending(repair="9" * 64))
-    write_rows(tmp_path / "r", [row], repair="some/folder/distilled.safetensors")
-    assert groups_of(tmp_path)["r"].repair == "distilled"
+    write_rows(tmp_path / "r", [row], repair="some/folder/mine.safetensors")
+    assert groups_of(tmp_path)["r"].repair == "mine"
 
 
 def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):

@@ -4,14 +4,11 @@ import numpy as np
 import torch
 
 from rap_env.importance.gsi_search import gsi
-from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.repair.config import DistillConfig, FitConfig
-from rap_env.repair.distilling import MaskSampler, distill
 from rap_env.repair.fitting import fit_library
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
@@ -21,7 +18,6 @@ from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
-from rap_env.workload.sampler import GridSampler
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
@@ -82,21 +78,13 @@ def ordered(llm):
     return np.array([*profile.order_indices, *profile.nll_after])
 
 
-def masks_of(llm):
-    memory = MemoryModel(llm)
-    requests = GridSampler(memory, (1, 8), (4, 60), (0.6, 0.8))
-    return MaskSampler(memory, requests, np.linspace(0.1, 0.6, 2 * LAYERS))
-
-
 def fitted(llm):
-    return fit_library(llm, TEXT, HELD_BACK, FitConfig(rank=2, ranks=(2,)), progress=False)
+    return fit_library(llm, TEXT, HELD_BACK, 2, progress=False)
 
 
 def repaired(llm):
-    """Stubs are fitted, distilled, attached, and run in the place of blocks."""
-    config = DistillConfig(steps=2, windows=1)
-    library = distill(llm, fitted(llm), TEXT, masks_of(llm), config, progress=False)
-    attached = library.attach(llm)
+    """Stubs are fitted, attached, and run in the place of blocks."""
+    attached = fitted(llm).attach(llm)
     return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
 
 

@@ -18,7 +18,7 @@ from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.repair import cached_library
 from rap_env.repair.cached_library import open_library
-from rap_env.repair.config import FitConfig, repair_label
+from rap_env.repair.config import repair_label
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
@@ -56,7 +56,7 @@ def test_the_library_matches_its_text_and_settings():
     ]
     assert {t["window_tokens"] for t in texts} == {64}  # the positions of the tiny model
     text, held_back = (load_corpus(config, llm) for config in cached_library._texts(llm))
-    assert fit_library(llm, text, held_back, FitConfig(), progress=False).sha256 == found.sha256
+    assert fit_library(llm, text, held_back, progress=False).sha256 == found.sha256
 
 
 def test_it_is_fitted_once_for_each_model(short, monkeypatch):

@@ -12,7 +12,7 @@ from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from rap_env.repair.config import FitConfig
+from rap_env.repair import fitting
 from rap_env.repair.fitting import fit_library
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
@@ -22,11 +22,17 @@ from tests.repair.texts import random_text, state_error
 from tests.tiny import each_family, tiny_llm, tiny_model
 
 TEXT, HELD_BACK = random_text(0, 60), random_text(1, 20)
-SMALL = FitConfig(rank=4, ranks=(0, 1, 2, 4, 8, 16))
+RANK = 4
 
 
-def fitted(llm: ElasticLLM, config: FitConfig = SMALL) -> StubLibrary:
-    return fit_library(llm, TEXT, HELD_BACK, config, progress=False)
+@pytest.fixture(autouse=True)
+def small_ranks(monkeypatch):
+    """Ranks and penalties that suit a width of 16."""
+    monkeypatch.setattr(fitting, "RANKS", (0, 1, 2, 4, 8, 16))
+
+
+def fitted(llm: ElasticLLM, rank: int = RANK) -> StubLibrary:
+    return fit_library(llm, TEXT, HELD_BACK, rank, progress=False)
 
 
 @each_family("name", dtype=[torch.float32, torch.bfloat16])
@@ -36,8 +42,8 @@ def test_every_block_has_a_stub_that_helps(name: str, dtype) -> None:
     library = fitted(llm)
     assert sorted(library.stubs) == list(range(llm.num_blocks))
     assert (library.model, library.fingerprint) == (llm.name, llm.fingerprint)
-    assert sum(library.ranks.values()) <= SMALL.rank * llm.num_blocks
-    assert library.nbytes <= llm.num_blocks * 16 * (2 * SMALL.rank + 1) * dtype.itemsize
+    assert sum(library.ranks.values()) <= RANK * llm.num_blocks
+    assert library.nbytes <= llm.num_blocks * 16 * (2 * RANK + 1) * dtype.itemsize
     assert all(stub.mean.dtype == dtype for stub in library.stubs.values())
     assert all(0 <= error < 1 for error in library.provenance["held_back_errors"])
     assert weights_hash(llm.model) == weights
@@ -75,7 +81,7 @@ def test_the_held_out_error_is_the_remaining_residual() -> None:
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_a_block_that_is_linear_is_reproduced(parallel: bool) -> None:
+def test_a_block_that_is_linear_is_reproduced(parallel: bool, monkeypatch) -> None:
     """With a parallel residual the feed-forward block does not see what attention added."""
     model = tiny_model("gpt_neox" if parallel else "llama")
     layer = model.base_model.layers[0]
@@ -83,7 +89,8 @@ def test_a_block_that_is_linear_is_reproduced(parallel: bool) -> None:
         layer.post_attention_layernorm = nn.RMSNorm(16, eps=1e-6)
     layer.mlp = nn.Linear(16, 16)  # the norm in front has a weight, which is linear too
     llm = ElasticLLM(model, None, name="linear")
-    library = fitted(llm, FitConfig(rank=16, ridges=(1e-9,), ranks=(16,)))
+    monkeypatch.setattr(fitting, "RIDGES", (1e-9,))
+    library = fitted(llm, 16)
     view, mask = library.attach(llm), Plan.removing(1)
     assert library.provenance["held_back_errors"][1] < 1e-6
     dense = logits(llm)
@@ -93,11 +100,13 @@ def test_a_block_that_is_linear_is_reproduced(parallel: bool) -> None:
         assert (logits(llm) - dense).abs().max() > 0.1
 
 
-def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
+def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error(monkeypatch) -> None:
     llm = tiny_llm()
     nbytes, errors = [], []
+    monkeypatch.setattr(fitting, "RIDGES", (1e-6,))
     for rank in (0, 2, 8, 16):
-        library = fitted(llm, FitConfig(rank=rank, ridges=(1e-6,), ranks=(rank,)))
+        monkeypatch.setattr(fitting, "RANKS", (rank,))
+        library = fitted(llm, rank)
         assert set(library.ranks.values()) == {rank}
         nbytes.append(library.nbytes)
         errors.append(state_error(library.attach(llm), TEXT, Plan.removing(3)))
@@ -105,22 +114,27 @@ def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-def test_ranks_are_given_to_the_largest_savings() -> None:
+def test_ranks_are_given_to_the_largest_savings(monkeypatch) -> None:
     llm = tiny_llm(layers=3)
-    even = fitted(llm, FitConfig(rank=4, ranks=(4,)))
-    uneven = fitted(llm, FitConfig(rank=4, ranks=tuple(range(17))))
+    monkeypatch.setattr(fitting, "RANKS", tuple(range(17)))
+    uneven = fitted(llm)
+    monkeypatch.setattr(fitting, "RANKS", (RANK,))
+    even = fitted(llm)
     assert len(set(uneven.ranks.values())) > 1
     assert sum(uneven.provenance["held_back_errors"]) < sum(even.provenance["held_back_errors"])
     assert uneven.nbytes <= even.nbytes
 
 
-def test_the_best_ridge_on_held_out_text_is_selected() -> None:
+def test_the_best_ridge_on_held_out_text_is_selected(monkeypatch) -> None:
     llm = tiny_llm()
     ridges = (1e-6, 0.1, 1e4)
-    errors = [
-        fitted(llm, FitConfig(4, (ridge,), (4,))).provenance["held_back_errors"] for ridge in ridges
-    ]
-    library = fitted(llm, FitConfig(4, ridges, (4,)))
+    monkeypatch.setattr(fitting, "RANKS", (RANK,))
+    errors = []
+    for ridge in ridges:
+        monkeypatch.setattr(fitting, "RIDGES", (ridge,))
+        errors.append(fitted(llm).provenance["held_back_errors"])
+    monkeypatch.setattr(fitting, "RIDGES", ridges)
+    library = fitted(llm)
     for block, (ridge, error) in enumerate(
         zip(library.provenance["ridge"], library.provenance["held_back_errors"], strict=True)
     ):
@@ -130,8 +144,8 @@ def test_the_best_ridge_on_held_out_text_is_selected() -> None:
 
 
 def test_a_rank_above_the_width_is_the_width() -> None:
-    library = fitted(tiny_llm(), FitConfig(rank=64))
-    assert set(library.ranks.values()) <= {0, 8, 16}
+    library = fitted(tiny_llm(), 64)
+    assert set(library.ranks.values()) <= {0, 1, 2, 4, 8, 16}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -159,7 +173,7 @@ def test_provenance_describes_the_fit(tmp_path) -> None:
     known = StubLibrary.load(tmp_path / "stubs.safetensors").provenance
     assert known["text"]["sha256"] == TEXT.sha256
     assert known["held_back"]["sha256"] == HELD_BACK.sha256
-    assert known["settings"]["rank"] == SMALL.rank
+    assert known["rank"] == RANK
     assert len(known["ridge"]) == len(known["held_back_errors"]) == 4
     assert json.dumps(known)
 
@@ -174,23 +188,12 @@ def test_missing_blocks_get_no_stub(tmp_path) -> None:
     assert state_error(view, TEXT, Plan.removing(1)) < state_error(llm, TEXT, Plan.removing(1))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rank": -1}, "must be 0 or above"),
-        ({"ranks": (0, -4)}, "must be 0 or above"),
-        ({"rank": 4, "ranks": (8, 16)}, r"No rank of \(8, 16\) is within the mean rank of 4"),
-        ({"ranks": ()}, r"No rank of \(\) is within the mean rank of 64"),
-        ({"ridges": ()}, r"must be above 0, not \(\)"),
-        ({"ridges": (0.1, 0.0)}, "must be above 0"),
-    ],
-)
-def test_settings_out_of_range(settings, message: str) -> None:
-    with pytest.raises(InvalidRequestError, match=message):
-        FitConfig(**settings)
+def test_a_rank_below_zero_is_rejected() -> None:
+    with pytest.raises(InvalidRequestError, match="must be 0 or above, not -1"):
+        fitted(tiny_llm(), -1)
 
 
 def test_overlapping_texts_are_rejected() -> None:
     shared = Corpus.of_tokens(torch.cat([HELD_BACK.tokens, TEXT.tokens[-1:]]))
     with pytest.raises(CorpusError, match="share 12 tokens in a row"):
-        fit_library(tiny_llm(), TEXT, shared, SMALL, progress=False)
+        fit_library(tiny_llm(), TEXT, shared, progress=False)

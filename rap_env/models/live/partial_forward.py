@@ -197,10 +197,6 @@ class PartialForward:
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        return self.head_logits(hidden)
-
-    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `logits`, with gradients."""
         with bfloat16_products.in_float32():
             logits: torch.Tensor = self.head(hidden)
         return self.cap(logits)
@@ -222,7 +218,7 @@ class PartialForward:
         return head if self._widened is None else cast(nn.Linear, self._widened.linear(head))
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The decoder's output under the applied plan, (B, T) -> (B, T, H), with gradients."""
+        """The decoder's output under the applied plan, (B, T) -> (B, T, H)."""
         with self._llm.exclusive(), self._wide(self._decoder), bfloat16_products.in_float32():
             output = self._decoder(input_ids=input_ids, use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.repair.rows import RepairComparison, mean_delta_nll
-from experiments.repair.tables import (
-    delta_nll_against_peak,
-    repair_tables,
-)
+from experiments.repair.tables import delta_nll_against_peak, repair_tables
 from experiments.study.looks import look
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import TIMES
@@ -128,32 +125,16 @@ def test_the_main_table_has_a_row_per_request_and_budget(found):
         [f"1 {TIMES} 128", "90 % (235 MiB)"], [f"1 {TIMES} 128", "80 % (209 MiB)"],
         [f"8 {TIMES} 2,048", "90 % (573 MiB)"], [f"8 {TIMES} 2,048", "80 % (510 MiB)"],
     ]  # fmt: skip
-    assert rows[0][3] == "1.60 → 0.88 → 0.64"
-    assert rows[0][5] == "1.40 → 0.98 → 0.91"
-    assert rows[0][6] == "3+4 → 4+4 → 4+4"
-    assert "No stubs → Library → Distilled library" in captions(found)["grid"]
+    assert rows[0][3] == "1.60 → 0.88"
+    assert rows[0][5] == "1.40 → 0.98"
+    assert rows[0][6] == "3+4 → 4+4"
+    assert "No stubs → Library" in captions(found)["grid"]
 
 
 def test_a_mask_over_its_budget_is_marked():
     row = make_repair_row("none", CELL, "wiki")
     found = RepairComparison([replace(row, peak_bytes=row.budget_bytes + 1)])
     assert tables(found)["summary"][1][0][-1] == "0/1"
-
-
-def test_domains_are_compared_with_the_grid_cell_by_cell(found):
-    header, rows = tables(found)["domains"]
-    assert header == ["Fitted on", "Tokens", *REPAIR_TEXTS]
-    shares = {row[0]: [cell[:4] for cell in row[2:]] for row in rows}
-    assert shares == {
-        "self": ["0.50", "0.75", "0.75", "0.75"],
-        "wiki": ["0.90", "0.50", "0.90", "0.90"],
-        "code": ["0.90", "0.90", "0.50", "0.90"],
-        "self + wiki + code": ["0.55", "0.55", "0.55", "0.70"],
-    }
-    part = [row for row in make_repair_rows() if row.repair != "none" or row.cell == CELL]
-    alone = RepairComparison(part)
-    own = [row for row in alone.study("domain") if row.fitted_on == ["self"]]
-    assert alone.ratio(own).mean == pytest.approx((0.5 * 0.8 + 0.75 * 4.2) / 5.0), "one cell alone"
 
 
 def test_the_last_row_of_the_same_counts():
@@ -173,7 +154,7 @@ def test_the_figure_shows_each_row_of_the_grid(found):
         for x, y in zip(*line.get_data(), strict=True)
     }
     assert drawn == {
-        (look(row.repair).label, row.peak_bytes, round(row.loss, 6)) for row in found.study("grid")
+        (look(row.repair).label, row.peak_bytes, round(row.loss, 6)) for row in found.rows
     }
     assert len(figure.axes) == 8, "a panel a text and request"
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
