@@ -127,19 +127,23 @@ def load_texts(
     return {name: corpora[name] for name in texts}
 
 
-def held_out_scorer(text: TextConfig, role: str, context: PruningContext) -> MaskScorer:
-    """Return a scorer on a text that no search has used.
+def held_out_scorer(
+    text: TextConfig, role: str, context: PruningContext, *, compare: bool = False
+) -> MaskScorer:
+    """Return a scorer on a text that no search has used; an `AgreementScorer` with `compare`.
 
     Raises:
         CorpusError: The text is too short or overlaps with the calibration text.
         ModelNotAvailableError: The context is a score table, which has scores on one text only.
     """
+    from rap_env.scoring.native_agreement import AgreementScorer
     from rap_env.scoring.scorer import MaskScorer
 
     corpus = load_text(text, role, context.llm)
     ensure_disjoint(context.corpus, corpus)
     workers = context.workers if isinstance(context, LiveContext) else None
-    return MaskScorer(context.llm, corpus, context.store, workers=workers)
+    make = AgreementScorer if compare else MaskScorer
+    return make(context.llm, corpus, context.store, workers=workers)
 
 
 def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.evaluation import (
     EvaluationCell,
@@ -18,7 +18,7 @@ from experiments.comparison.evaluation import (
     evaluation_cells,
 )
 from experiments.comparison.recorded import again_depends_on, read_recorded
-from experiments.comparison.records import ResultRow
+from experiments.comparison.records import QUALITY, ResultRow
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import summary_table
 from experiments.config import Config
@@ -32,12 +32,16 @@ from experiments.launch import launch
 from experiments.study.harness import Job, measured
 from experiments.study.records import delta_nll_fields, request_field, set_aside, trim_metrics
 from experiments.study.run_folder import RunFolder
+from experiments.study.statistics import kept_above_chance
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext, item_importance
 from rap_env.plan import Plan
 from rap_env.policies.method import MeasuredChoice, measure_choice
 from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from rap_env.scoring.tasks import TaskScorer
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,9 @@ class Evaluator:
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context
         self.item_bytes = ladder_bytes(config, context)
-        self.report = held_out_scorer(config.evaluate.text, "report", context)
+        # A memory cap counts no logits of the native model beside a plan's.
+        compare = config.model.max_memory_bytes is None
+        self.report = held_out_scorer(config.evaluate.text, "report", context, compare=compare)
         corpus = self.report.corpus
         self.tasks = None
         if config.evaluate.tasks["names"]:
@@ -155,16 +161,14 @@ class Evaluator:
 
     def losses(self, plan: Plan) -> dict[str, Any]:
         """Return the fields of a row that are measured on the report text and on tasks."""
+        from rap_env.scoring.native_agreement import AgreementScorer
+
         delta_nll = self.report.window_nll(plan) - self.report.window_nll(Plan())
-        if self.tasks is None:
-            none = {"accuracies_norm": None, "task_documents": None}
-            return {**delta_nll_fields(delta_nll), "accuracies": {}, **none}
-        return {
-            **delta_nll_fields(delta_nll),
-            "accuracies": self.tasks.accuracies(plan),
-            "accuracies_norm": self.tasks.accuracies(plan, "acc_norm"),
-            "task_documents": {n: r.documents for n, r in self.tasks.results(plan).items()},
-        }
+        unmeasured = dict.fromkeys(("accuracies_norm", "task_documents", *QUALITY))
+        values = {**unmeasured, "accuracies": {}, **delta_nll_fields(delta_nll)}
+        if isinstance(self.report, AgreementScorer):
+            values |= asdict(self.report.agreement(plan))
+        return values if self.tasks is None else values | task_fields(self.tasks, plan)
 
     def _importance(self, config: Config) -> dict[str, Any]:
         """Identify the importance that agents observe; a longer GSI may change their choices."""
@@ -183,6 +187,22 @@ class Evaluator:
         if self.tasks is None:
             return settings
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
+
+
+def task_fields(tasks: TaskScorer, plan: Plan) -> dict[str, Any]:
+    """Return the fields of a row that are measured on tasks."""
+    fields = {
+        "accuracies": tasks.accuracies(plan),
+        "accuracies_norm": tasks.accuracies(plan, "acc_norm"),
+        "task_documents": {name: r.documents for name, r in tasks.results(plan).items()},
+        "flipped_answers_share": tasks.flipped_answers_share(plan),
+    }
+    if not tasks.above_chance:
+        return fields
+    native = {name: tasks.right_answers(Plan())[name] for name in tasks.above_chance}
+    kept = kept_above_chance(tasks.right_answers(plan), native, tasks.chance)
+    ends = {"accuracy_above_chance_ci_low": kept.low, "accuracy_above_chance_ci_high": kept.high}
+    return {**fields, "accuracy_above_chance": kept.mean, **ends}
 
 
 def evaluate(config: Config, folder: Path, context: PruningContext | None = None) -> Path:
@@ -223,17 +243,20 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:
     loggers.table("results/summary", *summary_table(comparison))
     header = ["method", "seed", "request", "budget", "loss", "attn_removed", "ffn_removed",
-              "peak_bytes", "budget_bytes", "fits", "evaluations", "decision_s"]  # fmt: skip
+              "peak_bytes", "budget_bytes", "fits", "evaluations", "decision_s",
+              *QUALITY]  # fmt: skip
     rows = [
         [
             row.method, row.seed, f"{row.shape[0]}x{row.shape[1]}", row.budget_fraction, row.loss,
             row.attn_removed, row.ffn_removed, row.peak_bytes, row.budget_bytes, row.fits,
-            row.evaluations, row.decision_s,
+            row.evaluations, row.decision_s, *(row.quality.get(name) for name in QUALITY),
         ]
         for row in comparison.rows
     ]  # fmt: skip
     loggers.table("results/rows", header, rows)
     metrics = {f"loss/{s.method}": s.delta_nll.mean for s in comparison.summaries}
+    for summary in comparison.summaries:
+        metrics |= {f"{name}/{summary.method}": mean for name, mean in summary.quality.items()}
     loggers.log(metrics, 0)
 
 

@@ -25,7 +25,7 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.scoring.scorer import bar_callback
+from rap_env.scoring.interface import bar_callback
 
 log = logging.getLogger(__name__)
 

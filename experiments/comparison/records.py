@@ -12,6 +12,12 @@ PARTS = ("grid", "sparsity", "outside")
 """Parts of an evaluation, never averaged together: the grid of requests and budgets, cells at a
 fixed sparsity, and cells outside the training range of policies."""
 
+QUALITY = (
+    "kl_divergence_mean", "kl_divergence_p99", "same_top_token_share", "flipped_answers_share",
+    "accuracy_above_chance", "accuracy_above_chance_ci_low", "accuracy_above_chance_ci_high",
+)  # fmt: skip
+"""Fields of a row that compare its plan with the native model, besides ΔNLL."""
+
 
 @dataclass(frozen=True)
 class ResultRow(CellRecord):
@@ -40,6 +46,17 @@ class ResultRow(CellRecord):
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
             ``acc``; None in older records.
         task_documents: Number of documents of each task; None in older records.
+        kl_divergence_mean: Mean over the tokens of the report text of the KL divergence of the
+            next-token distribution from the native model's, nats; None in older records, as all
+            that follow.
+        kl_divergence_p99: Its 99th percentile over tokens, nats.
+        same_top_token_share: Share of tokens for which the native model has the same top token.
+        flipped_answers_share: Share of the tasks' multiple-choice answers that are right where the
+            native model's are wrong, or wrong where they are right; None without such tasks.
+        accuracy_above_chance: Share of the native accuracy above chance that is kept, mean over
+            the tasks in which the native model is above chance; None without such tasks.
+        accuracy_above_chance_ci_low: Lower end of its 95 % interval over documents.
+        accuracy_above_chance_ci_high: Upper end.
     """
 
     method: str
@@ -61,6 +78,13 @@ class ResultRow(CellRecord):
     target_loss: float | None = None
     accuracies_norm: dict[str, float] | None = None
     task_documents: dict[str, int] | None = None
+    kl_divergence_mean: float | None = None
+    kl_divergence_p99: float | None = None
+    same_top_token_share: float | None = None
+    flipped_answers_share: float | None = None
+    accuracy_above_chance: float | None = None
+    accuracy_above_chance_ci_low: float | None = None
+    accuracy_above_chance_ci_high: float | None = None
 
     file = "results.jsonl"
     record_name = "A result record"
@@ -78,6 +102,12 @@ class ResultRow(CellRecord):
         if self.levels is None:
             return Plan.removing(*self.mask)
         return Plan.of(self.levels)
+
+    @property
+    def quality(self) -> dict[str, float]:
+        """The measured ones of `QUALITY`, by name."""
+        values = {name: getattr(self, name) for name in QUALITY}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def mean_accuracy(self) -> float | None:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import ResultRow
+from experiments.comparison.records import QUALITY, ResultRow
 from experiments.study.looks import look, rank
 from experiments.study.records import Cell
 from experiments.study.statistics import Estimate, bootstrap_mean
@@ -30,6 +30,8 @@ class Summary:
         delta_nll: Mean ΔNLL over cells, seeds and windows, nats per token, with a 95 % interval.
         delta_nll_calibration: Mean ΔNLL on the calibration text, nats per token.
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
+        quality: Means over cells and seeds of what all rows have of
+            `experiments.comparison.records.QUALITY`, by name.
         evaluations: Mean number of masks scored for one request.
         setup_evaluations: Masks scored once, before any request.
         training_s: Mean seconds of training over seeds; None if not recorded.
@@ -42,6 +44,7 @@ class Summary:
     delta_nll: Estimate
     delta_nll_calibration: float
     accuracy: float | None
+    quality: dict[str, float]
     evaluations: float
     setup_evaluations: int
     training_s: float | None
@@ -234,6 +237,7 @@ class Comparison:
             delta_nll=bootstrap_mean(self.window_means(method, cells)),
             delta_nll_calibration=float(np.mean([row.loss_calibration for row in rows])),
             accuracy=float(np.mean(accuracies)) if accuracies else None,
+            quality=mean_quality(rows),
             evaluations=float(np.mean([row.evaluations for row in rows])),
             setup_evaluations=max(row.setup_evaluations for row in rows),
             training_s=float(np.mean(trained)) if trained else None,
@@ -259,6 +263,13 @@ class Comparison:
                     f"The result rows differ in {key} ({len(seen)} values), so their ΔNLL cannot "
                     "be compared. Report one run folder at a time."
                 )
+
+
+def mean_quality(rows: Iterable[ResultRow]) -> dict[str, float]:
+    """Return the means of those of `QUALITY` that all rows have, by name."""
+    measured = [row.quality for row in rows]
+    names = [name for name in QUALITY if all(name in values for values in measured)]
+    return {name: float(np.mean([values[name] for values in measured])) for name in names}
 
 
 def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:

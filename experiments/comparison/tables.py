@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
-from experiments.comparison.summaries import REFERENCE, Comparison, Summary
+from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
 from experiments.study.looks import full_label, look, rank, short_label
 from experiments.study.records import Cell
 from experiments.study.statistics import bootstrap_mean, paired_ratio
@@ -82,6 +82,60 @@ def method_names(comparison: Comparison) -> dict[str, str]:
     """Map first cells of tables, with or without a seed count, to methods."""
     named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
     return named | {f"{look(s.method).label}{_seeds(s)}": s.method for s in comparison.summaries}
+
+
+QUALITY_HEADERS = {
+    "kl_divergence_mean": "KL divergence",
+    "kl_divergence_p99": "99th percentile",
+    "same_top_token_share": "Same top token",
+    "flipped_answers_share": "Flipped answers",
+    "accuracy_above_chance": "Accuracy above chance kept",
+}
+"""Headers of what is measured besides ΔNLL, by the name of the field in a row."""
+
+QUALITY_CAPTION = (
+    "KL divergence: of the next-token distribution from that of the native model, nats, mean over "
+    "the tokens of the held-out text and 99th percentile. Same top token: share of tokens for "
+    "which the most likely next token is that of the native model. Flipped answers: share of "
+    "multiple-choice answers that became wrong or right. Accuracy above chance kept: (accuracy - "
+    "chance) / (native accuracy - chance), mean over the tasks in which the native model is above "
+    "chance, with a 95 % interval over documents."
+)
+
+
+def quality_table(comparison: Comparison) -> Table | None:
+    """Return what separates the plans of each method from the native model; None if unmeasured."""
+    columns = _quality_columns(comparison)
+    lines = {f"{look(s.method).label}{_seeds(s)}": s.quality for s in comparison.summaries}
+    return crossed_table("Method", lines, columns, _quality_entry) if columns else None
+
+
+def quality_by_budget(comparison: Comparison, shape: tuple[int, int]) -> Table:
+    """Return what `quality_table` shows for the plans of one request, one after the other."""
+    columns = _quality_columns(comparison)
+
+    def entry(rows: list[ResultRow]) -> str:
+        quality = mean_quality(rows)
+        return " / ".join(_quality_entry(quality, name) for name in columns.values())
+
+    return _budget_table(comparison, shape, entry)
+
+
+def _quality_columns(comparison: Comparison) -> dict[str, str]:
+    """The measured ones of `QUALITY_HEADERS`: names by header."""
+    measured = {name for summary in comparison.summaries for name in summary.quality}
+    return {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
+
+
+def _quality_entry(quality: dict[str, float], name: str) -> str:
+    if name not in quality:
+        return "-"
+    if name.startswith("kl_divergence"):
+        return f"{quality[name]:.3f}"
+    if name != "accuracy_above_chance":
+        return percent(quality[name])
+    low, high = (100 * quality[f"{name}_ci_{end}"] for end in ("low", "high"))
+    return f"{percent(quality[name])} [{low:.1f}, {high:.1f}]"
 
 
 def costs_table(comparison: Comparison) -> Table:
@@ -321,6 +375,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
     """
     suffix = f" ({where.lower()})" if where else ""
     tables = [TitledTable(summary_table(comparison), where, PART_CAPTIONS.get(comparison.part, ""))]
+    if quality := quality_table(comparison):
+        title = f"Distance from the {comparison.reference_word} model{suffix}"
+        tables.append(TitledTable(quality, title, QUALITY_CAPTION))
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
         title = f"ΔNLL of {look(method).label} minus each other method{suffix}, paired over windows"
@@ -336,6 +393,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),
         ]
+        if columns := _quality_columns(comparison):
+            title = f"{' / '.join(columns)}, {words}"
+            tables.append(TitledTable(quality_by_budget(comparison, shape), title, detail=True))
     return tables
 
 

@@ -149,8 +149,8 @@ def measured(
         prepare: Called with the next jobs before their rows are made.
         at_once: Jobs that `prepare` gets in one call.
     """
+    from rap_env.scoring.interface import bar_callback
     from rap_env.scoring.plan_runner import chunks
-    from rap_env.scoring.scorer import bar_callback
 
     files = {kind: RowFile(folder / kind.file, kind) for kind in {job.row_type for job in jobs}}
     missing = [job for job in jobs if not files[job.row_type].has(job.key)]

@@ -7,7 +7,7 @@ resampled as well if a method has several.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -134,6 +134,31 @@ def relative_ratio(
     if ratio is None:
         return None
     return Estimate(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.seeds)
+
+
+def kept_above_chance(
+    plan: Mapping[str, npt.NDArray[np.float64]],
+    native: Mapping[str, npt.NDArray[np.float64]],
+    chance: Mapping[str, float],
+) -> Estimate:
+    """Return the share of the native accuracy above chance that a plan keeps, mean over tasks.
+
+    For each task (accuracy - chance) / (native accuracy - chance); documents are resampled jointly
+    for both, task by task.
+
+    Args:
+        plan: 1 for each document that is answered right under the plan, else 0, (documents,), by
+            task.
+        native: The same of the native model for the tasks to average, in which it must be above
+            chance.
+        chance: Accuracy of guessing, by task.
+    """
+    rng, ratios, resampled = np.random.default_rng(SEED), [], []
+    for task, native_right in native.items():
+        weights, guess = resample_weights(rng, len(native_right), RESAMPLES), chance[task]
+        ratios.append((plan[task].mean() - guess) / (native_right.mean() - guess))
+        resampled.append((weights @ plan[task] - guess) / (weights @ native_right - guess))
+    return _estimate(np.mean(ratios), np.mean(resampled, axis=0), 1)
 
 
 def difference_p(first: npt.ArrayLike, second: npt.ArrayLike) -> float:

@@ -26,9 +26,9 @@ from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.scoring.interface import OnScore
+from rap_env.scoring.interface import OnScore, bar_callback
 from rap_env.scoring.mask_search import find_best_mask
-from rap_env.scoring.scorer import MaskScorer, bar_callback
+from rap_env.scoring.scorer import MaskScorer
 
 _LAZY_BATCH = 6
 _NEIGHBOURS = 2

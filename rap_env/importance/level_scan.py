@@ -21,7 +21,8 @@ from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.progress import progress_bar
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
-from rap_env.scoring.scorer import MaskScorer, bar_callback
+from rap_env.scoring.interface import bar_callback
+from rap_env.scoring.scorer import MaskScorer
 
 _ByItem = dict[str, dict[str, float]]
 

@@ -14,7 +14,8 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
-from rap_env.scoring.scorer import MaskScorer, bar_callback
+from rap_env.scoring.interface import bar_callback
+from rap_env.scoring.scorer import MaskScorer
 
 
 def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.plan import Plan
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 OnScore = Callable[[Any], object]
 """Called with each plan after it was scored."""
@@ -20,6 +23,11 @@ def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:
     if on_score is not None:
         for plan in plans:
             on_score(plan)
+
+
+def bar_callback(bar: tqdm[Any]) -> OnScore:
+    """A callback for `Scorer.nll_many` that advances a progress bar."""
+    return lambda _plan: bar.update()
 
 
 class Scorer(Protocol):
@@ -89,6 +97,7 @@ class ScoringJob:
         context: `MaskScorer.context` of the driver; a worker's must be equal.
         search: Whether to find the best of some plans, instead of measuring all.
         near: As in `find_best_mask`.
+        compare: Whether plans are also compared with the native model.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -96,6 +105,24 @@ class ScoringJob:
     context: Mapping[str, Any]
     search: bool = False
     near: Plan | None = None
+    compare: bool = False
+
+
+@dataclass(frozen=True)
+class NativeAgreement:
+    """How close the next-token distributions of a plan are to the native model's on a text.
+
+    Attributes:
+        kl_divergence_mean: Mean over the text's tokens of the KL divergence from the native
+            model, the sum over the vocabulary of p log(p / q) with the native probabilities p
+            and the plan's q, nats.
+        kl_divergence_p99: Its 99th percentile over tokens, nats.
+        same_top_token_share: Share of tokens for which both rate the same token highest.
+    """
+
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
 
 
 @dataclass(frozen=True)
@@ -108,9 +135,11 @@ class Measured:
             leaves out those that it dropped.
         lower_bounds: Lower bounds of the NLL of those, nats per token.
         block_runs: Blocks that the model ran, as `PlanRunner.block_runs` counts them.
+        agreements: By plan: its agreement with the native model, if the job asks for it.
     """
 
     plans: Sequence[Plan]
     window_nll: Mapping[Plan, npt.NDArray[np.float64]]
     lower_bounds: Mapping[Plan, float]
     block_runs: int
+    agreements: Mapping[Plan, NativeAgreement] = field(default_factory=dict)

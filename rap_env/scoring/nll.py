@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.bfloat16_products import linear
+
+OnLogits = Callable[[torch.Tensor], object]
+"""Called with the logits of some tokens, (rows, V), piece by piece in the order of the text."""
 
 HEAD_TOKENS = 256
 """Tokens whose logits are in memory at a time on a CPU, in the model's dtype."""
@@ -44,17 +47,24 @@ def tokens_at_once(device: torch.device, vocab_size: int) -> tuple[int, int]:
     return most, most
 
 
-def window_nll(partial: PartialForward, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def window_nll(
+    partial: PartialForward,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    on_logits: OnLogits | None = None,
+) -> torch.Tensor:
     """Mean NLL of each window, nats per token, float64, (windows,).
 
     `hidden` is the decoder's output for the tokens `ids`: (windows, T, H) and (windows, T).
     """
     rows, targets = predictions(hidden, ids)
     most, _ = tokens_at_once(rows.device, partial.head.out_features)
-    losses = [
-        token_nll(partial.logits(part), wanted)
-        for part, wanted in zip(torch.split(rows, most), torch.split(targets, most), strict=True)
-    ]
+    losses = []
+    for part, wanted in zip(torch.split(rows, most), torch.split(targets, most), strict=True):
+        logits = partial.logits(part)
+        losses.append(token_nll(logits, wanted))
+        if on_logits is not None:
+            on_logits(logits)
     return torch.cat(losses).view(ids.shape[0], -1).double().mean(dim=1)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from tqdm import tqdm
 
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
@@ -24,7 +23,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify
-from rap_env.scoring.nll import tokens_at_once, window_nll
+from rap_env.scoring.nll import OnLogits, tokens_at_once, window_nll
 from rap_env.scoring.plan_runner import (
     Node,
     PlanRunner,
@@ -290,11 +289,14 @@ class MaskScorer:
             plan.check(self.llm.facts.num_blocks)
         else:
             self._memory.check_plan(plan)
-        key = self._mask_key if plan.is_mask else self._plan_key
-        values = None if self.store is None else self.store.get(key, plan, METRIC)
+        values = None if self.store is None else self.store.get(self.key_of(plan), plan, METRIC)
         if values is not None:
             self._scores[plan] = np.array(values)
         return self._scores.get(plan)
+
+    def key_of(self, plan: Plan) -> str:
+        """The store's key of what determines the scores of a plan."""
+        return self._mask_key if plan.is_mask else self._plan_key
 
     def record(self, plan: Plan, values: npt.NDArray[np.float64]) -> None:
         """Store the measured NLL of each window under a plan, shape (windows,).
@@ -305,10 +307,8 @@ class MaskScorer:
         if not np.isfinite(values).all():
             self.raise_non_finite(plan)
         if self.store is not None:
-            key, context = self._mask_key, self.context
-            if not plan.is_mask:
-                key, context = self._plan_key, self.plan_context
-            self.store.put(key, plan, METRIC, values.tolist(), context)
+            context = self.context if plan.is_mask else self.plan_context
+            self.store.put(self.key_of(plan), plan, METRIC, values.tolist(), context)
         self._scores[plan] = values
 
     def take(self, measured: Measured) -> None:
@@ -369,12 +369,17 @@ class MaskScorer:
                 last = runner.run(batch, plans, partial(runner.cache.put_some, keep, batch))
                 nll: dict[Plan, torch.Tensor] = {}
                 for level, group in runner.share_head(plans):
+                    tokens, on_logits = ids.repeat(len(group), 1), self._on_logits(batch, group)
                     with runner.partial.embeddings(level):
                         hidden = runner.partial.leave(joined([last[plan] for plan in group]))
-                        rows = window_nll(runner.partial, hidden, ids.repeat(len(group), 1))
+                        rows = window_nll(runner.partial, hidden, tokens, on_logits)
                     nll |= dict(zip(group, rows.view(len(group), -1), strict=True))
                 parts.append(torch.stack([nll[plan] for plan in plans]))
         return np.asarray(torch.cat(parts, dim=1).cpu().numpy(), dtype=np.float64)
+
+    def _on_logits(self, _batch: int, _plans: Sequence[Plan]) -> OnLogits | None:
+        """What also reads the logits of plans for one of the `batches`."""
+        return None
 
 
 def model_context(llm: ElasticLLM) -> dict[str, Any]:
@@ -393,8 +398,3 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
 def levels_context(plan: Plan) -> Mapping[str, Any]:
     """What determines a plan's scores besides `model_context`: nothing for masks."""
     return {} if plan.is_mask else _LEVELS
-
-
-def bar_callback(bar: tqdm[Any]) -> OnScore:
-    """A callback for `MaskScorer.nll_many` that advances a progress bar."""
-    return lambda _plan: bar.update()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import math
 import statistics
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rap_env.errors import NonFiniteScoreError, UnknownNameError
 from rap_env.extras import require_extra
@@ -22,6 +25,8 @@ from rap_env.scoring.long_context_tasks import check_fits, long_context_task
 from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
 from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
+
+log = logging.getLogger(__name__)
 
 _METRIC = "loglikelihoods"
 _MULTIPLE_CHOICE = [
@@ -112,6 +117,48 @@ class TaskScorer:
         """
         results = self.results(plan)
         return {n: r.metrics[metric] for n, r in results.items() if metric in r.metrics}
+
+    def right_answers(self, plan: Plan) -> dict[str, npt.NDArray[np.float64]]:
+        """Which documents are answered right under a plan: 1 or 0 for each, (documents,), by task.
+
+        By ``acc_norm`` where lm-eval has it for the task, else by ``acc``; tasks with neither are
+        left out. The errors are those of `accuracies`.
+        """
+        answers = {name: result.per_document for name, result in self.results(plan).items()}
+        return {
+            name: values.get("acc_norm", values["acc"])
+            for name, values in answers.items()
+            if "acc" in values
+        }
+
+    def flipped_answers_share(self, plan: Plan) -> float | None:
+        """Share of multiple-choice answers that are right under a plan and wrong natively, or back.
+
+        Over the documents of all tasks; None without multiple-choice tasks. Source: the flips of
+        Dutta et al. (2024), Accuracy is Not All You Need. The errors are those of `accuracies`.
+        """
+        native = self.right_answers(Plan())
+        flipped = [
+            right != native[name]
+            for name, right in self.right_answers(plan).items()
+            if len(self.results(plan)[name].choice_nll)
+        ]
+        return float(np.concatenate(flipped).mean()) if flipped else None
+
+    @cached_property
+    def above_chance(self) -> tuple[str, ...]:
+        """Tasks in which the native model is better than a guess by three standard errors or more.
+
+        In the others the share of it that a plan keeps is noise.
+        """
+        margins = {
+            name: (right.mean() - self.chance[name], right.std() / math.sqrt(len(right)))
+            for name, right in self.right_answers(Plan()).items()
+        }
+        above = tuple(n for n, (margin, error) in margins.items() if margin > 3 * error)
+        if left_out := sorted(margins.keys() - above):
+            log.warning("The native model is not above chance in %s.", ", ".join(left_out))
+        return above
 
     def mean_accuracy(self, plan: Plan) -> float:
         """Mean of the tasks' accuracies under a plan.

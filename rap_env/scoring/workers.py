@@ -19,6 +19,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.scoring.interface import Measured, ScoringJob
 from rap_env.scoring.mask_search import find_best_mask
+from rap_env.scoring.native_agreement import AgreementScorer
 from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,12 @@ class ScoringWorker:
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
         """Score plans, or find the best of them, as the job says."""
-        asked = job.options, job.context  # which has the hash of the text
-        if self._last is None or asked != (self._last[0].options, self._last[0].context):
+        if self._last is None or _text_and_options(job) != _text_and_options(self._last[0]):
             if self._last is not None:
                 self._last[1].release()
             tokens = torch.tensor(job.tokens)  # a copy: Ray's arrays are read-only
-            self._last = job, MaskScorer(self._llm, tokens, **job.options)
+            make = AgreementScorer if job.compare else MaskScorer
+            self._last = job, make(self._llm, tokens, **job.options)
             _check_context(self._last[1], job)
         scorer = self._last[1]
         before, bounds = scorer.runner.block_runs, {}
@@ -60,7 +61,15 @@ class ScoringWorker:
         else:
             scorer.nll_many(plans)
         values = {plan: nll for plan in plans if (nll := scorer.look_up(plan)) is not None}
-        return Measured(plans, values, bounds, scorer.runner.block_runs - before)
+        agreements = {}
+        if isinstance(scorer, AgreementScorer):
+            agreements = {plan: scorer.agreement(plan) for plan in values}
+        return Measured(plans, values, bounds, scorer.runner.block_runs - before, agreements)
+
+
+def _text_and_options(job: ScoringJob) -> tuple[Any, ...]:
+    """What decides whether a scorer can do a job; the context has the hash of the text."""
+    return job.options, job.context, job.compare
 
 
 def _check_context(scorer: MaskScorer, job: ScoringJob) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,7 @@ from experiments.comparison.tables import (
     accuracy_table,
     delta_nll_table,
     difference_table,
+    quality_table,
     summary_table,
     tables_markdown,
     terminal_text,
@@ -117,6 +119,34 @@ def test_without_tasks_there_is_no_accuracy():
     assert "Accuracy" not in summary_table(found)[0]
     assert "Accuracy:" not in terminal_text(found)
     assert "## Accuracy" not in tables_markdown(found)
+
+
+QUALITY = {
+    "kl_divergence_mean": 0.0314, "kl_divergence_p99": 0.45, "same_top_token_share": 0.912,
+    "flipped_answers_share": 0.084, "accuracy_above_chance": 0.871,
+    "accuracy_above_chance_ci_low": 0.8, "accuracy_above_chance_ci_high": 0.94,
+}  # fmt: skip
+
+
+def test_distances_from_the_native_model_are_means_over_cells():
+    old = [make_row(m, (1, 128), b) for m in ("dense", "gsi", "random") for b in (0.9, 0.8)]
+    assert quality_table(Comparison(old)) is None
+    assert "Distance" not in tables_markdown(Comparison(old))
+    rows = [replace(row, **QUALITY) for row in old if row.method != "random"]
+    rows[-1] = replace(rows[-1], kl_divergence_mean=0.0514)
+    text_alone = dict(list(QUALITY.items())[:3])
+    partly = [replace(row, **text_alone) for row in old if row.method == "random"]
+    header, lines = quality_table(Comparison([*rows, *partly]))
+    assert header[1:] == ["KL divergence", "99th percentile", "Same top token", "Flipped answers",
+                          "Accuracy above chance kept"]  # fmt: skip
+    measured = {line[0]: line[1:] for line in lines}
+    assert measured["GSI order"] == ["0.041", "0.450", "91.2 %", "8.4 %", "87.1 % [80.0, 94.0]"]
+    assert measured["Random"] == ["0.031", "0.450", "91.2 %", "-", "-"]
+    markdown = tables_markdown(Comparison([*rows, *partly]), captions=True)
+    assert "0.051 / 0.450 / 91.2 % / 8.4 % / 87.1 % [80.0, 94.0]" in markdown
+    assert "Flipped answers: share of" in markdown
+    mixed = Comparison([*rows[:-1], old[3], *partly])
+    assert quality_table(mixed)[1][0][1:] == ["-"] * 3, "a cell is not measured"
 
 
 def test_rows_on_different_text_are_not_compared():

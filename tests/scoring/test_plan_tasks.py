@@ -1,5 +1,6 @@
 """Likelihoods of tasks under plans: padding does not matter, and plans have keys of their own."""
 
+import numpy as np
 import pytest
 
 from rap_env.errors import UnknownNameError
@@ -7,6 +8,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.store import ScoreStore
+from rap_env.scoring.task_results import TaskResult
 from rap_env.scoring.tasks import TaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.scoring.test_tasks import make_llm
@@ -52,3 +54,43 @@ def test_tasks_are_scored_under_plans_and_stored_by_plan(tmp_path):
     assert again.evaluations == 0
     with pytest.raises(UnknownNameError, match=r"layer02\.attn"):
         scorer.results(Plan.of({"layer02.cache": "int4"}))
+
+
+def result(name, acc, acc_norm=None, choices=True):
+    """A result with these right answers, and nothing else of use."""
+    values = {"acc": np.array(acc, dtype=float)}
+    if acc_norm is not None:
+        values["acc_norm"] = np.array(acc_norm, dtype=float)
+    nll = np.zeros(len(acc) if choices else 0)
+    return TaskResult(name, {}, {}, len(acc), values, nll)
+
+
+def test_answers_are_compared_with_those_of_the_native_model(caplog):
+    scorer, plan = TaskScorer(make_llm(), TaskConfig(("rap_minimal_pairs",), limit=2)), Plan()
+    lowered = Plan.of(CACHES)
+    scorer.chance = {"normed": 0.5, "plain": 0.25, "open": 0.0}
+    scorer._results[plan] = {
+        "normed": result("normed", [0, 0, 0, 0], [1, 1, 0, 1]),
+        "plain": result("plain", [1, 0, 1, 0] * 5),
+        "open": result("open", [0, 1, 1, 0] * 5, choices=False),
+        "wikitext": TaskResult("wikitext", {}, {}, 4, {"word_perplexity": np.ones(4)}),
+    }
+    scorer._results[lowered] = {
+        "normed": result("normed", [1, 1, 1, 1], [1, 0, 1, 1]),
+        "plain": result("plain", [1, 0, 1, 1] * 5),
+        "open": result("open", [0, 0, 0, 0] * 5, choices=False),
+        "wikitext": TaskResult("wikitext", {}, {}, 4, {"word_perplexity": np.ones(4)}),
+    }
+    answers = scorer.right_answers(lowered)
+    assert {name: list(right[:4]) for name, right in answers.items()} == {
+        "normed": [1, 0, 1, 1], "plain": [1, 0, 1, 1], "open": [0, 0, 0, 0],
+    }  # fmt: skip
+    # One answer became wrong and one right of four, and five of twenty became right.
+    assert scorer.flipped_answers_share(lowered) == 7 / 24
+    assert scorer.flipped_answers_share(plan) == 0.0
+    # 0.75 of four and 0.5 of twenty right answers are not three standard errors above chance.
+    assert scorer.above_chance == ("open",)
+    assert "not above chance in normed, plain" in caplog.text
+    for results in scorer._results.values():
+        del results["normed"], results["plain"]
+    assert scorer.flipped_answers_share(lowered) is None

@@ -15,6 +15,7 @@ from experiments.contexts import build_context, ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
+from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.experiments.tiny_study import own_text, tiny_study
 
@@ -94,6 +95,10 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
         assert row.target_loss in (0.5, 1.0)
         assert row.provenance["depends_on"]["ladder"]["levels"] == LEVELS
         assert (row.evaluations > 0) == (row.method in ("uniform", "greedy_per_byte"))
+        assert (row.kl_divergence_mean > 0) == (row.plan != Plan())
+        assert row.kl_divergence_p99 >= row.kl_divergence_mean
+        assert (row.same_top_token_share == 1) >= (row.plan == Plan())
+        assert row.flipped_answers_share is row.accuracy_above_chance is None
     assert any(set(row.levels.values()) & {"int8", "int4"} for row in rows if row.levels)
 
 
@@ -114,6 +119,9 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
         assert len(row.window_losses) == 4
         assert set(row.accuracies) == set(row.task_documents) == {"rap_choice"}
         assert row.accuracies_norm == {}  # generated tasks have none
+        assert (row.flipped_answers_share == 0) >= (row.method == "dense")
+        assert row.accuracy_above_chance is None or row.accuracy_above_chance_ci_low <= 1
+        assert row.kl_divergence_mean != first.kl_divergence_mean or row.plan == Plan()
         depends = row.provenance["depends_on"]
         assert depends["report_sha256"] != first.provenance["depends_on"]["report_sha256"]
         assert depends["method"] == first.provenance["depends_on"]["method"]
@@ -130,6 +138,7 @@ def test_recorded_plans_are_measured_without_tasks_again(evaluated):
     without = replace(evaluated, name="without", evaluate=settings)
     evaluate(without, without.stage_dir("evaluate"))
     for row in rows_of(without):
+        assert row.flipped_answers_share is row.accuracy_above_chance is None
         assert (row.accuracies, row.accuracies_norm, row.task_documents) == ({}, None, None)
 
 
@@ -152,3 +161,5 @@ def test_tables_show_plans_and_budgets_that_differ(evaluated):
     assert "Uniform settings" in text
     assert "about 0.5" in text
     assert "ΔNLL divided by that of Uniform settings" in text
+    assert "Distance from the native model" in text
+    assert text.count("KL divergence / 99th percentile / Same top token, ") == 2

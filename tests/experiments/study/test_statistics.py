@@ -9,6 +9,7 @@ from experiments.study.statistics import (
     bootstrap_mean,
     difference_p,
     holm,
+    kept_above_chance,
     paired_difference,
     paired_ratio,
     relative_difference,
@@ -134,3 +135,15 @@ def test_a_paired_ratio_has_an_interval_and_is_none_without_losses():
     assert paired_ratio([[windows[0], windows[2]]], [windows[1]]).seeds == 2
     assert paired_ratio([], []) is None
     assert paired_ratio([windows[0], [0.1, -0.2, 0.1]], [windows[1], [1.0, 1.0, 1.0]]) is None
+
+
+def test_the_share_kept_above_chance_is_a_mean_over_tasks():
+    native = {"two": np.repeat([1.0, 0.0], [80, 20]), "open": np.repeat([1.0, 0.0], [40, 60])}
+    plan = {"two": np.repeat([1.0, 0.0], [65, 35]), "open": np.repeat([1.0, 0.0], [10, 90])}
+    chance = {"two": 0.5, "open": 0.0, "other": 0.25}
+    kept = kept_above_chance({**plan, "other": np.ones(3)}, native, chance)
+    assert kept.mean == pytest.approx((0.15 / 0.3 + 0.1 / 0.4) / 2)
+    assert 0.1 < kept.low < kept.mean < kept.high < 0.7
+    assert kept_above_chance(native, native, chance) == Estimate(1.0, 1.0, 1.0)
+    guess = {"two": np.tile([1.0, 0.0], 50)}
+    assert kept_above_chance(guess, {"two": native["two"]}, chance).mean == 0.0
