@@ -18,7 +18,7 @@ from agents.plan_observer import PlanObserver
 from agents.sb3_policies import action_scores
 from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
-from rap_env.ladder.observation import ItemObservationBuilder, ObservationEncoder
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
@@ -55,7 +55,6 @@ class TrainedPolicy(Policy):
     Attributes:
         evaluations: Plans whose measured scores all choices so far needed, stored
             scores included.
-        lowers: Whether it chooses plans that lower weights that are kept.
 
     Raises:
         AgentConfigError: `best_of` is below 1, or above 1 without anything that scores them.
@@ -86,7 +85,7 @@ class TrainedPolicy(Policy):
         self._policy = policy
         self._policy.set_training_mode(False)
         self._encoder = encoder
-        self.lowers = isinstance(encoder, ItemObservationBuilder)
+        self.weight_levels = encoder.ladder.weight_levels
         self._best_of = best_of
         self._score_masks = score_masks
         self._scorer = scorer

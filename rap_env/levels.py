@@ -5,7 +5,10 @@ Level of weights      Storage
 ====================  ==========================================================================
 ``native``            as the model is loaded: unquantised, or packed as the model's file has it
 ``int8``              8 bits a weight, one scale per output row
-``int4``              4 bits a weight, scale and zero for each group of 32 inputs
+``int4``              4 bits a weight, scale and zero of 16 bits for each group of 32 inputs
+``int4-compact``      the same with a scale and a zero of 8 bits
+``int3``              3 bits a weight, a scale of 8 and a zero of 4 bits for each group of 32
+``int2``              2 bits a weight, a scale of 8 and a zero of 4 bits for each group of 16
 ``removed``           none; a stub may stand in the block's place
 ====================  ==========================================================================
 
@@ -37,7 +40,7 @@ from typing import Literal, get_args
 
 from rap_env.errors import UnknownNameError
 
-WeightLevel = Literal["native", "int8", "int4", "removed"]
+WeightLevel = Literal["native", "int8", "int4", "int4-compact", "int3", "int2", "removed"]
 WEIGHT_LEVELS: tuple[WeightLevel, ...] = get_args(WeightLevel)
 """Levels of weights, from the most to the least exact one."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from rap_env.blocks import Block
 from rap_env.errors import ArtifactError
-from rap_env.levels import WeightLevel
+from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,13 @@ class ModelFacts:
         repair: Hash of the stubs, in hex; empty without stubs.
         weights: The format of native weights: ``"unquantised"``, or what packed ones came from,
             such as ``"packed"``.
-        int8_param_bytes: Bytes of each block at level int8, (2L,); 0 where it has no such level
-            below its native one. Empty means none.
-        int4_param_bytes: The same for int4.
-        int8_base_bytes: As `base_bytes`, at level int8; 0 without such a level.
-        int4_base_bytes: The same for int4.
+        level_param_bytes: For each packed level the bytes of each block, (2L,); 0 where a block has
+            no such level below its native one. A level that no block has may be absent.
+        level_base_bytes: As `base_bytes` at each packed level that embeddings and head have.
         widen_bytes: Bytes of the buffer into which packed weights are widened, one matrix at a
             time.
-        calibration: Hash of the text with which int4 weights are made, in hex; empty without one.
+        calibration: Hash of the text with which weights of few bits are made, in hex; empty
+            without one.
         kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.
         kv_head_size: Channels of a key or value head of each layer, (L,).
 
@@ -62,10 +62,8 @@ class ModelFacts:
     stub_bytes: tuple[int, ...] = ()
     repair: str = ""
     weights: str = "unquantised"
-    int8_param_bytes: tuple[int, ...] = ()
-    int4_param_bytes: tuple[int, ...] = ()
-    int8_base_bytes: int = 0
-    int4_base_bytes: int = 0
+    level_param_bytes: Mapping[WeightLevel, tuple[int, ...]] = field(default_factory=dict)
+    level_base_bytes: Mapping[WeightLevel, int] = field(default_factory=dict)
     widen_bytes: int = 0
     kv_heads: tuple[int, ...] = ()
     kv_head_size: tuple[int, ...] = ()
@@ -80,6 +78,16 @@ class ModelFacts:
                 f"layers, cache windows of {windows}, and {blocks} blocks and {stubs} stubs "
                 "instead of two a layer."
             )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:
+        """Facts from the JSON form of their fields, whose tuples are lists."""
+        blocks = values.get("level_param_bytes", {}).items()
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**{**plain, "level_param_bytes": {k: tuple(v) for k, v in blocks}})
 
     @property
     def identity(self) -> dict[str, str]:
@@ -98,13 +106,10 @@ class ModelFacts:
 
     def weight_levels(self, index: int) -> dict[WeightLevel, int]:
         """The levels of a block's weights that exist, from native down, with their bytes."""
-        levels: dict[WeightLevel, int] = {"native": self.block_param_bytes[index]}
-        if self.int8_param_bytes and self.int8_param_bytes[index]:
-            levels["int8"] = self.int8_param_bytes[index]
-        if self.int4_param_bytes and self.int4_param_bytes[index]:
-            levels["int4"] = self.int4_param_bytes[index]
-        levels["removed"] = self.stub_bytes[index] if self.stub_bytes else 0
-        return levels
+        sizes = {level: blocks[index] for level, blocks in self.level_param_bytes.items()}
+        sizes["native"] = self.block_param_bytes[index]
+        levels = {level: sizes[level] for level in WEIGHT_LEVELS if sizes.get(level)}
+        return {**levels, "removed": self.stub_bytes[index] if self.stub_bytes else 0}
 
     def blocks_at(self, level: WeightLevel) -> dict[str, str]:
         """The level for each block that has it, by name: what `Plan.of` takes."""
@@ -113,9 +118,8 @@ class ModelFacts:
     @property
     def embedding_levels(self) -> dict[WeightLevel, int]:
         """The levels of embeddings and head that exist, with the bytes outside all blocks."""
-        levels: dict[WeightLevel, int] = {"native": self.base_bytes}
-        levels |= {"int8": self.int8_base_bytes} if self.int8_base_bytes else {}
-        return levels | ({"int4": self.int4_base_bytes} if self.int4_base_bytes else {})
+        sizes = {"native": self.base_bytes, **self.level_base_bytes}
+        return {level: sizes[level] for level in WEIGHT_LEVELS if level in sizes}
 
     @property
     def num_layers(self) -> int:

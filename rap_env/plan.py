@@ -23,7 +23,7 @@ EMBEDDINGS = "embeddings"
 """The item of the embeddings with the head; everything outside the blocks counts as part of it."""
 
 _CACHE = ".cache"
-_LOWERED: tuple[WeightLevel, ...] = ("int8", "int4")
+_LOWERED = WEIGHT_LEVELS[1:-1]
 _INT = frozenset((int,))
 
 
@@ -181,6 +181,11 @@ class Plan:
     def count_removed(self, kind: BlockKind) -> int:
         """Number of removed blocks of one kind."""
         return sum(KINDS[index % 2] == kind for index in self.removed)
+
+    @property
+    def weight_levels(self) -> frozenset[WeightLevel]:
+        """The packed levels that weights of blocks and embeddings have."""
+        return frozenset({level for _, level in self.weights} | {self.embeddings} - {"native"})
 
     def weight_level(self, index: int) -> WeightLevel:
         """The level of a block's weights, by the block's index."""

@@ -32,7 +32,12 @@ from rap_env.models.files.model_folder import manifest_source
 from rap_env.models.files.sources import locate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import hessians, quantise_gptq, round_to_nearest
+from rap_env.models.weights.quantisers import (
+    DampedHessian,
+    hessians,
+    quantise_gptq,
+    round_to_nearest,
+)
 from rap_env.models.weights.tensors import read_header
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
@@ -141,7 +146,7 @@ def rounded_nll(
             if rounding == "nearest":
                 packed = round_to_nearest(layer.weight)
             else:
-                packed = quantise_gptq(layer.weight, sums[name])
+                packed = quantise_gptq(layer.weight, "int4", DampedHessian.of(sums[name]))
             layer.weight.copy_(packed.widened(layer.weight.dtype))
     return MaskScorer(llm, text).window_nll(Plan())
 

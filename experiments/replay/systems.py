@@ -158,7 +158,7 @@ class SystemFactory:
     @cached_property
     def _guard_order(self) -> tuple[int, ...] | None:
         """The GSI order; None without one, and the controller then removes the largest blocks."""
-        if self._trained.order and not self._trained.lowers:
+        if self._trained.order and not self._trained.weight_levels:
             return self._trained.order
         try:
             packaged = load_policy("rap-v0", self._memory)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError, check_name
 from rap_env.ladder.named_ladders import LevelSpec, parse_levels, parse_together
-from rap_env.levels import CacheLevel
+from rap_env.levels import WEIGHT_LEVELS, CacheLevel, WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
 
@@ -189,6 +189,12 @@ class Ladder:
     def num_ffn(self) -> int:
         """Number of FFN blocks among the items."""
         return sum(item.kind == "ffn" for item in self.items)
+
+    @cached_property
+    def weight_levels(self) -> tuple[WeightLevel, ...]:
+        """The packed levels that weights of blocks or embeddings may have."""
+        names = {n for item in self.items if item.kind != "cache" for n in item.levels}
+        return tuple(level for level in WEIGHT_LEVELS[1:-1] if level in names)
 
     @cached_property
     def caches(self) -> tuple[int, ...]:

@@ -20,18 +20,26 @@ int2 than in int4-window128, and costs twice as much.
 LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "masks": {"weights": ("removed",)},
     "caches": {"caches": CACHE_LEVELS},
-    "all": {
-        "weights": WEIGHT_LEVELS[1:],
+    "four-bits": {
+        "weights": ("int8", "int4", "removed"),
         "caches": CACHE_LEVELS,
         "embeddings": ("int8", "int4"),
     },
+    "all": {
+        "weights": ("int8", "int4-compact", "int3", "int2", "removed"),
+        "caches": CACHE_LEVELS,
+        "embeddings": ("int8", "int4-compact", "int3"),
+    },
 }
-"""Named ladders: the levels below the native one, from the most to the least exact."""
+"""Named ladders: the levels below the native one, from the most to the least exact.
+
+``all`` has no int4 weights: int4-compact loses as little with half a bit less.
+"""
 
 _GROUPS = ("weights", "caches", "embeddings")
 _KNOWN: dict[str, tuple[str, ...]] = {
     "weights": WEIGHT_LEVELS,
-    "embeddings": ("native", "int8", "int4"),
+    "embeddings": WEIGHT_LEVELS[:-1],
 }
 
 LevelSpec = str | Mapping[str, Sequence[str]]

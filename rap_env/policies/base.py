@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.levels import WeightLevel
 from rap_env.plan import Plan
 from rap_env.request import Request
 
@@ -32,8 +33,8 @@ class Policy(ABC):
 
     Attributes:
         name: Its name in records and tables.
-        lowers: Whether its plans lower weights that they keep; such levels are made at the start
-            of a service.
+        weight_levels: The packed levels of weights and embeddings that its plans may have; they are
+            made at the start of a service.
         order: Blocks in the order in which they may be removed beyond its plans, by index; None if
             it has no such order.
         text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
@@ -50,7 +51,7 @@ class Policy(ABC):
     """
 
     name: str
-    lowers: bool = False
+    weight_levels: tuple[WeightLevel, ...] = ()
     order: tuple[int, ...] | None = None
     text_kinds: TextKinds | None = None
     kv_aware: bool = True

@@ -40,7 +40,7 @@ class TextPolicy(Policy):
         self._made = lru_cache(_CACHED_POLICIES)(lambda shares: make(costs.mean(shares)))
         general = self.for_text(())
         self.name = f"{general.name}{BY_TEXT}"
-        self.lowers = general.lowers
+        self.weight_levels = general.weight_levels
         self.order = general.order
 
     def for_text(self, shares: Shares) -> Policy:

@@ -101,7 +101,6 @@ class KnapsackPolicy(Policy):
     """
 
     name = "knapsack"
-    lowers = True
 
     def __init__(
         self,
@@ -118,6 +117,7 @@ class KnapsackPolicy(Policy):
         self.costs = costs
         self._levels = levels
         self._bytes = LadderBytes(memory, _ladder(memory.facts, costs.cache_levels))
+        self.weight_levels = self._bytes.ladder.weight_levels
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)

@@ -12,6 +12,7 @@ from rap_env.artifacts import artifact_kind
 from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
@@ -85,7 +86,8 @@ class OrderPolicy(Policy):
         self.memory = memory
         self.order = tuple(order)
         self._plans = tuple(map(memory.check_plan, plans))
-        self.lowers = not all(plan.is_mask for plan in self._plans)
+        used = {level for plan in self._plans for level in plan.weight_levels}
+        self.weight_levels = tuple(level for level in WEIGHT_LEVELS if level in used)
         Plan.removing(*self.order).check(memory.facts.num_blocks)
 
     def choose(self, request: Request) -> Plan:

@@ -52,7 +52,7 @@ class Method(Policy):
         self.ladder = item_bytes.ladder
         self.seed = seed
         self.removes_only = item_bytes.removes_only
-        self.lowers = not self.removes_only
+        self.weight_levels = self.ladder.weight_levels
 
     def choose(self, request: Request) -> Plan:
         """Return the plan for a request.

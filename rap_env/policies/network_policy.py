@@ -297,8 +297,9 @@ class NetworkPolicy(Policy):
         self.file = file
         self.encoder = encoder = file.encoder_for(memory, importance, base)
         self.ladder = encoder.ladder
-        self.lowers = isinstance(encoder, ItemObservationBuilder)
-        self.name = name or ("rap" if self.lowers else "rap-v0")
+        self.weight_levels = self.ladder.weight_levels
+        lowers = isinstance(encoder, ItemObservationBuilder)
+        self.name = name or ("rap" if lowers else "rap-v0")
         self.order = _removal_order(self.ladder, encoder.importance, memory.facts.num_blocks)
         self._network = PolicyNetwork(file.weights, encoder)
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._network.plan)

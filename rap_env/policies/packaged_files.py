@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rap_env.artifacts import load_artifact
 from rap_env.context.base import PruningContext
@@ -26,7 +26,7 @@ DEFAULT_MODEL = "smollm2-135m"
 KNAPSACKS = ("knapsack", "knapsack-by-text")
 """Policies from the level costs in the package; the server has a fallback for other models."""
 
-FACTS_VERSION = 2
+FACTS_VERSION = 3
 """Format of the facts of the default model in the package."""
 
 
@@ -45,8 +45,7 @@ def default_facts(weights: str = "native") -> ModelFacts:
         ArtifactError: The file is damaged.
     """
     body = load_artifact(packaged_file("facts.json"), "model facts", FACTS_VERSION)[weights]
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
-    return ModelFacts(**fields)
+    return ModelFacts.from_json(body)
 
 
 def packaged_costs(kind: type[_Costs], memory: MemoryModel) -> _Costs:

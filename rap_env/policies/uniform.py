@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.importance.orders import greedy_order
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.method import CountingScorer, Method
@@ -28,7 +29,7 @@ def uniform_plans(facts: ModelFacts) -> list[Plan]:
     plans = [Plan()]
     if facts.kv_heads:
         plans += [Plan.uniform(facts.num_layers, caches=level) for level in ("int8", "int4")]
-    for level in ("int8", "int4"):
+    for level in WEIGHT_LEVELS[1:-1]:
         names = facts.blocks_at(level)
         if "int8" in facts.embedding_levels:
             names[EMBEDDINGS] = "int8"

@@ -20,7 +20,7 @@ import torch
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import free_memory_early, return_freed_memory
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, buffer_bytes
+from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.base import Policy
 
@@ -287,11 +287,11 @@ def make_levels(llm: ElasticLLM, policy: Policy) -> None:
     the native weights for the default model. A service should have that behind it when its budget
     begins to count.
     """
-    if not policy.lowers:
+    if not policy.weight_levels:
         return
     free_memory_early()
     facts = llm.facts
-    for level in PACKED_LEVELS:
+    for level in policy.weight_levels:
         levels = facts.blocks_at(level)
         if level in facts.embedding_levels:
             levels[EMBEDDINGS] = level

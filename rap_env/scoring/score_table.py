@@ -39,7 +39,7 @@ PREFIX = "score_table:"
 TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
-_KIND, _FORMAT = "score table", 7
+_KIND, _FORMAT = "score table", 8
 _NO_PREDICTION = (
     "This score table has no costs of levels, so it predicts masks only, and this plan was not "
     "measured: score it with a live model."
@@ -212,7 +212,7 @@ class ScoreTable:
                 "with ScoreTable.fitted(...).save(path), which `python -m "
                 "experiments.export_scores` does in a checkout of the project."
             ) from None
-        facts = ModelFacts(**with_tuples(body.pop("facts")))
+        facts = ModelFacts.from_json(body.pop("facts"))
         plans = _read_plans(body.pop("masks"), facts.num_blocks)
         predictor = body["predictor"]
         members = map(_read_predictor, predictor["members"])

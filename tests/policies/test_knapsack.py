@@ -41,9 +41,10 @@ def facts(layers=2, packed=False, widen_bytes=700, **changed):
         "vocab_size": 10,
         "max_positions": 4096,
         "weights": "packed" if packed else "unquantised",
-        "int8_param_bytes": () if packed else tuple(n // 2 for n in native),
-        "int4_param_bytes": () if packed else tuple(n // 3 for n in native),
-        "int8_base_bytes": 0 if packed else 4500,
+        "level_param_bytes": {}
+        if packed
+        else {"int8": tuple(n // 2 for n in native), "int4": tuple(n // 3 for n in native)},
+        "level_base_bytes": {} if packed else {"int8": 4500},
         "widen_bytes": widen_bytes,
         "kv_heads": (2,) * layers,
         "kv_head_size": (32,) * layers,

@@ -21,9 +21,11 @@ def with_levels():
     made = facts()
     return replace(
         made,
-        int8_param_bytes=tuple(n // 2 for n in made.block_param_bytes),
-        int4_param_bytes=tuple(n // 3 for n in made.block_param_bytes),
-        int8_base_bytes=250,
+        level_param_bytes={
+            "int8": tuple(n // 2 for n in made.block_param_bytes),
+            "int4": tuple(n // 3 for n in made.block_param_bytes),
+        },
+        level_base_bytes={"int8": 250},
         kv_bytes_per_token=(512,) * 6,
         kv_heads=(1,) * 6,
         kv_head_size=(32,) * 6,

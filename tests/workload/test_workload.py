@@ -52,7 +52,7 @@ def test_every_sampler_works_by_name_and_depends_on_the_generator_alone(memory, 
 def test_tight_draws_budgets_around_the_lowest_levels(memory):
     facts = replace(memory.facts, kv_heads=(1,) * 3, kv_head_size=(32,) * 3,
                     kv_bytes_per_token=(128,) * 3, weights="packed",
-                    int4_base_bytes=2000)  # fmt: skip
+                    level_base_bytes={"int4": 2000})  # fmt: skip
     small = MemoryModel(facts)
     lowered = Plan.uniform(3, caches="int4-window128", embeddings="int4")
     spec = {"name": "tight", "seq_len_range": [64, 1024], "lowered_share_range": [0.8, 1.2]}

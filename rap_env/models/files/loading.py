@@ -35,6 +35,7 @@ from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
+from rap_env.models.live.calibration import install_calibration
 from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
@@ -143,7 +144,9 @@ def load_llm(
     speed_up_decoding(loaded)
     return_freed_memory()
     keep_freed_memory()
-    return ElasticLLM(loaded, tokenizer, name=source.name, folder=folder)
+    llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder)
+    install_calibration(llm)
+    return llm
 
 
 def _moved(model: Any, place: torch.device) -> Any:

@@ -161,7 +161,8 @@ def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
     llm = ElasticLLM(load_weights(source, stored_dtype(source)), tokenizer, name=source.name)
     if level == "int4" and start_token(llm) is not None:
         tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
-        calibrate(llm, self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED))
+        windows = self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED)
+        calibrate(llm, windows, [level], uniform=True)
     facts = llm.facts
     levels = facts.blocks_at(level)
     if _EMBEDDINGS in facts.embedding_levels:

@@ -1,30 +1,30 @@
-"""Calibration of a live model: text that it writes itself, and int4 weights that a text makes.
+"""Calibration of a live model: text that it writes itself, and levels that a text makes.
 
-Without a text, the int4 level of a block is made from its weights. With one it is made by GPTQ
-(both in `models.weights.quantisers`), which loses far less where the model was shipped in more
-bits. The blocks are made in order, and the inputs of each are those that the int4 blocks before it
-give, so that later blocks make up for errors of earlier ones.
+Levels of four bits and less are made by GPTQ (`models.weights.quantisers`) with a text, which loses
+far less than rounding the weights alone. In a plan each block has a level of its own, so the inputs
+of a block are those of the native model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from rap_env.errors import UnsupportedModelError
-from rap_env.models.files.model_folder import made_once
+from rap_env.artifacts import load_artifact, save_artifact
+from rap_env.errors import ChecksumError, UnsupportedModelError
+from rap_env.models.files.model_folder import locked
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.packed_layout import PackedLevel
+from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import hessians, quantise_gptq
-from rap_env.models.weights.residency import verified_tensors, write_tensors
+from rap_env.models.weights.quantisers import DampedHessian, hessians, quantise_gptq
+from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
@@ -90,72 +90,183 @@ def self_written(
 
 log = logging.getLogger(__name__)
 
-_LEVEL: PackedLevel = "int4"
-_VERSION = 1
+TEXTS = Path(__file__).parent / "texts"
+"""Folder of the texts in the package that levels of packaged models are made with."""
+
+_LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if level != "int8")
+_VERSION = 2
 """Part of the names of files: increase it when the weights come out differently."""
 
+_TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
 
-def calibrate(llm: ElasticLLM, windows: torch.Tensor) -> None:
-    """Make the int4 level of all blocks with a text; the levels that are int4 already stay.
 
-    The result is kept in the cache folder, and read from there by later processes. It takes two
-    passes over the text and, for a model of 100 million parameters in its blocks, about a minute.
+def own_text(llm: ElasticLLM) -> torch.Tensor:
+    """The text that a model's levels are made with by default, (windows, tokens).
+
+    The model writes it in long windows and it is cut into shorter ones, so that windows begin with
+    many different tokens: the first token of a text has by far the largest activations, and a level
+    that was never calibrated on such a token loses the most there.
+    """
+    packaged = _packaged_text(llm)
+    if packaged is not None:
+        return packaged
+    path = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-text-v{_VERSION}.json"
+    with contextlib.suppress(FileNotFoundError):
+        return torch.tensor(load_artifact(path, _TEXT_KIND, _VERSION)["tokens"])
+    log.info("%s writes the text that its levels are made with (once)", llm.name)
+    tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
+    pieces = max(1, min(4, (llm.adapter.max_positions - 1) // tokens))
+    windows = self_written(llm, -(-_TOKENS // (pieces * tokens)), pieces * tokens, _SEED)
+    windows = windows.reshape(-1, tokens)
+    save_artifact(path, _TEXT_KIND, _VERSION, {"tokens": windows.tolist()})
+    return windows
+
+
+_TEXT_KIND = "calibration text"
+
+
+def _packaged_text(llm: ElasticLLM) -> torch.Tensor | None:
+    path = TEXTS / f"{llm.fingerprint[:16]}.json"
+    if not path.is_file():
+        return None
+    return torch.tensor(load_artifact(path, _TEXT_KIND, _VERSION)["tokens"])
+
+
+def install_calibration(llm: ElasticLLM) -> None:
+    """Let a model make its levels of few bits at their first use, with its own text.
+
+    For a model whose text is in the package the text is named now, so that scores and facts have
+    its hash from the beginning.
+    """
+    llm.calibrator = lambda model: calibrate(model, own_text(model))
+    if (windows := _packaged_text(llm)) is not None:
+        use_text(llm, windows)
+
+
+def use_text(
+    llm: ElasticLLM, windows: torch.Tensor, levels: Collection[PackedLevel] = _LEVELS
+) -> None:
+    """Name the text that the levels of a model's blocks are made with, without making them.
+
     Call it before scoring: the hash of the text becomes part of the keys of scores.
 
     Args:
         llm: The model. If it has views (`repaired`), make them afterwards.
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good weights.
+        levels: Packed levels below int8.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
     text.update(f"{tuple(windows.shape)} v{_VERSION}".encode())
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
     with llm.exclusive(), llm.masked(Plan()):
+        items, residency = llm._live.items, llm.residency
+        if any(level in item.made for item in items for level in levels):
+            llm.set_residency("resident")
+        for item in items:
+            own = [level for level in levels if level in item.levels]
+            item.files.update({n: folder / f"{item.name}.{n}.safetensors" for n in own})
+            for level in set(own) & set(item.made):
+                item.forget(level)
+        llm.set_residency(residency)
+        llm.calibration = digest
+        llm.__dict__.pop("facts", None)
+
+
+def calibrate(
+    llm: ElasticLLM,
+    windows: torch.Tensor,
+    levels: Collection[PackedLevel] = _LEVELS,
+    *,
+    uniform: bool = False,
+) -> None:
+    """Make levels of all blocks with a text; those that blocks do not have are left out.
+
+    Each level of each block is a file in the cache folder, which later processes read; a process
+    that was killed goes on where it was. For a model of 100 million parameters in its blocks it
+    takes about a minute for the text and a minute for each level.
+
+    Args:
+        llm: As for `use_text`.
+        windows: See there.
+        levels: See there.
+        uniform: All blocks will have the only level of `levels`: each is made for the inputs that
+            the lowered blocks before it give, so that it makes up for their errors.
+
+    Raises:
+        StorageFullError: No space for the files.
+    """
+    use_text(llm, windows, levels)
+    items = llm._live.items
+    folders = {path.parent for item in items for path in item.files.values()}
+    with llm.exclusive(), llm.masked(Plan()), contextlib.ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(locked(folder))
+        if all(_intact(path) for item in items for path in item.files.values()):
+            return
+        made = dict.fromkeys(level for item in items for level in item.files)
+        log.warning("Making weights of %s: %s (once; minutes)", llm.name, ", ".join(made))
         residency = llm.residency
         llm.set_residency("resident")
-        items = [item for item in llm._live.items if _LEVEL in item.levels]
-        for item in llm._live.items:
-            item.calibration = digest
-        made_once(folder, partial(_make, llm, windows), f"Calibrating {llm.name} (once; minutes)")
-        for item in items:
-            item.build(_LEVEL, verified_tensors(folder / f"{item.name}.safetensors"))
-        llm.__dict__.pop("facts", None)
+        _make(llm, windows, uniform)
         llm.set_residency(residency)
 
 
-def _make(llm: ElasticLLM, windows: torch.Tensor, folder: Path) -> dict[str, str]:
-    """Write the int4 weights of each block."""
+def _intact(path: Path) -> bool:
+    try:
+        verified_tensors(path)
+    except (FileNotFoundError, ChecksumError):
+        return False
+    return True
+
+
+def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
+    """Write the files of all blocks that are missing or damaged."""
     forward = PartialForward(llm)
     states = [forward.enter(window[None].to(llm.device)) for window in windows]
     for number, step in enumerate(forward.steps):
-        log.info("Step %d of %d is calibrated", number + 1, len(forward.steps))
-        items = {index: llm._live.items[index] for index in step}
-        lowered = {index: item for index, item in items.items() if _LEVEL in item.levels}
-        _quantise(forward, lowered.values(), step, states)
-        plan = Plan(weights=tuple((index, _LEVEL) for index in lowered))
-        states = [forward.run(step, state, plan) for state in states]
-        for item in lowered.values():
-            write_tensors(folder / f"{item.name}.safetensors", item.tensors(_LEVEL))
-    return {"model": llm.name}
+        items = [llm._live.items[index] for index in step]
+        missing = {
+            item: [level for level, path in item.files.items() if not _intact(path)]
+            for item in items
+        }
+        if any(missing.values()):
+            _quantise(forward, missing, step, states)
+            log.info("Levels of step %d of %d are made", number + 1, len(forward.steps))
+        lowered: list[tuple[int, PackedLevel]] = []
+        if uniform:
+            lowered = [(index, level) for index in step for level in llm._live.items[index].files]
+        states = [forward.run(step, state, Plan(weights=tuple(lowered))) for state in states]
+        for item in items:
+            for level in item.made:
+                item.forget(level)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _quantise(
     forward: PartialForward,
-    items: Collection[WeightItem],
+    missing: Mapping[WeightItem, Sequence[PackedLevel]],
     step: tuple[int, ...],
     states: Iterable[torch.Tensor],
 ) -> None:
-    places = {p.name: p for item in items for p in item.places if not p.keeps(_LEVEL)}
-    layers = {name: p.original for name, p in places.items() if not raw_weights(p.original)}
+    layers = {
+        place.name: place.original
+        for item, levels in missing.items()
+        for place in item.places
+        if levels and not raw_weights(place.original)
+    }
     with hessians(layers) as sums:
         for state in states:
             forward.run(step, state)
-    quantisers = {places[name]: partial(_gptq, hessian) for name, hessian in sums.items()}
-    for item in items:
-        item.quantise(_LEVEL, quantisers)
-
-
-def _gptq(hessian: torch.Tensor, weight: torch.Tensor, _level: PackedLevel) -> PackedMatrix:
-    return quantise_gptq(weight, hessian)
+    damped = {id(total): DampedHessian.of(total) for total in sums.values()}
+    for item, levels in missing.items():
+        quantisers = {
+            place: partial(quantise_gptq, hessian=damped[id(sums[place.name])])
+            for place in item.places
+            if place.name in sums
+        }
+        for level in levels:
+            item.quantise(level, quantisers)
+            write_tensors(item.files[level], item.tensors(level))
+            item.forget(level)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rap_env.blocks import Block, block_index, block_name
-from rap_env.errors import RapError, check_name
+from rap_env.errors import RapError, UnsupportedModelError, check_name
 from rap_env.model_facts import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import Restore
@@ -25,6 +25,7 @@ from rap_env.models.live.device_map import find_device_map, install_device_map, 
 from rap_env.models.live.facts import model_facts, own_bytes
 from rap_env.models.live.generation import generate
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import (
@@ -58,6 +59,8 @@ class ElasticLLM:
         model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
         device_map: Where its parts are, if it is on several GPUs; None on one device.
+        calibration: Hash of the text with which levels of few bits are made; empty without one.
+        calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
     Raises:
         UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
@@ -81,6 +84,8 @@ class ElasticLLM:
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
         self._stubs: Mapping[int, Stub] = {}
         self._repair = ""
+        self.calibration = ""
+        self.calibrator: Callable[[ElasticLLM], object] | None = None
         self._whole: ElasticLLM | None = None  # the model of which this is a view
 
     @property
@@ -303,6 +308,7 @@ class ElasticLLM:
 
     def _wanted(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
         self._check_levels(plan.check(self.num_blocks))
+        self._make_levels(plan)
         stubs = {
             index: None if index in bare.removed else self._stubs.get(index)
             for index in plan.removed
@@ -316,6 +322,23 @@ class ElasticLLM:
             if level not in (known := self._live.items[index].levels):
                 check_levels(plan, known)
         check_levels(Plan(embeddings=plan.embeddings), self._live.embeddings.levels)
+
+    def _make_levels(self, plan: Plan) -> None:
+        """Make sure that the levels which a text makes exist."""
+        items = self._live.items
+        absent = {
+            level
+            for index, level in plan.weights
+            if level in LOW_BIT_FORMATS and level not in items[index].made
+            if level not in items[index].files or not items[index].files[level].is_file()
+        }
+        if absent and self.calibrator is None:
+            raise UnsupportedModelError(
+                f"{self.name} has no weights at {', '.join(sorted(absent))} so far: they are made "
+                "with a text; call rap_env.models.live.calibration.calibrate(llm, windows) first."
+            )
+        if absent and self.calibrator is not None:
+            self.calibrator(self)
 
     @property
     def spare_bytes(self) -> int | None:
@@ -396,4 +419,5 @@ class ElasticLLM:
             dtype=self.dtype,
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
+            calibration=self.calibration,
         )

@@ -40,6 +40,7 @@ def model_facts(
     dtype: torch.dtype,
     stub_bytes: tuple[int, ...],
     repair: str,
+    calibration: str,
 ) -> ModelFacts:
     """Facts about a model; `weight_bytes` is what `own_bytes` returned."""
     own, base = weight_bytes
@@ -63,7 +64,7 @@ def model_facts(
         stub_bytes=stub_bytes,
         repair=repair,
         weights="packed" if packed else "unquantised",
-        calibration=live.items[0].calibration,
+        calibration=calibration,
         **level_bytes(live.items, own, live.embeddings, base),
         widen_bytes=max(item.widen_bytes for item in live.all_items),
         kv_heads=tuple(adapter.kv_heads if cached else 0 for cached in has_cache),

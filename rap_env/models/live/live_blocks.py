@@ -186,7 +186,7 @@ class LiveBlocks:
         if self.store is not None:
             self.store.load(item, level)
         elif (packed := packed_level(level)) is not None and packed not in item.made:
-            item.quantise(packed)
+            item.make(packed)
         item.put(level)
         if key in self._removed:
             self.sites[key].restore()

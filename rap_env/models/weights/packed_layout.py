@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch.nn import functional
 
-PackedLevel = Literal["int8", "int4"]
-PACKED_LEVELS: tuple[PackedLevel, ...] = ("int8", "int4")
+PackedLevel = Literal["int8", "int4", "int4-compact", "int3", "int2"]
+PACKED_LEVELS: tuple[PackedLevel, ...] = get_args(PackedLevel)
 """Levels of packed weights, from the most to the least exact one."""
 
 GROUP_INPUTS = 32
@@ -30,6 +31,106 @@ PIECE_VALUES = 2**20
 BLOCK = 64  # rows of a block
 HALF = BLOCK // 2
 MIDDLE = 8  # the int4 code that stands for the zero itself
+
+LARGEST_SCALE = 255
+"""Scales are whole multiples, up to this one, of their row's factor."""
+
+
+@dataclass(frozen=True)
+class LowBitFormat:
+    """How a level stores codes, scales and zeros.
+
+    Attributes:
+        bits: Bits of a code.
+        group_inputs: Inputs that share a scale and a zero.
+        zero_bits: Bits of a zero, 4 or 8.
+        zero_step: Difference of two zeros, in units of the scale.
+    """
+
+    bits: int
+    group_inputs: int
+    zero_bits: int
+    zero_step: float
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for the zero itself."""
+        return int(2 ** (self.bits - 1))
+
+    @property
+    def lift(self) -> int:
+        """What a code is multiplied by at the top of a half byte."""
+        return int(2 ** (4 - self.bits))
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a matrix (out, in)."""
+        out, inputs = shape
+        groups = inputs // self.group_inputs
+        return {
+            "codes": (out // BLOCK, inputs * self.bits // 4, HALF),
+            "scales": (groups, out),
+            "zeros": (groups * self.zero_bits // 8, out),
+            "factors": (out,),
+        }
+
+    def factors(self, scale: torch.Tensor) -> torch.Tensor:
+        """The factor of each row, (out,), for scales (out, groups) of about this size."""
+        most = scale.amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * LARGEST_SCALE)
+        return (most / LARGEST_SCALE).to(SCALE_DTYPE).float()
+
+    def rounded(
+        self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros as a matrix stores them; all of shapes that broadcast."""
+        steps, zeros = self.stored(scale, zero, factors)
+        return steps * factors, self._zero_values(steps, zeros) * factors
+
+    def stored(
+        self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole numbers that stand for scales and for zeros, as floats."""
+        steps = (scale / factors).round_().clamp_(1, LARGEST_SCALE)
+        most = 2 ** (self.zero_bits - 1)
+        zeros = (zero / (steps * factors * self.zero_step)).round_().clamp_(-most, most - 1)
+        return steps, zeros + most
+
+    def _zero_values(self, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        centred = zeros - 2 ** (self.zero_bits - 1)
+        values: torch.Tensor = centred * self.zero_step * steps
+        return values.to(SCALE_DTYPE).float()
+
+    def kernel_scales(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Scale and zero of lifted int4 codes in units of the factor, (groups, rows, 2), bfloat16.
+
+        Args:
+            scales: (groups, rows), uint8.
+            zeros: (groups, rows) or half as many groups, uint8.
+        """
+        steps = scales.float()
+        if self.zero_bits == 4:
+            zeros = torch.cat((zeros & 15, zeros >> 4))
+        values = (zeros.float().sub_(2 ** (self.zero_bits - 1))).mul_(steps).mul_(self.zero_step)
+        # Both numbers of a pair are written at once, as one of 32 bits: torch computes one value
+        # at a time where it would have to write every second one.
+        pair = torch.empty(*steps.shape, 2, dtype=SCALE_DTYPE, device=steps.device)
+        low = steps.div_(self.lift).view(torch.int32).bitwise_right_shift_(16)  # is exact
+        high = values.to(SCALE_DTYPE).float().view(torch.int32).bitwise_and_(-(2**16))
+        torch.bitwise_or(low, high, out=pair.view(torch.int32)[..., 0])
+        return pair
+
+
+LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {
+    "int4-compact": LowBitFormat(4, 32, zero_bits=8, zero_step=1 / 16),
+    "int3": LowBitFormat(3, 32, zero_bits=4, zero_step=1 / 4),
+    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=1 / 5),
+}
+"""The formats by level."""
+
+
+def fits_low_bits(shape: tuple[int, int]) -> bool:
+    """Whether a matrix (out, in) can have the levels of `LOW_BIT_FORMATS`."""
+    return shape[0] % BLOCK == 0 and shape[1] % (2 * GROUP_INPUTS) == 0
+
 
 _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 _buffer_lock = threading.RLock()
@@ -64,9 +165,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def stored_level(level: PackedLevel, shape: tuple[int, int]) -> PackedLevel:
+    """The level at which a matrix (out, in) is stored where its block is at `level`."""
+    return "int4" if level in LOW_BIT_FORMATS and not fits_low_bits(shape) else level
+
+
 def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a matrix with one scale a row (int8) or 32 inputs (int4)."""
-    out, inputs = shape
+    """Shapes of the tensors of a matrix (out, in); see `models.weights.packing` and `low_bits`."""
+    level, (out, inputs) = stored_level(level, shape), shape
+    if level in LOW_BIT_FORMATS:
+        return LOW_BIT_FORMATS[level].shapes(shape)
     if level == "int8":
         return {"codes": (out, inputs), "scales": (out,)}
     groups = -(-inputs // GROUP_INPUTS)
@@ -77,7 +185,8 @@ def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple
 def packed_bytes(level: PackedLevel, shape: tuple[int, int]) -> int:
     """Bytes of a matrix at a level, without making it."""
     sizes = {name: math.prod(part) for name, part in tensor_shapes(level, shape).items()}
-    return sizes["codes"] + sizes["scales"] * SCALE_DTYPE.itemsize
+    wide = "factors" if "factors" in sizes else "scales"  # the others are bytes
+    return sum(sizes.values()) + sizes[wide] * (SCALE_DTYPE.itemsize - 1)
 
 
 def fills_blocks(shape: tuple[int, int]) -> bool:
@@ -114,7 +223,11 @@ def unpaired(codes: torch.Tensor, inputs: int) -> torch.Tensor:
 
 
 def widen_blocks(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    out: torch.Tensor,
+    group_inputs: int = GROUP_INPUTS,
 ) -> None:
     """Codes (blocks, in, 32), scale and zero (groups, rows), into (in, rows).
 
@@ -129,7 +242,7 @@ def widen_blocks(
         halves[:, :, 1].copy_(signed.view(torch.int8).transpose(0, 1))
         torch.bitwise_left_shift(codes, 4, out=signed).bitwise_xor_(0x80)
         halves[:, :, 0].copy_(signed.view(torch.int8).transpose(0, 1))
-    groups = out.view(-1, GROUP_INPUTS, len(out[0]))
+    groups = out.view(-1, group_inputs, out.shape[1])
     # Contiguous: with other strides torch computes one value at a time.
     scale, zero = (part[:, None].to(out.dtype).contiguous() for part in (scale / 16, zero))
     torch.addcmul(zero, groups, scale, out=groups)

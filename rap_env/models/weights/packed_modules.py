@@ -24,10 +24,12 @@ import torch
 from torch import nn
 
 from rap_env.errors import ArtifactError
+from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
     PackedLevel,
     buffer_in_use,
     piece_rows,
+    tensor_shapes,
     widening_buffer,
 )
 from rap_env.models.weights.packing import PackedMatrix
@@ -75,7 +77,7 @@ class PackedModule(nn.Module):
         applied = super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
         for name, matrix in self.matrices.items():
             parts = {part: getattr(self, f"{name}_{part}") for part in matrix.tensors}
-            self.matrices[name] = PackedMatrix(matrix.level, matrix.shape, **parts)
+            self.matrices[name] = type(matrix)(matrix.level, matrix.shape, **parts)
         return applied
 
 
@@ -224,7 +226,7 @@ def packed(child: nn.Module, level: PackedLevel, quantise: Quantiser = quantise)
 
     Args:
         child: A module with the model's own weights.
-        level: ``"int8"`` or ``"int4"``.
+        level: A packed level.
         quantise: Packs one matrix.
     """
     matrices = {name: quantise(weight, level) for name, weight in matrices_of(child).items()}
@@ -252,15 +254,16 @@ def from_tensors(
     """The packed module for a child of `packable` from the `PackedModule.tensors` of another."""
     matrices = {}
     for name, weight in matrices_of(child).items():
-        parts = {part: tensors.get(f"{name}_{part}") for part in ("codes", "scales")}
-        if any(tensor is None for tensor in parts.values()):
+        shape = (weight.shape[0], weight.shape[1])
+        parts = list(tensor_shapes(level, shape))
+        missing = [f"{name}_{part}" for part in parts if f"{name}_{part}" not in tensors]
+        if missing:
             raise ArtifactError(
-                f"Packed weights of {type(child).__name__} need {name}_codes and {name}_scales; "
+                f"Packed weights of {type(child).__name__} need {' and '.join(missing)}; "
                 f"there are {sorted(tensors)}."
             )
-        shape = (weight.shape[0], weight.shape[1])
-        whole = cast("dict[str, torch.Tensor]", parts)
-        matrices[name] = PackedMatrix.from_tensors(level, shape, whole)
+        own = {part: tensors[f"{name}_{part}"] for part in parts}
+        matrices[name] = matrix_from_tensors(level, shape, own)
     return from_matrices(child, matrices)
 
 

@@ -105,15 +105,14 @@ class PackedMatrix:
     ) -> PackedMatrix:
         """Rebuild a matrix from its `tensors`."""
         check_name("level of packed weights", level, PACKED_LEVELS)
-        codes, scales = tensors.get("codes"), tensors.get("scales")
         expected = tensor_shapes(level, shape)
-        if codes is None or scales is None or codes.shape != expected["codes"]:
-            given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if given != expected:
             raise ArtifactError(
                 f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
                 f"{expected}, not {given}."
             )
-        return cls(level, shape, codes, scales)
+        return cls(level, shape, **tensors)
 
     @classmethod
     def joined(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
@@ -131,13 +130,13 @@ class PackedMatrix:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file stores: ``codes`` and ``scales``."""
-        return {"codes": self.codes, "scales": self.scales}
+        """What a file stores, by name."""
+        return {name: getattr(self, name) for name in tensor_shapes(self.level, self.shape)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +150,8 @@ class PackedMatrix:
 
     def to(self, device: torch.device | str) -> PackedMatrix:
         """The same matrix on another device."""
-        return PackedMatrix(self.level, self.shape, self.codes.to(device), self.scales.to(device))
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return type(self)(self.level, self.shape, **tensors)
 
     def widen(self, out: torch.Tensor, first: int = 0) -> None:
         """Write the weights of some rows, rounded once to the dtype of `out`.
@@ -209,11 +209,13 @@ class PackedMatrix:
         # The range of float16 is too short for some scales.
         if not rows or flat.device.type != "cpu" or flat.dtype == torch.float16:
             return False
-        if self.level == "int4":
-            readable = self.in_blocks and bool(kernel_block_rows())
-        else:  # with other sizes torch's kernel reads beyond the end of the matrix
+        if self.level == "int8":  # with other sizes torch's kernel reads beyond the matrix
             readable = self.shape[1] % GROUP_INPUTS == 0
-        return readable and rows <= kernel_rows(self.level, flat.dtype)
+        else:
+            readable = self.in_blocks and bool(kernel_block_rows())
+        return readable and rows <= kernel_rows(
+            "int8" if self.level == "int8" else "int4", flat.dtype
+        )
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
         # The kernels require both. A conversion to the same dtype would take time all the same.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,23 +27,92 @@ from torch import nn
 from torch.nn import functional
 
 from rap_env.errors import check_name
+from rap_env.models.weights.low_bits import LowBitMatrix
 from rap_env.models.weights.packed_layout import (
     GROUP_INPUTS,
+    LOW_BIT_FORMATS,
     PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
     fills_blocks,
+    stored_level,
 )
 from rap_env.models.weights.packing import PackedMatrix
 
 Quantiser = Callable[[torch.Tensor, PackedLevel], PackedMatrix]
 """Packs a matrix (out, in) at a level."""
 
-_LARGEST = 15  # int4 code
-_STEPS = (15.0, 14.0, 13.0, 16.5, 18.0)  # widths of ranges, in units of their 16 steps
+_WIDTHS: dict[int, tuple[float, ...]] = {
+    4: (15.0, 14.0, 13.0, 16.5, 18.0),
+    3: (7.0, 6.5, 7.5, 8.0, 8.8, 9.8, 11.0),
+    2: (3.0, 3.4, 3.9, 4.5, 5.3, 6.3),
+}
+"""Widths of the ranges that are tried, in the steps between codes, by bits of a code."""
+
 _REFITS = 2
 _EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 256  # of a matrix that are quantised at a time, to bound temporary memory
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The weights that the codes of some rows can stand for.
+
+    Attributes:
+        level: The level.
+        bits: Bits of a code.
+        group_inputs: Inputs of a group.
+        factors: Of each row, (rows,); None at int4, whose scales have none.
+    """
+
+    level: PackedLevel
+    bits: int
+    group_inputs: int
+    factors: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, level: PackedLevel, weight: torch.Tensor) -> _Grid:
+        """The grid for rows (rows, in) at a level below int8."""
+        if level not in LOW_BIT_FORMATS:
+            return cls(level, 4, GROUP_INPUTS)
+        form = LOW_BIT_FORMATS[level]
+        low, high = grouped(weight, form.group_inputs).aminmax(dim=-1)
+        factors = form.factors((high - low) / (2**form.bits - 1))
+        return cls(level, form.bits, form.group_inputs, factors)
+
+    @property
+    def middle(self) -> int:
+        """The code whose weight is the zero."""
+        return int(2 ** (self.bits - 1))
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    def rounded(self, scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros, (rows, ...), as a packed matrix stores them."""
+        if self.factors is None:
+            return scale.to(SCALE_DTYPE).float(), zero.to(SCALE_DTYPE).float()
+        factors = self.factors.view(-1, *[1] * (scale.dim() - 1))
+        return LOW_BIT_FORMATS[self.level].rounded(scale, zero, factors)
+
+    def centred_codes(
+        self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> torch.Tensor:
+        """The nearest codes minus the middle one, (..., n), as floats."""
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = (weights - zero[..., None]) / safe[..., None]
+        return codes.round_().clamp_(-self.middle, self.largest - self.middle)
+
+    def matrix(
+        self, centred: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> PackedMatrix:
+        """Pack centred codes (out, in), scales and zeros (out, groups)."""
+        codes = centred + self.middle
+        if self.factors is None:
+            return PackedMatrix.from_codes(codes, scale, zero=zero)
+        return LowBitMatrix.pack(self.level, codes, scale, zero, self.factors)
 
 
 def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
@@ -50,30 +120,31 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
 
     Args:
         weight: (out, in), floating-point.
-        level: ``"int8"`` or ``"int4"``.
+        level: A packed level; int4 takes its place for shapes that cannot have it.
     """
     check_name("level of packed weights", level, PACKED_LEVELS)
     weight = weight.detach()
     if level == "int8":
         return _quantise_int8(weight)
-    return _int4(weight, searched)
+    return _packed_rows(weight, level, searched)
 
 
 def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
     """As `quantise`, from packed weights; only a few rows of them are widened at a time."""
     rows, inputs = matrix.shape
+    level = stored_level(level, matrix.shape)
     step = _ROWS if fills_blocks(matrix.shape) else max(1, rows)
     parts = []
     for first in range(0, rows, step):
         wide = torch.empty(min(step, rows - first), inputs, device=matrix.device)
         matrix.widen(wide, first)
         parts.append(quantise(wide, level))
-    return PackedMatrix.joined(parts)
+    return parts[0].joined(parts)
 
 
 def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:
     """Pack a matrix at int4 with scales from the least and greatest weight; for comparisons."""
-    return _int4(weight.detach(), _whole_range)
+    return _packed_rows(weight.detach(), "int4", _whole_range)
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
@@ -84,74 +155,74 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
-_Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+_Fit = Callable[[_Grid, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _int4(weight: torch.Tensor, fit: _Fit) -> PackedMatrix:
-    codes, scales, zeros = [], [], []
-    inputs = weight.shape[1]
-    counted = functional.pad(torch.ones(inputs), (0, -inputs % GROUP_INPUTS))
-    counted = counted.view(-1, GROUP_INPUTS).to(weight.device)
-    for piece in torch.split(weight, _ROWS):
-        groups = grouped(piece.float())
-        scale, zero = fit(groups, counted)
-        codes.append(centred_codes(groups, scale, zero).flatten(1)[:, :inputs] + 8)
-        scales.append(scale)
-        zeros.append(zero)
-    return PackedMatrix.from_codes(torch.cat(codes), torch.cat(scales), zero=torch.cat(zeros))
+def _packed_rows(weight: torch.Tensor, level: PackedLevel, fit: _Fit) -> PackedMatrix:
+    parts, inputs = [], weight.shape[1]
+    level = stored_level(level, (len(weight), inputs))
+    for rows in torch.split(weight, _ROWS):
+        grid = _Grid.of(level, rows.float())
+        groups = grouped(rows.float(), grid.group_inputs)
+        counted = grouped(torch.ones(1, inputs, device=weight.device), grid.group_inputs, 0.0)
+        scale, zero = fit(grid, groups, counted)
+        parts.append((grid, grid.centred_codes(groups, scale, zero).flatten(1), scale, zero))
+    grids, codes, scales, zeros = zip(*parts, strict=True)
+    whole: _Grid = grids[0]
+    if whole.factors is not None:
+        whole = replace(whole, factors=torch.cat([grid.factors for grid in grids]))
+    return whole.matrix(torch.cat(codes)[:, :inputs], torch.cat(scales), torch.cat(zeros))
 
 
-def grouped(weight: torch.Tensor) -> torch.Tensor:
-    """(rows, in) to (rows, groups, 32); a shorter last group repeats its last input."""
+def grouped(
+    weight: torch.Tensor, group_inputs: int = GROUP_INPUTS, filling: float | None = None
+) -> torch.Tensor:
+    """(rows, in) to (rows, groups, n); a shorter last group repeats its last input or `filling`."""
     rows, inputs = weight.shape
-    if missing := -inputs % GROUP_INPUTS:
-        weight = functional.pad(weight[None], (0, missing), mode="replicate")[0]
-    return weight.view(rows, -1, GROUP_INPUTS)
-
-
-def centred_codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """The nearest codes minus 8, (..., 32), as floats; zero is the weight of code 8."""
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((groups - zero[..., None]) / safe[..., None]).round_().clamp_(-8, _LARGEST - 8)
-
-
-def rounded(values: torch.Tensor) -> torch.Tensor:
-    """Values as a packed matrix stores them."""
-    return values.to(SCALE_DTYPE).float()
+    if missing := -inputs % group_inputs:
+        if filling is None:
+            weight = functional.pad(weight[None], (0, missing), mode="replicate")[0]
+        else:
+            weight = functional.pad(weight, (0, missing), value=filling)
+    return weight.view(rows, -1, group_inputs)
 
 
 def _whole_range(
-    groups: torch.Tensor, _: torch.Tensor | None = None
+    grid: _Grid, groups: torch.Tensor, _: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = groups.aminmax(dim=-1)
-    scale = (high - low) / _LARGEST
-    return rounded(scale), rounded(low + 8 * scale)
+    scale = (high - low) / grid.largest
+    return grid.rounded(scale, low + grid.middle * scale)
 
 
 def searched(
-    groups: torch.Tensor, importance: torch.Tensor | None = None
+    grid: _Grid, groups: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of each group with the least squared error that the search finds.
 
     Args:
-        groups: (..., 32) weights.
+        grid: The weights that codes can stand for.
+        groups: (rows, ..., n) weights.
         importance: Factors of the squared errors, of a shape that broadcasts to that of `groups`.
 
     Returns:
-        Scale and zero, (...), as a packed matrix stores them; zero is the weight of code 8.
+        Scale and zero, (rows, ...), as a packed matrix stores them; zero is the weight of the
+        middle code.
     """
-    share = torch.ones_like(groups) if importance is None else importance.expand(groups.shape)
+    share = importance.expand(groups.shape)
     share = share / share.sum(dim=-1, keepdim=True)
     low, high = groups.aminmax(dim=-1)
-    best_scale, best_zero = _whole_range(groups)
+    best_scale, best_zero = _whole_range(grid, groups)
     least = torch.full_like(low, torch.inf)
     exact = _EXACT * groups.square().mul_(share).sum(dim=-1)
-    for steps in _STEPS:
+    middle = grid.middle - grid.largest / 2
+    for steps in _WIDTHS[grid.bits]:
         scale = (high - low) / steps
-        zero = low + 8 * scale if steps <= _LARGEST else (low + high + scale) / 2
+        ends = steps <= grid.largest  # the range begins at the least weight
+        zero = low + grid.middle * scale if ends else (low + high) / 2 + middle * scale
         for _ in range(_REFITS + 1):
-            scale, zero = rounded(scale), rounded(zero)
-            codes = centred_codes(groups, scale, zero)
+            scale, zero = grid.rounded(scale, zero)
+            codes = grid.centred_codes(groups, scale, zero)
             values = torch.addcmul(zero[..., None], codes, scale[..., None])
             error = values.sub_(groups).square_().mul_(share).sum(dim=-1)
             better = error < least
@@ -214,41 +285,60 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         yield sums
 
 
-def quantise_gptq(weight: torch.Tensor, hessian: torch.Tensor) -> PackedMatrix:
-    """Pack a matrix at int4 with a small squared error of its outputs.
+@dataclass(frozen=True)
+class DampedHessian:
+    """A Hessian that can be inverted.
+
+    Attributes:
+        matrix: (in, in).
+        factor: Upper Cholesky factor of its inverse, (in, in).
+    """
+
+    matrix: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor) -> DampedHessian:
+        """Damp the sum of ``x.T x`` over calibration inputs, (in, in)."""
+        matrix = hessian.float().clone()
+        diagonal = matrix.diagonal()
+        diagonal += _DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
+        return cls(matrix, torch.linalg.cholesky(inverse, upper=True).float())
+
+
+def quantise_gptq(weight: torch.Tensor, level: PackedLevel, hessian: DampedHessian) -> PackedMatrix:
+    """Pack a matrix with a small squared error of its outputs.
 
     Args:
         weight: (out, in).
-        hessian: Sum of ``x.T x`` over calibration inputs, (in, in), on the same device.
+        level: A packed level below int8.
+        hessian: Of the layer's inputs, on the same device.
     """
     weight = weight.detach().float()
-    hessian = hessian.float().clone()
-    diagonal = hessian.diagonal()
-    diagonal += _DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
-    codes, scale, zero = _compensated(weight, hessian)
+    grid = _Grid.of(stored_level(level, (weight.shape[0], weight.shape[1])), weight)
+    codes, scale, zero = _compensated(grid, weight, hessian.factor)
     # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
-    scale, zero = _refitted(weight, hessian, codes, scale, zero)
-    codes = _improved(weight, hessian, codes, scale, zero)
-    return PackedMatrix.from_codes(codes + 8, scale, zero=zero)
+    scale, zero = _refitted(grid, weight, hessian.matrix, codes, scale, zero)
+    codes = _improved(grid, weight, hessian.matrix, codes, scale, zero)
+    return grid.matrix(codes, scale, zero)
 
 
 def _compensated(
-    weight: torch.Tensor, hessian: torch.Tensor
+    grid: _Grid, weight: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GPTQ: codes minus 8, (out, in), scales and zeros (out, groups)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double()))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    """GPTQ: centred codes, (out, in), scales and zeros (out, groups)."""
     left = weight.clone()  # compensated for the errors so far
     codes = torch.empty_like(weight)
     scales, zeros = [], []
-    for first in range(0, weight.shape[1], GROUP_INPUTS):
-        group = slice(first, first + GROUP_INPUTS)
+    for first in range(0, weight.shape[1], grid.group_inputs):
+        group = slice(first, first + grid.group_inputs)
         own, block = left[:, group], factor[group, group]
-        scale, zero = searched(own, block.diagonal().square().reciprocal())
+        scale, zero = searched(grid, own, block.diagonal().square().reciprocal())
         errors = torch.empty_like(own)
         for column in range(own.shape[1]):
             value = own[:, column]
-            code = centred_codes(value[:, None], scale, zero)[:, 0]
+            code = grid.centred_codes(value[:, None], scale, zero)[:, 0]
             codes[:, first + column] = code
             error = (value - (code * scale + zero)) / block[column, column]
             errors[:, column] = error
@@ -259,13 +349,16 @@ def _compensated(
     return codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
 
 
-def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    inputs = codes.shape[1]
-    scale, zero = (p.repeat_interleave(GROUP_INPUTS, dim=1)[:, :inputs] for p in (scale, zero))
+def _values(
+    grid: _Grid, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+) -> torch.Tensor:
+    inputs, size = codes.shape[1], grid.group_inputs
+    scale, zero = (p.repeat_interleave(size, dim=1)[:, :inputs] for p in (scale, zero))
     return torch.addcmul(zero, codes, scale)
 
 
 def _refitted(
+    grid: _Grid,
     weight: torch.Tensor,
     hessian: torch.Tensor,
     codes: torch.Tensor,
@@ -274,9 +367,9 @@ def _refitted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros by least squares under the Hessian, one group after the other."""
     scale, zero = scale.clone(), zero.clone()
-    pull = (weight - _values(codes, scale, zero)) @ hessian  # (out, in)
+    pull = (weight - _values(grid, codes, scale, zero)) @ hessian  # (out, in)
     for index in range(scale.shape[1]):
-        group = slice(index * GROUP_INPUTS, (index + 1) * GROUP_INPUTS)
+        group = slice(index * grid.group_inputs, (index + 1) * grid.group_inputs)
         own, centred = hessian[group, group], codes[:, group]
         weighted = centred @ own
         both, alone = (weighted * centred).sum(dim=1), own.sum()
@@ -285,8 +378,10 @@ def _refitted(
         determinant = both * alone - cross.square()
         safe = determinant > 1e-6 * both * alone
         inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
-        new_scale = rounded(scale[:, index] + (alone * by_code - cross * by_one) * inverse)
-        new_zero = rounded(zero[:, index] + (both * by_one - cross * by_code) * inverse)
+        new_scale, new_zero = grid.rounded(
+            scale[:, index] + (alone * by_code - cross * by_one) * inverse,
+            zero[:, index] + (both * by_one - cross * by_code) * inverse,
+        )
         change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
         change += (new_scale - scale[:, index])[:, None] * centred
         scale[:, index], zero[:, index] = new_scale, new_zero
@@ -295,23 +390,25 @@ def _refitted(
 
 
 def _improved(
+    grid: _Grid,
     weight: torch.Tensor,
     hessian: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
 ) -> torch.Tensor:
-    codes, values = codes.clone(), _values(codes, scale, zero)
+    codes, values = codes.clone(), _values(grid, codes, scale, zero)
     pull = (weight - values) @ hessian
-    for first in range(0, weight.shape[1], GROUP_INPUTS):
-        group = slice(first, first + GROUP_INPUTS)
+    for index in range(scale.shape[1]):
+        first = index * grid.group_inputs
+        group = slice(first, first + grid.group_inputs)
         own = hessian[group, group]
-        steps, zeros = scale[:, first // GROUP_INPUTS], zero[:, first // GROUP_INPUTS]
+        steps, zeros = scale[:, index], zero[:, index]
         near = pull[:, group].clone()
         changes = torch.zeros_like(near)
         for column in range(near.shape[1]):
             wanted = values[:, first + column] + near[:, column] / own[column, column]
-            code = centred_codes(wanted[:, None], steps, zeros)[:, 0]
+            code = grid.centred_codes(wanted[:, None], steps, zeros)[:, 0]
             change = (code - codes[:, first + column]) * steps
             codes[:, first + column], changes[:, column] = code, change
             near.addr_(change, own[column], alpha=-1)

@@ -26,7 +26,6 @@ its own with a checksum, which later processes verify before they use it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from rap_env.artifacts import atomic_write
 from rap_env.errors import (
     ArtifactError,
     ChecksumError,
@@ -45,8 +43,14 @@ from rap_env.errors import (
 )
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
-from rap_env.models.weights.tensors import StoredTensor, metadata, stored_tensors, untied_weights
-from rap_env.models.weights.weight_groups import WeightGroup, bytes_of
+from rap_env.models.weights.tensors import (
+    StoredTensor,
+    stored_tensors,
+    untied_weights,
+    verified_tensors,
+    write_tensors,
+)
+from rap_env.models.weights.weight_groups import WeightGroup
 from rap_env.models.weights.weight_levels import WeightItem, packed_level
 from rap_env.paths import cache_dir
 
@@ -204,13 +208,16 @@ class WeightStore:
 
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
         """Make a level of an item, from its file if there is one; the weights are in memory."""
-        path = self._level_path(item, level)
-        if self.residency == "offload" and not self._pinned and path.is_file():
+        path, made_by_text = self._level_path(item, level), level in item.files
+        in_file = self.residency == "offload" and not self._pinned and path.is_file()
+        if made_by_text or in_file:
             try:
                 item.build(level, verified_tensors(path))
                 self._add(item, level)
                 return
             except (ChecksumError, ArtifactError) as error:
+                if made_by_text:
+                    raise
                 log.warning("%s is damaged (%s); it is created again", path, error)
         absent = [group for group in self._native[item] if group.evicted]
         try:
@@ -232,8 +239,8 @@ class WeightStore:
                 group.store_in(files)
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
-        text = f"-{item.calibration[:16]}" if item.calibration and level == "int4" else ""
-        return self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}{text}.safetensors"
+        written = self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
+        return item.files.get(level, written)
 
 
 def _groups(
@@ -265,29 +272,3 @@ def _in_file(groups: Sequence[WeightGroup], path: Path) -> list[list[StoredTenso
     write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
     known = stored_tensors(path.parent, path.name)
     return [group.among(known) for group in groups]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file with a checksum of its tensors."""
-    from safetensors.torch import save
-
-    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as file:
-        file.write(save(whole, {"sha256": _checksum(whole.items())}))
-
-
-def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file that `write_tensors` wrote, on the CPU."""
-    stored = stored_tensors(path.parent, path.name)
-    tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
-    if metadata(path).get("sha256") != _checksum(tensors.items()):
-        raise ChecksumError(f"The content of {path} does not match its checksum.")
-    return tensors
-
-
-def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(bytes_of(tensor).numpy().data)
-    return total.hexdigest()

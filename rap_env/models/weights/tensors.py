@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rap_env.artifacts import canonical_json
+from rap_env.artifacts import atomic_write, canonical_json
 from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.models.weights.packed_modules import PackedModule
 
@@ -240,3 +240,34 @@ def damaged_weights(folder: Path, error: Exception) -> ChecksumError:
     return ChecksumError(
         f"The weights in {folder} are truncated or damaged ({error}); download the model again."
     )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file with a checksum of its tensors."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(whole, {"sha256": _checksum(whole.items())}))
+
+
+def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file that `write_tensors` wrote, on the CPU."""
+    stored = stored_tensors(path.parent, path.name)
+    tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
+    if metadata(path).get("sha256") != _checksum(tensors.items()):
+        raise ChecksumError(f"The content of {path} does not match its checksum.")
+    return tensors
+
+
+def _checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(bytes_of(tensor).numpy().data)
+    return total.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, flat."""
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -11,7 +11,7 @@ import torch
 from rap_env.errors import ChecksumError, ModelNotAvailableError
 from rap_env.levels import WeightLevel
 from rap_env.models.device import own_pages
-from rap_env.models.weights.tensors import StoredTensor, not_readable
+from rap_env.models.weights.tensors import StoredTensor, bytes_of, not_readable
 
 ALIGN_BYTES = 64
 """Best for vector instructions, and the alignment of torch's own allocator."""
@@ -180,8 +180,3 @@ def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     return own_pages(nbytes, huge=True)  # filling those takes half the time
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, flat."""
-    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -19,7 +20,12 @@ from torch import nn
 
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import BlockSite, Slot
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, packed_bytes
+from rap_env.models.weights.packed_layout import (
+    PACKED_LEVELS,
+    PackedLevel,
+    packed_bytes,
+    stored_level,
+)
 from rap_env.models.weights.packed_modules import (
     PackedModule,
     from_matrices,
@@ -31,7 +37,7 @@ from rap_env.models.weights.packed_modules import (
     skeleton,
 )
 from rap_env.models.weights.quantisers import Quantiser, quantise, requantise
-from rap_env.models.weights.tensors import named_weights, tensor_key
+from rap_env.models.weights.tensors import named_weights, tensor_key, verified_tensors
 
 T = TypeVar("T")
 
@@ -86,9 +92,9 @@ class Place:
 
     def keeps(self, level: PackedLevel) -> bool:
         """Whether the module is the same at a level, because it is packed as tightly."""
-        native = self.original
-        order = PACKED_LEVELS.index
-        return isinstance(native, PackedModule) and order(native.level) >= order(level)
+        native, order = self.original, PACKED_LEVELS.index
+        stored = {stored_level(level, shape) for shape in self._shapes}
+        return isinstance(native, PackedModule) and order(native.level) >= max(map(order, stored))
 
     def bytes_at(self, level: PackedLevel) -> int:
         """Bytes of the weights at a packed level that the module does not keep."""
@@ -156,7 +162,7 @@ class WeightItem:
             takes fewer bytes than the one above it.
         bytes_to_make: Bytes of the packed weights that a level has beside the native ones.
         level: The level of the modules in the places.
-        calibration: Hash of the text with which int4 weights are made; empty without a text.
+        files: Files with weights that a text made, by level; there may be none so far.
     """
 
     def __init__(self, name: str, places: Sequence[Place]) -> None:
@@ -175,7 +181,7 @@ class WeightItem:
             if size < least:
                 self.levels[level] = least = size
         self.level: WeightLevel = "native"
-        self.calibration = ""
+        self.files: dict[PackedLevel, Path] = {}
         self._made: dict[PackedLevel, dict[Place, PackedModule]] = {}
 
     @property
@@ -236,6 +242,13 @@ class WeightItem:
         for place in self._changed(level):
             made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
+
+    def make(self, level: PackedLevel) -> None:
+        """Make a level's modules, from its file if a text made it."""
+        if level in self.files:
+            self.build(level, verified_tensors(self.files[level]))
+        else:
+            self.quantise(level)
 
     def build(self, level: PackedLevel, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make a level's modules from what `tensors` returned for it, here or elsewhere."""
@@ -315,15 +328,14 @@ def level_bytes(
     items: Sequence[WeightItem], own: Sequence[int], embeddings: WeightItem, base: int
 ) -> dict[str, Any]:
     """The entries of `ModelFacts` about packed weights, given the bytes of native ones."""
-    entries: dict[str, Any] = {}
-    for level in PACKED_LEVELS:
-        entries[f"{level}_param_bytes"] = tuple(
+    blocks = {
+        level: tuple(
             native - item.native_bytes + item.levels[level] if level in item.levels else 0
             for item, native in zip(items, own, strict=True)
         )
-        entries[f"{level}_base_bytes"] = (
-            base - embeddings.native_bytes + embeddings.levels[level]
-            if level in embeddings.levels
-            else 0
-        )
-    return entries
+        for level in PACKED_LEVELS
+        if any(level in item.levels for item in items)
+    }
+    sizes = embeddings.levels.items()
+    others = {level: base - embeddings.native_bytes + size for level, size in sizes}
+    return {"level_param_bytes": blocks, "level_base_bytes": others}

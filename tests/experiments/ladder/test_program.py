@@ -87,7 +87,8 @@ def test_levels_that_a_model_lacks_are_left_out(config):
     assert list(uniform_plans(settings, facts)) == [
         "native / native", "int8 / native", "int4 / native"
     ]  # fmt: skip
-    lacking = replace(facts, int4_param_bytes=(0, *facts.int4_param_bytes[1:]))
+    blocks = facts.level_param_bytes
+    lacking = replace(facts, level_param_bytes={**blocks, "int4": (0, *blocks["int4"][1:])})
     assert list(uniform_plans(settings, lacking)) == ["native / native", "int8 / native"]
 
 

@@ -36,7 +36,7 @@ def test_outputs_on_another_text_come_closer(family: str) -> None:
     assert _error(llm) < 0.95 * before  # experts are not calibrated
     assert torch.equal(_logits(llm, Plan()), native)
     assert llm.plan == Plan()
-    assert llm.facts.int4_param_bytes == facts.int4_param_bytes
+    assert llm.facts.level_param_bytes == facts.level_param_bytes
     assert llm.facts.identity != facts.identity
 
 
@@ -44,7 +44,7 @@ def test_later_processes_read_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
     first, second, third = (tiny.tiny_llm("llama") for _ in range(3))
     calibrate(first, WINDOWS)
     wanted = _logits(first, INT4)
-    monkeypatch.setattr(calibration, "quantise_gptq", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(calibration, "quantise_gptq", lambda *_, **__: pytest.fail("made again"))
     calibrate(second, WINDOWS)
     assert torch.equal(_logits(second, INT4), wanted)
     with pytest.raises(pytest.fail.Exception, match="made again"):

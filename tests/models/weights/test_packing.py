@@ -14,6 +14,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
 from rap_env.models.weights import bfloat16_products, kernel_choice, packed_layout, packing
 from rap_env.models.weights.kernel_choice import CANDIDATES, most_rows, remembered_rows
+from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
     PACKED_LEVELS,
     PackedLevel,
@@ -24,7 +25,7 @@ from rap_env.models.weights.packed_layout import (
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
-SHAPES = [(64, 32), (192, 96), (128, 64), (24, 16), (61, 33), (7, 9), (1, 32), (16, 24)]
+SHAPES = [(64, 32), (192, 192), (128, 64), (24, 16), (61, 33), (7, 9), (1, 32), (16, 24)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative error of a sum of products whose operands are rounded once to the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -125,8 +126,11 @@ def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
 def test_bytes_of_known_sizes_and_an_unknown_level() -> None:
     assert packed_bytes("int4", (1536, 576)) == 1536 * 576 // 2 + 1536 * 18 * 4
     assert packed_bytes("int8", (1536, 576)) == 1536 * 576 + 1536 * 2
-    with pytest.raises(UnknownNameError, match="int3"):
-        PackedMatrix.from_tensors("int3", (1, 1), {})
+    assert packed_bytes("int3", (1536, 576)) == (1536 * 576 * 3 + 1536 * 18 * 12) // 8 + 1536 * 2
+    assert packed_bytes("int2", (1536, 576)) == (1536 * 576 * 2 + 1536 * 36 * 12) // 8 + 1536 * 2
+    assert packed_bytes("int3", (24, 16)) == packed_bytes("int4", (24, 16))
+    with pytest.raises(UnknownNameError, match="int1"):
+        PackedMatrix.from_tensors("int1", (1, 1), {})
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
@@ -135,10 +139,10 @@ def test_a_matrix_is_rebuilt_from_its_tensors(level: PackedLevel, shape: tuple[i
     matrix = quantise(_random(shape), level)
     stored = sum(tensor.untyped_storage().nbytes() for tensor in matrix.tensors.values())
     assert packed_bytes(level, shape) == matrix.nbytes == stored
-    same = PackedMatrix.from_tensors(level, shape, dict(matrix.tensors))
+    same = matrix_from_tensors(level, shape, dict(matrix.tensors))
     assert torch.equal(same.widened(torch.float32), matrix.widened(torch.float32))
     with pytest.raises(ArtifactError, match="not"):
-        PackedMatrix.from_tensors(level, (shape[0] + 64, shape[1]), matrix.tensors)
+        matrix_from_tensors(level, (shape[0] + 64, shape[1]), matrix.tensors)
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)

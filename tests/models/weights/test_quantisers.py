@@ -5,15 +5,20 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnknownNameError
-from rap_env.models.weights.packed_layout import PACKED_LEVELS
+from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import (
+    DampedHessian,
     hessians,
     quantise,
     quantise_gptq,
     requantise,
     round_to_nearest,
 )
+
+
+def _gptq(weight: torch.Tensor, states: torch.Tensor, level: PackedLevel = "int4") -> PackedMatrix:
+    return quantise_gptq(weight, level, DampedHessian.of(states.T @ states))
 
 
 def _random(shape: tuple[int, int]) -> torch.Tensor:
@@ -31,7 +36,7 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
         weight = PackedMatrix.from_codes(codes, scale, -scale * steps).widened(torch.float32)
         assert torch.equal(quantise(weight, "int4").widened(torch.float32), weight)
     states = _states(500, 2)[:, : shape[1]]
-    assert torch.equal(quantise_gptq(weight, states.T @ states).widened(torch.float32), weight)
+    assert torch.equal(_gptq(weight, states).widened(torch.float32), weight)
 
 
 @pytest.mark.parametrize("shape", [(576, 64), (320, 32), (600, 64), (24, 16)])
@@ -41,9 +46,9 @@ def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level)
     matrix = quantise(_random(shape), native)
     found = requantise(matrix, level)
     expected = quantise(matrix.widened(torch.float32), level)
-    assert (found.level, found.shape) == (level, shape)
-    assert torch.equal(found.codes, expected.codes)
-    assert torch.equal(found.scales, expected.scales)
+    assert (found.level, found.shape) == (stored_level(level, shape), shape)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)
 
 
 def test_int8_keeps_integers_of_a_row() -> None:
@@ -68,11 +73,11 @@ def test_constant_weights_are_kept(level: str) -> None:
 
 
 def test_an_unknown_level_is_rejected() -> None:
-    with pytest.raises(UnknownNameError, match="int2"):
-        quantise(torch.zeros(1, 1), "int2")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="int1"):
+        quantise(torch.zeros(1, 1), "int1")  # type: ignore[arg-type]
 
 
-INPUTS, ROWS = 96, 64
+INPUTS, ROWS = 128, 64
 
 
 def _states(rows: int, seed: int) -> torch.Tensor:
@@ -92,19 +97,30 @@ def _output_error(matrix: PackedMatrix, weight: torch.Tensor, states: torch.Tens
     return float((states @ change.T).square().sum() / (states @ weight.T).square().sum())
 
 
-def test_outputs_on_other_inputs_have_far_less_error() -> None:
+@pytest.mark.parametrize("level", PACKED_LEVELS[1:])
+def test_outputs_on_other_inputs_have_far_less_error(level: PackedLevel) -> None:
     weight, calibration, other = _weight(), _states(2000, 2), _states(2000, 3)
-    hessian = calibration.T @ calibration
-    gptq = _output_error(quantise_gptq(weight, hessian), weight, other)
-    assert gptq < 0.65 * _output_error(quantise(weight, "int4"), weight, other)
-    assert gptq < 0.6 * _output_error(round_to_nearest(weight), weight, other)
+    gptq = _output_error(_gptq(weight, calibration, level), weight, other)
+    assert gptq < 0.65 * _output_error(quantise(weight, level), weight, other)
+    if level == "int4":
+        assert gptq < 0.6 * _output_error(round_to_nearest(weight), weight, other)
+
+
+def test_fewer_bits_have_more_error_and_compact_scales_hardly_any() -> None:
+    weight, calibration, other = _weight(), _states(2000, 2), _states(2000, 3)
+    errors = {
+        level: _output_error(_gptq(weight, calibration, level), weight, other)
+        for level in PACKED_LEVELS[1:]
+    }
+    assert errors["int4-compact"] < 1.1 * errors["int4"]
+    assert 3 * errors["int4"] < errors["int3"] < errors["int2"] / 2
 
 
 @pytest.mark.parametrize("inputs", [16, 40])
 def test_short_groups_and_unused_inputs(inputs: int) -> None:
     weight, states = _weight()[:, :inputs], _states(500, 2)[:, :inputs]
     states[:, 3] = 0
-    matrix = quantise_gptq(weight, states.T @ states)
+    matrix = _gptq(weight, states)
     assert matrix.shape == (ROWS, inputs)
     assert _output_error(matrix, weight, states) < 0.01
 

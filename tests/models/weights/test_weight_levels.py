@@ -109,7 +109,7 @@ def test_a_pruned_block_has_no_levels(tmp_path: Path) -> None:
 
     save_pruned(tiny_llm(), Plan.removing(1), tmp_path / "pruned")
     llm = load_pruned(tmp_path / "pruned")
-    assert llm.facts.int4_param_bytes[1] == llm.facts.int8_param_bytes[1] == 0
+    assert all(sizes[1] == 0 for sizes in llm.facts.level_param_bytes.values())
     with pytest.raises(UnknownNameError, match="level of weights 'int4'"):
         llm.apply(Plan.of({"layer00.ffn": "int4"}))
     llm.apply(Plan.of({"layer01.ffn": "int4"}))
@@ -120,7 +120,7 @@ def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: 
     llm = stream_llm(folder, max_memory_bytes=10**6, device="cpu", dtype="bfloat16")
     facts, whole = llm.facts, tiny_llm("llama_tied", dtype=torch.bfloat16).facts
     assert facts.embedding_levels == whole.embedding_levels
-    assert facts.int4_param_bytes == whole.int4_param_bytes
+    assert facts.level_param_bytes == whole.level_param_bytes
     for plan in (uniform("int8"), Plan(embeddings="int8")):
         with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
             llm.apply(plan)
