@@ -11,6 +11,7 @@ import json
 import logging
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,7 +37,10 @@ from rap_env.memory import MemoryModel
 from rap_env.request import Request, human_bytes
 from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
+    COMMON_SETTINGS,
     DEFAULT_MAX_DELTA_NLL,
+    DEFAULT_MOST_DELTA_NLL,
+    SETTING_GROUPS,
     ServerSettings,
     parse_bytes,
     read_settings_file,
@@ -126,7 +130,55 @@ def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
     return values
 
 
-@cli.command(short_help="Serve a model over HTTP.")
+class _ServeCommand(click.Command):
+    """Shows options in groups: the common ones in a sentence each, all of them on demand."""
+
+    show_all = False
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by group, in the order of the settings."""
+        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        others: dict[str, list[str]] = {}
+        titles = {first: title for title, first in SETTING_GROUPS.items()}
+        title = "Options"
+        for parameter in self.get_params(ctx):
+            name = parameter.name or ""
+            title = titles.get(name, title) if name in _HELP else "Options"
+            option, text = parameter.get_help_record(ctx) or (name, "")
+            if self.show_all or name in COMMON_SETTINGS or name not in _HELP:
+                groups.setdefault(title, []).append(
+                    (option, text if self.show_all else _first_sentence(text))
+                )
+            else:
+                others.setdefault(title, []).append(option.partition(" ")[0])
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+                names = f"Also: {', '.join(others[title])}" if title in others else ""
+                width = formatter.width - formatter.current_indent
+                for line in textwrap.wrap(names, width, break_on_hyphens=False):
+                    formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of an option's description, and its default if there is one."""
+    words, _, default = text.partition(" [default: ")
+    sentence = words.partition(";")[0].partition(". ")[0].rstrip(".")
+    return f"{sentence}." if default in ("", "none]") else f"{sentence}. [default: {default}"
+
+
+def _show_all_help(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and isinstance(ctx.command, _ServeCommand):
+        ctx.command.show_all = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+@cli.command(short_help="Serve a model over HTTP.", cls=_ServeCommand)
+@click.option(
+    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all_help,
+    help="Show all options with their whole descriptions.",
+)  # fmt: skip
 @click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
 @combined(*map(_server_option, setting_types()))
 def serve(config: Path | None, **options: str | bool | None) -> None:
@@ -213,7 +265,10 @@ def _choice_text(answer: dict[str, Any]) -> str:
         f"Budget: {human_bytes(budget)}; native peak: {human_bytes(answer['native_peak_bytes'])}",
     ]
     if rise is not None and rise > (floor := DEFAULT_MAX_DELTA_NLL):
-        lines.append(f"`rap serve` serves no plan above {floor} by default (--max-delta-nll).")
+        lines.append(
+            f"`rap serve` serves no plan above {floor} by default, and none above "
+            f"{DEFAULT_MOST_DELTA_NLL} while requests wait (--max-delta-nll)."
+        )
     if any("window" in level for level in answer["levels"].values()):
         lines.append("windowN: the first 32 and the last N tokens; those between are lost.")
     lines.append(f"Decision time: {1000 * answer['decision_s']:.2f} ms")

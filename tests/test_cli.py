@@ -18,7 +18,7 @@ from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, load_policy
 from rap_env.policies.packaged_files import default_facts, packaged_scores
 from rap_env.request import Request
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.settings import ServerSettings, setting_types
 from rap_env.serving.stack import build_stack
 from rap_env.version import __version__
 from tests.made_facts import made_facts
@@ -44,8 +44,16 @@ def test_version_and_help(rap):
     assert all(name in out for name in ("serve", "choose", "prune", "export", "fetch", "info"))
     code, out, _ = rap("serve", "--help")
     assert code == 0
-    assert "--max-batch-size" in out
     assert "[default: 8000]" in out
+    assert len(out.splitlines()) <= 80
+    code, whole, _ = rap("serve", "--help-all")
+    assert code == 0
+    for name in setting_types():
+        option = f"--{name.replace('_', '-')}"
+        assert option in out
+        assert f"\n  {option} " in whole
+    for title in ("Model", "Quality", "Memory", "Log", "Scheduling", "Connections"):
+        assert f"\n{title}:\n" in out
 
 
 def test_without_a_command_it_shows_its_help(rap):

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFloorError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.decisions import DecisionLog, Trigger
+from rap_env.runtime.feasibility import Feasibility
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
 from rap_env.runtime.memory_monitor import Debounce, MemoryMonitor, SafetyMargin
@@ -22,12 +23,20 @@ from rap_env.runtime.plan_switcher import PlanSwitcher
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
-_MORE = "raise model_memory (or memory), or max_delta_nll"
+_RESERVE_PARTS = 4  # of the source's reserve, as few of which are used as suffice
+
+_Rejected = tuple[BatchShape, int, float | None]
+"""A batch, available bytes and a quality floor with which no plan fitted it."""
 IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""
 
 
-class RuntimeController:
+def _is_no_more(asked: _Rejected, rejected: _Rejected) -> bool:
+    """Whether what was rejected is asked for again, with no more bytes and no other floor."""
+    return asked[0] == rejected[0] and asked[1] <= rejected[1] and asked[2] == rejected[2]
+
+
+class RuntimeController(Feasibility):
     """Holds measured bytes within a budget that moves, by changing a live model's plan.
 
     The policy is asked when a request arrives, when the budget falls below the need, and when
@@ -46,6 +55,10 @@ class RuntimeController:
     is a pass over all tokens, and it is made for attention blocks that return and for caches that
     leave 2 bits.
 
+    **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
+    it is `stalled`, and so does the last one that runs before it would be preempted. The part is as
+    small as its least plan allows, and is given back as soon as the batch fits without it.
+
     Only the thread that runs the model may call it; any thread may read the counters.
 
     Args:
@@ -60,6 +73,8 @@ class RuntimeController:
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan with which a batch runs. Other plans, and those without a prediction,
             count as plans that do not fit. None for no floor.
+        most_delta_nll: What the floor rises to with waiting requests (`PlanChooser.follow_queue`);
+            None for a floor that stays.
         hysteresis_share: Share of the budget to leave free when items are raised.
         hold_s: Seconds for which headroom must last before items are raised.
         chunk_tokens: Most tokens that one pass through the model runs; fewer need less workspace.
@@ -72,6 +87,7 @@ class RuntimeController:
         chooser: Chooses plans that fit.
         switcher: Applies plans.
         overhead_s: Seconds spent in the controller, switching and measuring included.
+        stall_reason: Why requests wait and nothing runs; empty while something does.
 
     Raises:
         InvalidRequestError: A share, a time or a rise is out of its range, or the policy predicts
@@ -89,6 +105,7 @@ class RuntimeController:
         meter: Meter | None = None,
         guard_order: Sequence[int] | None = None,
         max_delta_nll: float | None = None,
+        most_delta_nll: float | None = None,
         hysteresis_share: float = 0.05,
         hold_s: float = 2.0,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
@@ -100,6 +117,7 @@ class RuntimeController:
                 "hysteresis_share must be from 0 to below 1 and hold_s at least 0, "
                 f"not {hysteresis_share} and {hold_s}."
             )
+        super().__init__()
         self.llm = llm
         self.estimator = MemoryEstimator(llm, chunk_tokens)
         self.monitor = MemoryMonitor(
@@ -110,7 +128,11 @@ class RuntimeController:
             SafetyMargin(clock=clock),
         )
         self.chooser = PlanChooser(
-            as_policy(policy), self.estimator, guard_order=guard_order, max_delta_nll=max_delta_nll
+            as_policy(policy),
+            self.estimator,
+            guard_order=guard_order,
+            max_delta_nll=max_delta_nll,
+            most_delta_nll=most_delta_nll,
         )
         self.switcher = PlanSwitcher(llm, self.chooser, self.estimator, self.monitor, log, clock)
         self.hold_s = hold_s
@@ -119,7 +141,7 @@ class RuntimeController:
         self._clock = clock
         self._debounce = Debounce(hold_s)
         self._idle_since_s: float | None = None  # or of the last attempt to restore everything
-        self._rejected: tuple[BatchShape, int] | None = None  # no plan fitted it in these bytes
+        self._rejected: _Rejected | None = None
         self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
 
     # Before and after the steps of the model
@@ -129,6 +151,8 @@ class RuntimeController:
         shape: BatchShape,
         running: BatchShape = EMPTY_BATCH,
         next_pass: PassSize = UNKNOWN_PASS,
+        *,
+        stalled: bool = False,
     ) -> bool:
         """Choose and apply a plan for a request that has arrived; return whether one fits.
 
@@ -140,21 +164,33 @@ class RuntimeController:
             shape: The batch with the request.
             running: The batch without it.
             next_pass: Tokens of the pass that follows.
+            stalled: Whether nothing has run for so long that the reserve may be used, and the
+                quality floor is at its most.
         """
         with self._timed():
             self.monitor.poll()
-            available = self._available_bytes(shape, next_pass)
-            if self._rejected and self._rejected[0] == shape and available <= self._rejected[1]:
-                return False
-            if not self.switcher.present_fits(shape, available):
-                if self._fit(shape, available, "arrival", next_pass, running=bool(running)):
-                    return True
-                self._rejected = (shape, available)
-                return False
-            if self.llm.plan and not running:
-                choice = self.chooser.choose(shape, self._growth_limit_bytes(next_pass))
-                self._raise_to(choice, shape, "arrival", next_pass)
-            return True
+            self.chooser.follow_queue(self._waiting - 1, self.llm.plan, running, stalled=stalled)
+            if self._admit(shape, running, next_pass) or (
+                stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
+            ):
+                self.stall_reason = ""
+                return True
+            return False
+
+    def _admit(self, shape: BatchShape, running: BatchShape, next_pass: PassSize) -> bool:
+        available = self._available_bytes(shape, next_pass) - self.monitor.borrowed_bytes
+        rejected = (shape, available, self.chooser.max_delta_nll)
+        if self._rejected and _is_no_more(rejected, self._rejected):
+            return False
+        if not self.switcher.present_fits(shape, available):
+            if self._fit(shape, available, "arrival", next_pass, running=bool(running)):
+                return True
+            self._rejected = rejected
+            return False
+        if self.llm.plan and not running:
+            choice = self.chooser.choose(shape, self._growth_limit_bytes(next_pass))
+            self._raise_to(choice, shape, "arrival", next_pass)
+        return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """Before each step: lower items if the budget fell, or raise them if there is headroom.
@@ -169,13 +205,21 @@ class RuntimeController:
         with self._timed():
             self.monitor.poll()
             if not shape:
+                self.monitor.borrow(0)
                 self.monitor.observe_idle()
+            self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
             if self.switcher.unreadable.retry():
                 self._rejected = self._retry_above = None
             idle = self._was_idle(shape)
             available = self._available_bytes(shape, next_pass)
+            repaid = available - self.monitor.borrowed_bytes
+            if repaid < available and self.switcher.present_fits(shape, repaid):
+                self.monitor.borrow(0)
+                available = repaid
             if not self.switcher.present_fits(shape, available):
                 fits = self._fit(shape, available, "budget_fell", next_pass, running=bool(shape))
+                if not fits and shape.rows == 1:
+                    fits = self._fit_in_reserve(shape, "budget_fell", next_pass, running=True)
                 if not fits and not shape:
                     self.switcher.remove_all()  # nothing is left to preempt
                 return fits
@@ -212,6 +256,12 @@ class RuntimeController:
         with self._timed():
             self.monitor.observe_out_of_memory(kind)
 
+    def note_waiting(self, count: int) -> None:
+        """At the start of each turn: how many requests wait; the quality floor depends on it."""
+        self._waiting = count
+        if not count:
+            self.stall_reason = ""
+
     def forget_margin(self) -> None:
         """Expect no more than what is measured now, where requests wait and nothing runs."""
         with self._timed():
@@ -239,62 +289,6 @@ class RuntimeController:
 
         return before
 
-    # Whether a batch fits
-
-    def could_fit(self, shape: BatchShape) -> bool:
-        """Whether a batch can ever fit: in the largest budget so far, or the source's limit.
-
-        Any thread may call it.
-        """
-        return self.could_fit_in(shape, self.monitor.budget_limit_bytes())
-
-    def could_fit_in(self, shape: BatchShape, budget_bytes: int) -> bool:
-        """Whether a batch, with nothing else running, can fit in a budget; from any thread."""
-        limit = budget_bytes - self.monitor.margin.bytes
-        # The present plan is tried first, which is faster than another one.
-        return self.switcher.present_fits(shape, limit) or self.chooser.could_fit(shape, limit)
-
-    def nothing_fits(self) -> str:
-        """Why not even a request of one token fits now; empty if it does. From any thread."""
-        budget = self.monitor.budget_now_bytes()
-        if self.could_fit_in(BatchShape(1, 1), budget):
-            return ""
-        return (
-            f"No plan{self.chooser.floor_clause} fits a request of one token into the budget of "
-            f"{budget / 2**20:.1f} MiB; {_MORE}."
-        )
-
-    def never_fits(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
-        """Whether a batch can never fit by what is measured now, even with nothing else running."""
-        available = self._available_after_trim_bytes(shape, next_pass)
-        limit = self.monitor.budget_limit_bytes() - (self.monitor.budget_bytes - available)
-        return not self.chooser.could_fit(shape, limit)
-
-    def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
-        """The error that says why a batch does not fit with nothing else running.
-
-        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
-
-        Args:
-            shape: A batch that does not fit.
-            expected: Whether it is the largest expected budget in which it does not, else the
-                present one.
-        """
-        monitor, chooser = self.monitor, self.chooser
-        budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
-        message = (
-            f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
-            f"of {budget:,} bytes under any plan{chooser.clause_for(shape)}"
-            f"{self.switcher.unreadable.clause}"
-        )
-        rise = chooser.least_rise(shape, budget - monitor.margin.bytes)
-        remedy = "shorten the prompt or ask for fewer tokens"
-        if not self.could_fit_in(BatchShape(1, 1), budget):
-            remedy = f"not even one token fits: {_MORE}"
-        if rise is None:
-            return InfeasibleBudgetError(f"{message}; {remedy}.")
-        return QualityFloorError(f"{message}: the best plan that fits has {rise:.4g}; {remedy}.")
-
     # When to lower and raise
 
     def _fit(
@@ -313,6 +307,24 @@ class RuntimeController:
         if choice is None:
             return False
         return self.switcher.settle(choice, shape, trigger, next_pass, running=running)
+
+    def _fit_in_reserve(
+        self, shape: BatchShape, trigger: Trigger, next_pass: PassSize, *, running: bool
+    ) -> bool:
+        """As `_fit`, with the least part of the source's reserve with which a plan fits."""
+        monitor = self.monitor
+        if not (reserve := monitor.usable_reserve_bytes):
+            return False
+        most = self._available_after_trim_bytes(shape, next_pass) - monitor.borrowed_bytes + reserve
+        if not self.chooser.could_fit(shape, most):
+            return False
+        for part in range(1, _RESERVE_PARTS + 1):
+            monitor.borrow(reserve * part // _RESERVE_PARTS)
+            available = self._available_after_trim_bytes(shape, next_pass)
+            if self._fit(shape, available, trigger, next_pass, running=running):
+                return True
+        monitor.borrow(0)
+        return False
 
     def _raise_to(
         self,
@@ -358,7 +370,8 @@ class RuntimeController:
         return self.monitor.available_after_trim_bytes(shape, estimate)
 
     def _reserve_bytes(self) -> int:
-        return int(self.monitor.budget_bytes * self._hysteresis_share)
+        spare = int(self.monitor.budget_bytes * self._hysteresis_share)
+        return spare + self.monitor.borrowed_bytes
 
     def _growth_limit_bytes(self, next_pass: PassSize) -> int:
         margin = self.monitor.margin.bytes_for(prefills=next_pass.prefills)

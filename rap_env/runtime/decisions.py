@@ -1,10 +1,11 @@
-"""The controller's decisions as JSON lines: when, why, which plan replaced which, at what cost."""
+"""The controller's decisions as JSON lines: when, why, what changed in the plan, at what cost."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import textwrap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 
 log = logging.getLogger(__name__)
+
+_MOST_BYTES = 400  # of a decision's line
 
 Trigger = Literal["arrival", "budget_fell", "room", "left"]
 """What caused a switch: a request arrived, the budget fell below the need, there was headroom
@@ -29,13 +32,13 @@ class Decision:
         time_s: On the controller's clock.
         wall_time: ISO 8601, UTC.
         trigger: What caused it; ``why`` in the log.
-        before: The plan before the switch; ``from`` in the log.
-        after: That after it; ``to`` in the log. A mask is logged as the list of its blocks, any
-            other plan as an object of items and levels.
+        before: The plan before the switch; its digest is ``from`` in the log.
+        after: That after it; its digest is ``to`` in the log, and ``changed`` there is what changed
+            in words, as far as the line has room for them.
         bytes_before: Measured before the switch.
         bytes_after: Measured after it.
         budget_bytes: The budget.
-        shape: The batch that the plan had to fit; ``demand`` in the log.
+        shape: The batch that the plan had to fit; ``demand`` in the log, as sequences x tokens.
         decision_s: Seconds spent choosing the plan.
         switch_s: Seconds spent applying it.
         guarded: Whether the guard changed the policy's plan.
@@ -54,20 +57,26 @@ class Decision:
     switch_s: float
     guarded: bool
 
-    def to_record(self) -> dict[str, Any]:
-        """The decision as it is logged."""
-        shape = self.shape
-        names = {"trigger": "why", "before": "from", "after": "to", "shape": "demand"}
-        values = vars(self) | {
-            "before": _plan_record(self.before),
-            "after": _plan_record(self.after),
-            "shape": {"batch_size": shape.batch_size, "seq_len_tokens": shape.seq_len_tokens},
+    def to_json(self) -> str:
+        """The decision as it is logged, in at most `_MOST_BYTES`."""
+        record: dict[str, Any] = {
+            "time_s": round(self.time_s, 3),
+            "wall_time": self.wall_time,
+            "why": self.trigger,
+            "changed": "",
+            "from": self.before.digest,
+            "to": self.after.digest,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "budget_bytes": self.budget_bytes,
+            "demand": f"{self.shape.batch_size}x{self.shape.seq_len_tokens}",
+            "decision_s": round(self.decision_s, 5),
+            "switch_s": round(self.switch_s, 5),
+            "guarded": self.guarded,
         }
-        return {names.get(name, name): value for name, value in values.items()}
-
-
-def _plan_record(plan: Plan) -> list[str] | dict[str, str]:
-    return list(plan.removed_names) if plan.is_mask else plan.levels
+        room = _MOST_BYTES - len(json.dumps(record))
+        record["changed"] = textwrap.shorten(self.before.summary_of_change(self.after), room)
+        return json.dumps(record, allow_nan=False)
 
 
 class DecisionLog:
@@ -91,7 +100,7 @@ class DecisionLog:
 
     def append(self, decision: Decision) -> None:
         """Append a decision to the file."""
-        line = json.dumps(decision.to_record(), allow_nan=False).encode() + b"\n"
+        line = decision.to_json().encode() + b"\n"
         with self._lock:
             if self._file.closed:
                 return

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_RETRY_S = 60.0
 _IDLE_POLL_S = 0.1  # between reads of the budget while nothing is to be done
 
 
@@ -132,7 +133,7 @@ class Engine:
         unreadable = self.controller.switcher.unreadable
         if unreadable.items:
             return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
-        return self.controller.nothing_fits() or None
+        return self.controller.stall_reason or self.controller.nothing_fits() or None
 
     def longest_prompt_tokens(self) -> int:
         """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.
@@ -265,11 +266,13 @@ class Engine:
             self._thread.join(timeout_s)
 
     def retry_after_s(self) -> int:
-        """Seconds until the first running request will have ended, by the steps so far; at least 1.
+        """Seconds after which to ask again: until the first running request will have ended.
 
-        Any thread may call it. A request may end sooner, and without one it is 1.
+        That is by the steps so far; it may end sooner. Where requests wait and nothing runs, it is
+        as long as they have waited, up to a minute. At least 1; any thread may call it.
         """
-        return max(1, math.ceil(self._scheduler.shortest_wait_s()))
+        stalled_s = min(_MOST_RETRY_S, self._scheduler.stalled_s)
+        return max(1, math.ceil(max(stalled_s, self._scheduler.shortest_wait_s())))
 
     def stats(self) -> EngineStats:
         """The counters and the present state; from any thread, without waiting for a step."""

@@ -121,6 +121,10 @@ class MemoryEstimator:
         growth = self._growth_bytes(plan, shape, size.growth_tokens)
         return PassEstimate(workspace, growth, size.prefills)
 
+    def pass_excess_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
+        """Bytes that a pass may allocate beyond the workspace in `peak_bytes`; may be negative."""
+        return estimate.workspace - self.workspace_bytes(shape)
+
     def shrink_to_fit(
         self, plan: Plan, order: Iterable[int], shape: BatchShape, limit_bytes: int
     ) -> Plan | None:

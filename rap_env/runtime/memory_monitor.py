@@ -13,7 +13,7 @@ from rap_env.models.device import return_freed_memory
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import Meter
-from rap_env.runtime.memory_source import MemorySource
+from rap_env.runtime.memory_source import HEADROOM_BYTES, MemorySource
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -165,6 +165,7 @@ class MemoryMonitor:
         used_bytes: Bytes as last measured.
         budget_bytes: The budget as last read.
         max_budget_bytes: The largest budget so far.
+        borrowed_bytes: Bytes of the source's reserve that the budget has now; see `borrow`.
         held: Bytes of the tensors held, as last counted.
     """
 
@@ -185,6 +186,7 @@ class MemoryMonitor:
         self._explained_bytes = self.held.total
         self.used_bytes = meter.used_bytes()
         self._other_bytes = self.used_bytes - self.held.total  # since the last trim
+        self.borrowed_bytes = 0
         self.budget_bytes = self.max_budget_bytes = source.budget_bytes(self.used_bytes)
 
     def poll(self) -> None:
@@ -199,19 +201,30 @@ class MemoryMonitor:
             budget = self.source.budget_bytes(self.used_bytes)
         except MemorySourceError:
             return False
+        budget += self.borrowed_bytes
         return budget < self.budget_bytes and self.meter.used_bytes() > budget
+
+    @property
+    def usable_reserve_bytes(self) -> int:
+        """Bytes of the source's reserve that may be borrowed: all but the headroom of a process."""
+        return max(0, self.source.reserve_bytes - HEADROOM_BYTES)
+
+    def borrow(self, reserve_bytes: int) -> None:
+        """Let the budget have so many bytes of the source's reserve from now on."""
+        self.budget_bytes += reserve_bytes - self.borrowed_bytes
+        self.borrowed_bytes = reserve_bytes
 
     def budget_now_bytes(self) -> int:
         """A given budget as it is now, any other as last read; any thread may call it."""
         return self._read_budget() if self.source.is_given else self.budget_bytes
 
     def budget_limit_bytes(self) -> int:
-        """The largest budget to expect: the largest so far, or the source's own limit.
+        """The largest budget to expect: the largest so far, or the source's own; with its reserve.
 
         Any thread may call it; `budget_bytes` stays that of the thread that polls.
         """
         self._read_budget()
-        return max(self.max_budget_bytes, self.source.limit_bytes or 0)
+        return max(self.max_budget_bytes, self.source.limit_bytes or 0) + self.usable_reserve_bytes
 
     def _read_budget(self) -> int:
         try:
@@ -220,7 +233,7 @@ class MemoryMonitor:
             log.warning("The budget stays at %.1f MiB: %s", self.budget_bytes / 2**20, error)
             return self.budget_bytes
         self.max_budget_bytes = max(self.max_budget_bytes, budget)
-        return budget
+        return budget + self.borrowed_bytes
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
@@ -282,6 +295,6 @@ class MemoryMonitor:
     def available_after_trim_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
         """`available_bytes` right after a trim, counting all memory besides tensors."""
         other = self.used_bytes - self.held.total
-        excess = other + estimate.workspace - self._estimator.workspace_bytes(shape)
+        excess = other + self._estimator.pass_excess_bytes(shape, estimate)
         margin = self.margin.bytes_for(prefills=estimate.prefills)
         return self.budget_bytes - max(margin, excess)

@@ -29,10 +29,12 @@ class MemorySource(ABC):
     Attributes:
         name: For logs and metrics.
         is_given: Whether someone sets the budget, so that it holds as soon as it is read.
+        reserve_bytes: Bytes that the budget leaves free of what the system reports.
     """
 
     name: str
     is_given: ClassVar[bool] = False
+    reserve_bytes: int = 0
 
     @abstractmethod
     def budget_bytes(self, used_bytes: int) -> int:
@@ -126,8 +128,6 @@ class GivenMemory(MemorySource):
 
 class SystemMemory(MemorySource):
     """What a system reports as free, less `reserve_bytes`, and what the runtime uses already."""
-
-    reserve_bytes: int
 
     @abstractmethod
     def free_bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,9 @@ from rap_env.runtime.memory_estimator import MemoryEstimator
 
 log = logging.getLogger(__name__)
 
+FLOOR_STEP = 0.1
+"""Nats per token by which each waiting request raises a floor that follows the queue."""
+_LEAST_PARTS = 256
 _ASKS = 4  # of a policy, each with a lower limit
 _CACHED_RISES = 1024
 
@@ -52,12 +56,13 @@ class PlanChooser:
     either, the guard removes more blocks in its own order. With a quality floor, no plan is chosen
     for a batch if the predicted rise in NLL of the one that fits is above `max_delta_nll` or
     unknown. The bounds of a batch's own requests count likewise. The settings are those of
-    `RuntimeController`.
+    `RuntimeController`; whether a batch could fit is asked at the floor's highest value.
 
     Attributes:
         policy: Chooses plans.
         restrict: Changes a policy's plan into one that can be applied; by default it does nothing.
-        max_delta_nll: The quality floor, nats per token; None for no floor.
+        max_delta_nll: The quality floor now, nats per token; None for no floor.
+        most_delta_nll: The highest that `follow_queue` raises it to.
         rise: As `delta_nll`, with cached results.
         decisions: How often the policy was asked for a decision.
         decision_s: Seconds spent choosing plans.
@@ -75,10 +80,12 @@ class PlanChooser:
         *,
         guard_order: Sequence[int] | None,
         max_delta_nll: float | None,
+        most_delta_nll: float | None = None,
     ) -> None:
         self.policy = policy
         self.restrict: Callable[[Plan], Plan] = lambda plan: plan
-        self.max_delta_nll = max_delta_nll
+        self.max_delta_nll = self._least_delta_nll = max_delta_nll
+        self.most_delta_nll = None if max_delta_nll is None else most_delta_nll or max_delta_nll
         self._estimator = estimator
         num_blocks = estimator.memory.facts.num_blocks
         order = policy.order if guard_order is None else guard_order
@@ -111,6 +118,29 @@ class PlanChooser:
         if not predicts(self.policy):
             raise InvalidRequestError(no_prediction_text(name, max_delta_nll, self.policy.name))
 
+    def follow_queue(
+        self, waiting: int, plan: Plan, running: BatchShape, *, stalled: bool = False
+    ) -> None:
+        """Move the floor with the queue: up by `FLOOR_STEP` for each request that waits.
+
+        It never falls below the rise of the plan with which a batch runs, so that nothing is
+        preempted because the queue has become shorter; it is back when a better plan fits.
+
+        Args:
+            waiting: Requests that wait.
+            plan: The present plan.
+            running: The batch that runs with it.
+            stalled: Whether nothing has run for long: the floor has its highest value then.
+        """
+        least, most = self._least_delta_nll, self.most_delta_nll
+        if least is None or most is None or least == most:
+            return
+        floor = most if stalled else min(most, least + FLOOR_STEP * max(0, waiting))
+        if running:
+            present = self.rise(plan, running.longest_tokens, running.text_shares)
+            floor = max(floor, min(most, present or 0.0))
+        self.max_delta_nll = floor
+
     @property
     def floor_clause(self) -> str:
         """Words that qualify "plan" in messages about the quality floor; empty without a floor."""
@@ -118,11 +148,11 @@ class PlanChooser:
 
     def clause_for(self, shape: BatchShape) -> str:
         """As `floor_clause`, with the strictest bound of a batch and of the floor."""
-        bounds = self._bounds(shape)
+        bounds = self._bounds(shape, self.most_delta_nll)
         if not bounds:
             return ""
         floor = min(bound.max_delta_nll for bound in bounds)
-        whose = "" if floor == self.max_delta_nll else " of the request"
+        whose = "" if floor == self.most_delta_nll else " of the request"
         return (
             f" with a predicted rise in NLL of at most {floor} nats per token "
             f"(max_delta_nll{whose})"
@@ -146,16 +176,18 @@ class PlanChooser:
         except (UnknownNameError, ArtifactError):  # a level that was not measured
             return None
 
-    def allows(self, plan: Plan, shape: BatchShape) -> bool:
-        """Whether a batch may run with a plan by the quality floor; any plan may be idle."""
+    def allows(self, plan: Plan, shape: BatchShape, *, ever: bool = False) -> bool:
+        """Whether a batch may run with a plan by the quality floor; any plan may be idle.
+
+        `ever` asks at the floor's highest value.
+        """
         return not shape or all(
             (rise := self.rise(plan, bound.seq_len_tokens, bound.text_shares)) is not None
             and rise <= bound.max_delta_nll
-            for bound in self._bounds(shape)
+            for bound in self._bounds(shape, self.most_delta_nll if ever else self.max_delta_nll)
         )
 
-    def _bounds(self, shape: BatchShape) -> tuple[QualityBound, ...]:
-        floor = self.max_delta_nll
+    def _bounds(self, shape: BatchShape, floor: float | None) -> tuple[QualityBound, ...]:
         if floor is None:
             return shape.bounds
         return (QualityBound(shape.longest_tokens, floor, shape.text_shares), *shape.bounds)
@@ -177,13 +209,20 @@ class PlanChooser:
         return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
 
     def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
-        """Whether some allowed plan for a batch fits a limit; any thread may call it."""
+        """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
         if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
             return False
-        if not self._bounds(shape):
+        if not self._bounds(shape, self.most_delta_nll):
             return True
         choice = self._fitting(shape, limit_bytes)
-        return choice is not None and self.allows(choice[0], shape)
+        return choice is not None and self.allows(choice[0], shape, ever=True)
+
+    def least_bytes(self, shape: BatchShape) -> int:
+        """Bytes of which a batch needs at least so many, within a 256th of its native peak."""
+        native = self._estimator.peak_bytes(Plan(), shape)
+        sizes = [native * part // _LEAST_PARTS for part in range(1, _LEAST_PARTS + 1)]
+        index = bisect_left(sizes, True, key=lambda size: self.could_fit(shape, size))
+        return sizes[min(index, _LEAST_PARTS - 1)]
 
     def least_rise(self, shape: BatchShape, limit_bytes: int) -> float | None:
         """Rise in NLL of the plan for a limit, allowed or not, at the batch's longest sequence.

@@ -92,6 +92,7 @@ class Scheduler:
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
         self._remove_ended()
+        self._controller.note_waiting(len(self._queue))
         self._admit_next()
         self._make_fit(prefill=True)
         prefilled = self._prefilling is not None
@@ -335,17 +336,20 @@ class Scheduler:
         self._next_try_s = self._clock() + _STALLED_S / 2
         self._controller.forget_margin()
         chunk_tokens = max(1, self._chunk_tokens // _SMALL_CHUNKS)
-        for sequence in sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens):
-            if self._admit(sequence, chunk_tokens):
+        waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
+        for sequence in waiting:
+            if self._admit(sequence, chunk_tokens, stalled=True):
                 return
+        if len(self._queue):
+            self._controller.note_stall(shape_of([], waiting[0], uniform=self._uniform))
 
-    def _admit(self, sequence: TokenSequence, chunk_tokens: int) -> bool:
+    def _admit(self, sequence: TokenSequence, chunk_tokens: int, *, stalled: bool = False) -> bool:
         """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
         chunks = -(-sequence.known_tokens // chunk_tokens)
         shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
         tokens = min(sequence.known_tokens, chunk_tokens)
         first = PassSize(tokens, tokens)
-        if self._controller.admit(shape, self._running_shape(), first):
+        if self._controller.admit(shape, self._running_shape(), first, stalled=stalled):
             self._queue.remove(sequence)
             sequence.handle.emit(AdmitEvent(self._clock()))
             self._prefilling = PrefillingSequence(
@@ -356,7 +360,7 @@ class Scheduler:
                 self._prefilling.batch.reserve_tokens = sum(sequence.progress(in_batch=False))
             self._shape = shape
             return True
-        if not self._decoding and self._controller.never_fits(shape, first):
+        if not self._decoding and self._controller.never_fits(shape):
             self._queue.remove(sequence)
             error = self._controller.misfit(shape, expected=True)
             self.output.reject(sequence, rejection_of(error), str(error))

@@ -23,6 +23,7 @@ from rap_env.serving.errors import (
     CLIENT_CLOSED_REQUEST,
     ApiError,
     failed,
+    shown,
     shutting_down,
     unavailable,
     unknown_model,
@@ -116,6 +117,8 @@ class Service:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         except ApiError as error:
             self.count(request, error.outcome)
+            if error.status >= 429:  # it is not the client's mistake
+                request.state.reason = shown(str(error), 400)
             return error.response(request.scope)
         except RapError as error:
             log.exception("Request %s failed", request.state.request_id)
@@ -126,7 +129,8 @@ class Service:
         if self.closing:
             raise shutting_down()
         if self.limit is not None and (problem := self.limit.nothing_fits()):
-            raise unavailable(problem, "insufficient_memory")
+            wait_s = self.limit.retry_after_s
+            raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
         predict = partial(

@@ -78,10 +78,16 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 def unavailable(
-    message: str, code: str = "service_unavailable", *, retry_after_s: int = 1
+    message: str, code: str = "service_unavailable", *, retry_after_s: int | None = 1
 ) -> ApiError:
-    """503: the server cannot answer this request now, but may after some seconds."""
-    headers = {"retry-after": str(retry_after_s)}
+    """503: the server cannot answer this request now, but may after some seconds.
+
+    Without these, it cannot as long as its limits stay, and OpenAI's clients do not ask again.
+    """
+    if retry_after_s is None:
+        headers = {"x-should-retry": "false"}
+    else:
+        headers = {"retry-after": str(retry_after_s)}
     return ApiError(503, message, kind="server_error", code=code, headers=headers)
 
 

@@ -389,7 +389,7 @@ class Generation:
             code = "rate_limit_exceeded"
             return ApiError(429, str(error), kind="requests", code=code, headers=retry)
         if isinstance(error, InfeasibleBudgetError):
-            return self._unavailable(str(error), rejection_of(error))
+            return unavailable(str(error), _REJECTED[rejection_of(error)], retry_after_s=None)
         if isinstance(error, InvalidRequestError):
             return invalid(str(error))
         if isinstance(error, EngineClosedError):

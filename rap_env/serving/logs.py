@@ -36,8 +36,9 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(TextFormatter):
     """A JSON object per line: ``time``, ``level``, ``logger`` and ``message``.
 
-    A record's ``fields``, given as ``extra={"fields": {...}}``, are further keys, and a traceback
-    is in ``exception``.
+    A record's ``fields``, given as ``extra={"fields": {...}, "event": "..."}``, are further keys,
+    and its ``event`` is the message then, which repeats none of them. A traceback is in
+    ``exception``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -46,7 +47,7 @@ class JsonFormatter(TextFormatter):
             "time": f"{self.formatTime(record, _TIME)}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": vars(record).get("event") or record.getMessage(),
             **vars(record).get("fields", {}),
         }
         if record.exc_info:
@@ -81,7 +82,8 @@ class RequestIds:
 
     A client's own id is kept if it has 1 to 128 letters, digits or characters of ``._:/+=@-``.
     Applications find the id as ``request.state.request_id``, and may add to the line:
-    ``request.state.outcome``, and what the function ``request.state.log_fields`` returns.
+    ``request.state.outcome``, ``request.state.reason`` (why it was not answered), and what the
+    function ``request.state.log_fields`` returns.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -117,7 +119,8 @@ class RequestIds:
 def _log_request(scope: Scope, status: int, seconds: float) -> None:
     state, method = scope["state"], scope["method"]
     path = shown(scope["raw_path"].decode("ascii"))  # as sent: no line breaks
-    known = {"outcome": state.get("outcome"), **state.get("log_fields", dict)()}
+    known = {name: state.get(name) for name in ("outcome", "reason")}
+    known |= state.get("log_fields", dict)()
     known = {name: value for name, value in known.items() if value is not None}
     fields = {
         "request_id": state["request_id"],
@@ -131,7 +134,7 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
         logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
         "%s %s %s %d %.3f s%s", state["request_id"], method, path, status, seconds,
         "".join(f" {name}={_quoted(value)}" for name, value in known.items()),
-        extra={"fields": fields},
+        extra={"fields": fields, "event": "request ended"},
     )  # fmt: skip
 
 

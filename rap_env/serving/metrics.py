@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -204,6 +205,10 @@ class _EngineState(Collector):
             (_GAUGE, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
              self._engine.unready_reason() is None),
             (_GAUGE, "queue_length", "Answers that wait.", stats.queued),
+            (_GAUGE, "stalled_seconds", "Time for which answers have waited while none was "
+             "generated.", stats.stalled_s),
+            (_GAUGE, "max_delta_nll", "Quality floor now, in nats per token; NaN without one.",
+             math.nan if chooser.max_delta_nll is None else chooser.max_delta_nll),
             (_GAUGE, "running", "Answers that are being generated.", stats.running),
             (_COUNTER, "preemptions", "Answers put back into the queue.", stats.preemptions),
             (_COUNTER, "interruptions", "Prefill chunks ended early because the budget fell.",

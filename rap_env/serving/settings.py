@@ -23,6 +23,8 @@ DEFAULT_MAX_DELTA_NLL = 0.1
 At it, plans of the default model lose at most five points of accuracy on each of arc_easy, piqa and
 hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.md`).
 """
+DEFAULT_MOST_DELTA_NLL = 0.3
+"""What the default floor rises to while requests wait; see `PlanChooser.follow_queue`."""
 CHOICES = {
     "weights": ("native", "bf16", "int8", "int4"),
     "residency": ("resident", "offload", "drop"),
@@ -31,6 +33,24 @@ CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
 }
 """Allowed values of settings that are names."""
+SETTING_GROUPS = {
+    "Model": "model",
+    "Quality": "policy",
+    "Memory": "memory",
+    "Log": "decisions",
+    "Address and access": "host",
+    "Scheduling": "max_batch_size",
+    "Limits of requests": "max_prompt_tokens",
+    "Connections": "max_body_bytes",
+}
+"""Titles of groups of settings, each with the first of its settings in `ServerSettings`."""
+COMMON_SETTINGS = (
+    "model", "weights", "threads", "policy", "max_delta_nll", "memory", "model_memory",
+    "memory_file", "reserve", "decisions", "log_level", "log_format", "host", "port",
+    "api_key_file", "ssl_certfile", "max_batch_size", "max_queue", "queue_timeout_s",
+    "max_prompt_tokens", "max_new_tokens", "max_connections", "shutdown_grace_s",
+)  # fmt: skip
+"""Settings that ``rap serve --help`` describes; it names the others."""
 
 _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
@@ -77,8 +97,8 @@ class ServerSettings:
             exported policy, of level costs, of costs by kind of text or of a table of plans.
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
-            status 503. ``auto`` is 0.1 with policies that predict the rise, and no floor with
-            others; null for no floor.
+            status 503. ``auto`` is 0.1 with policies that predict the rise, and 0.1 more for each
+            request that waits, at most 0.3; no floor with other policies. null for no floor.
         min_quality_per_request: Strictest floor that a request may ask for in its field
             ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
         memory: Memory limit: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,

@@ -30,7 +30,7 @@ from rap_env.runtime.memory_source import MemorySource
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.serving import limits
 from rap_env.serving.preflight import check_before_loading
-from rap_env.serving.settings import ServerSettings
+from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -142,11 +142,13 @@ def build_stack(
             memory, controls["meter"] = limits.open_budget(settings, llm, limit, meter)
             if loaded and limit is not None and limit.of_process:
                 limits.check_started(settings.model, limit)
+        floor = _floor(settings, chosen)
         controller = RuntimeController(
             llm,
             chosen,
             memory,
-            max_delta_nll=_floor(settings, chosen),
+            max_delta_nll=floor,
+            most_delta_nll=DEFAULT_MOST_DELTA_NLL if settings.max_delta_nll == "auto" else None,
             log=decisions,
             chunk_tokens=settings.prefill_chunk_tokens,
             **controls,
@@ -235,8 +237,14 @@ def greeting(stack: ServerStack, url: str) -> str:
         limits.limit_text(controller),
         f"Policy: {controller.chooser.policy.name}; unused weights: {stack.settings.residency}.",
     ]
-    if controller.chooser.max_delta_nll is not None:
-        lines.append(f"Requests are served by plans{controller.chooser.floor_clause} only.")
+    chooser = controller.chooser
+    if (floor := chooser.max_delta_nll) is not None:
+        most = chooser.most_delta_nll
+        loaded = "" if most == floor else f", and of {most} while others wait"
+        lines.append(
+            f"Plans that serve have a predicted rise in NLL of at most {floor} nats per token"
+            f"{loaded} (max_delta_nll)."
+        )
     longest = stack.settings.max_prompt_tokens or stack.engine.longest_prompt_tokens()
     lines.append(f"Prompts may have {longest} tokens.")
     if stack.decisions is not None:

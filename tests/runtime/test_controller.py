@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,12 +206,14 @@ def test_decisions_are_logged_with_bytes_and_seconds(tmp_path):
     harness.controller.check(SHAPE)
     record = json.loads(path.read_text())
     assert record["time_s"] == 7.0
-    assert (record["from"], record["to"]) == ([], list(Plan.removing(*ORDER[:2]).removed_names))
+    after = Plan.removing(*ORDER[:2])
+    assert (record["from"], record["to"]) == (Plan().digest, after.digest)
+    assert record["changed"] == Plan().summary_of_change(after)
     assert harness.meter.used_bytes() <= harness.budget_bytes
     assert record["bytes_before"] == dense
     assert record["bytes_after"] == harness.llm.held_bytes.total < dense
     assert record["budget_bytes"] == harness.budget_bytes
-    assert record["demand"] == {"batch_size": 4, "seq_len_tokens": 40}
+    assert record["demand"] == "4x40"
     assert (record["why"], record["guarded"]) == ("budget_fell", False)
     assert record["switch_s"] > 0
     assert harness.controller.switcher.lost_decisions == 0
@@ -239,6 +242,13 @@ def test_a_change_of_very_many_items_is_cut_short(caplog):
     (line,) = caplog.messages
     assert "[...]; budget" in line
     assert len(line.encode()) <= 400
+    decision = replace(
+        harness.controller.switcher.recent[-1], bytes_before=10**12, budget_bytes=10**12
+    )
+    record = decision.to_json()
+    assert len(record) <= 400
+    assert json.loads(record)["changed"].startswith("removed ffn 0 2 4 ")
+    assert json.loads(record)["changed"].endswith("[...]")
 
 
 def test_generate_stays_within_its_budget(harness):

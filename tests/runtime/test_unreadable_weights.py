@@ -104,7 +104,7 @@ def test_a_file_is_tried_every_five_seconds(monkeypatch):
 def test_below_the_quality_floor_requests_are_refused_until_the_file_is_back():
     outage = Outage("gone", policy=None)
     chooser = outage.harness.controller.chooser
-    chooser.max_delta_nll = 0.5
+    chooser.max_delta_nll = chooser.most_delta_nll = 0.5
     chooser.policy.delta_nll = lambda plan, tokens: float(len(plan.removed))  # of each block
     with pytest.raises(InfeasibleBudgetError, match="without 1 items that cannot be read"):
         outage.ask()

@@ -55,6 +55,7 @@ class FakeEngine:
         self.closed = False
         chooser = SimpleNamespace(
             decisions=5,
+            max_delta_nll=0.1,
             policy=SimpleNamespace(name="dense", text_kinds=None),
             delta_nll=delta_nll,
         )
@@ -127,6 +128,6 @@ class FakeEngine:
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
             prompt_tokens=50, plan=PLAN,
             budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
-            used_bytes=700, margin_bytes=30, preemptions=4, interruptions=1,
+            used_bytes=700, margin_bytes=30, preemptions=4, interruptions=1, stalled_s=2.5,
             overhead_s=0.25, busy_s=9.0,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import logging
 import httpx
 import pytest
 
+from rap_env.errors import InfeasibleBudgetError
 from rap_env.serving.logs import server_logging
 from rap_env.serving.settings import ServerSettings
 from tests.serving.conftest import served
@@ -85,6 +86,8 @@ def test_the_line_of_a_request_says_its_times_tokens_and_plan(tokenizer, capsys,
             "mine", "POST", "/v1/completions",
         )  # fmt: skip
     assert (answered["status"], answered["outcome"]) == (200, "ok")
+    assert {line["message"] for line in (answered, rejected)} == {"request ended"}
+    assert not {"reason"} & {*answered, *rejected}
     assert 0 <= answered["queue_s"] <= answered["first_token_s"] <= answered["seconds"] + 0.001
     assert answered["seconds"] >= 0.09
     assert (answered["prompt_tokens"], answered["answer_tokens"]) == (2, 3)
@@ -106,3 +109,16 @@ def test_a_request_without_a_valid_id_gets_a_new_one(server, given):
     ids = {httpx.get(url, headers=headers).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
     assert all(new.startswith("req_") and len(new) == 36 for new in ids)
+
+
+def test_the_line_of_a_503_has_its_reason(tokenizer, caplog):
+    caplog.set_level(logging.INFO, logger="rap_env.serving")
+    engine = FakeEngine(tokenizer, end=InfeasibleBudgetError("40 tokens do not fit 3 bytes."))
+    with served(engine, tokenizer) as server:
+        response = ask(server)
+    assert response.status_code == 503
+    assert "retry-after" not in response.headers
+    assert response.headers["x-should-retry"] == "false"
+    (line,) = [r for r in caplog.records if r.name == "rap_env.serving.logs"]
+    assert line.fields["reason"] == "40 tokens do not fit 3 bytes."
+    assert 'reason="40 tokens do not fit 3 bytes."' in line.message

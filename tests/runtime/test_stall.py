@@ -1,0 +1,195 @@
+"""A request that waits while nothing runs: the reserve, the margin, the floor, and what is said."""
+
+import pytest
+
+from rap_env.memory import MemoryModel
+from rap_env.plan import Plan
+from rap_env.policies.loading import StaticPolicy
+from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_source import HEADROOM_BYTES, SystemMemory
+from tests.runtime.harness import PLENTY, Harness, NoisyMeter, greedy, prompt
+from tests.runtime.schedules import knapsack
+from tests.tiny import tiny_llm
+
+NATIVE = Plan()
+RESERVE_BYTES = HEADROOM_BYTES + 40_000
+
+
+class System(SystemMemory):
+    """A system with `room_bytes` for the model beside the reserve."""
+
+    name = "system"
+    reserve_bytes = RESERVE_BYTES
+    room_bytes = PLENTY
+
+    def budget_bytes(self, used_bytes):
+        return max(0, self.room_bytes)
+
+    def free_bytes(self):
+        raise NotImplementedError
+
+    def total_bytes(self):
+        return PLENTY
+
+
+class Stand:
+    """An engine whose only plan is the native one, in a system with a reserve."""
+
+    def __init__(self, **settings):
+        self.time_s, self.system = 0.0, System()
+        llm = tiny_llm(layers=2)
+        self.controller = RuntimeController(
+            llm, StaticPolicy(NATIVE), self.system, meter=NoisyMeter(llm), guard_order=(),
+            hold_s=0.0, clock=lambda: self.time_s,
+        )  # fmt: skip
+        self.engine = Engine(llm, self.controller, clock=lambda: self.time_s, **settings)
+
+    def need(self, *rows):
+        return self.controller.estimator.peak_bytes(NATIVE, BatchShape.of(rows))
+
+    def run_for(self, seconds):
+        end_s = self.time_s + seconds
+        while self.time_s < end_s:
+            self.engine.step()
+            self.time_s += 0.1
+
+    @property
+    def borrowed_bytes(self):
+        return self.controller.monitor.borrowed_bytes
+
+
+def test_a_request_that_nothing_runs_beside_gets_a_part_of_the_reserve_and_gives_it_back():
+    stand = Stand()
+    handle = stand.engine.submit(prompt(10), greedy(40))
+    usable = RESERVE_BYTES - HEADROOM_BYTES
+    stand.system.room_bytes = stand.need((10, 40)) - usable // 3  # two quarters are needed
+    stand.run_for(0.8)
+    assert not handle.token_ids
+    stand.run_for(1.2)
+    assert handle.token_ids  # within two seconds
+    assert stand.borrowed_bytes == usable // 2
+    stand.system.room_bytes = PLENTY
+    stand.run_for(0.2)
+    assert (stand.borrowed_bytes, handle.preemptions) == (0, 0)
+    stand.run_for(5)
+    assert handle.reason == "length"
+
+
+def test_the_last_request_continues_in_the_reserve_and_no_other_joins_it_there():
+    stand = Stand()
+    handles = [stand.engine.submit(prompt(10, n), greedy(30)) for n in range(2)]
+    stand.run_for(1)
+    stand.system.room_bytes = stand.need((10, 30)) - 1000
+    stand.run_for(1)
+    assert [handle.preemptions for handle in handles] == [0, 1]
+    assert stand.borrowed_bytes > 0
+    stand.run_for(1.5)
+    assert handles[0].reason == "length"
+    assert not handles[1].done
+    assert stand.engine.stats().running <= 1
+    stand.run_for(6)
+    assert handles[1].reason == "length"  # it was stalled, then, and had the reserve too
+    assert stand.borrowed_bytes == 0
+
+
+def test_a_stall_that_no_plan_ends_says_why_once(caplog):
+    harness = Harness(guard_order=())
+    engine = harness.engine()
+    engine.start = lambda: None
+    handle = engine.submit(prompt(10), greedy(20))
+    engine.submit(prompt(12), greedy(20))
+    need = harness.need(NATIVE, BatchShape(1, 29))
+    harness.budget_bytes = need - 1000
+    for _ in range(50):
+        engine.step()
+        harness.time_s += 0.1
+    (line,) = [record.message for record in caplog.records if "cannot run now" in record.message]
+    assert line.startswith("2 requests cannot run now: of the budget of 0.")
+    for words in ("are used", "are a margin", "the least plan takes", "for the shortest of them"):
+        assert words in line
+    assert harness.controller.stall_reason == line
+    assert engine.stats().stalled_s == pytest.approx(5, abs=0.2)
+    assert engine.retry_after_s() == 5
+    harness.time_s += 1000
+    assert engine.retry_after_s() == 60
+    harness.budget_bytes = PLENTY
+    engine.step()
+    assert harness.controller.stall_reason == ""
+    assert engine.stats().stalled_s == 0
+    harness.run(engine)
+    assert handle.reason == "length"
+
+
+def test_a_learned_margin_neither_rejects_at_arrival_nor_makes_the_server_unready():
+    harness = Harness(guard_order=())
+    harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 29)) + 1000
+    monitor = harness.controller.monitor
+    monitor.poll()
+    monitor.max_budget_bytes = harness.budget_bytes
+    monitor.margin.observe("prefill", harness.budget_bytes)
+    engine = harness.engine()
+    handle = engine.submit(prompt(10), greedy(20))
+    assert harness.controller.nothing_fits() == ""
+    for _ in range(20):  # two seconds
+        engine.step()
+        harness.time_s += 0.1
+    assert handle.token_ids
+
+
+def test_the_least_bytes_of_a_batch_are_those_from_which_a_plan_fits():
+    policy = knapsack()
+    harness = Harness(layers=2, policy=policy, max_delta_nll=1.0)
+    chooser, shape = harness.controller.chooser, BatchShape(2, 40)
+    least, step = chooser.least_bytes(shape), harness.need(NATIVE, shape) // 256 + 1
+    assert chooser.could_fit(shape, least)
+    assert not chooser.could_fit(shape, least - 2 * step)
+
+
+# A floor that follows the queue
+
+
+def following(**settings):
+    policy = knapsack()
+    harness = Harness(
+        layers=2, policy=policy, max_delta_nll=0.1, most_delta_nll=0.35, hold_s=0.0, **settings
+    )
+    return harness, harness.controller.chooser
+
+
+def test_the_floor_rises_with_waiting_requests_to_its_most_and_falls_with_the_queue():
+    harness, chooser = following()
+    floors = []
+    for waiting in (0, 1, 2, 3, 9, 0):
+        harness.controller.note_waiting(waiting)
+        harness.controller.check(BatchShape(1, 10), PassSize(1, 1))
+        floors.append(round(chooser.max_delta_nll, 3))
+    assert floors == [0.1, 0.2, 0.3, 0.35, 0.35, 0.1]
+    chooser.follow_queue(0, NATIVE, BatchShape(), stalled=True)
+    assert chooser.max_delta_nll == 0.35
+    fixed = Harness(layers=2, policy=knapsack(), max_delta_nll=0.1)
+    fixed.controller.note_waiting(9)
+    fixed.controller.check(BatchShape(1, 10), PassSize(1, 1))
+    assert fixed.controller.chooser.max_delta_nll == 0.1
+
+
+def test_a_floor_that_falls_preempts_nothing_and_more_is_served_than_with_a_fixed_one():
+    served = {}
+    for most in (None, 3.0):
+        policy = knapsack()
+        harness = Harness(
+            layers=2, policy=policy, max_delta_nll=0.1, most_delta_nll=most, hold_s=0.2
+        )
+        memory, shape = MemoryModel(harness.llm), BatchShape(4, 30)
+        harness.budget_bytes = int(memory.dense_peak_bytes(2, 30))
+        engine = harness.engine(max_batch_size=8)
+        handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(10)]
+        harness.run(engine)
+        assert all(handle.reason == "length" for handle in handles)
+        rises = [policy.delta_nll(plan, shape.longest_tokens) for h in handles for plan in h.plans]
+        assert max(rises) <= (most or 0.1)
+        served[most] = (harness.time_s, sum(handle.preemptions for handle in handles))
+        assert harness.controller.chooser.max_delta_nll == pytest.approx(0.1)
+    assert served[3.0][0] < 0.8 * served[None][0]
+    assert served[3.0][1] == 0
