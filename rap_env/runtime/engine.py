@@ -255,7 +255,10 @@ class Engine:
         waiting = self._queue.close()
         stopped = self._turn_lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
         try:
-            for sequence in (*self._scheduler.running, *waiting, *self._queue.close()):
+            scheduler = self._scheduler
+            for sequence in (
+                *scheduler.running, *scheduler.paused, *waiting, *self._queue.close()
+            ):  # fmt: skip
                 self._scheduler.output.end(sequence, "cancelled", "The engine was closed.")
             if stopped:
                 self._scheduler.drop_all()

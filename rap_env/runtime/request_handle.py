@@ -127,6 +127,7 @@ class RequestHandle:
         rejection: Why the engine rejected the request after it had waited, if it did.
         preemptions: How often the request was preempted and restarted from its tokens.
         cancelled: Whether cancellation was requested.
+        paused: Whether it is not to run now; see `pause`.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class RequestHandle:
         self.rejection: Rejection | None = None
         self.preemptions = 0
         self.cancelled = False
+        self.paused = False
         self._events: list[Event] = []
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()
@@ -177,6 +179,17 @@ class RequestHandle:
     def cancel(self) -> None:
         """Request cancellation, from any thread. The engine acts on it between two steps."""
         self.cancelled = True
+        on_cancel = self._on_cancel
+        if on_cancel is not None:
+            on_cancel()
+
+    def pause(self, paused: bool = True) -> None:
+        """Generate nothing, and hold no memory, until ``pause(False)``; from any thread.
+
+        The request is put aside between two steps. Later it continues from its tokens, as a
+        preempted one does, before those that wait.
+        """
+        self.paused = paused
         on_cancel = self._on_cancel
         if on_cancel is not None:
             on_cancel()

@@ -42,6 +42,7 @@ class Scheduler:
         counters: Totals of requests and tokens.
         output: Delivers tokens and ends to request handles.
         plan: The plan of the last turn.
+        paused: Sequences that are put aside until their handles are no longer paused.
         observers: Called with a `StepRecord` after each pass.
     """
 
@@ -71,6 +72,7 @@ class Scheduler:
         self._batch = self._new_batch()
         self._decoding: list[TokenSequence] = []  # row by row of the batch
         self._prefilling: PrefillingSequence | None = None
+        self.paused: list[TokenSequence] = []
         self._shape: BatchShape | None = None  # of all that runs; None: to be computed
         self._preempted_s = float("-inf")
         self._decode_s = 0.0  # of a step, as a moving average
@@ -91,6 +93,7 @@ class Scheduler:
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
+        self._put_aside()
         self._remove_ended()
         self._controller.note_waiting(len(self._queue))
         self._admit_next()
@@ -394,6 +397,21 @@ class Scheduler:
             message += f" Only plans{clause} are used."
         self.output.reject(sequence, rejection, message)
 
+    def _put_aside(self) -> None:
+        """Put paused requests aside, and those that are no longer paused back into the queue."""
+        for sequence in [sequence for sequence in self.paused if not _is_paused(sequence)]:
+            self.paused.remove(sequence)
+            sequence.queued_since_s = self._clock()
+            self._queue.put_first(sequence)
+        paused = [sequence for sequence in self.running if _is_paused(sequence)]
+        if paused:
+            if self._prefilling is not None and self._prefilling.sequence in paused:
+                self._drop_prefill()
+            rows = enumerate(self._decoding)
+            self._keep([row for row, sequence in rows if sequence not in paused])
+            self._controller.note_preemption()
+        self.paused += [*paused, *self._queue.remove_if(_is_paused)]
+
     def _remove_ended(self) -> None:
         """Remove cancelled requests, and those that have waited too long."""
         for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
@@ -433,3 +451,7 @@ class Scheduler:
         if self._prefilling is not None:
             self._prefilling.batch.close()
         self._prefilling = self._shape = None
+
+
+def _is_paused(sequence: TokenSequence) -> bool:
+    return sequence.handle.paused and not sequence.handle.cancelled

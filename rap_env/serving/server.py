@@ -24,6 +24,8 @@ from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
+_UNREAD_BYTES = 16 * 1024
+"""Bytes of an answer that wait for its client here, and about as many in the system."""
 _START_TIMEOUT_S = 60.0
 _MOST_ABOVE_LIMIT = 64
 """Most connections above the limit that are open at a time, for probes."""
@@ -49,6 +51,11 @@ def guarded_protocol(
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # So that what a client does not read is noticed here, not kept by the system.
+            transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES
+            )
             self._start_header_timer()
             if len(self.connections) - len(above_limit) > settings.max_connections:
                 above_limit[self] = None

@@ -360,3 +360,35 @@ def test_cancelling_wakes_the_engine_until_it_has_ended():
     made.emit(EndEvent("cancelled", None, 1.0))
     made.cancel()
     assert calls == [1]
+
+
+def test_a_paused_request_holds_no_memory_lets_others_run_and_continues(harness, engine):
+    first, other = (engine.submit(prompt(5, n), greedy(20)) for n in range(2))
+    steps(engine, 6)
+    tokens = list(first.token_ids)
+    assert tokens
+    first.pause()
+    harness.run(engine)
+    assert (other.reason, first.reason) == ("length", None)
+    assert first.token_ids == tokens
+    assert harness.llm.held_bytes.kv_cache == 0
+    assert (engine.stats().queued, engine.stats().running) == (0, 0)
+    first.pause(False)
+    harness.run(engine)
+    assert first.token_ids == alone(harness.llm, prompt(5, 0), 20)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 4])
+def test_a_paused_request_can_be_cancelled_and_ends_with_its_engine(harness, turns):
+    engine = harness.engine(prefill_chunk_tokens=4)
+    handles = [engine.submit(prompt(10, n), greedy(20)) for n in range(2)]
+    steps(engine, turns)
+    for handle in handles:
+        handle.pause()
+    steps(engine, 2)
+    assert harness.llm.held_bytes.kv_cache == 0
+    handles[0].cancel()
+    engine.step()
+    assert [handle.reason for handle in handles] == ["cancelled", None]
+    engine.close()
+    assert handles[1].reason == "cancelled"
