@@ -171,10 +171,12 @@ class MonitoredController(RuntimeController):
         shape: BatchShape,
         running: BatchShape = EMPTY_BATCH,
         next_pass: PassSize = UNKNOWN_PASS,
+        *,
+        stalled: bool = False,
     ) -> bool:
         """As `RuntimeController.admit`."""
         with self._reset_peak_if_budget_falls():
-            return super().admit(shape, running, next_pass)
+            return super().admit(shape, running, next_pass, stalled=stalled)
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
         """As `RuntimeController.check`."""

@@ -146,7 +146,7 @@ class ServerSettings:
         header_timeout_s: Seconds in which a request's header must be complete.
         body_timeout_s: Seconds in which a request's body must be complete.
         write_timeout_s: Seconds for which a client may leave its answer unread before its
-            connection is closed.
+            connection is closed. It holds no memory of the model meanwhile.
         shutdown_grace_s: Seconds that running requests get to finish when the server shuts down.
 
     Raises:

@@ -311,9 +311,11 @@ def test_engine_rejections_have_a_status(tokenizer, raised, status, code, stream
         assert error["code"] == code
         if status != 500:
             assert error["message"] == str(raised)
-        # As long as the engine expects for a place, except where it is not about places.
-        expected = {"invalid_value": None, "internal_error": None, "shutting_down": "1"}
-        assert response.headers.get("retry-after") == expected.get(code, "7")
+        # As long as the engine expects for a place; nothing where waiting changes nothing.
+        expected = {"rate_limit_exceeded": "7", "shutting_down": "1"}
+        assert response.headers.get("retry-after") == expected.get(code)
+        hopeless = code.startswith("insufficient")
+        assert response.headers.get("x-should-retry") == ("false" if hopeless else None)
 
 
 def test_a_failure_has_a_status_or_is_the_last_event_of_a_stream(tokenizer):
