@@ -25,6 +25,7 @@ from rap_env.models.device import (
     return_freed_memory,
 )
 from rap_env.models.families.adapter import read_config
+from rap_env.models.files.model_folder import in_child
 from rap_env.models.files.packed_folder import (
     is_packed,
     load_native,
@@ -35,7 +36,12 @@ from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
-from rap_env.models.live.calibration import install_calibration
+from rap_env.models.live.calibration import (
+    calibrate_on_own_text,
+    own_text,
+    use_packaged_text,
+    use_text,
+)
 from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
@@ -145,8 +151,22 @@ def load_llm(
     return_freed_memory()
     keep_freed_memory()
     llm = ElasticLLM(loaded, tokenizer, name=source.name, folder=folder)
-    install_calibration(llm)
+    if isinstance(loaded, LeanLlama):
+        llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
+    else:
+        llm.calibrator = calibrate_on_own_text
+    use_packaged_text(llm)
     return llm
+
+
+def _calibrate_apart(folder: Path, dtype: str, llm: ElasticLLM) -> None:
+    """Make levels of a lean model, which cannot run a block alone, with another one of its kind."""
+    in_child(_calibrate_folder, folder, dtype)
+    use_text(llm, own_text(llm))
+
+
+def _calibrate_folder(folder: Path, dtype: str) -> None:
+    calibrate_on_own_text(load_llm(folder, device="cpu", dtype=dtype, weights="native"))
 
 
 def _moved(model: Any, place: torch.device) -> Any:

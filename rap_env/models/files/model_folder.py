@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
@@ -22,6 +22,8 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.paths import cache_dir
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MANIFEST = "rap_manifest.json"
 _KIND = "rap-env.model-folder"
@@ -102,7 +104,7 @@ def made_once(
             log.warning("%s is damaged; it is created again", folder)
         with scratch(folder) as work:
             log.log(level, announcement)
-            source = _in_child(make, work) if _apart.get() else make(work)
+            source = in_child(make, work) if _apart.get() else make(work)
             files = {path.name: _entry(path) for path in sorted(work.iterdir())}
             save_artifact(work / MANIFEST, _KIND, _VERSION, {"files": files, "source": source})
             if folder.exists():
@@ -111,10 +113,11 @@ def made_once(
     return folder
 
 
-def _in_child(make: Callable[[Path], dict[str, Any]], folder: Path) -> dict[str, Any]:
+def in_child(make: Callable[..., T], *args: Any) -> T:
+    """The result of a call in a process of its own, whose memory returns to the system."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(make, folder).result()
+            return pool.submit(make, *args).result()
         except BrokenProcessPool as error:
             raise ModelNotAvailableError(
                 "The process that converts the model was ended from outside; is there enough "

@@ -1,8 +1,8 @@
 """Matrices of 4, 3 or 2 bits a weight whose scales take a byte or less.
 
-A weight is ``factor * (scale * (code - middle) + zero)`` with a code of `bits` bits, whose middle
-is ``2**(bits - 1)``; a scale of 1 to 255 and a zero for each group of inputs; and one factor for
-each row. The zero is a multiple of the scale, of `zero_bits` bits.
+A weight is ``factor * (scale * (lift * code - 8) + zero)``: its code has `bits` bits and is
+multiplied by ``2**(4 - bits)``, the lift; a scale is a whole number to 255 and a zero a multiple of
+the scale, both for a group of inputs; each row has a factor.
 
 =============  ====  ======  =========  ===================================
 Level          Bits  Group   Zero bits  Bits of a weight, with scales
@@ -33,7 +33,6 @@ Matrices that do not fill blocks of 64 rows and groups of 64 inputs have none of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -133,34 +132,41 @@ class LowBitMatrix(PackedMatrix):
         block, row = flat // BLOCK, flat % BLOCK
         half_bytes = self.codes[block, :, row % HALF]
         half_bytes = torch.where((row < HALF)[:, None], half_bytes & 15, half_bytes >> 4)
-        lifted = torch.empty(len(flat), self.shape[1], 1, dtype=torch.uint8, device=self.device)
-        _unpack(half_bytes[..., None], form.bits, lifted)
-        weights = torch.addcmul(zero, lifted[..., 0].float() - MIDDLE, scale)
+        target = _Target(
+            half_bytes.new_empty(len(flat), self.shape[1], 1),
+            half_bytes.new_empty(len(flat), 3 * self.shape[1] // 4, 1),
+            form.bits,
+        )
+        lifted = target.unpack(half_bytes[..., None])[..., 0]
+        weights = torch.addcmul(zero, lifted.float() - MIDDLE, scale)
         weights *= self.factors[flat, None].float()
         return weights.to(dtype).view(*indices.shape, self.shape[1])
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
-        output = flat.new_empty(len(flat), self.shape[0])
-        groups = GROUP_INPUTS // self._format.group_inputs
-        states = [flat]
-        if groups > 1:  # the kernel's groups are longer: it sees one part of each at a time
-            parts = flat.view(len(flat), -1, groups, self._format.group_inputs)
-            states = [torch.zeros_like(flat) for _ in range(groups)]
-            for index, part in enumerate(states):
-                part.view(parts.shape)[:, :, index] = parts[:, :, index]
-        step = piece_rows(self.shape)
+        states, step, products = self._by_part(flat), piece_rows(self.shape), []
         with buffer_in_use():
             for first in range(0, self.shape[0], step):
                 last = min(first + step, self.shape[0])
                 codes, scales = self._unpacked(first, last)
-                shape = (last - first, self.shape[1])
-                pieces = (
-                    PackedMatrix("int4", shape, codes, scales[index::groups].contiguous())
-                    for index in range(groups)
-                )
-                products = [p._by_kernel(s) for p, s in zip(pieces, states, strict=True)]
-                output[:, first:last] = sum(products[1:], products[0])
+                shape, product = (last - first, self.shape[1]), None
+                for index, part in enumerate(states):
+                    own = scales if len(states) == 1 else scales[index :: len(states)].contiguous()
+                    other = PackedMatrix("int4", shape, codes, own)._by_kernel(part)
+                    product = other if product is None else product.add_(other)
+                products.append(product)
+        output = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return output.mul_(self.factors)
+
+    def _by_part(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The states, (rows, in), for each of the groups that share one of the kernel's groups."""
+        count = GROUP_INPUTS // self._format.group_inputs
+        if count == 1:
+            return [flat]
+        parts = flat.view(len(flat), -1, count, self._format.group_inputs)
+        states = [torch.zeros_like(flat) for _ in range(count)]
+        for index, part in enumerate(states):
+            part.view(parts.shape)[:, :, index] = parts[:, :, index]
+        return states
 
     def _widened_piece(
         self, buffer: torch.Tensor, first: int, last: int
@@ -181,16 +187,66 @@ class LowBitMatrix(PackedMatrix):
 
     def _unpacked(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Lifted int4 codes of some rows, in the process's buffer, and their kernel scales."""
-        form, rows = self._format, slice(first, last)
-        scales = form.kernel_scales(self.scales[:, rows], self.zeros[:, rows])
-        codes = self.codes[first // BLOCK : last // BLOCK]
+        form, codes, scales, zeros = self._format, self.codes, self.scales, self.zeros
+        if last - first < self.shape[0]:
+            codes = codes[first // BLOCK : last // BLOCK]
+            scales, zeros = scales[:, first:last], zeros[:, first:last]
+        pairs = form.kernel_scales(scales, zeros)
         if form.bits == 4:
-            return codes, scales
-        shape = (len(codes), self.shape[1], HALF)
-        buffer = widening_buffer(math.prod(shape), torch.int8, self.device)
-        lifted = buffer.view(torch.uint8).view(shape)
-        _unpack(codes, form.bits, lifted)
-        return lifted, scales
+            return codes, pairs
+        target = _buffered_target(last - first, self.shape[1], form.bits, self.device)
+        return target.unpack(codes), pairs
+
+
+class _Target:
+    """Memory for unpacked codes, with the parts of it that are written one after the other.
+
+    Making the parts anew for each product would take as long as writing them.
+
+    Args:
+        lifted: For codes, (blocks, in, n).
+        low: For the lowest bits of 3-bit codes, (blocks, 3 / 4 in, n).
+        bits: Bits of a code.
+    """
+
+    def __init__(self, lifted: torch.Tensor, low: torch.Tensor, bits: int) -> None:
+        self.lifted, self._low, self._bits = lifted, low, bits
+        width = lifted.shape[1] * bits // 4
+        self._first, self._last = lifted[:, :width], lifted[:, width:]
+        self._thirds = low.chunk(3, dim=1)
+
+    def unpack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Bytes (blocks, bytes, n) to lifted codes (blocks, in, n); half bytes stay apart."""
+        if self._bits == 4:
+            return self.lifted.copy_(codes)
+        if self._bits == 2:
+            torch.bitwise_and(codes, 0xCC, out=self._first)
+            torch.bitwise_left_shift(codes, 2, out=self._last).bitwise_and_(0xCC)
+            return self.lifted
+        torch.bitwise_and(codes, 0xEE, out=self._first)
+        torch.bitwise_and(codes, 0x11, out=self._low)
+        first, second, third = self._thirds
+        torch.add(second, first, alpha=2, out=self._last)
+        torch.add(third, self._last, alpha=2, out=self._last).bitwise_left_shift_(1)
+        return self.lifted
+
+
+_targets: dict[tuple[int, int, int, int], _Target] = {}
+
+
+def _buffered_target(rows: int, inputs: int, bits: int, device: torch.device) -> _Target:
+    """The target for a piece of a matrix in the process's buffer, which must be in use."""
+    codes = rows * inputs // 2
+    buffer = widening_buffer(2 * codes, torch.uint8, device, use="unpack")
+    key = buffer.data_ptr(), rows, inputs, bits
+    if key not in _targets:
+        for stale in [known for known in _targets if known[0] != key[0]]:
+            del _targets[stale]  # the buffer has grown
+        lifted, low = buffer[:codes], buffer[codes : codes + codes * 3 // 4]
+        _targets[key] = _Target(
+            lifted.view(-1, inputs, HALF), low.view(-1, inputs * 3 // 4, HALF), bits
+        )
+    return _targets[key]
 
 
 def matrix_from_tensors(
@@ -218,21 +274,3 @@ def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
         *parts, last = both.chunk(4, dim=1)
         both = torch.cat([part | ((last >> (3 - i)) & 0x11) for i, part in enumerate(parts)], dim=1)
     return both.contiguous()
-
-
-def _unpack(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
-    """Bytes (blocks, bytes, n) to lifted int4 codes (blocks, in, n); half bytes stay apart."""
-    if bits == 4:
-        out.copy_(codes)
-    elif bits == 2:
-        first, second = out.chunk(2, dim=1)
-        torch.bitwise_and(codes, 0xCC, out=first)
-        torch.bitwise_left_shift(codes, 2, out=second).bitwise_and_(0xCC)
-    else:
-        quarter = out.shape[1] // 4
-        torch.bitwise_and(codes, 0xEE, out=out[:, : 3 * quarter])
-        last = out[:, 3 * quarter :]
-        torch.bitwise_and(codes[:, :quarter], 0x11, out=last).bitwise_left_shift_(3)
-        for number in (1, 2):
-            bit = codes[:, number * quarter : (number + 1) * quarter] & 0x11
-            last.bitwise_or_(bit.bitwise_left_shift_(3 - number))

@@ -44,7 +44,7 @@ class LowBitFormat:
         bits: Bits of a code.
         group_inputs: Inputs that share a scale and a zero.
         zero_bits: Bits of a zero, 4 or 8.
-        zero_step: Difference of two zeros, in units of the scale.
+        zero_step: Difference of two zeros, in units of a scale.
     """
 
     bits: int
@@ -59,7 +59,7 @@ class LowBitFormat:
 
     @property
     def lift(self) -> int:
-        """What a code is multiplied by at the top of a half byte."""
+        """What a code is multiplied by, so that it is at the top of a half byte."""
         return int(2 ** (4 - self.bits))
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -76,31 +76,26 @@ class LowBitFormat:
     def factors(self, scale: torch.Tensor) -> torch.Tensor:
         """The factor of each row, (out,), for scales (out, groups) of about this size."""
         most = scale.amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * LARGEST_SCALE)
-        return (most / LARGEST_SCALE).to(SCALE_DTYPE).float()
+        return (most / (LARGEST_SCALE * self.lift)).to(SCALE_DTYPE).float()
 
     def rounded(
         self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zeros as a matrix stores them; all of shapes that broadcast."""
         steps, zeros = self.stored(scale, zero, factors)
-        return steps * factors, self._zero_values(steps, zeros) * factors
+        return steps * self.lift * factors, self._zero_values(steps, zeros) * factors
 
     def stored(
         self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole numbers that stand for scales and for zeros, as floats."""
-        steps = (scale / factors).round_().clamp_(1, LARGEST_SCALE)
+        steps = (scale / (factors * self.lift)).round_().clamp_(1, LARGEST_SCALE)
         most = 2 ** (self.zero_bits - 1)
         zeros = (zero / (steps * factors * self.zero_step)).round_().clamp_(-most, most - 1)
         return steps, zeros + most
 
-    def _zero_values(self, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        centred = zeros - 2 ** (self.zero_bits - 1)
-        values: torch.Tensor = centred * self.zero_step * steps
-        return values.to(SCALE_DTYPE).float()
-
     def kernel_scales(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        """Scale and zero of lifted int4 codes in units of the factor, (groups, rows, 2), bfloat16.
+        """Scale and zero of lifted codes in units of the factor, (groups, rows, 2), bfloat16.
 
         Args:
             scales: (groups, rows), uint8.
@@ -109,20 +104,29 @@ class LowBitFormat:
         steps = scales.float()
         if self.zero_bits == 4:
             zeros = torch.cat((zeros & 15, zeros >> 4))
-        values = (zeros.float().sub_(2 ** (self.zero_bits - 1))).mul_(steps).mul_(self.zero_step)
         # Both numbers of a pair are written at once, as one of 32 bits: torch computes one value
         # at a time where it would have to write every second one.
+        high = self._zero_values(steps, zeros.float()).view(torch.int32)
+        low = steps.view(torch.int32).bitwise_right_shift_(16)  # whole numbers to 255: exact
         pair = torch.empty(*steps.shape, 2, dtype=SCALE_DTYPE, device=steps.device)
-        low = steps.div_(self.lift).view(torch.int32).bitwise_right_shift_(16)  # is exact
-        high = values.to(SCALE_DTYPE).float().view(torch.int32).bitwise_and_(-(2**16))
         torch.bitwise_or(low, high, out=pair.view(torch.int32)[..., 0])
         return pair
+
+    def _zero_values(self, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        values = torch.mul(steps, -(2 ** (self.zero_bits - 1)) * self.zero_step)
+        return upper_half(values.addcmul_(zeros, steps, value=self.zero_step))
+
+
+def upper_half(values: torch.Tensor) -> torch.Tensor:
+    """Values rounded toward zero to bfloat16, in place; contiguous float32."""
+    values.view(torch.int32).bitwise_and_(-(2**16))
+    return values
 
 
 LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {
     "int4-compact": LowBitFormat(4, 32, zero_bits=8, zero_step=1 / 16),
-    "int3": LowBitFormat(3, 32, zero_bits=4, zero_step=1 / 4),
-    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=1 / 5),
+    "int3": LowBitFormat(3, 32, zero_bits=4, zero_step=1 / 2),
+    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=3 / 4),
 }
 """The formats by level."""
 
@@ -132,13 +136,18 @@ def fits_low_bits(shape: tuple[int, int]) -> bool:
     return shape[0] % BLOCK == 0 and shape[1] % (2 * GROUP_INPUTS) == 0
 
 
-_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+_buffers: dict[tuple[torch.device, torch.dtype, str], torch.Tensor] = {}
 _buffer_lock = threading.RLock()
 
 
-def widening_buffer(values: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The process's buffer for widened weights, (values,); hold `buffer_in_use` while using it."""
-    key = (device, dtype)
+def widening_buffer(
+    values: int, dtype: torch.dtype, device: torch.device, use: str = "widen"
+) -> torch.Tensor:
+    """The process's buffer for widened weights, (values,); hold `buffer_in_use` while using it.
+
+    Buffers of different uses are different memory.
+    """
+    key = (device, dtype, use)
     if key not in _buffers or len(_buffers[key]) < values:
         _buffers.pop(key, None)
         with torch.inference_mode(False):

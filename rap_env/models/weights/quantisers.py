@@ -247,7 +247,8 @@ def _fitted(
     return slope, mean - mean_code * slope
 
 
-_DAMPING = 0.01  # part of the Hessian's mean diagonal that is added to its diagonal
+DAMPING = 0.01
+"""Part of a Hessian's mean diagonal that is added to its diagonal, by default."""
 
 
 @contextlib.contextmanager
@@ -298,11 +299,17 @@ class DampedHessian:
     factor: torch.Tensor
 
     @classmethod
-    def of(cls, hessian: torch.Tensor) -> DampedHessian:
-        """Damp the sum of ``x.T x`` over calibration inputs, (in, in)."""
+    def of(cls, hessian: torch.Tensor, damping: float = DAMPING) -> DampedHessian:
+        """Damp the sum of ``x.T x`` over calibration inputs, (in, in).
+
+        Args:
+            hessian: The sum.
+            damping: Part of its mean diagonal that is added to its diagonal. More of it trusts the
+                text less: it is better where text of another kind is served.
+        """
         matrix = hessian.float().clone()
         diagonal = matrix.diagonal()
-        diagonal += _DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
+        diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
         return cls(matrix, torch.linalg.cholesky(inverse, upper=True).float())
 
