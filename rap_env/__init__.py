@@ -1,18 +1,21 @@
 """Runtime-adaptive pruning of language models: the environments `RAPPrune` and their parts.
 
-Importing this package registers the environments and loads neither a model nor torch. The names
-below are imported from their modules on first use; everything else is imported from its module.
+Importing this package registers the environments, as soon as gymnasium is imported too, and loads
+neither a model nor torch nor gymnasium: a server needs none. The names below are imported from
+their modules on first use; everything else is imported from its module.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
-
 from rap_env.extras import missing_extra
-from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
@@ -96,6 +99,12 @@ _ENTRY_POINTS = {
 
 def _register() -> None:
     """Register the environments, then the pinned tasks, which fix their arguments."""
+    import gymnasium
+
+    from rap_env.leaderboard.tasks import pinned_tasks
+
+    if "RAPPrune-v0" in gymnasium.registry:
+        return
     for name, (single, vector) in _ENTRY_POINTS.items():
         gymnasium.register(id=name, entry_point=single, vector_entry_point=vector)
     for task in pinned_tasks().values():
@@ -109,8 +118,30 @@ def _register() -> None:
         )
 
 
-if "RAPPrune-v0" not in gymnasium.registry:
+class _RegisterAfterImport(MetaPathFinder):
+    """Registers the environments right after gymnasium is imported."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Gymnasium's own spec, whose loader registers the environments at the end."""
+        spec = PathFinder.find_spec(name, path, target) if name == "gymnasium" else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        vars(spec.loader)["exec_module"] = execute_and_register
+        return spec
+
+
+if "gymnasium" in sys.modules:
     _register()
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())
 
 
 def __getattr__(name: str) -> Any:

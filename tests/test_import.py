@@ -23,6 +23,18 @@ def test_importing_loads_nothing_heavy(code):
     assert loaded_by(code, of=HEAVY) == []
 
 
+@pytest.mark.parametrize("order", ["gymnasium, rap_env", "rap_env, gymnasium"])
+def test_the_environments_are_registered_in_any_order_of_imports(order):
+    loaded_by(f"import {order}; assert 'RAPPrune-v0' in gymnasium.registry")
+
+
+def test_a_server_imports_no_environments():
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    code = "import rap_env.serving.stack, rap_env.serving.app, rap_env.serving.server"
+    unused = ("gymnasium", "rap_env.envs.base", "transformers.generation.utils", "scipy")
+    assert loaded_by(code, of=unused) == []
+
+
 def test_the_package_needs_neither_stable_baselines_nor_hydra():
     code = (
         "import sys; sys.modules['stable_baselines3'] = sys.modules['hydra'] = None; "

@@ -10,12 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium import spaces
 
 from rap_env.ladder.items import KINDS, Counts, Ladder, LevelSteps
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
@@ -23,6 +22,9 @@ from rap_env.ladder.state import LadderState, Lowering
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
+
+if TYPE_CHECKING:
+    from gymnasium import spaces
 
 REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
 """Columns of ``request``."""
@@ -114,7 +116,8 @@ class ObservationEncoder(ABC):
 
     Attributes:
         space: ``Dict`` of ``request`` (5,) and the rows of all items (items, F), float32 in [0, 1],
-            and ``action_mask`` (items,), int8, 1 where an item has a lower level.
+            and ``action_mask`` (items,), int8, 1 where an item has a lower level. It imports
+            gymnasium.
         importance: What is observed of the importance of blocks or of levels.
         freed: The column of a row with the bytes that the item's next level frees.
         zeros: Empty arrays of an observation.
@@ -130,18 +133,25 @@ class ObservationEncoder(ABC):
         self.item_bytes = item_bytes
         self.ladder = ladder = item_bytes.ladder
         self.freed = self.features.index("freed_share")
-        shape = len(ladder), len(self.features)
-        self.space: spaces.Space[Observation] = spaces.Dict(  # type: ignore[assignment]
-            {
-                "request": spaces.Box(0.0, 1.0, (len(REQUEST_FEATURES),), np.float32),
-                self.key: spaces.Box(0.0, 1.0, shape, np.float32),
-                "action_mask": spaces.MultiBinary(len(ladder)),
-            }
-        )
-        boxes: Any = self.space
-        self.zeros = {key: np.zeros(box.shape, box.dtype) for key, box in boxes.items()}
+        self.zeros: Observation = {
+            "request": np.zeros(len(REQUEST_FEATURES), np.float32),
+            self.key: np.zeros((len(ladder), len(self.features)), np.float32),
+            "action_mask": np.zeros(len(ladder), np.int8),
+        }
         self.rows_of = lru_cache(_CACHED_ROWS)(self._rows_of)
         self.native_rows = lru_cache(_CACHED_SHAPES)(self._native_rows)
+
+    @cached_property
+    def space(self) -> spaces.Space[Observation]:
+        """The space of observations."""
+        from gymnasium import spaces
+
+        boxes: dict[str, spaces.Space[Any]] = {
+            name: spaces.Box(0.0, 1.0, zeros.shape, np.float32)
+            for name, zeros in self.zeros.items()
+        }
+        boxes["action_mask"] = spaces.MultiBinary(len(self.ladder))
+        return spaces.Dict(boxes)  # type: ignore[return-value]
 
     @property
     def memory(self) -> MemoryModel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from rap_env.errors import ServingSettingsError
 from rap_env.extras import missing_modules
 from rap_env.memory import MemoryModel
-from rap_env.models.device import choose_device
+from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.request import Request
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
 from rap_env.runtime.memory_source import HEADROOM_BYTES, GivenMemory, MemorySource, open_memory
@@ -184,6 +184,7 @@ def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
     """
     import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
 
+    drop_unused_pages()
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
     if not missing_modules("structured"):  # the server loads it at its start

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rap_env.errors import ArtifactError, ServingSettingsError, counted
 from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
-from rap_env.models.device import use_threads
+from rap_env.models.device import drop_unused_pages, use_threads
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
@@ -137,6 +137,7 @@ def build_stack(
         grammars.load()  # before the first baseline: a later request must not pay for it
         chosen = load_serving_policy(settings, llm) if policy is None else as_policy(policy)
         make_levels(llm, chosen)
+        drop_unused_pages()
         if memory is None:
             meter = controls.pop("meter", None)
             memory, controls["meter"] = limits.open_budget(settings, llm, limit, meter)

@@ -1,3 +1,4 @@
+import mmap
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ from rap_env.models.device import (
     use_threads,
 )
 from rap_env.paths import cache_dir
+from rap_env.runtime.memory_meter import resident_bytes
 
 CPU = torch.device("cpu")
 
@@ -214,3 +216,19 @@ class TestRemembered:
         measurements.append(torch.bfloat16)
         assert remembered_dtype(CPU, "one") is torch.bfloat16
         assert remembered_dtype(CPU, "one") is torch.bfloat16  # once for each process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_mapped_files_leave_resident_memory_and_written_ones_stay(tmp_path) -> None:
+    path, size = tmp_path / "library", 32 * 2**20
+    path.write_bytes(b"x" * size)
+    with path.open("rb") as file:
+        read = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        own = mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    own[:5] = b"mine!"
+    assert read[:: mmap.PAGESIZE].count(b"x") == size // mmap.PAGESIZE
+    before = resident_bytes()[1]
+    device.drop_unused_pages()
+    assert before - resident_bytes()[1] > 24 * 2**20
+    assert read[:: mmap.PAGESIZE].count(b"x") == size // mmap.PAGESIZE
+    assert own[:6] == b"mine!x"

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
+from rap_env.models.device import drop_unused_pages
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
@@ -51,6 +52,7 @@ def test_a_process_that_cannot_start_within_its_limit_does_not_read_the_weights(
     folder, monkeypatch
 ):
     monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+    drop_unused_pages()  # as the start does
     need = resident_bytes()[1]
     with pytest.raises(
         ServingSettingsError, match=r"memory is 1MiB, .* needs (\d+)MiB to"
