@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +21,16 @@ from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.quantisers import DampedHessian, hessians, quantise_gptq
+from rap_env.models.weights.quantisers import (
+    DampedHessian,
+    Quantiser,
+    hessians,
+    quantise_gptq,
+)
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
-from rap_env.models.weights.weight_levels import WeightItem
+from rap_env.models.weights.weight_levels import Place, WeightItem
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 
@@ -101,7 +106,7 @@ TEXTS = Path(__file__).parent / "texts"
 """Folder of the texts in the package that levels of packaged models are made with."""
 
 _LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if level != "int8")
-_VERSION = 2
+_VERSION = 3
 """Part of the names of files: increase it when the weights come out differently."""
 
 _DAMPING = 0.1
@@ -120,9 +125,9 @@ def own_text(llm: ElasticLLM) -> torch.Tensor:
     """
     if (packaged := _packaged_text(llm)) is not None:
         return packaged
-    path = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-text-v{_VERSION}.json"
+    path = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-text.json"
     with contextlib.suppress(FileNotFoundError):
-        return torch.tensor(load_artifact(path, _TEXT_KIND, _VERSION)["tokens"])
+        return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
     log.warning("%s writes the text that its levels are made with (once)", llm.name)
     tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
     count = _TOKENS // tokens
@@ -134,18 +139,18 @@ def own_text(llm: ElasticLLM) -> torch.Tensor:
             self_written(llm, count, tokens, _SEED, first_tokens=first_tokens),
         ]
     )
-    save_artifact(path, _TEXT_KIND, _VERSION, {"tokens": windows.tolist()})
+    save_artifact(path, _TEXT_KIND, _TEXT_FORMAT, {"tokens": windows.tolist()})
     return windows
 
 
-_TEXT_KIND = "calibration text"
+_TEXT_KIND, _TEXT_FORMAT = "calibration text", 1
 
 
 def _packaged_text(llm: ElasticLLM) -> torch.Tensor | None:
     path = TEXTS / f"{llm.fingerprint[:16]}.json"
     if not path.is_file():
         return None
-    return torch.tensor(load_artifact(path, _TEXT_KIND, _VERSION)["tokens"])
+    return torch.tensor(load_artifact(path, _TEXT_KIND, _TEXT_FORMAT)["tokens"])
 
 
 def use_packaged_text(llm: ElasticLLM) -> None:
@@ -186,11 +191,13 @@ def use_text(
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
     with llm.exclusive(), llm.masked(Plan()):
-        items, residency = llm._live.items, llm.residency
+        items, residency = llm._live.all_items, llm.residency
         if any(level in item.made for item in items for level in levels):
             llm.set_residency("resident")
         for item in items:
             own = [level for level in levels if level in item.levels]
+            if item is llm._live.embeddings:
+                own = [level for level in own if level in LOW_BIT_FORMATS]
             item.files.update({n: folder / f"{item.name}.{n}.safetensors" for n in own})
             for level in set(own) & set(item.made):
                 item.forget(level)
@@ -207,7 +214,7 @@ def calibrate(
     uniform: bool = False,
     damping: float = _DAMPING,
 ) -> None:
-    """Make levels of all blocks with a text; those that blocks do not have are left out.
+    """Make levels of all blocks and of the head with a text, as far as they have these levels.
 
     Each level of each block is a file in the cache folder, which later processes read; a process
     that was killed goes on where it was. For a model of 100 million parameters in its blocks it
@@ -225,7 +232,7 @@ def calibrate(
         StorageFullError: No space for the files.
     """
     use_text(llm, windows, levels, uniform=uniform, damping=damping)
-    items = llm._live.items
+    items = llm._live.all_items
     folders = {path.parent for item in items for path in item.files.values()}
     with llm.exclusive(), llm.masked(Plan()), contextlib.ExitStack() as locks:
         for folder in folders:
@@ -249,53 +256,54 @@ def _intact(path: Path) -> bool:
 
 
 def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool, damping: float) -> None:
-    """Write the files of all blocks that are missing or damaged."""
+    """Write the files of all blocks and of the head that are missing or damaged."""
     forward = PartialForward(llm)
     states = [forward.enter(window[None].to(llm.device)) for window in windows]
     for number, step in enumerate(forward.steps):
         items = [llm._live.items[index] for index in step]
-        missing = {
-            item: [level for level, path in item.files.items() if not _intact(path)]
-            for item in items
+        missing = {item: _missing(item) for item in items}
+        layers = {
+            place.name: place.original
+            for item, levels in missing.items()
+            for place in item.places
+            if levels and not raw_weights(place.original)
         }
-        if any(missing.values()):
-            _quantise(forward, missing, step, states, damping)
-            log.info("Levels of step %d of %d are made", number + 1, len(forward.steps))
-        lowered: list[tuple[int, PackedLevel]] = []
+        with hessians(layers) as sums:
+            outputs = [forward.run(step, state) for state in states]
+        damped = {id(total): DampedHessian.of(total, damping) for total in sums.values()}
+        for item, levels in missing.items():
+            quantisers = {
+                place: partial(quantise_gptq, hessian=damped[id(sums[place.name])])
+                for place in item.places
+                if place.name in sums
+            }
+            _write(item, levels, quantisers)
+        log.info("Levels of step %d of %d are made", number + 1, len(forward.steps))
         if uniform:
-            lowered = [(index, level) for index in step for level in llm._live.items[index].files]
-        states = [forward.run(step, state, Plan(weights=tuple(lowered))) for state in states]
-        for item in items:
-            for level in item.made:
-                item.forget(level)
+            own = [(index, level) for index in step for level in llm._live.items[index].files]
+            outputs = [forward.run(step, state, Plan(weights=tuple(own))) for state in states]
+            for item in items:
+                for level in item.made:
+                    item.forget(level)
+        states = outputs
+    if levels := _missing(llm._live.embeddings):
+        hidden = [forward.leave(state).flatten(0, 1).float() for state in states]
+        total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
+        head = llm._live.embeddings.places[-1]
+        quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, damping))
+        _write(llm._live.embeddings, levels, {head.tied or head: quantiser})
+
+
+def _missing(item: WeightItem) -> list[PackedLevel]:
+    return [level for level, path in item.files.items() if not _intact(path)]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _quantise(
-    forward: PartialForward,
-    missing: Mapping[WeightItem, Sequence[PackedLevel]],
-    step: tuple[int, ...],
-    states: Iterable[torch.Tensor],
-    damping: float,
+def _write(
+    item: WeightItem, levels: Sequence[PackedLevel], quantisers: Mapping[Place, Quantiser]
 ) -> None:
-    layers = {
-        place.name: place.original
-        for item, levels in missing.items()
-        for place in item.places
-        if levels and not raw_weights(place.original)
-    }
-    with hessians(layers) as sums:
-        for state in states:
-            forward.run(step, state)
-    damped = {id(total): DampedHessian.of(total, damping) for total in sums.values()}
-    for item, levels in missing.items():
-        quantisers = {
-            place: partial(quantise_gptq, hessian=damped[id(sums[place.name])])
-            for place in item.places
-            if place.name in sums
-        }
-        for level in levels:
-            item.quantise(level, quantisers)
-            write_tensors(item.files[level], item.tensors(level))
-            item.forget(level)
+    for level in levels:
+        item.quantise(level, quantisers)
+        write_tensors(item.files[level], item.tensors(level))
+        item.forget(level)

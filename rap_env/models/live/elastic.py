@@ -25,12 +25,12 @@ from rap_env.models.live.device_map import find_device_map, install_device_map, 
 from rap_env.models.live.facts import model_facts, own_bytes
 from rap_env.models.live.generation import generate
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
-from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import (
     block_items,
     embeddings_item,
+    packed_level,
 )
 from rap_env.plan import EMBEDDINGS, Plan, check_levels
 
@@ -325,12 +325,13 @@ class ElasticLLM:
 
     def _make_levels(self, plan: Plan) -> None:
         """Make sure that the levels which a text makes exist."""
-        items = self._live.items
+        lowered = [(self._live.items[index], level) for index, level in plan.weights]
+        lowered.append((self._live.embeddings, plan.embeddings))
         absent = {
-            level
-            for index, level in plan.weights
-            if level in LOW_BIT_FORMATS and level not in items[index].made
-            if level not in items[index].files or not items[index].files[level].is_file()
+            packed
+            for item, level in lowered
+            if (packed := packed_level(level)) is not None
+            if packed not in item.made and not item.can_make(packed)
         }
         if absent and self.calibrator is None:
             raise UnsupportedModelError(

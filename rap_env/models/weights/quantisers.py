@@ -52,6 +52,7 @@ _WIDTHS: dict[int, tuple[float, ...]] = {
 _REFITS = 2
 _EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 256  # of a matrix that are quantised at a time, to bound temporary memory
+_GPTQ_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,10 @@ def quantise_gptq(weight: torch.Tensor, level: PackedLevel, hessian: DampedHessi
         level: A packed level below int8.
         hessian: Of the layer's inputs, on the same device.
     """
+    if len(weight) > _GPTQ_ROWS:
+        parts = torch.split(weight, _GPTQ_ROWS)
+        matrices = [quantise_gptq(part, level, hessian) for part in parts]
+        return matrices[0].joined(matrices)
     weight = weight.detach().float()
     grid = _Grid.of(stored_level(level, (weight.shape[0], weight.shape[1])), weight)
     codes, scale, zero = _compensated(grid, weight, hessian.factor)

@@ -21,6 +21,7 @@ from torch import nn
 from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import BlockSite, Slot
 from rap_env.models.weights.packed_layout import (
+    LOW_BIT_FORMATS,
     PACKED_LEVELS,
     PackedLevel,
     packed_bytes,
@@ -38,6 +39,7 @@ from rap_env.models.weights.packed_modules import (
 )
 from rap_env.models.weights.quantisers import Quantiser, quantise, requantise
 from rap_env.models.weights.tensors import named_weights, tensor_key, verified_tensors
+from rap_env.plan import EMBEDDINGS
 
 T = TypeVar("T")
 
@@ -243,6 +245,12 @@ class WeightItem:
             made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
 
+    def can_make(self, level: PackedLevel) -> bool:
+        """Whether `make` can: a level of few bits of a block needs a file that a text made."""
+        if level in self.files:
+            return self.files[level].is_file()
+        return level not in LOW_BIT_FORMATS or self.name == EMBEDDINGS
+
     def make(self, level: PackedLevel) -> None:
         """Make a level's modules, from its file if a text made it."""
         if level in self.files:
@@ -313,7 +321,7 @@ def embeddings_item(model: Any) -> WeightItem:
         second.tied = first
     expected = 2 if tied else 1
     alone = all(uses[key] == expected for key in (*ours, *theirs))
-    return WeightItem("embeddings", [first, second] if alone else [])
+    return WeightItem(EMBEDDINGS, [first, second] if alone else [])
 
 
 def _place_of(model: nn.Module, module: nn.Module) -> Place:
