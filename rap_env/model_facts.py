@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rap_env.blocks import Block
@@ -110,6 +110,12 @@ class ModelFacts:
         sizes["native"] = self.block_param_bytes[index]
         levels = {level: sizes[level] for level in WEIGHT_LEVELS if sizes.get(level)}
         return {**levels, "removed": self.stub_bytes[index] if self.stub_bytes else 0}
+
+    def without_levels(self, levels: Collection[str]) -> ModelFacts:
+        """The same model without some packed levels."""
+        blocks = {n: sizes for n, sizes in self.level_param_bytes.items() if n not in levels}
+        others = {n: size for n, size in self.level_base_bytes.items() if n not in levels}
+        return replace(self, level_param_bytes=blocks, level_base_bytes=others)
 
     def blocks_at(self, level: WeightLevel) -> dict[str, str]:
         """The level for each block that has it, by name: what `Plan.of` takes."""

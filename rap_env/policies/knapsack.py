@@ -17,10 +17,9 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
 from rap_env.ladder.items import Item, Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.named_ladders import LADDERS
 from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS
 from rap_env.ladder.state import LadderCosts
-from rap_env.levels import CacheLevel
+from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, cache_name
@@ -117,7 +116,8 @@ class KnapsackPolicy(Policy):
         self.costs = costs
         self._levels = levels
         self._bytes = LadderBytes(memory, _ladder(memory.facts, costs.cache_levels))
-        self.weight_levels = self._bytes.ladder.weight_levels
+        measured = {level for levels in costs.one_shot.values() for level in levels}
+        self.weight_levels = tuple(n for n in self._bytes.ladder.weight_levels if n in measured)
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
@@ -250,7 +250,8 @@ def _subsets(flags: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _ladder(facts: ModelFacts, cache_levels: Sequence[CacheLevel]) -> Ladder:
     """All items of a model, whose caches have some levels, in any order."""
-    *blocks, last = Ladder.of(facts, {**LADDERS["all"], "caches": ()}).items
+    weights = {"weights": WEIGHT_LEVELS[1:], "embeddings": WEIGHT_LEVELS[1:-1]}
+    *blocks, last = Ladder.of(facts, weights).items
     levels = tuple(level.name for level in cache_levels)
     layers = range(facts.num_layers if facts.kv_heads and len(levels) > 1 else 0)
     caches = (Item(cache_name(layer), "cache", layer, levels) for layer in layers)

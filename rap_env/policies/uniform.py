@@ -33,8 +33,8 @@ def uniform_plans(facts: ModelFacts) -> list[Plan]:
         names = facts.blocks_at(level)
         if "int8" in facts.embedding_levels:
             names[EMBEDDINGS] = "int8"
-        if names:
-            plans.append(plans[-1].lower(names))
+        if (lowered := plans[-1].lower(names)) != plans[-1]:
+            plans.append(lowered)
     return plans
 
 
