@@ -20,6 +20,7 @@ from experiments.config.common import (
     within,
 )
 from experiments.config.plain import Setting, completed
+from experiments.ladder.llama_cpp_process import FILE_TYPES
 from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
@@ -109,6 +110,12 @@ class SmallModelConfig(Section):
             )
 
 
+AS_SHIPPED, EMBEDDINGS = "as shipped", "+embeddings"
+"""llama.cpp's file of the model itself, and the end of kinds whose embeddings have few bits too."""
+
+LLAMA_CPP_FILES = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{EMBEDDINGS}" for kind in FILE_TYPES))
+"""Kinds of files that llama.cpp's quantiser makes."""
+
 LLAMA_CPP_CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Formats of llama.cpp's cache, from the most to the least exact one."""
 
@@ -151,6 +158,14 @@ class LadderConfig(Section):
     """Formats of llama.cpp's cache; weights are those of the file."""
     llama_cpp_threads: Count = 1
     """Threads of llama.cpp; they change only the duration."""
+    llama_cpp_files: list[Annotated[str, among(*LLAMA_CPP_FILES)]] = field(
+        default_factory=lambda: [
+            "Q2_K", "IQ2_M+embeddings", "IQ4_NL", AS_SHIPPED, "Q3_K_M", "Q2_0"
+        ]
+    )  # fmt: skip
+    """Kinds of files that ``experiments.ladder.outside`` makes with llama.cpp's quantiser."""
+    removed_layers: list[Count] = field(default_factory=lambda: [4, 8])
+    """Layers that methods of layer removal leave out, in the same program."""
 
     def text_of(self, text: TextConfig) -> TextConfig:
         """The text to measure on: a given one with these windows."""

@@ -103,8 +103,8 @@ def run_process(task: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ExperimentError(
-            f"llama.cpp failed with a cache in {task['cache']} for {task['rows']} x "
-            f"{task['tokens']} tokens: {last}"
+            f"llama.cpp failed with {task['file']} and a cache in {task['cache']} for "
+            f"{task['rows']} x {task['tokens']} tokens: {last}"
         )
     measured: dict[str, Any] = json.loads(done.stdout)
     return measured

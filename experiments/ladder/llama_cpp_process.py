@@ -1,4 +1,4 @@
-"""One setting of llama.cpp, measured in its own process: NLL of windows, bytes, resident memory.
+"""One setting of llama.cpp in its own process: NLL of windows, bytes, memory, quantised files.
 
 ``python -m experiments.ladder.llama_cpp_process`` reads a JSON object from standard input and
 writes one to standard output. It imports neither torch nor transformers, so that the resident
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ import numpy.typing as npt
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 """``ggml_type`` of each format of a cache, from the most to the least exact one."""
 
+FILE_TYPES = {
+    "Q4_0": 2, "Q4_1": 3, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15,
+    "Q2_K_S": 21, "IQ3_XXS": 23, "IQ4_NL": 25, "IQ2_M": 29, "IQ4_XS": 30, "Q2_0": 41,
+}  # fmt: skip
+"""``llama_ftype`` of each kind of quantised file."""
+
 _BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
+_TENSOR_TYPES = re.compile(r"- type\s+(\S+):\s+(\d+) tensors")
 _BATCH_TOKENS = 256
 _MAPPED = 1
 
@@ -39,6 +46,7 @@ class LlamaCpp:
     Attributes:
         buffers: Bytes of each kind of buffer, as llama.cpp logs them: ``model``, ``KV``,
             ``compute`` and ``output``.
+        tensor_types: Number of tensors of each type in the file.
 
     Raises:
         RuntimeError: The file cannot be loaded, or the context cannot be made.
@@ -49,6 +57,7 @@ class LlamaCpp:
 
         self._ffi, self._lib = get_ffi(), get_lib()
         self.buffers: dict[str, int] = {}
+        self.tensor_types: dict[str, int] = {}
         self._log = self._ffi.callback("ggml_log_callback", self._logged)
         self._lib.llama_log_set(self._log, self._ffi.NULL)
         self._lib.llama_backend_init()
@@ -82,14 +91,26 @@ class LlamaCpp:
         Args:
             window: Token ids, (T,); tokens 1 to T - 1 are predicted.
         """
+        parts = self.logits(window)
+        return float(np.mean(np.concatenate([token_nll(*part) for part in parts])))
+
+    def logits(
+        self, window: npt.NDArray[np.int32]
+    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]]:
+        """Run a window without context before it.
+
+        Args:
+            window: Token ids, (T,); tokens 1 to T - 1 are predicted.
+
+        Yields:
+            Logits of some positions, (N, V), and the tokens that they predict, (N,).
+        """
         self.clear()
-        total = 0.0
         for start in range(0, len(window), _BATCH_TOKENS):
             part = window[start : start + _BATCH_TOKENS]
             logits = self.decode(part, start, all_logits=True)
             targets = window[start + 1 : start + 1 + len(part)]
-            total += float(np.sum(token_nll(logits[: len(targets)], targets)))
-        return total / (len(window) - 1)
+            yield logits[: len(targets)], targets
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -162,6 +183,8 @@ class LlamaCpp:
         line = self._ffi.string(text).decode(errors="replace")
         for kind, mebibytes in _BUFFERS.findall(line):
             self.buffers[kind] = self.buffers.get(kind, 0) + round(float(mebibytes) * 2**20)
+        for kind, tensors in _TENSOR_TYPES.findall(line):
+            self.tensor_types[kind] = int(tensors)
 
 
 def token_nll(
@@ -172,6 +195,39 @@ def token_nll(
     top = wide.max(axis=1)
     log_sum = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
     return np.asarray(log_sum - wide[np.arange(len(targets)), targets])
+
+
+def quantise(
+    source: str, out: str, kind: str, embeddings: bool, importance: Mapping[str, list[float]]
+) -> None:
+    """Write a GGUF file with llama.cpp's quantiser.
+
+    Args:
+        source: The GGUF file to quantise again.
+        out: The file to write.
+        kind: One of `FILE_TYPES`.
+        embeddings: Whether all matrices, embeddings included, get the type of this kind or, where
+            their rows do not allow it, the one that llama.cpp takes instead; else llama.cpp's mix.
+        importance: llama.cpp's importance matrix: mean square of each input, by tensor.
+
+    Raises:
+        RuntimeError: llama.cpp cannot write such a file.
+    """
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+    kept_alive = [
+        (ffi.new("char[]", name.encode()), ffi.new("float[]", values), len(values))
+        for name, values in importance.items()
+    ]
+    entries = ffi.new("struct llama_model_imatrix_data[]", len(kept_alive) + 1)
+    for entry, (name, values, size) in zip(entries, kept_alive, strict=False):
+        entry.name, entry.data, entry.size = name, values, size
+    settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    settings.ftype, settings.nthread, settings.allow_requantize = FILE_TYPES[kind], 1, True
+    settings.pure, settings.imatrix = embeddings, entries
+    if lib.llama_model_quantize(source.encode(), out.encode(), settings):
+        raise RuntimeError(f"llama.cpp cannot write {source} as {kind}.")
 
 
 def resident_bytes() -> int:
@@ -186,12 +242,21 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     Args:
         task: ``file``, ``cache``, ``rows``, ``tokens`` and ``threads``, as for `LlamaCpp`; either
             ``windows`` (token ids, a list for each window), whose NLL is measured, or none; then
-            one sequence is run and the resident memory measured.
+            one sequence is run and the resident memory measured. With ``logits``, the start of a
+            path, those of window N are written into ``N.npy`` there, (T - 1, V). With
+            ``quantise``, the other arguments of `quantise`, ``file`` is written first.
     """
+    if "quantise" in task:
+        quantise(out=task["file"], **task["quantise"])
     before = resident_bytes()
     settings = ("cache", "rows", "tokens", "threads")
     llama = LlamaCpp(task["file"], **{name: task[name] for name in settings})
     sizes: dict[str, Any] = {"model_bytes": llama.model_bytes, "buffers": llama.buffers}
+    if "logits" in task:
+        for number, ids in enumerate(task["windows"]):
+            parts = [part for part, _ in llama.logits(np.array(ids, dtype=np.int32))]
+            np.save(f"{task['logits']}{number}.npy", np.concatenate(parts))
+        return sizes | {"tensor_types": llama.tensor_types}
     if windows := task.get("windows"):
         return sizes | {"nll": [llama.nll(np.array(ids, dtype=np.int32)) for ids in windows]}
     llama.fill(task["tokens"])

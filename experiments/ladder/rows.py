@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -102,6 +102,38 @@ class ShippedRow(LossRecord):
 
 
 @dataclass(frozen=True)
+class OutsideRow(LossRecord):
+    """What a method loses at its bytes of weights, over the unquantised model.
+
+    Attributes:
+        method: ``"levels"`` of this package, ``"llama.cpp"``, ``"ShortGPT"``, ``"LinearPatch"`` or
+            ``"ReplaceMe, OBJECTIVE"``.
+        name: The plan, the kind of file, or the number of removed layers.
+        weight_bytes: Bytes of all weights, embeddings included.
+        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the unquantised
+            model.
+        kl_divergence_p99: See there.
+        same_top_token_share: See there.
+        levels: Levels of all items that are not as shipped, by name.
+        tensor_types: Number of tensors of each type in llama.cpp's file.
+    """
+
+    file = "outside.jsonl"
+    record_name = "A record of other methods"
+    rerun = "run experiments.ladder.outside again"
+    identity = ("method", "name")
+
+    method: str
+    name: str
+    weight_bytes: int
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
+    levels: dict[str, str]
+    tensor_types: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Ladder:
     """All rows of one comparison.
 
@@ -109,11 +141,13 @@ class Ladder:
         plans: Plans of the ladder.
         llama_cpp: Settings of llama.cpp.
         shipped: Costs of levels of several models.
+        outside: Methods of others at their bytes of weights, and this package's levels.
     """
 
     plans: list[LadderRow]
     llama_cpp: list[LlamaCppRow]
     shipped: list[ShippedRow]
+    outside: list[OutsideRow] = field(default_factory=list)
 
     @classmethod
     def of(cls, rows: Sequence[Record]) -> Ladder:
@@ -122,10 +156,12 @@ class Ladder:
             [row for row in rows if isinstance(row, LadderRow)],
             [row for row in rows if isinstance(row, LlamaCppRow)],
             [row for row in rows if isinstance(row, ShippedRow)],
+            # A later row of the same name is of a newer plan.
+            list({(r.method, r.name): r for r in rows if isinstance(r, OutsideRow)}.values()),
         )
 
     def __bool__(self) -> bool:
-        return bool(self.plans or self.llama_cpp or self.shipped)
+        return bool(self.plans or self.llama_cpp or self.shipped or self.outside)
 
     @cached_property
     def shapes(self) -> list[Shape]:
@@ -165,4 +201,5 @@ def read_ladder(root: Path) -> Ladder:
         *LadderRow.read(root / "ladder" / LadderRow.file),
         *LlamaCppRow.read(root / "llama_cpp" / LlamaCppRow.file),
         *ShippedRow.read(root / "shipped" / ShippedRow.file),
+        *OutsideRow.read(root / "outside" / OutsideRow.file),
     ])  # fmt: skip

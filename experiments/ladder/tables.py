@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow
+from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.records import LossRecord, Shape
 from experiments.study.tables import (
     Table,
     TitledTable,
+    columns_table,
     crossed_table,
     percent,
     shape_words,
@@ -39,10 +40,26 @@ SHIPPED_CAPTION = (
     "caches, over the unquantised model, nats per token with a 95 % interval over windows. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
+OUTSIDE_CAPTION = (
+    "Bytes of all weights, embeddings included, and the difference from the unquantised model on "
+    "the same windows: ΔNLL with a 95 % interval over windows, KL divergence (mean and 99th "
+    "percentile over tokens, nats), and the share of tokens at which both find the same token "
+    "most likely. `+embeddings`: these have few bits too. Types: matrices in llama.cpp's file."
+)
 _ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibration text"}
 
 
 REMOVAL, KNAPSACK, UNIFORM, LLAMA = "#C8324B", "#00707F", "#6B7178", "#E0812F"
+OUTSIDE = {
+    "levels": ("RAP", KNAPSACK, "o"),
+    "llama.cpp": ("llama.cpp", LLAMA, "D"),
+    "ReplaceMe, least squares": ("ReplaceMe (least squares)", "#5B2BE0", "v"),
+    "ReplaceMe, cosine": ("ReplaceMe (cosine)", "#9C6ADE", "^"),
+    "LinearPatch": ("LinearPatch", "#2B4C9B", "s"),
+    "ShortGPT": ("ShortGPT", REMOVAL, "P"),
+}
+"""Label, colour and marker of each method of `OutsideRow`."""
+
 _LINEAR = 0.01  # nats per token up to which the axis of ΔNLL is linear
 _TICKS = (0, 0.01, 0.1, 1, 10)
 _LEAST_GAIN = 0.002  # nats per token
@@ -78,6 +95,9 @@ def ladder_tables(data: Ladder) -> list[TitledTable]:
             ),
         )
         tables.append(("shipped", "By how the model was shipped", SHIPPED_CAPTION, table))
+    if data.outside:
+        title = "What others offer at the same bytes"
+        tables.append(("outside", title, OUTSIDE_CAPTION, _outside_table(data.outside)))
     return [
         TitledTable(table, title, caption, name, by_method=False)
         for name, title, caption, table in tables
@@ -113,6 +133,23 @@ def _policy_table(data: Ladder) -> Table:
     return ["Request", "Budget", "MiB", "Removal alone", "Knapsack over levels"], lines
 
 
+def _outside_table(rows: Sequence[OutsideRow]) -> Table:
+    return columns_table(
+        sorted(rows, key=lambda row: -row.weight_bytes),
+        {
+            "Method": lambda row: f"{OUTSIDE[row.method][0]}: {row.name}",
+            "MiB": lambda row: f"{row.weight_bytes / 2**20:.1f}",
+            "ΔNLL": nats,
+            "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
+            "KL, 99 %": lambda row: f"{row.kl_divergence_p99:.3f}",
+            "Same top token": lambda row: percent(row.same_top_token_share),
+            "Types": lambda row: ", ".join(
+                f"{count} {kind}" for kind, count in row.tensor_types.items() if kind != "f32"
+            ),
+        },
+    )
+
+
 def nats(row: LossRecord) -> str:
     """Format a ΔNLL with its interval, with four decimals where it is small."""
     digits = 4 if abs(row.loss) < 0.01 else 3
@@ -135,6 +172,28 @@ def loss_against_bytes(data: Ladder) -> Figure:
         for shape in data.shapes
     ]
     return panel_figure(parts, columns=2, height=3.3, legend=0, same_axes=True, sharey=True)
+
+
+def loss_at_equal_bytes(data: Ladder) -> Figure:
+    """ΔNLL over bytes of all weights: this package's levels and plans beside what others offer."""
+    panel = Panel(
+        partial(_draw_outside, data.outside), "", "weights (MiB)", "ΔNLL (nats/token)"
+    )  # fmt: skip
+    return panel_figure([panel], columns=1, height=4.2, legend=3)
+
+
+def _draw_outside(rows: Sequence[OutsideRow], axis: Axes) -> None:
+    for method, (label, colour, marker) in OUTSIDE.items():
+        points = sorted(
+            (r.weight_bytes / 2**20, r.loss, r.name) for r in rows if r.method == method
+        )
+        line = "" if method == "llama.cpp" else "-"
+        axis.plot([p[0] for p in points], [p[1] for p in points], line, color=colour,
+                  marker=marker, markersize=4.5, linewidth=1.2, label=label)  # fmt: skip
+        for mebibytes, loss, name in points if method in ("levels", "llama.cpp") else ():
+            _label(axis, (mebibytes, loss), name, colour, above=method == "levels")
+    _scale(axis)
+    axis.set_xscale("linear")
 
 
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:

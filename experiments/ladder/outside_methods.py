@@ -1,0 +1,219 @@
+"""Published ways to leave out layers and repair the cut: ReplaceMe and LinearPatch.
+
+Both remove n consecutive layers and put one linear map in their place, which is fitted on a
+calibration text without training the model. Shapes: N tokens, H hidden width, L layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from experiments.study.errors import ExperimentError
+from rap_env.blocks import block_name
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.quantisers import quantise
+from rap_env.plan import Plan
+
+# Of ReplaceMe's cosine objective. The paper takes 10 epochs of far more tokens at 1e-4, which
+# barely moves a map that is fitted on ten thousand.
+_EPOCHS, _BATCH_TOKENS, _LEARNING_RATE = 40, 1024, 1e-3
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Consecutive layers that are left out.
+
+    Attributes:
+        first: The first one; at least 1, because the layer before it is changed.
+        layers: Their number.
+    """
+
+    first: int
+    layers: int
+
+    @property
+    def plan(self) -> Plan:
+        """The plan without these layers."""
+        return Plan.removing(*range(2 * self.first, 2 * (self.first + self.layers)))
+
+
+class DenseStates:
+    """Residual states of the dense model on a calibration text.
+
+    Args:
+        llm: The model, unquantised.
+        tokens: Token ids, (windows, T).
+    """
+
+    def __init__(self, llm: ElasticLLM, tokens: torch.Tensor) -> None:
+        self._llm, self._tokens = llm, tokens
+
+    @cached_property
+    def of_blocks(self) -> list[torch.Tensor]:
+        """The input of the first block, then what each block gives, (2L + 1) times (N, H)."""
+        partial = PartialForward(self._llm)
+        parts: list[list[torch.Tensor]] = [[] for _ in range(self._llm.num_blocks + 1)]
+        with self._llm.masked(Plan()):
+            for window in self._tokens:
+                state = partial.enter(window[None].to(self._llm.device))
+                parts[0].append(state[0])
+                for block in range(self._llm.num_blocks):
+                    state = partial.run((block,), state)
+                    parts[block + 1].append(state[0])
+        return [torch.cat(part) for part in parts]
+
+    def before(self, layer: int) -> torch.Tensor:
+        """The input of a layer, (N, H), float32; L for the output of the last one."""
+        return self.of_blocks[2 * layer].float()
+
+    def cut(self, layers: int) -> Cut:
+        """The cut of `layers` layers across which states change their direction least.
+
+        The mean over tokens of 1 - cosine, as both methods choose it.
+        """
+
+        def change(first: int) -> float:
+            ends = self.before(first), self.before(first + layers)
+            return 1 - float(functional.cosine_similarity(*ends).mean())
+
+        return Cut(min(range(1, self._llm.facts.num_layers - layers + 1), key=change), layers)
+
+
+Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Fits ReplaceMe's map: see `least_squares`."""
+
+
+def least_squares(mlp: torch.Tensor, rest: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """ReplaceMe's map T, (H, H), with the least squared error of ``mlp @ T + rest``.
+
+    Args:
+        mlp: What the last FFN before the cut adds to the residual stream, (N, H).
+        rest: The residual stream without it, (N, H).
+        wanted: The residual stream after the removed layers, (N, H).
+    """
+    inputs, outputs = mlp.double(), (wanted - rest).double()
+    mapped: torch.Tensor = torch.linalg.lstsq(inputs.T @ inputs, inputs.T @ outputs).solution
+    return mapped.float()
+
+
+def least_angle(mlp: torch.Tensor, rest: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """As `least_squares`, with the least mean of 1 - cosine, by Adam from the identity."""
+    mapped = torch.eye(mlp.shape[1], requires_grad=True)
+    optimiser = torch.optim.Adam([mapped], lr=_LEARNING_RATE)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_EPOCHS):
+        for rows in torch.split(torch.randperm(len(mlp), generator=generator), _BATCH_TOKENS):
+            cosine = functional.cosine_similarity(mlp[rows] @ mapped + rest[rows], wanted[rows])
+            optimiser.zero_grad()
+            torch.autograd.backward((1 - cosine).mean())
+            optimiser.step()
+    return mapped.detach()
+
+
+REPLACE_ME: dict[str, Fit] = {"least squares": least_squares, "cosine": least_angle}
+"""ReplaceMe's objectives (Shopkhoev et al. 2025, arXiv 2505.02819)."""
+
+
+@contextlib.contextmanager
+def replace_me(llm: ElasticLLM, states: DenseStates, cut: Cut, fit: Fit) -> Iterator[None]:
+    """Merge ReplaceMe's map into the FFN before the cut, in a ``with`` block; it takes no bytes.
+
+    The merged matrix is rounded to int4, as the matrices of a 4-bit file are.
+
+    Raises:
+        ExperimentError: That FFN does not end with one matrix without a bias.
+    """
+    block = 2 * cut.first - 1
+    rest, after = states.of_blocks[block].float(), states.before(cut.first)
+    weight = _last_matrix(llm, block)
+    before = weight.detach().clone()
+    mapped = fit(after - rest, rest, states.before(cut.first + cut.layers))
+    merged = quantise(mapped.T @ before.float(), "int4").widened(weight.dtype)
+    with torch.no_grad():
+        weight.copy_(merged)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def _last_matrix(llm: ElasticLLM, block: int) -> torch.Tensor:
+    """The weights of an FFN's last linear layer, (H, inner width)."""
+    modules = [llm.model.get_submodule(path) for path in llm.adapter.module_paths(block)]
+    linear = [part for root in modules for part in root.modules() if isinstance(part, nn.Linear)]
+    if not linear or linear[-1].bias is not None or len(linear) > 3:
+        raise ExperimentError(
+            f"ReplaceMe merges its map into the last matrix of an FFN, but {block_name(block)} of "
+            f"{llm.name} does not end with one matrix without a bias; set "
+            "ladder.removed_layers=[] to leave this method out."
+        )
+    weight: torch.Tensor = linear[-1].weight
+    return weight
+
+
+@contextlib.contextmanager
+def linear_patch(llm: ElasticLLM, states: DenseStates, cut: Cut) -> Iterator[int]:
+    """Multiply states at the cut by LinearPatch's matrix, in a ``with`` block.
+
+    Chen et al. 2025, arXiv 2505.24680, eq. 9, without its distillation: ``P = H D H'`` with an
+    orthonormal Hadamard matrix H. D has the ratio of each rotated channel's mean magnitude behind
+    and before the removed layers.
+
+    Yields:
+        Bytes of the matrix.
+    """
+    before, behind = states.before(cut.first), states.before(cut.first + cut.layers)
+    rotation = hadamard(before.shape[1]) / before.shape[1] ** 0.5
+    scales = (behind @ rotation).abs().mean(dim=0) / (before @ rotation).abs().mean(dim=0)
+    patch = (rotation * scales @ rotation.T).to(llm.dtype)
+
+    def patched(_layer: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        aligned: torch.Tensor = output @ patch
+        return aligned
+
+    hook = llm.adapter.layers(llm.model)[cut.first - 1].register_forward_hook(patched)
+    try:
+        yield patch.nbytes
+    finally:
+        hook.remove()
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """A Hadamard matrix, (size, size): entries of 1 and -1, orthogonal columns.
+
+    Products of that of order 2 and Paley's of order 12 (squares modulo 11).
+
+    Raises:
+        ExperimentError: The size is not made of factors 2 and 12.
+    """
+    if size == 1:
+        return torch.ones(1, 1)
+    if size % 12 == 0:
+        return torch.kron(_paley(11), hadamard(size // 12))
+    if size % 2 == 0:
+        return torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard(size // 2))
+    raise ExperimentError(
+        f"There is no Hadamard matrix here for a hidden width with the odd factor {size}; widths "
+        "made of factors 2 and 12 have one."
+    )
+
+
+def _paley(prime: int) -> torch.Tensor:
+    """Paley's first construction, of order prime + 1, for a prime that is 3 modulo 4."""
+    squares = {number * number % prime for number in range(1, prime)}
+    matrix = torch.ones(prime + 1, prime + 1)
+    for row in range(prime):
+        matrix[row + 1, 0] = -1
+        for column in range(prime):
+            is_square = (row - column) % prime in squares or row == column
+            matrix[row + 1, column + 1] = 1 if is_square else -1
+    return matrix
