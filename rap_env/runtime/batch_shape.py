@@ -57,6 +57,7 @@ class BatchShape:
             than those of the largest batch. By default `seq_len_tokens`.
         bounds: What its requests demand of the plan besides the server's own floor.
         text_shares: Kinds of text in its prompts, as the policy tells them; see `TextKinds.shares`.
+        kept_bytes: Bytes of caches in memory beside those of the batch.
 
     Raises:
         InvalidRequestError: One of them is negative, or one is 0 and the other is not.
@@ -68,6 +69,7 @@ class BatchShape:
     longest_tokens: int = field(default=0, repr=False)
     bounds: tuple[QualityBound, ...] = field(default=(), repr=False)
     text_shares: Shares = field(default=(), repr=False)
+    kept_bytes: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", max(self.rows, self.batch_size))

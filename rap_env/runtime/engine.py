@@ -56,6 +56,8 @@ class Engine:
         restore: How restored attention blocks treat earlier tokens: ``"refill"`` or
             ``"next_request"`` (see `rap_env.models.caches.kv_cache`).
         queue_timeout_s: Longest that a request may wait; None for no limit.
+        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are read:
+            as many decode steps follow each chunk as that takes; None for one.
         clock: Gives the time in seconds, for events and records. `step` never sleeps, so the clock
             may be virtual.
 
@@ -78,6 +80,7 @@ class Engine:
         prefill_chunk_tokens: int = 256,
         restore: Restore = "refill",
         queue_timeout_s: float | None = None,
+        target_itl_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         facts = controller.estimator.memory.facts
@@ -105,6 +108,7 @@ class Engine:
             chunk_tokens=prefill_chunk_tokens,
             restore=restore,
             queue_timeout_s=queue_timeout_s,
+            target_itl_s=target_itl_s,
         )
         self.observers = self._scheduler.observers
         self._longest_lock = threading.Lock()
@@ -289,6 +293,7 @@ class Engine:
             used_bytes=self.controller.monitor.used_bytes,
             margin_bytes=self.controller.monitor.margin.bytes,
             stalled_s=self._scheduler.stalled_s,
+            lowered_rows=self._scheduler.lowered_rows,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError, counted
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
+from rap_env.runtime.request_handle import Rejection
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,24 @@ class Feasibility:
         if rise is None or chooser.could_fit(shape, budget):
             return InfeasibleBudgetError(f"{message}; {remedy}.")
         return QualityFloorError(f"{message}: the best plan that fits has {rise:.4g}; {remedy}.")
+
+    def timeout_error(self, shape: BatchShape, timeout_s: float) -> tuple[str, Rejection]:
+        """Why a request that has waited too long is rejected, and whether that is its floor."""
+        message, clause = (
+            f"The request waited longer than {timeout_s} s.",
+            self.chooser.clause_for(shape),
+        )
+        if clause and not self.could_fit_in(shape, self.monitor.budget_bytes):
+            error = self.misfit(shape, expected=False)
+            floor = isinstance(error, QualityFloorError)
+            return f"{message} {error}", "below_floor" if floor else "queue_timeout"
+        return message + (f" Only plans{clause} are used." if clause else ""), "queue_timeout"
+
+    def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:
+        """Whether the present plan fits a batch as it is."""
+        self.monitor.poll()
+        estimate = self.switcher.pass_estimate(shape, next_pass)
+        return self.switcher.present_fits(shape, self.monitor.available_bytes(shape, estimate))
 
     def note_stall(self, shortest: BatchShape) -> None:
         """After none of the requests that wait fitted, and nothing runs: log why, once.

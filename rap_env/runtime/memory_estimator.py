@@ -95,7 +95,8 @@ class MemoryEstimator:
 
         The memory model's workspace is that of longer passes than the scheduler runs.
         """
-        return limit_bytes + self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
+        workspace = self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
+        return limit_bytes + workspace - shape.kept_bytes
 
     def more_than_policy_bytes(self, plan: Plan, shape: BatchShape) -> int:
         """Bytes that a plan needs beyond those with which a policy reckons, workspace aside."""
@@ -238,4 +239,4 @@ class MemoryEstimator:
         peak += _PLACEHOLDER_BYTES * tokens * plan.count_removed("attn")
         if added is not None:
             peak += self._native_weights - parts.weights - parts.embeddings + added
-        return peak + (max(caches, default=0) if shape else 0)
+        return peak + shape.kept_bytes + (max(caches, default=0) if shape else 0)

@@ -51,6 +51,7 @@ class Counters:
         failed: Requests ended by an error.
         tokens: Tokens generated.
         prompt_tokens: Prefilled tokens, those prefilled again after a preemption included.
+        repeated_tokens: Those of them that had been in a cache before.
         preemptions: How often a request was preempted and restarted.
         interruptions: Prefill chunks that ended between two layers because the budget had fallen.
         overhead_s: Seconds that the controller took in turns that ran the model.
@@ -63,6 +64,7 @@ class Counters:
     failed: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
+    repeated_tokens: int = 0
     preemptions: int = 0
     interruptions: int = 0
     overhead_s: float = 0.0
@@ -91,6 +93,7 @@ class EngineStats(Counters):
         used_bytes: Bytes as last measured.
         margin_bytes: Bytes of the budget that stay free for what is not predicted.
         stalled_s: Seconds for which requests have waited while nothing ran.
+        lowered_rows: Decoding requests whose caches have lower levels than the plan.
     """
 
     queued: int
@@ -101,3 +104,4 @@ class EngineStats(Counters):
     used_bytes: int
     margin_bytes: int
     stalled_s: float
+    lowered_rows: int

@@ -7,20 +7,17 @@ import logging
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import RapError
-from rap_env.levels import WeightLevel
-from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
-from rap_env.plan import EMBEDDINGS, Plan, cache_name
+from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_monitor import MemoryMonitor
+from rap_env.runtime.plan_change import PlanChange
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 
 if TYPE_CHECKING:
@@ -105,87 +102,13 @@ class UnreadableWeights:
         return len(self.items) < before
 
 
-@dataclass(frozen=True)
-class PlanChange:
-    """A change from the plan `before` to the plan `after`."""
-
-    before: Plan
-    after: Plan
-
-    @property
-    def returns_attention(self) -> bool:
-        """Whether removed attention blocks return."""
-        return any(index % 2 == 0 for index in self.before.removed - self.after.removed)
-
-    @property
-    def refills(self) -> bool:
-        """Whether caches have to be computed again: attention returns, or a kept cache rises."""
-        return self.returns_attention or any(
-            level.lowest(self.after.cache_level(layer)) != self.after.cache_level(layer)
-            for layer, level in self.before.caches
-            if 2 * layer not in self.after.removed
-        )
-
-    @property
-    def refill_pays(self) -> bool:
-        """Whether what a refill raises costs more quality than a pass is worth.
-
-        That holds for removed attention blocks and for caches of 2 bits, not for better ones.
-        """
-        return self.returns_attention or any(
-            level.bits == 2 and self.after.cache_level(layer).bits > 2
-            for layer, level in self.before.caches
-            if 2 * layer not in self.after.removed
-        )
-
-    def without_refill(self) -> Plan:
-        """The plan `after`, in which attention stays removed and caches keep their lower level."""
-        staying = {index for index in self.before.removed - self.after.removed if index % 2 == 0}
-        caches = dict(self.after.caches) | {
-            layer: level.lowest(self.after.cache_level(layer))
-            for layer, level in self.before.caches
-        }
-        removed = self.after.removed | staying
-        return replace(self.after, removed=removed, caches=tuple(caches.items()))
-
-    def lowered_items(self, facts: ModelFacts, order: Sequence[int]) -> list[str]:
-        """Items that are lower than before, by the sizes of levels in `facts`.
-
-        Removed blocks come first, the last in `order` before the others.
-        """
-        before, after = self.before, self.after
-        removed = [i for i in reversed(order) if i in after.removed - before.removed]
-        weights = [i for i, level in after.weights if _is_lower(facts, i, level, before)]
-        caches = [
-            n
-            for n, level in after.caches
-            if 2 * n not in before.removed
-            and before.cache_level(n).lowest(level) != before.cache_level(n)
-        ]
-        sizes = facts.embedding_levels
-        embeddings = [EMBEDDINGS] if sizes[after.embeddings] < sizes[before.embeddings] else []
-        return [*map(block_name, (*removed, *weights)), *embeddings, *map(cache_name, caches)]
-
-    def with_item_before(self, item: str) -> Plan:
-        """The plan `after`, in which one item has its level of before, its cache if it returns."""
-        items = [item]
-        if self.after.levels.get(item) == "removed" and item.endswith(".attn"):
-            items.append(cache_name(block_index(item) // 2))
-        levels = self.before.levels
-        changed = self.after.levels | {name: levels.get(name, "native") for name in items}
-        return Plan.of({name: level for name, level in changed.items() if level != "native"})
-
-
-def _is_lower(facts: ModelFacts, index: int, level: WeightLevel, before: Plan) -> bool:
-    sizes = facts.weight_levels(index)
-    return sizes[level] < sizes[before.weight_level(index)]
-
-
 class PlanSwitcher:
     """Applies plans until the measured bytes fit; only the thread that runs the model may call it.
 
     Attributes:
         unreadable: Weights that cannot be read now; plans leave them out.
+        rows_plan: Gives the plan with the lowest levels that rows have of caches, where rows may
+            keep lower ones than the plan has. Without it, a cache that rises is computed again.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -207,6 +130,7 @@ class PlanSwitcher:
         self._decision_log = decision_log
         self._clock = clock
         self._refill_pending = False
+        self.rows_plan: Callable[[], Plan] | None = None
         self.unreadable = UnreadableWeights(llm, clock)
         chooser.restrict = self.unreadable.without
         self.switches = 0
@@ -256,13 +180,13 @@ class PlanSwitcher:
     ) -> PlanChoice | None:
         """The chooser's plan for headroom; one with a refill only if it pays, and is available."""
         choice = self._chooser.choose(shape, limit_bytes)
-        if choice is None or not shape or not self._change_to(choice.plan).refills:
+        if choice is None or not shape or not self._refills(choice.plan):
             return choice
-        if self._change_to(choice.plan).refill_pays:
+        if self._refill_pays(choice.plan):
             limit = available_bytes - self._estimator.refill_bytes(choice.plan, shape)
             if choice.need_bytes > limit:
                 choice = self._chooser.choose(shape, limit)
-            if choice is None or self._change_to(choice.plan).refill_pays:
+            if choice is None or self._refill_pays(choice.plan):
                 return choice
         return self._without_refill(choice, shape, limit_bytes)
 
@@ -332,7 +256,9 @@ class PlanSwitcher:
         they are as fit.
         """
         change = self._change_to(choice.plan)
-        if not change.refills:
+        if self.rows_plan is not None:
+            change = PlanChange(self.rows_plan(), choice.plan)
+        if not self._refills(choice.plan) and self._chooser.allows(change.lowest(), shape):
             return choice
         plan = change.without_refill()
         for item in self._lowered_items(plan, shape):
@@ -351,6 +277,19 @@ class PlanSwitcher:
     def _change_to(self, plan: Plan) -> PlanChange:
         return PlanChange(self._llm.plan, plan)
 
+    def _refills(self, plan: Plan) -> bool:
+        """Whether caches of all rows have to be computed again for a plan."""
+        change = self._change_to(plan)
+        return change.returns_attention or (self.rows_plan is None and change.raises_caches)
+
+    def _refill_pays(self, plan: Plan) -> bool:
+        """Whether what a refill raises costs more quality than a pass is worth.
+
+        That holds for removed attention blocks and for caches of 2 bits, not for better ones.
+        """
+        change = self._change_to(plan)
+        return change.returns_attention or (self.rows_plan is None and change.raises_two_bits)
+
     def _switch(
         self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
     ) -> None:
@@ -358,7 +297,7 @@ class PlanSwitcher:
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
             return
-        self._refill_pending |= running and self._change_to(choice.plan).refills
+        self._refill_pending |= running and self._refills(choice.plan)
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(*self._llm.devices)

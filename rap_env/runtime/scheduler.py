@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rap_env.errors import QualityFloorError
 from rap_env.models.device import synchronise
 from rap_env.models.live.interruption import PassInterruptedError
-from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
-from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
+from rap_env.runtime.pace import Pace
+from rap_env.runtime.request_handle import AdmitEvent, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
+from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence, shape_of
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NEW_SHARE = 0.1  # of the last step in the average time of a step
 _LOOK_S = 0.02  # between looks at the budget within a prefill chunk
 _MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
 _STALLED_S = 1.0
 """Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
+_REFILL_S = 0.1  # between looks for a row whose cache should be computed again
 _SMALL_CHUNKS = 8  # of a request tried then, where others have one: its passes take less memory
 
 
@@ -57,6 +57,7 @@ class Scheduler:
         chunk_tokens: int,
         restore: Restore,
         queue_timeout_s: float | None,
+        target_itl_s: float | None,
     ) -> None:
         self._llm = llm
         self._controller = controller
@@ -69,13 +70,12 @@ class Scheduler:
         self._queue_timeout_s = queue_timeout_s
         windows = controller.estimator.memory.facts.kv_window_tokens
         self._uniform = any(window is not None for window in windows)
-        self._batch = self._new_batch()
-        self._decoding: list[TokenSequence] = []  # row by row of the batch
-        self._prefilling: PrefillingSequence | None = None
+        self._pace = Pace(target_itl_s)
+        self._batch = RunningBatch(llm, restore, chunk_tokens, uniform=self._uniform)
+        controller.switcher.rows_plan = lambda: self._batch.rows.lowest_plan
+        self._next_refill_s = float("-inf")
         self.paused: list[TokenSequence] = []
-        self._shape: BatchShape | None = None  # of all that runs; None: to be computed
         self._preempted_s = float("-inf")
-        self._decode_s = 0.0  # of a step, as a moving average
         self._next_look_s = 0.0
         self._interruptions = 0  # of the chunk that is next
         self._stalled_since_s: float | None = None
@@ -88,8 +88,12 @@ class Scheduler:
     @property
     def running(self) -> list[TokenSequence]:
         """The sequences that decode, and the one in prefill, if any."""
-        prefilling = self._prefilling
-        return [*self._decoding, *([prefilling.sequence] if prefilling else [])]
+        return self._batch.sequences
+
+    @property
+    def lowered_rows(self) -> int:
+        """Decoding requests whose caches have lower levels than the plan."""
+        return self._batch.lowered_rows
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
@@ -97,12 +101,16 @@ class Scheduler:
         self._remove_ended()
         self._controller.note_waiting(len(self._queue))
         self._admit_next()
-        self._make_fit(prefill=True)
-        prefilled = self._prefilling is not None
-        if self._prefilling is not None:
-            self._prefill(self._prefilling)
+        self._refill_next()
+        batch = self._batch
+        self._make_fit(prefill=not self._pace.decodes_first or not batch.decoding)
+        prefilled = batch.prefilling is not None and not (
+            self._pace.decodes_first and batch.decoding
+        )
+        if prefilled:
+            self._prefill()
             self._make_fit()  # the budget may have changed since
-        decoded = bool(self._decoding)
+        decoded = bool(batch.decoding)
         if decoded:
             self._decode()
         self.plan = self._llm.plan
@@ -122,7 +130,7 @@ class Scheduler:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
         handles = (sequence.handle for sequence in self.running)
         to_come = (handle.params.max_new_tokens - len(handle.token_ids) for handle in handles)
-        return min(to_come, default=0) * self._decode_s
+        return min(to_come, default=0) * self._pace.decode_s
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
@@ -136,7 +144,7 @@ class Scheduler:
         first = PassSize(tokens, tokens)
         if self.running or not self._controller.admit(shape, next_pass=first):
             return
-        batch = self._new_batch()
+        batch = self._batch.new_rows()
         batch.prefill([[0] * tokens])
         self._controller.observe(shape, "prefill")
         batch.extend([0])
@@ -145,14 +153,13 @@ class Scheduler:
 
     def drop_all(self) -> None:
         """Free all rows and drop their sequences."""
-        self._drop_prefill()
-        self._batch.close()
-        self._batch = self._new_batch()
-        self._decoding = []
+        self._batch.clear()
 
     # Passes through the model
 
-    def _prefill(self, prefilling: PrefillingSequence) -> None:
+    def _prefill(self) -> None:
+        batch, prefilling = self._batch, self._batch.prefilling
+        assert prefilling is not None
         began, started = self._clock(), time.perf_counter()
         try:
             with self._llm.exclusive():
@@ -162,15 +169,12 @@ class Scheduler:
             self._interruptions = 0
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
-            self.counters.prompt_tokens += count
-            prefilling.sequence.handle.note_plan(plan, self._clock())
+            self._pace.note_chunk(seconds)
+            self._count(prefilling.sequence, length, count)
+            if not prefilling.refills:
+                prefilling.sequence.handle.note_plan(plan, self._clock())
             if logits is not None:
-                self.output.deliver_prompt(prefilling)
-                if self.output.deliver([prefilling.sequence], logits, plan)[0]:
-                    self._reserve([*self._decoding, prefilling.sequence])
-                    self._batch.join(prefilling.batch)
-                    self._decoding.append(prefilling.sequence)
-                self._drop_prefill()
+                self._end_prefill(prefilling, logits)
         except PassInterruptedError:
             self._interruptions += 1
             self.counters.interruptions += 1
@@ -179,13 +183,38 @@ class Scheduler:
             self._start_again("prefill", error)
             return
         except Exception as error:
+            if prefilling.refills and batch.intact:
+                self._give_up_refill(error)
+                return
             self.output.fail([prefilling.sequence], error)
-            self._drop_prefill()
-            if self._batch.size != len(self._decoding):  # it failed while joining the batch
-                self.output.fail(self._decoding, error)
+            batch.drop_prefill()
+            if not batch.intact:  # it failed while joining the batch
+                self.output.fail(batch.decoding, error)
                 self.drop_all()
             return
         self._record(began, seconds, "prefill", 1, length, plan)
+
+    def _end_prefill(self, prefilled: PrefillingSequence, logits: torch.Tensor) -> None:
+        """Let a prefilled sequence decode, unless its first token ends it."""
+        if not prefilled.refills:
+            self.output.deliver_prompt(prefilled)
+            if not self.output.deliver([prefilled.sequence], logits, prefilled.batch.plans)[0]:
+                self._batch.drop_prefill()
+        self._batch.join()
+
+    def _give_up_refill(self, error: Exception) -> None:
+        """Go on with the cache that a sequence has, after its refill failed."""
+        if refilling := self._batch.refilling:
+            log.warning("A cache could not be computed again: %s", error)
+            refilling.sequence.refills = False
+            self._batch.drop_prefill()
+
+    def _count(self, sequence: TokenSequence, cached: int, new: int) -> None:
+        """Count `new` prefilled tokens, of which some may have been computed before."""
+        self.counters.prompt_tokens += new
+        again = max(0, min(new, sequence.computed_tokens - (cached - new)))
+        self.counters.repeated_tokens += again
+        sequence.computed_tokens = max(sequence.computed_tokens, cached)
 
     def _must_interrupt(self) -> bool:
         """Whether a prefill chunk is to end at once: the budget has fallen below what is used."""
@@ -197,18 +226,21 @@ class Scheduler:
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
-        sequences = self._decoding
+        batch, sequences = self._batch, self._batch.decoding
         try:
             with self._llm.exclusive():
                 plan = self._llm.plan
-                logits = self._batch.extend([s.handle.token_ids[-1] for s in sequences])
+                logits = batch.rows.extend([s.handle.token_ids[-1] for s in sequences])
                 synchronise(*self._llm.devices)
             seconds = time.perf_counter() - started
-            length = self._batch.length
-            continues = self.output.deliver(sequences, logits, plan)
+            length = batch.rows.length
+            for sequence in sequences:
+                sequence.computed_tokens = max(sequence.computed_tokens, sequence.known_tokens)
+            continues = self.output.deliver(sequences, logits, batch.rows.plans)
             if not all(continues):
                 self._most_running = self._max_batch_size
-                self._keep([row for row, stays in enumerate(continues) if stays])
+                pairs = zip(sequences, continues, strict=True)
+                batch.remove([sequence for sequence, stays in pairs if not stays])
         except torch.OutOfMemoryError as error:
             self._start_again("decode", error)
             return
@@ -216,7 +248,7 @@ class Scheduler:
             self.output.fail(sequences, error)
             self.drop_all()
             return
-        self._decode_s += _NEW_SHARE * (seconds - self._decode_s) if self._decode_s else seconds
+        self._pace.note_step(seconds)
         self._record(began, seconds, "decode", len(sequences), length, plan)
 
     def _record(
@@ -228,9 +260,10 @@ class Scheduler:
         length: int,
         plan: Plan,
     ) -> None:
-        prefilling = 0 if self._prefilling is None else self._prefilling.batch.size
-        longest = max(length, self._batch.length)
-        shape = BatchShape(max(rows, self._batch.size + prefilling), longest)
+        batch = self._batch
+        prefilling = 0 if batch.prefilling is None else batch.prefilling.batch.size
+        longest = max(length, batch.rows.length)
+        shape = BatchShape(max(rows, batch.rows.size + prefilling), longest)
         peak = self._controller.observe(shape, kind)
         record = StepRecord(
             time_s=began,
@@ -248,42 +281,22 @@ class Scheduler:
 
     # Admission and preemption
 
-    def _running_shape(self) -> BatchShape:
-        if self._shape is None:
-            joining, chunks = None, 0
-            if self._prefilling is not None:
-                joining, chunks = self._prefilling.sequence, self._prefilling.chunks_left
-            self._shape = shape_of(self._decoding, joining, chunks, uniform=self._uniform)
-        return self._shape
-
     def _make_fit(self, prefill: bool = False) -> None:
         """Lower the plan, or preempt, until the next pass fits."""
+        batch = self._batch
         while True:
-            next_pass = self._pass_size(self._prefilling if prefill else None)
-            if self._controller.check(self._running_shape(), next_pass) or not self._preempt():
+            next_pass = batch.pass_size(prefill=prefill)
+            if batch.refilling and not self._controller.has_room(batch.shape, next_pass):
+                batch.drop_prefill()
+            elif self._controller.check(batch.shape, next_pass) or not self._preempt():
                 return
-
-    def _pass_size(self, prefilling: PrefillingSequence | None) -> PassSize:
-        """The size of the next pass: a prefill chunk, or a decode step."""
-        rows, length = self._batch.size, self._batch.length
-        if prefilling is None:
-            return PassSize(rows, rows, prefills=self._prefilling is not None)
-        tokens = growth = prefilling.next_tokens
-        if prefilling.chunks_left == 1 and rows:  # it joins the batch, which pads shorter rows
-            final = prefilling.batch.length + tokens
-            growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
-        return PassSize(tokens, growth)
 
     def _preempt(self) -> bool:
         """Move the newest request to the front of the queue; False if nothing runs."""
-        if self._prefilling is not None:
-            sequence = self._prefilling.sequence
-            self._drop_prefill()
-        elif self._decoding:
-            sequence = self._decoding[-1]
-            self._keep(list(range(len(self._decoding) - 1)))
-        else:
+        if not self.running:
             return False
+        sequence = self._batch.newest
+        self._batch.remove([sequence])
         self._put_back([sequence])
         self._controller.note_preemption()
         return True
@@ -294,10 +307,14 @@ class Scheduler:
         After a decode step that is all that runs, because caches may be half written. Until a
         request ends, fewer run at a time than did.
         """
+        if kind == "prefill" and self._batch.refilling and self._batch.intact:
+            self._give_up_refill(error)
+            self._controller.note_out_of_memory(kind)
+            return
         running = [sequence for sequence in self.running if sequence.handle.reason is None]
         if len(running) == 1:
             self.output.fail(running, error)
-        if kind == "prefill" and self._batch.size == len(self._decoding) > 0:
+        if kind == "prefill" and self._batch.intact and self._batch.decoding:
             self._preempt()
         else:
             self.drop_all()
@@ -320,17 +337,31 @@ class Scheduler:
 
         Where nothing has run for `_STALLED_S`, all are tried, the shortest first.
         """
-        if self._prefilling is not None or len(self._decoding) >= self._most_running:
+        batch = self._batch
+        if batch.prefilling is not None or len(batch.decoding) >= self._most_running:
             return
         if self.stalled_s >= _STALLED_S:
             self._admit_any()
             return
-        if self._decoding and self._clock() - self._preempted_s < self._controller.hold_s:
+        if batch.decoding and self._clock() - self._preempted_s < self._controller.hold_s:
             return  # a request was preempted just now
         sequence = self._queue.first_of(self._within_own_floor)
         if sequence is None:
             return
         self._admit(sequence, self._chunk_tokens)
+
+    def _refill_next(self) -> None:
+        """Begin to compute the cache of a decoding row again at the plan's levels, where it pays.
+
+        It decodes with its old cache until the new one is there.
+        """
+        now, batch = self._clock(), self._batch
+        if self._restore != "refill" or now < self._next_refill_s or batch.prefilling is not None:
+            return
+        self._next_refill_s = now + _REFILL_S
+        sequence = batch.best_refill(self._controller.chooser)
+        if sequence is not None:
+            batch.prefill(sequence, self._chunk_tokens, self._must_interrupt, refills=True)
 
     def _admit_any(self) -> None:
         """Admit the shortest request that fits alone, without a learned margin, in small chunks."""
@@ -348,22 +379,17 @@ class Scheduler:
 
     def _admit(self, sequence: TokenSequence, chunk_tokens: int, *, stalled: bool = False) -> bool:
         """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
-        chunks = -(-sequence.known_tokens // chunk_tokens)
-        shape = shape_of(self._decoding, sequence, chunks, uniform=self._uniform)
+        batch = self._batch
+        shape = batch.shape_with(sequence, chunk_tokens)
         tokens = min(sequence.known_tokens, chunk_tokens)
         first = PassSize(tokens, tokens)
-        if self._controller.admit(shape, self._running_shape(), first, stalled=stalled):
+        if self._controller.admit(shape, batch.shape, first, stalled=stalled):
             self._queue.remove(sequence)
             sequence.handle.emit(AdmitEvent(self._clock()))
-            self._prefilling = PrefillingSequence(
-                sequence, self._llm, self._restore, chunk_tokens, self._must_interrupt
-            )
+            batch.prefill(sequence, chunk_tokens, self._must_interrupt)
             self._interruptions = 0
-            if not self._decoding:  # it starts the batch, else it will be copied into it
-                self._prefilling.batch.reserve_tokens = sum(sequence.progress(in_batch=False))
-            self._shape = shape
             return True
-        if not self._decoding and self._controller.never_fits(shape):
+        if not batch.decoding and self._controller.never_fits(shape):
             self._queue.remove(sequence)
             error = self._controller.misfit(shape, expected=True)
             self.output.reject(sequence, rejection_of(error), str(error))
@@ -382,21 +408,6 @@ class Scheduler:
             sequence.unfit_bytes = limit
         return False
 
-    def _reject_waiting(self, sequence: TokenSequence, message: str) -> None:
-        """Reject a request that has waited too long, and say so if that is due to its floor."""
-        shape = shape_of([], sequence, uniform=self._uniform)
-        clause = self._controller.chooser.clause_for(shape)
-        rejection: Rejection = "queue_timeout"
-        budget = self._controller.monitor.budget_bytes
-        if clause and not self._controller.could_fit_in(shape, budget):
-            error = self._controller.misfit(shape, expected=False)
-            message += f" {error}"
-            if isinstance(error, QualityFloorError):
-                rejection = "below_floor"
-        elif clause:
-            message += f" Only plans{clause} are used."
-        self.output.reject(sequence, rejection, message)
-
     def _put_aside(self) -> None:
         """Put paused requests aside, and those that are no longer paused back into the queue."""
         for sequence in [sequence for sequence in self.paused if not _is_paused(sequence)]:
@@ -405,10 +416,7 @@ class Scheduler:
             self._queue.put_first(sequence)
         paused = [sequence for sequence in self.running if _is_paused(sequence)]
         if paused:
-            if self._prefilling is not None and self._prefilling.sequence in paused:
-                self._drop_prefill()
-            rows = enumerate(self._decoding)
-            self._keep([row for row, sequence in rows if sequence not in paused])
+            self._batch.remove(paused)
             self._controller.note_preemption()
         self.paused += [*paused, *self._queue.remove_if(_is_paused)]
 
@@ -420,37 +428,14 @@ class Scheduler:
         if timeout_s is not None:
             oldest_s = self._clock() - timeout_s
             for sequence in self._queue.remove_if(lambda w: w.queued_since_s < oldest_s):
-                self._reject_waiting(sequence, f"The request waited longer than {timeout_s} s.")
-        if self._prefilling is not None and self._prefilling.sequence.handle.cancelled:
-            self.output.end(self._prefilling.sequence, "cancelled")
-            self._drop_prefill()
-        cancelled = [sequence for sequence in self._decoding if sequence.handle.cancelled]
+                shape = shape_of([], sequence, uniform=self._uniform)
+                error, rejection = self._controller.timeout_error(shape, timeout_s)
+                self.output.reject(sequence, rejection, error)
+        cancelled = [sequence for sequence in self.running if sequence.handle.cancelled]
         if cancelled:
-            rows = enumerate(self._decoding)
-            self._keep([row for row, sequence in rows if sequence not in cancelled])
+            self._batch.remove(cancelled)
             for sequence in cancelled:
                 self.output.end(sequence, "cancelled")
-
-    def _new_batch(self) -> LiveBatch:
-        return LiveBatch(self._llm, restore=self._restore, most_tokens=self._chunk_tokens)
-
-    def _keep(self, rows: list[int]) -> None:
-        kept = [self._decoding[row] for row in rows]
-        self._reserve(kept)
-        self._batch.keep(rows)
-        self._decoding, self._shape = kept, None
-
-    def _reserve(self, sequences: Sequence[TokenSequence]) -> None:
-        """Let the batch of these sequences have room until the first of them ends."""
-        progress = [sequence.progress(in_batch=True) for sequence in sequences]
-        if progress:
-            cached, to_come = zip(*progress, strict=True)
-            self._batch.reserve_tokens = max(cached) + min(to_come)
-
-    def _drop_prefill(self) -> None:
-        if self._prefilling is not None:
-            self._prefilling.batch.close()
-        self._prefilling = self._shape = None
 
 
 def _is_paused(sequence: TokenSequence) -> bool:

@@ -42,6 +42,8 @@ class TokenSequence:
     Attributes:
         queued_since_s: When it last entered the queue, on the engine's clock.
         unfit_bytes: Bytes in which no plan above its own floor fitted it alone; 0 if not known.
+        computed_tokens: Most of its tokens that were in a cache so far.
+        refills: Whether its cache may be computed again at better levels.
     """
 
     def __init__(self, handle: RequestHandle) -> None:
@@ -49,6 +51,8 @@ class TokenSequence:
         self.sampler = RowSampler(handle.params)
         self.queued_since_s = handle.arrived_s
         self.unfit_bytes = 0
+        self.computed_tokens = 0
+        self.refills = True
 
     @property
     def tokens(self) -> list[int]:
@@ -85,6 +89,8 @@ class PrefillingSequence:
         restore: As for `LiveBatch`.
         chunk_tokens: Most tokens of a chunk.
         interrupt: As for `LiveBatch`.
+        refills: Whether it decodes meanwhile, with another cache that this one will replace. Then
+            its last token is left out, as decoding does.
 
     Attributes:
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
@@ -98,26 +104,35 @@ class PrefillingSequence:
         restore: Restore,
         chunk_tokens: int,
         interrupt: Callable[[], bool] | None = None,
+        *,
+        refills: bool = False,
     ) -> None:
         self.sequence = sequence
-        self.batch = LiveBatch(llm, restore=restore, most_tokens=chunk_tokens, interrupt=interrupt)
-        self._left: Sequence[int] = sequence.tokens
+        self.refills = refills
+        self.batch = LiveBatch(
+            llm, restore=restore, most_tokens=chunk_tokens, interrupt=interrupt, raise_levels=False
+        )
         self._chunk_tokens = chunk_tokens
         self.prompt_samples: list[Sample] | None = None
         wanted = sequence.handle.params.prompt_logprobs
-        if wanted is not None and sequence.handle.prompt_samples is None:
+        if wanted is not None and sequence.handle.prompt_samples is None and not refills:
             self.prompt_samples, self._top = [], wanted
             self._positions = PositionLogits(llm)
 
     @property
+    def tokens_left(self) -> int:
+        """Tokens that are not prefilled yet."""
+        return self.sequence.known_tokens - self.refills - self.batch.length
+
+    @property
     def chunks_left(self) -> int:
         """Chunks that are not prefilled yet."""
-        return -(-len(self._left) // self._chunk_tokens)
+        return -(-self.tokens_left // self._chunk_tokens)
 
     @property
     def next_tokens(self) -> int:
         """Tokens of the next chunk."""
-        return min(len(self._left), self._chunk_tokens)
+        return min(self.tokens_left, self._chunk_tokens)
 
     def advance(self) -> tuple[torch.Tensor | None, int]:
         """Prefill the next chunk.
@@ -131,7 +146,8 @@ class PrefillingSequence:
             PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it, or
                 begins with the first one if earlier chunks are no longer cached.
         """
-        chunk = self._left[: self._chunk_tokens]
+        cached = self.batch.length
+        chunk = self.sequence.tokens[cached : cached + self.next_tokens]
         recording = self._positions.recording if self.prompt_samples is not None else nullcontext
         try:
             with recording():
@@ -140,14 +156,12 @@ class PrefillingSequence:
             if not self.batch.kv_bytes:
                 self._start_again()
             raise
-        self._left = self._left[self._chunk_tokens :]
         if self.prompt_samples is not None:
             self.prompt_samples += self._scored(chunk)
-        return (None if self._left else logits), len(chunk)
+        return (None if self.tokens_left else logits), len(chunk)
 
     def _start_again(self) -> None:
         self.batch.close()
-        self._left = self.sequence.tokens
         if self.prompt_samples is not None:
             self.prompt_samples = []
 
@@ -178,24 +192,26 @@ class OutputProcessor:
         self._counters = counters
 
     def deliver(
-        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plan: Plan
+        self, sequences: Sequence[TokenSequence], logits: torch.Tensor, plans: Sequence[Plan]
     ) -> list[bool]:
         """Sample a token for each sequence and deliver it.
 
         Args:
             sequences: B sequences.
             logits: (B, V), float32.
-            plan: The plan that they were computed with.
+            plans: The plan that each of them was computed with.
 
         Returns:
             For each sequence whether it continues.
         """
         samples = sample_rows([sequence.sampler for sequence in sequences], logits)
         now = self._clock()
-        for sequence in sequences:
+        for sequence, plan in zip(sequences, plans, strict=True):
             sequence.handle.note_plan(plan, now)
-        pairs = zip(sequences, samples, strict=True)
-        return [self._deliver(sequence, sample, plan, now) for sequence, sample in pairs]
+        return [
+            self._deliver(sequence, sample, plan, now)
+            for sequence, sample, plan in zip(sequences, samples, plans, strict=True)
+        ]
 
     def end(
         self,

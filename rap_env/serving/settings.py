@@ -132,6 +132,9 @@ class ServerSettings:
         queue_timeout_s: Seconds after which a waiting request is rejected; null for never.
         max_seq_len_tokens: Most tokens of a prompt and its answer; null for the model's maximum.
         prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
+        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are read:
+            as many decode steps follow each chunk. A prompt waits longer for a lower one; null for
+            one step.
         max_prompt_tokens: Most tokens of a prompt; null for what fits the memory budget alone,
             within the floor of quality.
         max_new_tokens: Most tokens that a request may ask for in one answer.
@@ -185,6 +188,7 @@ class ServerSettings:
     queue_timeout_s: float | None = 120.0
     max_seq_len_tokens: int | None = None
     prefill_chunk_tokens: int = 256
+    target_itl_s: float | None = 0.1
     max_prompt_tokens: int | None = None
     max_new_tokens: int = 2048
     default_chat_tokens: int = 256

@@ -170,6 +170,7 @@ def build_stack(
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             restore=cast("Restore", settings.restore),
             queue_timeout_s=settings.queue_timeout_s,
+            target_itl_s=settings.target_itl_s,
         )
         app = create_app(engine, llm.tokenizer, settings, limit, grammars)
     except BaseException:

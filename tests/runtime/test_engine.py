@@ -280,7 +280,7 @@ def test_the_time_to_retry_after_is_that_of_the_request_that_ends_first(engine):
         engine.submit(prompt(4, number), greedy(new))
     steps(engine, 3)
     assert engine.retry_after_s() == 1  # steps take milliseconds
-    engine._scheduler._decode_s = 0.5
+    engine._scheduler._pace.decode_s = 0.5
     left = 12 - len(engine._scheduler.running[1].handle.token_ids)
     assert engine.retry_after_s() == -(-left // 2)
 

@@ -46,6 +46,7 @@ from rap_env.models.caches.groups import (
     stored_groups,
 )
 from rap_env.models.caches.layers import known_lengths, lower, note_rows
+from rap_env.models.caches.row_parts import PartedKeys
 from rap_env.models.caches.token_attention import TokenAttention
 from rap_env.models.families.adapter import FamilyAdapter
 from rap_env.models.families.placeholders import cache_in
@@ -101,6 +102,8 @@ def with_levels(base: Attention) -> Attention:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
+        if isinstance(key, PartedKeys):
+            return key.attend(attention, module, query, attention_mask, **kwargs), None
         level: CacheLevel = module.__dict__.get("cache_level", NATIVE_CACHE)
         if not isinstance(key, Chunk):
             if level.native:

@@ -196,14 +196,21 @@ def update_cache(
     restore: Restore,
     past: Callable[[], Past | None],
     most_tokens: int = PREFILL_CHUNK_TOKENS,
+    *,
+    raise_levels: bool = True,
 ) -> None:
-    """Update a cache to the model's mask, as `restore` selects; arguments as for `step`."""
+    """Update a cache to the model's mask, as `restore` selects; arguments as for `step`.
+
+    Without `raise_levels`, a layer below its level stays there while no attention returns.
+    """
     removed = llm.removed_attention
     evict(cache, removed)
     levels = {n: llm.plan.cache_level(n) for n in range(llm.adapter.num_layers)}
     lower(cache, levels)
     restored = missing(cache) - removed
-    if restore == "next_request" or not (restored or raised(cache, levels)):
+    if restore == "next_request":
+        return
+    if not restored and not (raise_levels and raised(cache, levels)):
         return
     known = past()
     if known is None:

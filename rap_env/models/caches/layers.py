@@ -214,14 +214,13 @@ def level_changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[in
     return changes
 
 
-def lowest_levels(*caches: Any) -> dict[int, CacheLevel]:
-    """For each layer the lowest of the levels at which caches hold it."""
-    lowest: dict[int, CacheLevel] = {}
-    for cache in caches:
-        for number, layer in filled_layers(cache):
-            if isinstance(layer, GroupedLayer):
-                lowest[number] = layer.level.lowest(lowest.get(number, NATIVE_CACHE))
-    return lowest
+def levels_of(cache: Any) -> tuple[tuple[int, CacheLevel], ...]:
+    """The layers of a cache that hold tokens below native, with their levels."""
+    return tuple(
+        (number, layer.level)
+        for number, layer in filled_layers(cache)
+        if isinstance(layer, GroupedLayer)
+    )
 
 
 def raised(cache: Any, levels: Mapping[int, CacheLevel]) -> bool:

@@ -1,4 +1,4 @@
-"""A batch of sequences with one KV cache; sequences join and leave, and the mask may change.
+"""A batch of sequences with their KV caches; sequences join and leave, and the mask may change.
 
 Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are padded
 on the left; attention masks hide the padding.
@@ -7,15 +7,14 @@ on the left; attention masks hide the padding.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.kv_cache import (
     RESTORES,
     Past,
@@ -25,31 +24,27 @@ from rap_env.models.caches.kv_cache import (
     evict,
     missing,
     refill,
-    step,
     update_cache,
 )
-from rap_env.models.caches.layers import (
-    ReservedLayer,
-    lower,
-    lowest_levels,
-    note_rows,
-    reserve,
-    with_room,
-)
+from rap_env.models.caches.layers import ReservedLayer, note_rows, reserve
+from rap_env.models.caches.row_parts import PartedCache, RowPart, merged
 from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
+from rap_env.plan import Plan
 
 
 class LiveBatch:
-    """A batch of sequences with one KV cache on a live model.
+    """A batch of sequences with their KV caches on a live model.
 
     It runs under the model's mask: `ElasticLLM.apply` may change the mask between any two calls,
     from any thread. The keys and values of a removed attention block are evicted immediately. A
     restored block is handled at the next call that runs the model or joins batches: its cache is
-    refilled, or it stays unused until the batch is empty (see `models.caches.kv_cache`). Each call
-    holds the model exclusively; all calls of one batch must come from one thread. After a call
-    that failed the rows are unchanged, and the next call computes their cache again.
+    refilled, or it stays unused until the batch is empty (see `models.caches.kv_cache`). Rows whose
+    caches have different levels are in parts, each with a cache of its own; one pass runs them all
+    (see `models.caches.row_parts`). Each call holds the model exclusively; all calls of one batch
+    must come from one thread. After a call that failed the rows are unchanged, and the next call
+    computes their cache again.
 
     Args:
         llm: The live model.
@@ -59,6 +54,8 @@ class LiveBatch:
         interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
             pass ends there with a `PassInterruptedError` and the rows are unchanged; if earlier
             tokens cannot stay in the cache, `kv_bytes` is 0 afterwards.
+        raise_levels: Refill caches below the levels of a plan, if `restore` refills; without it
+            rows keep the level that they have.
 
     Attributes:
         reserve_tokens: Tokens of a row for which native caches get room when they are allocated,
@@ -72,16 +69,17 @@ class LiveBatch:
         restore: Restore = "refill",
         most_tokens: int = PREFILL_CHUNK_TOKENS,
         interrupt: Callable[[], bool] | None = None,
+        raise_levels: bool = True,
     ) -> None:
         check_name("restore mode", restore, RESTORES)
         self._llm = llm
+        self._raise_levels = raise_levels
         self._restore = restore
         self._most_tokens = most_tokens
         self._interrupt = interrupt
         self._argument = cache_argument(llm.model)
         self._reserve_tokens = 0
-        self._rows: list[list[int]] = []
-        self._cache: Any = None
+        self._parts: list[RowPart] = []
 
     @property
     def reserve_tokens(self) -> int:
@@ -91,23 +89,50 @@ class LiveBatch:
     @reserve_tokens.setter
     def reserve_tokens(self, tokens: int) -> None:
         self._reserve_tokens = tokens
-        if self._cache is not None:
-            reserve(self._cache, tokens)
+        for part in self._parts:
+            if part.cache is not None:
+                reserve(part.cache, tokens)
+
+    @property
+    def _rows(self) -> list[list[int]]:
+        return [row for part in self._parts for row in part.rows]
 
     @property
     def size(self) -> int:
         """B, the number of rows."""
-        return len(self._rows)
+        return sum(len(part.rows) for part in self._parts)
 
     @property
     def length(self) -> int:
         """T, tokens cached for each row, padding included; 0 without rows."""
-        return max(map(len, self._rows), default=0)
+        return max((part.length for part in self._parts), default=0)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that the KV cache takes."""
-        return 0 if self._cache is None else cache_bytes(self._cache)
+        """Bytes that the KV caches take."""
+        return sum(cache_bytes(part.cache) for part in self._parts if part.cache is not None)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """For each row the model's plan with the levels that the row's cache has, (B,)."""
+        plan = self._llm.plan
+        return [own for part in self._parts for own in [part.plan(plan)] * len(part.rows)]
+
+    @property
+    def lowest_plan(self) -> Plan:
+        """The model's plan with the lowest level that a row has of each cache."""
+        plan = self._llm.plan
+        for part in self._parts:
+            plan = part.plan(plan, lowest=True)
+        return plan
+
+    def row_bytes(self, row: int) -> int:
+        """Bytes of one row's cache: its share of those of rows with the same levels."""
+        for part in self._parts:
+            if row < len(part.rows):
+                return 0 if part.cache is None else cache_bytes(part.cache) // len(part.rows)
+            row -= len(part.rows)
+        raise IndexError(row)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Fill an empty batch with one row per prompt.
@@ -118,7 +143,7 @@ class LiveBatch:
         Raises:
             InvalidRequestError: There are rows already, or a prompt is empty.
         """
-        if self._rows:
+        if self._parts:
             raise InvalidRequestError(
                 f"The batch has {self.size} rows already; empty it with keep([]) before a prefill."
             )
@@ -128,14 +153,16 @@ class LiveBatch:
         length = max(map(len, rows))
         width = max(1, self._most_tokens // len(rows))
         logits = torch.empty(0)
+        part = RowPart([])
+        self._parts = [part]
         try:
             for end in [*range(width, length, width), length]:
                 # All rows end together: the first chunks of short rows are padding.
-                cached = self.length
-                self._rows = [row[: max(0, len(row) - (length - end))] for row in rows]
+                cached = part.length
+                part.rows = [row[: max(0, len(row) - (length - end))] for row in rows]
                 logits = self._forward(end - cached)
         except BaseException:
-            self._rows, self._cache = [], None
+            self._parts = []
             raise
         return logits
 
@@ -166,14 +193,17 @@ class LiveBatch:
         except BaseException as error:
             for row in self._rows:
                 del row[-count:]
-            if isinstance(error, PassInterruptedError) and self._cache is not None:
-                note_rows(self._cache, self._lengths)
-            else:
-                self._cache = None
+            for part in self._parts:
+                if isinstance(error, PassInterruptedError) and part.cache is not None:
+                    note_rows(part.cache, part.lengths)
+                else:
+                    part.cache = None
             raise
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep some rows, in this order; free the memory of the others and common padding.
+
+        Rows of unequal levels stay in the order in which their parts joined.
 
         Args:
             rows: Indices of rows; an empty list empties the batch.
@@ -181,73 +211,93 @@ class LiveBatch:
         if list(rows) == list(range(self.size)):
             return
         with self._llm.exclusive(), torch.inference_mode():
-            before, cache = self.length, self._cache
-            self._rows, self._cache = [self._rows[row] for row in rows], None
-            if not self._rows or cache is None:
-                return
-            index = {device: send(torch.tensor(rows), device) for device in self._llm.devices}
-            cut = before - self.length
-            for layer in cache.layers:
-                _select(layer, self.length, index, cut)
-            self._cache = cache
-            note_rows(cache, self._lengths)
+            kept, first = [], 0
+            for part in self._parts:
+                end = first + len(part.rows)
+                own = [row - first for row in rows if first <= row < end]
+                first = end
+                if own:
+                    part.select(own, self._llm.devices)
+                    kept.append(part)
+            self._parts = kept
+
+    def take(self, row: int) -> LiveBatch:
+        """Move a row to a batch of its own, with its cache."""
+        taken = LiveBatch(
+            self._llm,
+            restore=self._restore,
+            most_tokens=self._most_tokens,
+            raise_levels=self._raise_levels,
+        )
+        with self._llm.exclusive(), torch.inference_mode():
+            index = row
+            for part in self._parts:
+                if index < len(part.rows):
+                    own = part.copy()
+                    own.select([index], self._llm.devices)
+                    if own.cache is not None:
+                        self._llm.track_cache(own.cache)
+                    taken._parts = [own]
+                    break
+                index -= len(part.rows)
+            self.keep([other for other in range(self.size) if other != row])
+        return taken
 
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
-        Both caches are updated to the model's mask first. Layers that are missing in one of them
-        are missing in the result.
+        All caches are updated to the model's mask first. Layers that are missing in one of them
+        are missing in all. Rows with the levels of the last ones here share a cache with them.
 
         Raises:
             InvalidRequestError: The other batch uses another model.
         """
         if other._llm._live is not self._llm._live:
             raise InvalidRequestError("Only batches of the same model can be joined.")
-        if not other._rows:
+        if not other._parts:
             return
         with self._llm.exclusive(), torch.inference_mode():
-            if not self._rows:
-                self._rows, self._cache = other._rows, other._cache
-                self.reserve_tokens = self._reserve_tokens  # the layers had the other batch's
-            else:
-                self._append_rows(other)
-            other._rows, other._cache = [], None
+            parts = [*self._parts, *other._parts]
+            if self._parts:
+                try:
+                    self._update(parts)
+                    parts = merged(parts)
+                except BaseException:
+                    for part in parts:
+                        part.cache = None  # some layers may be joined, others not
+                    raise
+            self._parts, other._parts = parts, []
+            self.reserve_tokens = self._reserve_tokens  # the layers had the other batch's
 
     def close(self) -> None:
         """Remove all rows."""
         self.keep([])
 
-    def _append_rows(self, other: LiveBatch) -> None:
-        try:
-            for batch in (self, other):
-                batch._update()
-            absent = missing(self._cache) | missing(other._cache)
-            for batch in (self, other):
-                evict(batch._cache, absent)
-            for batch in (self, other):
-                lower(batch._cache, lowest_levels(self._cache, other._cache), batch._lengths)
-            rows = self._rows + other._rows
-            length = max(map(len, rows))
-            for mine, theirs in zip(self._cache.layers, other._cache.layers, strict=True):
-                _concatenate(mine, theirs, length)
-        except BaseException:
-            self._cache = other._cache = None  # some layers may be joined, others not
-            raise
-        self._rows = rows
-        note_rows(self._cache, self._lengths)
+    def _update(self, parts: Sequence[RowPart], new: int = 0) -> frozenset[int]:
+        """Bring the caches of parts to the model's mask, and tokens before `new` ones into them.
 
-    @property
-    def _lengths(self) -> list[int]:
-        """Tokens of each row, (B,)."""
-        return [len(row) for row in self._rows]
-
-    def _update(self) -> None:
-        if self._cache is None:
-            self._cache = self._new_cache()
-            refill(self._llm, self._cache, self._columns(0, self.length), self._most_tokens)
-        else:
-            past = functools.partial(self._columns, 0, self.length)
-            update_cache(self._llm, self._cache, self._restore, past, self._most_tokens)
+        Returns:
+            Layers that are missing in all of them.
+        """
+        for part in parts:
+            past = functools.partial(self._columns, part.rows, 0, part.length - new)
+            if part.cache is None:
+                part.cache = self._new_cache()
+                self._llm.track_cache(part.cache)
+                if part.length > new:
+                    refill(self._llm, part.cache, past(), self._most_tokens)
+            update_cache(
+                self._llm,
+                part.cache,
+                self._restore,
+                past,
+                self._most_tokens,
+                raise_levels=self._raise_levels,
+            )
+        absent = frozenset[int]().union(*(missing(part.cache) for part in parts))
+        for part in parts:
+            evict(part.cache, absent)
+        return absent
 
     def _forward(self, new: int) -> torch.Tensor:
         """Run the last `new` tokens of each row, and return the logits after them, (B, V)."""
@@ -257,26 +307,29 @@ class LiveBatch:
         return logits.to(torch.float32, copy=True)
 
     def _last_logits(self, new: int) -> torch.Tensor:
-        cached = self.length - new
-        past = functools.partial(self._columns, 0, cached)
-        columns = self._columns(cached, self.length)
-        padded = min(map(len, self._rows)) < self.length
+        rows, length = self._rows, self.length
+        columns = self._columns(rows, length - new, length)
+        padded = min(map(len, rows)) < length
         with self._llm.exclusive():
-            if self._cache is None:
-                self._cache = self._new_cache()
-                if cached:
-                    refill(self._llm, self._cache, past(), self._most_tokens)
-            with step(self._llm, self._cache, self._restore, past, self._most_tokens):
-                note_rows(self._cache, self._lengths)  # so that nothing has to read the mask
-                with self._interruptible():
-                    output = self._llm.model(
-                        input_ids=columns.tokens,
-                        attention_mask=columns.attention_mask if padded else None,
-                        position_ids=columns.position_ids,
-                        use_cache=True,
-                        logits_to_keep=1,
-                        **{self._argument: self._cache},
-                    )
+            absent = self._update(self._parts, new)
+            if len(self._parts) > 1:
+                self._parts = merged(self._parts, new)
+            for part in self._parts:
+                note_rows(part.cache, part.lengths)  # so that nothing has to read the mask
+            cache = self._parts[0].cache
+            if len(self._parts) > 1:
+                lengths = [part.lengths for part in self._parts]
+                cache = PartedCache([part.cache for part in self._parts], lengths, new)
+                note_rows(cache, [len(row) for row in rows])
+            with self._llm.without({2 * number for number in absent}), self._interruptible():
+                output = self._llm.model(
+                    input_ids=columns.tokens,
+                    attention_mask=columns.attention_mask if padded else None,
+                    position_ids=columns.position_ids,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **{self._argument: cache},
+                )
         last: torch.Tensor = output.logits[:, -1]
         return last
 
@@ -286,23 +339,30 @@ class LiveBatch:
         if self._interrupt is None:
             yield
             return
-        with self._cache.interruptible(self._interrupt) as restore:
+        with ExitStack() as stack:
+            restores = [
+                stack.enter_context(part.cache.interruptible(self._interrupt))
+                for part in self._parts
+            ]
             try:
                 yield
             except PassInterruptedError:
-                if not restore():
-                    self._cache = None
+                for part, restore in zip(self._parts, restores, strict=True):
+                    if not restore():
+                        part.cache = None
                 raise
 
-    def _columns(self, first: int, end: int) -> Past:
-        """Columns of the matrix of all rows; the mask starts at column 0, as a cache requires."""
-        device = self._llm.device
-        pads = [self.length - len(row) for row in self._rows]
-        rows = [
-            [pad] + [0] * (min(end, pad) - first) + row[max(0, first - pad) : max(0, end - pad)]
-            for pad, row in zip(pads, self._rows, strict=True)
+    def _columns(self, rows: Sequence[Sequence[int]], first: int, end: int) -> Past:
+        """Columns of the matrix of rows; the mask starts at column 0, as a cache requires."""
+        device, length = self._llm.device, max(map(len, rows))
+        pads = [length - len(row) for row in rows]
+        lines = [
+            [pad]
+            + [0] * (min(end, pad) - first)
+            + list(row[max(0, first - pad) : max(0, end - pad)])
+            for pad, row in zip(pads, rows, strict=True)
         ]
-        sent = send(torch.tensor(rows), device)  # all in one tensor
+        sent = send(torch.tensor(lines), device)  # all in one tensor
         positions = torch.arange(end, device=device) - sent[:, :1]
         return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
@@ -315,39 +375,3 @@ class LiveBatch:
             for layer in cache.layers
         ]
         return cache
-
-
-def _cached_tokens(layer: Any, length: int) -> int:
-    """Tokens that a layer holds of sequences of `length` tokens."""
-    return min(length, layer.sliding_window - 1) if layer.is_sliding else length
-
-
-def _select(layer: Any, length: int, index: Mapping[torch.device, torch.Tensor], cut: int) -> None:
-    """Select rows of a layer, and cut off padding on the left that they do not need."""
-    if layer.keys is None:
-        return
-    rows = index[layer.keys.device]
-    if isinstance(layer, GroupedLayer):
-        layer.select_rows(rows)
-        layer.cumulative_length -= cut
-        return
-    cached = _cached_tokens(layer, length)
-    room = getattr(layer, "reserve_tokens", 0)
-    for name in ("keys", "values"):
-        setattr(layer, name, with_room([getattr(layer, name)[rows]], cached, room))
-    if layer.is_sliding:
-        layer.cumulative_length -= cut
-
-
-def _concatenate(mine: Any, theirs: Any, length: int) -> None:
-    if isinstance(mine, GroupedLayer):
-        mine.append_rows(theirs, length)
-        return
-    cached = _cached_tokens(mine, length)
-    room = getattr(mine, "reserve_tokens", 0)
-    for name in ("keys", "values"):
-        parts = [getattr(layer, name) for layer in (mine, theirs)]
-        setattr(mine, name, with_room(parts, cached, room))
-        setattr(theirs, name, None)
-    if mine.is_sliding:
-        mine.cumulative_length = length

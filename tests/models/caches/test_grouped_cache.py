@@ -175,7 +175,7 @@ def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
     batch.prefill(rows)
     llm.apply(uniform(level))
     fresh.prefill(rows)
-    mine, theirs = batch._cache.layers[0], fresh._cache.layers[0]
+    mine, theirs = batch._parts[0].cache.layers[0], fresh._parts[0].cache.layers[0]
     assert mine.lengths == theirs.lengths == [110, 64, 33]
     for row, length in enumerate(mine.lengths):
         own = (length - 1) // 32
@@ -191,15 +191,56 @@ def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
 
 
 @pytest.mark.engine_feature("here", "Levels of caches", "a level for each layer")
-def test_layers_at_different_levels_and_a_joining_batch_at_another_one() -> None:
+@each_family("name", level=LEVELS)
+def test_rows_of_a_batch_have_levels_of_their_own(name, level) -> None:
+    llm = long_llm(name)
+    batch, lower = (LiveBatch(llm, raise_levels=False) for _ in range(2))
+    llm.apply(uniform(level))
+    batch.prefill(random_rows(60, 130))
+    lower.prefill(random_rows(60, 130))
+    llm.apply(Plan())
+    other, native = LiveBatch(llm), LiveBatch(llm)
+    other.prefill(random_rows(91, 3, seed=3))
+    native.prefill(random_rows(91, 3, seed=3))
+    batch.join(other)
+    assert (batch.size, batch.length) == (4, 130)
+    assert batch.plans == [uniform(level)] * 2 + [Plan()] * 2
+
+    def check(count) -> None:
+        tokens = random_rows(*[count] * 4, seed=count)
+        expected = torch.cat([lower.append(tokens[:2]), native.append(tokens[2:])])
+        assert_near(batch.append(tokens), expected)
+
+    for count in (1, 1, 40, 1):
+        check(count)
+    assert batch.kv_bytes == lower.kv_bytes + native.kv_bytes
+    batch.keep([1, 3, 2])
+    other = batch.take(0)
+    assert (other.plans, batch.plans) == ([uniform(level)], [Plan()] * 2)
+    lower.keep([1])
+    native.keep([1, 0])
+    tokens = random_rows(1, 1, seed=8)
+    assert_near(batch.append(tokens), native.append(tokens))
+    assert_near(other.append(tokens[:1]), lower.append(tokens[:1]))
+    batch.join(other)
+    llm.apply(uniform(level))
+    batch.append(random_rows(1, 1, 1, seed=9))
+    assert len(batch._parts) == 1  # as soon as all rows have one level
+    batch.close()
+    lower.close()
+    native.close()
+    assert llm.held_bytes.kv_cache == 0
+
+
+def test_layers_at_different_levels_and_a_joining_row_at_others() -> None:
     llm = long_llm()
     batch, other = LiveBatch(llm, restore="next_request"), LiveBatch(llm)
     llm.apply(uniform("int4"))
     batch.prefill(random_rows(90))
     llm.apply(Plan.of({"layer00.cache": "int8"}))
     other.prefill(random_rows(50, seed=2))
-    batch.join(other)  # rows of one layer have one level: the lower one
-    assert [layer.level.name for layer in batch._cache.layers] == ["int4", "int4"]
+    batch.join(other)
+    assert batch.plans == [uniform("int4"), llm.plan]
     assert torch.isfinite(grown(batch, [[5], [6]])).all()
 
 
@@ -212,7 +253,7 @@ def test_a_block_that_comes_back_gets_its_level(restored) -> None:
     batch.prefill(random_rows(90, 40))
     if restored == "removed":
         llm.apply(plan.without(0))
-        assert batch._cache.layers[0].keys.dtype == torch.uint8
+        assert batch._parts[0].cache.layers[0].keys.dtype == torch.uint8
         grown(batch, random_rows(1, 1))
     llm.apply(plan)
     logits = grown(batch, random_rows(1, 1))

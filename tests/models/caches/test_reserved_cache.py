@@ -20,7 +20,7 @@ ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15]]
 def places(batch: LiveBatch) -> list[int]:
     return [
         tensor.data_ptr()
-        for layer in batch._cache.layers
+        for layer in batch._parts[0].cache.layers
         if isinstance(layer, ReservedLayer)
         for tensor in (layer.keys, layer.values)
     ]
@@ -81,10 +81,10 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
     batch = LiveBatch(llm)
     batch.reserve_tokens = 200
     batch.prefill(ROWS)
-    layers = len(batch._cache.layers)
+    layers = len(batch._parts[0].cache.layers)
     share = batch.kv_bytes // layers
     llm.apply(Plan.removing(0))
-    assert batch._cache.layers[0].keys.dtype == PLACEHOLDER_DTYPE
+    assert batch._parts[0].cache.layers[0].keys.dtype == PLACEHOLDER_DTYPE
     assert batch.kv_bytes < share * (layers - 1) + 100
     llm.apply(Plan.uniform(layers, caches="int8").without(0))
     batch.extend([3, 3])
@@ -92,7 +92,7 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
     llm.apply(Plan())
     batch.extend([3, 3])  # a refill
     assert batch.kv_bytes == share * layers
-    assert all(isinstance(layer, ReservedLayer) for layer in batch._cache.layers)
+    assert all(isinstance(layer, ReservedLayer) for layer in batch._parts[0].cache.layers)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")

@@ -5,7 +5,7 @@ import torch
 
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.levels import CacheLevel
-from rap_env.models.live import live_batch
+from rap_env.models.caches import row_parts
 from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -179,7 +179,7 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
     batch, other = LiveBatch(llm), LiveBatch(llm)
     batch.prefill(random_rows(6))
     other.prefill(random_rows(4))
-    real, calls = live_batch._concatenate, []
+    real, calls = row_parts._concatenate, []
 
     def fails_at_the_second(*args):
         calls.append(args)
@@ -187,7 +187,7 @@ def test_a_failed_join_leaves_both_batches(monkeypatch) -> None:
             raise MemoryError
         real(*args)
 
-    monkeypatch.setattr(live_batch, "_concatenate", fails_at_the_second)
+    monkeypatch.setattr(row_parts, "_concatenate", fails_at_the_second)
     with pytest.raises(MemoryError):
         batch.join(other)
     assert (batch.size, other.size) == (1, 1)

@@ -1,0 +1,234 @@
+"""One pass for rows whose caches have different levels: each part of the rows has its own cache.
+
+Weights are read once for all rows; attention runs once for each part. Rows of a part have the same
+levels, and are padded to the longest of the part alone.
+
+Shapes: B sequences (rows) of all parts, b of one, K key and value heads, N heads, Q queries of a
+row, T columns so far, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from rap_env.levels import CacheLevel
+from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.groups import Step, current_step, set_current_step
+from rap_env.models.caches.layers import levels_of, note_rows, with_room
+from rap_env.models.device import send
+from rap_env.plan import Plan
+
+
+@dataclass
+class RowPart:
+    """Rows whose caches have the same levels.
+
+    Attributes:
+        rows: Their tokens.
+        cache: Their cache; None if it has to be computed.
+    """
+
+    rows: list[list[int]]
+    cache: Any = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.rows]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def plan(self, plan: Plan, *, lowest: bool = False) -> Plan:
+        """A plan with the levels that the cache has, or with the lowest of both."""
+        if self.cache is None:
+            return plan
+        return _at_levels(plan, levels_of(self.cache), lowest)
+
+    def copy(self) -> RowPart:
+        """The same rows, with a cache of the same tensors; a change of one changes no other."""
+        cache = copy.copy(self.cache)
+        if cache is not None:
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
+        return RowPart(list(self.rows), cache)
+
+    def select(self, rows: Sequence[int], devices: Sequence[torch.device]) -> None:
+        """Keep some rows, in this order, and free the memory of the others and common padding."""
+        if list(rows) == list(range(len(self.rows))):
+            return
+        before, cache = self.length, self.cache
+        self.rows, self.cache = [self.rows[row] for row in rows], None
+        if cache is None:
+            return
+        index = {device: send(torch.tensor(rows), device) for device in devices}
+        for layer in cache.layers:
+            _select_rows(layer, self.length, index, before - self.length)
+        self.cache = cache
+        note_rows(cache, self.lengths)
+
+
+def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
+    """Parts in which neighbours with caches at equal levels are one.
+
+    Args:
+        parts: Parts with caches; they must not be used afterwards.
+        new: Last tokens of each row that are not cached yet.
+    """
+    joined: list[RowPart] = []
+    for _, group in itertools.groupby(parts, key=lambda part: levels_of(part.cache)):
+        first, *others = group
+        for part in others:
+            length = max(first.length, part.length) - new
+            for mine, theirs in zip(first.cache.layers, part.cache.layers, strict=True):
+                _concatenate(mine, theirs, length)
+            first.rows = first.rows + part.rows
+            note_rows(first.cache, [length - new for length in first.lengths])
+        joined.append(first)
+    return joined
+
+
+@functools.lru_cache(maxsize=64)
+def _at_levels(plan: Plan, levels: tuple[tuple[int, CacheLevel], ...], lowest: bool) -> Plan:
+    own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
+    caches = tuple(sorted({**dict(plan.caches), **own}.items()))
+    return plan if caches == plan.caches else replace(plan, caches=caches)
+
+
+def _cached_tokens(layer: Any, length: int) -> int:
+    """Tokens that a layer holds of sequences of `length` tokens."""
+    return min(length, layer.sliding_window - 1) if layer.is_sliding else length
+
+
+def _select_rows(
+    layer: Any, length: int, index: Mapping[torch.device, torch.Tensor], cut: int
+) -> None:
+    """Select rows of a layer, and cut off padding on the left that they do not need."""
+    if layer.keys is None:
+        return
+    rows = index[layer.keys.device]
+    if isinstance(layer, GroupedLayer):
+        layer.select_rows(rows)
+        layer.cumulative_length -= cut
+        return
+    cached = _cached_tokens(layer, length)
+    room = getattr(layer, "reserve_tokens", 0)
+    for name in ("keys", "values"):
+        setattr(layer, name, with_room([getattr(layer, name)[rows]], cached, room))
+    if layer.is_sliding:
+        layer.cumulative_length -= cut
+
+
+def _concatenate(mine: Any, theirs: Any, length: int) -> None:
+    """Append the rows of a layer, padded to `length` tokens, to another one of its level."""
+    if isinstance(mine, GroupedLayer):
+        mine.append_rows(theirs, length)
+        return
+    cached = _cached_tokens(mine, length)
+    room = getattr(mine, "reserve_tokens", 0)
+    for name in ("keys", "values"):
+        parts = [getattr(layer, name) for layer in (mine, theirs)]
+        setattr(mine, name, with_room(parts, cached, room))
+        setattr(theirs, name, None)
+    if mine.is_sliding:
+        mine.cumulative_length = length
+
+
+@dataclass(frozen=True)
+class _PassPart:
+    """What a pass does with the rows of one part.
+
+    Attributes:
+        rows: The rows in the batch.
+        cache: Their cache.
+        step: Their tokens before and after the pass.
+    """
+
+    rows: slice
+    cache: Any
+    step: Step
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether each row has one new token, which sees all columns of its part."""
+        return all(
+            n == self.step.columns == m + 1
+            for m, n in zip(self.step.before, self.step.after, strict=True)
+        )
+
+
+class PartedKeys:
+    """The keys and values of the parts after an update; stands for keys and for values.
+
+    Attributes:
+        parts: Each part with its keys and values as its own cache returns them.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_PassPart, Any, Any]]) -> None:
+        self.parts = parts
+
+    def attend(
+        self,
+        attention: Callable[..., tuple[torch.Tensor, Any]],
+        module: Any,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of all rows, one part after another, (B, N, Q, D) -> (B, Q, N, D)."""
+        outputs = []
+        for part, keys, values in self.parts:
+            own = None
+            if mask is not None and isinstance(keys, torch.Tensor) and not part.sees_all:
+                own = mask if len(mask) == 1 else mask[part.rows]
+                own = own[..., -keys.shape[-2] :]  # columns of longer parts are on the left
+            outputs.append(attention(module, query[part.rows], keys, values, own, **kwargs)[0])
+        return torch.cat(outputs)
+
+
+class PartedCache(DynamicCache):
+    """The caches of several parts, as a model sees them in one pass: with all columns.
+
+    Args:
+        caches: The cache of each part.
+        lengths: Tokens of each row of each part after the pass.
+        new: Tokens of each row in the pass, padding included.
+    """
+
+    def __init__(self, caches: Sequence[Any], lengths: Sequence[list[int]], new: int) -> None:
+        super().__init__()
+        self.layers = max(caches, key=lambda cache: int(cache.get_seq_length())).layers
+        self._parts, first = [], 0
+        for cache, after in zip(caches, lengths, strict=True):
+            step = Step([max(0, count - new) for count in after], after, max(after))
+            self._parts.append(_PassPart(slice(first, first + len(after)), cache, step))
+            first += len(after)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Add new columns, (B, K, Q, D) each, to each part; returns `PartedKeys` twice."""
+        before, parts = current_step(), []
+        try:
+            for part in self._parts:
+                set_current_step(part.step)
+                states = key_states[part.rows], value_states[part.rows]
+                parts.append((part, *part.cache.update(*states, layer_idx, *args, **kwargs)))
+        finally:
+            set_current_step(before)
+        keys = PartedKeys(parts)
+        return keys, keys

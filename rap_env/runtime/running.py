@@ -1,0 +1,211 @@
+"""What runs now: the decoding requests with their batch, and the one whose prompt is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.plan import Plan
+from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.plan_chooser import PlanChooser
+from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
+
+if TYPE_CHECKING:
+    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.models.live.elastic import ElasticLLM
+
+TOKEN_NATS = 0.002
+"""Rise in NLL, in nats, that the tokens to come must be spared for each token computed again."""
+_UNKNOWN_RISE = 0.016  # nats per token, where the policy predicts none: about that of int4 caches
+
+
+class RunningBatch:
+    """The decoding sequences, row by row of a batch, and the sequence in prefill, if any.
+
+    A prefill may also be a *refill*: the cache of a decoding sequence is computed again at the
+    levels of the plan, while the sequence decodes with the old one.
+
+    Args:
+        llm: The live model.
+        restore: As for `LiveBatch`.
+        chunk_tokens: Most tokens of a prefill chunk.
+        uniform: As for `BatchShape.of`.
+
+    Attributes:
+        rows: The batch.
+        decoding: Its sequences, in the order of its rows.
+        prefilling: The sequence in prefill or refill.
+    """
+
+    def __init__(
+        self, llm: ElasticLLM, restore: Restore, chunk_tokens: int, *, uniform: bool
+    ) -> None:
+        self._llm = llm
+        self._restore: Restore = restore
+        self._chunk_tokens = chunk_tokens
+        self._uniform = uniform
+        self._shape: BatchShape | None = None  # None: to be computed
+        self.rows = self.new_rows()
+        self.decoding: list[TokenSequence] = []
+        self.prefilling: PrefillingSequence | None = None
+
+    @property
+    def refilling(self) -> PrefillingSequence | None:
+        """The refill, if there is one."""
+        prefilling = self.prefilling
+        return prefilling if prefilling is not None and prefilling.refills else None
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """All sequences: those that decode, and the one in prefill."""
+        prefilling = None if self.refilling else self.prefilling
+        return [*self.decoding, *([prefilling.sequence] if prefilling else [])]
+
+    @property
+    def newest(self) -> TokenSequence:
+        """The sequence in prefill, else the decoding one that arrived last."""
+        if self.prefilling is not None and not self.refilling:
+            return self.prefilling.sequence
+        return max(self.decoding, key=lambda sequence: sequence.handle.id)
+
+    @property
+    def lowered_rows(self) -> int:
+        """Decoding rows whose caches have lower levels than the plan."""
+        plan = self._llm.plan
+        return sum(own != plan for own in self.rows.plans)
+
+    @property
+    def intact(self) -> bool:
+        """Whether each decoding sequence has its row: no change of rows has failed."""
+        return self.rows.size == len(self.decoding)
+
+    @property
+    def shape(self) -> BatchShape:
+        """The largest batch that all sequences will form; an old cache that is refilled is kept."""
+        if self._shape is None:
+            joining, chunks, kept_bytes, refilling = None, 0, 0, self.refilling
+            if refilling is not None:
+                kept_bytes = self.rows.row_bytes(self.decoding.index(refilling.sequence))
+            elif self.prefilling is not None:
+                joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
+            shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
+            self._shape = replace(shape, kept_bytes=kept_bytes)
+        return self._shape
+
+    def shape_with(self, sequence: TokenSequence, chunk_tokens: int) -> BatchShape:
+        """The largest batch with a sequence that joins after its prompt was read in chunks."""
+        chunks = -(-sequence.known_tokens // chunk_tokens)
+        return shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
+
+    def pass_size(self, *, prefill: bool) -> PassSize:
+        """The size of the next pass: a prefill chunk if there is one, or a decode step."""
+        rows, length, prefilling = self.rows.size, self.rows.length, self.prefilling
+        if prefilling is None or not prefill:
+            return PassSize(rows, rows, prefills=prefilling is not None)
+        tokens = growth = prefilling.next_tokens
+        joins = prefilling.chunks_left == 1 and not prefilling.refills
+        if joins and rows:  # the batch pads shorter rows
+            final = prefilling.batch.length + tokens
+            growth = (rows + 1) * max(length, final) - rows * length - prefilling.batch.length
+        return PassSize(tokens, growth)
+
+    def prefill(
+        self,
+        sequence: TokenSequence,
+        chunk_tokens: int,
+        interrupt: Callable[[], bool] | None = None,
+        *,
+        refills: bool = False,
+    ) -> None:
+        """Begin to read a sequence's tokens, in chunks, or those of a decoding one again."""
+        self.prefilling = PrefillingSequence(
+            sequence, self._llm, self._restore, chunk_tokens, interrupt, refills=refills
+        )
+        if refills or not self.decoding:  # else its cache will be copied into the batch's
+            in_batch = sum(sequence.progress(in_batch=refills))
+            self.prefilling.batch.reserve_tokens = in_batch
+        self._shape = None
+
+    def best_refill(self, chooser: PlanChooser) -> TokenSequence | None:
+        """The decoding sequence that gains most by a refill, if one does."""
+        plan = self._llm.plan
+        gains = {
+            sequence: refill_gain(sequence, own, plan, chooser)
+            for sequence, own in zip(self.decoding, self.rows.plans, strict=True)
+            if own != plan and sequence.refills
+        }
+        best = max(gains, key=gains.__getitem__, default=None)
+        return best if best is not None and gains[best] > 0 else None
+
+    def join(self) -> None:
+        """Let the prefilled sequence decode; after a refill, with its new cache."""
+        prefilled = self.prefilling
+        if prefilled is None:
+            return
+        self.prefilling = None
+        sequence = prefilled.sequence
+        if prefilled.refills:
+            self.remove([sequence])
+        self._reserve([*self.decoding, sequence])
+        self.rows.join(prefilled.batch)
+        self.decoding.append(sequence)
+        self._shape = None
+
+    def remove(self, sequences: Collection[TokenSequence]) -> None:
+        """Remove sequences, with a refill or a prefill of theirs."""
+        if self.prefilling is not None and self.prefilling.sequence in sequences:
+            self.drop_prefill()
+        kept = [row for row, each in enumerate(self.decoding) if each not in sequences]
+        decoding = [self.decoding[row] for row in kept]
+        self._reserve(decoding)
+        self.rows.keep(kept)
+        self.decoding, self._shape = decoding, None
+
+    def drop_prefill(self) -> None:
+        """End the prefill or refill, and free its cache."""
+        if self.prefilling is not None:
+            self.prefilling.batch.close()
+        self.prefilling = self._shape = None
+
+    def clear(self) -> None:
+        """Remove everything, whatever state it is in."""
+        self.drop_prefill()
+        self.rows.close()
+        self.rows = self.new_rows()
+        self.decoding = []
+
+    def new_rows(self) -> LiveBatch:
+        """An empty batch."""
+        return LiveBatch(
+            self._llm, restore=self._restore, most_tokens=self._chunk_tokens, raise_levels=False
+        )
+
+    def _reserve(self, sequences: Sequence[TokenSequence]) -> None:
+        """Let the batch of these sequences have room until the first of them ends."""
+        progress = [sequence.progress(in_batch=True) for sequence in sequences]
+        if progress:
+            cached, to_come = zip(*progress, strict=True)
+            self.rows.reserve_tokens = max(cached) + min(to_come)
+
+
+def refill_gain(sequence: TokenSequence, own: Plan, plan: Plan, chooser: PlanChooser) -> float:
+    """Nats that a decoding sequence gains if its cache is computed again for a plan.
+
+    That is the rise in NLL that its tokens to come are spared, less `TOKEN_NATS` for each token
+    that has to be computed.
+
+    Args:
+        sequence: The sequence.
+        own: The plan with the levels that its cache has now.
+        plan: The plan.
+        chooser: Predicts the rise in NLL of plans.
+    """
+    cached, to_come = sequence.progress(in_batch=True)
+    handle = sequence.handle
+    before, after = (
+        chooser.rise(each, handle.final_tokens, handle.text_shares) for each in (own, plan)
+    )
+    spared = _UNKNOWN_RISE if before is None or after is None else before - after
+    return to_come * spared - cached * TOKEN_NATS

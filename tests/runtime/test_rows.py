@@ -1,0 +1,108 @@
+"""Rows of one batch with caches of different levels, and refills of lowered ones."""
+
+import torch
+
+from rap_env.plan import Plan
+from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.pace import Pace
+from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
+
+INT4 = Plan.uniform(3, caches="int4")
+
+
+def squeezed(new: int = 23, **settings):
+    """An engine with a row whose caches are lowered, at the moment when memory is back."""
+    policy = FakePolicy(INT4)
+    harness = Harness(policy=policy, mask=INT4, hold_s=0.3)
+    engine = harness.engine(prefill_chunk_tokens=16, **settings)
+    first = engine.submit(prompt(40), greedy(new))
+    while len(first.token_ids) < 2:
+        engine.step()
+    assert engine.stats().lowered_rows == 0
+    assert harness.llm.plan == INT4
+    policy.mask = Plan()
+    return harness, engine, first
+
+
+def turns(harness, engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
+        harness.time_s += 0.1
+
+
+def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones():
+    harness, engine, first = squeezed(restore="next_request")
+    turns(harness, engine, 5)
+    assert harness.llm.plan == Plan()
+    second = engine.submit(prompt(36, 1), greedy(8))
+    harness.run(engine)
+    assert set(second.plans) == {Plan()}
+    assert second.token_ids == alone(harness.llm, prompt(36, 1), 8)
+    assert first.plans[-1].caches  # it says which levels its own caches have
+    assert first.reason == "length"
+    assert engine.stats().repeated_tokens == 0
+
+
+def test_a_lowered_row_is_refilled_while_it_decodes():
+    harness, engine, first = squeezed()
+    turns(harness, engine, 4)
+    assert engine.stats().lowered_rows == 1
+    before = len(first.token_ids)
+    turns(harness, engine, 4)
+    assert engine.stats().lowered_rows == 0
+    assert len(first.token_ids) == before + 4  # no turn went without a token
+    back = first.plans.index(Plan())
+    ids = prompt(40) + first.token_ids[:back]
+    harness.run(engine)
+    assert first.token_ids[back:] == alone(harness.llm, ids, 23 - back)
+    assert 40 < engine.stats().repeated_tokens <= 40 + back
+
+
+def test_a_row_that_ends_soon_is_not_refilled():
+    harness, engine, first = squeezed(new=7)
+    harness.run(engine)
+    assert engine.stats().repeated_tokens == 0
+    assert first.plans[-1].caches
+
+
+def test_a_refill_ends_where_memory_falls_and_its_request_goes_on():
+    harness, engine, first = squeezed()
+    while not engine._scheduler._batch.refilling:
+        turns(harness, engine, 1)
+    harness.budget_bytes = harness.need(Plan(), BatchShape(1, 62))
+    turns(harness, engine, 1)
+    assert not engine._scheduler._batch.refilling
+    assert first.preemptions == 0
+    harness.run(engine)
+    assert first.reason == "length"
+
+
+def test_a_refill_that_fails_is_given_up(caplog):
+    harness, engine, first = squeezed()
+    forward = harness.llm.model.forward
+
+    def failing(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return forward(*args, **kwargs)
+
+    harness.llm.model.forward = failing
+    harness.run(engine)
+    assert (first.reason, first.preemptions) == ("length", 0)
+    assert "could not be computed again: no memory" in caplog.text
+
+
+def test_decode_steps_follow_a_chunk_by_the_target():
+    pace = Pace(0.05)
+    pace.note_chunk(0.3)
+    assert not pace.decodes_first  # nothing is known of steps
+    pace.note_step(0.02)
+    pace.note_chunk(0.3)
+    steps = 0
+    while pace.decodes_first:
+        pace.note_step(0.02)
+        steps += 1
+    assert steps == 10  # 0.3 s and ten steps of 0.02 s: ten tokens in 0.5 s
+    pace.note_step(1.0)
+    pace.note_chunk(0.3)
+    assert pace.decodes_first  # a target below the step's own time leaves prompts a fifth
