@@ -42,7 +42,8 @@ class Engine:
     overtake it only if it waits for a floor of its own, which no plan reaches even for it alone, or
     if nothing has run for a second: then the shortest one that fits runs, whatever margin of safety
     was learned. If no plan fits the running batch, the newest request is preempted: it returns to
-    the front of the queue with its tokens, and is prefilled again from them later.
+    the front of the queue with its tokens and what it has cached (`KeptCaches`), and later goes on
+    from there. Once memory is back, requests whose caches were lowered are refilled one at a time.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 

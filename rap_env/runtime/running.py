@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.kept_caches import KeptCaches
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rap_env.models.caches.kv_cache import Restore
     from rap_env.models.live.elastic import ElasticLLM
 
-TOKEN_NATS = 0.002
+TOKEN_NATS = 0.001
 """Rise in NLL, in nats, that the tokens to come must be spared for each token computed again."""
 _UNKNOWN_RISE = 0.016  # nats per token, where the policy predicts none: about that of int4 caches
 
@@ -32,6 +33,7 @@ class RunningBatch:
         restore: As for `LiveBatch`.
         chunk_tokens: Most tokens of a prefill chunk.
         uniform: As for `BatchShape.of`.
+        kept: Caches of preempted sequences.
 
     Attributes:
         rows: The batch.
@@ -40,11 +42,18 @@ class RunningBatch:
     """
 
     def __init__(
-        self, llm: ElasticLLM, restore: Restore, chunk_tokens: int, *, uniform: bool
+        self,
+        llm: ElasticLLM,
+        restore: Restore,
+        chunk_tokens: int,
+        kept: KeptCaches,
+        *,
+        uniform: bool,
     ) -> None:
         self._llm = llm
         self._restore: Restore = restore
         self._chunk_tokens = chunk_tokens
+        self._kept = kept
         self._uniform = uniform
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
@@ -84,20 +93,21 @@ class RunningBatch:
     @property
     def shape(self) -> BatchShape:
         """The largest batch that all sequences will form; an old cache that is refilled is kept."""
+        kept_bytes, refilling = self._kept.bytes, self.refilling
+        if refilling is not None:
+            kept_bytes += self.rows.row_bytes(self.decoding.index(refilling.sequence))
         if self._shape is None:
-            joining, chunks, kept_bytes, refilling = None, 0, 0, self.refilling
-            if refilling is not None:
-                kept_bytes = self.rows.row_bytes(self.decoding.index(refilling.sequence))
-            elif self.prefilling is not None:
+            joining, chunks = None, 0
+            if self.prefilling is not None and refilling is None:
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
-            shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
-            self._shape = replace(shape, kept_bytes=kept_bytes)
-        return self._shape
+            self._shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
+        return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
     def shape_with(self, sequence: TokenSequence, chunk_tokens: int) -> BatchShape:
-        """The largest batch with a sequence that joins after its prompt was read in chunks."""
-        chunks = -(-sequence.known_tokens // chunk_tokens)
-        return shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
+        """The largest batch with a sequence that joins after its tokens were read in chunks."""
+        chunks = -(-(sequence.known_tokens - self._kept.tokens(sequence)) // chunk_tokens)
+        shape = shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
+        return replace(shape, kept_bytes=self._kept.bytes_beside(sequence))
 
     def pass_size(self, *, prefill: bool) -> PassSize:
         """The size of the next pass: a prefill chunk if there is one, or a decode step."""
@@ -121,7 +131,13 @@ class RunningBatch:
     ) -> None:
         """Begin to read a sequence's tokens, in chunks, or those of a decoding one again."""
         self.prefilling = PrefillingSequence(
-            sequence, self._llm, self._restore, chunk_tokens, interrupt, refills=refills
+            sequence,
+            self._llm,
+            self._restore,
+            chunk_tokens,
+            interrupt,
+            refills=refills,
+            kept=None if refills else self._kept.take(sequence),
         )
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             in_batch = sum(sequence.progress(in_batch=refills))
@@ -152,6 +168,19 @@ class RunningBatch:
         self.rows.join(prefilled.batch)
         self.decoding.append(sequence)
         self._shape = None
+
+    def preempt(self) -> TokenSequence:
+        """Remove the newest sequence, and keep what it has cached; it must not be empty."""
+        sequence = self.newest
+        if sequence in self.decoding:
+            batch = self.rows.take(self.decoding.index(sequence))
+            self.decoding.remove(sequence)
+        else:
+            assert self.prefilling is not None
+            batch, self.prefilling = self.prefilling.batch, None
+        self.remove([sequence])
+        self._kept.keep(sequence, batch)
+        return sequence
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""

@@ -11,11 +11,13 @@ import torch
 
 from rap_env.models.device import synchronise
 from rap_env.models.live.interruption import PassInterruptedError
+from rap_env.paths import cache_dir
 from rap_env.plan import Plan
+from rap_env.runtime.admission import Admission
 from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.kept_caches import KeptCaches
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.pace import Pace
-from rap_env.runtime.request_handle import AdmitEvent, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence, shape_of
@@ -29,10 +31,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.02  # between looks at the budget within a prefill chunk
 _MOST_INTERRUPTIONS = 3  # of one chunk; with a budget that jumps, it would never end
-_STALLED_S = 1.0
-"""Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
 _REFILL_S = 0.1  # between looks for a row whose cache should be computed again
-_SMALL_CHUNKS = 8  # of a request tried then, where others have one: its passes take less memory
 
 
 class Scheduler:
@@ -64,24 +63,32 @@ class Scheduler:
         self._queue = queue
         self._clock = clock
         self._max_batch_size = max_batch_size
-        self._most_running = max_batch_size  # fewer for a while where memory ran out
         self._chunk_tokens = chunk_tokens
         self._restore: Restore = restore
         self._queue_timeout_s = queue_timeout_s
         windows = controller.estimator.memory.facts.kv_window_tokens
         self._uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
-        self._batch = RunningBatch(llm, restore, chunk_tokens, uniform=self._uniform)
+        self._kept = KeptCaches(cache_dir() if llm.residency == "offload" else None)
+        self._batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=self._uniform)
         controller.switcher.rows_plan = lambda: self._batch.rows.lowest_plan
         self._next_refill_s = float("-inf")
         self.paused: list[TokenSequence] = []
-        self._preempted_s = float("-inf")
         self._next_look_s = 0.0
         self._interruptions = 0  # of the chunk that is next
-        self._stalled_since_s: float | None = None
-        self._next_try_s = 0.0  # of a request while stalled
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
+        self._admission = Admission(
+            controller,
+            queue,
+            self._batch,
+            self._kept,
+            self.output,
+            clock,
+            chunk_tokens=chunk_tokens,
+            max_batch_size=max_batch_size,
+            uniform=self._uniform,
+        )
         self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
 
@@ -99,8 +106,10 @@ class Scheduler:
         """Run one turn; return whether the model was run."""
         self._put_aside()
         self._remove_ended()
+        self._kept.drop_ended()
         self._controller.note_waiting(len(self._queue))
-        self._admit_next()
+        if self._admission.admit_next(self._must_interrupt):
+            self._interruptions = 0
         self._refill_next()
         batch = self._batch
         self._make_fit(prefill=not self._pace.decodes_first or not batch.decoding)
@@ -114,17 +123,13 @@ class Scheduler:
         if decoded:
             self._decode()
         self.plan = self._llm.plan
-        if prefilled or decoded or not len(self._queue):
-            self._stalled_since_s = None
-        elif self._stalled_since_s is None:
-            self._stalled_since_s = self._clock()
+        self._admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
 
     @property
     def stalled_s(self) -> float:
         """Seconds for which requests have waited while nothing ran; from any thread."""
-        since_s = self._stalled_since_s
-        return 0.0 if since_s is None else self._clock() - since_s
+        return self._admission.stalled_s
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
@@ -154,6 +159,7 @@ class Scheduler:
     def drop_all(self) -> None:
         """Free all rows and drop their sequences."""
         self._batch.clear()
+        self._kept.close()
 
     # Passes through the model
 
@@ -190,7 +196,7 @@ class Scheduler:
             batch.drop_prefill()
             if not batch.intact:  # it failed while joining the batch
                 self.output.fail(batch.decoding, error)
-                self.drop_all()
+                batch.clear()
             return
         self._record(began, seconds, "prefill", 1, length, plan)
 
@@ -238,7 +244,7 @@ class Scheduler:
                 sequence.computed_tokens = max(sequence.computed_tokens, sequence.known_tokens)
             continues = self.output.deliver(sequences, logits, batch.rows.plans)
             if not all(continues):
-                self._most_running = self._max_batch_size
+                self._admission.most_running = self._max_batch_size
                 pairs = zip(sequences, continues, strict=True)
                 batch.remove([sequence for sequence, stays in pairs if not stays])
         except torch.OutOfMemoryError as error:
@@ -246,7 +252,7 @@ class Scheduler:
             return
         except Exception as error:
             self.output.fail(sequences, error)
-            self.drop_all()
+            batch.clear()
             return
         self._pace.note_step(seconds)
         self._record(began, seconds, "decode", len(sequences), length, plan)
@@ -295,9 +301,8 @@ class Scheduler:
         """Move the newest request to the front of the queue; False if nothing runs."""
         if not self.running:
             return False
-        sequence = self._batch.newest
-        self._batch.remove([sequence])
-        self._put_back([sequence])
+        if not self._kept.drop_newest():  # it has not helped enough
+            self._put_back([self._batch.preempt()])
         self._controller.note_preemption()
         return True
 
@@ -317,38 +322,20 @@ class Scheduler:
         if kind == "prefill" and self._batch.intact and self._batch.decoding:
             self._preempt()
         else:
-            self.drop_all()
+            self._batch.clear()
             self._put_back(running if len(running) > 1 else [])
         self._controller.note_out_of_memory(kind)
         if len(running) > 1:
             log.warning("Memory ran out with %d requests; fewer run together now.", len(running))
-            self._most_running = len(running) - 1
+            self._admission.most_running = len(running) - 1
 
     def _put_back(self, sequences: Sequence[TokenSequence]) -> None:
         """Put sequences that ran at the front of the queue, in their order."""
-        self._preempted_s = self._clock()
+        now = self._admission.preempted_s = self._clock()
         for sequence in reversed(sequences):
-            sequence.preempt(self._preempted_s)
+            sequence.preempt(now)
             self.counters.preemptions += 1
             self._queue.put_first(sequence)
-
-    def _admit_next(self) -> None:
-        """Admit the first request of the queue that does not wait for its own floor, if it fits.
-
-        Where nothing has run for `_STALLED_S`, all are tried, the shortest first.
-        """
-        batch = self._batch
-        if batch.prefilling is not None or len(batch.decoding) >= self._most_running:
-            return
-        if self.stalled_s >= _STALLED_S:
-            self._admit_any()
-            return
-        if batch.decoding and self._clock() - self._preempted_s < self._controller.hold_s:
-            return  # a request was preempted just now
-        sequence = self._queue.first_of(self._within_own_floor)
-        if sequence is None:
-            return
-        self._admit(sequence, self._chunk_tokens)
 
     def _refill_next(self) -> None:
         """Begin to compute the cache of a decoding row again at the plan's levels, where it pays.
@@ -362,51 +349,6 @@ class Scheduler:
         sequence = batch.best_refill(self._controller.chooser)
         if sequence is not None:
             batch.prefill(sequence, self._chunk_tokens, self._must_interrupt, refills=True)
-
-    def _admit_any(self) -> None:
-        """Admit the shortest request that fits alone, without a learned margin, in small chunks."""
-        if self._clock() < self._next_try_s:
-            return
-        self._next_try_s = self._clock() + _STALLED_S / 2
-        self._controller.forget_margin()
-        chunk_tokens = max(1, self._chunk_tokens // _SMALL_CHUNKS)
-        waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
-        for sequence in waiting:
-            if self._admit(sequence, chunk_tokens, stalled=True):
-                return
-        if len(self._queue):
-            self._controller.note_stall(shape_of([], waiting[0], uniform=self._uniform))
-
-    def _admit(self, sequence: TokenSequence, chunk_tokens: int, *, stalled: bool = False) -> bool:
-        """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
-        batch = self._batch
-        shape = batch.shape_with(sequence, chunk_tokens)
-        tokens = min(sequence.known_tokens, chunk_tokens)
-        first = PassSize(tokens, tokens)
-        if self._controller.admit(shape, batch.shape, first, stalled=stalled):
-            self._queue.remove(sequence)
-            sequence.handle.emit(AdmitEvent(self._clock()))
-            batch.prefill(sequence, chunk_tokens, self._must_interrupt)
-            self._interruptions = 0
-            return True
-        if not batch.decoding and self._controller.never_fits(shape):
-            self._queue.remove(sequence)
-            error = self._controller.misfit(shape, expected=True)
-            self.output.reject(sequence, rejection_of(error), str(error))
-        return False
-
-    def _within_own_floor(self, sequence: TokenSequence) -> bool:
-        """Whether a request could run alone now, unless it has no floor of its own."""
-        if sequence.handle.max_delta_nll is None:
-            return True
-        monitor = self._controller.monitor
-        limit = monitor.budget_bytes - monitor.margin.bytes
-        if limit > sequence.unfit_bytes:
-            shape = shape_of([], sequence, uniform=self._uniform)
-            if self._controller.could_fit_in(shape, monitor.budget_bytes):
-                return True
-            sequence.unfit_bytes = limit
-        return False
 
     def _put_aside(self) -> None:
         """Put paused requests aside, and those that are no longer paused back into the queue."""

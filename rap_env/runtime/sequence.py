@@ -74,6 +74,12 @@ class TokenSequence:
         cached = self.known_tokens - in_batch
         return cached, self.handle.final_tokens - cached
 
+    @property
+    def resumable(self) -> bool:
+        """Whether its prompt need not be read as a whole, as its log-probabilities would."""
+        handle = self.handle
+        return handle.params.prompt_logprobs is None or handle.prompt_samples is not None
+
     def preempt(self, time_s: float) -> None:
         """Note that the sequence goes back to the queue."""
         self.handle.preemptions += 1
@@ -91,6 +97,7 @@ class PrefillingSequence:
         interrupt: As for `LiveBatch`.
         refills: Whether it decodes meanwhile, with another cache that this one will replace. Then
             its last token is left out, as decoding does.
+        kept: What was cached of the sequence before it was preempted.
 
     Attributes:
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
@@ -106,16 +113,19 @@ class PrefillingSequence:
         interrupt: Callable[[], bool] | None = None,
         *,
         refills: bool = False,
+        kept: LiveBatch | None = None,
     ) -> None:
         self.sequence = sequence
         self.refills = refills
         self.batch = LiveBatch(
             llm, restore=restore, most_tokens=chunk_tokens, interrupt=interrupt, raise_levels=False
         )
+        if kept is not None:
+            self.batch.join(kept)
         self._chunk_tokens = chunk_tokens
         self.prompt_samples: list[Sample] | None = None
         wanted = sequence.handle.params.prompt_logprobs
-        if wanted is not None and sequence.handle.prompt_samples is None and not refills:
+        if wanted is not None and not sequence.resumable and not refills:
             self.prompt_samples, self._top = [], wanted
             self._positions = PositionLogits(llm)
 

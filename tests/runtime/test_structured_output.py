@@ -156,8 +156,8 @@ def test_preemptions_and_changes_of_the_plan_keep_the_place_in_the_grammar(llm, 
         engine.llm.apply(policy.mask)
         engine.step()
         if number in (4, 8):
-            engine._scheduler._preempt()
-            engine._scheduler._preempt()
+            while engine._scheduler.running:
+                engine._scheduler._preempt()
     finish(engine)
     assert handle.preemptions == other.preemptions == 2
     assert len(set(handle.plans)) > 1

@@ -14,6 +14,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers import DynamicCache
 from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
-from rap_env.models.caches.layers import levels_of, note_rows, with_room
+from rap_env.models.caches.kv_cache import Past
+from rap_env.models.caches.layers import levels_of, lower, note_rows, with_room
+from rap_env.models.caches.stored_cache import StoredCache
 from rap_env.models.device import send
 from rap_env.plan import Plan
 
@@ -33,11 +36,13 @@ class RowPart:
 
     Attributes:
         rows: Their tokens.
-        cache: Their cache; None if it has to be computed.
+        cache: Their cache; None if it has to be computed, or is stored.
+        stored: Their cache in a file.
     """
 
     rows: list[list[int]]
     cache: Any = None
+    stored: StoredCache | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -61,6 +66,24 @@ class RowPart:
         if cache is not None:
             cache.layers = [copy.copy(layer) for layer in cache.layers]
         return RowPart(list(self.rows), cache)
+
+    def lower(self, bits: int) -> None:
+        """Bring the cache to at most so many bits a value."""
+        if self.cache is not None:
+            layers = range(len(self.cache.layers))
+            lower(self.cache, dict.fromkeys(layers, CacheLevel(bits)), self.lengths)
+
+    def store(self, folder: Path) -> None:
+        """Move the cache to a file without a name in a folder; raises `OSError`."""
+        if self.cache is not None:
+            self.stored, self.cache = StoredCache(self.cache, folder), None
+
+    def load(self) -> None:
+        """Bring the cache back from its file; raises `OSError`, and is without a cache then."""
+        stored, self.stored = self.stored, None
+        if stored is not None:
+            self.cache = stored.load()
+            note_rows(self.cache, self.lengths)
 
     def select(self, rows: Sequence[int], devices: Sequence[torch.device]) -> None:
         """Keep some rows, in this order, and free the memory of the others and common padding."""
@@ -95,6 +118,19 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
             note_rows(first.cache, [length - new for length in first.lengths])
         joined.append(first)
     return joined
+
+
+def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:
+    """Columns of the matrix of rows, padded on the left; the mask starts at column 0."""
+    length = max(map(len, rows))
+    pads = [length - len(row) for row in rows]
+    lines = [
+        [pad, *[0] * (min(end, pad) - first), *row[max(0, first - pad) : max(0, end - pad)]]
+        for pad, row in zip(pads, rows, strict=True)
+    ]
+    sent = send(torch.tensor(lines), device)  # all in one tensor
+    positions = torch.arange(end, device=device) - sent[:, :1]
+    return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
 
 @functools.lru_cache(maxsize=64)

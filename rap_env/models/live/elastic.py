@@ -298,7 +298,13 @@ class ElasticLLM:
 
     def track_cache(self, cache: Any) -> None:
         """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""
-        self._live.caches.add(cache)
+        if cache is not None:
+            self._live.caches.add(cache)
+
+    def forget_cache(self, cache: Any) -> None:
+        """No longer change a KV cache, nor count its bytes."""
+        if cache is not None:
+            self._live.caches.discard(cache)
 
     @property
     def removed_attention(self) -> frozenset[int]:

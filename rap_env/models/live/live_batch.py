@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from rap_env.errors import InvalidRequestError, check_name
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.caches.kv_cache import (
     RESTORES,
-    Past,
     Restore,
     cache_argument,
     cache_bytes,
@@ -27,8 +27,7 @@ from rap_env.models.caches.kv_cache import (
     update_cache,
 )
 from rap_env.models.caches.layers import ReservedLayer, note_rows, reserve
-from rap_env.models.caches.row_parts import PartedCache, RowPart, merged
-from rap_env.models.device import send
+from rap_env.models.caches.row_parts import PartedCache, RowPart, columns_of, merged
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
 from rap_env.plan import Plan
@@ -243,6 +242,38 @@ class LiveBatch:
             self.keep([other for other in range(self.size) if other != row])
         return taken
 
+    def lower(self, bits: int) -> None:
+        """Bring all caches to at most so many bits a value, whatever the plan is."""
+        with self._llm.exclusive(), torch.inference_mode():
+            for part in self._parts:
+                part.lower(bits)
+
+    def offload(self, folder: Path) -> None:
+        """Move the caches to files without names; only `close` may be called before `load`.
+
+        Args:
+            folder: Where the files are made.
+
+        Raises:
+            OSError: They cannot be written; call `load` then, too.
+        """
+        with self._llm.exclusive():
+            for part in self._parts:
+                cache = part.cache
+                part.store(folder)
+                self._llm.forget_cache(cache)
+
+    def load(self) -> None:
+        """Bring the caches back into memory.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        with self._llm.exclusive(), torch.inference_mode():
+            for part in self._parts:
+                part.load()
+                self._llm.track_cache(part.cache)
+
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
@@ -280,7 +311,7 @@ class LiveBatch:
             Layers that are missing in all of them.
         """
         for part in parts:
-            past = functools.partial(self._columns, part.rows, 0, part.length - new)
+            past = functools.partial(columns_of, part.rows, 0, part.length - new, self._llm.device)
             if part.cache is None:
                 part.cache = self._new_cache()
                 self._llm.track_cache(part.cache)
@@ -308,7 +339,7 @@ class LiveBatch:
 
     def _last_logits(self, new: int) -> torch.Tensor:
         rows, length = self._rows, self.length
-        columns = self._columns(rows, length - new, length)
+        columns = columns_of(rows, length - new, length, self._llm.device)
         padded = min(map(len, rows)) < length
         with self._llm.exclusive():
             absent = self._update(self._parts, new)
@@ -351,20 +382,6 @@ class LiveBatch:
                     if not restore():
                         part.cache = None
                 raise
-
-    def _columns(self, rows: Sequence[Sequence[int]], first: int, end: int) -> Past:
-        """Columns of the matrix of rows; the mask starts at column 0, as a cache requires."""
-        device, length = self._llm.device, max(map(len, rows))
-        pads = [length - len(row) for row in rows]
-        lines = [
-            [pad]
-            + [0] * (min(end, pad) - first)
-            + list(row[max(0, first - pad) : max(0, end - pad)])
-            for pad, row in zip(pads, rows, strict=True)
-        ]
-        sent = send(torch.tensor(lines), device)  # all in one tensor
-        positions = torch.arange(end, device=device) - sent[:, :1]
-        return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
     def _new_cache(self) -> Any:
         from transformers.cache_utils import DynamicLayer

@@ -1,0 +1,156 @@
+"""Which request begins next: a waiting one, in order, or any that fits where nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rap_env.runtime.batch_shape import PassSize
+from rap_env.runtime.kept_caches import KeptCaches
+from rap_env.runtime.request_handle import AdmitEvent, rejection_of
+from rap_env.runtime.request_queue import RequestQueue
+from rap_env.runtime.running import RunningBatch
+from rap_env.runtime.sequence import OutputProcessor, TokenSequence, shape_of
+
+if TYPE_CHECKING:
+    from rap_env.runtime.controller import RuntimeController
+
+_STALLED_S = 1.0
+"""Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
+_SMALL_CHUNKS = 8  # of a request tried then, where others have one: its passes take less memory
+
+
+class Admission:
+    """Lets waiting requests begin, as far as the controller finds plans for them.
+
+    Args:
+        controller: Finds plans.
+        queue: The requests that wait.
+        batch: What runs.
+        kept: Caches of preempted requests.
+        output: Rejects requests that can never fit.
+        clock: Gives the time in seconds.
+        chunk_tokens: Most tokens of a prefill chunk.
+        max_batch_size: Most requests that run.
+        uniform: As for `BatchShape.of`.
+
+    Attributes:
+        most_running: Most requests that run now; fewer for a while where memory ran out.
+        preempted_s: When a request was preempted last.
+    """
+
+    def __init__(
+        self,
+        controller: RuntimeController,
+        queue: RequestQueue,
+        batch: RunningBatch,
+        kept: KeptCaches,
+        output: OutputProcessor,
+        clock: Callable[[], float],
+        *,
+        chunk_tokens: int,
+        max_batch_size: int,
+        uniform: bool,
+    ) -> None:
+        self._controller = controller
+        self._queue = queue
+        self._batch = batch
+        self._kept = kept
+        self._output = output
+        self._clock = clock
+        self._chunk_tokens = chunk_tokens
+        self._uniform = uniform
+        self._next_try_s = 0.0  # of a request while stalled
+        self._stalled_since_s: float | None = None
+        self.most_running = max_batch_size
+        self.preempted_s = float("-inf")
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which requests have waited while nothing ran; from any thread."""
+        since_s = self._stalled_since_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
+    def note_turn(self, *, ran: bool) -> None:
+        """At the end of each turn: whether the model was run."""
+        if ran or not len(self._queue):
+            self._stalled_since_s = None
+        elif self._stalled_since_s is None:
+            self._stalled_since_s = self._clock()
+
+    def admit_next(self, interrupt: Callable[[], bool]) -> bool:
+        """Admit the first request of the queue that does not wait for its own floor, if it fits.
+
+        Where nothing has run for `_STALLED_S`, all are tried, the shortest first.
+
+        Args:
+            interrupt: As for `LiveBatch`.
+
+        Returns:
+            Whether one was admitted.
+        """
+        batch = self._batch
+        if batch.prefilling is not None or len(batch.decoding) >= self.most_running:
+            return False
+        if self.stalled_s >= _STALLED_S:
+            return self._admit_any(interrupt)
+        if batch.decoding and self._clock() - self.preempted_s < self._controller.hold_s:
+            return False  # a request was preempted just now
+        sequence = self._queue.first_of(self._within_own_floor)
+        return sequence is not None and self._admit(sequence, self._chunk_tokens, interrupt)
+
+    def _admit_any(self, interrupt: Callable[[], bool]) -> bool:
+        """Admit the shortest request that fits alone, without a learned margin, in small chunks."""
+        if self._clock() < self._next_try_s:
+            return False
+        self._next_try_s = self._clock() + _STALLED_S / 2
+        self._controller.forget_margin()
+        while self._kept.drop_newest():
+            pass
+        chunk_tokens = max(1, self._chunk_tokens // _SMALL_CHUNKS)
+        waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
+        for sequence in waiting:
+            if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
+                return True
+        if len(self._queue):
+            self._controller.note_stall(shape_of([], waiting[0], uniform=self._uniform))
+        return False
+
+    def _admit(
+        self,
+        sequence: TokenSequence,
+        chunk_tokens: int,
+        interrupt: Callable[[], bool],
+        *,
+        stalled: bool = False,
+    ) -> bool:
+        """Begin to prefill a request if it fits with all that runs; reject one that never fits."""
+        batch = self._batch
+        shape = batch.shape_with(sequence, chunk_tokens)
+        kept_tokens = self._kept.tokens(sequence)
+        tokens = min(sequence.known_tokens - kept_tokens, chunk_tokens)
+        first = PassSize(tokens, tokens + kept_tokens)
+        if self._controller.admit(shape, batch.shape, first, stalled=stalled):
+            self._queue.remove(sequence)
+            sequence.handle.emit(AdmitEvent(self._clock()))
+            batch.prefill(sequence, chunk_tokens, interrupt)
+            return True
+        if not batch.decoding and self._controller.never_fits(replace(shape, kept_bytes=0)):
+            self._queue.remove(sequence)
+            error = self._controller.misfit(shape, expected=True)
+            self._output.reject(sequence, rejection_of(error), str(error))
+        return False
+
+    def _within_own_floor(self, sequence: TokenSequence) -> bool:
+        """Whether a request could run alone now, unless it has no floor of its own."""
+        if sequence.handle.max_delta_nll is None:
+            return True
+        monitor = self._controller.monitor
+        limit = monitor.budget_bytes - monitor.margin.bytes
+        if limit > sequence.unfit_bytes:
+            shape = shape_of([], sequence, uniform=self._uniform)
+            if self._controller.could_fit_in(shape, monitor.budget_bytes):
+                return True
+            sequence.unfit_bytes = limit
+        return False
