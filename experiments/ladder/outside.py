@@ -66,7 +66,7 @@ def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Te
     forward = PartialForward(llm, widen=True)
     with llm.masked(plan):
         hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
-        return torch.cat([forward.logits(part) for part in hidden.split(HEAD_TOKENS)]).cpu()
+        return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
 
 
 class NativeLogits:
@@ -137,14 +137,18 @@ class Contenders:
         self._native = NativeLogits(self._llm, self.report.corpus.tokens)
         self._states = DenseStates(self._llm, self.calibration)
 
-    def own_plans(self) -> dict[str, Plan]:
-        """Each level of all blocks or all FFN blocks, and the knapsack's plans but for caches."""
-        facts, plans = self.memory.facts, {AS_SHIPPED: Plan()}
+    def own_plans(self) -> dict[tuple[str, str], Plan]:
+        """Levels of all blocks or all FFN blocks, and the knapsack's plans, by method and name.
+
+        The plans of the knapsack are for the first request, without what they do to caches.
+        """
+        facts, plans = self.memory.facts, {("uniform", AS_SHIPPED): Plan()}
         for level in WEIGHT_LEVELS[1:-1]:
             blocks = facts.blocks_at(level)
-            ffn = {name: level for name in blocks if name.endswith("ffn")}
             if len(blocks) == facts.num_blocks:
-                plans |= {f"FFN {level}": Plan.of(ffn), f"all blocks {level}": Plan.of(blocks)}
+                ffn = {name: level for name in blocks if name.endswith("ffn")}
+                plans["uniform", f"FFN {level}"] = Plan.of(ffn)
+                plans["uniform", level] = Plan.of(blocks)
         knapsack = named_policy(self._settings.knapsack, self.context, self.memory)
         for fraction in sorted(set(self._settings.budgets), reverse=True) if knapsack else ():
             shape = self._settings.shapes[0]
@@ -152,7 +156,7 @@ class Contenders:
             chosen = knapsack.choose(request) if knapsack else Plan()
             plan = Plan(chosen.removed, chosen.weights, (), chosen.embeddings)
             if plan not in plans.values():
-                plans[f"knapsack, {percent(fraction, 0)}"] = plan
+                plans["knapsack", percent(fraction, 0)] = plan
         return plans
 
     def own(self, plan: Plan) -> dict[str, Any]:
@@ -161,7 +165,9 @@ class Contenders:
 
     def shortgpt(self, layers: int) -> dict[str, Any]:
         """ShortGPT: without the layers that change the hidden state least."""
-        influence = layer_influence(self._llm, self.calibration.to(self._llm.device).split(4))
+        influence = layer_influence(
+            self._llm, torch.split(self.calibration.to(self._llm.device), 4)
+        )
         removed = ascending(influence)[:layers]
         plan = Plan.removing(*itertools.chain(*map(whole_layer, removed)))
         return self._fields(self._llm, plan)
@@ -245,7 +251,7 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
             ),
         )
 
-    methods = {
+    methods: dict[str, Callable[[int], dict[str, Any]]] = {
         "ShortGPT": rows.shortgpt,
         **{f"ReplaceMe, {name}": partial(rows.replace_me, f) for name, f in REPLACE_ME.items()},
         "LinearPatch": rows.linear_patch,
@@ -257,9 +263,9 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
         of_file = partial(rows.llama_cpp, source, settings.llama_cpp_threads, kind)
         engine = package_versions([PACKAGE]).get(PACKAGE)
         yield job("llama.cpp", kind, of_file, file=source.name, llama_cpp=engine)
-    for name, plan in rows.own_plans().items():
+    for (method, name), plan in rows.own_plans().items():
         more = {**rows.memory.facts.identity, "plan": plan.levels}
-        yield job("levels", name, partial(rows.own, plan), **more)
+        yield job(method, name, partial(rows.own, plan), **more)
 
 
 STUDY = Study(

@@ -106,9 +106,9 @@ class OutsideRow(LossRecord):
     """What a method loses at its bytes of weights, over the unquantised model.
 
     Attributes:
-        method: ``"levels"`` of this package, ``"llama.cpp"``, ``"ShortGPT"``, ``"LinearPatch"`` or
-            ``"ReplaceMe, OBJECTIVE"``.
-        name: The plan, the kind of file, or the number of removed layers.
+        method: ``"uniform"`` and ``"knapsack"``, levels of this package; ``"llama.cpp"``;
+            ``"ShortGPT"``, ``"LinearPatch"`` or ``"ReplaceMe, OBJECTIVE"``.
+        name: The level, the knapsack's budget, the kind of file, or the number of removed layers.
         weight_bytes: Bytes of all weights, embeddings included.
         kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the unquantised
             model.

@@ -51,11 +51,12 @@ _ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibr
 
 REMOVAL, KNAPSACK, UNIFORM, LLAMA = "#C8324B", "#00707F", "#6B7178", "#E0812F"
 OUTSIDE = {
-    "levels": ("RAP", KNAPSACK, "o"),
+    "knapsack": ("knapsack over levels", KNAPSACK, "o"),
+    "uniform": ("one level", UNIFORM, "s"),
     "llama.cpp": ("llama.cpp", LLAMA, "D"),
     "ReplaceMe, least squares": ("ReplaceMe (least squares)", "#5B2BE0", "v"),
     "ReplaceMe, cosine": ("ReplaceMe (cosine)", "#9C6ADE", "^"),
-    "LinearPatch": ("LinearPatch", "#2B4C9B", "s"),
+    "LinearPatch": ("LinearPatch", "#2B4C9B", "X"),
     "ShortGPT": ("ShortGPT", REMOVAL, "P"),
 }
 """Label, colour and marker of each method of `OutsideRow`."""
@@ -184,16 +185,20 @@ def loss_at_equal_bytes(data: Ladder) -> Figure:
 
 def _draw_outside(rows: Sequence[OutsideRow], axis: Axes) -> None:
     for method, (label, colour, marker) in OUTSIDE.items():
-        points = sorted(
-            (r.weight_bytes / 2**20, r.loss, r.name) for r in rows if r.method == method
-        )
-        line = "" if method == "llama.cpp" else "-"
-        axis.plot([p[0] for p in points], [p[1] for p in points], line, color=colour,
-                  marker=marker, markersize=4.5, linewidth=1.2, label=label)  # fmt: skip
-        for mebibytes, loss, name in points if method in ("levels", "llama.cpp") else ():
-            _label(axis, (mebibytes, loss), name, colour, above=method == "levels")
+        own = sorted((row for row in rows if row.method == method), key=lambda r: r.weight_bytes)
+        named = method in ("uniform", "llama.cpp")
+        axis.plot(
+            [row.weight_bytes / 2**20 for row in own], [row.loss for row in own], label=label,
+            color=colour, marker=marker, markersize=4.5, linewidth=0 if named else 1.3,
+            zorder=6 if named else 4,
+        )  # fmt: skip
+        for row in own if named else ():
+            point = row.weight_bytes / 2**20, row.loss
+            ours = method == "uniform"
+            _label(axis, point, row.name, colour, above=ours, left=ours)
     _scale(axis)
     axis.set_xscale("linear")
+    axis.set_ylim(bottom=-_LINEAR)
 
 
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:

@@ -66,10 +66,10 @@ def states(config):
 
 
 def test_each_level_and_method_has_a_row(rows):
-    levels = {"as shipped", "FFN int8", "all blocks int8", "FFN int4", "all blocks int4"}
-    assert {name for method, name in rows if method == "levels"} == levels
+    levels = {"as shipped", "FFN int8", "int8", "FFN int4", "int4"}
+    assert {name for method, name in rows if method == "uniform"} == levels
     removing = {"ShortGPT", "LinearPatch", "ReplaceMe, cosine", "ReplaceMe, least squares"}
-    assert {row for row in rows if row[0] != "levels"} == {
+    assert {row for row in rows if row[0] != "uniform"} == {
         (method, f"{layers} layers") for method in removing for layers in (1, 2)
     }
 
@@ -79,27 +79,27 @@ def test_losses_are_those_of_the_scorer(rows, config):
     text = load_text(config.evaluate.text, "report", context.llm, progress=False)
     scorer = MaskScorer(context.llm, text)
     native = scorer.window_nll(Plan())
-    for method, name in (("levels", "all blocks int4"), ("ShortGPT", "2 layers")):
+    for method, name in (("uniform", "int4"), ("ShortGPT", "2 layers")):
         row = rows[method, name]
         expected = scorer.window_nll(Plan.of(row.levels)) - native
         assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_the_native_model_agrees_with_itself_and_others_less(rows):
-    native = rows["levels", "as shipped"]
+    native = rows["uniform", "as shipped"]
     assert native.window_losses == pytest.approx([0.0] * 3, abs=1e-6)
     assert native.kl_divergence_mean == pytest.approx(0.0, abs=1e-6)
     assert native.same_top_token_share == 1.0
-    others = [rows[name] for name in set(rows) - {("levels", "as shipped")}]
+    others = [rows[name] for name in set(rows) - {("uniform", "as shipped")}]
     assert all(0.0 < row.kl_divergence_mean <= row.kl_divergence_p99 for row in others)
-    lowered, removed = rows["levels", "FFN int8"], rows["ShortGPT", "2 layers"]
+    lowered, removed = rows["uniform", "FFN int8"], rows["ShortGPT", "2 layers"]
     assert lowered.kl_divergence_mean < removed.kl_divergence_mean
 
 
 def test_bytes_are_those_of_the_kept_weights_and_of_what_is_added(rows, config):
     facts = build_context(config).memory.facts
     whole = facts.base_bytes + sum(facts.block_param_bytes)
-    assert rows["levels", "as shipped"].weight_bytes == whole
+    assert rows["uniform", "as shipped"].weight_bytes == whole
     sizes = MemoryModel(facts).breakdown(Plan.removing(2, 3, 4, 5), Request(1, 1, 2**40))
     for method in ("ReplaceMe, cosine", "ReplaceMe, least squares"):
         assert rows[method, "2 layers"].weight_bytes == sizes.weights + sizes.embeddings

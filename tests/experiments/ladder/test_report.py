@@ -6,10 +6,11 @@ import pytest
 
 from experiments.ladder import llama_cpp_process
 from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
-from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, ShippedRow
+from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow, ShippedRow
 from experiments.ladder.tables import (
     ladder_tables,
     loss_against_bytes,
+    loss_at_equal_bytes,
     pareto,
 )
 from experiments.study.figures import style
@@ -47,6 +48,23 @@ def shipped(model, how, level, loss, rounding="nearest"):
         **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
+
+def outside(method, name, mib, loss, types=None):
+    return OutsideRow(
+        method=method, name=name, weight_bytes=int(mib * MIB), kl_divergence_mean=loss / 2,
+        kl_divergence_p99=loss * 4, same_top_token_share=0.75, levels={},
+        tensor_types=types or {}, **losses(loss), provenance=PROVENANCE,
+    )  # fmt: skip
+
+
+OUTSIDE = [
+    outside("uniform", "as shipped", 90, 0.0024),
+    outside("uniform", "FFN int3", 75, 0.18),
+    outside("knapsack", "35 %", 80, 0.07),
+    outside("llama.cpp", "Q2_K", 82, 0.13, {"f32": 61, "q4_0": 180, "q3_K": 30}),
+    outside("ReplaceMe, cosine", "4 layers", 82, 0.5),
+    outside("ReplaceMe, cosine", "8 layers", 74, 1.6),
+]
 
 ROWS = [
     row("uniform", "native / native", 270, 0.0),
@@ -92,6 +110,27 @@ def test_the_other_tables_name_formats_and_models():
         "weights int4, rounded to nearest", "weights int4"
     ]  # fmt: skip
     assert lines[1][1] == "-"
+
+
+def test_other_methods_stand_by_their_bytes():
+    (part,) = ladder_tables(Ladder([], [], [], OUTSIDE))
+    header, lines = part.table
+    assert header[:3] == ["Method", "MiB", "ΔNLL"]
+    assert [line[0] for line in lines] == [
+        "one level: as shipped", "llama.cpp: Q2_K", "ReplaceMe (cosine): 4 layers",
+        "knapsack over levels: 35 %", "one level: FFN int3", "ReplaceMe (cosine): 8 layers",
+    ]  # fmt: skip
+    assert lines[1][1:] == [
+        "82.0", "0.130 [0.129, 0.131]", "0.0650", "0.520", "75.0 %", "180 q4_0, 30 q3_K"
+    ]  # fmt: skip
+
+
+def test_the_figure_of_other_methods_names_levels_and_files():
+    figure = loss_at_equal_bytes(Ladder([], [], [], OUTSIDE))
+    (axis,) = figure.axes
+    assert {text.get_text() for text in axis.texts} == {"as shipped", "FFN int3", "Q2_K"}
+    with style():
+        figure.savefig(io.BytesIO(), format="png")
 
 
 def test_a_dominated_setting_is_not_on_the_pareto_front():
