@@ -1,7 +1,7 @@
 """Behaviour cloning from a Minari dataset of a pinned task, without a single step of it.
 
     pip install "minari[hdf5]"
-    python -m experiments.export_minari --behaviours frontier,policy   # writes the dataset
+    PYTHONPATH=. python examples/offline_episodes.py   # writes the dataset
     python examples/offline_cloning.py
 
 The network is that of `ppo_single_file.py`, and learns to repeat the actions of the episodes.

@@ -1,7 +1,7 @@
 """Discrete CQL of d3rlpy on a Minari dataset of a pinned task, without a single step of it.
 
     pip install "minari[hdf5]" d3rlpy
-    python -m experiments.export_minari --behaviours frontier,policy   # writes the dataset
+    PYTHONPATH=. python examples/offline_episodes.py   # writes the dataset
     python examples/offline_cql.py
 
 d3rlpy knows arrays, not dictionaries: an observation is flattened, and the Q function, which sees

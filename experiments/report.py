@@ -88,13 +88,10 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
     compared = comparison if comparison and comparison.summaries else None
     chosen = _chosen(comparison, data.profile) if comparison else {}
     draw: dict[str, Draw] = {f"levels_{m}": picture for m, picture in chosen.items()}
-    if compared:
-        draw["overview"] = partial(figures.overview, compared)
-        if len(compared.cells) > len(compared.shapes):  # else its lines are points
-            draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
+    if compared and len(compared.cells) > len(compared.shapes):  # else its lines are points
+        draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
     if data.profile:
         draw["memory"] = partial(figures.memory_picture, data.profile)
-        draw["importance"] = partial(figures.importance_bars, data.profile)
     if figures.logged_curves(data.runs):
         draw["learning_curves"] = partial(figures.learning_curves, data.runs)
     recording = live.recorded(data.root / "live")

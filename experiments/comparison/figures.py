@@ -1,4 +1,4 @@
-"""Figures of a comparison, of importance and memory, of chosen levels and of trainings."""
+"""Figures of a comparison, of memory, of chosen levels and of trainings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.comparison.summaries import REFERENCE, Comparison
+from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun
 from experiments.study.figures import (
     FAINT,
@@ -19,10 +19,9 @@ from experiments.study.figures import (
     draw_series,
     panel_figure,
     panels,
-    plain_log_ticks,
     style,
 )
-from experiments.study.looks import KIND_COLOURS, LEVEL_COLOURS, look, short_label
+from experiments.study.looks import LEVEL_COLOURS, look, short_label
 from experiments.study.records import Shape
 from experiments.study.tables import shape_words
 from rap_env.blocks import block_name
@@ -32,50 +31,6 @@ from rap_env.plan import EMBEDDINGS, cache_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def overview(comparison: Comparison, narrow: bool) -> Figure:
-    """Draw the mean ΔNLL of each method over the grid, with its interval, and accuracy."""
-    summaries = comparison.summaries[::-1]
-    accuracy = any(s.accuracy is not None for s in summaries)
-
-    def draw(axis: Axes, of_accuracy: bool) -> None:
-        for place, s in enumerate(summaries):
-            shown, loss = look(s.method), s.delta_nll
-            value = 100 * (s.accuracy or 0) if of_accuracy else loss.mean
-            if of_accuracy and s.accuracy is None:
-                continue
-            axis.errorbar(
-                value, place, fmt=shown.marker, color=shown.colour, markersize=6, capsize=3,
-                xerr=None if of_accuracy else [[loss.mean - loss.low], [loss.high - loss.mean]],
-                markerfacecolor=shown.colour if s.fits_all else "white",
-            )  # fmt: skip
-        axis.set_yticks(range(len(summaries)), [short_label(s.method) for s in summaries])
-        axis.set_ylim(-0.6, len(summaries) - 0.4)
-        axis.grid(axis="y", visible=False)
-        if not of_accuracy:
-            delta_nll_scale(axis, [s.delta_nll.mean for s in summaries], "x")
-            return
-        _draw_dense_accuracy(axis, comparison)
-        axis.tick_params(labelleft=narrow)
-
-    parts = [Panel(lambda axis: draw(axis, False), "ΔNLL on held-out text")]
-    if accuracy:
-        words = "mean accuracy of the tasks (%)"
-        parts.append(Panel(lambda axis: draw(axis, True), "Accuracy", words))
-    return panel_figure(parts, narrow=narrow, height=0.9 + 0.27 * len(summaries), legend=0)
-
-
-def _draw_dense_accuracy(axis: Axes, comparison: Comparison) -> None:
-    dense = [row.mean_accuracy for row in comparison.rows if row.method == REFERENCE]
-    measured = [value for value in dense if value is not None]
-    if measured:
-        mean = 100 * float(np.mean(measured))
-        axis.axvline(mean, color=INK, linewidth=0.9, linestyle=":")
-        axis.annotate(
-            "dense", (mean, 1), xycoords=("data", "axes fraction"), xytext=(-3, -2),
-            textcoords="offset points", ha="right", va="top", fontsize=8,
-        )  # fmt: skip
 
 
 def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
@@ -156,45 +111,6 @@ def memory_picture(profile: dict[str, Any], narrow: bool) -> Figure:
             width_in=NARROW_IN if narrow else WIDE_IN,
             row_height_in=2.4 if narrow else 2.9,
         )
-
-
-def importance_bars(profile: dict[str, Any], narrow: bool) -> Figure:
-    """Draw ΔNLL of removing each block alone, and of the blocks that GSI removes in turn."""
-    one_shot, gsi = np.array(profile["one_shot"]["loss_rise"]), profile.get("gsi") or {}
-
-    def draw_one_shot(axis: Axes) -> None:
-        layers = np.arange(len(one_shot) // 2)
-        for first, (kind, offset) in enumerate((("attn", -0.21), ("ffn", 0.21))):
-            axis.bar(
-                layers + offset, one_shot[first::2], 0.42, color=KIND_COLOURS[kind],
-                label=f"{kind} block",
-            )  # fmt: skip
-        axis.set_yscale("symlog", linthresh=max(0.01, float(np.median(np.abs(one_shot)))))
-        plain_log_ticks(axis.yaxis)
-        axis.grid(axis="x", visible=False)
-        axis.legend(loc="upper right", ncols=2)
-
-    def draw_gsi(axis: Axes) -> None:
-        kinds = [name.rpartition(".")[2] for name in gsi["order"]]
-        losses = np.array(gsi["nll_after"]) - profile["dense_nll"]
-        places = np.arange(1, len(kinds) + 1)
-        axis.bar(places, losses, 0.8, color=[KIND_COLOURS[kind] for kind in kinds])
-        axis.grid(axis="x", visible=False)
-        axis.set_xlim(0.3, len(kinds) + 0.7)
-        share = 100 * kinds.count("attn") / max(1, len(kinds))
-        axis.text(
-            0.03, 0.94, f"{share:.0f} % of the removed blocks\nare attention blocks",
-            transform=axis.transAxes, va="top", color=FAINT, fontsize=8,
-        )  # fmt: skip
-
-    parts = [
-        Panel(draw_one_shot, "One block removed from the dense model", "layer",
-              "ΔNLL (nats/token, log scale)"),
-    ]  # fmt: skip
-    if gsi:
-        title, axes = "GSI: blocks removed in turn", "number of removed blocks"
-        parts.append(Panel(draw_gsi, title, axes, "ΔNLL (nats/token)"))
-    return panel_figure(parts, narrow=narrow, height=2.9, legend=0)
 
 
 _OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own

@@ -200,11 +200,9 @@ class LongContextConfig(Section):
     )
     """Generated tasks by kind: the ``lengths`` of their texts in tokens, and the number of
     ``questions`` at each length; a text has 3 to 12 of them."""
-    positions: list[TextConfig] = field(default_factory=list)
-    """Documents for the loss by position: those of a JSONL file that are long enough, or written by
-    the model (``self``). `windows` is their number, `window_tokens` what they are cut to."""
-    bucket_tokens: Count = 512
-    """Positions whose loss is averaged."""
+    documents: list[TextConfig] = field(default_factory=list)
+    """Documents for the loss: those of a JSONL file that are long enough, or written by the model
+    (``self``). `windows` is their number, `window_tokens` what they are cut to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

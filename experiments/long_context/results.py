@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from experiments.study.figures import FAINT, Panel, draw_series, panel_figure
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, paired_difference, wilson_interval
 from experiments.study.tables import Table, TitledTable, crossed_table, percent, signed
-from rap_env.errors import counted
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS
 
 if TYPE_CHECKING:
@@ -22,8 +19,8 @@ if TYPE_CHECKING:
 
 NATIVE = "native"
 """Name of the plan that all others are compared with."""
-POSITIONS = "positions"
-"""The measure of losses by position in a document."""
+DOCUMENTS = "documents"
+"""The measure of losses on documents."""
 
 SUMMARY_CAPTION = (
     "Peak bytes of {batch} sequences of {middle} tokens, as a share of the native peak. ΔNLL on "
@@ -34,14 +31,6 @@ SUMMARY_CAPTION = (
 KIND_CAPTION = (
     "Share of right answers by length of the text in tokens, with a 95 % interval; chance "
     "is {chance}, {questions} questions each."
-)
-PLACE_CAPTION = (
-    "Share of right answers to questions about facts by the place of the fact in the text, in "
-    "texts of {length} tokens."
-)
-POSITION_CAPTION = (
-    "NLL of the native model by position in documents of {length} tokens, nats per token, and the "
-    "difference to it; {documents}."
 )
 TITLES = {
     "recall": "Recall",
@@ -63,7 +52,7 @@ class PlanRow(Record):
 
     Attributes:
         plan: Level of all caches, or a policy with its budget.
-        measure: Kind of the task; `POSITIONS` for a loss.
+        measure: Kind of the task; `DOCUMENTS` for a loss.
         length: Tokens of a text.
         peak_bytes: Peak bytes of the plan for a batch of sequences of this length.
         native_peak_bytes: The same of the native model.
@@ -88,7 +77,6 @@ class TaskRow(PlanRow):
     Attributes:
         chance: Accuracy of guessing.
         right: For each question whether the answer is right.
-        kinds: For each question where in the text its answer is.
     """
 
     file = "tasks.jsonl"
@@ -96,7 +84,6 @@ class TaskRow(PlanRow):
 
     chance: float
     right: list[int]
-    kinds: list[str]
 
 
 @dataclass(frozen=True)
@@ -104,26 +91,13 @@ class LossRow(PlanRow):
     """The loss of one plan on documents.
 
     Attributes:
-        buckets: First and last position (exclusive) of each bucket.
-        values: Mean NLL of each document and bucket, nats per token, (documents, buckets).
+        values: Mean NLL of each document, nats per token, (documents,).
     """
 
     file = "losses.jsonl"
     record_name = "A loss over a long context"
 
-    buckets: list[list[int]]
-    values: list[list[float]]
-
-    @property
-    def by_bucket(self) -> list[float]:
-        """Mean NLL of each bucket over the documents."""
-        return [float(value) for value in np.mean(self.values, axis=0)]
-
-    @property
-    def nll(self) -> float:
-        """Mean over documents and tokens, nats per token."""
-        sizes = [high - max(low, 1) for low, high in self.buckets]  # the first is not predicted
-        return float(np.average(self.by_bucket, weights=sizes))
+    values: list[float]
 
 
 def share_of(right: Sequence[int]) -> Estimate:
@@ -152,20 +126,14 @@ class Curves:
         """Lengths at which a kind of task was measured."""
         return sorted({row.length for row in self.tasks if row.measure == kind})
 
-    @property
-    def document_lengths(self) -> list[int]:
-        """Lengths at which losses were measured."""
-        return sorted({length for _, length in self.losses})
-
     def task(self, plan: str, kind: str, length: int) -> TaskRow | None:
         """The row of a plan on a task."""
         return self._tasks.get((plan, kind, length))
 
-    def facts(self, plan: str, length: int | None = None) -> list[TaskRow]:
-        """Rows of a plan on tasks that ask for facts, at one length or at the long ones."""
-        lengths = self.long if length is None else [length]
+    def facts(self, plan: str) -> list[TaskRow]:
+        """Rows of a plan on tasks that ask for facts, at the long lengths."""
         rows = [row for row in self.tasks if row.plan == plan and row.measure != "counting"]
-        return [row for row in rows if row.length in lengths]
+        return [row for row in rows if row.length in self.long]
 
     @cached_property
     def long(self) -> list[int]:
@@ -199,15 +167,6 @@ def long_context_tables(data: Curves) -> list[TitledTable]:
             questions = " to ".join(map(str, dict.fromkeys((asked[0], asked[-1]))))
             caption = KIND_CAPTION.format(chance=chance, questions=questions)
             tables.append((kind, TITLES[kind], caption, _kind_table(data, kind)))
-        for length in data.long:
-            caption = PLACE_CAPTION.format(length=f"{length:,}")
-            title = f"Recall by place, {length:,} tokens"
-            tables.append((f"depth_{length}", title, caption, _place_table(data, length)))
-    for length in data.document_lengths:
-        documents = counted(len(data.losses[NATIVE, length].values), "document")
-        caption = POSITION_CAPTION.format(length=f"{length:,}", documents=documents)
-        title = f"Loss by position, {length:,} tokens"
-        tables.append((f"positions_{length}", title, caption, _position_table(data, length)))
     return [
         TitledTable(table, title, caption, name, by_method=False)
         for name, title, caption, table in tables
@@ -234,12 +193,7 @@ def _delta(data: Curves, plan: str, length: int) -> str:
     row = data.losses.get((plan, length))
     if row is None:
         return "-"
-    sizes = [high - low for low, high in row.buckets]
-    values, base = (
-        np.average(each.values, axis=1, weights=sizes)
-        for each in (row, data.losses[NATIVE, length])
-    )
-    return signed(paired_difference(values, base))
+    return signed(paired_difference(row.values, data.losses[NATIVE, length].values))
 
 
 def _kind_table(data: Curves, kind: str) -> Table:
@@ -253,55 +207,22 @@ def _kind_table(data: Curves, kind: str) -> Table:
     return crossed_table("Plan", {plan: plan for plan in data.plans}, lengths, entry)
 
 
-def _place_table(data: Curves, length: int) -> Table:
-    """Plans as lines, places of the fact as columns: the accuracy at one length."""
-    places = {place for row in data.facts(NATIVE, length) for place in row.kinds}
-    ordered = sorted(places, key=lambda place: int(place.split()[1].split("-")[0]))
-
-    def entry(plan: str, place: str) -> str:
-        return _share(data.facts(plan, length), place)
-
-    columns = {place: place for place in ordered}
-    return crossed_table("Plan", {plan: plan for plan in data.plans}, columns, entry)
-
-
-def _share(rows: Sequence[TaskRow], place: str | None = None) -> str:
-    """Format the share of right answers, at one place or all, with its interval in per cent."""
-    right = [
-        value
-        for row in rows
-        for value, kind in zip(row.right, row.kinds, strict=True)
-        if place in (None, kind)
-    ]
+def _share(rows: Sequence[TaskRow]) -> str:
+    """Format the share of right answers with its interval in per cent."""
+    right = [value for row in rows for value in row.right]
     if not right:
         return "-"
     share = share_of(right)
     return f"{100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
-def _position_table(data: Curves, length: int) -> Table:
-    """Plans as lines, positions as columns: NLL of the native model, and differences to it."""
-    native = data.losses[NATIVE, length]
-    header = ["Plan", *(f"{low:,}-{high:,}" for low, high in native.buckets)]
-    lines = [[f"{NATIVE} (NLL)", *(f"{value:.3f}" for value in native.by_bucket)]]
-    for plan in data.plans:
-        row = data.losses.get((plan, length))
-        if row is not None and plan != NATIVE:
-            pairs = zip(row.by_bucket, native.by_bucket, strict=True)
-            lines.append([plan, *(f"{value - base:+.3f}" for value, base in pairs)])
-    return header, lines
-
-
 def over_length(data: Curves) -> Figure:
-    """Accuracy over length for each kind of task, then ΔNLL by position."""
+    """Accuracy over length for each kind of task."""
     parts = [
         Panel(partial(_draw_task, data, kind), TITLES[kind], "length of the text (tokens)",
               "right (%)")
         for kind in data.kinds
     ]  # fmt: skip
-    if data.losses:
-        draw = partial(_draw_positions, data)
-        parts.append(Panel(draw, "Loss on documents", "position (tokens)", "ΔNLL (nats/token)"))
     return panel_figure(parts, height=2.6)
 
 
@@ -324,19 +245,6 @@ def _draw_task(data: Curves, kind: str, axis: Axes) -> None:
     axis.xaxis.set_major_locator(FixedLocator(lengths))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticklabels([f"{length:,}" for length in lengths])
-
-
-def _draw_positions(data: Curves, axis: Axes) -> None:
-    length = data.compared_length
-    assert length is not None
-    native = data.losses[NATIVE, length]
-    for number, plan in enumerate(data.plans):
-        row = data.losses.get((plan, length))
-        if row is not None and plan != NATIVE:
-            middles = [(low + high) / 2 for low, high in row.buckets]
-            rises = [a - b for a, b in zip(row.by_bucket, native.by_bucket, strict=True)]
-            draw_series(axis, middles, rises, **_look(number))
-    axis.axhline(0, color=FAINT, linewidth=0.7)
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_text, named_policy
 from experiments.long_context.results import (
+    DOCUMENTS,
     NATIVE,
-    POSITIONS,
     Curves,
     LossRow,
     TaskRow,
@@ -31,59 +28,20 @@ from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.local_data import read_rows
 from rap_env.scoring.long_context_tasks import LongContextTask
-from rap_env.scoring.nll import HEAD_TOKENS, predictions, token_nll
+from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.tasks import TaskScorer
 
 
-class PositionLoss:
-    """The loss by position on documents of one length.
-
-    Attributes:
-        length: Tokens of a document.
-        tokens: Token ids, (documents, tokens).
-        buckets: First and last position (exclusive) of each bucket.
-    """
-
-    def __init__(self, llm: ElasticLLM, text: TextConfig, bucket_tokens: int) -> None:
-        self._partial = PartialForward(llm, widen=True)
-        self._llm = llm
-        self.length = text.window_tokens
-        self.tokens = _documents(llm, text)
-        edges = [*range(0, self.length, bucket_tokens), self.length]
-        self.buckets = [[low, high] for low, high in itertools.pairwise(edges)]
-
-    @torch.inference_mode()
-    def measure(self, plan: Plan) -> npt.NDArray[np.float64]:
-        """Mean NLL of each document and bucket, nats per token, (documents, buckets).
-
-        The prediction of a token counts at the token's position.
-        """
-        by_document = []
-        for ids in self.tokens.to(self._llm.device):
-            with self._llm.masked(plan):
-                rows, targets = predictions(self._partial.hidden(ids[None]), ids[None])
-                parts = zip(
-                    torch.split(rows, HEAD_TOKENS), torch.split(targets, HEAD_TOKENS), strict=True
-                )
-                losses = torch.cat(
-                    [token_nll(self._partial.logits(part), wanted) for part, wanted in parts]
-                )
-            by_document.append(
-                [float(losses[max(0, a - 1) : b - 1].mean()) for a, b in self.buckets]
-            )
-        return np.array(by_document)
-
-
-def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
-    """Token ids of the documents, (documents, tokens)."""
+def documents_of(llm: ElasticLLM, text: TextConfig) -> Corpus:
+    """Documents that are long enough, cut to the tokens of a window."""
     if text.source == "self":
-        return load_text(text, "report", llm).tokens
+        return load_text(text, "report", llm)
     if llm.tokenizer is None:
         raise CorpusError(f"{llm.name} has no tokenizer to read documents with.")
     documents: list[list[int]] = []
@@ -98,7 +56,7 @@ def _documents(llm: ElasticLLM, text: TextConfig) -> torch.Tensor:
             f"tokens, but {text.windows} are needed. Set fewer windows or fewer window_tokens."
         )
     chosen = np.random.default_rng(text.seed).permutation(len(documents))[: text.windows]
-    return torch.tensor([documents[number] for number in sorted(chosen)])
+    return Corpus.of_tokens(torch.tensor([documents[number] for number in sorted(chosen)]))
 
 
 Fields = Callable[[Plan], dict[str, Any]]
@@ -186,21 +144,20 @@ def _measures(
             scorer = TaskScorer(llm, tasks, context.store)
             depends: dict[str, Any] = {"task": digest(scorer.context)}
             yield TaskRow, kind, length, depends, partial(_answers, scorer, name)
-    for text in settings.positions:
-        loss = PositionLoss(llm, text, settings.bucket_tokens)
-        text_hash = hashlib.sha256(loss.tokens.numpy().tobytes()).hexdigest()
-        depends = {"tokens": text_hash, "buckets": loss.buckets}
-        yield LossRow, POSITIONS, loss.length, depends, partial(_losses, loss)
+    for text in settings.documents:
+        corpus = documents_of(llm, text)
+        depends = {"text_sha256": corpus.sha256}
+        scorer_of_text = MaskScorer(llm, corpus, context.store)
+        yield LossRow, DOCUMENTS, text.window_tokens, depends, partial(_losses, scorer_of_text)
 
 
 def _answers(scorer: TaskScorer, name: str, plan: Plan) -> dict[str, Any]:
     right = scorer.results(plan)[name].per_document["acc"]
-    return {"chance": scorer.chance[name], "right": list(map(int, right)),
-            "kinds": scorer.kinds(name)}  # fmt: skip
+    return {"chance": scorer.chance[name], "right": list(map(int, right))}
 
 
-def _losses(loss: PositionLoss, plan: Plan) -> dict[str, Any]:
-    return {"buckets": loss.buckets, "values": np.round(loss.measure(plan), 5).tolist()}
+def _losses(scorer: MaskScorer, plan: Plan) -> dict[str, Any]:
+    return {"values": np.round(scorer.window_nll(plan), 5).tolist()}
 
 
 STUDY = Study(

@@ -112,49 +112,35 @@ class PolicyFile:
         """Whether a model has the items and levels that the policy was exported for."""
         return _levels(Ladder.of(facts, **self.ladder)) == self.items
 
-    def encoder_for(
-        self, memory: MemoryModel, importance: Importance | None = None, base: Plan = Plan()
-    ) -> ObservationEncoder:
+    def encoder_for(self, memory: MemoryModel, base: Plan = Plan()) -> ObservationEncoder:
         """What encodes the policy's observations of a model.
 
         Args:
             memory: The model to serve. A warning is logged if its weights are not those that the
                 policy was exported for.
-            importance: Importance of its blocks, or of the levels of its items; None takes the
-                file's.
             base: Levels of caches that the policy does not choose, see `LadderBytes`.
 
         Raises:
-            ArtifactError: The policy cannot serve a model with these items, or `importance` is of
-                other items.
+            ArtifactError: The policy cannot serve a model with these items.
         """
         own, facts = self.model, memory.facts
         ladder = Ladder.of(facts, **self.ladder)
-        if self.weights.vector_width and len(ladder) != len(self.items):
-            raise ArtifactError(
-                f"The policy for {own['name']} has vectors for {len(self.items)} items, but "
-                f"{facts.name} has {len(ladder)} items. Train a policy for this model, or one with "
-                "policy_settings.block_vectors=0, which serves both."
-            )
-        if importance is not None:
-            _check_importance(importance, len(ladder), ladder.width, facts.name)
-        elif not self.serves(facts):
+        if not self.serves(facts):
             raise ArtifactError(
                 f"The policy was exported for {own['name']}, whose items have other levels than "
                 f"those of {facts.name} as it is loaded ({facts.weights} weights): "
                 f"{len(self.items)} and {len(ladder)} items. Load the model as it was, or export a "
                 "policy for it."
             )
-        elif facts.fingerprint != own["fingerprint"]:
+        if facts.fingerprint != own["fingerprint"]:
             log.warning(
                 "The policy was exported for %s (%s), and %s (%s) has other weights: it uses the "
                 "importance of the former's items, so its plans may be worse.",
                 own["name"], own["dtype"], facts.name, facts.dtype,
             )  # fmt: skip
-        importance = importance or self.importance
-        if isinstance(importance, ImportanceFeatures):
-            return ObservationBuilder(memory, importance, base)
-        return ItemObservationBuilder(LadderBytes(memory, ladder, base), importance)
+        if isinstance(self.importance, ImportanceFeatures):
+            return ObservationBuilder(memory, self.importance, base)
+        return ItemObservationBuilder(LadderBytes(memory, ladder, base), self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as a safetensors file with a checksum, and replace an existing file.
@@ -269,8 +255,6 @@ class NetworkPolicy(Policy):
     Args:
         memory: The model's byte arithmetic.
         file: The exported policy.
-        importance: Importance of the model's blocks, or of the levels of its items; None takes the
-            file's.
         name: The policy's name.
         base: Levels of caches that it does not choose.
 
@@ -289,13 +273,12 @@ class NetworkPolicy(Policy):
         self,
         memory: MemoryModel,
         file: PolicyFile,
-        importance: Importance | None = None,
         name: str | None = None,
         base: Plan = Plan(),
     ) -> None:
         self.memory = memory
         self.file = file
-        self.encoder = encoder = file.encoder_for(memory, importance, base)
+        self.encoder = encoder = file.encoder_for(memory, base)
         self.ladder = encoder.ladder
         self.weight_levels = self.ladder.weight_levels
         lowers = isinstance(encoder, ItemObservationBuilder)

@@ -139,10 +139,6 @@ class TaskRequests:
             self._choice_nll(outputs),
         )
 
-    def kinds(self) -> list[str]:
-        """The kind of each document of a generated task."""
-        return [str(instances[0].doc["kind"]) for instances in self._documents.values()]
-
     def _choice_nll(self, outputs: Outputs) -> npt.NDArray[np.float64]:
         """`TaskResult.choice_nll` from the likelihoods of the task's instances."""
         if self.task.OUTPUT_TYPE != "multiple_choice":

@@ -97,10 +97,6 @@ class TaskScorer:
             for loaded in self._loaded
         }
 
-    def kinds(self, name: str) -> list[str]:
-        """The kind of each document of a generated task, in the order of the results."""
-        return self._members[name].kinds()
-
     def accuracies(self, plan: Plan, metric: str = "acc") -> dict[str, float]:
         """Accuracy by task under a plan, each in [0, 1].
 

@@ -22,7 +22,7 @@ def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
     programs = {
         name for name in modules if hasattr(importlib.import_module(f"benchmarks.{name}"), "main")
     }
-    assert set(listed) == programs - {"against"}, "which needs another checkout"
+    assert set(listed) == programs
 
 
 def test_without_llama_cpp_it_says_what_to_install(monkeypatch):

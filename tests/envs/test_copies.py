@@ -58,8 +58,7 @@ def test_copies_of_an_environment_on_a_table_continue_identically(table, copied,
 
 
 def test_copies_of_a_live_environment_share_its_model(context, ladder):
-    replay = {"name": "curriculum", "of": "grid", "requests": 6}
-    for env in (make(context, workload=replay), make_v1(ladder, workload=replay)):
+    for env in (make(context, workload="grid"), make_v1(ladder, workload="grid")):
         env.reset(seed=1)
         continued(env, 0, 11)
         other = copy.deepcopy(env)

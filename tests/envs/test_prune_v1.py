@@ -28,9 +28,7 @@ class TestSameAsV0:
     @pytest.mark.parametrize(
         "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}], ids=str
     )
-    @pytest.mark.parametrize(
-        "workload", ["grid", "azure-conv", {"name": "curriculum", "requests": 5}], ids=str
-    )
+    @pytest.mark.parametrize("workload", ["grid", "azure-conv"])
     @pytest.mark.parametrize("model", ["context", "repaired"])
     def test_masks_have_the_same_episodes(self, reward, workload, model, request):
         context = request.getfixturevalue(model)

@@ -24,7 +24,8 @@ from tests.envs.tiny_contexts import make_context
 
 LOG_DENSE = {"timing": "dense", "scale": "log"}
 FRONTIER = [Plan.removing(*range(count)) for count in range(1, COUNT + 1)]
-POOL = {"name": "pool", "of": "grid", "size": 2}
+SHAPES = {"batch_sizes": [1, 2], "seq_lens_tokens": [16]}
+TWO_REQUESTS = {"name": "grid", **SHAPES, "budget_fractions": [0.7]}
 
 
 def relative(name: str, **settings) -> dict:
@@ -87,7 +88,7 @@ def test_baseline_loss_is_in_info_on_the_last_step_if_requested(ordered, reward)
 
 def test_a_baseline_is_measured_once_for_a_request(ordered):
     context = make_context(importance="gsi")
-    env = make(context, reward=relative("gsi"), workload=POOL)
+    env = make(context, reward=relative("gsi"), workload=TWO_REQUESTS)
     context.scorer.nll(Plan())
     before = context.scorer.evaluations
     masks = set()

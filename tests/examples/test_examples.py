@@ -15,10 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 import rap_env
-from experiments.export_minari import export
 from rap_env.cli import cli
 from rap_env.leaderboard.entries import Entry
-from rap_env.leaderboard.tasks import pinned_task
 from rap_env.models.families.families import FAMILIES
 from tests.examples.notebooks import run
 
@@ -182,9 +180,25 @@ def dataset(tmp_path_factory):
     """A small dataset of episodes, under the id that the examples load."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        module = example("offline_cloning")
-        export(pinned_task(module.TASK), module.DATASET, 24, ["frontier", "policy"], 0)
-        yield module.DATASET
+        module = example("offline_episodes")
+        yield module.write(episodes=24).spec.dataset_id
+
+
+def test_offline_episodes(dataset):
+    """Episodes of the packaged policy end near its plans, in an order that the seed decides."""
+    module = example("offline_episodes")
+    env = gym.make(module.TASK, disable_env_checker=True)
+    episodes = list(module.minari.load_dataset(dataset).iterate_episodes())
+    assert len(episodes) == 24
+    assert all(episode.terminations[-1] for episode in episodes), "every request fits"
+    assert module.write("tests/again-v0", 2).total_steps == sum(map(len, episodes[:2]))
+    best = env.unwrapped.context.best_measured
+    env.reset(seed=episodes[0].seed)
+    plan = best(env.unwrapped.request)
+    for action in episodes[0].actions:
+        env.step(int(action))
+    reached = env.unwrapped.plan.levels
+    assert sum(plan.levels.get(item) != level for item, level in reached.items()) <= 1
 
 
 @pytest.mark.slow

@@ -205,7 +205,6 @@ def test_unknown_names_list_the_known_ones(memory, spec, message):
         ({"name": "fixed", "batch_size": 1.5}, r"batch_size must be a whole number, not 1\.5"),
         ({"name": "fixed", "seq_len_tokens": 4096}, "from 1 to 2048 tokens"),
         ({"name": "fixed", "budget_fraction": "0.8"}, "between 0 and 1, not '0.8'"),
-        ({"name": "curriculum", "start_fraction": None}, "between 0 and 1, not None"),
         ({"name": "fixed", "budget_fraction": 1.0}, r"between 0 and 1, not 1\.0"),
         ({"name": "fixed", "budget_fraction": 0.5, "budget_bytes": 5}, "not both"),
         ({"name": "fixed", "budget_bytes": 0}, "budget_bytes must be a whole number"),
