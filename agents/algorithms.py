@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,6 @@ from agents.sb3_policies import (
     BlockwiseQPolicy,
     MaskableBlockwisePolicy,
     MaskedBlockwiseQPolicy,
-    MaskedMlpQPolicy,
 )
 from agents.settings import (
     HYPERPARAMETERS,
@@ -35,10 +34,7 @@ from agents.settings import (
     Settings,
     with_defaults,
 )
-from rap_env.errors import UnknownNameError
 from rap_env.plugins import PluginError, find_plugin
-
-POLICIES = ("blockwise", "mlp")
 
 _LAST_LEARNING_RATE = 0.1  # as a share of the first
 
@@ -53,11 +49,6 @@ class MaskedDQN(DQN):
     next state, and the masked Q networks of `agents.sb3_policies` apply it to greedy actions and
     to the maximum in the target. This class restricts random exploration.
     """
-
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        **DQN.policy_aliases,
-        "MultiInputPolicy": MaskedMlpQPolicy,
-    }
 
     def predict(
         self,
@@ -151,7 +142,6 @@ class AgentConfig:
     Attributes:
         name: One of `ALGORITHMS` (``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``), the name of
             an entry point of another package, or ``package.module:name`` of an `Algorithm`.
-        policy: ``blockwise`` (one small network evaluates every block or item) or ``mlp``.
         total_timesteps: Environment steps, one action each; PPO finishes its last rollout.
         n_envs: Environments stepped together in one process; they share one model.
         seed: Seed of the networks, of exploration and of the requests.
@@ -160,16 +150,15 @@ class AgentConfig:
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
             observations are in [0, 1] already.
         policy_settings: Settings of the block-wise policy (`agents.settings.PolicySettings`),
-            completed in the same way; ``mlp`` has none, and they are then empty.
+            completed in the same way.
 
     Raises:
-        UnknownNameError: There is no such agent, policy, setting or hyperparameter.
+        UnknownNameError: There is no such agent, setting or hyperparameter.
         AgentConfigError: A value is impossible.
         PluginError: The agent of another package cannot be loaded.
     """
 
     name: str = "maskable_ppo"
-    policy: str = "blockwise"
     total_timesteps: int = 10_000
     n_envs: int = 8
     seed: int = 0
@@ -179,8 +168,6 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         algorithm = self.algorithm
-        if self.policy not in POLICIES:
-            raise UnknownNameError("policy", self.policy, POLICIES)
         for key, least in (("total_timesteps", 1), ("n_envs", 1), ("seed", 0)):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -190,32 +177,14 @@ class AgentConfig:
         values = with_defaults(self.name, "hyperparameters", self.hyperparameters)
         algorithm.hyperparameters.of(values, f"the agent {self.name!r}")
         object.__setattr__(self, "hyperparameters", values)
-        object.__setattr__(self, "policy_settings", self._checked_policy_settings())
-
-    def _checked_policy_settings(self) -> dict[str, Any]:
-        defaults = with_defaults(self.name, "policy_settings", {})
-        values = {**defaults, **self.policy_settings}
-        values["without"] = list(PolicySettings.of(values, "the block-wise policy").without)
-        if self.policy != "mlp":
-            return values
-        changed = {key: value for key, value in values.items() if value != defaults.get(key)}
-        if changed:
-            raise AgentConfigError(
-                f"The policy 'mlp' has no policy_settings, but {changed!r} was given; remove them "
-                "or choose policy='blockwise'."
-            )
-        return {}
+        settings = with_defaults(self.name, "policy_settings", self.policy_settings)
+        settings["without"] = list(PolicySettings.of(settings, "the block-wise policy").without)
+        object.__setattr__(self, "policy_settings", settings)
 
     @property
     def algorithm(self) -> Algorithm:
         """The algorithm with this `name`."""
         return find_algorithm(self.name)
-
-    @property
-    def policy_class(self) -> type[BasePolicy]:
-        """The class of the policy network."""
-        mlp = self.algorithm.cls.policy_aliases["MultiInputPolicy"]
-        return self.algorithm.blockwise if self.policy == "blockwise" else mlp
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, for records."""
@@ -232,10 +201,9 @@ def make_model(config: AgentConfig, venv: VecEnv) -> BaseAlgorithm:
     if "n_steps" in settings:  # a mini-batch cannot be larger than the rollout
         settings["batch_size"] = min(settings["batch_size"], settings["n_steps"] * venv.num_envs)
     rate = settings.pop("learning_rate")
-    if config.policy == "blockwise":
-        settings["policy_kwargs"] = PolicySettings(**config.policy_settings).policy_kwargs()
+    settings["policy_kwargs"] = PolicySettings(**config.policy_settings).policy_kwargs()
     return config.algorithm.cls(
-        config.policy_class,
+        config.algorithm.blockwise,
         venv,
         seed=config.seed,
         device="cpu",

@@ -79,7 +79,7 @@ class Checkpoint:
             self.folder / _MODEL,
             env=venv,
             device="cpu",
-            custom_objects={"policy_class": config.policy_class},
+            custom_objects={"policy_class": config.algorithm.blockwise},
             force_reset=False,
         )
         if venv is None:

@@ -39,11 +39,6 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
     """
     checkpoint = checkpoint_of(run_dir)
     config = checkpoint.config
-    if config.policy != "blockwise":
-        raise ArtifactError(
-            f"The policy in {run_dir} is {config.policy!r}, but only block-wise policies can be "
-            "exported; train one with agent.policy=blockwise."
-        )
     encoder = make_encoder(context, checkpoint.ladder)
     without = tuple(config.policy_settings["without"])
     weights = network_weights(fitting_policy(checkpoint, encoder), without)
@@ -80,7 +75,7 @@ def network_weights(policy: BasePolicy, without: tuple[str, ...] = ()) -> Networ
     if not isinstance(heads, ActorCriticHeads | DuelingHeads) or not isinstance(rows, Rows):
         raise ArtifactError(
             f"A {type(policy).__name__} with {type(heads).__name__} is not block-wise, and only "
-            "block-wise policies can be exported; train one with agent.policy=blockwise."
+            "block-wise policies can be exported."
         )
     scores = heads.actor if isinstance(heads, ActorCriticHeads) else heads.advantage
     first, second, last = (layer for layer in scores.net if isinstance(layer, nn.Linear))

@@ -73,49 +73,26 @@ class BlockwiseQNetwork(QNetwork):
         return {**super()._get_constructor_parameters(), "hidden": self.hidden}
 
 
-class _MaskedForward:
-    """Mixin that sets the Q values of invalid actions below all others."""
+class MaskedBlockwiseQNetwork(BlockwiseQNetwork):
+    """Block-wise Q network that never chooses an invalid action."""
 
     def forward(self, obs: PyTorchObs) -> torch.Tensor:
-        values: torch.Tensor = super().forward(obs)  # type: ignore[misc]
+        """Return Q values, those of invalid actions below all others."""
+        values: torch.Tensor = super().forward(obs)
         valid = cast(dict[str, torch.Tensor], obs)["action_mask"] > 0.5
         return values.masked_fill(~valid.reshape(values.shape), Q_INVALID)
 
 
-class MaskedQNetwork(_MaskedForward, QNetwork):
-    """MLP Q network that never chooses an invalid action."""
+class BlockwiseQPolicy(_Blockwise, MultiInputPolicy):
+    """Block-wise policy for DQN, with the network class `q_net_class`."""
 
-
-class MaskedBlockwiseQNetwork(_MaskedForward, BlockwiseQNetwork):
-    """Block-wise Q network that never chooses an invalid action."""
-
-
-class _QPolicy(MultiInputPolicy):
-    """DQN policy with the network class `q_net_class`."""
-
-    q_net_class: type[QNetwork] = QNetwork
-
-    def make_q_net(self) -> QNetwork:
-        """Make the network with its own features extractor."""
-        arguments = self._update_features_extractor(self.net_args, features_extractor=None)
-        return self.q_net_class(**arguments).to(self.device)
-
-
-class MaskedMlpQPolicy(_QPolicy):
-    """MLP policy for masked DQN."""
-
-    q_net_class = MaskedQNetwork
-
-
-class BlockwiseQPolicy(_Blockwise, _QPolicy):
-    """Block-wise policy for DQN."""
-
-    q_net_class = BlockwiseQNetwork
+    q_net_class: type[QNetwork] = BlockwiseQNetwork
 
     def make_q_net(self) -> QNetwork:
         """Make the network with its own features extractor."""
         self.net_args["hidden"] = self.hidden
-        return super().make_q_net()
+        arguments = self._update_features_extractor(self.net_args, features_extractor=None)
+        return self.q_net_class(**arguments).to(self.device)
 
 
 class MaskedBlockwiseQPolicy(BlockwiseQPolicy):

@@ -188,18 +188,17 @@ def fitting_policy(checkpoint: Checkpoint, encoder: ObservationEncoder) -> BaseP
     (count,) = cast(tuple[int], space["action_mask"].shape)
     if policy.observation_space == space:
         return policy
-    if checkpoint.config.policy == "blockwise":
-        _check_block_vectors(checkpoint, policy, count)
-        arguments = policy._get_constructor_parameters()
-        arguments["observation_space"] = space
-        arguments["action_space"] = spaces.Discrete(count)
-        other: BasePolicy = type(policy)(**arguments)
-        try:
-            other.load_state_dict(policy.state_dict())
-        except RuntimeError:
-            pass  # the checkpoint has another set of features
-        else:
-            return other
+    _check_block_vectors(checkpoint, policy, count)
+    arguments = policy._get_constructor_parameters()
+    arguments["observation_space"] = space
+    arguments["action_space"] = spaces.Discrete(count)
+    other: BasePolicy = type(policy)(**arguments)
+    try:
+        other.load_state_dict(policy.state_dict())
+    except RuntimeError:
+        pass  # the checkpoint has another set of features
+    else:
+        return other
     raise ArtifactError(
         f"The policy in {checkpoint.folder} was trained on a model of another shape: it sees "
         f"{policy.observation_space}, but this model gives {space}; train a policy for this model."

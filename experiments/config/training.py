@@ -60,8 +60,6 @@ class AgentConfig(Section):
     """``ppo``, ``maskable_ppo``, ``dqn``, ``masked_dqn``, or an agent of another package."""
     label: str | None = None
     """Name of its runs in folders and tables; null for the agent's name."""
-    policy: str = "blockwise"
-    """``blockwise`` (one network applied to every block or item) or ``mlp``."""
     total_timesteps: Count = 20_000
     """Steps of the environment until the training ends."""
     n_envs: Count = 8

@@ -49,7 +49,6 @@ def runs(request, tmp_path_factory):
     for kind, settings in {
         "plain": {"policy_settings": {"without": ["one_shot"]}},
         "vectors": {"policy_settings": {"block_vectors": 4}},
-        "mlp": {"policy": "mlp"},
     }.items():
         folders[kind] = tmp_path_factory.mktemp(kind)
         config = AgentConfig("maskable_ppo", total_timesteps=64, n_envs=2,

@@ -28,10 +28,10 @@ def requests_for(context):
     return ladders.feasible(encoder_for(context), ladders.requests_of(context))
 
 
-def untrained(name, context, policy="blockwise", spread=None, envs=None, **settings):
+def untrained(name, context, spread=None, envs=None, **settings):
     """A model as it is before training, or with random weights of some spread."""
     torch.manual_seed(0)
-    config = AgentConfig(name, policy, n_envs=2, policy_settings=settings)
+    config = AgentConfig(name, n_envs=2, policy_settings=settings)
     model = make_model(config, make_vector_env(config, envs or envs_for(context)))
     if spread:
         for parameter in model.policy.parameters():

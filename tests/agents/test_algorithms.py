@@ -12,7 +12,6 @@ from tests.agents.synthetic import make_env
     ("settings", "error", "text"),
     [
         ({"name": "pppo"}, UnknownNameError, "Unknown agent 'pppo'.*Did you mean 'ppo'"),
-        ({"policy": "cnn"}, UnknownNameError, "Unknown policy 'cnn'.*'blockwise', 'mlp'"),
         ({"total_timesteps": 0}, AgentConfigError, "total_timesteps.*at least 1, not 0"),
         ({"n_envs": 1.5}, AgentConfigError, "n_envs must be a whole number.*not 1.5"),
         ({"seed": -1}, AgentConfigError, "seed.*at least 0, not -1"),
@@ -26,11 +25,6 @@ from tests.agents.synthetic import make_env
             {"policy_settings": {"block_vector": 3}},
             UnknownNameError,
             "of the block-wise policy: 'block_vector'.*Did you mean 'block_vectors'",
-        ),
-        (
-            {"policy": "mlp", "policy_settings": {"hidden": 8}},
-            AgentConfigError,
-            "'mlp' has no policy_settings.*'hidden': 8.*choose policy='blockwise'",
         ),
     ],
 )
@@ -57,7 +51,7 @@ def test_given_hyperparameters_override_the_defaults(name, context):
 
 def test_config_round_trips_through_a_dict():
     settings = {"without": ["request"]}
-    config = AgentConfig("ppo", "blockwise", 500, 2, 7, {"n_steps": 16}, policy_settings=settings)
+    config = AgentConfig("ppo", 500, 2, 7, {"n_steps": 16}, policy_settings=settings)
     assert AgentConfig(**config.as_dict()) == config
 
 
@@ -71,15 +65,8 @@ class CountsInvalid(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize(
-    ("policy", "exploration"),
-    [
-        ("blockwise", 0.3),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("blockwise", 1.0), ("mlp", 0.3))),
-        ("mlp", 1.0),
-    ],
-)
-def test_masked_dqn_never_acts_on_a_removed_block(context, policy, exploration):
+@pytest.mark.parametrize("exploration", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_masked_dqn_never_acts_on_a_removed_block(context, exploration):
     counts = {}
     for name in ("masked_dqn", "dqn"):
         settings = {
@@ -89,7 +76,7 @@ def test_masked_dqn_never_acts_on_a_removed_block(context, policy, exploration):
             "exploration_initial_eps": exploration,
             "exploration_final_eps": exploration,
         }
-        config = AgentConfig(name, policy, n_envs=4, hyperparameters=settings)
+        config = AgentConfig(name, n_envs=4, hyperparameters=settings)
         model = make_model(config, DummyVecEnv([make_env(context)] * 4))
         counter = CountsInvalid()
         model.learn(300, callback=counter)

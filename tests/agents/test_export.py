@@ -106,12 +106,6 @@ def test_only_a_network_that_sees_kinds_and_depths_depends_on_them(without):
     assert [gap > 1e-4 for gap in apart] == ["kind" not in without, "depth" not in without], apart
 
 
-@pytest.mark.parametrize("name", ["maskable_ppo", "dqn"])
-def test_an_mlp_scores_no_single_blocks(name, context):
-    with pytest.raises(ArtifactError, match="only block-wise policies can be exported"):
-        network_weights(untrained(name, context, "mlp").policy)
-
-
 @pytest.mark.parametrize("kind", ["plain", "vectors"])
 def test_an_exported_run_chooses_the_same_plans(runs, kind, tmp_path):
     context, _, folders = runs
@@ -163,8 +157,6 @@ def test_a_policy_is_exported_for_another_model_where_it_transfers(runs):
 
 def test_an_unexportable_policy_raises_an_error_with_the_reason(runs, tmp_path):
     context, larger, folders = runs
-    with pytest.raises(ArtifactError, match="is 'mlp', but only block-wise policies"):
-        export_policy(folders["mlp"], context)
     with pytest.raises(ArtifactError, match="vector for each of .*, but this model has"):
         export_policy(folders["vectors"], larger)
     with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):

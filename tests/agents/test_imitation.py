@@ -56,14 +56,6 @@ def test_the_policy_matches_its_teacher(context, builder, teacher, name):
     assert result.agreement > 0.99
 
 
-@pytest.mark.slow
-def test_an_mlp_can_imitate_too(context, builder, teacher):
-    model = new_model("maskable_ppo", context, policy="mlp", policy_settings={})
-    imitate(model, [Lesson(teacher, builder)], QUICK, progress=False)
-    policy = TrainedPolicy(model.policy, builder)
-    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
-
-
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
     states = TeacherStates(teacher, builder, gamma=0.5, batch_size=1000, seed=0)
     batch = states.draw()

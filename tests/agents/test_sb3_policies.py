@@ -8,12 +8,10 @@ from agents.sb3_policies import Q_INVALID, action_scores
 from rap_env.ladder.observation import BLOCK_FEATURES
 from tests.agents.synthetic import SyntheticContext, make_env, request_at
 
-KINDS = [(name, policy) for name in ALGORITHMS for policy in ("blockwise", "mlp")]
 
-
-def model_of(name, policy, context, **settings):
+def model_of(name, context, **settings):
     venv = DummyVecEnv([make_env(context)])
-    return make_model(AgentConfig(name, policy, n_envs=1, policy_settings=settings), venv)
+    return make_model(AgentConfig(name, n_envs=1, policy_settings=settings), venv)
 
 
 def scores(model, observation):
@@ -35,7 +33,7 @@ def observed(context, *removed, fraction=0.6):
 def test_blockwise_network_does_not_grow_with_the_model(name):
     sizes = []
     for layers in (3, 10):
-        model = model_of(name, "blockwise", SyntheticContext([0.1] * 2 * layers))
+        model = model_of(name, SyntheticContext([0.1] * 2 * layers))
         assert len(scores(model, observed(SyntheticContext([0.1] * 2 * layers)))) == 2 * layers
         sizes.append(sum(p.numel() for p in model.policy.parameters()))
     assert sizes[0] == sizes[1] < 20_000
@@ -44,7 +42,7 @@ def test_blockwise_network_does_not_grow_with_the_model(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_blockwise_scores_follow_the_blocks(name, context):
     """Two blocks that swap their features swap their scores."""
-    model = model_of(name, "blockwise", context)
+    model = model_of(name, context)
     torch.nn.utils.vector_to_parameters(
         torch.randn(sum(p.numel() for p in model.policy.parameters())) * 0.3,
         model.policy.parameters(),
@@ -59,46 +57,44 @@ def test_blockwise_scores_follow_the_blocks(name, context):
     assert after[6] == pytest.approx(before[6], abs=1e-5)
 
 
-@pytest.mark.parametrize(("name", "policy"), KINDS)
-def test_policies_and_their_settings_are_saved_and_loaded_by_sb3(tmp_path, context, name, policy):
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_policies_and_their_settings_are_saved_and_loaded_by_sb3(tmp_path, context, name):
     settings = {"hidden": 8, "block_vectors": 3, "without": ["one_shot"]}
-    model = model_of(name, policy, context, **(settings if policy == "blockwise" else {}))
+    model = model_of(name, context, **settings)
     model.save(tmp_path / "model.zip")
     again = type(model).load(tmp_path / "model.zip", device="cpu")
     observation = observed(context, 3)
     seen = scores(again, observation)
     assert np.array_equal(scores(model, observation), seen)
     assert type(again.policy) is type(model.policy)
-    if policy == "blockwise":
-        observation["blocks"][:, BLOCK_FEATURES.index("one_shot_loss")] = 0.5
-        assert np.array_equal(scores(again, observation), seen)
-        assert again.policy.hidden == 8
-        grown = model_of(name, "blockwise", context)
-        assert sum(p.numel() for p in again.policy.parameters()) < sum(
-            p.numel() for p in grown.policy.parameters()
-        )
+    observation["blocks"][:, BLOCK_FEATURES.index("one_shot_loss")] = 0.5
+    assert np.array_equal(scores(again, observation), seen)
+    assert again.policy.hidden == 8
+    grown = model_of(name, context)
+    assert sum(p.numel() for p in again.policy.parameters()) < sum(
+        p.numel() for p in grown.policy.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
 def test_an_untrained_policy_is_near_uniform(name, context):
-    logits = torch.as_tensor(scores(model_of(name, "blockwise", context), observed(context)))
+    logits = torch.as_tensor(scores(model_of(name, context), observed(context)))
     probabilities = logits.softmax(dim=0)
     assert probabilities.max() < 1.2 / 12
     assert probabilities.min() > 0.8 / 12
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
-def test_only_masked_dqn_masks_its_q_values(context, policy):
+def test_only_masked_dqn_masks_its_q_values(context):
     observation = observed(context, 3, 7)
-    masked = scores(model_of("masked_dqn", policy, context), observation)
+    masked = scores(model_of("masked_dqn", context), observation)
     assert masked[3] == masked[7] == Q_INVALID
     assert (masked > Q_INVALID).sum() == 10
-    assert (scores(model_of("dqn", policy, context), observation) > Q_INVALID).all()
+    assert (scores(model_of("dqn", context), observation) > Q_INVALID).all()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_sb3_predict_returns_valid_actions_if_masks_are_given(name, context):
-    model = model_of(name, "blockwise", context)
+    model = model_of(name, context)
     observation = observed(context, *range(8), fraction=0.3)
     arguments = {"action_masks": observation["action_mask"]} if "maskable" in name else {}
     for _ in range(30):
@@ -107,10 +103,9 @@ def test_sb3_predict_returns_valid_actions_if_masks_are_given(name, context):
         assert np.shape(action) == ()
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
-def test_scores_are_the_logits_that_sb3_samples_from(context, name, policy):
-    model = model_of(name, policy, context)
+def test_scores_are_the_logits_that_sb3_samples_from(context, name):
+    model = model_of(name, context)
     observation = observed(context, 3)
     tensors, _ = model.policy.obs_to_tensor(observation)
     logits = torch.as_tensor(scores(model, observation)).log_softmax(dim=0)

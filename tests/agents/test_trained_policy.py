@@ -19,17 +19,16 @@ from tests.agents.synthetic import request_at
 from tests.policies.requests import fits
 
 
-def trained_policy(name, context, policy="blockwise", spread=0.5, without=(), **options):
+def trained_policy(name, context, spread=0.5, without=(), **options):
     """A policy with random weights, whose favourite is as likely a removed block as a kept one."""
     settings = {"without": list(without)} if without else {}
-    model = untrained(name, context, policy, spread, **settings)
+    model = untrained(name, context, spread, **settings)
     return TrainedPolicy(model.policy, encoder_for(context), **options)
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_feasible_budget_is_met_without_a_score(any_context, name, policy):
-    trained, known = trained_policy(name, any_context, policy, 0.3), any_context.scorer.known
+def test_every_feasible_budget_is_met_without_a_score(any_context, name):
+    trained, known = trained_policy(name, any_context, 0.3), any_context.scorer.known
     plans = set()
     for request in requests_for(any_context):
         plan = trained.choose(request)
@@ -76,9 +75,8 @@ def test_without_the_request_it_is_one_static_order(context, name):
     assert not all(one.removed <= other.removed for one, other in itertools.pairwise(masks))
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_best_of_takes_the_plan_with_the_lowest_score(any_context, monkeypatch, name, policy):
+def test_best_of_takes_the_plan_with_the_lowest_score(any_context, monkeypatch, name):
     context = any_context
     monkeypatch.setattr(policies, "_Q_TEMPERATURE", 2.0)  # random Q values fall into two heaps
     judged = []
@@ -87,7 +85,7 @@ def test_best_of_takes_the_plan_with_the_lowest_score(any_context, monkeypatch, 
         judged.append(masks)
         return [float(context.scorer.loss(mask)) for mask in masks]
 
-    trained = trained_policy(name, context, policy, spread=0.1, best_of=16, score_masks=score)
+    trained = trained_policy(name, context, spread=0.1, best_of=16, score_masks=score)
     request = request_at(context, 2, 300, 0.6)
     (greedy,) = trained.sample(request, 1)
     assert not judged
@@ -173,7 +171,7 @@ def test_impossible_requests_are_rejected(any_context):
 
 def test_a_blockwise_policy_serves_a_larger_model_and_others_are_rejected(runs):
     own, larger, folders = runs
-    for context, kind in ((larger, "plain"), (own, "plain"), (own, "vectors"), (own, "mlp")):
+    for context, kind in ((larger, "plain"), (own, "plain"), (own, "vectors")):
         policy, request = (
             TrainedPolicy.load(folders[kind], context),
             request_at(context, 8, 2000, 0.6),
@@ -184,8 +182,6 @@ def test_a_blockwise_policy_serves_a_larger_model_and_others_are_rejected(runs):
     words = f"vector for each of {count} {items}, but this model has {other}"
     with pytest.raises(ArtifactError, match=words):
         TrainedPolicy.load(folders["vectors"], larger)
-    with pytest.raises(ArtifactError, match="trained on a model of another shape.*train a policy"):
-        TrainedPolicy.load(folders["mlp"], larger)
 
 
 @pytest.mark.parametrize("runs", ["levels"], indirect=True)

@@ -36,7 +36,7 @@ SHORT = {name: _SHORT_DQN if "dqn" in name else _SHORT_PPO for name in ALGORITHM
 
 
 def short(name="maskable_ppo", steps=256, **settings):
-    given = {"policy": "blockwise", "n_envs": 2, "hyperparameters": SHORT[name], **settings}
+    given = {"n_envs": 2, "hyperparameters": SHORT[name], **settings}
     return AgentConfig(name, total_timesteps=steps, **given)
 
 
@@ -208,9 +208,8 @@ def test_only_damaged_checkpoints_raise_an_error_with_a_remedy(tmp_path, context
         TrainedPolicy.load(tmp_path, context)
 
 
-@pytest.mark.parametrize("policy", ["blockwise", "mlp"])
-def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, context, policy):
-    config = short("masked_dqn", steps=64, policy=policy)
+def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, context):
+    config = short("masked_dqn", steps=64)
     train(config, make_envs(context), tmp_path, progress=False)
     found = latest_checkpoint(tmp_path / "checkpoints")
     before, path = found.load_model(), found.folder / "model.zip"
@@ -223,7 +222,7 @@ def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, context, polic
         for name, content in {**entries, "data": json.dumps(data)}.items():
             archive.writestr(name, content)
     after = found.load_model()
-    assert type(after.policy) is type(before.policy) is config.policy_class
+    assert type(after.policy) is type(before.policy) is config.algorithm.blockwise
     for one, other in zip(after.policy.parameters(), before.policy.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -242,7 +241,6 @@ def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, con
     ("other", "text"),
     [
         ({"name": "ppo"}, "started with name='maskable_ppo' and cannot resume with name='ppo'"),
-        ({"policy": "mlp"}, "started with policy='blockwise' and cannot resume with policy='mlp'"),
         ({"seed": 3}, "started with seed=0 and cannot resume with seed=3"),
         ({"n_envs": 4}, "started with n_envs=2"),
         ({"hyperparameters": {**SHORT["ppo"], "gamma": 0.9}}, "started with hyperparameters="),
