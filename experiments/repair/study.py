@@ -14,7 +14,7 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_texts, task_config
 from experiments.repair.rows import PLAIN, RepairComparison, RepairRow
-from experiments.repair.tables import delta_nll_against_peak, repair_tables
+from experiments.repair.tables import repair_tables
 from experiments.study.errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.records import Cell, delta_nll_fields, request_field
@@ -167,7 +167,6 @@ STUDY = Study(
     repair_jobs,
     repair_tables,
     data=RepairComparison,
-    figures={"repair_delta_nll_against_peak": delta_nll_against_peak},
     frozen=(
         "model", "calibration", "stubs.fit_texts", "stubs.report_texts", "stubs.held_back_share",
         "stubs.rank",

@@ -1,15 +1,13 @@
-"""Tables and the figure of what stubs recover."""
+"""Tables of what stubs recover."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.repair.rows import RepairComparison, RepairRow, mean_delta_nll
-from experiments.study.figures import panels, style
 from experiments.study.looks import look
-from experiments.study.records import Cell, Shape
+from experiments.study.records import Cell
 from experiments.study.statistics import Estimate
 from experiments.study.tables import (
     Table,
@@ -22,12 +20,9 @@ from experiments.study.tables import (
 from rap_env.errors import counted
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 ARROW = " \N{RIGHTWARDS ARROW} "
-
-_MIN_SPAN = 0.06  # of the memory axis, as a share of its values
 
 
 def repair_tables(data: RepairComparison) -> list[TitledTable]:
@@ -164,51 +159,3 @@ def _removed(row: RepairRow | None) -> str:
         return "-"
     attn = sum(name.endswith(".attn") for name in row.mask)
     return f"{attn}+{len(row.mask) - attn}"
-
-
-def delta_nll_against_peak(data: RepairComparison) -> Figure:
-    """ΔNLL over peak bytes: a panel per report text and request, a colour per repair.
-
-    Peaks differ more between requests than between budgets, so each request has its own x axis.
-    """
-    shapes = list(dict.fromkeys(cell[:2] for cell in data.cells))
-    rows, columns = len(shapes), len(data.texts)
-    with style():
-        figure, axes = panels(rows, columns, height=2.1 + 0.8 / rows, sharex="row", sharey=True)
-        places = itertools.product(shapes, data.texts)
-        for place, (axis, (shape, text)) in enumerate(zip(axes, places, strict=True)):
-            _draw_peaks(axis, data, text, shape)
-            if place < columns:
-                fitted = "not fitted on" if data.is_other(text) else "fitted domain"
-                axis.set_title(f"{text}\n{fitted}", fontsize=9)
-            if place + columns >= len(axes):
-                axis.set_xlabel("peak memory (MiB)", fontsize=8)
-            if place % columns == 0:
-                axis.set_ylabel(f"{shape_words(shape)} tokens", fontweight="bold")
-        axes[0].set_ylim(bottom=min(0.0, axes[0].get_ylim()[0]))  # shared by all axes
-        figure.supylabel("ΔNLL (nats/token)", fontsize=9)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
-def _draw_peaks(axis: Axes, data: RepairComparison, text: str, shape: Shape) -> None:
-    """Draw a line per repair over the budgets of one request; hollow marks exceed the budget."""
-    from matplotlib.ticker import MaxNLocator
-
-    for place, repair in enumerate(data.repairs):
-        shown = look(repair)
-        rows = [data.at(repair, cell, text) for cell in data.cells if cell[:2] == shape]
-        known = [row for row in rows if row]
-        points = [(row.peak_bytes / 2**20, row.loss) for row in known]
-        axis.plot(
-            *zip(*points, strict=True) if points else ([], []), color=shown.colour, marker="o",
-            markersize=4.5, linewidth=1.4, label=shown.label, zorder=3 + place,
-        )  # fmt: skip
-        for point, row in zip(points, known, strict=True):
-            if row.peak_bytes > row.budget_bytes:
-                axis.plot(*point, "o", color=shown.colour, markersize=4.5, markerfacecolor="white",
-                          zorder=9)  # fmt: skip
-    low, high = axis.get_xlim()
-    spare = max(0.0, _MIN_SPAN * high - (high - low)) / 2  # so that a few kB are not magnified
-    axis.set_xlim(low - spare, high + spare)
-    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))

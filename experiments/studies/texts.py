@@ -21,11 +21,10 @@ from experiments.config.common import parse_pinned
 from experiments.contexts import build_context, ladder_bytes, load_text
 from experiments.launch import launch
 from experiments.study.errors import ExperimentError
-from experiments.study.figures import panels, style
 from experiments.study.harness import Job, Study, measured
 from experiments.study.records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.tables import Table, TitledTable, relative_words, signed_percent
+from experiments.study.tables import Table, TitledTable, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import require_live
@@ -39,7 +38,7 @@ from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 ALL = "all"
 """Plans from the mean of the costs over all kinds."""
@@ -322,27 +321,6 @@ def text_tables(study: TextStudy) -> list[TitledTable]:
     ]
 
 
-def chosen_and_judged(study: TextStudy) -> Figure:
-    """Heat map of ΔNLL by the texts that plans were chosen on and judged on."""
-    loss = np.mean(list(study.matrix.values()), axis=(2, 3))
-    relative = loss / np.diag(loss) - 1
-    most = 2 * max(THRESHOLD, float(np.abs(relative).max()))  # twice: text stays readable
-    with style():
-        figure, (axis,) = panels(1, 1, height=3.2)
-        axis.pcolormesh(relative, cmap="RdBu_r", vmin=-most, vmax=most, edgecolors="white")
-        for (row, column), value in np.ndenumerate(loss):
-            text = f"{value:.3f}\n{signed_percent(relative[row, column])}"
-            axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
-        axis.set_xticks(np.arange(len(study.kinds)) + 0.5, study.kinds)
-        axis.set_yticks(np.arange(len(loss)) + 0.5, study.matrix)
-        axis.set_ylim(len(loss), 0)
-        axis.set(xlabel="judged on", ylabel="chosen on")
-        axis.set_title("ΔNLL (nats/token), and relative to plans from the text's own kind")
-        axis.grid(False)
-        axis.tick_params(length=0)
-    return figure
-
-
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     """Kendall's rank correlation tau-b of two lists, from -1 to 1; 0 if one has equal values only.
 
@@ -362,7 +340,6 @@ STUDY = Study(
     text_tables,
     data=TextStudy,
     words=lambda study: study.verdict,
-    figures={"texts": chosen_and_judged},
     frozen=("model", "env.levels", "env.together", "texts.kinds"),
 )
 

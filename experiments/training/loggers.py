@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from experiments.config import Config
 from experiments.study.errors import ExperimentError, MissingGroupError
+from experiments.study.help import settings_of
 from experiments.study.records import append_record, read_records
 from experiments.study.run_folder import RunFolder, flatten
 
@@ -231,32 +232,16 @@ class Wandb(MetricLogger):
         return [*about, Path(config.model.name).name[:64], *config.logger["tags"]]
 
 
-_READ_BY_BOTH = (
-    "stage", "name", "seed", "store", "threads", "model", "scoring", "calibration",
-    "importance", "repair",
-)  # fmt: skip
-
-READ = {
-    "train": (
-        *_READ_BY_BOTH, "workload", "reward", "env", "agent", "warm_start", "score_model",
-        "evaluate.requests", "evaluate.budgets", "evaluate.pinned", "evaluate.selection",
-    ),
-    "evaluate": (
-        *_READ_BY_BOTH, "env.id", "env.levels", "env.together",
-        "evaluate.requests", "evaluate.budgets", "evaluate.pinned", "evaluate.sparsities",
-        "evaluate.outside", "evaluate.agents", "evaluate.best_of", "evaluate.baselines",
-        "evaluate.plans", "evaluate.random_seeds", "evaluate.text", "evaluate.tasks",
-    ),
-}  # fmt: skip
-"""Settings and sections that each program reads, other than those of its output."""
+_OUTPUT = {"runs_dir", "progress", "logger"}
 
 
 def logged_settings(config: Config, job: str) -> dict[str, Any]:
     """Return the settings that a program reads, under flat names, by which wandb filters runs."""
+    names = {"stage", *settings_of(job)} - _OUTPUT
     return {
         key: value
         for key, value in flatten(asdict(config)).items()
-        if any(key == name or key.startswith(f"{name}.") for name in READ[job])
+        if any(f"{key}.".startswith(f"{name}.") for name in names)
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.repair.rows import RepairComparison, mean_delta_nll
-from experiments.repair.tables import delta_nll_against_peak, repair_tables
+from experiments.repair.tables import repair_tables
 from experiments.study.looks import look
 from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import TIMES
@@ -143,29 +143,3 @@ def test_the_last_row_of_the_same_counts():
     assert len(RepairComparison([*rows, again]).rows) == 2
     ratio = RepairComparison([*rows, again]).ratio([again])
     assert ratio.mean == pytest.approx(0.25)
-
-
-def test_the_figure_shows_each_row_of_the_grid(found):
-    figure = delta_nll_against_peak(found)
-    drawn = {
-        (line.get_label(), round(x * 2**20), round(y, 6))
-        for axis in figure.axes
-        for line in axis.get_lines()
-        for x, y in zip(*line.get_data(), strict=True)
-    }
-    assert drawn == {
-        (look(row.repair).label, row.peak_bytes, round(row.loss, 6)) for row in found.rows
-    }
-    assert len(figure.axes) == 8, "a panel a text and request"
-    assert len({axis.get_ylim() for axis in figure.axes}) == 1
-    titles = [axis.get_title("left") for axis in figure.axes[:4]]
-    assert titles[0] == "self\nfitted domain"
-    assert titles[3] == "maths\nnot fitted on"
-
-
-def test_a_mask_over_its_budget_is_hollow():
-    row = make_repair_row("none", CELL, "wiki")
-    for peak, marks in ((row.budget_bytes, 0), (row.budget_bytes + 1, 1)):
-        found = RepairComparison([replace(row, peak_bytes=peak)])
-        lines = delta_nll_against_peak(found).axes[0].get_lines()
-        assert sum(line.get_markerfacecolor() == "white" for line in lines) == marks
