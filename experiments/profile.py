@@ -95,40 +95,22 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
 
 
 def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:
-    record = profile_record(context, with_gsi=config.importance["method"] == "gsi")
     context.one_shot.save(folder / "one_shot.json")
     if config.importance["method"] == "gsi":
         context.gsi.save(folder / GSI_FILE)
     with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1, allow_nan=False).encode())
+        file.write(json.dumps(profile_record(context), indent=1, allow_nan=False).encode())
 
 
-def profile_record(context: PruningContext, *, with_gsi: bool) -> dict[str, Any]:
-    """Return what the report shows of a model and its importance, as plain values.
-
-    Losses are ΔNLL in nats per token; lists over blocks have length 2L, in order of block index.
-    """
-    facts, one_shot = context.memory.facts, context.one_shot
+def profile_record(context: PruningContext) -> dict[str, Any]:
+    """Return what the report shows of a model, as plain values."""
+    facts = context.memory.facts
     names = ("name", "fingerprint", "dtype", "num_layers", "max_positions", "repair")
-    record: dict[str, Any] = {
+    return {
         "facts": {name: getattr(facts, name) for name in names},
         "memory_shares": context.memory.shares(),
         "calibration": context.corpus.provenance,
-        "dense_nll": one_shot.dense_nll,
-        "one_shot": {"loss_rise": one_shot.delta_nll.tolist()},
-        "gsi": None,
     }
-    if with_gsi:
-        gsi = context.gsi
-        record["dense_nll"] = gsi.dense_nll
-        record["gsi"] = {
-            "order": list(gsi.order),
-            "nll_after": list(gsi.nll_after),
-            "evaluations": gsi.evaluations,
-            "evaluations_run": gsi.evaluations_run,
-            "seconds": gsi.seconds,
-        }
-    return record
 
 
 if __name__ == "__main__":

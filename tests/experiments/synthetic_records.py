@@ -98,10 +98,6 @@ def make_rows(agent_seeds: int = 1) -> list[ResultRow]:
 
 def make_profile() -> dict[str, Any]:
     """A ``profile.json`` with plausible shapes."""
-    rng = np.random.default_rng(0)
-    rise = rng.gamma(0.6, 0.08, 2 * LAYERS)
-    rise[:2] += 2.0
-    order = [int(i) for i in np.argsort(rise)[:24]]
     shares = []
     for batch in (1, 4, 16, 64):
         for tokens in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
@@ -112,18 +108,11 @@ def make_profile() -> dict[str, Any]:
                 {"batch_size": batch, "seq_len_tokens": tokens, "peak_bytes": int(total * 2**20),
                  **{name: value / total for name, value in parts.items()}}
             )  # fmt: skip
-    after = 3.0 + np.cumsum(rise[order])
     return {
         "facts": {"name": "smollm2-135m", "fingerprint": "f" * 64, "dtype": "bfloat16",
                   "num_layers": LAYERS, "max_positions": 8192},
         "memory_shares": shares,
         "calibration": DEPENDS["calibration"],
-        "dense_nll": 3.0,
-        "one_shot": {"loss_rise": rise.tolist(), "block_influence": (rise / 5).tolist()},
-        "gsi": {
-            "order": [f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in order],
-            "nll_after": after.tolist(), "evaluations": 1164, "seconds": 212.0,
-        },
     }  # fmt: skip
 
 

@@ -64,11 +64,9 @@ def evaluated(trained):
     return trained
 
 
-def test_a_profile_holds_importance_memory_and_artifacts(profiled):
+def test_a_profile_holds_memory_and_artifacts(profiled):
     folder = profiled.stage_dir("profile")
     found = json.loads((folder / "profile.json").read_text())
-    assert len(found["one_shot"]["loss_rise"]) == 8
-    assert len(found["gsi"]["order"]) == 3
     assert found["calibration"]["windows"] == 3
     lengths = {row["seq_len_tokens"] for row in found["memory_shares"]}
     assert max(lengths) == found["facts"]["max_positions"]
