@@ -72,7 +72,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self._num_actions = len(task.ladder)
         self.action_space = gym.spaces.Discrete(self._num_actions)
         self._task = task
-        self._sampler = task.sampler.clone()
         self._episode: Episode | None = None
         self._left_after = 0
 
@@ -104,7 +103,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         """Start an episode with the unchanged model.
 
         Args:
-            seed: Seeds the workload; a workload with an order starts again.
+            seed: Seeds the workload.
             options: ``{"request": ...}`` sets the request, see Starting State.
 
         Raises:
@@ -120,14 +119,12 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         return episode.observation(), episode.info({})
 
     def seed_workload(self, seed: int | None) -> None:
-        """Seed the workload, which starts again; None changes nothing."""
+        """Seed the workload; None changes nothing."""
         super().reset(seed=seed)
-        if seed is not None:
-            self._sampler.restart()
 
     def draw(self, options: Mapping[str, Any] | None) -> EpisodeStart:
         """The start of the next episode, which does not begin yet; errors are those of `reset`."""
-        return self._task.start_episode(self._sampler, self.np_random, options)
+        return self._task.start_episode(self.np_random, options)
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take an action. If the model fails, the state does not change.
@@ -163,10 +160,9 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
 
     def get_state(self) -> dict[str, Any]:
-        """The state as JSON values: generator, workload and episode."""
+        """The state as JSON values: generator and episode."""
         return {
             "generator": self.np_random.bit_generator.state,
-            "position": self._sampler.position,
             "episode": None if self._episode is None else self._episode.saved(),
         }
 
@@ -183,7 +179,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
         """Restore what `get_state` returned, with the measurement of the episode's plan."""
         self.np_random.bit_generator.state = state["generator"]
-        self._sampler.restart(state["position"])
         self.resume(state["episode"], measurement)
 
     def resume(self, saved: Mapping[str, Any] | None, measurement: Measurement | None) -> None:

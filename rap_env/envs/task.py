@@ -29,7 +29,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, ceiling_nll, make_reward, uses_tasks
 from rap_env.specs import check_settings
-from rap_env.workload import RequestSampler, make_sampler
+from rap_env.workload import make_sampler
 
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext
@@ -48,7 +48,7 @@ class PruningTask(ABC):
 
     Attributes:
         encoder: Encodes observations; its ladder has the items that actions lower.
-        sampler: Draws requests; each sub-environment gets its own `clone`.
+        sampler: Draws requests.
         reward: The reward; see `compute_rewards`.
         invalid_action_penalty: What an invalid action costs.
         max_invalid_actions: Number of invalid actions that ends an episode.
@@ -182,13 +182,13 @@ class PruningTask(ABC):
         return self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
 
     def start_episode(
-        self, sampler: RequestSampler, rng: np.random.Generator, options: Mapping[str, Any] | None
+        self, rng: np.random.Generator, options: Mapping[str, Any] | None
     ) -> EpisodeStart:
-        """The start of an episode with a request from the sampler, or the one in `options`."""
+        """The start of an episode with a request of the workload, or the one in `options`."""
         options = reset_options(options)
         check_settings(options, "reset", ["request"])
         if options.get("request") is None:
-            return self._feasible(self._draw(sampler, rng))
+            return self._feasible(self._draw(rng))
         start = self._start_of(_request_of(options["request"], self.memory))
         if self.is_pointless(start):
             raise InvalidRequestError(self._pointless(start))
@@ -216,13 +216,13 @@ class PruningTask(ABC):
             f"workload, the last one {start.request}; give the workload smaller budgets."
         )
 
-    def _draw(self, sampler: RequestSampler, rng: np.random.Generator) -> EpisodeStart:
+    def _draw(self, rng: np.random.Generator) -> EpisodeStart:
         """A request of the workload for which there is something to do, and that can be met.
 
         Others are drawn again, so that one unlucky draw does not end a training.
         """
         for _ in range(_MAX_DRAWS):
-            start = self._start_of(sampler.sample(rng))
+            start = self._start_of(self.sampler.sample(rng))
             meets = self._infeasible == "clip" or start.feasible
             if meets and not self.is_pointless(start):
                 return start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,20 +38,6 @@ class RequestSampler(ABC):
     @abstractmethod
     def sample(self, rng: np.random.Generator) -> Request:
         """Draw a request that the model can serve, with any budget."""
-
-    @property
-    def position(self) -> int:
-        """Number of requests drawn since the first one if they have an order; else 0."""
-        return 0
-
-    def restart(self, position: int = 0) -> None:  # noqa: B027 - only an order needs it
-        """Go back to the first request, or to another `position`; called on a seeded reset."""
-
-    def clone(self) -> Self:
-        """A sampler of the same requests with its own position, at the first request."""
-        other = copy.copy(self)
-        other.restart()
-        return other
 
 
 @dataclass(frozen=True)

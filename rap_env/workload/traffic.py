@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import InvalidRequestError, check_name
+from rap_env.errors import InvalidRequestError
 from rap_env.request import Request, whole_number
 from rap_env.workload.sampler import RequestSampler
 from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
@@ -54,7 +54,7 @@ class TrafficSampler(RequestSampler):
         """Draw the number of tokens of a sequence."""
 
     def sample(self, rng: np.random.Generator) -> Request:
-        """A request with the traffic's next length."""
+        """A request with a length of the traffic."""
         length = min(self.draw_length(rng), self.memory.facts.max_positions)
         batch = 2 ** int(rng.integers(int(self.max_batch_size).bit_length()))
         low, high = self.budget_fraction_range
@@ -80,45 +80,27 @@ class AzureCodeSampler(AzureConvSampler):
 
 @dataclass
 class TraceSampler(TrafficSampler):
-    """Takes lengths from a trace file, drawn with replacement or replayed in order.
+    """Takes lengths from a trace file, drawn with replacement.
 
     Attributes:
         path: A CSV file with the columns TIMESTAMP, ContextTokens and GeneratedTokens.
-        order: ``"random"``, or ``"replay"``: in file order from the first
-            request, starting again at the end.
 
     Raises:
         TraceError: The file is missing, empty or malformed.
-        UnknownNameError: There is no such order.
         InvalidRequestError: A value is out of its range.
     """
 
     path: str = ""
-    order: str = "random"
     _lengths: npt.NDArray[np.int64] = field(init=False, repr=False)
-    _position: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("order of a trace", self.order, ["random", "replay"])
         if not self.path or not isinstance(self.path, str):
             raise InvalidRequestError(
                 f"The sampler 'trace' needs the setting 'path', a CSV file, not {self.path!r}."
             )
         self._lengths = read_trace(self.path)
 
-    @property
-    def position(self) -> int:
-        """Number of requests replayed so far, earlier rounds included."""
-        return self._position
-
-    def restart(self, position: int = 0) -> None:
-        """Continue a replay after `position` requests."""
-        self._position = position
-
     def draw_length(self, rng: np.random.Generator) -> int:
-        """The next length of the file, or one drawn from it."""
-        if self.order == "random":
-            return int(rng.choice(self._lengths))
-        self._position += 1
-        return int(self._lengths[(self._position - 1) % len(self._lengths)])
+        """A length of the file."""
+        return int(rng.choice(self._lengths))

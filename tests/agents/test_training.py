@@ -101,19 +101,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, any_context, nam
     assert logged == whole, "no line is missing, and none is there twice"
 
 
-@pytest.mark.slow
-def test_a_replayed_trace_continues_at_its_position(tmp_path, context):
-    trace = tmp_path / "trace.csv"
-    lines = "".join(f"t,{n},1\n" for n in range(100, 3000, 90))
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
-    envs = make_envs(context, workload={"name": "trace", "path": str(trace), "order": "replay"})
-    train(short(), envs, tmp_path / "whole", progress=False)
-    with pytest.raises(Interrupt):
-        train(short(), envs, tmp_path / "cut", log_fns=[stop_at(150)], progress=False)
-    train(short(), envs, tmp_path / "cut", progress=False)
-    assert_same(everything_of(tmp_path / "whole"), everything_of(tmp_path / "cut"))
-
-
 def test_changed_episodes_restart_after_a_resume(tmp_path, context, caplog):
     train(short(steps=64), make_envs(context), tmp_path, progress=False)
     context.features = ImportanceFeatures.none(12)

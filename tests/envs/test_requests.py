@@ -26,18 +26,6 @@ def test_options_do_not_disturb_the_workload(context):
     assert [other.reset()[1]["request"]] == first[:1]
 
 
-def test_a_replay_starts_again_on_a_seeded_reset(context, tmp_path):
-    path = tmp_path / "trace.csv"
-    path.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"t,{n},1\n" for n in (9, 19, 29))
-    )
-    spec = {"name": "trace", "path": str(path), "order": "replay"}
-    env = make(context, workload=spec)
-    seeds = (0, None, None, None, 7)
-    seen = [env.reset(seed=seed)[1]["request"]["seq_len_tokens"] for seed in seeds]
-    assert seen == [10, 20, 30, 10, 10]
-
-
 def test_requests_that_fit_the_dense_model_are_drawn_again(context):
     small, large = (context.memory.dense_peak_bytes(1, n) for n in (8, 64))
     budget = (small + large) // 2

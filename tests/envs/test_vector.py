@@ -15,7 +15,6 @@ from tests.envs.playing import (
     make_sync,
     make_vector,
     play_vector,
-    prune_task,
     request_at,
 )
 from tests.envs.tiny_contexts import make_context, make_ladder_context
@@ -65,19 +64,6 @@ def test_levels_that_caches_take_together_equal_single_environments(mode, reward
 def test_few_levels_equal_single_environments(ladder, levels):
     long = {"name": "grid", "batch_sizes": [16], "seq_lens_tokens": [500, 512]}
     both(ladder_task(ladder), AutoresetMode.SAME_STEP, 1, levels=levels, workload=long)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_replayed_trace_continues_in_each_sub_environment(context, mode, tmp_path):
-    path = tmp_path / "trace.csv"
-    lines = "".join(f"t,{n},1\n" for n in range(9, 60, 7))
-    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + lines)
-    both(
-        prune_task(context),
-        mode,
-        1,
-        workload={"name": "trace", "path": str(path), "order": "replay"},
-    )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -137,14 +137,7 @@ def test_a_fitted_table_gives_back_the_distribution(tmp_path):
     assert table.at(1.0) == lengths.max()
 
 
-def test_trace_replays_in_order_and_restarts(memory, trace):
-    sampler = make_sampler({"name": "trace", "path": str(trace), "order": "replay"}, memory)
-    assert [r.seq_len_tokens for r in draws(sampler, 6)] == [101, 202, 303, 404, 505, 101]
-    sampler.restart()
-    assert draws(sampler, 1)[0].seq_len_tokens == 101
-
-
-def test_trace_draws_at_random_by_default(memory, trace):
+def test_trace_draws_at_random(memory, trace):
     sampler = make_sampler({"name": "trace", "path": str(trace)}, memory)
     assert {r.seq_len_tokens for r in draws(sampler)} == {101, 202, 303, 404, 505}
     assert draws(sampler) == draws(sampler)
@@ -190,7 +183,6 @@ def test_a_missing_or_binary_trace_is_rejected(memory, tmp_path):
         ({"name": "fixed", "batchsize": 1}, "of the sampler 'fixed': 'batchsize'; .*batch_size"),
         ({"name": "fixed", "memory": 1}, "setting of the sampler 'fixed': 'memory'"),
         ({"name": "azure-conv", "table": 1}, "setting of the sampler 'azure-conv': 'table'"),
-        ({"name": "trace", "path": "x", "order": "back"}, "order of a trace 'back'; .*'replay'"),
     ],
 )
 def test_unknown_names_list_the_known_ones(memory, spec, message):
@@ -230,17 +222,3 @@ def test_a_length_table_must_ascend():
         LengthTable((1, 2, 3))
     with pytest.raises(TraceError, match="ascending"):
         LengthTable(tuple(range(44, 0, -1)))
-
-
-def test_clones_draw_the_same_requests_with_their_own_position(memory, trace):
-    spec = {"name": "trace", "path": str(trace), "order": "replay"}
-    one = make_sampler(spec, memory)
-    before = draws(one, 3)
-    clone = one.clone()
-    assert (one.position, clone.position) == (3, 0)
-    assert draws(clone, 3) == before
-    one.restart(1)
-    assert [r.seq_len_tokens for r in draws(one, 2)] == [r.seq_len_tokens for r in before[1:]]
-    grid = make_sampler("grid", memory)
-    assert draws(grid.clone()) == draws(grid)
-    assert grid.position == 0
