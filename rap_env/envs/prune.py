@@ -261,7 +261,8 @@ class RAPPruneEnv(PruningEnv):
     The first environment on a model and text measures the importance (minutes for GSI) and stores
     it in the user's cache. All environments of a process share one model.
 
-    `copy.deepcopy` and `pickle` keep the episode and the random generator. Copies share the model. A pickle of an environment on a score table holds the table;
+    `copy.deepcopy` and `pickle` keep the episode and the random generator. Copies share the model.
+    A pickle of an environment on a score table holds the table;
     one of a live model holds its name and settings, and opens it again where it is loaded.
 
     With `repair="none"` a removed block is replaced by nothing, as in the paper. Otherwise a
