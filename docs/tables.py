@@ -19,7 +19,12 @@ sys.path[:0] = [str(ROOT)]
 from experiments.compare import compare  # noqa: E402 - the path comes first
 from experiments.comparison.records import ResultRow  # noqa: E402
 from experiments.comparison.summaries import Comparison  # noqa: E402
-from experiments.comparison.tables import ratio_table, tables_markdown  # noqa: E402
+from experiments.comparison.tables import (  # noqa: E402
+    quality_columns,
+    quality_entry,
+    ratio_table,
+    tables_markdown,
+)
 from experiments.config.evaluation import CompareConfig  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
@@ -167,6 +172,7 @@ def tasks_text(name: str = "tight_tasks") -> str:
     chosen = [row for row in read(name) if row.method != "dense"]
     tasks, normed = list(chosen[0].accuracies), chosen[0].accuracies_norm or {}
     rows = [dense, *sorted(chosen, key=lambda row: (row.target_loss, row.loss_calibration))]
+    columns = quality_columns(row.quality for row in chosen)
 
     def accuracy(row: ResultRow, task: str) -> str:
         second = (row.accuracies_norm or {}).get(task)
@@ -186,10 +192,11 @@ def tasks_text(name: str = "tight_tasks") -> str:
                  look(row.method).label, losses]  # fmt: skip
         if row is dense:
             named = ["-", "Native weights and caches", "0"]
-        lines.append([*named, *(accuracy(row, task) for task in tasks), mean(row)])
+        distances = (quality_entry(row.quality, name) for name in columns.values())
+        lines.append([*named, *(accuracy(row, task) for task in tasks), mean(row), *distances])
     header = ["Request", "Method", "ΔNLL, calibration / report",
               *(f"{task} acc / acc_norm" if task in normed else task for task in tasks),
-              "mean acc"]  # fmt: skip
+              "mean acc", *columns]  # fmt: skip
     widest = max(
         high - low
         for row in rows

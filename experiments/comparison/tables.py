@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
@@ -105,29 +105,31 @@ QUALITY_CAPTION = (
 
 def quality_table(comparison: Comparison) -> Table | None:
     """Return what separates the plans of each method from the native model; None if unmeasured."""
-    columns = _quality_columns(comparison)
+    columns = quality_columns(s.quality for s in comparison.summaries)
     lines = {f"{look(s.method).label}{_seeds(s)}": s.quality for s in comparison.summaries}
-    return crossed_table("Method", lines, columns, _quality_entry) if columns else None
+    return crossed_table("Method", lines, columns, quality_entry) if columns else None
 
 
-def quality_by_budget(comparison: Comparison, shape: tuple[int, int]) -> Table:
+def quality_by_budget(
+    comparison: Comparison, shape: tuple[int, int], names: Iterable[str]
+) -> Table:
     """Return what `quality_table` shows for the plans of one request, one after the other."""
-    columns = _quality_columns(comparison)
 
     def entry(rows: list[ResultRow]) -> str:
         quality = mean_quality(rows)
-        return " / ".join(_quality_entry(quality, name) for name in columns.values())
+        return " / ".join(quality_entry(quality, name) for name in names)
 
     return _budget_table(comparison, shape, entry)
 
 
-def _quality_columns(comparison: Comparison) -> dict[str, str]:
-    """The measured ones of `QUALITY_HEADERS`: names by header."""
-    measured = {name for summary in comparison.summaries for name in summary.quality}
+def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
+    """Return names by header of the `QUALITY_HEADERS` that some plan or method has."""
+    measured = {name for quality in qualities for name in quality}
     return {header: name for name, header in QUALITY_HEADERS.items() if name in measured}
 
 
-def _quality_entry(quality: dict[str, float], name: str) -> str:
+def quality_entry(quality: dict[str, float], name: str) -> str:
+    """Format a value of `ResultRow.quality`; a dash if it was not measured."""
     if name not in quality:
         return "-"
     if name.startswith("kl_divergence"):
@@ -393,9 +395,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),
         ]
-        if columns := _quality_columns(comparison):
-            title = f"{' / '.join(columns)}, {words}"
-            tables.append(TitledTable(quality_by_budget(comparison, shape), title, detail=True))
+        if columns := quality_columns(s.quality for s in comparison.summaries):
+            quality = quality_by_budget(comparison, shape, columns.values())
+            tables.append(TitledTable(quality, f"{' / '.join(columns)}, {words}", detail=True))
     return tables
 
 

@@ -37,7 +37,7 @@ class ScoringWorker:
 
     def __init__(self, open_model: Callable[[], ElasticLLM], threads: int) -> None:
         self._open_model, self._threads = open_model, threads
-        self._last: tuple[ScoringJob, MaskScorer] | None = None
+        self._last: tuple[Any, MaskScorer] | None = None
 
     def load(self) -> None:
         """Load the model."""
@@ -47,12 +47,13 @@ class ScoringWorker:
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
         """Score plans, or find the best of them, as the job says."""
-        if self._last is None or _text_and_options(job) != _text_and_options(self._last[0]):
+        asked = job.options, job.context, job.compare  # the context has the hash of the text
+        if self._last is None or asked != self._last[0]:
             if self._last is not None:
                 self._last[1].release()
             tokens = torch.tensor(job.tokens)  # a copy: Ray's arrays are read-only
             make = AgreementScorer if job.compare else MaskScorer
-            self._last = job, make(self._llm, tokens, **job.options)
+            self._last = asked, make(self._llm, tokens, **job.options)
             _check_context(self._last[1], job)
         scorer = self._last[1]
         before, bounds = scorer.runner.block_runs, {}
@@ -65,11 +66,6 @@ class ScoringWorker:
         if isinstance(scorer, AgreementScorer):
             agreements = {plan: scorer.agreement(plan) for plan in values}
         return Measured(plans, values, bounds, scorer.runner.block_runs - before, agreements)
-
-
-def _text_and_options(job: ScoringJob) -> tuple[Any, ...]:
-    """What decides whether a scorer can do a job; the context has the hash of the text."""
-    return job.options, job.context, job.compare
 
 
 def _check_context(scorer: MaskScorer, job: ScoringJob) -> None:
