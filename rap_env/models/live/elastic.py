@@ -15,6 +15,7 @@ import torch
 
 from rap_env.blocks import Block, block_index, block_name
 from rap_env.errors import RapError, UnsupportedModelError, check_name
+from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import Restore
@@ -30,7 +31,6 @@ from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import (
     block_items,
     embeddings_item,
-    packed_level,
 )
 from rap_env.plan import EMBEDDINGS, Plan, check_levels
 
@@ -329,23 +329,19 @@ class ElasticLLM:
                 check_levels(plan, known)
         check_levels(Plan(embeddings=plan.embeddings), self._live.embeddings.levels)
 
+    def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
+        """Those levels that a text would have to make before a plan can have them."""
+        return self._live.absent_levels(levels)
+
     def _make_levels(self, plan: Plan) -> None:
-        """Make sure that the levels which a text makes exist."""
-        lowered = [(self._live.items[index], level) for index, level in plan.weights]
-        lowered.append((self._live.embeddings, plan.embeddings))
-        absent = {
-            packed
-            for item, level in lowered
-            if (packed := packed_level(level)) is not None
-            if packed not in item.made and not item.can_make(packed)
-        }
-        if absent and self.calibrator is None:
+        if not (absent := self._live.absent_in(plan)):
+            return
+        if self.calibrator is None:
             raise UnsupportedModelError(
                 f"{self.name} has no weights at {', '.join(sorted(absent))} so far: they are made "
                 "with a text; call rap_env.models.live.calibration.calibrate(llm, windows) first."
             )
-        if absent and self.calibrator is not None:
-            self.calibrator(self)
+        self.calibrator(self)
 
     @property
     def spare_bytes(self) -> int | None:

@@ -93,6 +93,16 @@ class LiveBlocks:
             for key, level in self._changes(wanted).items():
                 self.store.prepare(self._item(key), level)
 
+    def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
+        """Those levels that a text has to make for some item."""
+        return frozenset(n for n in levels if any(item.lacks(n) for item in self.all_items))
+
+    def absent_in(self, plan: Plan) -> frozenset[WeightLevel]:
+        """The levels that a text has to make before a plan can be applied."""
+        lowered = [(self.items[index], level) for index, level in plan.weights]
+        lowered.append((self.embeddings, plan.embeddings))
+        return frozenset(level for item, level in lowered if item.lacks(level))
+
     def verify(self, key: int) -> None:
         """Check that native weights are in memory or can be loaded."""
         if self.store is not None:

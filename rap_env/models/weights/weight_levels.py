@@ -245,11 +245,14 @@ class WeightItem:
             made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
 
-    def can_make(self, level: PackedLevel) -> bool:
-        """Whether `make` can: a level of few bits of a block needs a file that a text made."""
-        if level in self.files:
-            return self.files[level].is_file()
-        return level not in LOW_BIT_FORMATS or self.name == EMBEDDINGS
+    def lacks(self, level: WeightLevel) -> bool:
+        """Whether it has a level that a text has to make first, as few bits of a block."""
+        packed = packed_level(level)
+        if packed is None or packed in self._made or packed not in self.levels:
+            return False
+        if packed in self.files:
+            return not self.files[packed].is_file()
+        return packed in LOW_BIT_FORMATS and self.name != EMBEDDINGS
 
     def make(self, level: PackedLevel) -> None:
         """Make a level's modules, from its file if a text made it."""
