@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import (
@@ -30,6 +31,8 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 
 _DECODE_AT_MOST = {1: 0.85, 8: 1.0}
+_FEW_BITS_AT_MOST = {1: 1.5, 8: 1.25}
+_FEW_BITS_PREFILL_AT_MOST = 1.2
 _PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST = 1.15, 1.3, 3.0
 
 Measured = dict[str, Any]
@@ -47,6 +50,8 @@ class LevelsSettings(ModelSettings):
     """Tokens in the cache of the decode steps, of the changed batch, and of the prefill."""
     cache: str = "int4"
     """Level of the quantised cache."""
+    few_bits: str = "int3"
+    """Level of all FFN blocks beside the packed weights as they are."""
     cache_request: str = "8x2048"
     """Rows x tokens of its decode step."""
     steps: int = 8
@@ -75,7 +80,7 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
         targets.append(Target.of(what, compared["ratio"], at_most=at_most, against=against))
         return compared
 
-    measured: dict[str, Any] = {"decode": {}, "cache": {}}
+    measured: dict[str, Any] = {"decode": {}, "cache": {}, "few_bits": {}}
     for rows in settings.rows:
         measured["decode"][f"{rows}_rows"] = compare(
             f"decode step of {rows} row{'s' * (rows > 1)}, weights packed",
@@ -92,6 +97,27 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
             "old": lambda: batch_of(wide, 1, settings.context_tokens),
         },
         1, _PREFILL_AT_MOST, wide_weights,
+    )  # fmt: skip
+    lowered, few_bits = open_model(settings, weights=settings.packed), measured["few_bits"]
+    ffn = [block.name for block in lowered.blocks if block.kind == "ffn"]
+    lowered.apply(Plan.of(dict.fromkeys(ffn, settings.few_bits)))
+    pair = {"new": lowered, "old": packed}
+    for rows in settings.rows:
+        few_bits[f"{rows}_rows"] = compare(
+            f"decode step of {rows} row{'s' * (rows > 1)}, FFN weights at {settings.few_bits}",
+            {
+                name: _stepping(batch_of(llm, rows, settings.context_tokens), settings.steps)
+                for name, llm in pair.items()
+            },
+            settings.steps, _FEW_BITS_AT_MOST.get(rows, 1.25), "packed weights",
+        )  # fmt: skip
+    few_bits["prefill"] = compare(
+        f"prefill of {settings.context_tokens} tokens, FFN weights at {settings.few_bits}",
+        {
+            name: partial(batch_of, llm, 1, settings.context_tokens)
+            for name, llm in pair.items()
+        },
+        1, _FEW_BITS_PREFILL_AT_MOST, "packed weights",
     )  # fmt: skip
     for name, sides in _cache_sides(settings):
         measured["cache"][name] = compare(
