@@ -24,6 +24,7 @@ from benchmarks.record import markdown as benchmarks_text
 from benchmarks.record import read_records as read_benchmarks
 from experiments.ladder.rows import read_ladder
 from experiments.ladder.study import STUDY as LADDER
+from experiments.ladder.tables import loss_at_equal_bytes
 from experiments.learning_curves import learning_curves, read_curves
 from experiments.long_context.study import STUDY as LONG_CONTEXT
 from experiments.repair.study import STUDY as REPAIR
@@ -92,7 +93,17 @@ def first_section(text: str) -> str:
     return untitled(text.split("\n## ")[1])
 
 
-LADDER_FIGURE = "loss_against_bytes.png"
+LADDER_FIGURE, OUTSIDE_FIGURE = "loss_against_bytes.png", "loss_at_equal_bytes.png"
+
+
+def ladder_text() -> str:
+    """All tables of the ladder, and the figure of other methods if there are rows of them."""
+    data = read_ladder(RESULTS / "ladder")
+    text = below(LADDER.markdown(data))
+    if data.outside:
+        text += f"\n\n```{{image}} _generated/{OUTSIDE_FIGURE}\n:alt: Loss at equal bytes\n```"
+    return text
+
 
 FULL: dict[str, Callable[[], str]] = {
     **{name: partial(tables.comparison_text, name) for name in (*PLAN_COMPARISONS, *COMPARISONS)},
@@ -124,7 +135,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": lambda: benchmarks_text(read_benchmarks()),
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
-    "ladder": lambda: below(LADDER.markdown(read_ladder(RESULTS / "ladder"))),
+    "ladder": ladder_text,
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 
@@ -161,7 +172,7 @@ def write_all(docs: Path) -> None:
         write(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
     for name in STUDIES:
         draw_study(folder, name)
-    draw_ladder(folder / LADDER_FIGURE)
+    draw_ladder(folder)
     save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write(folder / "results_readme.md", records)
@@ -215,10 +226,12 @@ def command_reference() -> str:
     )
 
 
-def draw_ladder(path: Path) -> None:
-    """Draw loss against bytes."""
+def draw_ladder(folder: Path) -> None:
+    """Draw loss against bytes, and beside other methods if there are rows of them."""
     data = read_ladder(RESULTS / "ladder")
-    save_png(LADDER.figures["loss_against_bytes"](data), path)
+    save_png(LADDER.figures["loss_against_bytes"](data), folder / LADDER_FIGURE)
+    if data.outside:
+        save_png(loss_at_equal_bytes(data), folder / OUTSIDE_FIGURE)
 
 
 def main() -> None:
