@@ -85,6 +85,7 @@ class Config(Section):
     """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
     it."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    cgroup: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["cgroup"]))
     demo: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["demo"]))
     report: dict[str, str] = field(
         default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}

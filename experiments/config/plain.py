@@ -98,6 +98,13 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "question": Setting(str, "What is the capital of France?"),
         "live_s": Setting(float | int, 60, within(1)),  # seconds of service with moving memory
     },
+    # experiments.replay.cgroup: a server and a tenant in one memory cgroup.
+    "cgroup": {
+        "limit_mib": Setting(int, 760, within(1)),  # of both together
+        "tenant_mib": Setting(list, [50, 280]),  # least and most of the tenant
+        "minutes": Setting(float | int, 5, within(0)),
+        "clients": Setting(int, 3, within(1)),
+    },
     # The score table that experiments.export_scores writes.
     "export": {
         # Masks that the store must have, all or at most half of them; missing ones are measured

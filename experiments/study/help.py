@@ -32,6 +32,7 @@ READS: dict[str, tuple[str, ...]] = {
     "repair": (*MODEL, "stubs", "evaluate.tasks"),
     "ladder": (*MODEL, "ladder", "evaluate.text", "env"),
     "replay": (*MODEL, "replay", "budget"),
+    "cgroup": ("model.name", "cgroup"),
     "texts": (*MODEL, "texts", "env", "kinds"),
     "prompts": (*MODEL, "prompts", "texts"),
 }  # fmt: skip

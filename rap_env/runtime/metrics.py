@@ -51,7 +51,8 @@ class Counters:
         failed: Requests ended by an error.
         tokens: Tokens generated.
         prompt_tokens: Prefilled tokens, those prefilled again after a preemption included.
-        repeated_tokens: Those of them that had been in a cache before.
+        repeated_tokens: Those of them that had been in a cache before the preemption.
+        refilled_tokens: Tokens computed again at better levels of caches.
         preemptions: How often a request was preempted and restarted.
         interruptions: Prefill chunks that ended between two layers because the budget had fallen.
         overhead_s: Seconds that the controller took in turns that ran the model.
@@ -65,6 +66,7 @@ class Counters:
     tokens: int = 0
     prompt_tokens: int = 0
     repeated_tokens: int = 0
+    refilled_tokens: int = 0
     preemptions: int = 0
     interruptions: int = 0
     overhead_s: float = 0.0

@@ -176,8 +176,10 @@ class Scheduler:
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
             self._pace.note_chunk(seconds)
-            self._count(prefilling.sequence, length, count)
-            if not prefilling.refills:
+            if prefilling.refills:
+                self.counters.refilled_tokens += count
+            else:
+                self._count(prefilling.sequence, length, count)
                 prefilling.sequence.handle.note_plan(plan, self._clock())
             if logits is not None:
                 self._end_prefill(prefilling, logits)

@@ -40,7 +40,7 @@ def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones():
     assert second.token_ids == alone(harness.llm, prompt(36, 1), 8)
     assert first.plans[-1].caches  # it says which levels its own caches have
     assert first.reason == "length"
-    assert engine.stats().repeated_tokens == 0
+    assert engine.stats().refilled_tokens == 0
 
 
 def test_a_lowered_row_is_refilled_while_it_decodes():
@@ -55,13 +55,13 @@ def test_a_lowered_row_is_refilled_while_it_decodes():
     ids = prompt(40) + first.token_ids[:back]
     harness.run(engine)
     assert first.token_ids[back:] == alone(harness.llm, ids, 23 - back)
-    assert 40 < engine.stats().repeated_tokens <= 40 + back
+    assert 40 < engine.stats().refilled_tokens <= 40 + back
 
 
 def test_a_row_that_ends_soon_is_not_refilled():
     harness, engine, first = squeezed(new=7)
     harness.run(engine)
-    assert engine.stats().repeated_tokens == 0
+    assert engine.stats().refilled_tokens == 0
     assert first.plans[-1].caches
 
 
