@@ -309,7 +309,8 @@ def _draw_levels(
 
 
 _WORDS = {
-    "native": "as shipped", "int8": "8 bits", "int4": "4 bits", "removed": "left out",
+    "native": "as shipped", "int8": "8 bits", "int4": "4 bits", "int4-compact": "4 bits, compact",
+    "int3": "3 bits", "int2": "2 bits", "removed": "left out",
     **{f"int4-window{n}": f"4 bits, last {n} tokens" for n in (512, 256, 128)},
 }  # fmt: skip
 

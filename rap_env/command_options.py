@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from rap_env.levels import CacheLevel
+from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings, setting_help
@@ -125,8 +125,11 @@ def level_lines(levels: dict[str, str]) -> list[str]:
 
 def _ladder_order(entry: tuple[tuple[str, str], list[int]]) -> tuple[str, float, int]:
     """A key that sorts by kind, and levels from the most to the least exact one."""
-    level = CacheLevel.of(entry[0][0])  # also reads levels of weights
-    return entry[0][1], -(level.window_tokens or math.inf), -level.bits
+    (name, kind), _ = entry
+    if kind != "cache":
+        return kind, 0, WEIGHT_LEVELS.index(name)
+    level = CacheLevel.of(name)
+    return kind, -(level.window_tokens or math.inf), -level.bits
 
 
 def rise_lines(answer: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rap_env.errors import counted
 from rap_env.extras import EXTRAS, missing_modules
+from rap_env.ladder.items import Ladder
 from rap_env.paths import cache_dir, folder_bytes
 from rap_env.scoring.score_table import PREFIX, ScoreTable, packaged_tables
 from rap_env.version import __version__
@@ -72,10 +73,12 @@ def _score_table(path: Path) -> dict[str, Any]:
     model, weights, *_ = path.name.split(".")
     table = ScoreTable.load(path)
     agreement = table.fidelity.rows[0]
+    weight_levels = () if table.levels is None else Ladder.of(table.facts).weight_levels
     return {
         "model": f"{PREFIX}{model}",
         "weights": weights,
         "environment": "RAPPrune-v0" if table.levels is None else "RAPLadder-v0",
+        "weight_levels": list(weight_levels),
         "scores": len(table.scores),
         "held_out": agreement.masks,
         "rank_correlation": agreement.spearman,
@@ -109,7 +112,9 @@ def description(answer: dict[str, Any]) -> str:
     elif not models:
         lines.append("No model is cached; `rap fetch` downloads the default model.")
     lines += [
-        f"Score table: {t['model']} in {t['environment']}, {t['scores']:,} measured scores. "
+        f"Score table: {t['model']} in {t['environment']}"
+        + (f" with weights at {', '.join(t['weight_levels'])}" if t["weight_levels"] else "")
+        + f", {t['scores']:,} measured scores. "
         f"Predictions, {t['held_out']} held out: rank correlation {t['rank_correlation']:.3f}, "
         f"median error {t['median_relative_error']:.1%}"
         for t in answer["score_tables"]

@@ -35,7 +35,7 @@ _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of b
 _PANEL = (440, 928)  # left and right of the words and the bar
 _LINE_LAYERS = 60  # layers per line of text, and characters of its bar
 _Box = tuple[float, float, float, float]
-_SYMBOLS = {"native": "#", "int8": "8", "int4": "4", "int2": "2", "removed": "."}
+_SYMBOLS = {"native": "#", "removed": "."}  # of other levels, their bits
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def render_ansi(scene: Scene) -> str:
         layers = range(start, min(start + width, facts.num_layers))
         lines.append("layer    " + "".join(f"{n:<5}" for n in layers[::5]).rstrip())
         for number, kind in enumerate(KINDS):
-            symbols = (_SYMBOLS[plan.weight_level(2 * n + number)] for n in layers)
+            symbols = (_symbol(plan.weight_level(2 * n + number)) for n in layers)
             lines.append(f"{kind:<8} " + "".join(symbols))
         if plan.caches:
             symbols = ("." if 2 * n in plan.removed else _cache_symbol(plan, n) for n in layers)
@@ -175,9 +175,13 @@ def render_ansi(scene: Scene) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _symbol(level: str) -> str:
+    return _SYMBOLS.get(level) or level.removeprefix("int")[0]
+
+
 def _cache_symbol(plan: Plan, layer: int) -> str:
     level = plan.cache_level(layer)
-    return _SYMBOLS[level.name] if level.window_tokens is None else "w"
+    return _symbol(level.name) if level.window_tokens is None else "w"
 
 
 def render_rgb(scene: Scene) -> npt.NDArray[np.uint8]:

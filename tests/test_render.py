@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.render import _COLOURS, _PANEL, SIZE, Scene, render_ansi, render_rgb
@@ -38,6 +39,18 @@ def test_text_shows_each_block_once_and_the_bytes():
     assert "70% of the dense peak" in text
     assert "removed  1 of 4 attention blocks, 2 of 4 FFN blocks" in text
     assert "ΔNLL     +0.250 nats per token (perplexity x 1.28)" in text
+
+
+def test_text_shows_the_bits_of_each_level():
+    made = make_memory(5).facts
+    sizes = dict.fromkeys(WEIGHT_LEVELS[1:-1], made.block_param_bytes)
+    memory = make_memory(5, level_param_bytes=sizes)
+    levels = ("int8", "int4", "int4-compact", "int3", "int2")
+    plan = Plan.of({f"layer{n:02}.ffn": level for n, level in enumerate(levels)})
+    text = render_ansi(Scene(memory, Request.at_fraction(memory, 2, 1024, 0.7), plan))
+    assert re.search(r"^attn +#####$", text, re.M)
+    assert re.search(r"^ffn +84432$", text, re.M)
+    assert "1 block int4-compact, 1 block int3" in text
 
 
 def test_text_shows_whether_the_request_fits():

@@ -119,6 +119,20 @@ _CONFIGS: dict[str, Callable[[int], Any]] = {
 FAMILIES = tuple(_CONFIGS)
 """Names of the models below: the families, some in two layouts."""
 
+_WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 64}
+WIDE_FAMILIES = ("llama_wide", "gpt_neox_wide")
+"""Further models, most of whose matrices are large enough for levels of few bits."""
+
+_CONFIGS |= {
+    "llama_wide": lambda n: tf.LlamaConfig(**{**_SIZES, **_WIDE}, num_hidden_layers=n),
+    "gpt_neox_wide": lambda n: tf.GPTNeoXConfig(
+        **{**_COMMON, **_WIDE},
+        num_attention_heads=4,
+        num_hidden_layers=n,
+        max_position_embeddings=64,
+    ),
+}
+
 DISTINCT_FAMILIES = (
     "llama", "llama_tied", "mistral_sliding", "gemma3", "gpt2", "opt", "gpt_neox", "mixtral"
 )  # fmt: skip

@@ -10,12 +10,13 @@ KIND_COLOURS = {"attn": "#2F6DB5", "ffn": "#E0812F"}
 """Colours of the two kinds of blocks."""
 
 LEVEL_COLOURS = {
-    "native": "#EDEBE4", "int8": "#BBD7EE", "int4": "#6BA8D6", "int2": "#1F63A8",
+    "native": "#EDEBE4", "int8": "#BBD7EE", "int4": "#84B8DF", "int4-compact": "#5C9FD1",
+    "int3": "#2F78B9", "int2": "#0F4680",
     "window512": "#FCE3A8", "int4-window512": "#F9BE5B", "int4-window256": "#EA8A24",
     "int4-window128": "#B25309", "removed": "#22262C",
 }  # fmt: skip
-"""Colours of levels, from the most to the least exact one; blue and orange are told apart with
-any kind of colour vision."""
+"""Colours of levels, from the most to the least exact one: darker blues are fewer bits. Blue and
+orange are told apart with any kind of colour vision."""
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,18 @@ class RAPLadderEnv(PruningEnv):
 
     | Item | Levels, from the native one down |
     |------|----------------------------------|
-    | weights of a block | `native`, `int8`, `int4`, `removed` |
+    | weights of a block | `native`, `int8`, `int4-compact`, `int3`, `int2`, `removed` |
     | KV cache | `native`, `int8`, `int4`, `int4-window512`, `int4-window256`, `int4-window128` |
-    | embeddings with head | `native`, `int8`, `int4` |
+    | embeddings with head | `native`, `int8`, `int4-compact`, `int3` |
 
     Weights and embeddings have those of these levels that need fewer bytes than their native one: a
-    model that is shipped in 4 bits has neither `int8` nor `int4` blocks. A window keeps the first
-    32 and the last 512, 256 or 128 tokens. A removed attention block takes its cache with it. The
-    argument `levels` chooses the ladder: `"all"`, `"caches"`, `"masks"` (weights native or
-    removed: the episodes of `RAPPrune`), or lists, as in
+    model that is shipped in 4 bits has no `int8` blocks. `int4`, with scales of 16 bits, stands in
+    for `int4-compact` where that does not exist: in matrices whose rows are not in multiples of 64,
+    and in the packaged score tables, which were measured before there were fewer bits. A window
+    keeps the first 32 and the last 512, 256 or 128 tokens. A removed attention block takes its
+    cache with it. The argument `levels` chooses the ladder: `"all"`, `"four-bits"` (`int8`, `int4`
+    and removal: the ladder of the pinned tasks), `"caches"`, `"masks"` (weights native or removed:
+    the episodes of `RAPPrune`), or lists, as in
     `{"weights": ["removed"], "caches": ["int8", "int4"], "embeddings": ["int4"]}`. An item with a
     single level is no item of the environment. Caches may also have `int2`, which packaged policies
     choose and no named ladder has.
@@ -224,7 +227,7 @@ class RAPLadderEnv(PruningEnv):
     | Argument | Default | Meaning |
     |----------|---------|---------|
     | `model` | `"smollm2-135m"` | alias, hub id, folder or GGUF file, loaded as it is stored |
-    | `levels` | `"all"` | `"all"`, `"caches"`, `"masks"`, or a dict of lists of levels |
+    | `levels` | `"all"` | `"all"`, `"four-bits"`, `"caches"`, `"masks"`, or a dict of lists |
     | `together` | `("int8", "int4")` | levels that all caches take with one action |
     | `workload` | `{"name": "azure-conv", "budget_fraction_range": [0.25, 0.95]}` | sampler |
     | `reward` | `"perplexity"` | name or dict, as above |

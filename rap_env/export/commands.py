@@ -113,8 +113,11 @@ def _unwind_when_terminated() -> None:
 
 
 def _show_written(answer: dict[str, Any], as_json: bool) -> None:
+    from rap_env.export.writers import type_lines
+
     lines = [
         *level_lines(answer["levels"]),
+        *type_lines(answer.get("written", {})),
         f"Weights of {answer['model']} ({answer['dtype']}): {answer['weights']}; saved in "
         f"{answer['out']}",
         *rise_lines(answer),

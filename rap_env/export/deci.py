@@ -45,6 +45,12 @@ class DeciLayer:
     attn_bias: tuple[int, ...] = ()
     ffn_bias: tuple[int, ...] = ()
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Its blocks, by their indices in the base model."""
+        attn = () if self.attn is None else (2 * self.attn,)
+        return attn if self.ffn is None else (*attn, 2 * self.ffn + 1)
+
 
 def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> tuple[DeciLayer, ...]:
     """Pack the kept blocks of a model into layers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf import GGUFValueType as Value
 from gguf import GGUFWriter
 
 from rap_env.artifacts import atomic_write
+from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import (
     ARCHITECTURE,
     ZERO_FFN_LENGTH,
@@ -23,13 +25,30 @@ from rap_env.export.deci import (
 from rap_env.export.gguf_model import ATTN_PARTS, FFN_PARTS, GgufModel
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.llama_cpp import cache_type
+from rap_env.levels import WeightLevel
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 
 Means = Mapping[int, npt.NDArray[np.float32]]
 """What is added to the residual stream in the place of removed blocks, (H,), by index."""
 
 
-def export_gguf(model: GgufModel, plan: Plan, path: Path, means: Means | None = None) -> int:
+@dataclass(frozen=True)
+class WrittenLevel:
+    """What a file has of the items at one level.
+
+    Attributes:
+        types: Types of their matrices.
+        nbytes: Bytes of all their tensors.
+    """
+
+    types: tuple[str, ...]
+    nbytes: int
+
+
+def export_gguf(
+    model: GgufModel, plan: Plan, path: Path, means: Means | None = None
+) -> dict[WeightLevel, WrittenLevel]:
     """Write a GGUF file of the architecture ``deci``.
 
     The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
@@ -37,13 +56,14 @@ def export_gguf(model: GgufModel, plan: Plan, path: Path, means: Means | None = 
     not in the file; see `rap_env.export.llama_cpp`.
 
     Args:
-        model: The model.
+        model: The model; with `low_bits` if the plan has such levels.
         plan: The plan.
         path: The file to write.
         means: Means of stubs of rank 0; they become biases of the blocks before.
 
     Returns:
-        Bytes of the tensors.
+        What the file has of the weights at each level of the plan; their bytes add up to those of
+        all tensors.
 
     Raises:
         UnknownNameError: The model does not have an item of the plan.
@@ -52,6 +72,11 @@ def export_gguf(model: GgufModel, plan: Plan, path: Path, means: Means | None = 
     """
     plan.check(2 * model.num_layers)
     cache_type(plan, model.num_layers)
+    if not (model.low_bits or plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)):
+        raise UnsupportedModelError(
+            f"A GGUF file of {model.name} has no weights for the plan ({plan}): the live model "
+            "makes them; give what low_bit_tensors(llm, plan) returns."
+        )
     means = means or {}
     layers = deci_layers(model.num_layers, plan, means)
     tensors = dict(_all_tensors(model, plan, layers, means))
@@ -65,7 +90,30 @@ def export_gguf(model: GgufModel, plan: Plan, path: Path, means: Means | None = 
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return _written_levels(plan, layers, tensors)
+
+
+def _written_levels(
+    plan: Plan, layers: tuple[DeciLayer, ...], tensors: Mapping[str, GgufTensor]
+) -> dict[WeightLevel, WrittenLevel]:
+    levels = {
+        f"blk.{number}.{part}": plan.weight_level(index)
+        for number, layer in enumerate(layers)
+        for index in layer.blocks
+        for part in (FFN_PARTS if index % 2 else ATTN_PARTS)
+    }
+    written: dict[WeightLevel, list[GgufTensor]] = {}
+    for name, tensor in tensors.items():
+        outside = "native" if name.startswith("blk.") else plan.embeddings
+        level = levels.get(name.rpartition(".")[0], outside)
+        written.setdefault(level, []).append(tensor)
+    return {
+        level: WrittenLevel(
+            types=tuple(sorted({tensor.kind.name for tensor in own if tensor.data.ndim > 1})),
+            nbytes=sum(tensor.nbytes for tensor in own),
+        )
+        for level, own in written.items()
+    }
 
 
 def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[str, Any]]:
@@ -83,12 +131,12 @@ def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[
 def _all_tensors(
     model: GgufModel, plan: Plan, layers: tuple[DeciLayer, ...], means: Means
 ) -> Iterator[tuple[str, GgufTensor]]:
-    for name, tensor in model.tensors.items():
+    for name in model.tensors:
         if not name.startswith("blk."):
             lowered = (
                 plan.embeddings if name in ("token_embd.weight", "output.weight") else "native"
             )
-            yield name, tensor.at(lowered, name)
+            yield name, model.tensor_at(name, lowered)
     for number, layer in enumerate(layers):
         place = f"blk.{number}"
         if layer.attn is not None:
@@ -113,7 +161,7 @@ def _block(
             name = f"blk.{index // 2}.{part}.{kind}"
             output = kind == "bias" and part in ("attn_output", "ffn_down")
             if name in model.tensors and not output:
-                yield f"{place}.{part}.{kind}", model.tensors[name].at(level, name)
+                yield f"{place}.{part}.{kind}", model.tensor_at(name, level)
 
 
 def _bias(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import ARCHITECTURE
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.gguf_tokenizer import Entry, tokenizer_entries
+from rap_env.levels import WeightLevel
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.pruned_code import LLAMA_LIKE
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.plan import Plan
 
 _SOURCE = "llama"  # the architecture of GGUF files that can be exported
@@ -64,6 +67,7 @@ class GgufModel:
         ffn_length: Width of an FFN block.
         entries: All entries of the new header but those that depend on the plan.
         tensors: Tensors by their names in a file (``blk.7.attn_q.weight``), in order.
+        low_bits: Those of a plan at levels that files do not have; see `low_bit_tensors`.
     """
 
     name: str
@@ -74,6 +78,7 @@ class GgufModel:
     ffn_length: int
     entries: Mapping[str, Entry]
     tensors: Mapping[str, GgufTensor]
+    low_bits: Mapping[str, GgufTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = {name.split(".")[2] for name in self.tensors if name.startswith("blk.")}
@@ -83,6 +88,12 @@ class GgufModel:
                 f"{ARCHITECTURE} does not compute: {', '.join(unknown)}; export it for "
                 "transformers (--to hf)."
             )
+
+    def tensor_at(self, name: str, level: WeightLevel) -> GgufTensor:
+        """A tensor at a level; see `GgufTensor.at`."""
+        if level in LOW_BIT_FORMATS and name in self.low_bits:
+            return self.low_bits[name]
+        return self.tensors[name].at(level, name)
 
     @classmethod
     def of_file(cls, path: Path) -> GgufModel:
@@ -103,12 +114,12 @@ class GgufModel:
         layers, heads, width = (int(size) for size in sizes)
         kv_heads = int(file.value(f"{_SOURCE}.attention.head_count_kv", heads))
         entries: dict[str, Entry] = {}
-        for name, field in file.fields.items():
+        for name, stated in file.fields.items():
             own = name.removeprefix(f"{_SOURCE}.")
             key = name if own == name else f"{ARCHITECTURE}.{own}"
             if name != "general.architecture" and own not in _BY_LAYER:
-                inner = field.types[-1] if field.types[0] == Value.ARRAY else None
-                entries[key] = (field.contents(), field.types[0], inner)
+                inner = stated.types[-1] if stated.types[0] == Value.ARRAY else None
+                entries[key] = (stated.contents(), stated.types[0], inner)
         for kind in ("key", "value"):  # else llama.cpp divides by the heads of the first layer
             length = (width // heads, Value.UINT32, None)
             entries.setdefault(f"{ARCHITECTURE}.attention.{kind}_length", length)
@@ -169,6 +180,31 @@ class GgufModel:
         )
 
 
+def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
+    """The matrices of a live model at a plan's levels that GGUF files do not have, by their names.
+
+    Args:
+        llm: A model whose blocks are those of Llama; it makes these levels if they do not exist.
+        plan: The plan.
+    """
+    low = {name: level for name, level in plan.levels.items() if level in LOW_BIT_FORMATS}
+    heads = {"attn_q": int(llm.adapter.config.num_attention_heads), "attn_k": llm.adapter.kv_heads}
+    tensors = {}
+    with llm.masked(Plan()):
+        native = set(llm.model.modules())
+    with llm.masked(Plan.of(low)):
+        for module_name, module in llm.model.named_modules():
+            if not isinstance(module, PackedModule) or module in native:
+                continue
+            tensor = GgufTensor.of_matrix(module.matrices["weight"])
+            name = _gguf_name(f"{module_name}.weight")
+            if part_heads := heads.get(name.split(".")[-2]):
+                rows = _interleaved(torch.from_numpy(tensor.data), part_heads)
+                tensor = GgufTensor(rows.contiguous().numpy(), tensor.kind)
+            tensors[name] = tensor
+    return tensors
+
+
 def _unsupported(what: str, known: tuple[str, ...]) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"llama.cpp can only leave blocks out of models like Llama (its architecture "
@@ -203,15 +239,21 @@ def _check(llm: ElasticLLM) -> None:
 def _tensors(llm: ElasticLLM, heads: int, kv_heads: int) -> Iterator[tuple[str, GgufTensor]]:
     tied = llm.model.config.tie_word_embeddings
     for name, tensor in llm.model.state_dict().items():
-        if name in _OUTSIDE:
-            if not (tied and name == "lm_head.weight"):
-                yield _OUTSIDE[name], GgufTensor.of(tensor)
+        if tied and name == "lm_head.weight":
             continue
-        _, _, layer, *middle, kind = name.split(".")
-        part = _NAMES.get(".".join(middle), ".".join(middle))
+        gguf_name = _gguf_name(name)
+        part = gguf_name.split(".")[-2]
         if part in ("attn_q", "attn_k"):
             tensor = _interleaved(tensor, heads if part == "attn_q" else kv_heads)
-        yield f"blk.{layer}.{part}.{kind}", GgufTensor.of(tensor)
+        yield gguf_name, GgufTensor.of(tensor)
+
+
+def _gguf_name(name: str) -> str:
+    """The name in a file of a live model's tensor."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, _, layer, *middle, kind = name.split(".")
+    return f"blk.{layer}.{_NAMES.get('.'.join(middle), '.'.join(middle))}.{kind}"
 
 
 def _interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """Tensors of a GGUF file at a level, and from torch tensors.
 
-======  ====================================================================================
-Level   Type in the file
-======  ====================================================================================
-native  its own; of unquantised models F32, F16 or BF16, vectors always F32
-int8    Q8_0; the groups of a row have the row's scale
-int4    Q4_1, in groups of 32
-======  ====================================================================================
+============  ==============================================================================
+Level         Type in the file
+============  ==============================================================================
+native        its own; of unquantised models F32, F16 or BF16, vectors always F32
+int8          Q8_0; the groups of a row have the row's scale
+int4          Q4_1, in groups of 32
+int4-compact  Q4_1 with the live level's values, which takes half a bit more
+int3          the same, 1.6 bits more
+int2          Q4_1, rounded again because its groups of 32 are longer, 2.2 bits more
+============  ==============================================================================
 
 A tensor that is stored in as few bits already is kept, as live levels do. The codes are those of
 the live level; its scales and minima are rounded to float16, which loses less than their bfloat16.
+llama.cpp's own types of 3 and 2 bits need rows of a multiple of 256 values.
 The layouts of the blocks are those of llama.cpp's ``ggml-common.h``.
 """
 
@@ -27,7 +31,8 @@ from gguf.quants import dequantize
 
 from rap_env.errors import UnsupportedModelError
 from rap_env.levels import WeightLevel
-from rap_env.models.weights.packed_layout import GROUP_INPUTS
+from rap_env.models.weights.low_bits import LowBitMatrix
+from rap_env.models.weights.packed_layout import GROUP_INPUTS, LOW_BIT_FORMATS, by_input
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
@@ -57,6 +62,21 @@ class GgufTensor:
             return cls(tensor.contiguous().view(torch.uint8).numpy(), Kind.BF16)
         return cls(tensor.contiguous().numpy(), _PLAIN[tensor.dtype])
 
+    @classmethod
+    def of_matrix(cls, matrix: PackedMatrix) -> GgufTensor:
+        """A packed matrix of 4 bits or less in Q4_1."""
+        if matrix.level == "int2":
+            matrix = quantise(matrix.widened(torch.float32), "int4")
+        if matrix.level not in LOW_BIT_FORMATS:
+            codes = matrix.code_rows(torch.arange(matrix.shape[0]))
+            return cls(_q4_1(codes, *matrix.scales.float().unbind(-1)), Kind.Q4_1)
+        assert isinstance(matrix, LowBitMatrix)
+        pairs = LOW_BIT_FORMATS[matrix.level].kernel_scales(matrix.scales, matrix.zeros)
+        scale, zero = (pairs.float() * matrix.factors.float()[:, None]).unbind(-1)
+        centred = matrix.widened(torch.float32) - by_input(zero, matrix.shape[1])
+        codes = (centred / by_input(scale, matrix.shape[1])).round() + _MIDDLE
+        return cls(_q4_1(codes, scale, zero), Kind.Q4_1)
+
     @property
     def nbytes(self) -> int:
         """Its bytes in a file."""
@@ -74,11 +94,13 @@ class GgufTensor:
     def at(self, level: WeightLevel, name: str) -> GgufTensor:
         """The tensor at a level; itself where it takes no more bits, and if it is a vector.
 
+        At a level of `LOW_BIT_FORMATS` it is at int4: a matrix that has that level is `of_matrix`.
+
         Raises:
             UnsupportedModelError: Its rows cannot be cut into groups of 32; `name` is in the text.
         """
-        kind = {"int8": Kind.Q8_0, "int4": Kind.Q4_1}.get(level)
-        if kind is None or self.data.ndim == 1 or self.bits <= _bits(kind):
+        kind = Kind.Q8_0 if level == "int8" else Kind.Q4_1
+        if level == "native" or self.data.ndim == 1 or self.bits <= _bits(kind):
             return self
         weight = torch.from_numpy(np.array(self.values()))
         if weight.shape[1] % GROUP_INPUTS:
@@ -86,8 +108,9 @@ class GgufTensor:
                 f"{name} has rows of {weight.shape[1]} values, which is no multiple of "
                 f"{GROUP_INPUTS}, so it has no level {level} in a GGUF file; leave it native."
             )
-        packed = quantise(weight, "int8" if kind == Kind.Q8_0 else "int4")
-        return GgufTensor(_q8_0(packed) if kind == Kind.Q8_0 else _q4_1(packed), kind)
+        if kind == Kind.Q8_0:
+            return GgufTensor(_q8_0(quantise(weight, "int8")), kind)
+        return GgufTensor.of_matrix(quantise(weight, "int4"))
 
     @classmethod
     def zeros(cls, *shape: int) -> GgufTensor:
@@ -118,13 +141,17 @@ def _q8_0(matrix: PackedMatrix) -> npt.NDArray[np.uint8]:
     return np.concatenate(parts, axis=-1).reshape(rows, -1)
 
 
-def _q4_1(matrix: PackedMatrix) -> npt.NDArray[np.uint8]:
-    """Blocks of a scale, a minimum and 32 codes, two a byte, (out, bytes)."""
-    rows = matrix.shape[0]
-    codes = matrix.code_rows(torch.arange(rows)).to(torch.uint8).numpy()
-    codes = codes.reshape(rows, -1, GROUP_INPUTS)
-    low, high = np.split(codes, 2, axis=-1)
-    scale, zero = (part.T.float() for part in matrix.scales.unbind(-1))
-    numbers = torch.stack((scale, zero - _MIDDLE * scale), dim=-1).numpy().astype(np.float16)
+def _q4_1(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Blocks of a scale, a minimum and 32 codes, two a byte, (out, bytes).
+
+    Args:
+        codes: 0 to 15, (out, in).
+        scale: (groups, out).
+        zero: The weight of code 8, (groups, out).
+    """
+    rows = len(codes)
+    blocks = codes.to(torch.uint8).numpy().reshape(rows, -1, GROUP_INPUTS)
+    low, high = np.split(blocks, 2, axis=-1)
+    numbers = torch.stack((scale.T, (zero - _MIDDLE * scale).T), dim=-1).numpy().astype(np.float16)
     parts = [np.ascontiguousarray(numbers).view(np.uint8), low | (high << 4)]
     return np.concatenate(parts, axis=-1).reshape(rows, -1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from rap_env.artifacts import atomic_write
 from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel
+from rap_env.export.gguf_model import GgufModel, low_bit_tensors
 from rap_env.export.llama_cpp import cache_flags, cache_type, choose_deployment
 from rap_env.export.plan_choice import ChosenPlan, PlanChoice
+from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
 from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -114,22 +118,56 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
         deployment = choose_deployment(memory, choice.request)
         chosen = ChosenPlan(deployment.mask, deployment.delta_nll, deployment.source)
         caches, flags = deployment.cache.name, deployment.flags
+    lowered = not chosen.plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)
+    if llm is None and lowered:
+        assert export.gguf_file is not None
+        llm = load_llm(export.gguf_file, weights="native")  # it makes these levels
+        facts = replace(llm.facts, name=facts.name)
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if export.gguf_file is not None:
         model = GgufModel.of_file(export.gguf_file)
     else:
         assert llm is not None
         model = GgufModel.of_llm(llm)
+    if llm is not None and lowered:
+        model = replace(model, low_bits=low_bit_tensors(llm, plan))
     means = {} if llm is None else _means(llm, plan)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
-    after = export_gguf(model, plan, export.out, means)
+    written = export_gguf(model, plan, export.out, means)
+    after = sum(level.nbytes for level in written.values())
     answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
         use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
+    types: dict[str, dict[str, Any]] = {
+        level: {
+            "types": list(in_file.types),
+            "bytes": in_file.nbytes,
+            "plan_bytes": _plan_bytes(facts, plan, level),
+        }
+        for level, in_file in written.items()
+        if level in plan.weight_levels
+    }
+    card += "".join(f"\n{line}\n" for line in type_lines(types))
     with atomic_write(export.out.with_suffix(".md")) as file:
         file.write(card.encode())
-    return answer | {"cache_type": caches}
+    return answer | {"cache_type": caches, "written": types}
+
+
+def type_lines(written: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each level that a file has in a type of llama.cpp, with the bytes of both."""
+    for level, sizes in written.items():
+        more = sizes["bytes"] - sizes["plan_bytes"]
+        yield (
+            f"{level} is written as {' and '.join(sizes['types'])}: {sizes['bytes']:,} bytes, "
+            f"{abs(more):,} {'more' if more >= 0 else 'fewer'} than in the plan."
+        )
+
+
+def _plan_bytes(facts: ModelFacts, plan: Plan, level: WeightLevel) -> int:
+    """Bytes that a plan's items at a level have in memory here."""
+    blocks = sum(facts.weight_levels(i)[own] for i, own in plan.weights if own == level)
+    return blocks + (facts.embedding_levels[level] if plan.embeddings == level else 0)
 
 
 def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -86,7 +86,8 @@ class Ladder:
             facts: The model's facts. Weights have those of the levels that exist for their block.
             levels: A name of `LADDERS`; or a dict of levels for ``weights``, ``caches`` and
                 ``embeddings``, each from the most to the least exact, ``native`` left out. What
-                it does not name has its native level only.
+                it does not name has its native level only. An item without int4-compact has int4
+                in its place.
             together: Names of levels that all caches take together; those that caches do not have
                 are ignored.
 
@@ -105,8 +106,7 @@ class Ladder:
                 items.append(Item(name, kind, layer, chain))
 
         for index in range(facts.num_blocks):
-            exists = facts.weight_levels(index)
-            names = (level for level in asked["weights"] if level in exists)
+            names = _existing(asked["weights"], facts.weight_levels(index))
             add(block_name(index), "ffn" if index % 2 else "attn", index // 2, names)
         if asked["caches"] and not facts.kv_heads:
             raise ArtifactError(
@@ -115,8 +115,8 @@ class Ladder:
             )
         for layer in range(facts.num_layers):
             add(cache_name(layer), "cache", layer, asked["caches"])
-        exists = facts.embedding_levels
-        add(EMBEDDINGS, "embeddings", None, (n for n in asked["embeddings"] if n in exists))
+        names = _existing(asked["embeddings"], facts.embedding_levels)
+        add(EMBEDDINGS, "embeddings", None, names)
         return cls(tuple(items), parse_together(together), asked)
 
     def __len__(self) -> int:
@@ -399,6 +399,13 @@ class LevelSteps:
         if self.ladder.items[item].kind != "cache":
             return [item]
         return [cache for cache, _ in self.moves(positions, item)]
+
+
+def _existing(asked: Sequence[str], exists: Collection[str]) -> Iterable[str]:
+    """The levels that an item has of those that are asked for, in order."""
+    compact: WeightLevel = "int4-compact"
+    names = ("int4" if n == compact and compact not in exists else n for n in asked)
+    return dict.fromkeys(name for name in names if name in exists)
 
 
 def _entry(item: Item, level: str) -> tuple[str, Any]:

@@ -33,7 +33,8 @@ LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Named ladders: the levels below the native one, from the most to the least exact.
 
-``all`` has no int4 weights: int4-compact loses as little with half a bit less.
+``all`` has int4 only where an item has no int4-compact, which loses as little with half a bit less.
+``four-bits`` was ``all`` before there were levels of fewer bits; older results are of it.
 """
 
 _GROUPS = ("weights", "caches", "embeddings")

@@ -19,10 +19,10 @@ from rap_env.ladder.items import Item, Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS
 from rap_env.ladder.state import LadderCosts
-from rap_env.levels import WEIGHT_LEVELS, CacheLevel
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan, cache_name
+from rap_env.plan import Plan, cache_name, is_cache
 from rap_env.policies.base import Policy
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.multiple_choice import MultipleChoice
@@ -115,9 +115,8 @@ class KnapsackPolicy(Policy):
         self.memory = memory
         self.costs = costs
         self._levels = levels
-        self._bytes = LadderBytes(memory, _ladder(memory.facts, costs.cache_levels))
-        measured = {level for levels in costs.one_shot.values() for level in levels}
-        self.weight_levels = tuple(n for n in self._bytes.ladder.weight_levels if n in measured)
+        self._bytes = LadderBytes(memory, _ladder(memory.facts, costs))
+        self.weight_levels = self._bytes.ladder.weight_levels
         self.order = self._removal_order()
         self._problems_of = lru_cache(maxsize=_CACHED_SHAPES)(self._make_problems)
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
@@ -248,11 +247,13 @@ def _subsets(flags: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(flags, count)
 
 
-def _ladder(facts: ModelFacts, cache_levels: Sequence[CacheLevel]) -> Ladder:
-    """All items of a model, whose caches have some levels, in any order."""
-    weights = {"weights": WEIGHT_LEVELS[1:], "embeddings": WEIGHT_LEVELS[1:-1]}
-    *blocks, last = Ladder.of(facts, weights).items
-    levels = tuple(level.name for level in cache_levels)
+def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
+    """The items of a model with the levels that were measured; those of caches in any order."""
+    levels_of = costs.one_shot.items()
+    measured = {"removed"}.union(*(levels for item, levels in levels_of if not is_cache(item)))
+    weights = [level for level in WEIGHT_LEVELS[1:] if level in measured]
+    *blocks, last = Ladder.of(facts, {"weights": weights, "embeddings": weights[:-1]}).items
+    levels = tuple(level.name for level in costs.cache_levels)
     layers = range(facts.num_layers if facts.kv_heads and len(levels) > 1 else 0)
     caches = (Item(cache_name(layer), "cache", layer, levels) for layer in layers)
     if last.layer is None:

@@ -20,7 +20,7 @@ from rap_env.plugins import Plugin, PluginError, find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Method
 from rap_env.policies.network_policy import KIND
-from rap_env.policies.packaged_files import default_facts, packaged_context
+from rap_env.policies.packaged_files import default_facts, packaged_context, packaged_scores
 from rap_env.policies.registry import (
     Reader,
     methods,
@@ -132,7 +132,8 @@ def load_policy(
     levels = "all" if memory.facts.packed else "masks"
 
     def on_packaged_scores() -> tuple[PruningContext, LadderBytes, int]:
-        return packaged_context(memory), LadderBytes(memory, Ladder.of(memory.facts, levels)), 0
+        ladder = Ladder.of(packaged_scores(memory).facts, levels)  # the levels that were measured
+        return packaged_context(memory), LadderBytes(memory, ladder), 0
 
     return _method_or_file(name, memory, on_packaged_scores)
 

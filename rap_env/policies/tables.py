@@ -14,6 +14,8 @@ from rap_env.importance.plan_search import PlanSearch
 from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.named_ladders import CACHE_LEVELS
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -45,7 +47,8 @@ class TablePolicy(Policy):
     name = "frontier"
 
     def __init__(self, memory: MemoryModel, table: PlanTable) -> None:
-        ladder = Ladder.of(memory.facts, "masks" if table.has_masks_only else "all")
+        every = {"weights": WEIGHT_LEVELS, "embeddings": WEIGHT_LEVELS[:-1], "caches": CACHE_LEVELS}
+        ladder = Ladder.of(memory.facts, "masks" if table.has_masks_only else every)
         if table.num_layers != memory.facts.num_layers:
             raise ArtifactError(
                 f"The frontier is of a model with {table.num_layers} layers, but "

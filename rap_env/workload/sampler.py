@@ -15,7 +15,7 @@ import numpy as np
 
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.named_ladders import LADDERS
+from rap_env.ladder.named_ladders import LevelSpec, parse_levels
 from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
 
@@ -144,18 +144,22 @@ class TightSampler(RequestSampler):
             is uniform in the logarithm.
         lowered_share_range: Lowest and highest budget as shares of the lowered peak; the draw is
             uniform between them, and below the native peak.
+        levels: The levels of the lowered peak, as `Ladder.of` takes them.
 
     Raises:
         InvalidRequestError: A value is out of its range.
+        UnknownNameError: There is no such ladder or level.
     """
 
     memory: MemoryModel
     max_batch_size: int = 16
     seq_len_range: Sequence[int] = (128, 4096)
     lowered_share_range: Sequence[float] = (0.62, 1.4)
+    levels: LevelSpec = "all"
 
     def __post_init__(self) -> None:
         self.memory.check(whole_number("max_batch_size", self.max_batch_size, least=1), 1)
+        parse_levels(self.levels)
         for name in ("seq_len_range", "lowered_share_range"):
             bounds = tuple(getattr(self, name))
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
@@ -166,9 +170,8 @@ class TightSampler(RequestSampler):
 
     @cached_property
     def _lowered(self) -> Plan:
-        facts = self.memory.facts
-        levels = "all" if facts.kv_heads else {**LADDERS["all"], "caches": ()}
-        ladder = Ladder.of(facts, levels)
+        facts, levels = self.memory.facts, parse_levels(self.levels)
+        ladder = Ladder.of(facts, levels if facts.kv_heads else {**levels, "caches": ()})
         return ladder.plan(
             [len(item.levels) - 1 - (item.levels[-1] == "removed") for item in ladder.items]
         )

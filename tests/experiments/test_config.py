@@ -99,6 +99,20 @@ def test_a_policy_of_gemma_for_other_models_is_trained_for_the_requests_of_its_m
     assert config.evaluate.pinned == alone.evaluate.pinned
 
 
+OLD_LADDER = ("demo", "table", *(n for n in FOLDERS["experiment"] if n.startswith("tight")))
+
+
+@pytest.mark.parametrize("experiment", OLD_LADDER)
+def test_experiments_with_records_of_four_bits_name_their_ladder(experiment):
+    config = composed("train", f"experiment={experiment}")
+    assert (config.env.levels == "four-bits") == config.env.lowers
+    assert config.workload.get("levels", "four-bits") == "four-bits"
+
+
+def test_the_levels_of_tight_budgets_are_those_of_the_environment():
+    assert composed("train", "env=ladder", "workload=tight").workload["levels"] == "all"
+
+
 @pytest.mark.parametrize(("program", "name"), [("train", "default"), ("demo", "demo")])
 def test_without_an_experiment_the_program_names_the_run(program, name):
     assert composed(program).name == name
@@ -125,7 +139,7 @@ def assert_has(section, values, group):
     values = values.get("_global_", {group: values})[group]  # an option may set other sections too
     for key, value in values.items():
         own = section[key] if isinstance(section, dict) else getattr(section, key)
-        if value not in ("???", "auto") and not isinstance(value, dict):
+        if value not in ("???", "auto", "${env.levels}") and not isinstance(value, dict):
             assert own == value
 
 

@@ -17,6 +17,7 @@ from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
+from rap_env.models.live import calibration
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
@@ -213,6 +214,32 @@ def test_a_gguf_file_is_written_with_a_card_beside_it(rap, gguf_file, tmp_path):
     assert "# source under a plan, for llama.cpp" in card
     assert "`llama-server -m out.gguf -ctk q8_0 -ctv q8_0 -fa on`" in card
     assert sorted(path.name for path in target.parent.iterdir()) == ["out.gguf", "out.md"]
+
+
+def test_the_answer_and_the_card_say_what_levels_of_few_bits_take(rap, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_TOKENS", 256)
+    write_tiny_gguf(tmp_path / "in.gguf", kind="Q4_1", hidden=64, ffn=128)
+    plan = Plan.of({"layer00.ffn": "int3", "layer01.ffn": "int4-compact"})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    target = tmp_path / "out.gguf"
+    options = ("--to", "gguf", "--plan", tmp_path / "plan.json", "--model", tmp_path / "in.gguf")
+    code, out, err = rap("export", target, *options, "--json")
+    assert code == 0, err
+    written = json.loads(out)["written"]["int3"]
+    tensors = [t for t in GgufFile(target).tensors if t.name.startswith("blk.0.ffn")]
+    assert written["types"] == ["Q4_1"]
+    assert written["bytes"] == sum(tensor.n_bytes for tensor in tensors)
+    facts = load_llm(tmp_path / "in.gguf", weights="native").facts
+    assert written["plan_bytes"] == facts.level_param_bytes["int3"][1] < written["bytes"]
+    more = written["bytes"] - written["plan_bytes"]
+    line = f"int3 is written as Q4_1: {written['bytes']:,} bytes, {more:,} more than in the plan."
+    assert line in target.with_suffix(".md").read_text()
+    code, out, err = rap("export", target, *options)
+    assert (code, line in out) == (0, True), err
+    assert out.startswith("int4-compact ffn (1): layers 1\nint3 ffn (1): layers 0\n")
+    code, _, err = rap("export", tmp_path / "folder", "--to", "hf", *options[2:])
+    assert code == 2
+    assert "so each block is native or removed, but the plan has other levels" in err
 
 
 @pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")

@@ -1,5 +1,6 @@
 """GGUF files for llama.cpp hold the model under the plan; read and computed without llama.cpp."""
 
+from dataclasses import replace
 from functools import partial
 
 import gguf
@@ -7,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel
+from rap_env.export.gguf_model import GgufModel, low_bit_tensors
 from rap_env.export.gguf_tokenizer import tokenizer_entries
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_code import LLAMA_LIKE
+from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from tests.export.deci_forward import deci_logits
 from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
@@ -188,6 +192,42 @@ def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
     ours, native = masked_logits(llm, plan), masked_logits(llm, Plan(plan.removed))
     found = (deci_logits(path, IDS) - ours).abs().max()
     assert found < 0.02 * (native - ours).abs().max()  # float16 in place of bfloat16 scales
+
+
+@pytest.mark.parametrize("source", ["live", "file"])
+def test_levels_of_few_bits_are_q4_1_with_the_values_of_the_live_levels(source, tmp_path):
+    path = tmp_path / "in.gguf"
+    write_tiny_gguf(path, kind="Q4_1", hidden=64, ffn=128)
+    weights = "bf16" if source == "live" else "native"
+    llm = load_llm(path, weights=weights, dtype="float32", device="cpu")
+    calibrate(llm, IDS[None])
+    model = GgufModel.of_llm(llm) if source == "live" else GgufModel.of_file(path)
+    for level in LOW_BIT_FORMATS:
+        plan = Plan.of({"layer00.attn": "removed", "layer00.ffn": level, "layer01.attn": level})
+        with pytest.raises(UnsupportedModelError, match=r"give what low_bit_tensors\(llm, plan\)"):
+            export_gguf(model, plan, tmp_path / "a.gguf")
+        of_plan = replace(model, low_bits=low_bit_tensors(llm, plan))
+        written = export_gguf(of_plan, plan, tmp_path / "a.gguf")
+        tensors = {t.name: t for t in GgufFile(tmp_path / "a.gguf").tensors}
+        assert sum(w.nbytes for w in written.values()) == sum(t.n_bytes for t in tensors.values())
+        assert written[level].types == ("Q4_1",)
+        own = ("blk.0.ffn_down.weight", "blk.0.ffn_norm.weight", "blk.1.attn_k.weight")
+        assert written[level].nbytes > sum(tensors[name].n_bytes for name in own)
+        with llm.masked(plan):
+            wide = {
+                "blk.0.ffn_down.weight": llm.model.model.layers[0].mlp.down_proj.widened().weight,
+                "blk.1.attn_v.weight": llm.model.model.layers[1].self_attn.v_proj.widened().weight,
+            }
+        for name, weight in wide.items():
+            values = torch.from_numpy(dequantize(tensors[name].data, tensors[name].tensor_type))
+            # Scales are rounded; int2 is rounded again, but not v, which has int4 in place of it.
+            most = 0.1 if level == "int2" and "ffn" in name else 3e-3
+            assert (values - weight).abs().max() < most * weight.abs().max(), (level, name)
+        if source == "live":  # the live native tensors of a file have scales of fewer bits
+            ours, native = masked_logits(llm, plan), masked_logits(llm, Plan(plan.removed))
+            apart = (deci_logits(tmp_path / "a.gguf", IDS) - ours).abs().max()
+            lost = (native - ours).abs().max()
+            assert apart < (0.4 * lost if level == "int2" else 0.02 * ours.abs().max()), level
 
 
 def test_what_is_stored_in_as_few_bits_is_kept(tmp_path):

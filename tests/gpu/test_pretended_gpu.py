@@ -17,12 +17,14 @@ from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.calibration import calibrate, self_written
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.plan import Plan
 from rap_env.runtime.sampling import RowSampler, SamplingParams, sample_rows
 from rap_env.scoring.scorer import MaskScorer
 from tests.gpu.paths import (
     PATHS,
     TOKENS,
+    generated,
     live,
     llm_of,
     ordered,
@@ -34,7 +36,7 @@ from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.models.states import saved
 from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.tiny import each_family, tiny_model
+from tests.tiny import LAYERS, WIDE_FAMILIES, each_family, tiny_model
 
 SOME_FAMILIES = ("llama", "mistral_sliding", "gpt_neox")  # others are in `test_several_gpus`
 
@@ -69,6 +71,20 @@ def test_every_path_gives_what_it_gives_on_the_cpu(name, dtype):
             found = run(llm_of(name, "cuda", dtype))
         rounding = 1e-4 if dtype == torch.float32 else 3e-2
         np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding, err_msg=path)
+
+
+@pytest.mark.parametrize("name", WIDE_FAMILIES)
+def test_levels_of_few_bits_give_what_they_give_on_the_cpu(name):
+    plans = [Plan.uniform(LAYERS, weights=n, embeddings=n) for n in LOW_BIT_FORMATS]
+
+    def run(llm):
+        llm.calibrator = lambda model: calibrate(model, TOKENS)
+        return np.array([generated(llm, plan) for plan in plans])
+
+    expected = run(llm_of(name, "cpu"))
+    with pretended_gpu():
+        found = run(llm_of(name, "cuda"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key():

@@ -44,6 +44,25 @@ def test_weights_have_the_levels_that_exist():
     assert set(levels["layer00.cache"][1:]) == set(LADDERS["all"]["caches"])
 
 
+def test_int4_stands_in_for_a_compact_level_that_does_not_exist():
+    blocks = UNPACKED.level_param_bytes
+    assert "int4-compact" not in blocks
+    assert spec_free(Ladder.of(UNPACKED)) == spec_free(Ladder.of(UNPACKED, "four-bits"))
+    first = (1, *(0 for _ in blocks["int4"][1:]))  # of the first block alone
+    more = replace(UNPACKED, level_param_bytes={**blocks, "int4-compact": first, "int2": first})
+    levels = [item.levels for item in Ladder.of(more).items]
+    assert levels[0] == ("native", "int8", "int4-compact", "int2", "removed")
+    assert levels[1] == ("native", "int8", "int4", "removed")
+    asked = {"weights": ["int4", "int4-compact"]}
+    levels = [item.levels for item in Ladder.of(more, asked).items]
+    assert levels[:2] == [("native", "int4", "int4-compact"), ("native", "int4")]
+
+
+def spec_free(ladder):
+    """What a ladder has, whatever was asked for."""
+    return [(item.name, item.levels) for item in ladder.items]
+
+
 def test_an_explicit_ladder_has_what_it_names():
     ladder = Ladder.of(UNPACKED, {"weights": ["native", "int8"], "caches": ["int4"]})
     assert {item.levels for item in ladder.items} == {("native", "int8"), ("native", "int4")}
@@ -54,9 +73,13 @@ def test_an_explicit_ladder_has_what_it_names():
 @pytest.mark.parametrize(
     ("levels", "error", "message"),
     [
-        ("everything", UnknownNameError, "ladder 'everything'; known are 'all', 'caches', 'masks'"),
+        (
+            "everything",
+            UnknownNameError,
+            "ladder 'everything'; known .* 'four-bits'",
+        ),
         ({"cache": ["int8"]}, UnknownNameError, "setting of levels: 'cache'.*mean 'caches'"),
-        ({"weights": ["int2"]}, UnknownNameError, "level of weights 'int2'"),
+        ({"weights": ["int5"]}, UnknownNameError, "level of weights 'int5'"),
         ({"embeddings": ["removed"]}, UnknownNameError, "level of embeddings 'removed'"),
         ({"caches": ["int4-window7"]}, UnknownNameError, "level of a cache 'int4-window7'"),
         ({"caches": "int8"}, InvalidRequestError, "list of names, not 'int8'"),
@@ -65,7 +88,7 @@ def test_an_explicit_ladder_has_what_it_names():
         ({"caches": ["int4-window256", "int2"]}, InvalidRequestError, "no longer window"),
         ({"caches": ["int8", "int8"]}, InvalidRequestError, "most to the least exact"),
         ({"caches": ["int8", "native"]}, InvalidRequestError, "most to the least exact"),
-        (5, InvalidRequestError, r"a name \(masks, caches, all\) or a dict of lists, not 5"),
+        (5, InvalidRequestError, r"a name \(masks, caches, four-bits, all\) or a dict"),
         ({}, InvalidRequestError, "nothing to lower"),
         ({"weights": ["native"]}, InvalidRequestError, "nothing to lower"),
     ],

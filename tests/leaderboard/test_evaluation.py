@@ -66,6 +66,13 @@ def test_a_pinned_task_is_an_environment_whose_arguments_are_fixed(name):
     assert vector.reset(seed=0)[0]["action_mask"].shape == (3, env.action_space.n)
 
 
+def test_tasks_over_levels_have_the_ladder_of_their_entries_whatever_a_model_has():
+    for task in pinned_tasks().values():
+        if task.environment == "RAPLadder-v0":
+            arguments = task.arguments
+            assert arguments["levels"] == arguments["workload"]["levels"] == "four-bits"
+
+
 def test_a_request_for_an_earlier_version_names_the_new_one():
     with pytest.raises(gym.error.DeprecatedEnv, match=f"Please use `{V1}` instead"):
         gym.make(V1.replace("-v1", "-v0"))

@@ -70,6 +70,11 @@ def test_tight_draws_budgets_around_the_lowest_levels(memory):
     assert {request.batch_size for request in seen} == {1, 2, 4, 8, 16}
     with pytest.raises(InvalidRequestError, match="seq_len_range of the sampler 'tight'"):
         make_sampler({"name": "tight", "seq_len_range": [64]}, small)
+    more = MemoryModel(replace(facts, level_base_bytes={"int4": 2000, "int3": 1000}))
+    assert draws(make_sampler({**spec, "levels": "four-bits"}, more), 400) == seen
+    assert draws(make_sampler(spec, more), 400) != seen
+    with pytest.raises(UnknownNameError, match="ladder 'five-bits'"):
+        make_sampler({**spec, "levels": "five-bits"}, small)
 
 
 def test_grid_draws_every_combination_as_often(memory):

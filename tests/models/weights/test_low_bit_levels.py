@@ -1,0 +1,98 @@
+"""Levels of few bits in live models: exact bytes, their own weights, exact restoration."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rap_env.errors import UnsupportedModelError
+from rap_env.ladder.items import Ladder
+from rap_env.memory import MemoryModel
+from rap_env.models.live.calibration import calibrate
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.residency import Residency
+from rap_env.plan import Plan
+from rap_env.request import Request
+from tests.models.states import apply_to, logits, opened, saved, tensor_bytes, weights_hash
+from tests.models.weights.test_weight_levels import replace_by_widened
+from tests.tiny import LAYERS, VOCAB_SIZE, WIDE_FAMILIES, tiny_llm, tiny_model
+
+REQUEST = Request(1, 8, 1)
+WINDOWS = torch.randint(3, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
+UNIFORM = {
+    level: Plan.uniform(LAYERS, weights=level, embeddings=level) for level in LOW_BIT_FORMATS
+}
+MIXED = Plan.of(
+    {"layer00.attn": "int3", "layer00.ffn": "int2", "layer01.attn": "int4-compact",
+     "layer01.ffn": "removed", "embeddings": "int3", "layer01.cache": "int8"}
+)  # fmt: skip
+
+EVERY = pytest.mark.parametrize("name", WIDE_FAMILIES)
+
+
+def made(llm: ElasticLLM) -> ElasticLLM:
+    """A model that makes its levels at their first use."""
+    llm.calibrator = lambda model: calibrate(model, WINDOWS)
+    return llm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY
+def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype) -> None:
+    llm = made(tiny_llm(name, dtype=dtype))
+    memory, seen = MemoryModel(llm), []
+    for plan in (Plan(), *UNIFORM.values(), MIXED):
+        llm.apply(plan)
+        parts = memory.breakdown(plan, REQUEST)
+        assert tensor_bytes(llm.model) == parts.weights + parts.embeddings, str(plan)
+        seen.append(parts.weights + parts.embeddings)
+    assert seen == sorted(seen[:-1], reverse=True) + seen[-1:]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("level", UNIFORM)
+@EVERY
+def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:
+    llm = made(tiny_llm(name))
+    native, before = logits(llm), weights_hash(llm.model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with llm.masked(UNIFORM[level]):
+        packed, written = logits(llm), llm.generate(ids, max_new_tokens=3, do_sample=False)
+        reference = tiny_model(name)
+        replace_by_widened(reference, llm.model)
+    assert not torch.allclose(packed, native, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(packed, logits(reference), rtol=1e-4, atol=1e-4)
+    assert torch.equal(written, reference.generate(ids, max_new_tokens=3, do_sample=False))
+    assert torch.equal(logits(llm), native)
+    assert weights_hash(llm.model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "residency"),
+    [("llama_wide", "offload"), ("llama_wide", "drop"), ("gpt_neox_wide", "offload")],
+)
+def test_every_residency_gives_the_same(name: str, residency: Residency, tmp_path: Path) -> None:
+    llm, resident = (made(opened(saved(tmp_path / n, name))) for n in ("a", "b"))
+    llm.set_residency(residency)
+    memory = MemoryModel(llm)
+    for plan in (MIXED, UNIFORM["int3"], Plan(), UNIFORM["int2"].without(0), MIXED):
+        apply_to(plan, llm, resident)
+        parts = memory.breakdown(plan, REQUEST)
+        assert llm.held_bytes.weights == parts.weights + parts.embeddings, str(plan)
+
+
+def test_without_a_text_they_do_not_exist() -> None:
+    llm = tiny_llm("llama_wide")
+    with pytest.raises(UnsupportedModelError, match=r"at int3 so far: .* call .*calibrate\(llm"):
+        llm.apply(Plan.of({"layer00.ffn": "int3"}))
+    assert llm.plan == Plan()
+
+
+@EVERY
+def test_the_ladder_has_them_in_place_of_int4(name: str) -> None:
+    item_levels = {item.levels for item in Ladder.of(tiny_llm(name).facts, "all").items}
+    weights = ("native", "int8", "int4-compact", "int3", "int2", "removed")
+    assert {weights, weights[:4]} <= item_levels
+    narrow = {item.levels for item in Ladder.of(tiny_llm().facts, "all").items}
+    assert narrow == {item.levels for item in Ladder.of(tiny_llm().facts, "four-bits").items}
