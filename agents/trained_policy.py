@@ -93,21 +93,12 @@ class TrainedPolicy(Policy):
         self.evaluations = 0
 
     @classmethod
-    def load(
-        cls,
-        run_dir: str | Path,
-        context: PruningContext,
-        *,
-        best_of: int = 1,
-        score_masks: ScoreMasks | None = None,
-        scorer: Scorer | None = None,
-        seed: int = 0,
-    ) -> TrainedPolicy:
+    def load(cls, run_dir: str | Path, context: PruningContext, **options: Any) -> TrainedPolicy:
         """Load the policy of the newest undamaged checkpoint in a run's folder.
 
         A policy over levels is loaded with the ladder that it was trained on. A block-wise policy
         also serves a model with another number of layers, unless its blocks or items have learned
-        vectors. Further arguments are those of the class.
+        vectors. `options` are further arguments of the class.
 
         Raises:
             ArtifactError: There is no checkpoint, all are damaged, or the policy was trained
@@ -116,14 +107,7 @@ class TrainedPolicy(Policy):
         """
         checkpoint = checkpoint_of(run_dir)
         encoder = make_encoder(context, checkpoint.ladder)
-        return cls(
-            fitting_policy(checkpoint, encoder),
-            encoder,
-            best_of=best_of,
-            score_masks=score_masks,
-            scorer=scorer,
-            seed=seed,
-        )
+        return cls(fitting_policy(checkpoint, encoder), encoder, **options)
 
     def choose(self, request: Request) -> Plan:
         """Return the blocks to remove, or the levels of items, for a request.

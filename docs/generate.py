@@ -25,7 +25,6 @@ from benchmarks.record import read_records as read_benchmarks
 from experiments.ladder.rows import read_ladder
 from experiments.ladder.study import STUDY as LADDER
 from experiments.ladder.tables import loss_at_equal_bytes
-from experiments.learning_curves import learning_curves, read_curves
 from experiments.long_context.study import STUDY as LONG_CONTEXT
 from experiments.repair.study import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
@@ -173,7 +172,6 @@ def write_all(docs: Path) -> None:
     for name in STUDIES:
         draw_study(folder, name)
     draw_ladder(folder)
-    save_png(learning_curves(read_curves(RESULTS / "examples")), folder / "learning_curves.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write(folder / "results_readme.md", records)
     write(folder / "commands.md", command_reference())

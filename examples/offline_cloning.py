@@ -10,7 +10,6 @@ The network is that of `ppo_single_file.py`, and learns to repeat the actions of
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import minari
@@ -40,30 +39,21 @@ def transitions(dataset: str) -> tuple[dict[str, np.ndarray], torch.Tensor]:
     return seen, torch.as_tensor(np.concatenate([one.actions for one in episodes]))
 
 
-def train(
-    dataset: str = DATASET,
-    updates: int = UPDATES,
-    seed: int = 0,
-    watch: Callable[[int, torch.nn.Module], object] = lambda steps, agent: None,
-) -> torch.nn.Module:
-    """An agent that was trained to repeat the actions of a dataset.
-
-    `watch` is called after each update with the number of actions learned from so far.
-    """
+def train(dataset: str = DATASET, updates: int = UPDATES, seed: int = 0) -> torch.nn.Module:
+    """An agent that was trained to repeat the actions of a dataset."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     seen, actions = transitions(dataset)
     agent = _PPO.Agent(seen["request"].shape[1], seen["action_mask"].shape[1])
     inputs = _PPO.flat(seen)
     optimiser = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE)
-    for update in range(updates):
+    for _ in range(updates):
         part = torch.randint(len(actions), (BATCH,))
         distribution, _ = agent(inputs[part])
         loss = -distribution.log_prob(actions[part]).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        watch((update + 1) * BATCH, agent)
     return agent
 
 

@@ -11,8 +11,6 @@ others, so that neither the maximum nor the conservative loss counts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import d3rlpy
 import minari
 import numpy as np
@@ -93,16 +91,8 @@ class Agent:
         return int(self.algorithm.predict(one)[0]), None
 
 
-def train(
-    dataset: str = DATASET,
-    updates: int = UPDATES,
-    seed: int = 0,
-    watch: Callable[[int, Agent], object] = lambda steps, agent: None,
-) -> Agent:
-    """An agent that learned values from the episodes of a dataset.
-
-    `watch` is called after each update with the number of actions learned from so far.
-    """
+def train(dataset: str = DATASET, updates: int = UPDATES, seed: int = 0) -> Agent:
+    """An agent that learned values from the episodes of a dataset."""
     d3rlpy.seed(seed)
     torch.set_num_threads(1)
     episodes = list(minari.load_dataset(dataset).iterate_episodes())
@@ -127,9 +117,8 @@ def train(
     ).create()
     algorithm.build_with_dataset(data)
     agent = Agent(algorithm)
-    for update in range(updates):
+    for _ in range(updates):
         algorithm.update(data.sample_transition_batch(BATCH))
-        watch((update + 1) * BATCH, agent)
     return agent
 
 

@@ -9,7 +9,6 @@ Where an episode has ended, the vector environment already shows the next one (S
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import gymnasium as gym
 import numpy as np
@@ -77,15 +76,8 @@ def advantages(rewards: torch.Tensor, values: torch.Tensor, over: torch.Tensor) 
     return estimates
 
 
-def train(
-    updates: int = UPDATES,
-    seed: int = 0,
-    watch: Callable[[int, Agent], object] = lambda steps, agent: None,
-) -> Agent:
-    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size.
-
-    `watch` is called after each update with the number of steps so far.
-    """
+def train(updates: int = UPDATES, seed: int = 0) -> Agent:
+    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     reward = {"name": "perplexity", "scale": "log"}
@@ -126,7 +118,6 @@ def train(
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
                 optimiser.step()
-        watch((update + 1) * ENVS * STEPS, agent)
         if update % 50 == 49:
             mean = torch.stack(rewards).sum() / torch.stack(over).sum()
             print(f"update {update + 1}: mean return {mean:.3f}", file=sys.stderr)

@@ -10,7 +10,6 @@ exploration, inference and the loss see the same distribution.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -74,15 +73,8 @@ def make_env(settings: dict) -> gym.Env:
     return gym.make(TASK, reward={"name": "perplexity", "scale": "log"}, disable_env_checker=True)
 
 
-def train(
-    iterations: int = ITERATIONS,
-    seed: int = 0,
-    watch: Callable[[int, MaskedModule], object] = lambda steps, module: None,
-) -> MaskedModule:
-    """Train an agent in this process, without remote workers.
-
-    `watch` is called after each iteration with the number of steps so far.
-    """
+def train(iterations: int = ITERATIONS, seed: int = 0) -> MaskedModule:
+    """Train an agent in this process, without remote workers."""
     register_env("rap", make_env)
     config = (
         PPOConfig()
@@ -109,7 +101,6 @@ def train(
     algorithm = config.build_algo()
     for iteration in range(iterations):
         found = algorithm.train()["env_runners"]
-        watch((iteration + 1) * STEPS, algorithm.get_module())
         if iteration % 10 == 9:
             mean = found["episode_return_mean"]
             print(f"iteration {iteration + 1}: mean return {mean:.4f}", file=sys.stderr)

@@ -9,8 +9,6 @@ the defaults of MaskablePPO, as many seconds end far behind the knapsack.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import gymnasium as gym
 import torch
 from sb3_contrib import MaskablePPO
@@ -53,21 +51,14 @@ def make_env() -> gym.Env:
     return gym.make(TASK, reward=REWARD, info="arrays", disable_env_checker=True)
 
 
-def train(
-    steps: int = STEPS,
-    seed: int = 0,
-    watch: Callable[[int, MaskablePPO], object] = lambda steps, model: None,
-) -> MaskablePPO:
-    """Train an agent, or make an untrained one with 0 steps.
-
-    `watch` is called after each step of all environments with the number of steps so far.
-    """
+def train(steps: int = STEPS, seed: int = 0) -> MaskablePPO:
+    """Train an agent, or make an untrained one with 0 steps."""
     torch.set_num_threads(1)
     envs = DummyVecEnv([make_env] * ENVS)
     model = MaskablePPO("MultiInputPolicy", envs, seed=seed, **SETTINGS)
     if not steps:
         return model
-    return model.learn(steps, callback=lambda *_: watch(model.num_timesteps, model) is not False)
+    return model.learn(steps)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ DISABLED). `MaskedCategorical` reads the mask from a key of the observation, as 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import gymnasium as gym
 import torch
@@ -81,15 +80,8 @@ class Agent:
             return int(self.actor.get_dist(seen).logits[0].argmax()), None
 
 
-def train(
-    updates: int = UPDATES,
-    seed: int = 0,
-    watch: Callable[[int, Agent], object] = lambda steps, agent: None,
-) -> Agent:
-    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size.
-
-    `watch` is called after each update with the number of steps so far.
-    """
+def train(updates: int = UPDATES, seed: int = 0) -> Agent:
+    """Train an agent; its rewards are on a log scale, because ΔNLL differs by orders of size."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     reward = {"name": "perplexity", "scale": "log"}
@@ -127,7 +119,6 @@ def train(
                 total.backward()
                 nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
                 optimiser.step()
-        watch((update + 1) * batch, agent)
         if update % 10 == 9:
             paid = rollout["next", "reward"].mean()
             print(f"update {update + 1}: mean reward of a step {paid:.4f}", file=sys.stderr)

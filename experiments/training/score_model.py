@@ -21,7 +21,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from agents.algorithms import AgentConfig
-from agents.imitation import Demonstration, ImitationConfig, Lesson, imitate
+from agents.imitation import Demonstration, ImitationConfig, imitate
 from agents.observations import make_encoder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
@@ -228,11 +228,12 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
             updates=settings["updates"], learning_rate=settings["learning_rate"], seed=config.seed
         )
         ladder = config.env.ladder if config.env.lowers else None
-        lesson = Lesson(demonstrations(config, context), make_encoder(context, ladder))
-        result = imitate(model, [lesson], how, progress=config.progress)
+        shown = demonstrations(config, context)
+        encoder = make_encoder(context, ladder)
+        result = imitate(model, shown, encoder, how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            len(lesson.shown), settings["teacher"], 100 * result.agreement,
+            len(shown), settings["teacher"], 100 * result.agreement,
         )  # fmt: skip
 
     return start

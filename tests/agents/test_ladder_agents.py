@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agents.imitation import Demonstration, ImitationConfig, Lesson, imitate
+from agents.imitation import Demonstration, ImitationConfig, imitate
 from agents.trained_policy import TrainedPolicy
 from agents.training import train
 from rap_env.context.base import item_order
@@ -82,7 +82,7 @@ def knapsack(builder, context, request):
 def test_the_policy_reaches_the_plans_of_its_teacher(context, builder, name):
     shown = demonstrations(context, builder, greedy)[::4]
     model = untrained(name, context, block_vectors=8)
-    result = imitate(model, [Lesson(shown, builder)], QUICK, progress=False)
+    result = imitate(model, shown, builder, QUICK, progress=False)
     assert result.agreement > 0.97
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in shown] == [one.plan for one in shown]
@@ -97,7 +97,7 @@ def test_a_teacher_whose_plans_the_ladder_cannot_reach_is_followed_as_far_as_pos
     apart = [one for one in shown if len(set(builder.ladder.positions(one.plan)[6:9])) > 1]
     assert apart
     model = untrained("maskable_ppo", context, block_vectors=8)
-    assert imitate(model, [Lesson(shown, builder)], QUICK, progress=False).agreement > 0.9
+    assert imitate(model, shown, builder, QUICK, progress=False).agreement > 0.9
     policy = TrainedPolicy(model.policy, builder)
     losses = [context.scorer.loss(policy.choose(one.request)) for one in shown]
     teacher = [context.scorer.loss(one.plan) for one in shown]
