@@ -198,6 +198,11 @@ def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
         )
 
 
+def other_bytes(llm: ElasticLLM) -> int:
+    """Bytes of the process now that are not the model's weights and caches."""
+    return max(0, resident_bytes()[0] - llm.held_bytes.total)
+
+
 def check_started(model: str, limit: LiveLimit) -> None:
     """Check that the process stayed within its limit while it started.
 

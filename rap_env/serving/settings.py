@@ -91,10 +91,11 @@ class ServerSettings:
         repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
             fitted on generated text at the first use) or the path of a stub library.
         threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses levels by the text of the prompts (``knapsack-by-text``), levels
-            (``knapsack``, ``rap``, ``rap-recall``) or masks (``rap-v0``, ``frontier``, ``dense``);
-            another method, such as ``greedy_per_byte``, on the packaged scores; or the path of an
-            exported policy, of level costs, of costs by kind of text or of a table of plans.
+        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``), levels by the
+            text of the prompts (``knapsack-by-text``) or masks (``rap-v0``, ``frontier``,
+            ``dense``); another method, such as ``greedy_per_byte``, on the packaged scores; or the
+            path of an exported policy, of level costs, of costs by kind of text or of a table of
+            plans.
         max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
             status 503. ``auto`` is 0.1 with policies that predict the rise, and 0.1 more for each
@@ -163,7 +164,7 @@ class ServerSettings:
     weights: str = "native"
     repair: str = "none"
     threads: int | None = None
-    policy: str = "knapsack-by-text"
+    policy: str = "knapsack"
     max_delta_nll: float | str | None = "auto"
     min_quality_per_request: float | None = None
     memory: str | int = "auto"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rap_env.errors import ArtifactError, ServingSettingsError, counted
 from rap_env.extras import require_extra
 from rap_env.memory import MemoryModel
+from rap_env.model_facts import HasFacts
 from rap_env.models.device import drop_unused_pages, use_threads
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
@@ -22,6 +23,7 @@ from rap_env.policies.base import Policy, PolicyLike, as_policy
 from rap_env.policies.loading import OrderPolicy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS
 from rap_env.policies.uniform import middle_first, uniform_plans
+from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from rap_env.models.weights.residency import Residency
 
 log = logging.getLogger(__name__)
+
+_SHORT_TOKENS = 256
+"""Tokens of the request that a server should be able to serve."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,40 @@ def load_served_model(
     return llm
 
 
-def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> Policy:
+def choose_policy(
+    settings: ServerSettings, llm: ElasticLLM, limit: limits.LiveLimit | None
+) -> Policy:
+    """The policy of the settings, without levels that take minutes to make and are not needed.
+
+    They are needed if without them one short request does not fit the limit within the floor.
+    """
+    chosen = load_serving_policy(settings, llm)
+    if not (absent := llm.absent_levels(chosen.weight_levels)):
+        return chosen
+    fewer = load_serving_policy(settings, MemoryModel(llm.facts.without_levels(absent)))
+    if limit is not None:
+        budget_bytes = limit() - (limits.other_bytes(llm) if limit.of_process else 0)
+        request = Request(1, _SHORT_TOKENS, max(1, budget_bytes))
+        plan = fewer.choose(request)
+        rise, floor = fewer.delta_nll(plan, _SHORT_TOKENS), _floor(settings, fewer)
+        too_bad = rise is not None and floor is not None and rise > floor
+        if too_bad or MemoryModel(llm).peak_bytes(plan, request) > budget_bytes:
+            return chosen
+    log.info(
+        "Weights of %s are not used, because they are not made; `rap fetch --levels %s` makes them "
+        "once, in minutes.", ", ".join(sorted(absent)), settings.model,
+    )  # fmt: skip
+    return fewer
+
+
+def load_serving_policy(settings: ServerSettings, model: HasFacts) -> Policy:
     """The policy of the settings; for a model without level costs, one that needs none.
 
     Raises:
         RapError: As for `load_policy`, with any other policy.
     """
     try:
-        return load_policy(settings.policy, llm)
+        return load_policy(settings.policy, model)
     except ArtifactError as error:
         if settings.policy not in KNAPSACKS:
             raise
@@ -102,7 +133,7 @@ def load_serving_policy(settings: ServerSettings, llm: ElasticLLM) -> Policy:
             "%s Until then the server lowers all caches uniformly, then all weights, and then "
             "removes whole layers, the last ones first.", error,
         )  # fmt: skip
-    memory = MemoryModel(llm)
+    memory = MemoryModel(model.facts)
     order = middle_first(memory.facts.num_layers)
     return OrderPolicy(memory, order, uniform_plans(memory.facts), "uniform")
 
@@ -135,7 +166,7 @@ def build_stack(
         llm = load_served_model(settings, limit) if llm is None else llm
         grammars = grammar_compiler(llm, llm.tokenizer, llm.facts.vocab_size)
         grammars.load()  # before the first baseline: a later request must not pay for it
-        chosen = load_serving_policy(settings, llm) if policy is None else as_policy(policy)
+        chosen = choose_policy(settings, llm, limit) if policy is None else as_policy(policy)
         make_levels(llm, chosen)
         drop_unused_pages()
         if memory is None:
