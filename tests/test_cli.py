@@ -248,7 +248,7 @@ def test_info_names_versions_and_the_cache(rap, tmp_path):
     assert tables["RAPPrune-v0"]["rank_correlation"] >= 0.99
     code, out, _ = rap("info")
     assert code == 0
-    assert "score_table:smollm2-135m in RAPLadder-v0, " in out
+    assert "score_table:smollm2-135m in RAPLadder-v0 with weights at int4, " in out
     assert f"rap_env {__version__}, python 3." in out
     assert "0.0 MiB\n" not in out.partition("Cache: ")[2].partition("\n")[2]
 

@@ -100,8 +100,8 @@ def test_damaged_files_are_rejected(table, path, tmp_path):
     path.write_text(whole.replace(number, repr(table.dense_nll + 1), 1))
     with pytest.raises(ArtifactError, match=r"altered .*checksum"):
         ScoreTable.load(path)
-    path.write_text(whole.replace('"version": 7', '"version": 9', 1))
-    with pytest.raises(ArtifactError, match="has format 9, but this version reads 7"):
+    path.write_text(whole.replace('"version": 8', '"version": 9', 1))
+    with pytest.raises(ArtifactError, match="has format 9, but this version reads 8"):
         ScoreTable.load(path)
     save_artifact(path, "corpus", 1, {})
     with pytest.raises(ArtifactError, match="of the kind 'corpus', but 'score table'"):
