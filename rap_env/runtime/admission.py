@@ -136,7 +136,7 @@ class Admission:
             sequence.handle.emit(AdmitEvent(self._clock()))
             batch.prefill(sequence, chunk_tokens, interrupt)
             return True
-        if not batch.decoding and self._controller.never_fits(replace(shape, kept_bytes=0)):
+        if not batch.decoding and not self._controller.could_fit(replace(shape, kept_bytes=0)):
             self._queue.remove(sequence)
             error = self._controller.misfit(shape, expected=True)
             self._output.reject(sequence, rejection_of(error), str(error))

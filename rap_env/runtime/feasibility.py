@@ -62,12 +62,6 @@ class Feasibility:
             f"{budget / 2**20:.1f} MiB; {_MORE}."
         )
 
-    def never_fits(self, shape: BatchShape) -> bool:
-        """Whether a batch can never fit by what is measured now, even with nothing else running."""
-        self.monitor.trim()
-        others = max(0, self.monitor.used_bytes - self.monitor.held.total)
-        return not self.chooser.could_fit(shape, self.monitor.budget_limit_bytes() - others)
-
     def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
         """The error that says why a batch does not fit with nothing else running.
 

@@ -43,9 +43,6 @@ class Meter(ABC):
     def peak_bytes(self) -> int:
         """Most bytes in use since the last call of this method."""
 
-    def correct_baseline(self, held_bytes: int) -> None:  # noqa: B027  optional
-        """Lower a measured baseline if tensors of `held_bytes` alone prove that it is too high."""
-
     def measure_others(self, held_bytes: int) -> None:  # noqa: B027  optional
         """Measure the baseline again: all that is in use besides tensors of `held_bytes`.
 
@@ -114,7 +111,7 @@ class ResidentMeter(Meter):
     Freed memory that the C library keeps counts until it is returned to the system
     (`models.device.return_freed_memory`). To keep it little, large tensors get pages of their
     own from now on. The baseline may shrink after the meter was made (kernels reclaim unused
-    pages); see `correct_baseline`.
+    pages).
 
     The peak is the kernel's high-water mark if that has risen since the last call, else the largest
     sample: a thread reads the resident memory every 5 ms, from `used_bytes` until `rest`. The mark
@@ -178,13 +175,6 @@ class ResidentMeter(Meter):
         """Stop sampling until the next call of `used_bytes`: no step follows soon."""
         if self._sampler is not None:
             self._sampler.pause()
-
-    def correct_baseline(self, held_bytes: int) -> None:
-        """Lower the baseline if the tensors alone prove that it is too high.
-
-        Otherwise the runtime would seem smaller than it is, and exceed its budget.
-        """
-        self.baseline_bytes = max(0, min(self.baseline_bytes, self.sample() - held_bytes))
 
     def measure_others(self, held_bytes: int) -> None:
         """Measure what is resident besides tensors of `held_bytes`."""

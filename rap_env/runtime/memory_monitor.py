@@ -240,7 +240,7 @@ class MemoryMonitor:
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total:
-            self.meter.correct_baseline(self.held.total)
+            self.meter.measure_others(self.held.total)  # they have shrunk
             peak = self.held.total
         predicted = self.held.total + self._estimator.workspace_bytes(shape)
         self._explained_bytes = max(self._explained_bytes, predicted)

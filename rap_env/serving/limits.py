@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rap_env.errors import ServingSettingsError
-from rap_env.extras import missing_modules
 from rap_env.memory import MemoryModel
 from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.request import Request
@@ -34,10 +33,9 @@ _SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one chang
 _LONGEST_TEXT = 64
 _MOST_RETRY_S = 60
 _MIB = 2**20
-_SLACK_BYTES = 8 * _MIB
-"""Allowance for what the estimate of the bytes that loading takes leaves out."""
-_GRAMMAR_BYTES = 12 * _MIB
-"""Allowance for the vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
+_SLACK_BYTES = 20 * _MIB
+"""Allowance for what the estimate of the bytes that loading takes leaves out, such as the
+vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
 
 
 class LiveLimit:
@@ -187,8 +185,6 @@ def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
     drop_unused_pages()
     resident = resident_bytes()[1]
     need = resident + loading_bytes + _SLACK_BYTES
-    if not missing_modules("structured"):  # the server loads it at its start
-        need += _GRAMMAR_BYTES
     if need > limit():
         raise ServingSettingsError(
             f"memory is {_mib(limit())}, but the process needs {_mib(need)} to "

@@ -108,19 +108,20 @@ def test_sampling_ends_with_the_meter():
 
 
 @linux
-def test_held_tensors_correct_a_baseline_that_is_too_high(tmp_path):
+def test_a_baseline_that_has_shrunk_is_noticed_after_a_step(tmp_path):
     set_status(tmp_path, 500)
     llm = tiny_llm()
     meter = ResidentMeter(llm, process=tmp_path)
+    made = MemoryMonitor(llm, GivenMemory(10**9), meter, MemoryEstimator(llm), SafetyMargin())
     held = llm.held_bytes.total
     set_status(tmp_path, 450)  # fifty of the baseline are gone
     assert meter.used_bytes() == 0
-    meter.correct_baseline(held)
-    assert meter.used_bytes() == held
+    meter.peak_bytes()
+    assert made.observe_step(EMPTY_BATCH, "decode") == held
+    assert meter.used_bytes() == held + buffer_bytes()
     set_status(tmp_path, 460)
-    assert meter.used_bytes() == held + 10 * MIB
-    meter.correct_baseline(held)
-    assert meter.used_bytes() == held + 10 * MIB
+    made.observe_step(EMPTY_BATCH, "decode")
+    assert meter.used_bytes() == held + buffer_bytes() + 10 * MIB
 
 
 @linux
