@@ -11,7 +11,6 @@ import json
 import logging
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -37,7 +36,6 @@ from rap_env.memory import MemoryModel
 from rap_env.request import Request, human_bytes
 from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
-    COMMON_SETTINGS,
     DEFAULT_MAX_DELTA_NLL,
     DEFAULT_MOST_DELTA_NLL,
     SETTING_GROUPS,
@@ -131,40 +129,27 @@ def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
 
 
 class _ServeCommand(click.Command):
-    """Shows options in groups: the common ones in a sentence each, all of them on demand."""
+    """Shows options in groups, each with the first sentence or all of its description."""
 
     show_all = False
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by group, in the order of the settings."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
-        others: dict[str, list[str]] = {}
         titles = {first: title for title, first in SETTING_GROUPS.items()}
         title = "Options"
         for parameter in self.get_params(ctx):
             name = parameter.name or ""
             title = titles.get(name, title) if name in _HELP else "Options"
-            option, text = parameter.get_help_record(ctx) or (name, "")
-            if self.show_all or name in COMMON_SETTINGS or name not in _HELP:
-                groups.setdefault(title, []).append(
-                    (option, text if self.show_all else _first_sentence(text))
-                )
-            else:
-                others.setdefault(title, []).append(option.partition(" ")[0])
+            option, text = parameter.get_help_record(ctx) or ("", "")
+            if not self.show_all:
+                sentence, _, default = text.partition(" [default: ")
+                sentence = sentence.partition(". ")[0].rstrip(".")
+                text = f"{sentence}." if default in ("", "none]") else f"{sentence}. [{default}"
+            groups.setdefault(title, []).append((option, text))
         for title, rows in groups.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
-                names = f"Also: {', '.join(others[title])}" if title in others else ""
-                width = formatter.width - formatter.current_indent
-                for line in textwrap.wrap(names, width, break_on_hyphens=False):
-                    formatter.write(f"{' ' * formatter.current_indent}{line}\n")
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of an option's description, and its default if there is one."""
-    words, _, default = text.partition(" [default: ")
-    sentence = words.partition(";")[0].partition(". ")[0].rstrip(".")
-    return f"{sentence}." if default in ("", "none]") else f"{sentence}. [default: {default}"
 
 
 def _show_all_help(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -177,9 +162,9 @@ def _show_all_help(ctx: click.Context, _parameter: click.Parameter, wanted: bool
 @cli.command(short_help="Serve a model over HTTP.", cls=_ServeCommand)
 @click.option(
     "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all_help,
-    help="Show all options with their whole descriptions.",
+    help="Describe each option in full.",
 )  # fmt: skip
-@click.option("--config", type=Path, help="YAML or TOML file of settings; options override it.")
+@click.option("--config", type=Path, help="YAML or TOML file of settings. Options override it.")
 @combined(*map(_server_option, setting_types()))
 def serve(config: Path | None, **options: str | bool | None) -> None:
     """Serve a model over HTTP within a memory budget.

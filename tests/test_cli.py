@@ -44,10 +44,11 @@ def test_version_and_help(rap):
     assert all(name in out for name in ("serve", "choose", "prune", "export", "fetch", "info"))
     code, out, _ = rap("serve", "--help")
     assert code == 0
-    assert "[default: 8000]" in out
+    assert "Port to listen at. [8000]" in out
     assert len(out.splitlines()) <= 80
     code, whole, _ = rap("serve", "--help-all")
     assert code == 0
+    assert "[default: 8000]" in " ".join(whole.split())
     for name in setting_types():
         option = f"--{name.replace('_', '-')}"
         assert option in out

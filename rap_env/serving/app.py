@@ -19,6 +19,7 @@ from rap_env.errors import RapError
 from rap_env.importance.text_kinds import mean_shares
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.access import RequireApiKey, open_keys
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import (
     CLIENT_CLOSED_REQUEST,
     ApiError,
@@ -28,7 +29,7 @@ from rap_env.serving.errors import (
     unavailable,
     unknown_model,
 )
-from rap_env.serving.generation import AnswerPlans, Generation
+from rap_env.serving.generation import Generation
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.logs import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.metrics import ServingMetrics

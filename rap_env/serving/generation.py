@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
-import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +15,6 @@ from rap_env.errors import (
     QueueFullError,
 )
 from rap_env.importance.text_kinds import Shares
-from rap_env.plan import Plan
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,
@@ -31,6 +27,7 @@ from rap_env.runtime.request_handle import (
     rejection_of,
 )
 from rap_env.runtime.sampling import Sample, SamplingParams
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.detokenizer import Detokenizer, StopStrings
 from rap_env.serving.errors import ApiError, failed, invalid, unavailable
 from rap_env.serving.metrics import AnswerTimer, ServingMetrics
@@ -109,66 +106,6 @@ class GenerationRequest:
         if self.params.seed is None:
             return self.params
         return replace(self.params, seed=(self.params.seed + number) % 2**63)
-
-
-class AnswerPlans:
-    """The plans that computed the answers to one request, in the order of their passes.
-
-    What is reported describes one of them: the plan with the largest predicted rise in NLL. A plan
-    without a prediction counts as larger than any other, and of equal ones the last is reported.
-
-    Args:
-        predict: Gives the rise in NLL of a plan in nats per token, None without a prediction.
-        server: Names what else determines the answers, such as the model's weights.
-
-    Attributes:
-        fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal plans.
-        changed: Whether the plan changed from one pass to the next.
-    """
-
-    def __init__(self, predict: Callable[[Plan], float | None], server: str) -> None:
-        self._predict = predict
-        self._digest = server
-        self._last: Plan | None = None
-        self._reported = Plan()
-        self._delta_nll: float | None = 0.0
-        self.fingerprint = ""
-        self.changed = False
-
-    def add(self, plan: Plan) -> None:
-        """Add the plan of the next pass."""
-        if plan == self._last:
-            return
-        rise = self._predict(plan)
-        if self._last is None or _order(rise) >= _order(self._delta_nll):
-            self._reported, self._delta_nll = plan, rise
-        self.changed = self._last is not None
-        self._last = plan
-        self._digest = hashlib.sha256(f"{self._digest} {plan.digest}".encode()).hexdigest()
-        self.fingerprint = f"fp_{self._digest[:10]}"
-
-    def report(self) -> dict[str, Any]:
-        """The object ``rap`` of a response; ``delta_nll`` is in nats per token."""
-        return {
-            "plan": self._reported.digest,
-            "levels": self._reported.summary,
-            "delta_nll": self._delta_nll,
-            "plan_changed": self.changed,
-        }
-
-    def headers(self) -> dict[str, str]:
-        """The report as response headers; what is null there has no header."""
-        return {
-            f"x-rap-{name.replace('_', '-')}": value
-            if isinstance(value, str)
-            else json.dumps(value)
-            for name, value in self.report().items()
-            if value is not None
-        }
-
-
-def _order(rise: float | None) -> float:
-    return math.inf if rise is None else rise
 
 
 @dataclass(frozen=True)

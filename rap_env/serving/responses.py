@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from rap_env.serving.answer_plans import AnswerPlans
 from rap_env.serving.errors import ApiError
 from rap_env.serving.generation import (
-    AnswerPlans,
     Generation,
     GenerationRequest,
     OutputDelta,

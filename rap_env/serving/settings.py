@@ -44,14 +44,6 @@ SETTING_GROUPS = {
     "Connections": "max_body_bytes",
 }
 """Titles of groups of settings, each with the first of its settings in `ServerSettings`."""
-COMMON_SETTINGS = (
-    "model", "weights", "threads", "policy", "max_delta_nll", "memory", "model_memory",
-    "memory_file", "reserve", "decisions", "log_level", "log_format", "host", "port",
-    "api_key_file", "ssl_certfile", "max_batch_size", "max_queue", "queue_timeout_s",
-    "max_prompt_tokens", "max_new_tokens", "max_connections", "shutdown_grace_s",
-)  # fmt: skip
-"""Settings that ``rap serve --help`` describes; it names the others."""
-
 _UNITS = {
     "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
     "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
@@ -83,75 +75,76 @@ class ServerSettings:
     """All settings of a server.
 
     Attributes:
-        model: Model to serve: an alias such as ``smollm2-135m``, a hub id, a folder or a GGUF file.
+        model: Model to serve. An alias such as ``smollm2-135m``, a hub id, a folder or a GGUF file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        weights: Format of the weights: ``native`` (as the model's file has them), ``bf16``
+        weights: Format of the weights. ``native`` (as the model's file has them), ``bf16``
             (unquantised), ``int8`` or ``int4``.
-        repair: What stands in the place of a removed block: ``none``, ``library`` (stubs that are
+        repair: What stands in a removed block's place. ``none``, ``library`` (stubs that are
             fitted on generated text at the first use) or the path of a stub library.
-        threads: Threads of torch, at most the number of CPUs; null for torch's own number.
-        policy: Policy that chooses levels (``knapsack``, ``rap``, ``rap-recall``), levels by the
-            text of the prompts (``knapsack-by-text``) or masks (``rap-v0``, ``frontier``,
+        threads: Threads of torch. At most the number of CPUs; null for torch's own number.
+        policy: Policy that chooses plans. Levels (``knapsack``, ``rap``, ``rap-recall``), levels by
+            the text of the prompts (``knapsack-by-text``) or masks (``rap-v0``, ``frontier``,
             ``dense``); another method, such as ``greedy_per_byte``, on the packaged scores; or the
             path of an exported policy, of level costs, of costs by kind of text or of a table of
             plans.
-        max_delta_nll: Quality floor: largest rise in NLL, in nats per token, that the policy may
+        max_delta_nll: Quality floor, in nats per token. Largest rise in NLL that the policy may
             predict for a plan that serves. Requests that fit no such plan wait, and then get
             status 503. ``auto`` is 0.1 with policies that predict the rise, and 0.1 more for each
             request that waits, at most 0.3; no floor with other policies. null for no floor.
-        min_quality_per_request: Strictest floor that a request may ask for in its field
+        min_quality_per_request: Strictest floor that a request may ask for. In its field
             ``max_delta_nll``, in nats per token; 0 allows the native plan alone. Null: none may.
-        memory: Memory limit: ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
+        memory: Memory limit. ``auto`` (free memory of the device or of the cgroup), ``cgroup``,
             ``cuda``, or a number of bytes such as ``2.5GiB``: most resident memory of the whole
             process, with interpreter, libraries and server.
-        model_memory: Bytes for weights, caches and working memory of the model alone, such as
-            ``300MiB``; the rest of the process comes on top. null if `memory` is the limit.
-        memory_file: File with a size such as ``300MiB``, the new value of `memory` or
-            `model_memory` (whichever is a number of bytes) whenever it changes; null for none.
-        reserve: Bytes to leave free if the budget is the system's free memory.
-        residency: Where weights that the plan does not use are kept: ``resident``, ``offload`` or
-            ``drop``.
-        restore: How a restored attention block gets the KV cache of earlier tokens: ``refill``
-            or ``next_request``.
-        decisions: File that each change of the plan is appended to as a JSON line; null for none.
-        log_level: Least level of log lines: ``debug``, ``info`` (a line per request), ``warning``
+        model_memory: Memory limit of the model alone. Bytes for weights, caches and working memory,
+            such as ``300MiB``; the rest of the process comes on top. null if `memory` is the limit.
+        memory_file: File with a size that replaces the limit. Such as ``300MiB``, the new value of
+            `memory` or `model_memory` (whichever is a number of bytes) whenever it changes; null
+            for none.
+        reserve: Bytes of the system to leave free. If the budget is its free memory; the last of
+            it is used only where nothing runs otherwise.
+        residency: Where unused weights are kept. ``resident``, ``offload`` or ``drop``.
+        restore: How restored attention gets earlier tokens. ``refill`` or ``next_request``: whether
+            it computes their KV cache again.
+        decisions: File of the plan's changes. Each is appended as a JSON line; null for none.
+        log_level: Least level of log lines. ``debug``, ``info`` (a line per request), ``warning``
             or ``error``.
         log_format: ``text``, or ``json`` for a JSON object per line.
         host: Address to listen at.
-        port: Port to listen at; 0 takes a free one.
-        api_key_file: File of API keys, one per line; requests other than probes must send one of
+        port: Port to listen at. 0 takes a free one.
+        api_key_file: File of API keys, one per line. Requests other than probes must send one of
             them as ``Authorization: Bearer KEY``. null for none.
-        admin_key_file: File of the keys of administrators, in the format of `api_key_file`, for
+        admin_key_file: File of the keys of administrators. In the format of `api_key_file`, for
             ``/admin/budget``; null for no such route. A key of a client is none of them.
-        insecure: Whether to serve without API keys at an address that others can reach.
-        ssl_certfile: File of the TLS certificate (PEM), with its chain; null for HTTP without TLS.
-        ssl_keyfile: File of the certificate's private key; null if `ssl_certfile` holds it.
-        model_name: Name that clients send as ``model``; null for `model`.
+        insecure: Whether to serve others without API keys. At an address that they can reach.
+        ssl_certfile: File of the TLS certificate (PEM). With its chain; null for HTTP without TLS.
+        ssl_keyfile: File of the certificate's private key. null if `ssl_certfile` holds it.
+        model_name: Name that clients send as ``model``. null for `model`.
         max_batch_size: Most sequences in a batch.
-        max_queue: Most requests that wait; more are rejected with status 429.
-        queue_timeout_s: Seconds after which a waiting request is rejected; null for never.
-        max_seq_len_tokens: Most tokens of a prompt and its answer; null for the model's maximum.
+        max_queue: Most requests that wait. More are rejected with status 429.
+        queue_timeout_s: Seconds that a request may wait. Then it is rejected; null for never.
+        max_seq_len_tokens: Most tokens of a prompt and its answer. null for the model's maximum.
         prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
-        target_itl_s: Mean seconds between the tokens of an answer while prompts of others are read:
-            as many decode steps follow each chunk. A prompt waits longer for a lower one; null for
-            one step.
-        max_prompt_tokens: Most tokens of a prompt; null for what fits the memory budget alone,
+        target_itl_s: Seconds between tokens to aim at. The mean of an answer while prompts of others
+            are read: as many decode steps follow each chunk. A prompt waits longer for a lower one;
+            null for one step.
+        max_prompt_tokens: Most tokens of a prompt. null for what fits the memory budget alone,
             within the floor of quality.
-        max_new_tokens: Most tokens that a request may ask for in one answer.
-        default_chat_tokens: Most tokens of a chat answer if the request does not set a number.
+        max_new_tokens: Most tokens that a request may ask for.
+        default_chat_tokens: Most tokens of a chat answer by default. If the request sets no number.
         max_choices: Most answers to one request (prompts x ``n``).
         max_stop_strings: Most stop strings; the OpenAI API allows 4.
         max_stop_chars: Most characters of a stop string.
         max_messages: Most messages of a chat.
         max_body_bytes: Most bytes of a request body. With `max_connections` it bounds the memory
             that requests take in addition to the model's budget.
-        max_connections: Most open connections; more are rejected with status 503.
-        header_timeout_s: Seconds in which a request's header must be complete.
-        body_timeout_s: Seconds in which a request's body must be complete.
-        write_timeout_s: Seconds for which a client may leave its answer unread before its
-            connection is closed. It holds no memory of the model meanwhile.
-        shutdown_grace_s: Seconds that running requests get to finish when the server shuts down.
+        max_connections: Most open connections. More are rejected with status 503.
+        header_timeout_s: Seconds until a header must be complete.
+        body_timeout_s: Seconds until a body must be complete.
+        write_timeout_s: Seconds that an answer may stay unread. Then its connection is closed; it
+            holds no memory of the model meanwhile.
+        shutdown_grace_s: Seconds to finish when the server ends. For running requests.
 
     Raises:
         ServingSettingsError: A value has the wrong type or is out of range.
