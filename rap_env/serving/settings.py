@@ -126,7 +126,7 @@ class ServerSettings:
         queue_timeout_s: Seconds that a request may wait. Then it is rejected; null for never.
         max_seq_len_tokens: Most tokens of a prompt and its answer. null for the model's maximum.
         prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
-        target_itl_s: Seconds between tokens to aim at. The mean of an answer while prompts of others
+        target_itl_s: Seconds between tokens to aim at. The mean of an answer while others' prompts
             are read: as many decode steps follow each chunk. A prompt waits longer for a lower one;
             null for one step.
         max_prompt_tokens: Most tokens of a prompt. null for what fits the memory budget alone,
