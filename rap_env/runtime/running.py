@@ -169,9 +169,8 @@ class RunningBatch:
         self.decoding.append(sequence)
         self._shape = None
 
-    def preempt(self) -> TokenSequence:
-        """Remove the newest sequence, and keep what it has cached; it must not be empty."""
-        sequence = self.newest
+    def preempt(self, sequence: TokenSequence) -> None:
+        """Remove a sequence, and keep what it has cached."""
         if sequence in self.decoding:
             batch = self.rows.take(self.decoding.index(sequence))
             self.decoding.remove(sequence)
@@ -180,7 +179,6 @@ class RunningBatch:
             batch, self.prefilling = self.prefilling.batch, None
         self.remove([sequence])
         self._kept.keep(sequence, batch)
-        return sequence
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""

@@ -304,7 +304,9 @@ class Scheduler:
         if not self.running:
             return False
         if not self._kept.drop_newest():  # it has not helped enough
-            self._put_back([self._batch.preempt()])
+            newest = self._batch.newest
+            self._batch.preempt(newest)
+            self._put_back([newest])
         self._controller.note_preemption()
         return True
 
@@ -360,7 +362,8 @@ class Scheduler:
             self._queue.put_first(sequence)
         paused = [sequence for sequence in self.running if _is_paused(sequence)]
         if paused:
-            self._batch.remove(paused)
+            for sequence in paused:
+                self._batch.preempt(sequence)
             self._controller.note_preemption()
         self.paused += [*paused, *self._queue.remove_if(_is_paused)]
 

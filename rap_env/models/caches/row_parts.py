@@ -60,12 +60,23 @@ class RowPart:
             return plan
         return _at_levels(plan, levels_of(self.cache), lowest)
 
-    def copy(self) -> RowPart:
-        """The same rows, with a cache of the same tensors; a change of one changes no other."""
-        cache = copy.copy(self.cache)
-        if cache is not None:
-            cache.layers = [copy.copy(layer) for layer in cache.layers]
-        return RowPart(list(self.rows), cache)
+    def split(self, row: int, devices: Sequence[torch.device]) -> RowPart:
+        """Move a row, which is not the only one, to a part of its own, one layer at a time."""
+        others = [other for other in range(len(self.rows)) if other != row]
+        length, cache, made = self.length, self.cache, RowPart([self.rows[row]])
+        self.rows, self.cache = [self.rows[other] for other in others], None
+        if cache is None:
+            return made
+        taken = copy.copy(cache)
+        taken.layers = [copy.copy(layer) for layer in cache.layers]
+        moves = [(made, taken, _index([row], devices)), (self, cache, _index(others, devices))]
+        for number in range(len(cache.layers)):
+            for part, own, index in moves:
+                _select_rows(own.layers[number], part.length, index, length - part.length)
+        for part, own, _ in moves:
+            part.cache = own
+            note_rows(own, part.lengths)
+        return made
 
     def lower(self, bits: int) -> None:
         """Bring the cache to at most so many bits a value."""
@@ -93,7 +104,7 @@ class RowPart:
         self.rows, self.cache = [self.rows[row] for row in rows], None
         if cache is None:
             return
-        index = {device: send(torch.tensor(rows), device) for device in devices}
+        index = _index(rows, devices)
         for layer in cache.layers:
             _select_rows(layer, self.length, index, before - self.length)
         self.cache = cache
@@ -138,6 +149,12 @@ def _at_levels(plan: Plan, levels: tuple[tuple[int, CacheLevel], ...], lowest: b
     own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
     caches = tuple(sorted({**dict(plan.caches), **own}.items()))
     return plan if caches == plan.caches else replace(plan, caches=caches)
+
+
+def _index(
+    rows: Sequence[int], devices: Sequence[torch.device]
+) -> dict[torch.device, torch.Tensor]:
+    return {device: send(torch.tensor(rows), device) for device in devices}
 
 
 def _cached_tokens(layer: Any, length: int) -> int:

@@ -229,17 +229,15 @@ class LiveBatch:
             raise_levels=self._raise_levels,
         )
         with self._llm.exclusive(), torch.inference_mode():
-            index = row
-            for part in self._parts:
-                if index < len(part.rows):
-                    own = part.copy()
-                    own.select([index], self._llm.devices)
-                    if own.cache is not None:
-                        self._llm.track_cache(own.cache)
-                    taken._parts = [own]
-                    break
-                index -= len(part.rows)
-            self.keep([other for other in range(self.size) if other != row])
+            for number, part in enumerate(self._parts):
+                if row >= len(part.rows):
+                    row -= len(part.rows)
+                    continue
+                alone = len(part.rows) == 1
+                own = self._parts.pop(number) if alone else part.split(row, self._llm.devices)
+                self._llm.track_cache(own.cache)
+                taken._parts = [own]
+                break
         return taken
 
     def lower(self, bits: int) -> None:
