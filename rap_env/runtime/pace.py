@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 _NEW_SHARE = 0.1  # of the last step in the average time of a step
-_LEAST_SHARE = 0.25
-"""Least time that a decode step gives to prompts, as a share of its own, however low the target."""
+_LEAST_SHARE = 1.0
+"""Time that a decode step gives to prompts, as a share of its own, if the target leaves less: half
+of all time. Otherwise requests would wait without end on a machine that misses the target."""
 
 
 class Pace:
