@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +32,9 @@ Means = Mapping[int, npt.NDArray[np.float32]]
 """What is added to the residual stream in the place of removed blocks, (H,), by index."""
 
 
-@dataclass(frozen=True)
-class WrittenLevel:
-    """What a file has of the items at one level.
-
-    Attributes:
-        types: Types of their matrices.
-        nbytes: Bytes of all their tensors.
-    """
-
-    types: tuple[str, ...]
-    nbytes: int
-
-
 def export_gguf(
     model: GgufModel, plan: Plan, path: Path, means: Means | None = None
-) -> dict[WeightLevel, WrittenLevel]:
+) -> dict[WeightLevel, list[GgufTensor]]:
     """Write a GGUF file of the architecture ``deci``.
 
     The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
@@ -62,8 +48,7 @@ def export_gguf(
         means: Means of stubs of rank 0; they become biases of the blocks before.
 
     Returns:
-        What the file has of the weights at each level of the plan; their bytes add up to those of
-        all tensors.
+        The tensors of the file, by the level of the plan that their item has.
 
     Raises:
         UnknownNameError: The model does not have an item of the plan.
@@ -90,12 +75,6 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return _written_levels(plan, layers, tensors)
-
-
-def _written_levels(
-    plan: Plan, layers: tuple[DeciLayer, ...], tensors: Mapping[str, GgufTensor]
-) -> dict[WeightLevel, WrittenLevel]:
     levels = {
         f"blk.{number}.{part}": plan.weight_level(index)
         for number, layer in enumerate(layers)
@@ -107,13 +86,7 @@ def _written_levels(
         outside = "native" if name.startswith("blk.") else plan.embeddings
         level = levels.get(name.rpartition(".")[0], outside)
         written.setdefault(level, []).append(tensor)
-    return {
-        level: WrittenLevel(
-            types=tuple(sorted({tensor.kind.name for tensor in own if tensor.data.ndim > 1})),
-            nbytes=sum(tensor.nbytes for tensor in own),
-        )
-        for level, own in written.items()
-    }
+    return written
 
 
 def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[str, Any]]:

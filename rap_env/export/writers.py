@@ -134,18 +134,18 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
     means = {} if llm is None else _means(llm, plan)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     written = export_gguf(model, plan, export.out, means)
-    after = sum(level.nbytes for level in written.values())
+    after = sum(tensor.nbytes for tensors in written.values() for tensor in tensors)
     answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
         use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
     types: dict[str, dict[str, Any]] = {
         level: {
-            "types": list(in_file.types),
-            "bytes": in_file.nbytes,
+            "types": sorted({tensor.kind.name for tensor in tensors if tensor.data.ndim > 1}),
+            "bytes": sum(tensor.nbytes for tensor in tensors),
             "plan_bytes": _plan_bytes(facts, plan, level),
         }
-        for level, in_file in written.items()
+        for level, tensors in written.items()
         if level in plan.weight_levels
     }
     card += "".join(f"\n{line}\n" for line in type_lines(types))

@@ -209,10 +209,9 @@ def test_levels_of_few_bits_are_q4_1_with_the_values_of_the_live_levels(source, 
         of_plan = replace(model, low_bits=low_bit_tensors(llm, plan))
         written = export_gguf(of_plan, plan, tmp_path / "a.gguf")
         tensors = {t.name: t for t in GgufFile(tmp_path / "a.gguf").tensors}
-        assert sum(w.nbytes for w in written.values()) == sum(t.n_bytes for t in tensors.values())
-        assert written[level].types == ("Q4_1",)
-        own = ("blk.0.ffn_down.weight", "blk.0.ffn_norm.weight", "blk.1.attn_k.weight")
-        assert written[level].nbytes > sum(tensors[name].n_bytes for name in own)
+        assert sum(map(len, written.values())) == len(tensors)
+        assert {t.kind for t in written[level] if t.data.ndim > 1} == {Kind.Q4_1}
+        assert len(written[level]) == 4 + 5  # an FFN and an attention block with their norms
         with llm.masked(plan):
             wide = {
                 "blk.0.ffn_down.weight": llm.model.model.layers[0].mlp.down_proj.widened().weight,
