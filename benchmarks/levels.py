@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.harness import (
     ModelSettings,
@@ -25,6 +25,7 @@ from benchmarks.harness import (
     spread,
 )
 from benchmarks.record import Target, write_record
+from rap_env.levels import WeightLevel
 from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
@@ -99,10 +100,10 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
         1, _PREFILL_AT_MOST, wide_weights,
     )  # fmt: skip
     lowered, few_bits = open_model(settings, weights=settings.packed), measured["few_bits"]
-    ffn = [block.name for block in lowered.blocks if block.kind == "ffn"]
-    lowered.apply(Plan.of(dict.fromkeys(ffn, settings.few_bits)))
+    having = lowered.facts.blocks_at(cast("WeightLevel", settings.few_bits))
+    lowered.apply(Plan.of({name: n for name, n in having.items() if name.endswith("ffn")}))
     pair = {"new": lowered, "old": packed}
-    for rows in settings.rows:
+    for rows in settings.rows if having else ():
         few_bits[f"{rows}_rows"] = compare(
             f"decode step of {rows} row{'s' * (rows > 1)}, FFN weights at {settings.few_bits}",
             {
@@ -111,14 +112,15 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
             },
             settings.steps, _FEW_BITS_AT_MOST.get(rows, 1.25), "packed weights",
         )  # fmt: skip
-    few_bits["prefill"] = compare(
-        f"prefill of {settings.context_tokens} tokens, FFN weights at {settings.few_bits}",
-        {
-            name: partial(batch_of, llm, 1, settings.context_tokens)
-            for name, llm in pair.items()
-        },
-        1, _FEW_BITS_PREFILL_AT_MOST, "packed weights",
-    )  # fmt: skip
+    if having:
+        few_bits["prefill"] = compare(
+            f"prefill of {settings.context_tokens} tokens, FFN weights at {settings.few_bits}",
+            {
+                name: partial(batch_of, llm, 1, settings.context_tokens)
+                for name, llm in pair.items()
+            },
+            1, _FEW_BITS_PREFILL_AT_MOST, "packed weights",
+        )  # fmt: skip
     for name, sides in _cache_sides(settings):
         measured["cache"][name] = compare(
             f"decode step of {settings.cache_request} tokens, cache in {settings.cache}",

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import tables
 from readme_results import decision_cost, readme_results, table_speeds
-from tables import GEMMA, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
+from tables import GEMMA, LOW_BITS, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
 
 import rap_env
 from benchmarks.record import markdown as benchmarks_text
@@ -40,7 +40,7 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-PLAN_COMPARISONS = (PLANS, GEMMA, OUTSIDE)
+PLAN_COMPARISONS = (PLANS, LOW_BITS, GEMMA, OUTSIDE)
 COMPARISONS = (
     "learning", "learning_scratch", "evolution", "small_unequal", "small_uniform", "transfer",
     "learning_library", "seeds",

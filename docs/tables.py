@@ -40,6 +40,7 @@ from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of  # noq
 from rap_env.scoring.fidelity import spearman  # noqa: E402
 
 PLANS, GEMMA, OUTSIDE, STUBS = "tight", "tight_gemma", "tight_outside", "tight_stubs"
+LOW_BITS = "low_bits"
 """Comparisons of methods that choose plans."""
 
 _MOST_INTERVALS = 8  # columns of a table in which each number has its interval

@@ -101,7 +101,7 @@ def test_the_part_before_a_block() -> None:
     "levels",
     [
         {"layer00.head": "int8"},
-        {"layer00.attn": "int3"},
+        {"layer00.attn": "int1"},
         {"layer00.cache": "int3"},
         {"layer00.cache": "window5"},
         {"layer00.cache": "native-"},

@@ -109,10 +109,11 @@ def load_policy(
         source: The name of a policy, or the path of a file: an exported policy (``.safetensors``),
             level costs, such costs by kind of text, or a table of measured plans (``.json``). With
             native weights of the default model: ``"rap"`` (the policy trained over the levels of
-            all items), ``"rap-recall"`` (one for answers that need facts from far back in the
-            prompt), ``"knapsack"`` (the packaged level costs) and ``"knapsack-by-text"``, which
-            chooses by the kinds of text of the prompts. With ``weights="bf16"``: ``"rap-v0"`` (the
-            trained policy that removes blocks) and ``"frontier"`` (the packaged table of masks).
+            all items, down to four bits), ``"rap-low-bits"`` (down to two), ``"rap-recall"`` (one
+            for answers that need facts from far back in the prompt), ``"knapsack"`` (the packaged
+            level costs) and ``"knapsack-by-text"``, which chooses by the kinds of text of the
+            prompts. With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks)
+            and ``"frontier"`` (the packaged table of masks).
             Any method of `rap_env.policies.registry.methods`, on the packaged scores of the default
             model. For any model: ``"dense"``. Other packages may offer further names (entry points
             ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any callable

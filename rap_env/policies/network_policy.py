@@ -45,7 +45,9 @@ log = logging.getLogger(__name__)
 KIND = "exported policy"
 """The kind of a policy's file."""
 
-PACKAGED_POLICIES = {"rap": "ladder", "rap-recall": "recall", "rap-v0": "blocks"}
+PACKAGED_POLICIES = {
+    "rap": "ladder", "rap-low-bits": "low-bits", "rap-recall": "recall", "rap-v0": "blocks",
+}  # fmt: skip
 """The trained policies in the package, and the names of their files."""
 
 _FORMAT = 2

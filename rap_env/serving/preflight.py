@@ -12,7 +12,7 @@ from rap_env.request import Request
 from rap_env.runtime.plan_chooser import no_prediction_text
 from rap_env.serving.settings import ServerSettings
 
-_PREDICTING = (*KNAPSACKS, "rap", "rap-recall")
+_PREDICTING = (*KNAPSACKS, "rap", "rap-low-bits", "rap-recall")
 """Names of the policies that predict the rise in NLL of their plans."""
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -66,7 +66,7 @@ def test_losses_of_the_page_are_those_of_the_table(data):
 
 @pytest.mark.parametrize("method", ["rap", "knapsack", "one_shot"])
 def test_plans_of_the_page_are_those_of_the_methods(data, method):
-    items = LadderBytes(MEMORY, Ladder.of(MEMORY.facts))
+    items = LadderBytes(MEMORY, Ladder.of(MEMORY.facts, "four-bits"))
     policy = make_method(method, packaged_context(MEMORY), items)
     for name, request, (number, *_) in cells(data, every=8):
         if name == method:

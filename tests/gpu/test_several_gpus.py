@@ -118,7 +118,8 @@ def test_each_block_its_cache_and_its_stub_stay_on_the_device_of_the_block():
         assert batch.prefill([[5, 6, 7], [8]]).device == SECOND_GPU
         batch.keep([1])
         batch.extend([4])
-        assert [layer.keys.device for layer in batch._cache.layers] == [GPU, SECOND_GPU]
+        (part,) = batch._parts
+        assert [layer.keys.device for layer in part.cache.layers] == [GPU, SECOND_GPU]
 
 
 def test_dropped_weights_are_read_again_to_their_devices(tmp_path):

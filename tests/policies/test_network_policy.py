@@ -180,17 +180,22 @@ def test_predictions_come_from_the_order_where_it_has_the_levels():
 
 def test_the_packaged_policies_have_names(tmp_path, monkeypatch):
     model, masks = made_ladder.memory(), made_policies.memory()
-    with pytest.raises(UnknownNameError, match="'rap', 'rap-recall', 'rap-v0'"):
+    with pytest.raises(UnknownNameError, match="'rap', 'rap-low-bits', 'rap-recall', 'rap-v0'"):
         load_policy("rap-v9", model)
     with pytest.raises(ArtifactError, match="smollm2-135m@pypi, whose items .* 60 and 12"):
         load_policy("rap-v0", masks)
     monkeypatch.setattr(packaged_files, "PACKAGED", tmp_path)
     with pytest.raises(ArtifactError, match=r"no exported policy at .*ladder"):
         load_policy("rap", model)
-    for name in ("ladder", "recall"):
+    for name in ("ladder", "low-bits", "recall"):
         made_ladder.policy_file().save(tmp_path / f"smollm2-135m.{name}.safetensors")
     made_policies.policy_file().save(tmp_path / "smollm2-135m.blocks.safetensors")
-    for name, served in (("rap", model), ("rap-recall", model), ("rap-v0", masks)):
+    for name, served in (
+        ("rap", model),
+        ("rap-low-bits", model),
+        ("rap-recall", model),
+        ("rap-v0", masks),
+    ):
         policy, request = load_policy(name, served), Request.at_fraction(served, 1, 100, 0.5)
         assert (policy.name, bool(policy.weight_levels)) == (name, name != "rap-v0")
         assert policy.choose(request) == NetworkPolicy(served, policy.file).choose(request)

@@ -88,7 +88,7 @@ def test_the_predictions_of_the_knapsack_agree_with_its_measured_plans(levelled)
     for row in mixed:
         # Two fifths of the rise, or 0.02 nats where the rise is close to the noise.
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.4, abs=0.02), row
-    assert max(row["measured"] for row in mixed) > 1
+    assert max(row["measured"] for row in mixed) > 0.1
 
 
 def test_the_knapsack_lowers_precision_before_it_removes(levelled):
@@ -112,7 +112,7 @@ def test_the_knapsack_lowers_precision_before_it_removes(levelled):
 @pytest.mark.parametrize(
     ("weights", "names"),
     [
-        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-recall"]),
+        ("native", ["knapsack", "knapsack-by-text", "rap", "rap-low-bits", "rap-recall"]),
         ("bf16", ["rap-v0", "frontier"]),
     ],
 )

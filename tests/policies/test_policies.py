@@ -153,7 +153,9 @@ class TestLoadPolicy:
             load_policy("random", memory())
 
     def test_names_are_listed_and_checked_without_a_model(self):
-        assert {"rap", "rap-v0", "rap-recall", "knapsack-by-text", *methods()} == {*policy_names()}
+        assert {"rap", "rap-low-bits", "rap-v0", "rap-recall", "knapsack-by-text", *methods()} == {
+            *policy_names()
+        }
         for name in (*policy_names(), packaged_files.packaged_file("levels.json"), "module:name"):
             check_policy(name)
         with pytest.raises(UnknownNameError, match="Did you mean 'knapsack'"):

@@ -10,6 +10,7 @@ from rap_env.scoring.score_table import ScoreTable, packaged_names, packaged_tab
 WHOLE = [path for path in packaged_tables() if path.name.startswith("small-")]
 PREDICTING = [path for path in packaged_tables() if path not in WHOLE]
 MODEL = "smollm2-135m"
+LOW_BITS = f"{MODEL}-low-bits."
 
 
 def test_a_packaged_table_is_found_by_the_name_of_its_model():
@@ -33,6 +34,13 @@ def test_tables_of_small_models_have_every_mask(path):
 def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
     table = ScoreTable.load(path)
     everything = table.fidelity.rows[0]
+    if LOW_BITS in path.name:  # few plans, because costs nearly add up
+        assert everything.masks >= 50
+        assert everything.spearman >= 0.98
+        assert everything.median_relative_error <= 0.06
+        assert len(table.scores) >= 500
+        assert {"int3", "int2"} <= set(table.facts.level_param_bytes)
+        return
     assert everything.masks >= 100
     assert everything.spearman >= 0.99
     random_too = path.name == f"{MODEL}.bf16.json"  # others have masks of searches and policies

@@ -5,8 +5,10 @@ import threading
 import time
 from types import SimpleNamespace
 
+from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
 from rap_env.runtime.memory_source import GivenMemory
+from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, RequestHandle, TokenEvent
 
 NATIVE = Plan()
@@ -126,10 +128,10 @@ class FakeEngine:
         return None
 
     def stats(self):
-        return SimpleNamespace(
+        return EngineStats(
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
-            prompt_tokens=50, plan=PLAN,
-            budget_bytes=1000, held=SimpleNamespace(weights=600, kv_cache=70, total=670),
+            prompt_tokens=50, repeated_tokens=6, refilled_tokens=7, plan=PLAN, lowered_rows=1,
+            budget_bytes=1000, held=HeldBytes(weights=600, kv_cache=70),
             used_bytes=700, margin_bytes=30, preemptions=4, interruptions=1, stalled_s=2.5,
             overhead_s=0.25, busy_s=9.0,
         )  # fmt: skip

@@ -181,6 +181,9 @@ def test_metrics_are_what_prometheus_reads(tokenizer):
     assert samples["rap_blocks_removed", "ffn"] == 1
     assert samples["rap_queue_length",] == 1
     assert samples["rap_running",] == 2
+    assert samples["rap_lowered_rows",] == 1
+    tokens = {"prompt": 50, "repeated": 6, "refilled": 7, "generated": 40}
+    assert {part: samples["rap_tokens_total", part] for part in tokens} == tokens
     assert samples["rap_memory_margin_bytes",] == 30
     assert samples["rap_plan_switches_total",] == 3
     assert samples["rap_decisions_lost_total",] == 2

@@ -1,6 +1,7 @@
 """A real server's policy: answers above its quality floor, and plans by the kind of text."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -10,11 +11,13 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.packaged_files import default_facts
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.serving.limits import LiveLimit
 from rap_env.serving.server import BackgroundServer
-from rap_env.serving.settings import ServerSettings
-from rap_env.serving.stack import build_stack, greeting
+from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.serving.stack import build_stack, choose_policy, greeting
 from tests.importance.test_kind_costs import kind_costs
 from tests.policies.test_knapsack import costs
 from tests.serving.conftest import served, tiny_stack
@@ -194,3 +197,26 @@ def test_answers_come_from_the_plan_of_their_text_and_say_so(stack, server):
         assert answer["delta_nll"] == pytest.approx(own.delta_nll(plan, tokens))
         assert answer["delta_nll"] != pytest.approx(general.delta_nll(plan, tokens))
     assert plans[PROSE] != plans[CODE], "equal lengths in an equal budget"
+
+
+@pytest.mark.parametrize(
+    ("limit", "made", "expected"),
+    [
+        (None, False, ("int4",)),
+        ("130MiB", False, ("int4",)),
+        ("75MiB", False, ("int4", "int4-compact", "int3", "int2")),
+        ("130MiB", True, ("int4", "int4-compact", "int3", "int2")),
+    ],
+)
+def test_levels_that_take_minutes_to_make_are_made_where_a_short_request_needs_them(
+    limit, made, expected, caplog
+):
+    def absent(levels):
+        return frozenset(() if made else (n for n in levels if n != "int4"))
+
+    caplog.set_level("INFO")
+    llm = SimpleNamespace(facts=default_facts(), absent_levels=absent)
+    limited = None if limit is None else LiveLimit("model_memory", parse_bytes("limit", limit))
+    policy = choose_policy(ServerSettings(), llm, limited)
+    assert policy.weight_levels == expected
+    assert ("rap fetch --levels smollm2-135m" in caplog.text) == (expected == ("int4",))

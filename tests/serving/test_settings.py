@@ -93,7 +93,7 @@ def test_names_are_those_of_the_model():
     assert (CHOICES["residency"], CHOICES["restore"]) == (RESIDENCIES, RESTORES)
     assert set(WEIGHTS) <= set(CHOICES["weights"])
     assert list(setting_help()) == [field.name for field in fields(ServerSettings)]
-    assert setting_help()["port"] == "Port to listen at; 0 takes a free one."
+    assert setting_help()["port"] == "Port to listen at. 0 takes a free one."
     with pytest.raises(UnknownNameError, match="'prot'.*'max_queue'.*Did you mean 'port'"):
         ServerSettings.from_mapping({"prot": 1})
 

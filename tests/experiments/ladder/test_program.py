@@ -159,7 +159,7 @@ def test_an_unknown_level_is_rejected():
     with pytest.raises(UnknownNameError):
         LadderConfig(caches=["int3"])
     with pytest.raises(UnknownNameError):
-        LadderConfig(weights=["int2"])
+        LadderConfig(weights=["int1"])
 
 
 def test_without_llama_cpp_the_program_says_what_to_install(config, tmp_path, monkeypatch):
