@@ -15,8 +15,7 @@ int2           2     16      4          2.75 and 16 bits a row
 These weights have no kernels of their own. For each product the codes of a piece of the matrix are
 unpacked to the layout of int4 codes (`models.weights.packing`) in a buffer that all matrices use in
 turn, at the top of each half byte, and torch's int4 kernel or the widening of int4 codes goes on
-from there. A code in the upper bits of a half byte is a multiple of a power of two, so the scale is
-divided by it. Unpacking is a few operations on whole bytes: bits are laid out so that one ``and``
+from there. Unpacking is a few operations on whole bytes: bits are laid out so that one ``and``
 gives codes at the right place.
 
 =====  ===========================================================================================

@@ -73,9 +73,16 @@ class LowBitFormat:
             "factors": (out,),
         }
 
-    def factors(self, scale: torch.Tensor) -> torch.Tensor:
-        """The factor of each row, (out,), for scales (out, groups) of about this size."""
-        most = scale.amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * LARGEST_SCALE)
+    def factors(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """The factor of each row, (out,), for groups with these ends of their ranges.
+
+        Args:
+            low: Least weights, (out, groups).
+            high: Greatest weights, (out, groups).
+        """
+        scale = self._positive((high - low) / (2**self.bits - 1), high)
+        least = torch.finfo(torch.float32).tiny * LARGEST_SCALE * self.lift
+        most = scale.amax(dim=1).clamp_min(least)
         return (most / (LARGEST_SCALE * self.lift)).to(SCALE_DTYPE).float()
 
     def rounded(
@@ -89,10 +96,16 @@ class LowBitFormat:
         self, scale: torch.Tensor, zero: torch.Tensor, factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole numbers that stand for scales and for zeros, as floats."""
+        scale = self._positive(scale, zero)
         steps = (scale / (factors * self.lift)).round_().clamp_(1, LARGEST_SCALE)
         most = 2 ** (self.zero_bits - 1)
         zeros = (zero / (steps * factors * self.zero_step)).round_().clamp_(-most, most - 1)
         return steps, zeros + most
+
+    def _positive(self, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Scales, with one that can express the zero where all weights of a group are equal."""
+        reach = self.zero_step * (2 ** (self.zero_bits - 1) - 1) / self.lift
+        return torch.where(scale == 0, zero.abs() / reach, scale)
 
     def kernel_scales(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         """Scale and zero of lifted codes in units of the factor, (groups, rows, 2), bfloat16.

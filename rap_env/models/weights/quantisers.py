@@ -78,8 +78,7 @@ class _Grid:
             return cls(level, 4, GROUP_INPUTS)
         form = LOW_BIT_FORMATS[level]
         low, high = grouped(weight, form.group_inputs).aminmax(dim=-1)
-        factors = form.factors((high - low) / (2**form.bits - 1))
-        return cls(level, form.bits, form.group_inputs, factors)
+        return cls(level, form.bits, form.group_inputs, form.factors(low, high))
 
     @property
     def middle(self) -> int:
