@@ -161,12 +161,14 @@ def load_llm(
 
 def _calibrate_apart(folder: Path, dtype: str, llm: ElasticLLM) -> None:
     """Make levels of a lean model, which cannot run a block alone, with another one of its kind."""
-    in_child(_calibrate_folder, folder, dtype)
+    in_child(_calibrate_folder, folder, dtype, llm.name)
     use_text(llm, own_text(llm))
 
 
-def _calibrate_folder(folder: Path, dtype: str) -> None:
-    calibrate_on_own_text(load_llm(folder, device="cpu", dtype=dtype, weights="native"))
+def _calibrate_folder(folder: Path, dtype: str, name: str) -> None:
+    llm = load_llm(folder, device="cpu", dtype=dtype, weights="native")
+    llm.name = name
+    calibrate_on_own_text(llm)
 
 
 def _moved(model: Any, place: torch.device) -> Any:
