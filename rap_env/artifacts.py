@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -184,3 +184,8 @@ def load_artifact(path: str | os.PathLike[str], kind: str, version: int) -> dict
             f"{path} was altered after it was written (checksum differs); {remedy}."
         )
     return body
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a frozen dataclass from JSON, whose lists are tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

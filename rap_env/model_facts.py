@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from rap_env.artifacts import with_tuples
 from rap_env.blocks import Block
 from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
@@ -82,12 +83,8 @@ class ModelFacts:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:
         """Facts from the JSON form of their fields, whose tuples are lists."""
-        blocks = values.get("level_param_bytes", {}).items()
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**{**plain, "level_param_bytes": {k: tuple(v) for k, v in blocks}})
+        blocks = values.get("level_param_bytes", {})
+        return cls(**{**with_tuples(values), "level_param_bytes": with_tuples(blocks)})
 
     @property
     def identity(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from rap_env.artifacts import with_tuples
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
@@ -26,7 +27,7 @@ from rap_env.plan import Plan
 from rap_env.repair.config import repair_label
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.score_table import ScoreTable, TableScorer, with_tuples
+from rap_env.scoring.score_table import ScoreTable, TableScorer
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.artifacts import load_artifact, save_artifact
+from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError
 from rap_env.model_facts import HasFacts
@@ -175,7 +175,7 @@ def load_profile(
     """
     body = load_artifact(path, kind, version)
     check_measured(path, body["provenance"], model)
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in body.items()}
+    return with_tuples(body)
 
 
 def check_measured(

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rap_env.artifacts import load_artifact, save_artifact
+from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
@@ -327,8 +327,3 @@ class TableScorer:
     def nll_on(self, plans: Sequence[Plan], _windows: Sequence[int]) -> list[float]:
         """NLL of several plans on the whole text, because a table does not divide it."""
         return self.nll_many(plans)
-
-
-def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a frozen dataclass from JSON, whose lists are tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from rap_env.artifacts import with_tuples
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
@@ -21,7 +22,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.predictor_fit import feature_matrix, fit_score_model, lowered_costs
-from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path, with_tuples
+from rap_env.scoring.score_table import ScoreTable, TableScorer, table_path
 from tests.envs.tiny_contexts import make_ladder_context
 
 CACHES = ("int8", "int4", "int4-window32")

@@ -155,7 +155,8 @@ def load_llm(
         llm.calibrator = partial(_calibrate_apart, folder, str(kind).removeprefix("torch."))
     else:
         llm.calibrator = calibrate_on_own_text
-    use_packaged_text(llm)
+    if is_packed(folder):  # the others have none, and hashing their weights takes seconds
+        use_packaged_text(llm)
     return llm
 
 

@@ -27,7 +27,6 @@ from rap_env.models.live.calibration import calibrate, self_written, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
-from rap_env.models.weights.quantisers import DAMPING
 from rap_env.models.weights.tensors import stored_dtype, stored_tensors, weights_of
 from rap_env.plan import EMBEDDINGS, Plan
 
@@ -163,7 +162,7 @@ def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
     if level == "int4" and start_token(llm) is not None:
         tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
         windows = self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED)
-        calibrate(llm, windows, [level], uniform=True, damping=DAMPING)
+        calibrate(llm, windows, [level], uniform=True)
     facts = llm.facts
     levels = facts.blocks_at(level)
     if _EMBEDDINGS in facts.embedding_levels:

@@ -24,6 +24,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
 from rap_env.models.weights.quantisers import (
+    DAMPING,
     DampedHessian,
     Quantiser,
     hessians,
@@ -173,7 +174,6 @@ def use_text(
     levels: Collection[PackedLevel] = _LEVELS,
     *,
     uniform: bool = False,
-    damping: float = _DAMPING,
 ) -> None:
     """Name the text that the levels of a model's blocks are made with, without making them.
 
@@ -184,10 +184,9 @@ def use_text(
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good weights.
         levels: Packed levels below int8.
         uniform: As for `calibrate`.
-        damping: See there.
     """
     text = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes())
-    text.update(f"{tuple(windows.shape)} {uniform} {damping} v{_VERSION}".encode())
+    text.update(f"{tuple(windows.shape)} {uniform} {_damping(uniform)} v{_VERSION}".encode())
     digest = text.hexdigest()
     folder = cache_dir() / "calibrated" / f"{llm.fingerprint[:16]}-{digest[:16]}"
     with llm.exclusive(), llm.masked(Plan()):
@@ -212,7 +211,6 @@ def calibrate(
     levels: Collection[PackedLevel] = _LEVELS,
     *,
     uniform: bool = False,
-    damping: float = _DAMPING,
 ) -> None:
     """Make levels of all blocks and of the head with a text, as far as they have these levels.
 
@@ -226,24 +224,23 @@ def calibrate(
         levels: See there.
         uniform: All blocks will have the only level of `levels`: each is made for the inputs that
             the lowered blocks before it give, so that it makes up for their errors.
-        damping: See `DampedHessian`.
 
     Raises:
         StorageFullError: No space for the files.
     """
-    use_text(llm, windows, levels, uniform=uniform, damping=damping)
+    use_text(llm, windows, levels, uniform=uniform)
     items = llm._live.all_items
     folders = {path.parent for item in items for path in item.files.values()}
     with llm.exclusive(), llm.masked(Plan()), contextlib.ExitStack() as locks:
         for folder in folders:
             locks.enter_context(locked(folder))
-        if all(_intact(path) for item in items for path in item.files.values()):
+        if not any(map(_missing, items)):
             return
         made = dict.fromkeys(level for item in items for level in item.files)
         log.warning("Making weights of %s: %s (once; minutes)", llm.name, ", ".join(made))
         residency = llm.residency
         llm.set_residency("resident")
-        _make(llm, windows, uniform, damping)
+        _make(llm, windows, uniform)
         llm.set_residency(residency)
 
 
@@ -255,9 +252,9 @@ def _intact(path: Path) -> bool:
     return True
 
 
-def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool, damping: float) -> None:
+def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
     """Write the files of all blocks and of the head that are missing or damaged."""
-    forward = PartialForward(llm)
+    forward, damping = PartialForward(llm), _damping(uniform)
     states = [forward.enter(window[None].to(llm.device)) for window in windows]
     for number, step in enumerate(forward.steps):
         items = [llm._live.items[index] for index in step]
@@ -292,6 +289,10 @@ def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool, damping: float)
         head = llm._live.embeddings.places[-1]
         quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, damping))
         _write(llm._live.embeddings, levels, {head.tied or head: quantiser})
+
+
+def _damping(uniform: bool) -> float:
+    return DAMPING if uniform else _DAMPING
 
 
 def _missing(item: WeightItem) -> list[PackedLevel]:

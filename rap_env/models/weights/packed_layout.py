@@ -53,11 +53,6 @@ class LowBitFormat:
     zero_step: float
 
     @property
-    def middle(self) -> int:
-        """The code that stands for the zero itself."""
-        return int(2 ** (self.bits - 1))
-
-    @property
     def lift(self) -> int:
         """What a code is multiplied by, so that it is at the top of a half byte."""
         return int(2 ** (4 - self.bits))

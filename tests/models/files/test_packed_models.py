@@ -14,7 +14,6 @@ from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.calibration import calibrate, self_written
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.quantisers import DAMPING
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -46,7 +45,7 @@ def test_a_format_equals_the_level_of_a_live_model(tmp_path, name, level, dtype)
     live = load_llm(folder, device="cpu", dtype=dtype)
     if level == "int4":
         text = self_written(live, CALIBRATION_TOKENS // 63, 63, seed=0)
-        calibrate(live, text, ["int4"], uniform=True, damping=DAMPING)
+        calibrate(live, text, ["int4"], uniform=True)
     live.apply(Plan.uniform(LAYERS, weights=level, embeddings="int8"))
     assert torch.equal(logits(packed), logits(live))
     assert packed.dtype == live.dtype
