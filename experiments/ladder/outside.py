@@ -51,7 +51,7 @@ from rap_env.models.files.loading import shared_llm
 from rap_env.models.live.calibration import own_text
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.quantisers import hessians
+from rap_env.models.weights.gptq import hessians
 from rap_env.plan import Plan
 from rap_env.policies.orders import ascending, whole_layer
 from rap_env.request import Request

@@ -31,11 +31,9 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import manifest_source
 from rap_env.models.files.sources import locate
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import (
-    DampedHessian,
-    hessians,
-    quantise_gptq,
     round_to_nearest,
 )
 from rap_env.models.weights.tensors import read_header

@@ -59,7 +59,7 @@ class Feasibility:
             return ""
         return (
             f"No plan{self.chooser.floor_clause} fits a request of one token into the budget of "
-            f"{budget / 2**20:.1f} MiB; {_MORE}."
+            f"{budget / _MIB:.1f} MiB; {_MORE}."
         )
 
     def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
@@ -113,13 +113,13 @@ class Feasibility:
         """
         if self.stall_reason:
             return
-        monitor, mib = self.monitor, 2**20
+        monitor = self.monitor
         least = self.chooser.least_bytes(shortest)
         self.stall_reason = (
             f"{counted(self._waiting, 'request')} cannot run now: of the budget of "
-            f"{monitor.budget_bytes / mib:.1f} MiB (and {monitor.usable_reserve_bytes / mib:.1f} "
-            f"MiB of the reserve), {monitor.used_bytes / mib:.1f} MiB are used and "
-            f"{monitor.margin.bytes / mib:.1f} MiB are a margin; the least plan"
-            f"{self.chooser.floor_clause} takes {least / mib:.1f} MiB for the shortest of them."
+            f"{monitor.budget_bytes / _MIB:.1f} MiB (and {monitor.usable_reserve_bytes / _MIB:.1f} "
+            f"MiB of the reserve), {monitor.used_bytes / _MIB:.1f} MiB are used and "
+            f"{monitor.margin.bytes / _MIB:.1f} MiB are a margin; the least plan"
+            f"{self.chooser.floor_clause} takes {least / _MIB:.1f} MiB for the shortest of them."
         )
         log.warning("%s", self.stall_reason)

@@ -1,6 +1,6 @@
 """Calibration of a live model: text that it writes itself, and levels that a text makes.
 
-Levels of four bits and less are made by GPTQ (`models.weights.quantisers`) with a text, which loses
+Levels of four bits and less are made by GPTQ (`models.weights.gptq`) with a text, which loses
 far less than rounding the weights alone. In a plan each block has a level of its own, so the inputs
 of a block are those of the native model.
 """
@@ -21,15 +21,10 @@ from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.files.model_folder import locked
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.gptq import DAMPING, DampedHessian, hessians, quantise_gptq
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.quantisers import (
-    DAMPING,
-    DampedHessian,
-    Quantiser,
-    hessians,
-    quantise_gptq,
-)
+from rap_env.models.weights.quantisers import Quantiser
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
 from rap_env.paths import cache_dir

@@ -1,29 +1,18 @@
-"""Quantisers: they choose the codes and scales of packed matrices.
+"""Quantisers by the weights alone: they choose the codes and scales of packed matrices.
 
 At int4 the weights of a group of 32 inputs are ``(code - 8) * scale + zero`` with codes 0 to 15.
-
-- **By the weights** (`quantise`). Ranges of several widths around the weights are tried. From each
-  one codes and, by least squares, scale and zero are fitted in turn, and the best pair is kept, as
-  in llama.cpp's 4-bit types. The range from the least to the greatest weight is among them, so
-  weights on a grid of 16 steps keep their values.
-- **By a layer's outputs** (`quantise_gptq`). For inputs x of a linear layer, the squared error of
-  its outputs under a change D of its weights is ``trace(D H D.T)`` with the Hessian ``H = x.T x``.
-  GPTQ (Frantar et al. 2023) rounds one input after the other and lets the weights of later inputs
-  compensate for each error. Here each group of 32 inputs gets its scale and zero when its turn
-  comes, from the compensated weights. Then codes and scales are improved in turn: each scale and
-  zero by least squares under H, and each code by coordinate descent (as in QuantEase, Behdin et al.
-  2023).
+`Grid` has what other levels differ in. Ranges of several widths around the weights are tried. From
+each one codes and, by least squares, scale and zero are fitted in turn, and the best pair is kept,
+as in llama.cpp's 4-bit types. The range from the least to the greatest weight is among them, so
+weights on a grid of 16 steps keep their values.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from rap_env.errors import check_name
@@ -52,11 +41,10 @@ _WIDTHS: dict[int, tuple[float, ...]] = {
 _REFITS = 2
 _EXACT = 2.0**-18  # squared error of weights on a grid whose scales were rounded
 _ROWS = 256  # of a matrix that are quantised at a time, to bound temporary memory
-_GPTQ_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """The weights that the codes of some rows can stand for.
 
     Attributes:
@@ -72,7 +60,7 @@ class _Grid:
     factors: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, level: PackedLevel, weight: torch.Tensor) -> _Grid:
+    def of(cls, level: PackedLevel, weight: torch.Tensor) -> Grid:
         """The grid for rows (rows, in) at a level below int8."""
         if level not in LOW_BIT_FORMATS:
             return cls(level, 4, GROUP_INPUTS)
@@ -155,40 +143,37 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
-_Fit = Callable[[_Grid, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+_Fit = Callable[[Grid, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _packed_rows(weight: torch.Tensor, level: PackedLevel, fit: _Fit) -> PackedMatrix:
     parts, inputs = [], weight.shape[1]
     level = stored_level(level, (len(weight), inputs))
     for rows in torch.split(weight, _ROWS):
-        grid = _Grid.of(level, rows.float())
+        grid = Grid.of(level, rows.float())
         groups = grouped(rows.float(), grid.group_inputs)
-        counted = grouped(torch.ones(1, inputs, device=weight.device), grid.group_inputs, 0.0)
+        counted = torch.ones(inputs, device=weight.device)
+        counted = functional.pad(counted, (0, -inputs % grid.group_inputs))
+        counted = counted.view(-1, grid.group_inputs)
         scale, zero = fit(grid, groups, counted)
         parts.append((grid, grid.centred_codes(groups, scale, zero).flatten(1), scale, zero))
     grids, codes, scales, zeros = zip(*parts, strict=True)
-    whole: _Grid = grids[0]
+    whole: Grid = grids[0]
     if whole.factors is not None:
         whole = replace(whole, factors=torch.cat([grid.factors for grid in grids]))
     return whole.matrix(torch.cat(codes)[:, :inputs], torch.cat(scales), torch.cat(zeros))
 
 
-def grouped(
-    weight: torch.Tensor, group_inputs: int = GROUP_INPUTS, filling: float | None = None
-) -> torch.Tensor:
-    """(rows, in) to (rows, groups, n); a shorter last group repeats its last input or `filling`."""
+def grouped(weight: torch.Tensor, group_inputs: int) -> torch.Tensor:
+    """(rows, in) to (rows, groups, n); a shorter last group repeats its last input."""
     rows, inputs = weight.shape
     if missing := -inputs % group_inputs:
-        if filling is None:
-            weight = functional.pad(weight[None], (0, missing), mode="replicate")[0]
-        else:
-            weight = functional.pad(weight, (0, missing), value=filling)
+        weight = functional.pad(weight[None], (0, missing), mode="replicate")[0]
     return weight.view(rows, -1, group_inputs)
 
 
 def _whole_range(
-    grid: _Grid, groups: torch.Tensor, _: torch.Tensor | None = None
+    grid: Grid, groups: torch.Tensor, _: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = groups.aminmax(dim=-1)
     scale = (high - low) / grid.largest
@@ -196,7 +181,7 @@ def _whole_range(
 
 
 def searched(
-    grid: _Grid, groups: torch.Tensor, importance: torch.Tensor
+    grid: Grid, groups: torch.Tensor, importance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero of each group with the least squared error that the search finds.
 
@@ -245,183 +230,3 @@ def _fitted(
     slope = centred.mul_(groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
     slope = torch.where(spread > 0, slope, scale)
     return slope, mean - mean_code * slope
-
-
-DAMPING = 0.01
-"""Part of a Hessian's mean diagonal that is added to its diagonal, by default."""
-
-
-@contextlib.contextmanager
-def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sum ``x.T x`` of the inputs of linear layers, (in, in), float32, while a model runs.
-
-    Layers that are called with the same tensor one after the other, as the projections of queries,
-    keys and values are, share one sum. Run the calibration text in the ``with`` block.
-
-    Args:
-        layers: The layers by any names.
-
-    Yields:
-        The sums so far, by the names of the layers that were called.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    last: tuple[torch.Tensor, str] | None = None
-
-    def add(name: str, _layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        nonlocal last
-        states = args[0]
-        if last is not None and last[0] is states:
-            sums[name] = sums[last[1]]
-            return
-        last = states, name
-        flat = states.detach().reshape(-1, states.shape[-1]).float()
-        if name in sums:
-            sums[name].addmm_(flat.T, flat)
-        else:
-            sums[name] = flat.T @ flat
-
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
-        yield sums
-
-
-@dataclass(frozen=True)
-class DampedHessian:
-    """A Hessian that can be inverted.
-
-    Attributes:
-        matrix: (in, in).
-        factor: Upper Cholesky factor of its inverse, (in, in).
-    """
-
-    matrix: torch.Tensor
-    factor: torch.Tensor
-
-    @classmethod
-    def of(cls, hessian: torch.Tensor, damping: float = DAMPING) -> DampedHessian:
-        """Damp the sum of ``x.T x`` over calibration inputs, (in, in).
-
-        Args:
-            hessian: The sum.
-            damping: Part of its mean diagonal that is added to its diagonal. More of it trusts the
-                text less: it is better where text of another kind is served.
-        """
-        matrix = hessian.float().clone()
-        diagonal = matrix.diagonal()
-        diagonal += damping * diagonal.mean() + torch.finfo(torch.float32).tiny
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix.double()))
-        return cls(matrix, torch.linalg.cholesky(inverse, upper=True).float())
-
-
-def quantise_gptq(weight: torch.Tensor, level: PackedLevel, hessian: DampedHessian) -> PackedMatrix:
-    """Pack a matrix with a small squared error of its outputs.
-
-    Args:
-        weight: (out, in).
-        level: A packed level below int8.
-        hessian: Of the layer's inputs, on the same device.
-    """
-    if len(weight) > _GPTQ_ROWS:
-        parts = torch.split(weight, _GPTQ_ROWS)
-        matrices = [quantise_gptq(part, level, hessian) for part in parts]
-        return matrices[0].joined(matrices)
-    weight = weight.detach().float()
-    grid = _Grid.of(stored_level(level, (weight.shape[0], weight.shape[1])), weight)
-    codes, scale, zero = _compensated(grid, weight, hessian.factor)
-    # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
-    scale, zero = _refitted(grid, weight, hessian.matrix, codes, scale, zero)
-    codes = _improved(grid, weight, hessian.matrix, codes, scale, zero)
-    return grid.matrix(codes, scale, zero)
-
-
-def _compensated(
-    grid: _Grid, weight: torch.Tensor, factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """GPTQ: centred codes, (out, in), scales and zeros (out, groups)."""
-    left = weight.clone()  # compensated for the errors so far
-    codes = torch.empty_like(weight)
-    scales, zeros = [], []
-    for first in range(0, weight.shape[1], grid.group_inputs):
-        group = slice(first, first + grid.group_inputs)
-        own, block = left[:, group], factor[group, group]
-        scale, zero = searched(grid, own, block.diagonal().square().reciprocal())
-        errors = torch.empty_like(own)
-        for column in range(own.shape[1]):
-            value = own[:, column]
-            code = grid.centred_codes(value[:, None], scale, zero)[:, 0]
-            codes[:, first + column] = code
-            error = (value - (code * scale + zero)) / block[column, column]
-            errors[:, column] = error
-            own[:, column + 1 :].addr_(error, block[column, column + 1 :], alpha=-1)
-        left[:, group.stop :].addmm_(errors, factor[group, group.stop :], alpha=-1)
-        scales.append(scale)
-        zeros.append(zero)
-    return codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
-
-
-def _values(
-    grid: _Grid, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
-) -> torch.Tensor:
-    inputs, size = codes.shape[1], grid.group_inputs
-    scale, zero = (p.repeat_interleave(size, dim=1)[:, :inputs] for p in (scale, zero))
-    return torch.addcmul(zero, codes, scale)
-
-
-def _refitted(
-    grid: _Grid,
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros by least squares under the Hessian, one group after the other."""
-    scale, zero = scale.clone(), zero.clone()
-    pull = (weight - _values(grid, codes, scale, zero)) @ hessian  # (out, in)
-    for index in range(scale.shape[1]):
-        group = slice(index * grid.group_inputs, (index + 1) * grid.group_inputs)
-        own, centred = hessian[group, group], codes[:, group]
-        weighted = centred @ own
-        both, alone = (weighted * centred).sum(dim=1), own.sum()
-        cross = weighted.sum(dim=1)
-        by_code, by_one = (pull[:, group] * centred).sum(dim=1), pull[:, group].sum(dim=1)
-        determinant = both * alone - cross.square()
-        safe = determinant > 1e-6 * both * alone
-        inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
-        new_scale, new_zero = grid.rounded(
-            scale[:, index] + (alone * by_code - cross * by_one) * inverse,
-            zero[:, index] + (both * by_one - cross * by_code) * inverse,
-        )
-        change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
-        change += (new_scale - scale[:, index])[:, None] * centred
-        scale[:, index], zero[:, index] = new_scale, new_zero
-        pull.addmm_(change, hessian[group], alpha=-1)
-    return scale, zero
-
-
-def _improved(
-    grid: _Grid,
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-) -> torch.Tensor:
-    codes, values = codes.clone(), _values(grid, codes, scale, zero)
-    pull = (weight - values) @ hessian
-    for index in range(scale.shape[1]):
-        first = index * grid.group_inputs
-        group = slice(first, first + grid.group_inputs)
-        own = hessian[group, group]
-        steps, zeros = scale[:, index], zero[:, index]
-        near = pull[:, group].clone()
-        changes = torch.zeros_like(near)
-        for column in range(near.shape[1]):
-            wanted = values[:, first + column] + near[:, column] / own[column, column]
-            code = grid.centred_codes(wanted[:, None], steps, zeros)[:, 0]
-            change = (code - codes[:, first + column]) * steps
-            codes[:, first + column], changes[:, column] = code, change
-            near.addr_(change, own[column], alpha=-1)
-        pull.addmm_(changes, hessian[group], alpha=-1)
-    return codes

@@ -5,13 +5,11 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnknownNameError
+from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import (
-    DampedHessian,
-    hessians,
     quantise,
-    quantise_gptq,
     requantise,
     round_to_nearest,
 )
