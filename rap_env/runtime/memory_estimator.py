@@ -119,6 +119,8 @@ class MemoryEstimator:
         activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
         logits = shape.batch_size * self.memory.facts.vocab_size * _LOGIT_BYTES
         workspace = int(_PASS_FACTOR * activations) + logits + copied
+        if size.prefills:
+            workspace += self._window_bytes(plan, shape)
         growth = self._growth_bytes(plan, shape, size.growth_tokens)
         return PassEstimate(workspace, growth, size.prefills)
 
@@ -192,6 +194,14 @@ class MemoryEstimator:
         return tokens * native + groups * sum(
             level.group_bytes(facts.kv_heads[n], facts.kv_head_size[n], facts.itemsize)
             for n, level in plan.caches
+        )
+
+    def _window_bytes(self, plan: Plan, shape: BatchShape) -> int:
+        """Bytes of a row's caches with windows: while a chunk may be interrupted, old ones stay."""
+        sizes = self._cache_sizes(plan, BatchShape(1, shape.at_least_one[1]))
+        own = enumerate(self.memory.facts.kv_window_tokens)
+        return sum(
+            sizes[n] for n, window in own if window or plan.cache_level(n).window_tokens is not None
         )
 
     def _cache_bytes(self, level: CacheLevel, layer: int, shape: BatchShape) -> int:

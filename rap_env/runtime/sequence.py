@@ -11,7 +11,6 @@ import torch
 
 from rap_env.errors import RapError
 from rap_env.models.device import send
-from rap_env.models.live.interruption import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PositionLogits
 from rap_env.plan import Plan
@@ -153,27 +152,16 @@ class PrefillingSequence:
 
         Raises:
             RapError: The prompt's log-probabilities are wanted, and logits are not finite.
-            PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it, or
-                begins with the first one if earlier chunks are no longer cached.
+            PassInterruptedError: `interrupt` has ended the chunk. The next call repeats it.
         """
         cached = self.batch.length
         chunk = self.sequence.tokens[cached : cached + self.next_tokens]
         recording = self._positions.recording if self.prompt_samples is not None else nullcontext
-        try:
-            with recording():
-                logits = self._run(chunk)
-        except PassInterruptedError:
-            if not self.batch.kv_bytes:
-                self._start_again()
-            raise
+        with recording():
+            logits = self._run(chunk)
         if self.prompt_samples is not None:
             self.prompt_samples += self._scored(chunk)
         return (None if self.tokens_left else logits), len(chunk)
-
-    def _start_again(self) -> None:
-        self.batch.close()
-        if self.prompt_samples is not None:
-            self.prompt_samples = []
 
     def _run(self, chunk: Sequence[int]) -> torch.Tensor:
         return self.batch.append([chunk]) if self.batch.size else self.batch.prefill([chunk])

@@ -110,7 +110,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
         for tokens in {n for n in self.lengths if n and n % GROUP_TOKENS == 0}:  # full tails
-            self._grow(step.after)
+            self._make_room(step.after)
             rows = [row for row, length in enumerate(self.lengths) if length == tokens]
             index = self._index(rows)
             tails = (states[index][:, :, None] for states in (self.keys, self.values))
@@ -125,11 +125,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.values[places[0], :, places[1]] = value_states[:, :, 0]
 
     def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
-        before = self.groups
-        # The ring of a window is written to a copy: the chunk's first tokens see the groups
-        # that its last ones replace.
-        if not self._grow(step.after) and self._ring() is not None:
-            self.groups = tuple(tensor.clone() for tensor in self.groups)
+        before = self.groups  # the chunk's first tokens see the groups that its last ones replace
+        self._make_room(step.after)
         bundles = []
         for (cached, after), rows in equal_rows(self.lengths, step.after).items():
             index = self._index(rows)
@@ -217,19 +214,17 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                     mine[place, :, new_place] = new
         return made
 
-    def undo(self) -> Callable[[], None] | None:
-        """What takes tokens that are appended from now on off the layer again.
-
-        None if the layer is empty, or if new groups replace old ones.
-        """
-        if not self.is_initialized or self._ring() is not None:
-            return None
+    def undo(self) -> Callable[[], None]:
+        """What takes tokens that are appended from now on off the layer again."""
         tails = self.keys.clone(), self.values.clone()
         lengths, columns = list(self.lengths), self.cumulative_length
+        ring = None if self._ring() is None else self.groups  # later groups are put into a copy
 
         def undo() -> None:
             self.keys, self.values = tails
             self.lengths, self.cumulative_length = lengths, columns
+            if ring is not None:
+                self.groups = ring
 
         return undo
 
@@ -269,6 +264,11 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         slots = {cached: self._slots(cached) for cached in set(self.lengths)}
         rows = [slots[cached] for cached in self.lengths]
         return torch.tensor(rows, dtype=torch.long).view(len(rows), -1)
+
+    def _make_room(self, after: Sequence[int]) -> None:
+        """Make slots for rows of these lengths; the ring of a window is copied in any case."""
+        if not self._grow(after) and self._ring() is not None:
+            self.groups = tuple(tensor.clone() for tensor in self.groups)
 
     def _grow(self, after: Sequence[int]) -> bool:
         """Make slots for rows of these lengths; returns whether tensors were copied."""

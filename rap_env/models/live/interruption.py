@@ -13,7 +13,6 @@ from typing import Any
 from transformers import DynamicCache
 
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.layers import DYNAMIC_LAYERS
 
 
 class PassInterruptedError(Exception):
@@ -32,23 +31,18 @@ class InterruptibleCache(DynamicCache):
         return super().update(*args, **kwargs)
 
     @contextmanager
-    def interruptible(self, interrupt: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    def interruptible(self, interrupt: Callable[[], bool]) -> Iterator[Callable[[], None]]:
         """Let `interrupt`, which is called before each layer, end a pass in a ``with`` block.
 
         Yields:
-            Brings all layers back to the tokens that they had before; returns whether it could.
-            Layers that forget tokens, as with a window, cannot be brought back once updated.
+            Brings all layers with tokens back to those that they had before.
         """
         layers: list[Any] = self.layers
-        before = [(layer, layer.get_seq_length(), _undo(layer)) for layer in layers]
+        undos = [_undo(layer) for layer in layers if layer.is_initialized]
 
-        def restore() -> bool:
-            changed = [undo for layer, cached, undo in before if layer.get_seq_length() != cached]
-            if None in changed:
-                return False
-            for undo in changed:
+        def restore() -> None:
+            for undo in undos:
                 undo()
-            return True
 
         self._interrupt = interrupt
         try:
@@ -57,15 +51,18 @@ class InterruptibleCache(DynamicCache):
             self._interrupt = None
 
 
-def _undo(layer: Any) -> Any:
-    """What takes tokens that are appended from now on off a layer again; None if nothing can."""
+def _undo(layer: Any) -> Callable[[], None]:
+    """What takes tokens that are appended from now on off a layer again."""
     if isinstance(layer, GroupedLayer):
         return layer.undo()
-    if layer.is_sliding or type(layer) not in DYNAMIC_LAYERS or not layer.is_initialized:
-        return None
     cached = layer.get_seq_length()
+    window = (layer.keys, layer.values) if layer.is_sliding else None  # it loses its first tokens
 
     def undo() -> None:
-        layer.keys, layer.values = layer.keys[:, :, :cached], layer.values[:, :, :cached]
+        if window is None:
+            layer.keys, layer.values = layer.keys[:, :, :cached], layer.values[:, :, :cached]
+        else:
+            layer.keys, layer.values = window
+            layer.cumulative_length = cached
 
     return undo

@@ -51,8 +51,7 @@ class LiveBatch:
         most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
             fewer need less workspace.
         interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
-            pass ends there with a `PassInterruptedError` and the rows are unchanged; if earlier
-            tokens cannot stay in the cache, `kv_bytes` is 0 afterwards.
+            pass ends there with a `PassInterruptedError`, and rows and caches are unchanged.
         raise_levels: Refill caches below the levels of a plan, if `restore` refills; without it
             rows keep the level that they have.
 
@@ -193,7 +192,7 @@ class LiveBatch:
             for row in self._rows:
                 del row[-count:]
             for part in self._parts:
-                if isinstance(error, PassInterruptedError) and part.cache is not None:
+                if isinstance(error, PassInterruptedError):
                     note_rows(part.cache, part.lengths)
                 else:
                     part.cache = None
@@ -364,7 +363,7 @@ class LiveBatch:
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Ask `interrupt` in the passes of a ``with`` block; keep what is cached, or free it."""
+        """Ask `interrupt` in the passes of a ``with`` block; keep what was cached before."""
         if self._interrupt is None:
             yield
             return
@@ -376,9 +375,8 @@ class LiveBatch:
             try:
                 yield
             except PassInterruptedError:
-                for part, restore in zip(self._parts, restores, strict=True):
-                    if not restore():
-                        part.cache = None
+                for restore in restores:
+                    restore()
                 raise
 
     def _new_cache(self) -> Any:

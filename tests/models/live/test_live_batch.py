@@ -244,9 +244,11 @@ def test_bad_calls_are_rejected_and_change_nothing() -> None:
 
 
 LEVELS = {
-    "int8": (CacheLevel(bits=8), True),
-    "int2": (CacheLevel(bits=2), True),
-    "int8 with a window": (CacheLevel(bits=8, window_tokens=32), False),
+    "native": CacheLevel(),
+    "int8": CacheLevel(bits=8),
+    "int2": CacheLevel(bits=2),
+    "int8 with a window": CacheLevel(bits=8, window_tokens=32),
+    "a window": CacheLevel(window_tokens=32),
 }
 
 
@@ -277,28 +279,31 @@ def test_an_interrupted_pass_can_be_repeated(name, layer):
     with pytest.raises(PassInterruptedError):
         batch.append(more)
     assert rows_of(batch) == rows
+    assert batch.kv_bytes
     interrupt.at(None)
     close(batch.append(more), whole.append(more))
     close(batch.extend([3, 4]), whole.extend([3, 4]))
 
 
+@pytest.mark.parametrize("tokens", [40, 1])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_cache_is_kept_unless_a_window_has_replaced_tokens(level, layer):
-    (cache, kept), interrupt = LEVELS[level], Interrupt()
-    llm = tiny_llm("llama")
-    llm.apply(Plan(caches=tuple((n, cache) for n in range(LAYERS))))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_cache_is_as_before_an_interrupted_pass(family, level, tokens):
+    interrupt = Interrupt()
+    llm = tiny_llm(family)
+    llm.apply(Plan(caches=tuple((n, LEVELS[level]) for n in range(LAYERS))))
     batch, whole = LiveBatch(llm, interrupt=interrupt), LiveBatch(llm)
-    prompts, more = random_rows(70, 37), random_rows(40, 40, seed=1)
+    # 128 and 96 tokens: one more begins a group, which takes the place of an old one in a window.
+    prompts, more = random_rows(128, 96), random_rows(tokens, tokens, seed=1)
     batch.prefill(prompts), whole.prefill(prompts)
-    interrupt.at(layer)
-    with pytest.raises(PassInterruptedError):
-        batch.append(more)
-    assert bool(batch.kv_bytes) == (kept or layer == 0)  # before layer 0 nothing is written
+    for _ in range(2):
+        interrupt.at(1)
+        with pytest.raises(PassInterruptedError):
+            batch.append(more)
+        assert batch.kv_bytes >= whole.kv_bytes  # nothing has to be computed again
     interrupt.at(None)
-    if batch.kv_bytes:
-        assert torch.equal(batch.append(more), whole.append(more))
-        assert torch.equal(batch.extend([3, 4]), whole.extend([3, 4]))
+    assert torch.equal(batch.append(more), whole.append(more))
+    assert torch.equal(batch.extend([3, 4]), whole.extend([3, 4]))
 
 
 def test_a_plan_that_is_lowered_after_an_interruption_finds_the_earlier_tokens():
