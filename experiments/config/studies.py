@@ -166,6 +166,8 @@ class LadderConfig(Section):
     """Kinds of files that ``experiments.ladder.outside`` makes with llama.cpp's quantiser."""
     removed_layers: list[Count] = field(default_factory=lambda: [4, 8])
     """Layers that methods of layer removal leave out, in the same program."""
+    ranks: list[Count] = field(default_factory=lambda: [16])
+    """Ranks of corrections that are added to FFN blocks at int2, in the same program."""
 
     def text_of(self, text: TextConfig) -> TextConfig:
         """The text to measure on: a given one with these windows."""

@@ -2,6 +2,7 @@
 
 - llama.cpp: files of fewer bits that its quantiser makes from the model's own file, in its engine.
 - ShortGPT, ReplaceMe and LinearPatch: layers are left out, and what is left is repaired.
+- EoRA: FFN blocks at int2 with a correction of rank 16, which takes the bytes of int3.
 - The levels and the knapsack of this package, as they are: the same command adds the rows of a new
   level or plan.
 
@@ -33,6 +34,7 @@ from experiments.ladder.outside_methods import (
     DenseStates,
     Fit,
     linear_patch,
+    low_rank_corrected,
     replace_me,
 )
 from experiments.ladder.rows import Ladder, OutsideRow
@@ -48,7 +50,7 @@ from rap_env.importance.one_shot_scores import layer_influence
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm
-from rap_env.models.live.calibration import own_text
+from rap_env.models.live.calibration import OWN_TEXT_DAMPING, own_text
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import hessians
@@ -184,6 +186,18 @@ class Contenders:
         with linear_patch(self._llm, self._states, cut) as added_bytes:
             return self._fields(self._llm, cut.plan, added_bytes)
 
+    def low_rank(self, plan: Plan, rank: int) -> dict[str, Any]:
+        """Blocks at the level of a plan with EoRA's correction, which counts."""
+        paths = tuple(
+            f"{path}."
+            for block, _ in plan.weights
+            for path in self._llm.adapter.module_paths(block)
+        )
+        layers = linear_layers(self._llm)
+        layers = {name: layers[name] for name in layers if name.startswith(paths)}
+        with low_rank_corrected(layers, self._sums, "int2", rank, OWN_TEXT_DAMPING) as added_bytes:
+            return self._fields(self._llm, Plan(), added_bytes, sized=plan)
+
     def llama_cpp(self, source: Path, threads: int, kind: str) -> dict[str, Any]:
         """A file that llama.cpp's quantiser makes with an importance matrix, in its engine."""
         windows, file = self._native.windows, self._native.folder / "quantised.gguf"
@@ -207,16 +221,24 @@ class Contenders:
     def _importance(self) -> dict[str, list[float]]:
         """llama.cpp's importance matrix: the mean square of each matrix's inputs, by tensor."""
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self._llm.facts.num_layers)
+        return {
+            f"{names.get_name(name)}.weight": (total.diagonal() / self.calibration.numel()).tolist()
+            for name, total in self._sums.items()
+        }
+
+    @cached_property
+    def _sums(self) -> dict[str, torch.Tensor]:
+        """Sum of ``x.T x`` of each linear layer's inputs on the calibration text."""
         with hessians(linear_layers(self._llm)) as sums, torch.no_grad(), self._llm.masked(Plan()):
             for window in self.calibration:
                 self._llm.hidden(window[None].to(self._llm.device))
-        return {
-            f"{names.get_name(name)}.weight": (total.diagonal() / self.calibration.numel()).tolist()
-            for name, total in sums.items()
-        }
+        return sums
 
-    def _fields(self, llm: ElasticLLM, plan: Plan, added_bytes: int = 0) -> dict[str, Any]:
-        sizes = self.memory.breakdown(plan, Request(1, 1, budget_bytes=2**62))
+    def _fields(
+        self, llm: ElasticLLM, plan: Plan, added_bytes: int = 0, sized: Plan | None = None
+    ) -> dict[str, Any]:
+        """The fields of a row; its bytes are those of `sized`, or else of `plan`, and the added."""
+        sizes = self.memory.breakdown(sized or plan, Request(1, 1, budget_bytes=2**62))
         logits = (window_logits(llm, plan, window) for window in self._native.windows)
         return {
             "weight_bytes": sizes.weights + sizes.stubs + sizes.embeddings + added_bytes,
@@ -258,12 +280,16 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
     }
     for layers, method in itertools.product(settings.removed_layers, methods):
         yield job(method, f"{layers} layers", partial(methods[method], layers))
+    own_plans = rows.own_plans()
+    for rank in settings.ranks:
+        if plan := own_plans.get(("uniform", "FFN int2")):
+            yield job("EoRA", f"FFN int2, rank {rank}", partial(rows.low_rank, plan, rank))
     for kind in settings.llama_cpp_files:
         source = gguf_file(config.model.name)
         of_file = partial(rows.llama_cpp, source, settings.llama_cpp_threads, kind)
         engine = package_versions([PACKAGE]).get(PACKAGE)
         yield job("llama.cpp", kind, of_file, file=source.name, llama_cpp=engine)
-    for (method, name), plan in rows.own_plans().items():
+    for (method, name), plan in own_plans.items():
         more = {**rows.memory.facts.identity, "plan": plan.levels}
         yield job(method, name, partial(rows.own, plan), **more)
 

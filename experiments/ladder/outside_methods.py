@@ -1,13 +1,13 @@
-"""Published ways to leave out layers and repair the cut: ReplaceMe and LinearPatch.
+"""Published ways to repair a model on a calibration text, without training it.
 
-Both remove n consecutive layers and put one linear map in their place, which is fitted on a
-calibration text without training the model. Shapes: N tokens, H hidden width, L layers.
+ReplaceMe and LinearPatch leave out n consecutive layers and put one linear map in their place; a
+correction of low rank is added to quantised weights. Shapes: N tokens, H hidden width, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,8 @@ from experiments.study.errors import ExperimentError
 from rap_env.blocks import block_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.gptq import DampedHessian, quantise_gptq
+from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
 
@@ -185,6 +187,49 @@ def linear_patch(llm: ElasticLLM, states: DenseStates, cut: Cut) -> Iterator[int
         yield patch.nbytes
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def low_rank_corrected(
+    layers: Mapping[str, nn.Linear],
+    sums: Mapping[str, torch.Tensor],
+    level: PackedLevel,
+    rank: int,
+    damping: float,
+) -> Iterator[int]:
+    """Give dense layers the weights of a level plus a correction of low rank, in a ``with`` block.
+
+    As in EoRA (Liu et al. 2024, arXiv 2410.21271): the product of two matrices of this rank that
+    leaves the least squared error of the layer's outputs on the calibration text.
+
+    Args:
+        layers: The layers by name.
+        sums: Sum of ``x.T x`` of the inputs of each, (in, in).
+        level: The level, made by GPTQ.
+        rank: Rank of each correction.
+        damping: As for `DampedHessian.of`.
+
+    Yields:
+        Bytes of all corrections, in bfloat16.
+    """
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    added_bytes = 0
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight, hessian = before[name].float(), DampedHessian.of(sums[name], damping)
+            packed = quantise_gptq(weight, level, hessian).widened(torch.float32)
+            root = torch.linalg.cholesky(hessian.matrix)
+            u, s, v = torch.linalg.svd((weight - packed) @ root, full_matrices=False)
+            right = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
+            left, right = (part.bfloat16() for part in (u[:, :rank] * s[:rank], right))
+            added_bytes += left.nbytes + right.nbytes
+            layer.weight.copy_(packed + left.float() @ right.float())
+    try:
+        yield added_bytes
+    finally:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(before[name])
 
 
 def hadamard(size: int) -> torch.Tensor:

@@ -58,6 +58,7 @@ OUTSIDE = {
     "ReplaceMe, cosine": ("ReplaceMe (cosine)", "#9C6ADE", "^"),
     "LinearPatch": ("LinearPatch", "#2B4C9B", "X"),
     "ShortGPT": ("ShortGPT", REMOVAL, "P"),
+    "EoRA": ("int2 with a correction of rank 16 (EoRA)", "#8A6D3B", "*"),
 }
 """Label, colour and marker of each method of `OutsideRow`."""
 

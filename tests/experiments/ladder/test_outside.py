@@ -19,6 +19,7 @@ from experiments.ladder.outside_methods import (
     hadamard,
     least_squares,
     linear_patch,
+    low_rank_corrected,
     replace_me,
 )
 from experiments.ladder.rows import OutsideRow, read_ladder
@@ -213,3 +214,16 @@ def test_hadamard_matrices_are_orthogonal(size):
 def test_a_width_without_a_hadamard_matrix_is_rejected():
     with pytest.raises(ExperimentError, match="odd factor 5"):
         hadamard(20)
+
+
+def test_a_correction_of_low_rank_lowers_the_error_of_outputs():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 128, bias=False)
+    weight, inputs = layer.weight.detach().clone(), torch.randn(500, 64) * torch.rand(64)
+    errors, sums = {}, {"ffn": inputs.T @ inputs}
+    for rank in (1, 8, 64):
+        with low_rank_corrected({"ffn": layer}, sums, "int2", rank, 0.01) as added_bytes:
+            assert added_bytes == 2 * rank * (64 + 128)
+            errors[rank] = float((inputs @ (layer.weight - weight).T).square().mean())
+    assert torch.equal(layer.weight, weight)
+    assert errors[64] < 0.01 * errors[8] < 0.01 * errors[1]
