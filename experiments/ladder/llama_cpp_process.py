@@ -110,7 +110,7 @@ class LlamaCpp:
             part = window[start : start + _BATCH_TOKENS]
             logits = self.decode(part, start, all_logits=True)
             targets = window[start + 1 : start + 1 + len(part)]
-            yield logits[: len(targets)], targets
+            yield logits[: len(targets)].copy(), targets  # the engine uses its buffer again
 
     def close(self) -> None:
         """Free the context and the model."""

@@ -11,6 +11,7 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.ladder import outside
+from experiments.ladder.llama_cpp_process import LlamaCpp
 from experiments.ladder.outside import STUDY, Contenders, window_logits
 from experiments.ladder.outside_methods import (
     REPLACE_ME,
@@ -227,3 +228,16 @@ def test_a_correction_of_low_rank_lowers_the_error_of_outputs():
             errors[rank] = float((inputs @ (layer.weight - weight).T).square().mean())
     assert torch.equal(layer.weight, weight)
     assert errors[64] < 0.01 * errors[8] < 0.01 * errors[1]
+
+
+def test_logits_of_a_part_stay_when_the_engine_uses_its_buffer_again(monkeypatch):
+    engine, buffer = LlamaCpp.__new__(LlamaCpp), np.zeros((256, 3), np.float32)
+
+    def decode(ids, start, all_logits):
+        buffer[:] = start
+        return buffer[: len(ids)]
+
+    monkeypatch.setattr(engine, "clear", lambda: None)
+    monkeypatch.setattr(engine, "decode", decode)
+    parts = [logits for logits, _ in engine.logits(np.arange(600, dtype=np.int32))]
+    assert [(len(part), float(part[0, 0])) for part in parts] == [(256, 0), (256, 256), (87, 512)]
