@@ -87,17 +87,19 @@ class NativeLogits:
         self._llm, self.windows = llm, windows
         self._folder = tempfile.TemporaryDirectory(prefix="rap-outside-")
         self.folder = Path(self._folder.name)
+        self._logits = torch.empty(0)  # then in a file, (windows, T - 1, V)
 
-    @cached_property
-    def _logits(self) -> torch.Tensor:
-        """Those of all windows in a file, (windows, T - 1, V)."""
+    def read(self) -> None:
+        """Run the model, which must be as it is, unless that was done."""
+        if len(self._logits):
+            return
         windows, tokens = self.windows.shape
         shape = windows, tokens - 1, self._llm.facts.vocab_size
         file, dtype = str(self.folder / "native.bin"), self._llm.dtype
         logits = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         for number, window in enumerate(self.windows):
             logits[number] = window_logits(self._llm, Plan(), window)
-        return logits
+        self._logits = logits
 
     def compare(self, logits: Iterable[torch.Tensor]) -> dict[str, Any]:
         """The fields of a row from a method's logits of each window, each (T - 1, V)."""
@@ -138,6 +140,11 @@ class Contenders:
         self._llm = self.context.llm
         self._native = NativeLogits(self._llm, self.report.corpus.tokens)
         self._states = DenseStates(self._llm, self.calibration)
+
+    def measured(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The fields of a row; the model itself is run first, before a method changes it."""
+        self._native.read()
+        return measure()
 
     def own_plans(self) -> dict[tuple[str, str], Plan]:
         """Levels of all blocks or all FFN blocks, and the knapsack's plans, by method and name.
@@ -269,7 +276,7 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
             (method, name),
             {**depends_on, **more},
             lambda provenance: OutsideRow(
-                method=method, name=name, **measure(), provenance=provenance
+                method=method, name=name, **rows.measured(measure), provenance=provenance
             ),
         )
 

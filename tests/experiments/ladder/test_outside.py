@@ -1,6 +1,7 @@
 """Methods of others on a tiny real model: fits, cuts, bytes, agreement with the native model."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_each_level_and_method_has_a_row(rows):
     }
 
 
+def test_a_row_that_is_measured_first_is_compared_with_the_unchanged_model(rows, config, tmp_path):
+    removed = replace(config, ladder=replace(config.ladder, removed_layers=[1]))
+    jobs = {job.identity: job for job in outside.outside_jobs(removed, tmp_path)}
+    key = "ReplaceMe, least squares", "1 layers"
+    assert jobs[key].make({}).loss == pytest.approx(rows[key].loss, abs=1e-5) != 0.0
+
+
 def test_losses_are_those_of_the_scorer(rows, config):
     context = build_context(config)
     text = load_text(config.evaluate.text, "report", context.llm, progress=False)
@@ -137,7 +145,8 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
         return {"model_bytes": 5, "tensor_types": {"q4_0": 2}}
 
     monkeypatch.setattr(outside, "run_process", run)
-    fields = contenders.llama_cpp(tmp_path / "source.gguf", 1, kind)
+    measure = partial(contenders.llama_cpp, tmp_path / "source.gguf", 1, kind)
+    fields = contenders.measured(measure)
     assert (fields["weight_bytes"], fields["tensor_types"]) == (5, {"q4_0": 2})
     assert (fields["loss"], fields["same_top_token_share"]) == (0.0, 1.0)
     (task,) = tasks
