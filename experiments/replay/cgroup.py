@@ -9,41 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import random
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.config import Config
 from experiments.launch import launch
+from experiments.replay.trial import Answer, Trial, trial_figure
 from experiments.study.console import say
-from experiments.study.figures import INK, save_png, style
+from experiments.study.figures import save_png
 from experiments.study.run_folder import provenance
 from rap_env.artifacts import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _ROOT = Path("/sys/fs/cgroup/memory")
 _MIB = 2**20
 _SAMPLE_S = 0.5
 _STEP_MIB = 60  # of the tenant's walk
 _START_S = 120.0
-_PALE = "#ccd0d6"
 _TENANT = """
 import mmap, sys
 blocks, private = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -101,85 +95,6 @@ class MemoryGroup:
 def _counter(file: Path, name: str) -> int:
     counters = dict(line.split() for line in file.read_text(encoding="ascii").splitlines())
     return int(counters.get(name, 0))
-
-
-@dataclass
-class Answer:
-    """One answer: when it was asked for, when its pieces came, and how it ended.
-
-    Attributes:
-        asked_s: Seconds since the start.
-        times_s: When each piece of text came.
-        tokens: Tokens of the answer, as the server counts them.
-        error: Why it failed; None if it is complete.
-    """
-
-    asked_s: float
-    times_s: list[float] = field(default_factory=list)
-    tokens: int = 0
-    error: str | None = None
-
-
-@dataclass
-class Trial:
-    """A recorded run. Times are in seconds since the start.
-
-    Attributes:
-        settings: The limit, the tenant's bytes, minutes and clients.
-        kills: Processes that the kernel killed.
-        answers: All answers.
-        samples: For each moment the time, resident bytes of tenant and server, and metrics of the
-            server: its budget, native caches of the plan, running and waiting answers, rows whose
-            caches are lower than the plan's, preemptions, and tokens read, read again, refilled and
-            generated.
-    """
-
-    settings: dict[str, Any]
-    kills: int = 0
-    answers: list[Answer] = field(default_factory=list)
-    samples: list[list[float]] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def longest_silence_s(self) -> float:
-        """Longest time without a piece of any answer while one was open."""
-        moves = sorted(
-            time_s for answer in self.answers for time_s in (answer.asked_s, *answer.times_s)
-        )
-        return max((b - a for a, b in itertools.pairwise(moves)), default=0.0)
-
-    @property
-    def recoveries_s(self) -> list[float]:
-        """After each return of the plan to native caches: until a tenth of the rows is lower."""
-        recoveries, since_s, native = [], None, max((row[4] for row in self.samples), default=0)
-        before = native
-        for row in self.samples:
-            if row[4] < native:
-                since_s = None
-            elif before < native:
-                since_s = row[0]
-            if since_s is not None and row[7] <= 0.1 * row[5]:
-                recoveries.append(row[0] - since_s)
-                since_s = None
-            before = row[4]
-        return recoveries
-
-    @property
-    def summary(self) -> str:
-        """The run in sentences."""
-        failed = sum(answer.error is not None for answer in self.answers)
-        gaps = [b - a for each in self.answers for a, b in itertools.pairwise(each.times_s)]
-        *_, preemptions, read, again, _, _ = self.samples[-1] if self.samples else [0.0] * 5
-        back, share = self.recoveries_s, 100 * again / max(1, read)
-        return (
-            f"{len(self.answers) - failed} of {len(self.answers)} requests answered, "
-            f"{self.kills} processes killed, longest time without a token "
-            f"{self.longest_silence_s:.1f} s; between the pieces of an answer "
-            f"{1000 * statistics.median(gaps or [0]):.0f} ms (median); {share:.1f} % of the prompt "
-            f"tokens were read again after {preemptions:.0f} preemptions. Native caches came back "
-            f"{len(back)} times, in all rows after {statistics.median(back or [0]):.1f} s (median, "
-            f"at most {max(back, default=0):.1f} s)."
-        )
 
 
 _METRICS = (
@@ -330,43 +245,6 @@ def run_trial(config: Config, folder: Path, group: MemoryGroup) -> Trial:
         trial = _Run(settings, group, port, config.seed).run(beside)
     trial.provenance = provenance({"run": config.seed})
     return trial
-
-
-def trial_figure(trial: Trial) -> Figure:
-    """Memory against the limit, levels of caches, and tokens a second, over time."""
-    from matplotlib.figure import Figure
-
-    with style():
-        figure = Figure(figsize=(9, 6), layout="constrained")
-        memory, levels, tokens = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.5, 1.5))
-        _draw_memory(memory, trial)
-        times = [row[0] for row in trial.samples]
-        native = max(row[4] for row in trial.samples)
-        levels.fill_between(
-            times,
-            [100 * row[4] / native for row in trial.samples],
-            color=_PALE,
-            step="post",
-            label="plan",
-        )
-        share = [100 * (1 - row[7] / row[5]) if row[5] else 100.0 for row in trial.samples]
-        levels.plot(times, share, color=INK, lw=0.8, label="answers at the plan's levels")
-        levels.set(ylabel="native caches, %", ylim=(0, 105))
-        levels.legend(loc="lower right", fontsize=7)
-        pairs = list(zip(trial.samples, trial.samples[10:], strict=False))
-        rates = [(b[12] - a[12]) / (b[0] - a[0]) for a, b in pairs]
-        tokens.plot([b[0] for _, b in pairs], rates, color=INK, lw=0.8)
-        tokens.set(ylabel="tokens a second", xlabel="seconds", ylim=(0, None))
-        return figure
-
-
-def _draw_memory(axes: Axes, trial: Trial) -> None:
-    times, limit = [row[0] for row in trial.samples], trial.settings["limit_mib"]
-    tenant, server = ([row[column] / _MIB for row in trial.samples] for column in (1, 2))
-    axes.stackplot(times, tenant, server, colors=(_PALE, "#4c78a8"), labels=("tenant", "rap serve"))
-    axes.axhline(limit, color="#b03a2e", lw=1.2, label=f"limit of the cgroup, {limit} MiB")
-    axes.set(ylabel="resident memory, MiB", ylim=(0, 1.08 * limit))
-    axes.legend(loc="upper right", fontsize=7, ncols=3)
 
 
 def trial(config: Config, folder: Path) -> None:

@@ -52,9 +52,9 @@ class RuntimeController(Feasibility):
     (`admit`). Once nothing has run for `IDLE_RESTORE_S`, everything that fits is restored, and none
     of the budget stays spare. Weights return to any level exactly and at any time. Caches of
     running requests keep a lowered level, and new ones get that of the plan, where `PlanSwitcher`
-    is told the levels of rows, as the engine does; it then refills rows one at a time. Otherwise a
-    refill, a pass over all tokens, is made for attention blocks that return and for caches that
-    leave 2 bits alone.
+    is told the levels of rows, as the engine does; it then reads rows back from files, or refills
+    them. Otherwise a refill, a pass over all tokens, is made for attention blocks that return and
+    for caches that leave 2 bits alone.
 
     **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
     it is `stalled`, and so does the last one that runs before it would be preempted. The part is as

@@ -43,7 +43,8 @@ class Engine:
     if nothing has run for a second: then the shortest one that fits runs, whatever margin of safety
     was learned. If no plan fits the running batch, the newest request is preempted: it returns to
     the front of the queue with its tokens and what it has cached (`KeptCaches`), and later goes on
-    from there. Once memory is back, requests whose caches were lowered are refilled one at a time.
+    from there. Once memory is back, lowered caches are read back from files, or refilled one at a
+    time.
 
     As long as the plan is the same, a row's tokens depend on other rows only by rounding.
 

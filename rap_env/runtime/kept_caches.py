@@ -17,10 +17,13 @@ class KeptCaches:
     Args:
         folder: Where to write files; None if no disk may be used. Files have no name, so that they
             go with the process.
+
+    Attributes:
+        folder: The folder; None if no disk may be used, or none any more.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+        self.folder = folder
         self._batches: dict[TokenSequence, LiveBatch] = {}
 
     @property
@@ -44,16 +47,16 @@ class KeptCaches:
             batch.close()
             return
         self._batches[sequence] = batch
-        if self._folder is not None:
+        if self.folder is not None:
             try:
-                batch.offload(self._folder)
+                batch.offload(self.folder)
             except OSError as error:
                 log.warning(
                     "The caches of preempted requests stay in memory from now on: %s cannot be "
-                    "written to: %s.", self._folder, error,
+                    "written to: %s.", self.folder, error,
                 )  # fmt: skip
-                self._folder = None
-        if self._folder is None:
+                self.folder = None
+        if self.folder is None:
             batch.lower(4)
 
     def take(self, sequence: TokenSequence) -> LiveBatch | None:

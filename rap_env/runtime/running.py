@@ -26,7 +26,8 @@ class RunningBatch:
     """The decoding sequences, row by row of a batch, and the sequence in prefill, if any.
 
     A prefill may also be a *refill*: the cache of a decoding sequence is computed again at the
-    levels of the plan, while the sequence decodes with the old one.
+    levels of the plan, while the sequence decodes with the old one. That is for caches of which
+    there are no copies: without a disk, and with sliding windows.
 
     Args:
         llm: The live model.
@@ -54,6 +55,7 @@ class RunningBatch:
         self._restore: Restore = restore
         self._chunk_tokens = chunk_tokens
         self._kept = kept
+        self._copies = kept.folder if restore == "refill" else None
         self._uniform = uniform
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
@@ -138,6 +140,7 @@ class RunningBatch:
             interrupt,
             refills=refills,
             kept=None if refills else self._kept.take(sequence),
+            copies=self._copies,
         )
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             in_batch = sum(sequence.progress(in_batch=refills))
@@ -206,7 +209,11 @@ class RunningBatch:
     def new_rows(self) -> LiveBatch:
         """An empty batch."""
         return LiveBatch(
-            self._llm, restore=self._restore, most_tokens=self._chunk_tokens, raise_levels=False
+            self._llm,
+            restore=self._restore,
+            most_tokens=self._chunk_tokens,
+            raise_levels=False,
+            copies=self._copies,
         )
 
     def _reserve(self, sequences: Sequence[TokenSequence]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,6 +98,7 @@ class PrefillingSequence:
         refills: Whether it decodes meanwhile, with another cache that this one will replace. Then
             its last token is left out, as decoding does.
         kept: What was cached of the sequence before it was preempted.
+        copies: As for `LiveBatch`.
 
     Attributes:
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
@@ -113,11 +115,17 @@ class PrefillingSequence:
         *,
         refills: bool = False,
         kept: LiveBatch | None = None,
+        copies: Path | None = None,
     ) -> None:
         self.sequence = sequence
         self.refills = refills
         self.batch = LiveBatch(
-            llm, restore=restore, most_tokens=chunk_tokens, interrupt=interrupt, raise_levels=False
+            llm,
+            restore=restore,
+            most_tokens=chunk_tokens,
+            interrupt=interrupt,
+            raise_levels=False,
+            copies=copies,
         )
         if kept is not None:
             self.batch.join(kept)

@@ -10,10 +10,10 @@ from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
 INT4 = Plan.uniform(3, caches="int4")
 
 
-def squeezed(new: int = 23, **settings):
+def squeezed(new: int = 23, residency="resident", **settings):
     """An engine with a row whose caches are lowered, at the moment when memory is back."""
     policy = FakePolicy(INT4)
-    harness = Harness(policy=policy, mask=INT4, hold_s=0.3)
+    harness = Harness(policy=policy, mask=INT4, hold_s=0.3, residency=residency)
     engine = harness.engine(prefill_chunk_tokens=16, **settings)
     first = engine.submit(prompt(40), greedy(new))
     while len(first.token_ids) < 2:
@@ -41,6 +41,26 @@ def test_a_row_that_joins_after_memory_is_back_is_native_beside_older_ones():
     assert first.plans[-1].caches  # it says which levels its own caches have
     assert first.reason == "length"
     assert engine.stats().refilled_tokens == 0
+
+
+def test_a_row_gets_its_native_cache_back_from_a_file_where_a_disk_is_allowed():
+    harness, engine, first = squeezed(residency="offload")
+    second = engine.submit(prompt(36, 1), greedy(8))
+    while not second.token_ids:
+        engine.step()
+    assert harness.llm.plan == INT4
+    lowered_bytes = harness.llm.held_bytes.kv_cache
+    turns(harness, engine, 4)
+    assert harness.llm.plan == Plan()
+    assert harness.llm.held_bytes.kv_cache > lowered_bytes
+    assert engine.stats().lowered_rows == 0
+    harness.run(engine)
+    for handle in (first, second):
+        back = handle.plans.index(Plan())
+        assert set(handle.plans[back:]) == {Plan()}
+        assert handle.reason == "length"
+    assert engine.stats().refilled_tokens == 0
+    assert harness.llm.held_bytes.kv_cache == 0
 
 
 def test_a_lowered_row_is_refilled_while_it_decodes():

@@ -34,6 +34,7 @@ from rap_env.models.caches.groups import (
     stored_groups,
     widen,
 )
+from rap_env.models.caches.tensor_file import NativeCopy, NewCopies
 from rap_env.models.device import send
 
 _PIECE_GROUPS = 16
@@ -52,6 +53,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         values: The tail of values.
         groups: Stored groups, tensors of shape (B, K, G, ...).
         lengths: Tokens of each row, without padding, (B,).
+        copies: For each row its groups as they were before they were stored, or None, (B,).
+        new_copies: Makes them for the next rows; None for no copies.
         cumulative_length: Columns so far, padding included.
         reserve_tokens: As for `ReservedLayer`, for the layer that replaces this one.
     """
@@ -69,6 +72,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.groups: Groups = ()
         self.lengths: list[int] = []
         self.cumulative_length = 0
+        self.copies: list[NativeCopy | None] = []
+        self.new_copies: NewCopies | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make an empty tail for rows such as those of the given states."""
@@ -78,6 +83,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.groups = pack(self.level.bits, in_groups(self.keys, 0), in_groups(self.values, 0))
         self.lengths = [0] * batch
+        self.copies = [None] * batch if self.new_copies is None else [*self.new_copies(batch)]
+        self.new_copies = None
         self.is_initialized = True
 
     def update(
@@ -114,7 +121,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             rows = [row for row, length in enumerate(self.lengths) if length == tokens]
             index = self._index(rows)
             tails = (states[index][:, :, None] for states in (self.keys, self.values))
-            self._store(rows, tokens // GROUP_TOKENS - 1, pack(self.level.bits, *tails))
+            self._pack(rows, tokens // GROUP_TOKENS - 1, *tails)
         key = ("places", self.device)
         places = step.memo.get(key)
         if places is None:
@@ -156,16 +163,29 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         index, count = self._index(rows), stored_groups(keys.shape[2])
         done = count * GROUP_TOKENS
-        stored = pack(self.level.bits, in_groups(keys, count), in_groups(values, count))
-        self._store(rows, first, stored)
+        stored = self._pack(rows, first, in_groups(keys, count), in_groups(values, count))
         self.keys[index, :, : keys.shape[2] - done] = keys[:, :, done:]
         self.values[index, :, : keys.shape[2] - done] = values[:, :, done:]
         return stored
 
+    def _pack(
+        self, rows: list[int], first: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> Groups:
+        """Store rows' groups from `first` on, (b, K, G, 32, D) each, and return them packed."""
+        stored = pack(self.level.bits, keys, values)
+        self._store(rows, first, stored)
+        for place, row in enumerate(rows if keys.shape[2] else ()):
+            if (copy := self.copies[row]) is not None:
+                copy.write(first, torch.stack([keys[place], values[place]]))
+        return stored
+
     @classmethod
-    def of_native(cls, level: CacheLevel, layer: Any, lengths: Sequence[int]) -> GroupedLayer:
+    def of_native(
+        cls, level: CacheLevel, layer: Any, lengths: Sequence[int], copies: NewCopies | None = None
+    ) -> GroupedLayer:
         """The tokens of a dynamic layer with rows of these lengths, padded on the left."""
         made = cls(level, layer.sliding_window if layer.is_sliding else None)
+        made.new_copies = copies
         made.reserve_tokens = getattr(layer, "reserve_tokens", 0)
         made.lazy_initialization(layer.keys, layer.values)
         made.cumulative_length = layer.get_seq_length()
@@ -190,6 +210,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         made = GroupedLayer(level, self.sliding_window)
         made.reserve_tokens = self.reserve_tokens
         made.lazy_initialization(self.keys, self.values)
+        made.copies = self.copies
         made.keys, made.values = self.keys, self.values
         made.lengths, made.cumulative_length = self.lengths, self.cumulative_length
         made._grow(self.lengths)
@@ -332,6 +353,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             return
         self.keys, self.values = self.keys[rows], self.values[rows]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.copies = [self.copies[row] for row in rows.tolist()]
         slots = self._slots_for(self.lengths)
         self.groups = tuple(tensor[rows, :, :slots] for tensor in self.groups)
 
@@ -345,6 +367,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         pairs = zip(self.groups, other.groups, strict=True)
         self.groups = tuple(torch.cat(pair) for pair in pairs)
         self.lengths, self.cumulative_length = lengths, columns
+        self.copies = self.copies + other.copies
         other.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -363,7 +386,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Free everything; the layer can be filled again."""
         self.keys = self.values = None
-        self.groups, self.lengths, self.cumulative_length = (), [], 0
+        self.groups, self.lengths, self.copies, self.cumulative_length = (), [], [], 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -21,7 +21,7 @@ any change of the mask has that effect on earlier tokens.
 **Levels.** A layer whose cache is below native is a `GroupedLayer`. A layer is brought down to its
 level at once, by `apply` or by the next pass (`lower`): what it holds is quantised in place
 of the old. It is brought up to a higher level as a block is restored, by a refill or when the cache
-is new.
+is new; or at once, where what was lowered was copied to a file (`keep_copies`).
 
 A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1) (see
 `RemovedAttention`), so that lengths and positions stay right for all other layers. The cache itself
@@ -48,6 +48,7 @@ from rap_env.models.caches.layers import (
     lower,
     native_layer,
     raised,
+    read_back,
 )
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 
@@ -207,6 +208,7 @@ def update_cache(
     evict(cache, removed)
     levels = {n: llm.plan.cache_level(n) for n in range(llm.adapter.num_layers)}
     lower(cache, levels)
+    read_back(cache, levels)
     restored = missing(cache) - removed
     if restore == "next_request":
         return

@@ -12,9 +12,11 @@ Shapes: B sequences (rows), K key and value heads, T tokens cached, D channels o
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
+from rap_env.models.caches.tensor_file import NativeCopy, NewCopies, TensorFile, native_states
 from rap_env.models.device import own_pages
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE
 
@@ -130,6 +133,28 @@ def native_layer(layer: Any) -> Any:
 _ROWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
+_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
+
+
+def keep_copies(cache: Any, folder: Path | None) -> None:
+    """Copy what is lowered in a cache from now on to files in a folder, for `read_back`."""
+    if folder is not None:
+        _FOLDERS[cache] = folder
+
+
+def share_folder(cache: Any, other: Any) -> None:
+    """Let another cache have the folder of a cache's copies, if it has one."""
+    keep_copies(other, _FOLDERS.get(cache))
+
+
+def _new_copies(cache: Any) -> NewCopies | None:
+    folder = _FOLDERS.get(cache)
+    if folder is None:
+        return None
+    files = functools.cache(lambda rows: [TensorFile(folder) for _ in range(rows)])
+    return lambda rows: [NativeCopy(file) for file in files(rows)]  # layers of a row share a file
+
+
 def note_rows(cache: Any, rows: torch.Tensor | Sequence[int] | None) -> None:
     """Remember the rows of a cache in use, for `lower`.
 
@@ -174,15 +199,18 @@ def lower(
         lengths: Tokens of each row in the cache, without padding; by default those noted by
             `note_rows`. If they are not known, layers with tokens are left for the next pass.
     """
+    new_copies = _new_copies(cache)
     for number, level in level_changes(cache, levels):
         while len(cache.layers) <= number:
             cache.layers.append(cache.layer_class_to_replicate())
         layer = cache.layers[number]
-        if not _has_tokens(layer):
-            window = layer.sliding_window if layer.is_sliding else None
-            cache.layers[number] = (
-                native_layer(layer) if level.native else GroupedLayer(level, window)
-            )
+        copies = None if layer.is_sliding else new_copies
+        if not _has_tokens(layer) and level.native:
+            cache.layers[number] = native_layer(layer)
+        elif not _has_tokens(layer):
+            made = GroupedLayer(level, layer.sliding_window if layer.is_sliding else None)
+            made.new_copies = copies
+            cache.layers[number] = made
         elif isinstance(layer, GroupedLayer):
             cache.layers[number] = layer.lowered(level)
         else:
@@ -190,7 +218,30 @@ def lower(
             if rows is None:
                 rows = _lengths(cache, layer.keys.shape[0], layer.get_seq_length())
             if rows is not None:
-                cache.layers[number] = GroupedLayer.of_native(level, layer, rows)
+                cache.layers[number] = GroupedLayer.of_native(level, layer, rows, copies)
+
+
+def read_back(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
+    """Bring layers of a cache that are below their level up to it, where there are copies.
+
+    Tokens that came while a layer was lowered get keys and values as they were computed then.
+    """
+    for number, layer in filled_layers(cache):
+        level = levels.get(number, NATIVE_CACHE)
+        if not isinstance(layer, GroupedLayer) or layer.level == level or not all(layer.copies):
+            continue
+        states = native_states(layer)
+        if states is None:
+            layer.copies = [None] * len(layer.copies)
+            continue
+        made: Any = native_layer(layer)
+        made.lazy_initialization(*states)
+        room = made.reserve_tokens
+        made.keys, made.values = (with_room([part], part.shape[2], room) for part in states)
+        if not level.native:
+            made = GroupedLayer.of_native(level, made, layer.lengths)
+            made.copies = layer.copies
+        cache.layers[number] = made
 
 
 def level_changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, CacheLevel]]:
@@ -214,12 +265,17 @@ def level_changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[in
     return changes
 
 
-def levels_of(cache: Any) -> tuple[tuple[int, CacheLevel], ...]:
-    """The layers of a cache that hold tokens below native, with their levels."""
+def levels_of(cache: Any, *, lasting: bool = False) -> tuple[tuple[int, CacheLevel], ...]:
+    """The layers of a cache that hold tokens below native, with their levels.
+
+    Args:
+        cache: The cache.
+        lasting: Leave out those that `read_back` can raise.
+    """
     return tuple(
         (number, layer.level)
         for number, layer in filled_layers(cache)
-        if isinstance(layer, GroupedLayer)
+        if isinstance(layer, GroupedLayer) and not (lasting and all(layer.copies))
     )
 
 

@@ -24,7 +24,7 @@ from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
 from rap_env.models.caches.kv_cache import Past
-from rap_env.models.caches.layers import levels_of, lower, note_rows, with_room
+from rap_env.models.caches.layers import levels_of, lower, note_rows, share_folder, with_room
 from rap_env.models.caches.stored_cache import StoredCache
 from rap_env.models.device import send
 from rap_env.plan import Plan
@@ -55,10 +55,10 @@ class RowPart:
         return max(self.lengths, default=0)
 
     def plan(self, plan: Plan, *, lowest: bool = False) -> Plan:
-        """A plan with the levels that the cache has, or with the lowest of both."""
+        """A plan with the levels that the cache has, or with the lowest of both that stay."""
         if self.cache is None:
             return plan
-        return _at_levels(plan, levels_of(self.cache), lowest)
+        return _at_levels(plan, levels_of(self.cache, lasting=lowest), lowest)
 
     def split(self, row: int, devices: Sequence[torch.device]) -> RowPart:
         """Move a row, which is not the only one, to a part of its own, one layer at a time."""
@@ -69,6 +69,7 @@ class RowPart:
             return made
         taken = copy.copy(cache)
         taken.layers = [copy.copy(layer) for layer in cache.layers]
+        share_folder(cache, taken)
         moves = [(made, taken, _index([row], devices)), (self, cache, _index(others, devices))]
         for number in range(len(cache.layers)):
             for part, own, index in moves:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import torch
 
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.layers import filled_layers
-from rap_env.models.device import own_pages
+from rap_env.models.caches.tensor_file import TensorFile
 
 
 class StoredCache:
@@ -28,18 +25,13 @@ class StoredCache:
 
     def __init__(self, cache: Any, folder: Path) -> None:
         self._cache = cache
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  ends with this
+        self._file = TensorFile(folder)
         tensors = [tensor for _, layer in filled_layers(cache) for tensor in _tensors(layer)]
-        try:
-            self._likes = [self._write(tensor) for tensor in tensors]
-            # Written pages count as used memory of a control group until they are on the disk.
-            os.fdatasync(self._file.fileno())
-            with contextlib.suppress(AttributeError):  # Linux only
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            self._file.close()
-            raise
+        self._likes = [
+            (self._file.append(tensor), tensor.shape, tensor.dtype, tensor.device)
+            for tensor in tensors
+        ]
+        self._file.sync()
         self._layers = [layer for _, layer in filled_layers(cache)]
         for layer in self._layers:
             _set_tensors(layer, [tensor.new_empty(0) for tensor in _tensors(layer)])
@@ -50,28 +42,10 @@ class StoredCache:
         Raises:
             OSError: The file cannot be read.
         """
-        self._file.seek(0)
         likes = iter(self._likes)
         for layer in self._layers:
-            _set_tensors(layer, [self._read(*next(likes)) for _ in _tensors(layer)])
-        self._file.close()
+            _set_tensors(layer, [self._file.read(*next(likes)) for _ in _tensors(layer)])
         return self._cache
-
-    def _write(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-        data: Any = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
-        while len(data):
-            data = data[self._file.write(data) :]
-        return tensor.shape, tensor.dtype, tensor.device
-
-    def _read(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        tensor = own_pages(shape.numel() * dtype.itemsize)
-        data: Any = tensor.numpy()
-        while len(data):
-            count = os.readv(self._file.fileno(), [data])
-            if not count:
-                raise OSError("the file is shorter than what was written")
-            data = data[count:]
-        return tensor.view(dtype).view(shape).to(device)
 
 
 def _tensors(layer: Any) -> tuple[torch.Tensor, ...]:

@@ -26,7 +26,7 @@ from rap_env.models.caches.kv_cache import (
     refill,
     update_cache,
 )
-from rap_env.models.caches.layers import ReservedLayer, note_rows, reserve
+from rap_env.models.caches.layers import ReservedLayer, keep_copies, note_rows, reserve
 from rap_env.models.caches.row_parts import PartedCache, RowPart, columns_of, merged
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
@@ -53,7 +53,9 @@ class LiveBatch:
         interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
             pass ends there with a `PassInterruptedError`, and rows and caches are unchanged.
         raise_levels: Refill caches below the levels of a plan, if `restore` refills; without it
-            rows keep the level that they have.
+            rows keep the level that they have, unless there are copies.
+        copies: A folder for files with copies of what is lowered, from which caches get better
+            levels at once when the plan has them; None for no copies.
 
     Attributes:
         reserve_tokens: Tokens of a row for which native caches get room when they are allocated,
@@ -68,8 +70,10 @@ class LiveBatch:
         most_tokens: int = PREFILL_CHUNK_TOKENS,
         interrupt: Callable[[], bool] | None = None,
         raise_levels: bool = True,
+        copies: Path | None = None,
     ) -> None:
         check_name("restore mode", restore, RESTORES)
+        self._copies = copies
         self._llm = llm
         self._raise_levels = raise_levels
         self._restore = restore
@@ -226,6 +230,7 @@ class LiveBatch:
             restore=self._restore,
             most_tokens=self._most_tokens,
             raise_levels=self._raise_levels,
+            copies=self._copies,
         )
         with self._llm.exclusive(), torch.inference_mode():
             for number, part in enumerate(self._parts):
@@ -383,6 +388,7 @@ class LiveBatch:
         from transformers.cache_utils import DynamicLayer
 
         cache = InterruptibleCache(config=self._llm.model.config)
+        keep_copies(cache, self._copies)
         cache.layers = [
             ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
             for layer in cache.layers

@@ -9,33 +9,46 @@ import pytest
 
 from experiments.config import Config
 from experiments.replay import cgroup
-from experiments.replay.cgroup import Answer, MemoryGroup, Trial, trial_figure
+from experiments.replay.cgroup import MemoryGroup
+from experiments.replay.trial import Answer, Trial, trial_figure
 from rap_env.runtime.memory_meter import resident_bytes
 
 
-def row(time_s, *, native=30, running=3, lowered=0, preempted=0, tokens=0):
-    return [time_s, 50e6, 300e6, 2e8, native, running, 0, lowered, preempted, 1000, 20, 0, tokens]
+def row(time_s, *, native=30, lowered=0, preempted=0, tokens=0, budget=2e8):
+    return [time_s, 50e6, 300e6, budget, native, 3, 0, lowered, preempted, 1000, 20, 0, tokens]
 
 
 @pytest.fixture
 def run():
-    rows = [
-        row(0.0), row(0.5, native=0), row(1.0, native=20, lowered=3), row(1.5, lowered=3),
-        row(2.0, lowered=1), row(2.5, preempted=1, tokens=60), row(3.0, native=0), row(3.5),
-    ]  # fmt: skip
-    answers = [Answer(0.0, [0.5, 0.6, 0.7], 3), Answer(0.2, [2.9], 1), Answer(3.0, error="503")]
+    """Ten native seconds, a squeeze from 10 to 12, memory from 11.5 on, two rows lowered to 13."""
+    rows = [row(s / 2) for s in range(20)]
+    rows += [row(10.0, native=0, budget=1e8), row(10.5, native=0, budget=1e8)]
+    rows += [row(11.0, native=20, lowered=3, budget=1e8), row(11.5, native=20, lowered=3)]
+    rows += [row(12.0, lowered=3), row(12.5, lowered=1), row(13.0, preempted=1, tokens=60)]
+    rows += [row(s / 2) for s in range(27, 30)]
+    rows += [row(15.0, native=0, preempted=1, tokens=60)]
+    calm = Answer(0.0, [s / 10 for s in range(5, 100)], 95)
+    slow = [*(10 + 0.4 * s for s in range(10)), *(13.8 + s / 10 for s in range(12))]
+    answers = [calm, Answer(9.0, slow, 22), Answer(11.8, [11.9, 14.9], 2), Answer(3.0, error="503")]
     return Trial({"limit_mib": 760}, answers=answers, samples=rows)
 
 
 def test_a_record_says_what_happened(run):
-    assert run.longest_silence_s == pytest.approx(2.2)
-    assert run.recoveries_s == [1.0, 0.0]
-    assert "2 of 3 requests answered, 0 processes killed" in run.summary
-    assert "2.0 % of the prompt tokens were read again" in run.summary
+    assert run.longest_silence_s == 0.5  # before the first token
+    assert [since_s for since_s, _ in run.returns] == [11.5]
+    assert run.recoveries_s == [1.5]  # at 12.5 a third of the rows is lower
+    (gap_s,) = {round(gap_s, 6) for gap_s in run.calm_gaps_s}
+    assert gap_s == 0.1
+    (rate_s,) = run.rate_recoveries_s
+    assert 1.4 < rate_s < 2.4  # from 13.8 on
+    # 11.6 to 13.6 in 5 gaps, one of 0.2, then 0.1 to the last native sample.
+    alive = [0.4] * 5 + [0.2] + [0.1] * 7
+    assert run.slowdown == pytest.approx(sum(alive) / len(alive) / 0.1, rel=0.02)
+    assert "3 of 4 requests answered, 0 processes killed" in run.summary
+    assert "2.0 % of the prompt tokens were read again after 1 preemptions" in run.summary
 
 
 def test_the_figure_has_memory_levels_and_tokens(run):
-    run.samples *= 3
     labels = [axes.get_ylabel() for axes in trial_figure(run).axes]
     assert labels == ["resident memory, MiB", "native caches, %", "tokens a second"]
 
