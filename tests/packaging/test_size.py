@@ -6,9 +6,10 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST_CODE_LINES = 41_120
-"""Lowered with every merge; the aim is 30,000. It rose by 1,120 for weights of few bits, rows
-with caches of their own and comparisons with other methods, after 1,600 lines had gone."""
+MOST_CODE_LINES = 41_370
+"""Lowered with every merge; the aim is 30,000. It rose by 1,370 for weights of few bits, rows with
+caches of their own, copies of what is lowered, the trial in a cgroup and comparisons with other
+methods, after 1,600 lines had gone."""
 FOLDERS = ("rap_env", "agents", "experiments", "benchmarks", "examples", "docs", "tools")
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
