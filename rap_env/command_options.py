@@ -11,7 +11,7 @@ import click
 
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import layer_ranges, layers_by_level
+from rap_env.plan import EMBEDDINGS, layer_ranges, layers_by_level
 from rap_env.serving.settings import ServerSettings, setting_help
 
 _HELP = setting_help()
@@ -123,13 +123,14 @@ def level_lines(levels: dict[str, str]) -> list[str]:
     return [*lines, f"Removed ({count}): {'; '.join(parts)}" if count else "Removed: nothing"]
 
 
-def _ladder_order(entry: tuple[tuple[str, str], list[int]]) -> tuple[str, float, int]:
+def _ladder_order(entry: tuple[tuple[str, str], list[int]]) -> tuple[int, float, int]:
     """A key that sorts by kind, and levels from the most to the least exact one."""
     (name, kind), _ = entry
+    place = ("attn", "ffn", "cache", EMBEDDINGS).index(kind)
     if kind != "cache":
-        return kind, 0, WEIGHT_LEVELS.index(name)
+        return place, 0, WEIGHT_LEVELS.index(name)
     level = CacheLevel.of(name)
-    return kind, -(level.window_tokens or math.inf), -level.bits
+    return place, -(level.window_tokens or math.inf), -level.bits
 
 
 def rise_lines(answer: dict[str, Any]) -> list[str]:
