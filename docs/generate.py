@@ -28,6 +28,7 @@ from experiments.ladder.tables import loss_at_equal_bytes
 from experiments.long_context.study import STUDY as LONG_CONTEXT
 from experiments.repair.study import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
+from experiments.replay.trial import Trial, trial_figure
 from experiments.studies.prompts import STUDY as PROMPTS
 from experiments.studies.texts import STUDY as TEXTS
 from experiments.study.figures import save_png
@@ -131,6 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "entries": tables.leaderboard_text,
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
     "load_generator": tables.load_generator_text,
+    "cgroup": tables.cgroup_text,
     "benchmarks": lambda: benchmarks_text(read_benchmarks()),
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
@@ -172,6 +174,8 @@ def write_all(docs: Path) -> None:
     for name in STUDIES:
         draw_study(folder, name)
     draw_ladder(folder)
+    if (record := RESULTS / "cgroup" / "rap.json.gz").exists():
+        save_png(trial_figure(Trial.read(record)), folder / "cgroup.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write(folder / "results_readme.md", records)
     write(folder / "commands.md", command_reference())

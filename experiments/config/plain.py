@@ -100,6 +100,9 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
     },
     # experiments.replay.cgroup: a server and a tenant in one memory cgroup.
     "cgroup": {
+        # Servers, one after the other: rap, llama.cpp and transformers.
+        "systems": Setting(list, ["rap"]),
+        "llama_server": Setting(str, "llama-server"),  # llama.cpp's program
         "limit_mib": Setting(int, 760, within(1)),  # of both together
         "tenant_mib": Setting(list, [50, 280]),  # least and most of the tenant
         "minutes": Setting(float | int, 5, within(0)),

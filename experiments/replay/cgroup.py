@@ -1,8 +1,10 @@
-"""``python -m experiments.replay.cgroup``: `rap serve` beside a tenant in a real memory cgroup.
+"""``python -m experiments.replay.cgroup``: a server beside a tenant in a real memory cgroup.
 
 A parent group has the limit. In it, a tenant's memory walks at random, a step each second, and
 clients ask the server for one streamed answer after another. The kernel kills where the group
-exceeds its limit. What happened is recorded and drawn: memory, levels of caches, tokens.
+exceeds its limit; a server that has ended starts again. What happened is recorded and drawn:
+memory, levels of caches, tokens. The servers are `rap serve`, llama.cpp's with an f16 cache for as
+many answers as there are clients, and ``transformers serve`` with weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,25 +21,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from experiments.config import Config
+from experiments.ladder.llama_cpp import gguf_file
 from experiments.launch import launch
-from experiments.replay.trial import Answer, Trial, trial_figure
+from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
 from experiments.study.console import say
 from experiments.study.figures import save_png
 from experiments.study.run_folder import provenance
-from rap_env.artifacts import atomic_write
+from rap_env.errors import UnknownNameError
+from rap_env.models.files.sources import locate
 
 _ROOT = Path("/sys/fs/cgroup/memory")
 _MIB = 2**20
 _SAMPLE_S = 0.5
 _STEP_MIB = 60  # of the tenant's walk
 _START_S = 120.0
+_ROW_TOKENS = 1024  # of an answer with its prompt, for llama.cpp
 _TENANT = """
 import mmap, sys
 blocks, private = [], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -69,9 +74,9 @@ class MemoryGroup:
             raise
 
     def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """Start a process in a group of its own."""
+        """Start a process in a group of its own, or in the same one again."""
         group = self._folder / name
-        group.mkdir()
+        group.mkdir(exist_ok=True)
         line = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
         return subprocess.Popen(["sh", "-c", line, str(group), *command], text=True, **options)
 
@@ -108,9 +113,11 @@ _METRICS = (
 class _Run:
     """The processes and threads of a trial."""
 
-    def __init__(self, settings: dict[str, Any], group: MemoryGroup, port: int, seed: int) -> None:
+    def __init__(
+        self, settings: dict[str, Any], group: MemoryGroup, server: _Server, seed: int
+    ) -> None:
         self.trial = Trial(settings)
-        self._group, self._port, self._seed = group, port, seed
+        self._group, self._server, self._port, self._seed = group, server, server.port, seed
         self._began_s, self._stop = time.monotonic(), threading.Event()
 
     def run(self, tenant: subprocess.Popen[str]) -> Trial:
@@ -129,6 +136,7 @@ class _Run:
             assert tenant.stdin is not None
             tenant.stdin.write(f"{size}\n")
             tenant.stdin.flush()
+            self._server.start_again()
             time.sleep(1)
         self._stop.set()
         for thread in clients:
@@ -152,9 +160,10 @@ class _Run:
                 "messages": [{"role": "user", "content": "Explain: " + text[start : start + 1600]}],
             }  # fmt: skip
             answer = Answer(self._now_s())
-            self.trial.answers.append(answer)
             try:
                 self._read(answer, body)
+            except ConnectionRefusedError:  # the server starts again
+                time.sleep(0.2)
             except Exception as error:
                 answer.error = repr(error)
                 time.sleep(1)
@@ -162,6 +171,8 @@ class _Run:
     def _read(self, answer: Answer, body: dict[str, Any]) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=300)
         with contextlib.closing(connection):
+            connection.connect()
+            self.trial.answers.append(answer)
             connection.request(
                 "POST",
                 "/v1/chat/completions",
@@ -180,41 +191,84 @@ class _Run:
                 if event["choices"]:
                     answer.times_s.append(round(self._now_s(), 3))
                 answer.tokens = (event.get("usage") or {}).get("completion_tokens", answer.tokens)
+                answer.delta_nll = (event.get("rap") or {}).get("delta_nll", answer.delta_nll)
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                values = scraped(self._port)
-                resident = [self._group.resident_bytes(name) for name in ("tenant", "server")]
-                row = [
-                    round(self._now_s(), 2),
-                    *resident,
-                    *(values.get(name, 0.0) for name in _METRICS),
-                ]
-                self.trial.samples.append(row)
+            values = scraped(self._port)
+            resident = [self._group.resident_bytes(name) for name in ("tenant", "server")]
+            metrics = (values.get(name, 0.0) for name in _METRICS)
+            self.trial.samples.append([round(self._now_s(), 2), *resident, *metrics])
 
 
 def scraped(port: int) -> dict[str, float]:
-    """The metrics of a server, by name with labels."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    with contextlib.closing(connection):
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
+    """The metrics of a server, by name with labels; none of one that does not answer."""
+    try:
+        _, text = _get(port, "/metrics")
+    except (OSError, http.client.HTTPException):
+        return {}
     lines = re.findall(r"^(rap_[^ ]+) ([^ ]+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in lines}
 
 
-@contextlib.contextmanager
-def _process(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
-    """End a process, and wait for it, at the end of a block."""
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
-        process.wait()
+def _get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+class _Server:
+    """A server in a group."""
+
+    def __init__(self, group: MemoryGroup, command: list[str], port: int, log: Any) -> None:
+        self.port = port
+        self._start = partial(group.start, "server", command, stdout=log, stderr=log)
+        self.process = self._start()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it answers, or has ended, or time is over."""
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < _START_S and self.process.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if _get(self.port, "/health")[0] == 200:
+                    return
+            time.sleep(0.2)
+
+    def start_again(self) -> None:
+        """Start it again if it has ended."""
+        if self.process.poll() is not None:
+            self.process = self._start()
+
+
+def command_of(system: str, config: Config, port: int, folder: Path) -> list[str]:
+    """The command that starts a server."""
+    settings, name, at = config.cgroup, config.model.name, ["--port", str(port)]
+    match system:
+        case "rap":
+            code = "import sys; from rap_env.cli import main; sys.exit(main())"
+            decisions = str(folder / "decisions.jsonl")
+            return [sys.executable, "-c", code, "serve", "--model", name, *at, "--threads", "1",
+                    "--decisions", decisions]  # fmt: skip
+        case "llama.cpp":
+            rows = settings["clients"]
+            return [settings["llama_server"], "-m", str(gguf_file(name)), *at, "-np", str(rows),
+                    "-c", str(rows * _ROW_TOKENS), "-t", "1", "-cram", "0"]  # fmt: skip
+        case "transformers":
+            program = str(Path(sys.executable).with_name("transformers"))
+            return [program, "serve", str(locate(name).folder), *at, "--device", "cpu",
+                    "--dtype", "bfloat16", "--model-timeout", "-1"]  # fmt: skip
+    raise UnknownNameError("system", system, SYSTEMS)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process, and wait for it."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    process.kill()
+    process.wait()
 
 
 def _free_port() -> int:
@@ -224,42 +278,39 @@ def _free_port() -> int:
         return port
 
 
-def run_trial(config: Config, folder: Path, group: MemoryGroup) -> Trial:
-    """Start server and tenant in a group, run the trial, and end both."""
+def run_trial(system: str, config: Config, folder: Path, group: MemoryGroup) -> Trial:
+    """Start a server and the tenant in a group, run the trial, and end both."""
     settings, port = {"model": config.model.name, **config.cgroup}, _free_port()
-    code = "import sys; from rap_env.cli import main; sys.exit(main())"
-    serve = [sys.executable, "-c", code, "serve", "--model", config.model.name, "--port", str(port),
-             "--decisions", str(folder / "decisions.jsonl"), "--threads", "1"]  # fmt: skip
+    command = command_of(system, config, port, folder)
     with contextlib.ExitStack() as stack:
         stack.callback(group.close)
-        log = stack.enter_context((folder / "server.log").open("w", encoding="utf-8"))
-        server = stack.enter_context(_process(group.start("server", serve, stdout=log, stderr=log)))
+        log = stack.enter_context((folder / f"{system}.log").open("w", encoding="utf-8"))
+        server = _Server(group, command, port, log)
+        stack.callback(lambda: _end(server.process))
         tenant = [sys.executable, "-c", _TENANT]
-        beside = stack.enter_context(_process(group.start("tenant", tenant, stdin=subprocess.PIPE)))
-        began_s = time.monotonic()
-        while time.monotonic() - began_s < _START_S and server.poll() is None:
-            with contextlib.suppress(OSError):
-                if scraped(port).get("rap_ready"):
-                    break
-            time.sleep(0.2)
-        trial = _Run(settings, group, port, config.seed).run(beside)
+        beside = group.start("tenant", tenant, stdin=subprocess.PIPE)
+        stack.callback(_end, beside)
+        server.wait_until_ready()
+        trial = _Run(settings, group, server, config.seed).run(beside)
     trial.provenance = provenance({"run": config.seed})
     return trial
 
 
 def trial(config: Config, folder: Path) -> None:
-    """Run the trial, and write its record, figure and a summary; skip it without cgroups."""
+    """Run the trial with each system, and write records, a figure and a table."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        group = MemoryGroup(config.cgroup["limit_mib"] * _MIB)
-    except OSError as error:
-        say(f"Skipped: no memory cgroup of version 1 can be made here ({error}); run it as root.")
-        return
-    run = run_trial(config, folder, group)
-    with atomic_write(folder / "cgroup.json") as file:
-        file.write(json.dumps(asdict(run)).encode())
-    save_png(trial_figure(run), folder / "cgroup.png")
-    say(f"{run.summary}\n{folder / 'cgroup.png'}")
+    trials = {}
+    for system in config.cgroup["systems"]:
+        try:
+            group = MemoryGroup(config.cgroup["limit_mib"] * _MIB)
+        except OSError as error:
+            say(f"Skipped: no memory cgroup of version 1 can be made here ({error}); be root.")
+            return
+        trials[system] = run_trial(system, config, folder, group)
+        trials[system].write(folder / f"{system}.json.gz")
+    if "rap" in trials:
+        save_png(trial_figure(trials["rap"]), folder / "cgroup.png")
+    say(f"{trial_table(trials)}\n{folder}")
 
 
 if __name__ == "__main__":

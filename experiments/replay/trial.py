@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.study.figures import INK, style
+from experiments.study.tables import markdown
+from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +22,12 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _PALE = "#ccd0d6"
+SYSTEMS = {
+    "rap": "rap serve",
+    "llama.cpp": "llama.cpp's server, f16 cache",
+    "transformers": "transformers serve, bfloat16",
+}
+"""Servers that the trial starts, with their names in tables."""
 _CALM_S = 5.0
 """Seconds of native caches in all rows after which times between tokens count as undisturbed."""
 
@@ -29,12 +41,14 @@ class Answer:
         times_s: When each piece of text came.
         tokens: Tokens of the answer, as the server counts them.
         error: Why it failed; None if it is complete.
+        delta_nll: Its plan's rise in NLL, as `rap serve` predicts it, nats per token.
     """
 
     asked_s: float
     times_s: list[float] = field(default_factory=list)
     tokens: int = 0
     error: str | None = None
+    delta_nll: float = 0.0
 
 
 @dataclass
@@ -56,6 +70,17 @@ class Trial:
     answers: list[Answer] = field(default_factory=list)
     samples: list[list[float]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Trial:
+        """The record in a file."""
+        fields = json.loads(gzip.decompress(file.read_bytes()))
+        return cls(**fields | {"answers": [Answer(**answer) for answer in fields["answers"]]})
+
+    def write(self, file: Path) -> None:
+        """Write the record to a file."""
+        with atomic_write(file) as stream:
+            stream.write(gzip.compress(json.dumps(asdict(self)).encode(), mtime=0))
 
     @property
     def longest_silence_s(self) -> float:
@@ -143,42 +168,45 @@ class Trial:
         return statistics.fmean(after_s or [0]) / statistics.fmean(self.calm_gaps_s or [1])
 
     @property
-    def measures(self) -> dict[str, float]:
-        """What the trial measures, by name; times in seconds."""
+    def measures(self) -> dict[str, str]:
+        """What the trial measures, in words."""
         failed = sum(answer.error is not None for answer in self.answers)
-        *_, preemptions, read, again, _, _ = self.samples[-1] if self.samples else [0.0] * 5
-        return {
-            "answered": len(self.answers) - failed,
-            "failed": failed,
-            "kills": self.kills,
-            "tokens": sum(answer.tokens for answer in self.answers),
-            "silence_s": self.longest_silence_s,
-            "gap_s": statistics.median([b - a for a, b in self.gaps] or [0]),
-            "repeated_share": again / max(1, read),
-            "preemptions": preemptions,
-            "returns": len(self.returns),
-            "levels_s": statistics.median(self.recoveries_s or [0]),
-            "most_levels_s": max(self.recoveries_s, default=0),
-            "rate_s": statistics.median(self.rate_recoveries_s or [0]),
-            "most_rate_s": max(self.rate_recoveries_s, default=0),
-            "slowdown": self.slowdown,
+        tokens = sum(answer.tokens for answer in self.answers)
+        gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
+        delta_nll = statistics.fmean([answer.delta_nll for answer in self.answers] or [0])
+        measures = {
+            "Requests answered": f"{len(self.answers) - failed}",
+            "Requests failed": f"{failed}",
+            "Processes killed, and started again": f"{self.kills}",
+            "Tokens a second": f"{tokens / (60 * self.settings['minutes']):.1f}",
+            "Longest time without a token": f"{self.longest_silence_s:.1f} s",
+            "Time between the pieces of an answer, median": f"{1000 * gap_s:.0f} ms",
+            "ΔNLL of the answers' plans, mean": f"{delta_nll:.3f}",
         }
+        if self.returns:
+            *_, preemptions, read, again, _, _ = self.samples[-1]
+            measures |= {
+                "Preemptions": f"{preemptions:.0f}",
+                "Prompt tokens read again": f"{100 * again / max(1, read):.1f} %",
+                "Returns of memory": f"{len(self.returns)}",
+                "After a return: until all rows have native caches": _times(self.recoveries_s),
+                "until tokens come at the undisturbed rate": _times(self.rate_recoveries_s),
+                "time per token of answers alive then": f"{self.slowdown:.2f} times undisturbed",
+            }
+        return measures
 
-    @property
-    def summary(self) -> str:
-        """The run in sentences."""
-        m = self.measures
-        return (
-            f"{m['answered']} of {len(self.answers)} requests answered, "
-            f"{m['kills']} processes killed, longest time without a token {m['silence_s']:.1f} s; "
-            f"between the pieces of an answer {1000 * m['gap_s']:.0f} ms (median); "
-            f"{100 * m['repeated_share']:.1f} % of the prompt tokens were read again after "
-            f"{m['preemptions']:.0f} preemptions. Memory came back {m['returns']} times: all rows "
-            f"had native caches after {m['levels_s']:.1f} s (median, at most "
-            f"{m['most_levels_s']:.1f} s), tokens came at the undisturbed rate after "
-            f"{m['rate_s']:.1f} s (at most {m['most_rate_s']:.1f} s), and a token of the answers "
-            f"alive then took {m['slowdown']:.2f} times the undisturbed time."
-        )
+
+def _times(seconds: list[float]) -> str:
+    middle, most = statistics.median(seconds or [0]), max(seconds, default=0)
+    return f"{middle:.1f} s (median of {len(seconds)}, at most {most:.1f} s)"
+
+
+def trial_table(trials: Mapping[str, Trial]) -> str:
+    """A table with a column for each system, by its name in `SYSTEMS`."""
+    columns = [trial.measures for trial in trials.values()]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "-") for column in columns)] for name in names]
+    return markdown((["", *(SYSTEMS[system] for system in trials)], rows))
 
 
 def trial_figure(trial: Trial) -> Figure:

@@ -55,7 +55,6 @@ class RunningBatch:
         self._restore: Restore = restore
         self._chunk_tokens = chunk_tokens
         self._kept = kept
-        self._copies = kept.folder if restore == "refill" else None
         self._uniform = uniform
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
@@ -134,13 +133,11 @@ class RunningBatch:
         """Begin to read a sequence's tokens, in chunks, or those of a decoding one again."""
         self.prefilling = PrefillingSequence(
             sequence,
+            self.new_rows(chunk_tokens, interrupt),
             self._llm,
-            self._restore,
             chunk_tokens,
-            interrupt,
             refills=refills,
             kept=None if refills else self._kept.take(sequence),
-            copies=self._copies,
         )
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             in_batch = sum(sequence.progress(in_batch=refills))
@@ -206,14 +203,17 @@ class RunningBatch:
         self.rows = self.new_rows()
         self.decoding = []
 
-    def new_rows(self) -> LiveBatch:
-        """An empty batch."""
+    def new_rows(
+        self, chunk_tokens: int | None = None, interrupt: Callable[[], bool] | None = None
+    ) -> LiveBatch:
+        """An empty batch; arguments as of `prefill`."""
         return LiveBatch(
             self._llm,
             restore=self._restore,
-            most_tokens=self._chunk_tokens,
+            most_tokens=chunk_tokens or self._chunk_tokens,
+            interrupt=interrupt,
             raise_levels=False,
-            copies=self._copies,
+            copies=self._kept.folder if self._restore == "refill" else None,
         )
 
     def _reserve(self, sequences: Sequence[TokenSequence]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +27,6 @@ from rap_env.runtime.request_handle import (
 from rap_env.runtime.sampling import RowSampler, Sample, sample_rows, scored
 
 if TYPE_CHECKING:
-    from rap_env.models.caches.kv_cache import Restore
     from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
@@ -91,14 +89,12 @@ class PrefillingSequence:
 
     Args:
         sequence: The sequence.
+        batch: An empty batch for it.
         llm: The live model.
-        restore: As for `LiveBatch`.
         chunk_tokens: Most tokens of a chunk.
-        interrupt: As for `LiveBatch`.
         refills: Whether it decodes meanwhile, with another cache that this one will replace. Then
             its last token is left out, as decoding does.
         kept: What was cached of the sequence before it was preempted.
-        copies: As for `LiveBatch`.
 
     Attributes:
         prompt_samples: Log-probabilities of the prompt's tokens so far, from the second one on, if
@@ -108,25 +104,16 @@ class PrefillingSequence:
     def __init__(
         self,
         sequence: TokenSequence,
+        batch: LiveBatch,
         llm: ElasticLLM,
-        restore: Restore,
         chunk_tokens: int,
-        interrupt: Callable[[], bool] | None = None,
         *,
         refills: bool = False,
         kept: LiveBatch | None = None,
-        copies: Path | None = None,
     ) -> None:
         self.sequence = sequence
         self.refills = refills
-        self.batch = LiveBatch(
-            llm,
-            restore=restore,
-            most_tokens=chunk_tokens,
-            interrupt=interrupt,
-            raise_levels=False,
-            copies=copies,
-        )
+        self.batch = batch
         if kept is not None:
             self.batch.join(kept)
         self._chunk_tokens = chunk_tokens
