@@ -219,17 +219,12 @@ def trial_figure(trial: Trial) -> Figure:
         _draw_memory(memory, trial)
         times = [row[0] for row in trial.samples]
         native = max(row[4] for row in trial.samples)
-        levels.fill_between(
-            times,
-            [100 * row[4] / native for row in trial.samples],
-            color=_PALE,
-            step="post",
-            label="plan",
-        )
+        plan = [100 * row[4] / native for row in trial.samples]
+        levels.fill_between(times, plan, color=_PALE, step="post", label="plan")
         share = [100 * (1 - row[7] / row[5]) if row[5] else 100.0 for row in trial.samples]
         levels.plot(times, share, color=INK, lw=0.8, label="answers at the plan's levels")
         levels.set(ylabel="native caches, %", ylim=(0, 105))
-        levels.legend(loc="lower right", fontsize=7)
+        levels.legend(loc="lower right", fontsize=7, frameon=True)
         pairs = list(zip(trial.samples, trial.samples[10:], strict=False))
         rates = [(b[12] - a[12]) / (b[0] - a[0]) for a, b in pairs]
         tokens.plot([b[0] for _, b in pairs], rates, color=INK, lw=0.8)
