@@ -32,6 +32,7 @@ from experiments.ladder.llama_cpp import gguf_file
 from experiments.launch import launch
 from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
 from experiments.study.console import say
+from experiments.study.errors import ExperimentError
 from experiments.study.figures import save_png
 from experiments.study.run_folder import provenance
 from rap_env.errors import UnknownNameError
@@ -41,7 +42,7 @@ _ROOT = Path("/sys/fs/cgroup/memory")
 _MIB = 2**20
 _SAMPLE_S = 0.5
 _STEP_MIB = 60  # of the tenant's walk
-_START_S = 120.0
+_START_S = 300.0
 _ROW_TOKENS = 1024  # of an answer with its prompt, for llama.cpp
 _TENANT = """
 import mmap, sys
@@ -228,13 +229,18 @@ class _Server:
         self.process = self._start()
 
     def wait_until_ready(self) -> None:
-        """Wait until it answers, or has ended, or time is over."""
+        """Wait until it answers.
+
+        Raises:
+            ExperimentError: It has ended, or does not answer in time.
+        """
         began_s = time.monotonic()
         while time.monotonic() - began_s < _START_S and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if _get(self.port, "/health")[0] == 200:
                     return
             time.sleep(0.2)
+        raise ExperimentError(f"The server did not start within {_START_S:g} s; see its log.")
 
     def start_again(self) -> None:
         """Start it again if it has ended."""

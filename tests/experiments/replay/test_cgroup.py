@@ -11,6 +11,7 @@ from experiments.config import Config
 from experiments.replay import cgroup
 from experiments.replay.cgroup import MemoryGroup, command_of
 from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
+from experiments.study.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.models.files.sources import Located
 from rap_env.runtime.memory_meter import resident_bytes
@@ -76,7 +77,8 @@ def test_a_server_that_has_ended_starts_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cgroup, "_ROOT", tmp_path)
     group = MemoryGroup(10**9)
     server = cgroup._Server(group, [sys.executable, "-c", ""], 1, None)
-    server.wait_until_ready()  # it has ended
+    with pytest.raises(ExperimentError, match="did not start"):
+        server.wait_until_ready()
     first = server.process
     server.start_again()
     assert server.process.pid != first.pid
