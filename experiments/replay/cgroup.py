@@ -160,6 +160,8 @@ class _Run:
                 "temperature": 0.8, "seed": draw.randrange(1000),
                 "messages": [{"role": "user", "content": "Explain: " + text[start : start + 1600]}],
             }  # fmt: skip
+            if self.trial.settings["system"] == "transformers":
+                del body["model"]  # its name would be a path
             answer = Answer(self._now_s())
             try:
                 self._read(answer, body)
@@ -280,13 +282,13 @@ def _end(process: subprocess.Popen[str]) -> None:
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
 
 def run_trial(system: str, config: Config, folder: Path, group: MemoryGroup) -> Trial:
     """Start a server and the tenant in a group, run the trial, and end both."""
-    settings, port = {"model": config.model.name, **config.cgroup}, _free_port()
+    settings, port = config.cgroup | {"model": config.model.name, "system": system}, _free_port()
+    del settings["llama_server"]  # a path
     command = command_of(system, config, port, folder)
     with contextlib.ExitStack() as stack:
         stack.callback(group.close)
