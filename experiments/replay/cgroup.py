@@ -183,8 +183,6 @@ class _Run:
                 {"content-type": "application/json"},
             )
             response = connection.getresponse()
-            if response.status != 200:
-                raise RuntimeError(f"{response.status}: {response.read(300)!r}")
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
@@ -195,6 +193,8 @@ class _Run:
                     answer.times_s.append(round(self._now_s(), 3))
                 answer.tokens = (event.get("usage") or {}).get("completion_tokens", answer.tokens)
                 answer.delta_nll = (event.get("rap") or {}).get("delta_nll", answer.delta_nll)
+            if not answer.tokens:  # they are counted at the end
+                raise RuntimeError(f"{response.status}: the answer has no end")
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):

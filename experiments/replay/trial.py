@@ -173,7 +173,7 @@ class Trial:
         failed = sum(answer.error is not None for answer in self.answers)
         tokens = sum(answer.tokens for answer in self.answers)
         gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
-        delta_nll = statistics.fmean([answer.delta_nll for answer in self.answers] or [0])
+        delta_nll = statistics.fmean([answer.delta_nll or 0 for answer in self.answers] or [0])
         measures = {
             "Requests answered": f"{len(self.answers) - failed}",
             "Requests failed": f"{failed}",
