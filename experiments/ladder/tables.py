@@ -58,7 +58,7 @@ OUTSIDE = {
     "ReplaceMe, cosine": ("ReplaceMe (cosine)", "#9C6ADE", "^"),
     "LinearPatch": ("LinearPatch", "#2B4C9B", "X"),
     "ShortGPT": ("ShortGPT", REMOVAL, "P"),
-    "EoRA": ("int2 with a correction of rank 16 (EoRA)", "#8A6D3B", "*"),
+    "EoRA": ("EoRA", "#8A6D3B", "*"),
 }
 """Label, colour and marker of each method of `OutsideRow`."""
 
@@ -195,11 +195,11 @@ def _draw_outside(rows: Sequence[OutsideRow], axis: Axes) -> None:
         )  # fmt: skip
         for row in own if named else ():
             point = row.weight_bytes / 2**20, row.loss
-            ours = method == "uniform"
-            _label(axis, point, row.name, colour, above=ours, left=ours)
+            ours, below = method == "uniform", row.name.startswith("FFN")
+            _label(axis, point, row.name, colour, above=ours and not below, left=ours)
     _scale(axis)
     axis.set_xscale("linear")
-    axis.set_ylim(bottom=-_LINEAR)
+    axis.set_ylim(-_LINEAR, 2 * max(row.loss for row in rows))
 
 
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:
