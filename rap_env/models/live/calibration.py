@@ -32,7 +32,7 @@ from rap_env.models.weights.gptq import (
 )
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS, PACKED_LEVELS, PackedLevel
 from rap_env.models.weights.packed_modules import raw_weights
-from rap_env.models.weights.quantisers import Quantiser
+from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.tensors import verified_tensors, write_tensors
 from rap_env.models.weights.weight_levels import Place, WeightItem
 from rap_env.paths import cache_dir
@@ -314,7 +314,7 @@ def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
 def _quantise(
     item: WeightItem,
     level: PackedLevel,
-    quantisers: Mapping[Place, Quantiser],
+    quantisers: Mapping[Place, Callable[..., PackedMatrix]],
     inputs: Sequence[torch.Tensor],
     states: Sequence[torch.Tensor],
     run: Callable[[torch.Tensor], object],
