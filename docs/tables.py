@@ -168,9 +168,9 @@ def tasks_text(name: str = "tight_tasks") -> str:
     """Accuracy of methods that choose plans on lm-eval tasks, by request and budget.
 
     Args:
-        name: The folder of these plans; the native model is measured in ``tight_tasks``.
+        name: The folder of these plans; the native model is measured there or in ``tight_tasks``.
     """
-    dense = next(row for row in read("tight_tasks") if row.method == "dense")
+    dense = next(row for row in [*read(name), *read("tight_tasks")] if row.method == "dense")
     chosen = [row for row in read(name) if row.method != "dense"]
     tasks, normed = list(chosen[0].accuracies), chosen[0].accuracies_norm or {}
     rows = [dense, *sorted(chosen, key=lambda row: (row.target_loss, row.loss_calibration))]
