@@ -175,6 +175,7 @@ class Trial:
         gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
         delta_nll = statistics.fmean([answer.delta_nll or 0 for answer in self.answers] or [0])
         measures = {
+            "Minutes": f"{self.settings['minutes']:g}",
             "Requests answered": f"{len(self.answers) - failed}",
             "Requests failed": f"{failed}",
             "Processes killed, and started again": f"{self.kills}",
