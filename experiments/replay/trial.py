@@ -168,21 +168,28 @@ class Trial:
         return statistics.fmean(after_s or [0]) / statistics.fmean(self.calm_gaps_s or [1])
 
     @property
+    def minutes(self) -> float:
+        """How long it was; less than its setting if the kernel killed the tenant."""
+        return self.samples[-1][0] / 60 if self.samples else 0.0
+
+    @property
     def measures(self) -> dict[str, str]:
         """What the trial measures, in words."""
-        failed = sum(answer.error is not None for answer in self.answers)
+        answered = [answer for answer in self.answers if answer.error is None]
         tokens = sum(answer.tokens for answer in self.answers)
         gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
-        delta_nll = statistics.fmean([answer.delta_nll or 0 for answer in self.answers] or [0])
+        delta_nll = [answer.delta_nll or 0 for answer in answered]
         measures = {
-            "Minutes": f"{self.settings['minutes']:g}",
-            "Requests answered": f"{len(self.answers) - failed}",
-            "Requests failed": f"{failed}",
+            "Minutes": f"{self.minutes:.1f}",
+            "Requests answered": f"{len(answered)}",
+            "Requests failed": f"{len(self.answers) - len(answered)}",
             "Processes killed, and started again": f"{self.kills}",
-            "Tokens a second": f"{tokens / (60 * self.settings['minutes']):.1f}",
+            "Tokens a second": f"{tokens / (60 * self.minutes or 1):.1f}",
             "Longest time without a token": f"{self.longest_silence_s:.1f} s",
             "Time between the pieces of an answer, median": f"{1000 * gap_s:.0f} ms",
-            "ΔNLL of the answers' plans, mean": f"{delta_nll:.3f}",
+            "ΔNLL of the answers' plans, mean": f"{statistics.fmean(delta_nll):.3f}"
+            if answered
+            else "-",
         }
         if self.returns:
             *_, preemptions, read, again, _, _ = self.samples[-1]
