@@ -178,7 +178,7 @@ class Trial:
         answered = [answer for answer in self.answers if answer.error is None]
         tokens = sum(answer.tokens for answer in self.answers)
         gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
-        delta_nll = [answer.delta_nll or 0 for answer in answered]
+        delta_nll = [answer.delta_nll or 0 for answer in answered] or [0]
         measures = {
             "Minutes": f"{self.minutes:.1f}",
             "Requests answered": f"{len(answered)}",
@@ -191,6 +191,8 @@ class Trial:
             if answered
             else "-",
         }
+        if not answered:
+            del measures["ΔNLL of the answers' plans, mean"]
         if self.returns:
             *_, preemptions, read, again, _, _ = self.samples[-1]
             measures |= {
