@@ -5,13 +5,14 @@ For inputs x of a linear layer, the squared error of its outputs under a change 
 the other and lets the weights of later inputs compensate for each error. Here each group of inputs
 gets its scale and zero when its turn comes, from the compensated weights. Then codes and scales are
 improved in turn: each scale and zero by least squares under H, and each code by coordinate descent
-(as in QuantEase, Behdin et al. 2023).
+(as in QuantEase, Behdin et al. 2023). A layer behind quantised ones can make up for their errors
+(`correction`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,6 +64,47 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         yield sums
 
 
+@contextlib.contextmanager
+def recorded_inputs(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Keep the inputs of each call of a linear layer in a ``with`` block, (tokens, in) each."""
+    inputs: list[torch.Tensor] = []
+
+    def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0].detach().flatten(0, -2))
+
+    hook = layer.register_forward_pre_hook(keep)
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def correction(
+    native: Sequence[torch.Tensor], changed: Sequence[torch.Tensor], damping: float
+) -> torch.Tensor:
+    """What to multiply a layer's weights by where the layers before it are quantised, (in, in).
+
+    For the changed inputs y of the same tokens, ``W C`` has outputs that are nearest to those of W
+    for the native inputs x: by least squares, with ``H = y.T y``, ``C = I + (x - y).T y / H``
+    (as in GPTAQ, Li et al. 2025, arXiv 2504.02692).
+
+    Args:
+        native: Parts of the native inputs, (tokens, in) each.
+        changed: The same parts of the changed ones.
+        damping: As of `DampedHessian`: more of it keeps C nearer to I.
+    """
+    size = native[0].shape[1]
+    hessian, cross = (torch.zeros(size, size, device=native[0].device) for _ in range(2))
+    for before, after in zip(native, changed, strict=True):
+        wide = after.float()
+        hessian.addmm_(wide.T, wide)
+        cross.addmm_((before.float() - wide).T, wide)
+    factor = DampedHessian.of(hessian, damping).factor
+    moved = cross @ factor.T @ factor
+    moved.diagonal().add_(1)
+    return moved
+
+
 @dataclass(frozen=True)
 class DampedHessian:
     """A Hessian that can be inverted.
@@ -91,14 +133,22 @@ class DampedHessian:
         return cls(matrix, torch.linalg.cholesky(inverse, upper=True).float())
 
 
-def quantise_gptq(weight: torch.Tensor, level: PackedLevel, hessian: DampedHessian) -> PackedMatrix:
+def quantise_gptq(
+    weight: torch.Tensor,
+    level: PackedLevel,
+    hessian: DampedHessian,
+    corrected_by: torch.Tensor | None = None,
+) -> PackedMatrix:
     """Pack a matrix with a small squared error of its outputs.
 
     Args:
         weight: (out, in).
         level: A packed level below int8.
         hessian: Of the layer's inputs, on the same device.
+        corrected_by: A `correction`, (in, in).
     """
+    if corrected_by is not None:
+        weight = weight.detach().float() @ corrected_by
     if len(weight) > _ROWS:
         parts = torch.split(weight, _ROWS)
         matrices = [quantise_gptq(part, level, hessian) for part in parts]

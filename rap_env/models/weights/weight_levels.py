@@ -245,6 +245,17 @@ class WeightItem:
             made[place] = place.quantised(level, made, quantisers.get(place))
         self._made[level] = made
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def quantise_again(self, level: PackedLevel, place: Place, quantiser: Quantiser) -> None:
+        """Make the module of one place of a level that was made."""
+        made = self._made[level]
+        made[place] = place.quantised(level, made, quantiser)
+
+    def module(self, level: PackedLevel, place: Place) -> nn.Module:
+        """The module in a place at a level that was made."""
+        return self._made[level].get(place, place.original)
+
     def lacks(self, level: WeightLevel) -> bool:
         """Whether it has a level that a text has to make first, as few bits of a block."""
         packed = packed_level(level)

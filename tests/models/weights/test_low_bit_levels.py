@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rap_env.blocks import block_name
 from rap_env.errors import UnsupportedModelError
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
+from rap_env.models.live import calibration
 from rap_env.models.live.calibration import calibrate
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import Residency
 from rap_env.plan import Plan
@@ -96,3 +99,28 @@ def test_the_ladder_has_them_in_place_of_int4(name: str) -> None:
     assert {weights, weights[:4]} <= item_levels
     narrow = {item.levels for item in Ladder.of(tiny_llm().facts, "all").items}
     assert narrow == {item.levels for item in Ladder.of(tiny_llm().facts, "four-bits").items}
+
+
+@pytest.mark.parametrize("level", ["int3", "int2"])
+@EVERY
+def test_the_last_matrix_of_a_block_makes_up_for_the_others(name, level, monkeypatch) -> None:
+    windows = torch.randint(3, VOCAB_SIZE, (64, 32), generator=torch.Generator().manual_seed(0))
+    others = torch.randint(3, VOCAB_SIZE, (8, 32), generator=torch.Generator().manual_seed(1))
+
+    def error() -> float:
+        llm = tiny_llm(name)
+        calibrate(llm, windows, [level])
+        forward, total = PartialForward(llm), 0.0
+        for window in others:
+            state = forward.enter(window[None])
+            for step in forward.steps:
+                lowered = Plan.of({block_name(block): level for block in step})
+                native = forward.run(step, state)
+                total += float((forward.run(step, state, lowered) - native).square().sum())
+                state = native
+        return total
+
+    corrected = error()
+    monkeypatch.setattr(calibration, "_CORRECTED", ())
+    monkeypatch.setattr(calibration, "_VERSION", 0)  # other files
+    assert corrected < 0.98 * error()

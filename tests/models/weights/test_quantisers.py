@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnknownNameError
-from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
+from rap_env.models.weights.gptq import (
+    DampedHessian,
+    correction,
+    hessians,
+    quantise_gptq,
+    recorded_inputs,
+)
 from rap_env.models.weights.packed_layout import PACKED_LEVELS, PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import (
@@ -137,3 +143,34 @@ def test_hessians_are_sums_over_all_passes_and_shared_by_layers_with_the_same_in
     before = sums["first"].clone()
     first(passes[0])
     assert torch.equal(sums["first"], before)
+
+
+def test_corrected_weights_make_up_for_changed_inputs() -> None:
+    weight, native = _weight(), _states(2000, 2)
+    changed = 0.8 * native + 0.09 * native.roll(1, dims=1)
+    parts = list(torch.split(native, 700)), list(torch.split(changed, 700))
+    corrected_by = correction(*parts, damping=0.01)
+    expected = native @ weight.T
+    errors = [
+        float((changed @ own.T - expected).square().sum())
+        for own in (weight @ corrected_by, weight)
+    ]
+    assert errors[0] < 0.1 * errors[1]
+    gptq = [
+        quantise_gptq(weight, "int3", DampedHessian.of(native.T @ native), own)
+        for own in (corrected_by, None)
+    ]
+    outputs = [changed @ matrix.widened(torch.float32).T for matrix in gptq]
+    first, second = (float((output - expected).square().sum()) for output in outputs)
+    assert first < 0.7 * second
+    same = correction(parts[0], parts[0], damping=0.01)
+    assert torch.allclose(same, torch.eye(INPUTS), atol=1e-5)
+
+
+def test_inputs_are_recorded_in_the_block_only() -> None:
+    layer, states = nn.Linear(4, 4), torch.randn(2, 3, 4)
+    with recorded_inputs(layer) as inputs, torch.inference_mode():
+        layer(states)
+    layer(states)
+    assert len(inputs) == 1
+    assert torch.equal(inputs[0], states.view(-1, 4))
