@@ -200,8 +200,7 @@ class Contenders:
             for block, _ in plan.weights
             for path in self._llm.adapter.module_paths(block)
         )
-        layers = linear_layers(self._llm)
-        layers = {name: layers[name] for name in layers if name.startswith(paths)}
+        layers = {n: layer for n, layer in linear_layers(self._llm).items() if n.startswith(paths)}
         with low_rank_corrected(layers, self._sums, "int2", rank, OWN_TEXT_DAMPING) as added_bytes:
             return self._fields(self._llm, Plan(), added_bytes, sized=plan)
 

@@ -194,11 +194,10 @@ def _draw_outside(rows: Sequence[OutsideRow], axis: Axes) -> None:
             zorder=6 if named else 4,
         )  # fmt: skip
         for row in own if named else ():
+            point = row.weight_bytes / 2**20, row.loss
             ffn = row.name.startswith("FFN")
             left = not ffn and (method == "uniform" or row.name.endswith("embeddings"))
-            _label(
-                axis, (row.weight_bytes / 2**20, row.loss), row.name, colour, above=ffn, left=left
-            )
+            _label(axis, point, row.name, colour, above=ffn, left=left)
     _scale(axis)
     axis.set_xscale("linear")
     axis.set_ylim(-_LINEAR, 2 * max(row.loss for row in rows))
