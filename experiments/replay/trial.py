@@ -178,7 +178,6 @@ class Trial:
         answered = [answer for answer in self.answers if answer.error is None]
         tokens = sum(answer.tokens for answer in self.answers)
         gap_s = statistics.median([end - start for start, end in self.gaps] or [0])
-        delta_nll = [answer.delta_nll or 0 for answer in answered] or [0]
         measures = {
             "Minutes": f"{self.minutes:.1f}",
             "Requests answered": f"{len(answered)}",
@@ -187,12 +186,10 @@ class Trial:
             "Tokens a second": f"{tokens / (60 * self.minutes or 1):.1f}",
             "Longest time without a token": f"{self.longest_silence_s:.1f} s",
             "Time between the pieces of an answer, median": f"{1000 * gap_s:.0f} ms",
-            "ΔNLL of the answers' plans, mean": f"{statistics.fmean(delta_nll):.3f}"
-            if answered
-            else "-",
         }
-        if not answered:
-            del measures["ΔNLL of the answers' plans, mean"]
+        if answered:
+            delta_nll = statistics.fmean(answer.delta_nll or 0 for answer in answered)
+            measures["ΔNLL of the answers' plans, mean"] = f"{delta_nll:.3f}"
         if self.returns:
             *_, preemptions, read, again, _, _ = self.samples[-1]
             measures |= {
