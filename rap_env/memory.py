@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
+from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.levels import ATTENTION_WORKSPACE_BYTES, CacheLevel
 from rap_env.model_facts import HasFacts, ModelFacts
 from rap_env.plan import Plan, check_levels
@@ -95,11 +95,9 @@ class MemoryModel:
             InvalidRequestError: The batch size is not between 1 and `MAX_BATCH_SIZE`, or the
                 length is not between 1 and the model's positions.
         """
-        if batch_size < 1:
-            raise InvalidRequestError(f"The batch size must be at least 1, not {batch_size}.")
-        if batch_size > MAX_BATCH_SIZE:
+        if not 1 <= batch_size <= MAX_BATCH_SIZE:
             raise InvalidRequestError(
-                f"The batch size must be at most {MAX_BATCH_SIZE}, not {batch_size}."
+                f"The batch size must be from 1 to {MAX_BATCH_SIZE}, not {batch_size}."
             )
         longest = self.facts.max_positions
         if not 1 <= seq_len_tokens <= longest:
@@ -133,20 +131,11 @@ class MemoryModel:
     def cache_bytes(
         self, level: CacheLevel, layer: int, batch_size: int, seq_len_tokens: int
     ) -> int:
-        """Bytes of a layer's cache at a level after `seq_len_tokens` tokens a sequence.
-
-        Raises:
-            ArtifactError: The model's facts come from a version that knew no levels.
-        """
+        """Bytes of a layer's cache at a level after `seq_len_tokens` tokens a sequence."""
         facts, window = self.facts, self.facts.kv_window_tokens[layer]
         if level.native:
             held = seq_len_tokens if window is None else min(seq_len_tokens, window)
             return batch_size * held * facts.kv_bytes_per_token[layer]
-        if not facts.kv_heads:
-            raise ArtifactError(
-                f"The facts of {facts.name} do not say how its caches can be stored; export them "
-                "again with this version."
-            )
         heads, size = facts.kv_heads[layer], facts.kv_head_size[layer]
         return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from rap_env.artifacts import with_tuples
 from rap_env.blocks import Block
-from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 
 
@@ -43,9 +42,6 @@ class ModelFacts:
             without one.
         kv_heads: Key and value heads of each layer, (L,); empty if caches have no levels.
         kv_head_size: Channels of a key or value head of each layer, (L,).
-
-    Raises:
-        ArtifactError: The numbers of layers and blocks are inconsistent.
     """
 
     name: str
@@ -69,16 +65,6 @@ class ModelFacts:
     kv_heads: tuple[int, ...] = ()
     kv_head_size: tuple[int, ...] = ()
     calibration: str = ""
-
-    def __post_init__(self) -> None:
-        blocks, windows = len(self.block_param_bytes), len(self.kv_window_tokens)
-        stubs = len(self.stub_bytes) or blocks
-        if not blocks == stubs == 2 * self.num_layers or windows != self.num_layers:
-            raise ArtifactError(
-                f"The facts of {self.name} do not fit together: cache bytes of {self.num_layers} "
-                f"layers, cache windows of {windows}, and {blocks} blocks and {stubs} stubs "
-                "instead of two a layer."
-            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:

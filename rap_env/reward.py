@@ -175,15 +175,13 @@ class PerplexityReward(RewardTerm):
             cost = self._cost(outcome.delta_nll)
         if not self.pays_every_step:
             return baseline - cost
-        if outcome.delta_nll_before is None:
-            raise ValueError("A dense reward needs the ΔNLL of the mask before each step.")
+        assert outcome.delta_nll_before is not None  # measured at each step
         return baseline + self._cost(outcome.delta_nll_before) - cost
 
     def _baseline_cost(self, outcome: StepOutcome) -> float:
         if self.relative_to is None:
             return 0.0
-        if outcome.baseline_delta_nll is None:
-            raise ValueError("A relative reward needs the ΔNLL of the baseline's mask.")
+        assert outcome.baseline_delta_nll is not None  # measured at the end
         return self._cost(outcome.baseline_delta_nll)
 
     def _cost(self, delta_nll: float) -> float:

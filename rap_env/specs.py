@@ -7,6 +7,7 @@ A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
@@ -49,17 +50,22 @@ def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]
 
 
 def check_types(
-    owner: Any, error: type[RapError] = InvalidRequestError, *, none: str = "None"
+    owner: Any,
+    error: type[RapError] = InvalidRequestError,
+    *,
+    least: Mapping[str, int] | None = None,
+    none: str = "None",
 ) -> None:
     """Check the fields of a dataclass against their annotations; NumPy numbers become Python's.
 
     Args:
         owner: The dataclass. An integer is allowed where a float is; a bool is not a number.
         error: Class of the error.
+        least: The least value of some fields.
         none: What messages call None.
 
     Raises:
-        RapError: The value of a field has another type.
+        RapError: The value of a field has another type, or is too small or infinite.
     """
     for name, types in field_types(type(owner)).items():
         value = getattr(owner, name)
@@ -70,6 +76,11 @@ def check_types(
         if isinstance(value, Real) and not isinstance(value, int | float):
             plain = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(owner, name, plain)
+        low = (least or {}).get(name)
+        if low is not None and isinstance(value, int | float) and not low <= value < math.inf:
+            range_ = f"{low} or above" if float in types else f"a whole number of at least {low}"
+            also = f", or {none}" if NoneType in types else ""
+            raise error(f"{name} must be {range_}{also}, not {value!r}.")
 
 
 def field_types(owner: type) -> dict[str, tuple[type, ...]]:

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rap_env.errors import (
-    ArtifactError,
     InfeasibleBudgetError,
     InvalidRequestError,
     UnknownNameError,
@@ -194,13 +193,13 @@ def test_a_length_beyond_the_models_positions_is_rejected() -> None:
         InvalidRequestError, match=r"from 1 to 4096 tokens \(the positions of made-up\), not 4097"
     ):
         MEMORY.peak_bytes(Plan(), Request(1, 4097, 1))
-    with pytest.raises(InvalidRequestError, match="batch size must be at least 1, not 0"):
+    with pytest.raises(InvalidRequestError, match="batch size must be from 1 to .*, not 0"):
         MEMORY.check(0, 10)
 
 
 def test_a_batch_beyond_64_bit_arithmetic_is_rejected() -> None:
     for batch_size in (MAX_BATCH_SIZE + 1, 10**30):
-        with pytest.raises(InvalidRequestError, match=f"at most 1048576, not {batch_size}"):
+        with pytest.raises(InvalidRequestError, match=f"to 1048576, not {batch_size}"):
             MEMORY.peak_bytes(Plan(), Request(batch_size, 10, 1))
     request = Request(MAX_BATCH_SIZE, 4096, 1)
     peak = MEMORY.peak_bytes(Plan(), request)
@@ -235,15 +234,6 @@ def test_a_budget_as_a_fraction_of_the_dense_peak(shape: tuple[int, int], fracti
 def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
     with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not"):
         Request.at_fraction(MEMORY, 1, 1, fraction)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"block_param_bytes": (1, 1, 1)}, {"kv_window_tokens": (None,)}, {"stub_bytes": (1,) * 5}],
-)
-def test_facts_that_do_not_fit_together_are_rejected(changes: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError, match="facts of made-up do not fit together"):
-        replace(FACTS, **changes)
 
 
 # The picture

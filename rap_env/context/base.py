@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rap_env.errors import ArtifactError, InvalidRequestError, check_name
+import numpy as np
+import numpy.typing as npt
+
+from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import LadderOrder, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
@@ -17,18 +20,14 @@ from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures, ItemImportance
-from rap_env.scoring.corpus import CorpusConfig
+from rap_env.memory import MemoryModel
+from rap_env.scoring.corpus import Corpus, CorpusConfig
+from rap_env.scoring.interface import Scorer
+from rap_env.scoring.store import ScoreStore
 from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # a context without a live model loads no torch
-    import numpy as np
-    import numpy.typing as npt
-
-    from rap_env.memory import MemoryModel
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
-    from rap_env.scoring.interface import Scorer
-    from rap_env.scoring.store import ScoreStore
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
@@ -85,13 +84,8 @@ class ContextConfig:
     workers_address: str | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_types(self, least={"gsi_removals": 1, "max_memory_bytes": 1, "workers": 0})
         check_name("GSI method", self.gsi_method, GSI_METHODS)
-        for name in ("gsi_removals", "max_memory_bytes"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InvalidRequestError(f"{name} must be at least 1, or None, not {value}.")
-        if self.workers < 0:
-            raise InvalidRequestError(f"workers must be at least 0, not {self.workers}.")
 
 
 class PruningContext(ABC):

@@ -10,21 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from rap_env.artifacts import digest
 from rap_env.context.base import IMPORTANCES, PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile, OneShotProfile, Profile
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
+from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from rap_env.ladder.ladder_bytes import LadderBytes
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.scoring.corpus import Corpus
-    from rap_env.scoring.store import ScoreStore
     from rap_env.scoring.workers import WorkerPool
 
 log = logging.getLogger(__name__)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium.error import ResetNeeded
 
+from rap_env.context.base import PruningContext
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
 from rap_env.envs.episode_values import EpisodeStart, Measurement
@@ -19,9 +20,6 @@ from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 
 def reopen(kind: Callable[..., Any], context: PruningContext, arguments: Mapping[str, Any]) -> Any:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from rap_env.errors import InvalidRequestError, check_name
+from rap_env.context.base import ContextConfig
+from rap_env.errors import check_name
 from rap_env.importance.profiles import GSI_METHODS
 from rap_env.ladder.named_ladders import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
+from rap_env.scoring.generated_tasks import GENERATED_TASKS
+from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.score_table import table_path
 from rap_env.specs import check_settings, check_types
 from rap_env.workload.registry import parse_sampler
-
-if TYPE_CHECKING:
-    from rap_env.context.base import ContextConfig
-    from rap_env.scoring.lm_eval_tasks import TaskConfig
 
 INFEASIBLE = ("error", "clip")
 """What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
@@ -35,6 +34,7 @@ RENDER_MODES = ("ansi", "rgb_array")
 TASK_DOCUMENTS = 20
 """Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
 
+_LEAST = {"invalid_action_penalty": 0, "max_invalid_actions": 1, "max_steps": 1}
 _OF_CONTEXT = (
     "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "repair", "frontier",
     "store",
@@ -84,14 +84,7 @@ class EnvConfig:
     store: str | None = "default"
 
     def __post_init__(self) -> None:
-        if callable(self.reward):
-            raise InvalidRequestError(
-                "reward must be a name or a dict of settings, such as "
-                f"{{'name': 'perplexity', 'scale': 'log'}}, not the function {self.reward!r}; a "
-                "reward of your own is a wrapper around the environment that reads info, as in "
-                "examples/custom_reward.py."
-            )
-        check_types(self)
+        check_types(self, least=_LEAST)
         parse_sampler(self.workload)
         parse_reward(self.reward)
         self.corpus_config()
@@ -100,19 +93,6 @@ class EnvConfig:
         check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
         check_name("setting of over_budget:", self.over_budget, OVER_BUDGET)
         check_name("form of info", self.info, INFO_FORMS)
-        penalty, limit = self.invalid_action_penalty, self.max_invalid_actions
-        if not 0 <= penalty < float("inf"):
-            raise InvalidRequestError(
-                f"invalid_action_penalty must be 0 or above, not {penalty!r}."
-            )
-        if limit < 1:
-            raise InvalidRequestError(
-                f"max_invalid_actions must be a whole number of at least 1, not {limit!r}."
-            )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise InvalidRequestError(
-                f"max_steps must be a whole number of at least 1, or None, not {self.max_steps!r}."
-            )
 
     @classmethod
     def of(cls, **arguments: Any) -> Self:
@@ -144,8 +124,6 @@ class EnvConfig:
 
     def context_config(self) -> ContextConfig:
         """The part that describes the pruning context."""
-        from rap_env.context.base import ContextConfig
-
         shared = {name: getattr(self, name) for name in _OF_CONTEXT} | self.of_context()
         return ContextConfig(calibration=self.corpus_config(), weights=self.weights, **shared)
 
@@ -203,9 +181,6 @@ def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:
         UnknownNameError: There is no such setting, or a misspelt generated task.
         InvalidRequestError: A number is out of range, or names are repeated.
     """
-    from rap_env.scoring.generated_tasks import GENERATED_TASKS
-    from rap_env.scoring.lm_eval_tasks import TaskConfig
-
     given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
     check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])
     return TaskConfig(**{"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rap_env.context.base import PruningContext
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import EnvConfig
 from rap_env.envs.episode_values import EpisodeStart
@@ -17,9 +17,6 @@ from rap_env.errors import InvalidRequestError
 from rap_env.ladder.observation import ObservationBuilder
 from rap_env.plan import Plan
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 
 class PruneTask(PruningTask):

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector.utils import create_empty_array
 
+from rap_env.context.base import PruningContext
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
 from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
@@ -28,11 +29,9 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import MeasuresAccuracy, StepOutcome, ceiling_nll, make_reward, uses_tasks
+from rap_env.scoring.lm_eval_tasks import check_scorable
 from rap_env.specs import check_settings
 from rap_env.workload import make_sampler
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _MAX_DRAWS = 100
 
@@ -72,7 +71,7 @@ class PruningTask(ABC):
                 "rap_env.context.open_context(ContextConfig(...)), or pass None."
             )
         if config.tasks is not None and uses_tasks(config.reward):
-            check_tasks(config.tasks)
+            check_scorable(parse_tasks(config.tasks).names)
         self.context = open_context(config.context_config()) if context is None else context
         self.memory: MemoryModel = self.context.memory
         self.sampler = make_sampler(config.workload, self.memory)
@@ -239,13 +238,6 @@ class PruningTask(ABC):
             self.encoder.item_bytes.check_feasible(start.request)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
-
-
-def check_tasks(tasks: Sequence[str] | Mapping[str, Any]) -> None:
-    """Check tasks before a model loads; errors are those of `lm_eval_tasks.check_scorable`."""
-    from rap_env.scoring.lm_eval_tasks import check_scorable
-
-    check_scorable(parse_tasks(tasks).names)
 
 
 def task_scorer(

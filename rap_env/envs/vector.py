@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +12,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from rap_env.context.base import PruningContext
 from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
 from rap_env.envs.episode_values import Measurement
@@ -23,9 +24,6 @@ from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
 from rap_env.specs import check_settings
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _OWN_ARGUMENTS = ("num_envs", "autoreset_mode", "max_episode_steps", "render_mode", "context")
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import block_name
-from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError, check_name
+from rap_env.errors import InvalidRequestError, UnknownNameError, check_name
 from rap_env.ladder.named_ladders import LevelSpec, parse_levels, parse_together
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel, WeightLevel
 from rap_env.model_facts import ModelFacts
@@ -94,8 +94,6 @@ class Ladder:
         Raises:
             UnknownNameError: There is no such ladder, kind of item or level.
             InvalidRequestError: Levels are not in order, or no item has more than one.
-            ArtifactError: Levels of caches are asked for, and the facts do not say how caches
-                can be stored.
         """
         asked = parse_levels(levels)
         items: list[Item] = []
@@ -108,11 +106,6 @@ class Ladder:
         for index in range(facts.num_blocks):
             names = _existing(asked["weights"], facts.weight_levels(index))
             add(block_name(index), "ffn" if index % 2 else "attn", index // 2, names)
-        if asked["caches"] and not facts.kv_heads:
-            raise ArtifactError(
-                f"The facts of {facts.name} do not say how its caches can be stored, so that they "
-                "have no levels; leave out caches, or export the facts again with this version."
-            )
         for layer in range(facts.num_layers):
             add(cache_name(layer), "cache", layer, asked["caches"])
         names = _existing(asked["embeddings"], facts.embedding_levels)
@@ -289,30 +282,6 @@ class Ladder:
         """The plan with each item at its lowest level."""
         return self.plan([len(item.levels) - 1 for item in self.items])
 
-    def lower(self, plan: Plan, item: str | int) -> Plan:
-        """The plan after an item, by name or number, and all that are taken together, is lowered.
-
-        Raises:
-            UnknownNameError: There is no such item, it is at its lowest level, or the plan is none
-                of the ladder's.
-        """
-        number, positions = self._number(item), self.positions(plan)
-        if positions[number] + 1 >= len(self.items[number].levels):
-            nexts = zip(self.items, self.every_step.nexts, positions, strict=True)
-            lower = [other.name for other, levels, position in nexts if levels[position] >= 0]
-            raise UnknownNameError("item with a lower level", self.items[number].name, lower)
-        for moved, position in self.every_step.moves(positions, number):
-            positions[moved] = position
-        return self.plan(positions)
-
-    def _number(self, item: str | int) -> int:
-        if isinstance(item, str):
-            check_name("item", item, self.numbers)
-            return self.numbers[item]
-        if not 0 <= item < len(self):
-            raise UnknownNameError("item", item, self.numbers)
-        return int(item)
-
 
 @dataclass(frozen=True, eq=False)
 class LevelSteps:
@@ -350,8 +319,7 @@ class LevelSteps:
         positions = [0] * len(self.ladder)
         for item, nexts in enumerate(self.nexts):
             while nexts[positions[item]] >= 0:
-                for moved, position in self.moves(positions, item):
-                    positions[moved] = position
+                positions = self.after(positions, item)
         return positions
 
     @cached_property
@@ -377,6 +345,13 @@ class LevelSteps:
             return moves
         nexts, lower = self.nexts, self.nexts[item][positions[item]]
         return tuple((n, lower) for n in self.ladder.caches if nexts[n][positions[n]] == lower)
+
+    def after(self, positions: Sequence[int], item: int) -> list[int]:
+        """The positions after lowering an item that has a lower level, (items,)."""
+        lowered = list(positions)
+        for moved, position in self.moves(positions, item):
+            lowered[moved] = position
+        return lowered
 
     @cached_property
     def own_moves(self) -> list[list[Moves | None]]:

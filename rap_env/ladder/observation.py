@@ -8,7 +8,7 @@ and ``action_mask``. Both tasks and the runtime's policies use the same encoder;
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -267,7 +267,6 @@ class ObservedState:
         encoder: Encodes the observation.
         request: The request.
         state: The levels to begin with; None for native ones.
-        arrays: The arrays of the observation, which are updated in place; None makes new ones.
 
     Attributes:
         observation: The arrays.
@@ -279,13 +278,11 @@ class ObservedState:
         encoder: ObservationEncoder,
         request: Request,
         state: LadderState | None = None,
-        arrays: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
         costs = encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
         self.state = costs.state() if state is None else state
-        if arrays is None:
-            arrays = {key: array.copy() for key, array in encoder.zeros.items()}
-        self.observation: Observation = dict(arrays)
+        arrays = {key: array.copy() for key, array in encoder.zeros.items()}
+        self.observation: Observation = arrays
         self._encoder, self._rows = encoder, encoder.rows_of(costs.steps)
         self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
         self._seen_rows, self._valid = arrays[encoder.key], arrays["action_mask"]

@@ -224,10 +224,7 @@ class LadderState:
 
     def positions_after(self, item: int) -> list[int]:
         """The positions of the levels after an item that has a lower level was lowered."""
-        positions = self.positions.copy()
-        for moved, position in self.costs.steps.moves(positions, item):
-            positions[moved] = position
-        return positions
+        return self.costs.steps.after(self.positions, item)
 
     def apply(self, lowering: Lowering) -> None:
         """Make what `lowering` returned for the current levels happen."""

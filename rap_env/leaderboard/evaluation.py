@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rap_env.artifacts import digest, disk_errors
+from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, InvalidRequestError, check_name
 from rap_env.leaderboard.entries import Entry, Run, predicted_test_delta_nll, published_entries
@@ -22,11 +23,8 @@ from rap_env.leaderboard.tasks import SPLITS, Floats, PinnedTask, pinned_task
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.reward import over_budget_nll
+from rap_env.scoring.corpus import CorpusConfig
 from rap_env.version import __version__
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
-    from rap_env.scoring.corpus import CorpusConfig
 
 Decision = tuple[Plan, bool]
 """A plan, and whether invalid actions ended the episode before it fitted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
+from rap_env.errors import InvalidRequestError
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.levels import WeightLevel
 from rap_env.plan import Plan
@@ -103,12 +104,12 @@ def as_policy(chooser: PolicyLike) -> Policy:
     """A `Policy` as it is; any other object with a name and `choose`, wrapped in one.
 
     Raises:
-        TypeError: It has no name, or no `choose`.
+        InvalidRequestError: It has no name, or no `choose`.
     """
     if isinstance(chooser, Policy):
         return chooser
     if isinstance(chooser, type) or not isinstance(chooser, PolicyLike):
-        raise TypeError(
+        raise InvalidRequestError(
             f"A {type(chooser).__name__} is no policy: it needs a name and choose(request)."
         )
     return _Wrapped(chooser)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from rap_env.context.base import PruningContext
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.network_policy import NetworkPolicy, packaged_network
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 
 @register

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rap_env.context.base import PruningContext
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
@@ -17,9 +17,6 @@ from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.orders import GSI, OneShot, OneShotPerByte, ascending
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _OFFSPRING = 32
 _SURVIVORS = (8, 2)  # plans that pass each stage on a part of the text

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rap_env.blocks import block_name
+from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
@@ -29,9 +29,6 @@ from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.policies.packaged_files import packaged_costs
 from rap_env.policies.registry import packaged, reads, register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _CACHED_CHOICES = 1024
 _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms

@@ -6,9 +6,9 @@ import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rap_env.artifacts import artifact_kind
+from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
@@ -16,7 +16,7 @@ from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
-from rap_env.plugins import Plugin, PluginError, find_plugin
+from rap_env.plugins import find_plugin
 from rap_env.policies.base import Policy, as_policy
 from rap_env.policies.method import Method
 from rap_env.policies.network_policy import KIND
@@ -30,9 +30,6 @@ from rap_env.policies.registry import (
     readers,
 )
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _HINT = (
     "Any other value is read as the path of a file, or as package.module:name of a method or of a "
@@ -178,7 +175,7 @@ def _method_or_file(
     if isinstance(factory, type) and issubclass(factory, Method):
         policy: Policy = plugin.make(*arguments())
     else:
-        policy = _checked(plugin, plugin.make(memory))
+        policy = as_policy(plugin.make(memory))
     policy.source_sha256 = plugin.source_sha256
     return policy
 
@@ -213,13 +210,3 @@ def _reader_of(path: Path) -> Reader:
             f"a policy is one of {', '.join(sorted(readers()))}."
         )
     return readers()[kind]
-
-
-def _checked(plugin: Plugin, made: object) -> Policy:
-    try:
-        return as_policy(made)  # type: ignore[arg-type]  # checked there
-    except TypeError:
-        raise PluginError(
-            f"{plugin} makes a {type(made).__name__}, which is no policy: it needs a name and "
-            "choose(request)."
-        ) from None

@@ -11,19 +11,16 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rap_env.context.base import PruningContext
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
-    from rap_env.scoring.interface import Scorer
+from rap_env.scoring.interface import Scorer
 
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 

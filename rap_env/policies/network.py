@@ -20,7 +20,6 @@ from rap_env.errors import ArtifactError
 from rap_env.ladder.observation import BYTES_OVER, ObservationEncoder, ObservedState, bytes_over
 from rap_env.plan import Plan
 from rap_env.policies.network_rows import (
-    ABLATIONS,
     MOST_SPREADS,
     OVER_FLOOR,
     ROWS,
@@ -66,32 +65,7 @@ class NetworkWeights:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, known, names in (
-            ("observes", ROWS, [self.rows]),
-            ("was trained without", ABLATIONS, self.without),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ArtifactError(
-                        f"The policy network {what} {name!r}, which is unknown to this version "
-                        f"(known: {', '.join(known)}); upgrade rap-env."
-                    )
-        hidden, width = self.hidden, self.spec.width(self.vector_width)
-        shapes = {
-            "first_weight": (hidden, width),
-            "first_bias": (hidden,),
-            "second_weight": (hidden, hidden),
-            "second_bias": (hidden,),
-            "last_weight": (hidden,),
-            "linear_weight": (width,),
-        }
         for name, array in self.arrays().items():
-            if array.shape != shapes.get(name, array.shape):
-                raise ArtifactError(
-                    f"The policy network's {name} must have the shape {shapes[name]}, not "
-                    f"{array.shape}; its file was written by another version, so export the policy "
-                    "again."
-                )
             if not np.isfinite(array).all():
                 raise ArtifactError(
                     f"The policy network's {name} contains NaN or infinity; train it again."

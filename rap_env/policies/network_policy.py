@@ -75,9 +75,6 @@ class PolicyFile:
         items: Names of the model's items with a lower level, and the levels of each.
         model: The model that it was exported for: its name, fingerprint and dtype.
         provenance: How the policy was trained: agent, seed, steps, versions.
-
-    Raises:
-        ArtifactError: The parts are of models with different items.
     """
 
     weights: NetworkWeights
@@ -86,20 +83,6 @@ class PolicyFile:
     items: dict[str, list[str]]
     model: dict[str, str]
     provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.importance, _IMPORTANCES[self.weights.rows]):
-            raise ArtifactError(
-                f"A policy that observes {self.weights.rows} cannot have the importance of a "
-                f"{type(self.importance).__name__}; {_AGAIN}."
-            )
-        width = max(map(len, self.items.values()), default=0) + 1
-        _check_importance(self.importance, len(self.items), width, self.model["name"])
-        if self.weights.vector_width and len(self.weights.vectors) != len(self.items):
-            raise ArtifactError(
-                f"The policy has vectors for {len(self.weights.vectors)} items, but "
-                f"{self.model['name']} has {len(self.items)}; {_AGAIN}."
-            )
 
     @classmethod
     def made(
@@ -195,11 +178,6 @@ class PolicyFile:
             weights = NetworkWeights(
                 **_part(arrays, _NETWORK), rows=body["rows"], without=tuple(body["without"])
             )
-            if body["features"] != list(weights.spec.features):
-                raise ArtifactError(
-                    f"{path} observes {body['features']}, but this version observes "
-                    f"{list(weights.spec.features)}; {_AGAIN}."
-                )
             importance = _IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
             names = ("ladder", "items", "model", "provenance")
             return cls(weights, importance, *(body[name] for name in names))
@@ -237,16 +215,6 @@ def _arrays_hash(arrays: Arrays) -> str:
         total.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
         total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()
-
-
-def _check_importance(importance: Importance, items: int, width: int, name: str) -> None:
-    shape = (items,) if isinstance(importance, ImportanceFeatures) else (items, width)
-    for key, array in vars(importance).items():
-        if np.shape(array) != shape:
-            raise ArtifactError(
-                f"The importance of {name} must have the shape {shape} for {key}, with a row for "
-                f"each of its {items} items, not {np.shape(array)}."
-            )
 
 
 class NetworkPolicy(Policy):

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.context.base import item_order
+from rap_env.context.base import PruningContext, item_order
 from rap_env.importance.orders import Step
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 
 @register

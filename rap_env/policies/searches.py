@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rap_env.context.base import PruningContext
 from rap_env.errors import SearchTooLargeError
 from rap_env.importance.orders import PricedState, one_shot_costs
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -17,9 +17,6 @@ from rap_env.policies.method import CountingScorer, Method, price_per_byte
 from rap_env.policies.orders import whole_layer
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 MOST_BLOCKS = 12
 """Largest number of blocks for which `Oracle` scores all masks (4,096)."""

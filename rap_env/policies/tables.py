@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_predictor import fit_plan_predictor
 from rap_env.importance.plan_search import PlanSearch
@@ -25,9 +25,6 @@ from rap_env.policies.orders import GSI, OneShot
 from rap_env.policies.packaged_files import packaged_file
 from rap_env.policies.registry import packaged, reads, register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _CACHED_CHOICES = 1024
 _PESSIMISM = 2.0  # a search finds the errors of a predictor

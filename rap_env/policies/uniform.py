@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from rap_env.context.base import PruningContext
 from rap_env.importance.orders import greedy_order
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
@@ -14,9 +14,6 @@ from rap_env.plan import EMBEDDINGS, Plan
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
 
 _KINDS = {"attn": "weights", "ffn": "weights", "cache": "caches", "embeddings": "embeddings"}
 

@@ -53,13 +53,8 @@ def choose_batch_width(
     a memory cap allows less; a `width` of None is chosen.
 
     Raises:
-        InvalidRequestError: The width is not a whole number of at least 1, or a memory cap is
-            too small for a single mask.
+        InvalidRequestError: A memory cap is too small for a single mask.
     """
-    if width is not None and (isinstance(width, bool) or int(width) != width or width < 1):
-        raise InvalidRequestError(
-            f"masks_together must be a whole number of at least 1, or None, not {width!r}."
-        )
     spare = llm.spare_bytes
     if spare is not None:
         return _under_cap(llm, ids, cache_bytes, width or 1, spare)

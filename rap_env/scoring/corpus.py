@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,26 +75,8 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):
             object.__setattr__(self, "source", os.fspath(self.source))
-        check_types(self, CorpusError)
+        check_types(self, CorpusError, least={"windows": 1, "window_tokens": 2, "seed": 0})
         check_name("corpus role", self.role, ROLE_SPANS)
-        for name, least in (("windows", 1), ("window_tokens", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise CorpusError(f"{name} must be a whole number >= {least}, not {value!r}.")
-
-    @classmethod
-    def of(cls, value: CorpusConfig | dict[str, Any] | None) -> CorpusConfig:
-        """The config itself, one made from a plain dict, or the default.
-
-        Raises:
-            UnknownNameError: The dict has an unknown key.
-        """
-        if isinstance(value, CorpusConfig):
-            return value
-        known = {f.name for f in fields(cls)}
-        for key in value or {}:
-            check_name("corpus setting", key, known)
-        return cls(**(value or {}))
 
 
 def check_source(source: str) -> None:

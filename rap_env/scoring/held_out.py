@@ -70,8 +70,6 @@ class HeldOutLosses:
         Raises:
             ArtifactError: There are fewer than 100 plans.
         """
-        measured = dict(measured.items())
-        calibration = dict(calibration.items())
         plans = [plan for plan in measured if plan != Plan()]
         if len(plans) < _LEAST_PLANS:
             raise ArtifactError(
@@ -87,22 +85,14 @@ class HeldOutLosses:
         for fold in range(_FOLDS):
             part = order[fold::_FOLDS]
             kept = np.setdiff1d(order, part)
-            weights = _solved(inputs[kept], ratios[kept])
-            predicted[part] = _predicted(
-                inputs[part], searched[part], weights, _range(ratios[kept])
-            )
+            fit = _solved(inputs[kept], ratios[kept])
+            predicted[part] = _predicted(inputs[part], searched[part], fit, _range(ratios[kept]))
         removed = np.array([len(plan.removed) for plan in plans])
         fidelity = Fidelity.of(
             predicted, values, removed, num_blocks, len(plans) - len(plans) // _FOLDS
         )
-        return cls(
-            dict(text),
-            measured,
-            tuple(_solved(inputs, ratios).tolist()),
-            _range(ratios),
-            fidelity,
-            num_blocks,
-        )
+        weights = tuple(_solved(inputs, ratios).tolist())
+        return cls(dict(text), dict(measured), weights, _range(ratios), fidelity, num_blocks)
 
     def delta_nll(self, plan: Plan, calibration_delta_nll: float) -> float:
         """ΔNLL of a plan on the held-out text, nats per token.

@@ -21,6 +21,7 @@ from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
+from rap_env.specs import check_types
 
 KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
@@ -77,14 +78,7 @@ class TaskConfig:
         check_name("choice of documents", self.documents, DOCUMENTS)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))
-        for setting, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0)):
-            value = getattr(self, setting)
-            if setting == "limit" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidRequestError(
-                    f"{setting} must be a whole number >= {least}, not {value!r}."
-                )
+        check_types(self, least={"limit": 1, "num_fewshot": 0, "seed": 0})
 
 
 @dataclass(frozen=True)
@@ -200,28 +194,22 @@ def check_generated_name(name: str) -> None:
 _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too."
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=len(TASK_FOLDERS) + 1)
 def _manager(folder: str) -> Any:
     """A task manager over one folder of lm-eval's tasks, or over all of them (``""``)."""
     import lm_eval.tasks as package
 
     if not folder:
+        log.info("Searching all of lm-eval's tasks, which takes some seconds.")
         return package.TaskManager()
-    return package.TaskManager(include_path=str(_tasks_folder() / folder), include_defaults=False)
-
-
-def _tasks_folder() -> Path:
-    """The folder of lm-eval's tasks."""
-    import lm_eval.tasks as package
-
-    return Path(package.__file__).parent
+    path = Path(package.__file__).parent / folder
+    return package.TaskManager(include_path=str(path), include_defaults=False)
 
 
 def _manager_for(name: str) -> Any:
     """A task manager that has the task, whose config is one that can be scored."""
-    manager = next((m for m in map(_manager, _folders(name)) if _has(m, name)), None)
-    if manager is None:
-        log.info("Searching all of lm-eval's tasks for %r, which takes some seconds.", name)
+    manager = _manager(TASK_FOLDERS.get(known_name(name), ""))
+    if name not in manager.task_index:
         manager = _manager("")
     index = manager.task_index
     if name not in index:
@@ -234,33 +222,6 @@ def _manager_for(name: str) -> Any:
             if output is not None:
                 _check_output(name, output)
     return manager
-
-
-def _folders(name: str) -> Iterator[str]:
-    """Folders that may hold a task: the known one, or one named after the task's beginning."""
-    known = TASK_FOLDERS.get(known_name(name))
-    if known is not None:
-        yield known
-    words = name.split("_")
-    for count in range(len(words), 0, -1):
-        folder = "_".join(words[:count])
-        if folder and (_tasks_folder() / folder).is_dir():
-            yield folder
-
-
-def _has(manager: Any, name: str) -> bool:
-    """Whether a manager over one folder has a task and all of its members.
-
-    A tag may have members in other folders.
-    """
-    index = manager.task_index
-    if name not in index:
-        return False
-    try:
-        list(_leaves(index, name))
-    except CorpusError:
-        return False
-    return name in TASK_FOLDERS or bool(index[name].kind.name != "TAG")
 
 
 def _load_named(name: str, data_root: str | None) -> tuple[list[Any], Any]:

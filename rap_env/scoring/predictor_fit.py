@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -192,11 +193,7 @@ def fit_scores(
     scores: Mapping[Plan, float],
     num_blocks: int,
     lowered: Lowered | None = None,
-    *,
-    members: int = 1,
-    pessimism: float = 0.0,
-    seed: int = 0,
-    network: bool = False,
+    **settings: Any,
 ) -> tuple[ScoreModel, Fidelity]:
     """`fit_score_model` on measured plans.
 
@@ -204,10 +201,7 @@ def fit_scores(
         scores: NLL of plans, nats per token, with those of `necessary_masks`.
         num_blocks: 2L.
         lowered: What the levels of a plan cost alone; None if there are masks only.
-        members: As in `fit_score_model`.
-        pessimism: As in `ScoreModel`.
-        seed: As in `fit_score_model`.
-        network: As there.
+        **settings: Those of `fit_score_model`.
     """
     plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
     return fit_score_model(
@@ -215,10 +209,7 @@ def fit_scores(
         np.array([scores[plan] for plan in plans]) - scores[dense],
         np.array([scores[mask] for mask in singles]) - scores[dense],
         None if lowered is None else lowered_costs(plans, lowered),
-        members=members,
-        pessimism=pessimism,
-        seed=seed,
-        network=network,
+        **settings,
     )
 
 

@@ -113,7 +113,7 @@ class ScoreTable:
     def fitted(
         cls,
         facts: ModelFacts,
-        scores: Mapping[Plan, float] | Mapping[Plan, float],
+        scores: Mapping[Plan, float],
         *,
         lowered: Lowered | None = None,
         seed: int = 0,
@@ -139,13 +139,11 @@ class ScoreTable:
                 fewer scores to fit than twice the blocks.
         """
         scores = {plan: float(nll) for plan, nll in scores.items()}
-        masks = [plan for plan in scores if plan.is_mask]
-        masks.sort(key=lambda mask: sorted(mask.removed))
-        measured: dict[Plan, float] = {mask: scores[mask] for mask in masks}
-        measured |= {plan: nll for plan, nll in scores.items() if plan not in measured}
-        fitted = measured
-        if lowered is None:
-            fitted = {mask: measured[mask] for mask in masks}
+        masks = sorted((plan for plan in scores if plan.is_mask), key=lambda m: sorted(m.removed))
+        fitted = {mask: scores[mask] for mask in masks}
+        measured = fitted | scores  # masks first
+        if lowered is not None:
+            fitted = measured
         needed = necessary_masks(facts.num_blocks)
         missing = [str(mask) for mask in needed if mask not in scores]
         if missing or len(fitted) < 2 * facts.num_blocks:

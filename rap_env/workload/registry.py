@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rap_env.memory import MemoryModel
 from rap_env.specs import check_settings, split_spec
 from rap_env.workload.sampler import FixedSampler, GridSampler, RequestSampler, TightSampler
 from rap_env.workload.traffic import AzureCodeSampler, AzureConvSampler, TraceSampler
-
-if TYPE_CHECKING:
-    from rap_env.memory import MemoryModel
-
 
 SAMPLERS: dict[str, type[RequestSampler]] = {
     "fixed": FixedSampler,

@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LevelSpec, parse_levels
+from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
-
-if TYPE_CHECKING:
-    from rap_env.memory import MemoryModel
+from rap_env.specs import check_types
 
 _DEFAULT_TOKENS = 1024
 _DEFAULT_FRACTION = 0.8
@@ -98,13 +96,7 @@ class GridSampler(RequestSampler):
 
     def __post_init__(self) -> None:
         _one_budget(self.budget_fractions, self.budget_bytes)
-        for name in ("batch_sizes", "seq_lens_tokens", "budget_fractions", "budget_bytes"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Sequence | np.ndarray):
-                raise InvalidRequestError(
-                    f"{name} of the sampler 'grid' must be a list such as [{value!r}], "
-                    f"not {value!r}."
-                )
+        check_types(self)
         if not self.requests:
             raise InvalidRequestError("Each list of the sampler 'grid' needs at least one entry.")
 
@@ -160,13 +152,8 @@ class TightSampler(RequestSampler):
     def __post_init__(self) -> None:
         self.memory.check(whole_number("max_batch_size", self.max_batch_size, least=1), 1)
         parse_levels(self.levels)
-        for name in ("seq_len_range", "lowered_share_range"):
-            bounds = tuple(getattr(self, name))
-            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-                raise InvalidRequestError(
-                    f"{name} of the sampler 'tight' must be a lowest and a highest value, both "
-                    f"above 0, not {list(bounds)!r}."
-                )
+        check_range("seq_len_range", self.seq_len_range)
+        check_range("lowered_share_range", self.lowered_share_range)
 
     @cached_property
     def _lowered(self) -> Plan:
@@ -185,6 +172,19 @@ class TightSampler(RequestSampler):
         most = self.memory.dense_peak_bytes(batch, length) - 1
         low, high = (min(round(share * lowered), most) for share in self.lowered_share_range)
         return Request(batch, length, int(rng.integers(low, high + 1)))
+
+
+def check_range(name: str, bounds: Sequence[float], below: float = math.inf) -> None:
+    """Check that a setting has a lowest and a highest value, in order, above 0 and `below`.
+
+    Raises:
+        InvalidRequestError: It has not.
+    """
+    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < below:
+        raise InvalidRequestError(
+            f"{name} must be a lowest and a highest value, both above 0 and below {below}, not "
+            f"{list(bounds)!r}."
+        )
 
 
 def _one_budget(fraction: object, size: object) -> None:

@@ -2,8 +2,8 @@
 
 The length distribution of a service has several modes (a chat service answers short questions
 and long pasted texts), which no simple formula fits; a table of 44 quantiles does. The two tables
-in ``azure_2023.json`` were fitted with `fit_trace` to the Azure LLM inference trace 2023 (Patel et
-al., "Splitwise", ISCA 2024; CC BY 4.0).
+in ``azure_2023.json`` are the quantiles at `LEVELS` (NumPy's method ``nearest``) of the Azure LLM
+inference trace 2023 (Patel et al., "Splitwise", ISCA 2024; CC BY 4.0).
 """
 
 from __future__ import annotations
@@ -44,20 +44,9 @@ class LengthTable:
 
     Attributes:
         quantiles: Tokens of a sequence (prompt and generated) at each of `LEVELS`, ascending.
-
-    Raises:
-        TraceError: The quantiles are too few or too many, not ascending, or below 1.
     """
 
     quantiles: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        ascending = all(a <= b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
-        if len(self.quantiles) != len(LEVELS) or not ascending or self.quantiles[0] < 1:
-            raise TraceError(
-                f"A length table needs {len(LEVELS)} ascending quantiles of at least 1 token, "
-                f"not {self.quantiles!r}."
-            )
 
     def at(self, level: float | npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Lengths in tokens at probabilities in [0, 1], interpolated on a log scale."""
@@ -128,15 +117,9 @@ def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
     return context + generated
 
 
-def fit_trace(path: str | PathLike[str]) -> LengthTable:
-    """Fit a length table to a trace file: its empirical quantiles at `LEVELS`."""
-    quantiles = np.quantile(read_trace(path), LEVELS, method="nearest")
-    return LengthTable(tuple(int(value) for value in quantiles))
-
-
 _FITTED = package_json("rap_env.workload", "azure_2023.json")
 AZURE_CONV = LengthTable(tuple(_FITTED["azure-conv"]))
-"""Chat requests: `fit_trace` of azure_2023_conv.csv, the 13,927 requests before 18:55."""
+"""Chat requests of azure_2023_conv.csv, the 13,927 requests before 18:55."""
 
 AZURE_CODE = LengthTable(tuple(_FITTED["azure-code"]))
-"""Code completion: `fit_trace` of azure_2023_code.csv, the 7,000 requests before 18:55."""
+"""Code completion of azure_2023_code.csv, the 7,000 requests before 18:55."""

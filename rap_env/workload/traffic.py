@@ -5,18 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import InvalidRequestError
+from rap_env.memory import MemoryModel
 from rap_env.request import Request, whole_number
-from rap_env.workload.sampler import RequestSampler
+from rap_env.workload.sampler import RequestSampler, check_range
 from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
-
-if TYPE_CHECKING:
-    from rap_env.memory import MemoryModel
 
 
 @dataclass
@@ -42,12 +38,7 @@ class TrafficSampler(RequestSampler):
 
     def __post_init__(self) -> None:
         self.memory.check(whole_number("max_batch_size", self.max_batch_size), 1)
-        bounds = tuple(self.budget_fraction_range)
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < 1:
-            raise InvalidRequestError(
-                "budget_fraction_range must be a lowest and a highest share of the dense peak, "
-                f"both between 0 and 1, not {list(bounds)!r}."
-            )
+        check_range("budget_fraction_range", self.budget_fraction_range, below=1)
 
     @abstractmethod
     def draw_length(self, rng: np.random.Generator) -> int:
@@ -95,10 +86,6 @@ class TraceSampler(TrafficSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path or not isinstance(self.path, str):
-            raise InvalidRequestError(
-                f"The sampler 'trace' needs the setting 'path', a CSV file, not {self.path!r}."
-            )
         self._lengths = read_trace(self.path)
 
     def draw_length(self, rng: np.random.Generator) -> int:

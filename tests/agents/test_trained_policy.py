@@ -49,7 +49,8 @@ def test_it_lowers_the_item_with_the_highest_network_score(any_context, name):
         observation = builder.build(request, plan)
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
         action, _ = trained._policy.predict(observation, deterministic=True, **given)
-        plan = builder.ladder.lower(plan, int(action))
+        positions = builder.ladder.positions(plan)
+        plan = builder.ladder.plan(builder.ladder.every_step.after(positions, int(action)))
     assert trained.choose(request) == plan
 
 

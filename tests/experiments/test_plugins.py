@@ -15,7 +15,7 @@ from experiments.comparison.records import ResultRow
 from experiments.evaluate import evaluate
 from experiments.launch import launch
 from experiments.train import run_trial
-from rap_env.errors import UnknownNameError
+from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.plugins import PluginError, entry_points
 from rap_env.policies.loading import check_policy, load_policy, make_method
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_named_with_its_package(package):
         AgentConfig("rap_example.policies:LargestFirst")
     with pytest.raises(PluginError, match="called with .MemoryModel.: missing a required"):
         load_policy("rap_env.policies.loading:OrderPolicy", MemoryModel(facts()))
-    with pytest.raises(PluginError, match="makes a str, which is no policy"):
+    with pytest.raises(InvalidRequestError, match="A str is no policy"):
         load_policy("builtins:repr", MemoryModel(facts()))
 
 

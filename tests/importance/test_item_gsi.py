@@ -42,10 +42,10 @@ def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
     ladder, before = item_bytes.ladder, context.scorer.dense_nll
     state = priced(context, item_bytes)
     for name, nll, count in zip(profile.order, profile.nll_after, profile.candidates, strict=True):
-        plan, prices = state.plan, {}
+        prices = {}
         for item in filter(state.is_valid, range(len(ladder))):
             if state.companions(item)[0] == item and state.step_bytes(item) > 0:
-                rise = context.scorer.nll(ladder.lower(plan, item)) - before
+                rise = context.scorer.nll(ladder.plan(state.positions_after(item))) - before
                 prices[ladder.items[item].name] = max(0.0, rise) / state.step_bytes(item)
         assert prices[name] == min(prices.values())
         assert count == len(prices)

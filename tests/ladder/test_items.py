@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.errors import ArtifactError, InvalidRequestError, RapError, UnknownNameError
+from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS, parse_levels
 from rap_env.plan import Plan, item_names
@@ -19,6 +19,12 @@ def next_positions(ladder, plan):
     """The position of the next level of each item, -1 without one."""
     nexts = zip(ladder.every_step.nexts, ladder.positions(plan), strict=True)
     return [levels[position] for levels, position in nexts]
+
+
+def lowered(ladder, plan, item):
+    """The plan after an item and all that are taken together with it are lowered."""
+    positions = ladder.positions(plan)
+    return ladder.plan(ladder.every_step.after(positions, ladder.numbers[item]))
 
 
 def test_items_are_in_the_order_of_the_names_of_items():
@@ -104,35 +110,22 @@ def test_names_are_checked_without_a_model():
         parse_levels({"caches": ["int4", "int8"]})
 
 
-def test_caches_need_facts_about_them():
-    old = replace(UNPACKED, kv_heads=(), kv_head_size=())
-    assert len(Ladder.of(old, "masks")) == 2 * LAYERS
-    with pytest.raises(ArtifactError, match="export the facts again"):
-        Ladder.of(old, "all")
-
-
 def test_lowering_goes_through_all_levels_of_an_item():
     ladder, plan = Ladder.of(UNPACKED), Plan()
     for item in ladder.items:
         for level in item.levels[1:]:
             assert item.levels[next_positions(ladder, plan)[ladder.numbers[item.name]]] == level
-            plan = ladder.lower(plan, item.name)
+            plan = lowered(ladder, plan, item.name)
             if item.kind != "cache":  # the removal of attention blocks came first
                 assert plan.levels[item.name] == level
         if item.kind == "ffn":
             break  # caches of later layers shall not be gone
     assert next_positions(ladder, plan)[:2] == [-1, -1]
-    with pytest.raises(UnknownNameError, match=r"item with a lower level 'layer00\.ffn'"):
-        ladder.lower(plan, 1)
-    with pytest.raises(UnknownNameError, match="item 99"):
-        ladder.lower(plan, 99)
-    with pytest.raises(UnknownNameError, match=r"item 'layer09\.ffn'"):
-        ladder.lower(plan, "layer09.ffn")
 
 
 def test_a_removed_attention_block_takes_its_cache_with_it():
     ladder = Ladder.of(UNPACKED)
-    plan = ladder.lower(Plan.of({"layer00.cache": "int8"}), "layer00.cache")
+    plan = lowered(ladder, Plan.of({"layer00.cache": "int8"}), "layer00.cache")
     plan = plan.without("layer00.attn")
     valid = np.array(next_positions(ladder, plan)) >= 0
     assert not valid[ladder.numbers["layer00.cache"]]
@@ -144,15 +137,15 @@ def test_a_removed_attention_block_takes_its_cache_with_it():
 
 def test_some_levels_are_taken_together():
     ladder = Ladder.of(UNPACKED, "all", ["int8"])
-    plan = ladder.lower(Plan(), "layer00.cache")
+    plan = lowered(ladder, Plan(), "layer00.cache")
     assert plan == Plan.of({"layer00.cache": "int8", "layer01.cache": "int8"})
-    assert ladder.lower(plan, "layer01.cache").levels["layer00.cache"] == "int8"
+    assert lowered(ladder, plan, "layer01.cache").levels["layer00.cache"] == "int8"
     one = Plan.of({"layer00.cache": "int4"})  # caches that are lower stay as they are
-    assert ladder.lower(one, "layer01.cache").levels == {
+    assert lowered(ladder, one, "layer01.cache").levels == {
         "layer00.cache": "int4",
         "layer01.cache": "int8",
     }
-    assert ladder.lower(Plan(), "layer00.ffn").levels == {"layer00.ffn": "int8"}
+    assert lowered(ladder, Plan(), "layer00.ffn").levels == {"layer00.ffn": "int8"}
     assert Ladder.of(UNPACKED, "masks", ["int8"]).shared_positions == frozenset()
     with pytest.raises(UnknownNameError, match="level of a cache 'int9'"):
         Ladder.of(UNPACKED, "all", ["int9"])

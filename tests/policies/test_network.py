@@ -85,19 +85,9 @@ def test_threads_share_it_and_it_keeps_no_state(rows):
         assert list(pool.map(made.plan, asked)) == alone
 
 
-@pytest.mark.parametrize(
-    ("changed", "text"),
-    [
-        ({"first_bias": np.zeros(5, np.float32)}, r"first_weight must have the shape \(5, "),
-        ({"linear_weight": np.zeros(5, np.float32)}, r"linear_weight .*not \(5,\)"),
-        ({"last_weight": np.full(8, np.nan, np.float32)}, "last_weight contains NaN"),
-        ({"without": ("gis",)}, "was trained without 'gis', which is unknown to this version"),
-        ({"rows": "layers"}, "observes 'layers', which is unknown to this version"),
-    ],
-)
-def test_invalid_weights_are_rejected(changed, text):
-    with pytest.raises(ArtifactError, match=text):
-        replace(drawn_weights("blocks", 12), **changed)
+def test_weights_of_a_training_that_diverged_are_rejected():
+    with pytest.raises(ArtifactError, match="last_weight contains NaN"):
+        replace(drawn_weights("blocks", 12), last_weight=np.full(8, np.nan, np.float32))
 
 
 def test_choosing_loads_neither_torch_nor_a_training_library(tmp_path):

@@ -203,5 +203,5 @@ def test_a_policy_is_taken_as_it_is():
 
 @pytest.mark.parametrize("wrong", [3, "rap", Chooses, None])
 def test_what_cannot_choose_is_no_policy(wrong):
-    with pytest.raises(TypeError, match="is no policy: it needs a name and choose"):
+    with pytest.raises(InvalidRequestError, match="is no policy: it needs a name and choose"):
         as_policy(wrong)

@@ -139,9 +139,9 @@ def test_overlap_is_found_wherever_it_starts():
     ("settings", "text"),
     [
         ({"source": "missing.txt"}, "Cannot read the text missing.txt"),
-        ({"windows": 0}, "windows must be a whole number >= 1, not 0"),
+        ({"windows": 0}, "windows must be a whole number of at least 1, not 0"),
         ({"windows": True}, "not True"),
-        ({"window_tokens": 1}, "window_tokens must be a whole number >= 2"),
+        ({"window_tokens": 1}, "window_tokens must be a whole number of at least 2"),
         ({"seed": -1}, "seed must be"),
     ],
 )
@@ -160,8 +160,6 @@ def test_text_shorter_than_a_window(tmp_path):
 def test_unknown_names():
     with pytest.raises(UnknownNameError, match="corpus role 'train'"):
         CorpusConfig(role="train")
-    with pytest.raises(UnknownNameError, match=r"'windws'.*Did you mean 'windows'"):
-        CorpusConfig.of({"windws": 3})
 
 
 def test_a_model_without_start_token_or_tokenizer(tmp_path):

@@ -7,7 +7,6 @@ import torch
 from rap_env.blocks import block_name
 from rap_env.errors import (
     CorpusError,
-    InvalidRequestError,
     NonFiniteScoreError,
     UnknownNameError,
 )
@@ -120,12 +119,6 @@ def test_masks_that_share_a_batch_differ_by_rounding_alone(family, dtype):
     assert MaskScorer(view, ids, masks_together=4).nll_many(masks) == pytest.approx(
         single, abs=rounding
     )
-
-
-@pytest.mark.parametrize("width", [0, -1, 1.5, True])
-def test_impossible_numbers_of_masks_in_a_batch(width):
-    with pytest.raises(InvalidRequestError, match="masks_together must be a whole number"):
-        MaskScorer(tiny_llm(), tokens(), masks_together=width)
 
 
 def test_the_share_saved_is_that_of_single_passes():

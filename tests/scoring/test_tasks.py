@@ -430,10 +430,10 @@ def test_a_misspelt_task_of_lm_eval_lists_near_names(llm):
     [
         ({"names": ()}, "names must hold one task at least"),
         ({"names": ("piqa", "piqa")}, r"none twice, not \['piqa', 'piqa'\]"),
-        ({"limit": 0}, "limit must be a whole number >= 1, not 0"),
-        ({"limit": 0.5}, "limit must be a whole number >= 1, not 0.5"),
-        ({"num_fewshot": -1}, "num_fewshot must be a whole number >= 0, not -1"),
-        ({"seed": True}, "seed must be a whole number >= 0, not True"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, or None, not 0"),
+        ({"limit": 0.5}, "limit must be of type int or None, not 0.5"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, not -1"),
+        ({"seed": True}, "seed must be of type int, not True"),
     ],
 )
 def test_impossible_settings_are_named(settings, message):

@@ -123,14 +123,8 @@ def test_batches_are_neighbours_that_get_smaller():
     assert [len(batch) for batch in batches_of(range(32), 2, least=5)] == [8, 6, 5, 5, 5, 3]
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, None])
-def test_impossible_numbers_of_workers(count):
-    with pytest.raises(InvalidRequestError, match="whole number of at least 1, not"):
-        WorkerPool(tiny_llm, count)
-
-
 def test_a_negative_number_of_workers_of_a_context():
-    with pytest.raises(InvalidRequestError, match="workers must be at least 0, not -1"):
+    with pytest.raises(InvalidRequestError, match="workers must be .* at least 0, not -1"):
         ContextConfig(workers=-1)
 
 
@@ -214,10 +208,10 @@ def test_more_workers_than_cores_are_a_warning(caplog, monkeypatch):
         assert workers._ray.asked["num_cpus"] == 0, "they run where Ray has fewer cores, too"
 
 
-@pytest.mark.parametrize("address", ["here", "http://here:8265", "ray://here:10001", ":6379"])
+@pytest.mark.parametrize("address", ["here", "http://here:8265", ":6379"])
 def test_addresses_of_another_form(address):
-    with pytest.raises(InvalidRequestError, match="HOST:PORT"):
-        WorkerPool(tiny_llm, 2, address=address)
+    with pytest.raises(WorkerError, match="An address is HOST:PORT"):
+        WorkerPool(tiny_llm, 1, address=address)
 
 
 def test_an_address_that_does_not_answer_is_an_error_within_seconds():
