@@ -19,24 +19,27 @@ from rap_env.extras import missing_extra
 from rap_env.version import __version__
 
 if TYPE_CHECKING:
-    from rap_env.envs.ladder import RAPLadderEnv, RAPLadderVectorEnv
-    from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
-    from rap_env.envs.vector import make_vec
-    from rap_env.errors import RapError
-    from rap_env.importance.gsi_search import gsi
-    from rap_env.leaderboard.evaluation import evaluate
-    from rap_env.memory import MemoryModel
-    from rap_env.models.files.loading import load_llm
-    from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
-    from rap_env.models.files.streamed import stream_llm
-    from rap_env.plan import Plan
-    from rap_env.policies.loading import load_policy
-    from rap_env.repair.cached_library import open_library
-    from rap_env.request import Request
-    from rap_env.runtime.controller import RuntimeController
-    from rap_env.scoring.corpus import CorpusConfig
-    from rap_env.scoring.corpus_loading import load_corpus
-    from rap_env.scoring.scorer import MaskScorer
+    from rap_env.envs.ladder import RAPLadderEnv as RAPLadderEnv
+    from rap_env.envs.ladder import RAPLadderVectorEnv as RAPLadderVectorEnv
+    from rap_env.envs.prune import RAPPruneEnv as RAPPruneEnv
+    from rap_env.envs.prune import RAPPruneVectorEnv as RAPPruneVectorEnv
+    from rap_env.envs.vector import make_vec as make_vec
+    from rap_env.errors import RapError as RapError
+    from rap_env.importance.gsi_search import gsi as gsi
+    from rap_env.leaderboard.evaluation import evaluate as evaluate
+    from rap_env.memory import MemoryModel as MemoryModel
+    from rap_env.models.files.loading import load_llm as load_llm
+    from rap_env.models.files.pruned_checkpoint import load_pruned as load_pruned
+    from rap_env.models.files.pruned_checkpoint import save_pruned as save_pruned
+    from rap_env.models.files.streamed import stream_llm as stream_llm
+    from rap_env.plan import Plan as Plan
+    from rap_env.policies.loading import load_policy as load_policy
+    from rap_env.repair.cached_library import open_library as open_library
+    from rap_env.request import Request as Request
+    from rap_env.runtime.controller import RuntimeController as RuntimeController
+    from rap_env.scoring.corpus import CorpusConfig as CorpusConfig
+    from rap_env.scoring.corpus_loading import load_corpus as load_corpus
+    from rap_env.scoring.scorer import MaskScorer as MaskScorer
 
 _MODULES = {
     "Plan": "plan",
@@ -63,30 +66,7 @@ _MODULES = {
 }
 """The module of each public name."""
 
-__all__ = [
-    "CorpusConfig",
-    "MaskScorer",
-    "MemoryModel",
-    "Plan",
-    "RAPLadderEnv",
-    "RAPLadderVectorEnv",
-    "RAPPruneEnv",
-    "RAPPruneVectorEnv",
-    "RapError",
-    "Request",
-    "RuntimeController",
-    "__version__",
-    "evaluate",
-    "gsi",
-    "load_corpus",
-    "load_llm",
-    "load_policy",
-    "load_pruned",
-    "make_vec",
-    "open_library",
-    "save_pruned",
-    "stream_llm",
-]
+__all__ = [*_MODULES, "__version__"]
 
 _ENTRY_POINTS = {
     "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),

@@ -295,17 +295,7 @@ class Plan:
         return not self.is_mask or bool(self.removed)
 
     def __str__(self) -> str:
-        if not self:
-            return "dense"
-        if self.is_mask:
-            return f"without {', '.join(self.removed_names)}"
-        return ", ".join(f"{level} {_shortened(items)}" for level, items in self._by_level())
-
-    def _by_level(self) -> list[tuple[str, list[str]]]:
-        by_level: dict[str, list[str]] = {}
-        for item, level in self.levels.items():
-            by_level.setdefault(level, []).append(item)
-        return list(by_level.items())
+        return self.summary
 
 
 def every_mask(num_blocks: int) -> Iterator[Plan]:
@@ -359,8 +349,3 @@ def layer_ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _shortened(items: list[str], most: int = 4) -> str:
-    more = len(items) - most
-    return ", ".join(items) if more <= 1 else f"{', '.join(items[:most])} and {more} more"

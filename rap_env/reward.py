@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.plan import Plan
@@ -66,16 +66,6 @@ class StepOutcome(NamedTuple):
 class RewardTerm(ABC):
     """One term of a reward, in its own unit."""
 
-    name: ClassVar[str]
-    range: ClassVar[tuple[float, float]]
-    """Least and greatest return of an episode."""
-    baseline: ClassVar[str] = "the dense model: no block removed gives 0"
-    deterministic: ClassVar[bool] = True
-    """Whether the same masks always give the same rewards."""
-    on_failure: ClassVar[str] = (
-        "with over_budget='worst', less than any plan that fits; with 'measured', the value of the "
-        "mask reached, or out of steps that of a model without its blocks"
-    )
     relative_to: str | None = None
     """Baseline whose ΔNLL at the same request is needed where an episode ends, or None."""
 
@@ -131,12 +121,6 @@ class PerplexityReward(RewardTerm):
         UnknownNameError: There is no such timing, scale or baseline.
         InvalidRequestError: A value has the wrong type, or the cap or the offset is not above 0.
     """
-
-    name: ClassVar[str] = "perplexity"
-    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)  # a rare mask beats the dense one
-    baseline: ClassVar[str] = (
-        "the dense model: no block removed gives 0; with relative_to it is that baseline's mask"
-    )
 
     timing: str = "terminal"
     loss_cap: float | None = None
@@ -198,87 +182,66 @@ class PerplexityReward(RewardTerm):
 
 
 @dataclass(frozen=True)
-class AccuracyReward(RewardTerm):
-    """The final mask's mean task accuracy minus the dense model's, paid at the last step.
+class TaskReward(RewardTerm):
+    """What the final mask changes of a score on tasks, paid at the last step.
 
-    Accuracy is what users notice, but it is coarse: on n questions it moves in steps of 1 / n.
-    It suits fine-tuning an agent, or the ``combined`` reward, better than training from scratch.
-
-    Attributes:
-        tasks: Measures the accuracies; they are deterministic (log-likelihoods, no sampling).
-    """
-
-    name: ClassVar[str] = "accuracy"
-    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
-
-    tasks: MeasuresAccuracy = field(repr=False)
-
-    def step(self, outcome: StepOutcome) -> float:
-        """The change in accuracy, at most 0 unless pruning helped."""
-        if outcome.fails:
-            return 2 * self.range[0]
-        if not outcome.ends or not outcome.mask:
-            return 0.0
-        return self.tasks.mean_accuracy(outcome.mask) - self.tasks.mean_accuracy(Plan())
-
-
-@dataclass(frozen=True)
-class RecallReward(RewardTerm):
-    """Minus the rise in the NLL of right choices under the final plan, at the last step.
-
-    It is the smooth form of the accuracy: each question counts by the probability that the right
-    choice has among the choices. On tasks of long contexts, such as ``rap_recall_1024``, it shows
-    what windows and caches of few bits do to recall, which the perplexity hides.
+    - ``accuracy``: the mean accuracy, from -1 to 1. It is what users notice, but it is coarse: on n
+      questions it moves in steps of 1 / n. It suits fine-tuning an agent, or the ``combined``
+      reward, better than training from scratch.
+    - ``recall``: minus the NLL of right choices, its smooth form: each question counts by the
+      probability that the right choice has among the choices; a guess among four choices has 1.39
+      nats. On tasks of long contexts, such as ``rap_recall_1024``, it shows what windows and caches
+      of few bits do to recall, which the perplexity hides.
 
     Attributes:
-        tasks: Measures the NLL of choices; all tasks must have choices.
-        cap: A larger rise counts as this many nats; None for no cap.
+        score: The score of a mask; it is deterministic (log-likelihoods, no sampling).
+        failed: What an episode that fails is paid; None pays for the mask that it reached.
+        most_lost: A larger loss counts as this much; None for no cap.
     """
 
-    name: ClassVar[str] = "recall"
-    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
-
-    tasks: MeasuresAccuracy = field(repr=False)
-    cap: float | None = None
+    score: Callable[[Plan], float] = field(repr=False)
+    failed: float | None = None
+    most_lost: float | None = None
 
     def step(self, outcome: StepOutcome) -> float:
-        """Minus the rise in nats; a model that guesses among four choices has an NLL of 1.39."""
-        if outcome.fails and self.cap is not None:
-            return -over_budget_nll(self.cap)
+        """The change in the score, at most 0 unless pruning helped."""
+        if outcome.fails and self.failed is not None:
+            return self.failed
         if not outcome.ends or not outcome.mask:
             return 0.0
-        rise = self.tasks.mean_choice_nll(outcome.mask) - self.tasks.mean_choice_nll(Plan())
-        return -rise if self.cap is None else -min(rise, self.cap)
+        gain = self.score(outcome.mask) - self.score(Plan())
+        return gain if self.most_lost is None else max(gain, -self.most_lost)
 
 
 @dataclass(frozen=True)
 class Reward:
-    """A weighted sum of terms."""
+    """A weighted sum of terms.
 
-    weighted: tuple[tuple[float, RewardTerm], ...]
+    Attributes:
+        weighted: The weight of each term, and the term, by its name.
+    """
+
+    weighted: Mapping[str, tuple[float, RewardTerm]]
 
     @cached_property
     def pays_every_step(self) -> bool:
         """Whether each step is rewarded, so that every intermediate mask has to be measured."""
-        return any(term.pays_every_step for _, term in self.weighted)
+        return any(term.pays_every_step for _, term in self.weighted.values())
 
     @cached_property
     def relative_to(self) -> str | None:
         """The baseline whose ΔNLL has to be measured where an episode ends, or None."""
-        named = (term.relative_to for _, term in self.weighted)
+        named = (term.relative_to for _, term in self.weighted.values())
         return next((name for name in named if name is not None), None)
 
     def step(self, outcome: StepOutcome) -> dict[str, float]:
         """Each term's share of the reward by name; the reward is their sum."""
-        return {term.name: weight * term.step(outcome) for weight, term in self.weighted}
+        weighted = self.weighted.items()
+        return {name: weight * term.step(outcome) for name, (weight, term) in weighted}
 
     def zeros(self) -> dict[str, float]:
         """The terms of a step that is not rewarded."""
-        return self._zeros.copy()
-
-    @cached_property
-    def _zeros(self) -> dict[str, float]:
-        return {term.name: 0.0 for _, term in self.weighted}
+        return dict.fromkeys(self.weighted, 0.0)
 
 
 _PERPLEXITY_SETTINGS = tuple(entry.name for entry in fields(PerplexityReward))
@@ -330,14 +293,17 @@ def make_reward(
     if ceiling is not None:
         cap = perplexity.loss_cap
         perplexity = replace(perplexity, loss_cap=ceiling if cap is None else min(cap, ceiling))
-    make: dict[str, Callable[[], RewardTerm]] = {
-        "perplexity": lambda: perplexity,
-        "accuracy": lambda: AccuracyReward(tasks()),
-        "recall": lambda: RecallReward(tasks(), ceiling),
-    }
-    return Reward(
-        tuple((float(weight), make[term]()) for term, weight in weights.items() if weight)
-    )
+
+    def make(term: str) -> RewardTerm:
+        if term == "perplexity":
+            return perplexity
+        measures = tasks()
+        if term == "accuracy":
+            return TaskReward(measures.mean_accuracy, failed=-2.0)  # twice the worst change
+        failed = None if ceiling is None else -over_budget_nll(ceiling)
+        return TaskReward(lambda plan: -measures.mean_choice_nll(plan), failed, ceiling)
+
+    return Reward({term: (float(w), make(term)) for term, w in weights.items() if w})
 
 
 def parse_reward(spec: str | Mapping[str, Any]) -> tuple[Mapping[str, float], PerplexityReward]:

@@ -208,7 +208,7 @@ def test_numpy_integers_are_indices_and_become_plain_ones() -> None:
 
 def test_the_empty_mask_is_the_dense_model() -> None:
     assert not Plan()
-    assert str(Plan()) == "dense"
+    assert str(Plan()) == "native"
     assert Plan().removed_names == ()
 
 
@@ -220,7 +220,7 @@ def test_a_mask_of_all_or_of_one_kind() -> None:
         "layer01.ffn",
     )
     attention = Plan.removing(*(b for b in blocks if b.kind == "attn"))
-    assert str(attention) == "without layer00.attn, layer01.attn"
+    assert str(attention) == "removed attn 0-1"
 
 
 @given(MASKS)

@@ -16,8 +16,8 @@ the first layer has no attention block, it gets "linear attention" with a matrix
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import UnsupportedModelError
@@ -29,7 +29,7 @@ ZERO_FFN_LENGTH = 32
 """Length of an FFN block of zeros."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeciLayer:
     """One layer of the exported model: which blocks of the base model it consists of.
 
@@ -42,8 +42,8 @@ class DeciLayer:
 
     attn: int | None = None
     ffn: int | None = None
-    attn_bias: tuple[int, ...] = ()
-    ffn_bias: tuple[int, ...] = ()
+    attn_bias: list[int] = field(default_factory=list)
+    ffn_bias: list[int] = field(default_factory=list)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ class DeciLayer:
         return attn if self.ffn is None else (*attn, 2 * self.ffn + 1)
 
 
-def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> tuple[DeciLayer, ...]:
+def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> list[DeciLayer]:
     """Pack the kept blocks of a model into layers.
 
     Args:
@@ -64,59 +64,46 @@ def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> tu
         UnsupportedModelError: No attention block is kept, or a mean has no kept block before it.
     """
     added = {block_index(index) for index in means}
-    layers: list[dict[str, int]] = []
-    biases: list[dict[str, list[int]]] = []
-    last = ""  # the kind of the last kept block
+    layers: list[DeciLayer] = []
+    biases: list[int] | None = None  # of the last kept block
     for index in range(2 * num_layers):
-        kind = "ffn" if index % 2 else "attn"
-        if index not in removed.removed:
-            if kind == "attn" or not layers or "ffn" in layers[-1]:
-                layers.append({})
-                biases.append({"attn": [], "ffn": []})
-            layers[-1][kind] = index // 2
-            last = kind
-        elif index in added:
-            if not last:
+        if index in removed.removed:
+            if index in added and biases is None:
                 raise UnsupportedModelError(
                     f"The stub of {block_name(index)} adds its mean before any kept block, where "
                     "llama.cpp has no bias; choose a plan that keeps an earlier block, or export "
                     "without stubs."
                 )
-            biases[-1][last].append(index)
-    if not any("attn" in layer for layer in layers):
+            if index in added and biases is not None:
+                biases.append(index)
+        elif index % 2:
+            if not layers or layers[-1].ffn is not None:
+                layers.append(DeciLayer())
+            layers[-1].ffn, biases = index // 2, layers[-1].ffn_bias
+        else:
+            layers.append(DeciLayer(attn=index // 2))
+            biases = layers[-1].attn_bias
+    if all(layer.attn is None for layer in layers):
         raise UnsupportedModelError(
             "llama.cpp cannot run a model without any attention block, and this plan removes all "
             "of them; keep one."
         )
-    return tuple(
-        DeciLayer(layer.get("attn"), layer.get("ffn"), tuple(bias["attn"]), tuple(bias["ffn"]))
-        for layer, bias in zip(layers, biases, strict=True)
-    )
+    return layers
 
 
-@dataclass(frozen=True)
-class DeciShape:
-    """The numbers that ``deci`` states for each layer.
+def deci_shape(
+    layers: Sequence[DeciLayer], heads: int, kv_heads: int, ffn_length: int
+) -> dict[str, list[int]]:
+    """The numbers that ``deci`` states for each layer, by name.
 
-    Attributes:
-        heads: Attention heads; with `kv_heads` 0, a positive number means linear attention.
-        kv_heads: Key and value heads; 0 without a KV cache.
-        ffn_lengths: FFN lengths.
+    The layers of the base model all have these sizes. Heads without key and value heads mean
+    linear attention.
     """
-
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    ffn_lengths: tuple[int, ...]
-
-    @classmethod
-    def of(
-        cls, layers: tuple[DeciLayer, ...], heads: int, kv_heads: int, ffn_length: int
-    ) -> DeciShape:
-        """The numbers for layers of a model whose own layers all have these sizes."""
-        by_layer = [heads if layer.attn is not None else 0 for layer in layers]
-        by_layer[0] = heads
-        return cls(
-            tuple(by_layer),
-            tuple(kv_heads if layer.attn is not None else 0 for layer in layers),
-            tuple(ZERO_FFN_LENGTH if layer.ffn is None else ffn_length for layer in layers),
-        )
+    attn = [layer.attn is not None for layer in layers]
+    return {
+        "attention.head_count": [heads, *(heads * has for has in attn[1:])],
+        "attention.head_count_kv": [kv_heads * has for has in attn],
+        "feed_forward_length": [
+            ZERO_FFN_LENGTH if layer.ffn is None else ffn_length for layer in layers
+        ],
+    }

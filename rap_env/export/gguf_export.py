@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,7 @@ from gguf import GGUFWriter
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import UnsupportedModelError
-from rap_env.export.deci import (
-    ARCHITECTURE,
-    ZERO_FFN_LENGTH,
-    DeciLayer,
-    DeciShape,
-    deci_layers,
-)
+from rap_env.export.deci import ARCHITECTURE, ZERO_FFN_LENGTH, DeciLayer, deci_layers, deci_shape
 from rap_env.export.gguf_model import ATTN_PARTS, FFN_PARTS, GgufModel
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.llama_cpp import cache_type
@@ -89,20 +83,16 @@ def export_gguf(
     return written
 
 
-def _by_plan(model: GgufModel, layers: tuple[DeciLayer, ...]) -> Iterator[tuple[str, Any]]:
+def _by_plan(model: GgufModel, layers: Sequence[DeciLayer]) -> Iterator[tuple[str, Any]]:
     """The header's entries that depend on the plan."""
-    shape = DeciShape.of(layers, model.heads, model.kv_heads, model.ffn_length)
     yield f"{ARCHITECTURE}.block_count", (len(layers), Value.UINT32, None)
-    for name, numbers in (
-        ("attention.head_count", shape.heads),
-        ("attention.head_count_kv", shape.kv_heads),
-        ("feed_forward_length", shape.ffn_lengths),
-    ):
-        yield f"{ARCHITECTURE}.{name}", (list(numbers), Value.ARRAY, Value.INT32)
+    shape = deci_shape(layers, model.heads, model.kv_heads, model.ffn_length)
+    for name, numbers in shape.items():
+        yield f"{ARCHITECTURE}.{name}", (numbers, Value.ARRAY, Value.INT32)
 
 
 def _all_tensors(
-    model: GgufModel, plan: Plan, layers: tuple[DeciLayer, ...], means: Means
+    model: GgufModel, plan: Plan, layers: Sequence[DeciLayer], means: Means
 ) -> Iterator[tuple[str, GgufTensor]]:
     for name in model.tensors:
         if not name.startswith("blk."):
@@ -138,7 +128,7 @@ def _block(
 
 
 def _bias(
-    model: GgufModel, name: str, layer: int, added: tuple[int, ...], means: Means
+    model: GgufModel, name: str, layer: int, added: Sequence[int], means: Means
 ) -> Iterator[tuple[str, GgufTensor]]:
     """The bias of a block's output, with the means that are added there."""
     own = model.tensors.get(f"blk.{layer}.{name.rpartition('.')[2]}.bias")

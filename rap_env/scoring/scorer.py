@@ -323,7 +323,7 @@ class MaskScorer:
         """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a plan."""
         self.runner.cache.clear()  # the states on the way may be non-finite too
         raise NonFiniteScoreError(
-            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL {plan}; check the "
+            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL ({plan}); check the "
             "weights, or load the model with dtype='float32'."
         )
 

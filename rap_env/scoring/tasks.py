@@ -218,7 +218,7 @@ class TaskScorer:
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(
                 f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite likelihood on the "
-                f"task {name!r} {plan}; check the weights, or load the model with "
+                f"task {name!r} ({plan}); check the weights, or load the model with "
                 "dtype='float32'."
             )
         if self.store is not None:

@@ -78,7 +78,7 @@ def test_a_block_that_the_model_lacks(table):
 
 
 def test_too_few_scores(context):
-    with pytest.raises(ArtifactError, match=r"without layer02\.ffn: not measured.*too few"):
+    with pytest.raises(ArtifactError, match=r"removed ffn 2: not measured.*too few"):
         table_of(context, all_masks(BLOCKS, 1)[:-1])
     with pytest.raises(ArtifactError, match="7 scores of .* too few.* 12 scores in all"):
         table_of(context, all_masks(BLOCKS, 1))

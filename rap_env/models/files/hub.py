@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import re
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +123,7 @@ def _offline_variable() -> str | None:
 
 
 def _ask(repo_id: str, revision: str | None) -> Any:
-    """The hub's description of a model; waits at most `PROBE_S`, name resolution included."""
+    """The hub's description of a model; waits at most `PROBE_S` for an answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HFValidationError,
@@ -133,33 +131,19 @@ def _ask(repo_id: str, revision: str | None) -> Any:
         RevisionNotFoundError,
     )
 
-    answers: queue.Queue[Any] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answers.put(
-                HfApi().model_info(repo_id, revision=revision, timeout=PROBE_S, files_metadata=True)
-            )
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=PROBE_S)
-    except queue.Empty:
-        answer = TimeoutError(f"no answer in {PROBE_S:.0f} s")
-    if isinstance(answer, RevisionNotFoundError):
+        return HfApi().model_info(repo_id, revision=revision, timeout=PROBE_S, files_metadata=True)
+    except RevisionNotFoundError as error:
         raise ModelNotAvailableError(
             f"{repo_id} has no revision {revision!r} on the hub."
-        ) from answer
-    if isinstance(answer, RepositoryNotFoundError | HFValidationError):
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotAvailableError(
             f"The hub has no model {repo_id!r} that you can read; check the spelling, and set "
             "HF_TOKEN if it is private."
-        ) from answer
-    if isinstance(answer, Exception):
-        raise _unreachable(repo_id, answer) from answer
-    return answer
+        ) from error
+    except Exception as error:  # of the client or of its HTTP library
+        raise _unreachable(repo_id, error) from error
 
 
 def _wanted(info: Any, repo_id: str) -> tuple[list[str], list[str]]:

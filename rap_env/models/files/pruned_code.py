@@ -81,56 +81,13 @@ REMOVED_ENTRY = "removed_blocks"
 _CODE, _PLACEHOLDERS = "modeling_rap_pruned", "rap_placeholders"
 _CONFIG_CLASS, _MODEL_CLASS = "RapPrunedConfig", "RapPrunedForCausalLM"
 
-_TEMPLATE = '''"""{model} without some of its blocks; written by rap_env {version}.
-
-Load it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). `removed_blocks`
-in config.json names the blocks that are left out, and the modules that they consist of.
-"""
-
-from transformers import {config}, {model}
-
-from .{placeholders} import remove_blocks
-
-
-class Entries(dict):
-    """A dictionary whose values are attributes, too."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class {config_class}({config}):
-    """The config of {model}, with `removed_blocks`, and `block_configs` for vLLM."""
-
-    model_type = "{model_type}"
-
-    @property
-    def block_configs(self):
-        stored = self.__dict__.get("block_configs") or []
-        return [Entries({{k: Entries(v) for k, v in block.items()}}) for block in stored]
-
-    @block_configs.setter
-    def block_configs(self, value):
-        self.__dict__["block_configs"] = value
-
-
-class {model_class}({model}):
-    """{model} with placeholders, or stubs, in the places of the removed blocks."""
-
-    config_class = {config_class}
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        remove_blocks(self, config.{entry})
-'''
+_TEMPLATE = Path(__file__).with_name(f"{_CODE}.txt")
+"""The module's code, with the names of the family's classes left open."""
 
 
 def code_files(model: Any) -> dict[str, str]:
     """The content of the Python files for a model of transformers, by name."""
-    code = _TEMPLATE.format(
+    code = _TEMPLATE.read_text(encoding="utf-8").format(
         config=type(model.config).__name__,
         model=type(model).__name__,
         version=__version__,
