@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rap_env.context.base import PruningContext
@@ -54,12 +55,13 @@ class UniformSetting:
     Attributes:
         places: Places of its levels of weights, caches and embeddings among those of the ladder
             (0 is native), and the number of removed blocks.
-        least_delta_nll: ΔNLL of the removed blocks alone, nats per token.
+        rises: What its level of weights, that of caches, that of embeddings and its removed blocks
+            lose alone: ΔNLL, nats per token.
     """
 
     plan: Plan
-    places: tuple[int, int, int, int]
-    least_delta_nll: float
+    places: tuple[int, ...]
+    rises: tuple[float, ...]
 
     def dominates(self, other: UniformSetting) -> bool:
         """Whether no level is below the other's and no more blocks are removed."""
@@ -74,8 +76,8 @@ class Uniform(Method):
     Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the one
     with the least NLL on the calibration text. Each combination of levels is tried with the fewest
     removed blocks that fit. Two kinds of settings are not measured, because they cannot be the
-    best: those that are nowhere above another one that fits, and those whose removed blocks alone
-    lose more than the best measured setting.
+    best: those that are nowhere above another one that fits, and those of which one part alone, the
+    removed blocks or the level of one kind of items, loses more than the best measured setting.
     """
 
     name = "uniform"
@@ -86,17 +88,17 @@ class Uniform(Method):
         self._levels = self._uniform_levels()
 
     def settings(self, request: Request) -> list[UniformSetting]:
-        """The settings that fit and may be the best, those with the least known ΔNLL first."""
+        """The settings that fit and may be the best, those with the least sum of rises first."""
         fitting = [
             setting for levels in self._levels if (setting := self._fitting(*levels, request))
         ]
         kept = [s for s in fitting if not any(other.dominates(s) for other in fitting)]
-        return sorted(kept, key=lambda setting: (setting.least_delta_nll, setting.places))
+        return sorted(kept, key=lambda setting: (sum(setting.rises), setting.places))
 
     def all_peak_bytes(self, shape: tuple[int, int]) -> list[int]:
         """Distinct peak bytes of every setting for a batch size and length, from large to small."""
         request, counts = Request(*shape, budget_bytes=1), range(len(self._order) + 1)
-        pairs = itertools.product((plan for plan, _ in self._levels), counts)
+        pairs = itertools.product((plan for plan, *_ in self._levels), counts)
         return sorted({self._peak_bytes(*pair, request) for pair in pairs}, reverse=True)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
@@ -109,8 +111,8 @@ class Uniform(Method):
             return self.ladder.plan(self.costs(request).steps.lowest)
         best, best_nll = settings[0].plan, float("inf")
         for setting in settings:
-            if setting.least_delta_nll >= best_nll - self._native_nll:
-                break
+            if max(setting.rises) >= best_nll - self._native_nll:
+                continue
             nll = scores.nll(setting.plan)
             if nll < best_nll:
                 best, best_nll = setting.plan, nll
@@ -133,26 +135,34 @@ class Uniform(Method):
         kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
         return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
 
-    def _uniform_levels(self) -> list[tuple[Plan, tuple[int, int, int]]]:
-        """Each combination of levels of weights, caches and embeddings, with their places."""
+    def _uniform_levels(self) -> list[tuple[Plan, tuple[int, ...], tuple[float, ...]]]:
+        """Each combination of levels of weights, caches and embeddings: its places and rises."""
         chains: dict[str, list[str]] = {kind: ["native"] for kind in _KINDS.values()}
         for item in self.ladder.items:
             chain = chains[_KINDS[item.kind]]
             chain += [n for n in item.levels if n != "removed" and n not in chain]
-        weights, caches, embeddings = chains.values()
-        places = itertools.product(*map(range, map(len, (weights, caches, embeddings))))
-        return [
-            (self._uniform(weights[w], caches[c], embeddings[e]), (w, c, e)) for w, c, e in places
-        ]
+        scores = CountingScorer(self.context.scorer)
+        rises = {
+            (kind, level): scores.nll(self._uniform({kind: level})) - self._native_nll
+            for kind, chain in chains.items()
+            for level in chain
+        }
+        self.setup_evaluations += scores.evaluations
+        combinations = []
+        for levels in itertools.product(*chains.values()):
+            by_kind = dict(zip(chains, levels, strict=True))
+            places = tuple(chains[kind].index(level) for kind, level in by_kind.items())
+            own = tuple(rises[pair] for pair in by_kind.items())
+            combinations.append((self._uniform(by_kind), places, own))
+        return combinations
 
-    def _uniform(self, weights: str, caches: str, embeddings: str) -> Plan:
+    def _uniform(self, by_kind: Mapping[str, str]) -> Plan:
         """The plan in which every item that has the level of its kind is at it."""
-        by_kind = {"weights": weights, "caches": caches, "embeddings": embeddings}
-        levels = {item: by_kind[_KINDS[item.kind]] for item in self.ladder.items}
+        levels = {item: by_kind.get(_KINDS[item.kind], "native") for item in self.ladder.items}
         return Plan.of({item.name: n for item, n in levels.items() if n in item.levels})
 
     def _fitting(
-        self, plan: Plan, places: tuple[int, int, int], request: Request
+        self, plan: Plan, places: tuple[int, ...], rises: tuple[float, ...], request: Request
     ) -> UniformSetting | None:
         """The setting with the fewest removed blocks that fits; None if there is none."""
         low, high = 0, len(self._order)
@@ -164,7 +174,8 @@ class Uniform(Method):
                 high = middle
             else:
                 low = middle + 1
-        return UniformSetting(self._without(plan, low), (*places, low), self._rises[low])
+        rises = (*rises, self._rises[low])
+        return UniformSetting(self._without(plan, low), (*places, low), rises)
 
     def _peak_bytes(self, plan: Plan, removed: int, request: Request) -> int:
         return self.memory.peak_bytes(self._without(plan, removed), request)
