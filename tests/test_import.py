@@ -2,7 +2,6 @@ import gymnasium
 import pytest
 
 import rap_env
-from rap_env.version import __version__
 from tests.imports import loaded_by
 
 HEAVY = (
@@ -47,11 +46,6 @@ def test_the_package_needs_neither_stable_baselines_nor_hydra():
 def test_every_public_name_is_there(name):
     assert getattr(rap_env, name) is not None
     assert name in dir(rap_env)
-
-
-def test_lazy_names_and_public_names_are_the_same():
-    assert {*rap_env._MODULES, "__version__"} == set(rap_env.__all__)
-    assert rap_env.__version__ == __version__
 
 
 def test_a_misspelt_name_is_an_attribute_error():

@@ -93,12 +93,6 @@ def test_stubs_reduce_the_bytes_that_a_removal_frees() -> None:
     assert REPAIRED.freed_bytes(REQUEST).tolist() == [250, 280, 170, 270, 190, 290]
 
 
-def test_stubs_of_kept_blocks_take_nothing() -> None:
-    assert REPAIRED.breakdown(Plan(), REQUEST) == MEMORY.breakdown(Plan(), REQUEST)
-    assert REPAIRED.dense_peak_bytes(2, 10) == MEMORY.dense_peak_bytes(2, 10)
-    assert REPAIRED.shares() == MEMORY.shares()
-
-
 @given(SHAPES, MASKS)
 def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: Plan) -> None:
     request = Request(*shape, budget_bytes=1)
@@ -246,12 +240,6 @@ def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
     assert (row["batch_size"], row["seq_len_tokens"]) == shape
     assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
     assert sum(row[part] for part in parts) == pytest.approx(1)
-
-
-def test_the_cache_share_grows_with_the_request() -> None:
-    (short,), (long,) = MEMORY.shares([1], [16]), MEMORY.shares([256], [4096])
-    assert short["ffn_weights"] > short["kv_cache"]
-    assert long["kv_cache"] > long["ffn_weights"]
 
 
 def test_the_picture_has_a_panel_for_each_batch_size(tmp_path) -> None:

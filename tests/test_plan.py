@@ -206,23 +206,6 @@ def test_numpy_integers_are_indices_and_become_plain_ones() -> None:
     assert {type(index) for index in sorted(mask.removed)} == {int}
 
 
-def test_the_empty_mask_is_the_dense_model() -> None:
-    assert not Plan()
-    assert str(Plan()) == "native"
-    assert Plan().removed_names == ()
-
-
-def test_a_mask_of_all_or_of_one_kind() -> None:
-    blocks = [Block(index, 1) for index in range(4)]
-    assert Plan.removing(*blocks) == Plan.removing(0, 1, 2, 3)
-    assert Plan.removing(*(b for b in blocks if b.kind == "ffn")).removed_names == (
-        "layer00.ffn",
-        "layer01.ffn",
-    )
-    attention = Plan.removing(*(b for b in blocks if b.kind == "attn"))
-    assert str(attention) == "removed attn 0-1"
-
-
 @given(MASKS)
 def test_a_mask_is_a_value(mask: Plan) -> None:
     again = Plan.removing(*reversed(mask.removed_names))

@@ -2,7 +2,6 @@ import pytest
 
 from rap_env.envs.config import TASK_DOCUMENTS
 from rap_env.envs.task import task_scorer
-from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import make, play
 from tests.envs.tiny_contexts import make_context
@@ -53,15 +52,3 @@ class TestAccuracy:
         assert info["reward_terms"]["perplexity"] == pytest.approx(-0.5 * info["loss"])
         assert reward == pytest.approx(sum(info["reward_terms"].values()))
         assert set(info["reward_terms"]) == {"perplexity", "accuracy", "invalid_action"}
-
-    @pytest.mark.parametrize(
-        ("tasks", "message"),
-        [
-            (["rap_choise"], "'rap_choise'; .* Did you mean 'rap_choice'"),
-            ({"name": ["rap_choice"]}, "setting of the tasks: 'name'; .*'names'"),
-            ("rap_choice", "list of tasks 'rap_choice'"),
-        ],
-    )
-    def test_unknown_tasks_are_rejected(self, context, tasks, message):
-        with pytest.raises(UnknownNameError, match=message):
-            make(context, reward="accuracy", tasks=tasks)

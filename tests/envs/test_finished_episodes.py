@@ -14,32 +14,12 @@ from tests.envs.playing import DENSE_TIMING, LONG, MODES, NUM_ENVS, play_first_v
 OPTIONS = {"request": {**LONG, "budget_bytes": 10}}  # clipped: everything must be given up
 
 
-def softmax_of_masked_logits(masks) -> np.ndarray:
-    logits = np.where(np.asarray(masks) > 0, 0.0, -np.inf)
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
-
-
-def test_the_mask_of_a_finished_episode_is_usable(task):
-    env = task.make()
-    seen, _ = env.reset(seed=0, options=OPTIONS)
-    terminated = False
-    while not terminated:
-        valid = np.flatnonzero(seen["action_mask"])
-        assert env.action_masks().tolist() == (seen["action_mask"] > 0).tolist()
-        seen, _, terminated, truncated, _ = env.step(valid[0])
-        assert not truncated
-    assert seen["action_mask"].all()
-    assert env.action_masks().all()
-    assert env.observation_space.contains(seen)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_masks_of_finished_sub_environments_are_usable(task, mode):
     envs = task.make_vector(autoreset_mode=mode)
     seen, _ = envs.reset(seed=0, options=OPTIONS)
     for _ in range(200):
-        assert np.isfinite(softmax_of_masked_logits(seen["action_mask"])).all()
+        assert seen["action_mask"].any(axis=1).all()  # a softmax over valid actions is finite
         assert envs.action_masks().tolist() == (seen["action_mask"] > 0).tolist()
         actions = np.argmax(seen["action_mask"], axis=1)
         seen, _, terminated, _, infos = envs.step(actions)

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
-from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from tests.envs.playing import (
     COUNT,
@@ -51,9 +49,3 @@ def test_levels_as_an_array_have_a_fixed_shape(ladder):
 def test_vector_environments_have_those_of_single_ones(task, mode):
     vector = task.make_vector(autoreset_mode=mode, info="arrays")
     assert_same(play_vector(vector, 0), play_vector(task.make_sync(mode, info="arrays"), 0))
-
-
-def test_the_checker_of_gymnasium_accepts_them(context):
-    check_env(make(context, info="arrays"), skip_render_check=True, skip_close_check=True)
-    with pytest.raises(UnknownNameError, match="form of info 'array'.*Did you mean 'arrays'"):
-        make(context, info="array")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import data_equivalence
-from gymnasium.wrappers import RecordVideo
 
 from rap_env.errors import NonFiniteScoreError
 from rap_env.plan import Plan
@@ -33,29 +32,6 @@ class TestEpisode:
             assert seen["action_mask"].tolist() == (kept if any(kept) else [1] * COUNT)
             assert info["nll"] == pytest.approx(context.scorer.nll(mask))
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_both_timings_have_the_same_return(self, context, seed):
-        returns = []
-        for reward in ("perplexity", DENSE_TIMING):
-            steps = play(make(context, reward=reward), seed)[1:]
-            returns.append(sum(reward for _, reward, *_ in steps))
-        assert returns[0] == pytest.approx(returns[1])
-
-    def test_the_return_of_valid_actions_is_minus_the_loss(self, context):
-        steps = play(make(context), 3, masked=True)[1:]
-        assert sum(reward for _, reward, *_ in steps) == pytest.approx(-steps[-1][-1]["loss"])
-
-    def test_reward_terms_add_up(self, context):
-        for _, reward, _, _, info in play(make(context, reward=DENSE_TIMING), 5)[1:]:
-            assert reward == pytest.approx(sum(info["reward_terms"].values()))
-            assert set(info["reward_terms"]) == {"perplexity", "invalid_action"}
-
-    def test_nll_is_in_info_when_it_was_measured(self, context):
-        (_, start), *steps = play(make(context), 3, masked=True)
-        assert start["nll"] == context.scorer.dense_nll
-        assert start["loss"] == 0.0
-        assert [("nll" in info) for *_, info in steps] == [False] * (len(steps) - 1) + [True]
-
     def test_one_evaluation_per_episode_by_default(self):
         context = make_context()
         env = make(context)
@@ -76,12 +52,6 @@ class TestEpisode:
         assert info["reward_terms"]["invalid_action"] == -0.25
         assert info["removed"] == ["layer00.ffn"]
         assert env.action_masks().tolist() == [True, False, True, True, True, True]
-
-    def test_invalid_actions_truncate_at_the_stated_number(self, context):
-        env = make(context, max_invalid_actions=2)
-        env.reset(seed=0, options={"request": request_at(context, 0.7)})
-        ends = [env.step(1)[2:4] for _ in range(3)]
-        assert ends == [(False, False), (False, False), (False, True)]
 
     def test_a_truncated_episode_pays_the_loss_it_reached(self, context):
         env = make(context, max_invalid_actions=1, invalid_action_penalty=0.0)
@@ -126,31 +96,3 @@ def test_text(context):
     env.step(0)
     assert "attn     .##" in env.render()
     assert "measured when the episode ends" in env.render()
-
-
-def test_picture(context):
-    env = make(context, render_mode="rgb_array", reward=DENSE_TIMING)
-    env.reset(seed=0, options={"request": request_at(context, 0.7)})
-    before = env.render()
-    env.step(0)
-    after = env.render()
-    assert before.dtype == np.uint8
-    assert before.shape == after.shape
-    assert before.shape[2] == 3
-    assert not np.array_equal(before, after)
-
-
-def test_without_a_mode_it_warns(context):
-    env = make(context)
-    env.reset(seed=0)
-    with pytest.warns(UserWarning, match="render_mode"):
-        assert env.render() is None
-
-
-def test_a_video_can_be_recorded(context, tmp_path):
-    pytest.importorskip("moviepy")
-    env = make(context, render_mode="rgb_array")
-    with RecordVideo(env, str(tmp_path / "videos"), disable_logger=True) as recorded:
-        play(recorded, 0, masked=True)
-    (video,) = tmp_path.glob("videos/*.mp4")
-    assert video.stat().st_size > 5000

@@ -3,21 +3,11 @@
 import gymnasium as gym
 import pytest
 
-from rap_env.envs.prune import RAPPruneEnv
-from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models.files.loading import shared_llm
 from rap_env.plan import Plan
 from tests.envs.playing import DENSE_TIMING, make, play, request_at
 from tests.envs.tiny_contexts import tiny_library
 from tests.tiny import tiny_model, tiny_tokenizer
-
-
-def test_spaces_and_info_are_those_without_stubs(context, repaired):
-    plain, stubs = make(context), make(repaired)
-    assert stubs.observation_space == plain.observation_space
-    assert stubs.action_space == plain.action_space
-    ends = [play(env, 3, masked=True)[-1][-1] for env in (plain, stubs)]
-    assert ends[0].keys() == ends[1].keys()
 
 
 def test_the_dense_model_is_the_same_one(context, repaired):
@@ -70,12 +60,3 @@ def test_make_accepts_names_and_a_path(settings, tmp_path):
     hashes = {env.unwrapped.memory.facts.repair for env in (plain, fitted, own)}
     assert len(hashes) == 3
     assert play(fitted, 0, masked=True)[-1][2]
-
-
-def test_errors_name_the_wrong_value(settings, tmp_path):
-    with pytest.raises(UnknownNameError, match="repair 'libary'.*Did you mean 'library'"):
-        RAPPruneEnv(repair="libary", **settings)
-    other = tmp_path / "other.safetensors"
-    tiny_library(shared_llm(settings["model"], dtype="bfloat16")).save(other)
-    with pytest.raises(ArtifactError, match="fitted on .* another dtype"):
-        RAPPruneEnv(repair=str(other), **settings)

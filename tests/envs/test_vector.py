@@ -17,7 +17,7 @@ from tests.envs.playing import (
     play_vector,
     request_at,
 )
-from tests.envs.tiny_contexts import make_context, make_ladder_context
+from tests.envs.tiny_contexts import make_context
 from tests.tiny import tiny_tokenizer
 
 EASY = {"name": "azure-conv", "budget_fraction_range": [0.9, 0.95]}
@@ -50,14 +50,6 @@ def test_it_equals_single_environments(task, mode, reward, workload):
     steps = [result for result in happened if len(result) == 5]
     assert any(terminated.any() for _, _, terminated, _, _ in steps)
     assert any(truncated.any() for _, _, _, truncated, _ in steps)
-
-
-@pytest.mark.parametrize("mode", MODES[1:])
-@pytest.mark.parametrize("reward", ["perplexity", DENSE_TIMING])
-def test_levels_that_caches_take_together_equal_single_environments(mode, reward):
-    unordered = make_ladder_context(importance="none")
-    together = ["int8", "int4-window32"]
-    both(ladder_task(unordered), mode, reward=reward, together=together, max_invalid_actions=4)
 
 
 @pytest.mark.parametrize("levels", ["masks", {"caches": LEVELS["caches"][1:2]}], ids=str)

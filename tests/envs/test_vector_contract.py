@@ -59,12 +59,6 @@ def test_an_environment_has_one_sub_environment_at_least(context):
         make_vector(context, num_envs=0)
 
 
-@pytest.mark.parametrize("mode", AutoresetMode)
-def test_the_autoreset_mode_is_where_frameworks_look_for_it(context, mode):
-    envs = make_vector(context, autoreset_mode=mode)
-    assert envs.autoreset_mode == envs.metadata["autoreset_mode"] == mode
-
-
 def test_later_steps_do_not_modify_earlier_results(context):
     vector = make_vector(context, autoreset_mode="SameStep")
     happened = play_vector(vector, 0, steps=20)

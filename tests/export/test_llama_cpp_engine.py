@@ -65,18 +65,6 @@ def test_families_biases_and_rotary_positions(name, tmp_path):
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-4)
 
 
-@pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")
-def test_means_of_stubs_are_added(tmp_path):
-    llm, path = tiny_llm(), tmp_path / "a.gguf"
-    mean = torch.linspace(-1, 1, 16)
-    export_gguf(GgufModel.of_llm(llm), Plan.removing(1), path, {1: mean.numpy()})
-    from rap_env.models.families.placeholders import Stub
-
-    stub = Stub(torch.zeros(0, 16), torch.zeros(16, 0), mean)
-    ours = masked_logits(llm.repaired({1: stub}, "mean"), Plan.removing(1))
-    torch.testing.assert_close(engine_logits(path), ours, rtol=0, atol=1e-5)
-
-
 def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
     write_tiny_gguf(tmp_path / "in.gguf", kind="Q8_0", hidden=64, ffn=96)
     path, plan = tmp_path / "a.gguf", Plan.removing(1, 2)
@@ -98,21 +86,3 @@ def test_the_tokeniser_of_a_folder_splits_text_as_llama_cpp_does(tmp_path):
         count = engine._lib.llama_tokenize(vocab, stored, len(stored), found, 99, False, True)
         assert list(found[0:count]) == llm.tokenizer(text, add_special_tokens=False).input_ids
     engine.close()
-
-
-def test_what_the_layout_avoids_is_computed_wrong_by_llama_cpp(tmp_path):
-    """The reason for zeros: with an FFN length of 0, the attention block is lost, too."""
-    llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
-    from rap_env.export import deci, gguf_export
-
-    plan = Plan.removing(1, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deci, "ZERO_FFN_LENGTH", 0)
-        patch.setattr(gguf_export, "_no_ffn", lambda *_arguments: ())
-        layers = (deci.DeciLayer(0), deci.DeciLayer(None, 1), *map(deci.DeciLayer, (2, 3), (2, 3)))
-        patch.setattr(gguf_export, "deci_layers", lambda *_arguments: layers)
-        export_gguf(GgufModel.of_llm(llm), plan, path)
-    found = engine_logits(path)
-    assert (found - masked_logits(llm, plan)).abs().max() > 0.1
-    lost = masked_logits(llm, Plan.removing(0, 1, 2))
-    torch.testing.assert_close(found, lost, rtol=0, atol=1e-5)

@@ -85,13 +85,6 @@ def test_each_step_has_the_bytes_of_the_memory_model_in_all_families(family):
         walk(memory, ladder, shape, seed)
 
 
-def test_a_tracker_starts_at_any_plan():
-    made = MADE["unequal caches"]
-    memory, ladder = MemoryModel(made), Ladder.of(made)
-    plan = Plan.of({"layer01.attn": "removed", "layer00.cache": "int4"})
-    walk(memory, ladder, (3, 200), 0, ladder.positions(plan))
-
-
 def test_levels_that_need_no_fewer_bytes_are_skipped():
     made = MADE["packed"]
     memory, ladder = MemoryModel(made), Ladder.of(made, "caches")
@@ -158,24 +151,6 @@ def test_requests_whose_caches_skip_the_same_levels_share_their_steps():
     found = LadderBytes(MemoryModel(made), Ladder.of(made))
     assert found.costs(2, 2000).steps is found.costs(3, 2100).steps
     assert found.costs(2, 2000).steps is not found.costs(2, 100).steps  # no window hides anything
-
-
-@pytest.mark.parametrize(("name", "shapes"), [("packed", 1), ("unequal caches", 3)])
-def test_equal_caches_are_costed_once(name, shapes):
-    asked = []
-
-    class Counting(MemoryModel):
-        def cache_bytes(self, level, layer, *shape):
-            asked.append((level, layer))
-            return super().cache_bytes(level, layer, *shape)
-
-    memory = Counting(MADE[name])
-    ladder = Ladder.of(memory.facts)
-    LadderBytes(memory, ladder).costs(2, 300)
-    assert len(asked) == len(set(asked)) == shapes * (1 + len(ladder.cache_levels))
-    asked.clear()
-    memory.peak_bytes(Plan.uniform(3, caches="int4"), Request(2, 300, 1))
-    assert len(asked) == shapes
 
 
 def test_costs_are_cached_read_only_and_checked():

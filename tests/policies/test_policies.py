@@ -8,7 +8,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
 from rap_env.policies.base import Policy, as_policy
-from rap_env.policies.loading import OrderPolicy, StaticPolicy, check_policy, load_policy
+from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.registry import methods, policy_names
 from rap_env.policies.tables import TablePolicy
@@ -46,15 +46,6 @@ def just_fits(*removed, shape=(1, 10)):
     """A request whose budget equals the peak bytes of a mask."""
     need = memory().peak_bytes(Plan.removing(*removed), Request(*shape, 1))
     return Request(*shape, need)
-
-
-def test_dense_and_static_policies_ignore_the_request():
-    mask, dense = Plan.removing(1, 5), load_policy("dense", memory())
-    for fraction in (0.3, 1.0):
-        assert dense.choose(at(fraction)) == Plan()
-        assert StaticPolicy(mask).choose(at(fraction)) == mask
-    assert (dense.name, StaticPolicy(mask).name) == ("dense", "static")
-    assert StaticPolicy(mask, name="shortgpt").name == "shortgpt"
 
 
 def test_an_order_policy_removes_blocks_until_the_request_fits():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
@@ -95,14 +95,6 @@ def test_a_damaged_file_is_made_again(short, caplog):
     path.write_bytes(path.read_bytes()[:-50])
     assert open_library("library", llm).sha256 == first.sha256
     assert "is damaged; it is created again" in caplog.text
-
-
-def test_a_model_without_a_start_token_cannot_write_text(short):
-    llm = tiny_llm()
-    llm.model.config.bos_token_id = llm.model.generation_config.bos_token_id = None
-    with pytest.raises(CorpusError, match="no start token"):
-        open_library("library", llm)
-    assert not kept_files()
 
 
 def test_blocks_that_a_pruned_checkpoint_lacks_have_no_stub(short, tmp_path):

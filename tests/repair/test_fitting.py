@@ -8,7 +8,6 @@ from torch import nn
 
 from rap_env.errors import CorpusError, InvalidRequestError
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
@@ -100,20 +99,6 @@ def test_a_block_that_is_linear_is_reproduced(parallel: bool, monkeypatch) -> No
         assert (logits(llm) - dense).abs().max() > 0.1
 
 
-def test_more_rank_is_more_bytes_and_on_the_fitted_text_less_error(monkeypatch) -> None:
-    llm = tiny_llm()
-    nbytes, errors = [], []
-    monkeypatch.setattr(fitting, "RIDGES", (1e-6,))
-    for rank in (0, 2, 8, 16):
-        monkeypatch.setattr(fitting, "RANKS", (rank,))
-        library = fitted(llm, rank)
-        assert set(library.ranks.values()) == {rank}
-        nbytes.append(library.nbytes)
-        errors.append(state_error(library.attach(llm), TEXT, Plan.removing(3)))
-    assert nbytes == [4 * 4 * 16 * (2 * rank + 1) for rank in (0, 2, 8, 16)]
-    assert errors == sorted(errors, reverse=True)
-
-
 def test_ranks_are_given_to_the_largest_savings(monkeypatch) -> None:
     llm = tiny_llm(layers=3)
     monkeypatch.setattr(fitting, "RANKS", tuple(range(17)))
@@ -176,16 +161,6 @@ def test_provenance_describes_the_fit(tmp_path) -> None:
     assert known["rank"] == RANK
     assert len(known["ridge"]) == len(known["held_back_errors"]) == 4
     assert json.dumps(known)
-
-
-def test_missing_blocks_get_no_stub(tmp_path) -> None:
-    lost = Plan.removing(0, 3)
-    llm = load_pruned(save_pruned(tiny_llm(), lost, tmp_path / "pruned"))
-    library = fitted(llm)
-    assert set(library.stubs) == set(range(llm.num_blocks)) - set(lost.removed)
-    library.save(tmp_path / "stubs.safetensors")
-    view = StubLibrary.load(tmp_path / "stubs.safetensors").attach(llm)
-    assert state_error(view, TEXT, Plan.removing(1)) < state_error(llm, TEXT, Plan.removing(1))
 
 
 def test_a_rank_below_zero_is_rejected() -> None:

@@ -71,14 +71,6 @@ def test_errors_are_those_counted_from_the_tokens(ridge: float, seed: int) -> No
         assert float(found[rank]) == pytest.approx(counted, rel=1e-3), rank
 
 
-def test_the_basis_is_orthonormal_and_both_factors_have_columns_of_one_length() -> None:
-    fitted = reduced_rank_ridge(moments(states(), curved(states())), 0.01, 4)
-    torch.testing.assert_close(fitted.basis.T @ fitted.basis, torch.eye(4).double())
-    down, up, _ = fitted.tensors(4)
-    torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
-    torch.testing.assert_close(up @ down, fitted.basis @ fitted.inner.T)
-
-
 def alternated(x: torch.Tensor, y: torch.Tensor, rank: int, penalty: float, seed: int) -> float:
     """Least squared error plus penalty that alternating least squares finds from a random start.
 

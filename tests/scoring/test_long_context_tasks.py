@@ -173,36 +173,6 @@ class TestScores:
         assert result.per_document["acc"].tolist() == right.astype(float).tolist()
         assert scorer.chance == {"rap_multikey_512": 0.25}
 
-    def test_a_short_window_cannot_see_an_early_fact_and_int2_damages_it(self, llm):
-        """Another answer in the text changes all scores of the dense model and none of the window.
-
-        Two layers with a window of 128 tokens see less than 350 tokens back.
-        """
-        (document, *_) = [
-            d for d in LongContextTask("recall", 1024).documents(llm.tokenizer, 0, 64)
-            if d["kind"] == "depth 0-20 %"
-        ]  # fmt: skip
-        right = document["choices"][document["gold"]]
-        text, _, questions = document["context"].rpartition("\n\n")
-        other = next(w for w in OBJECTS if w not in document["context"])
-        encode = llm.tokenizer
-        contexts = [f"{t}\n\n{questions}" for t in (text, text.replace(f"{right}.", f"{other}."))]
-        requests = [
-            (encode(context)["input_ids"], encode(f" {choice}")["input_ids"])
-            for context in contexts
-            for choice in document["choices"]
-        ]
-        scorer = ContinuationScorer(llm, requests, 1024)
-        found = {}
-        for caches in ("native", "int4", "int2", "window128"):
-            with llm.masked(Plan.uniform(LAYERS, caches=caches)):
-                found[caches] = scorer.run()[:, 0].reshape(2, CHOICES)
-        assert found["window128"][0].tolist() == found["window128"][1].tolist()
-        for caches in ("native", "int4", "int2"):
-            assert (found[caches][0] != found[caches][1]).all()
-        errors = {c: np.abs(found[c] - found["native"]).mean() for c in ("int4", "int2")}
-        assert errors["int2"] > 2 * errors["int4"] > 0
-
     def test_a_task_that_is_longer_than_the_model_is_rejected(self, llm):
         message = "rap_recall_2048 have 2048 tokens, more than the 1024 positions of tiny"
         with pytest.raises(CorpusError, match=message):

@@ -10,7 +10,7 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
 from rap_env.scoring.mask_search import _Search, find_best_mask
-from rap_env.scoring.nll import VocabularyBound, token_nll, window_nll
+from rap_env.scoring.nll import VocabularyBound, window_nll
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.removals import removals
 from tests.scoring.test_scorer import tokens
@@ -74,11 +74,6 @@ def test_the_next_round_starts_from_the_winners_states():
     assert scorer.block_forwards == before  # the last block is gone: all before it is known
 
 
-def test_a_single_mask_and_the_dense_model():
-    scorer, plain = scorers()
-    assert find_best_mask(scorer, [Plan()]).nll == {Plan(): plain.dense_nll}
-
-
 def test_non_finite_numbers_are_rejected():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
@@ -126,20 +121,6 @@ def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
     found = window_nll(PartialForward(llm), passed(llm, ids), ids)
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
-
-
-def test_float32_logits_are_computed_in_small_slices(monkeypatch):
-    seen = []
-    plain = functional.cross_entropy
-
-    def watched(rows, *args, **kwargs):
-        seen.append((rows.dtype, len(rows)))
-        return plain(rows, *args, **kwargs)
-
-    monkeypatch.setattr(functional, "cross_entropy", watched)
-    token_nll(torch.randn(100, 7).bfloat16(), torch.zeros(100, dtype=torch.long))
-    assert {dtype for dtype, _ in seen} == {torch.float32}
-    assert max(rows for _, rows in seen) == 16
 
 
 @each_family("family", dtype=[torch.float32, torch.bfloat16])

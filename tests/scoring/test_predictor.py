@@ -78,13 +78,6 @@ def test_it_predicts_held_out_plans_from_what_their_other_levels_cost():
     assert alone == pytest.approx(0.2, rel=0.3)
 
 
-def test_it_predicts_held_out_masks(predictor):
-    other = masks(300, seed=99)[1 + BLOCKS :]
-    found = np.array([predictor.delta_nll(mask_of(row)) for row in other])
-    assert spearman(found, losses(other)) > 0.98
-    assert np.median(np.abs(found - losses(other)) / losses(other)) < 0.1
-
-
 def test_the_fidelity_is_that_of_unseen_masks():
     _, fidelity = fitted()
     everything, *parts = fidelity.rows

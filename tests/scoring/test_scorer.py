@@ -216,17 +216,6 @@ def test_a_block_that_the_model_lacks():
     assert scorer.evaluations == 0
 
 
-def test_the_time_of_a_pass_changes_no_count_and_no_score():
-    scorer = MaskScorer(tiny_llm(), tokens())
-    before = scorer.nll(Plan.removing(1))
-    assert scorer.evaluation_s > 0
-    assert (scorer.evaluations, scorer.known) == (1, 1)
-    assert scorer.nll(Plan.removing(1, 2)) == MaskScorer(tiny_llm(), tokens()).nll(
-        Plan.removing(1, 2)
-    )
-    assert scorer.nll(Plan.removing(1)) == before
-
-
 FEW_MASKS = [Plan(), Plan.removing(1), Plan.removing(0, 3), Plan.removing(1, 2)]
 
 

@@ -95,16 +95,3 @@ def test_the_context_depends_on_stubs_only_if_there_are_any():
     # Stubs given twice are the same stubs.
     assert MaskScorer(libraries(llm)[0].attach(llm), ids).context == one
     assert MaskScorer(llm, ids).context == plain
-
-
-def test_one_store_keeps_both(tmp_path):
-    llm, ids = tiny_llm(), tokens()
-    store = ScoreStore(tmp_path / "scores.sqlite")
-    views = [llm, *(library.attach(llm) for library in libraries(llm))]
-    first = [MaskScorer(view, ids, store) for view in views]
-    scores = [scorer.nll_many(MASKS) for scorer in first]
-    assert [scorer.evaluations for scorer in first] == [len(MASKS)] * 3
-    assert scores[0] != scores[1]
-    again = [MaskScorer(view, ids, store) for view in views]
-    assert [scorer.nll_many(MASKS) for scorer in again] == scores
-    assert [scorer.evaluations for scorer in again] == [0] * 3

@@ -1,9 +1,6 @@
 import dataclasses
-import io
 import logging
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,7 +25,6 @@ from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenize
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.utils import env as lm_eval_env
 
 from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.lm_eval_tasks import TaskConfig
@@ -165,21 +161,6 @@ def test_batches_are_limited_and_do_not_change_scores(llm, monkeypatch):
     assert len(member._scorer._batches) > 3
     assert all(batch.tokens.numel() <= 90 for batch in member._scorer._batches)
     assert scorer.results(SOME)["rap_minimal_pairs"].metrics == wide.metrics
-
-
-def test_accuracies_are_means_of_right_documents(llm):
-    scorer = TaskScorer(llm, TaskConfig(GENERATED, limit=12))
-    accuracies = scorer.accuracies(SOME)
-    results = scorer.results(SOME)
-    assert list(accuracies) == list(GENERATED)
-    for name, accuracy in accuracies.items():
-        right = results[name].per_document["acc"]
-        assert right.shape == (12,)
-        assert set(right) <= {0.0, 1.0}
-        assert accuracy == pytest.approx(right.mean())
-        assert results[name].stderr["acc"] == pytest.approx(right.std(ddof=1) / 12**0.5)
-    assert scorer.mean_accuracy(SOME) == pytest.approx(np.mean(list(accuracies.values())))
-    assert scorer.chance == {"rap_minimal_pairs": 0.5, "rap_recall": 0.25, "rap_choice": 0.25}
 
 
 def numbered(count: int) -> list[dict]:
@@ -359,33 +340,6 @@ def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_standard_error_and_logging_are_left_to_the_application(tmp_path, llm, monkeypatch):
-    """Threads that score concurrently give equal results, and other output is not suppressed."""
-    write_task(tmp_path, "hellaswag")
-    config = TaskConfig(("rap_choice", "hellaswag"), limit=2, data_root=str(tmp_path))
-    stream, seen = io.StringIO(), []
-    monkeypatch.setattr(sys, "stderr", stream)
-    descriptor = os.fstat(2)
-    built = RequestEncoder.encode
-
-    def watched(self, task):
-        seen.append((sys.stderr is stream, os.fstat(2) == descriptor))
-        print("the application", file=sys.stderr)
-        return built(self, task)
-
-    monkeypatch.setattr(RequestEncoder, "encode", watched)
-    template = vars(lm_eval_env).copy()
-    level = logging.getLogger("lm_eval").level
-    with ThreadPoolExecutor(2) as pool:
-        scorers = list(pool.map(lambda _: TaskScorer(llm, config), range(2)))
-    first, second = (scorer.accuracies(Plan()) for scorer in scorers)
-    assert first == second
-    assert seen == [(True, True)] * 4
-    assert stream.getvalue() == "the application\n" * 4
-    assert logging.getLogger("lm_eval").level == level
-    assert vars(lm_eval_env) == template
-
-
 def test_silence_ends_with_its_last_user():
     import datasets
 
@@ -408,13 +362,6 @@ def test_nan_is_an_error_with_its_location():
     with pytest.raises(NonFiniteScoreError, match=message):
         scorer.accuracies(Plan())
     assert llm.mask == Plan()
-
-
-def test_a_misspelt_generated_task_is_rejected_at_once():
-    with pytest.raises(
-        UnknownNameError, match="'rap_choise'; known are .*'piqa'.*Did you mean 'rap_choice'"
-    ):
-        TaskConfig(("rap_choise",))
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from rap_env.context.base import ContextConfig
-from rap_env.errors import InvalidRequestError, NonFiniteScoreError, WorkerError
+from rap_env.errors import NonFiniteScoreError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
@@ -121,11 +120,6 @@ def test_batches_are_neighbours_that_get_smaller():
     assert sizes[-1] == 1
     assert max(map(len, batches_of(range(2000), 2))) == 64
     assert [len(batch) for batch in batches_of(range(32), 2, least=5)] == [8, 6, 5, 5, 5, 3]
-
-
-def test_a_negative_number_of_workers_of_a_context():
-    with pytest.raises(InvalidRequestError, match="workers must be .* at least 0, not -1"):
-        ContextConfig(workers=-1)
 
 
 def pool_on(worker, llm, count=2):

@@ -6,27 +6,9 @@ import pytest
 from rap_env.errors import InvalidRequestError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.request import Request
 from rap_env.workload import SAMPLERS, make_sampler
 from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LEVELS, TraceError
 from tests.workload.drawing import HEADER, draws, share
-
-
-def test_request_rejects_non_integers():
-    with pytest.raises(InvalidRequestError, match=r"batch_size must be a whole number.*not 0"):
-        Request(0, 5, 5)
-    with pytest.raises(InvalidRequestError, match=r"seq_len_tokens .*not 1\.5"):
-        Request(1, 1.5, 5)
-    assert Request(np.int64(2), 3, 4) == Request(2, 3, 4)
-
-
-def test_budget_as_a_fraction_of_the_dense_peak(memory):
-    request = Request.at_fraction(memory, 2, 100, 0.5)
-    assert request.budget_bytes == memory.dense_peak_bytes(2, 100) // 2
-    with pytest.raises(InvalidRequestError, match="budget fraction must be above 0, not -1"):
-        Request.at_fraction(memory, 2, 100, -1)
-    with pytest.raises(InvalidRequestError, match="from 1 to 2048 tokens"):
-        Request.at_fraction(memory, 2, 4096, 0.5)
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"trace"}))

@@ -17,7 +17,7 @@ from rap_env.errors import (
 from rap_env.models.files import gguf_conversion
 from rap_env.models.files.gguf_source import converted_gguf, gguf_folder_name
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.model_folder import file_sha256, is_intact
+from rap_env.models.files.model_folder import file_sha256
 from tests.models.states import damage_file
 from tests.models.tiny_gguf import TEMPLATE, TOKENS, write_tiny_gguf
 
@@ -100,31 +100,6 @@ def test_a_killed_conversion_is_repaired_by_the_next_call(packed, lonely, tmp_pa
     assert [path.name for path in models.iterdir() if path.is_dir()] == [
         gguf_folder_name(file_sha256(path), packed=packed)
     ]
-
-
-def _convert_and_note(path: Path, notes: Path) -> None:
-    original = gguf_conversion._convert
-
-    def noted(*arguments: Any) -> None:
-        (notes / str(os.getpid())).touch()
-        original(*arguments)
-
-    gguf_conversion._convert = noted
-    assert is_intact(converted_gguf(path))
-
-
-def test_two_processes_share_one_conversion(lonely: Path, tmp_path: Path) -> None:
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    arguments = (tmp_path / "tiny.gguf", notes)
-    children = [fork.Process(target=_convert_and_note, args=arguments) for _ in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
-    assert len(list(notes.iterdir())) == 1
 
 
 def test_a_full_disk_leaves_nothing_behind(lonely, tmp_path, monkeypatch) -> None:

@@ -61,13 +61,6 @@ def test_every_family_loads(family: str, lonely: Path, tmp_path: Path) -> None:
     assert torch.equal(llm.model(IDS).logits, tiny_model(family)(IDS).logits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_is_the_requested_one(dtype: str, folder: Path) -> None:
-    llm = load_llm(folder, device="cpu", dtype=dtype)
-    assert {parameter.dtype for parameter in llm.model.parameters()} == {getattr(torch, dtype)}
-    assert llm.facts.dtype == dtype
-
-
 def test_a_relative_path_and_a_home_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))

@@ -28,19 +28,6 @@ def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
             )
 
 
-def test_the_head_gets_last_tokens_that_lie_side_by_side() -> None:
-    llm = tiny_llm()
-    speed_up_decoding(llm.model)
-    seen = []
-    llm.model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].stride())
-    )
-    prompts = [[5, 9, 14, 3], [7, 8, 9, 10]]
-    logits = LiveBatch(llm).prefill(prompts)
-    assert seen == [(16, 16, 1)]
-    torch.testing.assert_close(logits, LiveBatch(tiny_llm()).prefill(prompts))
-
-
 def test_packed_attention_is_used_only_where_heads_share_keys() -> None:
     for name, taken in (("llama", True), ("gpt2", False), ("gemma2", False)):
         for live in (False, True):

@@ -7,7 +7,6 @@ import torch
 
 from rap_env.errors import UnknownNameError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
-from rap_env.models.families.adapter import BlockSite
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from tests.models.generation import token_by_token
@@ -120,21 +119,6 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
         pytest.fail("the mask should not have been applied")
     assert llm.mask == Plan.removing(1)
     assert torch.equal(logits(llm), before)
-
-
-def test_a_mask_change_touches_only_differing_blocks(monkeypatch) -> None:
-    llm = tiny_llm()
-    llm.apply(Plan.removing(0, 1))
-    touched = []
-    for move in ("remove", "restore"):
-        real = getattr(BlockSite, move)
-        monkeypatch.setattr(
-            BlockSite,
-            move,
-            lambda s, *stub, m=move, r=real: (touched.append((m, s.index)), r(s, *stub)),
-        )
-    llm.apply(Plan.removing(1, 2))
-    assert sorted(touched) == [("remove", 2), ("restore", 0)]
 
 
 @EVERY_FAMILY

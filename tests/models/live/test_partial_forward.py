@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from tests.models.stubs import random_stubs, repaired
 from tests.scoring.test_scorer import tokens
-from tests.tiny import FAMILIES, each_family, tiny_llm
+from tests.tiny import each_family, tiny_llm
 
 MASKS = [Plan(), Plan.removing(0), Plan.removing(1), Plan.removing(2), Plan.removing(1, 2),
          Plan.removing(0, 1), Plan.removing(0, 1, 2, 3)]  # fmt: skip
@@ -89,21 +88,3 @@ def test_the_model_is_left_as_it_was():
 
 def _fail(*_args):
     raise ZeroDivisionError
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_recorded_does_not_grow_with_the_batch(family):
-    """Positions and attention masks are recorded once for each length, for one sequence."""
-    llm = tiny_llm(family)
-    partial = PartialForward(llm)
-    for count in (1, 2, 7):
-        for length in (5, 9):
-            state = partial.enter(tokens(windows=count, length=length))
-            for block in partial.steps[0]:
-                partial.run((block,), state)
-    calls = partial._calls
-    assert sorted(calls) == [5, 9]
-    tensors = [
-        leaf for call in calls.values() for leaf in tree_leaves(call) if torch.is_tensor(leaf)
-    ]
-    assert all(tensor.shape[0] in (1, 5, 9) for tensor in tensors)
