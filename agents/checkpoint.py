@@ -69,18 +69,9 @@ class Checkpoint:
         return spec
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
-        """Load the model; with environments also the state from which training continues.
-
-        The policy's class is passed by value: the file names it by the module that it was in
-        when the file was written.
-        """
-        config = self.config
-        model = config.algorithm.cls.load(
-            self.folder / _MODEL,
-            env=venv,
-            device="cpu",
-            custom_objects={"policy_class": config.algorithm.blockwise},
-            force_reset=False,
+        """Load the model; with environments also the state from which training continues."""
+        model = self.config.algorithm.cls.load(
+            self.folder / _MODEL, env=venv, device="cpu", force_reset=False
         )
         if venv is None:
             return model

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -89,13 +88,7 @@ class GymVecEnv(VecEnv):
         return self.env_method(attr_name, indices=indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute of all sub-environments.
-
-        Raises:
-            NotImplementedError: `indices` are not all of them, and they share attributes.
-        """
-        if list(self._get_indices(indices)) != list(range(self.num_envs)):
-            raise NotImplementedError("Sub-environments share their attributes; leave out indices.")
+        """Set an attribute, which all sub-environments share."""
         setattr(self.envs, attr_name, value)
 
     def env_method(
@@ -110,17 +103,6 @@ class GymVecEnv(VecEnv):
     ) -> list[bool]:
         """Return False for each: a sub-environment is no object that could be wrapped."""
         return [False for _ in self._get_indices(indices)]
-
-    def get_images(self) -> Sequence[npt.NDArray[Any] | None]:
-        """Return an image of each sub-environment."""
-        if self.render_mode != "rgb_array":
-            warnings.warn(
-                f"The render mode is {self.render_mode}, not 'rgb_array': there are no images.",
-                stacklevel=2,
-            )
-            return [None] * self.num_envs
-        images: Any = self.envs.render()
-        return list(images)
 
 
 def split_infos(infos: Mapping[str, Any], num_envs: int) -> list[Info]:

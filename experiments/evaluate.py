@@ -20,7 +20,6 @@ from experiments.comparison.evaluation import (
 from experiments.comparison.recorded import again_depends_on, read_recorded
 from experiments.comparison.records import QUALITY, ResultRow
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import summary_table
 from experiments.config import Config
 from experiments.contexts import (
     build_context,
@@ -241,19 +240,6 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
 
 
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:
-    loggers.table("results/summary", *summary_table(comparison))
-    header = ["method", "seed", "request", "budget", "loss", "attn_removed", "ffn_removed",
-              "peak_bytes", "budget_bytes", "fits", "evaluations", "decision_s",
-              *QUALITY]  # fmt: skip
-    rows = [
-        [
-            row.method, row.seed, f"{row.shape[0]}x{row.shape[1]}", row.budget_fraction, row.loss,
-            row.attn_removed, row.ffn_removed, row.peak_bytes, row.budget_bytes, row.fits,
-            row.evaluations, row.decision_s, *(row.quality.get(name) for name in QUALITY),
-        ]
-        for row in comparison.rows
-    ]  # fmt: skip
-    loggers.table("results/rows", header, rows)
     metrics = {f"loss/{s.method}": s.delta_nll.mean for s in comparison.summaries}
     for summary in comparison.summaries:
         metrics |= {f"{name}/{summary.method}": mean for name, mean in summary.quality.items()}

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from experiments.config import Config
 from experiments.launch import launch
 from experiments.study.console import say
-from experiments.study.figures import FAINT, INK, NARROW_IN, save_png, style
+from experiments.study.figures import FAINT, INK, save_png, style
 from experiments.study.looks import LEVEL_COLOURS
 from experiments.study.records import read_json
 from rap_env.artifacts import atomic_write
@@ -220,12 +220,11 @@ def recorded(folder: Path, make: Callable[[], Recording] | None = None) -> Recor
     return recording
 
 
-def live_figure(recording: Recording, narrow: bool = False, until_s: float | None = None) -> Figure:
+def live_figure(recording: Recording, until_s: float | None = None) -> Figure:
     """Draw limit, measured bytes and levels over time, and the last question with its answer.
 
     Args:
         recording: The run.
-        narrow: Whether to draw the narrow form.
         until_s: The moment that it is drawn at; None for the end.
     """
     from matplotlib.figure import Figure
@@ -237,8 +236,7 @@ def live_figure(recording: Recording, narrow: bool = False, until_s: float | Non
     answer = asked[-1] if asked else recording.answers[0]
     text = next((text for time_s, text in answer.texts[::-1] if time_s <= now_s), "")
     with style():
-        size = (NARROW_IN, 6.4) if narrow else (7.2, 5.4)
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(7.2, 5.4), layout="constrained")
         axes = figure.subplots(6, 1, height_ratios=(3, 1.3, 1.3, 1.3, 0.3, 0.9), sharex=True)
         _draw_memory(axes[0], recording, now_s)
         for axis, kind in zip(axes[1:5], plans[0], strict=True):
@@ -250,8 +248,8 @@ def live_figure(recording: Recording, narrow: bool = False, until_s: float | Non
             short = line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS]} ..."
             axes[5].text(0, y, short, fontsize=11, color=colour, transform=axes[5].transAxes,
                          in_layout=False)  # fmt: skip
-        figure.suptitle(CAPTION, fontsize=9 if narrow else 10.5, fontweight="bold", wrap=True)
-        _draw_legend(figure, recording, columns=2 if narrow else 4)
+        figure.suptitle(CAPTION, fontsize=10.5, fontweight="bold", wrap=True)
+        _draw_legend(figure, recording)
     return figure
 
 
@@ -315,7 +313,7 @@ _WORDS = {
 }  # fmt: skip
 
 
-def _draw_legend(figure: Figure, recording: Recording, *, columns: int) -> None:
+def _draw_legend(figure: Figure, recording: Recording) -> None:
     from matplotlib.patches import Patch
 
     used = {"native"}.union(*(plan.values() for plan in recording.plans))
@@ -324,7 +322,7 @@ def _draw_legend(figure: Figure, recording: Recording, *, columns: int) -> None:
         for level, colour in LEVEL_COLOURS.items()
         if level in used
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
 
 
 def program(config: Config, folder: Path) -> Path:

@@ -9,19 +9,19 @@ from typing import Any
 
 from experiments import live
 from experiments.comparison import figures, tables
-from experiments.comparison.loading import ReportData, gather
+from experiments.comparison.loading import Records, gather
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.summaries import Comparison
+from experiments.comparison.training_runs import learning_table
 from experiments.config import Config
 from experiments.explorer import PAGE as EXPLORER
 from experiments.launch import launch
 from experiments.study.console import say
-from experiments.study.figures import Draw
-from experiments.study.looks import look
-from experiments.study.page import Gallery, coloured, titled_parts, write_page
+from experiments.study.errors import MissingGroupError
+from experiments.study.figures import Draw, save_png, svg_uri
+from experiments.study.looks import look, short_label
 from experiments.study.tables import (
     TIMES,
-    columns_table,
     mebibytes,
     percent,
     relative_words,
@@ -64,7 +64,7 @@ def report(config: Config, folder: Path) -> Path:
     require_extra("plots", "The report")  # before anything is read
     data = gather(config.root)
     page = folder / "index.html"
-    write_page(TEMPLATE, page, **content(config.report["title"], data, folder / "figures"))
+    write_page(page, **content(config.report["title"], data, folder / "figures"))
     if data.comparison:
         _write(folder / "tables.md", tables.tables_markdown(data.comparison))
         if data.comparison.lowers:
@@ -81,9 +81,24 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
+def write_page(path: Path, **content: Any) -> None:
+    """Render the template to a file, without external resources.
+
+    Raises:
+        MissingGroupError: jinja2 is not installed.
+        StorageFullError: The disk is full.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingGroupError("jinja2", "The report", "agents") from None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    _write(path, template.render(**content))
+
+
+def content(title: str, data: Records, folder: Path) -> dict[str, Any]:
     """Return the values of the template, which draws the figures in the order of the page."""
-    gallery = Gallery(folder)
     comparison = data.comparison
     compared = comparison if comparison and comparison.summaries else None
     chosen = _chosen(comparison, data.profile) if comparison else {}
@@ -91,28 +106,38 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
     if compared and len(compared.cells) > len(compared.shapes):  # else its lines are points
         draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
     if data.profile:
-        draw["memory"] = partial(figures.memory_picture, data.profile)
+        draw["memory"] = partial(figures.memory_picture, data.profile["memory_shares"])
     if figures.logged_curves(data.runs):
         draw["learning_curves"] = partial(figures.learning_curves, data.runs)
     recording = live.recorded(data.root / "live")
+    methods = {run.method for run in data.runs}
+    names = tables.method_names(comparison) if comparison else {}
+    by_name = {name: look(method) for name, method in names.items()}
     if recording:
         draw["live"] = partial(live.live_figure, recording)
+
+    def image(name: str) -> str:
+        figure = draw[name]()
+        save_png(figure, folder / f"{name}.png")
+        return svg_uri(figure)
+
     return {
         "title": title,
         "subtitle": subtitle(data),
         "abstract": LADDER_METHODS_ABSTRACT if comparison and comparison.lowers else ABSTRACT,
         "findings": findings(data),
-        "gallery": gallery,
         "draw": draw,
+        "image": image,
         "chosen": {f"levels_{method}": look(method).label for method in chosen},
         "compared": compared,
         "recording": recording,
         "explorer": EXPLORER.name if compared and compared.lowers else None,
         "profile": data.profile,
         "smoothed": figures.SMOOTHED_EPISODES,
-        "trainings": _trainings(data),
+        "trainings": learning_table(data.runs),
+        "looks": {short_label(method): look(method) for method in methods} | by_name,
         "depends": comparison.rows[0].depends_on if comparison else {},
-        "notes": data.evaluations[-1:],
+        "notes": data.notes[-1:],
         "seconds": seconds,
         "text_words": text_words,
         "times": TIMES,
@@ -122,15 +147,14 @@ def content(title: str, data: ReportData, folder: Path) -> dict[str, Any]:
 
 def _compared(comparison: Comparison) -> dict[str, Any]:
     """Return the values of the template about a comparison."""
-    names = tables.method_names(comparison)
     return {
         "shapes": ", ".join(map(shape_words, comparison.shapes)),
         "budgets": tables.budget_words(comparison),
         "model": f"the {comparison.reference_word} model",
         "pairs": counted(len(comparison.cells), "pair"),
         "accuracies": any(row.accuracies for row in comparison.rows),
-        "tables": titled_parts(tables.comparison_document(comparison), names),
-        "costs": coloured(tables.costs_table(comparison), names),
+        "tables": tables.comparison_document(comparison),
+        "costs": tables.costs_table(comparison),
     }
 
 
@@ -162,26 +186,13 @@ def _chosen(comparison: Comparison, profile: dict[str, Any] | None) -> dict[str,
     return pictures
 
 
-def _trainings(data: ReportData) -> dict[str, Any]:
-    """Return the table of the training runs."""
-    columns = {
-        "Run": lambda run: run.label,
-        "Steps": lambda run: f"{run.facts.get('timesteps', 0):,}",
-        "Seed": lambda run: str(run.seed),
-        "Training time": lambda run: seconds(run.facts.get("training_s", 0.0)),
-        "Model evaluations": lambda run: f"{run.facts.get('evaluations', 0):,}",
-    }
-    methods = {run.label: run.method for run in data.runs}
-    return coloured(columns_table(data.runs, columns), methods)
-
-
-def subtitle(data: ReportData) -> str:
+def subtitle(data: Records) -> str:
     """Return model, machine, date and commit in a line."""
     parts = []
     if data.profile:
         facts = data.profile["facts"]
         parts.append(f"{facts['name']} ({facts['dtype']}, {facts['num_layers']} layers)")
-    notes = data.evaluations or [run.facts for run in data.runs]
+    notes = data.notes or [run.facts for run in data.runs]
     if notes:
         note = notes[-1]
         parts.append(str(note["provenance"]["machine"].get("cpu", "")))
@@ -191,7 +202,7 @@ def subtitle(data: ReportData) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def findings(data: ReportData) -> list[str]:
+def findings(data: Records) -> list[str]:
     """Return the results of the comparison as sentences, for and against the policy."""
     comparison = data.comparison
     policy = comparison.main_policy if comparison else None

@@ -16,7 +16,7 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, TrainResult
-from experiments.comparison.evaluation import Choice, choice_table, choices, grid_requests
+from experiments.comparison.evaluation import grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
 from experiments.contexts import build_context, ladder_bytes
@@ -38,6 +38,7 @@ from experiments.training.sweeps import (
 )
 from experiments.training.verdict import next_steps, verdict
 from rap_env.context.base import PruningContext
+from rap_env.plan import Plan
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -93,8 +94,7 @@ def train(
             facts = facts_of(result)
         except (TrialPrunedError, TrainingDivergedError) as stop:
             facts = facts_of_stopped(folder, trial, stop)
-        found = show_policy(folder, requests, context, loggers)
-        facts |= scorer.facts(found)
+        facts |= scorer.facts(show_policy(folder, requests, context, loggers))
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
     log.info("Training: %s is finished (%d steps).", folder.name, facts["timesteps"])
@@ -104,6 +104,9 @@ def train(
 def agent_config(config: Config) -> AgentConfig:
     """Convert the settings of the agent to those of the trainer."""
     settings = {name: value for name, value in vars(config.agent).items() if name != "label"}
+    for section in ("policy_settings", "hyperparameters"):
+        given = settings[section].items()
+        settings[section] = {name: value for name, value in given if value is not None}
     return AgentConfig(**settings, seed=config.seed)
 
 
@@ -158,18 +161,18 @@ def show_policy(
     requests: Sequence[tuple[Cell, Request]],
     context: PruningContext,
     loggers: Loggers,
-) -> list[Choice]:
+) -> list[Plan]:
     """Draw, log and return what the policy chooses on the evaluation's grid."""
-    found = choices(TrainedPolicy.load(folder, context), requests, context)
+    policy = TrainedPolicy.load(folder, context)
+    plans = [policy.choose(request) for _, request in requests]
     path = folder / "policy.png"
     lines = [
-        LevelsLine(c.cell[:2], f"{shape_words(c.cell)}  {percent(c.cell[2], 0)}", c.plan.levels)
-        for c in found
+        LevelsLine(cell[:2], f"{shape_words(cell)}  {percent(cell[2], 0)}", plan.levels)
+        for (cell, _), plan in zip(requests, plans, strict=True)
     ]
-    save_png(levels_picture(lines, context.memory.facts.num_layers, narrow=False), path)
+    save_png(levels_picture(lines, context.memory.facts.num_layers), path)
     loggers.image("policy/levels", path)
-    loggers.table("policy/choices", *choice_table(found))
-    return found
+    return plans
 
 
 def run_trial(config: Config, folder: Path) -> float:

@@ -18,7 +18,7 @@ ROOT = Path(rap_env.__file__).parent
 LAYERS = (
     (
         "version", "errors", "extras", "paths", "plugins", "specs", "artifacts", "blocks", "levels",
-        "plan", "model_facts", "request", "memory", "memory_picture", "ladder",
+        "plan", "model_facts", "request", "memory", "ladder",
     ),
     ("workload",),
     ("models",),

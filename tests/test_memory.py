@@ -13,7 +13,6 @@ from rap_env.errors import (
 )
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.memory import MAX_BATCH_SIZE, PREFILL_CHUNK_TOKENS, MemoryModel
-from rap_env.memory_picture import draw_memory
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -230,9 +229,6 @@ def test_an_invalid_budget_fraction_is_rejected(fraction: float) -> None:
         Request.at_fraction(MEMORY, 1, 1, fraction)
 
 
-# The picture
-
-
 @given(SHAPES)
 def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
     (row,) = MEMORY.shares([shape[0]], [shape[1]])
@@ -240,10 +236,3 @@ def test_shares_add_up_to_the_dense_peak(shape: tuple[int, int]) -> None:
     assert (row["batch_size"], row["seq_len_tokens"]) == shape
     assert row["peak_bytes"] == MEMORY.dense_peak_bytes(*shape)
     assert sum(row[part] for part in parts) == pytest.approx(1)
-
-
-def test_the_picture_has_a_panel_for_each_batch_size(tmp_path) -> None:
-    figure = draw_memory(MEMORY.shares(batch_sizes=(1, 8)))
-    assert [axis.get_title() for axis in figure.axes] == ["batch 1", "batch 8"]
-    figure.savefig(tmp_path / "memory.png")
-    assert (tmp_path / "memory.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Cells and methods of an evaluation, and what a policy chooses on its grid."""
+"""Cells and methods of an evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import ladder_bytes
 from experiments.study.errors import ExperimentError
 from experiments.study.records import Cell
-from experiments.study.tables import mebibytes, percent
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
@@ -50,26 +49,6 @@ class EvaluationCell:
     def part(self) -> str:
         """Part of the evaluation that the cell belongs to, as in `ResultRow`."""
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Plan that a policy chose at one cell.
-
-    Attributes:
-        loss_calibration: ΔNLL on the calibration text, nats per token.
-    """
-
-    cell: Cell
-    plan: Plan
-    budget_bytes: int
-    peak_bytes: int
-    loss_calibration: float
-
-    @property
-    def mask(self) -> list[str]:
-        """Names of the removed blocks."""
-        return list(self.plan.removed_names)
 
 
 def grid_requests(
@@ -136,40 +115,6 @@ def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> E
     budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
     request = Request(*shape, budget_bytes=max(1, budget))
     return EvaluationCell((*shape, budget / dense), request, sparsity=share)
-
-
-def choices(
-    policy: Policy, requests: Sequence[tuple[Cell, Request]], context: PruningContext
-) -> list[Choice]:
-    """Let a policy choose on the grid, and score what it chooses on the calibration text."""
-    chosen = []
-    for cell, request in requests:
-        plan = policy.choose(request)
-        chosen.append(
-            Choice(
-                cell=cell,
-                plan=plan,
-                budget_bytes=request.budget_bytes,
-                peak_bytes=context.memory.peak_bytes(plan, request),
-                loss_calibration=context.scorer.nll(plan) - context.scorer.dense_nll,
-            )
-        )
-    return chosen
-
-
-def choice_table(chosen: Sequence[Choice]) -> tuple[list[str], list[list[str | float]]]:
-    """Return choices as header and rows for a logger."""
-    header = ["request", "budget", "budget_mib", "peak_mib", "attn_removed", "ffn_removed",
-              "loss_calibration"]  # fmt: skip
-    rows: list[list[str | float]] = [
-        [
-            f"{c.cell[0]}x{c.cell[1]}", percent(c.cell[2], 0), mebibytes(c.budget_bytes),
-            mebibytes(c.peak_bytes), c.plan.count_removed("attn"), c.plan.count_removed("ffn"),
-            round(c.loss_calibration, 4),
-        ]
-        for c in chosen
-    ]  # fmt: skip
-    return header, rows
 
 
 Scores = Callable[[Sequence[Plan]], Sequence[float]]

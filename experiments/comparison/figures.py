@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,6 @@ from experiments.comparison.training_runs import TrainingRun
 from experiments.study.figures import (
     FAINT,
     INK,
-    NARROW_IN,
-    WIDE_IN,
     Panel,
     delta_nll_scale,
     draw_series,
@@ -25,7 +24,6 @@ from experiments.study.looks import LEVEL_COLOURS, look, short_label
 from experiments.study.records import Shape
 from experiments.study.tables import shape_words
 from rap_env.blocks import block_name
-from rap_env.memory_picture import draw_memory
 from rap_env.plan import EMBEDDINGS, cache_name
 
 if TYPE_CHECKING:
@@ -33,22 +31,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
+def delta_nll_against_budget(comparison: Comparison) -> Figure:
     """Draw ΔNLL against budget, a panel for each request, all methods."""
     shapes, same = comparison.shapes, comparison.same_budgets
-    columns = 1 if narrow else min(3, len(shapes))
+    columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
     with style():
-        figure, axes = panels(
-            rows, columns, narrow=narrow, height=2.6 if narrow else 3.1, sharey=True, sharex=same
-        )
+        figure, axes = panels(rows, columns, height=3.1, sharey=True, sharex=same)
         means: list[float] = []
         peak = f"memory budget (% of the {comparison.reference_word} peak)"
         for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
             means += _draw_delta_nlls(axis, comparison, shape)
             axis.set_title(f"{shape_words(shape)} tokens")
             lowest = place + columns >= len(shapes)  # no panel below
-            axis.set_xlabel(peak if narrow or lowest else "")
+            axis.set_xlabel(peak if lowest else "")
             if lowest:
                 axis.tick_params(labelbottom=True)
         for place, axis in enumerate(axes):
@@ -62,7 +58,7 @@ def delta_nll_against_budget(comparison: Comparison, narrow: bool) -> Figure:
                 axis.invert_xaxis()
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(
-            handles[::-1], labels[::-1], loc="outside lower center", ncols=2 if narrow else 5,
+            handles[::-1], labels[::-1], loc="outside lower center", ncols=5,
             handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip
     return figure
@@ -102,15 +98,42 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> list[f
     return means
 
 
-def memory_picture(profile: dict[str, Any], narrow: bool) -> Figure:
-    """Draw shares of the dense model's memory over sequence length, a panel per batch size."""
-    with style():
-        return draw_memory(
-            profile["memory_shares"],
-            columns=2 if narrow else None,
-            width_in=NARROW_IN if narrow else WIDE_IN,
-            row_height_in=2.4 if narrow else 2.9,
-        )
+MEMORY_PARTS = {
+    "ffn_weights": ("FFN weights", "#E0812F"),
+    "attn_weights": ("attention weights", "#2F6DB5"),
+    "kv_cache": ("KV cache", "#9CC3E6"),
+    "embeddings": ("embeddings and head", "#B9B4A8"),
+    "workspace": ("workspace (estimate)", "#DEDAD0"),
+}
+"""The parts from the bottom up, with label and colour; the KV cache is a lighter attention blue."""
+
+
+def memory_picture(shares: Sequence[dict[str, Any]]) -> Figure:
+    """Draw rows of `MemoryModel.shares` against sequence length, a panel per batch size."""
+
+    def draw(axis: Axes, batch: int) -> None:
+        rows = [row for row in shares if row["batch_size"] == batch]
+        tokens = [row["seq_len_tokens"] for row in rows]
+        axis.stackplot(
+            tokens,
+            *[[100 * row[part] for row in rows] for part in MEMORY_PARTS],
+            colors=[colour for _, colour in MEMORY_PARTS.values()],
+            labels=[label for label, _ in MEMORY_PARTS.values()],
+            linewidth=0.6, edgecolor="white",
+        )  # fmt: skip
+        axis.set_xscale("log", base=2)
+        ticks = tokens[::2]
+        axis.set_xticks(ticks, [str(n) if n % 1024 else f"{n // 1024}k" for n in ticks])
+        axis.set_ylim(0, 100)
+        axis.grid(False)
+
+    batches = sorted({row["batch_size"] for row in shares})
+    parts = [
+        Panel(partial(draw, batch=batch), f"batch {batch}", "sequence length (tokens)",
+              "share of peak memory (%)")
+        for batch in batches
+    ]  # fmt: skip
+    return panel_figure(parts, columns=len(batches), height=2.9, same_axes=True, sharey=True)
 
 
 _OTHER_LEVEL = "#8D9299"  # of a level without a colour of its own
@@ -136,7 +159,7 @@ class LevelsLine(NamedTuple):
         return self.levels.get(item, "native")
 
 
-def levels_picture(lines: Sequence[LevelsLine], num_layers: int, narrow: bool) -> Figure:
+def levels_picture(lines: Sequence[LevelsLine], num_layers: int) -> Figure:
     """Draw the level of each item: a line for each request and budget, a column for each layer."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
@@ -147,11 +170,10 @@ def levels_picture(lines: Sequence[LevelsLine], num_layers: int, narrow: bool) -
         "FFN weights": [block_name(2 * layer + 1) for layer in range(num_layers)],
         "Emb.": [EMBEDDINGS],
     }
-    widths = None if narrow else [*[num_layers] * 3, max(1, num_layers / 6)]
+    widths = [*[num_layers] * 3, max(1, num_layers / 6)]
     with style():
         figure, axes = panels(
-            *((len(items), 1) if narrow else (1, len(items))), narrow=narrow, sharey=True,
-            height=1.1 + 0.21 * len(lines), width_ratios=widths,
+            1, len(items), sharey=True, height=1.1 + 0.21 * len(lines), width_ratios=widths
         )  # fmt: skip
         for axis, (title, names) in zip(axes, items.items(), strict=True):
             colours = [
@@ -178,7 +200,7 @@ def levels_picture(lines: Sequence[LevelsLine], num_layers: int, narrow: bool) -
             Patch(facecolor=LEVEL_COLOURS.get(level, _OTHER_LEVEL), edgecolor=FAINT, label=level)
             for level in levels
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3 if narrow else 9)
+        figure.legend(handles=handles, loc="outside lower center", ncols=9)
     return figure
 
 
@@ -197,7 +219,7 @@ def logged_curves(runs: Sequence[TrainingRun]) -> list[str]:
     return [name for name in CURVES if any(run.series(name)[0] for run in runs)]
 
 
-def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure:
+def learning_curves(runs: Sequence[TrainingRun]) -> Figure:
     """Draw the logged learning curves: thin for each seed, thick for the mean."""
 
     def draw(axis: Axes, name: str) -> None:
@@ -207,10 +229,9 @@ def learning_curves(runs: Sequence[TrainingRun], narrow: bool) -> Figure:
 
     steps = "training step (one action each)"
     parts = [
-        Panel(lambda axis, name=name: draw(axis, name), x=steps, y=CURVES[name])  # type: ignore[misc]
-        for name in logged_curves(runs)
+        Panel(partial(draw, name=name), x=steps, y=CURVES[name]) for name in logged_curves(runs)
     ]
-    return panel_figure(parts, narrow=narrow, height=2.8, legend=4)
+    return panel_figure(parts, height=2.8, legend=4)
 
 
 def _smooth(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

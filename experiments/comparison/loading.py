@@ -1,11 +1,10 @@
-"""Load the records of run folders: one comparison for a report, or groups of many.
+"""Load the records of run folders: those of one comparison for a report, or of many.
 
 Reports and comparisons are made from records only, without a model.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,124 +12,86 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison.records import PARTS, ResultRow
-from experiments.comparison.summaries import Comparison
-from experiments.comparison.training_runs import TrainingRun, training_dirs
+from experiments.comparison.summaries import Comparison, check_equal
+from experiments.comparison.training_runs import TrainingRun
 from experiments.study.errors import ExperimentError
 from experiments.study.records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 
+_EQUAL = ("model_fingerprint", "dtype", "repair", "calibration_sha256", "report_sha256")
+"""What the rows of a comparison depend on alike."""
+
 
 @dataclass(frozen=True)
-class ReportData:
-    """All records under one comparison's folder.
+class Records:
+    """All records of one comparison.
 
     Attributes:
-        root: That folder.
-        comparison: Result rows; None before an evaluation.
-        profile: The content of ``profile/profile.json``; None before a profile.
+        root: Its folder.
+        name: The folder relative to the searched one.
+        rows: Result rows, with seconds of training from the training runs.
+        evaluations: Folders of its evaluations.
         runs: Training runs.
-        evaluations: The content of each evaluation's ``run.json``.
     """
 
     root: Path
-    comparison: Comparison | None
-    profile: dict[str, Any] | None
+    name: str
+    rows: list[ResultRow]
+    evaluations: list[RunFolder]
     runs: list[TrainingRun]
-    evaluations: list[dict[str, Any]]
+
+    @cached_property
+    def parts(self) -> dict[str, Comparison]:
+        """The rows by part of the evaluation, the grid first.
+
+        Raises:
+            ArtifactError: They are of different models or texts, which must not be averaged.
+        """
+        check_equal(self.rows, _EQUAL)
+        present = {row.part for row in self.rows}
+        return {part: Comparison(self.rows, part) for part in PARTS if part in present}
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The grid; None before an evaluation."""
+        return self.parts.get("grid")
+
+    @cached_property
+    def profile(self) -> dict[str, Any] | None:
+        """The content of ``profile/profile.json``; None before a profile."""
+        return read_json(self.root / "profile" / "profile.json", made_by="the profile")
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """The content of each evaluation's ``run.json``."""
+        return [note for folder in self.evaluations if (note := folder.read())]
+
+    def title(self, folder: RunFolder) -> str:
+        """Name, model and stubs of one of the run folders, of an absolute path the last part."""
+        settings = folder.settings() or {}
+        fingerprint = self.rows[0].depends_on.get("model_fingerprint") if self.rows else None
+        model = str(settings.get("model", {}).get("name") or str(fingerprint or "?")[:12])
+        stubs = Path(str(settings.get("repair", {}).get("name", "none"))).stem
+        model = Path(model).name if Path(model).is_absolute() else model
+        return f"{self.name}: {model}, {'no repair' if stubs == 'none' else f'repair {stubs}'}"
 
 
-def gather(root: Path) -> ReportData:
+def gather(root: Path) -> Records:
     """Read all records under a comparison's folder.
 
     Raises:
         ExperimentError: There is nothing to report.
     """
-    files = record_files(root / "evaluate", "results.jsonl")
-    runs = [TrainingRun(path) for path in training_dirs(root)]
-    rows = with_training_s([row for file in files for row in ResultRow.read(file)], runs)
-    profile = read_json(root / "profile" / "profile.json", made_by="the profile")
-    if not (rows or profile or runs):
+    records = _read(root, root.name, *_files([root]))
+    if not (records.rows or records.profile or records.runs):
         raise ExperimentError(
             f"{root} has no records to report; run profile, train and evaluate with the same "
             "name=... (or experiment=...) first."
         )
-    notes = [note for file in files if (note := RunFolder(file.parent).read())]
-    return ReportData(root, Comparison(rows) if rows else None, profile, runs, notes)
+    return records
 
 
-def with_training_s(rows: Sequence[ResultRow], runs: Sequence[TrainingRun]) -> list[ResultRow]:
-    """Return the rows with missing seconds of training filled in from the training runs."""
-    known = {run.label: run.facts.get("training_s") for run in runs}
-    completed = []
-    for row in rows:
-        label = row.provenance.get("depends_on", {}).get("method", {}).get("run")
-        seconds = row.training_s if row.training_s is not None else known.get(label)
-        completed.append(replace(row, training_s=seconds))
-    return completed
-
-
-_STAGES = ("evaluate", "train")
-
-_SEPARATE = {
-    "model_fingerprint": "model",
-    "dtype": "dtype",
-    "repair": "stubs",
-    "calibration_sha256": "calibration",
-    "report_sha256": "report",
-}
-"""Dependencies in which rows of one group are equal, with their names in headings."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows with equal comparison, model, repair, calibration text and report text.
-
-    Only rows of one group may be averaged.
-
-    Attributes:
-        name: The comparison's folder, relative to the searched folder, and what distinguishes the
-            group from others of the folder.
-        model: The model's name.
-        repair: Name of the stubs that replace removed blocks; ``none`` without stubs.
-        rows: Result rows.
-    """
-
-    name: str
-    model: str
-    repair: str
-    rows: list[ResultRow]
-
-    @property
-    def depends_on(self) -> dict[str, Any]:
-        """Dependencies of the first row."""
-        return dict(self.rows[0].provenance.get("depends_on", {}))
-
-    @cached_property
-    def parts(self) -> dict[str, Comparison]:
-        """The rows by part of the evaluation, the grid first."""
-        present = {row.part for row in self.rows}
-        return {part: Comparison(self.rows, part) for part in PARTS if part in present}
-
-
-@dataclass(frozen=True)
-class Learning:
-    """Training runs of one comparison with equal model and repair."""
-
-    name: str
-    model: str
-    repair: str
-    runs: list[TrainingRun]
-
-    @cached_property
-    def by_method(self) -> dict[str, list[TrainingRun]]:
-        """The runs of each method, one for each seed."""
-        by_method: dict[str, list[TrainingRun]] = defaultdict(list)
-        for run in self.runs:
-            by_method[run.method].append(run)
-        return dict(by_method)
-
-
-def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
+def read_comparisons(folders: Sequence[Path]) -> list[Records]:
     """Read all records under some folders, at any depth; each file is read once.
 
     Raises:
@@ -140,105 +101,44 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[Learning]]:
     for folder in folders:
         if not folder.is_dir():
             raise ExperimentError(f"There is no folder {folder}; runs= names folders to read.")
-    evaluations = _unique(path for root in folders for path in record_files(root, "results.jsonl"))
-    trainings = _unique(path for root in folders for path in root.rglob("train/*/run.json"))
-    if not (evaluations or trainings):
+    evaluations, trainings = _files(folders)
+    homes = sorted({_home(path.parent) for path in [*evaluations, *trainings]})
+    if not homes:
         raise ExperimentError(
             f"There are no records under {', '.join(map(str, folders))}; run train or evaluate "
             "first, or name other folders with runs=."
         )
-    names = _names({_home(path.parent) for path in [*evaluations, *trainings]}, folders)
-    learning = _learning(trainings, names)
-    return _groups(evaluations, names, learning), learning
+    return [_read(home, _name(home, folders), evaluations, trainings) for home in homes]
 
 
-def _groups(
-    files: Iterable[Path], names: dict[Path, str], learning: Sequence[Learning]
-) -> list[Group]:
-    groups: dict[tuple[str, ...], Group] = {}
-    for file in files:
-        name, folder = names[_home(file.parent)], RunFolder(file.parent)
-        runs = [run for part in learning if part.name == name for run in part.runs]
-        settings = folder.settings() or {}
-        for row in with_training_s(ResultRow.read(file), runs):
-            depends = row.provenance.get("depends_on", {})
-            key = (name, *(str(depends.get(part)) for part in _SEPARATE))
-            if key not in groups:
-                model, repair = _model(settings, depends), _repair(settings, depends)
-                groups[key] = Group(name, model, repair, [])
-            groups[key].rows.append(row)
-    return _distinct_names(list(groups.values()))
+def _files(folders: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Files of results, and ``run.json`` of trainings, each once."""
+    results = {path.resolve() for root in folders for path in record_files(root, ResultRow.file)}
+    runs = {path.resolve() for root in folders for path in root.rglob("train/*/run.json")}
+    return sorted(results), sorted(runs)
 
 
-def _distinct_names(groups: list[Group]) -> list[Group]:
-    """Add to the names of groups with equal name, model and repair what differs."""
-    equal: dict[tuple[str, str, str], list[Group]] = defaultdict(list)
-    for group in groups:
-        equal[group.name, group.model, group.repair].append(group)
-    return [
-        replace(group, name=f"{group.name}{_differs(group, others)}")
-        for others in equal.values()
-        for group in others
-    ]
-
-
-def _differs(group: Group, others: Sequence[Group]) -> str:
-    """Return the dependencies in which a group differs, in brackets; empty if none."""
-    words = [
-        f"{words} {str(group.depends_on.get(key))[:8]}"
-        for key, words in _SEPARATE.items()
-        if len({str(other.depends_on.get(key)) for other in others}) > 1
-    ]
-    return f" ({', '.join(words)})" if words else ""
-
-
-def _learning(files: Iterable[Path], names: dict[Path, str]) -> list[Learning]:
-    by_model: dict[tuple[str, str, str], Learning] = {}
-    for file in files:
-        run = TrainingRun(file.parent)
-        settings = run.settings() or {}
-        key = names[_home(file.parent)], _model(settings, {}), _setting(settings)
-        by_model.setdefault(key, Learning(*key, [])).runs.append(run)
-    return list(by_model.values())
+def _read(home: Path, name: str, evaluations: Iterable[Path], trainings: Iterable[Path]) -> Records:
+    """Read those of the files that belong to a comparison's folder."""
+    own = [file for file in evaluations if _home(file.parent) == home.resolve()]
+    runs = [TrainingRun(file.parent) for file in trainings if _home(file.parent) == home.resolve()]
+    training_s = {run.label: run.facts.get("training_s") for run in runs}
+    rows = []
+    for row in (row for file in own for row in ResultRow.read(file)):
+        known = training_s.get(row.depends_on.get("method", {}).get("run"))
+        rows.append(replace(row, training_s=known if row.training_s is None else row.training_s))
+    return Records(home, name, rows, [RunFolder(file.parent) for file in own], runs)
 
 
 def _home(folder: Path) -> Path:
     """Return the comparison's folder of a stage folder or of a run folder within it."""
     for path in (folder, *folder.parents):
-        if path.name in _STAGES:
+        if path.name in ("evaluate", "train"):
             return path.parent
     return folder
 
 
-def _names(homes: Iterable[Path], roots: Sequence[Path]) -> dict[Path, str]:
-    """Name each comparison by its path below the searched folder."""
-    named = {}
-    for home in homes:
-        root = next((r.resolve() for r in roots if home.is_relative_to(r.resolve())), None)
-        named[home] = str(home.relative_to(root)) if root and home != root else home.name
-    times = Counter(named.values())
-    return {
-        home: name if times[name] == 1 else f"{home.parent.name}/{home.name}"
-        for home, name in named.items()
-    }
-
-
-def _unique(paths: Iterable[Path]) -> list[Path]:
-    return sorted({path.resolve() for path in paths})
-
-
-def _model(settings: dict[str, Any], depends: dict[str, Any]) -> str:
-    """Return the model's name; of an absolute path, only the last part."""
-    name = str(settings.get("model", {}).get("name") or depends.get("model_fingerprint", "?")[:12])
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _repair(settings: dict[str, Any], depends: dict[str, Any]) -> str:
-    if not depends.get("repair"):
-        return "none"
-    name = _setting(settings)
-    return str(depends["repair"])[:12] if name == "none" else name
-
-
-def _setting(settings: dict[str, Any]) -> str:
-    return Path(str(settings.get("repair", {}).get("name", "none"))).stem
+def _name(home: Path, roots: Sequence[Path]) -> str:
+    """The path of a comparison below the searched folder."""
+    root = next((r.resolve() for r in roots if home.is_relative_to(r.resolve())), None)
+    return str(home.relative_to(root)) if root and home != root else home.name

@@ -80,7 +80,7 @@ class Comparison:
             raise ArtifactError(
                 "There are no result rows to compare; run `python -m experiments.evaluate` first."
             )
-        self._check_same_text()
+        check_equal(self.rows, ("report_sha256", "model_fingerprint"))
 
     def other_part(self, part: str) -> Comparison | None:
         """Return another part of the same evaluation; None if it has no rows."""
@@ -248,21 +248,23 @@ class Comparison:
         )
 
     def _is_learned(self, method: str) -> bool:
-        identities = [
-            row.provenance.get("depends_on", {}).get("method", {})
-            for row in self.rows
-            if row.method == method
-        ]
+        identities = [row.depends_on.get("method", {}) for row in self.rows if row.method == method]
         return look(method).learned or any("run" in identity for identity in identities)
 
-    def _check_same_text(self) -> None:
-        for key in ("report_sha256", "model_fingerprint"):
-            seen = {str(row.provenance.get("depends_on", {}).get(key)) for row in self.rows}
-            if len(seen) > 1:
-                raise ArtifactError(
-                    f"The result rows differ in {key} ({len(seen)} values), so their ΔNLL cannot "
-                    "be compared. Report one run folder at a time."
-                )
+
+def check_equal(rows: Sequence[ResultRow], keys: Iterable[str]) -> None:
+    """Check that all rows depend on the same model, text and so on, by the keys of `depends_on`.
+
+    Raises:
+        ArtifactError: They do not.
+    """
+    for key in keys:
+        seen = {str(row.depends_on.get(key)) for row in rows}
+        if len(seen) > 1:
+            raise ArtifactError(
+                f"The result rows differ in {key} ({len(seen)} values), so their ΔNLL cannot "
+                "be compared. Report one run folder at a time."
+            )
 
 
 def mean_quality(rows: Iterable[ResultRow]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
-from experiments.study.looks import full_label, look, rank, short_label
+from experiments.study.looks import look, rank
 from experiments.study.records import Cell
 from experiments.study.statistics import bootstrap_mean, paired_ratio
 from experiments.study.tables import (
@@ -54,14 +54,10 @@ COUNTS_CAPTION = (
 HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a level of 5 %."
 
 
-def summary_table(comparison: Comparison, *, short: bool = False) -> Table:
-    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells.
-
-    `short` shortens long names of methods.
-    """
-    label = short_label if short else full_label
+def summary_table(comparison: Comparison) -> Table:
+    """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     columns: dict[str, Callable[[Summary], str]] = {
-        "Method": lambda s: f"{label(s.method)}{_seeds(s)}",
+        "Method": lambda s: f"{look(s.method).label}{_seeds(s)}",
         "ΔNLL on held-out text": lambda s: str(s.delta_nll),
         "On calibration text": lambda s: f"{s.delta_nll_calibration:.3f}",
         "Accuracy": lambda s: percent(s.accuracy),
@@ -340,7 +336,7 @@ def terminal_text(comparison: Comparison) -> str:
         "within their budget; methods that miss budgets are listed last, because their ΔNLL is not "
         "comparable. (n): seeds."
     )
-    header, rows = summary_table(comparison, short=True)
+    header, rows = summary_table(comparison)
     header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
     return f"{plain((header, rows))}\n\n{wrapped(legend)}"
 
@@ -360,7 +356,7 @@ def difference_table(comparison: Comparison, method: str) -> Table:
               "Better / even / worse", "By Holm", "Verdict"]  # fmt: skip
     return header, [
         [
-            full_label(pair.other), signed(pair.difference),
+            look(pair.other).label, signed(pair.difference),
             relative_words(pair.relative), str(pair.cells), str(pair.corrected),
             pair.verdict if pair.other_fits else f"{pair.verdict}*",
         ]

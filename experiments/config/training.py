@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 from omegaconf import MISSING
 
-from agents.settings import with_defaults
 from experiments.config.common import Count, Section, among
 from experiments.config.plain import TASKS, completed, defaults
-from rap_env.errors import UnknownNameError
 
 ENV_IDS = ("RAPPrune-v0", "RAPLadder-v0")
 
@@ -71,26 +69,3 @@ class AgentConfig(Section):
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     """Hyperparameters of the algorithm. Here and in `policy_settings`, null or a missing entry is
     replaced by the value in the agent's file in ``conf/agent``."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        completed = complete_agent(vars(self))
-        self.policy_settings = completed["policy_settings"]
-        self.hyperparameters = completed["hyperparameters"]
-
-
-def complete_agent(agent: dict[str, Any]) -> dict[str, Any]:
-    """Return an agent's section of a config in which no setting is null or missing.
-
-    Runs that were recorded before ``conf/agent`` held the values have nulls in their config.
-    """
-    if agent["name"] == MISSING:
-        return agent
-    completed = dict(agent)
-    for section in ("policy_settings", "hyperparameters"):
-        given = {k: value for k, value in agent.get(section, {}).items() if value is not None}
-        try:
-            completed[section] = with_defaults(agent["name"], section, given)
-        except UnknownNameError:  # its package is not installed, or the training reports it
-            return agent
-    return completed

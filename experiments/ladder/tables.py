@@ -78,14 +78,14 @@ def ladder_tables(data: Ladder) -> list[TitledTable]:
         settings = {(r.name, r.shape): r for r in data.plans if r.method == "uniform"}
         labels = {name: data.label(name) for name in data.settings}
         table = _by_shape("Weights / caches", labels, settings)
-        tables.append(("uniform", "Uniform settings", UNIFORM_CAPTION, table))
+        tables.append(TitledTable(table, "Uniform settings", UNIFORM_CAPTION))
     if data.fractions:
         title = "Removal alone, and the ladder"
-        tables.append(("policies", title, POLICY_CAPTION, _policy_table(data)))
+        tables.append(TitledTable(_policy_table(data), title, POLICY_CAPTION))
     if data.llama_cpp:
         rows = {(row.cache, row.shape): row for row in data.llama_cpp}
         table = _by_shape("llama.cpp's cache", {cache: cache for cache, _ in rows}, rows)
-        tables.append(("llama_cpp", "llama.cpp", LLAMA_CPP_CAPTION, table))
+        tables.append(TitledTable(table, "llama.cpp", LLAMA_CPP_CAPTION))
     if data.shipped:
         shipped = {(row.source, row.lowered): row for row in data.shipped}
         table = crossed_table(
@@ -96,14 +96,11 @@ def ladder_tables(data: Ladder) -> list[TitledTable]:
                 nats(shipped[source, lowered]) if (source, lowered) in shipped else "-"
             ),
         )
-        tables.append(("shipped", "By how the model was shipped", SHIPPED_CAPTION, table))
+        tables.append(TitledTable(table, "By how the model was shipped", SHIPPED_CAPTION))
     if data.outside:
         title = "What others offer at the same bytes"
-        tables.append(("outside", title, OUTSIDE_CAPTION, _outside_table(data.outside)))
-    return [
-        TitledTable(table, title, caption, name, by_method=False)
-        for name, title, caption, table in tables
-    ]
+        tables.append(TitledTable(_outside_table(data.outside), title, OUTSIDE_CAPTION))
+    return tables
 
 
 def _by_shape(

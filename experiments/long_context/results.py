@@ -152,7 +152,7 @@ class Curves:
 
 def long_context_tables(data: Curves) -> list[TitledTable]:
     """All tables that there are rows for."""
-    tables: list[tuple[str, str, str, Table]] = []
+    tables = []
     if data.tasks:
         chance = percent(data.tasks[0].chance, 0)
         caption = SUMMARY_CAPTION.format(
@@ -161,16 +161,13 @@ def long_context_tables(data: Curves) -> list[TitledTable]:
             lengths=", ".join(f"{length:,}" for length in data.long),
             chance=chance,
         )
-        tables.append(("summary", "Loss and recall", caption, _summary_table(data)))
+        tables.append(TitledTable(_summary_table(data), "Loss and recall", caption))
         for kind in data.kinds:
             asked = sorted({len(row.right) for row in data.tasks if row.measure == kind})
             questions = " to ".join(map(str, dict.fromkeys((asked[0], asked[-1]))))
             caption = KIND_CAPTION.format(chance=chance, questions=questions)
-            tables.append((kind, TITLES[kind], caption, _kind_table(data, kind)))
-    return [
-        TitledTable(table, title, caption, name, by_method=False)
-        for name, title, caption, table in tables
-    ]
+            tables.append(TitledTable(_kind_table(data, kind), TITLES[kind], caption))
+    return tables
 
 
 def _summary_table(data: Curves) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from experiments.repair.rows import RepairComparison, RepairRow, mean_delta_nll
 from experiments.study.looks import look
@@ -19,22 +18,16 @@ from experiments.study.tables import (
 )
 from rap_env.errors import counted
 
-if TYPE_CHECKING:
-    pass
-
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 
 def repair_tables(data: RepairComparison) -> list[TitledTable]:
     """Every table that there are rows for."""
-    title, grid = "ΔNLL at each request and budget", _grid_caption(data)
     tables = [
-        TitledTable(_summary_table(data), caption=_summary_caption(data), name="summary"),
-        TitledTable(_grid_table(data), title, grid, name="grid", by_method=False),
-        TitledTable(
-            _accuracy_table(data), "Accuracy of each task, mean over the cells", name="accuracy"
-        ),
-    ]  # fmt: skip
+        TitledTable(_summary_table(data), caption=_summary_caption(data)),
+        TitledTable(_grid_table(data), "ΔNLL at each request and budget", _grid_caption(data)),
+        TitledTable(_accuracy_table(data), "Accuracy of each task, mean over the cells"),
+    ]
     return [part for part in tables if part.table[1]]
 
 

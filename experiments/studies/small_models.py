@@ -23,14 +23,14 @@ import torch
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.studies import SmallModelConfig
+from experiments.contexts import load_texts
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.errors import ExperimentError
-from experiments.study.run_folder import RunFolder, provenance
-from rap_env.artifacts import load_artifact, save_artifact
+from experiments.study.run_folder import RunFolder
 from rap_env.models.device import choose_device, choose_dtype
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.model_folder import made_once
+from rap_env.models.files.model_folder import made_once, manifest_source
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar, transformers_bars
 from rap_env.scoring.corpus import Corpus, CorpusConfig, ensure_disjoint
@@ -39,13 +39,9 @@ from rap_env.scoring.scorer import MaskScorer
 
 log = logging.getLogger(__name__)
 
-RECORD = "small_lm.json"
-"""Record of settings, text and results, in the folder of the weights."""
-
 BOS, EOS = "<s>", "</s>"
 EXPERTS_PER_TOKEN = 2
 
-_KIND, _VERSION = "rap-env.small-lm", 1
 _CHARACTERS_PER_TOKEN = 2  # a lower bound of the average
 _MARGIN = 8  # the last eighth is left out
 _BALANCE = 0.01  # weight of the auxiliary loss that balances the experts
@@ -76,25 +72,15 @@ def train_small_model(config: Config, folder: Path) -> Path:
     _check_place(path, _settings(config))
     run.start(config)
     made_once(path, partial(_make, config), f"Training {path}")
-    record = read_record(path)
-    run.finish(started, held_out_nll=record["held_out_nll"])
+    record = manifest_source(path)
+    run.finish(started, **record)
     nll = ", ".join(f"{name} {value:.3f}" for name, value in record["held_out_nll"].items())
     say(
         f"{record['parameters'] / 1e6:.2f} million weights, {record['steps']} steps in "
-        f"{record['seconds']:.0f} s; held-out NLL in nats per token: {nll}."
+        f"{record['training_s']:.0f} s; held-out NLL in nats per token: {nll}."
     )
     say(f"The model is in {path}; use it as model.name={path}")
     return path
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read the record of the model in a folder.
-
-    Raises:
-        FileNotFoundError: The folder holds no model of this program.
-        ArtifactError: The record is damaged.
-    """
-    return load_artifact(path / RECORD, _KIND, _VERSION)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -109,7 +95,7 @@ def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        made_with = read_record(path)["settings"]
+        made_with = manifest_source(path).get("settings", {})
     except (FileNotFoundError, NotADirectoryError):
         raise ExperimentError(
             f"{path} holds something else than a small model; choose another small_models.path."
@@ -122,7 +108,7 @@ def _check_place(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _make(config: Config, work: Path) -> dict[str, Any]:
-    """Train a model and save it; return what the folder's manifest records."""
+    """Train a model and save it; return settings, text and results for the folder's manifest."""
     settings = config.small_models
     characters = map(_characters, settings.texts.values())
     tokenizer = train_tokenizer(characters, settings.vocab_size, settings.max_positions)
@@ -130,49 +116,29 @@ def _make(config: Config, work: Path) -> dict[str, Any]:
     dtype = choose_dtype(config.model.dtype, device)
     model = untrained(settings, tokenizer, config.seed).to(device)
     llm = ElasticLLM(model, tokenizer, name=settings.family)
-    fit, held_out = (
-        {
-            name: load_corpus(CorpusConfig(**asdict(text), role=role), llm)
-            for name, text in texts.items()
-        }
-        for role, texts in (
-            ("calibration", settings.texts),
-            ("selection", {name: replace(text, windows=settings.held_out_windows)
-                           for name, text in settings.texts.items()}),
-        )
-    )  # fmt: skip
-    text = Corpus.joined(fit)
+    fewer = {n: replace(t, windows=settings.held_out_windows) for n, t in settings.texts.items()}
+    held_out = load_texts(fewer, "selection", llm)
+    text = Corpus.joined(load_texts(settings.texts, "calibration", llm))
     ensure_disjoint(Corpus.joined(held_out), text)
     log.info(
         "Training %.1f million weights on %d tokens for %.1f epochs in %s on %s.",
         model.num_parameters() / 1e6, text.tokens.numel(),
         settings.steps * settings.batch_windows / len(text.tokens), dtype, device,
     )  # fmt: skip
-    made_of = {"settings": _settings(config), "text_sha256": text.sha256}
     trainer, started = Trainer(model, text, settings, config.seed, dtype), time.perf_counter()
     losses = trainer.train(progress=config.progress)
-    seconds = time.perf_counter() - started
     with transformers_bars(shown=False):
         model.save_pretrained(work)
     tokenizer.save_pretrained(work)
     saved = load_llm(work, device=config.model.device, dtype=config.model.dtype, weights="bf16")
-    record = {
-        **made_of,
+    return {
+        "settings": _settings(config),
+        "text_sha256": text.sha256,
         "parameters": model.num_parameters(),
-        "trained_in": str(dtype).removeprefix("torch."),
         "steps": len(losses),
-        "seconds": seconds,
-        "loss_every_100_steps": [
-            float(np.mean(losses[at : at + _LOGGED_STEPS]))
-            for at in range(0, len(losses), _LOGGED_STEPS)
-        ],
+        "training_s": time.perf_counter() - started,
         "held_out_nll": {n: MaskScorer(saved, t).dense_nll for n, t in held_out.items()},
-        "texts": {name: dict(corpus.provenance) for name, corpus in fit.items()},
-        "held_out_texts": {name: dict(corpus.provenance) for name, corpus in held_out.items()},
-        "provenance": provenance({"run": config.seed}),
     }
-    save_artifact(work / RECORD, _KIND, _VERSION, record)
-    return made_of
 
 
 class _Characters:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,6 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
-
-if TYPE_CHECKING:
-    pass
 
 ALL = "all"
 """Plans from the mean of the costs over all kinds."""

@@ -47,5 +47,4 @@ are scored together.
 - `figures`: style, panels, series with intervals
 - `looks`: label and colour of each method
 - `statistics`: means, differences and ratios with intervals
-- `page`: an HTML page of sections
 """

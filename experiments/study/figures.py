@@ -1,7 +1,6 @@
 """Style, panels and series that all figures share.
 
-A figure of a report has a wide form for pages and a narrow form for phones. A study gives the
-panels of a figure; colours of methods are those of `experiments.study.looks`.
+A study gives the panels of a figure; colours of methods are those of `experiments.study.looks`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Draw = Callable[[bool], "Figure"]
-"""Draws a figure; the argument selects the narrow form."""
+Draw = Callable[[], "Figure"]
+"""Draws a figure."""
 
 INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
 
-WIDE_IN, NARROW_IN = 9.2, 4.2
+WIDE_IN = 9.2
 
 PNG_DPI = 160
 
@@ -69,14 +68,11 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(
-    rows: int, columns: int, *, height: float, narrow: bool = False, **options: Any
-) -> tuple[Figure, list[Axes]]:
+def panels(rows: int, columns: int, *, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """Make a figure with a grid of panels, `height` inches per row, without pyplot's state."""
     from matplotlib.figure import Figure
 
-    width = NARROW_IN if narrow else WIDE_IN
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    figure = Figure(figsize=(WIDE_IN, height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, list(grid.flat)
 
@@ -101,28 +97,26 @@ class Panel:
 def panel_figure(
     parts: Sequence[Panel],
     *,
-    narrow: bool = False,
     columns: int = 3,
     height: float = 2.8,
     legend: int = 5,
     same_axes: bool = False,
     **options: Any,
 ) -> Figure:
-    """Draw panels in rows, below each other in the narrow form, with one legend below all.
+    """Draw panels in rows, with one legend below all.
 
     Args:
         parts: The panels.
-        narrow: Whether to draw the narrow form.
-        columns: Panels in a row of the wide form, at most.
+        columns: Panels in a row, at most.
         height: Height of a row in inches.
         legend: Columns of the legend of the first panel's series; 0 for none.
         same_axes: Whether only panels at the left and bottom edge have labels of axes.
         **options: As for `matplotlib.figure.Figure.subplots`, such as ``sharey``.
     """
-    columns = 1 if narrow else min(columns, len(parts))
+    columns = min(columns, len(parts))
     rows = -(-len(parts) // columns)
     with style():
-        figure, axes = panels(rows, columns, narrow=narrow, height=height, **options)
+        figure, axes = panels(rows, columns, height=height, **options)
         for place, (axis, part) in enumerate(zip(axes, parts, strict=False)):
             part.draw(axis)
             axis.set_title(part.title)
@@ -134,8 +128,7 @@ def panel_figure(
             axis.set_visible(False)
         if legend:
             handles, labels = axes[0].get_legend_handles_labels()
-            wide = min(legend, 2) if narrow else legend
-            figure.legend(handles, labels, loc="outside lower center", ncols=wide)
+            figure.legend(handles, labels, loc="outside lower center", ncols=legend)
     return figure
 
 

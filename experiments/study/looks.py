@@ -100,11 +100,6 @@ def look(method: str) -> Look:
     return Look(label, colour, "d", parent.what, parent.learned)
 
 
-def full_label(method: str) -> str:
-    """Return the label of a method."""
-    return look(method).label
-
-
 def short_label(method: str, length: int = 26) -> str:
     """Return the label of a method, shortened in the middle: variants differ at the end."""
     label = look(method).label

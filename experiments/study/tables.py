@@ -31,16 +31,12 @@ class TitledTable(NamedTuple):
         table: Header and rows.
         title: Heading; empty for none.
         caption: Meaning of its numbers; empty for none. Markdown has it only if asked to.
-        name: Short name of the table, by which a page places figures.
-        by_method: Whether each line is a method or repair.
         detail: Whether it is a detail, which is folded in HTML.
     """
 
     table: Table
     title: str = ""
     caption: str = ""
-    name: str = ""
-    by_method: bool = True
     detail: bool = False
 
 

@@ -22,14 +22,11 @@ from experiments.study.run_folder import RunFolder, flatten
 
 
 class MetricLogger:
-    """Base of loggers; by default, tables and images are ignored and nothing needs closing."""
+    """Base of loggers; by default, images are ignored and nothing needs closing."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics by name at a step."""
         raise NotImplementedError
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
 
     def image(self, name: str, path: Path) -> None:
         """Log a PNG file."""
@@ -48,11 +45,6 @@ class Loggers(MetricLogger):
         """Log metrics by name at a step; the training calls this as a sink."""
         for part in self.parts:
             part.log(metrics, step)
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
-        for part in self.parts:
-            part.table(name, header, rows)
 
     def image(self, name: str, path: Path) -> None:
         """Log a PNG file."""
@@ -107,13 +99,6 @@ class TensorBoard(MetricLogger):
         """Add scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Add a table as Markdown text."""
-        from experiments.study.tables import markdown
-
-        text = markdown((list(header), [[str(cell) for cell in row] for row in rows]))
-        self._writer.add_text(name, text)
 
     def image(self, name: str, path: Path) -> None:
         """Add an image."""
@@ -176,19 +161,14 @@ class Wandb(MetricLogger):
                 shutil.rmtree(path, ignore_errors=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics over environment steps, with the tables and images since the last ones."""
+        """Log metrics over environment steps, with the images since the last ones."""
         if self._line >= self._uploaded:
             self._run.log({"step": step, **metrics, **self._media}, step=self._line)
             self._media = {}
         self._line += 1
 
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table with the next metrics, because only these have a line in the metrics."""
-        data = [list(row) for row in rows]
-        self._media[name] = self._wandb.Table(columns=list(header), data=data)
-
     def image(self, name: str, path: Path) -> None:
-        """Log an image with the next metrics."""
+        """Log an image with the next metrics, because only these have a line in the metrics."""
         self._media[name] = self._wandb.Image(str(path))
 
     def close(self) -> None:

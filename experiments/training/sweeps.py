@@ -23,12 +23,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.evaluation import Choice, choices, grid_requests
+from experiments.comparison.evaluation import grid_requests
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer, ladder_bytes
 from experiments.study.run_folder import RunFolder
 from rap_env.context.base import PruningContext
 from rap_env.errors import RapError
+from rap_env.plan import Plan
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -56,10 +57,10 @@ class ObjectiveScorer:
         if selection is not None:
             self._scorer = held_out_scorer(selection, "selection", context)
 
-    def facts(self, found: Sequence[Choice]) -> dict[str, Any]:
+    def facts(self, plans: Sequence[Plan]) -> dict[str, Any]:
         """Return the mean ΔNLL over the grid, nats per token, and what it was measured on."""
         dense_nll = self._scorer.dense_nll
-        losses = [self._scorer.nll(c.plan) - dense_nll for c in found]
+        losses = [self._scorer.nll(plan) - dense_nll for plan in plans]
         return {"objective": sum(losses) / len(losses), "objective_on": self._on}
 
 
@@ -82,8 +83,8 @@ def objective(config: Config, folder: Path) -> float:
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
         requests = grid_requests(config.evaluate, context.memory, ladder_bytes(config, context))
-        scorer = ObjectiveScorer(config, context)
-        record = scorer.facts(choices(TrainedPolicy.load(folder, context), requests, context))
+        scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
+        record = scorer.facts([policy.choose(request) for _, request in requests])
         run.finish(started, **record)
     return float(record["objective"])
 

@@ -2,16 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from agents.algorithms import ALGORITHMS
 from agents.export import export_policy, network_weights
-from agents.observations import as_tensors
-from agents.sb3_policies import action_scores
 from agents.trained_policy import TrainedPolicy
 from rap_env.errors import ArtifactError
-from rap_env.ladder.items import KINDS
-from rap_env.ladder.observation import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network import PolicyNetwork
@@ -86,24 +81,6 @@ def test_numpy_and_torch_agree_with_stubs(repaired_context):
     policy = untrained("dqn", repaired_context, spread=0.3).policy
     requests = [request_at(repaired_context, 8, 64, share) for share in (0.95, 0.85, 0.75)]
     assert_same_choices(policy, encoder_for(repaired_context), requests)
-
-
-@pytest.mark.parametrize("without", [(), ("kind",), ("kind", "depth")], ids="-".join)
-def test_only_a_network_that_sees_kinds_and_depths_depends_on_them(without):
-    """Those that are hidden show neither in the items themselves nor in what is made from them."""
-    context, depth = LadderContext(layers=4), ITEM_FEATURES.index("depth")
-    policy = untrained("maskable_ppo", context, spread=0.3, without=list(without)).policy
-    encoder, request = encoder_of(context), requests_of(context)[-1]
-    seen = encoder.build(request, encoder.ladder.plan([1] * len(encoder.ladder)))
-    kinds, depths = seen["ladder"].copy(), seen["ladder"].copy()
-    kinds[:, : len(KINDS)] = np.roll(kinds[:, : len(KINDS)], 1, axis=1)
-    depths[:, depth] = 1 - depths[:, depth]
-    batch = {name: np.stack([seen[name]] * 3) for name in seen}
-    batch["ladder"] = np.stack([seen["ladder"], kinds, depths])
-    with torch.no_grad():
-        scores, *changed = action_scores(policy, as_tensors(batch)).numpy()
-    apart = [float(np.abs(scores - other).max()) for other in changed]
-    assert [gap > 1e-4 for gap in apart] == ["kind" not in without, "depth" not in without], apart
 
 
 @pytest.mark.parametrize("kind", ["plain", "vectors"])

@@ -29,26 +29,6 @@ def builder(context):
     return encoder_of(context)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "dqn"])
-def test_metrics_count_invalid_actions_also_after_a_resume(tmp_path, context, name):
-    lines = []
-    for steps in (200, 400):
-        train(
-            short(name, steps), make_envs(context, max_invalid_actions=4), tmp_path,
-            log_fns=[lambda metrics, _: lines.append(metrics)], progress=False,
-        )  # fmt: skip
-    episodes = [metrics for metrics in lines if "episode/return" in metrics]
-    fitting = [metrics for metrics in episodes if metrics["episode/fits"]]
-    assert len(fitting) > 3
-    for metrics in fitting:  # return = -loss - 0.1 for each invalid action
-        expected = -metrics["episode/loss"] - 0.1 * metrics["episode/invalid_actions"]
-        assert metrics["episode/return"] == pytest.approx(expected, abs=1e-4)
-    truncated = [metrics for metrics in episodes if not metrics["episode/fits"]]
-    assert all(metrics["episode/invalid_actions"] == 4 for metrics in truncated)
-    assert any(metrics["episode/invalid_actions"] for metrics in episodes)
-
-
 def test_resuming_with_another_ladder_is_rejected(tmp_path, context):
     train(short(steps=32), make_envs(context), tmp_path, progress=False)
     other = {**SPEC, "together": []}

@@ -5,9 +5,6 @@ import torch
 
 from agents.networks import Rows
 from rap_env.ladder.observation import (
-    BLOCK_FEATURES,
-    ITEM_FEATURES,
-    REQUEST_FEATURES,
     ObservationBuilder,
 )
 from rap_env.plan import Plan
@@ -97,14 +94,6 @@ def test_blocks_have_means_over_kept_and_over_removed_ones(blocks):
     assert torch.allclose(out[rows.columns["mean_lowest"]], features[[2, 9]].mean(dim=0))
 
 
-def test_a_cheaper_step_has_a_lower_price(items):
-    rows = Rows(items.space)
-    price = rows.columns["compared"].start + len(ITEM_FEATURES)
-    before, after = observed(items), observed(items)
-    after["ladder"][0, 3, ITEM_FEATURES.index("one_shot_cost")] *= 0.5
-    assert rows(after)[0, 3, price] < rows(before)[0, 3, price]
-
-
 @pytest.mark.parametrize(
     ("key", "without", "features"),
     [
@@ -129,17 +118,6 @@ def test_without_request_features_all_requests_have_equal_observations(blocks, i
         other = observed(encoder, shape=shape, fraction=0.8)
         assert not columns_that_change(Rows(encoder.space, without=["request"]), one, other)
         assert columns_that_change(Rows(encoder.space), one, other)
-
-
-def test_every_column_can_be_hidden_or_is_of_no_request(blocks):
-    """Together the ablations leave kind, depth and what was removed, and no column is lost."""
-    blind = Rows(blocks.space, without=["gsi", "one_shot", "request"])
-    whole = Rows(blocks.space)
-    assert blind.features_dim == whole.features_dim
-    features = dict(zip(BLOCK_FEATURES, blind(observed(blocks))[0].T, strict=False))
-    shown = {name for name, column in features.items() if column.any()}
-    assert shown == {"kind", "depth", "kept"}
-    assert len(REQUEST_FEATURES) + 4 * len(BLOCK_FEATURES) + 10 == whole.features_dim
 
 
 def test_another_ladder_of_as_many_items_has_its_own_neighbours(items):

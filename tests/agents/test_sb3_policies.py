@@ -101,14 +101,3 @@ def test_sb3_predict_returns_valid_actions_if_masks_are_given(name, context):
         action, _ = model.predict(observation, deterministic=False, **arguments)
         assert not ALGORITHMS[name].masked or int(action) not in range(8)
         assert np.shape(action) == ()
-
-
-@pytest.mark.parametrize("name", ["ppo", "maskable_ppo"])
-def test_scores_are_the_logits_that_sb3_samples_from(context, name):
-    model = model_of(name, context)
-    observation = observed(context, 3)
-    tensors, _ = model.policy.obs_to_tensor(observation)
-    logits = torch.as_tensor(scores(model, observation)).log_softmax(dim=0)
-    with torch.no_grad():
-        expected = model.policy.get_distribution(tensors).distribution.logits[0]
-    assert torch.allclose(logits, expected, atol=1e-6)

@@ -153,12 +153,6 @@ def test_best_of_needs_a_scorer(context, best_of, text):
         trained_policy("ppo", context, best_of=best_of)
 
 
-def test_stops_at_the_first_mask_that_fits(context):
-    trained = trained_policy("ppo", context)
-    assert not trained.choose(request_at(context, 1, 10, 1.0))
-    assert size(trained.choose(request_at(context, 1, 10, 0.999))) == 1
-
-
 def test_impossible_requests_are_rejected(any_context):
     trained = trained_policy("dqn", any_context)
     with pytest.raises(
@@ -194,29 +188,3 @@ def test_a_policy_is_loaded_with_its_ladder_and_serves_packed_weights(runs):
     packed = LadderContext(packed=True)  # whose weights have fewer levels
     request = request_at(packed, 8, 2000, 0.5)
     assert fits(packed, TrainedPolicy.load(folders["plain"], packed).choose(request), request)
-
-
-@pytest.mark.parametrize("runs", ["masks"], indirect=True)
-def test_options_of_a_choice_can_be_loaded_with(runs):
-    context, _, folders = runs
-    options = {"best_of": 8, "scorer": context.scorer}
-    trained = TrainedPolicy.load(folders["plain"], context, **options)
-    trained.choose(request_at(context, 1, 10, 0.7))
-    assert 1 < trained.evaluations <= 8
-
-
-def test_a_missing_checkpoint_raises_an_error(tmp_path, context):
-    with pytest.raises(ArtifactError, match="holds no checkpoint; train an agent there first"):
-        TrainedPolicy.load(tmp_path, context)
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_bytes_of_stubs_count(repaired_context, name):
-    memory = repaired_context.memory
-    trained = trained_policy(name, repaired_context)
-    for fraction in (0.95, 0.85, 0.75):
-        request = request_at(repaired_context, 8, 64, fraction)
-        mask = trained.choose(request)
-        parts = memory.breakdown(mask, request)
-        assert parts.stubs == sum(memory.facts.stub_bytes[index] for index in mask.removed) > 0
-        assert parts.peak <= request.budget_bytes

@@ -1,12 +1,6 @@
-import base64
 import errno
-import json
 import logging
-import os
-import shutil
-import signal
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +14,12 @@ from agents.algorithms import ALGORITHMS, AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
-from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import make_envs, request_at
-from tests.programs import PythonProgram
 
 ROOT = Path(__file__).parents[2]
 _SHORT_PPO = {"n_steps": 16, "batch_size": 32, "n_epochs": 2}
@@ -110,57 +102,6 @@ def test_changed_episodes_restart_after_a_resume(tmp_path, context, caplog):
     assert (result.resumed_from, result.timesteps) == (64, 128)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_resumed_model_is_the_checkpointed_one(tmp_path, context, name, often):
-    config = short(name, steps=128)
-    train(config, make_envs(context), tmp_path, progress=False)
-    before = everything_of(tmp_path)
-    shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
-    result = train(config, make_envs(context), tmp_path / "copy", progress=False)
-    assert result.resumed_from == result.timesteps == before[0] == 128
-    assert_same(before, everything_of(tmp_path / "copy"))
-    longer = train(short(name, steps=160), make_envs(context), tmp_path / "copy", progress=False)
-    assert longer.timesteps == 160
-    assert longer.episodes > result.episodes > 0
-
-
-_SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from tests.agents.test_training import slow_bench, short
-from tests.agents.synthetic import make_envs
-from agents.training import train
-train(short(steps=2000), make_envs(slow_bench()), sys.argv[1], progress=False)
-"""
-
-
-def slow_bench():
-    from tests.agents.synthetic import SyntheticContext
-
-    context = SyntheticContext(np.linspace(0.01, 0.5, 12))
-    fast = context.scorer.nll
-    context.scorer.nll = lambda mask: (time.sleep(0.02), fast(mask))[1]
-    return context
-
-
-def test_killed_training_resumes(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = PythonProgram(["-c", _SCRIPT, str(tmp_path)], env=environment)
-    folder = tmp_path / "checkpoints"
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("step_*"))) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    at = latest_checkpoint(folder).step
-    result = train(short(steps=at + 64), make_envs(slow_bench()), tmp_path, progress=False)
-    assert result.resumed_from == at > 0
-    assert result.timesteps == at + 64
-    assert result.recent_delta_nll > 0
-
-
 def damage(path):
     if path.suffix == ".zip":
         path.write_bytes(path.read_bytes()[:-100])
@@ -193,35 +134,6 @@ def test_only_damaged_checkpoints_raise_an_error_with_a_remedy(tmp_path, context
         train(short(steps=64), make_envs(context), tmp_path, progress=False)
     with pytest.raises(ArtifactError, match="Every checkpoint in .* is damaged"):
         TrainedPolicy.load(tmp_path, context)
-
-
-def test_a_checkpoint_outlives_the_module_of_its_policy(tmp_path, context):
-    config = short("masked_dqn", steps=64)
-    train(config, make_envs(context), tmp_path, progress=False)
-    found = latest_checkpoint(tmp_path / "checkpoints")
-    before, path = found.load_model(), found.folder / "model.zip"
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(entries["data"])
-    moved = b"cagents.policies\nMaskedBlockwiseQPolicy\n."  # pickle of a class in a gone module
-    data["policy_class"][":serialized:"] = base64.b64encode(moved).decode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {**entries, "data": json.dumps(data)}.items():
-            archive.writestr(name, content)
-    after = found.load_model()
-    assert type(after.policy) is type(before.policy) is config.algorithm.blockwise
-    for one, other in zip(after.policy.parameters(), before.policy.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_checkpoint_that_lists_changed_settings_alone_is_resumed(tmp_path, context):
-    """Checkpoints of earlier versions have no entry for a setting at its default."""
-    train(short(steps=32), make_envs(context), tmp_path, progress=False)
-    found = latest_checkpoint(tmp_path / "checkpoints")
-    few = {"hyperparameters": SHORT["maskable_ppo"], "policy_settings": {}}
-    body = {**found.body, "config": {**found.body["config"], **few}}
-    save_artifact(found.folder / "checkpoint.json", "checkpoint", 3, body)
-    assert train(short(steps=64), make_envs(context), tmp_path, progress=False).resumed_from == 32
 
 
 @pytest.mark.parametrize(
@@ -283,13 +195,6 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, context, monkeypatch):
     assert not list((tmp_path / "checkpoints").glob(".new-*"))
 
 
-def test_leftovers_of_a_kill_are_removed(tmp_path, context):
-    left_over = tmp_path / "checkpoints" / ".new-abc"
-    left_over.mkdir(parents=True)
-    train(short(steps=32), make_envs(context), tmp_path, progress=False)
-    assert not left_over.exists()
-
-
 @pytest.mark.parametrize("name", ["maskable_ppo", "masked_dqn"])
 def test_divergence_raises_an_error_with_a_remedy(tmp_path, context, monkeypatch, name, often):
     models = []
@@ -335,11 +240,6 @@ def test_metrics_describe_the_training(tmp_path, context):
     assert {"train/value_loss", "train/entropy_loss"} <= set(updates[0])
     assert result.evaluations == context.scorer.evaluations - before
     assert [step for step, _ in lines] == sorted(step for step, _ in lines)
-
-
-def test_no_progress_bar_without_a_terminal(tmp_path, context, capfd):
-    train(short(steps=64), make_envs(context), tmp_path)
-    assert "step/s" not in capfd.readouterr().err
 
 
 def mean_loss(context, method):

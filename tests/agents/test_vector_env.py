@@ -83,20 +83,6 @@ def test_sub_environments_are_addressed_by_index(context):
     assert envs.env_is_wrapped(gym.Wrapper) == [False] * NUM_ENVS
     envs.set_attr("label", "all")
     assert envs.envs.label == "all"
-    with pytest.raises(NotImplementedError, match="leave out indices"):
-        envs.set_attr("label", "one", indices=[0])
-
-
-def test_render_draws_the_sub_environments(context):
-    envs = together(context, render_mode="rgb_array")
-    envs.reset()
-    images = envs.get_images()
-    assert len(images) == NUM_ENVS
-    assert envs.render().shape[0] > images[0].shape[0]  # tiled
-    silent = together(context)
-    silent.reset()
-    with pytest.warns(UserWarning, match="no images"):
-        assert silent.get_images() == [None] * NUM_ENVS
 
 
 def test_other_environments_of_gymnasium_can_be_trained_on():

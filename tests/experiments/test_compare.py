@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.compare import compare, final_delta_nll
-from experiments.comparison.loading import read_groups
+from experiments.compare import compare
+from experiments.comparison.loading import read_comparisons
 from experiments.config.evaluation import CompareConfig
 from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record
@@ -25,70 +25,58 @@ def write_rows(folder, rows, model="some-model", repair="none"):
     (folder / "evaluate" / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
-def depending(**changes):
-    return {"depends_on": {**DEPENDS, **changes, "method": {}}}
+def named(*folders):
+    return {records.name: records for records in read_comparisons(list(folders))}
 
 
-def groups_of(*folders):
-    return {group.name: group for group in read_groups(list(folders))[0]}
-
-
-def mean_losses(group, part="grid"):
-    return {s.method: s.delta_nll.mean for s in group.parts[part].summaries}
+def mean_losses(records, part="grid"):
+    return {s.method: s.delta_nll.mean for s in records.parts[part].summaries}
 
 
 @pytest.fixture
 def pair(tmp_path):
     """Two methods at one cell, in two comparisons of different models."""
-    for name, fingerprint, level in (("one", "f" * 64, 1.0), ("two", "e" * 64, 3.0)):
+    for name, level in (("one", 1.0), ("two", 3.0)):
         rows = [
-            make_row(m, (1, 128), 0.9, provenance=depending(model_fingerprint=fingerprint),
-                     window_losses=[level * factor] * 16)
+            make_row(m, (1, 128), 0.9, window_losses=[level * factor] * 16)
             for m, factor in (("gsi", 1.0), ("greedy_per_byte", 0.5))
-        ]  # fmt: skip
-        write_rows(tmp_path / "some" / name, rows, model=f"model-{name}")
+        ]
+        write_rows(tmp_path / "some" / name, rows, f"/at/model-{name}", f"some/{name}.safetensors")
     return tmp_path / "some"
 
 
 def test_losses_are_those_of_the_report_text(pair):
-    groups = groups_of(pair)
-    assert {name: mean_losses(group) for name, group in groups.items()} == {
+    found = named(pair)
+    assert {name: mean_losses(records) for name, records in found.items()} == {
         "one": {"greedy_per_byte": 0.5, "gsi": 1.0}, "two": {"greedy_per_byte": 1.5, "gsi": 3.0}
     }  # fmt: skip
-    assert [group.model for group in groups.values()] == ["model-one", "model-two"]
+    assert [records.title(records.evaluations[0]) for records in found.values()] == [
+        "one: model-one, repair one", "two: model-two, repair two"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["model_fingerprint", "report_sha256", "calibration_sha256", "repair"],
+    "change", ["model_fingerprint", "report_sha256", "calibration_sha256", "repair", "dtype"]
 )
-def test_rows_that_cannot_be_averaged_are_groups_of_their_own(tmp_path, change):
-    same = [make_row("gsi", (1, 128), 0.9, provenance=depending())]
-    other = make_row("gsi", (1, 128), 0.9, provenance=depending(**{change: "0" * 64}))
-    write_rows(tmp_path / "mixed", [*same, other])
-    groups, _ = read_groups([tmp_path])
-    assert [len(group.rows) for group in groups] == [1, 1]
-    names = {(group.name, group.model, group.repair) for group in groups}
-    assert len(names) == 2, "labels must be distinct"
-
-
-def test_a_repair_has_the_name_of_its_run(tmp_path):
-    row = make_row("gsi", (1, 128), 0.9, provenance=depending(repair="9" * 64))
-    write_rows(tmp_path / "r", [row], repair="some/folder/mine.safetensors")
-    assert groups_of(tmp_path)["r"].repair == "mine"
+def test_rows_that_cannot_be_averaged_are_named(tmp_path, change):
+    other = {"depends_on": {**DEPENDS, change: "0" * 64, "method": {}}}
+    rows = [make_row("gsi", (1, 128), 0.9), make_row("random", (1, 128), 0.9, provenance=other)]
+    write_rows(tmp_path / "mixed", rows)
+    with pytest.raises(ArtifactError, match=f"differ in {change}"):
+        compare(CompareConfig(runs=str(tmp_path)))
 
 
 def test_folders_are_found_at_any_depth_and_each_file_is_read_once(pair):
-    assert groups_of(pair, pair / "one") == groups_of(pair)
-    assert len(groups_of(pair / "one")["one"].rows) == 2
-    assert groups_of(pair.parent).keys() == {"some/one", "some/two"}
+    assert named(pair, pair / "one").keys() == named(pair).keys() == {"one", "two"}
+    assert len(named(pair / "one")["one"].rows) == 2
+    assert named(pair.parent).keys() == {"some/one", "some/two"}
 
 
 def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
     row = make_row("gsi", (1, 128), 0.9)
     for label in ("a", "b"):
         append_record(tmp_path / "x/evaluate" / label / "results.jsonl", row.to_record())
-    (summary,) = groups_of(tmp_path)["x"].parts["grid"].summaries
+    (summary,) = named(tmp_path)["x"].comparison.summaries
     assert summary.rows == 1
     assert summary.delta_nll.mean == pytest.approx(row.loss)
     other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
@@ -103,10 +91,10 @@ def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
         rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_losses=[50.0] * 16))
         rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_losses=[90.0] * 16))
     write_rows(tmp_path / "x", rows)
-    group = groups_of(tmp_path)["x"]
-    assert set(mean_losses(group, "sparsity").values()) == {50.0}
-    assert set(mean_losses(group, "outside").values()) == {90.0}
-    assert max(mean_losses(group).values()) < 50.0
+    records = named(tmp_path)["x"]
+    assert set(mean_losses(records, "sparsity").values()) == {50.0}
+    assert set(mean_losses(records, "outside").values()) == {90.0}
+    assert max(mean_losses(records).values()) < 50.0
     text = compare(CompareConfig(runs=str(tmp_path)))
     assert "-- At fixed sparsity --" in text
     assert "-- Outside the training range of policies --" in text
@@ -148,12 +136,12 @@ def test_trainings_alone_show_what_varied_and_the_objective(tmp_path):
 
 
 def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
-    _, (learning,) = read_groups([root])
-    assert {method: len(runs) for method, runs in learning.by_method.items()} == {"maskable_ppo": 2}
-    run = learning.runs[0]
+    (records,) = read_comparisons([root])
+    assert [run.method for run in records.runs] == ["maskable_ppo"] * 2
+    run = records.runs[0]
     steps, losses = run.series("episode/loss")
-    assert final_delta_nll(run) == pytest.approx(sum(losses[-50:]) / 50)
-    assert final_delta_nll(run) < sum(losses) / len(losses)
+    assert run.final_delta_nll == pytest.approx(sum(losses[-50:]) / 50)
+    assert run.final_delta_nll < sum(losses) / len(losses)
     assert len(steps) > 50
 
 

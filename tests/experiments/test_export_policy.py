@@ -5,15 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from agents.trained_policy import TrainedPolicy
 from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
-from experiments.launch import CONF_DIR
 from experiments.profile import profile
 from experiments.study.errors import ExperimentError
 from experiments.train import train
@@ -65,11 +61,6 @@ def test_the_exported_file_chooses_like_the_run(config, run, tmp_path):
     assert exported.file.model["fingerprint"] == context.memory.facts.fingerprint
 
 
-def test_the_frontier_takes_in_the_masks_of_the_store(config, run):
-    context = build_context(config)
-    assert context.frontier.scores[STORED] == context.scorer.nll(STORED)
-
-
 def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
     export(ExportPolicyConfig(str(run), str(tmp_path / "rap.safetensors")))
     context = build_context(config)
@@ -117,14 +108,6 @@ def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
 def test_the_output_file_needs_a_loadable_suffix():
     with pytest.raises(ExperimentError, match=r"out must end in \.safetensors"):
         ExportPolicyConfig("run", "policy.bin")
-
-
-def test_its_settings_compose():
-    with initialize_config_dir(str(CONF_DIR), version_base=None):
-        node = compose("export_policy", overrides=["run=a", "out=b.safetensors"])
-        assert OmegaConf.to_object(node) == ExportPolicyConfig("a", "b.safetensors")
-        with pytest.raises(MissingMandatoryValue):
-            OmegaConf.to_object(compose("export_policy"))
 
 
 def test_an_error_is_one_sentence_and_writes_no_file(tmp_path):

@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import signal
-import sqlite3
-import time
 from dataclasses import replace
 
 import gymnasium as gym
@@ -28,7 +25,6 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import WORKLOAD, own_text, short_training, tiny_study
-from tests.programs import PythonProgram, run_python
 
 MASKS = 150
 
@@ -154,33 +150,6 @@ def test_an_agent_trains_on_a_table(config, exported):
     assert RunFolder(folder).read()["evaluations"] == len(scores), "what the table has cost"
 
 
-@pytest.mark.slow
-def test_a_table_of_the_repaired_model_has_its_own_scores(config, exported, tmp_path):
-    settings = replace(config, name="repaired", repair={"name": "library"}, export={"masks": 40})
-    path = export_scores(settings, settings.stage_dir("export_scores"))
-    table, plain, live = ScoreTable.load(path), ScoreTable.load(exported), build_context(settings)
-    assert table.settings["repair"] == "library"
-    assert table.facts == live.memory.facts
-    assert table.facts.repair
-    assert len(table.scores) == 40, "of a store that also has 150 of the model without stubs"
-    assert all(table.scores[mask] == live.scorer.nll(mask) for mask in table.scores)
-    assert table.dense_nll == plain.dense_nll
-    assert table.scores[Plan.removing(1)] != plain.scores[Plan.removing(1)]
-    with pytest.raises(RapError, match=r"repair\.name: 'library' -> 'none'"):
-        export_scores(replace(settings, repair={"name": "none"}), path.parent)
-    for repair in ("none", "library"):
-        on_table = replace(
-            settings, stage="train", name=f"on_repaired_{repair}", repair={"name": repair},
-            model=ModelConfig(name=f"score_table:{path}", device="auto", dtype="auto"),
-        )  # fmt: skip
-        folder = on_table.stage_dir("train") / "maskable_ppo-s0"
-        train(on_table, folder)
-        assert RunFolder(folder).read()["timesteps"] >= 64
-    on_plain = replace(on_table, model=ModelConfig(name=f"score_table:{exported}"))
-    with pytest.raises(RapError, match="measured with repair='none', so it cannot give"):
-        train(on_plain, tmp_path / "maskable_ppo-s0")
-
-
 def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):
     model = ModelConfig(name=f"score_table:{exported}")
     for stage, run in (
@@ -215,45 +184,3 @@ def test_more_masks_than_the_model_has_are_rejected(config, tmp_path):
         export_scores(many, tmp_path / "run")
     with pytest.raises(RapError, match=r"export\.masks must be at least 1, not 0"):
         Config(export={"masks": 0})
-
-
-def _rows(store):
-    try:
-        with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
-            return connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0  # not made yet
-
-
-def test_a_kill_while_measuring_loses_nothing_and_changes_nothing(
-    config, exported, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / "cache"))
-    text = config.calibration
-    arguments = [
-        "-m", "experiments.export_scores", "model=custom",
-        f"model.name={config.model.name}", "model.dtype=float32", "threads=1", "progress=false",
-        f"calibration.windows={text.windows}", f"calibration.window_tokens={text.window_tokens}",
-        "importance.gsi_removals=3", f"export.masks={MASKS}", f"runs_dir={tmp_path / 'runs'}",
-        f"store={tmp_path / 'scores.sqlite'}",
-    ]  # fmt: skip
-    first = PythonProgram(arguments)
-    deadline = time.monotonic() + 120
-    while first.poll() is None and _rows(tmp_path / "scores.sqlite") < 60:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    before = _rows(tmp_path / "scores.sqlite")
-    assert 60 <= before < MASKS
-    done = run_python(*arguments)
-    assert done.returncode == 0, done.stderr
-    table = tmp_path / "runs" / "default" / "export_scores" / TABLE_FILE
-    assert f"Measured {MASKS} of {MASKS} masks" in done.stderr
-    resumed, whole = ScoreTable.load(table), ScoreTable.load(exported)
-    assert resumed.scores == whole.scores
-    assert resumed.fidelity == whole.fidelity
-    assert resumed.features == whole.features
-    env = gym.make("RAPPrune-v0", model=f"score_table:{table}", workload=WORKLOAD)
-    assert env.reset(seed=0)[1]["loss"] == 0
-    assert json.loads(gzip.decompress(table.read_bytes()))["kind"] == "score table"

@@ -19,12 +19,7 @@ from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from rap_env.errors import ArtifactError, CorpusError, InfeasibleBudgetError, UnknownNameError
-from rap_env.plan import Plan
-from rap_env.request import Request
-from rap_env.scoring.corpus import CorpusConfig
-from rap_env.scoring.corpus_loading import load_corpus
-from rap_env.scoring.scorer import MaskScorer
+from rap_env.errors import InfeasibleBudgetError, UnknownNameError
 from rap_env.scoring.workers import ScoringWorker
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
 from tests.scoring.fake_ray import FakeRay
@@ -191,20 +186,6 @@ def test_a_budget_that_no_mask_fits_is_rejected_before_the_start(trained, tmp_pa
     assert not (tmp_path / "maskable_ppo-s1" / "checkpoints").exists()
 
 
-def test_text_that_was_searched_on_is_rejected(trained, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the same few words again and again. " * 200)
-    source = {"source": str(text), "window_tokens": 32}
-    same = replace(
-        trained, name="overlap",
-        calibration=replace(trained.calibration, **source),
-        evaluate=replace(trained.evaluate, text=replace(trained.evaluate.text, **source)),
-        importance={"method": "none"},
-    )  # fmt: skip
-    with pytest.raises(CorpusError, match="share 32 tokens in a row"):
-        evaluate(same, tmp_path / "evaluate")
-
-
 def test_unknown_names_and_folders_are_rejected(trained, tmp_path):
     unknown = replace(trained, evaluate=replace(trained.evaluate, baselines=["gready_per_byte"]))
     with pytest.raises(UnknownNameError, match="Did you mean 'greedy_per_byte'"):
@@ -227,26 +208,6 @@ def repaired(evaluated):
     return settings
 
 
-@pytest.mark.slow
-def test_with_stubs_every_row_is_of_the_repaired_model(evaluated, repaired):
-    rows = ResultRow.read(repaired.stage_dir("evaluate") / "results.jsonl")
-    plain = ResultRow.read(evaluated.stage_dir("evaluate") / "results.jsonl")
-    assert len(rows) == len(plain)
-    context = build_context(repaired)
-    text = CorpusConfig(source="self", windows=3, window_tokens=12, role="report")
-    report = MaskScorer(context.llm, load_corpus(text, context.llm))
-    for row in rows:
-        mask, request = Plan.removing(*row.mask), Request(**row.request, budget_bytes=1)
-        parts = context.memory.breakdown(mask, request)
-        assert row.peak_bytes == parts.peak
-        assert (parts.stubs > 0) == bool(row.mask)
-        losses = report.window_nll(mask) - report.window_nll(Plan())
-        assert row.window_losses == losses.tolist()
-        calibrated = context.scorer.nll(mask) - context.scorer.dense_nll
-        assert row.loss_calibration == pytest.approx(calibrated)
-        assert row.fits != (row.method == "dense")
-
-
 def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evaluated, repaired):
     def depends(rows):
         return [row.provenance["depends_on"] for row in rows]
@@ -265,22 +226,3 @@ def test_rows_with_stubs_are_other_rows_and_those_without_keep_their_keys(evalua
                 continue
             like = with_stubs[0] if "repair" in each else plain[0]
             assert each.keys() - {"ladder", "plan"} == like.keys()  # those of rows of plans
-
-
-def test_a_profile_with_stubs_names_its_library(profiled, repaired):
-    facts = [
-        json.loads((each.stage_dir("profile") / "profile.json").read_text())["facts"]
-        for each in (profiled, repaired)
-    ]
-    assert [one["repair"] for one in facts] == ["", build_context(repaired).memory.facts.repair]
-
-
-def test_one_run_name_cannot_mix_repairs(evaluated):
-    other = replace(evaluated, repair={"name": "library"})
-    refused = r"repair\.name: 'none' -> 'library'.*another name"
-    with pytest.raises(ExperimentError, match=refused):
-        profile(other, other.stage_dir("profile"))
-    with pytest.raises(ExperimentError, match=refused):
-        train(other, other.stage_dir("train") / "maskable_ppo-s0")
-    with pytest.raises(ArtifactError, match="measured without stubs, but .* with the stubs"):
-        evaluate(other, other.stage_dir("evaluate"))

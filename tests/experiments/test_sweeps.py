@@ -1,9 +1,7 @@
 """Sweeps as a user runs them: resumed studies, pruned trials, workers that share a store."""
 
 import functools
-import json
 import os
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from experiments.compare import compare
 from experiments.config.evaluation import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
 from experiments.study.run_folder import RunFolder
-from rap_env.scoring.store import ScoreStore
 from tests.experiments.tiny_study import tiny_study
 from tests.programs import run_python
 
@@ -94,22 +91,6 @@ def test_runs_are_named_and_compared_by_what_varies(base):
 
 
 @pytest.mark.slow
-def test_workers_share_a_live_model_and_one_store(base):
-    done = run_train(base, "name=together", "seed=0,1", "hydra/launcher=local",
-                     f"store={base / 'shared.sqlite'}")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    folder = base / "runs" / "together" / "train"
-    assert [run["timesteps"] for run in runs_in(folder)] == [64, 64]
-    settings = yaml.safe_load(next(folder.glob("*-s0/config.yaml")).read_text())
-    assert settings["threads"] == 1
-    store = ScoreStore(base / "shared.sqlite")
-    with sqlite3.connect(base / "shared.sqlite") as connection:
-        contexts = [key for (key,) in connection.execute("SELECT key FROM contexts")]
-    rows = [row for key in contexts for row in store.rows(key, "window_nll")]  # checks each sum
-    assert len(rows) == len(store) > 10
-
-
-@pytest.mark.slow
 def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
     """`slurm_local` submits as `slurm` does, to processes in the place of a queue."""
     done = run_train(base, "name=queued", "seed=0,1", "hydra/launcher=slurm_local",
@@ -123,14 +104,6 @@ def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
     assert sorted((found["seed"], found["threads"]) for found in settings) == [(0, 1), (1, 1)]
     assert len(list(folder.glob("*/profile.json"))) == 2
     assert len(list(folder.glob(".submitit/*/*_log.out"))) == 2
-
-
-def test_the_two_launchers_of_slurm_differ_in_their_executor_alone():
-    queue = composed("hydra/launcher=slurm", "hydra.mode=MULTIRUN").hydra.launcher
-    local = composed("hydra/launcher=slurm_local", "hydra.mode=MULTIRUN").hydra.launcher
-    assert queue._target_.endswith(".SlurmLauncher")
-    assert local._target_.endswith(".LocalLauncher")
-    assert (queue.timeout_min, queue.mem_gb) == (local.timeout_min, local.mem_gb)
 
 
 def test_a_plugin_that_is_not_installed_names_its_group():
@@ -159,24 +132,3 @@ def test_the_sweeper_requests_as_many_trials_as_run_in_parallel():
     assert composed("+sweep=optuna").hydra.sweeper.n_jobs == 1
     assert sweep.hydra.sweeper.study_name == "x"
     assert sweep.hydra.sweeper.storage.url == "sqlite:///runs/x/train/study.db"
-
-
-@pytest.mark.slow
-def test_searched_parameters_are_agent_settings():
-    """Each hyperparameter of the search can be set to each end of its range."""
-    params = composed("+sweep=optuna").hydra.sweeper.params
-    assert len(params) >= 6
-    for name, choices in params.items():
-        first = json.loads(choices.split("(")[-1].split(",")[0])
-        key = name.lstrip("+")
-        node = composed(f"++{key}={first}")
-        for part in key.split("."):
-            node = node[part]
-        assert node == first
-        assert name.startswith("++") or composed(f"{name}={first}")
-
-
-def test_a_grid_of_every_agent():
-    assert dict(composed("+sweep=grid").hydra.sweeper.params) == {
-        "agent": "ppo,maskable_ppo,dqn,masked_dqn", "seed": "0,1,2",
-    }  # fmt: skip

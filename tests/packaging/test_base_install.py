@@ -122,7 +122,6 @@ def test_commands_without_a_live_model_need_nothing_else(arguments):
         ("from rap_env.cli import main; main(['fetch'])", "model"),
         ("from rap_env.cli import main; main(['prune', 'x', '--remove=layer01.ffn'])", "model"),
         ("from rap_env.cli import main; main(['serve'])", "serve"),
-        ("from rap_env.memory_picture import draw_memory; draw_memory([])", "plots"),
     ],
 )
 def test_a_missing_extra_is_one_error_with_the_command_that_installs_it(code, extra):

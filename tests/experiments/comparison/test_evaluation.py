@@ -12,7 +12,7 @@ from experiments.comparison.evaluation import (
     decision_scores,
     evaluation_cells,
 )
-from experiments.comparison.loading import read_groups
+from experiments.comparison.loading import read_comparisons
 from experiments.comparison.records import ResultRow
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
 from experiments.contexts import build_context
@@ -134,11 +134,11 @@ def test_a_run_with_a_score_model_ranks_masks_by_it(evaluated):
 
 
 def test_parts_are_compared_separately(evaluated):
-    groups, learning = read_groups([evaluated.root])
-    assert [part for group in groups for part in group.parts] == ["grid", "sparsity", "outside"]
-    assert [run.method for found in learning for run in found.runs] == ["rap"]
-    assert {row.sparsity for row in groups[0].parts["sparsity"].rows} == {0.1, 0.3}
-    assert groups[0].parts["grid"].learned == ["rap", "rap-best_of=4"]
-    assert groups[0].parts["grid"].main_policy.method == "rap"
+    (records,) = read_comparisons([evaluated.root])
+    assert list(records.parts) == ["grid", "sparsity", "outside"]
+    assert [run.method for run in records.runs] == ["rap"]
+    assert {row.sparsity for row in records.parts["sparsity"].rows} == {0.1, 0.3}
+    assert records.comparison.learned == ["rap", "rap-best_of=4"]
+    assert records.comparison.main_policy.method == "rap"
     text = compare(CompareConfig(runs=str(evaluated.root)))
     assert text.count("minus each other method") == 2 * 3

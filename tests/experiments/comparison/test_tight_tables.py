@@ -97,14 +97,13 @@ def test_masks_at_equal_budgets_have_no_such_tables():
     assert budget_words(plain) == "90 %, 80 %"
 
 
-@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_figures_are_drawn(comparison, narrow):
+def test_figures_are_drawn(comparison):
     rows = [row for row in comparison.rows if row.method == "rap" and row.shape != (8, 2048)]
     lines = [
         LevelsLine(row.shape, f"{shape_words(row.shape)} ~{row.target_loss}", row.levels)
         for row in rows
     ]
-    figure = levels_picture(lines, LAYERS, narrow)
+    figure = levels_picture(lines, LAYERS)
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "Attention weights", "KV caches", "FFN weights", "Emb.",
     ]  # fmt: skip
@@ -114,13 +113,13 @@ def test_figures_are_drawn(comparison, narrow):
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert len(labels) == 4
     other = LevelsLine((1, 128), "other", {"layer00.cache": "int8-window320"})
-    (legend,) = levels_picture([*lines, other], LAYERS, narrow).legends
+    (legend,) = levels_picture([*lines, other], LAYERS).legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[-1] == "int8-window320", "a level without a colour of its own"
     assert labels[0].startswith(shape_words((1, 128)))
     assert "~0.1" in labels[0]
     assert svg_uri(figure).startswith("data:image/svg+xml")
-    lines = figures.delta_nll_against_budget(comparison, narrow)
+    lines = figures.delta_nll_against_budget(comparison)
     for axis, budgets in zip(lines.axes, BUDGETS.values(), strict=False):
         left, right = axis.get_xlim()
         assert left > 100 * max(budgets) > 100 * min(budgets) > right

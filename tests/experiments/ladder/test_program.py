@@ -155,13 +155,6 @@ def test_windows_begin_with_the_start_token_if_the_tokenizer_adds_one(config):
     assert with_start(fake, tokens).tolist() == [[1, 0, 1, 2, 3, 4], [1, 6, 7, 8, 9, 10]]
 
 
-def test_an_unknown_level_is_rejected():
-    with pytest.raises(UnknownNameError):
-        LadderConfig(caches=["int3"])
-    with pytest.raises(UnknownNameError):
-        LadderConfig(weights=["int1"])
-
-
 def test_without_llama_cpp_the_program_says_what_to_install(config, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match="pip install llama-cpp-py-sync=="):

@@ -84,11 +84,11 @@ SHIPPED = [
 
 
 DATA = Ladder(ROWS, LLAMA, SHIPPED)
-TABLES = {part.name: part.table for part in ladder_tables(DATA)}
+UNIFORM, POLICIES, LLAMA_CPP, BY_SHIPPED = (part.table for part in ladder_tables(DATA))
 
 
 def test_the_table_of_settings_has_losses_and_bytes():
-    header, lines = TABLES["uniform"]
+    header, lines = UNIFORM
     assert header[-1].endswith("MiB")
     assert lines[0] == ["bf16 / bf16", "0.0000 [-0.0010, 0.0010]", "270"]
     assert [line[0] for line in lines] == [
@@ -97,14 +97,14 @@ def test_the_table_of_settings_has_losses_and_bytes():
 
 
 def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
-    by_budget = {line[1]: line[3:] for line in TABLES["policies"][1]}
+    by_budget = {line[1]: line[3:] for line in POLICIES[1]}
     assert by_budget["80 %"] == ["0.710 [0.709, 0.711]", "-"]
     assert by_budget["60 %"] == ["3.200 [3.199, 3.201] *", "0.0020 [0.0010, 0.0030]"]
 
 
 def test_the_other_tables_name_formats_and_models():
-    assert TABLES["llama_cpp"][1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
-    header, lines = TABLES["shipped"]
+    assert LLAMA_CPP[1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
+    header, lines = BY_SHIPPED
     assert header[1:] == ["smollm2-135m, shipped in Q4_1", "small, shipped in bfloat16"]
     assert [line[0] for line in lines] == [
         "weights int4, rounded to nearest", "weights int4"

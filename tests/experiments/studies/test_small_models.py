@@ -14,7 +14,6 @@ from experiments.profile import profile
 from experiments.studies.small_models import (
     BOS,
     Trainer,
-    read_record,
     train_small_model,
     train_tokenizer,
 )
@@ -22,6 +21,7 @@ from experiments.study.errors import ExperimentError
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import manifest_source
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
@@ -68,7 +68,7 @@ def trained(config: Config):
 def test_it_learns_and_is_an_ordinary_model_folder(family, make):
     config = make(family)
     path = trained(config)
-    record, llm = read_record(path), load_llm(path, device="cpu", dtype="float32")
+    record, llm = manifest_source(path), load_llm(path, device="cpu", dtype="float32")
     text = CorpusConfig(
         source=config.small_models.texts["words"].source, windows=5, window_tokens=WINDOW_TOKENS,
         role="selection",

@@ -182,32 +182,6 @@ def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch)
     assert "The gap is not above 3 %" in study.verdict
 
 
-@pytest.mark.slow
-def test_a_killed_run_measures_only_what_is_missing(config, monkeypatch):
-    scorer, config, _ = synthetic(config, monkeypatch, 1.0, "killed")
-    folder = config.stage_dir("texts")
-    costs, plans = (folder / CostRow.file).read_bytes(), (folder / PlanRow.file).read_bytes()
-    rows = STUDY.read(folder)
-    whole, scorer.measured = scorer.measured, 0
-    STUDY.run(config, folder)
-    assert scorer.measured == 0 < whole
-    (folder / PlanRow.file).write_bytes(plans[: plans.rfind(b"{") + 30])  # in the middle of a line
-    STUDY.run(config, folder)
-    assert scorer.measured == 2  # the native model and one plan
-    (folder / CostRow.file).write_bytes(costs[: costs.rfind(b'{"provenance"')])
-    STUDY.run(config, folder)
-    assert 2 < scorer.measured < whole / 4, "one draw; its plans are those of before"
-    again = STUDY.read(folder)
-    assert again.matrix_table() == rows.matrix_table()
-    assert again.agreement_table() == rows.agreement_table()
-    count = len(CostRow.read(folder))
-    more = replace(config, texts=replace(config.texts, seeds=[0, 1, 2]))
-    STUDY.run(more, folder)
-    assert len(CostRow.read(folder)) == count + 2
-    with pytest.raises(ExperimentError, match="other settings"):
-        STUDY.run(replace(config, env=replace(config.env, together=[])), folder)
-
-
 def test_the_verdict_follows_the_interval():
     def study(ratios):
         provenance = {"depends_on": {"ladder": {}}}

@@ -126,15 +126,13 @@ def test_a_crossed_table_has_an_entry_for_each_pair():
     assert table == (["x", "c", "d"], [["a", "11", "21"], ["b", "12", "22"]])
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_panels_share_a_legend_and_hide_what_is_left(narrow):
+def test_panels_share_a_legend_and_hide_what_is_left():
     parts = [
         Panel(lambda axis: axis.plot([1], [2], label="s"), str(place), "x", "y")
         for place in range(4)
     ]
-    figure = panel_figure(parts, narrow=narrow, columns=3, same_axes=True)
+    figure = panel_figure(parts, columns=3, same_axes=True)
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert len(shown) == 4
     assert len(figure.legends) == 1
-    assert [bool(axis.get_ylabel()) for axis in shown] == ([True] * 4 if narrow else
-                                                           [True, False, False, True])  # fmt: skip
+    assert [bool(axis.get_ylabel()) for axis in shown] == [True, False, False, True]

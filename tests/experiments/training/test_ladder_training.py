@@ -92,17 +92,6 @@ def test_teachers_show_plans_that_fit(config, teacher):
         assert one.plan
 
 
-def test_the_policy_starts_between_native_and_its_teachers_plans(config, run):
-    context = build_context(config)
-    policy = TrainedPolicy.load(run, context)
-    ladder = ladder_bytes(config, context).ladder
-    within = [
-        np.less_equal(ladder.positions(policy.choose(one.request)), ladder.positions(one.plan))
-        for one in demonstrations(config, context)
-    ]
-    assert np.mean([one.all() for one in within]) > 0.8
-
-
 def test_the_run_records_its_choices_and_resumes(config, run):
     facts = RunFolder(run).read()
     assert facts["timesteps"] == 64

@@ -2,10 +2,9 @@
 
 import json
 import os
-import re
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,6 @@ def fill(loggers, folder):
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(picture)
     for step in (10, 20):
         loggers.log({"episode/loss": 1.0 / step, "bad": float("nan")}, step)
-    loggers.table("choices", ["request", "loss"], [["1x128", 0.5]])
     loggers.image("policy", picture)
 
 
@@ -68,7 +66,7 @@ def test_json_lines_are_always_written(config):
     ]
 
 
-def test_tensorboard_gets_scalars_text_and_image(config):
+def test_tensorboard_gets_scalars_and_image(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config.logger |= {"tensorboard": True}
@@ -78,14 +76,11 @@ def test_tensorboard_gets_scalars_text_and_image(config):
     found = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in found.Scalars("episode/loss")] == [10, 20]
     assert found.Tags()["images"] == ["policy"]
-    assert "choices/text_summary" in found.Tags()["tensors"]
 
 
-def test_wandb_offline_keeps_curves_settings_table_and_picture(config, no_login):
-    """Hyperparameters are those that were used."""
+def test_wandb_offline_keeps_curves_settings_and_picture(config, no_login):
     config.logger |= {"wandb": True}
-    given = {"learning_rate": 0.007, "gae_lambda": None}
-    config.agent = AgentConfig(name="ppo", hyperparameters=given)
+    config.agent = AgentConfig(name="ppo", hyperparameters={"learning_rate": 0.007})
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
@@ -93,7 +88,7 @@ def test_wandb_offline_keeps_curves_settings_table_and_picture(config, no_login)
     runs = list((config.root / "wandb").glob("offline-run-*"))
     assert len(runs) == 1, "in the folder that all runs of the comparison share"
     media = {path.suffix for path in runs[0].rglob("files/media/**/*") if path.is_file()}
-    assert media == {".png", ".json"}
+    assert media == {".png"}
     records = whole(runs[0])
     run = next(record["run"] for record in records if "run" in record)
     assert (run["display_name"], run["run_group"]) == ("ppo-s4", "cmp")
@@ -101,7 +96,6 @@ def test_wandb_offline_keeps_curves_settings_table_and_picture(config, no_login)
     assert "episode/loss" in json.dumps(records)
     found = {item["key"]: json.loads(item["value_json"]) for item in run["config"]["update"]}
     assert found["agent.hyperparameters.learning_rate"] == 0.007
-    assert found["agent.hyperparameters.gae_lambda"] == 0.98, "the value of the agent's file"
     assert found["agent.total_timesteps"] == config.agent.total_timesteps
     assert run["job_type"] == "train"
     assert "agent" not in found
@@ -115,29 +109,11 @@ def test_only_what_the_program_reads_is_its_configuration(config, job):
     other = {"replay", "small_models", "texts", "ladder", "report", "logger"}
     assert not other & {key.split(".")[0] for key in found}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(found)
-    assert ("agent.hyperparameters.gamma" in found) == (job == "train")
+    assert ("agent.total_timesteps" in found) == (job == "train")
     assert ("evaluate.baselines" in found) == (job == "evaluate")
     every = set(flatten(asdict(config)))
     read = settings_of(job)
     assert [n for n in read if not any(f"{k}.".startswith(f"{n}.") for k in every)] == []
-
-
-@pytest.mark.parametrize(
-    ("job", "files"),
-    [
-        ("train", ["train.py", "contexts.py", "training/score_model.py", "training/sweeps.py",
-                   "training/score_tables.py", "training/recorded_scores.py"]),
-        ("evaluate", ["evaluate.py", "contexts.py", "comparison/evaluation.py"]),
-    ],
-)  # fmt: skip
-def test_no_setting_that_a_program_reads_is_left_out(job, files):
-    """Each section that the source of a program names is logged, or is of its output alone."""
-    sections = {field.name for field in fields(Config)} - {"progress", "runs_dir", "logger"}
-    folder = Path(__file__).parents[3] / "experiments"
-    source = "".join((folder / file).read_text(encoding="utf-8") for file in files)
-    named = set(re.findall(r"\bconfig\.(\w+)", source)) & sections
-    assert len(named) > 5
-    assert named <= {"stage", *(name.split(".")[0] for name in settings_of(job))}
 
 
 def whole(run: Path) -> list[dict]:
@@ -217,7 +193,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_a_whole_history(config, no_log
     assert [row["step"] for row in history] == ["10", "20", "30", "10", "20", "40"]
     assert [row["_step"] for row in history] == ["0", "1", "2", "3", "4", "5"]
     assert history[1]["bad"] == "NaN", "as it was logged first"
-    assert {"choices", "policy"} <= set(history[5]), "tables and images have no line of their own"
+    assert "policy" in history[5], "images have no line of their own"
 
 
 class FakeRun:

@@ -13,13 +13,12 @@ from experiments.config.training import (
 from experiments.contexts import build_context
 from experiments.profile import profile
 from experiments.study.errors import ExperimentError
-from experiments.study.records import append_record, read_records
+from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_model import (
     ROUNDS_FILE,
     demonstrations,
-    draw_requests,
     scored_masks,
 )
 from rap_env.scoring.score_table import ScoreTable
@@ -90,30 +89,6 @@ def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     assert scored[0].keys() <= table.scores.keys()  # the next round knows them
     known = context.frontier.scores.keys() | scored[0].keys() | scored[1].keys()
     assert RunFolder(folder).read()["evaluations"] == len(known)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_killed_training_resumes_identically(config, monkeypatch, at):
-    whole, killed = train(config, folder_of(config)), folder_of(config, f"killed{at}-s0")
-    calls = []
-
-    def die(path, record):
-        calls.append(record)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        append_record(path, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("experiments.training.score_model.append_record", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(config, killed)
-    train(config, killed)
-    assert read_records(killed / ROUNDS_FILE) == read_records(whole / ROUNDS_FILE)
-    found = [TrainedPolicy.load(folder, build_context(config)) for folder in (whole, killed)]
-    requests = draw_requests(config, build_context(config), 8, 7)
-    first, second = ([policy.choose(r) for r in requests] for policy in found)
-    assert first == second
 
 
 def test_rounds_refuse_a_frontier_that_was_measured_on_other_text(config):

@@ -36,23 +36,3 @@ def test_every_depth_occurs_including_small_masks():
     assert counts[2] + counts[3] > 300  # a tenth is pairs and triples
     deep = counts[round(DEEPEST * BLOCKS) + 1 :].sum()
     assert 0.05 < deep / 6000 < 0.12  # of the random ones alone, 40 % are so deep
-
-
-def test_most_masks_lie_near_an_order():
-    masks = [mask for mask in first(4000, ORDERS[:1]) if 5 <= len(mask.removed) <= 20]
-    place = np.array([np.mean(sorted(mask.removed)) / len(mask.removed) for mask in masks])
-    ideal = np.array([(len(mask.removed) - 1) / 2 / len(mask.removed) for mask in masks])
-    assert np.median(place - ideal) < 0.6
-    random = (BLOCKS - 1) / 2 / np.array([len(mask.removed) for mask in masks])
-    assert np.median(place) < np.median(random)
-
-
-def test_all_prefixes_of_an_episode_are_included():
-    masks = set(first(2000))
-    chains = [
-        mask
-        for mask in masks
-        if len(mask.removed) == 15
-        and any(Plan(mask.removed - {block}) in masks for block in mask.removed)
-    ]
-    assert len(chains) > 10
