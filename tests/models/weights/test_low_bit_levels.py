@@ -54,6 +54,7 @@ def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype)
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.engine_feature("here", "Levels of weights", "int8, int4, int3, int2")
 @pytest.mark.parametrize("level", UNIFORM)
 @EVERY
 def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:

@@ -48,7 +48,7 @@ def test_predicted_bytes_are_those_of_the_tensors(name: str, dtype: torch.dtype)
     assert len(set(seen)) == len(seen) - 1  # native embeddings are the empty plan
 
 
-@pytest.mark.engine_feature("here", "Levels of weights", "int8, int4")
+@pytest.mark.engine_feature("here", "Levels of weights", "int8, int4, int3, int2")
 @each_family("name", level=["int8", "int4"])
 def test_a_level_computes_with_its_weights_and_is_undone_exactly(name: str, level: str) -> None:
     llm = tiny_llm(name)
