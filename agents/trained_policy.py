@@ -24,8 +24,7 @@ from rap_env.policies.base import Policy
 from rap_env.request import Request
 
 if TYPE_CHECKING:
-    from rap_env.context.base import PruningContext
-    from rap_env.scoring.interface import Scorer
+    from rap_env.context.base import PruningContext, Scorer
 
 ScoreMasks = Callable[[Sequence[Any]], Sequence[float]]
 """Returns a number for each plan, lower is better: its delta_nll or its NLL."""

@@ -22,12 +22,15 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ImportanceFeatures, ItemImportance
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus, CorpusConfig
-from rap_env.scoring.interface import Scorer
 from rap_env.scoring.store import ScoreStore
 from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # a context without a live model loads no torch
     from rap_env.models.live.elastic import ElasticLLM
+    from rap_env.scoring.score_table import TableScorer
+    from rap_env.scoring.scorer import MaskScorer
+
+    Scorer = MaskScorer | TableScorer
 
 IMPORTANCES = ("gsi", "one_shot", "none")
 """Kinds of importance that agents may observe; any other value is the path of a GSI artifact."""
@@ -173,9 +176,6 @@ class PruningContext(ABC):
     @cached_property
     def features(self) -> ImportanceFeatures:
         """The importance of the blocks, as an agent observes it."""
-        return self._features()
-
-    def _features(self) -> ImportanceFeatures:
         if self.importance == "none":
             return ImportanceFeatures.none(self.memory.facts.num_blocks)
         if self.importance == "one_shot":

@@ -62,8 +62,8 @@ class TableContext(PruningContext):
         self.scorer = TableScorer(table, None if costs is None else costs.delta_nll)
         self.frontier_path = frontier
         self.importance = importance
-        if importance == "gsi" and table.gsi is None:
-            raise ArtifactError(self._no_gsi())
+        if importance == "gsi":
+            _ = self.gsi  # raises an error if there is none
 
     @property
     def llm(self) -> NoReturn:
@@ -82,15 +82,20 @@ class TableContext(PruningContext):
 
     def _block_gsi(self) -> GSIProfile:
         if self.table.gsi is None:
-            raise ArtifactError(self._no_gsi())
+            raise ArtifactError(
+                f"The score table {self.name} was made with importance="
+                f"{self.table.settings['importance']!r} and has no GSI order; pass "
+                "importance='one_shot' or 'none', or make a table with importance=gsi."
+            )
         return GSIProfile(**with_tuples(self.table.gsi))
 
-    def _features(self) -> ImportanceFeatures:
+    @cached_property
+    def features(self) -> ImportanceFeatures:
         """Those of the live model's context."""
         if self.importance == self.table.settings["importance"]:
             arrays = {name: np.array(values) for name, values in self.table.features.items()}
             return ImportanceFeatures(**arrays)
-        return super()._features()
+        return super().features
 
     @cached_property
     def frontier(self) -> PlanTable:
@@ -152,13 +157,6 @@ class TableContext(PruningContext):
         raise ArtifactError(
             f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "
             "'none' to an environment, or choose another policy, such as greedy_per_byte."
-        )
-
-    def _no_gsi(self) -> str:
-        held = self.table.settings["importance"]
-        return (
-            f"The score table {self.name} was made with importance={held!r} and has no GSI "
-            "order; pass importance='one_shot' or 'none', or make a table with importance=gsi."
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rap_env.context.base import PruningContext
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.network_policy import NetworkPolicy, packaged_network
@@ -24,8 +22,7 @@ class MasksOnLoweredCaches(Method):
 
     name = "rap-v0"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         file, layers = packaged_network(self.name), self.memory.facts.num_layers
         levels = ("native",) if self.removes_only else ("int8", "int4")
         bases = [Plan.uniform(layers, caches=level) for level in levels]

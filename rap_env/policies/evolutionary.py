@@ -8,8 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from rap_env.context.base import PruningContext
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import Knapsack
@@ -53,12 +51,11 @@ class Evolutionary(Method):
     seeded = True
     max_evaluations = 500
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         starts: tuple[type[Method], ...] = (Knapsack, OneShot, GSI)
         if self.removes_only:
             starts = (GSI, Knapsack, OneShotPerByte)
-        self._starts = [start(context, item_bytes) for start in starts]
+        self._starts = [start(self.context, self.item_bytes) for start in starts]
         # Of the orders that the first parents follow; GSI's first round measures one-shot too.
         self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from rap_env.blocks import block_name
-from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
@@ -278,13 +277,12 @@ class Knapsack(Method):
 
     name = "knapsack"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         if self.removes_only:
-            self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
+            self._delta_nll = np.asarray(self.context.one_shot.delta_nll, dtype=np.float64)
             self.setup_evaluations = self.memory.facts.num_blocks + 1
         else:
-            costs = context.level_costs(self.ladder.cache_levels)
+            costs = self.context.level_costs(self.ladder.cache_levels)
             levels = {item.name: item.levels for item in self.ladder.items}
             self._policy = KnapsackPolicy(self.memory, costs, levels)
             self.setup_evaluations = costs.evaluations

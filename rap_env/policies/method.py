@@ -11,16 +11,18 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rap_env.context.base import PruningContext
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
-from rap_env.scoring.interface import Scorer
+
+if TYPE_CHECKING:
+    from rap_env.context.base import PruningContext, Scorer
 
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 
@@ -50,6 +52,10 @@ class Method(Policy):
         self.seed = seed
         self.removes_only = item_bytes.removes_only
         self.weight_levels = self.ladder.weight_levels
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Take from the context what the method needs for all requests; nothing by default."""
 
     def choose(self, request: Request) -> Plan:
         """Return the plan for a request.

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.context.base import PruningContext, item_order
+from rap_env.context.base import item_order
 from rap_env.importance.orders import Step
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.plan import Plan
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
 from rap_env.policies.registry import register
@@ -69,15 +68,14 @@ class OneShot(_OrderOfSteps):
 
     name = "one_shot"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         if self.removes_only:
-            self._remove_in_order(ascending(context.one_shot.delta_nll))
+            self._remove_in_order(ascending(self.context.one_shot.delta_nll))
             # The dense model, and the model without each block in turn.
             self.setup_evaluations = self.memory.facts.num_blocks + 1
         else:
-            self._steps = item_order(context, item_bytes, "one_shot").steps
-            self.setup_evaluations = context.level_costs(self.ladder.cache_levels).evaluations
+            self._steps = item_order(self.context, self.item_bytes, "one_shot").steps
+            self.setup_evaluations = self.context.level_costs(self.ladder.cache_levels).evaluations
 
 
 @register
@@ -90,23 +88,22 @@ class GSI(_OrderOfSteps):
 
     name = "gsi"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         if self.removes_only:
-            self._remove_in_order(context.gsi.full_order)
-            self.setup_evaluations = context.gsi.evaluations
+            self._remove_in_order(self.context.gsi.full_order)
+            self.setup_evaluations = self.context.gsi.evaluations
         else:
-            self._steps = item_order(context, item_bytes, "gsi").steps
-            costs = context.level_costs(self.ladder.cache_levels)
-            self.setup_evaluations = costs.evaluations + context.item_gsi(item_bytes).evaluations
+            self._steps = item_order(self.context, self.item_bytes, "gsi").steps
+            costs = self.context.level_costs(self.ladder.cache_levels)
+            profile = self.context.item_gsi(self.item_bytes)
+            self.setup_evaluations = costs.evaluations + profile.evaluations
 
 
 class _OneShotRemoval(Method):
     """Removes blocks in an order by their one-shot importance, and lowers nothing else."""
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
-        self._delta_nll = np.asarray(context.one_shot.delta_nll, dtype=np.float64)
+    def _prepare(self) -> None:
+        self._delta_nll = np.asarray(self.context.one_shot.delta_nll, dtype=np.float64)
         self.setup_evaluations = self.memory.facts.num_blocks + 1
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
@@ -175,9 +172,8 @@ class ShortGPT(Method):
     name = "shortgpt"
     setup_evaluations = 1  # one pass of the dense model measures all layers
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
-        self._layers = ascending(context.layer_influence)
+    def _prepare(self) -> None:
+        self._layers = ascending(self.context.layer_influence)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.remove(map(whole_layer, self._layers), request)

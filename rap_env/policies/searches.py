@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rap_env.context.base import PruningContext
 from rap_env.errors import SearchTooLargeError
 from rap_env.importance.orders import PricedState, one_shot_costs
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan, every_mask
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
@@ -59,11 +57,10 @@ class _StepSearch(Method):
 
     exact = False  # measures all steps of a ladder too
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         self._one_shot = np.zeros((len(self.ladder), self.ladder.width))
         if not self.removes_only:
-            costs = context.level_costs(self.ladder.cache_levels)
+            costs = self.context.level_costs(self.ladder.cache_levels)
             self._one_shot = one_shot_costs(costs, self.ladder)
             self.setup_evaluations = costs.evaluations
 
@@ -109,10 +106,6 @@ class GreedyPerByte(_StepSearch):
     name = "greedy_per_byte"
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        return self.greedy(request, scores)
-
-    def greedy(self, request: Request, scores: CountingScorer) -> Plan:
-        """The plan at which the steps end."""
         state, nll = self.state(self.costs(request)), scores.nll(Plan())
         rises: dict[tuple[int, int, int], float] = {}
         while state.peak_bytes > request.budget_bytes:
@@ -161,7 +154,7 @@ class GreedySwaps(GreedyPerByte):
     extra_evaluations = 500
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        plan = self.greedy(request, scores)
+        plan = super()._choose(request, scores)
         limit = scores.evaluations + self.extra_evaluations
         while (better := self._improved(plan, scores, limit, request)) is not None:
             plan = better
@@ -278,8 +271,7 @@ class Oracle(Method):
 
     name = "oracle"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         blocks = self.memory.facts.num_blocks
         if blocks > MOST_BLOCKS:
             raise SearchTooLargeError(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_predictor import fit_plan_predictor
 from rap_env.importance.plan_search import PlanSearch
@@ -99,9 +98,8 @@ class MeasuredTable(Method):
 
     name = "frontier"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
-        table = context.frontier
+    def _prepare(self) -> None:
+        table = self.context.frontier
         if not self.removes_only:
             self.table_sha256 = table.sha256
         self._known = known_plans(table, self.ladder)
@@ -130,15 +128,14 @@ class ScoreModelSearch(Method):
 
     name = "score_model"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
-        table = context.frontier
-        costs = context.level_costs(self.ladder.cache_levels)
+    def _prepare(self) -> None:
+        table = self.context.frontier
+        costs = self.context.level_costs(self.ladder.cache_levels)
         self._predictor = fit_plan_predictor(
-            table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=seed
+            table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=self.seed
         )
         self._known = table.on(self.ladder).reached(self.ladder)
-        self._greedy = OneShot(context, item_bytes)
+        self._greedy = OneShot(self.context, self.item_bytes)
         self.table_sha256 = table.sha256
         self.setup_evaluations = table.evaluations + costs.evaluations
 

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rap_env.context.base import PruningContext
 from rap_env.importance.orders import greedy_order
-from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
@@ -82,8 +81,7 @@ class Uniform(Method):
 
     name = "uniform"
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        super().__init__(context, item_bytes, seed)
+    def _prepare(self) -> None:
         self._order, self._rises = self._removal_order()
         self._levels = self._uniform_levels()
 

@@ -1,10 +1,10 @@
-"""The interfaces of what scores plans: a live model's scorer, a table's, workers."""
+"""What scorers, their callers and workers exchange."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,63 +28,6 @@ def notify(on_score: OnScore | None, plans: Sequence[Plan]) -> None:
 def bar_callback(bar: tqdm[Any]) -> OnScore:
     """A callback for `Scorer.nll_many` that advances a progress bar."""
     return lambda _plan: bar.update()
-
-
-class Scorer(Protocol):
-    """Gives the NLL of plans on one text.
-
-    `rap_env.scoring.scorer.MaskScorer` measures it with a live model;
-    `rap_env.scoring.score_table.TableScorer` reads it from a score table.
-    """
-
-    @property
-    def context(self) -> Mapping[str, Any]:
-        """Everything that determines a score: model, dtype, text, device, versions."""
-
-    @property
-    def dense_nll(self) -> float:
-        """NLL of the dense model, nats per token."""
-
-    @property
-    def known(self) -> int:
-        """Number of plans asked for so far, including stored ones."""
-
-    @property
-    def evaluations(self) -> int:
-        """Number of plans that were run through the model; stored scores do not count."""
-
-    @property
-    def passes(self) -> float:
-        """As `evaluations`, but one run on a part of the text counts as that part."""
-
-    @property
-    def block_forwards(self) -> float:
-        """Blocks that the model ran, in passes over the whole text; parts count by their share."""
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows of the text."""
-
-    @property
-    def evaluation_s(self) -> float:
-        """Seconds that one pass over the text takes."""
-
-    def is_predicted(self, plan: Plan, /) -> bool:
-        """Whether the score of a plan is a prediction rather than a measurement."""
-
-    def nll(self, plan: Plan, /) -> float:
-        """Mean NLL of the text under a plan, nats per token.
-
-        Raises:
-            UnknownNameError: The plan names items or levels that the model does not have.
-            NonFiniteScoreError: The model gave NaN or infinity.
-        """
-
-    def nll_many(self, plans: Sequence[Plan], /, on_score: OnScore | None = None) -> list[float]:
-        """NLL of several plans, in their order; `on_score` is called after each one."""
-
-    def nll_on(self, plans: Sequence[Plan], windows: Sequence[int], /) -> list[float]:
-        """NLL of several plans on some windows of the text only, nats per token."""
 
 
 @dataclass(frozen=True, eq=False)

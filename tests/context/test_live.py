@@ -141,10 +141,10 @@ def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
             alone = LiveContext(context.llm, context.scorer.corpus)
             assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[context]))
             assert alone.scorer.evaluations == len(masks)
-            assert context.llm.mask == masks[-1]
+            assert context.llm.plan.mask == masks[-1]
     assert plain.scorer.dense_nll == repaired.scorer.dense_nll
     assert set(mixed[plain]).isdisjoint(mixed[repaired])
-    assert plain.llm.mask == Plan()
+    assert plain.llm.plan.mask == Plan()
 
 
 def test_a_rewritten_library_is_read_again(config, tmp_path):

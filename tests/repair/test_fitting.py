@@ -147,7 +147,7 @@ def test_the_mask_in_force_does_not_matter_and_stays() -> None:
     expected = fitted(llm).sha256
     with llm.masked(MASKS["everything"]):
         assert fitted(llm).sha256 == expected
-        assert llm.mask == MASKS["everything"]
+        assert llm.plan.mask == MASKS["everything"]
     view = fitted(llm).attach(llm)
     assert fitted(view).sha256 == expected  # the dense model is fitted, whatever its view does
 

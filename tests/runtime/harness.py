@@ -78,7 +78,7 @@ class Harness:
 
     @property
     def mask(self) -> Plan:
-        return self.llm.mask
+        return self.llm.plan.mask
 
     @property
     def everything(self) -> Plan:

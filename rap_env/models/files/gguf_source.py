@@ -31,10 +31,6 @@ from rap_env.models.progress import transformers_bars
 
 log = logging.getLogger(__name__)
 
-LICENCE_VARIABLE = "RAP_ACCEPT_LICENCE"
-"""Environment variable: aliases, separated by commas, whose terms the user accepts."""
-
-
 _CONVERTER = 1
 _PACKER = 1
 """Parts of folders' names: increase them when the result of a conversion changes."""
@@ -130,14 +126,11 @@ class PackagedGguf:
         installed = self._installed()
         if not installed:
             require_downloads_allowed(self.alias)
-        named = os.environ.get(LICENCE_VARIABLE, "").split(",")
-        accepted = accept_terms or self.alias in {name.strip() for name in named}
-        if self.terms and not (installed or accepted):
+        if self.terms and not (installed or accept_terms):
             raise ModelNotAvailableError(
                 f"The model {self.alias} comes under the terms of {self.terms}, which you have to "
-                f"accept first. To do so, run `rap fetch {self.alias} --accept-licence`, set "
-                f"{LICENCE_VARIABLE}={self.alias}, or install its packages yourself "
-                f"({self.packages}); nothing was downloaded."
+                f"accept first. To do so, run `rap fetch {self.alias} --accept-licence`, or "
+                f"install its packages yourself ({self.packages}); nothing was downloaded."
             )
         return converted_gguf(self._gguf(installed), self.sha256, packed=packed)
 

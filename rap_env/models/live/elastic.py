@@ -23,15 +23,12 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.live.device_map import find_device_map, install_device_map, keep_in_place
-from rap_env.models.live.facts import model_facts, own_bytes
+from rap_env.models.live.facts import own_bytes, shared_facts
 from rap_env.models.live.generation import generate
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
-from rap_env.models.weights.weight_levels import (
-    block_items,
-    embeddings_item,
-)
+from rap_env.models.weights.weight_levels import block_items, embeddings_item
 from rap_env.plan import EMBEDDINGS, Plan, check_levels
 
 
@@ -40,14 +37,14 @@ class ElasticLLM:
 
     A removed block's modules are replaced by placeholders without weights or computation, and those
     of a block with other weights by packed ones. This object keeps the originals, so that any plan
-    can be undone exactly; they never change. While a plan is applied, `model` is what it leaves:
-    its `state_dict()` and `parameters()` contain only the kept blocks, at their levels, so apply
-    the empty plan before you move, convert or save `model` as a whole.
+    can be undone exactly. While a plan is applied, `model` is what it leaves: its `state_dict()`
+    and `parameters()` contain only the kept blocks, at their levels, so apply the empty plan before
+    you move, convert or save `model` as a whole.
 
     Generation with a KV cache is exact under any mask, and `apply` may change the plan between any
-    two steps, from any thread: see `generate`, `LiveBatch` and `set_residency`. Other than in a
-    dense model, ``output_attentions`` and ``output_router_logits`` list only the kept blocks. If
-    you call `model` directly while another thread changes masks, hold `exclusive`.
+    two steps, from any thread: see `generate`, `LiveBatch` and `set_residency`. Outputs such as
+    ``output_attentions`` list only the kept blocks. If you call `model` directly while another
+    thread changes masks, hold `exclusive`.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
@@ -102,7 +99,7 @@ class ElasticLLM:
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All devices of the weights, that of the embeddings first; mostly a single one."""
+        """All devices of the weights, that of the embeddings first."""
         return (self.device,) if self.device_map is None else self.device_map.devices
 
     @property
@@ -121,11 +118,6 @@ class ElasticLLM:
         return dtype
 
     @property
-    def mask(self) -> Plan:
-        """The blocks that are removed now."""
-        return self._live.state.plan.mask
-
-    @property
     def plan(self) -> Plan:
         """The plan that is applied now."""
         return self._live.state.plan
@@ -138,8 +130,8 @@ class ElasticLLM:
     def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
         """A view of this model with stubs in the places of removed blocks.
 
-        It shares the weights and the applied mask with this one; nothing changes until one of the
-        two applies a mask. Prefer `StubLibrary.attach`, which checks that the stubs belong to it.
+        It shares the weights and the applied mask with this one. Prefer `StubLibrary.attach`, which
+        checks that the stubs belong to the model.
 
         Args:
             stubs: Stubs by index of their block, on its device (`device_of`) and in the model's
@@ -159,10 +151,9 @@ class ElasticLLM:
     def apply(self, plan: Plan) -> None:
         """Give every item its level in a plan; a mask's kept blocks are native.
 
-        Waits for a step of another thread to end. Then caches of removed blocks are evicted,
-        lowered ones are requantised, and weights that the plan does not use are freed as
-        `set_residency` selects, before others are loaded. Each cache is updated to restored blocks
-        and raised levels before its own next step.
+        Waits for a step of another thread to end. Then caches are evicted or requantised, and
+        weights that the plan does not use are freed as `set_residency` selects, before others are
+        loaded. A cache is updated to restored blocks and raised levels before its next step.
 
         Raises:
             UnknownNameError: The model does not have an item or a level; nothing changes.
@@ -170,9 +161,8 @@ class ElasticLLM:
             UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
                 the embeddings; nothing changes.
             StorageFullError: No space for the file of a level; nothing changes.
-            ChecksumError: A file of weights is damaged or has other content than before; blocks
-                whose weights are not in memory are removed now.
-            ModelNotAvailableError: The same for a file that is missing.
+            ChecksumError: A file of weights is damaged or was changed, and blocks that were not in
+                memory are removed now; `ModelNotAvailableError` is the same for a missing file.
         """
         with self.exclusive():
             wanted = self._wanted(plan)
@@ -184,8 +174,8 @@ class ElasticLLM:
         """`apply` a plan without the weights that cannot be read now.
 
         Returns:
-            The error for each of them, by item; empty if the whole plan is applied. Such items
-            keep their level if they can, else they are removed: `plan` is what is applied.
+            The error for each of them, by item. Such items keep their level if they can, else they
+            are removed: `plan` is what is applied.
 
         Raises:
             RapError: As for `apply`, except for files that are damaged or missing.
@@ -205,20 +195,18 @@ class ElasticLLM:
 
         Raises:
             UnknownNameError: There is no such item with weights.
-            ChecksumError: Their file is damaged, or has other content than before.
-            ModelNotAvailableError: Their file is missing or cannot be read.
+            ChecksumError: Their file is damaged or was changed.
+            ModelNotAvailableError: It is missing or cannot be read.
         """
         with self.exclusive():
-            key = self.num_blocks if item == EMBEDDINGS else block_index(item)
-            self._live.verify(key)
+            self._live.verify(self.num_blocks if item == EMBEDDINGS else block_index(item))
 
     @contextlib.contextmanager
     def masked(self, plan: Plan, *, bare: Plan = Plan()) -> Iterator[ElasticLLM]:
-        """Apply a plan for the duration of a ``with`` block.
+        """Apply a plan for the duration of a ``with`` block, in which other threads wait.
 
-        The earlier plan is restored afterwards, also after an error. Other threads neither run the
-        model nor change its plan in the meantime. Weights that are unused only inside the ``with``
-        block stay in memory. Blocks of `bare` get no stub, even if there is one.
+        The earlier plan is restored afterwards, also after an error. Weights that are unused only
+        inside the ``with`` block stay in memory. Blocks of `bare` get no stub.
         """
         with self.exclusive():
             before = self._live.state
@@ -229,10 +217,7 @@ class ElasticLLM:
                 self._live.set(before, evict=True)
 
     def exclusive(self) -> AbstractContextManager[object]:
-        """Keep other threads from running the model or changing its mask, in a ``with`` block.
-
-        It may be nested. `apply`, `masked` and each step of a generation use it themselves.
-        """
+        """Keep other threads from running the model or changing its plan; may be nested."""
         return self._live.lock
 
     @contextlib.contextmanager
@@ -258,8 +243,8 @@ class ElasticLLM:
     def set_residency(self, residency: Residency) -> None:
         """Select where weights are kept that the plan does not use, including those unused now.
 
-        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer of
-        its own and checks that they can be read again; this takes seconds per GB.
+        The first call with ``"offload"`` or ``"drop"`` copies every block's weights to a buffer and
+        checks that they can be read again; this takes seconds per GB.
 
         Raises:
             UnknownNameError: There is no such residency.
@@ -289,10 +274,7 @@ class ElasticLLM:
             return HeldBytes(weights, self._live.kv_bytes())
 
     def resident_bytes(self, plan: Plan) -> int:
-        """Bytes of packed weights beside the native ones under a plan, if all stay in memory.
-
-        With residency ``"resident"`` these are those of the plan, and of all levels used so far.
-        """
+        """Bytes of packed weights under a plan and of all used so far, if all stay in memory."""
         with self.exclusive():
             return self._live.packed_bytes(plan)
 
@@ -314,11 +296,9 @@ class ElasticLLM:
 
     def _wanted(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
         self._check_levels(plan.check(self.num_blocks))
-        self._make_levels(plan)
-        stubs = {
-            index: None if index in bare.removed else self._stubs.get(index)
-            for index in plan.removed
-        }
+        if absent := self._live.absent_in(plan):
+            self._make_levels(absent)
+        stubs = {n: None if n in bare.removed else self._stubs.get(n) for n in plan.removed}
         return LiveState(plan, stubs)
 
     def _check_levels(self, plan: Plan) -> None:
@@ -333,9 +313,7 @@ class ElasticLLM:
         """Those levels that a text would have to make before a plan can have them."""
         return self._live.absent_levels(levels)
 
-    def _make_levels(self, plan: Plan) -> None:
-        if not (absent := self._live.absent_in(plan)):
-            return
+    def _make_levels(self, absent: AbstractSet[WeightLevel]) -> None:
         if self.calibrator is None:
             raise UnsupportedModelError(
                 f"{self.name} has no weights at {', '.join(sorted(absent))} so far: they are made "
@@ -395,8 +373,7 @@ class ElasticLLM:
     def fingerprint(self) -> str:
         """SHA-256 over the config and every weight (name, dtype, shape, bytes), in hex.
 
-        Computed once, in about a second per GB, and not again if the weights change. It does not
-        depend on the mask, the device or the source of the model.
+        Computed once, in about a second per GB. Mask, device and source do not matter.
         """
         with self.masked(Plan()):
             return fingerprint_of(self.model, self._read)
@@ -404,8 +381,8 @@ class ElasticLLM:
     def _stub_bytes(self) -> tuple[int, ...]:
         if not self._stubs:
             return ()
-        sizes = {index: stub.nbytes for index, stub in self._stubs.items()}
-        return tuple(sizes.get(index, 0) for index in range(self.num_blocks))
+        sizes = {n: stub.nbytes for n, stub in self._stubs.items()}
+        return tuple(sizes.get(n, 0) for n in range(self.num_blocks))
 
     def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -413,14 +390,11 @@ class ElasticLLM:
     @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the unmasked model for the memory arithmetic."""
-        return model_facts(
-            self.adapter,
-            self._live,
-            self._own_bytes,
+        return ModelFacts(
             name=self.name,
             fingerprint=self.fingerprint,
-            dtype=self.dtype,
             stub_bytes=self._stub_bytes(),
             repair=self._repair,
             calibration=self.calibration,
+            **shared_facts(self.adapter, self._live, self._own_bytes, self.dtype),
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from rap_env.model_facts import ModelFacts
 from rap_env.models.families.adapter import BlockSite, FamilyAdapter
 from rap_env.models.live.live_blocks import LiveBlocks
 from rap_env.models.weights.packed_modules import PackedModule
@@ -30,27 +30,19 @@ def own_bytes(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[tuple[int, 
     return tuple(own), sum(key[-1] for key in uses) - sum(own)
 
 
-def model_facts(
+def shared_facts(
     adapter: FamilyAdapter,
     live: LiveBlocks,
     weight_bytes: tuple[tuple[int, ...], int],
-    *,
-    name: str,
-    fingerprint: str,
     dtype: torch.dtype,
-    stub_bytes: tuple[int, ...],
-    repair: str,
-    calibration: str,
-) -> ModelFacts:
-    """Facts about a model; `weight_bytes` is what `own_bytes` returned."""
+) -> dict[str, Any]:
+    """Those `ModelFacts` that all views of a model share; `weight_bytes` is from `own_bytes`."""
     own, base = weight_bytes
     per_token = adapter.kv_bytes_per_token(dtype.itemsize)
     has_cache = [not site.pruned for site in live.sites[::2]]
     native = (place.original for item in live.all_items for place in item.places)
     packed = any(isinstance(module, PackedModule) for module in native)
-    return ModelFacts(
-        name=name,
-        fingerprint=fingerprint,
+    return dict(
         dtype=str(dtype).removeprefix("torch."),
         block_param_bytes=own,
         base_bytes=base,
@@ -61,10 +53,7 @@ def model_facts(
         ffn_width=adapter.ffn_width,
         vocab_size=adapter.vocab_size,
         max_positions=adapter.max_positions,
-        stub_bytes=stub_bytes,
-        repair=repair,
         weights="packed" if packed else "unquantised",
-        calibration=calibration,
         **level_bytes(live.items, own, live.embeddings, base),
         widen_bytes=max(item.widen_bytes for item in live.all_items),
         kv_heads=tuple(adapter.kv_heads if cached else 0 for cached in has_cache),

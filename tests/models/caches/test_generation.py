@@ -77,7 +77,7 @@ def test_a_restored_block_is_used_from_the_next_request_on(name, gone) -> None:
     begin = PROMPT + 2
     ffn = {index: [True] * begin + [False] * 99 for index in gone.removed if index % 2}
     assert_greedy(llm, out, ffn | {i: [True] * 99 for i in gone.removed if i % 2 == 0})
-    assert llm.mask == Plan()
+    assert llm.plan.mask == Plan()
     assert_greedy(llm, generate(llm), {})
 
 
@@ -198,7 +198,7 @@ class TestGivenCache:
             seen.append(1)
 
         out = generate(llm, switch, **given)  # goes on under the old mask
-        assert llm.mask == Plan()
+        assert llm.plan.mask == Plan()
         assert_greedy(llm, out, {})
         assert len(seen) == NEW
 

@@ -117,7 +117,7 @@ def test_a_block_that_the_model_lacks_is_rejected_and_nothing_changes() -> None:
         llm.apply(Plan.removing(0, 4))
     with pytest.raises(UnknownNameError), llm.masked(Plan.removing("layer99.ffn")):
         pytest.fail("the mask should not have been applied")
-    assert llm.mask == Plan.removing(1)
+    assert llm.plan.mask == Plan.removing(1)
     assert torch.equal(logits(llm), before)
 
 
@@ -191,7 +191,7 @@ class TestFingerprint:
         llm = tiny_llm()
         llm.apply(MASKS["everything"])
         assert llm.fingerprint == tiny_llm().fingerprint == llm.facts.fingerprint
-        assert llm.mask == MASKS["everything"]
+        assert llm.plan.mask == MASKS["everything"]
 
     def test_the_fingerprint_depends_on_weights_dtype_config_and_family(self) -> None:
         one_value = tiny_model()
@@ -222,7 +222,7 @@ def levels(llm: ElasticLLM) -> list[CacheLevel | None]:
 def test_attention_modules_carry_the_levels_of_their_caches(name: str) -> None:
     llm = tiny_llm(name)
     llm.apply(PLAN)
-    assert (llm.plan, llm.mask) == (PLAN, Plan.removing(3))
+    assert (llm.plan, llm.plan.mask) == (PLAN, Plan.removing(3))
     assert (llm.plan.cache_level(0), llm.plan.cache_level(1)) == (INT4, NATIVE_CACHE)
     assert levels(llm) == [INT4, None]
     llm.apply(PLAN.without(0))

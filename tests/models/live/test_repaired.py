@@ -72,10 +72,10 @@ class TestSharing:
     def test_a_mask_applied_to_either_view_affects_both(self, pair) -> None:
         llm, view = pair
         view.apply(SOME)
-        assert llm.mask == view.mask == SOME
+        assert llm.plan.mask == view.plan.mask == SOME
         with_stubs = logits(llm)
         llm.apply(SOME)  # the same mask, without stubs
-        assert view.mask == SOME
+        assert view.plan.mask == SOME
         without = logits(view)
         assert not torch.equal(with_stubs, without)
         with tiny_llm().masked(SOME) as plain:
@@ -83,7 +83,7 @@ class TestSharing:
         view.apply(SOME)
         assert torch.equal(logits(llm), with_stubs)
         llm.apply(Plan())
-        assert view.mask == Plan()
+        assert view.plan.mask == Plan()
 
     @pytest.mark.parametrize("inner", [SOME, Plan.removing(0), Plan.removing(1), Plan()], ids=str)
     @pytest.mark.parametrize("view_outside", [True, False])
@@ -96,8 +96,8 @@ class TestSharing:
         with outer.masked(SOME):
             with other.masked(inner):
                 assert torch.equal(logits(other), expected)
-                assert outer.mask == inner
-            assert outer.mask == SOME
+                assert outer.plan.mask == inner
+            assert outer.plan.mask == SOME
             assert torch.equal(logits(outer), before)
         assert list(outer.model.state_dict()) == list(tiny_model().state_dict())
 
@@ -129,7 +129,7 @@ def test_removed_blocks_without_stubs_leave_no_module() -> None:
     stubs = random_stubs(llm)
     view, single = llm.repaired(stubs, "random"), llm.repaired({0: stubs[0]}, "one")
     with view.masked(SOME, bare=Plan.removing(3)):
-        assert view.mask == SOME
+        assert view.plan.mask == SOME
         found = logits(view)
     with single.masked(SOME):
         assert torch.equal(logits(single), found)

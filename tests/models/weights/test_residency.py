@@ -84,8 +84,8 @@ def test_an_unreadable_block_stays_removed_and_the_model_continues(tmp_path, dam
     damage_file(file, damage)
     with pytest.raises((ModelNotAvailableError, ChecksumError), match=re.escape(str(file))):
         llm.apply(Plan())
-    assert llm.mask.removed <= Plan.removing(1, 2).removed
-    plain.apply(llm.mask)
+    assert llm.plan.mask.removed <= Plan.removing(1, 2).removed
+    plain.apply(llm.plan.mask)
     assert torch.equal(logits(llm), logits(plain))
     file.write_bytes(content)
     apply_to(Plan(), llm, plain)
