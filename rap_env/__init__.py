@@ -8,63 +8,21 @@ their modules on first use; everything else is imported from its module.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rap_env.extras import missing_extra
 from rap_env.version import __version__
 
-if TYPE_CHECKING:
-    from rap_env.envs.ladder import RAPLadderEnv as RAPLadderEnv
-    from rap_env.envs.ladder import RAPLadderVectorEnv as RAPLadderVectorEnv
-    from rap_env.envs.prune import RAPPruneEnv as RAPPruneEnv
-    from rap_env.envs.prune import RAPPruneVectorEnv as RAPPruneVectorEnv
-    from rap_env.envs.vector import make_vec as make_vec
-    from rap_env.errors import RapError as RapError
-    from rap_env.importance.gsi_search import gsi as gsi
-    from rap_env.leaderboard.evaluation import evaluate as evaluate
-    from rap_env.memory import MemoryModel as MemoryModel
-    from rap_env.models.files.loading import load_llm as load_llm
-    from rap_env.models.files.pruned_checkpoint import load_pruned as load_pruned
-    from rap_env.models.files.pruned_checkpoint import save_pruned as save_pruned
-    from rap_env.models.files.streamed import stream_llm as stream_llm
-    from rap_env.plan import Plan as Plan
-    from rap_env.policies.loading import load_policy as load_policy
-    from rap_env.repair.cached_library import open_library as open_library
-    from rap_env.request import Request as Request
-    from rap_env.runtime.controller import RuntimeController as RuntimeController
-    from rap_env.scoring.corpus import CorpusConfig as CorpusConfig
-    from rap_env.scoring.corpus_loading import load_corpus as load_corpus
-    from rap_env.scoring.scorer import MaskScorer as MaskScorer
-
-_MODULES = {
-    "Plan": "plan",
-    "CorpusConfig": "scoring.corpus",
-    "MaskScorer": "scoring.scorer",
-    "MemoryModel": "memory",
-    "RAPPruneEnv": "envs.prune",
-    "RAPLadderEnv": "envs.ladder",
-    "RAPLadderVectorEnv": "envs.ladder",
-    "RAPPruneVectorEnv": "envs.prune",
-    "RapError": "errors",
-    "Request": "request",
-    "RuntimeController": "runtime.controller",
-    "evaluate": "leaderboard.evaluation",
-    "gsi": "importance.gsi_search",
-    "load_corpus": "scoring.corpus_loading",
-    "load_llm": "models.files.loading",
-    "load_policy": "policies.loading",
-    "load_pruned": "models.files.pruned_checkpoint",
-    "make_vec": "envs.vector",
-    "open_library": "repair.cached_library",
-    "save_pruned": "models.files.pruned_checkpoint",
-    "stream_llm": "models.files.streamed",
-}
-"""The module of each public name."""
+_IMPORTS = re.findall(r"from (\S+) import (\w+)", Path(__file__).with_suffix(".pyi").read_text())
+_MODULES = {name: module for module, name in _IMPORTS}
+"""The module of each public name, as the stub tells type checkers."""
 
 __all__ = [*_MODULES, "__version__"]
 
@@ -128,7 +86,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         raise missing_extra(error, f"rap_env.{name}") from None
     return getattr(module, name)
