@@ -123,6 +123,7 @@ anything. At int3 all blocks of the default model lost 0.44 nats per token witho
 of WikiText that no result is measured on, and 0.29 with it."""
 _CORRECTION_DAMPING = 0.3
 _EVERY = 2  # of the windows that it is fitted on
+_WINDOWS = 8  # that a block runs at a time; a multiple of `_EVERY`
 
 _TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
 
@@ -265,7 +266,7 @@ def _intact(path: Path) -> bool:
 def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
     """Write the files of all blocks and of the head that are missing or damaged."""
     forward, damping = PartialForward(llm), _damping(uniform)
-    states = [forward.enter(window[None].to(llm.device)) for window in windows]
+    states = [forward.enter(some.to(llm.device)) for some in windows.split(_WINDOWS)]
     for number, step in enumerate(forward.steps):
         items = [llm._live.items[index] for index in step]
         missing = {item: _missing(item) for item in items}
@@ -302,7 +303,7 @@ def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
                     item.forget(level)
         states = outputs
     if levels := _missing(llm._live.embeddings):
-        hidden = [forward.leave(state).flatten(0, 1).float() for state in states]
+        hidden = [window.float() for state in states for window in forward.leave(state)]
         total = sum((part.T @ part for part in hidden[1:]), hidden[0].T @ hidden[0])
         head = llm._live.embeddings.places[-1]
         quantiser = partial(quantise_gptq, hessian=DampedHessian.of(total, damping))
@@ -325,19 +326,19 @@ def _quantise(
         item: The block.
         level: The level.
         quantisers: By place.
-        inputs: Native inputs of the last matrix, for each state.
-        states: Inputs of the block's step.
+        inputs: Native inputs of the last matrix, for each window.
+        states: Inputs of the block's step, for some windows each.
         run: Runs the step with the block at the level.
     """
     last = item.places[-1]
-    if level not in _CORRECTED or last not in quantisers or len(inputs) < len(states):
+    if level not in _CORRECTED or last not in quantisers or len(inputs) < sum(map(len, states)):
         item.quantise(level, quantisers)  # a last matrix of an expert does not see all windows
         return
     quantiser = quantisers[last]
     item.quantise(level, {place: own for place, own in quantisers.items() if place is not last})
     with recorded_inputs(item.module(level, last)) as changed:
-        for state in states[::_EVERY]:
-            run(state)
+        for state in states:
+            run(state[::_EVERY])
     native = inputs[::_EVERY]
     if list(map(len, native)) == list(map(len, changed)):
         corrected_by = correction(native, changed, _CORRECTION_DAMPING)

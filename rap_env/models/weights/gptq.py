@@ -21,9 +21,10 @@ from torch import nn
 
 from rap_env.models.weights.packed_layout import PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import Grid, searched
+from rap_env.models.weights.quantisers import Grid, nonzero, searched
 
 _ROWS = 4096  # of a matrix that are quantised at a time, to bound temporary memory
+_PANEL = 256  # rows of a symmetric matrix that are computed at a time, from the diagonal on
 
 DAMPING = 0.01
 """Part of a Hessian's mean diagonal that is added to its diagonal, by default."""
@@ -40,7 +41,7 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         layers: The layers by any names.
 
     Yields:
-        The sums so far, by the names of the layers that were called.
+        The sums, complete after the block, by the names of the layers that were called.
     """
     sums: dict[str, torch.Tensor] = {}
     last: tuple[torch.Tensor, str] | None = None
@@ -51,26 +52,44 @@ def hessians(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor
         if last is not None and last[0] is states:
             sums[name] = sums[last[1]]
             return
-        last = states, name
-        flat = states.detach().reshape(-1, states.shape[-1]).float()
-        if name in sums:
-            sums[name].addmm_(flat.T, flat)
-        else:
-            sums[name] = flat.T @ flat
+        last, size = (states, name), states.shape[-1]
+        if name not in sums:
+            sums[name] = torch.zeros(size, size, device=states.device)
+        for sequence in _sequences(states):
+            _add_upper(sums[name], sequence.float())
 
     with contextlib.ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(partial(add, name)).remove)
         yield sums
+    whole = {id(total): _mirrored(total) for total in sums.values()}
+    sums.update({name: whole[id(total)] for name, total in sums.items()})
+
+
+def _sequences(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """States of a batch, (..., tokens, in), one sequence after the other, (tokens, in) each."""
+    return states.detach().reshape(-1, *states.shape[-2:]).unbind()
+
+
+def _add_upper(total: torch.Tensor, states: torch.Tensor) -> None:
+    """Add ``states.T @ states``, without most of what is below the diagonal; see `_mirrored`."""
+    for first in range(0, len(total), _PANEL):
+        panel = states[:, first : first + _PANEL]
+        total[first : first + _PANEL, first:].addmm_(panel.T, states[:, first:])
+
+
+def _mirrored(total: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix by what is on and above its diagonal."""
+    return total.triu() + total.triu(1).T
 
 
 @contextlib.contextmanager
 def recorded_inputs(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Keep the inputs of each call of a linear layer in a ``with`` block, (tokens, in) each."""
+    """Keep the inputs of a linear layer in a ``with`` block, (tokens, in) for each sequence."""
     inputs: list[torch.Tensor] = []
 
     def keep(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(args[0].detach().flatten(0, -2))
+        inputs.extend(_sequences(args[0]))
 
     hook = layer.register_forward_pre_hook(keep)
     try:
@@ -97,9 +116,9 @@ def correction(
     hessian, cross = (torch.zeros(size, size, device=native[0].device) for _ in range(2))
     for before, after in zip(native, changed, strict=True):
         wide = after.float()
-        hessian.addmm_(wide.T, wide)
+        _add_upper(hessian, wide)
         cross.addmm_((before.float() - wide).T, wide)
-    factor = DampedHessian.of(hessian, damping).factor
+    factor = DampedHessian.of(_mirrored(hessian), damping).factor
     moved = cross @ factor.T @ factor
     moved.diagonal().add_(1)
     return moved
@@ -169,17 +188,17 @@ def _compensated(grid: Grid, weight: torch.Tensor, factor: torch.Tensor) -> _Cod
     scales, zeros = [], []
     for first in range(0, weight.shape[1], grid.group_inputs):
         group = slice(first, first + grid.group_inputs)
-        own, block = left[:, group], factor[group, group]
+        own, block = left[:, group].contiguous(), factor[group, group]
         scale, zero = searched(grid, own, block.diagonal().square().reciprocal())
-        errors = torch.empty_like(own)
-        for column in range(own.shape[1]):
-            value = own[:, column]
-            code = grid.centred_codes(value[:, None], scale, zero)[:, 0]
-            codes[:, first + column] = code
-            error = (value - (code * scale + zero)) / block[column, column]
-            errors[:, column] = error
+        steps = nonzero(scale)
+        chosen, errors = torch.empty(2, *own.T.shape, device=own.device)
+        for column, pivot in enumerate(block.diagonal().tolist()):
+            value, code, error = own[:, column].contiguous(), chosen[column], errors[column]
+            grid.nearest_(torch.sub(value, zero, out=code).div_(steps))
+            torch.sub(value, (code * scale).add_(zero), out=error).div_(pivot)
             own[:, column + 1 :].addr_(error, block[column, column + 1 :], alpha=-1)
-        left[:, group.stop :].addmm_(errors, factor[group, group.stop :], alpha=-1)
+        codes[:, group] = chosen.T
+        left[:, group.stop :].addmm_(errors.T, factor[group, group.stop :], alpha=-1)
         scales.append(scale)
         zeros.append(zero)
     return _Coded(grid, codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
@@ -229,21 +248,22 @@ class _Coded:
 
     def with_better_codes(self, weight: torch.Tensor, hessian: torch.Tensor) -> _Coded:
         """Each code by coordinate descent."""
-        grid, codes, scale, zero = self.grid, self.codes.clone(), self.scale, self.zero
-        values = self.values
+        grid, codes, values = self.grid, self.codes.clone(), self.values
         pull = (weight - values) @ hessian
-        for index in range(scale.shape[1]):
+        for index in range(self.scale.shape[1]):
             first = index * grid.group_inputs
             group = slice(first, first + grid.group_inputs)
-            own = hessian[group, group]
-            steps, zeros = scale[:, index], zero[:, index]
-            near = pull[:, group].clone()
-            changes = torch.zeros_like(near)
-            for column in range(near.shape[1]):
-                wanted = values[:, first + column] + near[:, column] / own[column, column]
-                code = grid.centred_codes(wanted[:, None], steps, zeros)[:, 0]
-                change = (code - codes[:, first + column]) * steps
-                codes[:, first + column], changes[:, column] = code, change
-                near.addr_(change, own[column], alpha=-1)
-            pull.addmm_(changes, hessian[group], alpha=-1)
+            own, scale, zero = hessian[group, group], self.scale[:, index], self.zero[:, index]
+            steps = nonzero(scale)
+            # One row for each input, so that what a step reads and writes is contiguous.
+            near, before, wide = (part[:, group].T.contiguous() for part in (pull, codes, values))
+            chosen, changes = torch.empty_like(near), torch.empty_like(near)
+            for column, pivot in enumerate(own.diagonal().tolist()):
+                code, change, later = chosen[column], changes[column], slice(column + 1, None)
+                torch.div(near[column], pivot, out=code).add_(wide[column])
+                grid.nearest_(code.sub_(zero).div_(steps))
+                torch.sub(code, before[column], out=change).mul_(scale)
+                near[later].addr_(own[column, later], change, alpha=-1)
+            codes[:, group] = chosen.T
+            pull.addmm_(changes.T, hessian[group], alpha=-1)
         return replace(self, codes=codes)

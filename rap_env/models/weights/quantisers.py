@@ -89,8 +89,10 @@ class Grid:
         self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
     ) -> torch.Tensor:
         """The nearest codes minus the middle one, (..., n), as floats."""
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        codes = (weights - zero[..., None]) / safe[..., None]
+        return self.nearest_((weights - zero[..., None]).div_(nonzero(scale)[..., None]))
+
+    def nearest_(self, codes: torch.Tensor) -> torch.Tensor:
+        """Round centred codes in place."""
         return codes.round_().clamp_(-self.middle, self.largest - self.middle)
 
     def matrix(
@@ -138,8 +140,7 @@ def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     weight = weight.float()
     scale = (weight.abs().amax(dim=1) / 127).to(SCALE_DTYPE)
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale).float()
-    codes = (weight / safe[:, None]).round_().clamp_(-127, 127)
+    codes = (weight / nonzero(scale).float()[:, None]).round_().clamp_(-127, 127)
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
@@ -162,6 +163,11 @@ def _packed_rows(weight: torch.Tensor, level: PackedLevel, fit: _Fit) -> PackedM
     if whole.factors is not None:
         whole = replace(whole, factors=torch.cat([grid.factors for grid in grids]))
     return whole.matrix(torch.cat(codes)[:, :inputs], torch.cat(scales), torch.cat(zeros))
+
+
+def nonzero(scale: torch.Tensor) -> torch.Tensor:
+    """Scales to divide by: 1 in place of 0."""
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def grouped(weight: torch.Tensor, group_inputs: int) -> torch.Tensor:
@@ -200,33 +206,42 @@ def searched(
     best_scale, best_zero = _whole_range(grid, groups)
     least = torch.full_like(low, torch.inf)
     exact = _EXACT * groups.square().mul_(share).sum(dim=-1)
+    mean = (groups * share).sum(dim=-1)
     middle = grid.middle - grid.largest / 2
     for steps in _WIDTHS[grid.bits]:
         scale = (high - low) / steps
         ends = steps <= grid.largest  # the range begins at the least weight
         zero = low + grid.middle * scale if ends else (low + high) / 2 + middle * scale
-        for _ in range(_REFITS + 1):
+        for refit in range(_REFITS + 1):
             scale, zero = grid.rounded(scale, zero)
             codes = grid.centred_codes(groups, scale, zero)
-            values = torch.addcmul(zero[..., None], codes, scale[..., None])
+            # With both factors broadcast torch would compute one value at a time.
+            values = zero[..., None].expand(codes.shape).contiguous()
+            values.addcmul_(codes, scale[..., None])
             error = values.sub_(groups).square_().mul_(share).sum(dim=-1)
             better = error < least
             least = torch.where(better, error, least)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-            scale, zero = _fitted(groups, codes, scale, share)
+            if refit < _REFITS:
+                scale, zero = _fitted(groups, mean, codes, scale, share)
         if bool((least <= exact).all()):
             break
     return best_scale, best_zero
 
 
 def _fitted(
-    groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, share: torch.Tensor
+    groups: torch.Tensor,
+    mean: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    share: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero with the least squared error for given codes; `scale` if all are equal."""
-    mean_code, mean = (codes * share).sum(dim=-1), (groups * share).sum(dim=-1)
-    centred = codes - mean_code[..., None]
-    spread = (centred * share).mul_(centred).sum(dim=-1)
+    mean_code = (codes * share).sum(dim=-1)
+    centred = codes.sub_(mean_code[..., None])
+    weighted = centred * share
+    spread = (weighted * centred).sum(dim=-1)
     slope = centred.mul_(groups).mul_(share).sum(dim=-1) / spread.clamp_min(1e-12)
     slope = torch.where(spread > 0, slope, scale)
     return slope, mean - mean_code * slope
