@@ -7,20 +7,14 @@ removal. Over a ladder with more levels, the order is by the rise per freed byte
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import (
-    PricedState,
-    check_ladder,
-    one_shot_costs,
-    reference_costs,
-)
-from rap_env.importance.profiles import GSI_METHODS, GSIProfile
+from rap_env.importance.orders import PricedState, check_ladder, one_shot_costs, reference_costs
+from rap_env.importance.profiles import GSI_METHODS, GSIProfile, Meter
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState
@@ -100,8 +94,7 @@ def _start(
                 "another path or delete it."
             )
         return saved
-    before = scorer.evaluations, scorer.block_forwards
-    dense_nll = scorer.dense_nll
+    meter, dense_nll = Meter(scorer), scorer.dense_nll
     return GSIProfile(
         method=method,
         levels={item.name: list(item.levels) for item in ladder.items},
@@ -112,11 +105,8 @@ def _start(
         first_nll={},
         last_rises={},
         candidates=(),
-        evaluations=1,  # the dense model
-        evaluations_run=scorer.evaluations - before[0],
-        block_forwards=scorer.block_forwards - before[1],
-        seconds=0.0,
         provenance=scorer.provenance,
+        **meter.spent(1),
     )
 
 
@@ -144,14 +134,13 @@ class _Search:
 
     def next(self) -> int | None:
         """Measure a round; None if there is nothing left to lower."""
-        state, profile, began = self._state, self.profile, time.perf_counter()
+        state, profile, meter = self._state, self.profile, Meter(self._scorer)
         items = filter(state.is_valid, range(len(self._ladder)))
         freed = {item: 1 for item in items if state.companions(item)[0] == item}
         if isinstance(state, PricedState):
             freed = {item: size for item in freed if (size := state.step_bytes(item)) > 0}
         if not freed or len(profile.order) >= self._stop:
             return None
-        before = self._scorer.evaluations, self._scorer.block_forwards
         best, nll, rises = self._measure(freed)
         named = {self._names[item]: rise for item, rise in rises.items()}
         last_rises = profile.last_rises | named
@@ -165,10 +154,7 @@ class _Search:
             first_nll=profile.first_nll or first_nll,
             last_rises=last_rises,
             candidates=(*profile.candidates, len(rises)),
-            evaluations=profile.evaluations + len(rises),
-            evaluations_run=profile.evaluations_run + self._scorer.evaluations - before[0],
-            block_forwards=profile.block_forwards + self._scorer.block_forwards - before[1],
-            seconds=profile.seconds + time.perf_counter() - began,
+            **profile.with_added(meter.spent(len(rises))),
         )
         return best
 

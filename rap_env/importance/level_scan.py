@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rap_env.blocks import block_name
-from rap_env.importance.level_costs import (
-    CACHE_LEVELS,
-    TOGETHER,
-    LevelCosts,
-    window_share,
-)
+from rap_env.importance.level_costs import CACHE_LEVELS, TOGETHER, LevelCosts, window_share
 from rap_env.importance.level_fit import is_as_exact, shrunk_costs
+from rap_env.importance.profiles import Meter
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.progress import progress_bar
@@ -59,21 +55,8 @@ def scan_levels(
         item: [n for n in names if not (is_cache(item) and n in together)]
         for item, names in levels.items()
     }
-    empty = LevelCosts(
-        num_layers=facts.num_layers,
-        window_tokens=length,
-        native_nll=0.0,
-        one_shot={},
-        errors={},
-        joint={},
-        evaluations=0,
-        evaluations_run=0,
-        block_forwards=0.0,
-        seconds=0.0,
-        provenance=scorer.provenance,
-    )
     alone = [Plan.of({item: n}) for item, names in single.items() for n in names]
-    costs, rises = _measured(empty, scorer, [*alone, *uniform.values()], progress)
+    spent, rises = _measured(scorer, [*alone, *uniform.values()], progress)
     left = iter(rises)
     measured = {item: {n: next(left) for n in names} for item, names in single.items()}
     joint = {pair: float(next(left).mean()) for pair in uniform}
@@ -85,12 +68,15 @@ def scan_levels(
         for item, share in zip(caches, shares, strict=True):
             one_shot[item] |= {level: share * joint["caches", level]}
             errors[item] |= {level: 0.0}
-    return replace(
-        costs,
+    return LevelCosts(
+        num_layers=facts.num_layers,
+        window_tokens=length,
         native_nll=scorer.nll(Plan()),
         one_shot=one_shot,
         errors=errors,
         joint={uniform[pair].to_json(): rise for pair, rise in joint.items()},
+        provenance=scorer.provenance,
+        **spent,
     )
 
 
@@ -118,9 +104,9 @@ def measure_jointly(
     progress: bool = True,
 ) -> LevelCosts:
     """Add measured plans, such as those that a policy chooses, to the level costs."""
-    spent, rises = _measured(costs, scorer, list(plans), progress)
+    spent, rises = _measured(scorer, list(plans), progress)
     joint = {p.to_json(): float(rise.mean()) for p, rise in zip(plans, rises, strict=True)}
-    return replace(spent, joint={**costs.joint, **joint})
+    return replace(costs, joint={**costs.joint, **joint}, **costs.with_added(spent))
 
 
 def useful_levels(cache_levels: Sequence[str], tokens: int) -> list[str]:
@@ -160,20 +146,12 @@ def _standard_error(rise: Rise) -> float:
 
 
 def _measured(
-    costs: LevelCosts, scorer: MaskScorer, plans: list[Plan], progress: bool
-) -> tuple[LevelCosts, list[Rise]]:
-    """Rise in NLL of each window, nats per token, and the costs with what measuring took added."""
-    began = time.perf_counter()
-    before = scorer.evaluations, scorer.block_forwards
+    scorer: MaskScorer, plans: list[Plan], progress: bool
+) -> tuple[dict[str, Any], list[Rise]]:
+    """What measuring took, as fields of a profile, and the rise in NLL of each window."""
+    meter = Meter(scorer)
     distinct = {Plan(), *plans}
     with progress_bar(progress, total=len(distinct), desc="levels", unit="plan") as bar:
         scorer.nll_many([Plan(), *plans], bar_callback(bar))
-    spent = replace(
-        costs,
-        evaluations=costs.evaluations + len(distinct),
-        evaluations_run=costs.evaluations_run + scorer.evaluations - before[0],
-        block_forwards=costs.block_forwards + scorer.block_forwards - before[1],
-        seconds=costs.seconds + time.perf_counter() - began,
-    )
-    native = scorer.window_nll(Plan())
+    spent, native = meter.spent(len(distinct)), scorer.window_nll(Plan())
     return spent, [scorer.window_nll(plan) - native for plan in plans]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.importance.profiles import OneShotProfile
+from rap_env.importance.profiles import Meter, OneShotProfile
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
@@ -20,8 +19,7 @@ from rap_env.scoring.scorer import MaskScorer
 
 def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     """Measure the removal of every single block: 2L + 1 evaluations, minus stored ones."""
-    began = time.perf_counter()
-    before = scorer.evaluations, scorer.block_forwards
+    meter = Meter(scorer)
     dense, blocks = scorer.dense_nll, scorer.llm.blocks
     with progress_bar(
         progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
@@ -32,11 +30,8 @@ def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
         dense_nll=dense,
         nll_without=tuple(nll),
         influence=tuple(block_influence(scorer).tolist()),
-        evaluations=len(blocks) + 1,
-        evaluations_run=scorer.evaluations - before[0],
-        block_forwards=scorer.block_forwards - before[1],
-        seconds=time.perf_counter() - began,
         provenance=scorer.provenance,
+        **meter.spent(len(blocks) + 1),
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError
 from rap_env.model_facts import HasFacts
+
+if TYPE_CHECKING:
+    from rap_env.scoring.scorer import MaskScorer
 
 GSI_METHODS = ("exact", "lazy")
 """Methods of `rap_env.gsi`."""
@@ -55,6 +59,32 @@ class Profile:
             ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
         """
         return cls(**load_profile(path, cls.KIND, cls.FORMAT, model))
+
+    def with_added(self, spent: Mapping[str, float]) -> dict[str, Any]:
+        """Its fields that tell what it took, with what more was spent."""
+        return {name: getattr(self, name) + more for name, more in spent.items()}
+
+
+class Meter:
+    """What a scorer runs from now on.
+
+    Args:
+        scorer: Counts its evaluations and the blocks that it runs.
+    """
+
+    def __init__(self, scorer: MaskScorer) -> None:
+        self._scorer, self._began = scorer, time.perf_counter()
+        self._before = scorer.evaluations, scorer.block_forwards
+
+    def spent(self, evaluations: int) -> dict[str, Any]:
+        """The fields of a `Profile` for so many evaluations."""
+        run, forwards = self._before
+        return {
+            "evaluations": evaluations,
+            "evaluations_run": self._scorer.evaluations - run,
+            "block_forwards": self._scorer.block_forwards - forwards,
+            "seconds": time.perf_counter() - self._began,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

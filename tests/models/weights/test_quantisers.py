@@ -140,6 +140,11 @@ def test_hessians_are_sums_over_all_passes_and_shared_by_layers_with_the_same_in
     assert torch.allclose(sums["first"], flat.T @ flat, rtol=1e-5, atol=1e-5)
     assert sums["second"] is sums["first"]
     assert not torch.allclose(sums["third"], sums["first"])
+    assert torch.equal(sums["first"], sums["first"].T)
+    with hessians(layers) as alone, torch.inference_mode():
+        for sequence in (sequence for states in passes for sequence in states):
+            first(sequence)
+    assert torch.equal(alone["first"], sums["first"])  # to the last bit
     before = sums["first"].clone()
     first(passes[0])
     assert torch.equal(sums["first"], before)
