@@ -266,7 +266,7 @@ def _intact(path: Path) -> bool:
 def _make(llm: ElasticLLM, windows: torch.Tensor, uniform: bool) -> None:
     """Write the files of all blocks and of the head that are missing or damaged."""
     forward, damping = PartialForward(llm), _damping(uniform)
-    states = [forward.enter(some.to(llm.device)) for some in windows.split(_WINDOWS)]
+    states = [forward.enter(some.to(llm.device)) for some in torch.split(windows, _WINDOWS)]
     for number, step in enumerate(forward.steps):
         items = [llm._live.items[index] for index in step]
         missing = {item: _missing(item) for item in items}
