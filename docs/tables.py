@@ -8,7 +8,6 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -274,10 +273,6 @@ def leaderboard_text() -> str:
         table = markdown(columns_table(entries, columns))
         parts.append(f"### {', '.join(names)}\n\n{table.strip()}\n\n{agreement}")
     return "\n\n".join(parts) + "\n"
-
-
-def _json(*parts: str) -> Any:
-    return json.loads(RESULTS.joinpath(*parts).read_text(encoding="utf-8").splitlines()[-1])
 
 
 def features_text() -> str:

@@ -34,15 +34,11 @@ from experiments.study.help import guess, help_text, settings_of
 from experiments.study.run_names import run_label
 from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError, UnknownNameError
-from rap_env.plugins import GROUPS as PLUGIN_KINDS
-from rap_env.plugins import entry_points
+from rap_env.plugins import GROUPS, entry_points
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 CHOICES_FILE = CONF_DIR / "choices.yaml"
 """Options of the groups that have no folder of their own in ``conf/``."""
-
-GROUPS = {"hydra/sweeper/optuna": "sweeps", "hydra/launcher/submitit": "sweeps"}
-"""Dependency group that provides a plugin, by the name that Hydra reports as missing."""
 
 _EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"
 
@@ -92,7 +88,7 @@ class PackagesSearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the folder ``conf`` of each package."""
-        offered = [plugin for kind in PLUGIN_KINDS for plugin in entry_points(kind)]
+        offered = [plugin for kind in GROUPS for plugin in entry_points(kind)]
         for package, folder in {plugin.package: plugin.conf for plugin in offered}.items():
             if folder is not None:
                 search_path.append(package, f"file://{folder}")
@@ -244,17 +240,7 @@ def _mistake(text: str, program: str) -> str:
         known = re.findall(r"^\t(\S+)$", text.partition("Config search path")[0], re.MULTILINE)
         if known:
             return str(UnknownNameError(f"option of {option[1]}", option[2], known))
-    return with_group(text)
-
-
-def with_group(message: str) -> str:
-    """Return the message, with the command that installs a missing plugin of Hydra."""
-    for plugin, group in GROUPS.items():
-        if plugin in message:
-            return (
-                f"{message}\nInstall the dependency group that has it: pip install --group {group}"
-            )
-    return message
+    return text
 
 
 def set_threads(config: Config) -> None:

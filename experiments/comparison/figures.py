@@ -14,10 +14,9 @@ from experiments.study.figures import (
     FAINT,
     INK,
     Panel,
-    delta_nll_scale,
     draw_series,
     panel_figure,
-    panels,
+    plain_log_ticks,
     style,
 )
 from experiments.study.looks import LEVEL_COLOURS, look, short_label
@@ -32,42 +31,34 @@ if TYPE_CHECKING:
 
 
 def delta_nll_against_budget(comparison: Comparison) -> Figure:
-    """Draw ΔNLL against budget, a panel for each request, all methods."""
-    shapes, same = comparison.shapes, comparison.same_budgets
-    columns = min(3, len(shapes))
-    rows = -(-len(shapes) // columns)
-    with style():
-        figure, axes = panels(rows, columns, height=3.1, sharey=True, sharex=same)
-        means: list[float] = []
-        peak = f"memory budget (% of the {comparison.reference_word} peak)"
-        for place, (axis, shape) in enumerate(zip(axes, shapes, strict=False)):
-            means += _draw_delta_nlls(axis, comparison, shape)
-            axis.set_title(f"{shape_words(shape)} tokens")
-            lowest = place + columns >= len(shapes)  # no panel below
-            axis.set_xlabel(peak if lowest else "")
-            if lowest:
-                axis.tick_params(labelbottom=True)
-        for place, axis in enumerate(axes):
-            axis.set_visible(place < len(shapes))
-            delta_nll_scale(axis, means, "y", label=place % columns == 0)
-        for axis, shape in zip(axes[:1] if same else axes, shapes, strict=False):
-            budgets = [100 * budget for budget in comparison.budgets_of(shape)]
-            if len(budgets) == 1:
-                axis.set_xlim(budgets[0] + 1, budgets[0] - 1)
-            else:
-                axis.invert_xaxis()
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles[::-1], labels[::-1], loc="outside lower center", ncols=5,
-            handlelength=1.6, columnspacing=1.4,
-        )  # fmt: skip
-    return figure
+    """Draw ΔNLL against budget, a panel for each request, all methods.
+
+    Its axis is logarithmic if all means are positive and span a decade.
+    """
+    pairs = {(row.method, row.cell) for row in comparison.rows if row.method in comparison.compared}
+    means = [float(np.mean(comparison.window_delta_nlls(*pair))) for pair in pairs]
+    log = min(means) > 0 and max(means) > 10 * min(means)
+
+    def draw(axis: Axes, shape: Shape) -> None:
+        _draw_delta_nlls(axis, comparison, shape)
+        budgets = [100 * budget for budget in comparison.budgets_of(shape)]
+        axis.set_xlim(max(budgets) + 1, min(budgets) - 1)
+        if log:
+            axis.set_yscale("log")
+            plain_log_ticks(axis.yaxis)
+
+    x = f"memory budget (% of the {comparison.reference_word} peak)"
+    y = f"ΔNLL (nats/token{', log scale' if log else ''})"
+    parts = [
+        Panel(partial(draw, shape=shape), f"{shape_words(shape)} tokens", x, y)
+        for shape in comparison.shapes
+    ]
+    return panel_figure(parts, height=3.1, same_axes=True, sharey=True)
 
 
-def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> list[float]:
-    """Draw the lines of all methods in one panel; return the drawn means."""
-    means = []
-    methods = comparison.compared[::-1]
+def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> None:
+    """Draw the lines of all methods in one panel, the first method on top."""
+    methods = comparison.compared
     for place, method in enumerate(methods):
         shown = look(method)
         cells = [(*shape, budget) for budget in comparison.budgets_of(shape)]
@@ -76,7 +67,7 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> list[f
         shift = spread_percent * (place - len(methods) / 2) / max(1, len(methods))
         x = [100 * cell[2] + shift for cell, _ in points]
         y = [e.mean for _, e in points]
-        width, order = (2.0, 5) if shown.learned else (1.0, 3)
+        width, order = (2.0, 5 - place / 100) if shown.learned else (1.0, 3 - place / 100)
         draw_series(
             axis, x, y, [(e.low, e.high) for _, e in points], color=shown.colour, linewidth=width,
             zorder=order, elinewidth=0.8, linestyle="-" if shown.learned else (0, (4, 2)),
@@ -92,10 +83,8 @@ def _draw_delta_nlls(axis: Axes, comparison: Comparison, shape: Shape) -> list[f
                 *zip(*missed, strict=True), shown.marker, color=shown.colour, zorder=order + 1,
                 markerfacecolor="white", markersize=5,
             )  # fmt: skip
-        means += y
     if comparison.same_budgets:
         axis.set_xticks([100 * budget for budget in comparison.budgets])
-    return means
 
 
 MEMORY_PARTS = {
@@ -170,36 +159,39 @@ def levels_picture(lines: Sequence[LevelsLine], num_layers: int) -> Figure:
         "FFN weights": [block_name(2 * layer + 1) for layer in range(num_layers)],
         "Emb.": [EMBEDDINGS],
     }
-    widths = [*[num_layers] * 3, max(1, num_layers / 6)]
+    names = [name for group in items.values() for name in group]
+    used = {line.level(name) for line in lines for name in names}
+    levels = [level for level in LEVEL_COLOURS if level in used]
+    colours = {
+        level: LEVEL_COLOURS.get(level, _OTHER_LEVEL)
+        for level in [*levels, *sorted(used - set(levels))]
+    }
+
+    def draw(axis: Axes, names: list[str]) -> None:
+        rows = [[to_rgb(colours[line.level(name)]) for name in names] for line in lines]
+        axis.pcolormesh(np.array(rows), edgecolors="white", linewidth=0.6, shading="flat")
+        axis.grid(False)
+        axis.tick_params(length=0)
+        axis.set_ylim(len(lines), 0)  # the first line on top
+        axis.set_yticks(np.arange(len(lines)) + 0.5, [line.label for line in lines])
+        shown = range(0, len(names) if len(names) > 1 else 0, 5 if len(names) > 12 else 1)
+        axis.set_xticks([tick + 0.5 for tick in shown], [str(tick) for tick in shown])
+        for place in range(1, len(lines)):
+            if lines[place].request != lines[place - 1].request:
+                axis.axhline(place, color=INK, linewidth=1.2)
+
+    parts = [
+        Panel(partial(draw, names=names), title, "layer" if len(names) > 1 else "")
+        for title, names in items.items()
+    ]
+    figure = panel_figure(
+        parts, columns=len(items), height=1.1 + 0.21 * len(lines), legend=0, sharey=True,
+        width_ratios=[*[num_layers] * 3, max(1, num_layers / 6)],
+    )  # fmt: skip
+    handles = [
+        Patch(facecolor=colour, edgecolor=FAINT, label=level) for level, colour in colours.items()
+    ]
     with style():
-        figure, axes = panels(
-            1, len(items), sharey=True, height=1.1 + 0.21 * len(lines), width_ratios=widths
-        )  # fmt: skip
-        for axis, (title, names) in zip(axes, items.items(), strict=True):
-            colours = [
-                [to_rgb(LEVEL_COLOURS.get(line.level(name), _OTHER_LEVEL)) for name in names]
-                for line in lines
-            ]
-            axis.pcolormesh(np.array(colours), edgecolors="white", linewidth=0.6, shading="flat")
-            axis.grid(False)
-            axis.tick_params(length=0)
-            axis.set_ylim(len(lines), 0)  # the first line on top
-            axis.set_title(title)
-            axis.set_xlabel("layer" if len(names) > 1 else "")
-            ticks = range(0, len(names), 5 if len(names) > 12 else 1)
-            shown = ticks if len(names) > 1 else range(0)
-            axis.set_xticks([tick + 0.5 for tick in shown], [str(tick) for tick in shown])
-            for place in range(1, len(lines)):
-                if lines[place].request != lines[place - 1].request:
-                    axis.axhline(place, color=INK, linewidth=1.2)
-        axes[0].set_yticks(np.arange(len(lines)) + 0.5, [line.label for line in lines])
-        used = {line.level(name) for line in lines for names in items.values() for name in names}
-        levels = [level for level in LEVEL_COLOURS if level in used]
-        levels += sorted(used - set(levels))
-        handles = [
-            Patch(facecolor=LEVEL_COLOURS.get(level, _OTHER_LEVEL), edgecolor=FAINT, label=level)
-            for level in levels
-        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=9)
     return figure
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
-from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
+from experiments.comparison.summaries import REFERENCE, Comparison, Summary
 from experiments.study.looks import look, rank
 from experiments.study.records import Cell
 from experiments.study.statistics import bootstrap_mean, paired_ratio
@@ -104,18 +104,6 @@ def quality_table(comparison: Comparison) -> Table | None:
     columns = quality_columns(s.quality for s in comparison.summaries)
     lines = {f"{look(s.method).label}{_seeds(s)}": s.quality for s in comparison.summaries}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
-
-
-def quality_by_budget(
-    comparison: Comparison, shape: tuple[int, int], names: Iterable[str]
-) -> Table:
-    """Return what `quality_table` shows for the plans of one request, one after the other."""
-
-    def entry(rows: list[ResultRow]) -> str:
-        quality = mean_quality(rows)
-        return " / ".join(quality_entry(quality, name) for name in names)
-
-    return _budget_table(comparison, shape, entry)
 
 
 def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
@@ -391,9 +379,6 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),
         ]
-        if columns := quality_columns(s.quality for s in comparison.summaries):
-            quality = quality_by_budget(comparison, shape, columns.values())
-            tables.append(TitledTable(quality, f"{' / '.join(columns)}, {words}", detail=True))
     return tables
 
 

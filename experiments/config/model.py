@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from experiments.config.common import (
     CellText,
     CountOrZero,
-    Fraction,
     Section,
     TextConfig,
     among,
@@ -47,8 +46,6 @@ class StubsConfig(Section):
     """Texts to fit on, by name; the library is fitted on all of them together."""
     report_texts: dict[str, TextConfig] = field(default_factory=dict)
     """Texts to report on, by name; never fitted on."""
-    held_back_share: Fraction = 0.25
-    """Windows held back to choose ranks and penalties, as a share of those fitted on."""
     rank: CountOrZero = 64
     """Mean rank of the stubs."""
     repairs: list[Annotated[str, among(*REPAIRS)]] = field(default_factory=lambda: list(REPAIRS))

@@ -56,7 +56,6 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "teacher": Setting(str, "none", among(*TEACHERS)),
         "requests": Setting(int, 512, within(1)),  # workload requests that the teacher answers
         "updates": Setting(int, 600, within(1)),  # updates of the network on the teacher's plans
-        "learning_rate": Setting(float | int, 3e-3, within(0)),  # first learning rate
     },
     # Training on predicted scores that are corrected with measured ones after each round.
     "score_model": {
@@ -90,7 +89,6 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "project": Setting(str, "rap"),  # project of wandb
         # auto: online if a login is found, else offline.
         "wandb_mode": Setting(str, "auto", among("auto", "online", "offline")),
-        "tags": Setting(list, []),  # further tags of wandb
     },
     # experiments.demo.
     "demo": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from experiments.config.common import (
@@ -148,16 +148,10 @@ class LadderConfig(Section):
         default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2]
     )
     """Its budgets."""
-    windows: Count | None = None
-    """Windows of the text; null for those of ``evaluate.text``."""
-    window_tokens: Annotated[int, within(2)] | None = None
-    """Tokens of a window; null for those of ``evaluate.text``."""
     llama_cpp_caches: list[Annotated[str, among(*LLAMA_CPP_CACHES)]] = field(
         default_factory=lambda: ["f16", "q8_0", "q5_1", "q4_1", "q4_0"]
     )
     """Formats of llama.cpp's cache; weights are those of the file."""
-    llama_cpp_threads: Count = 1
-    """Threads of llama.cpp; they change only the duration."""
     llama_cpp_files: list[Annotated[str, among(*LLAMA_CPP_FILES)]] = field(
         default_factory=lambda: [
             "Q2_K", "IQ2_M+embeddings", "IQ4_NL", AS_SHIPPED, "Q3_K_M", "Q2_0"
@@ -168,14 +162,6 @@ class LadderConfig(Section):
     """Layers that methods of layer removal leave out, in the same program."""
     ranks: list[Count] = field(default_factory=lambda: [16])
     """Ranks of corrections that are added to FFN blocks at int2, in the same program."""
-
-    def text_of(self, text: TextConfig) -> TextConfig:
-        """The text to measure on: a given one with these windows."""
-        return replace(
-            text,
-            windows=self.windows or text.windows,
-            window_tokens=self.window_tokens or text.window_tokens,
-        )
 
 
 LENGTHS = {"lengths": Setting(list, [512, 1024, 2048]), "questions": Setting(int, 32, within(1))}

@@ -25,8 +25,6 @@ class EnvConfig(Section):
     """Levels of ``RAPLadder-v0``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
     together: list[str] = field(default_factory=lambda: ["int8", "int4"])
     """Levels of ``RAPLadder-v0`` that all caches take together."""
-    infeasible: str = "clip"
-    """What happens to a request that no plan fits: ``clip`` raises its budget."""
     invalid_action_penalty: float = 0.1
     """What an invalid action costs."""
     max_invalid_actions: int = 10

@@ -48,12 +48,12 @@ def llama_cpp_jobs(config: Config, folder: Path) -> Iterator[Job[LlamaCppRow]]:
     need_llama_cpp()
     settings, file = config.ladder, gguf_file(config.model.name)
     context = build_context(config)
-    report = held_out_scorer(settings.text_of(config.evaluate.text), "report", context)
+    report = held_out_scorer(config.evaluate.text, "report", context)
     versions = package_versions([PACKAGE])
     identity = {"file": file.name, "llama_cpp": versions.get(PACKAGE)}
     depends_on = {**report_identity(report), **identity}
     for cache in settings.llama_cpp_caches:
-        task = {"file": str(file), "cache": cache, "threads": settings.llama_cpp_threads}
+        task = {"file": str(file), "cache": cache, "threads": 1}
         measured = LlamaCppCache(task, report)
         for shape in settings.shapes:
             yield Job(LlamaCppRow, (cache, shape), depends_on, partial(measured.row, shape))

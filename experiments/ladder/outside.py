@@ -130,8 +130,7 @@ class Contenders:
     def __init__(self, config: Config) -> None:
         model, self._settings = config.model, config.ladder
         self.context = build_context(config)
-        text = self._settings.text_of(config.evaluate.text)
-        self.report = held_out_scorer(text, "report", self.context)
+        self.report = held_out_scorer(config.evaluate.text, "report", self.context)
         self._packed = shared_llm(
             model.name, device=model.device, dtype=model.dtype, weights="native"
         )
@@ -204,12 +203,12 @@ class Contenders:
         with low_rank_corrected(layers, self._sums, "int2", rank, OWN_TEXT_DAMPING) as added_bytes:
             return self._fields(self._llm, Plan(), added_bytes, sized=plan)
 
-    def llama_cpp(self, source: Path, threads: int, kind: str) -> dict[str, Any]:
+    def llama_cpp(self, source: Path, kind: str) -> dict[str, Any]:
         """A file that llama.cpp's quantiser makes with an importance matrix, in its engine."""
         windows, file = self._native.windows, self._native.folder / "quantised.gguf"
         logits = self._native.folder / "logits"
         task = {"file": str(source), "cache": "f16", "rows": 1, "tokens": windows.shape[1],
-                "threads": threads, "windows": windows.tolist(), "logits": str(logits)}  # fmt: skip
+                "threads": 1, "windows": windows.tolist(), "logits": str(logits)}  # fmt: skip
         if kind != AS_SHIPPED:
             task |= {"file": str(file), "quantise": {
                 "source": str(source),
@@ -292,7 +291,7 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
             yield job("EoRA", f"FFN int2, rank {rank}", partial(rows.low_rank, plan, rank))
     for kind in settings.llama_cpp_files:
         source = gguf_file(config.model.name)
-        of_file = partial(rows.llama_cpp, source, settings.llama_cpp_threads, kind)
+        of_file = partial(rows.llama_cpp, source, kind)
         engine = package_versions([PACKAGE]).get(PACKAGE)
         yield job("llama.cpp", kind, of_file, file=source.name, llama_cpp=engine)
     for (method, name), plan in own_plans.items():

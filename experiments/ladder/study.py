@@ -36,7 +36,7 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
     """
     settings, model = config.ladder, config.model
     context = build_context(config)
-    report = held_out_scorer(settings.text_of(config.evaluate.text), "report", context)
+    report = held_out_scorer(config.evaluate.text, "report", context)
     llm = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
     packed = MaskScorer(llm, report.corpus, context.store) if llm.facts.packed else None
     start = context.memory if packed is None else MemoryModel(llm)

@@ -32,6 +32,7 @@ from rap_env.scoring.scorer import MaskScorer
 log = logging.getLogger(__name__)
 
 _MIN_HELD_BACK = 4  # windows of each text
+_HELD_BACK_SHARE = 0.25  # of the windows fitted on, to choose ranks and penalties
 
 
 class RepairStudy:
@@ -148,8 +149,7 @@ class RepairStudy:
         return library
 
     def _held_back_part(self, text: TextConfig) -> TextConfig:
-        windows = round(text.windows * self._config.stubs.held_back_share)
-        return replace(text, windows=max(_MIN_HELD_BACK, windows))
+        return replace(text, windows=max(_MIN_HELD_BACK, round(text.windows * _HELD_BACK_SHARE)))
 
 
 def repair_jobs(config: Config, folder: Path) -> Iterator[Job[RepairRow]]:
@@ -168,7 +168,6 @@ STUDY = Study(
     repair_tables,
     data=RepairComparison,
     frozen=(
-        "model", "calibration", "stubs.fit_texts", "stubs.report_texts", "stubs.held_back_share",
-        "stubs.rank",
+        "model", "calibration", "stubs.fit_texts", "stubs.report_texts", "stubs.rank",
     ),
 )  # fmt: skip

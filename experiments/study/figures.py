@@ -68,15 +68,6 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(rows: int, columns: int, *, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Make a figure with a grid of panels, `height` inches per row, without pyplot's state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDE_IN, height * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, list(grid.flat)
-
-
 @dataclass(frozen=True)
 class Panel:
     """One panel of a figure.
@@ -113,10 +104,13 @@ def panel_figure(
         same_axes: Whether only panels at the left and bottom edge have labels of axes.
         **options: As for `matplotlib.figure.Figure.subplots`, such as ``sharey``.
     """
+    from matplotlib.figure import Figure
+
     columns = min(columns, len(parts))
     rows = -(-len(parts) // columns)
     with style():
-        figure, axes = panels(rows, columns, height=height, **options)
+        figure = Figure(figsize=(WIDE_IN, height * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
         for place, (axis, part) in enumerate(zip(axes, parts, strict=False)):
             part.draw(axis)
             axis.set_title(part.title)
@@ -169,16 +163,6 @@ def svg_uri(figure: Figure) -> str:
     with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def delta_nll_scale(axis: Axes, means: list[float], which: str, label: bool = True) -> None:
-    """Label an axis of ΔNLL; it is logarithmic if all means are positive and span a decade."""
-    log = bool(means) and min(means) > 0 and max(means) > 10 * min(means)
-    text = f"ΔNLL (nats/token{', log scale' if log else ''})" if label else ""
-    axis.set(**{f"{which}label": text})
-    if log:
-        axis.set(**{f"{which}scale": "log"})
-        plain_log_ticks(axis.xaxis if which == "x" else axis.yaxis)
 
 
 def plain_log_ticks(axis: Any) -> None:

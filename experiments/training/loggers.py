@@ -209,7 +209,7 @@ class Wandb(MetricLogger):
     @staticmethod
     def _tags(config: Config, job: str) -> list[str]:
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
-        return [*about, Path(config.model.name).name[:64], *config.logger["tags"]]
+        return [*about, Path(config.model.name).name[:64]]
 
 
 _OUTPUT = {"runs_dir", "progress", "logger"}

@@ -172,7 +172,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
         workload=config.workload,
         reward=config.reward,
         tasks=config.env.tasks if config.env.tasks["names"] else None,
-        infeasible=config.env.infeasible,
+        infeasible="clip",
         invalid_action_penalty=config.env.invalid_action_penalty,
         max_invalid_actions=config.env.max_invalid_actions,
         **(config.env.ladder if config.env.lowers else {}),
@@ -224,9 +224,7 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
         return None
 
     def start(model: Any) -> None:
-        how = ImitationConfig(
-            updates=settings["updates"], learning_rate=settings["learning_rate"], seed=config.seed
-        )
+        how = ImitationConfig(updates=settings["updates"], seed=config.seed)
         ladder = config.env.ladder if config.env.lowers else None
         shown = demonstrations(config, context)
         encoder = make_encoder(context, ladder)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.compare import compare
 from experiments.config.evaluation import CompareConfig
-from experiments.launch import CONF_DIR, register, runs_in_parallel, with_group
+from experiments.launch import CONF_DIR, register, runs_in_parallel
 from experiments.study.run_folder import RunFolder
 from tests.experiments.tiny_study import tiny_study
 from tests.programs import run_python
@@ -104,12 +104,6 @@ def test_two_jobs_run_in_the_executor_of_the_slurm_launcher(base):
     assert sorted((found["seed"], found["threads"]) for found in settings) == [(0, 1), (1, 1)]
     assert len(list(folder.glob("*/profile.json"))) == 2
     assert len(list(folder.glob(".submitit/*/*_log.out"))) == 2
-
-
-def test_a_plugin_that_is_not_installed_names_its_group():
-    missing = "Could not find 'hydra/launcher/submitit_slurm'"
-    assert with_group(missing).endswith("pip install --group sweeps")
-    assert with_group("Could not find 'agent/ppi'") == "Could not find 'agent/ppi'"
 
 
 @functools.cache

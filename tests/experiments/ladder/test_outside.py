@@ -145,7 +145,7 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
         return {"model_bytes": 5, "tensor_types": {"q4_0": 2}}
 
     monkeypatch.setattr(outside, "run_process", run)
-    measure = partial(contenders.llama_cpp, tmp_path / "source.gguf", 1, kind)
+    measure = partial(contenders.llama_cpp, tmp_path / "source.gguf", kind)
     fields = contenders.measured(measure)
     assert (fields["weight_bytes"], fields["tensor_types"]) == (5, {"q4_0": 2})
     assert (fields["loss"], fields["same_top_token_share"]) == (0.0, 1.0)

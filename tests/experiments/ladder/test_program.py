@@ -124,13 +124,6 @@ def test_packaged_policies_of_another_model_are_left_out(config, caplog):
         list(ladder_jobs(missing, Path()))
 
 
-def test_the_text_has_the_ladders_own_windows_if_there_are_any(config):
-    text = config.evaluate.text
-    assert config.ladder.text_of(text) == text
-    shorter = replace(config.ladder, windows=2, window_tokens=20).text_of(text)
-    assert (shorter.source, shorter.windows, shorter.window_tokens) == ("self", 2, 20)
-
-
 def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
     folder = config.stage_dir("shipped")
     rows = ShippedRow.read(SHIPPED.run(replace(config, stage="shipped"), folder))
