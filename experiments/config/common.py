@@ -11,10 +11,8 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 from omegaconf import MISSING
 
 from experiments.study.errors import ExperimentError
+from experiments.study.records import Cell
 from rap_env.errors import check_name
-
-Cell = tuple[int, int, float]
-"""Batch size, sequence length in tokens, budget as a fraction of the dense peak."""
 
 Rule = Callable[[str, Any], None]
 """Raises an error that names a setting (first argument) if its value is not allowed."""
@@ -91,15 +89,21 @@ def _check(name: str, value: Any, hint: Any) -> None:
             _check(name, entry, part)
 
 
+def _match(pattern: re.Pattern[str], text: str, what: str) -> re.Match[str]:
+    """The match of a whole text; an `ExperimentError` says what it should be."""
+    match = pattern.fullmatch(str(text).replace(" ", ""))
+    if not match:
+        raise ExperimentError(f"A {what}; {text!r} is not.")
+    return match
+
+
 def parse_shape(text: str) -> tuple[int, int]:
     """Parse ``"8x2048"`` into (8, 2048).
 
     Raises:
         ExperimentError: The text has another form.
     """
-    match = _SHAPE.fullmatch(str(text).replace(" ", ""))
-    if not match:
-        raise ExperimentError(f"A request is BATCHxTOKENS, such as 8x2048; {text!r} is not.")
+    match = _match(_SHAPE, text, "request is BATCHxTOKENS, such as 8x2048")
     return int(match[1]), int(match[2])
 
 
@@ -109,11 +113,7 @@ def parse_cell(text: str) -> Cell:
     Raises:
         ExperimentError: The text has another form, or the budget is not in (0, 1].
     """
-    match = _CELL.fullmatch(str(text).replace(" ", ""))
-    if not match:
-        raise ExperimentError(
-            f"A cell is BATCHxTOKENS@BUDGET, such as 8x2048@0.85; {text!r} is not."
-        )
+    match = _match(_CELL, text, "cell is BATCHxTOKENS@BUDGET, such as 8x2048@0.85")
     return (*parse_shape(match[1]), float(match[2]))
 
 
@@ -144,12 +144,8 @@ def parse_pinned(text: str) -> Pinned:
     Raises:
         ExperimentError: The text has another form.
     """
-    match = _PINNED.fullmatch(str(text).replace(" ", ""))
-    if not match:
-        raise ExperimentError(
-            f"A pinned cell is BATCHxTOKENS@BYTES or BATCHxTOKENS@BYTES~DELTA_NLL, such as "
-            f"8x2048@101234567~0.5; {text!r} is not."
-        )
+    shown = "BATCHxTOKENS@BYTES or BATCHxTOKENS@BYTES~DELTA_NLL, such as 8x2048@101234567~0.5"
+    match = _match(_PINNED, text, f"pinned cell is {shown}")
     target = None if match[3] is None else float(match[3])
     return Pinned(parse_shape(match[1]), int(match[2]), target)
 

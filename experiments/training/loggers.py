@@ -21,28 +21,21 @@ from experiments.study.records import append_record, read_records
 from experiments.study.run_folder import RunFolder, flatten
 
 
-class MetricLogger:
-    """Base of loggers; by default, images are ignored and nothing needs closing."""
+class Loggers:
+    """Logs to ``metrics.jsonl``, a line ``{"step": ..., name: value, ...}`` each, and elsewhere.
+
+    Args:
+        metrics: That file.
+        parts: The other loggers.
+    """
+
+    def __init__(self, metrics: Path, parts: Sequence[TensorBoard | Wandb]) -> None:
+        self.metrics, self.parts = metrics, parts
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics by name at a step."""
-        raise NotImplementedError
-
-    def image(self, name: str, path: Path) -> None:
-        """Log a PNG file."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
-class Loggers(MetricLogger):
-    """Several loggers as one."""
-
-    def __init__(self, parts: Sequence[MetricLogger]) -> None:
-        self.parts = parts
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics by name at a step; the training calls this as a sink."""
+        """Log metrics by name at a step; in the file, values that are not finite become null."""
+        finite = {k: v if abs(v) < float("inf") else None for k, v in metrics.items()}
+        append_record(self.metrics, {"step": step, **finite}, durable=False)
         for part in self.parts:
             part.log(metrics, step)
 
@@ -63,29 +56,17 @@ def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> It
         step: Step from which a resumed run continues; metrics of later steps are logged again.
     """
     with ExitStack() as stack:
-        parts: list[MetricLogger] = [JsonLines(RunFolder(folder).metrics)]
+        parts: list[TensorBoard | Wandb] = []
         if config.logger["tensorboard"]:
             parts.append(TensorBoard(folder / "tensorboard", step))
         if config.logger["wandb"]:
             parts.append(Wandb(config, folder, job))
         for part in parts:
             stack.callback(part.close)
-        yield Loggers(parts)
+        yield Loggers(RunFolder(folder).metrics, parts)
 
 
-class JsonLines(MetricLogger):
-    """``metrics.jsonl``: one line ``{"step": ..., name: value, ...}`` for each call."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append a line; values that are not finite become null."""
-        finite = {k: v if abs(v) < float("inf") else None for k, v in metrics.items()}
-        append_record(self.path, {"step": step, **finite}, durable=False)
-
-
-class TensorBoard(MetricLogger):
+class TensorBoard:
     """Event files for ``tensorboard --logdir``."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -116,7 +97,7 @@ log = logging.getLogger(__name__)
 _INIT_TIMEOUT_S = 30
 
 
-class Wandb(MetricLogger):
+class Wandb:
     """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
     All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.

@@ -82,18 +82,3 @@ def test_the_page_says_what_to_do_at_each_alert():
     for rule in RULES:
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert rule["annotations"]["summary"]
-
-
-def test_panels_have_ids_of_their_own_and_do_not_overlap():
-    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
-    taken = set()
-    for panel in PANELS:
-        at = panel["gridPos"]
-        assert at["x"] + at["w"] <= 24
-        cells = {
-            (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
-        }
-        assert not taken & cells, panel["title"]
-        taken |= cells

@@ -259,14 +259,6 @@ def test_a_mistake_ends_in_one_sentence_and_exit_code_2(tmp_path):
     assert (tmp_path / "runs" / "nothing" / "report").is_dir(), "the run folder is the default one"
 
 
-def test_in_a_sweep_every_job_runs_and_errors_are_reported(tmp_path):
-    done = run_program("experiments.report", "-m", "name=one,two", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Error: runs/one has no records" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "runs" / "two").is_dir()
-
-
 def test_a_selection_text_can_be_given_on_the_command_line():
     assert composed().evaluate.selection_text is None
     assert composed("train", "evaluate.selection=null").evaluate.selection_text is None

@@ -85,11 +85,6 @@ def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_
     assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"
 
 
-def test_a_copied_run_keeps_its_settings(config, run, tmp_path):
-    copied = shutil.copytree(run, tmp_path / "mine")
-    assert settings_of(copied).root == config.root
-
-
 def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
     with pytest.raises(ExperimentError, match="is not a run folder: it has no config.yaml"):
         export(ExportPolicyConfig(str(tmp_path), "rap.safetensors"))

@@ -1,7 +1,6 @@
 """The report agrees with the records and is one self-contained file."""
 
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -221,15 +220,6 @@ def test_the_page_shows_provenance(page):
     text = page.read_text()
     for shown in ("An Example CPU", "c" * 40, "torch 2.13.0", "b" * 64, "Figure 5"):  # fmt: skip
         assert shown in text
-
-
-@pytest.mark.slow
-def test_a_profile_alone_gives_a_report(root, tmp_path):
-    shutil.copytree(root / "profile", tmp_path / "half" / "profile")
-    config = Config(stage="report", name="half", runs_dir=str(tmp_path))
-    text = report(config, tmp_path / "half" / "report").read_text()
-    assert "What fills the memory" in text
-    assert "What a decision costs" not in text
 
 
 def test_an_empty_folder_raises_an_error_with_the_command(tmp_path):

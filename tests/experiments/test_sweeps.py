@@ -118,11 +118,3 @@ def test_only_parallel_jobs_get_one_thread():
     assert runs_in_parallel(composed("hydra/launcher=local", multirun).hydra)
     assert not runs_in_parallel(composed("hydra/launcher=local", "hydra.mode=RUN").hydra)
     assert not runs_in_parallel(composed(multirun).hydra)
-
-
-def test_the_sweeper_requests_as_many_trials_as_run_in_parallel():
-    sweep = composed("+sweep=optuna", "name=x", "hydra/launcher=local", "hydra.launcher.n_jobs=3")
-    assert sweep.hydra.sweeper.n_jobs == 3
-    assert composed("+sweep=optuna").hydra.sweeper.n_jobs == 1
-    assert sweep.hydra.sweeper.study_name == "x"
-    assert sweep.hydra.sweeper.storage.url == "sqlite:///runs/x/train/study.db"

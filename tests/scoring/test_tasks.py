@@ -285,13 +285,6 @@ def test_an_untied_head_is_not_tied_again():
     assert llm.model.lm_head.weight is own
 
 
-def test_the_tokenizer_is_left_as_it_was():
-    llm = make_llm()
-    llm.tokenizer.pad_token = None
-    RequestEncoder(llm)
-    assert llm.tokenizer.pad_token is None
-
-
 def test_a_task_scored_with_others_is_stored_separately(tmp_path, llm):
     store = ScoreStore(tmp_path / "scores.db")
     TaskScorer(llm, TaskConfig(GENERATED, limit=4), store).accuracies(SOME)
@@ -340,19 +333,6 @@ def test_nothing_is_printed_or_logged(tmp_path, capfd, caplog):
     assert [record.getMessage() for record in caplog.records] == []
 
 
-def test_silence_ends_with_its_last_user():
-    import datasets
-
-    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
-    with lm_eval_tasks.quiet():
-        with lm_eval_tasks.quiet():
-            assert logger.level == logging.ERROR
-        assert logger.level == logging.ERROR
-        assert datasets.are_progress_bars_disabled()
-    assert logger.level == before
-    assert not datasets.are_progress_bars_disabled()
-
-
 def test_nan_is_an_error_with_its_location():
     llm = make_llm()
     with torch.no_grad():
@@ -362,14 +342,6 @@ def test_nan_is_an_error_with_its_location():
     with pytest.raises(NonFiniteScoreError, match=message):
         scorer.accuracies(Plan())
     assert llm.plan.mask == Plan()
-
-
-@pytest.mark.slow
-def test_a_misspelt_task_of_lm_eval_lists_near_names(llm):
-    with pytest.raises(
-        UnknownNameError, match="Unknown task 'winogrand'.*Did you mean 'winogrande'"
-    ):
-        TaskScorer(llm, TaskConfig(("winogrand",)))
 
 
 @pytest.mark.parametrize(

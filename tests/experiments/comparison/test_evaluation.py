@@ -1,15 +1,11 @@
 """Cells outside the grid, and agents that propose several masks: on a tiny real model."""
 
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 
 from experiments.compare import compare
 from experiments.comparison.evaluation import (
-    TABLE_FILE,
-    build_methods,
-    decision_scores,
     evaluation_cells,
 )
 from experiments.comparison.loading import read_comparisons
@@ -21,7 +17,6 @@ from experiments.study.errors import ExperimentError
 from experiments.train import train
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 
@@ -106,31 +101,6 @@ def test_best_of_masks_are_measured_and_no_worse(evaluated):
     assert any(row.evaluations > 1 for row in rows.values() if row.method == "rap-best_of=4")
     assert all(row.training_s > 0 for row in rows.values() if row.method.startswith("rap"))
     assert all(row.training_s is None for row in rows.values() if row.method == "one_shot")
-
-
-def test_a_run_with_a_score_model_ranks_masks_by_it(evaluated):
-    context = build_context(evaluated)
-    folder = evaluated.stage_dir("train") / "rap-s0"
-    assert decision_scores(folder) is None
-    blocks = range(context.memory.facts.num_blocks)
-    masks = [Plan.removing(*some) for size in (0, 1, 2) for some in combinations(blocks, size)]
-    scores = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
-    table = ScoreTable.fitted(
-        context.memory.facts, scores, context=dict(context.scorer.context), text={}, settings={},
-        features={}, one_shot={}, gsi=None, evaluation_s=0.1,
-    )  # fmt: skip
-    table.save(folder / TABLE_FILE)
-    try:
-        found = {entry.name: entry for entry in build_methods(evaluated, context)}
-        predicted = decision_scores(folder)(masks[:20])
-        assert list(predicted) == pytest.approx(list(scores.values())[:20])
-    finally:
-        (folder / TABLE_FILE).unlink()
-    entry = found["rap-best_of=4"]
-    assert entry.identity["scores"] != "real"
-    entry.policy.choose(Request.at_fraction(context.memory, 1, 16, 0.8))
-    assert entry.policy.evaluations == 0
-    assert "scores" not in found["rap"].identity
 
 
 def test_parts_are_compared_separately(evaluated):

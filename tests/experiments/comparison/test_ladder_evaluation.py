@@ -131,17 +131,6 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     assert path.read_bytes() == before
 
 
-def test_recorded_plans_are_measured_without_tasks_again(evaluated):
-    first = replace(evaluated, name="again")
-    records = str(first.stage_dir("evaluate"))
-    settings = replace(evaluated.evaluate, plans=[records])
-    without = replace(evaluated, name="without", evaluate=settings)
-    evaluate(without, without.stage_dir("evaluate"))
-    for row in rows_of(without):
-        assert row.flipped_answers_share is row.accuracy_above_chance is None
-        assert (row.accuracies, row.accuracies_norm, row.task_documents) == ({}, None, None)
-
-
 def test_recorded_plans_of_other_settings_are_rejected(evaluated, tmp_path):
     settings = replace(evaluated.evaluate, plans=[str(evaluated.stage_dir("evaluate"))])
     other = replace(

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from experiments.ladder import llama_cpp_process
-from experiments.ladder.llama_cpp_process import LlamaCpp, measure, token_nll
+from experiments.ladder.llama_cpp_process import measure, token_nll
 from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow, ShippedRow
 from experiments.ladder.tables import (
     ladder_tables,
@@ -164,31 +164,6 @@ def test_the_nll_of_tokens_is_that_of_a_softmax():
         torch.tensor(logits).double(), torch.tensor(targets).long(), reduction="none"
     )
     assert token_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
-
-
-def test_every_token_but_the_first_of_a_window_is_predicted_once(monkeypatch):
-    import numpy as np
-
-    vocab, window = 7, np.arange(600, dtype=np.int32) % 7
-
-    class Fake(LlamaCpp):
-        def __init__(self):
-            self.seen = []
-
-        def clear(self):
-            self.seen.clear()
-
-        def decode(self, ids, start, all_logits):
-            assert all_logits
-            self.seen += list(range(start, start + len(ids)))
-            sure = np.full((len(ids), vocab), -100.0, dtype=np.float32)
-            following = window[start + 1 : start + 1 + len(ids)]
-            sure[np.arange(len(following)), following] = 100.0
-            return sure
-
-    fake = Fake()
-    assert fake.nll(window) == pytest.approx(0.0, abs=1e-12)
-    assert fake.seen == list(range(600))
 
 
 def test_a_process_measures_windows_or_memory(monkeypatch):

@@ -44,10 +44,6 @@ def test_seeds_that_differ_widen_the_interval():
     assert apart.seeds == 3
 
 
-def test_one_value_is_its_own_interval():
-    assert bootstrap_mean([0.25]) == Estimate(0.25, 0.25, 0.25, 1)
-
-
 def test_paired_differences_are_significant_where_single_intervals_overlap():
     rng = np.random.default_rng(3)
     hardness = rng.normal(2.0, 1.0, 24)  # windows differ far more than the methods
