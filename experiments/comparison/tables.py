@@ -57,7 +57,7 @@ HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a l
 def summary_table(comparison: Comparison) -> Table:
     """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     columns: dict[str, Callable[[Summary], str]] = {
-        "Method": lambda s: f"{look(s.method).label}{_seeds(s)}",
+        "Method": lambda s: _label(s),
         "ΔNLL on held-out text": lambda s: str(s.delta_nll),
         "On calibration text": lambda s: f"{s.delta_nll_calibration:.3f}",
         "Accuracy": lambda s: percent(s.accuracy),
@@ -70,14 +70,21 @@ def summary_table(comparison: Comparison) -> Table:
     return columns_table(comparison.summaries, columns)
 
 
-def _seeds(summary: Summary) -> str:
-    return f" ({summary.delta_nll.seeds})" if summary.delta_nll.seeds > 1 else ""
+def _label(summary: Summary) -> str:
+    """The first cell of a method's line, with the number of seeds if there are several."""
+    seeds = summary.delta_nll.seeds
+    return f"{look(summary.method).label}{f' ({seeds})' if seeds > 1 else ''}"
 
 
 def method_names(comparison: Comparison) -> dict[str, str]:
     """Map first cells of tables, with or without a seed count, to methods."""
     named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
-    return named | {f"{look(s.method).label}{_seeds(s)}": s.method for s in comparison.summaries}
+    return named | _lines(comparison)
+
+
+def _lines(comparison: Comparison) -> dict[str, str]:
+    """Methods by the first cells of their lines."""
+    return {_label(s): s.method for s in comparison.summaries}
 
 
 QUALITY_HEADERS = {
@@ -102,7 +109,7 @@ QUALITY_CAPTION = (
 def quality_table(comparison: Comparison) -> Table | None:
     """Return what separates the plans of each method from the native model; None if unmeasured."""
     columns = quality_columns(s.quality for s in comparison.summaries)
-    lines = {f"{look(s.method).label}{_seeds(s)}": s.quality for s in comparison.summaries}
+    lines = {_label(s): s.quality for s in comparison.summaries}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
 
 
@@ -217,7 +224,7 @@ def target_table(comparison: Comparison) -> Table:
     """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
     return crossed_table(
         "Method",
-        {f"{look(s.method).label}{_seeds(s)}": s.method for s in comparison.summaries},
+        _lines(comparison),
         _tight_columns(comparison),
         lambda method, cells: f"{comparison.summary(method, cells).delta_nll.mean:.3f}",
     )
@@ -233,11 +240,7 @@ def ratio_table(comparison: Comparison, other: str) -> Table:
         ratio = paired_ratio(first, second)
         return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "-"
 
-    lines = {
-        f"{look(s.method).label}{_seeds(s)}": s.method
-        for s in comparison.summaries
-        if s.method != other
-    }
+    lines = {name: method for name, method in _lines(comparison).items() if method != other}
     return crossed_table("Method", lines, _tight_columns(comparison), entry)
 
 
@@ -308,21 +311,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def terminal_text(comparison: Comparison) -> str:
     """Return the summary for the terminal, at most 100 columns wide, with a legend."""
     tasks = {task for row in comparison.rows for task in row.accuracies}
-    windows = len(comparison.rows[0].window_losses)
-    shapes = ", ".join(f"{b}x{s}" for b, s in comparison.shapes)
     accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
-    common = f" (the {len(comparison.cells)} pairs that every method has)"
-    common = common if comparison.incomplete else ""
+    pairs = f" (the {len(comparison.cells)} pairs that every method has)"
     what, model = f"{comparison.choice_word}s", f"the {comparison.reference_word} model"
     legend = (
         f"ΔNLL: increase of the negative log-likelihood over {model}, nats per token, on "
-        f"{windows} windows that no method has used; mean over requests {shapes} (batch x tokens; "
-        f"budgets: {budget_words(comparison)} of {model}'s peak memory){common}, with a "
-        "95 % interval; lower is better. Calibr.: the same on the calibration text, which a search "
-        "may overfit. "
-        f"{accuracy}Evals: {what} scored by the model for one request. Fits: number of {what} "
-        "within their budget; methods that miss budgets are listed last, because their ΔNLL is not "
-        "comparable. (n): seeds."
+        f"{len(comparison.rows[0].window_losses)} windows that no method has used; mean over "
+        f"requests {', '.join(f'{b}x{s}' for b, s in comparison.shapes)} (batch x tokens; budgets: "
+        f"{budget_words(comparison)} of {model}'s peak memory){pairs * comparison.incomplete}, "
+        "with a 95 % interval; lower is better. Calibr.: the same on the calibration text, which a "
+        f"search may overfit. {accuracy}Evals: {what} scored by the model for one request. Fits: "
+        f"number of {what} within their budget; methods that miss budgets are listed last, because "
+        "their ΔNLL is not comparable. (n): seeds."
     )
     header, rows = summary_table(comparison)
     header = [{"On calibration text": "Calibr.", "Evaluations": "Evals"}.get(h, h) for h in header]
