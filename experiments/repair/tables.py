@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from experiments.repair.rows import RepairComparison, RepairRow, mean_delta_nll
 from experiments.study.looks import look
-from experiments.study.records import Cell
 from experiments.study.statistics import Estimate
 from experiments.study.tables import (
     Table,
@@ -72,17 +71,20 @@ def _summary_caption(data: RepairComparison) -> str:
 
 def _grid_table(data: RepairComparison) -> Table:
     """One line per request and budget: ΔNLL of all repairs on each text, and removed blocks."""
-    header = ["Request", "Budget", *[_text_label(data, text) for text in data.texts],
-              "Blocks removed"]  # fmt: skip
-    rows = []
+    labels = [f"{t} (not fitted on)" if data.is_other(t) else t for t in data.texts]
+    lines = []
     for cell in data.cells:
-        deltas = [
-            _chain([_row_delta(data.at(repair, cell, text)) for repair in data.repairs])
-            for text in data.texts
-        ]
-        removed = _chain([_removed(_row_at(data, repair, cell)) for repair in data.repairs])
-        rows.append([shape_words(cell), _budget(data, cell), *deltas, removed])
-    return header, rows
+        by_text = [[data.at(repair, cell, text) for repair in data.repairs] for text in data.texts]
+        # The mask is the same on all texts.
+        by_repair = [next(filter(None, rows), None) for rows in zip(*by_text, strict=True)]
+        size = next(row.budget_bytes for row in by_repair if row)
+        lines.append([
+            shape_words(cell),
+            f"{percent(cell[2], 0)} ({mebibytes(size)})",
+            *(_chain([f"{row.loss:.2f}" if row else "-" for row in rows]) for rows in by_text),
+            _chain([_removed(row) for row in by_repair]),
+        ])  # fmt: skip
+    return ["Request", "Budget", *labels, "Blocks removed"], lines
 
 
 def _grid_caption(data: RepairComparison) -> str:
@@ -98,12 +100,18 @@ def _accuracy_table(data: RepairComparison) -> Table:
     """Mean accuracy of each task over the cells; no rows without tasks."""
     rows = [row for row in data.rows if row.accuracies]
     tasks = sorted({task for row in rows for task in row.accuracies})
-    dense = next((row.dense_accuracies for row in rows if row.dense_accuracies), None)
-    lines = [["Dense model", *_accuracy_cells([dense], tasks)]] if dense else []
-    for repair in data.repairs:
-        cells = {row.cell: row.accuracies for row in rows if row.repair == repair}
+    dense = [row.dense_accuracies for row in rows if row.dense_accuracies]
+    measured = {"Dense model": dense[:1]} | {
+        look(repair).label: list(
+            {r.cell: r.accuracies for r in rows if r.repair == repair}.values()
+        )
+        for repair in data.repairs
+    }
+    lines = []
+    for name, cells in measured.items():
         if cells:
-            lines.append([look(repair).label, *_accuracy_cells(list(cells.values()), tasks)])
+            means = [sum(cell[task] for cell in cells) / len(cells) for task in tasks]
+            lines.append([name, *map(percent, [*means, sum(means) / len(means)])])
     return ["Repair", *tasks, "mean"], lines
 
 
@@ -116,35 +124,9 @@ def _ratio(ratio: Estimate | None) -> str:
     return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _text_label(data: RepairComparison, text: str) -> str:
-    """Name of a report text, marked if no stub was fitted on its domain."""
-    return f"{text} (not fitted on)" if data.is_other(text) else text
-
-
-def _accuracy_cells(cells: Sequence[Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
-    """Mean accuracy of each task, and over all tasks."""
-    means = [sum(cell[task] for cell in cells) / len(cells) for task in tasks]
-    return [percent(mean) for mean in [*means, sum(means) / len(means)]]
-
-
 def _chain(parts: Sequence[str]) -> str:
     """The common value of all repairs, or else their values in order."""
     return parts[0] if len(set(parts)) == 1 else ARROW.join(parts)
-
-
-def _budget(data: RepairComparison, cell: Cell) -> str:
-    size = next(row.budget_bytes for row in data.rows if row.cell == cell)
-    return f"{percent(cell[2], 0)} ({mebibytes(size)})"
-
-
-def _row_delta(row: RepairRow | None) -> str:
-    return f"{row.loss:.2f}" if row else "-"
-
-
-def _row_at(data: RepairComparison, repair: str, cell: Cell) -> RepairRow | None:
-    """The row on any text: the mask is the same on all texts."""
-    rows = [data.at(repair, cell, text) for text in data.texts]
-    return next((row for row in rows if row), None)
 
 
 def _removed(row: RepairRow | None) -> str:
