@@ -292,8 +292,7 @@ def _changing(llm: ElasticLLM, plan: Plan, settings: LevelsSettings) -> dict[str
 def all_lowered(llm: ElasticLLM) -> Plan:
     """Every item at int4 (embeddings at int8), as far as the model has these levels."""
     facts = llm.facts
-    blocks = [block for block in facts.blocks if "int4" in facts.weight_levels(block.index)]
-    levels = {block.name: "int4" for block in blocks}
+    levels = facts.blocks_at("int4")
     if "int8" in facts.embedding_levels:
         levels["embeddings"] = "int8"
     caches = Plan.uniform(facts.num_layers, caches="int4").levels if facts.kv_heads else {}

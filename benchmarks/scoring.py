@@ -223,9 +223,9 @@ def _naive_gsi(setup: ScoringSetup) -> tuple[list[int], float]:
     with setup.naive_loop() as loop:
         for _ in range(setup.settings.removals):
             scores = {}
-            for block in setup.llm.blocks:
-                if block.index not in order:
-                    seconds, scores[block.index] = loop(Plan.removing(*order, block.index))
+            for block in range(setup.llm.num_blocks):
+                if block not in order:
+                    seconds, scores[block] = loop(Plan.removing(*order, block))
                     total_s += seconds
             order.append(min(scores, key=lambda index: scores[index]))
     return order, total_s

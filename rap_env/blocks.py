@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -17,12 +16,15 @@ _NAME = re.compile(r"layer([0-9]+)\.(attn|ffn)")
 
 @lru_cache(maxsize=4096)
 def block_name(index: int) -> str:
-    """The name of block `index`: ``layer07.attn`` for 14, ``layer07.ffn`` for 15."""
+    """The name of block `index`: ``layer07.attn`` for 14, ``layer07.ffn`` for 15.
+
+    A mixture-of-experts layer is one ffn block.
+    """
     return f"layer{index // 2:02d}.{KINDS[index % 2]}"
 
 
-def block_index(block: Block | str | int) -> int:
-    """The index of a block given as `Block`, name or index.
+def block_index(block: str | int) -> int:
+    """The index of a block given by its name or index.
 
     Raises:
         UnknownNameError: The name does not have the form ``layerNN.attn`` or ``layerNN.ffn``,
@@ -30,8 +32,6 @@ def block_index(block: Block | str | int) -> int:
     """
     if type(block) is int and block >= 0:  # by far the most frequent case
         return block
-    if isinstance(block, Block):
-        return block.index
     if isinstance(block, str):
         match = _NAME.fullmatch(block)
         if match:
@@ -42,31 +42,3 @@ def block_index(block: Block | str | int) -> int:
     layer = re.match(r"layer[0-9]+", str(block))  # suggest a block of the layer that was meant
     known = [f"{layer[0] if layer else 'layer00'}.{kind}" for kind in KINDS]
     raise UnknownNameError("block", block, known, hint)
-
-
-@dataclass(frozen=True, order=True)
-class Block:
-    """One residual sub-layer of the decoder.
-
-    Attributes:
-        index: ``2 * layer`` for attention, ``2 * layer + 1`` for feed-forward.
-        param_bytes: Bytes of the tensors that only this block uses, including its norms.
-    """
-
-    index: int
-    param_bytes: int
-
-    @property
-    def layer(self) -> int:
-        """Number of the decoder layer, from 0."""
-        return self.index // 2
-
-    @property
-    def kind(self) -> BlockKind:
-        """``"attn"`` or ``"ffn"`` (a mixture-of-experts layer is one ffn block)."""
-        return KINDS[self.index % 2]
-
-    @property
-    def name(self) -> str:
-        """``layer07.attn`` or ``layer07.ffn``."""
-        return block_name(self.index)

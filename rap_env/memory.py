@@ -194,7 +194,7 @@ class MemoryModel:
 
     def least_peak_bytes(self, request: Request) -> int:
         """Peak bytes with every block removed: no mask needs less."""
-        return self.peak_bytes(Plan.removing(*self.facts.blocks), request)
+        return self.peak_bytes(Plan.removing(*range(self.facts.num_blocks)), request)
 
     def shares(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rap_env.artifacts import with_tuples
-from rap_env.blocks import Block
+from rap_env.blocks import block_name
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 
 
@@ -102,7 +102,8 @@ class ModelFacts:
 
     def blocks_at(self, level: WeightLevel) -> dict[str, str]:
         """The level for each block that has it, by name: what `Plan.of` takes."""
-        return {b.name: level for b in self.blocks if level in self.weight_levels(b.index)}
+        having = (i for i in range(self.num_blocks) if level in self.weight_levels(i))
+        return {block_name(index): level for index in having}
 
     @property
     def embedding_levels(self) -> dict[WeightLevel, int]:
@@ -119,11 +120,6 @@ class ModelFacts:
     def num_blocks(self) -> int:
         """2L: each layer has an attn and an ffn block."""
         return len(self.block_param_bytes)
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks in order of index."""
-        return tuple(Block(i, n) for i, n in enumerate(self.block_param_bytes))
 
 
 class HasFacts(Protocol):

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any
 
-from rap_env.blocks import KINDS, Block, BlockKind, block_index, block_name
+from rap_env.blocks import KINDS, BlockKind, block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError, check_name
 from rap_env.levels import NATIVE_CACHE, WEIGHT_LEVELS, CacheLevel, WeightLevel
 
@@ -114,7 +114,7 @@ class Plan:
         return cls(frozenset(), tuple(weights), tuple(caches), embeddings)
 
     @classmethod
-    def removing(cls, *blocks: Block | str | int) -> Plan:
+    def removing(cls, *blocks: str | int) -> Plan:
         """The mask that removes the given blocks (objects, names or indices).
 
         Raises:
@@ -203,7 +203,7 @@ class Plan:
         """
         return Plan.of({**self.levels, **levels}).without(*self.removed)
 
-    def without(self, *blocks: Block | str | int) -> Plan:
+    def without(self, *blocks: str | int) -> Plan:
         """This plan with more blocks removed (objects, names or indices).
 
         Raises:

@@ -20,18 +20,17 @@ from rap_env.scoring.scorer import MaskScorer
 def one_shot(scorer: MaskScorer, *, progress: bool = True) -> OneShotProfile:
     """Measure the removal of every single block: 2L + 1 evaluations, minus stored ones."""
     meter = Meter(scorer)
-    dense, blocks = scorer.dense_nll, scorer.llm.blocks
+    dense, alone = scorer.dense_nll, list(map(Plan.removing, range(scorer.llm.num_blocks)))
     with progress_bar(
-        progress, total=len(blocks), desc="one-shot importance", unit="mask", leave=False
+        progress, total=len(alone), desc="one-shot importance", unit="mask", leave=False
     ) as bar:
-        alone = [Plan.removing(block.index) for block in blocks]
         nll = scorer.nll_many(alone, bar_callback(bar))
     return OneShotProfile(
         dense_nll=dense,
         nll_without=tuple(nll),
         influence=tuple(block_influence(scorer).tolist()),
         provenance=scorer.provenance,
-        **meter.spent(len(blocks) + 1),
+        **meter.spent(len(alone) + 1),
     )
 
 

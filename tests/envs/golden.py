@@ -19,6 +19,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from rap_env.blocks import block_name
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -131,7 +132,7 @@ def _cost(item: str) -> float:
 def made_context() -> Any:
     """A fake context on the made model."""
     count = MADE.num_blocks
-    costs = np.array([_cost(block.name) for block in MADE.blocks])
+    costs = np.array([_cost(block_name(index)) for index in range(count)])
     features = ImportanceFeatures(costs, np.arange(count) / (count - 1), costs[::-1] - 0.2)
     return SimpleNamespace(
         memory=MemoryModel(MADE), scorer=FakeScorer(), features=features, importance="none"

@@ -47,7 +47,7 @@ def test_it_removes_blocks_only_where_int8_caches_do_not_suffice(memory, baselin
 
 def test_every_budget_of_the_ladder_is_met_or_answered_with_the_smallest_plan(memory, baseline):
     for shape in SHAPES:
-        everything = Plan.removing(*memory.facts.blocks)
+        everything = Plan.removing(*range(memory.facts.num_blocks))
         least = memory.peak_bytes(everything, Request(*shape, budget_bytes=1))
         plan = baseline.choose(Request(*shape, budget_bytes=least))
         assert plan.mask == everything

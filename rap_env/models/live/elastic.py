@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import Block, block_index, block_name
+from rap_env.blocks import block_index, block_name
 from rap_env.errors import RapError, UnsupportedModelError, check_name
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
@@ -363,11 +363,6 @@ class ElasticLLM:
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:
         with self.masked(Plan()):
             return own_bytes(self.model, self._live.sites)
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """All blocks in order of index."""
-        return tuple(Block(i, n) for i, n in enumerate(self._own_bytes[0]))
 
     @cached_property
     def fingerprint(self) -> str:

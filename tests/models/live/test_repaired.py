@@ -147,7 +147,7 @@ def test_the_view_has_the_weights_fingerprint_and_facts_of_its_own() -> None:
     plain = llm.facts
     view = repaired(llm)
     assert view.fingerprint == llm.fingerprint
-    assert view.blocks == llm.blocks
+    assert view.facts.block_param_bytes == llm.facts.block_param_bytes
     assert llm.facts is plain
     assert (plain.repair, plain.stub_bytes) == ("", ())
     assert view.facts.repair == "random-0"

@@ -119,7 +119,7 @@ def test_resident_memory_really_falls_and_rises() -> None:
     llm = ElasticLLM(tf.LlamaForCausalLM(config).requires_grad_(False), None, name="wide")
     llm.set_residency("offload")
     ffn = Plan.removing(1, 3)
-    freed = sum(llm.blocks[index].param_bytes for index in sorted(ffn.removed))
+    freed = sum(llm.facts.block_param_bytes[index] for index in sorted(ffn.removed))
     assert freed > 40e6
     for _ in range(3):
         return_freed_memory()
