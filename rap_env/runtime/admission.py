@@ -16,9 +16,10 @@ from rap_env.runtime.sequence import OutputProcessor, TokenSequence, shape_of
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
 
-_STALLED_S = 1.0
+_STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
-_SMALL_CHUNKS = 8  # of a request tried then, where others have one: its passes take less memory
+_MARGIN_S = 1.0  # without a pass, after which the learned margin is forgotten
+_CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
 
 
 class Admission:
@@ -101,16 +102,19 @@ class Admission:
         return sequence is not None and self._admit(sequence, self._chunk_tokens, interrupt)
 
     def _admit_any(self, interrupt: Callable[[], bool]) -> bool:
-        """Admit the shortest request that fits alone, without a learned margin, in small chunks."""
+        """Admit the shortest request that fits alone, in the largest chunks with which it does."""
         if self._clock() < self._next_try_s:
             return False
-        self._next_try_s = self._clock() + _STALLED_S / 2
-        self._controller.forget_margin()
+        self._next_try_s = self._clock() + _STALLED_S
+        if self.stalled_s >= _MARGIN_S:
+            self._controller.forget_margin()
         while self._kept.drop_newest():
             pass
-        chunk_tokens = max(1, self._chunk_tokens // _SMALL_CHUNKS)
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
-        for sequence in waiting:
+        chunks = [max(1, self._chunk_tokens // parts) for parts in _CHUNK_PARTS]
+        tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
+        tries += [(sequence, chunks[-1]) for sequence in waiting[1:]]
+        for sequence, chunk_tokens in tries:
             if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
                 return True
         if len(self._queue):

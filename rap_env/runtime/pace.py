@@ -35,10 +35,16 @@ class Pace:
         """Whether decode steps are due before the next chunk."""
         return self._steps > 0
 
-    def note_chunk(self, seconds: float) -> None:
-        """A prompt chunk has taken so long; one of the steps follows it in the same turn."""
+    def note_chunk(self, seconds: float, waiting: int = 0) -> None:
+        """A prompt chunk has taken so long; one of the steps follows it in the same turn.
+
+        Args:
+            seconds: What it took.
+            waiting: Requests that have not begun; the target is as many times longer.
+        """
         if self._target_s is not None and self.decode_s:
-            spare_s = max(self._target_s - self.decode_s, _LEAST_SHARE * self.decode_s)
+            target_s = self._target_s * (1 + waiting)
+            spare_s = max(target_s - self.decode_s, _LEAST_SHARE * self.decode_s)
             self._steps = math.ceil(seconds / spare_s)
 
     def note_step(self, seconds: float) -> None:

@@ -175,7 +175,7 @@ class Scheduler:
             self._interruptions = 0
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
-            self._pace.note_chunk(seconds)
+            self._pace.note_chunk(seconds, len(self._queue))
             if prefilling.refills:
                 self.counters.refilled_tokens += count
             else:

@@ -9,7 +9,7 @@ from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_source import HEADROOM_BYTES, SystemMemory
-from tests.runtime.harness import PLENTY, Harness, NoisyMeter, greedy, prompt
+from tests.runtime.harness import PLENTY, FakePolicy, Harness, NoisyMeter, greedy, prompt
 from tests.runtime.schedules import knapsack
 from tests.tiny import tiny_llm
 
@@ -35,13 +35,13 @@ class System(SystemMemory):
 
 
 class Stand:
-    """An engine whose only plan is the native one, in a system with a reserve."""
+    """An engine whose only plan is the native one, unless told, in a system with a reserve."""
 
-    def __init__(self, **settings):
+    def __init__(self, policy=None, **settings):
         self.time_s, self.system = 0.0, System()
         llm = tiny_llm(layers=2)
         self.controller = RuntimeController(
-            llm, StaticPolicy(NATIVE), self.system, meter=NoisyMeter(llm), guard_order=(),
+            llm, policy or StaticPolicy(NATIVE), self.system, meter=NoisyMeter(llm), guard_order=(),
             hold_s=0.0, clock=lambda: self.time_s,
         )  # fmt: skip
         self.engine = Engine(llm, self.controller, clock=lambda: self.time_s, **settings)
@@ -65,9 +65,9 @@ def test_a_request_that_nothing_runs_beside_gets_a_part_of_the_reserve_and_gives
     handle = stand.engine.submit(prompt(10), greedy(40))
     usable = RESERVE_BYTES - HEADROOM_BYTES
     stand.system.room_bytes = stand.need((10, 40)) - usable // 3  # two quarters are needed
-    stand.run_for(0.8)
+    stand.run_for(0.2)
     assert not handle.token_ids
-    stand.run_for(1.2)
+    stand.run_for(1.8)
     assert handle.token_ids  # within two seconds
     assert stand.borrowed_bytes == usable // 2
     stand.system.room_bytes = PLENTY
@@ -92,6 +92,36 @@ def test_the_last_request_continues_in_the_reserve_and_no_other_joins_it_there()
     stand.run_for(6)
     assert handles[1].reason == "length"  # it was stalled, then, and had the reserve too
     assert stand.borrowed_bytes == 0
+
+
+def test_the_last_request_keeps_its_plan_if_that_fits_in_the_reserve():
+    plan = Plan.removing(1, 3)
+    policy = FakePolicy(plan)
+    stand = Stand(policy)
+    need = stand.controller.estimator.peak_bytes(plan, BatchShape(1, 40))
+    stand.system.reserve_bytes = HEADROOM_BYTES + 4000
+    assert stand.need((10, 30)) > need + 4000
+    stand.system.room_bytes = need + 1000
+    handle = stand.engine.submit(prompt(10), greedy(30))
+    stand.run_for(0.5)
+    policy.mask = Plan()  # which does not fit, and the guard removes nothing
+    stand.system.room_bytes = need - 1000
+    stand.run_for(5)
+    assert (handle.reason, handle.preemptions) == ("length", 0)
+    assert set(handle.plans) == {plan}
+
+
+def test_a_request_that_passes_another_is_read_in_the_largest_chunks_that_fit():
+    harness = Harness(guard_order=())
+    engine = harness.engine(prefill_chunk_tokens=16)
+    engine.submit(prompt(40), greedy(24))
+    short = engine.submit(prompt(32, 1), greedy(2))
+    harness.budget_bytes = harness.need(NATIVE, BatchShape(1, 44))
+    for _ in range(20):
+        engine.step()
+        harness.time_s += 0.1
+    assert short.done
+    assert sum(record.kind == "prefill" for record in harness.records) == 2
 
 
 def test_a_stall_that_no_plan_ends_says_why_once(caplog):
