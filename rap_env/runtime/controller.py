@@ -317,7 +317,7 @@ class RuntimeController(Feasibility):
         if not (reserve := monitor.usable_reserve_bytes):
             return False
         most = self._available_after_trim_bytes(shape, next_pass) - monitor.borrowed_bytes + reserve
-        if not self.chooser.could_fit(shape, most):
+        if not self.could_fit_in(shape, most):
             return False
         for part in range(1, _RESERVE_PARTS + 1):
             monitor.borrow(reserve * part // _RESERVE_PARTS)

@@ -95,7 +95,7 @@ def test_the_last_request_continues_in_the_reserve_and_no_other_joins_it_there()
 
 
 def test_the_last_request_keeps_its_plan_if_that_fits_in_the_reserve():
-    plan = Plan.removing(1, 3)
+    plan = Plan.removing(0, 1, 2, 3)
     policy = FakePolicy(plan)
     stand = Stand(policy)
     need = stand.controller.estimator.peak_bytes(plan, BatchShape(1, 40))
