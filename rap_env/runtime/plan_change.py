@@ -41,18 +41,15 @@ class PlanChange:
             if 2 * layer not in self.after.removed
         )
 
-    def lowest(self) -> Plan:
-        """The plan `after`, in which caches keep their lower level."""
+    def without_refill(self) -> Plan:
+        """The plan `after`, in which attention stays removed and caches keep their lower level."""
         caches = dict(self.after.caches) | {
             layer: level.lowest(self.after.cache_level(layer))
             for layer, level in self.before.caches
         }
-        return replace(self.after, caches=tuple(caches.items()))
-
-    def without_refill(self) -> Plan:
-        """The plan `after`, in which attention stays removed and caches keep their lower level."""
         staying = {index for index in self.before.removed - self.after.removed if index % 2 == 0}
-        return replace(self.lowest(), removed=self.after.removed | staying)
+        removed = self.after.removed | staying
+        return replace(self.after, caches=tuple(caches.items()), removed=removed)
 
     def lowered_items(self, facts: ModelFacts, order: Sequence[int]) -> list[str]:
         """Items that are lower than before, by the sizes of levels in `facts`.

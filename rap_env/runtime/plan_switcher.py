@@ -108,7 +108,8 @@ class PlanSwitcher:
     Attributes:
         unreadable: Weights that cannot be read now; plans leave them out.
         rows_plan: Gives the plan with the lowest levels that rows have of caches, where rows may
-            keep lower ones than the plan has. Without it, a cache that rises is computed again.
+            keep lower ones than the plan has. Without it, a cache that rises or returns is computed
+            again.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -258,9 +259,9 @@ class PlanSwitcher:
         change = self._change_to(choice.plan)
         if self.rows_plan is not None:
             change = PlanChange(self.rows_plan(), choice.plan)
-        if not self._refills(choice.plan) and self._chooser.allows(change.lowest(), shape):
-            return choice
         plan = change.without_refill()
+        if not self._refills(choice.plan) and self._chooser.allows(plan, shape):
+            return choice
         for item in self._lowered_items(plan, shape):
             with_item = self._change_to(plan).with_item_before(item)
             if self._estimator.peak_bytes(with_item, shape) <= limit_bytes:
@@ -280,7 +281,7 @@ class PlanSwitcher:
     def _refills(self, plan: Plan) -> bool:
         """Whether caches of all rows have to be computed again for a plan."""
         change = self._change_to(plan)
-        return change.returns_attention or (self.rows_plan is None and change.raises_caches)
+        return self.rows_plan is None and (change.returns_attention or change.raises_caches)
 
     def _refill_pays(self, plan: Plan) -> bool:
         """Whether what a refill raises costs more quality than a pass is worth.
@@ -288,7 +289,7 @@ class PlanSwitcher:
         That holds for removed attention blocks and for caches of 2 bits, not for better ones.
         """
         change = self._change_to(plan)
-        return change.returns_attention or (self.rows_plan is None and change.raises_two_bits)
+        return change.returns_attention or change.raises_two_bits
 
     def _switch(
         self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool

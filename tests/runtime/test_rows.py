@@ -78,6 +78,32 @@ def test_a_lowered_row_is_refilled_while_it_decodes():
     assert 40 < engine.stats().refilled_tokens <= 40 + back
 
 
+def test_rows_get_removed_attention_back_one_at_a_time_while_they_decode():
+    policy = FakePolicy(Plan.removing(2))
+    harness = Harness(policy=policy, mask=Plan.removing(2), hold_s=0.3, residency="resident")
+    engine = harness.engine(prefill_chunk_tokens=16)
+    handles = [engine.submit(prompt(30, n), greedy(30)) for n in range(2)]
+    while len(handles[1].token_ids) < 2:
+        engine.step()
+    policy.mask = Plan()
+    before = [len(handle.token_ids) for handle in handles]
+    turns(harness, engine, 12)
+    assert harness.llm.plan == Plan()
+    assert [len(handle.token_ids) for handle in handles] == [count + 12 for count in before]
+    assert max(record.rows for record in harness.records if record.kind == "prefill") == 1
+    assert engine.stats().lowered_rows == 0
+    backs = [handle.plans.index(Plan()) for handle in handles]
+    assert backs[0] != backs[1]
+    harness.run(engine)
+    for n, handle in enumerate(handles):
+        back = backs[n]
+        assert set(handle.plans[:back]) == {Plan.removing(2)}
+        without = alone(harness.llm, prompt(30, n), back, Plan.removing(2))
+        assert handle.token_ids[:back] == without
+        ids = prompt(30, n) + without
+        assert handle.token_ids[back:] == alone(harness.llm, ids, 30 - back)
+
+
 def test_a_row_that_ends_soon_is_not_refilled():
     harness, engine, first = squeezed(new=7)
     harness.run(engine)

@@ -202,17 +202,16 @@ def update_cache(
 ) -> None:
     """Update a cache to the model's mask, as `restore` selects; arguments as for `step`.
 
-    Without `raise_levels`, a layer below its level stays there while no attention returns.
+    Without `raise_levels`, a layer that is missing or below its level stays so.
     """
     removed = llm.removed_attention
     evict(cache, removed)
     levels = {n: llm.plan.cache_level(n) for n in range(llm.adapter.num_layers)}
     lower(cache, levels)
     read_back(cache, levels)
-    restored = missing(cache) - removed
-    if restore == "next_request":
+    if restore == "next_request" or not raise_levels:
         return
-    if not restored and not (raise_levels and raised(cache, levels)):
+    if missing(cache) <= removed and not raised(cache, levels):
         return
     known = past()
     if known is None:

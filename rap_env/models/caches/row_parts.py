@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
-from rap_env.models.caches.kv_cache import Past
+from rap_env.models.caches.kv_cache import Past, missing
 from rap_env.models.caches.layers import levels_of, lower, note_rows, share_folder, with_room
 from rap_env.models.caches.stored_cache import StoredCache
 from rap_env.models.device import send
@@ -55,10 +55,14 @@ class RowPart:
         return max(self.lengths, default=0)
 
     def plan(self, plan: Plan, *, lowest: bool = False) -> Plan:
-        """A plan with the levels that the cache has, or with the lowest of both that stay."""
+        """A plan with the levels that the cache has, or with the lowest of both that stay.
+
+        Attention blocks that the cache lacks are removed.
+        """
         if self.cache is None:
             return plan
-        return _at_levels(plan, levels_of(self.cache, lasting=lowest), lowest)
+        levels = levels_of(self.cache, lasting=lowest)
+        return _at_levels(plan, levels, missing(self.cache), lowest)
 
     def split(self, row: int, devices: Sequence[torch.device]) -> RowPart:
         """Move a row, which is not the only one, to a part of its own, one layer at a time."""
@@ -113,14 +117,14 @@ class RowPart:
 
 
 def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
-    """Parts in which neighbours with caches at equal levels are one.
+    """Parts in which neighbours with caches at equal levels, of the same layers, are one.
 
     Args:
         parts: Parts with caches; they must not be used afterwards.
         new: Last tokens of each row that are not cached yet.
     """
     joined: list[RowPart] = []
-    for _, group in itertools.groupby(parts, key=lambda part: levels_of(part.cache)):
+    for _, group in itertools.groupby(parts, key=_levels_and_missing):
         first, *others = group
         for part in others:
             length = max(first.length, part.length) - new
@@ -130,6 +134,10 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
             note_rows(first.cache, [length - new for length in first.lengths])
         joined.append(first)
     return joined
+
+
+def _levels_and_missing(part: RowPart) -> tuple[Any, ...]:
+    return levels_of(part.cache), missing(part.cache)
 
 
 def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:
@@ -146,10 +154,18 @@ def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torc
 
 
 @functools.lru_cache(maxsize=64)
-def _at_levels(plan: Plan, levels: tuple[tuple[int, CacheLevel], ...], lowest: bool) -> Plan:
+def _at_levels(
+    plan: Plan,
+    levels: tuple[tuple[int, CacheLevel], ...],
+    absent: frozenset[int],
+    lowest: bool,
+) -> Plan:
     own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
     caches = tuple(sorted({**dict(plan.caches), **own}.items()))
-    return plan if caches == plan.caches else replace(plan, caches=caches)
+    removed = plan.removed | {2 * layer for layer in absent}
+    if caches == plan.caches and removed == plan.removed:
+        return plan
+    return replace(plan, caches=caches, removed=removed)
 
 
 def _index(

@@ -7,6 +7,7 @@ on the left; attention masks hide the padding.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from rap_env.models.caches.kv_cache import (
     Restore,
     cache_argument,
     cache_bytes,
-    evict,
     missing,
     refill,
     update_cache,
@@ -39,11 +39,11 @@ class LiveBatch:
     It runs under the model's mask: `ElasticLLM.apply` may change the mask between any two calls,
     from any thread. The keys and values of a removed attention block are evicted immediately. A
     restored block is handled at the next call that runs the model or joins batches: its cache is
-    refilled, or it stays unused until the batch is empty (see `models.caches.kv_cache`). Rows whose
-    caches have different levels are in parts, each with a cache of its own; one pass runs them all
-    (see `models.caches.row_parts`). Each call holds the model exclusively; all calls of one batch
-    must come from one thread. After a call that failed the rows are unchanged, and the next call
-    computes their cache again.
+    refilled, or the rows so far stay without it (see `models.caches.kv_cache`). Rows whose caches
+    have different levels are in parts, each with a cache of its own; one pass runs them all (see
+    `models.caches.row_parts`), and another one those that lack other attention blocks. Each call
+    holds the model exclusively; all calls of one batch must come from one thread. After a call that
+    failed the rows are unchanged, and the next call computes their cache again.
 
     Args:
         llm: The live model.
@@ -52,8 +52,8 @@ class LiveBatch:
             fewer need less workspace.
         interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
             pass ends there with a `PassInterruptedError`, and rows and caches are unchanged.
-        raise_levels: Refill caches below the levels of a plan, if `restore` refills; without it
-            rows keep the level that they have, unless there are copies.
+        raise_levels: Refill caches below the levels of a plan, and for restored attention blocks,
+            if `restore` refills; without it rows keep what they have, unless there are copies.
         copies: A folder for files with copies of what is lowered, from which caches get better
             levels at once when the plan has them; None for no copies.
 
@@ -279,8 +279,8 @@ class LiveBatch:
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
-        All caches are updated to the model's mask first. Layers that are missing in one of them
-        are missing in all. Rows with the levels of the last ones here share a cache with them.
+        All caches are updated to the model's mask first. Rows whose caches have the same levels and
+        lack the same layers as those of the last ones here share a cache with them.
 
         Raises:
             InvalidRequestError: The other batch uses another model.
@@ -306,12 +306,8 @@ class LiveBatch:
         """Remove all rows."""
         self.keep([])
 
-    def _update(self, parts: Sequence[RowPart], new: int = 0) -> frozenset[int]:
-        """Bring the caches of parts to the model's mask, and tokens before `new` ones into them.
-
-        Returns:
-            Layers that are missing in all of them.
-        """
+    def _update(self, parts: Sequence[RowPart], new: int = 0) -> None:
+        """Bring the caches of parts to the model's mask, and tokens before `new` ones into them."""
         for part in parts:
             past = functools.partial(columns_of, part.rows, 0, part.length - new, self._llm.device)
             if part.cache is None:
@@ -327,10 +323,6 @@ class LiveBatch:
                 self._most_tokens,
                 raise_levels=self._raise_levels,
             )
-        absent = frozenset[int]().union(*(missing(part.cache) for part in parts))
-        for part in parts:
-            evict(part.cache, absent)
-        return absent
 
     def _forward(self, new: int) -> torch.Tensor:
         """Run the last `new` tokens of each row, and return the logits after them, (B, V)."""
@@ -340,29 +332,37 @@ class LiveBatch:
         return logits.to(torch.float32, copy=True)
 
     def _last_logits(self, new: int) -> torch.Tensor:
-        rows, length = self._rows, self.length
-        columns = columns_of(rows, length - new, length, self._llm.device)
-        padded = min(map(len, rows)) < length
         with self._llm.exclusive():
-            absent = self._update(self._parts, new)
+            self._update(self._parts, new)
             if len(self._parts) > 1:
                 self._parts = merged(self._parts, new)
-            for part in self._parts:
-                note_rows(part.cache, part.lengths)  # so that nothing has to read the mask
-            cache = self._parts[0].cache
-            if len(self._parts) > 1:
-                lengths = [part.lengths for part in self._parts]
-                cache = PartedCache([part.cache for part in self._parts], lengths, new)
-                note_rows(cache, [len(row) for row in rows])
-            with self._llm.without({2 * number for number in absent}), self._interruptible():
-                output = self._llm.model(
-                    input_ids=columns.tokens,
-                    attention_mask=columns.attention_mask if padded else None,
-                    position_ids=columns.position_ids,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **{self._argument: cache},
-                )
+            groups = itertools.groupby(self._parts, key=lambda part: missing(part.cache))
+            with self._interruptible():
+                logits = [self._pass(list(parts), absent, new) for absent, parts in groups]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _pass(self, parts: Sequence[RowPart], absent: frozenset[int], new: int) -> torch.Tensor:
+        """Run the rows of parts whose caches lack the layers `absent`; logits, (B, V)."""
+        rows = [row for part in parts for row in part.rows]
+        length = max(map(len, rows))
+        columns = columns_of(rows, length - new, length, self._llm.device)
+        padded = min(map(len, rows)) < length
+        for part in parts:
+            note_rows(part.cache, part.lengths)  # so that nothing has to read the mask
+        cache = parts[0].cache
+        if len(parts) > 1:
+            lengths = [part.lengths for part in parts]
+            cache = PartedCache([part.cache for part in parts], lengths, new)
+            note_rows(cache, [len(row) for row in rows])
+        with self._llm.without({2 * number for number in absent}):
+            output = self._llm.model(
+                input_ids=columns.tokens,
+                attention_mask=columns.attention_mask if padded else None,
+                position_ids=columns.position_ids,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._argument: cache},
+            )
         last: torch.Tensor = output.logits[:, -1]
         return last
 
