@@ -290,7 +290,7 @@ class Engine:
             queued=len(self._queue),
             running=len(self._scheduler.running),
             plan=self._scheduler.plan,
-            budget_bytes=self.controller.monitor.budget_bytes,
+            budget_bytes=max(0, self.controller.monitor.budget_bytes),
             held=self.controller.monitor.held,
             used_bytes=self.controller.monitor.used_bytes,
             margin_bytes=self.controller.monitor.margin.bytes,

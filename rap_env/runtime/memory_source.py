@@ -144,8 +144,8 @@ class SystemMemory(MemorySource):
         return None if total is None else max(0, total - self.reserve_bytes)
 
     def budget_bytes(self, used_bytes: int) -> int:
-        """Used and free bytes, less the reserve."""
-        return max(0, used_bytes + self.free_bytes() - self.reserve_bytes)
+        """Used and free bytes, less the reserve; negative if only a part of the reserve is free."""
+        return max(0, used_bytes + self.free_bytes()) - self.reserve_bytes
 
 
 CUDA_RESERVE_BYTES = 2**28

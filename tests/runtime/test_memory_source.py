@@ -113,6 +113,8 @@ def test_the_machine_itself_is_the_limit_where_no_group_has_one(machine):
     memory = machine.open(reserve_bytes=96 * MIB)
     assert memory.budget_bytes(used_bytes=10 * MIB) == (10 + 4096 - 96) * MIB
     assert memory.limit_bytes == (8192 - 96) * MIB
+    memory = machine.open(reserve_bytes=5000 * MIB)  # of which only a part is free
+    assert memory.budget_bytes(used_bytes=10 * MIB) == (10 + 4096 - 5000) * MIB
 
 
 def test_version_1_reads_its_own_names_and_sums_over_the_groups_below(machine):
