@@ -40,7 +40,7 @@ class Engine:
     budget; if it falls below what is used during a chunk, the chunk ends before its next layer, and
     is repeated later. A request waits while no plan makes it fit with the running batch; others
     overtake it only if it waits for a floor of its own, which no plan reaches even for it alone, or
-    if nothing has run for a second: then the shortest one that fits runs, whatever margin of safety
+    if nothing has run for a moment: then the shortest one that fits runs, and soon whatever margin
     was learned. If no plan fits the running batch, the newest request is preempted: it returns to
     the front of the queue with its tokens and what it has cached (`KeptCaches`), and later goes on
     from there. Once memory is back, lowered caches are read back from files, or refilled one at a

@@ -128,7 +128,7 @@ class ServerSettings:
         prefill_chunk_tokens: Prompt tokens per step. Smaller chunks delay running answers less.
         target_itl_s: Seconds between tokens to aim at. The mean of an answer while others' prompts
             are read: as many decode steps follow each chunk. A prompt waits longer for a lower one;
-            null for one step.
+            while n more requests wait, it is 1 + n times as long. null for one step.
         max_prompt_tokens: Most tokens of a prompt. null for what fits the memory budget alone,
             within the floor of quality.
         max_new_tokens: Most tokens that a request may ask for.
