@@ -98,7 +98,7 @@ class Admission:
             return self._admit_any(interrupt)
         if batch.decoding and self._clock() - self.preempted_s < self._controller.hold_s:
             return False  # a request was preempted just now
-        sequence = self._queue.first_of(self._within_own_floor)
+        sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
         return sequence is not None and self._admit(sequence, self._chunk_tokens, interrupt)
 
     def _admit_any(self, interrupt: Callable[[], bool]) -> bool:

@@ -86,10 +86,6 @@ class BatchShape:
     def __bool__(self) -> bool:
         return self.batch_size > 0
 
-    def with_bounds(self, bounds: Iterable[QualityBound]) -> BatchShape:
-        """This shape with more bounds."""
-        return replace(self, bounds=tuple(sorted({*self.bounds, *bounds})))
-
     def with_texts(self, texts: Iterable[Shares]) -> BatchShape:
         """This shape with the kinds of text of its prompts."""
         shares = mean_shares(list(texts))

@@ -322,9 +322,8 @@ class RuntimeController(Feasibility):
         for part in range(1, _RESERVE_PARTS + 1):
             monitor.borrow(reserve * part // _RESERVE_PARTS)
             available = self._available_after_trim_bytes(shape, next_pass)
-            if self.switcher.present_fits(shape, available) or self._fit(
-                shape, available, trigger, next_pass, running=running
-            ):
+            fits = self.switcher.present_fits(shape, available)
+            if fits or self._fit(shape, available, trigger, next_pass, running=running):
                 return True
         monitor.borrow(0)
         return False

@@ -40,12 +40,11 @@ class Pace:
 
         Args:
             seconds: What it took.
-            waiting: Requests that have not begun; the target is as many times longer.
+            waiting: Requests that have not begun: the target is 1 + `waiting` times as long.
         """
         if self._target_s is not None and self.decode_s:
-            target_s = self._target_s * (1 + waiting)
-            spare_s = max(target_s - self.decode_s, _LEAST_SHARE * self.decode_s)
-            self._steps = math.ceil(seconds / spare_s)
+            spare_s = self._target_s * (1 + waiting) - self.decode_s
+            self._steps = math.ceil(seconds / max(spare_s, _LEAST_SHARE * self.decode_s))
 
     def note_step(self, seconds: float) -> None:
         """A decode step has taken so long."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rap_env.blocks import block_index, block_name
-from rap_env.levels import WeightLevel
+from rap_env.levels import CacheLevel, WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
 
@@ -26,20 +26,17 @@ class PlanChange:
     @property
     def raises_caches(self) -> bool:
         """Whether the cache of a block that is kept gets a better level."""
-        return any(
-            level.lowest(self.after.cache_level(layer)) != self.after.cache_level(layer)
-            for layer, level in self.before.caches
-            if 2 * layer not in self.after.removed
-        )
+        return any(level.lowest(after) != after for level, after in self._kept_caches)
 
     @property
     def raises_two_bits(self) -> bool:
         """Whether a cache of 2 bits gets more: that is worth a pass over all tokens."""
-        return any(
-            level.bits == 2 and self.after.cache_level(layer).bits > 2
-            for layer, level in self.before.caches
-            if 2 * layer not in self.after.removed
-        )
+        return any(level.bits == 2 and after.bits > 2 for level, after in self._kept_caches)
+
+    @property
+    def _kept_caches(self) -> list[tuple[CacheLevel, CacheLevel]]:
+        kept = (pair for pair in self.before.caches if 2 * pair[0] not in self.after.removed)
+        return [(level, self.after.cache_level(layer)) for layer, level in kept]
 
     def without_refill(self) -> Plan:
         """The plan `after`, in which attention stays removed and caches keep their lower level."""

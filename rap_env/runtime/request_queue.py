@@ -51,10 +51,6 @@ class RequestQueue:
         with self._lock:
             self._waiting.appendleft(sequence)
 
-    def first_of(self, predicate: Callable[[TokenSequence], bool]) -> TokenSequence | None:
-        """The first request that matches a predicate; it stays in the queue."""
-        return next(filter(predicate, self.waiting), None)
-
     def remove(self, sequence: TokenSequence) -> None:
         """Remove a request."""
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -290,5 +291,5 @@ def shape_of(
         for handle in handles
         if (floor := handle.max_delta_nll) is not None
     }
-    shape = BatchShape.of(rows, uniform=uniform).with_bounds(bounds)
+    shape = replace(BatchShape.of(rows, uniform=uniform), bounds=tuple(sorted(bounds)))
     return shape.with_texts(handle.text_shares for handle in handles)

@@ -124,7 +124,7 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
         new: Last tokens of each row that are not cached yet.
     """
     joined: list[RowPart] = []
-    for _, group in itertools.groupby(parts, key=_levels_and_missing):
+    for _, group in itertools.groupby(parts, key=lambda p: (levels_of(p.cache), missing(p.cache))):
         first, *others = group
         for part in others:
             length = max(first.length, part.length) - new
@@ -134,10 +134,6 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
             note_rows(first.cache, [length - new for length in first.lengths])
         joined.append(first)
     return joined
-
-
-def _levels_and_missing(part: RowPart) -> tuple[Any, ...]:
-    return levels_of(part.cache), missing(part.cache)
 
 
 def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:
@@ -153,19 +149,14 @@ def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torc
     return Past(sent[:, 1:], (positions >= 0).long(), positions[:, first:].clamp(min=0))
 
 
+_Levels = tuple[tuple[int, CacheLevel], ...]
+
+
 @functools.lru_cache(maxsize=64)
-def _at_levels(
-    plan: Plan,
-    levels: tuple[tuple[int, CacheLevel], ...],
-    absent: frozenset[int],
-    lowest: bool,
-) -> Plan:
+def _at_levels(plan: Plan, levels: _Levels, absent: frozenset[int], lowest: bool) -> Plan:
     own = {n: level.lowest(plan.cache_level(n)) if lowest else level for n, level in levels}
     caches = tuple(sorted({**dict(plan.caches), **own}.items()))
-    removed = plan.removed | {2 * layer for layer in absent}
-    if caches == plan.caches and removed == plan.removed:
-        return plan
-    return replace(plan, caches=caches, removed=removed)
+    return replace(plan, caches=caches, removed=plan.removed | {2 * layer for layer in absent})
 
 
 def _index(
