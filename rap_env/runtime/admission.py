@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
-_MARGIN_S = 1.0  # without a pass, after which the learned margin is forgotten
+_LONG_STALL_S = 1.0  # after which the learned margin and caches kept in memory are given up, too
 _CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
 
 
@@ -106,10 +106,10 @@ class Admission:
         if self._clock() < self._next_try_s:
             return False
         self._next_try_s = self._clock() + _STALLED_S
-        if self.stalled_s >= _MARGIN_S:
+        if self.stalled_s >= _LONG_STALL_S:
             self._controller.forget_margin()
-        while self._kept.drop_newest():
-            pass
+            while self._kept.drop_newest():
+                pass
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
         chunks = [max(1, self._chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
