@@ -169,9 +169,3 @@ def test_the_program_prints_published_records_and_nothing_else(tmp_path):
     assert done.stdout.startswith("# seeds: ")
     assert "| MaskablePPO (5) |" in done.stdout
     assert list(tmp_path.iterdir()) == [], "it makes no run folder"
-
-
-def test_the_program_reports_errors_in_one_sentence(tmp_path):
-    done = run_compare("runs=missing", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("Error: There is no folder missing")

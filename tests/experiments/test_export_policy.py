@@ -1,7 +1,6 @@
 """Export of a run's policy: the same masks as the run, also if its folder was moved."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
@@ -19,7 +18,6 @@ from rap_env.policies.loading import load_policy
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.tables import TablePolicy
 from rap_env.request import Request
-from tests.experiments.test_config import run_program
 from tests.experiments.tiny_study import own_text, short_training, tiny_study
 
 STORED = Plan.removing(0, 1, 2, 3, 4, 5, 7)
@@ -103,16 +101,3 @@ def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
 def test_the_output_file_needs_a_loadable_suffix():
     with pytest.raises(ExperimentError, match=r"out must end in \.safetensors"):
         ExportPolicyConfig("run", "policy.bin")
-
-
-def test_an_error_is_one_sentence_and_writes_no_file(tmp_path):
-    done = run_program(
-        "experiments.export_policy", "run=nowhere", "out=rap.safetensors", cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert done.stderr == "Error: nowhere is not a run folder: it has no config.yaml.\n"
-    assert list(Path(tmp_path).iterdir()) == []
-    done = run_program("experiments.export_policy", "run=nowhere", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "out" in done.stderr
-    assert "Traceback" not in done.stderr

@@ -86,13 +86,6 @@ def test_the_programs_train_and_evaluate_with_the_package(compared, package):
     assert any(torch.isfinite(tensor).all() for tensor in model.policy.parameters())
 
 
-def test_rows_of_a_changed_baseline_are_not_used_again(compared):
-    rows = ResultRow.read(compared / "evaluate" / "results.jsonl")
-    sources = {row.method: row.provenance["depends_on"]["method"].get("source") for row in rows}
-    assert len(sources["largest_first"]) == 64
-    assert sources["dense"] is None, "ours keep their keys"
-
-
 def test_a_policy_of_a_package_answers_requests_by_either_name(package):
     memory = MemoryModel(facts())
     context = SyntheticContext([1.0] * 8)
