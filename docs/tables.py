@@ -21,9 +21,9 @@ from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tables import (  # noqa: E402
     quality_columns,
     quality_entry,
-    ratio_table,
     tables_markdown,
 )
+from experiments.comparison.tight_tables import ratio_table  # noqa: E402
 from experiments.config.evaluation import CompareConfig  # noqa: E402
 from experiments.replay.trial import SYSTEMS, Trial, trial_table  # noqa: E402
 from experiments.study.looks import look  # noqa: E402

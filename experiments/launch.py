@@ -31,8 +31,8 @@ from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
 from experiments.study.console import fail, message
 from experiments.study.errors import ExperimentError
 from experiments.study.help import guess, help_text, settings_of
+from experiments.study.records import write_text
 from experiments.study.run_names import run_label
-from rap_env.artifacts import atomic_write
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.plugins import GROUPS, entry_points
 
@@ -268,6 +268,5 @@ def _stored_threads(path: Path, workers: int) -> int:
         return max(1, int(path.read_text()))
     except (FileNotFoundError, ValueError):
         threads = 1 if workers else fastest_threads()
-    with atomic_write(path) as file:
-        file.write(f"{threads}\n".encode())
+    write_text(path, f"{threads}\n")
     return threads

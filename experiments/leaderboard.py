@@ -24,8 +24,7 @@ from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.study.console import fail, say
 from experiments.study.errors import ExperimentError
 from experiments.study.looks import look
-from experiments.study.records import write_records
-from rap_env.artifacts import atomic_write
+from experiments.study.records import write_records, write_text
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, UNCHOSEN, Entry, Run, published_entries
 from rap_env.leaderboard.evaluation import Evaluation
@@ -284,8 +283,7 @@ def publish(results: Path) -> int:
         pinned["reward_threshold"] = mean_return(env)
         for entry in make_entries(comparison, rows, records):
             entry.save(ENTRIES / comparison / f"{entry.origin['method']}.json", compress=True)
-    with atomic_write(TASKS_FILE) as file:
-        file.write((json.dumps(described, indent=1) + "\n").encode())
+    write_text(TASKS_FILE, json.dumps(described, indent=1) + "\n")
     return sum(1 for _ in ENTRIES.rglob("*.json"))
 
 

@@ -26,7 +26,7 @@ from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.figures import FAINT, INK, save_png, style
 from experiments.study.looks import LEVEL_COLOURS
-from experiments.study.records import read_json
+from experiments.study.records import read_json, write_text
 from rap_env.artifacts import atomic_write
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -215,8 +215,7 @@ def recorded(folder: Path, make: Callable[[], Recording] | None = None) -> Recor
     if make is None:
         return None
     recording = make()
-    with atomic_write(folder / FILE) as file:
-        file.write(json.dumps(asdict(recording)).encode())
+    write_text(folder / FILE, json.dumps(asdict(recording)))
     return recording
 
 

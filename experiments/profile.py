@@ -12,10 +12,10 @@ from typing import Any
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
+from experiments.study.records import write_text
 from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
-from rap_env.artifacts import atomic_write
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
@@ -98,8 +98,7 @@ def _measure(config: Config, context: PruningContext, folder: Path, path: Path) 
     context.one_shot.save(folder / "one_shot.json")
     if config.importance["method"] == "gsi":
         context.gsi.save(folder / GSI_FILE)
-    with atomic_write(path) as file:
-        file.write(json.dumps(profile_record(context), indent=1, allow_nan=False).encode())
+    write_text(path, json.dumps(profile_record(context), indent=1, allow_nan=False))
 
 
 def profile_record(context: PruningContext) -> dict[str, Any]:

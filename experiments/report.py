@@ -20,6 +20,7 @@ from experiments.study.console import say
 from experiments.study.errors import MissingGroupError
 from experiments.study.figures import Draw, save_png, svg_uri
 from experiments.study.looks import look, short_label
+from experiments.study.records import write_text
 from experiments.study.tables import (
     TIMES,
     mebibytes,
@@ -30,7 +31,6 @@ from experiments.study.tables import (
     text_words,
     wrapped,
 )
-from rap_env.artifacts import atomic_write
 from rap_env.errors import counted
 from rap_env.extras import require_extra
 
@@ -66,19 +66,14 @@ def report(config: Config, folder: Path) -> Path:
     page = folder / "index.html"
     write_page(page, **content(config.report["title"], data, folder / "figures"))
     if data.comparison:
-        _write(folder / "tables.md", tables.tables_markdown(data.comparison))
+        write_text(folder / "tables.md", tables.tables_markdown(data.comparison))
         if data.comparison.lowers:
-            _write(folder / EXPLORER.name, EXPLORER.read_text(encoding="utf-8"))
+            write_text(folder / EXPLORER.name, EXPLORER.read_text(encoding="utf-8"))
         say(f"\n{tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
     say(f"The report is {page}")
     return page
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def write_page(path: Path, **content: Any) -> None:
@@ -94,7 +89,7 @@ def write_page(path: Path, **content: Any) -> None:
         raise MissingGroupError("jinja2", "The report", "agents") from None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    _write(path, template.render(**content))
+    write_text(path, template.render(**content))
 
 
 def content(title: str, data: Records, folder: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.errors import ExperimentError
+from experiments.study.records import write_text
 from experiments.study.run_folder import RunFolder
-from rap_env.artifacts import atomic_write
 from rap_env.errors import counted
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
@@ -102,8 +102,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
         f"seed {text['seed']}, SHA-256 {context.corpus.sha256[:12]}",
     )
     path = Path(settings.out)
-    with atomic_write(path) as file:
-        file.write((head + "\n".join(budget.line for budget in budgets) + "\n").encode())
+    write_text(path, head + "\n".join(budget.line for budget in budgets) + "\n")
     run.finish(
         started, evaluations=context.scorer.known, evaluations_run=context.scorer.evaluations
     )

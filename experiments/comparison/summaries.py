@@ -54,6 +54,12 @@ class Summary:
     kv_aware: bool
 
     @property
+    def label(self) -> str:
+        """First cell of its line in tables, with the number of seeds if there are several."""
+        seeds = self.delta_nll.seeds
+        return f"{look(self.method).label}{f' ({seeds})' if seeds > 1 else ''}"
+
+    @property
     def fits_all(self) -> bool:
         """Whether the method met every budget."""
         return self.fitting == self.rows
@@ -101,11 +107,6 @@ class Comparison:
     def learned(self) -> list[str]:
         """The trained methods."""
         return [method for method in self.methods if self._is_learned(method)]
-
-    @cached_property
-    def baselines(self) -> list[str]:
-        """The compared methods that were not trained."""
-        return [method for method in self.compared if method not in self.learned]
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
@@ -207,6 +208,11 @@ class Comparison:
             return []
         summaries = [self.summary(method) for method in self.compared]
         return sorted(summaries, key=lambda s: (not s.fits_all, s.delta_nll.mean))
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """The methods by the first cells of their lines in tables."""
+        return {summary.label: summary.method for summary in self.summaries}
 
     @property
     def main_policy(self) -> Summary | None:

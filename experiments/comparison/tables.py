@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from experiments.comparison.pairwise import pairwise_comparisons
 from experiments.comparison.records import ResultRow
-from experiments.comparison.summaries import REFERENCE, Comparison, Summary
+from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
+from experiments.comparison.tight_tables import tight_document
 from experiments.study.looks import look, rank
 from experiments.study.records import Cell
-from experiments.study.statistics import bootstrap_mean, paired_ratio
+from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import (
     Table,
     TitledTable,
@@ -57,7 +58,7 @@ HOLM_CAPTION = "By Holm: the same counts if all pairs are tested together at a l
 def summary_table(comparison: Comparison) -> Table:
     """Return ΔNLL, accuracy (if measured), cost and fit of each method over all cells."""
     columns: dict[str, Callable[[Summary], str]] = {
-        "Method": lambda s: _label(s),
+        "Method": lambda s: s.label,
         "ΔNLL on held-out text": lambda s: str(s.delta_nll),
         "On calibration text": lambda s: f"{s.delta_nll_calibration:.3f}",
         "Accuracy": lambda s: percent(s.accuracy),
@@ -70,21 +71,10 @@ def summary_table(comparison: Comparison) -> Table:
     return columns_table(comparison.summaries, columns)
 
 
-def _label(summary: Summary) -> str:
-    """The first cell of a method's line, with the number of seeds if there are several."""
-    seeds = summary.delta_nll.seeds
-    return f"{look(summary.method).label}{f' ({seeds})' if seeds > 1 else ''}"
-
-
 def method_names(comparison: Comparison) -> dict[str, str]:
     """Map first cells of tables, with or without a seed count, to methods."""
     named = {look(method).label: method for method in sorted(comparison.methods, key=rank)}
-    return named | _lines(comparison)
-
-
-def _lines(comparison: Comparison) -> dict[str, str]:
-    """Methods by the first cells of their lines."""
-    return {_label(s): s.method for s in comparison.summaries}
+    return named | comparison.lines
 
 
 QUALITY_HEADERS = {
@@ -109,8 +99,20 @@ QUALITY_CAPTION = (
 def quality_table(comparison: Comparison) -> Table | None:
     """Return what separates the plans of each method from the native model; None if unmeasured."""
     columns = quality_columns(s.quality for s in comparison.summaries)
-    lines = {_label(s): s.quality for s in comparison.summaries}
+    lines = {s.label: s.quality for s in comparison.summaries}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
+
+
+def quality_by_budget(
+    comparison: Comparison, shape: tuple[int, int], names: Iterable[str]
+) -> Table:
+    """Return what `quality_table` shows for the plans of one request, one after the other."""
+
+    def entry(rows: list[ResultRow]) -> str:
+        quality = mean_quality(rows)
+        return " / ".join(quality_entry(quality, name) for name in names)
+
+    return _budget_table(comparison, shape, entry)
 
 
 def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
@@ -192,69 +194,6 @@ def _kept_levels(row: ResultRow, num_layers: int) -> str:
     levels = Counter(plan.cache_level(layer).name for layer in kept)
     caches = levels.most_common(1)[0][0] if levels else "none"
     return caches if plan.embeddings == "native" else f"{caches}, embeddings {plan.embeddings}"
-
-
-RATIO_TO = ("uniform", "knapsack", "greedy_per_byte")
-"""Methods by whose ΔNLL that of each other method is divided."""
-
-TARGET_CAPTION = (
-    "About 0.1: budgets at which the best uniform setting loses about 0.1 nats per token on the "
-    "calibration text; likewise the others."
-)
-
-RATIO_CAPTION = (
-    "Geometric mean over the cells of a column of ΔNLL divided by that of the other method at the "
-    "same budget, with a 95 % interval, paired over windows; below 1 is better. A dash: some ΔNLL "
-    "is not significantly above 0, so that there is no ratio."
-)
-
-
-def _tight_columns(comparison: Comparison) -> dict[str, list[Cell]]:
-    """The cells of each request, of each loss that budgets stand for, and all cells."""
-    columns = {
-        shape_words(shape): [cell for cell in comparison.cells if cell[:2] == shape]
-        for shape in comparison.shapes
-    }
-    if len(comparison.cells) > len(comparison.shapes):  # else each request has one target
-        columns |= {f"about {target:g}": cells for target, cells in comparison.targets.items()}
-    return {**{name: cells for name, cells in columns.items() if cells}, "All": comparison.cells}
-
-
-def target_table(comparison: Comparison) -> Table:
-    """Return mean ΔNLL by request, and by the ΔNLL that budgets stand for."""
-    return crossed_table(
-        "Method",
-        _lines(comparison),
-        _tight_columns(comparison),
-        lambda method, cells: f"{comparison.summary(method, cells).delta_nll.mean:.3f}",
-    )
-
-
-def ratio_table(comparison: Comparison, other: str) -> Table:
-    """Return ΔNLL divided by that of another method, by request and by target."""
-
-    def entry(method: str, cells: list[Cell]) -> str:
-        first, second = (
-            [comparison.window_delta_nlls(name, cell) for cell in cells] for name in (method, other)
-        )
-        ratio = paired_ratio(first, second)
-        return f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "-"
-
-    lines = {name: method for name, method in _lines(comparison).items() if method != other}
-    return crossed_table("Method", lines, _tight_columns(comparison), entry)
-
-
-def tight_document(comparison: Comparison) -> list[TitledTable]:
-    """Return the tables of a comparison whose budgets stand for losses; empty for others."""
-    if not comparison.targets or not comparison.summaries:
-        return []
-    title = "Mean ΔNLL (nats/token) by request and by tightness"
-    tables = [TitledTable(target_table(comparison), title, TARGET_CAPTION)]
-    for other in RATIO_TO:
-        if other in comparison.methods:
-            title = f"ΔNLL divided by that of {look(other).label}"
-            tables.append(TitledTable(ratio_table(comparison, other), title, RATIO_CAPTION))
-    return tables
 
 
 def budget_words(comparison: Comparison) -> str:
@@ -379,6 +318,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),
         ]
+        if columns := quality_columns(s.quality for s in comparison.summaries):
+            quality = quality_by_budget(comparison, shape, columns.values())
+            tables.append(TitledTable(quality, f"{' / '.join(columns)}, {words}", detail=True))
     return tables
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from experiments.config import Config
 from experiments.study.console import say
 from experiments.study.figures import save_png
-from experiments.study.records import Record, RowFile, row_key
+from experiments.study.records import Record, RowFile, row_key, write_text
 from experiments.study.run_folder import RunFolder, git_state
-from experiments.study.tables import TitledTable, document, publish_tables, terminal, wrapped
+from experiments.study.tables import TitledTable, document, terminal, wrapped
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 
@@ -115,7 +115,8 @@ class Study(Generic[DataT]):
     def publish(self, data: DataT, folder: Path) -> None:
         """Write ``tables.md`` and the figures into a folder, and print the tables."""
         shown = [terminal(self.tables(data)), wrapped(self.words(data))]
-        publish_tables(folder, self.markdown(data), "\n\n".join(filter(None, shown)))
+        write_text(folder / "tables.md", self.markdown(data))
+        say("\n\n".join(filter(None, shown)))
         if find_spec("matplotlib") is not None:  # an extra, and the tables say the same
             self.draw(data, folder)
 

@@ -306,6 +306,16 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text, atomically.
+
+    Raises:
+        StorageFullError: The disk is full; the old file is intact.
+    """
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def trim_metrics(path: Path, step: int) -> None:
     """Remove metrics of steps after `step`, because a run that resumes there writes them again."""
     records = read_records(path)

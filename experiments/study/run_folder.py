@@ -18,8 +18,7 @@ import yaml
 
 from experiments.config import Config
 from experiments.study.errors import ExperimentError
-from experiments.study.records import read_json
-from rap_env.artifacts import atomic_write
+from experiments.study.records import read_json, write_text
 
 PACKAGES = (
     "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",
@@ -75,13 +74,13 @@ class RunFolder:
         """
         settings = asdict(config)
         self._check_unchanged(settings, frozen)
-        self._write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_text(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         record = self.read() or {"stage": config.stage, "starts": [], "seconds": 0.0}
         seeds = {"run": config.seed, "calibration": config.calibration.seed,
                  "report_text": config.evaluate.text.seed}  # fmt: skip
         record.update(facts, provenance=provenance(seeds))
         record["starts"].append(datetime.now(UTC).isoformat(timespec="seconds"))
-        self._write("run.json", json.dumps(record, indent=1))
+        write_text(self.path / "run.json", json.dumps(record, indent=1))
         return record
 
     def finish(self, started: float, **facts: Any) -> None:
@@ -95,7 +94,7 @@ class RunFolder:
         record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 2)
         record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         record.update(facts)
-        self._write("run.json", json.dumps(record, indent=1))
+        write_text(self.path / "run.json", json.dumps(record, indent=1))
 
     def read(self) -> dict[str, Any] | None:
         """Return the content of ``run.json``; None if the run never started."""
@@ -123,10 +122,6 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({shown}); choose another name=..., "
                 "or delete the folder to start again."
             )
-
-    def _write(self, name: str, text: str) -> None:
-        with atomic_write(self.path / name) as file:
-            file.write(text.encode())
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,19 +6,14 @@ import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from experiments.study.console import say
 from experiments.study.statistics import Estimate
-from rap_env.artifacts import atomic_write
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 """Sign between batch size and tokens."""
 
 TERMINAL_COLUMNS = 100
-
-TABLES_FILE = "tables.md"
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
@@ -130,21 +125,9 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, TERMINAL_COLUMNS)
 
 
-def publish_tables(folder: Path, in_markdown: str, in_terminal: str) -> None:
-    """Write ``tables.md`` into a run folder, and print the terminal form."""
-    with atomic_write(folder / TABLES_FILE) as file:
-        file.write(in_markdown.encode())
-    say(in_terminal)
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """Format a share as per cent; a dash for None."""
     return "-" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def signed_percent(value: float, digits: int = 1) -> str:
-    """Format a relative difference as per cent, with its sign."""
-    return f"{100 * value:+.{digits}f} %"
 
 
 def signed(estimate: Estimate) -> str:
@@ -156,8 +139,8 @@ def relative_words(estimate: Estimate | None) -> str:
     """Format a relative difference with its interval in per cent; a dash for None."""
     if estimate is None:
         return "-"
-    low, high = 100 * estimate.low, 100 * estimate.high
-    return f"{signed_percent(estimate.mean)} [{low:+.1f}, {high:+.1f}]"
+    mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def seconds(value: float) -> str:

@@ -141,6 +141,7 @@ def test_distances_from_the_native_model_are_means_over_cells():
     assert measured["GSI order"] == ["0.041", "0.450", "91.2 %", "8.4 %", "87.1 % [80.0, 94.0]"]
     assert measured["Random"] == ["0.031", "0.450", "91.2 %", "-", "-"]
     markdown = tables_markdown(Comparison([*rows, *partly]), captions=True)
+    assert "0.051 / 0.450 / 91.2 % / 8.4 % / 87.1 % [80.0, 94.0]" in markdown
     assert "Flipped answers: share of" in markdown
     mixed = Comparison([*rows[:-1], old[3], *partly])
     assert quality_table(mixed)[1][0][1:] == ["-"] * 3, "a cell is not measured"

@@ -151,3 +151,4 @@ def test_tables_show_plans_and_budgets_that_differ(evaluated):
     assert "about 0.5" in text
     assert "ΔNLL divided by that of Uniform settings" in text
     assert "Distance from the native model" in text
+    assert text.count("KL divergence / 99th percentile / Same top token, ") == 2

@@ -10,12 +10,10 @@ from experiments.comparison.summaries import Comparison
 from experiments.comparison.tables import (
     budget_words,
     delta_nll_table,
-    ratio_table,
     removed_table,
-    target_table,
     terminal_text,
-    tight_document,
 )
+from experiments.comparison.tight_tables import ratio_table, target_table, tight_document
 from experiments.study.figures import svg_uri
 from experiments.study.tables import shape_words
 from rap_env.plan import Plan
