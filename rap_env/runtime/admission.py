@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
-_LONG_STALL_S = 1.0  # after which the learned margin and caches kept in memory are given up, too
+_LONG_STALL_S = 1.0
+"""As `_STALLED_S`: then margin and caches kept in memory are given up, and the log says why."""
 _CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
 
 
@@ -106,7 +107,7 @@ class Admission:
         if self._clock() < self._next_try_s:
             return False
         self._next_try_s = self._clock() + _STALLED_S
-        if self.stalled_s >= _LONG_STALL_S:
+        if long := self.stalled_s >= _LONG_STALL_S:
             self._controller.forget_margin()
             while self._kept.drop_newest():
                 pass
@@ -117,7 +118,7 @@ class Admission:
         for sequence, chunk_tokens in tries:
             if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
                 return True
-        if len(self._queue):
+        if long and len(self._queue):
             self._controller.note_stall(shape_of([], waiting[0], uniform=self._uniform))
         return False
 
