@@ -113,10 +113,8 @@ class Uniform(Method):
         """The setting with the least NLL of those that fit."""
         best, best_nll = self.likely(request), float("inf")
         for setting in self.settings(request):
-            best_rise = best_nll - self._native_nll
-            if _LEAST_SHARE * sum(setting.rises) >= best_rise:
-                break
-            if max(setting.rises) >= best_rise:
+            least = max(*setting.rises, _LEAST_SHARE * sum(setting.rises))
+            if least >= best_nll - self._native_nll:
                 continue
             nll = scores.nll(setting.plan)
             if nll < best_nll:
