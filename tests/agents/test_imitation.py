@@ -47,7 +47,7 @@ def weights(model):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_the_policy_matches_its_teacher(context, builder, teacher, name):
-    model = new_model(name, context)
+    model = new_model(name, context, normalize_reward=False)
     result = imitate(model, teacher, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
     assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]

@@ -91,6 +91,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, any_context, nam
     logged = [row for row in cut if row["step"] <= result.resumed_from] + rest
     assert [sorted(row) for row in logged] == [sorted(row) for row in whole]
     assert logged == whole, "no line is missing, and none is there twice"
+    finished = train(config, envs, tmp_path / "cut", progress=False)
+    assert finished.resumed_from == finished.timesteps == result.timesteps, "it is not repeated"
 
 
 def test_changed_episodes_restart_after_a_resume(tmp_path, context, caplog):
