@@ -34,6 +34,18 @@ def quick_collections():
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A saved model of four layers with a tokenizer that has a chat template."""
+    from tests.serving.tokenizers import chat_tokenizer
+    from tests.tiny import tiny_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_model(layers=4).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def rap(capsys, monkeypatch, tmp_path):
     """Runs the command; gives its exit code and what it wrote."""

@@ -22,19 +22,10 @@ from rap_env.serving.settings import ServerSettings, setting_types
 from rap_env.serving.stack import build_stack
 from rap_env.version import __version__
 from tests.made_facts import made_facts
-from tests.serving.tokenizers import chat_tokenizer
-from tests.tiny import tiny_llm, tiny_model
+from tests.tiny import tiny_llm
 
 SMALL = ["--batch", "8", "--seq", "1024", "--budget", "70MiB"]
 REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model(layers=4).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_version_and_help(rap):

@@ -214,27 +214,16 @@ def tiny_llm(
 
 def tiny_tokenizer() -> Any:
     """A real tokenizer with a token for each of a few characters, and `VOCAB_SIZE` tokens."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, decoders, pre_tokenizers
 
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:"
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", *letters, "\n"][:VOCAB_SIZE]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
+    split = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return _fast_tokenizer([*letters, "\n"][: VOCAB_SIZE - 4], split, decoders.Fuse())
 
 
 def word_tokenizer() -> Any:
     """A real tokenizer with a token for each word of the generated tasks of long contexts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import pre_tokenizers
 
     from rap_env.artifacts import package_json
     from rap_env.scoring.generated_tasks import NAMES, OBJECTS
@@ -250,10 +239,18 @@ def word_tokenizer() -> Any:
         for kind in LONG_CONTEXT_KINDS
     ]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    tokens = ["<pad>", "<s>", "</s>", "<unk>", *sorted(words)]
+    return _fast_tokenizer(sorted(words), split)
+
+
+def _fast_tokenizer(words: list[str], split: Any, decoder: Any = None) -> Any:
+    from tokenizers import Tokenizer, models
+
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *words]
     vocab = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = split
+    if decoder is not None:
+        backend.decoder = decoder
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

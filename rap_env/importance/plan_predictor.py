@@ -57,16 +57,14 @@ class PlanPredictor:
     def __init__(self, ladder: Ladder, one_shot: Floats, model: ScoreModel) -> None:
         self.ladder, self.model = ladder, model
         self._num_blocks = len(model.members[0].alone)
-        self._block = np.full(len(ladder), -1)  # of each item, if it is one
+        self._block = np.array([item.block for item in ladder.items])
         lowered = one_shot.copy()
         removed = np.zeros((len(ladder), ladder.width), dtype=bool)
         for number, item in enumerate(ladder.items):
             lowered[number, len(item.levels) :] = 0.0  # gone with its block
-            if item.kind in ("attn", "ffn"):
-                self._block[number] = 2 * (item.layer or 0) + (item.kind == "ffn")
-                if "removed" in item.levels:
-                    position = item.levels.index("removed")
-                    removed[number, position], lowered[number, position] = True, 0.0
+            if "removed" in item.levels:
+                position = item.levels.index("removed")
+                removed[number, position], lowered[number, position] = True, 0.0
         # The levels of all items in one row, which is read faster than by pairs of indices.
         self._lowered, self._removed = lowered.ravel(), removed.ravel()
         self._first = np.arange(len(ladder)) * ladder.width

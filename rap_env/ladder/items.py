@@ -43,6 +43,12 @@ class Item:
     layer: int | None
     levels: tuple[str, ...]
 
+    @property
+    def block(self) -> int:
+        """Its index if it is a block, else -1."""
+        layer, kind = self.layer, self.kind
+        return -1 if layer is None or kind == "cache" else 2 * layer + (kind == "ffn")
+
 
 @dataclass(frozen=True, eq=False)
 class Ladder:
@@ -389,5 +395,4 @@ def _entry(item: Item, level: str) -> tuple[str, Any]:
         return "embeddings", level
     if item.kind == "cache":
         return "caches", (item.layer, CacheLevel.of(level))
-    index = 2 * item.layer + (item.kind == "ffn")
-    return ("removed", index) if level == "removed" else ("weights", (index, level))
+    return ("removed", item.block) if level == "removed" else ("weights", (item.block, level))

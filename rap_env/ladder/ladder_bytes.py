@@ -167,5 +167,4 @@ def _weight_bytes(memory: MemoryModel, item: Item) -> dict[str, int]:
         return {str(level): size for level, size in facts.embedding_levels.items()}
     if item.kind == "cache":
         return {}
-    index = 2 * item.layer + (item.kind == "ffn")
-    return {str(level): size for level, size in facts.weight_levels(index).items()}
+    return {str(level): size for level, size in facts.weight_levels(item.block).items()}

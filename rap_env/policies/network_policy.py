@@ -291,9 +291,9 @@ def _removal_order(
         known = bool(np.ptp(ranks))  # all ranks are equal without GSI
         return tuple(np.argsort(ranks, kind="stable").tolist()) if known else None
     places = {
-        2 * item.layer + (item.kind == "ffn"): importance.place[number, len(item.levels) - 1]
+        item.block: importance.place[number, len(item.levels) - 1]
         for number, item in enumerate(ladder.items)
-        if item.layer is not None and item.kind != "cache" and item.levels[-1] == "removed"
+        if item.levels[-1] == "removed"
     }
     if len(places) < num_blocks or not importance.place.any():
         return None

@@ -34,12 +34,9 @@ REMOVED = ",".join(MASK.removed_names)
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model(layers=4).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    (folder / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# Tiny\n")
-    return folder
+def model_folder(model_folder):
+    (model_folder / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# Tiny\n")
+    return model_folder
 
 
 @pytest.fixture

@@ -18,11 +18,9 @@ pytest.importorskip("build", reason="build is not installed")
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from rap_env.version import __version__
-from tests.serving.tokenizers import chat_tokenizer
-from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
-DATA_SUFFIXES = {".json", ".txt", ".safetensors", ".typed", ".html", ".j2"}
+DATA_SUFFIXES = {".pyi", ".json", ".txt", ".safetensors", ".typed", ".html", ".j2"}
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +84,6 @@ class Installed:
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     return Installed(tmp_path_factory.mktemp("outside"), wheel)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model(layers=4).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_the_wheel_holds_only_the_package_and_its_data_files(wheel):
