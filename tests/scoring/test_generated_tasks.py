@@ -1,3 +1,4 @@
+import logging
 from collections import Counter
 
 import pytest
@@ -117,3 +118,15 @@ def test_they_are_genuine_lm_eval_tasks(name):
     fewshot = [dict(doc) for doc in task.training_docs()]
     assert len(fewshot) == FEWSHOT_DOCUMENTS
     assert not any(doc in documents for doc in fewshot)
+
+
+def test_silence_ends_with_its_last_user():
+    datasets = pytest.importorskip("datasets")
+    from rap_env.scoring import lm_eval_tasks
+
+    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    with lm_eval_tasks.quiet():
+        with lm_eval_tasks.quiet():
+            pass
+        assert (logger.level, datasets.are_progress_bars_disabled()) == (logging.ERROR, True)
+    assert (logger.level, datasets.are_progress_bars_disabled()) == (before, False)

@@ -207,6 +207,15 @@ def test_only_the_part_since_the_last_upload_is_logged(
     assert run.logged == expected
 
 
+def test_a_repeated_evaluation_adds_its_metrics(config, no_login, monkeypatch):
+    config.logger |= {"wandb": True}
+    run = FakeRun(1)
+    monkeypatch.setattr(Wandb, "_open", lambda *_: run)
+    with open_loggers(config, config.stage_dir("evaluate"), job="evaluate") as loggers:
+        loggers.log({"loss/gsi": 1.0}, 0)
+    assert run.logged == [(1, 0)]
+
+
 def test_the_mode_follows_the_login(no_login, monkeypatch):
     assert not has_login()
     assert wandb_mode("auto") == "offline"
