@@ -33,8 +33,7 @@ from rap_env.plan import Plan
 
 _DECODE_AT_MOST = {1: 0.85, 8: 1.0}
 _FEW_BITS_AT_MOST = {1: 1.5, 8: 1.25}
-_FEW_BITS_PREFILL_AT_MOST = 1.2
-_PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST = 1.15, 1.3, 3.0
+_PREFILL_AT_MOST, _FEW_BITS_PREFILL_AT_MOST, _CACHE_AT_MOST, _CHANGE_AT_MOST = 1.15, 1.2, 1.3, 3.0
 
 Measured = dict[str, Any]
 
@@ -81,45 +80,37 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
         targets.append(Target.of(what, compared["ratio"], at_most=at_most, against=against))
         return compared
 
-    measured: dict[str, Any] = {"decode": {}, "cache": {}, "few_bits": {}}
-    for rows in settings.rows:
-        measured["decode"][f"{rows}_rows"] = compare(
-            f"decode step of {rows} row{'s' * (rows > 1)}, weights packed",
-            {
-                name: _stepping(batch_of(llm, rows, settings.context_tokens), settings.steps)
-                for name, llm in (("new", packed), ("old", wide))
-            },
-            settings.steps, _DECODE_AT_MOST.get(rows, 1.0), wide_weights,
-        )  # fmt: skip
-    measured["prefill"] = compare(
-        f"prefill of {settings.context_tokens} tokens, weights packed",
-        {
-            "new": lambda: batch_of(packed, 1, settings.context_tokens),
-            "old": lambda: batch_of(wide, 1, settings.context_tokens),
-        },
-        1, _PREFILL_AT_MOST, wide_weights,
+    def compare_models(
+        pair: Mapping[str, ElasticLLM],
+        what: str,
+        steps_at_most: Mapping[int, float],
+        prefill_at_most: float,
+        against: str,
+    ) -> Measured:
+        tokens, made = settings.context_tokens, {}
+        for rows in settings.rows:
+            made[f"{rows}_rows"] = compare(
+                f"decode step of {rows} row{'s' * (rows > 1)}, {what}",
+                {n: _stepping(batch_of(m, rows, tokens), settings.steps) for n, m in pair.items()},
+                settings.steps, steps_at_most.get(rows, steps_at_most[8]), against,
+            )  # fmt: skip
+        prefills = {name: partial(batch_of, llm, 1, tokens) for name, llm in pair.items()}
+        what = f"prefill of {tokens} tokens, {what}"
+        made["prefill"] = compare(what, prefills, 1, prefill_at_most, against)
+        return made
+
+    decode = compare_models(
+        {"new": packed, "old": wide}, "weights packed", _DECODE_AT_MOST, _PREFILL_AT_MOST,
+        wide_weights,
     )  # fmt: skip
-    lowered, few_bits = open_model(settings, weights=settings.packed), measured["few_bits"]
+    measured = {"prefill": decode.pop("prefill"), "decode": decode, "cache": {}, "few_bits": {}}
+    lowered = open_model(settings, weights=settings.packed)
     having = lowered.facts.blocks_at(cast("WeightLevel", settings.few_bits))
     lowered.apply(Plan.of({name: n for name, n in having.items() if name.endswith("ffn")}))
-    pair = {"new": lowered, "old": packed}
-    for rows in settings.rows if having else ():
-        few_bits[f"{rows}_rows"] = compare(
-            f"decode step of {rows} row{'s' * (rows > 1)}, FFN weights at {settings.few_bits}",
-            {
-                name: _stepping(batch_of(llm, rows, settings.context_tokens), settings.steps)
-                for name, llm in pair.items()
-            },
-            settings.steps, _FEW_BITS_AT_MOST.get(rows, 1.25), "packed weights",
-        )  # fmt: skip
     if having:
-        few_bits["prefill"] = compare(
-            f"prefill of {settings.context_tokens} tokens, FFN weights at {settings.few_bits}",
-            {
-                name: partial(batch_of, llm, 1, settings.context_tokens)
-                for name, llm in pair.items()
-            },
-            1, _FEW_BITS_PREFILL_AT_MOST, "packed weights",
+        measured["few_bits"] = compare_models(
+            {"new": lowered, "old": packed}, f"FFN weights at {settings.few_bits}",
+            _FEW_BITS_AT_MOST, _FEW_BITS_PREFILL_AT_MOST, "packed weights",
         )  # fmt: skip
     for name, sides in _cache_sides(settings):
         measured["cache"][name] = compare(

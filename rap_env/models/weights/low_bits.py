@@ -32,7 +32,8 @@ Matrices that do not fill blocks of 64 rows and groups of 64 inputs have none of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,14 @@ from rap_env.models.weights.packed_layout import (
     SCALE_DTYPE,
     LowBitFormat,
     PackedLevel,
+    ScaleMemory,
     buffer_in_use,
     piece_rows,
     stored_level,
     widen_blocks,
     widening_buffer,
 )
-from rap_env.models.weights.packing import PackedMatrix
+from rap_env.models.weights.packing import PackedMatrix, blocks_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +103,6 @@ class LowBitMatrix(PackedMatrix):
             factors.to(SCALE_DTYPE).contiguous(),
         )
 
-    @classmethod
-    def joined(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
-        """The rows of several matrices of one level, one after the other."""
-        rows = sum(part.shape[0] for part in parts)
-        dims = {"codes": 0, "scales": 1, "zeros": 1, "factors": 0}
-        tensors = {name: torch.cat([p.tensors[name] for p in parts], dims[name]) for name in dims}
-        return cls(parts[0].level, (rows, parts[0].shape[1]), **tensors)
-
     @property
     def _format(self) -> LowBitFormat:
         return LOW_BIT_FORMATS[self.level]
@@ -133,7 +127,7 @@ class LowBitMatrix(PackedMatrix):
         half_bytes = torch.where((row < HALF)[:, None], half_bytes & 15, half_bytes >> 4)
         target = _Target(
             half_bytes.new_empty(len(flat), self.shape[1], 1),
-            half_bytes.new_empty(len(flat), 3 * self.shape[1] // 4, 1),
+            half_bytes.new_empty(len(flat), self.shape[1] // 4, 1),
             form.bits,
         )
         lifted = target.unpack(half_bytes[..., None])[..., 0]
@@ -142,21 +136,15 @@ class LowBitMatrix(PackedMatrix):
         return weights.to(dtype).view(*indices.shape, self.shape[1])
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
-        states, step, products = self._by_part(flat), piece_rows(self.shape), []
+        states, step, products = self._by_part(flat.contiguous()), piece_rows(self.shape), []
         with buffer_in_use():
             for first in range(0, self.shape[0], step):
-                last = min(first + step, self.shape[0])
-                codes, scales = self._unpacked(first, last)
-                shape = (last - first, self.shape[1])
-                product, *others = (
-                    PackedMatrix(
-                        "int4", shape, codes, scales[index :: len(states)].contiguous()
-                    )._by_kernel(part)
+                codes, scales = self._unpacked(first, min(first + step, self.shape[0]))
+                parts = [
+                    blocks_product(part, codes, scales[index :: len(states)].contiguous())
                     for index, part in enumerate(states)
-                )
-                for other in others:
-                    product.add_(other)
-                products.append(product)
+                ]
+                products.append(functools.reduce(torch.add, parts))
         output = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return output.mul_(self.factors)
 
@@ -189,16 +177,14 @@ class LowBitMatrix(PackedMatrix):
             widen_blocks(codes, scale, zero, out.T, self._format.group_inputs)
 
     def _unpacked(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lifted int4 codes of some rows, in the process's buffer, and their kernel scales."""
+        """Lifted int4 codes of some rows and their kernel scales, in the process's buffer."""
         form, codes, scales, zeros = self._format, self.codes, self.scales, self.zeros
         if last - first < self.shape[0]:
             codes = codes[first // BLOCK : last // BLOCK]
             scales, zeros = scales[:, first:last], zeros[:, first:last]
-        pairs = form.kernel_scales(scales, zeros)
-        if form.bits == 4:
-            return codes, pairs
-        target = _buffered_target(last - first, self.shape[1], form.bits, self.device)
-        return target.unpack(codes), pairs
+        target, memory = _buffered(self.level, last - first, self.shape[1], self.device)
+        pairs = form.kernel_scales(scales, zeros, memory)
+        return codes if form.bits == 4 else target.unpack(codes), pairs
 
 
 class _Target:
@@ -208,7 +194,7 @@ class _Target:
 
     Args:
         lifted: For codes, (blocks, in, n).
-        low: For the lowest bits of 3-bit codes, (blocks, 3 / 4 in, n).
+        low: For lowest bits of 3-bit codes, (blocks, in / 4, n).
         bits: Bits of a code.
     """
 
@@ -216,40 +202,50 @@ class _Target:
         self.lifted, self._low, self._bits = lifted, low, bits
         width = lifted.shape[1] * bits // 4
         self._first, self._last = lifted[:, :width], lifted[:, width:]
-        self._thirds = low.chunk(3, dim=1)
 
     def unpack(self, codes: torch.Tensor) -> torch.Tensor:
         """Bytes (blocks, bytes, n) to lifted codes (blocks, in, n); half bytes stay apart."""
         if self._bits == 4:
             return self.lifted.copy_(codes)
         if self._bits == 2:
-            torch.bitwise_and(codes, 0xCC, out=self._first)
-            torch.bitwise_left_shift(codes, 2, out=self._last).bitwise_and_(0xCC)
+            torch.bitwise_and(codes, _UPPER_2_BITS, out=self._first)
+            torch.bitwise_left_shift(codes, _TWO, out=self._last).bitwise_and_(_UPPER_2_BITS)
             return self.lifted
-        torch.bitwise_and(codes, 0xEE, out=self._first)
-        torch.bitwise_and(codes, 0x11, out=self._low)
-        first, second, third = self._thirds
-        torch.add(second, first, alpha=2, out=self._last)
-        torch.add(third, self._last, alpha=2, out=self._last).bitwise_left_shift_(1)
+        torch.bitwise_and(codes, _UPPER_3_BITS, out=self._first)
+        first, *others = codes.chunk(3, dim=1)
+        torch.bitwise_and(first, _LOWEST_BIT, out=self._last)
+        for other in others:
+            torch.bitwise_and(other, _LOWEST_BIT, out=self._low)
+            torch.add(self._low, self._last, alpha=2, out=self._last)
+        torch.add(self._last, self._last, out=self._last)
         return self.lifted
 
 
-_targets: dict[tuple[int, int, int, int], _Target] = {}
+# Of both half bytes; tensors, as in `packed_layout`.
+_UPPER_2_BITS, _UPPER_3_BITS, _LOWEST_BIT, _TWO = (
+    torch.tensor(number, dtype=torch.uint8) for number in (0xCC, 0xEE, 0x11, 2)
+)
+_Parts = tuple[_Target, ScaleMemory]
+_parts: dict[tuple[PackedLevel, int, int, torch.device], _Parts] = {}
 
 
-def _buffered_target(rows: int, inputs: int, bits: int, device: torch.device) -> _Target:
-    """The target for a piece of a matrix in the process's buffer, which must be in use."""
-    codes = rows * inputs // 2
-    buffer = widening_buffer(2 * codes, torch.uint8, device, use="unpack")
-    key = buffer.data_ptr(), rows, inputs, bits
-    if key not in _targets:
-        for stale in [known for known in _targets if known[0] != key[0]]:
-            del _targets[stale]  # the buffer has grown
-        lifted, low = buffer[:codes], buffer[codes : codes + codes * 3 // 4]
-        _targets[key] = _Target(
-            lifted.view(-1, inputs, HALF), low.view(-1, inputs * 3 // 4, HALF), bits
-        )
-    return _targets[key]
+def _buffered(level: PackedLevel, rows: int, inputs: int, device: torch.device) -> _Parts:
+    """The parts for a piece of a matrix in the process's buffer, which must be in use."""
+    key = level, rows, inputs, device
+    if key not in _parts:
+        form, codes = LOW_BIT_FORMATS[level], inputs * rows // 2
+        sizes = [12 * (inputs // form.group_inputs) * rows, codes, codes // 4]
+        buffer = widening_buffer(sum(sizes), torch.uint8, device, use="unpack")
+        for known, (target, _) in list(_parts.items()):
+            if target.lifted.untyped_storage().data_ptr() != buffer.data_ptr():
+                del _parts[known]  # the buffer has grown
+        with torch.inference_mode(False):  # the parts are written to in either mode
+            numbers, lifted, low = torch.split(buffer, sizes)
+            _parts[key] = (
+                _Target(lifted.view(-1, inputs, HALF), low.view(-1, inputs // 4, HALF), form.bits),
+                ScaleMemory(numbers.view(torch.int32).view(3, -1, rows)),
+            )
+    return _parts[key]
 
 
 def matrix_from_tensors(

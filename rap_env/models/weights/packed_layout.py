@@ -102,32 +102,61 @@ class LowBitFormat:
         reach = self.zero_step * (2 ** (self.zero_bits - 1) - 1) / self.lift
         return torch.where(scale == 0, zero.abs() / reach, scale)
 
-    def kernel_scales(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    def kernel_scales(
+        self, scales: torch.Tensor, zeros: torch.Tensor, memory: ScaleMemory | None = None
+    ) -> torch.Tensor:
         """Scale and zero of lifted codes in units of the factor, (groups, rows, 2), bfloat16.
 
         Args:
             scales: (groups, rows), uint8.
             zeros: (groups, rows) or half as many groups, uint8.
+            memory: Where they are computed and returned; by default in new memory.
         """
-        steps = scales.float()
+        memory = memory or ScaleMemory(scales.new_empty(3, *scales.shape, dtype=torch.int32))
+        steps = memory.steps.copy_(scales)
         if self.zero_bits == 4:
-            zeros = torch.cat((zeros & 15, zeros >> 4))
+            first, second = memory.halves
+            torch.bitwise_and(zeros, _LOWER_BITS, out=first)
+            torch.bitwise_right_shift(zeros, _FOUR, out=second)
+            zeros = memory.unpacked
+        self._zero_values(steps, memory.zeros.copy_(zeros), memory.values)
         # Both numbers of a pair are written at once, as one of 32 bits: torch computes one value
         # at a time where it would have to write every second one.
-        high = self._zero_values(steps, zeros.float()).view(torch.int32)
-        low = steps.view(torch.int32).bitwise_right_shift_(16)  # whole numbers to 255: exact
-        pair = torch.empty(*steps.shape, 2, dtype=SCALE_DTYPE, device=steps.device)
-        torch.bitwise_or(low, high, out=pair.view(torch.int32)[..., 0])
-        return pair
+        # Scales are whole numbers to 255, and so exact.
+        memory.pairs.bitwise_or_(memory.bits.bitwise_right_shift_(_SIXTEEN))
+        return memory.result
 
-    def _zero_values(self, steps: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-        values = torch.mul(steps, -(2 ** (self.zero_bits - 1)) * self.zero_step)
+    def _zero_values(
+        self, steps: torch.Tensor, zeros: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        values = torch.mul(steps, -(2 ** (self.zero_bits - 1)) * self.zero_step, out=out)
         return upper_half(values.addcmul_(zeros, steps, value=self.zero_step))
+
+
+class ScaleMemory:
+    """Memory of `LowBitFormat.kernel_scales`, and the parts of it that operations write to.
+
+    Args:
+        numbers: (3, groups, rows), int32.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.bits, _, self.pairs = numbers.unbind()
+        self.steps, self.zeros, self.values = numbers.view(torch.float32).unbind()
+        groups, rows = self.bits.shape
+        self.unpacked = self.pairs.view(torch.uint8).view(-1)[: groups * rows].view(groups, rows)
+        self.halves = self.unpacked.chunk(2)
+        self.result = self.pairs.view(SCALE_DTYPE).view(groups, rows, 2)
+
+
+# An operation on a tensor and a number makes a tensor of the number, which takes longer.
+_LOWER_BITS, _FOUR = (torch.tensor(number, dtype=torch.uint8) for number in (15, 4))
+_SIXTEEN, _UPPER_HALF = (torch.tensor(number, dtype=torch.int32) for number in (16, -(2**16)))
 
 
 def upper_half(values: torch.Tensor) -> torch.Tensor:
     """Values rounded toward zero to bfloat16, in place; contiguous float32."""
-    values.view(torch.int32).bitwise_and_(-(2**16))
+    values.view(torch.int32).bitwise_and_(_UPPER_HALF)
     return values
 
 

@@ -123,10 +123,11 @@ class PackedMatrix:
         if len(parts) == 1:
             return parts[0]
         first = parts[0]
-        codes = torch.cat([part.codes for part in parts])
-        dim = 0 if first.level == "int8" else 1
-        scales = torch.cat([part.scales for part in parts], dim)
-        return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), codes, scales)
+        dims = {"codes": 0, "scales": 0 if first.level == "int8" else 1, "zeros": 1, "factors": 0}
+        tensors = {
+            n: torch.cat([part.tensors[n] for part in parts], dims[n]) for n in first.tensors
+        }
+        return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), **tensors)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -206,46 +207,18 @@ class PackedMatrix:
 
     def _kernel_applies(self, flat: torch.Tensor) -> bool:
         rows = flat.shape[0]  # len(flat) takes three times as long
-        # The range of float16 is too short for some scales.
-        if not rows or flat.device.type != "cpu" or flat.dtype == torch.float16:
+        if not rows or not flat.is_cpu:
             return False
         if self.level == "int8":  # with other sizes torch's kernel reads beyond the matrix
-            readable = self.shape[1] % GROUP_INPUTS == 0
-        else:
-            readable = self.in_blocks and bool(kernel_block_rows())
-        return readable and rows <= kernel_rows(
-            "int8" if self.level == "int8" else "int4", flat.dtype
-        )
+            return self.shape[1] % GROUP_INPUTS == 0 and rows <= kernel_rows("int8", flat.dtype)
+        readable = self.codes.dim() == 3 and kernel_block_rows()
+        return bool(readable) and rows <= kernel_rows("int4", flat.dtype)
 
     def _by_kernel(self, flat: torch.Tensor) -> torch.Tensor:
-        # The kernels require both. A conversion to the same dtype would take time all the same.
-        scales = self.scales if self.scales.dtype == flat.dtype else self.scales.to(flat.dtype)
         flat = flat.contiguous()
         if self.level == "int8":
-            return torch._weight_int8pack_mm(flat, self.codes, scales)
-        if kernel_block_rows() == BLOCK:
-            return _int4_product(flat, self.codes.view(self.shape[0], -1), GROUP_INPUTS, scales)
-        return self._by_half_blocks(flat, scales)
-
-    def _by_half_blocks(self, flat: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The int4 product, (rows, in) to (rows, out), by a kernel that reads blocks of 32 rows.
-
-        Such a kernel takes one of our blocks as 32 rows with twice the inputs: what it reads as
-        inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r`` and ``16 + r`` of either half
-        have for input i. So it computes either set of rows if the states fill one of the two
-        places, and zeros the other one.
-        """
-        rows, (out, inputs) = len(flat), self.shape
-        sets = (out // BLOCK, 2, 2, HALF // 2)  # blocks, halves, sets of rows, rows
-        codes, by_set = self.codes.view(out // 2, -1), scales.view(-1, *sets, 2)
-        output = flat.new_empty(rows, *sets)
-        for index in range(2):
-            places = flat.new_zeros(rows, inputs, 2)
-            places[:, :, index] = flat
-            own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
-            part = _int4_product(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
-            output[:, :, :, index] = part.view(output[:, :, :, index].shape)
-        return output.view(rows, out)
+            return torch._weight_int8pack_mm(flat, self.codes, self.scales.to(flat.dtype))
+        return blocks_product(flat, self.codes, self.scales)
 
     def _by_widening(self, flat: torch.Tensor) -> torch.Tensor:
         out, rows = self.shape[0], piece_rows(self.shape)
@@ -308,6 +281,8 @@ class PackedMatrix:
 @lru_cache(maxsize=16)
 def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
     """Most rows of a product for which the packed kernel is faster than widening; measured once."""
+    if dtype == torch.float16:  # its range is too short for some scales
+        return 0
     with torch.inference_mode():
         codes = torch.zeros(_EXAMPLE, dtype=torch.int8)
         groups = _EXAMPLE[1] // GROUP_INPUTS
@@ -345,13 +320,32 @@ def kernel_block_rows() -> int:
     return next(fitting, 0)
 
 
-def _int4_product(
-    flat: torch.Tensor, codes: torch.Tensor, group_inputs: int, scales: torch.Tensor
-) -> torch.Tensor:
-    output: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        flat, codes, group_inputs, scales
-    )
-    return output
+def blocks_product(flat: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The product of contiguous states with int4 codes in blocks, (rows, in) to (rows, out).
+
+    Args:
+        flat: (rows, in).
+        codes: (out / 64, in, 32).
+        scales: Scales and zeros, (in / 32, out, 2).
+    """
+    out, scales = scales.shape[1], scales.to(flat.dtype)
+    if kernel_block_rows() == BLOCK:
+        return torch._weight_int4pack_mm_for_cpu(flat, codes.view(out, -1), GROUP_INPUTS, scales)
+    # A kernel that reads blocks of 32 rows takes one of our blocks as 32 rows with twice the
+    # inputs: what it reads as inputs ``2 i`` and ``2 i + 1`` are the codes that rows ``r`` and
+    # ``16 + r`` of either half have for input i. So it computes either set of rows if the states
+    # fill one of the two places, and zeros the other one.
+    rows, inputs = flat.shape
+    sets = (out // BLOCK, 2, 2, HALF // 2)  # blocks, halves, sets of rows, rows
+    codes, by_set = codes.view(out // 2, -1), scales.view(-1, *sets, 2)
+    output = flat.new_empty(rows, *sets)
+    for index in range(2):
+        places = flat.new_zeros(rows, inputs, 2)
+        places[:, :, index] = flat
+        own = by_set[:, :, :, index].reshape(-1, out // 2, 2)
+        part = torch._weight_int4pack_mm_for_cpu(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
+        output[:, :, :, index] = part.view(output[:, :, :, index].shape)
+    return output.view(rows, out)
 
 
 def _as_scales(scales: torch.Tensor) -> torch.Tensor:
