@@ -154,7 +154,9 @@ def test_unpacked_weights_give_the_same_logits(tmp_path, dtype, kv_heads, biased
         ):
             found = lean(**given, cache=caches[0]).logits
             wanted = wide(**given, **{cache_argument(wide): caches[1]}).logits
-            assert torch.equal(found, wanted)
+            # Norms of single tokens in bfloat16 add in another order.
+            ulps = 0.0 if dtype == torch.float32 or given["input_ids"].shape[1] > 1 else 2**-6
+            torch.testing.assert_close(found, wanted, rtol=ulps, atol=ulps)
         ids = inputs["input_ids"]
         assert torch.equal(lean(ids, logits_to_keep=2).logits, wide(ids, logits_to_keep=2).logits)
 
