@@ -338,7 +338,9 @@ def test_nan_is_an_error_with_its_location():
     with torch.no_grad():
         llm.model.model.norm.weight[0] = torch.nan
     scorer = TaskScorer(llm, TaskConfig(("rap_choice",), limit=2))
-    message = r"tiny \(float32\) gave a non-finite likelihood on the task 'rap_choice' dense; check"
+    message = (
+        r"tiny \(float32\) gave a non-finite likelihood on the task 'rap_choice' \(native\); check"
+    )
     with pytest.raises(NonFiniteScoreError, match=message):
         scorer.accuracies(Plan())
     assert llm.plan.mask == Plan()
