@@ -178,6 +178,11 @@ class PolicyFile:
             weights = NetworkWeights(
                 **_part(arrays, _NETWORK), rows=body["rows"], without=tuple(body["without"])
             )
+            if body["features"] != list(weights.spec.features):
+                raise ArtifactError(
+                    f"{path} observes {body['features']}, but this version observes "
+                    f"{list(weights.spec.features)}; {_AGAIN}."
+                )
             importance = _IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
             names = ("ladder", "items", "model", "provenance")
             return cls(weights, importance, *(body[name] for name in names))

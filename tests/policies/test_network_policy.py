@@ -76,6 +76,8 @@ def test_it_reads_what_was_written(path, made, tmp_path):
          "holds tensors, but no exported policy"),
         (lambda path: rewritten(path, lambda header: header.update(format=9)),
          "format 9, but this version reads .* of format 2"),
+        (lambda path: rewritten(path, lambda header: header["body"]["features"].append("width")),
+         "observes .*'width'.*, but this version observes"),
         (lambda path: path.unlink(), "There is no exported policy at"),
         (lambda path: (path.unlink(), path.mkdir()), "truncated or not an exported policy"),
     ],
