@@ -213,7 +213,8 @@ class MemoryModel:
         rows = []
         for batch_size in batch_sizes:
             for seq_len_tokens in lengths:
-                parts = self.breakdown(Plan(), _unbounded(batch_size, seq_len_tokens))
+                request = Request(batch_size, seq_len_tokens, budget_bytes=2**62)
+                parts = self.breakdown(Plan(), request)
                 shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
                 # Nothing is removed, so there are no stubs.
                 names = [part.name for part in fields(parts) if part.name != "stubs"]
@@ -304,7 +305,3 @@ def _held_by(memory: MemoryModel, plan: Plan) -> _HeldBytes:
         lowered_caches=bool(plan.caches),
         caches=tuple(caches.values()),
     )
-
-
-def _unbounded(batch_size: int, seq_len_tokens: int) -> Request:
-    return Request(batch_size, seq_len_tokens, budget_bytes=2**62)

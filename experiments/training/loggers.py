@@ -128,7 +128,7 @@ class Wandb:
             "tags": self._tags(config, job),
             "config": logged_settings(config, job),
         }
-        earlier = _offline_runs(config.root, options["id"])
+        earlier = list((config.root / "wandb").glob(f"offline-run-*-{options['id']}"))
         self._run = self._open(wandb_mode(config.logger["wandb_mode"]), options)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -204,11 +204,6 @@ def logged_settings(config: Config, job: str) -> dict[str, Any]:
         for key, value in flatten(asdict(config)).items()
         if any(f"{key}.".startswith(f"{name}.") for name in names)
     }
-
-
-def _offline_runs(root: Path, run_id: str) -> list[Path]:
-    """Return the folders of the offline runs with an id, from earlier starts."""
-    return list((root / "wandb").glob(f"offline-run-*-{run_id}"))
 
 
 def wandb_mode(setting: str) -> str:

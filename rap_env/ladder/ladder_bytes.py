@@ -123,12 +123,13 @@ class LadderBytes:
         workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
         # A model whose FFN blocks are not all in the ladder always keeps one.
         last_ffn = 0 if self._fixed_ffn else workspace - without
+        attention = memory.attention_workspace_bytes(request) if self._caches else 0
         return LadderCosts(
             self.ladder,
             dense_peak_bytes,
             int(kv_bytes.sum()),
             dense_peak_bytes - int(sizes[:, 0].sum()),
-            SharedBytes(last_ffn, self._attention_workspace(request), self._widen),
+            SharedBytes(last_ffn, attention, self._widen),
             sizes,
             self._flags,
             self._flag_lists,
@@ -141,9 +142,6 @@ class LadderBytes:
         for numbers, lower in zip(self._caches.values(), nexts, strict=True):
             next_level[numbers, : len(lower)] = lower
         return LevelSteps(self.ladder, next_level)
-
-    def _attention_workspace(self, request: Request) -> int:
-        return self.memory.attention_workspace_bytes(request) if self._caches else 0
 
 
 @lru_cache(maxsize=16)

@@ -181,7 +181,8 @@ def _predicted(
         weights: Weights of the log ratio.
         log_ratios: The range that it stays in.
     """
-    return _unscaled(_scaled(searched) + np.clip(inputs @ weights, *log_ratios))
+    scaled = _scaled(searched) + np.clip(inputs @ weights, *log_ratios)
+    return np.exp(scaled) - SMALL_DELTA_NLL
 
 
 def _range(ratios: Floats) -> tuple[float, float]:
@@ -191,7 +192,3 @@ def _range(ratios: Floats) -> tuple[float, float]:
 def _scaled(delta_nll: Floats) -> Floats:
     """The log of ΔNLL; values near 0 are not told apart."""
     return np.log(np.maximum(delta_nll, 0.0) + SMALL_DELTA_NLL)
-
-
-def _unscaled(scaled: Floats) -> Floats:
-    return np.exp(scaled) - SMALL_DELTA_NLL

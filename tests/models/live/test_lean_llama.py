@@ -1,4 +1,4 @@
-"""The lean Llama computes what transformers' computes, bit for bit, and imports far less."""
+"""The lean Llama computes what transformers' does, bit for bit but for one token in bfloat16."""
 
 import json
 import os
