@@ -41,7 +41,7 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-PLAN_COMPARISONS = (PLANS, LOW_BITS, GEMMA, OUTSIDE)
+PLAN_COMPARISONS = (PLANS, LOW_BITS, tables.OWN_BUDGETS, GEMMA, OUTSIDE)
 COMPARISONS = (
     "learning", "learning_scratch", "evolution", "small_unequal", "small_uniform", "transfer",
     "learning_library", "seeds",
