@@ -1,9 +1,10 @@
 """``python -m experiments.tight_grid``: pin budgets at which uniform settings lose given amounts.
 
 Budgets as shares of a model's memory are easy for one request and impossible for another. Here a
-budget is what the best uniform setting (`rap_env.policies.uniform`) needs that loses about
-0.05, 0.1 ... nats per token on the calibration text. The setting fits its budget exactly, so it
-wastes no byte. The budgets are written once, in bytes, for ``evaluate.pinned``.
+budget is what a uniform setting (`rap_env.policies.uniform`) needs that loses about 0.05, 0.1 ...
+nats per token on the calibration text. Of the settings that fit, it is the one whose parts lose
+least, added up. It fits its budget exactly, so it wastes no byte. The budgets are written once, in
+bytes, for ``evaluate.pinned``.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from rap_env.artifacts import atomic_write
 from rap_env.errors import counted
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
-from rap_env.policies.method import CountingScorer
 from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
 
 HEADER = """\
 # @package _global_
-# Budgets in bytes at which the best uniform setting loses about the ΔNLL behind ~ (nats per token,
-# on the calibration text). Written by
+# Budgets in bytes at which a good uniform setting loses about the ΔNLL behind ~ (nats per token, on
+# the calibration text). Written by
 #   python -m experiments.tight_grid experiment={name}
 # Model {model} ({dtype}, weights {weights}); calibration text {text}.
 # Behind each budget: what the setting loses there, and the setting.
@@ -49,7 +49,7 @@ _LEAST_DELTA_NLL = 1e-6  # noise may make a lowered level better than the native
 
 @dataclass(frozen=True)
 class TightBudget:
-    """A budget that the best uniform setting needs.
+    """A budget that a uniform setting needs.
 
     Attributes:
         pinned: The request, the budget and the ΔNLL that was asked for.
@@ -117,7 +117,7 @@ def tight_budgets(
     """Return a budget for each loss, from loose to tight.
 
     Args:
-        baseline: Chooses the best uniform setting for a request.
+        baseline: Chooses a uniform setting for a request.
         shape: Batch size and sequence length in tokens.
         losses: ΔNLL that the setting shall have, nats per token.
 
@@ -125,12 +125,11 @@ def tight_budgets(
         ExperimentError: There are too few settings for different budgets.
     """
     sizes, scorer = baseline.all_peak_bytes(shape), baseline.context.scorer
-    scores = CountingScorer(scorer)
 
     @cache
     def at(number: int) -> TightBudget:
         request = Request(*shape, budget_bytes=sizes[number])
-        plan = baseline.best(request, scores)
+        plan = baseline.likely(request)
         delta_nll = scorer.nll(plan) - scorer.dense_nll
         pinned = Pinned(shape, baseline.memory.peak_bytes(plan, request))
         return TightBudget(pinned, delta_nll, plan)

@@ -15,6 +15,8 @@ from rap_env.policies.method import CountingScorer, Method
 from rap_env.policies.registry import register
 from rap_env.request import Request
 
+_LEAST_SHARE = 2 / 3  # of the sum of what the parts of a setting lose alone
+
 _KINDS = {"attn": "weights", "ffn": "weights", "cache": "caches", "embeddings": "embeddings"}
 
 
@@ -74,9 +76,9 @@ class Uniform(Method):
 
     Blocks are removed in the GSI order over blocks. Of all settings that fit, it chooses the one
     with the least NLL on the calibration text. Each combination of levels is tried with the fewest
-    removed blocks that fit. Two kinds of settings are not measured, because they cannot be the
-    best: those that are nowhere above another one that fits, and those of which one part alone, the
-    removed blocks or the level of one kind of items, loses more than the best measured setting.
+    removed blocks that fit. Settings that are hardly the best are not measured: those that are
+    nowhere above another one that fits, and those of which one part (removed blocks, the level of
+    one kind of items) alone, or two thirds of the sum of all, lose more than the best measured one.
     """
 
     name = "uniform"
@@ -102,14 +104,19 @@ class Uniform(Method):
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.best(request, scores)
 
+    def likely(self, request: Request) -> Plan:
+        """The setting that fits whose parts lose least, added up: it is not measured."""
+        settings = self.settings(request)
+        return settings[0].plan if settings else self.ladder.plan(self.costs(request).steps.lowest)
+
     def best(self, request: Request, scores: CountingScorer) -> Plan:
         """The setting with the least NLL of those that fit."""
-        settings = self.settings(request)
-        if not settings:
-            return self.ladder.plan(self.costs(request).steps.lowest)
-        best, best_nll = settings[0].plan, float("inf")
-        for setting in settings:
-            if max(setting.rises) >= best_nll - self._native_nll:
+        best, best_nll = self.likely(request), float("inf")
+        for setting in self.settings(request):
+            best_rise = best_nll - self._native_nll
+            if _LEAST_SHARE * sum(setting.rises) >= best_rise:
+                break
+            if max(setting.rises) >= best_rise:
                 continue
             nll = scores.nll(setting.plan)
             if nll < best_nll:
