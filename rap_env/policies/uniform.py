@@ -126,17 +126,16 @@ class Uniform(Method):
     def _removal_order(self) -> tuple[list[str], list[float]]:
         """The blocks in the order of removal, and the ΔNLL without the first 0, 1, 2 ... of them.
 
-        Where GSI stopped early, that of its last removal is repeated.
+        Where GSI stopped early, the further blocks count with what each loses alone.
         """
         removable = {item.name for item in self.ladder.items if "removed" in item.levels}
         masks = mask_bytes(self.memory)
         profile = self.context.item_gsi(masks)
         self.setup_evaluations = profile.evaluations
         self._native_nll = profile.dense_nll
-        steps = greedy_order(self.context.level_costs(()), masks, profile).steps
-        order = [masks.ladder.items[item].name for item, _ in steps]
-        rises = [nll - profile.dense_nll for nll in profile.nll_after]
-        rises += (rises[-1:] or [0.0]) * (len(order) - len(rises))
+        greedy = greedy_order(self.context.level_costs(()), masks, profile)
+        order = [masks.ladder.items[item].name for item, _ in greedy.steps]
+        rises = itertools.accumulate(greedy.rises)
         kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
         return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
 
