@@ -64,9 +64,10 @@ class TightBudget:
     @property
     def line(self) -> str:
         """The budget as an entry of ``evaluate.pinned``, with a comment."""
+        weights = next((level for _, level in self.plan.weights), "native")
         caches = next((level.name for _, level in self.plan.caches), "native")
         setting = (
-            f"caches {caches}, embeddings {self.plan.embeddings}, "
+            f"weights {weights}, caches {caches}, embeddings {self.plan.embeddings}, "
             f"{counted(len(self.plan.removed), 'block')} removed"
         )
         return f"    - {self.pinned}   # {self.delta_nll:.4f}: {setting}"
