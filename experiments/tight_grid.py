@@ -129,7 +129,7 @@ def tight_budgets(
     @cache
     def at(number: int) -> TightBudget:
         request = Request(*shape, budget_bytes=sizes[number])
-        plan = baseline.likely(request)
+        plan = baseline.settings(request)[0].plan
         delta_nll = scorer.nll(plan) - scorer.dense_nll
         pinned = Pinned(shape, baseline.memory.peak_bytes(plan, request))
         return TightBudget(pinned, delta_nll, plan)

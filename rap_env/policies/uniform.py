@@ -104,15 +104,13 @@ class Uniform(Method):
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.best(request, scores)
 
-    def likely(self, request: Request) -> Plan:
-        """The setting that fits whose parts lose least, added up: it is not measured."""
-        settings = self.settings(request)
-        return settings[0].plan if settings else self.ladder.plan(self.costs(request).steps.lowest)
-
     def best(self, request: Request, scores: CountingScorer) -> Plan:
         """The setting with the least NLL of those that fit."""
-        best, best_nll = self.likely(request), float("inf")
-        for setting in self.settings(request):
+        settings = self.settings(request)
+        if not settings:
+            return self.ladder.plan(self.costs(request).steps.lowest)
+        best, best_nll = settings[0].plan, float("inf")
+        for setting in settings:
             least = max(*setting.rises, _LEAST_SHARE * sum(setting.rises))
             if least >= best_nll - self._native_nll:
                 continue

@@ -181,9 +181,9 @@ def check_range(name: str, bounds: Sequence[float], below: float = math.inf) -> 
         InvalidRequestError: It has not.
     """
     if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < below:
+        least = "above 0" if below == math.inf else f"above 0 and below {below:g}"
         raise InvalidRequestError(
-            f"{name} must be a lowest and a highest value, both above 0 and below {below}, not "
-            f"{list(bounds)!r}."
+            f"{name} must be a lowest and a highest value, both {least}, not {list(bounds)!r}."
         )
 
 

@@ -71,7 +71,7 @@ def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[c
             now or while it is read.
     """
     try:
-        with Path(path).expanduser().open(newline="", encoding="utf-8") as file:
+        with Path(str(path)).expanduser().open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             header = tuple(reader.fieldnames or ())
             if not set(needed) <= set(header):
