@@ -25,7 +25,6 @@ from tests.tiny import FAMILIES, randomise, tiny_config, tiny_llm, tiny_tokenize
 
 pytest.importorskip("lm_eval")
 
-
 from rap_env.scoring.likelihoods import RequestEncoder
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.tasks import TaskScorer
