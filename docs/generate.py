@@ -42,10 +42,7 @@ ENVIRONMENTS = {
 """The page of each environment, with its name and class."""
 
 PLAN_COMPARISONS = (PLANS, LOW_BITS, tables.OWN_BUDGETS, GEMMA, OUTSIDE)
-COMPARISONS = (
-    "learning", "learning_scratch", "evolution", "small_unequal", "small_uniform", "transfer",
-    "learning_library", "seeds",
-)  # fmt: skip
+COMPARISONS = ("learning", "learning_scratch", "evolution", "learning_library", "seeds")
 """Folders of ``results/`` with a comparison of methods that choose masks."""
 TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 """Comparisons with policies of the other model."""

@@ -27,7 +27,6 @@ from experiments.config.studies import (
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
-    SmallModelConfig,
     TextsConfig,
 )
 from experiments.config.training import AgentConfig, EnvConfig
@@ -78,7 +77,6 @@ class Config(Section):
     tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
     texts: TextsConfig = field(default_factory=TextsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    small_models: SmallModelConfig = field(default_factory=SmallModelConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     budget: Any = "cotenants"

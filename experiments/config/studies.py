@@ -1,4 +1,4 @@
-"""Settings of the studies: texts and prompts, the ladder, long contexts, small models."""
+"""Settings of the studies: texts and prompts, the ladder, long contexts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from experiments.config.common import (
 )
 from experiments.config.plain import Setting, completed
 from experiments.ladder.llama_cpp_process import FILE_TYPES
-from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
@@ -63,51 +62,6 @@ class PromptsConfig(Section):
     recorded: dict[str, str] = field(default_factory=dict)
     """Methods of earlier evaluations, such as uniform, with the folder of each: the plans that they
     chose for these requests and budgets."""
-
-
-@dataclass
-class SmallModelConfig(Section):
-    """A small language model that ``experiments.studies.small_models`` trains from scratch."""
-
-    section = "small_models"
-    family: Annotated[str, among("uniform", "unequal")] = "uniform"
-    """``uniform``: all blocks of a kind have the same cost; ``unequal``: some layers have experts
-    or sliding windows."""
-    layers: Count = 6
-    hidden_size: Count = 192
-    heads: Count = 4
-    """Attention heads, each with its own keys and values."""
-    ffn_size: Count = 512
-    """Inner width of a dense feed-forward block."""
-    experts: Annotated[int, within(2)] = 8
-    """Experts of a mixture block (``unequal`` only): two for each token and one shared by all."""
-    expert_size: Count = 128
-    """Inner width of one expert."""
-    sliding_window_tokens: Annotated[int, within(2)] = 64
-    """Tokens that a sliding attention block attends to (``unequal`` only), its own included."""
-    max_positions: Annotated[int, within(2)] = 2048
-    """Longest sequence that the model accepts, in tokens; it is trained on shorter windows."""
-    vocab_size: Annotated[int, within(258)] = 2048  # 256 bytes, start and end
-    """Maximum size of its byte-level vocabulary, which is trained on the same text."""
-    steps: Count = 1200
-    """Updates of the weights."""
-    batch_windows: Count = 8
-    """Windows of text in each update."""
-    learning_rate: Annotated[float, within(1e-8)] = 2e-3
-    texts: dict[str, TextConfig] = field(default_factory=dict)
-    """Training texts by name: the calibration parts of files."""
-    held_out_windows: Count = 8
-    """Windows of each text's selection part on which the trained model is measured."""
-    path: str | None = None
-    """Output folder of the model; null for ``model`` in the run folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden_size % (2 * self.heads):
-            raise ExperimentError(
-                "small_models.hidden_size must be an even number of values for each of "
-                f"{self.heads} heads, not {self.hidden_size}."
-            )
 
 
 AS_SHIPPED, EMBEDDINGS = "as shipped", "+embeddings"

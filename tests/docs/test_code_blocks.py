@@ -56,7 +56,6 @@ TINY = {
                "stubs.report_texts.self.windows=2", "stubs.report_texts.self.window_tokens=16"),
     "replay": ("threads=1", "replay.systems=[dense]"),
     "report": (),
-    "studies.small_models": COMPOSED,
     "tight_grid": COMPOSED,
     "train": _TRAINING,
 }  # fmt: skip

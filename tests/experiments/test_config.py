@@ -35,7 +35,7 @@ GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
     "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "repair", "texts",
-    "small_models", "replay", "cgroup", "levels", "tight_grid", "prompts",
+    "replay", "cgroup", "levels", "tight_grid", "prompts",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)

@@ -9,7 +9,7 @@ from experiments.launch import _composed, _mistake, register_program
 from experiments.study.help import READS, described, guess, help_text, settings_of
 from tests.programs import run_python
 
-PROGRAMS = sorted({*READS, "levels", "long_context", "small_models", "tight_grid"})
+PROGRAMS = sorted({*READS, "levels", "long_context", "tight_grid"})
 MOST_LINES = 80
 
 
@@ -47,7 +47,7 @@ def test_the_help_shows_the_values_that_the_command_gives(tmp_path):
 
 
 def test_the_usage_names_the_module_that_runs():
-    module = "experiments.studies.small_models"
+    module = "experiments.studies.prompts"
     done = run_python("-m", module, "--help", cwd=Path(__file__).parents[2])
     assert f"Usage: python -m {module} [SETTING=VALUE ...]" in done.stdout, done.stderr
 

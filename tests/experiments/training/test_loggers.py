@@ -79,7 +79,7 @@ def test_tensorboard_gets_scalars_and_image(config):
 @pytest.mark.parametrize("job", ["train", "evaluate"])
 def test_only_what_the_program_reads_is_its_configuration(config, job):
     found = logged_settings(config, job)
-    other = {"replay", "small_models", "texts", "ladder", "report", "logger"}
+    other = {"replay", "prompts", "texts", "ladder", "report", "logger"}
     assert not other & {key.split(".")[0] for key in found}
     assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(found)
     assert ("agent.total_timesteps" in found) == (job == "train")
