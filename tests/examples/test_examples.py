@@ -97,17 +97,6 @@ def test_no_example_leaves_an_untracked_file():
     assert all(f"{Path(name).parts[0]}/" in ignored for name in written)
 
 
-def test_rllib_ppo():
-    reason = "RLlib pins another gymnasium and is tried in an environment of its own"
-    pytest.importorskip("ray.rllib.algorithms.ppo", reason=reason, exc_type=ImportError)
-    module = example("rllib_ppo")
-    before, after = (
-        rap_env.evaluate(module.train(iterations), module.TASK, name="rllib")
-        for iterations in (0, 8)
-    )
-    assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
-
-
 def test_custom_method():
     module = example("custom_method")
     found = {
@@ -208,15 +197,3 @@ def test_offline_cloning(dataset):
         for updates in (0, 100)
     )
     assert after.mean_delta_nll < 0.5 * before.mean_delta_nll
-
-
-def test_offline_cql(dataset):
-    pytest.importorskip(
-        "d3rlpy", reason="d3rlpy brings gym and is tried apart", exc_type=ImportError
-    )
-    module = example("offline_cql")
-    before, after = (
-        rap_env.evaluate(module.train(dataset, updates), module.TASK, name="cql")
-        for updates in (0, 150)
-    )
-    assert after.mean_delta_nll < 0.6 * before.mean_delta_nll
