@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
-from agents.training import TrainingDivergedError, TrainResult
+from agents.training import TrainResult
 from experiments.comparison.evaluation import grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
@@ -27,15 +27,8 @@ from experiments.study.records import Cell, trim_metrics
 from experiments.study.run_folder import RunFolder
 from experiments.study.tables import percent, shape_words
 from experiments.training.loggers import Loggers, open_loggers
+from experiments.training.objective import ObjectiveScorer, objective
 from experiments.training.score_model import learn
-from experiments.training.sweeps import (
-    ObjectiveScorer,
-    Pruning,
-    RunningTrial,
-    TrialPrunedError,
-    objective,
-    running_trial,
-)
 from experiments.training.verdict import next_steps, verdict
 from rap_env.context.base import PruningContext
 from rap_env.plan import Plan
@@ -50,20 +43,13 @@ FROZEN = (
 """Settings that must not change when a run resumes."""
 
 
-def train(
-    config: Config,
-    folder: Path,
-    *,
-    trial: RunningTrial | None = None,
-    swept: dict[str, Any] | None = None,
-) -> Path:
+def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) -> Path:
     """Train an agent, or resume its training, and record the masks that its policy chooses.
 
     Args:
         config: All settings.
         folder: The run's folder; its name is the run's label.
-        trial: The trial of a sweep that this run belongs to; it may stop the training early.
-        swept: The settings that vary in that sweep, with this run's values, for ``run.json``.
+        swept: The settings that vary in a sweep, with this run's values, for ``run.json``.
 
     Returns:
         The folder.
@@ -75,7 +61,7 @@ def train(
     if swept:  # a run that resumes outside its sweep keeps what is recorded
         facts["swept"] = swept
     record = run.start(config, frozen=FROZEN, **facts)
-    if is_done(record, agent.total_timesteps, trial):
+    if "finished" in record and record.get("timesteps", 0) >= agent.total_timesteps:
         log.info("Training: %s is finished (%d steps).", folder.name, record["timesteps"])
         return folder
     context = build_context(config)
@@ -86,14 +72,7 @@ def train(
     step = checkpoint.step if checkpoint else 0
     trim_metrics(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
-        sinks = [loggers.log]
-        if trial is not None:
-            sinks.append(Pruning(trial, agent.total_timesteps, folder))
-        try:
-            result = learn(config, agent, context, folder, sinks)
-            facts = facts_of(result)
-        except (TrialPrunedError, TrainingDivergedError) as stop:
-            facts = facts_of_stopped(folder, trial, stop)
+        facts = facts_of(learn(config, agent, context, folder, [loggers.log]))
         facts |= scorer.facts(show_policy(folder, requests, context, loggers))
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)
@@ -110,44 +89,14 @@ def agent_config(config: Config) -> AgentConfig:
     return AgentConfig(**settings, seed=config.seed)
 
 
-def is_done(record: dict[str, Any], total_timesteps: int, trial: RunningTrial | None) -> bool:
-    """Whether nothing is left to train; outside a sweep, a run that a sweep stopped resumes."""
-    if "finished" not in record:
-        return False
-    stopped = trial is not None and record.get("pruned", False)
-    return bool(stopped or record.get("timesteps", 0) >= total_timesteps)
-
-
 def facts_of(result: TrainResult) -> dict[str, Any]:
     """Return the entries of ``run.json`` about a finished training."""
     return {
-        "pruned": False,
         "timesteps": result.timesteps,
         "episodes": result.episodes,
         "evaluations": result.evaluations,
         "training_s": round(result.seconds, 2),
         "recent_loss": result.recent_delta_nll if math.isfinite(result.recent_delta_nll) else None,
-    }
-
-
-def facts_of_stopped(folder: Path, trial: RunningTrial | None, stop: Exception) -> dict[str, Any]:
-    """Return the entries of ``run.json`` about a pruned trial, as of its last checkpoint.
-
-    Raises:
-        TrainingDivergedError: The training diverged outside a sweep or before a checkpoint.
-    """
-    checkpoint = latest_checkpoint(folder / "checkpoints")
-    if trial is None or checkpoint is None:
-        raise stop
-    log.info("%s", stop)
-    done = checkpoint.body["progress"]
-    return {
-        "pruned": True,
-        "stopped": str(stop),
-        "timesteps": checkpoint.step,
-        "episodes": int(done["episodes"]),
-        "evaluations": int(done["evaluations"]),
-        "training_s": round(done["seconds"], 2),
     }
 
 
@@ -177,7 +126,7 @@ def show_policy(
 
 def run_trial(config: Config, folder: Path) -> float:
     """Train an agent and return the objective that a sweep minimises."""
-    train(config, folder, trial=running_trial(), swept=swept_settings())
+    train(config, folder, swept=swept_settings())
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN:
         context = build_context(config)
         say(verdict(config, folder, context))
