@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import netrc
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -17,7 +14,7 @@ from urllib.parse import urlsplit
 from experiments.config import Config
 from experiments.study.errors import ExperimentError, MissingGroupError
 from experiments.study.help import settings_of
-from experiments.study.records import append_record, read_records
+from experiments.study.records import append_record
 from experiments.study.run_folder import RunFolder, flatten
 
 
@@ -92,8 +89,6 @@ class TensorBoard:
         self._writer.close()
 
 
-log = logging.getLogger(__name__)
-
 _INIT_TIMEOUT_S = 30
 
 
@@ -101,12 +96,10 @@ class Wandb:
     """A wandb run: named after its folder, grouped by comparison, tagged by agent and model.
 
     All runs of a comparison use its folder as wandb's, so that ``wandb leet`` shows them together.
-    The run is online if a login is found, otherwise offline.
+    The run is online if a login is found, otherwise offline. A resumed training keeps its id.
 
-    A resumed training keeps its id, and its history is that of ``metrics.jsonl``: wandb's step is
-    the number of the line. Lines that were not uploaded before the interruption are logged first,
-    and those that were are not logged again. An offline run is written anew, with all lines, and
-    takes the place of the one before.
+    Raises:
+        ExperimentError: wandb cannot be reached, or ``logger.wandb_mode=online`` has no login.
     """
 
     def __init__(self, config: Config, folder: Path, job: str) -> None:
@@ -116,68 +109,45 @@ class Wandb:
             raise MissingGroupError("wandb", "logger=wandb", "agents") from None
         # Weave mistakes our package `agents` for another one.
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
-        self._wandb = wandb
-        options: dict[str, Any] = {
-            "dir": str(config.root),
-            "project": config.logger["project"],
-            "group": config.name,
-            "job_type": job,
-            "name": folder.name if job == "train" else f"{job}-{config.name}",
-            "id": self._run_id(folder),
-            "resume": "allow",
-            "tags": self._tags(config, job),
-            "config": logged_settings(config, job),
-        }
-        earlier = list((config.root / "wandb").glob(f"offline-run-*-{options['id']}"))
-        self._run = self._open(wandb_mode(config.logger["wandb_mode"]), options)
+        about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
+        config.root.mkdir(parents=True, exist_ok=True)
+        mode: Any = wandb_mode(config.logger["wandb_mode"])
+        self._image = wandb.Image
+        try:
+            self._run = wandb.init(
+                dir=str(config.root),
+                project=config.logger["project"],
+                group=config.name,
+                job_type=job,
+                name=folder.name if job == "train" else f"{job}-{config.name}",
+                id=self._run_id(folder),
+                resume="allow",
+                tags=[*about, Path(config.model.name).name[:64]],
+                config=logged_settings(config, job),
+                mode=mode,
+                settings=wandb.Settings(
+                    silent=True, console="off", x_disable_stats=True, init_timeout=_INIT_TIMEOUT_S
+                ),
+            )
+        except wandb.errors.CommError as error:
+            raise ExperimentError(
+                f"wandb is not reachable ({error}); set logger.wandb_mode=offline, and run "
+                "`wandb sync` later."
+            ) from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        self._media: dict[str, Any] = {}
-        self._uploaded = self._line = int(self._run.step)
-        if job == "train":  # an evaluation starts its metrics anew
-            self._line = 0
-            self._replay(RunFolder(folder).metrics)
-        for path in earlier:
-            if path.resolve() != Path(self._run.dir).parent.resolve():
-                shutil.rmtree(path, ignore_errors=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics over environment steps, with the images since the last ones."""
-        if self._line >= self._uploaded:
-            self._run.log({"step": step, **metrics, **self._media}, step=self._line)
-            self._media = {}
-        self._line += 1
+        """Log metrics over environment steps."""
+        self._run.log({"step": step, **metrics})
 
     def image(self, name: str, path: Path) -> None:
-        """Log an image with the next metrics, because only these have a line in the metrics."""
-        self._media[name] = self._wandb.Image(str(path))
+        """Log an image."""
+        self._run.log({name: self._image(str(path))})
 
     def close(self) -> None:
         """Finish the run."""
-        if self._media:
-            self._run.summary.update(self._media)
         self._run.finish()
-
-    def _replay(self, metrics: Path) -> None:
-        for record in read_records(metrics):
-            step = record.pop("step")
-            self.log({k: math.nan if v is None else v for k, v in record.items()}, step)
-
-    def _open(self, mode: str, options: dict[str, Any]) -> Any:
-        Path(options["dir"]).mkdir(parents=True, exist_ok=True)
-        settings = self._wandb.Settings(
-            silent=True, console="off", x_disable_stats=True, init_timeout=_INIT_TIMEOUT_S
-        )
-        options["mode"] = mode
-        try:
-            return self._wandb.init(settings=settings, reinit="create_new", **options)
-        except self._wandb.errors.Error as error:
-            if mode == "offline":
-                raise
-            log.warning("wandb is not reachable (%s); logging offline.", error)
-            self._wandb.teardown()  # else the id is in use by the run that failed
-            options["mode"] = "offline"
-            return self._wandb.init(settings=settings, reinit="create_new", **options)
 
     @staticmethod
     def _run_id(folder: Path) -> str:
@@ -186,11 +156,6 @@ class Wandb:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(os.urandom(6).hex())
         return path.read_text().strip()
-
-    @staticmethod
-    def _tags(config: Config, job: str) -> list[str]:
-        about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
-        return [*about, Path(config.model.name).name[:64]]
 
 
 _OUTPUT = {"runs_dir", "progress", "logger"}

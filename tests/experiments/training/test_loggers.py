@@ -1,6 +1,5 @@
 """Metrics reach every place that was asked for, without an account or a network."""
 
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -15,17 +14,15 @@ from experiments.config.model import ModelConfig
 from experiments.config.training import AgentConfig
 from experiments.study.errors import ExperimentError
 from experiments.study.help import settings_of
-from experiments.study.records import append_record, read_records, trim_metrics
+from experiments.study.records import read_records
 from experiments.study.run_folder import flatten
 from experiments.training.loggers import (
-    Wandb,
     has_login,
     logged_settings,
     open_loggers,
     wandb_mode,
 )
 from rap_env.errors import MissingDependencyError
-from tests.programs import run_python
 
 
 @pytest.fixture
@@ -122,98 +119,44 @@ def inspect(run: Path) -> list[dict]:
     return found
 
 
-KILLED = """
-import os, sys
-from experiments.study.run_folder import flatten
-from experiments.config import Config
-from experiments.config.training import AgentConfig
-from experiments.training.loggers import open_loggers
-
-config = Config(stage="train", name="cmp", runs_dir=sys.argv[1], agent=AgentConfig(name="ppo"),
-                logger=dict(wandb=True, wandb_mode="offline"))
-config.model.name = "tiny"
-with open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train") as loggers:
-    for step in (10, 20, 30):
-        loggers.log({"a": step / 10, "bad": float("nan")}, step)
-    os._exit(9)
-"""
-
-
-def test_a_killed_and_resumed_run_is_one_run_with_a_whole_history(config, no_login):
-    """Killed at step 30, ten steps after its checkpoint, it continues from there."""
-    # Without the variable by which wandb shares its service with the processes that a run starts.
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    done = run_python(
-        "-c", KILLED, config.runs_dir, env=environment, cwd=Path(__file__).parents[3], timeout=120
-    )
-    assert done.returncode == 9, done.stderr
-    folder, wandb = config.stage_dir("train") / "ppo-s4", config.root / "wandb"
-    (first,) = (path.name.split("-")[3] for path in wandb.glob("offline-run-*"))
+def test_a_resumed_run_keeps_its_id_and_continues(config, no_login):
+    """Without an account or a network: two offline parts of one run."""
     config.logger |= {"wandb": True}
-    time.sleep(1)  # wandb names the folder of an offline run by the second
-    trim_metrics(folder / "metrics.jsonl", 20)
-    with open_loggers(config, folder, job="train", step=20) as loggers:
-        loggers.log({"a": 3.0}, 30)
-        fill(loggers.parts[0], folder)  # in the history of wandb alone
-        loggers.log({"a": 4.0}, 40)
-    (run,) = wandb.glob("offline-run-*")
-    assert run.name.split("-")[3] == first
-    history = [
-        {item.get("key") or item["nested_key"][0]: item["value_json"]
-         for item in record["history"]["item"]}
-        for record in whole(run) if "history" in record
-    ]  # fmt: skip
-    assert [row["step"] for row in history] == ["10", "20", "30", "10", "20", "40"]
-    assert [row["_step"] for row in history] == ["0", "1", "2", "3", "4", "5"]
-    assert history[1]["bad"] == "NaN", "as it was logged first"
-    assert "policy" in history[5], "images have no line of their own"
-
-
-class FakeRun:
-    """An online run of which some lines were uploaded."""
-
-    def __init__(self, step):
-        self.step, self.logged, self.summary, self.dir = step, [], {}, "wandb/run/files"
-
-    def define_metric(self, *names, **options):
-        pass
-
-    def log(self, values, step):
-        self.logged.append((step, values["step"]))
-
-    def finish(self):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("uploaded", "expected"),
-    [
-        (1, [(1, 20), (2, 30), (3, 40)]),  # the second line was lost
-        (3, [(3, 40)]),  # the third was uploaded before the kill, and is trained again
-    ],
-)
-def test_only_the_part_since_the_last_upload_is_logged(
-    config, no_login, monkeypatch, uploaded, expected
-):
-    config.logger |= {"wandb": True}
-    run = FakeRun(uploaded)
-    monkeypatch.setattr(Wandb, "_open", lambda *_: run)
     folder = config.stage_dir("train") / "ppo-s4"
-    for step in (10, 20):
-        append_record(folder / "metrics.jsonl", {"step": step, "a": 1.0}, durable=False)
-    with open_loggers(config, folder, job="train", step=20) as loggers:
-        loggers.log({"a": 1.0}, 30)
-        loggers.log({"a": 1.0}, 40)
-    assert run.logged == expected
+    for step in (0, 20):
+        with open_loggers(config, folder, job="train", step=step) as loggers:
+            loggers.log({"a": 0.5, "bad": float("nan")}, step + 10)
+            fill(loggers.parts[0], folder)
+        time.sleep(1)  # wandb names the folder of an offline run by the second
+    parts = sorted((config.root / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    assert len({path.name.split("-")[3] for path in parts}) == 1
+    for part, first in zip(parts, ("10", "30"), strict=True):
+        history = [
+            {item.get("key") or item["nested_key"][0]: item["value_json"]
+             for item in record["history"]["item"]}
+            for record in whole(part) if "history" in record
+        ]  # fmt: skip
+        assert [row["step"] for row in history[:3]] == [first, "10", "20"]
+        assert (history[0]["a"], history[0]["bad"]) == ("0.5", "NaN")
+        assert "policy" in history[3]
 
 
-def test_a_repeated_evaluation_adds_its_metrics(config, no_login, monkeypatch):
+def test_an_unreachable_server_is_one_sentence(config, no_login, monkeypatch):
+    import wandb
+
+    def fails(**options):
+        assert (options["mode"], options["resume"]) == ("online", "allow")
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setenv("WANDB_API_KEY", "invented-for-this-test")
+    monkeypatch.setattr(wandb, "init", fails)
     config.logger |= {"wandb": True}
-    run = FakeRun(1)
-    monkeypatch.setattr(Wandb, "_open", lambda *_: run)
-    with open_loggers(config, config.stage_dir("evaluate"), job="evaluate") as loggers:
-        loggers.log({"loss/gsi": 1.0}, 0)
-    assert run.logged == [(1, 0)]
+    with (
+        pytest.raises(ExperimentError, match=r"no route to host.*logger\.wandb_mode=offline"),
+        open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train"),
+    ):
+        pass
 
 
 def test_the_mode_follows_the_login(no_login, monkeypatch):
