@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 from benchmarks.harness import ModelSettings, launch, open_model
 from benchmarks.record import Target, write_record
@@ -25,8 +26,10 @@ from experiments.study.run_folder import package_versions
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import export_gguf
 from rap_env.export.gguf_model import GgufModel
+from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.pruned_code import vllm_entries
+from rap_env.models.files.sources import gguf_source
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 
@@ -97,14 +100,19 @@ def masks_of(num_layers: int) -> dict[str, Plan]:
 def main(settings: EnginesSettings) -> None:
     """Measure, and write the record."""
     need_llama_cpp()
-    llm = open_model(settings)
+    source = gguf_source(settings.model)
+    if source is None:
+        raise SystemExit(f"{settings.model} comes from no GGUF file, which llama.cpp needs.")
+    llm, exported = open_model(settings), unquantised(GgufModel.of_file(source))
     agreement: dict[str, dict[str, Any]] = {"llama.cpp": {}}
     if settings.vllm_python:
         agreement["vLLM"] = {}
     for name, mask in masks_of(llm.adapter.num_layers).items():
         ours = _our_choices(settings, llm, mask)
         with tempfile.TemporaryDirectory() as folder:
-            agreement["llama.cpp"][name] = _in_llama_cpp(settings, llm, mask, ours, Path(folder))
+            path = Path(folder) / "agreement.gguf"
+            export_gguf(exported, mask, path)
+            agreement["llama.cpp"][name] = _in_llama_cpp(settings, path, ours)
             if settings.vllm_python:
                 agreement["vLLM"][name] = _in_vllm(settings, llm, mask, ours, Path(folder))
     targets = []
@@ -147,15 +155,17 @@ def _nll(logits: Any, ids: torch.Tensor) -> float:
     return float(token_nll(logits[:-1], ids[1:].numpy().astype(np.int32)).mean())
 
 
-def _in_llama_cpp(
-    settings: EnginesSettings, llm: ElasticLLM, mask: Plan, ours: Sequences, folder: Path
-) -> dict[str, Any]:
+def unquantised(model: GgufModel) -> GgufModel:
+    """The model with all tensors in float32, in which both engines compute."""
+    tensors = {n: GgufTensor(t.values(), Kind.F32) for n, t in model.tensors.items()}
+    return replace(model, tensors=tensors)
+
+
+def _in_llama_cpp(settings: EnginesSettings, path: Path, ours: Sequences) -> dict[str, Any]:
     """The comparison with the token that llama.cpp chooses after each prefix of our sequences.
 
     If all choices are ours, greedy generation gives our tokens.
     """
-    path = folder / "agreement.gguf"
-    export_gguf(GgufModel.of_llm(llm), mask, path)
     engine = LlamaCpp(str(path), "f32", 1, ours.ids.shape[1] + 1, settings.threads or 1)
     tokens, nll = [], []
     for row in ours.ids:

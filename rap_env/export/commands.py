@@ -77,7 +77,7 @@ def export(
     source = gguf_source(model)
     order = Export(choice, out, command or "rap export", measure, source)
     llm = None
-    if target != "gguf" or source is None or repair != "none" or measure is not None:
+    if target != "gguf" or repair != "none" or measure is not None:
         weights = "native" if target == "gguf" and repair == "none" else "bf16"
         llm = load_llm(model, device=device, dtype=dtype, weights=weights)
         if repair != "none":

@@ -1,9 +1,9 @@
-"""Tensors of a GGUF file at a level, and from torch tensors.
+"""Tensors of a GGUF file at a level.
 
 ============  ==============================================================================
 Level         Type in the file
 ============  ==============================================================================
-native        its own; of unquantised models F32, F16 or BF16, vectors always F32
+native        its own
 int8          Q8_0; the groups of a row have the row's scale
 int4          Q4_1, in groups of 32
 int4-compact  Q4_1 with the live level's values, which takes half a bit more
@@ -36,7 +36,6 @@ from rap_env.models.weights.packed_layout import GROUP_INPUTS, LOW_BIT_FORMATS, 
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
-_PLAIN = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _MIDDLE = 8  # the int4 code that stands for the zero itself
 
 
@@ -51,16 +50,6 @@ class GgufTensor:
 
     data: npt.NDArray[Any]
     kind: Kind
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> GgufTensor:
-        """A tensor of a model in its own dtype; a vector in float32, as llama.cpp requires."""
-        tensor = tensor.detach().cpu()
-        if tensor.dim() == 1 or tensor.dtype == torch.float32:
-            return cls(tensor.float().contiguous().numpy(), Kind.F32)
-        if tensor.dtype == torch.bfloat16:
-            return cls(tensor.contiguous().view(torch.uint8).numpy(), Kind.BF16)
-        return cls(tensor.contiguous().numpy(), _PLAIN[tensor.dtype])
 
     @classmethod
     def of_matrix(cls, matrix: PackedMatrix) -> GgufTensor:

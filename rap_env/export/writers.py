@@ -102,13 +102,19 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
 
     Args:
         facts: Facts of the model.
-        export: What to write; with `gguf_file` its tensors are copied.
-        llm: The live model; it may be left out if there is a GGUF file and neither a text to
-            measure on nor stubs.
+        export: What to write; the tensors of its `gguf_file` are copied.
+        llm: The live model; it may be left out without a text to measure on and stubs.
 
     Raises:
-        UnsupportedModelError: llama.cpp cannot compute the model, the layout or the levels.
+        UnsupportedModelError: The model was not opened from a GGUF file, or llama.cpp cannot
+            compute it, the layout or the levels.
     """
+    if export.gguf_file is None:
+        raise UnsupportedModelError(
+            f"A file for llama.cpp is made from a GGUF file, and {facts.name} was not opened from "
+            "one: convert it with llama.cpp's convert_hf_to_gguf.py first, and give that file as "
+            "the model (of the default model, smollm2-135m@pypi is one)."
+        )
     choice, memory = export.choice, MemoryModel(facts)
     if choice.request is None or choice.policy is not None:
         chosen = choice.choose(memory)
@@ -120,15 +126,10 @@ def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dic
         caches, flags = deployment.cache.name, deployment.flags
     lowered = not chosen.plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)
     if llm is None and lowered:
-        assert export.gguf_file is not None
         llm = load_llm(export.gguf_file, weights="native")  # it makes these levels
         facts = replace(llm.facts, name=facts.name)
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
-    if export.gguf_file is not None:
-        model = GgufModel.of_file(export.gguf_file)
-    else:
-        assert llm is not None
-        model = GgufModel.of_llm(llm)
+    model = GgufModel.of_file(export.gguf_file)
     if llm is not None and lowered:
         model = replace(model, low_bits=low_bit_tensors(llm, plan))
     means = {} if llm is None else _means(llm, plan)

@@ -52,7 +52,7 @@ def deci_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
         if kv_heads[layer]:
             normed = norm(f"{place}.attn_norm", states)
             q, k, v = (product(f"{place}.attn_{part}", normed) for part in "qkv")
-            mixed = _attention(file, tensors, q, k, v, heads[layer], kv_heads[layer])
+            mixed = _attention(file, q, k, v, heads[layer], kv_heads[layer])
             states = states + product(f"{place}.attn_output", mixed)
         elif heads[layer]:
             normed = norm(f"{place}.attn_norm", states)
@@ -61,20 +61,18 @@ def deci_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
         gate, up = (product(f"{place}.ffn_{part}", normed) for part in ("gate", "up"))
         assert gate.shape[1] == lengths[layer]
         states = states + product(f"{place}.ffn_down", functional.silu(gate) * up)
-    read.update({"rope_freqs.weight"} & tensors.keys())
     head = "output" if "output.weight" in tensors else "token_embd"
     logits = product(head, norm("output_norm", states))
     assert read == tensors.keys(), "a tensor that no layer uses"
     return logits
 
 
-def _attention(file, tensors, q, k, v, heads: int, kv_heads: int) -> torch.Tensor:
+def _attention(file, q, k, v, heads: int, kv_heads: int) -> torch.Tensor:
     """Causal attention with alternating pairs of channels rotated, (T, N D) to (T, N D)."""
     size = file.value("deci.attention.key_length")
     positions = torch.arange(len(q)).double()
     pairs = torch.arange(0, size, 2).double()
     frequencies = file.value("deci.rope.freq_base") ** (-pairs / size)
-    frequencies = frequencies / tensors.get("rope_freqs.weight", torch.ones(1)).double()
     angles = positions[:, None, None] * frequencies
 
     def rotated(x: torch.Tensor, count: int) -> torch.Tensor:

@@ -26,8 +26,6 @@ from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
-from tests.serving.tokenizers import chat_tokenizer
-from tests.tiny import tiny_model
 
 MASK = Plan.removing("layer01.ffn", "layer02.attn")
 REMOVED = ",".join(MASK.removed_names)
@@ -261,13 +259,11 @@ def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tm
     assert torch.equal(torch.from_numpy(found["blk.0.attn_output.bias"].copy()), mean)
 
 
-def test_a_model_folder_of_another_family_is_no_gguf_file(rap, tmp_path):
-    tiny_model("gemma2").save_pretrained(tmp_path / "gemma")
-    chat_tokenizer().save_pretrained(tmp_path / "gemma")
+def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path):
     code, _, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--remove", "layer00.ffn",
-                       "--model", tmp_path / "gemma")  # fmt: skip
+                       "--model", model_folder)  # fmt: skip
     assert code == 2
-    assert "gemma (gemma2) is none; known are llama, mistral, qwen2" in err
+    assert "tiny was not opened from one: convert it with llama.cpp's convert_hf_to_gguf.py" in err
     assert not (tmp_path / "out.gguf").exists()
 
 

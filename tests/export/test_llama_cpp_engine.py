@@ -7,13 +7,8 @@ import torch
 from experiments.ladder.llama_cpp import PACKAGE, VERSION
 from experiments.ladder.llama_cpp_process import LlamaCpp
 from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel
-from rap_env.models.files.loading import load_llm
-from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, scaled_llm
-from tests.models.tiny_gguf import tiny_source_model, write_tiny_gguf
-from tests.tiny import tiny_llm
+from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, source
 
 pytest.importorskip("llama_cpp_py_sync", reason=f"llama.cpp: pip install {PACKAGE}=={VERSION}")
 
@@ -44,9 +39,9 @@ def greedy(path, prompt: list[int]) -> list[int]:
 @pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
 @pytest.mark.parametrize("removed", MASKS.values(), ids=MASKS)
 def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_path):
-    llm, path = tiny_llm(layers=LAYERS), tmp_path / "a.gguf"
+    (llm, model), path = source(tmp_path, layers=LAYERS), tmp_path / "a.gguf"
     plan = Plan.removing(*removed)
-    export_gguf(GgufModel.of_llm(llm), plan, path)
+    export_gguf(model, plan, path)
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-5)
     prompt = IDS[:8]
     with llm.masked(plan):
@@ -56,33 +51,17 @@ def test_logits_and_greedy_tokens_are_those_of_the_masked_model(removed, tmp_pat
     assert greedy(path, prompt.tolist()) == ours[0, 8:].tolist()
 
 
-@pytest.mark.engine_feature("llama.cpp", "Families", "Llama, Mistral, Qwen2")
-@pytest.mark.parametrize("name", ["llama_tied", "mistral", "qwen2", "linear", "llama3"])
-def test_families_biases_and_rotary_positions(name, tmp_path):
-    llm = scaled_llm(name) if name in ("linear", "llama3") else tiny_llm(name)
-    path, plan = tmp_path / "a.gguf", Plan.removing(0, 3)
-    export_gguf(GgufModel.of_llm(llm), plan, path)
+@pytest.mark.engine_feature("llama.cpp", "Families", "GGUF files of architecture `llama`")
+def test_a_head_of_its_own(tmp_path):
+    (llm, model), plan = source(tmp_path, tied=False), Plan.removing(0, 3)
+    path = tmp_path / "a.gguf"
+    export_gguf(model, plan, path)
     torch.testing.assert_close(engine_logits(path), masked_logits(llm, plan), rtol=0, atol=1e-4)
 
 
 def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
-    write_tiny_gguf(tmp_path / "in.gguf", kind="Q8_0", hidden=64, ffn=96)
+    llm, model = source(tmp_path, kind="Q8_0", hidden=64, ffn=96)
     path, plan = tmp_path / "a.gguf", Plan.removing(1, 2)
-    export_gguf(GgufModel.of_file(tmp_path / "in.gguf"), plan, path)
-    llm = ElasticLLM(tiny_source_model(hidden=64, ffn=96), None, name="source")
+    export_gguf(model, plan, path)
     found, ours = engine_logits(path), masked_logits(llm, plan)
     assert (found - ours).abs().max() < 0.05 * ours.abs().max()  # 8 bits, of inputs too
-
-
-def test_the_tokeniser_of_a_folder_splits_text_as_llama_cpp_does(tmp_path):
-    write_tiny_gguf(tmp_path / "in.gguf")
-    llm = load_llm(tmp_path / "in.gguf", weights="bf16", dtype="float32", device="cpu")
-    export_gguf(GgufModel.of_llm(llm), Plan.removing(1), tmp_path / "a.gguf")
-    engine = LlamaCpp(str(tmp_path / "a.gguf"), "f32", 1, 64, 1)
-    vocab = engine._lib.llama_model_get_vocab(engine._model)
-    found = engine._ffi.new("int32_t[]", 99)
-    for text in ("the  hen 12\n", "<|im_start|>he\t<|im_end|>"):
-        stored = text.encode()
-        count = engine._lib.llama_tokenize(vocab, stored, len(stored), found, 99, False, True)
-        assert list(found[0:count]) == llm.tokenizer(text, add_special_tokens=False).input_ids
-    engine.close()
