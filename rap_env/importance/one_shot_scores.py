@@ -73,6 +73,5 @@ def _influence(
 
 def _one_minus_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of 1 - cosine, in float64 because influences are close to 0."""
-    before = before.to(after.device)  # which another layer left
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
     return (1 - cosine).sum().cpu()

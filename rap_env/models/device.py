@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return remembered_dtype(device, device_kind(device))
 
 
-def device_kinds(devices: Iterable[torch.device]) -> str:
-    """The kinds of a model's devices, each once; part of the keys of scores."""
-    return ", ".join(dict.fromkeys(map(device_kind, devices)))
-
-
 def device_kind(device: torch.device) -> str:
-    """The kind of processor, which determines the rounding of sums."""
+    """The kind of processor, which determines the rounding of sums; part of the keys of scores."""
     if device.type == "cuda":
         return f"cuda:{torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
@@ -203,10 +198,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device: itself if it is there already; nothing waits for a CUDA device.
-
-    A copy from one CUDA device to another is ordered among the work of both by torch.
-    """
+    """A tensor on a device: itself if it is there already; nothing waits for a CUDA device."""
     if values.device == device:
         return values
     if device.type != "cuda":
@@ -214,11 +206,10 @@ def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (values if values.is_cuda else values.pin_memory()).to(device, non_blocking=True)
 
 
-def synchronise(*devices: torch.device) -> None:
-    """Wait until CUDA devices have finished their work; a no-op on a CPU."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def synchronise(device: torch.device) -> None:
+    """Wait until a CUDA device has finished its work; a no-op on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -278,8 +278,7 @@ def _advance(
     """Moments of each block of a step; replaces `states` by the step's outputs."""
     hidden_size = states[0].shape[-1]
     sums = {block: Moments(hidden_size) for block in step}
-    for number, entering in enumerate(states):
-        state = partial.entering(step, entering)
+    for number, state in enumerate(states):
         x = normalised(state.float()).view(-1, hidden_size)
         for block in step:
             after = partial.run((block,), state)

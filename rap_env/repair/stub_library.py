@@ -79,7 +79,7 @@ class StubLibrary:
             ArtifactError: The stubs were fitted on another model, or in another dtype.
         """
         self.check(llm)
-        placed = {index: stub.on(llm.device_of(index)) for index, stub in self.stubs.items()}
+        placed = {index: stub.on(llm.device) for index, stub in self.stubs.items()}
         return llm.repaired(placed, self.sha256)
 
     def save(self, path: str | os.PathLike[str]) -> None:

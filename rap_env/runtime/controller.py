@@ -123,7 +123,7 @@ class RuntimeController(Feasibility):
         self.estimator = MemoryEstimator(llm, chunk_tokens)
         self.monitor = MemoryMonitor(
             llm,
-            open_memory(memory, devices=llm.devices),
+            open_memory(memory, device=llm.device),
             process_meter(llm) if meter is None else meter,
             self.estimator,
             SafetyMargin(clock=clock),

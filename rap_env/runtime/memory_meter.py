@@ -77,13 +77,10 @@ class TensorMeter(Meter):
 
 
 class CudaMeter(Meter):
-    """Bytes that PyTorch's allocator has allocated, temporary tensors included.
-
-    The sum over the model's devices; that of their peaks is an upper bound of the peak of the sum.
-    """
+    """Bytes that PyTorch's allocator has allocated, temporary tensors included."""
 
     def __init__(self, llm: ElasticLLM) -> None:
-        self._devices = llm.devices
+        self._device = llm.device
         self._baseline = 0
         warm_up(llm)
         self.measure_others(llm.held_bytes.total)
@@ -91,18 +88,17 @@ class CudaMeter(Meter):
 
     def used_bytes(self) -> int:
         """Bytes allocated now."""
-        return max(0, sum(map(torch.cuda.memory_allocated, self._devices)) - self._baseline)
+        return max(0, torch.cuda.memory_allocated(self._device) - self._baseline)
 
     def peak_bytes(self) -> int:
         """Most bytes allocated since the last call of this method."""
-        peak = sum(map(torch.cuda.max_memory_allocated, self._devices))
-        for device in self._devices:
-            torch.cuda.reset_peak_memory_stats(device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         return max(0, peak - self._baseline)
 
     def measure_others(self, held_bytes: int) -> None:
         """Measure what is allocated besides tensors of `held_bytes`."""
-        self._baseline = max(0, sum(map(torch.cuda.memory_allocated, self._devices)) - held_bytes)
+        self._baseline = max(0, torch.cuda.memory_allocated(self._device) - held_bytes)
 
 
 class ResidentMeter(Meter):

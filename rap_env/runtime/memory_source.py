@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,9 @@ from rap_env.runtime.memory_meter import ResidentMeter
 
 HEADROOM_BYTES = 8 * 2**20
 """Bytes below a process's limit that stay free: for request bodies, texts and responses."""
+
+
+_CPU = torch.device("cpu")
 
 
 class MemorySource(ABC):
@@ -288,7 +291,7 @@ class CgroupMemory(SystemMemory):
 def open_memory(
     source: MemorySource | Callable[[], float] | int | str = "auto",
     *,
-    devices: Sequence[torch.device] = (torch.device("cpu"),),
+    device: torch.device = _CPU,
     reserve_bytes: int | None = None,
 ) -> MemorySource:
     """Make the memory source for a setting.
@@ -296,27 +299,19 @@ def open_memory(
     Args:
         source: ``"cgroup"``, ``"cuda"``, ``"auto"`` (by the device), a number of bytes, a function
             that returns one, or a source.
-        devices: Where the model is. The free memory of several GPUs is not one number; for a model
-            on several, the budget is given, for all of them together.
+        device: Where the model is.
         reserve_bytes: Bytes that a source which asks the system leaves free; None for its default.
 
     Raises:
         UnknownNameError: There is no source of that name.
-        MemorySourceError: The system does not report free memory, or that of several GPUs is asked.
+        MemorySourceError: The system does not report free memory.
     """
-    place = devices[0]
     if source == "auto":
-        source = "cuda" if place.type == "cuda" else "cgroup"
+        source = "cuda" if device.type == "cuda" else "cgroup"
     if isinstance(source, str):
         if source == "cuda":
-            if len(devices) > 1:
-                names = ", ".join(map(str, devices))
-                raise MemorySourceError(
-                    f"The model is on {names}, whose free memory is not one number: give the "
-                    "budget as a number of bytes of all devices together, or as a function."
-                )
             reserve_bytes = CUDA_RESERVE_BYTES if reserve_bytes is None else reserve_bytes
-            return CudaMemory(place if place.type == "cuda" else "cuda", reserve_bytes)
+            return CudaMemory(device if device.type == "cuda" else "cuda", reserve_bytes)
         if source == "cgroup":
             return CgroupMemory(reserve_bytes or 0)
     elif isinstance(source, MemorySource):

@@ -301,7 +301,7 @@ class PlanSwitcher:
         self._refill_pending |= running and self._refills(choice.plan)
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self.unreadable.add(self._llm.apply_readable(choice.plan))
-        synchronise(*self._llm.devices)
+        synchronise(self._llm.device)
         monitor.trim()
         seconds = time.perf_counter() - started
         self.switches += 1

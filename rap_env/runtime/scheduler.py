@@ -171,7 +171,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits, count = prefilling.advance()
-                synchronise(*self._llm.devices)
+                synchronise(self._llm.device)
             self._interruptions = 0
             seconds = time.perf_counter() - started
             length = prefilling.batch.length
@@ -239,7 +239,7 @@ class Scheduler:
             with self._llm.exclusive():
                 plan = self._llm.plan
                 logits = batch.rows.extend([s.handle.token_ids[-1] for s in sequences])
-                synchronise(*self._llm.devices)
+                synchronise(self._llm.device)
             seconds = time.perf_counter() - started
             length = batch.rows.length
             for sequence in sequences:

@@ -114,6 +114,6 @@ def _filling(llm: ElasticLLM, ids: torch.Tensor) -> int:
     By sizes alone: a width that is timed varies between runs, and with it the rounding of scores.
     """
     state_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
-    within = min(map(free_bytes, llm.devices)) // (2 * _WORKING_STATES * state_bytes)
+    within = free_bytes(llm.device) // (2 * _WORKING_STATES * state_bytes)
     most = min(_MOST, _FILLING_TOKENS // ids.numel(), within)
     return 1 << max(0, most.bit_length() - 1)

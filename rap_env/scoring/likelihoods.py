@@ -167,11 +167,11 @@ class ContinuationScorer:
             Shape (requests, 2): log-likelihood in nats, and 1.0 if greedy decoding would give the
             continuation.
         """
-        device = self._llm.head_device
+        device = self._llm.device
         sums = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         wrong = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         for batch in self._batches:
-            hidden = self._partial.hidden(batch.tokens.to(self._llm.device))
+            hidden = self._partial.hidden(batch.tokens.to(device))
             wanted = hidden[batch.rows.to(device), batch.columns.to(device)]
             request = batch.request.to(device)
             logs, greedy = self._look_up(wanted, batch)

@@ -14,7 +14,7 @@ import transformers
 
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
-from rap_env.models.device import device_kinds, keep_freed_memory
+from rap_env.models.device import device_kind, keep_freed_memory
 from rap_env.models.live.cpu_decode import attention_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
@@ -386,7 +386,7 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
     """What determines any score of a model, including the rounding of its last bit."""
     return {
         **llm.facts.identity,
-        "device": device_kinds(llm.devices),
+        "device": device_kind(llm.device),
         "attention": attention_name(llm.model),
         "threads": torch.get_num_threads() if llm.device.type == "cpu" else 0,
         "torch": torch.__version__,

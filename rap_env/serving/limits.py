@@ -227,7 +227,7 @@ def open_budget(
     meter = process_meter(llm) if meter is None else meter
     if limit is None:
         reserve = settings.reserve_bytes
-        return open_memory(settings.memory, devices=llm.devices, reserve_bytes=reserve), meter
+        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve), meter
     resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
     memory = GivenMemory(limit, meter=resident)
     least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from rap_env.importance.gsi_search import gsi
+from rap_env.importance.one_shot_scores import block_influence
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -17,6 +18,7 @@ from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.corpus import Corpus
+from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
@@ -76,6 +78,30 @@ def ordered(llm):
     """The first and the last round measure all blocks; the one between them bounds their losses."""
     profile = gsi(MaskScorer(llm, TOKENS), stop=3, progress=False)
     return np.array([*profile.order_indices, *profile.nll_after])
+
+
+def lowered(llm, residencies=("resident", "offload")):
+    """Weights at levels, those of embeddings and head included."""
+    levels = {0: "int8", 3: "int4"}
+    plan = Plan(weights=tuple(levels.items()), embeddings="int8")
+    found = [scored(llm, 16)]
+    for residency in residencies:
+        llm.set_residency(residency)
+        for applied in (plan, Plan.removing(1, 2), Plan()):
+            llm.apply(applied)
+            with torch.no_grad():
+                logits = llm.model(input_ids=TOKENS[:2].to(llm.device)).logits
+            found.append(logits.cpu().numpy().ravel())
+    return np.concatenate(found)
+
+
+def looked_up(llm):
+    requests = [([5, 6, 7], [8, 9]), ([5, 6], [3]), ([4], [2, 3, 4])]
+    return ContinuationScorer(llm, requests, 64).run().ravel()
+
+
+def influence(llm):
+    return block_influence(MaskScorer(llm, TOKENS))
 
 
 def fitted(llm):

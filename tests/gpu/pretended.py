@@ -1,8 +1,8 @@
-"""GPUs that are only pretended: real values, computed on the CPU, that raise where CUDA would.
+"""A GPU that is only pretended: real values, computed on the CPU, that raise where CUDA would.
 
-A tensor is on the GPU whose number its storage is marked with, so that all views of it are there
-too. Operations on tensors of several devices raise, as do NumPy arrays of a tensor on a GPU. Speed,
-rounding, memory, streams and sizes that depend on data are not pretended.
+A tensor is on the GPU if its storage is marked, so that all views of it are there too. Operations
+on tensors of both devices raise, as do NumPy arrays of a tensor on the GPU. Speed, rounding,
+memory, streams and sizes that depend on data are not pretended.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU, SECOND_GPU = GPUS = (torch.device("cuda:0"), torch.device("cuda:1"))
+GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
 MEMORY_BYTES = 2**33
 
@@ -43,40 +43,37 @@ _WAITS = {  # what a CUDA tensor's values are read with, which waits for the dev
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on a pretended GPU."""
-    return place_of(tensor) != CPU
+    """Whether a tensor is on the pretended GPU."""
+    return getattr(tensor.untyped_storage(), _MARK, False)
 
 
 def place_of(tensor: torch.Tensor) -> torch.device:
     """The device that a tensor is on."""
-    number = getattr(tensor.untyped_storage(), _MARK, None)
-    return CPU if number is None else GPUS[number]
+    return GPU if on_gpu(tensor) else CPU
 
 
 @dataclass
 class Waits:
-    """How often something waited for a GPU, and how often it did not have to.
+    """How often something waited for the GPU, and how often it did not have to.
 
     Attributes:
-        count: Values of a GPU that were read, or sent to it without pinning (also by
+        count: Values of the GPU that were read, or sent to it without pinning (also by
             ``torch.tensor``).
-        crossings: Copies from one GPU to another.
         pinned: Bytes of each allocation of pinned memory.
     """
 
     count: int = 0
-    crossings: int = 0
     pinned: list[int] = field(default_factory=list)
 
 
 @contextlib.contextmanager
-def pretended_gpu(count: int = 1) -> Iterator[Waits]:
-    """Let torch have one or two GPUs in a ``with`` block; yields what waited for them."""
+def pretended_gpu() -> Iterator[Waits]:
+    """Let torch have a GPU in a ``with`` block; yields what waited for it."""
     waits = Waits()
     answers = {
         "is_available": True,
         "is_initialized": True,
-        "device_count": count,
+        "device_count": 1,
         "current_device": 0,
         "get_device_name": "pretended",
         "get_device_capability": (8, 0),
@@ -164,7 +161,7 @@ class _Places(TorchFunctionMode):
             self._waits.pinned.append(made.nbytes)
             return made
         if func is torch.device and type(args[0]) is int:
-            return GPUS[args[0]]
+            return GPU
         if func == torch.Tensor.device.__get__:  # made anew at each access
             return place_of(args[0]) if on_gpu(args[0]) else func(*args)
         if func == torch.Tensor.is_cuda.__get__:
@@ -189,7 +186,7 @@ class _Places(TorchFunctionMode):
     ) -> torch.Tensor:
         tensor, *given = args
         if given and type(given[0]) is int:  # a number of a GPU
-            given[0] = GPUS[given[0]]
+            given[0] = GPU
         named = next(filter(_is_place, (*given, *options.values())), None)
         like = next((value for value in given if isinstance(value, torch.Tensor)), None)
         if named is not None:
@@ -202,10 +199,7 @@ class _Places(TorchFunctionMode):
             tensor = func(tensor, *_on_cpu(given), **_on_cpu(options))
         if there == place_of(tensor):
             return tensor
-        if CPU in (there, place_of(tensor)):
-            self._waits.count += not options.get("non_blocking", False)
-        else:
-            self._waits.crossings += 1
+        self._waits.count += not options.get("non_blocking", False)
         with _disable_current_modes():
             copied: torch.Tensor = _Copy.apply(tensor, there)  # type: ignore[no-untyped-call]
         return copied
@@ -233,8 +227,7 @@ def _is_place(value: Any) -> bool:
 
 def _indexed(place: torch.device | str) -> torch.device:
     """A device with its number."""
-    found = torch.device(place)
-    return GPUS[found.index or 0] if found.type == "cuda" else CPU
+    return GPU if torch.device(place).type == "cuda" else CPU
 
 
 def _on_cpu(values: Any) -> Any:
@@ -246,5 +239,5 @@ def _mark(values: Any, place: torch.device) -> Any:
     """Put all tensors among some values on a device."""
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
-            setattr(leaf.untyped_storage(), _MARK, place.index)
+            setattr(leaf.untyped_storage(), _MARK, place == GPU)
     return values

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from rap_env.errors import RapError, UnsupportedModelError
 from rap_env.models.device import choose_device
@@ -25,8 +26,11 @@ from tests.gpu.paths import (
     PATHS,
     TOKENS,
     generated,
+    influence,
     live,
     llm_of,
+    looked_up,
+    lowered,
     ordered,
     repaired,
     scored,
@@ -38,7 +42,7 @@ from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import LAYERS, WIDE_FAMILIES, each_family, tiny_model
 
-SOME_FAMILIES = ("llama", "mistral_sliding", "gpt_neox")  # others are in `test_several_gpus`
+SOME_FAMILIES = ("llama", "mistral_sliding", "gpt_neox")
 
 
 def test_it_raises_where_cuda_does():
@@ -126,7 +130,7 @@ def test_few_steps_wait_for_the_device():
     "name",
     [SOME_FAMILIES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SOME_FAMILIES[1:])],
 )
-@pytest.mark.parametrize("run", [ordered, repaired, served])
+@pytest.mark.parametrize("run", [ordered, influence, looked_up, lowered, repaired, served])
 def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     expected = run(llm_of(name, "cpu"))
     with pretended_gpu():
@@ -240,6 +244,32 @@ def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
             llm.model.to("cuda")
         np.testing.assert_array_equal(scored(llm, 1), expected)
         assert copy.deepcopy(llm.model).to("cpu") is not llm.model
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    model = tiny_model("llama")
+    with pretended_gpu():
+        model.model.layers[1].to(GPU)
+        with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, cuda:0\), but a"):
+            ElasticLLM(model, None, name="half on the CPU")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.layers": "disk"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "work"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, disk\), but a model"):
+        ElasticLLM(model, None, name="offloaded")
+
+
+def test_dropped_weights_are_read_again_to_the_gpu(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = []
+    for device in ("cpu", "cuda"):
+        with pretended_gpu():
+            model = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
+            found.append(lowered(ElasticLLM(model, None, name="llama", folder=tmp_path), ["drop"]))
+    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):

@@ -158,7 +158,7 @@ def test_a_given_budget_does_not_depend_on_what_is_used(given, budgets, limit_by
 
 
 def test_this_machine_is_read():
-    memory = open_memory("auto", devices=[torch.device("cpu")])
+    memory = open_memory("auto", device=torch.device("cpu"))
     assert isinstance(memory, CgroupMemory)
     assert memory.budget_bytes(0) > 0
     assert isinstance(open_memory("cgroup", reserve_bytes=3), MemorySource)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class RowPart:
         levels = levels_of(self.cache, lasting=lowest)
         return _at_levels(plan, levels, missing(self.cache), lowest)
 
-    def split(self, row: int, devices: Sequence[torch.device]) -> RowPart:
+    def split(self, row: int, device: torch.device) -> RowPart:
         """Move a row, which is not the only one, to a part of its own, one layer at a time."""
         others = [other for other in range(len(self.rows)) if other != row]
         length, cache, made = self.length, self.cache, RowPart([self.rows[row]])
@@ -74,7 +74,7 @@ class RowPart:
         taken = copy.copy(cache)
         taken.layers = [copy.copy(layer) for layer in cache.layers]
         share_folder(cache, taken)
-        moves = [(made, taken, _index([row], devices)), (self, cache, _index(others, devices))]
+        moves = [(made, taken, _index([row], device)), (self, cache, _index(others, device))]
         for number in range(len(cache.layers)):
             for part, own, index in moves:
                 _select_rows(own.layers[number], part.length, index, length - part.length)
@@ -101,7 +101,7 @@ class RowPart:
             self.cache = stored.load()
             note_rows(self.cache, self.lengths)
 
-    def select(self, rows: Sequence[int], devices: Sequence[torch.device]) -> None:
+    def select(self, rows: Sequence[int], device: torch.device) -> None:
         """Keep some rows, in this order, and free the memory of the others and common padding."""
         if list(rows) == list(range(len(self.rows))):
             return
@@ -109,7 +109,7 @@ class RowPart:
         self.rows, self.cache = [self.rows[row] for row in rows], None
         if cache is None:
             return
-        index = _index(rows, devices)
+        index = _index(rows, device)
         for layer in cache.layers:
             _select_rows(layer, self.length, index, before - self.length)
         self.cache = cache
@@ -159,10 +159,8 @@ def _at_levels(plan: Plan, levels: _Levels, absent: frozenset[int], lowest: bool
     return replace(plan, caches=caches, removed=plan.removed | {2 * layer for layer in absent})
 
 
-def _index(
-    rows: Sequence[int], devices: Sequence[torch.device]
-) -> dict[torch.device, torch.Tensor]:
-    return {device: send(torch.tensor(rows), device) for device in devices}
+def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+    return send(torch.tensor(rows), device)
 
 
 def _cached_tokens(layer: Any, length: int) -> int:
@@ -170,13 +168,10 @@ def _cached_tokens(layer: Any, length: int) -> int:
     return min(length, layer.sliding_window - 1) if layer.is_sliding else length
 
 
-def _select_rows(
-    layer: Any, length: int, index: Mapping[torch.device, torch.Tensor], cut: int
-) -> None:
+def _select_rows(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
     """Select rows of a layer, and cut off padding on the left that they do not need."""
     if layer.keys is None:
         return
-    rows = index[layer.keys.device]
     if isinstance(layer, GroupedLayer):
         layer.select_rows(rows)
         layer.cumulative_length -= cut

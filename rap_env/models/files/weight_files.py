@@ -15,7 +15,7 @@ from rap_env.artifacts import disk_errors
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
-from rap_env.models.live.device_map import remove_hooks
+from rap_env.models.live.placement import remove_hooks
 from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.tensors import damaged_weights, read_header, stored_dtype
 

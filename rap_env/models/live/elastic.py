@@ -22,10 +22,10 @@ from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.placeholders import Stub
-from rap_env.models.live.device_map import find_device_map, install_device_map, keep_in_place
 from rap_env.models.live.facts import own_bytes, shared_facts
 from rap_env.models.live.generation import generate
 from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
+from rap_env.models.live.placement import check_one_device, keep_in_place
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import block_items, embeddings_item
@@ -55,23 +55,19 @@ class ElasticLLM:
     Attributes:
         model: The live model, as the current plan leaves it.
         adapter: Describes the blocks, from the config.
-        device_map: Where its parts are, if it is on several GPUs; None on one device.
         calibration: Hash of the text with which levels of few bits are made; empty without one.
         calibrator: Makes them once they are needed and do not exist; None: `calibrate` first.
 
     Raises:
         UnsupportedModelError: The family is unknown or its layout cannot be masked, or its weights
-            are on several devices that are not all GPUs.
+            are on several devices.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str, folder: Path | None = None
     ) -> None:
         self.adapter = adapter_for(model.config)
-        self.device_map = find_device_map(model, self.adapter, name)
-        if self.device_map is not None:
-            install_device_map(model, self.adapter, self.device_map)
-            keep_in_place(model, "its layers are on several devices")
+        check_one_device(model, name)
         self.model = model.eval()
         install_levels(self.model, self.adapter)
         self.tokenizer = tokenizer
@@ -92,24 +88,8 @@ class ElasticLLM:
 
     @property
     def device(self) -> torch.device:
-        """Device of the embeddings, where token ids are sent."""
-        if self.device_map is not None:
-            return self.device_map.embeddings
+        """Device of the weights, where token ids are sent."""
         return torch.device(self.model.device)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """All devices of the weights, that of the embeddings first."""
-        return (self.device,) if self.device_map is None else self.device_map.devices
-
-    @property
-    def head_device(self) -> torch.device:
-        """Device of the head, of the decoder's output and of logits."""
-        return self.device if self.device_map is None else self.device_map.head
-
-    def device_of(self, block: int) -> torch.device:
-        """Device of a block, of its stub and its cache, by the block's index."""
-        return self.device if self.device_map is None else self.device_map.layers[block // 2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,8 +114,8 @@ class ElasticLLM:
         checks that the stubs belong to the model.
 
         Args:
-            stubs: Stubs by index of their block, on its device (`device_of`) and in the model's
-                dtype. A removed block without one adds nothing.
+            stubs: Stubs by index of their block, on the model's device and in its dtype. A removed
+                block without one adds nothing.
             digest: Hash of the stubs; part of the keys of scores.
         """
         view = copy.copy(self)

@@ -219,7 +219,7 @@ class LiveBatch:
                 own = [row - first for row in rows if first <= row < end]
                 first = end
                 if own:
-                    part.select(own, self._llm.devices)
+                    part.select(own, self._llm.device)
                     kept.append(part)
             self._parts = kept
 
@@ -238,7 +238,7 @@ class LiveBatch:
                     row -= len(part.rows)
                     continue
                 alone = len(part.rows) == 1
-                own = self._parts.pop(number) if alone else part.split(row, self._llm.devices)
+                own = self._parts.pop(number) if alone else part.split(row, self._llm.device)
                 self._llm.track_cache(own.cache)
                 taken._parts = [own]
                 break

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from rap_env.levels import WeightLevel
-from rap_env.models.device import send
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.weights import bfloat16_products
@@ -164,7 +163,6 @@ class PartialForward:
         """
         if not blocks:
             return state
-        state = self.entering(blocks, state)
         layer, kept, removed, inside, bare = _layer_plan(blocks, plan)
         if not kept and not self._llm.has_stub(removed):
             return state
@@ -175,14 +173,9 @@ class PartialForward:
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
 
-    def entering(self, blocks: tuple[int, ...], state: torch.Tensor) -> torch.Tensor:
-        """A state, (B, T, H), on the device of the blocks of a step."""
-        devices = self._llm.device_map
-        return state if devices is None else send(state, devices.layers[blocks[0] // 2])
-
     @torch.inference_mode()
     def leave(self, state: torch.Tensor) -> torch.Tensor:
-        """The decoder's output for the output of the last layer, (B, T, H), on the head's device.
+        """The decoder's output for the output of the last layer, (B, T, H).
 
         Call it in the ``with`` block of `embeddings` that the head runs in.
         """
@@ -254,8 +247,7 @@ class PartialForward:
 
     def _placeholder(self, state: torch.Tensor) -> torch.Tensor:
         """Token ids for states of this shape; their values have no effect."""
-        device = state.device if self._llm.device_map is None else self._llm.device
-        return torch.zeros(state.shape[:2], dtype=torch.long, device=device)
+        return torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
 
     def _pass(
         self,
