@@ -67,9 +67,14 @@ def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[c
     """Open a CSV file, of which a leading ``~`` is the user's home, and read its lines by column.
 
     Raises:
-        TraceError: The file is missing, lacks a `needed` column, or turns out to be no CSV file,
-            now or while it is read.
+        TraceError: There is no path, or the file is missing, lacks a `needed` column, or turns out
+            to be no CSV file, now or while it is read.
     """
+    if not str(path):
+        raise TraceError(
+            "The path of the trace is empty: give a CSV file with the columns "
+            f"{', '.join(COLUMNS)} as workload.path, or as replay.trace for a replay."
+        )
     try:
         with Path(str(path)).expanduser().open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

@@ -124,6 +124,12 @@ def test_a_bad_trace_is_rejected_with_its_line(memory, tmp_path, text, message):
         make_sampler({"name": "trace", "path": str(path)}, memory)
 
 
+def test_a_trace_without_a_path_names_its_setting(memory):
+    for spec in ("trace", {"name": "trace", "path": ""}):
+        with pytest.raises(TraceError, match=r"is empty: give a CSV file .* workload\.path, or as"):
+            make_sampler(spec, memory)
+
+
 def test_a_missing_or_binary_trace_is_rejected(memory, tmp_path):
     with pytest.raises(TraceError, match=r"no\.csv cannot be read"):
         make_sampler({"name": "trace", "path": str(tmp_path / "no.csv")}, memory)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,7 @@ def _offline_variable() -> str | None:
 
 
 def _ask(repo_id: str, revision: str | None) -> Any:
-    """The hub's description of a model; waits at most `PROBE_S` for an answer."""
+    """The hub's description of a model; waits at most `PROBE_S`, name resolution included."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HFValidationError,
@@ -131,8 +133,24 @@ def _ask(repo_id: str, revision: str | None) -> Any:
         RevisionNotFoundError,
     )
 
+    answers: queue.Queue[Any] = queue.Queue()
+
+    def ask() -> None:
+        options: dict[str, Any] = {"timeout": PROBE_S, "files_metadata": True}
+        try:
+            answers.put(HfApi().model_info(repo_id, revision=revision, **options))
+        except Exception as error:
+            answers.put(error)
+
+    # The client's own timeout does not hold while a name is resolved.
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        return HfApi().model_info(repo_id, revision=revision, timeout=PROBE_S, files_metadata=True)
+        answer = answers.get(timeout=PROBE_S)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    except queue.Empty:
+        raise _unreachable(repo_id, TimeoutError(f"no answer in {PROBE_S:g} s")) from None
     except RevisionNotFoundError as error:
         raise ModelNotAvailableError(
             f"{repo_id} has no revision {revision!r} on the hub."

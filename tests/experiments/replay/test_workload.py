@@ -65,6 +65,8 @@ def test_a_bad_file_is_rejected_with_its_line(tmp_path, lines, sentence):
 def test_missing_files_and_columns_are_rejected(tmp_path):
     with pytest.raises(TraceError, match="cannot be read"):
         read_arrivals(tmp_path / "nothing.csv", thinning())
+    with pytest.raises(TraceError, match=r"path of the trace is empty: .* as replay\.trace"):
+        read_arrivals("", thinning())
     (tmp_path / "trace.csv").write_text("ContextTokens,GeneratedTokens\n1,1\n")
     with pytest.raises(TraceError, match="needs the columns TIMESTAMP"):
         read_arrivals(tmp_path / "trace.csv", thinning())

@@ -1,6 +1,7 @@
 import json
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,25 @@ def test_a_hub_that_never_answers_times_out(lonely: Path, monkeypatch: pytest.Mo
         with pytest.raises(ModelNotAvailableError, match="hub cannot be reached"):
             load_llm("org/tiny")
         assert time.monotonic() - start < 5
+
+
+def test_a_name_that_is_never_resolved_times_out(lonely: Path, monkeypatch) -> None:
+    asked, ended = [], threading.Event()
+
+    def resolve(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        ended.wait(20)
+        raise OSError("nothing is resolved")
+
+    monkeypatch.setattr(hub, "PROBE_S", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    connect(monkeypatch, "http://hub.example")
+    try:
+        with pytest.raises(ModelNotAvailableError, match=r"reached \(no answer in 0\.3 s\); try"):
+            load_llm("org/tiny")
+    finally:
+        ended.set()
+    assert "hub.example" in map(str, asked)
 
 
 def test_the_default_model_from_the_hub_must_have_the_right_weights(serve, monkeypatch) -> None:
