@@ -75,24 +75,24 @@ Point = tuple[float, float]
 def ladder_tables(data: Ladder) -> list[TitledTable]:
     """All tables there are rows for."""
     tables = []
+    if data.outside:
+        title = "What others offer at the same bytes"
+        tables.append(TitledTable(_outside_table(data.outside), title, OUTSIDE_CAPTION))
+    if data.shipped:
+        table = _shipped_table(data.shipped)
+        tables.append(TitledTable(table, "One level everywhere, in two models", SHIPPED_CAPTION))
+    if data.fractions:
+        title = "Removal alone, and the ladder"
+        tables.append(TitledTable(_policy_table(data), title, POLICY_CAPTION))
     if data.settings:
         settings = {(r.name, r.shape): r for r in data.plans if r.method == "uniform"}
         labels = {name: data.label(name) for name in data.settings}
         table = _by_shape("Weights / caches", labels, settings)
         tables.append(TitledTable(table, "Uniform settings", UNIFORM_CAPTION))
-    if data.fractions:
-        title = "Removal alone, and the ladder"
-        tables.append(TitledTable(_policy_table(data), title, POLICY_CAPTION))
     if data.llama_cpp:
         rows = {(row.cache, row.shape): row for row in data.llama_cpp}
         table = _by_shape("llama.cpp's cache", {cache: cache for cache, _ in rows}, rows)
         tables.append(TitledTable(table, "llama.cpp", LLAMA_CPP_CAPTION))
-    if data.shipped:
-        table = _shipped_table(data.shipped)
-        tables.append(TitledTable(table, "By how the model was shipped", SHIPPED_CAPTION))
-    if data.outside:
-        title = "What others offer at the same bytes"
-        tables.append(TitledTable(_outside_table(data.outside), title, OUTSIDE_CAPTION))
     return tables
 
 

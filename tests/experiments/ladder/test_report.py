@@ -85,7 +85,7 @@ SHIPPED = [
 
 
 DATA = Ladder(ROWS, LLAMA, SHIPPED)
-UNIFORM, POLICIES, LLAMA_CPP, BY_SHIPPED = (part.table for part in ladder_tables(DATA))
+BY_SHIPPED, POLICIES, UNIFORM, LLAMA_CPP = (part.table for part in ladder_tables(DATA))
 
 
 def test_the_table_of_settings_has_losses_and_bytes():
