@@ -94,18 +94,20 @@ LADDER_FIGURE, OUTSIDE_FIGURE = "loss_against_bytes.png", "loss_at_equal_bytes.p
 
 
 def ladder_text() -> str:
-    """All tables of the ladder, and the figure of other methods if there are rows of them."""
-    data = read_ladder(RESULTS / "ladder")
-    text = below(LADDER.markdown(data))
-    if data.outside:
-        text += f"\n\n```{{image}} _generated/{OUTSIDE_FIGURE}\n:alt: Loss at equal bytes\n```"
-    return text
+    """All tables of the ladder."""
+    return LADDER.markdown(read_ladder(RESULTS / "ladder"))
+
+
+def two_sections(text: str) -> str:
+    """The first two sections of a text, below a page's second level."""
+    return below("\n## ".join(text.split("\n## ")[:3]))
 
 
 FULL: dict[str, Callable[[], str]] = {
     **{name: partial(tables.comparison_text, name) for name in (*PLAN_COMPARISONS, *COMPARISONS)},
     **{name: partial(tables.transfer_text, name) for name in TRANSFERS},
     **{name: partial(study_text, name) for name in STUDIES},
+    "ladder": ladder_text,
 }
 """All tables of a comparison or study by its name: a page of ``docs/results/details`` each."""
 
@@ -132,7 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": lambda: benchmarks_text(read_benchmarks()),
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
-    "ladder": ladder_text,
+    "ladder": partial(part_of, "ladder", two_sections),
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 

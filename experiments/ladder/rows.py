@@ -71,11 +71,13 @@ class ShippedRow(LossRecord):
     Attributes:
         model: The model's name.
         shipped: How its weights were shipped, such as ``"Q4_1"`` or ``"bfloat16"``.
-        what: What was lowered: ``"weights"`` (of all blocks), ``"embeddings"`` or ``"caches"``.
+        what: What was lowered: ``"weights"`` (of all blocks), ``"FFN"``, ``"embeddings"`` or
+            ``"caches"``.
         level: To which level.
         rounding: How weights were quantised: ``"fitted"`` (least error, as the model does it),
             ``"nearest"``, or ``"calibrated"`` (GPTQ on the calibration text); empty for caches.
         text: Name of the report text.
+        weight_bytes: Bytes of all weights, embeddings included.
     """
 
     file = "shipped.jsonl"
@@ -89,6 +91,7 @@ class ShippedRow(LossRecord):
     level: str
     rounding: str
     text: str
+    weight_bytes: int
 
     @property
     def source(self) -> tuple[str, str]:

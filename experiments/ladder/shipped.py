@@ -33,22 +33,22 @@ from rap_env.models.files.sources import locate
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import (
-    round_to_nearest,
-)
+from rap_env.models.weights.quantisers import round_to_nearest
 from rap_env.models.weights.tensors import read_header
 from rap_env.plan import Plan
+from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 
-WEIGHTS: tuple[WeightLevel, ...] = ("int8", "int4")
+WEIGHTS: tuple[WeightLevel, ...] = ("int8", "int4", "int4-compact", "int3", "int2")
+FFN_LEVELS: tuple[WeightLevel, ...] = ("int3", "int2")
 CACHES = ("int8", "int4", "int2")
 _QUANTISED_NAME = re.compile(r"(?<![a-z])I?Q\d\w*", re.IGNORECASE)
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Lowering(NamedTuple):
-    """One level everywhere: of ``"weights"``, ``"embeddings"`` or ``"caches"``."""
+    """One level everywhere: of ``"weights"``, ``"FFN"``, ``"embeddings"`` or ``"caches"``."""
 
     what: str
     level: str
@@ -69,13 +69,17 @@ def shipped_jobs(config: Config, folder: Path) -> Iterator[Job[ShippedRow]]:
     calibration = with_start(context.llm, context.corpus.tokens)
     source = Path(config.model.name).name, shipped_format(config.model.name)
     text = Path(config.evaluate.text.source).parent.name or "self"
+    request = Request(1, report.corpus.tokens.shape[1], budget_bytes=2**62)
     for lowering in lowerings(context.memory.facts):
-        what, level, rounding, _ = lowering
+        what, level, rounding, plan = lowering
+        sizes = context.memory.breakdown(plan, request)
+        named = {"model": source[0], "shipped": source[1], "text": text}
+        size = {"weight_bytes": sizes.weights + sizes.embeddings}
         yield Job(
             ShippedRow,
             (source[0], what, level, rounding, text),
             report_identity(report),
-            partial(_row, config, lowering, report, calibration, source, text),
+            partial(_row, config, lowering, report, calibration, {**named, **size}),
         )
 
 
@@ -90,11 +94,13 @@ def with_start(llm: ElasticLLM, tokens: torch.Tensor) -> torch.Tensor:
 def lowerings(facts: ModelFacts) -> Iterator[Lowering]:
     """Yield every level of all weights, of the embeddings, and of all caches that exists."""
     for level in WEIGHTS:
-        having = [i for i in range(facts.num_blocks) if level in facts.weight_levels(i)]
-        plan = Plan(weights=tuple((index, level) for index in having))
+        blocks = facts.blocks_at(level)
         roundings = ("nearest", "calibrated", "fitted") if level == "int4" else ("fitted",)
-        for rounding in roundings if having else ():
-            yield Lowering("weights", level, rounding, plan)
+        for rounding in roundings if blocks else ():
+            yield Lowering("weights", level, rounding, Plan.of(blocks))
+        ffn = {name: level for name in blocks if name.endswith(".ffn")}
+        if ffn and level in FFN_LEVELS:
+            yield Lowering("FFN", level, "fitted", Plan.of(ffn))
     for level in WEIGHTS:
         if level in facts.embedding_levels:
             yield Lowering("embeddings", level, "fitted", Plan(embeddings=level))
@@ -107,8 +113,7 @@ def _row(
     lowering: Lowering,
     report: MaskScorer,
     calibration: torch.Tensor,
-    source: tuple[str, str],
-    text: str,
+    fields: dict[str, Any],
     provenance: dict[str, Any],
 ) -> ShippedRow:
     what, level, rounding, plan = lowering
@@ -117,12 +122,10 @@ def _row(
     else:
         nll = report.window_nll(plan)
     return ShippedRow(
-        model=source[0],
-        shipped=source[1],
+        **fields,
         what=what,
         level=level,
         rounding=rounding,
-        text=text,
         **delta_nll_fields(nll - report.window_nll(Plan())),
         provenance=provenance,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow
+from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow, ShippedRow
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.records import LossRecord, Shape
 from experiments.study.tables import (
@@ -36,8 +36,9 @@ LLAMA_CPP_CAPTION = (
     "and in brackets the resident memory of the process beyond what it had without a model."
 )
 SHIPPED_CAPTION = (
-    "ΔNLL of one level for the weights of all blocks, for embeddings with the head, or for all "
-    "caches, over the unquantised model, nats per token with a 95 % interval over windows. "
+    "MiB of all weights, and ΔNLL over the unquantised model, nats per token with a 95 % interval "
+    "over windows, of one level for the weights of all blocks or of their FFN, for embeddings with "
+    "the head, or for all caches; in brackets how the model was shipped. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
 OUTSIDE_CAPTION = (
@@ -74,32 +75,24 @@ Point = tuple[float, float]
 def ladder_tables(data: Ladder) -> list[TitledTable]:
     """All tables there are rows for."""
     tables = []
+    if data.outside:
+        title = "What others offer at the same bytes"
+        tables.append(TitledTable(_outside_table(data.outside), title, OUTSIDE_CAPTION))
+    if data.shipped:
+        table = _shipped_table(data.shipped)
+        tables.append(TitledTable(table, "One level everywhere, in two models", SHIPPED_CAPTION))
+    if data.fractions:
+        title = "Removal alone, and the ladder"
+        tables.append(TitledTable(_policy_table(data), title, POLICY_CAPTION))
     if data.settings:
         settings = {(r.name, r.shape): r for r in data.plans if r.method == "uniform"}
         labels = {name: data.label(name) for name in data.settings}
         table = _by_shape("Weights / caches", labels, settings)
         tables.append(TitledTable(table, "Uniform settings", UNIFORM_CAPTION))
-    if data.fractions:
-        title = "Removal alone, and the ladder"
-        tables.append(TitledTable(_policy_table(data), title, POLICY_CAPTION))
     if data.llama_cpp:
         rows = {(row.cache, row.shape): row for row in data.llama_cpp}
         table = _by_shape("llama.cpp's cache", {cache: cache for cache, _ in rows}, rows)
         tables.append(TitledTable(table, "llama.cpp", LLAMA_CPP_CAPTION))
-    if data.shipped:
-        shipped = {(row.source, row.lowered): row for row in data.shipped}
-        table = crossed_table(
-            "Lowered everywhere",
-            {f"{k[0]} {k[1]}{_ROUNDINGS.get(k[2], '')}": k for _, k in shipped},
-            {f"{source[0]}, shipped in {source[1]}": source for source, _ in shipped},
-            lambda lowered, source: (
-                nats(shipped[source, lowered]) if (source, lowered) in shipped else "-"
-            ),
-        )
-        tables.append(TitledTable(table, "By how the model was shipped", SHIPPED_CAPTION))
-    if data.outside:
-        title = "What others offer at the same bytes"
-        tables.append(TitledTable(_outside_table(data.outside), title, OUTSIDE_CAPTION))
     return tables
 
 
@@ -117,6 +110,23 @@ def _by_shape(
             sizes.append(f"{_mib(row.held_bytes)}{resident}")
         lines.append([label, nats(rows[name, shapes[0]]), *sizes])
     return [corner, "ΔNLL", *(f"{shape_words(shape)}, MiB" for shape in shapes)], lines
+
+
+def _shipped_table(rows: Sequence[ShippedRow]) -> Table:
+    """Bytes and ΔNLL of each level everywhere, for each model."""
+    by_level = {(row.source, row.lowered): row for row in rows}
+    columns: dict[str, tuple[tuple[str, str], Callable[[ShippedRow], str]]] = {}
+    for source in dict.fromkeys(row.source for row in rows):
+        columns[f"{source[0]} ({source[1]}), MiB"] = source, lambda row: _mib(row.weight_bytes)
+        columns[f"{source[0]}, ΔNLL"] = source, nats
+    return crossed_table(
+        "Lowered everywhere",
+        {f"{k[0]} {k[1]}{_ROUNDINGS.get(k[2], '')}": k for _, k in by_level},
+        columns,
+        lambda lowered, column: (
+            column[1](by_level[column[0], lowered]) if (column[0], lowered) in by_level else "-"
+        ),
+    )
 
 
 def _policy_table(data: Ladder) -> Table:

@@ -45,6 +45,7 @@ def llama(cache, mib, loss, shape=(1, 128)):
 def shipped(model, how, level, loss, rounding="nearest"):
     return ShippedRow(
         model=model, shipped=how, what="weights", level=level, rounding=rounding, text="wikitext",
+        weight_bytes=90 * MIB,
         **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
@@ -84,7 +85,7 @@ SHIPPED = [
 
 
 DATA = Ladder(ROWS, LLAMA, SHIPPED)
-UNIFORM, POLICIES, LLAMA_CPP, BY_SHIPPED = (part.table for part in ladder_tables(DATA))
+BY_SHIPPED, POLICIES, UNIFORM, LLAMA_CPP = (part.table for part in ladder_tables(DATA))
 
 
 def test_the_table_of_settings_has_losses_and_bytes():
@@ -105,11 +106,14 @@ def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
 def test_the_other_tables_name_formats_and_models():
     assert LLAMA_CPP[1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
     header, lines = BY_SHIPPED
-    assert header[1:] == ["smollm2-135m, shipped in Q4_1", "small, shipped in bfloat16"]
+    assert header[1:] == [
+        "smollm2-135m (Q4_1), MiB", "smollm2-135m, ΔNLL", "small (bfloat16), MiB", "small, ΔNLL"
+    ]  # fmt: skip
     assert [line[0] for line in lines] == [
         "weights int4, rounded to nearest", "weights int4"
     ]  # fmt: skip
-    assert lines[1][1] == "-"
+    assert lines[0][1] == "90"
+    assert lines[1][1:3] == ["-", "-"]
 
 
 def test_other_methods_stand_by_their_bytes():
