@@ -49,6 +49,7 @@ TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 STUDIES: dict[str, tuple[Study[Any], Path]] = {
     "replay": (REPLAY, RESULTS / "replay" / "replay"),
     "replay_ladder": (REPLAY, RESULTS / "ladder" / "replay"),
+    "replay_low_bits": (REPLAY, RESULTS / "replay_low_bits" / "replay"),
     "long_context": (LONG_CONTEXT, RESULTS / "long_context"),
     "tight_recall": (LONG_CONTEXT, RESULTS / "tight_recall" / "long_context"),
     "texts": (TEXTS, RESULTS / "texts"),
@@ -116,7 +117,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "speeds": table_speeds,
     **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
     **{name: partial(part_of, name, tables.first_tables) for name in COMPARISONS},
-    **{name: partial(part_of, name, below) for name in ("replay_ladder", "prompts")},
+    **{
+        name: partial(part_of, name, below)
+        for name in ("replay_ladder", "replay_low_bits", "prompts")
+    },
     **{name: partial(part_of, name, untitled) for name in ("replay", "texts")},
     **{name: partial(part_of, name, first_section) for name in ("long_context", "tight_recall")},
     "repair": partial(part_of, "repair", partial(shown_tables, titles=())),

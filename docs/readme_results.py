@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tables import LOW_BITS, PLANS, RESULTS, SEARCHES, plan_rows, read
+from tables import LOW_BITS, OWN_BUDGETS, PLANS, RESULTS, SEARCHES, plan_rows, read
 
 from experiments.comparison.pairwise import compare_pair
 from experiments.comparison.records import ResultRow
@@ -14,7 +16,7 @@ from experiments.comparison.summaries import Comparison, Summary
 from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.looks import look
 from experiments.study.statistics import Estimate
-from experiments.study.tables import columns_table, markdown, number, percent, seconds
+from experiments.study.tables import columns_table, markdown, percent, seconds
 from rap_env.errors import counted
 
 if TYPE_CHECKING:
@@ -33,29 +35,50 @@ METHODS = {
 """The methods of the table, with what each does."""
 
 
+LADDERS = {
+    "Four bits": PLANS,
+    "Two bits, same budgets": LOW_BITS,
+    "Two bits, budgets of their own": OWN_BUDGETS,
+}
+"""The table's columns: how few bits a weight may have, and at which budgets."""
+
+
 def readme_results() -> str:
     """The README's result in a sentence, and its table of methods, the least ΔNLL first."""
-    comparison = Comparison([row for row in plan_rows(PLANS) if row.method in METHODS])
-    mean = {summary.method: summary.delta_nll.mean for summary in comparison.summaries}
-    uniform, knapsack = (percent(1 - mean[POLICY] / mean[m], 0) for m in ("uniform", "knapsack"))
-    decision_s = comparison.summary(POLICY).decision_s
-    columns = {
-        "Method": _name,
-        "ΔNLL [95 % interval]": lambda s: str(s.delta_nll),
-        "Model runs per request": lambda s: number(s.evaluations),
-        "Decision": lambda s: seconds(s.decision_s),
+    by_ladder = {
+        title: {
+            summary.method: summary
+            for summary in Comparison(
+                [row for row in plan_rows(name) if row.method in METHODS]
+            ).summaries
+        }
+        for title, name in LADDERS.items()
     }
-    few_bits = Comparison([row for row in plan_rows(LOW_BITS) if row.method in METHODS]).summaries
-    share = percent(1 - few_bits[0].delta_nll.mean / min(mean.values()), 0)
-    named = ", ".join(f"{look(s.method).label} {s.delta_nll}" for s in few_bits)
+    four, two, own = ({m: s.delta_nll.mean for m, s in by.items()} for by in by_ladder.values())
+    decision_s = {m: summary.decision_s for m, summary in by_ladder["Four bits"].items()}
+    columns: dict[str, Callable[[Summary], str]] = {"Method": _name}
+    for title, summaries in by_ladder.items():
+        columns[title] = partial(_delta_nll, summaries)
+    columns["Decision"] = lambda s: seconds(s.decision_s)
+    table = columns_table(by_ladder["Four bits"].values(), columns)
     return (
-        f"**Where every choice costs something, the policy loses {uniform} less than uniform "
-        f"settings tuned by hand\nand {knapsack} less than a knapsack, in "
-        f"{1000 * decision_s:.0f} ms and without a run of the model.**\n\n"
-        f"{markdown(columns_table(comparison.summaries, columns))}\n"
-        f"**With weights of three and two bits, as in the server, the same budgets cost {share} "
-        f"less**: {named}."
+        f"**With weights down to two bits the same budgets cost "
+        f"{percent(1 - min(two.values()) / min(four.values()), 0)} less. Where every choice costs "
+        f"something,\nthe policy loses {percent(1 - four[POLICY] / four['uniform'], 0)} less than "
+        f"uniform settings tuned by hand ({percent(1 - own[POLICY] / own['uniform'], 0)} less down "
+        f"to two bits),\nin {1000 * decision_s[POLICY]:.0f} ms and without a run of the model.** "
+        "Mean ΔNLL, by the fewest bits that a weight may have:\n\n"
+        f"{markdown(table)}"
     )
+
+
+def _delta_nll(summaries: Mapping[str, Summary], row: Summary) -> str:
+    """A method's ΔNLL in another comparison; a dash where it was not measured."""
+    summary = summaries.get(row.method)
+    if summary is None:
+        return "-"
+    text = str(summary.delta_nll)
+    return f"**{text}**" if row.method == POLICY else text
 
 
 def table_speeds() -> str:
@@ -71,10 +94,9 @@ def table_speeds() -> str:
 
 def _name(summary: Summary) -> str:
     """The method's name and what it does; the policy stands out."""
-    name, seeds = look(summary.method).label, summary.delta_nll.seeds
-    if summary.method == POLICY:
-        return f"**{name}**: {METHODS[POLICY]}, {counted(seeds, 'seed')}"
-    return f"{name}: {METHODS[summary.method]}"
+    name = look(summary.method).label
+    shown = f"**{name}**" if summary.method == POLICY else name
+    return f"{shown}: {METHODS[summary.method]}"
 
 
 def relative_to_policy() -> dict[str, tuple[list[ResultRow], Estimate]]:
