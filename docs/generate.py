@@ -41,7 +41,9 @@ ENVIRONMENTS = {
 }
 """The page of each environment, with its name and class."""
 
-PLAN_COMPARISONS = (PLANS, LOW_BITS, tables.OWN_BUDGETS, GEMMA, OUTSIDE)
+PLAN_COMPARISONS = (
+    PLANS, LOW_BITS, tables.OWN_BUDGETS, GEMMA, tables.LOW_BITS_GEMMA, OUTSIDE
+)  # fmt: skip
 COMPARISONS = ("learning", "learning_scratch", "evolution", "learning_library", "seeds")
 """Folders of ``results/`` with a comparison of methods that choose masks."""
 TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")

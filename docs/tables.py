@@ -39,8 +39,9 @@ from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entr
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of  # noqa: E402
 from rap_env.scoring.fidelity import spearman  # noqa: E402
 
-PLANS, GEMMA, OUTSIDE, STUBS, LOW_BITS, OWN_BUDGETS = (
+PLANS, GEMMA, OUTSIDE, STUBS, LOW_BITS, OWN_BUDGETS, LOW_BITS_GEMMA = (
     "tight", "tight_gemma", "tight_outside", "tight_stubs", "low_bits", "tight_low_bits",
+    "low_bits_gemma",
 )  # fmt: skip
 """Comparisons of methods that choose plans."""
 
