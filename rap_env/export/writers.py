@@ -166,9 +166,15 @@ def type_lines(written: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _plan_bytes(facts: ModelFacts, plan: Plan, level: WeightLevel) -> int:
-    """Bytes that a plan's items at a level have in memory here."""
-    blocks = sum(facts.weight_levels(i)[own] for i, own in plan.weights if own == level)
-    return blocks + (facts.embedding_levels[level] if plan.embeddings == level else 0)
+    """Bytes that a plan's items at a level have in memory here, the native ones if they have it."""
+    sizes = [
+        facts.weight_levels(index).get(own, facts.block_param_bytes[index])
+        for index, own in plan.weights
+        if own == level
+    ]
+    if plan.embeddings == level:
+        sizes.append(facts.embedding_levels.get(level, facts.base_bytes))
+    return sum(sizes)
 
 
 def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:

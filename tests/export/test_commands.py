@@ -237,6 +237,19 @@ def test_the_answer_and_the_card_say_what_levels_of_few_bits_take(rap, tmp_path,
     assert "so each block is native or removed, but the plan has other levels" in err
 
 
+def test_levels_that_a_file_has_already_are_kept(rap, gguf_file, tmp_path):
+    levels = {"layer00.ffn": "int4", "layer01.attn": "int8", "embeddings": "int8"}
+    (tmp_path / "plan.json").write_text(Plan.of(levels).to_json())
+    options = ("--plan", tmp_path / "plan.json", "--model", gguf_file, "--json")
+    code, out, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", *options)
+    assert code == 0, err
+    written = json.loads(out)["written"]
+    assert {level: sizes["types"] for level, sizes in written.items()} == {
+        "int4": ["Q4_1"], "int8": ["Q4_1"]
+    }  # fmt: skip
+    assert written["int4"]["plan_bytes"] == load_llm(gguf_file).facts.block_param_bytes[1]
+
+
 @pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")
 def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tmp_path):
     llm = load_llm(gguf_file, dtype="float32", device="cpu", weights="bf16")
