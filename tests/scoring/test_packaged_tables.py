@@ -34,20 +34,16 @@ def test_tables_of_small_models_have_every_mask(path):
 def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
     table = ScoreTable.load(path)
     everything = table.fidelity.rows[0]
-    if LOW_BITS in path.name:  # few plans, many of which lose little more than noise
-        assert everything.masks >= 50
-        assert everything.spearman >= 0.97
-        assert everything.median_relative_error <= 0.08
-        assert len(table.scores) >= 500
-        assert {"int3", "int2"} <= set(table.facts.level_param_bytes)
-        return
     assert everything.masks >= 100
     assert everything.spearman >= 0.99
     random_too = path.name == f"{MODEL}.bf16.json"  # others have masks of searches and policies
     assert everything.median_relative_error <= 0.05
     assert len(table.scores) >= (20_000 if random_too else 1_000)
     deep = table.fidelity.rows[-1]
-    assert deep.masks > everything.masks / 2
     assert deep.spearman >= 0.98
+    if LOW_BITS in path.name:  # blocks are seldom removed
+        assert {"int3", "int2"} <= set(table.facts.level_param_bytes)
+    else:
+        assert deep.masks > everything.masks / 2
     assert len(table.text["sha256"]) == 64
     assert (table.levels is None) == (".bf16." in path.name)
