@@ -37,7 +37,7 @@ def test_predictions_agree_with_measurements_that_they_were_not_fitted_to(path):
     assert everything.masks >= 100
     assert everything.spearman >= 0.99
     random_too = path.name == f"{MODEL}.bf16.json"  # others have masks of searches and policies
-    assert everything.median_relative_error <= 0.05
+    assert everything.median_relative_error <= (0.06 if LOW_BITS in path.name else 0.05)
     assert len(table.scores) >= (20_000 if random_too else 1_000)
     deep = table.fidelity.rows[-1]
     assert deep.spearman >= 0.98
