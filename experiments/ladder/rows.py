@@ -77,7 +77,7 @@ class ShippedRow(LossRecord):
         rounding: How weights were quantised: ``"fitted"`` (least error, as the model does it),
             ``"nearest"``, or ``"calibrated"`` (GPTQ on the calibration text); empty for caches.
         text: Name of the report text.
-        weight_bytes: Bytes of all weights, embeddings included.
+        lowered_bytes: Bytes of the weights that were lowered; 0 for caches.
     """
 
     file = "shipped.jsonl"
@@ -91,7 +91,7 @@ class ShippedRow(LossRecord):
     level: str
     rounding: str
     text: str
-    weight_bytes: int
+    lowered_bytes: int
 
     @property
     def source(self) -> tuple[str, str]:

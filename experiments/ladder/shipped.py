@@ -74,12 +74,14 @@ def shipped_jobs(config: Config, folder: Path) -> Iterator[Job[ShippedRow]]:
         what, level, rounding, plan = lowering
         sizes = context.memory.breakdown(plan, request)
         named = {"model": source[0], "shipped": source[1], "text": text}
-        size = {"weight_bytes": sizes.weights + sizes.embeddings}
+        size = {
+            "weights": sizes.weights, "FFN": sizes.ffn_weights, "embeddings": sizes.embeddings
+        }.get(what, 0)  # fmt: skip
         yield Job(
             ShippedRow,
             (source[0], what, level, rounding, text),
             report_identity(report),
-            partial(_row, config, lowering, report, calibration, {**named, **size}),
+            partial(_row, config, lowering, report, calibration, {**named, "lowered_bytes": size}),
         )
 
 

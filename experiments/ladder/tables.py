@@ -36,9 +36,9 @@ LLAMA_CPP_CAPTION = (
     "and in brackets the resident memory of the process beyond what it had without a model."
 )
 SHIPPED_CAPTION = (
-    "MiB of all weights, and ΔNLL over the unquantised model, nats per token with a 95 % interval "
-    "over windows, of one level for the weights of all blocks or of their FFN, for embeddings with "
-    "the head, or for all caches; in brackets how the model was shipped. "
+    "MiB of the weights that were lowered, and ΔNLL over the model as its file has it, nats per "
+    "token with a 95 % interval over windows, of one level for the weights of all blocks or of "
+    "their FFN, for embeddings with the head, or for all caches; in brackets the file's format. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
 OUTSIDE_CAPTION = (
@@ -117,7 +117,10 @@ def _shipped_table(rows: Sequence[ShippedRow]) -> Table:
     by_level = {(row.source, row.lowered): row for row in rows}
     columns: dict[str, tuple[tuple[str, str], Callable[[ShippedRow], str]]] = {}
     for source in dict.fromkeys(row.source for row in rows):
-        columns[f"{source[0]} ({source[1]}), MiB"] = source, lambda row: _mib(row.weight_bytes)
+        columns[f"{source[0]} ({source[1]}), MiB"] = (
+            source,
+            lambda row: f"{row.lowered_bytes / 2**20:.1f}" if row.lowered_bytes else "-",
+        )
         columns[f"{source[0]}, ΔNLL"] = source, nats
     return crossed_table(
         "Lowered everywhere",

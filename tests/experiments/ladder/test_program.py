@@ -135,11 +135,9 @@ def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
         ("caches", "int8", ""), ("caches", "int4", ""), ("caches", "int2", ""),
     }  # fmt: skip
     assert {row.shipped for row in rows} == {"float32"}
-    sizes = [by_name["weights", level, "fitted"].weight_bytes for level in ("int8", "int4")]
+    sizes = [by_name["weights", level, "fitted"].lowered_bytes for level in ("int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
-    assert by_name["caches", "int2", ""].weight_bytes > max(sizes), (
-        "caches leave weights as they are"
-    )
+    assert by_name["caches", "int2", ""].lowered_bytes == 0
     losses = {row.loss for row in rows if (row.what, row.level) == ("weights", "int4")}
     assert len(losses) == 3, "each rounding gives other weights"
     other = replace(config, stage="shipped", model=replace(config.model, dtype="bfloat16"))

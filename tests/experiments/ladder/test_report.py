@@ -45,7 +45,7 @@ def llama(cache, mib, loss, shape=(1, 128)):
 def shipped(model, how, level, loss, rounding="nearest"):
     return ShippedRow(
         model=model, shipped=how, what="weights", level=level, rounding=rounding, text="wikitext",
-        weight_bytes=90 * MIB,
+        lowered_bytes=90 * MIB,
         **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def test_the_other_tables_name_formats_and_models():
     assert [line[0] for line in lines] == [
         "weights int4, rounded to nearest", "weights int4"
     ]  # fmt: skip
-    assert lines[0][1] == "90"
+    assert lines[0][1] == "90.0"
     assert lines[1][1:3] == ["-", "-"]
 
 
