@@ -22,7 +22,8 @@ def test_the_readme_is_short():
 def test_repository_links_have_targets(page):
     path = ROOT / page
     targets = LINK.findall(path.read_text(encoding="utf-8"))
-    own = [target for target in targets if "://" not in target and "_generated" not in target]
+    made = ("_generated", "/details/")  # by docs/generate.py, not committed
+    own = [t for t in targets if "://" not in t and not any(part in t for part in made)]
     assert [target for target in own if not (path.parent / target).exists()] == []
 
 
