@@ -55,6 +55,7 @@ def readme_results() -> str:
         for title, name in LADDERS.items()
     }
     four, two, own = ({m: s.delta_nll.mean for m, s in by.items()} for by in by_ladder.values())
+    seeds = ", ".join(str(by[POLICY].delta_nll.seeds) for by in by_ladder.values())
     decision_s = {m: summary.decision_s for m, summary in by_ladder["Four bits"].items()}
     columns: dict[str, Callable[[Summary], str]] = {"Method": _name}
     for title, summaries in by_ladder.items():
@@ -67,7 +68,7 @@ def readme_results() -> str:
         f"something,\nthe policy loses {percent(1 - four[POLICY] / four['uniform'], 0)} less than "
         f"uniform settings tuned by hand ({percent(1 - own[POLICY] / own['uniform'], 0)} less down "
         f"to two bits),\nin {1000 * decision_s[POLICY]:.0f} ms and without a run of the model.** "
-        "Mean ΔNLL, by the fewest bits that a weight may have:\n\n"
+        f"Mean ΔNLL by the fewest bits of weights (policy: {seeds} seeds):\n\n"
         f"{markdown(table)}"
     )
 
