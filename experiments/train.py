@@ -72,7 +72,7 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     step = checkpoint.step if checkpoint else 0
     trim_metrics(run.metrics, step)
     with open_loggers(config, folder, job="train", step=step) as loggers:
-        facts = facts_of(learn(config, agent, context, folder, [loggers.log]))
+        facts = facts_of(learn(config, agent, context, folder, loggers.log))
         facts |= scorer.facts(show_policy(folder, requests, context, loggers))
         loggers.log({"objective": facts["objective"]}, facts["timesteps"])
     run.finish(started, **facts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,7 @@ def learn(
     agent: AgentConfig,
     context: PruningContext,
     folder: Path,
-    sinks: Sequence[MetricSink],
+    sink: MetricSink,
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
@@ -68,14 +68,14 @@ def learn(
         agent: The agent.
         context: The model and text.
         folder: The run's folder.
-        sinks: Take the metrics.
+        sink: Takes the metrics.
 
     Returns:
         The result; ``evaluations`` counts the plans scored by the model, also those that
         it scored for a table that is the model here.
     """
     if not config.score_model["rounds"]:
-        result = _train(config, agent, context, folder, sinks)
+        result = _train(config, agent, context, folder, sink)
         if not isinstance(context, TableContext):
             return result
         context.table.save(folder / TABLE_FILE)
@@ -86,8 +86,8 @@ def learn(
         steps = agent.total_timesteps * (number + 1) // rounds
         predicted = text.predicted()
         part = replace(agent, total_timesteps=steps)
-        result = _train(config, part, predicted, folder, sinks)
-        text.verify(number, predicted, folder, sinks, result.timesteps)
+        result = _train(config, part, predicted, folder, sink)
+        text.verify(number, predicted, folder, sink, result.timesteps)
     predicted.table.save(folder / TABLE_FILE)
     return replace(result, evaluations=len(text.known))
 
@@ -121,7 +121,7 @@ class _ScoredText:
         number: int,
         predicted: TableContext,
         folder: Path,
-        sinks: Sequence[MetricSink],
+        sink: MetricSink,
         step: int,
     ) -> None:
         """Measure and record the plans that the policy chooses after a round."""
@@ -133,8 +133,7 @@ class _ScoredText:
             append_record(path, done[number])
         record = done[number]
         metrics = {f"verify/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
-        for sink in sinks:
-            sink(metrics, step)
+        sink(metrics, step)
         log.info(
             "Round %d: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
             number, record["loss"], record["predicted_loss"],
@@ -205,14 +204,14 @@ def _train(
     agent: AgentConfig,
     context: PruningContext,
     folder: Path,
-    sinks: Sequence[MetricSink],
+    sink: MetricSink,
 ) -> TrainResult:
     """Train the agent on the scores of a context."""
     return train_agent(
         agent,
         lambda num_envs: make_envs(config, context, num_envs),
         folder,
-        log_fns=sinks,
+        log_fns=(sink,),
         progress=config.progress,
         warm_start=_warm_start(config, context),
     )
