@@ -201,67 +201,24 @@ class _Search:
         return costs.lower_until_fits(self._order.steps, request.budget_bytes)
 
 
-class PlanMoves:
-    """Changes of many plans of one ladder under one request, as arrays of positions.
+def lowered_plans(costs: LadderCosts, positions: Counts) -> tuple[Counts, Counts, Counts]:
+    """All plans one action below some plans of a ladder under one request.
 
     Args:
         costs: The bytes of the request.
+        positions: The positions of the plans' levels, (n, items).
+
+    Returns:
+        Those of the lower plans, (m, items), and for each the number of the plan that it comes from
+        and the item that was lowered, (m,) each.
     """
-
-    def __init__(self, costs: LadderCosts) -> None:
-        ladder = costs.ladder
-        self.costs, self._caches = costs, np.array(ladder.caches, dtype=np.int64)
-        self._is_cache = np.isin(np.arange(len(ladder)), ladder.caches)
-        self._shared = np.isin(np.arange(ladder.width), list(ladder.shared_positions))
-        self._partners, self._removals = np.array(ladder.partners), np.array(ladder.removals)
-        self._no_level = np.array([len(item.levels) for item in ladder.items])
-        self._above = np.full_like(costs.steps.next_level, -1)
-        for item, row in enumerate(costs.steps.nexts):
-            position = 0
-            while row[position] >= 0:
-                self._above[item, row[position]] = position
-                position = row[position]
-
-    def lower(self, positions: Counts) -> tuple[Counts, Counts, Counts]:
-        """All plans one action below some plans (n, items).
-
-        Returns:
-            The plans, (m, items), and for each the number of the plan that it comes from and the
-            item that was lowered, (m,) each.
-        """
-        nexts = self.costs.stacked.nexts(positions)
-        lowerable = nexts >= 0
-        for position in self.costs.ladder.shared_positions:  # such caches give one plan
-            alike = nexts[:, self._caches] == position
-            lowerable[:, self._caches] &= ~alike | (alike.cumsum(axis=1) == 1)
-        parents, items = np.nonzero(lowerable)
-        lowered = self.costs.stacked.lowered(positions[parents], items)
-        return lowered, parents, items
-
-    def raised(self, positions: Counts) -> Counts:
-        """All plans with one item of a plan (items,) at a higher level, (m, items)."""
-        plans: dict[bytes, Counts] = {}  # caches that are raised together give the same plan
-        kept_caches = self._is_cache & (positions < self._no_level)
-        least = positions[kept_caches].min(initial=self.costs.ladder.width)
-        for item in np.flatnonzero(positions > 0):
-            position = positions[item]
-            if position >= self._no_level[item]:
-                continue  # comes back with its block
-            above = self._above[item, position]
-            if above < 0:
-                continue
-            other = positions.copy()
-            if self._is_cache[item] and self._shared[position]:
-                if not (positions[kept_caches] == position).all():
-                    continue  # caches that are lower have passed this level together
-                other[kept_caches] = above
-            else:
-                other[item] = above
-            partner = self._partners[item]
-            if position == self._removals[item] and partner != item:
-                other[partner] = least if least < self._no_level[partner] else 0
-            plans[other.tobytes()] = other
-        return np.array(list(plans.values()), dtype=np.int64).reshape(-1, len(positions))
+    nexts, caches = costs.stacked.nexts(positions), list(costs.ladder.caches)
+    lowerable = nexts >= 0
+    for position in costs.ladder.shared_positions:  # such caches give the same plan
+        alike = nexts[:, caches] == position
+        lowerable[:, caches] &= ~alike | (alike.cumsum(axis=1) == 1)
+    parents, items = np.nonzero(lowerable)
+    return costs.stacked.lowered(positions[parents], items), parents, items
 
 
 class PlanSearch:
@@ -275,7 +232,6 @@ class PlanSearch:
 
     def __init__(self, predictor: PlanPredictor, costs: LadderCosts, budget_bytes: int) -> None:
         self._predictor, self._costs, self._budget = predictor, costs, budget_bytes
-        self._moves = PlanMoves(costs)
 
     def improve(self, positions: Counts) -> tuple[Counts, float]:
         """Raise one item and lower others until the request fits, as long as that helps.
@@ -290,15 +246,20 @@ class PlanSearch:
         plans, values = self.refill(positions[None])
         best, value = plans[0], float(values[0])
         for _ in range(_MOST_STEPS):
-            raised = self._moves.raised(best)
-            if not len(raised):
+            raised = self._raised(best.tolist())
+            if not raised:
                 break
-            plans, values = self.refill(raised)
+            plans, values = self.refill(np.array(raised))
             least = int(values.argmin())
             if values[least] >= value - 1e-9:
                 break
             best, value = plans[least], float(values[least])
         return best, value
+
+    def _raised(self, positions: list[int]) -> list[list[int]]:
+        """The plans with one item of a plan at a higher level, without repetitions."""
+        raised = (self._costs.steps.raised(positions, item) for item in range(len(positions)))
+        return [list(plan) for plan in dict.fromkeys(tuple(p) for p in raised if p is not None)]
 
     def refill(self, positions: Counts) -> tuple[Counts, Floats]:
         """Lower plans by the least predicted rise per useful byte until they fit.
@@ -317,7 +278,7 @@ class PlanSearch:
             if not len(open_rows):
                 break
             unfit = lowered[open_rows]
-            children, parents, items = self._moves.lower(unfit)
+            children, parents, items = lowered_plans(self._costs, unfit)
             if not len(children):
                 break
             before, child_peaks = open_rows[parents], self._costs.peaks(children)

@@ -360,6 +360,54 @@ class LevelSteps:
         return lowered
 
     @cached_property
+    def levels_above(self) -> list[list[int]]:
+        """The position from which lowering leads to each level, -1 if no lowering does."""
+        above = [[-1] * self.ladder.width for _ in self.nexts]
+        for item, nexts in enumerate(self.nexts):
+            position = 0
+            while nexts[position] >= 0:
+                above[item][nexts[position]] = position
+                position = nexts[position]
+        return above
+
+    def raised(
+        self, positions: Sequence[int], item: int, cache_position: int | None = None
+    ) -> list[int] | None:
+        """The positions after raising an item by one level: `after` inverted.
+
+        Caches that take a level together leave it together, as long as none of them is lower.
+
+        Args:
+            positions: The position of each item's level, (items,).
+            item: Number of the item.
+            cache_position: Position of the level at which the cache of a removed attention block
+                returns; None is the highest level of the kept caches.
+
+        Returns:
+            The positions, (items,); None if the item is native, a cache whose block is removed, or
+            at a level that it cannot leave alone or that the request skips.
+        """
+        ladder, position = self.ladder, positions[item]
+        above = self.levels_above[item][position] if position else -1
+        if above < 0:
+            return None
+        higher = list(positions)
+        higher[item] = above
+        no_level = 1 + len(ladder.cache_levels)
+        kept_caches = [cache for cache in ladder.caches if positions[cache] < no_level]
+        if item in kept_caches and position in ladder.shared_positions:
+            if any(positions[cache] != position for cache in kept_caches):
+                return None
+            for cache in kept_caches:
+                higher[cache] = above
+        cache = ladder.partners[item]
+        if position == ladder.removals[item] and cache != item:
+            if cache_position is None:
+                cache_position = min((positions[kept] for kept in kept_caches), default=0)
+            higher[cache] = cache_position
+        return higher
+
+    @cached_property
     def own_moves(self) -> list[list[Moves | None]]:
         """The moves from each level of each item; None where several caches move together."""
         ladder = self.ladder

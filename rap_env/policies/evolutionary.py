@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -237,16 +238,10 @@ def _level_above(costs: LadderCosts, positions: Positions, item: int) -> Positio
 
     An attention block that returns brings its cache back at the level that most caches have.
     """
-    ladder, position = costs.ladder, positions[item]
-    if position == 0 or position >= len(ladder.items[item].levels):
-        return None
-    nexts = costs.steps.nexts[item]
-    above = min((n for n in range(position) if nexts[n] == position), default=position - 1)
-    higher = list(positions)
-    higher[item] = above
-    cache = ladder.partners[item]
-    if cache != item and position == ladder.removals[item]:
-        removed = len(ladder.items[cache].levels)
-        kept = [positions[other] for other in ladder.caches if positions[other] < removed]
-        higher[cache] = max(set(kept), key=lambda p: (kept.count(p), -p), default=0)
-    return tuple(higher)
+    cache_position = None
+    if positions[item] == costs.ladder.removals[item]:
+        removed = 1 + len(costs.ladder.cache_levels)
+        kept = Counter(p for cache in costs.ladder.caches if (p := positions[cache]) < removed)
+        cache_position = max(kept, key=lambda position: (kept[position], -position), default=0)
+    higher = costs.steps.raised(positions, item, cache_position)
+    return None if higher is None else tuple(higher)

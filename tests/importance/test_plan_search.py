@@ -9,10 +9,10 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_predictor import PlanPredictor
 from rap_env.importance.plan_search import (
-    PlanMoves,
     PlanSearch,
     PlanSearchConfig,
     build_plan_table,
+    lowered_plans,
 )
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import OneShotProfile
@@ -53,28 +53,22 @@ def requests(item_bytes, count=24):
 
 def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
     ladder, costs = item_bytes.ladder, item_bytes.costs(2, 300)
-    moves, rng = PlanMoves(costs), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(20):
         state = costs.state()
         for _ in range(rng.integers(0, 9)):
             valid = [item for item in range(len(ladder)) if state.is_valid(item)]
             state.lower(int(rng.choice(valid)))
-        positions = np.array([state.positions])
-        found, parents, items = moves.lower(np.concatenate([positions, positions]))
+        plans, parents, items = lowered_plans(costs, np.array([state.positions] * 2))
         expected = {
             tuple(state.positions_after(item))
             for item in range(len(ladder))
             if state.is_valid(item)
         }
-        assert {tuple(row) for row in found[parents == 0].tolist()} == expected
-        assert np.array_equal(found[parents == 0], found[parents == 1])
-        assert len(found[parents == 0]) == len(expected), "no plan twice"
-        assert [state.positions_after(item) for item in items.tolist()] == found.tolist()
-        above = {tuple(row) for row in moves.raised(positions[0]).tolist()}
-        for row in above:  # whatever was raised can be lowered again
-            down, *_ = moves.lower(np.array([row]))
-            if ladder.plan(row).removed == ladder.plan(positions[0]).removed:
-                assert tuple(positions[0].tolist()) in {tuple(one) for one in down.tolist()}
+        assert {tuple(row) for row in plans[parents == 0].tolist()} == expected
+        assert np.array_equal(plans[parents == 0], plans[parents == 1])
+        assert len(plans[parents == 0]) == len(expected), "no plan twice"
+        assert [state.positions_after(item) for item in items.tolist()] == plans.tolist()
 
 
 def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_bytes):
@@ -102,7 +96,7 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     better = 0
     for request in requests(item_bytes):
         found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
-        below = PlanMoves(found).lower(where)
+        below = lowered_plans(found, where)
         assert np.allclose(predictor.delta_nll_below(where, *below), predictor.delta_nll(below[0]))
         search = PlanSearch(predictor, found, request.budget_bytes)
         start = np.array(

@@ -153,6 +153,37 @@ def test_some_levels_are_taken_together():
         Ladder.of(UNPACKED, "all", "int8")
 
 
+@pytest.mark.parametrize("together", [(), ("int8", "int4")])
+def test_raising_inverts_lowering(together):
+    ladder = Ladder.of(UNPACKED, "four-bits", together)
+    steps, rng = ladder.every_step, np.random.default_rng(0)
+    raised_items = 0
+    for _ in range(40):
+        positions = [0] * len(ladder)
+        for item in rng.integers(len(ladder), size=20).tolist():
+            if steps.nexts[item][positions[item]] >= 0:
+                positions = steps.after(positions, item)
+        for item, position in enumerate(positions):
+            higher = steps.raised(positions, item)
+            if higher is not None and position != ladder.removals[item]:
+                assert steps.after(higher, item) == positions
+                raised_items += 1
+            elif higher is None and position and not ladder.shared_positions:
+                assert position == len(ladder.items[item].levels), "its block is removed"
+    assert raised_items
+
+
+def test_the_cache_of_a_restored_block_returns_at_a_level_of_the_others():
+    ladder = Ladder.of(UNPACKED, "four-bits")
+    other = Plan.of({"layer01.cache": "int4"})
+    positions = ladder.positions(Plan.of({"layer00.attn": "removed", "layer01.cache": "int4"}))
+    attn = ladder.numbers["layer00.attn"]
+    higher = ladder.plan(ladder.every_step.raised(positions, attn))
+    assert higher.levels == {**other.levels, "layer00.attn": "int4", "layer00.cache": "int4"}
+    native = ladder.every_step.raised(positions, attn, cache_position=0)
+    assert ladder.plan(native).levels == {**other.levels, "layer00.attn": "int4"}
+
+
 def test_positions_and_plans_are_the_same_thing():
     ladder, rng = Ladder.of(UNPACKED), np.random.default_rng(0)
     for _ in range(50):
