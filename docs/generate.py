@@ -25,8 +25,8 @@ from benchmarks.record import read_records as read_benchmarks
 from experiments.ladder.rows import read_ladder
 from experiments.ladder.study import STUDY as LADDER
 from experiments.ladder.tables import loss_at_equal_bytes
-from experiments.long_context.study import STUDY as LONG_CONTEXT
-from experiments.repair.study import STUDY as REPAIR
+from experiments.long_context import STUDY as LONG_CONTEXT
+from experiments.repair import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
 from experiments.replay.trial import Trial, trial_figure
 from experiments.studies.prompts import STUDY as PROMPTS

@@ -15,8 +15,8 @@ from experiments.config.common import (
     among,
     parse_cell,
 )
-from experiments.repair.rows import REPAIRS
 from experiments.study.records import Cell
+from rap_env.repair.config import REPAIRS
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from experiments.comparison.records import ResultRow
-from experiments.repair.rows import RepairRow
+from experiments.repair import RepairRow
 from experiments.study.records import append_record
 
 FIT_TEXTS = ("self", "wiki", "code")

@@ -1,4 +1,4 @@
-"""The program on a tiny real model: rows of all plans, resuming, losses by hand, tables."""
+"""The study of long contexts on a tiny real model: rows of all plans, losses by hand, tables."""
 
 import json
 from dataclasses import replace
@@ -14,13 +14,14 @@ from experiments.config.common import TextConfig
 from experiments.config.model import ModelConfig
 from experiments.config.studies import LongContextConfig
 from experiments.contexts import build_context
-from experiments.long_context.results import (
+from experiments.long_context import (
     DOCUMENTS,
+    STUDY,
     Curves,
+    documents_of,
     over_length,
     share_of,
 )
-from experiments.long_context.study import STUDY, documents_of
 from experiments.study.errors import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError

@@ -1,1 +1,0 @@
-"""Repair: fit stubs, and measure how much ΔNLL they recover."""
