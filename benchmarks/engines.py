@@ -24,8 +24,7 @@ from experiments.ladder.llama_cpp import PACKAGE, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
 from experiments.study.run_folder import package_versions
 from rap_env.errors import UnsupportedModelError
-from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel
+from rap_env.export.gguf_export import GgufModel, export_gguf
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.pruned_code import vllm_entries

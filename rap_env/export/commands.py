@@ -24,7 +24,7 @@ from rap_env.command_options import (
     show,
 )
 from rap_env.export.llama_cpp import Deployment
-from rap_env.export.plan_choice import DEFAULT_POLICY, PlanChoice
+from rap_env.export.plan_options import DEFAULT_POLICY, PlanOptions
 from rap_env.model_facts import ModelFacts
 from rap_env.request import Request
 
@@ -67,24 +67,25 @@ def export(
     Give the plan in a file (--plan), or the blocks to remove (--remove), or a request (--batch,
     --seq, --budget) for which a policy chooses.
     """
-    choice = PlanChoice.of(remove, plan_file, (batch, seq, budget), policy)
+    options = PlanOptions.of(remove, plan_file, (batch, seq, budget), policy)
     _unwind_when_terminated()
-    from rap_env.export.writers import Export, write_folder, write_gguf
+    from rap_env.export.writers import Export, exportable, write_folder, write_gguf
     from rap_env.models.files.loading import load_llm
     from rap_env.models.files.sources import gguf_source
     from rap_env.repair.cached_library import open_library
 
     source = gguf_source(model)
-    order = Export(choice, out, command or "rap export", measure, source)
+    order = Export(options, out, command or "rap export", measure, source)
+    file = exportable(model, source) if target == "gguf" else None
     llm = None
     if target != "gguf" or repair != "none" or measure is not None:
         weights = "native" if target == "gguf" and repair == "none" else "bf16"
         llm = load_llm(model, device=device, dtype=dtype, weights=weights)
         if repair != "none":
             llm = open_library(repair, llm).attach(llm)
-    if target == "gguf":
+    if file is not None:
         facts = facts_of(model, device, dtype, "native") if llm is None else llm.facts
-        answer = write_gguf(facts, order, llm)
+        answer = write_gguf(file, facts, order, llm)
     else:
         assert llm is not None
         answer = write_folder(llm, order, for_vllm=target == "vllm")

@@ -1,29 +1,155 @@
-"""Write a model under a plan as a GGUF file for llama.cpp."""
+"""Write a model under a plan as a GGUF file for llama.cpp.
+
+Levels that files do not have are made by a live model (`low_bit_tensors`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
-from gguf import GGUFWriter
 
 from rap_env.artifacts import atomic_write
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.deci import ARCHITECTURE, ZERO_FFN_LENGTH, DeciLayer, deci_layers, deci_shape
-from rap_env.export.gguf_model import ATTN_PARTS, FFN_PARTS, GgufModel
 from rap_env.export.gguf_tensors import GgufTensor
 from rap_env.export.llama_cpp import cache_type
 from rap_env.levels import WeightLevel
+from rap_env.models.files.gguf_reader import GgufFile
+from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
+from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.plan import Plan
+
+_SOURCE = "llama"  # the architecture of GGUF files that can be exported
+_BY_PLAN = (
+    "block_count",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "feed_forward_length",
+)
+_ATTN_PARTS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+_FFN_PARTS = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+
+Entry = tuple[Any, Value, Value | None]
+"""Value, type, and the type of an array's elements."""
 
 Means = Mapping[int, npt.NDArray[np.float32]]
 """What is added to the residual stream in the place of removed blocks, (H,), by index."""
+
+
+@dataclass(frozen=True, eq=False)
+class GgufModel:
+    """A model to export.
+
+    Attributes:
+        name: Its name.
+        num_layers: L.
+        heads: Attention heads of a layer.
+        kv_heads: Key and value heads of a layer.
+        hidden_size: Width of the residual stream.
+        ffn_length: Width of an FFN block.
+        entries: All entries of the new header but those that depend on the plan.
+        tensors: Tensors by their names in a file (``blk.7.attn_q.weight``), in order.
+        low_bits: Those of a plan at levels that files do not have; see `low_bit_tensors`.
+    """
+
+    name: str
+    num_layers: int
+    heads: int
+    kv_heads: int
+    hidden_size: int
+    ffn_length: int
+    entries: Mapping[str, Entry]
+    tensors: Mapping[str, GgufTensor]
+    low_bits: Mapping[str, GgufTensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_file(cls, path: Path) -> GgufModel:
+        """The model of a GGUF file; its tensors stay mapped.
+
+        Raises:
+            ChecksumError: It is damaged.
+            UnsupportedModelError: Its blocks are not those of Llama.
+        """
+        file = GgufFile(path)
+        architecture = file.value("general.architecture")
+        if architecture != _SOURCE:
+            raise UnsupportedModelError(
+                f"llama.cpp can only leave blocks out of models like Llama (its architecture "
+                f"{ARCHITECTURE}), and {path.name} ({architecture}) is none; known are {_SOURCE}. "
+                "Export it for transformers (--to hf)."
+            )
+        parts = {t.name.split(".")[2] for t in file.tensors if t.name.startswith("blk.")}
+        if unknown := sorted(parts - {*_ATTN_PARTS, *_FFN_PARTS}):
+            raise UnsupportedModelError(
+                f"The blocks of {path.stem} have tensors that llama.cpp's architecture "
+                f"{ARCHITECTURE} does not compute: {', '.join(unknown)}; export it for "
+                "transformers (--to hf)."
+            )
+        heads = int(file.value(f"{_SOURCE}.attention.head_count"))
+        width = int(file.value(f"{_SOURCE}.embedding_length"))
+        entries: dict[str, Entry] = {}
+        for name, stated in file.fields.items():
+            own = name.removeprefix(f"{_SOURCE}.")
+            key = name if own == name else f"{ARCHITECTURE}.{own}"
+            if name != "general.architecture" and own not in _BY_PLAN:
+                inner = stated.types[-1] if stated.types[0] == Value.ARRAY else None
+                entries[key] = (stated.contents(), stated.types[0], inner)
+        for kind in ("key", "value"):  # else llama.cpp divides by the heads of the first layer
+            length = (width // heads, Value.UINT32, None)
+            entries.setdefault(f"{ARCHITECTURE}.attention.{kind}_length", length)
+        return cls(
+            name=path.stem,
+            num_layers=int(file.value(f"{_SOURCE}.block_count")),
+            heads=heads,
+            kv_heads=int(file.value(f"{_SOURCE}.attention.head_count_kv", heads)),
+            hidden_size=width,
+            ffn_length=int(file.value(f"{_SOURCE}.feed_forward_length")),
+            entries=entries,
+            tensors={t.name: GgufTensor(t.data, t.tensor_type) for t in file.tensors},
+        )
+
+    def tensor_at(self, name: str, level: WeightLevel) -> GgufTensor:
+        """A tensor at a level; see `GgufTensor.at`."""
+        if level in LOW_BIT_FORMATS and name in self.low_bits:
+            return self.low_bits[name]
+        return self.tensors[name].at(level, name)
+
+
+def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
+    """The matrices of a live model at a plan's levels that GGUF files do not have, by their names.
+
+    Args:
+        llm: A model whose blocks are those of Llama; it makes these levels if they do not exist.
+        plan: The plan.
+    """
+    low = {name: level for name, level in plan.levels.items() if level in LOW_BIT_FORMATS}
+    heads = {"attn_q": int(llm.adapter.config.num_attention_heads), "attn_k": llm.adapter.kv_heads}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llm.adapter.num_layers)
+    tensors = {}
+    with llm.masked(Plan()):
+        native = set(llm.model.modules())
+    with llm.masked(Plan.of(low)):
+        for module_name, module in llm.model.named_modules():
+            if not isinstance(module, PackedModule) or module in native:
+                continue
+            tensor = GgufTensor.of_matrix(module.matrices["weight"])
+            name = names.get_name(module_name)
+            if part_heads := heads.get(name.split(".")[-1]):
+                # The two halves of a head are rotated together; in llama.cpp their rows alternate.
+                rows, width = tensor.data.shape
+                halves = tensor.data.reshape(part_heads, 2, -1, width).swapaxes(1, 2)
+                tensor = GgufTensor(halves.reshape(rows, width), tensor.kind)
+            tensors[f"{name}.weight"] = tensor
+    return tensors
 
 
 def export_gguf(
@@ -58,96 +184,73 @@ def export_gguf(
         )
     means = means or {}
     layers = deci_layers(model.num_layers, plan, means)
-    tensors = dict(_all_tensors(model, plan, layers, means))
+    tensors = list(_all_tensors(model, plan, layers, means))
+    shape = deci_shape(layers, model.heads, model.kv_heads, model.ffn_length)
     with atomic_write(path) as file:
-        writer = GGUFWriter(file.name, ARCHITECTURE)
-        for key, (value, kind, inner) in (*model.entries.items(), *_by_plan(model, layers)):
+        writer = gguf.GGUFWriter(file.name, ARCHITECTURE)
+        for key, (value, kind, inner) in model.entries.items():
             writer.add_key_value(key, value, kind, sub_type=inner)
-        for name, tensor in tensors.items():
+        writer.add_block_count(len(layers))
+        for name, numbers in shape.items():
+            key = f"{ARCHITECTURE}.{name}"
+            writer.add_key_value(key, numbers, Value.ARRAY, sub_type=Value.INT32)
+        for _, name, tensor in tensors:
             writer.add_tensor(name, tensor.data, raw_dtype=tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    levels = {
-        f"blk.{number}.{part}": plan.weight_level(index)
-        for number, layer in enumerate(layers)
-        for index in layer.blocks
-        for part in (FFN_PARTS if index % 2 else ATTN_PARTS)
-    }
     written: dict[WeightLevel, list[GgufTensor]] = {}
-    for name, tensor in tensors.items():
-        outside = "native" if name.startswith("blk.") else plan.embeddings
-        level = levels.get(name.rpartition(".")[0], outside)
+    for level, _, tensor in tensors:
         written.setdefault(level, []).append(tensor)
     return written
 
 
-def _by_plan(model: GgufModel, layers: Sequence[DeciLayer]) -> Iterator[tuple[str, Any]]:
-    """The header's entries that depend on the plan."""
-    yield f"{ARCHITECTURE}.block_count", (len(layers), Value.UINT32, None)
-    shape = deci_shape(layers, model.heads, model.kv_heads, model.ffn_length)
-    for name, numbers in shape.items():
-        yield f"{ARCHITECTURE}.{name}", (numbers, Value.ARRAY, Value.INT32)
+_Leveled = tuple[WeightLevel, str, GgufTensor]
+"""The level that the plan gives the item of a tensor, its name and the tensor."""
 
 
 def _all_tensors(
     model: GgufModel, plan: Plan, layers: Sequence[DeciLayer], means: Means
-) -> Iterator[tuple[str, GgufTensor]]:
+) -> Iterator[_Leveled]:
     for name in model.tensors:
         if not name.startswith("blk."):
-            lowered = (
-                plan.embeddings if name in ("token_embd.weight", "output.weight") else "native"
-            )
-            yield name, model.tensor_at(name, lowered)
+            yield plan.embeddings, name, model.tensor_at(name, plan.embeddings)
     for number, layer in enumerate(layers):
-        place = f"blk.{number}"
+        place, width = f"blk.{number}", model.hidden_size
         if layer.attn is not None:
-            yield from _block(model, plan, 2 * layer.attn, place)
-            yield from _bias(model, f"{place}.attn_output", layer.attn, layer.attn_bias, means)
-        elif number == 0:
-            yield from _no_attention(model.hidden_size, place)
+            added = [means[index] for index in layer.attn_bias]
+            yield from _block(model, plan, 2 * layer.attn, place, added)
+        elif number == 0:  # linear attention that adds nothing
+            norm = GgufTensor(np.ones(width, np.float32), Kind.F32)
+            yield "native", f"{place}.attn_norm.weight", norm
+            yield "native", f"{place}.attn_output.weight", GgufTensor.small_zeros(width, width)
         if layer.ffn is not None:
-            yield from _block(model, plan, 2 * layer.ffn + 1, place)
-            yield from _bias(model, f"{place}.ffn_down", layer.ffn, layer.ffn_bias, means)
-        else:
-            yield from _no_ffn(model.hidden_size, place)
+            added = [means[index] for index in layer.ffn_bias]
+            yield from _block(model, plan, 2 * layer.ffn + 1, place, added)
+        else:  # an FFN block that adds nothing
+            norm = GgufTensor(np.ones(width, np.float32), Kind.F32)
+            yield "native", f"{place}.ffn_norm.weight", norm
+            for part in ("ffn_gate", "ffn_up"):
+                zeros = GgufTensor.zeros(ZERO_FFN_LENGTH, width)
+                yield "native", f"{place}.{part}.weight", zeros
+            zeros = GgufTensor.zeros(width, ZERO_FFN_LENGTH)
+            yield "native", f"{place}.ffn_down.weight", zeros
 
 
 def _block(
-    model: GgufModel, plan: Plan, index: int, place: str
-) -> Iterator[tuple[str, GgufTensor]]:
-    """The tensors of a kept block but for the bias of its output."""
-    level = plan.weight_level(index)
-    for part in FFN_PARTS if index % 2 else ATTN_PARTS:
-        for kind in ("weight", "bias"):
-            name = f"blk.{index // 2}.{part}.{kind}"
-            output = kind == "bias" and part in ("attn_output", "ffn_down")
-            if name in model.tensors and not output:
-                yield f"{place}.{part}.{kind}", model.tensor_at(name, level)
-
-
-def _bias(
-    model: GgufModel, name: str, layer: int, added: Sequence[int], means: Means
-) -> Iterator[tuple[str, GgufTensor]]:
-    """The bias of a block's output, with the means that are added there."""
-    own = model.tensors.get(f"blk.{layer}.{name.rpartition('.')[2]}.bias")
-    parts = [] if own is None else [own.values()]
-    parts += [np.asarray(means[index], np.float32) for index in added]
-    if parts:
-        total = np.asarray(np.sum(parts, axis=0, dtype=np.float32))
-        yield f"{name}.bias", GgufTensor(total, Kind.F32)
-
-
-def _no_attention(width: int, place: str) -> Iterator[tuple[str, GgufTensor]]:
-    """Linear attention that adds nothing."""
-    yield f"{place}.attn_norm.weight", GgufTensor(np.ones(width, np.float32), Kind.F32)
-    yield f"{place}.attn_output.weight", GgufTensor.small_zeros(width, width)
-
-
-def _no_ffn(width: int, place: str) -> Iterator[tuple[str, GgufTensor]]:
-    """An FFN block that adds nothing."""
-    yield f"{place}.ffn_norm.weight", GgufTensor(np.ones(width, np.float32), Kind.F32)
-    for part in ("ffn_gate", "ffn_up"):
-        yield f"{place}.{part}.weight", GgufTensor.zeros(ZERO_FFN_LENGTH, width)
-    yield f"{place}.ffn_down.weight", GgufTensor.zeros(width, ZERO_FFN_LENGTH)
+    model: GgufModel, plan: Plan, index: int, place: str, added: Sequence[npt.NDArray[np.float32]]
+) -> Iterator[_Leveled]:
+    """The tensors of a kept block; `added` means go into the bias of its output."""
+    level, parts = plan.weight_level(index), _FFN_PARTS if index % 2 else _ATTN_PARTS
+    names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
+    output_bias = names.pop()
+    for name in names:
+        own = f"blk.{index // 2}.{name}"
+        if own in model.tensors:
+            yield level, f"{place}.{name}", model.tensor_at(own, level)
+    bias = model.tensors.get(f"blk.{index // 2}.{output_bias}")
+    summands = [*([] if bias is None else [bias.values()]), *added]
+    if summands:
+        total = np.asarray(np.sum(summands, axis=0, dtype=np.float32))
+        yield level, f"{place}.{output_bias}", GgufTensor(total, Kind.F32)

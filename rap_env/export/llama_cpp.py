@@ -135,10 +135,10 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     for mask, rise in masks:
         if mask.count_removed("attn") == facts.num_blocks // 2:
             continue  # llama.cpp needs an attention block
-        of_mask = mask_bytes(facts, mask)
+        sizes_of_mask = file_sizes(facts, mask)
         for cache in CACHE_TYPES:
             for batch in BATCHES:
-                sizes = deployment_bytes(facts, of_mask, cache, request, batch)
+                sizes = deployment_bytes(facts, sizes_of_mask, cache, request, batch)
                 lost = rise + cache.delta_nll
                 deployments.append(Deployment(mask, cache, batch, request, sizes, lost, source))
     fitting = [d for d in deployments if d.peak_bytes <= request.budget_bytes]
@@ -151,8 +151,8 @@ def choose_deployment(memory: MemoryModel, request: Request) -> Deployment:
     return min(fitting, key=lambda d: (d.delta_nll, len(d.mask.removed), -d.batch_tokens))
 
 
-def mask_bytes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
-    """What depends on the mask alone.
+def file_sizes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
+    """The sizes of a file that depend on the mask alone.
 
     Returns:
         Bytes of the weights in llama.cpp's file, blocks of zeros included, and the number of values
@@ -171,17 +171,17 @@ def mask_bytes(facts: ModelFacts, mask: Plan) -> tuple[int, int]:
 
 def deployment_bytes(
     facts: ModelFacts,
-    of_mask: tuple[int, int],
+    sizes_of_mask: tuple[int, int],
     cache: CacheType,
     request: Request,
     batch_tokens: int,
 ) -> dict[str, int]:
-    """Bytes of weights, KV cache and compute buffers for a request, given those of `mask_bytes`.
+    """Bytes of weights, KV cache and compute buffers for a request, given `file_sizes`.
 
     The buffers hold, for each token of a batch, logits, the widest activations, and a row of
     the attention mask in float16; and the logits of one token of each sequence.
     """
-    weights, cached_values = of_mask
+    weights, cached_values = sizes_of_mask
     tokens = _padded(request.seq_len_tokens)
     by_token = (facts.vocab_size + 2 * facts.ffn_width) * _FLOAT + 2 * tokens
     logits = request.batch_size * facts.vocab_size * _FLOAT

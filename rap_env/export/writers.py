@@ -14,10 +14,9 @@ import numpy as np
 from rap_env.artifacts import atomic_write
 from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
-from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel, low_bit_tensors
+from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
 from rap_env.export.llama_cpp import cache_flags, cache_type, choose_deployment
-from rap_env.export.plan_choice import ChosenPlan, PlanChoice
+from rap_env.export.plan_options import ChosenPlan, PlanOptions
 from rap_env.levels import WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -45,14 +44,14 @@ class Export:
     """What a user asks to write.
 
     Attributes:
-        choice: The plan, or how it is chosen.
+        options: The plan, or how it is chosen.
         out: The folder or file to write.
         command: The command, for the card.
         measure: The text to measure the rise in NLL on, or None.
         gguf_file: The GGUF file that the model comes from, or None.
     """
 
-    choice: PlanChoice
+    options: PlanOptions
     out: Path
     command: str
     measure: str | None = None
@@ -71,7 +70,7 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
         InvalidRequestError: The plan lowers levels.
         UnsupportedModelError: vLLM cannot serve the model or the plan.
     """
-    chosen, facts = export.choice.choose(MemoryModel(llm)), llm.facts
+    chosen, facts = export.options.choose(MemoryModel(llm)), llm.facts
     plan = chosen.plan
     if not plan.is_mask:
         raise InvalidRequestError(
@@ -97,39 +96,54 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
     return answer
 
 
-def write_gguf(facts: ModelFacts, export: Export, llm: ElasticLLM | None) -> dict[str, Any]:
+def exportable(name: str, gguf_file: Path | None) -> GgufModel:
+    """The model to write a GGUF file of; call it before the model is loaded.
+
+    Args:
+        name: The model's name.
+        gguf_file: The GGUF file that it comes from, or None.
+
+    Raises:
+        UnsupportedModelError: It comes from no GGUF file, or llama.cpp cannot compute it.
+    """
+    if gguf_file is None:
+        raise UnsupportedModelError(
+            f"A file for llama.cpp is made from a GGUF file, and {name} is no model from one: "
+            "convert it with llama.cpp's convert_hf_to_gguf.py first, and give that file as the "
+            "model (of the default model, smollm2-135m@pypi is one)."
+        )
+    return GgufModel.of_file(gguf_file)
+
+
+def write_gguf(
+    model: GgufModel, facts: ModelFacts, export: Export, llm: ElasticLLM | None
+) -> dict[str, Any]:
     """Write a GGUF file for llama.cpp with its card beside it, and return the command's answer.
 
     Args:
+        model: The model, from `exportable`.
         facts: Facts of the model.
         export: What to write; the tensors of its `gguf_file` are copied.
         llm: The live model; it may be left out without a text to measure on and stubs.
 
     Raises:
-        UnsupportedModelError: The model was not opened from a GGUF file, or llama.cpp cannot
-            compute it, the layout or the levels.
+        UnsupportedModelError: llama.cpp cannot compute the layout or the levels.
     """
-    if export.gguf_file is None:
-        raise UnsupportedModelError(
-            f"A file for llama.cpp is made from a GGUF file, and {facts.name} was not opened from "
-            "one: convert it with llama.cpp's convert_hf_to_gguf.py first, and give that file as "
-            "the model (of the default model, smollm2-135m@pypi is one)."
-        )
-    choice, memory = export.choice, MemoryModel(facts)
-    if choice.request is None or choice.policy is not None:
-        chosen = choice.choose(memory)
+    options, memory = export.options, MemoryModel(facts)
+    if options.request is None or options.policy is not None:
+        chosen = options.choose(memory)
         caches = cache_type(chosen.plan, facts.num_layers)
         flags = cache_flags(caches)
     else:
-        deployment = choose_deployment(memory, choice.request)
+        deployment = choose_deployment(memory, options.request)
         chosen = ChosenPlan(deployment.mask, deployment.delta_nll, deployment.source)
         caches, flags = deployment.cache.name, deployment.flags
     lowered = not chosen.plan.weight_levels.isdisjoint(LOW_BIT_FORMATS)
     if llm is None and lowered:
+        assert export.gguf_file is not None
         llm = load_llm(export.gguf_file, weights="native")  # it makes these levels
         facts = replace(llm.facts, name=facts.name)
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
-    model = GgufModel.of_file(export.gguf_file)
     if llm is not None and lowered:
         model = replace(model, low_bits=low_bit_tensors(llm, plan))
     means = {} if llm is None else _means(llm, plan)

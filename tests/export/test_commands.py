@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rap_env.command_options import rise_lines
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.llama_cpp import choose_deployment
-from rap_env.export.plan_choice import read_plan
+from rap_env.export.plan_options import read_plan
 from rap_env.memory import MemoryModel
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
@@ -272,11 +272,15 @@ def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tm
     assert torch.equal(torch.from_numpy(found["blk.0.attn_output.bias"].copy()), mean)
 
 
-def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path):
+def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, monkeypatch):
+    def loaded(*_arguments, **_options):
+        raise AssertionError("the model was loaded before it was rejected")
+
+    monkeypatch.setattr("rap_env.models.files.loading.load_llm", loaded)
     code, _, err = rap("export", tmp_path / "out.gguf", "--to", "gguf", "--remove", "layer00.ffn",
-                       "--model", model_folder)  # fmt: skip
+                       "--measure", "self", "--model", model_folder)  # fmt: skip
     assert code == 2
-    assert "tiny was not opened from one: convert it with llama.cpp's convert_hf_to_gguf.py" in err
+    assert "is no model from one: convert it with llama.cpp's convert_hf_to_gguf.py" in err
     assert not (tmp_path / "out.gguf").exists()
 
 

@@ -12,8 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
-from rap_env.export.gguf_export import export_gguf
-from rap_env.export.gguf_model import GgufModel, low_bit_tensors
+from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
@@ -126,8 +125,8 @@ def test_levels_hold_the_values_of_the_live_levels(level, kind, tmp_path):
     } == {kind}
     assert kinds["blk.1.ffn_up.weight"] == kinds["blk.0.ffn_norm.weight"] == Kind.F32
     ours, native = masked_logits(llm, plan), masked_logits(llm, Plan(plan.removed))
-    found = (deci_logits(path, IDS) - ours).abs().max()
-    assert found < 0.02 * (native - ours).abs().max()  # float16 in place of bfloat16 scales
+    apart = (deci_logits(path, IDS) - ours).abs().max()
+    assert apart < 0.02 * (native - ours).abs().max()  # float16 in place of bfloat16 scales
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("F32", "bf16"), ("Q4_1", "native")])

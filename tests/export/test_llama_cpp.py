@@ -12,7 +12,7 @@ from rap_env.export.llama_cpp import (
     CACHE_TYPES,
     choose_deployment,
     deployment_bytes,
-    mask_bytes,
+    file_sizes,
 )
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -35,7 +35,7 @@ def test_bytes_are_those_that_llama_cpp_reports(row):
     request = Request(**row["request"], budget_bytes=1)
     cache = next(cache for cache in CACHE_TYPES if cache.name == row["cache"])
     facts = default_facts()
-    predicted = deployment_bytes(facts, mask_bytes(facts, Plan()), cache, request, 256)
+    predicted = deployment_bytes(facts, file_sizes(facts, Plan()), cache, request, 256)
     compute_bytes = COMPUTE_BYTES[request.seq_len_tokens]
     cache_bytes = row["held_bytes"] - WEIGHTS_BYTES
     assert predicted["weights_bytes"] == pytest.approx(WEIGHTS_BYTES, rel=0.02)
@@ -56,12 +56,12 @@ def test_the_least_loss_that_fits_is_chosen():
     before = 0.0
     for mebibytes in (2000, 250, 200, 150, 120, 90):
         request = Request(8, 1024, mebibytes * 2**20)
-        found = choose_deployment(memory, request)
-        assert found.peak_bytes <= request.budget_bytes
-        assert found.delta_nll >= before
-        before = found.delta_nll
-        tighter = Request(8, 1024, found.peak_bytes)
-        assert choose_deployment(memory, tighter).delta_nll == found.delta_nll
+        chosen = choose_deployment(memory, request)
+        assert chosen.peak_bytes <= request.budget_bytes
+        assert chosen.delta_nll >= before
+        before = chosen.delta_nll
+        tighter = Request(8, 1024, chosen.peak_bytes)
+        assert choose_deployment(memory, tighter).delta_nll == chosen.delta_nll
     roomy = choose_deployment(memory, Request(8, 1024, 2**31))
     assert (roomy.mask, roomy.cache.name, roomy.batch_tokens) == (Plan(), "f16", BATCHES[0])
     assert roomy.flags == "-ctk f16 -ctv f16 -c 8192 -np 8 -b 256 -ub 256"
@@ -83,7 +83,7 @@ def test_a_deployment_loses_what_its_mask_and_its_caches_lose():
 def test_other_models_choose_among_caches():
     memory = MemoryModel(tiny_llm())
     dense = choose_deployment(memory, Request(1, 32, 2**30))
-    of_mask = mask_bytes(memory.facts, Plan())
+    of_mask = file_sizes(memory.facts, Plan())
     sizes = (
         deployment_bytes(memory.facts, of_mask, cache, dense.request, 32) for cache in CACHE_TYPES
     )
@@ -97,13 +97,13 @@ def test_rap_choose_shows_it_beside_the_live_plan(rap):
     assert code == 0
     answer = json.loads(out)
     deployed = answer["llama_cpp"]
-    found = choose_deployment(MemoryModel(default_facts()), Request(8, 1024, 150 * 2**20))
-    assert deployed["removed"] == list(found.mask.removed_names)
-    assert deployed["delta_nll"] == found.delta_nll > answer["delta_nll"]
+    chosen = choose_deployment(MemoryModel(default_facts()), Request(8, 1024, 150 * 2**20))
+    assert deployed["removed"] == list(chosen.mask.removed_names)
+    assert deployed["delta_nll"] == chosen.delta_nll > answer["delta_nll"]
     code, out, _ = rap("choose", *shape, "--engine", "llama.cpp")
     assert code == 0
     assert "llama.cpp, one file and caches in " in out
     assert "\nrap export smollm2-135m.pruned.gguf --to gguf --model smollm2-135m@pypi " in out
-    assert f"\nllama-server -m smollm2-135m.pruned.gguf {found.flags}" in out
+    assert f"\nllama-server -m smollm2-135m.pruned.gguf {chosen.flags}" in out
     assert f" --batch 8 --seq 1024 --budget {150 * 2**20}\n" in out
     assert "llama_cpp" not in json.loads(rap("choose", *shape, "--json")[1])

@@ -24,18 +24,6 @@ TOKENS = (
 )
 HEADS, KV_HEADS = 4, 2
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
 
 def tiny_source_model(
     seed: int = 0, *, tied: bool = True, hidden: int = 32, ffn: int = 48, layers: int = 2
@@ -85,7 +73,7 @@ def write_tiny_gguf(
     for name, tensor in model.state_dict().items():
         tied_head = name == "lm_head.weight" and model.config.tie_word_embeddings
         if not tied_head and name != leave_out:
-            written, values = _gguf_tensor(name, tensor)
+            written, values = _gguf_tensor(name, tensor, model.config.num_hidden_layers)
             stored = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
             tensors[written] = quantize(values, stored), stored
     write_gguf(path, architecture, _header(model.config), tensors)
@@ -141,19 +129,12 @@ def _header(config: Any) -> dict[str, Any]:
     }
 
 
-def _gguf_tensor(name: str, tensor: torch.Tensor) -> tuple[str, np.ndarray]:
+def _gguf_tensor(name: str, tensor: torch.Tensor, layers: int) -> tuple[str, np.ndarray]:
     values = tensor.numpy()
-    if name == "model.embed_tokens.weight":
-        return "token_embd.weight", values
-    if name == "lm_head.weight":
-        return "output.weight", values
-    if name == "model.norm.weight":
-        return "output_norm.weight", values
-    _, _, layer, *middle, _ = name.split(".")
-    part = ".".join(middle)
-    if part in {"self_attn.q_proj", "self_attn.k_proj"}:
-        heads = HEADS if "q_proj" in part else KV_HEADS
+    if "q_proj" in name or "k_proj" in name:
+        heads = HEADS if "q_proj" in name else KV_HEADS
         # llama.cpp interleaves the two halves of each head that are rotated together
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, values.shape[1])
         values = halves.swapaxes(1, 2).reshape(values.shape)
-    return f"blk.{layer}.{_NAMES[part]}.weight", values
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    return names.get_name(name, try_suffixes=(".weight",)), values

@@ -36,8 +36,8 @@ class ChosenPlan:
 
 
 @dataclass(frozen=True)
-class PlanChoice:
-    """How a user gave the plan: itself, or a request for which a policy chooses.
+class PlanOptions:
+    """What the options of a command say of a plan: itself, or a request to choose it for.
 
     Exactly one of `plan` and `request` is given. Without a policy, the engine's own chooses.
     """
@@ -53,8 +53,8 @@ class PlanChoice:
         plan_file: Path | None,
         shape: tuple[int | None, int | None, str | None],
         policy: str | None,
-    ) -> PlanChoice:
-        """What the options of a command say.
+    ) -> PlanOptions:
+        """Parse the values of the options.
 
         Args:
             remove: Values of ``--remove``.
