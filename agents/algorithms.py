@@ -127,12 +127,12 @@ def find_algorithm(name: str) -> Algorithm:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     plugin = find_plugin("agent", name, ALGORITHMS)
-    found = plugin.load()
-    if not isinstance(found, Algorithm):
+    algorithm = plugin.load()
+    if not isinstance(algorithm, Algorithm):
         raise PluginError(
-            f"{plugin} is a {type(found).__name__}, not an agents.algorithms.Algorithm."
+            f"{plugin} is a {type(algorithm).__name__}, not an agents.algorithms.Algorithm."
         )
-    return found
+    return algorithm
 
 
 @dataclass(frozen=True)

@@ -153,21 +153,21 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     Raises:
         ArtifactError: Agent, policy, seed, hyperparameters, environments, ladder or spaces differ.
     """
-    wanted = {
+    asked = {
         **config.as_dict(),
         "ladder": _ladder(venv),
         **_spaces(venv.observation_space, venv.action_space),
     }
-    found = {
+    started = {
         **checkpoint.config.as_dict(),
         "ladder": checkpoint.ladder,
         **checkpoint.body["spaces"],
     }
-    for key in wanted:
-        if key != "total_timesteps" and wanted[key] != found[key]:
+    for key, value in asked.items():
+        if key != "total_timesteps" and value != started[key]:
             raise ArtifactError(
                 f"The run in {checkpoint.folder.parent.parent} was started with "
-                f"{key}={found[key]!r} and cannot resume with {key}={wanted[key]!r}; use the old "
+                f"{key}={started[key]!r} and cannot resume with {key}={value!r}; use the old "
                 "value or another run folder."
             )
 

@@ -32,8 +32,8 @@ class _Blockwise:
         super().__init__(observation_space, *args, **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        found: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
-        return {**found, "hidden": self.hidden}
+        parameters: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
+        return {**parameters, "hidden": self.hidden}
 
 
 class _BlockwiseActorCritic(_Blockwise):

@@ -199,8 +199,8 @@ def with_defaults(name: str, section: str, given: Mapping[str, Any]) -> dict[str
 
 @cache
 def _values(path: Path) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return dict(found)
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return dict(values)
 
 
 def _check_number(name: str, value: Any, hint: Any) -> None:

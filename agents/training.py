@@ -222,6 +222,7 @@ class Recorder(BaseCallback):
         self._start = time.perf_counter()
         self._start_step = self._saved_at = self.num_timesteps
         self._invalid = invalid_actions(self.training_env)
+        self._delta_key: str = self.training_env.get_attr("delta_key")[0]
         self._bar = progress_bar(
             self._show_bar,
             total=max(self._config.total_timesteps, self.num_timesteps),
@@ -262,7 +263,7 @@ class Recorder(BaseCallback):
             "time/steps_per_s": self._steps_per_s(),
         }
         if fits:  # the NLL of a mask that does not fit means nothing
-            delta_nll = float(info["delta_nll"] if "delta_nll" in info else info["loss"])
+            delta_nll = float(info[self._delta_key])
             metrics["episode/loss"] = delta_nll
             self._recent.append(delta_nll)
         for sink in self._sinks:

@@ -168,7 +168,7 @@ def test_the_rise_in_nll_is_measured_or_predicted():
 
 def test_other_policies_plans_are_predicted_from_level_costs():
     memory = MemoryModel(default_facts())
-    costs = load_policy("knapsack", memory).costs
+    costs = load_policy("knapsack", memory).level_costs
     plan = Plan.uniform(30, caches="int4")
     rise, source = find_delta_nll(memory, StaticPolicy(plan), plan, 2048)
     assert rise == costs.delta_nll(plan, 2048) > 0

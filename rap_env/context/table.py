@@ -41,6 +41,7 @@ class TableContext(PruningContext):
 
     Args:
         name: What error messages call the table.
+        memory: The byte arithmetic of the model that is served; None is that of the table's model.
 
     Raises:
         ArtifactError: ``importance="gsi"``, but the table has no GSI order.
@@ -53,10 +54,11 @@ class TableContext(PruningContext):
         *,
         importance: str = "gsi",
         frontier: str | None = None,
+        memory: MemoryModel | None = None,
     ) -> None:
         self.table = table
         self.name = name
-        self.memory = MemoryModel(table.facts)
+        self.memory = MemoryModel(table.facts) if memory is None else memory
         costs = None if table.levels is None else LevelCosts(**table.levels)
         self._level_costs = costs
         self.scorer = TableScorer(table, None if costs is None else costs.delta_nll)

@@ -66,6 +66,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def _use(self, task: PruningTask, render_mode: str | None) -> None:
         self.render_mode = render_mode
         self.context, self.memory = task.context, task.memory
+        self.delta_key = task.delta_key
         self.observation_space = task.encoder.space
         self._num_actions = len(task.ladder)
         self.action_space = gym.spaces.Discrete(self._num_actions)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,20 @@ Decision = tuple[Plan, bool]
 """A plan, and whether invalid actions ended the episode before it fitted."""
 
 _RESAMPLES = 10_000
+
+
+@runtime_checkable
+class _Chooser(Protocol):
+    """What chooses a plan for a request, such as a `rap_env.policies.base.Policy`."""
+
+    def choose(self, request: Request) -> Any: ...
+
+
+@runtime_checkable
+class _Predictor(Protocol):
+    """A model of stable-baselines3."""
+
+    predict: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -321,7 +335,7 @@ def _cell(
 
 def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
     """What gives the decision of a policy for a request in an environment, with a seed."""
-    if hasattr(policy, "choose"):
+    if isinstance(policy, _Chooser):
 
         def chosen(_env: Any, request: Request, _seed: int) -> Decision:
             plan = policy.choose(request)
@@ -334,7 +348,7 @@ def _decider(policy: Any) -> Callable[[Any, Request, int], Decision]:
 
         return chosen
     act = policy
-    if hasattr(policy, "predict"):
+    if isinstance(policy, _Predictor):
         masked = "action_masks" in inspect.signature(policy.predict).parameters
 
         def act(observation: Mapping[str, Any]) -> Any:

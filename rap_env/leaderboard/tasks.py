@@ -89,11 +89,11 @@ class PinnedTask:
 def pinned_tasks() -> dict[str, PinnedTask]:
     """All pinned tasks by name."""
     comparisons = package_json(__package__, "tasks.json")
-    found = {}
+    tasks = {}
     for comparison, values in comparisons.items():
         requests = tuple(Request(*request) for request in values["requests"])
         for name, arguments in values["tasks"].items():
-            found[name] = PinnedTask(
+            tasks[name] = PinnedTask(
                 name=name,
                 environment=values["environment"],
                 arguments={**values["arguments"], **arguments},
@@ -104,7 +104,7 @@ def pinned_tasks() -> dict[str, PinnedTask]:
                 vocab_size=values["vocab_size"],
                 reward_threshold=values["reward_threshold"],
             )
-    return found
+    return tasks
 
 
 def tasks_of(comparison: str) -> list[PinnedTask]:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 from rap_env.errors import InvalidRequestError
+from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.text_kinds import Shares, TextKinds
 from rap_env.levels import WeightLevel
 from rap_env.plan import Plan
@@ -38,6 +40,8 @@ class Policy(ABC):
             made at the start of a service.
         order: Blocks in the order in which they may be removed beyond its plans, by index; None if
             it has no such order.
+        level_costs: The costs of levels from which it predicts; None without any.
+        table: The measured plans that it looks up; None without any.
         text_kinds: Tells the kinds of text of prompts; None if it does not choose by them.
         kv_aware: Whether it counts the KV cache.
         seeded: Whether its choices depend on a seed.
@@ -54,6 +58,8 @@ class Policy(ABC):
     name: str
     weight_levels: tuple[WeightLevel, ...] = ()
     order: tuple[int, ...] | None = None
+    level_costs: LevelCosts | None = None
+    table: PlanTable | None = None
     text_kinds: TextKinds | None = None
     kv_aware: bool = True
     seeded: bool = False

@@ -11,9 +11,7 @@ from rap_env.importance.level_costs import LevelCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import packaged_costs, packaged_scores
-from rap_env.policies.tables import TablePolicy
 from rap_env.scoring.score_table import ScoreTable
 
 
@@ -31,16 +29,15 @@ def find_delta_nll(
     policy = policy.for_text(())
     if not plan:
         return 0.0, "the dense model"
-    own_costs = policy.costs if isinstance(policy, KnapsackPolicy) else None
-    if plan.is_mask and own_costs is None:
-        table = policy.table if isinstance(policy, TablePolicy) else None
+    if plan.is_mask and policy.level_costs is None:
+        table = policy.table
         if table is not None and plan in table.scores:
             text = _text(table.provenance["text"])
             return table.scores[plan] - table.dense_nll, f"measured on {text}"
         with contextlib.suppress(ArtifactError):  # another model, or other weights
             return delta_nll_from_scores(packaged_scores(memory), plan)
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
-        costs = own_costs or packaged_costs(LevelCosts, memory)
+        costs = policy.level_costs or packaged_costs(LevelCosts, memory)
         text = _text(costs.provenance["text"])
         rise = costs.delta_nll(plan, seq_len_tokens)
         return rise, f"predicted from one-shot costs of levels on {text}"

@@ -109,7 +109,7 @@ class KnapsackPolicy(Policy):
                 f"{memory.facts.name} has {memory.facts.num_layers}; profile this model."
             )
         self.memory = memory
-        self.costs = costs
+        self.level_costs = costs
         self._levels = levels
         self._bytes = LadderBytes(memory, _ladder(memory.facts, costs))
         self.weight_levels = self._bytes.ladder.weight_levels
@@ -123,13 +123,13 @@ class KnapsackPolicy(Policy):
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan, nats per token; see `LevelCosts.delta_nll`."""
-        return self.costs.delta_nll(plan, seq_len_tokens)
+        return self.level_costs.delta_nll(plan, seq_len_tokens)
 
     def _removal_order(self) -> tuple[int, ...] | None:
         names = [block_name(index) for index in range(self.memory.facts.num_blocks)]
         if not all(self._measured(name, "removed") for name in names):
             return None
-        costs = [self.costs.cost(name, "removed") for name in names]
+        costs = [self.level_costs.cost(name, "removed") for name in names]
         return tuple(sorted(range(len(names)), key=costs.__getitem__))
 
     def _choose(self, request: Request) -> Plan:
@@ -219,7 +219,7 @@ class KnapsackPolicy(Policy):
         return allowed and self._measured(item, level)
 
     def _measured(self, item: str, level: str) -> bool:
-        return level in self.costs.one_shot.get(item, {})
+        return level in self.level_costs.one_shot.get(item, {})
 
     def _option(
         self, costs: LadderCosts, positions: Mapping[int, int], seq_len_tokens: int
@@ -234,7 +234,7 @@ class KnapsackPolicy(Policy):
             if 0 < position < len(items[number].levels)  # not removed with its block
         )
         size = sum(costs.sizes[number][position] for number, position in positions.items())
-        cost = sum(self.costs.cost(item, level, seq_len_tokens) for item, level in lowered)
+        cost = sum(self.level_costs.cost(item, level, seq_len_tokens) for item, level in lowered)
         return _Option(lowered, size, cost + _STEP_COST * len(lowered), flags)
 
 

@@ -92,6 +92,5 @@ def packaged_context(memory: MemoryModel) -> PruningContext:
         ArtifactError: The model is another one.
     """
     table = packaged_scores(memory)
-    context = TableContext(table, DEFAULT_MODEL, importance="gsi" if table.gsi else "one_shot")
-    context.memory = memory
-    return context
+    importance = "gsi" if table.gsi else "one_shot"
+    return TableContext(table, DEFAULT_MODEL, importance=importance, memory=memory)

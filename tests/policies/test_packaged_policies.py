@@ -70,7 +70,7 @@ def levelled():
 def test_the_level_costs_are_of_the_packaged_facts(levelled):
     assert COSTS.stat().st_size < 100_000
     assert '"/' not in COSTS.read_text(), "an absolute path"
-    costs = load_policy("knapsack", levelled).costs
+    costs = load_policy("knapsack", levelled).level_costs
     assert costs.window_tokens == 1024
     for layer in range(30):
         assert {"int8", "int4", "int2"} < set(costs.one_shot[f"layer{layer:02}.cache"])
@@ -82,7 +82,7 @@ def test_the_predictions_of_the_knapsack_agree_with_its_measured_plans(levelled)
 
     Uniform plans are left out: the factors are made from them.
     """
-    costs = load_policy("knapsack", levelled).costs
+    costs = load_policy("knapsack", levelled).level_costs
     mixed = [row for row in costs.predictions() if len(set(row["levels"].values())) > 1]
     assert len(mixed) >= 8
     for row in mixed:
