@@ -266,9 +266,7 @@ class SystemRun:
         make_levels(llm, system.policy)
         llm.apply(system.start)
         return_freed_memory()
-        self._meter = (
-            TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm, reset_mark=True)
-        )
+        self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
         most = self.budget.most(0.0, self._horizon_s)
         self.controller = MonitoredController(
             llm, system.policy,

@@ -111,26 +111,17 @@ class ResidentMeter(Meter):
 
     The peak is the kernel's high-water mark if that has risen since the last call, else the largest
     sample: a thread reads the resident memory every 5 ms, from `used_bytes` until `rest`. The mark
-    belongs to all readers of the process, so it is reset only on demand.
+    belongs to all readers of the process, so it is not reset.
 
     Args:
         llm: The live model, with the residency and the mask that the service starts with.
         process: Where the kernel reports on this process.
-        reset_mark: Reset the high-water mark at each call of `peak_bytes` instead of sampling: the
-            peak is exact, but monitors that read the mark see that of the last step. For
-            measurements of a process that nothing else observes. Sampled where it cannot be reset.
 
     Raises:
         MemorySourceError: The kernel does not report it.
     """
 
-    def __init__(
-        self,
-        llm: ElasticLLM,
-        *,
-        process: Path = Path("/proc/self"),
-        reset_mark: bool = False,
-    ) -> None:
+    def __init__(self, llm: ElasticLLM, *, process: Path = Path("/proc/self")) -> None:
         try:
             self._status = os.open(process / "status", os.O_RDONLY)
         except OSError as error:
@@ -139,38 +130,32 @@ class ResidentMeter(Meter):
             ) from error
         weakref.finalize(self, os.close, self._status).atexit = False  # the sampler may still run
         self._lock = threading.Lock()  # between the sampler and the thread that runs the model
-        self._reset = process / "clear_refs" if reset_mark else None
         self._mark = 0
         self._peak = 0
-        self._sampler: _PeakSampler | None = None
         free_memory_early()
         warm_up(llm)
         return_freed_memory()
         self.baseline_bytes = 0
         self.measure_others(llm.held_bytes.total)
         self.peak_bytes()
-        if self._reset is None:
-            self._sampler = _PeakSampler(self)
+        self._sampler = _PeakSampler(self)
 
     def used_bytes(self) -> int:
         """Bytes resident now, less the baseline."""
-        if self._sampler is not None:
-            self._sampler.resume()
+        self._sampler.resume()
         return max(0, self.sample() - self.baseline_bytes)
 
     def peak_bytes(self) -> int:
         """Most bytes resident since the last call of this method, less the baseline."""
         with self._lock:
             mark, now = self._read()
-            exact = self._mark_is_reset() or mark > self._mark
-            peak = mark if exact else max(self._peak, now)
+            peak = mark if mark > self._mark else max(self._peak, now)
             self._mark, self._peak = mark, now
         return max(0, peak - self.baseline_bytes)
 
     def rest(self) -> None:
         """Stop sampling until the next call of `used_bytes`: no step follows soon."""
-        if self._sampler is not None:
-            self._sampler.pause()
+        self._sampler.pause()
 
     def measure_others(self, held_bytes: int) -> None:
         """Measure what is resident besides tensors of `held_bytes`."""
@@ -182,17 +167,6 @@ class ResidentMeter(Meter):
             now = self._read()[1]
             self._peak = max(self._peak, now)
         return now
-
-    def _mark_is_reset(self) -> bool:
-        """Reset the high-water mark, if that was asked for; return whether it was."""
-        if self._reset is None:
-            return False
-        try:
-            with self._reset.open("wb") as file:
-                file.write(b"5")  # proc(5): resets the high-water mark
-        except OSError:
-            self._reset = None
-        return self._reset is not None
 
     def _read(self) -> tuple[int, int]:
         """The high-water mark and the resident bytes of the whole process."""
@@ -252,17 +226,12 @@ class _PeakSampler:
             time.sleep(_SAMPLE_S)
 
 
-def process_meter(llm: ElasticLLM, *, reset_mark: bool = False) -> Meter:
-    """The best meter for the model's device: of CUDA, of the process, or of the tensors.
-
-    Args:
-        llm: The live model, with the residency and the mask that the service starts with.
-        reset_mark: As for `ResidentMeter`.
-    """
+def process_meter(llm: ElasticLLM) -> Meter:
+    """The best meter for the model's device: of CUDA, of the process, or of the tensors."""
     if llm.device.type == "cuda":
         return CudaMeter(llm)
     if llm.device.type == "cpu" and sys.platform == "linux":
-        return ResidentMeter(llm, reset_mark=reset_mark)
+        return ResidentMeter(llm)
     return TensorMeter(llm)
 
 

@@ -243,11 +243,6 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         return await service.respond(request, CompletionRequest)
 
-    @app.post("/v1/embeddings")
-    async def embeddings() -> Response:
-        message = "This server computes no embeddings; use /v1/chat/completions or /v1/completions."
-        raise ApiError(404, message, code="not_found")
-
     @app.get("/v1/models")
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [model]})

@@ -154,7 +154,7 @@ class Generation:
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
-        self._special_ids = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self.request = request
         self._metrics = metrics
         self._plans = plans

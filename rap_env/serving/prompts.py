@@ -12,7 +12,12 @@ from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.detokenizer import plain_text
 from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
 from rap_env.serving.generation import GenerationRequest
-from rap_env.serving.schemas import BaseCompletionRequest, ChatCompletionRequest, CompletionRequest
+from rap_env.serving.schemas import (
+    BaseCompletionRequest,
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+)
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.structured import constraint_of
 
@@ -20,9 +25,6 @@ Body = ChatCompletionRequest | CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of messages, and their names in chat templates."""
-_UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "audio")
 
 
 class RequestBuilder:
@@ -62,28 +64,26 @@ class RequestBuilder:
         """
         self.check_model(body.model)
         self._check_floor(body.max_delta_nll)
-        stop_strings = self._stop_strings(body)
         self._check_new_tokens(body.new_tokens)
+        chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
+        self._check_choices(n, 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt))
         echo: Sequence[str] = ()
         if isinstance(body, ChatCompletionRequest):
             prompts = [self.encode_chat(body.messages)]
         else:
-            entries = self._entries(body.prompt)
-            prompts = [self._prompt(entry) for entry in entries]
+            prompts = [self._prompt(entry) for entry in body.prompt]
             if body.echo:
                 echo = [
                     entry if isinstance(entry, str) else plain_text(self._tokenizer, prompt)
-                    for entry, prompt in zip(entries, prompts, strict=True)
+                    for entry, prompt in zip(body.prompt, prompts, strict=True)
                 ]
-        chat, n = isinstance(body, ChatCompletionRequest), body.n or 1
-        self._check_choices(n * len(prompts))
         longest = max(map(len, prompts))
         self._check_prompt(longest, body)
         return GenerationRequest(
             prompts=prompts,
             params=self._sampling(body, self._max_new_tokens(body, longest)),
             n=n,
-            stop_strings=stop_strings,
+            stop_strings=body.stop or (),
             # A number in a completion, 0 included; a flag in a chat.
             logprobs=bool(body.logprobs) if chat else body.logprobs is not None,
             echo=echo,
@@ -100,9 +100,9 @@ class RequestBuilder:
         if self._text_kinds is None:
             return []
         if isinstance(body, ChatCompletionRequest):
-            turns = template_messages(body.messages)
+            turns = template_turns(body.messages)
             written = "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
-            prompts = [self.encode_text(written, add_special_tokens=False)]
+            prompts = [self._encode(written, add_special_tokens=False)]
         return [self._text_kinds.shares(prompt) for prompt in prompts]
 
     def check_model(self, name: str | None) -> None:
@@ -119,13 +119,13 @@ class RequestBuilder:
                 "max_tokens",
             )
 
-    def _check_choices(self, number: int) -> None:
+    def _check_choices(self, n: int, prompts: int) -> None:
         most = self._settings.max_choices
-        if number > most:
+        if n * prompts > most:
             raise invalid(
                 f"This server gives at most {most} answers to one request, "
-                f"and {number} were asked for.",
-                "n",
+                f"and {n * prompts} were asked for.",
+                "prompt" if n == 1 else "n",
             )
 
     def _check_floor(self, max_delta_nll: float | None) -> None:
@@ -138,21 +138,6 @@ class RequestBuilder:
             f"{allowed} (min_quality_per_request).",
             "max_delta_nll",
         )
-
-    def _stop_strings(self, body: BaseCompletionRequest) -> list[str]:
-        most, longest = self._settings.max_stop_strings, self._settings.max_stop_chars
-        strings = [body.stop] if isinstance(body.stop, str) else body.stop
-        if strings is None:
-            return []
-        if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-            raise invalid("'stop' must be a string or a list of strings.", "stop", "invalid_type")
-        if not all(strings):
-            raise invalid("A stop string must not be empty.", "stop")
-        if len(strings) > most:
-            raise invalid(f"'stop' may have at most {most} strings, not {len(strings)}.", "stop")
-        if any(len(text) > longest for text in strings):
-            raise invalid(f"A stop string may have at most {longest} characters.", "stop")
-        return strings
 
     def _check_prompt(self, tokens: int, body: BaseCompletionRequest) -> None:
         most = self._settings.max_prompt_tokens
@@ -217,45 +202,27 @@ class RequestBuilder:
             constraint=constraint,
         )
 
-    def encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Token ids of a text."""
-        with self._lock:
-            return self._encode(text, add_special_tokens=add_special_tokens)
+        return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        add_special_tokens: bool = False,
-    ) -> list[int]:
-        """Token ids of messages in the model's chat template.
-
-        The template writes the special tokens itself; `add_special_tokens` adds the tokenizer's.
+    def encode_chat(self, messages: list[ChatMessage]) -> list[int]:
+        """Token ids of messages in the model's chat template, which writes the special tokens.
 
         Raises:
             ApiError: There is no chat template, or it rejects the messages (400).
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not self._tokenizer.chat_template:
             raise invalid(
                 "This model has no chat template; use /v1/completions instead.",
                 "messages",
                 "no_chat_template",
             )
-        if not messages:
-            raise invalid("'messages' must have at least one message.", "messages")
-        most = self._settings.max_messages
-        if len(messages) > most:
-            raise invalid(
-                f"'messages' may have at most {most} messages, not {len(messages)}.", "messages"
-            )
-        turns = template_messages(messages)
         try:
             with self._lock:
                 text = self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                    template_turns(messages), tokenize=False, add_generation_prompt=True
                 )
-                return self._encode(text, add_special_tokens=add_special_tokens)
         except ImportError:
             raise
         except Exception as error:  # a template is a program that may raise anything
@@ -263,38 +230,11 @@ class RequestBuilder:
                 f"The model's chat template rejects these messages: {shown(str(error))}.",
                 "messages",
             ) from None
+        return self._encode(text, add_special_tokens=False)
 
-    def _entries(self, prompt: Any) -> list[Any]:
-        """The prompts of a plain completion, as they were given."""
-        if prompt is None:
-            prompt = ""  # as in the API: from the start of a text
-        if isinstance(prompt, str) or _is_ids(prompt):
-            prompt = [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise invalid(
-                "'prompt' must be a string, a list of strings, a list of token ids, or a list of "
-                "such lists.",
-                "prompt",
-                "invalid_type",
-            )
-        most = self._settings.max_choices
-        if len(prompt) > most:
-            raise invalid(f"'prompt' may have at most {most} entries, not {len(prompt)}.", "prompt")
-        return prompt
-
-    def _prompt(self, entry: Any) -> list[int]:
-        if isinstance(entry, str):
-            ids = self.encode_text(entry)
-        elif _is_ids(entry):
-            ids = list(entry)
-        else:
-            raise invalid(
-                f"An entry of 'prompt' must be a string or a list of token ids, "
-                f"not {shown(repr(entry))}.",
-                "prompt",
-                "invalid_type",
-            )
-        start = getattr(self._tokenizer, "bos_token_id", None)
+    def _prompt(self, entry: str | list[int]) -> list[int]:
+        ids = self.encode_text(entry) if isinstance(entry, str) else entry
+        start = self._tokenizer.bos_token_id
         if ids:
             return ids
         if start is None:
@@ -302,9 +242,10 @@ class RequestBuilder:
         return [int(start)]  # an empty text still has its start token
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: Sequence[int] = self._tokenizer.encode(
-            text, add_special_tokens=add_special_tokens, verbose=False
-        )
+        with self._lock:
+            ids: Sequence[int] = self._tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, verbose=False
+            )
         return list(ids)
 
 
@@ -318,62 +259,22 @@ def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in given.items())
 
 
-def _is_ids(value: Any) -> bool:
-    """Whether it is a non-empty list of token ids."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    )
-
-
-def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Check messages and convert them: known roles and text.
-
-    Raises:
-        ApiError: A message is invalid (400).
-    """
-    return [_turn(f"messages[{number}]", message) for number, message in enumerate(messages)]
-
-
-def _turn(where: str, message: dict[str, Any]) -> dict[str, str]:
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise invalid(
-            f"Invalid value for '{where}.role': {shown(repr(role))}; supported are "
-            f"{', '.join(map(repr, ROLES))}.",
-            f"{where}.role",
-        )
-    for name in _UNSUPPORTED_FIELDS:
-        if message.get(name):
-            raise invalid(f"'{where}.{name}' is not supported in a message of '{role}'.", where)
-    return {"role": ROLES[role], "content": _content(message.get("content"), where)}
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and content:
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            for part in content
-        ]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(parts):
-            return "".join(texts)
-    raise invalid(
-        f"'{where}.content' must be a string or a list of parts of type 'text'.",
-        f"{where}.content",
-        "invalid_type",
-    )
+def template_turns(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as a chat template reads them; it knows a developer as the system."""
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": message.content,
+        }
+        for message in messages
+    ]
 
 
 def stop_tokens(llm: Any, tokenizer: Any) -> tuple[int, ...]:
     """Token ids that end an answer: those of the generation config and of the tokenizer."""
-    config = getattr(llm.model, "generation_config", None)
-    end = getattr(config, "eos_token_id", None)
-    ids = set(end if isinstance(end, list | tuple) else [end])
-    ids.add(getattr(tokenizer, "eos_token_id", None))
+    config = llm.model.generation_config
+    end = None if config is None else config.eos_token_id
+    ids = {*(end if isinstance(end, list | tuple) else [end]), tokenizer.eos_token_id}
     return tuple(sorted(token for token in ids if token is not None))
 
 

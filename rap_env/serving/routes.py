@@ -146,15 +146,10 @@ def tokenization_router(
 
     def encode(body: TokenizeRequest) -> list[int]:
         if body.prompt is not None and body.messages is None:
-            special = body.add_special_tokens is not False
-            return builder.encode_text(body.prompt, add_special_tokens=special)
+            return builder.encode_text(body.prompt)
         if body.messages is None or body.prompt is not None:
             raise invalid("Give either 'prompt' or 'messages'.", "prompt")
-        return builder.encode_chat(
-            body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            add_special_tokens=bool(body.add_special_tokens),
-        )
+        return builder.encode_chat(body.messages)
 
     def decode(tokens: list[int]) -> str:
         if tokens and max(tokens) >= len(tokenizer):
@@ -172,8 +167,7 @@ def tokenization_router(
         builder.check_model(body.model)
         tokens = await asyncio.to_thread(encode, body)
         answer = {"count": len(tokens), "max_model_len": context_tokens, "tokens": tokens}
-        texts = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
-        return JSONResponse({**answer, "token_strs": texts})
+        return JSONResponse(answer)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:

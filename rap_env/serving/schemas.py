@@ -8,13 +8,21 @@ wrong answer, and an unknown field is most likely misspelt.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request
 
 from rap_env.artifacts import package_json
 from rap_env.serving.errors import ApiError, invalid, shown, too_large
@@ -23,13 +31,62 @@ from rap_env.serving.settings import ServerSettings
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
 sends seldom reads the error response."""
-LINGER_S = 2.0
-"""Longest time for that, in seconds."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 _MAX_SEED = 2**63 - 1
+_MAX_STOP_STRINGS, _MAX_STOP_CHARS, _MAX_MESSAGES = 4, 256, 1024
+_UNSUPPORTED_IN_MESSAGES = ("tool_calls", "function_call", "audio")
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _joined_parts(content: Any) -> Any:
+    """The text of a message, given as a string or as a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in parts
+    ]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise PydanticCustomError(
+            "content_type", "Input should be a string or a list of parts of type 'text'"
+        )
+    return "".join(map(str, texts))
+
+
+def _prompt_entries(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a plain completion; none is an empty text, as in the API."""
+    entries = "" if prompt is None else prompt
+    if isinstance(entries, str) or _is_token_ids(entries):
+        entries = [entries]
+    if (
+        isinstance(entries, list)
+        and entries
+        and all(isinstance(entry, str) or _is_token_ids(entry) for entry in entries)
+    ):
+        return entries
+    raise PydanticCustomError(
+        "prompt_type",
+        "Input should be a string, a list of strings, a list of token ids, or a list of such lists",
+    )
+
+
+def _is_token_ids(value: Any) -> bool:
+    """Whether it is a list of at least one token id."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
+    )
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 
 
 class StreamOptions(BaseModel):
@@ -37,6 +94,25 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     include_usage: StrictBool | None = None
+
+
+class ChatMessage(BaseModel):
+    """A message of a chat; its `content` is text alone."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_joined_parts)]
+
+    @model_validator(mode="after")
+    def _check_others(self) -> Self:
+        for name in _UNSUPPORTED_IN_MESSAGES:
+            if (self.model_extra or {}).get(name):
+                raise PydanticCustomError("unsupported", f"'{name}' is not supported")
+        return self
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
 
 
 class BaseCompletionRequest(BaseModel):
@@ -59,7 +135,10 @@ class BaseCompletionRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
-    stop: Any = None
+    stop: (
+        Annotated[list[StopString], BeforeValidator(_listed), Field(max_length=_MAX_STOP_STRINGS)]
+        | None
+    ) = None
     ignore_eos: bool | None = None
     max_delta_nll: Annotated[Number, Field(ge=0)] | None = None
     presence_penalty: Penalty | None = None
@@ -77,7 +156,7 @@ class BaseCompletionRequest(BaseModel):
 class ChatCompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -91,27 +170,20 @@ class ChatCompletionRequest(BaseCompletionRequest):
 class CompletionRequest(BaseCompletionRequest):
     """Body of ``POST /v1/completions``; with `echo`, the answer may have no tokens of its own."""
 
-    prompt: Any = None
+    prompt: Annotated[list[Any], BeforeValidator(_prompt_entries)] = [""]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class TokenizeRequest(BaseModel):
-    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` of a chat.
-
-    `add_special_tokens` is true for a text and false for messages unless it is given, since a chat
-    template writes the special tokens itself.
-    """
+    """Body of ``POST /tokenize``: a text (`prompt`), or `messages` of a chat."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool | None = None
+    messages: Messages | None = None
 
 
 class DetokenizeRequest(BaseModel):
@@ -153,17 +225,18 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
         )
     most = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
-            await _drop_rest(request)
+    size = int(declared) if declared.isdigit() else 0
+    if size > most and (size > most + LINGER_BYTES or "expect" in request.headers):
         raise too_large(most)
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
+                size += len(chunk)
+                if size > most + LINGER_BYTES:
                     break
+                if size <= most:
+                    body += chunk
     except TimeoutError:
         raise ApiError(
             408,
@@ -171,22 +244,9 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             code="request_timeout",
             headers={"connection": "close"},
         ) from None
-    if len(body) > most:
-        await _drop_rest(request)
+    if size > most:
         raise too_large(most)
     return parse_json(bytes(body))
-
-
-async def _drop_rest(request: Request) -> None:
-    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
-    seen = 0
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(LINGER_S):
-            while seen < LINGER_BYTES:
-                message = await request.receive()
-                if message["type"] != "http.request" or not message.get("more_body", False):
-                    return
-                seen += len(message.get("body", b""))
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

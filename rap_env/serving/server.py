@@ -7,7 +7,6 @@ import errno
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -26,7 +25,6 @@ _MAX_HEADER_BYTES = 64 * 1024
 _KEEP_ALIVE_S = 15
 _UNREAD_BYTES = 16 * 1024
 """Bytes of an answer that wait for its client here, and about as many in the system."""
-_START_TIMEOUT_S = 60.0
 _MOST_ABOVE_LIMIT = 64
 """Most connections above the limit that are open at a time, for probes."""
 _FLUSH_S = 5
@@ -225,35 +223,3 @@ def url_of(bound: socket.socket, *, tls: bool = False) -> str:
         host = "127.0.0.1"
     scheme = "https" if tls else "http"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-class BackgroundServer:
-    """Runs a server in a thread, within a ``with`` block; for tests and measurements.
-
-    Its `url` has a free port of this machine.
-    """
-
-    def __init__(self, app: FastAPI) -> None:
-        self._server = Server(app)
-        bound = bind("127.0.0.1", 0)
-        self._thread = threading.Thread(
-            target=self._server.run, args=([bound],), name="http-server", daemon=True
-        )
-        self.url = url_of(bound, tls=self._server.config.is_ssl)
-
-    def __enter__(self) -> BackgroundServer:
-        self._thread.start()
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while not self._server.started:
-            if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise ServingSettingsError(f"The server at {self.url} did not start.")
-            time.sleep(0.01)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Shut down gracefully and wait for the end."""
-        self._server.handle_exit(signal.SIGTERM, None)
-        self._thread.join()

@@ -134,9 +134,6 @@ class ServerSettings:
         max_new_tokens: Most tokens that a request may ask for.
         default_chat_tokens: Most tokens of a chat answer by default. If the request sets no number.
         max_choices: Most answers to one request (prompts x ``n``).
-        max_stop_strings: Most stop strings; the OpenAI API allows 4.
-        max_stop_chars: Most characters of a stop string.
-        max_messages: Most messages of a chat.
         max_body_bytes: Most bytes of a request body. With `max_connections` it bounds the memory
             that requests take in addition to the model's budget.
         max_connections: Most open connections. More are rejected with status 503.
@@ -187,9 +184,6 @@ class ServerSettings:
     max_new_tokens: int = 2048
     default_chat_tokens: int = 256
     max_choices: int = 8
-    max_stop_strings: int = 4
-    max_stop_chars: int = 256
-    max_messages: int = 1024
     max_body_bytes: int = 256 * 1024
     max_connections: int = 128
     header_timeout_s: float = 20.0

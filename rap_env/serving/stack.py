@@ -262,7 +262,7 @@ def greeting(stack: ServerStack, url: str) -> str:
     controller, name = stack.engine.controller, stack.settings.served_name
     route = "completions"
     body: dict[str, Any] = {"model": name, "prompt": "Once upon a time"}
-    if getattr(stack.engine.llm.tokenizer, "chat_template", None):
+    if stack.engine.llm.tokenizer.chat_template:
         message = {"role": "user", "content": "Hello!"}
         route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.memory_source import GivenMemory
-from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack
+from tests.serving.background import BackgroundServer
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_llm
 

@@ -74,15 +74,7 @@ def test_the_process_is_measured_less_its_baseline():
 
 
 @linux
-def test_a_mark_that_is_reset_restarts_at_each_call():
-    meter = ResidentMeter(tiny_llm(), reset_mark=True)
-    touched(64).close()
-    first, second = meter.peak_bytes(), meter.peak_bytes()
-    assert first - second > 40 * MIB
-
-
-@linux
-def test_by_default_the_mark_is_left_alone_and_samples_show_what_it_hides():
+def test_the_mark_is_left_alone_and_samples_show_what_it_hides():
     touched(256).close()  # the mark is high already
     meter = ResidentMeter(tiny_llm())
     mark, before = resident_bytes()[0], meter.used_bytes()
@@ -144,12 +136,10 @@ def test_a_meter_at_rest_takes_no_samples(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("reset_mark", [False, True])
-def test_the_peak_is_the_mark_if_it_has_risen_else_the_largest_value_read(tmp_path, reset_mark):
-    (tmp_path / "clear_refs").mkdir()  # cannot be written to
+def test_the_peak_is_the_mark_if_it_has_risen_else_the_largest_value_read(tmp_path):
     llm = tiny_llm()
     set_status(tmp_path, 100)
-    meter = ResidentMeter(llm, process=tmp_path, reset_mark=reset_mark)
+    meter = ResidentMeter(llm, process=tmp_path)
     model = llm.held_bytes.total + buffer_bytes()  # other tests may have widened weights
     for now_mib in (140, 120):
         set_status(tmp_path, now_mib)

@@ -15,8 +15,8 @@ HI = [{"role": "user", "content": "hi"}]
 def served(engine, tokenizer, **settings):
     """A client's address of a server over an engine, and what its routes share."""
     from rap_env.serving.app import create_app
-    from rap_env.serving.server import BackgroundServer
     from rap_env.serving.settings import ServerSettings
+    from tests.serving.background import BackgroundServer
 
     given = {"model_name": "tiny", "shutdown_grace_s": 5.0, **settings}
     app = create_app(engine, tokenizer, ServerSettings(**given))

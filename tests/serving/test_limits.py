@@ -19,9 +19,9 @@ from rap_env.serving import limits
 from rap_env.serving.access import check_access
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit
-from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
+from tests.serving.background import BackgroundServer
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
 from tests.serving.test_policies import knapsack_of

@@ -15,11 +15,11 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.serving.limits import LiveLimit
-from rap_env.serving.server import BackgroundServer
 from rap_env.serving.settings import ServerSettings, parse_bytes
 from rap_env.serving.stack import build_stack, choose_policy, greeting
 from tests.importance.test_kind_costs import kind_costs
 from tests.policies.test_knapsack import costs
+from tests.serving.background import BackgroundServer
 from tests.serving.conftest import served, tiny_stack
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post

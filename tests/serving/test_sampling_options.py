@@ -140,7 +140,7 @@ def test_what_is_not_served_is_named(client):
         complete(client, max_tokens=0)
     with pytest.raises(openai.BadRequestError, match="logprobs"):
         complete(client, logprobs=6)
-    with pytest.raises(openai.NotFoundError, match="no embeddings"):
+    with pytest.raises(openai.NotFoundError, match="Invalid URL"):
         client.embeddings.create(model="tiny", input="hi", encoding_format="float")
 
 
