@@ -13,15 +13,22 @@ from pathlib import Path
 
 from rap_env.errors import ArtifactError, check_name
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import PricedState, check_ladder, one_shot_costs, reference_costs
+from rap_env.importance.orders import (
+    PricedState,
+    cheapest_step,
+    check_ladder,
+    one_shot_costs,
+    reference_costs,
+)
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, Meter
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
+from rap_env.plan import Plan
+from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.interface import OnScore, bar_callback
-from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.scorer import MaskScorer
 
 _LAZY_BATCH = 6
@@ -163,52 +170,59 @@ class _Search:
 
         The exact search measures all items in the first and in the last round, because their
         results are what is known of single items afterwards. In the others it drops those that
-        cannot be the best, unless bytes count too. The lazy search (Minoux 1978) takes items in
-        the order of their last known rise, a few at a time, until the best of them is no worse than
-        the last known rise of the next one: it is exact if rises only grow, which is mostly so.
+        cannot be the best, unless bytes count too. The lazy search measures a few items at a time,
+        those with the least last known rise first.
         """
-        profile = self.profile
+        profile, known = self.profile, self._known_rises(freed)
         before = (profile.dense_nll, *profile.nll_after)[-1]
-        known = self._known_rises(freed)
-        last = self._exact and len(profile.order) + 1 == self._stop
-        droppable = bool(known) and not (self._by_bytes or last)
-        waiting, size = self._likely_first(freed, known), len(freed)
+        last_exact = self._exact and len(profile.order) + 1 == self._stop
+        drops = bool(known) and not (self._by_bytes or last_exact)
+        first_batch = len(freed)
         if known and not self._exact:
-            size = _LAZY_BATCH + (0 if self._by_bytes else _NEIGHBOURS)
+            first_batch = _LAZY_BATCH + (0 if self._by_bytes else _NEIGHBOURS)
         nll: dict[int, float] = {}
         rises: dict[int, float] = {}
-        while True:
-            tried, waiting, size = waiting[:size], waiting[size:], _LAZY_BATCH
-            measured, bounds = self._score(tried, list(nll)[:1], droppable)
+
+        def measure(items: Sequence[int]) -> dict[int, tuple[float, int, int]]:
+            measured, bounds = self._score(items, nll, drops)
+            nll.update(measured)
+            rises.update({item: value - before for item, value in measured.items()})
             # A plan may be dropped after a small part of the text. The last known rise of its item
             # is then more informative than the lower bound.
-            rises |= {item: value - before for item, value in measured.items()}
-            rises |= {item: max(bound - before, known[item]) for item, bound in bounds.items()}
-            nll |= measured
-            best = min(nll, key=lambda item: self._price(item, rises[item], freed))
-            nll = {best: nll[best]}
-            if not waiting or self._price(best, rises[best], freed) <= self._price(
-                waiting[0], known[waiting[0]], freed
-            ):
-                return best, nll[best], rises
+            rises.update({item: max(bound - before, known[item]) for item, bound in bounds.items()})
+            return {item: self._price(item, rises[item], freed) for item in measured}
+
+        best = cheapest_step(
+            self._likely_first(freed, known),
+            measure,
+            lambda item: self._price(item, known[item], freed),
+            (first_batch, _LAZY_BATCH),
+        )
+        return best, nll[best], rises
 
     def _score(
-        self, items: Sequence[int], again: Sequence[int], droppable: bool
+        self, items: Sequence[int], earlier: Mapping[int, float], drops: bool
     ) -> tuple[dict[int, float], dict[int, float]]:
         """NLL of the plans after items, and lower bounds of the NLL of those that were dropped.
 
-        Items that are scored `again` bound the others.
+        The best of those that were measured `earlier` bounds the others.
         """
-        plans = {n: self._ladder.plan(self._state.positions_after(n)) for n in (*again, *items)}
-        if not droppable:
+        plans = self._plans_after(items)
+        if not drops:
             nll = self._scorer.nll_many(list(plans.values()), self._on_score)
             return dict(zip(plans, nll, strict=True)), {}
-        near = self._state.plan if self._exact else None
-        search = find_best_mask(
-            self._scorer, list(plans.values()), near=near, on_score=self._on_score
+        bounding = self._plans_after(sorted(earlier, key=earlier.__getitem__)[:1])
+        race = find_best_plan(
+            self._scorer,
+            [*bounding.values(), *plans.values()],
+            near=self._state.plan if self._exact else None,
+            on_score=self._on_score,
         )
-        measured = {n: search.nll[plan] for n, plan in plans.items() if plan in search.nll}
-        return measured, {n: search.lower_bounds[plans[n]] for n in items if n not in measured}
+        measured = {item: race.nll[plan] for item, plan in plans.items() if plan in race.nll}
+        return measured, {n: race.lower_bounds[plans[n]] for n in items if n not in measured}
+
+    def _plans_after(self, items: Iterable[int]) -> dict[int, Plan]:
+        return {item: self._ladder.plan(self._state.positions_after(item)) for item in items}
 
     def _known_rises(self, items: Iterable[int]) -> dict[int, float]:
         """Last known rise of each item: measured, else predicted; empty if nothing is known."""

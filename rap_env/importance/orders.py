@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ Step = tuple[int, int]
 """The number of an item, and the position of the level that it gets."""
 
 Floats = npt.NDArray[np.float64]
+
+S = TypeVar("S", bound=Hashable)
+P = TypeVar("P", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +102,8 @@ class PricedState(LadderState):
 
     def _change(self, values: list[list[float]] | list[list[int]], item: int, lower: int) -> float:
         """What a lower level of an item adds to the sum of some values of all levels."""
-        ladder = self.costs.ladder
-        cache = ladder.partners[item]
-        removed = lower == ladder.removals[item] and cache != item  # its cache goes too
-        less = values[cache][self.positions[cache]] if removed else 0
-        return values[item][lower] - values[item][self.positions[item]] - less
+        moves = self.costs.steps.own_moves_to(item, lower)
+        return sum(values[moved][p] - values[moved][self.positions[moved]] for moved, p in moves)
 
 
 def reference_costs(item_bytes: LadderBytes) -> LadderCosts:
@@ -165,6 +166,33 @@ def _measured_steps(state: PricedState, profile: GSIProfile) -> list[tuple[Step,
         state.lower(item)
         before = nll
     return ordered
+
+
+def cheapest_step(
+    steps: Sequence[S],
+    measure: Callable[[Sequence[S]], Mapping[S, P]],
+    expected_price: Callable[[S], P],
+    batches: tuple[int, int],
+) -> S:
+    """The step of the least measured price; not all steps need to be measured.
+
+    Steps are measured until the best of them is no dearer than the next one is expected to be
+    (lazy evaluation, Minoux 1978). That is exact if prices only rise above the expected ones.
+
+    Args:
+        steps: At least one, in the order in which they are measured.
+        measure: Gives the prices of some steps; may leave out those that cannot be the best.
+        expected_price: The last known price of a step; not called if the first batch has all.
+        batches: Steps that are measured at first, and then at a time.
+    """
+    size, next_size = batches
+    prices: dict[S, P] = {}
+    while True:
+        prices |= measure(steps[:size])
+        steps, size = steps[size:], next_size
+        best = min(prices, key=prices.__getitem__)
+        if not steps or prices[best] <= expected_price(steps[0]):
+            return best
 
 
 def check_ladder(profile: GSIProfile, ladder: Ladder) -> None:

@@ -410,18 +410,23 @@ class LevelSteps:
     @cached_property
     def own_moves(self) -> list[list[Moves | None]]:
         """The moves from each level of each item; None where several caches move together."""
-        ladder = self.ladder
         moves: list[list[Moves | None]] = []
-        for number, item in enumerate(ladder.items):
-            removal, cache = ladder.removals[number], ladder.partners[number]
-            shared = ladder.shared_positions if item.kind == "cache" else ()
-            moves.append([])
-            for lower in self.nexts[number]:
-                own: Moves = ((number, lower),)
-                if lower == removal and cache != number:
-                    own += ((cache, 1 + len(ladder.cache_levels)),)
-                moves[-1].append(None if lower in shared else own)
+        for number, item in enumerate(self.ladder.items):
+            shared = self.ladder.shared_positions if item.kind == "cache" else ()
+            nexts = self.nexts[number]
+            moves.append([None if p in shared else self.own_moves_to(number, p) for p in nexts])
         return moves
+
+    def own_moves_to(self, item: int, position: int) -> Moves:
+        """What moving one item to a lower level changes: the item, and the cache of a removed one.
+
+        Caches that take a level together move one by one here.
+        """
+        ladder = self.ladder
+        cache = ladder.partners[item]
+        if cache == item or position != ladder.removals[item]:
+            return ((item, position),)
+        return (item, position), (cache, 1 + len(ladder.cache_levels))
 
     def companions(self, positions: Sequence[int], item: int) -> list[int]:
         """The items that take the same level with one action, in order, the item included."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rap_env.errors import SearchTooLargeError
-from rap_env.importance.orders import PricedState, one_shot_costs
+from rap_env.importance.orders import PricedState, cheapest_step, one_shot_costs
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan, every_mask
 from rap_env.policies.method import CountingScorer, Method, price_per_byte
@@ -109,26 +109,34 @@ class GreedyPerByte(_StepSearch):
         state, nll = self.state(self.costs(request)), scores.nll(Plan())
         rises: dict[tuple[int, int, int], float] = {}
         while state.peak_bytes > request.budget_bytes:
-            needed = state.peak_bytes - request.budget_bytes
-            waiting = sorted(
-                self.steps(state, rises), key=lambda step: step.price(step.rise, needed)
-            )
-            batch = len(waiting) if self.exact or self.removes_only else _LAZY_BATCH
-            measured: dict[_Step, float] = {}
-
-            def price(step: _Step) -> tuple[float, tuple[int, ...]]:
-                return step.price(measured[step] - nll, needed)  # noqa: B023
-
-            while waiting:
-                measured |= self.measure(scores, waiting[:batch])
-                waiting = waiting[batch:]
-                best = min(measured, key=price)
-                if waiting and price(best) <= waiting[0].price(waiting[0].rise, needed):
-                    break
-            rises |= {step.key: after - nll for step, after in measured.items()}
-            nll = measured[best]
-            state.lower(best.key[0])
+            needed_bytes = state.peak_bytes - request.budget_bytes
+            step, nll = self._cheapest(state, nll, needed_bytes, rises, scores)
+            state.lower(step.key[0])
         return state.plan
+
+    def _cheapest(
+        self,
+        state: PricedState,
+        nll: float,
+        needed_bytes: int,
+        rises: dict[tuple[int, int, int], float],
+        scores: CountingScorer,
+    ) -> tuple[_Step, float]:
+        """The best step from a state of that NLL, and the NLL after it; adds measured `rises`."""
+        steps = self.steps(state, rises)
+        prices = {step: step.price(step.rise, needed_bytes) for step in steps}
+        after: dict[_Step, float] = {}
+
+        def measure(batch: Sequence[_Step]) -> dict[_Step, tuple[float, tuple[int, ...]]]:
+            measured = self.measure(scores, batch)
+            after.update(measured)
+            rises.update({step.key: reached - nll for step, reached in measured.items()})
+            return {step: step.price(rises[step.key], needed_bytes) for step in batch}
+
+        size = len(steps) if self.exact or self.removes_only else _LAZY_BATCH
+        waiting = sorted(steps, key=prices.__getitem__)
+        best = cheapest_step(waiting, measure, prices.__getitem__, (size, size))
+        return best, after[best]
 
 
 @register

@@ -39,7 +39,7 @@ class ScoringJob:
         options: Further arguments of `MaskScorer`.
         context: `MaskScorer.context` of the driver; a worker's must be equal.
         search: Whether to find the best of some plans, instead of measuring all.
-        near: As in `find_best_mask`.
+        near: As in `find_best_plan`.
         compare: Whether plans are also compared with the native model.
     """
 

@@ -247,13 +247,13 @@ class PlanRunner:
             for group in chunks(list(prefix_after), self.width if kept else 1):
                 self.block_runs += kept * len(group)
                 inputs = [states[prefix] for prefix in group]
-                output = self.partial.run(blocks, joined(inputs), within)
+                output = self.partial.run(blocks, as_one_batch(inputs), within)
                 outputs = torch.split(output, [len(state) for state in inputs])
                 after |= {prefix_after[p]: own for p, own in zip(group, outputs, strict=True)}
         return after
 
 
-def joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
+def as_one_batch(states: Sequence[torch.Tensor]) -> torch.Tensor:
     """States as one batch; a single one is not copied."""
     return states[0] if len(states) == 1 else torch.cat(list(states))
 

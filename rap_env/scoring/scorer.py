@@ -28,9 +28,9 @@ from rap_env.scoring.plan_runner import (
     Node,
     PlanRunner,
     StateCache,
+    as_one_batch,
     branch_nodes,
     chunks,
-    joined,
     sharing_order,
 )
 from rap_env.scoring.store import ScoreStore, context_key
@@ -371,7 +371,7 @@ class MaskScorer:
                 for level, group in runner.share_head(plans):
                     tokens, on_logits = ids.repeat(len(group), 1), self._on_logits(batch, group)
                     with runner.partial.embeddings(level):
-                        hidden = runner.partial.leave(joined([last[plan] for plan in group]))
+                        hidden = runner.partial.leave(as_one_batch([last[plan] for plan in group]))
                         rows = window_nll(runner.partial, hidden, tokens, on_logits)
                     nll |= dict(zip(group, rows.view(len(group), -1), strict=True))
                 parts.append(torch.stack([nll[plan] for plan in plans]))

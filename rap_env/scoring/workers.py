@@ -17,8 +17,8 @@ from rap_env.extras import require_extra
 from rap_env.models.device import bound_kernel_caches, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
+from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.interface import Measured, ScoringJob
-from rap_env.scoring.mask_search import find_best_mask
 from rap_env.scoring.native_agreement import AgreementScorer
 from rap_env.scoring.scorer import MaskScorer
 
@@ -58,7 +58,7 @@ class ScoringWorker:
         scorer = self._last[1]
         before, bounds = scorer.runner.block_runs, {}
         if job.search:
-            bounds = find_best_mask(scorer, plans, near=job.near).lower_bounds
+            bounds = find_best_plan(scorer, plans, near=job.near).lower_bounds
         else:
             scorer.nll_many(plans)
         values = {plan: nll for plan in plans if (nll := scorer.look_up(plan)) is not None}

@@ -5,7 +5,7 @@ import torch
 
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
-from rap_env.scoring.mask_search import find_best_mask
+from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.models.stubs import random_stubs, repaired
@@ -62,9 +62,9 @@ def test_searches_find_the_best_plan():
     expected = dict(zip(plans, MaskScorer(llm, ids).nll_many(plans), strict=True))
     best = min(expected, key=expected.get)
     for near in (None, base):
-        found = find_best_mask(MaskScorer(llm, ids, batch_tokens=50), plans, near=near)
-        assert Plan.from_json(found.best.to_json()) == best
-        assert min(found.nll.values()) == pytest.approx(expected[best], rel=1e-6)
+        found = find_best_plan(MaskScorer(llm, ids, batch_tokens=50), plans, near=near)
+        assert min(found.nll, key=found.nll.get) == best
+        assert found.nll[best] == pytest.approx(expected[best], rel=1e-6)
 
 
 def test_a_stub_is_not_counted_as_a_block():

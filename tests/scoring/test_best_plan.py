@@ -9,7 +9,7 @@ from rap_env.errors import NonFiniteScoreError
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring import nll as nll_module
-from rap_env.scoring.mask_search import _Search, find_best_mask
+from rap_env.scoring.best_plan import _Search, find_best_plan
 from rap_env.scoring.nll import VocabularyBound, window_nll
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.removals import removals
@@ -30,15 +30,14 @@ def test_the_search_finds_the_best_of_all_masks(family, near, dtype):
     scorer, plain = scorers(family, dtype=dtype)
     masks = list(removals(scorer.llm.num_blocks, BASE).values())
     nll = plain.nll_many(masks)
-    found = find_best_mask(scorer, masks, near=near)
-    assert found.best == masks[int(np.argmin(nll))]
-    assert found.nll[found.best] == min(nll)
+    race = find_best_plan(scorer, masks, near=near)
+    assert race.nll[masks[int(np.argmin(nll))]] == min(nll) == min(race.nll.values())
     for mask, value in zip(masks, nll, strict=True):
-        if mask in found.nll:
-            assert found.nll[mask] == value  # bit for bit what a single pass gives
+        if mask in race.nll:
+            assert race.nll[mask] == value  # bit for bit what a single pass gives
         else:
-            assert found.lower_bounds[mask] <= value + 2e-3
-    assert set(found.nll) | set(found.lower_bounds) == set(masks)
+            assert race.lower_bounds[mask] <= value + 2e-3
+    assert set(race.nll) | set(race.lower_bounds) == set(masks)
 
 
 def test_masks_that_cannot_win_are_dropped(monkeypatch):
@@ -48,11 +47,11 @@ def test_masks_that_cannot_win_are_dropped(monkeypatch):
         removals(scorer.llm.num_blocks, BASE).values(), key=plain.nll
     )  # likely winners first
     ticks = []
-    found = find_best_mask(scorer, masks, near=BASE, on_score=ticks.append)
-    assert len(found.lower_bounds) > len(masks) // 2
+    race = find_best_plan(scorer, masks, near=BASE, on_score=ticks.append)
+    assert len(race.lower_bounds) > len(masks) // 2
     assert ticks == masks
     assert scorer.evaluations == len(masks)
-    assert all(scorer.look_up(mask) is None for mask in found.lower_bounds)
+    assert all(scorer.look_up(mask) is None for mask in race.lower_bounds)
 
 
 def test_known_masks_are_not_run_again():
@@ -60,14 +59,15 @@ def test_known_masks_are_not_run_again():
     masks = list(removals(scorer.llm.num_blocks, BASE).values())
     nll = scorer.nll_many(masks)
     ran = scorer.evaluations, scorer.block_forwards
-    found = find_best_mask(scorer, masks)
-    assert found.nll == dict(zip(masks, nll, strict=True))
+    race = find_best_plan(scorer, masks)
+    assert race.nll == dict(zip(masks, nll, strict=True))
     assert (scorer.evaluations, scorer.block_forwards) == ran
 
 
 def test_the_next_round_starts_from_the_winners_states():
     scorer, plain = scorers(layers=8)
-    best = find_best_mask(scorer, list(removals(scorer.llm.num_blocks, BASE).values())).best
+    nll = find_best_plan(scorer, list(removals(scorer.llm.num_blocks, BASE).values())).nll
+    best = min(nll, key=nll.__getitem__)
     before = scorer.block_forwards
     alone = best.without(15)
     assert scorer.nll(alone) == plain.nll(alone)
@@ -78,7 +78,7 @@ def test_non_finite_numbers_are_rejected():
     scorer, _ = scorers()
     scorer.llm.model.get_decoder().layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteScoreError, match="non-finite"):
-        find_best_mask(scorer, list(removals(scorer.llm.num_blocks, BASE).values()))
+        find_best_plan(scorer, list(removals(scorer.llm.num_blocks, BASE).values()))
     assert scorer.known == 0
 
 
@@ -97,10 +97,10 @@ def test_what_masks_in_flight_hold_stays_within_the_cache(near, monkeypatch):
 
     monkeypatch.setattr(_Search, "_run", noted)
     masks = list(removals(wide.llm.num_blocks, BASE).values())
-    found = find_best_mask(wide, masks, near=near)
+    race = find_best_plan(wide, masks, near=near)
     assert len(wide.batches) == 12
     assert max(kept_bytes) <= cap
-    assert found.nll[found.best] == pytest.approx(min(MaskScorer(llm, ids).nll_many(masks)))
+    assert min(race.nll.values()) == pytest.approx(min(MaskScorer(llm, ids).nll_many(masks)))
 
 
 def passed(llm, ids, mask=Plan()):
@@ -118,9 +118,9 @@ def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
     expected = functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none"
     ).view(3, -1)
-    found = window_nll(PartialForward(llm), passed(llm, ids), ids)
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
+    race = window_nll(PartialForward(llm), passed(llm, ids), ids)
+    assert race.dtype == torch.float64
+    assert race.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
 
 
 @each_family("family", dtype=[torch.float32, torch.bfloat16])

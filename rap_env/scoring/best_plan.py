@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from rap_env.plan import Plan
 from rap_env.scoring.interface import OnScore, notify
 from rap_env.scoring.nll import VocabularyBound, window_nll
-from rap_env.scoring.plan_runner import Node, chunks, joined, shared_plan
+from rap_env.scoring.plan_runner import Node, as_one_batch, chunks, shared_plan
 from rap_env.scoring.scorer import MaskScorer
 
 
-@dataclass(frozen=True)
-class SearchResult:
+class BestPlan(NamedTuple):
     """Result of an exact search, nats per token.
 
     Attributes:
-        best: The plan of the least NLL; the first such plan if several are equal.
-        nll: NLL of every plan that was measured on the whole text.
+        nll: NLL of every plan that was measured on the whole text, the best one included.
         lower_bounds: For the other plans, a lower bound of their NLL (up to rounding).
     """
 
-    best: Plan
     nll: dict[Plan, float]
     lower_bounds: dict[Plan, float]
 
 
-def find_best_mask(
+def find_best_plan(
     scorer: MaskScorer,
     plans: Sequence[Plan],
     *,
     near: Plan | None = None,
     on_score: OnScore | None = None,
-) -> SearchResult:
-    """Find the plan of the least NLL exactly; drops each plan as soon as it cannot win.
+) -> BestPlan:
+    """Find the plan of the least NLL exactly; drops each plan as soon as it cannot be the best.
 
     The NLL of a text is a sum of non-negative terms, so the terms of a part of the text bound the
     sum from below. For the part that was run, the NLL over a subset of the vocabulary is another
@@ -58,8 +55,7 @@ def find_best_mask(
     """
     if scorer.llm.spare_bytes is not None:
         # The memory cap leaves no room for the vocabulary bound and the kept states.
-        nll = dict(zip(plans, scorer.nll_many(plans, on_score), strict=True))
-        return SearchResult(min(plans, key=nll.__getitem__), nll, {})
+        return BestPlan(dict(zip(plans, scorer.nll_many(plans, on_score), strict=True)), {})
     known = {p: float(v.mean()) for p in plans if (v := scorer.look_up(p)) is not None}
     missing = [plan for plan in plans if plan not in known]
     lower_bounds: dict[Plan, float] = {}
@@ -80,8 +76,7 @@ def find_best_mask(
                 lower_bounds |= search.evaluate(group)
                 notify(on_score, group)
             search.keep_winner()
-    return SearchResult(min((p for p in plans if p in known), key=known.__getitem__), known,
-                        lower_bounds)  # fmt: skip
+    return BestPlan(known, lower_bounds)
 
 
 @dataclass
@@ -137,7 +132,7 @@ class _Search:
         for batch in range(len(scorer.batches)):
             self._run([candidate], batch, shared=near)
         hidden = [candidate.hidden[batch] for batch in range(len(scorer.batches))]
-        with self._head(candidate):
+        with scorer.runner.partial.embeddings(near.embeddings):
             self._bound = VocabularyBound(scorer.runner.partial, hidden, scorer.batches)
         self._tolerance = self._bound.tolerance
         facts, tokens = scorer.llm.facts, scorer.corpus.tokens.numel()
@@ -153,7 +148,7 @@ class _Search:
                 self._run(group, batch, self._shared)
             remaining = []
             for candidate in alive:
-                self._bound_batch(candidate, batch)
+                self._score(candidate, batch, self._bound)
                 if self._cannot_win(candidate):
                     candidate.hidden.clear()
                 else:
@@ -187,23 +182,25 @@ class _Search:
         hidden: dict[Plan, torch.Tensor] = {}
         for level, plans in runner.share_head(last):
             with runner.partial.embeddings(level):
-                left = runner.partial.leave(joined([last[plan] for plan in plans]))
+                left = runner.partial.leave(as_one_batch([last[plan] for plan in plans]))
             hidden |= dict(zip(plans, left.chunk(len(plans)), strict=True))
         for candidate in group:
             candidate.hidden[batch] = hidden[candidate.plan]
 
-    def _head(self, candidate: Candidate) -> AbstractContextManager[object]:
-        """Run the head at the candidate's level in a ``with`` block."""
-        return self._scorer.runner.partial.embeddings(candidate.plan.embeddings)
-
-    def _bound_batch(self, candidate: Candidate, batch: int) -> None:
-        """Add a batch's lower bound, or its exact NLL if there is no vocabulary bound."""
-        if self._bound is None:
-            self._measure(candidate, batch)
-        else:
-            with self._head(candidate):
-                windows = self._bound.window_nll(batch, candidate.hidden[batch])
-            self._add(candidate, batch, windows)
+    def _score(self, candidate: Candidate, batch: int, bound: VocabularyBound | None) -> None:
+        """Set what a batch contributes to the NLL: its lower bound; without a bound, its NLL."""
+        scorer, hidden = self._scorer, candidate.hidden[batch]
+        with scorer.runner.partial.embeddings(candidate.plan.embeddings):
+            if bound is not None:
+                windows = bound.window_nll(batch, hidden)
+            else:
+                windows = window_nll(scorer.runner.partial, hidden, scorer.batches[batch])
+                candidate.window_nll[batch] = windows
+                del candidate.hidden[batch]
+        value = float(windows.mean()) * (len(scorer.batches[batch]) / scorer.num_windows)
+        if not math.isfinite(value):
+            scorer.raise_non_finite(candidate.plan)
+        candidate.contributions[batch] = value
 
     def _finish(self, candidate: Candidate) -> None:
         """Measure a candidate with the whole head, unless it turns out that it cannot win."""
@@ -211,31 +208,13 @@ class _Search:
             if self._cannot_win(candidate):
                 return
             if batch not in candidate.window_nll:
-                self._measure(candidate, batch)
+                self._score(candidate, batch, None)
         windows = [candidate.window_nll[batch] for batch in range(len(candidate.window_nll))]
         values = torch.cat(windows).cpu().numpy()
         self._scorer.record(candidate.plan, values)
         value = self._known[candidate.plan] = float(values.mean())
         if value < self._best:
             self._best, self._winner = value, candidate
-
-    def _measure(self, candidate: Candidate, batch: int) -> None:
-        """Measure a batch with the whole head and free its `hidden`."""
-        with self._head(candidate):
-            windows = window_nll(
-                self._scorer.runner.partial, candidate.hidden[batch], self._scorer.batches[batch]
-            )
-        self._add(candidate, batch, windows)
-        candidate.window_nll[batch] = windows
-        del candidate.hidden[batch]
-
-    def _add(self, candidate: Candidate, batch: int, windows: torch.Tensor) -> None:
-        """Set what a batch contributes to the text's NLL, from the NLL of its windows."""
-        share = len(self._scorer.batches[batch]) / self._scorer.num_windows
-        value = float(windows.mean()) * share
-        if not math.isfinite(value):
-            self._scorer.raise_non_finite(candidate.plan)
-        candidate.contributions[batch] = value
 
     def _cannot_win(self, candidate: Candidate) -> bool:
         return candidate.nll - self._tolerance > self._best
