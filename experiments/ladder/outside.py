@@ -50,7 +50,7 @@ from rap_env.importance.one_shot_scores import layer_influence
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm
-from rap_env.models.live.calibration import OWN_TEXT_DAMPING, own_text
+from rap_env.models.live.calibration import OWN_TEXT_DAMPING, calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import hessians
@@ -135,7 +135,7 @@ class Contenders:
             model.name, device=model.device, dtype=model.dtype, weights="native"
         )
         self.memory = MemoryModel(self._packed)
-        self.calibration = own_text(self._packed)
+        self.calibration = calibration_windows(self._packed)
         self._llm = self.context.llm
         self._native = NativeLogits(self._llm, self.report.corpus.tokens)
         self._states = DenseStates(self._llm, self.calibration)

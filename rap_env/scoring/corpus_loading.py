@@ -21,7 +21,7 @@ import torch
 from rap_env.artifacts import digest, load_artifact, save_artifact
 from rap_env.errors import CorpusError
 from rap_env.extras import require_extra
-from rap_env.models.live.calibration import TEMPERATURE, TOP_P, self_written, start_token
+from rap_env.models.live.calibration import TEMPERATURE, TOP_P, generate_windows, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
@@ -110,7 +110,7 @@ def _generate(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> torch.Te
     total = config.windows * config.window_tokens
     desc = f"generating {config.role} text"
     with progress_bar(progress, total=total, unit="token", leave=False, desc=desc) as bar:
-        return self_written(llm, config.windows, config.window_tokens, seed, bar.update)
+        return generate_windows(llm, config.windows, config.window_tokens, seed, bar.update)
 
 
 def _recall_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:

@@ -268,8 +268,8 @@ def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tm
     assert "only their means can be written (rank 0)" in err
     assert not (tmp_path / "out.gguf").exists()
     assert export("means")[0] == 0
-    found = {tensor.name: tensor.data for tensor in GgufFile(tmp_path / "out.gguf").tensors}
-    assert torch.equal(torch.from_numpy(found["blk.0.attn_output.bias"].copy()), mean)
+    actual = {tensor.name: tensor.data for tensor in GgufFile(tmp_path / "out.gguf").tensors}
+    assert torch.equal(torch.from_numpy(actual["blk.0.attn_output.bias"].copy()), mean)
 
 
 def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, monkeypatch):
@@ -292,10 +292,10 @@ def test_a_request_for_llama_cpp_gets_its_static_deployment(rap, gguf_file, tmp_
     code, out, err = rap("export", target, "--to", "gguf", "--model", gguf_file, "--json",
                          "--batch", 2, "--seq", 32, "--budget", request.budget_bytes)  # fmt: skip
     assert code == 0, err
-    found = choose_deployment(memory, request)
-    assert json.loads(out)["cache_type"] == found.cache.name
-    assert json.loads(out)["delta_nll"] == found.delta_nll
-    assert f"`llama-server -m out.gguf {found.flags}`" in target.with_suffix(".md").read_text()
+    actual = choose_deployment(memory, request)
+    assert json.loads(out)["cache_type"] == actual.cache.name
+    assert json.loads(out)["delta_nll"] == actual.delta_nll
+    assert f"`llama-server -m out.gguf {actual.flags}`" in target.with_suffix(".md").read_text()
 
 
 def test_the_printed_command_writes_the_same_deployment(rap, gguf_file, tmp_path, monkeypatch):

@@ -57,7 +57,9 @@ def test_llama_cpp_and_vllm_choose_our_tokens(llama_cpp, tmp_path):
     (record,) = tmp_path.glob("engines-*.json")
     agreement = json.loads(record.read_text())["measured"]["agreement"]
     assert len(agreement["llama.cpp"]) == len(agreement["vLLM"]) == 5
-    served = [one for found in agreement.values() for one in found.values() if "refused" not in one]
+    served = [
+        one for actual in agreement.values() for one in actual.values() if "refused" not in one
+    ]
     assert len(served) == 9
     assert all(one["equal_prompts"] == one["prompts"] == 8 for one in served)
     assert all(one["nll_apart"] < 1e-4 for one in served)

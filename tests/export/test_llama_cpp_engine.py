@@ -18,22 +18,22 @@ NEW_TOKENS = 24
 def engine_logits(path) -> torch.Tensor:
     """Logits (T, V) of `IDS` with a cache in float32."""
     engine = LlamaCpp(str(path), "f32", 1, 64, 1)
-    found = engine.decode(IDS.numpy().astype(np.int32), 0, all_logits=True).copy()
+    actual = engine.decode(IDS.numpy().astype(np.int32), 0, all_logits=True).copy()
     engine.close()
-    return torch.from_numpy(found).double()
+    return torch.from_numpy(actual).double()
 
 
 def greedy(path, prompt: list[int]) -> list[int]:
     """New tokens after a prompt, one at a time."""
     engine = LlamaCpp(str(path), "f32", 1, 64, 1)
-    ids, at, found = np.array(prompt, dtype=np.int32), 0, []
+    ids, at, actual = np.array(prompt, dtype=np.int32), 0, []
     for _ in range(NEW_TOKENS):
         logits = engine.decode(ids, at, all_logits=False)
         at += len(ids)
         ids = np.array([logits[0].argmax()], dtype=np.int32)
-        found.append(int(ids[0]))
+        actual.append(int(ids[0]))
     engine.close()
-    return found
+    return actual
 
 
 @pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")
@@ -63,5 +63,5 @@ def test_a_file_with_a_tokenizer_and_quantised_tensors_loads(tmp_path):
     llm, model = source(tmp_path, kind="Q8_0", hidden=64, ffn=96)
     path, plan = tmp_path / "a.gguf", Plan.removing(1, 2)
     export_gguf(model, plan, path)
-    found, ours = engine_logits(path), masked_logits(llm, plan)
-    assert (found - ours).abs().max() < 0.05 * ours.abs().max()  # 8 bits, of inputs too
+    actual, ours = engine_logits(path), masked_logits(llm, plan)
+    assert (actual - ours).abs().max() < 0.05 * ours.abs().max()  # 8 bits, of inputs too

@@ -84,15 +84,15 @@ def lowered(llm, residencies=("resident", "offload")):
     """Weights at levels, those of embeddings and head included."""
     levels = {0: "int8", 3: "int4"}
     plan = Plan(weights=tuple(levels.items()), embeddings="int8")
-    found = [scored(llm, 16)]
+    actual = [scored(llm, 16)]
     for residency in residencies:
         llm.set_residency(residency)
         for applied in (plan, Plan.removing(1, 2), Plan()):
             llm.apply(applied)
             with torch.no_grad():
                 logits = llm.model(input_ids=TOKENS[:2].to(llm.device)).logits
-            found.append(logits.cpu().numpy().ravel())
-    return np.concatenate(found)
+            actual.append(logits.cpu().numpy().ravel())
+    return np.concatenate(actual)
 
 
 def looked_up(llm):

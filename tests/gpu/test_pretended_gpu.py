@@ -15,7 +15,7 @@ from rap_env.models.device import choose_device
 from rap_env.models.files import streamed
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.live.calibration import calibrate, self_written
+from rap_env.models.live.calibration import calibrate, generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
@@ -72,9 +72,9 @@ def test_every_path_gives_what_it_gives_on_the_cpu(name, dtype):
     for path, run in PATHS.items():
         expected = run(llm_of(name, "cpu", dtype))
         with pretended_gpu():
-            found = run(llm_of(name, "cuda", dtype))
+            actual = run(llm_of(name, "cuda", dtype))
         rounding = 1e-4 if dtype == torch.float32 else 3e-2
-        np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding, err_msg=path)
+        np.testing.assert_allclose(actual, expected, rtol=rounding, atol=rounding, err_msg=path)
 
 
 @pytest.mark.parametrize("name", WIDE_FAMILIES)
@@ -87,8 +87,8 @@ def test_levels_of_few_bits_give_what_they_give_on_the_cpu(name):
 
     expected = run(llm_of(name, "cpu"))
     with pretended_gpu():
-        found = run(llm_of(name, "cuda"))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        actual = run(llm_of(name, "cuda"))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_number_of_masks_in_a_batch_depends_on_sizes_and_is_part_of_the_key():
@@ -134,8 +134,8 @@ def test_few_steps_wait_for_the_device():
 def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     expected = run(llm_of(name, "cpu"))
     with pretended_gpu():
-        found = run(llm_of(name, "cuda"))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        actual = run(llm_of(name, "cuda"))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture
@@ -143,12 +143,12 @@ def on_each_device(tmp_path, monkeypatch):
     """Run something on the CPU and on the GPU, each with a cache folder of its own."""
 
     def run(path):
-        found = []
+        actual = []
         for device in ("cpu", "cuda"):
             monkeypatch.setenv("RAP_CACHE_DIR", str(tmp_path / device))
             with pretended_gpu():
-                found.append(path(device))
-        return found
+                actual.append(path(device))
+        return actual
 
     return run
 
@@ -162,13 +162,15 @@ def test_int4_weights_of_a_text_are_made_and_read_from_files(on_each_device):
             scores.append(MaskScorer(llm, TOKENS).nll(Plan.uniform(1, weights="int4")))
         return scores
 
-    expected, found = on_each_device(calibrated)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    expected, actual = on_each_device(calibrated)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 def test_the_model_writes_its_own_text(on_each_device):
-    expected, found = on_each_device(lambda device: self_written(llm_of("llama", device), 2, 8, 0))
-    assert found.tolist() == expected.tolist()  # the pretended GPU draws the CPU's random numbers
+    expected, actual = on_each_device(
+        lambda device: generate_windows(llm_of("llama", device), 2, 8, 0)
+    )
+    assert actual.tolist() == expected.tolist()  # the pretended GPU draws the CPU's random numbers
 
 
 def test_a_packed_model_is_served(on_each_device, tmp_path):
@@ -178,8 +180,8 @@ def test_a_packed_model_is_served(on_each_device, tmp_path):
         llm = load_llm(tmp_path / "tiny.gguf", device=device, dtype="float32")
         return live(llm, "offload")
 
-    expected, found = on_each_device(opened)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    expected, actual = on_each_device(opened)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_processes_get_the_memory_of_blocks_that_are_removed():
@@ -264,12 +266,12 @@ def test_a_model_on_several_devices_is_refused(tmp_path):
 
 def test_dropped_weights_are_read_again_to_the_gpu(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    found = []
+    actual = []
     for device in ("cpu", "cuda"):
         with pretended_gpu():
             model = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
-            found.append(lowered(ElasticLLM(model, None, name="llama", folder=tmp_path), ["drop"]))
-    np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)
+            actual.append(lowered(ElasticLLM(model, None, name="llama", folder=tmp_path), ["drop"]))
+    np.testing.assert_allclose(*actual, rtol=1e-3, atol=1e-3)
 
 
 def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):

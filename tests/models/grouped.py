@@ -67,7 +67,7 @@ def rows_of(batch: LiveBatch) -> list[list[int]]:
 
 
 def assert_near(
-    found: torch.Tensor, expected: torch.Tensor, *, native: torch.Tensor | None = None
+    actual: torch.Tensor, expected: torch.Tensor, *, native: torch.Tensor | None = None
 ) -> None:
     """Equal up to float32 rounding.
 
@@ -78,4 +78,4 @@ def assert_near(
     allowed = 1e-4 * float(expected.abs().max())
     if native is not None:
         allowed = max(allowed, 0.1 * float((native - expected).abs().max()))
-    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=allowed)

@@ -17,8 +17,8 @@ def logits(model: Any, **changes: Any) -> torch.Tensor:
     """Logits of a padded batch, of a live model or one of transformers."""
     module = model.model if isinstance(model, ElasticLLM) else model
     with torch.no_grad():
-        found: torch.Tensor = module(**{**padded_batch(), **changes}).logits
-    return found
+        actual: torch.Tensor = module(**{**padded_batch(), **changes}).logits
+    return actual
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -103,7 +103,7 @@ class BlockAttention:
         full = min(first, done)
         if self.level.window_tokens is None and self.window is None:
             if full:
-                self._merge(first, end, *_joined(keys, values, 0, full), None)
+                self._merge(first, end, *_as_tokens(keys, values, 0, full), None)
             ranges = [(full, done)]
         else:
             begin = self._first_seen(first)
@@ -116,7 +116,7 @@ class BlockAttention:
             groups = torch.arange(base + start, base + stop, device=self.query.device)
             seen = self._seen(first, end, groups)
             if seen is None or bool(seen.any()):
-                self._merge(first, end, *_joined(keys, values, start, stop), seen)
+                self._merge(first, end, *_as_tokens(keys, values, start, stop), seen)
 
     def _first_seen(self, first: int) -> int:
         """The first of the chunk's groups that a block's first query may see, sinks apart."""
@@ -191,7 +191,7 @@ class BlockAttention:
         return split(output, 2, each, tokens), split(lse, 2, each, tokens)
 
 
-def _joined(
+def _as_tokens(
     keys: torch.Tensor, values: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return keys[:, :, start:end].flatten(2, 3), values[:, :, start:end].flatten(2, 3)

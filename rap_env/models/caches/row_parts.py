@@ -71,10 +71,10 @@ class RowPart:
         self.rows, self.cache = [self.rows[other] for other in others], None
         if cache is None:
             return made
-        taken = copy.copy(cache)
-        taken.layers = [copy.copy(layer) for layer in cache.layers]
-        share_folder(cache, taken)
-        moves = [(made, taken, _index([row], device)), (self, cache, _index(others, device))]
+        row_cache = copy.copy(cache)
+        row_cache.layers = [copy.copy(layer) for layer in cache.layers]
+        share_folder(cache, row_cache)
+        moves = [(made, row_cache, _index([row], device)), (self, cache, _index(others, device))]
         for number in range(len(cache.layers)):
             for part, own, index in moves:
                 _select_rows(own.layers[number], part.length, index, length - part.length)
@@ -123,7 +123,7 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
         parts: Parts with caches; they must not be used afterwards.
         new: Last tokens of each row that are not cached yet.
     """
-    joined: list[RowPart] = []
+    neighbours: list[RowPart] = []
     for _, group in itertools.groupby(parts, key=lambda p: (levels_of(p.cache), missing(p.cache))):
         first, *others = group
         for part in others:
@@ -132,8 +132,8 @@ def merged(parts: Sequence[RowPart], new: int = 0) -> list[RowPart]:
                 _concatenate(mine, theirs, length)
             first.rows = first.rows + part.rows
             note_rows(first.cache, [length - new for length in first.lengths])
-        joined.append(first)
-    return joined
+        neighbours.append(first)
+    return neighbours
 
 
 def columns_of(rows: Sequence[Sequence[int]], first: int, end: int, device: torch.device) -> Past:

@@ -71,7 +71,7 @@ def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], objec
             "with a network, or give the path of a model folder or GGUF file."
         )
     info = _ask(repo_id, revision)
-    small, weights = _wanted(info, repo_id)
+    small, weights = _files_to_download(info, repo_id)
     sizes = [file.size for file in info.siblings if file.rfilename in {*small, *weights}]
     total = "size unknown" if None in sizes else f"{sum(sizes) / 1e6:,.0f} MB"
     log.warning(
@@ -164,7 +164,7 @@ def _ask(repo_id: str, revision: str | None) -> Any:
         raise _unreachable(repo_id, error) from error
 
 
-def _wanted(info: Any, repo_id: str) -> tuple[list[str], list[str]]:
+def _files_to_download(info: Any, repo_id: str) -> tuple[list[str], list[str]]:
     """Names of small files and of weight files to download; safetensors where there are any."""
     names = [sibling.rfilename for sibling in info.siblings or []]
     for pattern in (_SAFETENSORS, _PICKLES):

@@ -38,7 +38,7 @@ from rap_env.models.files.streamed import stream_llm
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
-    own_text,
+    calibration_windows,
     use_packaged_text,
     use_text,
 )
@@ -163,7 +163,7 @@ def load_llm(
 def _calibrate_apart(folder: Path, dtype: str, llm: ElasticLLM) -> None:
     """Make levels of a lean model, which cannot run a block alone, with another one of its kind."""
     in_child(_calibrate_folder, folder, dtype, llm.name)
-    use_text(llm, own_text(llm))
+    use_text(llm, calibration_windows(llm))
 
 
 def _calibrate_folder(folder: Path, dtype: str, name: str) -> None:

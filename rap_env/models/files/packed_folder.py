@@ -23,7 +23,7 @@ from rap_env.levels import WeightLevel
 from rap_env.models.families.adapter import read_config
 from rap_env.models.files.model_folder import MANIFEST, made_once, models_dir
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
-from rap_env.models.live.calibration import calibrate, self_written, start_token
+from rap_env.models.live.calibration import calibrate, generate_windows, start_token
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.packed_modules import from_matrices, from_tensors
@@ -161,7 +161,7 @@ def _quantised(source: Path, level: PackedLevel) -> ElasticLLM:
     llm = ElasticLLM(load_weights(source, stored_dtype(source)), tokenizer, name=source.name)
     if level == "int4" and start_token(llm) is not None:
         tokens = min(_WINDOW_TOKENS, llm.adapter.max_positions - 1)
-        windows = self_written(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED)
+        windows = generate_windows(llm, _CALIBRATION_TOKENS // tokens, tokens, _SEED)
         calibrate(llm, windows, [level], uniform=True)
     facts = llm.facts
     levels = facts.blocks_at(level)

@@ -51,7 +51,7 @@ def start_token(llm: ElasticLLM) -> int | None:
     return other if start is None else start
 
 
-def self_written(
+def generate_windows(
     llm: ElasticLLM,
     windows: int,
     window_tokens: int,
@@ -128,7 +128,7 @@ _WINDOWS = 8  # that a block runs at a time; a multiple of `_EVERY`
 _TOKENS, _WINDOW_TOKENS, _SEED = 10_240, 256, 0
 
 
-def own_text(llm: ElasticLLM) -> torch.Tensor:
+def calibration_windows(llm: ElasticLLM) -> torch.Tensor:
     """The text that a model's levels are made with by default, (windows, tokens): its own.
 
     Half of the windows begin with random tokens (as in Liu et al. 2023, LLM-QAT), because 40
@@ -147,8 +147,8 @@ def own_text(llm: ElasticLLM) -> torch.Tensor:
     first_tokens = torch.randint(0, llm.facts.vocab_size, (count,), generator=generator)
     windows = torch.cat(
         [
-            self_written(llm, count, tokens, _SEED),
-            self_written(llm, count, tokens, _SEED, first_tokens=first_tokens),
+            generate_windows(llm, count, tokens, _SEED),
+            generate_windows(llm, count, tokens, _SEED, first_tokens=first_tokens),
         ]
     )
     save_artifact(path, _TEXT_KIND, _TEXT_FORMAT, {"tokens": windows.tolist()})
@@ -175,8 +175,8 @@ def use_packaged_text(llm: ElasticLLM) -> None:
 
 
 def calibrate_on_own_text(llm: ElasticLLM) -> None:
-    """`calibrate` with `own_text`."""
-    calibrate(llm, own_text(llm))
+    """`calibrate` with `calibration_windows`."""
+    calibrate(llm, calibration_windows(llm))
 
 
 def use_text(

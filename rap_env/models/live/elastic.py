@@ -145,10 +145,10 @@ class ElasticLLM:
                 memory are removed now; `ModelNotAvailableError` is the same for a missing file.
         """
         with self.exclusive():
-            wanted = self._wanted(plan)
-            self._live.prepare(wanted)
+            target = self._target(plan)
+            self._live.prepare(target)
             self._live.lower_caches(plan)
-            self._live.set(wanted, evict=True)
+            self._live.set(target, evict=True)
 
     def apply_readable(self, plan: Plan) -> dict[str, RapError]:
         """`apply` a plan without the weights that cannot be read now.
@@ -161,12 +161,12 @@ class ElasticLLM:
             RapError: As for `apply`, except for files that are damaged or missing.
         """
         with self.exclusive():
-            wanted = self._wanted(plan)
+            target = self._target(plan)
             self._live.lower_caches(plan)
-            errors = self._live.set_readable(wanted)
+            errors = self._live.set_readable(target)
             if errors:  # evict the caches of what is removed, and put in its stubs
                 self._live.lower_caches(self.plan)
-                self._live.set(self._wanted(self.plan), evict=True)
+                self._live.set(self._target(self.plan), evict=True)
             names = (*map(block_name, range(self.num_blocks)), EMBEDDINGS)
             return {names[key]: error for key, error in errors.items()}
 
@@ -191,7 +191,7 @@ class ElasticLLM:
         with self.exclusive():
             before = self._live.state
             try:
-                self._live.set(self._wanted(plan, bare))
+                self._live.set(self._target(plan, bare))
                 yield self
             finally:
                 self._live.set(before, evict=True)
@@ -274,7 +274,7 @@ class ElasticLLM:
         removed = (*self._live.removed, *self.pruned.removed)
         return frozenset(index // 2 for index in removed if index % 2 == 0)
 
-    def _wanted(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
+    def _target(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
         self._check_levels(plan.check(self.num_blocks))
         if absent := self._live.absent_in(plan):
             self._make_levels(absent)

@@ -225,7 +225,7 @@ class LiveBatch:
 
     def take(self, row: int) -> LiveBatch:
         """Move a row to a batch of its own, with its cache."""
-        taken = LiveBatch(
+        single = LiveBatch(
             self._llm,
             restore=self._restore,
             most_tokens=self._most_tokens,
@@ -240,9 +240,9 @@ class LiveBatch:
                 alone = len(part.rows) == 1
                 own = self._parts.pop(number) if alone else part.split(row, self._llm.device)
                 self._llm.track_cache(own.cache)
-                taken._parts = [own]
+                single._parts = [own]
                 break
-        return taken
+        return single
 
     def lower(self, bits: int) -> None:
         """Bring all caches to at most so many bits a value, whatever the plan is."""

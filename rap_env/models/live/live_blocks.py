@@ -87,10 +87,10 @@ class LiveBlocks:
         return self._removed
 
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
-    def prepare(self, wanted: LiveState) -> None:
+    def prepare(self, target: LiveState) -> None:
         """Make levels that did not exist so far, as far as they can be kept out of memory."""
         if self.store is not None:
-            for key, level in self._changes(wanted).items():
+            for key, level in self._changes(target).items():
                 self.store.prepare(self._item(key), level)
 
     def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
@@ -109,21 +109,21 @@ class LiveBlocks:
             self.store.verify(self._item(key))
 
     @torch.inference_mode(False)
-    def set(self, wanted: LiveState, *, evict: bool = False) -> None:
-        """Give every item its level in `wanted`.
+    def set(self, target: LiveState, *, evict: bool = False) -> None:
+        """Give every item its level in `target`.
 
         Args:
-            wanted: The new state, whose levels all exist.
+            target: The new state, whose levels all exist.
             evict: Free the weights that it does not use, unless the residency keeps them. This
                 happens before others are loaded, so that memory never holds more than either plan
                 needs.
         """
-        self.prepare(wanted)
-        for error in self._set(wanted, evict).values():
+        self.prepare(target)
+        for error in self._set(target, evict).values():
             raise error
 
     @torch.inference_mode(False)
-    def set_readable(self, wanted: LiveState) -> dict[int, RapError]:
+    def set_readable(self, target: LiveState) -> dict[int, RapError]:
         """`set` with `evict`, without weights that cannot be read.
 
         Returns:
@@ -131,7 +131,7 @@ class LiveBlocks:
             are removed now.
         """
         errors: dict[int, RapError] = {}
-        for key, level in self._changes(wanted).items():
+        for key, level in self._changes(target).items():
             try:
                 if self.store is not None:
                     self.store.prepare(self._item(key), level)
@@ -141,42 +141,42 @@ class LiveBlocks:
                 errors[key] = error
         names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
         present = self.state.plan.levels
-        plan = wanted.plan.lower({names[key]: present.get(names[key], "native") for key in errors})
+        plan = target.plan.lower({names[key]: present.get(names[key], "native") for key in errors})
         stubs = {index: self._removed.get(index) for index in plan.removed}
-        return errors | self._set(LiveState(plan, {**stubs, **wanted.stubs}), evict=True)
+        return errors | self._set(LiveState(plan, {**stubs, **target.stubs}), evict=True)
 
-    def _set(self, wanted: LiveState, evict: bool) -> dict[int, RapError]:
+    def _set(self, target: LiveState, evict: bool) -> dict[int, RapError]:
         """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
-        changes = self._changes(wanted)
-        for index, stub in wanted.stubs.items():
+        changes = self._changes(target)
+        for index, stub in target.stubs.items():
             if index not in self._removed or self._removed[index] is not stub:
                 self.sites[index].remove(stub)
                 self._removed[index] = stub
-        self._set_caches(wanted.plan.caches)
+        self._set_caches(target.plan.caches)
         if self.store is not None and evict:
             for key, item in enumerate(self.all_items):
-                self.store.release(item, self._level(wanted, key))
+                self.store.release(item, self._level(target, key))
         errors: dict[int, RapError] = {}
         try:
             errors = self._set_weights(changes)
         except BaseException:
-            self.state = self._found_state()
+            self.state = self._present_state()
             raise
-        self.state = self._found_state() if errors else wanted
+        self.state = self._present_state() if errors else target
         return errors
 
-    def _changes(self, wanted: LiveState) -> dict[int, WeightLevel]:
+    def _changes(self, target: LiveState) -> dict[int, WeightLevel]:
         """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
         before = self.state.plan
         keys: set[int] = set()
-        if before.embeddings != wanted.plan.embeddings:
+        if before.embeddings != target.plan.embeddings:
             keys.add(len(self.items))
-        if before.weights != wanted.plan.weights:
-            changed = {*before.weights} ^ {*wanted.plan.weights}
+        if before.weights != target.plan.weights:
+            changed = {*before.weights} ^ {*target.plan.weights}
             keys.update(index for index, _ in changed)
         keys.update(self._removed)
-        keys -= wanted.stubs.keys()
-        return {key: self._level(wanted, key) for key in sorted(keys, reverse=True)}
+        keys -= target.stubs.keys()
+        return {key: self._level(target, key) for key in sorted(keys, reverse=True)}
 
     def _set_weights(self, changes: Mapping[int, WeightLevel]) -> dict[int, RapError]:
         done, errors = set(), dict[int, RapError]()
@@ -215,7 +215,7 @@ class LiveBlocks:
                     self.sites[key].remove(None)
                     self._removed[key] = None
 
-    def _found_state(self) -> LiveState:
+    def _present_state(self) -> LiveState:
         """The state as it is, by looking at each item."""
         kept = (index for index in range(len(self.items)) if index not in self._removed)
         plan = Plan(
@@ -234,13 +234,13 @@ class LiveBlocks:
         return state.plan.weight_level(key) if is_block else state.plan.embeddings
 
     def _set_caches(self, levels: Iterable[tuple[int, CacheLevel]]) -> None:
-        wanted = dict(levels)
-        for layer in self._cache_levels.keys() - wanted.keys():
+        target = dict(levels)
+        for layer in self._cache_levels.keys() - target.keys():
             self.sites[2 * layer].set_cache_level(NATIVE_CACHE)
-        for layer, level in wanted.items():
+        for layer, level in target.items():
             if self._cache_levels.get(layer) != level:
                 self.sites[2 * layer].set_cache_level(level)
-        self._cache_levels = wanted
+        self._cache_levels = target
 
     def lower_caches(self, plan: Plan) -> None:
         """Evict and requantise keys and values in every cache in use, down to a plan's levels."""

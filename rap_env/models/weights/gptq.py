@@ -171,7 +171,7 @@ def quantise_gptq(
     if len(weight) > _ROWS:
         parts = torch.split(weight, _ROWS)
         matrices = [quantise_gptq(part, level, hessian) for part in parts]
-        return matrices[0].joined(matrices)
+        return matrices[0].concatenate(matrices)
     weight = weight.detach().float()
     grid = Grid.of(stored_level(level, (weight.shape[0], weight.shape[1])), weight)
     coded = _compensated(grid, weight, hessian.factor)

@@ -115,7 +115,7 @@ class PackedMatrix:
         return cls(level, shape, **tensors)
 
     @classmethod
-    def joined(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    def concatenate(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
         """The rows of several matrices, one after the other.
 
         All have the same level and inputs. Int4 codes must be in blocks, unless there is one part.

@@ -129,7 +129,7 @@ def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
         wide = torch.empty(min(step, rows - first), inputs, device=matrix.device)
         matrix.widen(wide, first)
         parts.append(quantise(wide, level))
-    return parts[0].joined(parts)
+    return parts[0].concatenate(parts)
 
 
 def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:

@@ -40,7 +40,7 @@ def short_text():
     """A short calibration text in the place of the model's own one."""
     windows = torch.randint(4, 40, (2, 40), generator=torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outside, "own_text", lambda llm: windows)
+        patch.setattr(outside, "calibration_windows", lambda llm: windows)
         yield windows
 
 

@@ -27,8 +27,8 @@ def native(llm, rows) -> LiveBatch:
     return batch
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def states(batch: LiveBatch) -> list[torch.Tensor]:

@@ -108,14 +108,14 @@ def test_a_block_restored_and_removed_between_two_tokens(restore) -> None:
 @EVERY_BACK
 def test_decoding_with_a_cache_equals_decoding_without(name, ask, cached, gone) -> None:
     llm = tiny_llm(name)
-    found = []
+    actual = []
     for use_cache, more in ((True, cached), (False, {})):
         llm.apply(gone)
         torch.manual_seed(7)
         restored = 5 if more else 3  # chunks are two more passes for the prompt
         switch = Switch(llm, **{f"at_{restored}": Plan()})
-        found.append(generate(llm, switch, use_cache=use_cache, **ask, **more))
-    assert torch.equal(*found)
+        actual.append(generate(llm, switch, use_cache=use_cache, **ask, **more))
+    assert torch.equal(*actual)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral_sliding", "gemma2"])
@@ -247,12 +247,12 @@ class TestThreads:
         llm = tiny_llm("gemma2")
         llm.apply(Plan.removing(0, 3))
         alone = generate(llm)
-        found: list[torch.Tensor] = []
+        actual: list[torch.Tensor] = []
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                found.extend(generate(llm) for _ in range(4))
+                actual.extend(generate(llm) for _ in range(4))
             except BaseException as error:
                 errors.append(error)
 
@@ -268,8 +268,8 @@ class TestThreads:
         for thread in threads:
             thread.join(60)
         assert not errors
-        assert len(found) == 12
-        assert all(torch.equal(out, alone) for out in found)
+        assert len(actual) == 12
+        assert all(torch.equal(out, alone) for out in actual)
 
     def test_switches_take_effect_between_steps(self) -> None:
         """Whenever the mask changes, no step runs under a mixture of two masks."""

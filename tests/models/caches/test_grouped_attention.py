@@ -54,8 +54,8 @@ def plain(query, keys, values, level, scale, softcap=None, window=None) -> torch
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-    found = (weights * own) @ exact[1] + (weights * ~own) @ lower[1]
-    return found.transpose(0, 1)
+    actual = (weights * own) @ exact[1] + (weights * ~own) @ lower[1]
+    return actual.transpose(0, 1)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -75,9 +75,9 @@ def test_every_way_through_equals_the_definition(level, softcap, window, size) -
         [plain(query[b], keys[b], values[b], level, scale, softcap, window) for b in range(2)]
     )
 
-    def close(found: torch.Tensor, start: int) -> None:
-        stop = start + found.shape[1]
-        torch.testing.assert_close(found.double(), expected[:, start:stop], rtol=1e-4, atol=2e-5)
+    def close(actual: torch.Tensor, start: int) -> None:
+        stop = start + actual.shape[1]
+        torch.testing.assert_close(actual.double(), expected[:, start:stop], rtol=1e-4, atol=2e-5)
 
     whole = chunk_of(level, window, keys, values, tokens)
     close(attend(query, whole, scale, softcap, window), 0)
@@ -109,17 +109,17 @@ def test_rows_of_other_lengths_do_not_matter(level) -> None:
         set_current_step(Step(before, after, end))
         part = slice(start, end)
         chunk, _ = layer.update(keys[:, :, part], values[:, :, part])
-        found = attend(query[:, :, part], chunk, scale)
+        actual = attend(query[:, :, part], chunk, scale)
         set_current_step(None)
         for row, expected in enumerate(rows):
             new = after[row] - before[row]
             torch.testing.assert_close(
-                found[row, count - new :].double(),
+                actual[row, count - new :].double(),
                 expected[before[row] : after[row]],
                 rtol=1e-4,
                 atol=2e-5,
             )
-            assert not found[row, : count - new].any()  # padding
+            assert not actual[row, : count - new].any()  # padding
         start = end
 
 
@@ -139,8 +139,8 @@ def test_small_pieces_give_the_same(monkeypatch) -> None:
     for module in (block_attention, token_attention):
         monkeypatch.setattr(module, "PIECE_VALUES", 2 * 2 * GROUP_TOKENS * 16 * 2)
     monkeypatch.setattr(token_attention, "_UNPACKED_BYTES", 5 * 2 * 2 * GROUP_TOKENS * 16 * 2)
-    for found, expected in zip(both(), whole, strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(both(), whole, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_numbers_of_half_precision_stay_close() -> None:
@@ -148,13 +148,13 @@ def test_numbers_of_half_precision_stay_close() -> None:
     level = CacheLevel.of("int4")
     query, keys, values = (random(1, n, 100, 64, seed=n).bfloat16() for n in (4, 2, 2))
     expected = plain(query[0], keys[0], values[0], level, 0.125)
-    found = attend(query, chunk_of(level, None, keys, values, 100), 0.125)[0]
+    actual = attend(query, chunk_of(level, None, keys, values, 100), 0.125)[0]
     layer = GroupedLayer(level)
     layer.update(keys[:, :, :99], values[:, :, :99])
     chunk, _ = layer.update(keys[:, :, 99:], values[:, :, 99:])
     single = attend(query[:, :, 99:], chunk, 0.125)[0]
-    assert found.dtype == single.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02)
+    assert actual.dtype == single.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=0.02)
     torch.testing.assert_close(single.double(), expected[99:], rtol=0, atol=0.02)
 
 
@@ -164,8 +164,8 @@ def test_a_stored_value_is_off_by_half_a_code(bits, size) -> None:
     keys, values = random(2, 3, 4, 32, size) * 3 + 2, random(2, 3, 4, 32, size, seed=1) - 1
     groups = pack(bits, keys, values)
     assert sum(t.nbytes for t in groups) == 2 * 4 * CacheLevel(bits).group_bytes(3, size, 4)
-    found = widen(bits, groups, torch.float32)
-    for mine, again in zip(found, rounded(bits, keys, values), strict=True):
+    actual = widen(bits, groups, torch.float32)
+    for mine, again in zip(actual, rounded(bits, keys, values), strict=True):
         assert torch.equal(mine, again)
     key_part, value_part = parts(groups)
     scale = value_part.scale.float().transpose(-1, -2)
@@ -174,7 +174,7 @@ def test_a_stored_value_is_off_by_half_a_code(bits, size) -> None:
     # range of the codes; zeros are rounded to 8 bits as well.
     most = 127 if bits == 8 else 2**bits - 1
     for mine, exact, step in zip(
-        found, (keys, values), (key_part.scale.float(), scale), strict=True
+        actual, (keys, values), (key_part.scale.float(), scale), strict=True
     ):
         off = (mine - exact).abs()
         assert (off <= step * (0.5 + most / 256) + exact.abs().amax() / 256).all()

@@ -74,8 +74,8 @@ def test_a_padded_pass_with_a_cache_and_without_one_equals_each_row(name, level)
             output = llm.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=use_cache
             )
-        for found, row, alone in zip(output.logits, expected, native, strict=True):
-            assert_near(found[-len(row) :], row, native=alone)
+        for actual, row, alone in zip(output.logits, expected, native, strict=True):
+            assert_near(actual[-len(row) :], row, native=alone)
 
 
 @each_family("name", level=["int4", "window64"], removed=REMOVALS)
@@ -181,11 +181,13 @@ def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
         own = (length - 1) // 32
         for slot, group in enumerate(mine._slots(length)):
             if group >= 0 and mine.level.sees(own, group) and not mine.is_sliding:
-                for found, expected in zip(mine.groups, theirs.groups, strict=True):
-                    if found.dtype.is_floating_point:
-                        torch.testing.assert_close(found[row, :, slot], expected[row, :, slot])
+                for actual, expected in zip(mine.groups, theirs.groups, strict=True):
+                    if actual.dtype.is_floating_point:
+                        torch.testing.assert_close(actual[row, :, slot], expected[row, :, slot])
                     else:
-                        assert (found[row, :, slot] == expected[row, :, slot]).float().mean() > 0.99
+                        assert (
+                            actual[row, :, slot] == expected[row, :, slot]
+                        ).float().mean() > 0.99
         tail = slice(0, length - 32 * own)
         torch.testing.assert_close(mine.keys[row, :, tail], theirs.keys[row, :, tail])
 
@@ -275,9 +277,9 @@ def test_bfloat16_stays_within_its_rounding(name, level) -> None:
     expected = last_logits(llm, rows)
     batch = LiveBatch(llm)
     batch.prefill([row[:-10] for row in rows])
-    found = grown(batch, [row[-10:] for row in rows])
+    actual = grown(batch, [row[-10:] for row in rows])
     assert batch.kv_bytes == predicted_bytes(llm, 2, 100)
-    assert (found - expected).abs().max() <= 0.1 * (expected.max() - expected.min())
+    assert (actual - expected).abs().max() <= 0.1 * (expected.max() - expected.min())
 
 
 def generate(run, rows, **kwargs):
@@ -349,12 +351,12 @@ def test_caches_of_other_kinds_are_rejected_and_unchanged() -> None:
     with pytest.raises(UnsupportedCacheError, match="cannot remove tokens again"):
         cache.crop(-1)
     cache.crop(0)
-    held = cache_bytes(cache)
+    held_bytes = cache_bytes(cache)
     mask = torch.ones(1, 15, dtype=torch.long)
     mask[0, 5] = 0
     with pytest.raises(UnsupportedCacheError, match="needs all padding on the left"):
         llm.model(input_ids=ids[:, :2], attention_mask=mask, **{name: cache})
-    assert cache_bytes(cache) == held
+    assert cache_bytes(cache) == held_bytes
 
 
 def test_another_attention_has_no_levels() -> None:

@@ -49,16 +49,16 @@ def test_room_changes_no_bit_of_any_step(name) -> None:
 def test_within_the_reserve_nothing_is_copied_and_its_bytes_count_from_the_start() -> None:
     llm = tiny_llm()
     batch = filled(llm, 12)
-    before, held = places(batch), batch.kv_bytes
+    before, held_bytes = places(batch), batch.kv_bytes
     for _ in range(5):
         batch.extend([3, 3])
-        assert (places(batch), batch.kv_bytes) == (before, held)
+        assert (places(batch), batch.kv_bytes) == (before, held_bytes)
     exact = filled(llm, 0)
     for _ in range(5):
         exact.extend([3, 3])
-    assert exact.kv_bytes == held
+    assert exact.kv_bytes == held_bytes
     batch.extend([3, 3])  # a 13th token
-    assert batch.kv_bytes == held * 13 // 12
+    assert batch.kv_bytes == held_bytes * 13 // 12
 
 
 def test_rows_that_leave_or_join_get_room_again() -> None:
@@ -98,10 +98,10 @@ def test_a_removed_block_and_a_lower_level_free_what_was_reserved() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_freed_pages_leave_the_process_at_once() -> None:
     meter, size = ResidentMeter(tiny_llm()), 16 * 2**20
-    held = [own_pages(2**16).zero_() for _ in range(size // 2**16)]
-    between = [bytearray(2**10) for _ in held]  # younger objects in the heap
+    pages = [own_pages(2**16).zero_() for _ in range(size // 2**16)]
+    between = [bytearray(2**10) for _ in pages]  # younger objects in the heap
     full = meter.used_bytes()
-    del held
+    del pages
     assert full - meter.used_bytes() >= 0.95 * size
     assert len(between) == size // 2**16
 

@@ -151,11 +151,11 @@ class TestDownloads:
         folder = sources.locate(other).folder
         put_into_hub_cache(tmp_path / "hub")
         (lonely / "models" / "half-made").mkdir()
-        found = {model.name: model for model in cached_models()}
-        assert set(found) == {"smollm2-135m@pypi", "smollm2-135m@hub", "other.gguf"}
-        assert found["smollm2-135m@pypi"] == fetched
-        assert found["other.gguf"].folder == folder
-        assert found["smollm2-135m@hub"].size_bytes > 1000
+        actual = {model.name: model for model in cached_models()}
+        assert set(actual) == {"smollm2-135m@pypi", "smollm2-135m@hub", "other.gguf"}
+        assert actual["smollm2-135m@pypi"] == fetched
+        assert actual["other.gguf"].folder == folder
+        assert actual["smollm2-135m@hub"].size_bytes > 1000
 
 
 def test_a_wheel_without_the_model_is_rejected(index, monkeypatch) -> None:

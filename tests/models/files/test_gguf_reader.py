@@ -63,14 +63,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_entries_are_those_of_the_reference_reader(path: Path) -> None:
-    wanted, found = GGUFReader(path), GgufFile(path)
-    names = [name for name in wanted.fields if not name.startswith("GGUF.")]
-    assert list(found.fields) == names
-    assert found.value("a.texts") == ["x", "yz", ""]
+    expected, actual = GGUFReader(path), GgufFile(path)
+    names = [name for name in expected.fields if not name.startswith("GGUF.")]
+    assert list(actual.fields) == names
+    assert actual.value("a.texts") == ["x", "yz", ""]
     for name in names:
-        assert found.value(name) == wanted.fields[name].contents(), name
-        assert found.fields[name].types == wanted.fields[name].types
-    assert found.value("absent", 7) == 7
+        assert actual.value(name) == expected.fields[name].contents(), name
+        assert actual.fields[name].types == expected.fields[name].types
+    assert actual.value("absent", 7) == 7
 
 
 def test_another_byte_order_is_rejected(path: Path) -> None:
@@ -99,12 +99,12 @@ def test_four_bits_stay_as_they_are(name: str) -> None:
     matrix = packed_blocks(blocks, kind)
     assert packs_as_int4(kind)
     assert (matrix.level, matrix.shape) == ("int4", (128, 512))
-    wanted = torch.from_numpy(dequantize(blocks, kind)).view(128, -1, 32)
-    found = matrix.widened(torch.float32).view_as(wanted)
-    low, high = wanted.aminmax(dim=-1, keepdim=True)
+    expected = torch.from_numpy(dequantize(blocks, kind)).view(128, -1, 32)
+    actual = matrix.widened(torch.float32).view_as(expected)
+    low, high = expected.aminmax(dim=-1, keepdim=True)
     largest = torch.maximum(low.abs(), high.abs()) + (high - low)
-    assert ((found - wanted).abs() <= _HALF_ULP * largest).all()
-    assert (found != found[0, 0, 0]).any()
+    assert ((actual - expected).abs() <= _HALF_ULP * largest).all()
+    assert (actual != actual[0, 0, 0]).any()
 
 
 @pytest.mark.parametrize("name", INT8)
@@ -114,19 +114,19 @@ def test_other_types_are_rounded_to_eight_bits(name: str) -> None:
     assert not packs_as_int4(kind)
     assert (matrix.level, matrix.shape) == ("int8", (128, 512))
     assert matrix.scales.shape == (128,)
-    wanted = torch.from_numpy(dequantize(blocks, kind))
-    step = wanted.abs().amax(dim=1, keepdim=True) / 127
+    expected = torch.from_numpy(dequantize(blocks, kind))
+    step = expected.abs().amax(dim=1, keepdim=True) / 127
     # half a step, and what rounding the scale to bfloat16 shifts the largest code by
-    assert ((matrix.widened(torch.float32) - wanted).abs() <= (0.5 + 127 * 2.0**-9) * step).all()
+    assert ((matrix.widened(torch.float32) - expected).abs() <= (0.5 + 127 * 2.0**-9) * step).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 def test_rows_are_put_in_order(name: str) -> None:
     kind, blocks = GGMLQuantizationType[name], random_blocks(name)
     order = np.random.default_rng(2).permutation(len(blocks))
-    found, wanted = packed_blocks(blocks, kind, order), packed_blocks(blocks[order], kind)
-    assert torch.equal(found.codes, wanted.codes)
-    assert torch.equal(found.scales, wanted.scales)
+    actual, expected = packed_blocks(blocks, kind, order), packed_blocks(blocks[order], kind)
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal(actual.scales, expected.scales)
 
 
 def test_large_tensors_are_rounded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,13 @@ def check_weights(native: Any, wide: Any) -> int:
         if not (isinstance(module, PackedModule) and attribute in module.matrices):
             assert torch.equal(getattr(module, attribute), parameter), name
             continue
-        wanted = parameter.T if type(wide.get_submodule(owner)).__name__ == "Conv1D" else parameter
-        found = module.matrices[attribute].widened(torch.float32)
+        expected = (
+            parameter.T if type(wide.get_submodule(owner)).__name__ == "Conv1D" else parameter
+        )
+        actual = module.matrices[attribute].widened(torch.float32)
         coarse = 2.0**-7 if module.level == "int4" else 0.75 / 127
-        largest = wanted.abs().amax(dim=1, keepdim=True)
-        assert ((found - wanted).abs() <= 2 * coarse * largest).all(), name
+        largest = expected.abs().amax(dim=1, keepdim=True)
+        assert ((actual - expected).abs() <= 2 * coarse * largest).all(), name
     return sum(isinstance(module, PackedModule) for module in modules.values())
 
 
@@ -60,8 +62,8 @@ def test_a_file_is_loaded_with_its_own_bits(kind, level, tied, lonely, tmp_path)
     assert up.level == rows.level == head.level == level
     assert (head.weight_codes is rows.weight_codes) == tied
     # the same weights up to rounding give the same distribution but for noise of that size
-    found, wanted = (torch.log_softmax(m(IDS).logits, -1) for m in (native, wide))
-    assert (wanted.exp() * (wanted - found)).sum(-1).abs().max() < 0.02
+    actual, expected = (torch.log_softmax(m(IDS).logits, -1) for m in (native, wide))
+    assert (expected.exp() * (expected - actual)).sum(-1).abs().max() < 0.02
     configs = [{**m.config.to_dict(), "_name_or_path": ""} for m in (native, wide)]
     assert configs[0] == configs[1]
     assert native.generation_config == wide.generation_config
@@ -71,12 +73,12 @@ def test_buffers_and_dtype_are_those_of_transformers(lonely: Path, tmp_path: Pat
     write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_1", **SIZES)
     native = load_native(converted_gguf(tmp_path / "tiny.gguf", packed=True), torch.bfloat16)
     wide = load_weights(converted_gguf(tmp_path / "tiny.gguf"), torch.bfloat16)
-    found = dict(native.named_buffers())
+    actual = dict(native.named_buffers())
     buffers = dict(wide.named_buffers())
     assert buffers
     for name, buffer in buffers.items():
-        assert found[name].dtype == buffer.dtype
-        assert torch.equal(found[name], buffer), name
+        assert actual[name].dtype == buffer.dtype
+        assert torch.equal(actual[name], buffer), name
     assert native.dtype == wide.dtype == native.config.dtype == torch.bfloat16
     assert native.config._attn_implementation == wide.config._attn_implementation
     assert not any(
@@ -148,8 +150,8 @@ def test_gemma_with_mixed_types(lonely: Path, tmp_path: Path) -> None:
     assert layer.self_attn.q_proj.level == layer.mlp.up_proj.level == "int8"
     assert torch.equal(native.model.embed_tokens.embed_scale, wide.model.embed_tokens.embed_scale)
     ids = torch.arange(2, 30)[None]  # longer than the window
-    found, wanted = (torch.log_softmax(m(ids).logits, -1) for m in (native, wide))
-    assert (wanted.exp() * (wanted - found)).sum(-1).abs().max() < 0.02
+    actual, expected = (torch.log_softmax(m(ids).logits, -1) for m in (native, wide))
+    assert (expected.exp() * (expected - actual)).sum(-1).abs().max() < 0.02
 
 
 def test_the_blocks_of_a_transposed_matrix_are_kept(lonely: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.live.calibration import calibrate, self_written
+from rap_env.models.live.calibration import calibrate, generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
@@ -44,7 +44,7 @@ def test_a_format_equals_the_level_of_a_live_model(tmp_path, name, level, dtype)
     packed = load_llm(folder, device="cpu", dtype=dtype, weights=level)
     live = load_llm(folder, device="cpu", dtype=dtype)
     if level == "int4":
-        text = self_written(live, CALIBRATION_TOKENS // 63, 63, seed=0)
+        text = generate_windows(live, CALIBRATION_TOKENS // 63, 63, seed=0)
         calibrate(live, text, ["int4"], uniform=True)
     live.apply(Plan.uniform(LAYERS, weights=level, embeddings="int8"))
     assert torch.equal(logits(packed), logits(live))
@@ -109,11 +109,11 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
     mixed = ElasticLLM(llm.model, None, name="mixed")
     native = logits(mixed)
     mixed.set_residency("offload")
-    held = mixed.held_bytes.weights
+    held_bytes = mixed.held_bytes.weights
     mixed.apply(Plan.of({"layer00.ffn": "int4"}))
     assert mixed.model.get_submodule(narrow.name) is module
     assert (
-        held - mixed.held_bytes.weights
+        held_bytes - mixed.held_bytes.weights
         == mixed.facts.weight_levels(1)["native"] - (mixed.facts.weight_levels(1)["int4"])
     )
     assert torch.equal(

@@ -43,10 +43,10 @@ def test_outputs_on_another_text_come_closer(family: str) -> None:
 def test_later_processes_read_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (tiny.tiny_llm("llama") for _ in range(3))
     calibrate(first, WINDOWS)
-    wanted = _logits(first, INT4)
+    expected = _logits(first, INT4)
     monkeypatch.setattr(calibration, "quantise_gptq", lambda *_, **__: pytest.fail("made again"))
     calibrate(second, WINDOWS)
-    assert torch.equal(_logits(second, INT4), wanted)
+    assert torch.equal(_logits(second, INT4), expected)
     with pytest.raises(pytest.fail.Exception, match="made again"):
         calibrate(third, WINDOWS[:8])
 

@@ -17,14 +17,14 @@ def test_packed_decoding_gives_the_same_logits(name, dtype) -> None:
     speed_up_decoding(packed.model)
     for prompts in ([[5, 9, 14]] * 2, [[5, 9, 14], [7] * 9]):  # without padding, and with
         for mask in (Plan(), Plan.removing(0, 3)):
-            found = []
+            actual = []
             for llm in (plain, packed):
                 llm.apply(mask)
                 batch = LiveBatch(llm)
                 batch.prefill(prompts)
-                found.append(torch.stack([batch.extend([n, n + 1]) for n in range(3, 9)]))
+                actual.append(torch.stack([batch.extend([n, n + 1]) for n in range(3, 9)]))
             torch.testing.assert_close(
-                *found, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
+                *actual, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5
             )
 
 

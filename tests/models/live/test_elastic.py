@@ -38,14 +38,14 @@ def zeroed(llm: ElasticLLM, mask: Plan):
     model = copy.deepcopy(llm.model)
     layers = llm.adapter.layers(model)
     for index in sorted(mask.removed):
-        found = [
+        actual = [
             parameter
             for name, parameter in layers[index // 2].named_parameters()
             if name.startswith(OUTPUTS[index % 2])
         ]
-        assert found
+        assert actual
         with torch.no_grad():
-            for parameter in found:
+            for parameter in actual:
                 parameter.zero_()
     return model
 
@@ -180,8 +180,8 @@ def test_a_masked_model_exposes_only_kept_weights() -> None:
     names = list(llm.model.state_dict())
     with llm.masked(Plan.removing("layer00.attn")):
         left = list(llm.model.state_dict())
-    gone = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.")
-    assert left == [n for n in names if not n.startswith(gone)]
+    removed = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.")
+    assert left == [n for n in names if not n.startswith(removed)]
     assert list(llm.model.state_dict()) == names
 
 

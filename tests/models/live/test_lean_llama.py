@@ -65,18 +65,18 @@ def both(gguf_path, tmp_path, monkeypatch) -> tuple[ElasticLLM, ElasticLLM]:
 def served(llm: ElasticLLM, plan: Plan) -> list[torch.Tensor]:
     """Logits of all passes of batches that join, shrink, and change to a plan and back."""
     batch, other = LiveBatch(llm), LiveBatch(llm, most_tokens=6)
-    found = [batch.prefill(PROMPTS[:1]), batch.extend([7])]
-    found.append(other.prefill(PROMPTS[1:]))
+    actual = [batch.prefill(PROMPTS[:1]), batch.extend([7])]
+    actual.append(other.prefill(PROMPTS[1:]))
     batch.join(other)
-    found.append(batch.extend([1, 2, 3]))
+    actual.append(batch.extend([1, 2, 3]))
     llm.apply(plan)
-    found += [batch.extend([4, 5, 6]), batch.append([[7, 8], [9, 10], [11, 12]])]
+    actual += [batch.extend([4, 5, 6]), batch.append([[7, 8], [9, 10], [11, 12]])]
     llm.apply(Plan())
-    found.append(batch.extend([13, 14, 15]))
+    actual.append(batch.extend([13, 14, 15]))
     batch.keep([1])
-    found.append(batch.extend([16]))
+    actual.append(batch.extend([16]))
     batch.close()
-    return found
+    return actual
 
 
 PLANS = {
@@ -152,11 +152,11 @@ def test_unpacked_weights_give_the_same_logits(tmp_path, dtype, kv_heads, biased
             {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)},
             {"input_ids": torch.tensor([[5], [6], [7]]), "attention_mask": more},
         ):
-            found = lean(**given, cache=caches[0]).logits
-            wanted = wide(**given, **{cache_argument(wide): caches[1]}).logits
+            actual = lean(**given, cache=caches[0]).logits
+            expected = wide(**given, **{cache_argument(wide): caches[1]}).logits
             # Norms of single tokens in bfloat16 add in another order.
             ulps = 0.0 if dtype == torch.float32 or given["input_ids"].shape[1] > 1 else 2**-6
-            torch.testing.assert_close(found, wanted, rtol=ulps, atol=ulps)
+            torch.testing.assert_close(actual, expected, rtol=ulps, atol=ulps)
         ids = inputs["input_ids"]
         assert torch.equal(lean(ids, logits_to_keep=2).logits, wide(ids, logits_to_keep=2).logits)
 

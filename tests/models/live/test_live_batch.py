@@ -25,8 +25,8 @@ SWITCHES = {
 }
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 def grown(batch: LiveBatch, steps: int, seed: int = 1) -> torch.Tensor:
@@ -101,10 +101,10 @@ def test_rows_join_and_leave_without_affecting_each_other(name) -> None:
     other.prefill(random_rows(12, 2, seed=3))
     batch.join(other)
     assert (batch.size, batch.length, other.size, other.length) == (4, 12, 0, 0)
-    gone = {index: [True] * 40 for index in (0, 3)}
+    removed = {index: [True] * 40 for index in (0, 3)}
 
     def expected() -> torch.Tensor:
-        gates = {index: gate[: batch.length] for index, gate in gone.items()}
+        gates = {index: gate[: batch.length] for index, gate in removed.items()}
         with llm.masked(Plan()):
             return gated_logits(llm, rows_of(batch), gates)[:, -1]
 

@@ -31,9 +31,9 @@ def test_blocks_run_one_by_one_equal_the_full_pass(family, dtype, stubs):
             expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
             logits = llm.model(ids, use_cache=False).logits
             assert torch.equal(view.hidden(ids), expected)
-        found = by_blocks(partial, ids, mask)
-        assert torch.equal(found, expected), mask
-        head = partial.logits(found.reshape(-1, found.shape[-1])).view(logits.shape)
+        actual = by_blocks(partial, ids, mask)
+        assert torch.equal(actual, expected), mask
+        head = partial.logits(actual.reshape(-1, actual.shape[-1])).view(logits.shape)
         assert torch.allclose(head, logits, atol=1e-6)
         without = by_blocks(plain, ids, mask)
         assert torch.equal(without, expected) == (not stubs or mask == Plan()), mask

@@ -119,9 +119,9 @@ class TestSharing:
         )  # fmt: skip
         assert [other.has_stub([block]) for block in range(NUM_BLOCKS)] == [False] * 3 + [True]
         with other.masked(Plan.removing(0)):
-            found = logits(llm)
+            actual = logits(llm)
         with llm.masked(Plan.removing(0)):
-            assert torch.equal(logits(llm), found)
+            assert torch.equal(logits(llm), actual)
 
 
 def test_removed_blocks_without_stubs_leave_no_module() -> None:
@@ -130,13 +130,13 @@ def test_removed_blocks_without_stubs_leave_no_module() -> None:
     view, single = llm.repaired(stubs, "random"), llm.repaired({0: stubs[0]}, "one")
     with view.masked(SOME, bare=Plan.removing(3)):
         assert view.plan.mask == SOME
-        found = logits(view)
+        actual = logits(view)
     with single.masked(SOME):
-        assert torch.equal(logits(single), found)
+        assert torch.equal(logits(single), actual)
     with view.masked(SOME, bare=SOME):
-        found = logits(view)
+        actual = logits(view)
     with llm.masked(SOME):
-        assert torch.equal(logits(llm), found)
+        assert torch.equal(logits(llm), actual)
     assert single.has_stub([0, 3])
     assert not single.has_stub([1, 2, 3])
     assert not llm.has_stub(range(NUM_BLOCKS))

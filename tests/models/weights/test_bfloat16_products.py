@@ -56,9 +56,9 @@ def test_sums_are_those_of_float32_rounded_once(on_a_cpu, transposed):
     weight = layer.weight.T if transposed else layer.weight
     states = torch.randn(3, 20, 48).bfloat16()
     with bfloat16_products.in_float32():
-        found = layer(states)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, wide_product(states, weight, layer.bias).bfloat16())
+        actual = layer(states)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, wide_product(states, weight, layer.bias).bfloat16())
     on_a_cpu(False)
     expected = layer(states)
     with bfloat16_products.in_float32():
@@ -70,9 +70,9 @@ def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
     monkeypatch.setattr(bfloat16_products, "TOKENS_AT_ONCE", 4)
     layer, states = torch.nn.Linear(16, 37).bfloat16(), torch.randn(2, 5, 16).bfloat16()
     with bfloat16_products.in_float32():
-        found = layer(states)
+        actual = layer(states)
     expected = wide_product(states, layer.weight, layer.bias).bfloat16()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
     extra = bfloat16_products.extra_bytes(CPU, torch.bfloat16, 10, 16, 37)
     assert extra == 4 * (4 * 16 + 4 * 10 + 10 * 16)
 
@@ -99,8 +99,8 @@ def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
     llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
     masks = [Plan(), Plan.removing(1), Plan.removing(0, 3)]
     through_float32 = MaskScorer(llm, tokens())
-    found = through_float32.nll_many(masks)
+    actual = through_float32.nll_many(masks)
     on_a_cpu(False)
     emulated = MaskScorer(llm, tokens())
-    assert found == pytest.approx(emulated.nll_many(masks), abs=2e-3)
+    assert actual == pytest.approx(emulated.nll_many(masks), abs=2e-3)
     assert through_float32.context != emulated.context

@@ -249,9 +249,9 @@ def test_levels_made_in_inference_mode_are_used_outside_of_it(tmp_path, residenc
 def test_a_temporary_plan_loads_and_evicts_weights() -> None:
     llm, plain = offloaded(), tiny_llm()
     llm.apply(INT4)
-    held = llm.held_bytes.weights
+    held_bytes = llm.held_bytes.weights
     with llm.masked(MIXED), plain.masked(MIXED):
         assert torch.equal(logits(llm), logits(plain))
-    assert llm.held_bytes.weights == held
+    assert llm.held_bytes.weights == held_bytes
     assert llm.fingerprint == plain.fingerprint
-    assert llm.held_bytes.weights == held
+    assert llm.held_bytes.weights == held_bytes

@@ -68,10 +68,10 @@ def test_bytes_and_tensors(family: str, level: PackedLevel) -> None:
             **({"bias": tuple(_bias(child).shape)} if _bias(child) is not None else {}),
         }
         same = from_tensors(child, level, module.tensors())
-        for (name, wanted), found in zip(
+        for (name, expected), actual in zip(
             module.matrices.items(), same.matrices.values(), strict=True
         ):
-            assert torch.equal(found.widened(torch.float32), wanted.widened(torch.float32)), name
+            assert torch.equal(actual.widened(torch.float32), expected.widened(torch.float32)), name
         with pytest.raises(ArtifactError, match="codes"):
             from_tensors(child, level, {})
 
@@ -90,11 +90,11 @@ def test_embeddings_and_head(family: str, level: PackedLevel) -> None:
     products = from_matrices(head, rows.matrices) if tied else packed(head, level)
     model.set_input_embeddings(rows)
     model.set_output_embeddings(products)
-    found = _logits(model)
+    actual = _logits(model)
     embedding.weight = nn.Parameter(rows.matrices["weight"].widened(rows.dtype), False)
     model.set_input_embeddings(embedding)
     model.set_output_embeddings(products.widened())
-    assert torch.allclose(found, _logits(model), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(actual, _logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_scales_keep_their_dtype_when_the_model_changes_its_own() -> None:
@@ -203,9 +203,9 @@ def test_a_packed_model_is_scored_as_one_with_its_widened_weights():
     masks, ids = [Plan.removing(1, index) for index in (0, 2, 3)], tokens(windows=4, length=20)
     scorer, reference = MaskScorer(packed_one, ids), MaskScorer(wide, ids)
     assert scorer.nll_many(MASKS) == reference.nll_many(MASKS)
-    found = find_best_plan(scorer, masks, near=Plan.removing(1))
+    actual = find_best_plan(scorer, masks, near=Plan.removing(1))
     expected = find_best_plan(reference, masks, near=Plan.removing(1))
-    assert found.nll == expected.nll
+    assert actual.nll == expected.nll
     assert scorer.context != reference.context
     assert WidenedWeights.of(packed_one.model).held_bytes > 0
     scorer.release()

@@ -49,8 +49,8 @@ def _by_input(scale: torch.Tensor, inputs: int) -> torch.Tensor:
     return scale.repeat_interleave(32, dim=1)[:, :inputs]
 
 
-def _close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    error = (found.double() - wanted.double()).norm() / wanted.double().norm()
+def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
     assert error <= tolerance
 
 
@@ -59,10 +59,10 @@ def _close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
 def test_given_int4_codes_widen_exactly(shape: tuple[int, int], dtype: torch.dtype) -> None:
     codes, scale, minimum = _grid(shape)
     matrix = PackedMatrix.from_codes(codes, scale, minimum)
-    wanted = codes * _by_input(scale, shape[1]) + _by_input(minimum, shape[1])
-    assert torch.equal(matrix.widened(dtype), wanted.to(dtype))
+    expected = codes * _by_input(scale, shape[1]) + _by_input(minimum, shape[1])
+    assert torch.equal(matrix.widened(dtype), expected.to(dtype))
     centred = PackedMatrix.from_codes(codes, scale, zero=minimum + 8 * scale)
-    assert torch.equal(centred.widened(dtype), wanted.to(dtype))
+    assert torch.equal(centred.widened(dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -81,11 +81,11 @@ def test_given_int8_codes_widen_exactly(shape, dtype) -> None:
 def test_products_equal_those_of_widened_weights(level, shape, dtype, rows) -> None:
     matrix = quantise(_random(shape), level)
     states = _random((rows, shape[1]), seed=3).to(dtype)
-    wanted = states.double() @ matrix.widened(torch.float32).double().T
-    found = matrix.product(states[None])
-    assert found.dtype == dtype
-    assert found.shape == (1, rows, shape[0])
-    _close(found[0], wanted, TOLERANCE[dtype])
+    expected = states.double() @ matrix.widened(torch.float32).double().T
+    actual = matrix.product(states[None])
+    assert actual.dtype == dtype
+    assert actual.shape == (1, rows, shape[0])
+    _close(actual[0], expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)
@@ -116,11 +116,11 @@ def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
     monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
     matrix = quantise(_random((320, 64)), level)
     states = _random((tokens, 64), seed=3).bfloat16()
-    found = matrix._by_widening(states)
+    actual = matrix._by_widening(states)
     exact = functional.linear(states.float(), matrix.widened(torch.float32))
-    torch.testing.assert_close(found, exact.bfloat16(), rtol=1e-2, atol=1e-3)
-    assert (found.float() - exact).abs().max() <= exact.abs().max() / 256
-    assert torch.equal(matrix._by_widening(states), found)
+    torch.testing.assert_close(actual, exact.bfloat16(), rtol=1e-2, atol=1e-3)
+    assert (actual.float() - exact).abs().max() <= exact.abs().max() / 256
+    assert torch.equal(matrix._by_widening(states), actual)
 
 
 def test_bytes_of_known_sizes_and_an_unknown_level() -> None:
@@ -157,10 +157,10 @@ def test_rows_are_those_of_the_widened_matrix(level, shape, dtype) -> None:
 def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(monkeypatch) -> None:
     matrix = quantise(_random((128, 64)), "int4")
     states = _random((2, 64), seed=3)
-    wanted = matrix.product(states)
+    expected = matrix.product(states)
     monkeypatch.setattr(packing, "kernel_block_rows", lambda: 0)
     monkeypatch.setattr(PackedMatrix, "_by_kernel", lambda *_: pytest.fail("kernel used"))
-    _close(matrix.product(states), wanted, 1e-6)
+    _close(matrix.product(states), expected, 1e-6)
 
 
 PRODUCTS_OF_HALF_BLOCKS = """
@@ -174,9 +174,9 @@ for shape in ((64, 32), (192, 96)) if packing.kernel_block_rows() else ():
     matrix = quantise(torch.randn(shape), "int4")
     for rows in (1, 5):
         states = torch.randn(rows, shape[1]).bfloat16()
-        wanted = states.float() @ matrix.widened(torch.float32).T
-        found = matrix._by_kernel(states).float()
-        assert (found - wanted).norm() < 0.01 * wanted.norm(), (shape, rows)
+        expected = states.float() @ matrix.widened(torch.float32).T
+        actual = matrix._by_kernel(states).float()
+        assert (actual - expected).norm() < 0.01 * expected.norm(), (shape, rows)
 """
 
 

@@ -48,11 +48,11 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("level", PACKED_LEVELS)
 def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level) -> None:
     matrix = quantise(_random(shape), native)
-    found = requantise(matrix, level)
+    actual = requantise(matrix, level)
     expected = quantise(matrix.widened(torch.float32), level)
-    assert (found.level, found.shape) == (stored_level(level, shape), shape)
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[name], expected.tensors[name]) for name in found.tensors)
+    assert (actual.level, actual.shape) == (stored_level(level, shape), shape)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(actual.tensors[name], expected.tensors[name]) for name in actual.tensors)
 
 
 def test_int8_keeps_integers_of_a_row() -> None:
