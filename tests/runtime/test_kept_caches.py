@@ -90,7 +90,7 @@ def test_a_full_disk_is_logged_once_and_memory_is_used_instead(monkeypatch, capl
     def full(*_args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("rap_env.models.caches.stored_cache.TensorFile.append", full)
+    monkeypatch.setattr("rap_env.models.caches.tensor_file.TensorFile.append", full)
     harness.budget_bytes = PLENTY
     harness.time_s += 1
     steps(engine, 3)

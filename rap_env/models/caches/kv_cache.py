@@ -21,7 +21,7 @@ any change of the mask has that effect on earlier tokens.
 **Levels.** A layer whose cache is below native is a `GroupedLayer`. A layer is brought down to its
 level at once, by `apply` or by the next pass (`lower`): what it holds is quantised in place
 of the old. It is brought up to a higher level as a block is restored, by a refill or when the cache
-is new; or at once, where what was lowered was copied to a file (`keep_copies`).
+is new; or at once, where what was lowered was copied to a file (`BatchCache.copies`).
 
 A removed attention block has a uint8 placeholder for each token in the cache, (B, 1, T, 1) (see
 `RemovedAttention`), so that lengths and positions stay right for all other layers. The cache itself
@@ -49,6 +49,7 @@ from rap_env.models.caches.layers import (
     native_layer,
     raised,
     read_back,
+    tensors_of,
 )
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
 
@@ -141,9 +142,7 @@ def cache_bytes(cache: Any) -> int:
     storages = {
         storage.data_ptr(): storage.nbytes()
         for _, layer in filled_layers(cache)
-        for tensor in (
-            layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
-        )
+        for tensor in tensors_of(layer)
         for storage in (tensor.untyped_storage(),)
     }
     return sum(storages.values())

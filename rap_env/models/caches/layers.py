@@ -16,7 +16,6 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
+from rap_env.models.caches.batch_cache import BatchCache
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.tensor_file import NativeCopy, NewCopies, TensorFile, native_states
 from rap_env.models.device import own_pages
@@ -133,22 +133,8 @@ def native_layer(layer: Any) -> Any:
 _ROWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
-
-
-def keep_copies(cache: Any, folder: Path | None) -> None:
-    """Copy what is lowered in a cache from now on to files in a folder, for `read_back`."""
-    if folder is not None:
-        _FOLDERS[cache] = folder
-
-
-def share_folder(cache: Any, other: Any) -> None:
-    """Let another cache have the folder of a cache's copies, if it has one."""
-    keep_copies(other, _FOLDERS.get(cache))
-
-
 def _new_copies(cache: Any) -> NewCopies | None:
-    folder = _FOLDERS.get(cache)
+    folder = cache.copies if isinstance(cache, BatchCache) else None
     if folder is None:
         return None
     files = functools.cache(lambda rows: [TensorFile(folder) for _ in range(rows)])
@@ -292,6 +278,11 @@ def filled_layers(cache: Any) -> Iterator[tuple[int, Any]]:
     for number, layer in enumerate(getattr(cache, "layers", ())):
         if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.dim() == 4:
             yield number, layer
+
+
+def tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
+    """All tensors of a layer that holds anything."""
+    return layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
 
 
 def _has_tokens(layer: Any) -> bool:

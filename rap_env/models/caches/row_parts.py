@@ -24,10 +24,59 @@ from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
 from rap_env.models.caches.kv_cache import Past, missing
-from rap_env.models.caches.layers import levels_of, lower, note_rows, share_folder, with_room
-from rap_env.models.caches.stored_cache import StoredCache
+from rap_env.models.caches.layers import (
+    filled_layers,
+    levels_of,
+    lower,
+    note_rows,
+    tensors_of,
+    with_room,
+)
+from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.device import send
 from rap_env.plan import Plan
+
+
+class StoredCache:
+    """Moves a cache to a file without a name, one tensor at a time.
+
+    Args:
+        cache: Its layers are empty afterwards, and become full again by `load`.
+        folder: Where the file is made; it ends with this object.
+
+    Raises:
+        OSError: The file cannot be written; the cache is as before.
+    """
+
+    def __init__(self, cache: Any, folder: Path) -> None:
+        self._cache = cache
+        self._file = TensorFile(folder)
+        tensors = [tensor for _, layer in filled_layers(cache) for tensor in tensors_of(layer)]
+        self._likes = [
+            (self._file.append(tensor), tensor.shape, tensor.dtype, tensor.device)
+            for tensor in tensors
+        ]
+        self._file.sync()
+        self._layers = [layer for _, layer in filled_layers(cache)]
+        for layer in self._layers:
+            _set_tensors(layer, [tensor.new_empty(0) for tensor in tensors_of(layer)])
+
+    def load(self) -> Any:
+        """The cache with its tensors.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        likes = iter(self._likes)
+        for layer in self._layers:
+            _set_tensors(layer, [self._file.read(*next(likes)) for _ in tensors_of(layer)])
+        return self._cache
+
+
+def _set_tensors(layer: Any, tensors: list[torch.Tensor]) -> None:
+    layer.keys, layer.values, *groups = tensors
+    if isinstance(layer, GroupedLayer):
+        layer.groups = tuple(groups)
 
 
 @dataclass
@@ -73,7 +122,6 @@ class RowPart:
             return made
         row_cache = copy.copy(cache)
         row_cache.layers = [copy.copy(layer) for layer in cache.layers]
-        share_folder(cache, row_cache)
         moves = [(made, row_cache, _index([row], device)), (self, cache, _index(others, device))]
         for number in range(len(cache.layers)):
             for part, own, index in moves:

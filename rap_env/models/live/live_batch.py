@@ -17,6 +17,7 @@ import torch
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.memory import PREFILL_CHUNK_TOKENS
+from rap_env.models.caches.batch_cache import BatchCache, PassInterruptedError
 from rap_env.models.caches.kv_cache import (
     RESTORES,
     Restore,
@@ -26,10 +27,9 @@ from rap_env.models.caches.kv_cache import (
     refill,
     update_cache,
 )
-from rap_env.models.caches.layers import ReservedLayer, keep_copies, note_rows, reserve
+from rap_env.models.caches.layers import ReservedLayer, note_rows, reserve
 from rap_env.models.caches.row_parts import PartedCache, RowPart, columns_of, merged
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.interruption import InterruptibleCache, PassInterruptedError
 from rap_env.plan import Plan
 
 
@@ -387,8 +387,7 @@ class LiveBatch:
     def _new_cache(self) -> Any:
         from transformers.cache_utils import DynamicLayer
 
-        cache = InterruptibleCache(config=self._llm.model.config)
-        keep_copies(cache, self._copies)
+        cache = BatchCache(self._llm.model.config, self._copies)
         cache.layers = [
             ReservedLayer(self.reserve_tokens) if type(layer) is DynamicLayer else layer
             for layer in cache.layers

@@ -1,4 +1,4 @@
-"""Passes that end between two layers, and what they leave in the KV cache.
+"""The KV cache of rows of a batch: passes may end between two layers, and lowered layers be copied.
 
 A pass over hundreds of tokens takes seconds on a slow CPU. Attention updates the cache once in each
 layer, so the cache is where such a pass can end, in a model of any family and without hooks.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import DynamicCache
@@ -19,10 +20,19 @@ class PassInterruptedError(Exception):
     """A pass was told to end before its last layer; it has no result."""
 
 
-class InterruptibleCache(DynamicCache):
-    """A dynamic cache; in an `interruptible` block its updates may end the pass."""
+class BatchCache(DynamicCache):
+    """A dynamic cache; in an `interruptible` block its updates may end the pass.
 
-    _interrupt: Callable[[], bool] | None = None
+    Args:
+        config: The config of the model.
+        copies: Folder of files with copies of what is lowered, for `caches.layers.read_back`; None
+            for no copies.
+    """
+
+    def __init__(self, config: Any, copies: Path | None) -> None:
+        super().__init__(config=config)
+        self.copies = copies
+        self._interrupt: Callable[[], bool] | None = None
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own."""
