@@ -22,9 +22,11 @@ from tables import GEMMA, LOW_BITS, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARC
 import rap_env
 from benchmarks.record import markdown as benchmarks_text
 from benchmarks.record import read_records as read_benchmarks
-from experiments.ladder.rows import read_ladder
-from experiments.ladder.study import STUDY as LADDER
-from experiments.ladder.tables import loss_at_equal_bytes
+from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
+from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
+from experiments.ladder.loss_against_bytes import STUDY as LADDER
+from experiments.ladder.loss_against_bytes import LadderRow, LlamaCppRow
+from experiments.ladder.outside import STUDY as OTHER_METHODS
 from experiments.long_context import STUDY as LONG_CONTEXT
 from experiments.repair import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
@@ -60,6 +62,9 @@ STUDIES: dict[str, tuple[Study[Any], Path]] = {
 }
 """Each study with its records, by the name under which the pages include it."""
 
+LADDER_ROWS = RESULTS / "ladder"
+"""Folder with a folder of rows of each program of the ladder."""
+
 
 @cache
 def study_text(name: str) -> str:
@@ -93,12 +98,11 @@ def first_section(text: str) -> str:
     return untitled(text.split("\n## ")[1])
 
 
-LADDER_FIGURE, OUTSIDE_FIGURE = "loss_against_bytes.png", "loss_at_equal_bytes.png"
-
-
 def ladder_text() -> str:
-    """All tables of the ladder."""
-    return LADDER.markdown(read_ladder(RESULTS / "ladder"))
+    """All tables of the programs of the ladder."""
+    studies: tuple[Study[Any], ...] = (OTHER_METHODS, LEVEL_COSTS, LADDER, LLAMA_CPP)
+    texts = (study.markdown(study.read(LADDER_ROWS / study.name)) for study in studies)
+    return "\n".join([f"# {LADDER.title}\n", *map(str.lstrip, map(untitled, texts))])
 
 
 def two_sections(text: str) -> str:
@@ -233,11 +237,10 @@ def command_reference() -> str:
 
 
 def draw_ladder(folder: Path) -> None:
-    """Draw loss against bytes, and beside other methods if there are rows of them."""
-    data = read_ladder(RESULTS / "ladder")
-    save_png(LADDER.figures["loss_against_bytes"](data), folder / LADDER_FIGURE)
-    if data.outside:
-        save_png(loss_at_equal_bytes(data), folder / OUTSIDE_FIGURE)
+    """Draw loss against bytes, llama.cpp's beside it, and at the bytes of other methods."""
+    rows = [*LadderRow.read(LADDER_ROWS / "ladder"), *LlamaCppRow.read(LADDER_ROWS / "llama_cpp")]
+    LADDER.draw(LADDER.data(rows), folder)
+    OTHER_METHODS.draw(OTHER_METHODS.read(LADDER_ROWS / OTHER_METHODS.name), folder)
 
 
 def main() -> None:

@@ -254,8 +254,8 @@ class RepairComparison:
         pairs = [(row, plain) for row in rows if (plain := self.at(PLAIN, row.cell, row.text))]
         if not pairs:
             return None
-        repaired, plain = map(_by_text, zip(*pairs, strict=True))
-        return stratified_mean(repaired, divided_by=plain)
+        repaired, unrepaired = map(_by_text, zip(*pairs, strict=True))
+        return stratified_mean(repaired, divided_by=unrepaired)
 
 
 def mean_delta_nll(rows: Sequence[RepairRow]) -> Estimate | None:

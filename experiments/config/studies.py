@@ -91,7 +91,7 @@ class LadderConfig(Section):
         default_factory=lambda: ["native", "int8", "int4", "int2", "window512"]
     )
     """Levels of all caches in uniform settings."""
-    removal: str | None = "frontier"
+    removing_policy: str | None = "frontier"
     """Policy that only removes blocks: a baseline, or what `rap_env.load_policy` takes; null for
     none."""
     removal_budgets: list[Fraction] = field(default_factory=lambda: [0.95, 0.9, 0.8, 0.7, 0.6])

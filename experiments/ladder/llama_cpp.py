@@ -20,14 +20,13 @@ import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer
-from experiments.ladder.rows import Ladder, LlamaCppRow
-from experiments.ladder.study import report_identity
-from experiments.ladder.tables import ladder_tables
+from experiments.ladder.loss_against_bytes import LlamaCppRow, report_identity, table_by_shape
 from experiments.launch import launch
 from experiments.study.errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.records import Shape, delta_nll_fields, request_field
 from experiments.study.run_folder import package_versions
+from experiments.study.tables import TitledTable
 from rap_env.models.files.sources import gguf_source
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
@@ -35,6 +34,11 @@ from rap_env.scoring.scorer import MaskScorer
 PACKAGE = "llama-cpp-py-sync"
 VERSION = "0.11739"
 """Version that the committed records were made with."""
+
+CAPTION = (
+    "llama.cpp on the same file and the same windows of token ids. MiB of weights and KV cache, "
+    "and in brackets the resident memory of the process beyond what it had without a model."
+)
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -142,13 +146,20 @@ def gguf_file(model: str) -> Path:
     return path
 
 
+def llama_cpp_tables(rows: list[LlamaCppRow]) -> list[TitledTable]:
+    """ΔNLL of each format of the cache, and the bytes for each request."""
+    by_cache = {(row.cache, row.shape): row for row in rows}
+    labels = {cache: cache for cache, _ in by_cache}
+    table = table_by_shape("llama.cpp's cache", labels, by_cache)
+    return [TitledTable(table, "llama.cpp", CAPTION)] if rows else []
+
+
 STUDY = Study(
     "llama_cpp",
     "The ladder",
     [LlamaCppRow],
     llama_cpp_jobs,
-    ladder_tables,
-    data=Ladder.of,
+    llama_cpp_tables,
     frozen=("model", "evaluate.text"),
 )
 

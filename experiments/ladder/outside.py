@@ -13,13 +13,11 @@ the text that this package's levels are made with. Bytes are those of the model 
 from __future__ import annotations
 
 import itertools
-import math
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -28,90 +26,104 @@ import torch
 from experiments.config import Config
 from experiments.config.studies import AS_SHIPPED, EMBEDDINGS
 from experiments.contexts import build_context, held_out_scorer, named_policy
+from experiments.ladder.level_costs_by_model import linear_layers
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp, run_process
+from experiments.ladder.loss_against_bytes import (
+    KNAPSACK,
+    LLAMA,
+    REMOVAL,
+    UNIFORM,
+    nats,
+    report_identity,
+)
 from experiments.ladder.outside_methods import (
     REPLACE_ME,
     DenseStates,
     Fit,
+    NativeLogits,
     linear_patch,
     low_rank_corrected,
     replace_me,
+    window_logits,
 )
-from experiments.ladder.rows import Ladder, OutsideRow
-from experiments.ladder.shipped import linear_layers
-from experiments.ladder.study import report_identity
-from experiments.ladder.tables import ladder_tables, loss_at_equal_bytes
 from experiments.launch import launch
+from experiments.study.figures import (
+    LINEAR_NATS,
+    Panel,
+    draw_label,
+    panel_figure,
+    scale_delta_nll,
+)
 from experiments.study.harness import Job, Study
-from experiments.study.records import delta_nll_fields
+from experiments.study.records import LossRecord
 from experiments.study.run_folder import package_versions
-from experiments.study.tables import percent
+from experiments.study.tables import TitledTable, columns_table, percent
 from rap_env.importance.one_shot_scores import layer_influence
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm
 from rap_env.models.live.calibration import OWN_TEXT_DAMPING, calibration_windows
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.gptq import hessians
 from rap_env.plan import Plan
 from rap_env.policies.orders import ascending, whole_layer
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.native_agreement import TokenComparison, agreement_of
-from rap_env.scoring.nll import HEAD_TOKENS, token_nll
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-@torch.inference_mode()
-def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Tensor:
-    """Logits of a window's positions but the last, in the model's dtype: (T,) to (T - 1, V)."""
-    forward = PartialForward(llm, widen=True)
-    with llm.masked(plan):
-        hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
-        return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
+CAPTION = (
+    "Bytes of all weights, embeddings included, and the difference from the unquantised model on "
+    "the same windows: ΔNLL with a 95 % interval over windows, KL divergence (mean and 99th "
+    "percentile over tokens, nats), and the share of tokens at which both find the same token "
+    "most likely. `+embeddings`: these have few bits too. Types: matrices in llama.cpp's file."
+)
+LOOKS = {
+    "knapsack": ("knapsack over levels", KNAPSACK, "o"),
+    "uniform": ("one level", UNIFORM, "s"),
+    "llama.cpp": ("llama.cpp", LLAMA, "D"),
+    "ReplaceMe, least squares": ("ReplaceMe (least squares)", "#5B2BE0", "v"),
+    "ReplaceMe, cosine": ("ReplaceMe (cosine)", "#9C6ADE", "^"),
+    "LinearPatch": ("LinearPatch", "#2B4C9B", "X"),
+    "ShortGPT": ("ShortGPT", REMOVAL, "P"),
+    "EoRA": ("EoRA", "#8A6D3B", "*"),
+}
+"""Label, colour and marker of each method of `OutsideRow`."""
 
 
-class NativeLogits:
-    """The unquantised model's logits on the held-out text, with which all others are compared.
-
-    Args:
-        llm: The model.
-        windows: Token ids, (windows, T).
+@dataclass(frozen=True)
+class OutsideRow(LossRecord):
+    """What a method loses at its bytes of weights, over the unquantised model.
 
     Attributes:
-        windows: The same.
-        folder: A folder that is removed with this object.
+        method: ``"uniform"`` and ``"knapsack"``, levels of this package; ``"llama.cpp"``;
+            ``"ShortGPT"``, ``"LinearPatch"`` or ``"ReplaceMe, OBJECTIVE"``.
+        name: The level, the knapsack's budget, the kind of file, or the number of removed layers.
+        weight_bytes: Bytes of all weights, embeddings included.
+        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the unquantised
+            model.
+        kl_divergence_p99: See there.
+        same_top_token_share: See there.
+        levels: Levels of all items that are not as shipped, by name.
+        tensor_types: Number of tensors of each type in llama.cpp's file.
     """
 
-    def __init__(self, llm: ElasticLLM, windows: torch.Tensor) -> None:
-        self._llm, self.windows = llm, windows
-        self._folder = tempfile.TemporaryDirectory(prefix="rap-outside-")
-        self.folder = Path(self._folder.name)
-        self._logits = torch.empty(0)  # then in a file, (windows, T - 1, V)
+    file = "outside.jsonl"
+    record_name = "A record of other methods"
+    rerun = "run experiments.ladder.outside again"
+    identity = ("method", "name")
 
-    def read(self) -> None:
-        """Run the model, which must be as it is, unless that was done."""
-        if len(self._logits):
-            return
-        windows, tokens = self.windows.shape
-        shape = windows, tokens - 1, self._llm.facts.vocab_size
-        file, dtype = str(self.folder / "native.bin"), self._llm.dtype
-        logits = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        for number, window in enumerate(self.windows):
-            logits[number] = window_logits(self._llm, Plan(), window)
-        self._logits = logits
-
-    def compare(self, logits: Iterable[torch.Tensor]) -> dict[str, Any]:
-        """The fields of a row from a method's logits of each window, each (T - 1, V)."""
-        delta_nll, tokens = [], []
-        for window, native, own in zip(self.windows, self._logits, logits, strict=True):
-            nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
-            delta_nll.append(float(nll - native_nll))
-            comparison = TokenComparison(native, [Plan()])
-            comparison.add(own)
-            tokens.append(comparison.by_plan()[Plan()])
-        agreement = agreement_of(np.concatenate(tokens, axis=1))
-        return {**delta_nll_fields(delta_nll), **asdict(agreement)}
+    method: str
+    name: str
+    weight_bytes: int
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
+    levels: dict[str, str]
+    tensor_types: dict[str, int]
 
 
 class Contenders:
@@ -299,13 +311,61 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
         yield job(method, name, partial(rows.own, plan), **more)
 
 
+def outside_tables(rows: Sequence[OutsideRow]) -> list[TitledTable]:
+    """A line for each method, the largest first."""
+    table = columns_table(
+        sorted(rows, key=lambda row: -row.weight_bytes),
+        {
+            "Method": lambda row: f"{LOOKS[row.method][0]}: {row.name}",
+            "MiB": lambda row: f"{row.weight_bytes / 2**20:.1f}",
+            "ΔNLL": nats,
+            "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
+            "KL, 99 %": lambda row: f"{row.kl_divergence_p99:.3f}",
+            "Same top token": lambda row: percent(row.same_top_token_share),
+            "Types": lambda row: ", ".join(
+                f"{count} {kind}" for kind, count in row.tensor_types.items() if kind != "f32"
+            ),
+        },
+    )
+    return [TitledTable(table, "What others offer at the same bytes", CAPTION)] if rows else []
+
+
+def loss_at_equal_bytes(rows: Sequence[OutsideRow]) -> Figure:
+    """ΔNLL over bytes of all weights: this package's levels and plans beside what others offer."""
+    panel = Panel(partial(_draw, rows), "", "weights (MiB)", "ΔNLL (nats/token)")
+    return panel_figure([panel], columns=1, height=4.2, legend=3)
+
+
+def _draw(rows: Sequence[OutsideRow], axis: Axes) -> None:
+    for method, (label, colour, marker) in LOOKS.items():
+        own = sorted((row for row in rows if row.method == method), key=lambda r: r.weight_bytes)
+        named = method in ("uniform", "llama.cpp")
+        axis.plot(
+            [row.weight_bytes / 2**20 for row in own], [row.loss for row in own], label=label,
+            color=colour, marker=marker, markersize=4.5, linewidth=0 if named else 1.3,
+            zorder=6 if named else 4,
+        )  # fmt: skip
+        for row in own if named else ():
+            point = row.weight_bytes / 2**20, row.loss
+            ffn = row.name.startswith("FFN")
+            left = not ffn and (method == "uniform" or row.name.endswith("embeddings"))
+            draw_label(axis, point, row.name, colour, above=ffn, left=left)
+    scale_delta_nll(axis)
+    axis.set_ylim(-LINEAR_NATS, 2 * max(row.loss for row in rows))
+
+
+def newest(rows: Sequence[OutsideRow]) -> list[OutsideRow]:
+    """The last row of each method and name: later ones are of newer plans."""
+    return list({(row.method, row.name): row for row in rows}.values())
+
+
 STUDY = Study(
     "outside",
     "The ladder",
     [OutsideRow],
     outside_jobs,
-    ladder_tables,
-    data=Ladder.of,
+    outside_tables,
+    data=newest,
     figures={"loss_at_equal_bytes": loss_at_equal_bytes},
     frozen=("model", "evaluate.text"),
 )

@@ -1,4 +1,4 @@
-"""Published ways to repair a model on a calibration text, without training it.
+"""Logits to compare methods by, and published ways to repair a model without training it.
 
 ReplaceMe and LinearPatch leave out n consecutive layers and put one linear map in their place; a
 correction of low rank is added to quantised weights. Shapes: N tokens, H hidden width, L layers.
@@ -7,15 +7,21 @@ correction of low rank is added to quantised weights. Shapes: N tokens, H hidden
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from experiments.study.errors import ExperimentError
+from experiments.study.records import delta_nll_fields
 from rap_env.blocks import block_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
@@ -23,10 +29,64 @@ from rap_env.models.weights.gptq import DampedHessian, quantise_gptq
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.quantisers import quantise
 from rap_env.plan import Plan
+from rap_env.scoring.native_agreement import TokenComparison, agreement_of
+from rap_env.scoring.nll import HEAD_TOKENS, token_nll
 
 # Of ReplaceMe's cosine objective: with 10 epochs at 1e-4 on ten thousand tokens,
 # 1 - cosine fell by 16 % for four layers of the default model, with these by 46 %.
 _EPOCHS, _BATCH_TOKENS, _LEARNING_RATE = 40, 1024, 1e-3
+
+
+@torch.inference_mode()
+def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Tensor:
+    """Logits of a window's positions but the last, in the model's dtype: (T,) to (T - 1, V)."""
+    forward = PartialForward(llm, widen=True)
+    with llm.masked(plan):
+        hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
+        return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
+
+
+class NativeLogits:
+    """The unquantised model's logits on the held-out text, with which all others are compared.
+
+    Args:
+        llm: The model.
+        windows: Token ids, (windows, T).
+
+    Attributes:
+        windows: The same.
+        folder: A folder that is removed with this object.
+    """
+
+    def __init__(self, llm: ElasticLLM, windows: torch.Tensor) -> None:
+        self._llm, self.windows = llm, windows
+        self._folder = tempfile.TemporaryDirectory(prefix="rap-outside-")
+        self.folder = Path(self._folder.name)
+        self._logits = torch.empty(0)  # then in a file, (windows, T - 1, V)
+
+    def read(self) -> None:
+        """Run the model, which must be as it is, unless that was done."""
+        if len(self._logits):
+            return
+        windows, tokens = self.windows.shape
+        shape = windows, tokens - 1, self._llm.facts.vocab_size
+        file, dtype = str(self.folder / "native.bin"), self._llm.dtype
+        logits = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        for number, window in enumerate(self.windows):
+            logits[number] = window_logits(self._llm, Plan(), window)
+        self._logits = logits
+
+    def compare(self, logits: Iterable[torch.Tensor]) -> dict[str, Any]:
+        """The fields of a row from a method's logits of each window, each (T - 1, V)."""
+        delta_nll, tokens = [], []
+        for window, native, own in zip(self.windows, self._logits, logits, strict=True):
+            nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
+            delta_nll.append(float(nll - native_nll))
+            comparison = TokenComparison(native, [Plan()])
+            comparison.add(own)
+            tokens.append(comparison.by_plan()[Plan()])
+        agreement = agreement_of(np.concatenate(tokens, axis=1))
+        return {**delta_nll_fields(delta_nll), **asdict(agreement)}
 
 
 @dataclass(frozen=True)
@@ -93,27 +153,27 @@ Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Fits ReplaceMe's map: see `least_squares`."""
 
 
-def least_squares(mlp: torch.Tensor, rest: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def least_squares(mlp: torch.Tensor, rest: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """ReplaceMe's map T, (H, H), with the least squared error of ``mlp @ T + rest``.
 
     Args:
         mlp: What the last FFN before the cut adds to the residual stream, (N, H).
         rest: The residual stream without it, (N, H).
-        wanted: The residual stream after the removed layers, (N, H).
+        target: The residual stream after the removed layers, (N, H).
     """
-    inputs, outputs = mlp.double(), (wanted - rest).double()
+    inputs, outputs = mlp.double(), (target - rest).double()
     mapped: torch.Tensor = torch.linalg.lstsq(inputs.T @ inputs, inputs.T @ outputs).solution
     return mapped.float()
 
 
-def least_angle(mlp: torch.Tensor, rest: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def least_angle(mlp: torch.Tensor, rest: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """As `least_squares`, with the least mean of 1 - cosine, by Adam from the identity."""
     mapped = torch.eye(mlp.shape[1], requires_grad=True)
     optimiser = torch.optim.Adam([mapped], lr=_LEARNING_RATE)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_EPOCHS):
         for rows in torch.split(torch.randperm(len(mlp), generator=generator), _BATCH_TOKENS):
-            cosine = functional.cosine_similarity(mlp[rows] @ mapped + rest[rows], wanted[rows])
+            cosine = functional.cosine_similarity(mlp[rows] @ mapped + rest[rows], target[rows])
             optimiser.zero_grad()
             torch.autograd.backward((1 - cosine).mean())
             optimiser.step()

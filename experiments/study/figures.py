@@ -25,6 +25,9 @@ Draw = Callable[[], "Figure"]
 
 INK, FAINT, GRID = "#1F2328", "#6B7178", "#E6E4DE"
 
+LINEAR_NATS = 0.01
+"""ΔNLL up to which `scale_delta_nll` makes an axis linear, nats per token."""
+
 WIDE_IN = 9.2
 
 PNG_DPI = 160
@@ -173,3 +176,36 @@ def plain_log_ticks(axis: Any) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def draw_label(
+    axis: Axes,
+    point: tuple[float, float],
+    text: str,
+    colour: str,
+    *,
+    above: bool,
+    bold: bool = False,
+    left: bool = False,
+) -> None:
+    """Write a label beside a point, with a white halo, so that it is readable on lines."""
+    from matplotlib.patheffects import withStroke
+
+    axis.annotate(
+        text, point, xytext=(-4 if left else 4, 4 if above else -4),
+        textcoords="offset points", ha="right" if left else "left",
+        fontsize=7.5 if bold else 6.5, color=colour, fontweight="bold" if bold else "normal",
+        va="bottom" if above else "top", zorder=8,
+        path_effects=[withStroke(linewidth=2.2, foreground="white")],
+    )  # fmt: skip
+
+
+def scale_delta_nll(axis: Axes) -> None:
+    """Scale the vertical axis for ΔNLL: linear up to `LINEAR_NATS`, then logarithmic."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_yscale("symlog", linthresh=LINEAR_NATS, linscale=0.5)
+    axis.yaxis.set_major_locator(FixedLocator((0, 0.01, 0.1, 1, 10)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.axhline(0, color=FAINT, linewidth=0.7)

@@ -48,7 +48,7 @@ TINY = {
     "export_policy": (),
     "export_scores": (*_TEXT, "export.masks=120"),
     "ladder": (), "levels": COMPOSED, "ladder.llama_cpp": (),
-    "ladder.outside": COMPOSED, "ladder.shipped": (), "long_context": (),
+    "ladder.outside": COMPOSED, "ladder.level_costs_by_model": (), "long_context": (),
     "profile": (*_TEXT, *_GSI),
     "repair": (*_TEXT, "evaluate.tasks.names=[]",
                "stubs.cells=[1x128@0.97]",

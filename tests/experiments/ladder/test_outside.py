@@ -13,7 +13,7 @@ from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.ladder import outside
 from experiments.ladder.llama_cpp_process import LlamaCpp
-from experiments.ladder.outside import STUDY, Contenders, window_logits
+from experiments.ladder.outside import STUDY, Contenders, OutsideRow
 from experiments.ladder.outside_methods import (
     REPLACE_ME,
     Cut,
@@ -23,8 +23,8 @@ from experiments.ladder.outside_methods import (
     linear_patch,
     low_rank_corrected,
     replace_me,
+    window_logits,
 )
-from experiments.ladder.rows import OutsideRow, read_ladder
 from experiments.study.errors import ExperimentError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -118,10 +118,9 @@ def test_bytes_are_those_of_the_kept_weights_and_of_what_is_added(rows, config):
 
 
 def test_a_newer_row_of_the_same_name_replaces_the_older_one(rows, config):
-    data = read_ladder(config.root)
-    assert len(data.outside) == len(rows)
-    again = [*data.outside, replace(data.outside[0], loss=7.0)]
-    assert next(iter(type(data).of(again).outside)).loss == 7.0
+    read = STUDY.read(config.stage_dir("outside"))
+    assert len(read) == len(rows)
+    assert STUDY.data([*read, replace(read[0], loss=7.0)])[0].loss == 7.0
 
 
 def test_a_missing_engine_is_reported_before_anything_is_measured(config, tmp_path, monkeypatch):
@@ -187,13 +186,13 @@ def test_a_merged_map_repairs_a_cut_and_leaves_the_model_as_it_was(config, state
     llm = build_context(config).llm
     before = {name: value.clone() for name, value in llm.model.state_dict().items()}
     cut = Cut(1, 2)
-    wanted = states.before(3)
+    target = states.before(3)
     errors = []
     for method in (None, REPLACE_ME[objective]):
-        fit = method or (lambda mlp, rest, wanted: torch.eye(mlp.shape[1]))
+        fit = method or (lambda mlp, rest, target: torch.eye(mlp.shape[1]))
         with replace_me(llm, states, cut, fit):
             repaired = DenseStates(llm, build_context(config).corpus.tokens).before(1)
-        errors.append(1 - torch.cosine_similarity(repaired, wanted).mean())
+        errors.append(1 - torch.cosine_similarity(repaired, target).mean())
     assert errors[1] < errors[0]
     for name, value in llm.model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -11,12 +11,16 @@ import torch
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
+from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
+from experiments.ladder.level_costs_by_model import LevelCostRow, with_start
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
 from experiments.ladder.llama_cpp import gguf_file
-from experiments.ladder.rows import LadderRow, ShippedRow, read_ladder
-from experiments.ladder.shipped import STUDY as SHIPPED
-from experiments.ladder.shipped import with_start
-from experiments.ladder.study import STUDY, ladder_jobs, uniform_plans
+from experiments.ladder.loss_against_bytes import (
+    STUDY,
+    LadderRow,
+    ladder_jobs,
+    uniform_settings,
+)
 from experiments.study.errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels
@@ -37,7 +41,7 @@ def config(base):
         evaluate=EvaluateConfig(text=own_text(3, 44, 1)),
         ladder=LadderConfig(
             requests=["1x48", "4x64"], weights=["native", "int4"], caches=["native", "int2"],
-            removal="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
+            removing_policy="greedy_per_byte", removal_budgets=[0.9, 0.7], knapsack=None,
         ),
     )  # fmt: skip
 
@@ -48,12 +52,12 @@ def rows(config):
 
 
 def test_every_setting_and_budget_has_a_row_for_each_request(rows):
-    found = [(row.method, row.name, row.shape) for row in rows]
+    measured = [(row.method, row.name, row.shape) for row in rows]
     levels = [(w, c) for w in ("native", "int4") for c in ("native", "int2")]
     uniform = [("uniform", f"{weights} / {caches}") for weights, caches in levels]
     removal = [("removal", "90 %"), ("removal", "70 %")]
     expected = [(*name, shape) for shape in ((1, 48), (4, 64)) for name in (*uniform, *removal)]
-    assert found == expected
+    assert measured == expected
 
 
 def test_bytes_are_those_of_the_memory_model(rows, config):
@@ -84,12 +88,12 @@ def test_losses_are_those_of_the_scorer(rows, config):
 def test_levels_that_a_model_lacks_are_left_out(config):
     facts = build_context(config).memory.facts
     settings = LadderConfig(weights=["native", "int8", "int4"], caches=["native"])
-    assert list(uniform_plans(settings, facts)) == [
+    assert list(uniform_settings(settings, facts)) == [
         "native / native", "int8 / native", "int4 / native"
     ]  # fmt: skip
     blocks = facts.level_param_bytes
     lacking = replace(facts, level_param_bytes={**blocks, "int4": (0, *blocks["int4"][1:])})
-    assert list(uniform_plans(settings, lacking)) == ["native / native", "int8 / native"]
+    assert list(uniform_settings(settings, lacking)) == ["native / native", "int8 / native"]
 
 
 def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
@@ -100,7 +104,7 @@ def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
         config.ladder,
         knapsack=str(tmp_path / "tiny.levels.json"),
         budgets=[0.95, 0.9],
-        removal=None,
+        removing_policy=None,
     )
     jobs = [
         job for job in ladder_jobs(replace(config, ladder=settings), tmp_path)
@@ -115,7 +119,7 @@ def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
 
 
 def test_packaged_policies_of_another_model_are_left_out(config, caplog):
-    settings = replace(config.ladder, removal="frontier", knapsack=None)
+    settings = replace(config.ladder, removing_policy="frontier", knapsack=None)
     jobs = ladder_jobs(replace(config, ladder=settings), Path())
     assert {job.identity[0] for job in jobs} == {"uniform"}
     assert "packaged policy frontier" in caplog.text
@@ -125,8 +129,9 @@ def test_packaged_policies_of_another_model_are_left_out(config, caplog):
 
 
 def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
-    folder = config.stage_dir("shipped")
-    rows = ShippedRow.read(SHIPPED.run(replace(config, stage="shipped"), folder))
+    config = replace(config, stage="level_costs_by_model")
+    folder = config.stage_dir(config.stage)
+    rows = LevelCostRow.read(LEVEL_COSTS.run(config, folder))
     by_name = {(row.what, row.level, row.rounding): row for row in rows}
     assert set(by_name) == {
         ("weights", "int8", "fitted"), ("weights", "int4", "fitted"),
@@ -134,14 +139,15 @@ def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
         ("embeddings", "int8", "fitted"), ("embeddings", "int4", "fitted"),
         ("caches", "int8", ""), ("caches", "int4", ""), ("caches", "int2", ""),
     }  # fmt: skip
-    assert {row.shipped for row in rows} == {"float32"}
+    assert {row.shipped_format for row in rows} == {"float32"}
     sizes = [by_name["weights", level, "fitted"].lowered_bytes for level in ("int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
     assert by_name["caches", "int2", ""].lowered_bytes == 0
     losses = {row.loss for row in rows if (row.what, row.level) == ("weights", "int4")}
     assert len(losses) == 3, "each rounding gives other weights"
-    other = replace(config, stage="shipped", model=replace(config.model, dtype="bfloat16"))
-    assert len(ShippedRow.read(SHIPPED.run(other, folder))) == 2 * len(rows), "earlier rows stay"
+    other = replace(config, model=replace(config.model, dtype="bfloat16"))
+    both = LevelCostRow.read(LEVEL_COSTS.run(other, folder))
+    assert len(both) == 2 * len(rows), "earlier rows stay"
 
 
 def test_windows_begin_with_the_start_token_if_the_tokenizer_adds_one(config):
@@ -163,10 +169,3 @@ def test_a_model_without_a_gguf_file_is_rejected(config, tmp_path):
         gguf_file(config.model.name)
     with pytest.raises(ExperimentError, match="GGUF"):
         gguf_file(str(tmp_path / "missing.gguf"))
-
-
-def test_records_are_found_by_the_report(rows, config):
-    found = read_ladder(config.root)
-    assert found
-    assert found.shapes == [(1, 48), (4, 64)]
-    assert not read_ladder(config.root / "nothing")

@@ -5,14 +5,18 @@ import io
 import pytest
 
 from experiments.ladder import llama_cpp_process
+from experiments.ladder.level_costs_by_model import LevelCostRow, level_cost_tables
+from experiments.ladder.llama_cpp import llama_cpp_tables
 from experiments.ladder.llama_cpp_process import measure, token_nll
-from experiments.ladder.rows import Ladder, LadderRow, LlamaCppRow, OutsideRow, ShippedRow
-from experiments.ladder.tables import (
+from experiments.ladder.loss_against_bytes import (
+    LadderRow,
+    LlamaCppRow,
+    LossAgainstBytes,
     ladder_tables,
     loss_against_bytes,
-    loss_at_equal_bytes,
     pareto,
 )
+from experiments.ladder.outside import OutsideRow, loss_at_equal_bytes, outside_tables
 from experiments.study.figures import style
 from experiments.study.records import request_field
 from experiments.study.tables import TIMES
@@ -42,10 +46,10 @@ def llama(cache, mib, loss, shape=(1, 128)):
     )  # fmt: skip
 
 
-def shipped(model, how, level, loss, rounding="nearest"):
-    return ShippedRow(
-        model=model, shipped=how, what="weights", level=level, rounding=rounding, text="wikitext",
-        lowered_bytes=90 * MIB,
+def level_cost(model, shipped_format, level, loss, rounding="nearest"):
+    return LevelCostRow(
+        model=model, shipped_format=shipped_format, what="weights", level=level,
+        rounding=rounding, text="wikitext", lowered_bytes=90 * MIB,
         **losses(loss), provenance=PROVENANCE,
     )  # fmt: skip
 
@@ -77,15 +81,14 @@ ROWS = [
     row("knapsack", "60 %", 150, 0.002, budget=0.6, levels={"layer00.ffn": "int4"}),
 ]  # fmt: skip
 LLAMA = [llama("f16", 98, 0.004), llama("q4_0", 94, 0.042)]
-SHIPPED = [
-    shipped("smollm2-135m", "Q4_1", "int4", 0.0),
-    shipped("small", "bfloat16", "int4", 0.31),
-    shipped("small", "bfloat16", "int4", 0.12, "fitted"),
+LEVEL_COSTS = [
+    level_cost("smollm2-135m", "Q4_1", "int4", 0.0),
+    level_cost("small", "bfloat16", "int4", 0.31),
+    level_cost("small", "bfloat16", "int4", 0.12, "fitted"),
 ]
 
 
-DATA = Ladder(ROWS, LLAMA, SHIPPED)
-BY_SHIPPED, POLICIES, UNIFORM, LLAMA_CPP = (part.table for part in ladder_tables(DATA))
+POLICIES, UNIFORM = (part.table for part in ladder_tables(LossAgainstBytes(ROWS)))
 
 
 def test_the_table_of_settings_has_losses_and_bytes():
@@ -104,8 +107,9 @@ def test_the_table_of_budgets_marks_what_does_not_fit_or_is_missing():
 
 
 def test_the_other_tables_name_formats_and_models():
-    assert LLAMA_CPP[1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
-    header, lines = BY_SHIPPED
+    (llama_cpp,), (by_model,) = llama_cpp_tables(LLAMA), level_cost_tables(LEVEL_COSTS)
+    assert llama_cpp.table[1][1] == ["q4_0", "0.042 [0.041, 0.043]", "94 (124)"]
+    header, lines = by_model.table
     assert header[1:] == [
         "smollm2-135m (Q4_1), MiB", "smollm2-135m, ΔNLL", "small (bfloat16), MiB", "small, ΔNLL"
     ]  # fmt: skip
@@ -117,7 +121,7 @@ def test_the_other_tables_name_formats_and_models():
 
 
 def test_other_methods_stand_by_their_bytes():
-    (part,) = ladder_tables(Ladder([], [], [], OUTSIDE))
+    (part,) = outside_tables(OUTSIDE)
     header, lines = part.table
     assert header[:3] == ["Method", "MiB", "ΔNLL"]
     assert [line[0] for line in lines] == [
@@ -130,7 +134,7 @@ def test_other_methods_stand_by_their_bytes():
 
 
 def test_the_figure_of_other_methods_names_levels_and_files():
-    figure = loss_at_equal_bytes(Ladder([], [], [], OUTSIDE))
+    figure = loss_at_equal_bytes(OUTSIDE)
     (axis,) = figure.axes
     assert {text.get_text() for text in axis.texts} == {"as shipped", "FFN int3", "Q2_K"}
     with style():
@@ -144,7 +148,7 @@ def test_a_dominated_setting_is_not_on_the_pareto_front():
 
 def test_the_figure_has_a_panel_for_each_request_and_names_its_points():
     rows = [*ROWS, row("uniform", "native / native", 650, 0.0, shape=(8, 2048))]
-    figure = loss_against_bytes(Ladder(rows, LLAMA, []))
+    figure = loss_against_bytes(LossAgainstBytes([*rows, *LLAMA]))
     drawn = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title(loc="left") for axis in drawn] == [
         f"1 {TIMES} 128 tokens", f"8 {TIMES} 2,048 tokens"
@@ -188,5 +192,5 @@ def test_a_process_measures_windows_or_memory(monkeypatch):
     assert measure({**task, "windows": [[1, 2, 3]]}) == {
         "model_bytes": 10, "buffers": {"KV": 4}, "nll": [6.0]
     }  # fmt: skip
-    found = measure(task)
-    assert found["resident_bytes"] >= found["before_bytes"] > 2**20
+    sizes = measure(task)
+    assert sizes["resident_bytes"] >= sizes["before_bytes"] > 2**20
