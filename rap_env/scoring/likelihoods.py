@@ -17,7 +17,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 
 TokenRequest = tuple[list[int], list[int]]
-"""Token ids of a context and of the continuation whose likelihood is wanted."""
+"""Token ids of a context and of the continuation whose likelihood is measured."""
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 4096
@@ -29,7 +29,7 @@ class RequestEncoder:
 
     A subclass of lm-eval's `HFLM` wraps the live model but never runs it: it records the token
     ids of which `HFLM` would compute likelihoods. So the rules for empty contexts, trailing
-    spaces, start tokens and rolling windows are lm-eval's. The tokenizer is not changed.
+    spaces and start tokens are lm-eval's. The tokenizer is not changed.
 
     Raises:
         CorpusError: It has no tokenizer.
@@ -41,21 +41,15 @@ class RequestEncoder:
         self._lm = _recording_model(llm)
         self.max_length = int(self._lm.max_length)
 
-    def encode(self, task: Any) -> list[list[TokenRequest]]:
-        """Token requests of each of a task's instances: one, or one for each rolling window."""
-        return [self._encode_one(instance) for instance in task.instances]
-
-    def _encode_one(self, instance: Any) -> list[TokenRequest]:
+    def encode(self, task: Any) -> list[TokenRequest]:
+        """The token request of each of a task's instances."""
         self._lm.recorded = []
-        if instance.request_type == "loglikelihood_rolling":
-            self._lm.loglikelihood_rolling([instance], disable_tqdm=True)
-        else:
-            self._lm.loglikelihood([instance], disable_tqdm=True)
+        self._lm.loglikelihood(task.instances, disable_tqdm=True)
         requests: list[TokenRequest] = self._lm.recorded
         for context, continuation in requests:
             if not context or not continuation or len(continuation) > self.max_length:
                 raise CorpusError(
-                    f"A request of the task {instance.task_name!r} has {len(context)} context and "
+                    f"A request of the task {task.task_name!r} has {len(context)} context and "
                     f"{len(continuation)} continuation tokens; each must have at least 1, and the "
                     f"continuation at most {self.max_length} (the model's positions)."
                 )
@@ -172,9 +166,9 @@ class ContinuationScorer:
         wrong = torch.zeros(self.num_requests, dtype=torch.float64, device=device)
         for batch in self._batches:
             hidden = self._partial.hidden(batch.tokens.to(device))
-            wanted = hidden[batch.rows.to(device), batch.columns.to(device)]
+            states = hidden[batch.rows.to(device), batch.columns.to(device)]
             request = batch.request.to(device)
-            logs, greedy = self._look_up(wanted, batch)
+            logs, greedy = self._look_up(states, batch)
             sums.index_add_(0, request, logs.double())
             wrong.index_add_(0, request, (~greedy).double())
         return torch.stack([sums, (wrong == 0).double()], dim=1).cpu().numpy()
@@ -225,7 +219,7 @@ def _make_batch(
     tokens = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.long)
     rows: list[int] = []
     columns: list[int] = []
-    wanted: list[tuple[int, int, int]] = []
+    lookups: list[tuple[int, int, int]] = []  # position, target, request
     for row, (ids, requests) in enumerate(zip(inputs, owners, strict=True)):
         tokens[row, : len(ids)] = torch.tensor(ids)
         needed = sorted({end - i for n, end in requests for i in range(1, len(targets[n]) + 1)})
@@ -234,10 +228,10 @@ def _make_batch(
         columns += needed
         for request, end in requests:
             first = end - len(targets[request])
-            wanted += [
+            lookups += [
                 (place[first + i], token, request) for i, token in enumerate(targets[request])
             ]
-    position, target, owner = torch.tensor(sorted(wanted)).unbind(dim=1)
+    position, target, owner = torch.tensor(sorted(lookups)).unbind(dim=1)
     return _Batch(
         tokens=tokens,
         rows=torch.tensor(rows),

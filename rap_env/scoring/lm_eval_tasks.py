@@ -11,7 +11,7 @@ import difflib
 import functools
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
 from rap_env.specs import check_types
 
-KNOWN_TASKS: tuple[str, ...] = (*GENERATED_TASKS, *TASK_FOLDERS)
-SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+KNOWN_TASKS = (*GENERATED_TASKS, *(name for name in TASK_FOLDERS if name != "blimp"))
+SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood")
 DOCUMENTS = ("sample", "first")
 """Which documents of a task a limit leaves."""
 
@@ -39,9 +39,9 @@ class TaskConfig:
 
     Attributes:
         names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
-            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task or group
-            of lm-eval that is scored by likelihoods.
-        limit: Number of documents of each task (of each member of a group); None for all.
+            `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task of
+            lm-eval whose answers are scored by likelihoods; a group is named by its tasks.
+        limit: Number of documents of each task; None for all.
         documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
             ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
             of one kind: those of hellaswag have one source. Generated tasks always have the first
@@ -81,21 +81,6 @@ class TaskConfig:
         check_types(self, least={"limit": 1, "num_fewshot": 0, "seed": 0})
 
 
-@dataclass(frozen=True)
-class LoadedTask:
-    """A task or group as the user named it.
-
-    Attributes:
-        name: The name.
-        tasks: lm-eval's task objects: a single one, or the members of the group.
-        group: lm-eval's group object, or None.
-    """
-
-    name: str
-    tasks: tuple[Any, ...]
-    group: Any = None
-
-
 _quiet_lock = threading.RLock()
 
 
@@ -133,8 +118,8 @@ def _compiled(template: str) -> Any:
     return type(env).from_string(env, template)
 
 
-def load_task(name: str, config: TaskConfig, tokenizer: Any = None) -> LoadedTask:
-    """Load one of a config's tasks: a generated one, or a task, group or tag of lm-eval.
+def load_task(name: str, config: TaskConfig, tokenizer: Any = None) -> Any:
+    """Load one of a config's tasks as lm-eval's object: a generated one, or a task of lm-eval.
 
     Tasks of long contexts measure their texts with `tokenizer`. As in lm-eval, tasks that fix
     `num_fewshot` to 0 (such as blimp's) keep 0.
@@ -148,20 +133,16 @@ def load_task(name: str, config: TaskConfig, tokenizer: Any = None) -> LoadedTas
     long_context = long_context_task(name)
     if long_context is not None:
         count = config.limit or TEST_DOCUMENTS
-        inline = long_context.lm_eval_config(tokenizer, config.seed, count)
-        tasks, group = [ConfigurableTask(config=inline)], None
+        task = ConfigurableTask(config=long_context.lm_eval_config(tokenizer, config.seed, count))
     elif name in GENERATED_TASKS:
-        inline = GENERATED_TASKS[name].lm_eval_config(config.seed)
-        tasks, group = [ConfigurableTask(config=inline)], None
+        task = ConfigurableTask(config=GENERATED_TASKS[name].lm_eval_config(config.seed))
     else:
-        tasks, group = _load_named(name, config.data_root)
-    for task in tasks:
-        _check_output(name, task.OUTPUT_TYPE)
-        # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
-        if task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=config.num_fewshot)
-        task.set_fewshot_seed(seed=config.seed)
-    return LoadedTask(name, tuple(tasks), group)
+        task = _load_named(name, config.data_root)
+    # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
+    if task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=config.num_fewshot)
+    task.set_fewshot_seed(seed=config.seed)
+    return task
 
 
 def is_generated(name: str) -> bool:
@@ -216,34 +197,28 @@ def _manager_for(name: str) -> Any:
         near = difflib.get_close_matches(name, manager.all_tasks, n=4, cutoff=0.7)
         hint = f"lm-eval also has {', '.join(map(repr, near))}." if near else _ANY_OTHER
         raise UnknownNameError("task", name, KNOWN_TASKS, hint)
-    with contextlib.suppress(CorpusError):  # a group that changes its members' configs
-        for leaf in _leaves(index, name):
-            output = (index[leaf].cfg or {}).get("output_type")
-            if output is not None:
-                _check_output(name, output)
+    if index[name].kind.name in ("GROUP", "TAG"):
+        hint = "It is a group of tasks; name its tasks one by one."
+        raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
+    output_type = index[name].cfg.get("output_type", SCORABLE_OUTPUTS[0])
+    if output_type not in SCORABLE_OUTPUTS:
+        hint = f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be."
+        raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
     return manager
 
 
-def _load_named(name: str, data_root: str | None) -> tuple[list[Any], Any]:
-    """A task of lm-eval, or the tasks of a group or tag with the group's own aggregation.
+def _load_named(name: str, data_root: str | None) -> Any:
+    """A task of lm-eval, on the hub's data or on local files.
 
-    Members of an inline group may override settings of the task that they name; this is
-    lm-eval's way to change the data of a task.
+    A member of an inline group may override settings of the task that it names; this is lm-eval's
+    way to change the data of a task.
     """
     manager = _manager_for(name)
-    index = manager.task_index
-    wanted: list[Any] = [name]
-    try:
-        members = [{"task": leaf} for leaf in _leaves(index, name)]
-        wanted = [{"group": name, "task": members}]
-    except CorpusError:  # a group that changes its members' configs
-        if data_root is not None:
-            raise
+    config: dict[str, Any] = {"task": name}
     if data_root is not None:
-        for member in members:
-            member |= local_overrides(data_root, member["task"], index[member["task"]].cfg)
+        config |= local_overrides(data_root, name, manager.task_index[name].cfg)
     try:
-        tasks = list(manager.load(wanted)["tasks"].values())
+        (task,) = manager.load([{"group": name, "task": [config]}])["tasks"].values()
     except Exception as error:  # of the hub's client, or of a task's own templates and functions
         if data_root is not None:
             raise CorpusError(
@@ -255,45 +230,7 @@ def _load_named(name: str, data_root: str | None) -> tuple[list[Any], Any]:
             "the network, set data_root to a folder with the task's data, or use the generated "
             f"tasks {', '.join(GENERATED_TASKS)}."
         ) from error
-    own = index[name].cfg or {}
-    return tasks, _group(name, own, tasks) if "group" in own else None
-
-
-def _group(name: str, config: Mapping[str, Any], tasks: Iterable[Any]) -> Any:
-    """lm-eval's group object with the group's own aggregation."""
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import GroupConfig
-
-    rule = config.get("aggregate_metric_list")
-    group = Group.from_config(GroupConfig(group=name, aggregate_metric_list=rule))
-    for task in tasks:
-        group.add(task)
-    return group
-
-
-def _leaves(index: Any, name: str) -> Iterator[str]:
-    """Names of the tasks of a task, group or tag, in lm-eval's order."""
-    entry = index[name]
-    if entry.kind.name == "TAG":
-        members: Sequence[Any] = sorted(entry.tags)
-    elif entry.kind.name == "GROUP":
-        members = entry.cfg["task"]
-    else:
-        yield name
-        return
-    for member in members:
-        if not isinstance(member, str) or member not in index:
-            raise CorpusError(
-                f"The group {name!r} changes its members' configs, which data_root does not "
-                "support; name the members one by one."
-            )
-        yield from _leaves(index, member)
-
-
-def _check_output(name: str, output_type: str) -> None:
-    if output_type not in SCORABLE_OUTPUTS:
-        hint = f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be."
-        raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
+    return task
 
 
 def _brief(error: Exception) -> str:

@@ -16,10 +16,8 @@ from rap_env.artifacts import canonical_json
 from rap_env.errors import CorpusError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.likelihoods import ContinuationScorer, RequestEncoder
-from rap_env.scoring.lm_eval_tasks import LoadedTask, TaskConfig, is_generated
+from rap_env.scoring.lm_eval_tasks import TaskConfig, is_generated
 from rap_env.scoring.long_context_tasks import long_context_task
-
-_FILTER = "none"  # lm-eval's name for the default filter
 
 Outputs = npt.NDArray[np.float64]
 """Log-likelihood (nats) and greedy flag of each of a task's instances, shape (instances, 2)."""
@@ -27,11 +25,11 @@ Outputs = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TaskResult:
-    """The result of one task or group under a mask.
+    """The result of one task under a mask.
 
     Attributes:
         name: The task.
-        metrics: lm-eval's metrics by name, such as ``acc``, ``acc_norm``, ``word_perplexity``.
+        metrics: lm-eval's metrics by name, such as ``acc`` and ``acc_norm``.
         stderr: Standard errors of the metrics that are means.
         documents: Number of documents.
         per_document: For metrics with one number per document: these numbers, shape
@@ -78,10 +76,7 @@ class TaskRequests:
                 f"The documents of the task {task.task_name!r} do not match what it reads: "
                 f"{type(error).__name__}: {error}."
             ) from error
-        encoded = encoder.encode(task)
-        # A rolling instance is the sum of its windows; any other instance is one request.
-        self._owner = np.repeat(np.arange(len(encoded)), [len(parts) for parts in encoded])
-        requests = [request for parts in encoded for request in parts]
+        requests = encoder.encode(task)
         # Questions about one long text are answered by one pass over it.
         shared = long_context_task(task.task_name) is not None
         self._scorer = ContinuationScorer(llm, requests, encoder.max_length, share_prefixes=shared)
@@ -110,12 +105,7 @@ class TaskRequests:
 
     def run(self) -> Outputs:
         """Likelihoods of all instances under the mask that is applied."""
-        values = self._scorer.run()
-        outputs = np.zeros((self._owner[-1] + 1, 2))
-        np.add.at(outputs[:, 0], self._owner, values[:, 0])
-        outputs[:, 1] = 1.0
-        np.minimum.at(outputs[:, 1], self._owner, values[:, 1])
-        return outputs
+        return self._scorer.run()
 
     def result(self, outputs: Outputs) -> TaskResult:
         """Compute the task's own metrics from the likelihoods of its instances."""
@@ -154,10 +144,8 @@ class TaskRequests:
 
     def _document_values(self, outputs: Outputs) -> dict[str, list[Any]]:
         """The task's value for each document, by metric."""
-        rolling = self.task.OUTPUT_TYPE == "loglikelihood_rolling"
         for instance, (likelihood, greedy) in zip(self.task.instances, outputs, strict=True):
-            answer = float(likelihood) if rolling else (float(likelihood), bool(greedy))
-            instance.resps, instance.filtered_resps = [answer], {}
+            instance.resps, instance.filtered_resps = [(float(likelihood), bool(greedy))], {}
         self.task.apply_filters()
         values: dict[str, list[Any]] = {}
         for instances in self._documents.values():
@@ -190,39 +178,6 @@ def _right_choices(task: Any, doc: Any) -> list[int]:
 def _log_sum(logs: npt.NDArray[np.float64]) -> float:
     """The log of the sum of the exponentials."""
     return float(np.logaddexp.reduce(logs))
-
-
-def combine(loaded: LoadedTask, parts: Sequence[TaskResult]) -> TaskResult:
-    """The result of a task, or of a group by lm-eval's aggregation for it (else plain means)."""
-    if loaded.group is None and len(parts) == 1:
-        return parts[0]
-    rows = {
-        part.name: {
-            **{f"{metric},{_FILTER}": value for metric, value in part.metrics.items()},
-            **{f"{metric}_stderr,{_FILTER}": value for metric, value in part.stderr.items()},
-            "sample_len": part.documents,
-        }
-        for part in parts
-    }
-    shared = [m for m in parts[0].metrics if all(m in part.metrics for part in parts)]
-    metrics = {m: statistics.fmean(part.metrics[m] for part in parts) for m in shared}
-    stderr: dict[str, float] = {}
-    for part_metric in shared:
-        errors = [part.stderr.get(part_metric, math.nan) for part in parts]
-        if not any(map(math.isnan, errors)):
-            stderr[part_metric] = math.hypot(*errors) / len(errors)
-    if loaded.group is not None:
-        whole = loaded.group.aggregate(rows)
-        for metric in shared:
-            metrics[metric] = float(whole.get(f"{metric},{_FILTER}", metrics[metric]))
-            error = whole.get(f"{metric}_stderr,{_FILTER}")
-            if isinstance(error, float):
-                stderr[metric] = error
-    kept = [m for m in shared if all(m in part.per_document for part in parts)]
-    per_document = {m: np.concatenate([part.per_document[m] for part in parts]) for m in kept}
-    documents = sum(part.documents for part in parts)
-    choice_nll = np.concatenate([part.choice_nll for part in parts])
-    return TaskResult(loaded.name, metrics, stderr, documents, per_document, choice_nll)
 
 
 def _documents_hash(documents: Mapping[int, Sequence[Any]]) -> str:

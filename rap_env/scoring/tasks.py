@@ -24,14 +24,12 @@ from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.long_context_tasks import check_fits, long_context_task
 from rap_env.scoring.scorer import levels_context, model_context
 from rap_env.scoring.store import ScoreStore, context_key
-from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult, combine
+from rap_env.scoring.task_results import Outputs, TaskRequests, TaskResult
 
 log = logging.getLogger(__name__)
 
 _METRIC = "loglikelihoods"
-_MULTIPLE_CHOICE = [
-    name for name in lm_eval_tasks.KNOWN_TASKS if name not in ("lambada_openai", "wikitext")
-]
+_MULTIPLE_CHOICE = [name for name in lm_eval_tasks.KNOWN_TASKS if name != "lambada_openai"]
 
 
 class TaskScorer:
@@ -66,12 +64,11 @@ class TaskScorer:
             encoder = RequestEncoder(llm)
             for task in filter(None, map(long_context_task, config.names)):
                 check_fits(task, encoder.max_length, llm.name)
-            self._loaded = [
-                lm_eval_tasks.load_task(name, config, llm.tokenizer) for name in config.names
-            ]
-            members = {task.task_name: task for loaded in self._loaded for task in loaded.tasks}
-            self._members = {
-                name: TaskRequests(llm, task, encoder, config) for name, task in members.items()
+            self._tasks = {
+                name: TaskRequests(
+                    llm, lm_eval_tasks.load_task(name, config, llm.tokenizer), encoder, config
+                )
+                for name in config.names
             }
         self._results: dict[Plan, dict[str, TaskResult]] = {}
         common = {
@@ -81,26 +78,21 @@ class TaskScorer:
         }
         self.context: Mapping[str, Any] = {
             **common,
-            "tasks": {name: member.context for name, member in self._members.items()},
+            "tasks": {name: task.context for name, task in self._tasks.items()},
         }
         self._contexts = {
-            name: {**common, "task": member.context} for name, member in self._members.items()
+            name: {**common, "task": task.context} for name, task in self._tasks.items()
         }
 
     @cached_property
     def chance(self) -> dict[str, float]:
         """Accuracy of guessing, by task: mean of 1 / choices, 0 for open answers."""
-        return {
-            loaded.name: statistics.fmean(
-                self._members[task.task_name].chance for task in loaded.tasks
-            )
-            for loaded in self._loaded
-        }
+        return {name: task.chance for name, task in self._tasks.items()}
 
     def accuracies(self, plan: Plan, metric: str = "acc") -> dict[str, float]:
         """Accuracy by task under a plan, each in [0, 1].
 
-        Tasks without it (wikitext has none) are left out; `results` has all their metrics.
+        Tasks without it are left out; `results` has all their metrics.
 
         Args:
             plan: The plan.
@@ -164,8 +156,8 @@ class TaskScorer:
         """
         accuracies = self.accuracies(plan)
         if not accuracies:
-            known = [name for name in lm_eval_tasks.KNOWN_TASKS if name != "wikitext"]
-            raise UnknownNameError("accuracy task", ", ".join(self.config.names), known)
+            names = ", ".join(self.config.names)
+            raise UnknownNameError("accuracy task", names, lm_eval_tasks.KNOWN_TASKS)
         return statistics.fmean(accuracies.values())
 
     def mean_choice_nll(self, plan: Plan) -> float:
@@ -189,16 +181,14 @@ class TaskScorer:
             MemoryModel(self.llm).check_plan(plan)
             outputs = self._outputs(plan)
             with lm_eval_tasks.quiet():
-                parts = {n: member.result(outputs[n]) for n, member in self._members.items()}
                 self._results[plan] = {
-                    loaded.name: combine(loaded, [parts[t.task_name] for t in loaded.tasks])
-                    for loaded in self._loaded
+                    name: task.result(outputs[name]) for name, task in self._tasks.items()
                 }
         return dict(self._results[plan])
 
     def _outputs(self, plan: Plan) -> dict[str, Outputs]:
-        """Likelihoods by member task, from the store or the model."""
-        outputs = {name: self._look_up(name, plan) for name in self._members}
+        """Likelihoods by task, from the store or the model."""
+        outputs = {name: self._look_up(name, plan) for name in self._tasks}
         missing = [name for name, values in outputs.items() if values is None]
         with self.llm.masked(plan):
             for name in missing:
@@ -214,7 +204,7 @@ class TaskScorer:
         return None if values is None else np.array(values).reshape(-1, 2)
 
     def _measure(self, name: str, plan: Plan) -> Outputs:
-        outputs = self._members[name].run()
+        outputs = self._tasks[name].run()
         if not np.isfinite(outputs).all():
             raise NonFiniteScoreError(
                 f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite likelihood on the "

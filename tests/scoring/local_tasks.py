@@ -45,7 +45,6 @@ ROWS = {
         "distractor3": "f",
         "correct_answer": "c",
     },
-    "wikitext": {"page": " = Title = \n a b , c @-@ d . "},
     "winogrande": {
         "sentence": "The cup fell because the _ was low.",
         "option1": "cup",

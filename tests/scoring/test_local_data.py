@@ -28,7 +28,6 @@ PROMPTS = {
     "openbookqa": ("a b", 0, "c d"),
     "piqa": ("Question: a b\nAnswer:", 1, "d e"),
     "sciq": ("s t.\nQuestion: a b?\nAnswer:", 3, "c"),
-    "wikitext": ("", " = Title =\na b, c-d. ", None),
     "winogrande": (1, "was low.", "The cup fell because the box"),
 }
 """The context, the target or its number, and the choice that is right, where there are choices."""
@@ -37,7 +36,7 @@ PROMPTS = {
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_lm_evals_own(tmp_path, name):
     write_task(tmp_path, name)
-    (task,) = load(tmp_path, name).tasks
+    task = load(tmp_path, name)
     doc = task.eval_docs[0]
     context, target, right = PROMPTS[name]
     assert (task.doc_to_text(doc), task.doc_to_target(doc)) == (context, target)
@@ -49,14 +48,14 @@ def test_prompts_are_lm_evals_own(tmp_path, name):
 def test_the_test_split_is_scored_where_there_is_one(tmp_path):
     write_task(tmp_path, "arc_easy")
     write_task(tmp_path, "arc_easy", split="test", count=5)
-    (task,) = load(tmp_path, "arc_easy").tasks
+    task = load(tmp_path, "arc_easy")
     assert len(task.eval_docs) == 5
 
 
 def test_fewshot_examples_come_from_the_train_file(tmp_path):
     write_task(tmp_path, "copa")
     write_task(tmp_path, "copa", split="train", count=4)
-    (task,) = load(tmp_path, "copa", num_fewshot=2).tasks
+    task = load(tmp_path, "copa", num_fewshot=2)
     task.build_all_requests(limit=1, rank=0, world_size=1)
     assert task.instances[0].args[0].count("a b because") == 3
 

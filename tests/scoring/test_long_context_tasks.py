@@ -142,7 +142,7 @@ class TestScores:
 
     def test_one_pass_answers_all_questions_about_a_text(self, llm):
         scorer = self.scorer(llm, "rap_recall_512", "rap_counting_512", limit=24)
-        passes = {name: member._scorer.lengths for name, member in scorer._members.items()}
+        passes = {name: member._scorer.lengths for name, member in scorer._tasks.items()}
         assert {name: len(lengths) for name, lengths in passes.items()} == {
             "rap_recall_512": 3,
             "rap_counting_512": 8,

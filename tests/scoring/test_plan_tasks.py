@@ -73,13 +73,13 @@ def test_answers_are_compared_with_those_of_the_native_model(caplog):
         "normed": result("normed", [0, 0, 0, 0], [1, 1, 0, 1]),
         "plain": result("plain", [1, 0, 1, 0] * 5),
         "open": result("open", [0, 1, 1, 0] * 5, choices=False),
-        "wikitext": TaskResult("wikitext", {}, {}, 4, {"word_perplexity": np.ones(4)}),
+        "other": TaskResult("other", {}, {}, 4, {"perplexity": np.ones(4)}),
     }
     scorer._results[lowered] = {
         "normed": result("normed", [1, 1, 1, 1], [1, 0, 1, 1]),
         "plain": result("plain", [1, 0, 1, 1] * 5),
         "open": result("open", [0, 0, 0, 0] * 5, choices=False),
-        "wikitext": TaskResult("wikitext", {}, {}, 4, {"word_perplexity": np.ones(4)}),
+        "other": TaskResult("other", {}, {}, 4, {"perplexity": np.ones(4)}),
     }
     answers = scorer.right_answers(lowered)
     assert {name: list(right[:4]) for name, right in answers.items()} == {
