@@ -41,14 +41,14 @@ LEAST_SHARE = 0.5
 share was 0.67."""
 
 SCALE = 256.0
-"""Weights and activations of a residual network are whole numbers divided by this."""
+"""Weights and activations of a correction network are whole numbers divided by this."""
 
 _COUNT_SCALE = 20.0  # brings squared counts of blocks near the other inputs
 _MOST_LOG = 50.0
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualNetwork:
+class CorrectionNetwork:
     """Corrects the predicted log(delta_nll + offset) of a mask, from its removed blocks.
 
     Where tens of thousands of masks were measured, it learns what pairs of blocks do not explain.
@@ -101,7 +101,7 @@ class DeltaNLLPredictor:
     With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
     them, and s the sum of their single delta_nll and of what other lowered items cost alone:
     ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s + offset), its
-    square, a², f², a f) + residual(r)``.
+    square, a², f², a f) + correction(r)``.
 
     Predictions are clamped. A mask is never predicted to be better than the best measured mask
     with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
@@ -120,7 +120,7 @@ class DeltaNLLPredictor:
         shape: Weights of the five terms above.
         least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L + 1,).
         most: Greatest delta_nll measured, nats per token.
-        residual: Corrects the sum of the other terms; None if there were too few masks to fit it.
+        correction: Corrects the sum of the other terms; None if there were too few masks to fit it.
     """
 
     alone: tuple[float, ...]
@@ -133,7 +133,7 @@ class DeltaNLLPredictor:
     shape: tuple[float, ...]
     least: tuple[float, ...]
     most: float
-    residual: ResidualNetwork | None = None
+    correction: CorrectionNetwork | None = None
 
     def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
         """The predicted delta_nll of a plan, nats per token.
@@ -153,8 +153,8 @@ class DeltaNLLPredictor:
         log_delta = self.intercept + float(self._linear[index].sum())
         log_delta += float(self._pairs[index[:, None], index].sum())
         log_delta += sum(w * float(term) for w, term in zip(self.shape, terms, strict=True))
-        if self.residual is not None:
-            log_delta += self.residual.of_blocks(index)
+        if self.correction is not None:
+            log_delta += self.correction.of_blocks(index)
         least = max(self.least[len(index)], LEAST_SHARE * float(alone.max(initial=-np.inf)))
         return min(max(math.exp(min(log_delta, _MOST_LOG)) - self.offset, least), self.most)
 
@@ -210,17 +210,8 @@ class ScoreModel:
         self, features: Features, lowered: Floats | float = 0.0, *, clamped: bool = True
     ) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the members' predictions, nats per token, (N,) each."""
-        x, counts = features.astype(np.float64), features.sum(axis=1)
-        logs, _ = self._of_blocks(x)
-        self._correct(logs, features)
-        alone_costs = x @ self._positive + lowered
-        predicted = self._exponential(logs, alone_costs, counts, features[:, 1::2].sum(axis=1))
-        if clamped:
-            worst = np.where(features, self._alone, -np.inf).max(axis=1, initial=-np.inf)
-            least = np.maximum(self._least[counts], LEAST_SHARE * worst[:, None])
-            predicted = np.minimum(np.maximum(predicted, least), self._most)
-        changed = (counts > 0) | (np.asarray(lowered) > 0)
-        predicted = np.where(changed, predicted.T, 0.0)
+        rows = np.arange(len(features))
+        predicted = self._predicted(features, rows, np.full(len(rows), -1), lowered, clamped)
         return predicted.mean(axis=0), predicted.std(axis=0)
 
     def delta_nll_below(
@@ -232,49 +223,47 @@ class ScoreModel:
 
         Args:
             features: Plans, (M, 2L).
-            parents: The row of the one that each wanted plan differs from, (N,).
+            parents: The row of the one that each plan to predict differs from, (N,).
             removed: The block that it removes beyond that, -1 for none, (N,).
             lowered: What its other lowered items cost alone, nats per token, (N,).
         """
-        x, more = features.astype(np.float64), removed >= 0
-        rows, blocks = parents[more], removed[more]
-        others, with_each = self._of_blocks(x)
-        logs = others[parents]
-        logs[more] += self._linear[blocks] + with_each[rows, :, blocks]
-        if any(member.residual for member in self.members):
-            plans = features[parents]
-            plans[more, blocks] = True
-            self._correct(logs, plans)
-        alone_costs = (x @ self._positive)[parents] + lowered
-        alone_costs[more] += self._positive[blocks]
-        counts = features.sum(axis=1)[parents] + more
-        ffn = features[:, 1::2].sum(axis=1)[parents] + (more & (removed % 2 == 1))
-        predicted = self._exponential(logs, alone_costs, counts, ffn)
-        predicted = np.where((counts > 0) | (lowered > 0), predicted.T, 0.0)
+        predicted = self._predicted(features, parents, removed, lowered, clamped=False)
         return np.asarray(predicted.mean(axis=0) + self.pessimism * predicted.std(axis=0))
 
-    def _of_blocks(self, x: Floats) -> tuple[Floats, Floats]:
-        """What masks (N, 2L) add to the logarithm, with the intercept, and pairs with each block.
-
-        Returns:
-            The sum of the blocks and pairs of each mask, (N, E), and the sum of the pairs of each
-            block with those of each mask, (N, E, 2L).
-        """
+    def _predicted(
+        self,
+        features: Features,
+        parents: Indices,
+        removed: Indices,
+        lowered: Floats | float,
+        clamped: bool,
+    ) -> Floats:
+        """Each member's prediction for the plans of `delta_nll_below`, nats per token, (E, N)."""
+        more = removed >= 0
+        rows, blocks = parents[more], removed[more]
+        counts = features.sum(axis=1)[parents] + more
+        ffn = features[:, 1::2].sum(axis=1)[parents] + (more & (removed % 2 == 1))
+        x, offset = features.astype(np.float64), self.members[0].offset
         with_each = (x @ self._pairs).reshape(len(x), len(self.members), x.shape[1])
         of_pairs = np.einsum("neb,nb->ne", with_each, x) / 2
-        return self._intercept + x @ self._linear + of_pairs, with_each
-
-    def _correct(self, logs: Floats, features: Features) -> None:
-        """Add the members' corrections to the logarithms of masks, (N, E)."""
-        for column, member in zip(logs.T, self.members, strict=True):
-            if member.residual is not None:
-                column += member.residual.of_many(features)
-
-    def _exponential(self, logs: Floats, alone_costs: Floats, counts: Any, ffn: Any) -> Floats:
-        """From the terms of blocks, the sum of single costs and the numbers of blocks, (N, E)."""
-        offset = self.members[0].offset
+        logs = (self._intercept + x @ self._linear + of_pairs)[parents]
+        logs[more] += self._linear[blocks] + with_each[rows, :, blocks]
+        corrections = [member.correction for member in self.members]
+        if clamped or any(corrections):
+            plans = features[parents]
+            plans[more, blocks] = True
+        for column, correction in zip(logs.T, corrections, strict=True):
+            if correction is not None:
+                column += correction.of_many(plans)
+        alone_costs = (x @ self._positive)[parents] + lowered
+        alone_costs[more] += self._positive[blocks]
         terms = np.stack(shape_terms(alone_costs, counts - ffn, ffn, offset), axis=1)
-        return np.exp(np.minimum(logs + terms @ self._shape, _MOST_LOG)) - offset
+        predicted = np.exp(np.minimum(logs + terms @ self._shape, _MOST_LOG)) - offset
+        if clamped:
+            worst = np.where(plans, self._alone, -np.inf).max(axis=1, initial=-np.inf)
+            least = np.maximum(self._least[counts], LEAST_SHARE * worst[:, None])
+            predicted = np.minimum(np.maximum(predicted, least), self._most)
+        return np.where((counts > 0) | (np.asarray(lowered) > 0), predicted.T, 0.0)
 
     # The weights of all members side by side, so that one product serves all of them.
 

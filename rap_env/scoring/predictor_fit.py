@@ -1,6 +1,6 @@
 """Fits the predictors of `rap_env.scoring.predictor` to measured plans.
 
-Numpy only; a residual network also needs torch.
+Numpy only; a correction network also needs torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RIDGES = (0.3, 1.0, 3.0, 10.0)
 """Candidates for the penalty on the squared weights."""
 
 NETWORK_SCORES = 10_000
-"""Scores from which a predictor of a score table has a residual network."""
+"""Scores from which a predictor of a score table has a correction network."""
 
 _CHUNK = 2048
 _EVIDENCE = 20  # masks that a bound for their number of removals must rest on
@@ -67,8 +67,7 @@ def fit_score_model(
         members: Predictors of the ensemble.
         pessimism: As in `ScoreModel`.
         seed: Decides which masks are held out, and the samples.
-        network: Whether a single member has a residual network (`ResidualNetwork`), which is fitted
-            with torch.
+        network: Whether a single member has a `CorrectionNetwork`, which is fitted with torch.
 
     Returns:
         The ensemble, and the fidelity of a predictor that never saw the held-out masks.
@@ -150,13 +149,13 @@ class PredictorFit:
     def corrected(
         self, predictor: DeltaNLLPredictor, parts: list[int], seed: int
     ) -> DeltaNLLPredictor:
-        """The predictor with a residual network fitted to some of the parts."""
-        from rap_env.scoring.residual_fit import fit_residual  # needs torch
+        """The predictor with a correction network fitted to some of the parts."""
+        from rap_env.scoring.correction_fit import fit_correction  # needs torch
 
         seen = np.concatenate([self.parts[part] for part in parts])
-        residuals = self.targets[seen] - self._logs(predictor, seen, clamped=False)
-        network = fit_residual(self.features[seen], residuals, seed=seed)
-        return replace(predictor, residual=network)
+        errors = self.targets[seen] - self._logs(predictor, seen, clamped=False)
+        network = fit_correction(self.features[seen], errors, seed=seed)
+        return replace(predictor, correction=network)
 
     def error(self, predictor: DeltaNLLPredictor, part: npt.NDArray[np.int64]) -> float:
         """Root mean squared error of log(delta_nll + offset)."""

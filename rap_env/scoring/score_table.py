@@ -24,7 +24,7 @@ from rap_env.plan import Plan, only_mask
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
-from rap_env.scoring.predictor import DeltaNLLPredictor, ResidualNetwork, ScoreModel
+from rap_env.scoring.predictor import CorrectionNetwork, DeltaNLLPredictor, ScoreModel
 from rap_env.scoring.predictor_fit import (
     NETWORK_SCORES,
     Lowered,
@@ -222,8 +222,10 @@ class ScoreTable:
 
 
 def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
-    if (residual := values["residual"]) is not None:
-        values["residual"] = ResidualNetwork(**with_tuples(residual))
+    if "residual" in values:  # the older name of a correction
+        values["correction"] = values.pop("residual")
+    if values["correction"] is not None:
+        values["correction"] = CorrectionNetwork(**with_tuples(values["correction"]))
     return DeltaNLLPredictor(**with_tuples(values))
 
 

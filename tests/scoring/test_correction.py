@@ -1,4 +1,4 @@
-"""The residual network: what pairs of blocks miss, in sums that no order of additions changes."""
+"""The correction network: what pairs of blocks miss, in sums that no order of additions changes."""
 
 import json
 from dataclasses import asdict
@@ -9,9 +9,9 @@ import torch
 
 from rap_env.plan import Plan
 from rap_env.scoring import score_table
+from rap_env.scoring.correction_fit import fit_correction
 from rap_env.scoring.predictor import ScoreModel
 from rap_env.scoring.predictor_fit import fit_score_model
-from rap_env.scoring.residual_fit import fit_residual
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
@@ -62,7 +62,7 @@ def test_it_predicts_what_pairs_of_blocks_miss(fitted):
 
 
 def test_corrections_do_not_depend_on_the_order_of_additions(predictor):
-    network = predictor.residual
+    network = predictor.correction
     removed = masks(300, 4)
     together = network.of_many(removed)
     assert together.std() > 0.02
@@ -93,19 +93,19 @@ def test_the_seed_alone_decides_the_network():
     removed = masks(300, 6)
     targets = losses(removed)
     state = torch.get_rng_state()
-    one, same = (asdict(fit_residual(removed, targets, seed=0)) for _ in range(2))
+    one, same = (asdict(fit_correction(removed, targets, seed=0)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state), "others' random numbers are left alone"
-    assert one == same != asdict(fit_residual(removed, targets, seed=1))
+    assert one == same != asdict(fit_correction(removed, targets, seed=1))
 
 
 def test_a_table_of_many_scores_keeps_its_network(tmp_path, monkeypatch):
     few = table_of(make_context(), all_masks(6))
-    assert few.predictor.members[0].residual is None
+    assert few.predictor.members[0].correction is None
     monkeypatch.setattr(score_table, "NETWORK_SCORES", len(few.scores))
     table = fitted_again(few)
     table.save(tmp_path / "table.json")
     (again,) = ScoreTable.load(tmp_path / "table.json").predictor.members
-    network = table.predictor.members[0].residual
-    assert json.dumps(asdict(again.residual)) == json.dumps(asdict(network))
+    network = table.predictor.members[0].correction
+    assert json.dumps(asdict(again.correction)) == json.dumps(asdict(network))
     for mask in all_masks(6, 3):
         assert again.delta_nll(mask) == table.predictor.delta_nll(mask)

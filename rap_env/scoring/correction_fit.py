@@ -1,4 +1,4 @@
-"""Fits the residual network of a predictor, with torch."""
+"""Fits the correction network of a predictor, with torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rap_env.scoring.predictor import SCALE, ResidualNetwork
+from rap_env.scoring.predictor import SCALE, CorrectionNetwork
 
 _HIDDEN = (256, 32)
 _EPOCHS = 60
@@ -17,14 +17,14 @@ _WEIGHT_DECAY = 1e-2
 _QUADRATIC_BELOW = 0.05  # of the loss (Huber), in logarithms of delta_nll
 
 
-def fit_residual(
-    features: npt.NDArray[np.bool_], residuals: npt.NDArray[np.float64], *, seed: int
-) -> ResidualNetwork:
-    """The network that gives the residuals of some masks; it takes seconds for 20,000 masks.
+def fit_correction(
+    features: npt.NDArray[np.bool_], errors: npt.NDArray[np.float64], *, seed: int
+) -> CorrectionNetwork:
+    """The network that gives a predictor's errors on some masks; seconds for 20,000 masks.
 
     Args:
         features: The masks, (N, 2L), from `feature_matrix`.
-        residuals: log(delta_nll + offset), measured minus predicted, (N,).
+        errors: log(delta_nll + offset), measured minus predicted, (N,).
         seed: Decides first weights and order of the masks.
     """
     with torch.random.fork_rng(devices=[]):
@@ -32,12 +32,12 @@ def fit_residual(
         sizes = [features.shape[1], *_HIDDEN]
         layers = [nn.Linear(*pair) for pair in zip(sizes, [*_HIDDEN, 1], strict=True)]
         network = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
-        inputs, targets = torch.from_numpy(features).float(), torch.from_numpy(residuals).float()
+        inputs, targets = torch.from_numpy(features).float(), torch.from_numpy(errors).float()
         _train(network, inputs, targets)
     scaled = [(layer.weight.T * SCALE, layer.bias * SCALE) for layer in layers]
     rounded = [tuple(values.round().int().tolist() for values in layer) for layer in scaled]
     weights, biases = zip(*rounded, strict=True)
-    return ResidualNetwork(weights, biases)
+    return CorrectionNetwork(weights, biases)
 
 
 def _train(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:
