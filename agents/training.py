@@ -264,7 +264,7 @@ class Recorder(BaseCallback):
         }
         if fits:  # the NLL of a mask that does not fit means nothing
             delta_nll = float(info[self._delta_key])
-            metrics["episode/loss"] = delta_nll
+            metrics["episode/delta_nll"] = delta_nll
             self._recent.append(delta_nll)
         for sink in self._sinks:
             sink(metrics, self.num_timesteps)

@@ -157,7 +157,7 @@ def shipped_text() -> str:
     for method, seed in dict.fromkeys((row.method, row.seed) for row in judged):
         estimates = []
         for text in (judged, reported):
-            losses = [r.window_losses for r in text if (r.method, r.seed) == (method, seed)]
+            losses = [r.window_delta_nll for r in text if (r.method, r.seed) == (method, seed)]
             estimates.append(bootstrap_mean(np.mean(losses, axis=0)))
         name = names.get(method, f"RAP policy, seed {seed}")
         lines.append((estimates[0].mean, [name, *map(str, estimates)]))
@@ -174,7 +174,8 @@ def tasks_text(name: str = "tight_tasks") -> str:
     dense = next(row for row in [*read(name), *read("tight_tasks")] if row.method == "dense")
     chosen = [row for row in read(name) if row.method != "dense"]
     tasks, normed = list(chosen[0].accuracies), chosen[0].accuracies_norm or {}
-    rows = [dense, *sorted(chosen, key=lambda row: (row.target_loss, row.loss_calibration))]
+    chosen.sort(key=lambda row: (row.target_delta_nll, row.calibration_delta_nll))
+    rows = [dense, *chosen]
     columns = quality_columns(row.quality for row in chosen)
 
     def accuracy(row: ResultRow, task: str) -> str:
@@ -190,7 +191,7 @@ def tasks_text(name: str = "tight_tasks") -> str:
 
     lines = []
     for row in rows:
-        losses = f"{row.loss_calibration:.2f} / {row.loss:.2f}"
+        losses = f"{row.calibration_delta_nll:.2f} / {row.delta_nll:.2f}"
         named = ["{batch_size} x {seq_len_tokens:,}".format(**row.request),
                  look(row.method).label, losses]  # fmt: skip
         if row is dense:
@@ -222,9 +223,10 @@ def agents_text() -> str:
     lines, scores = [], pinned_task("RAPLadder/SmolLM2-Table-v1").scores
     for method, seeds in runs.items():
         runs_of = [(rows, [row.fits for row in rows]) for rows in seeds.values()]
-        test = [float(scores([r.loss for r in rows], fits).mean()) for rows, fits in runs_of]
+        test = [float(scores([r.delta_nll for r in rows], fits).mean()) for rows, fits in runs_of]
         own = [
-            float(scores([r.loss_calibration for r in rows], fits).mean()) for rows, fits in runs_of
+            float(scores([r.calibration_delta_nll for r in rows], fits).mean())
+            for rows, fits in runs_of
         ]
         every = [row for rows in seeds.values() for row in rows]
         predicted = np.mean([bool(row.provenance.get("predicted")) for row in every])

@@ -73,13 +73,11 @@ class Evaluator:
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
+            "ladder": None if self.item_bytes is None else config.env.ladder,
+            "repair": context.memory.facts.repair,
         }
         if not config.evaluate.plans:
             self.depends_on["importance"] = self._importance(config)
-        if self.item_bytes is not None:  # rows of masks keep their former keys
-            self.depends_on["ladder"] = config.env.ladder
-        if context.memory.facts.repair:  # rows without stubs keep their former keys
-            self.depends_on["repair"] = context.memory.facts.repair
 
     def jobs(self, config: Config, cells: Sequence[EvaluationCell]) -> Iterator[Job[ResultRow]]:
         """Yield what is measured: each method at each cell."""
@@ -145,7 +143,7 @@ class Evaluator:
             attn_removed=plan.count_removed("attn"),
             ffn_removed=plan.count_removed("ffn"),
             mask=list(plan.removed_names),
-            loss_calibration=float(scorer.nll(plan) - scorer.dense_nll),
+            calibration_delta_nll=float(scorer.nll(plan) - scorer.dense_nll),
             **self.losses(plan),
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
@@ -155,7 +153,7 @@ class Evaluator:
             outside=cell.outside,
             training_s=method.training_s,
             levels=None if self.item_bytes is None else plan.levels,
-            target_loss=cell.target_delta_nll,
+            target_delta_nll=cell.target_delta_nll,
         )
 
     def losses(self, plan: Plan) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
 
 
 def _log_results(comparison: Comparison, loggers: Loggers) -> None:
-    metrics = {f"loss/{s.method}": s.delta_nll.mean for s in comparison.summaries}
+    metrics = {f"delta_nll/{s.method}": s.delta_nll.mean for s in comparison.summaries}
     for summary in comparison.summaries:
         metrics |= {f"{name}/{summary.method}": mean for name, mean in summary.quality.items()}
     loggers.log(metrics, 0)

@@ -225,8 +225,8 @@ def make_entries(comparison: str, rows: Sequence[ResultRow], records: str) -> li
             at = {Request(*row.shape, row.budget_bytes): row for row in own if row.seed == seed}
             chosen = [at[request] for request in requests]
             delta_nll = {
-                "calibration": tuple(row.loss_calibration for row in chosen),
-                "test": tuple(row.loss for row in chosen),
+                "calibration": tuple(row.calibration_delta_nll for row in chosen),
+                "test": tuple(row.delta_nll for row in chosen),
             }
             plans = tuple(row.plan.levels for row in chosen)
             runs.append(Run(seed, plans, delta_nll, tuple(row.fits for row in chosen)))

@@ -266,7 +266,7 @@ def mean_delta_nll(rows: Sequence[RepairRow]) -> Estimate | None:
 def _by_text(rows: Sequence[RepairRow]) -> list[npt.NDArray[np.float64]]:
     """Sum of the window ΔNLL of each text's rows, divided by the number of all rows, (windows,)."""
     return [
-        np.sum([row.window_losses for row in rows if row.text == text], axis=0) / len(rows)
+        np.sum([row.window_delta_nll for row in rows if row.text == text], axis=0) / len(rows)
         for text in dict.fromkeys(row.text for row in rows)
     ]
 
@@ -305,7 +305,7 @@ def _summary_table(data: RepairComparison) -> Table:
 
 
 def _summary_caption(data: RepairComparison) -> str:
-    windows = sum({row.text: len(row.window_losses) for row in data.rows}.values())
+    windows = sum({row.text: len(row.window_delta_nll) for row in data.rows}.values())
     cells, texts = counted(len(data.cells), "cell"), counted(len(data.texts), "text")
     return (
         f"Mean ΔNLL in nats/token over {cells} (a request at a budget) and {texts}. Fitted: "
@@ -329,7 +329,7 @@ def _grid_table(data: RepairComparison) -> Table:
         lines.append([
             shape_words(cell),
             f"{percent(cell[2], 0)} ({mebibytes(size)})",
-            *(_chain([f"{row.loss:.2f}" if row else "-" for row in rows]) for rows in by_text),
+            *(_chain([f"{row.delta_nll:.2f}" if row else "-" for row in rows]) for rows in by_text),
             _chain([_removed(row) for row in by_repair]),
         ])  # fmt: skip
     return ["Request", "Budget", *labels, "Blocks removed"], lines

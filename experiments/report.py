@@ -171,7 +171,7 @@ def _chosen(comparison: Comparison, profile: dict[str, Any] | None) -> dict[str,
                 row.shape,
                 f"{shape_words(row.shape)}  {mebibytes(row.budget_bytes)} "
                 f"({percent(row.budget_fraction, 0)}"
-                f"{'' if row.target_loss is None else f', ~{row.target_loss:g}'})",
+                f"{'' if row.target_delta_nll is None else f', ~{row.target_delta_nll:g}'})",
                 row.plan.levels,
             )
             for row in rows
@@ -216,7 +216,7 @@ def findings(data: Records) -> list[str]:
     texts = [
         f"On {counted(len(comparison.cells), 'pair')} of request and budget, {name} "
         f"{_join(clauses)}. Percentages are differences in ΔNLL, with 95 % intervals paired over "
-        f"{counted(len(comparison.rows[0].window_losses), 'window')} of held-out text."
+        f"{counted(len(comparison.rows[0].window_delta_nll), 'window')} of held-out text."
         if clauses
         else f"There is no baseline to compare {name} with."
     ]

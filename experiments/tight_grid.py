@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from experiments.config import Config
-from experiments.config.common import Pinned
+from experiments.config.common import Pinned, parse_shape
 from experiments.contexts import build_context, ladder_bytes
 from experiments.launch import launch
 from experiments.study.console import say
@@ -91,8 +91,9 @@ def tight_grid(config: Config, folder: Path) -> Path:
     item_bytes = ladder_bytes(config, context)
     assert item_bytes is not None
     baseline, budgets = Uniform(context, item_bytes), []
-    for shape in progress_bar(config.progress, settings.shapes, desc="tight grid", unit="request"):
-        budgets += tight_budgets(baseline, shape, settings.losses)
+    shapes = [parse_shape(text) for text in settings["requests"]]
+    for shape in progress_bar(config.progress, shapes, desc="tight grid", unit="request"):
+        budgets += tight_budgets(baseline, shape, settings["losses"])
     facts, text = context.memory.facts, context.corpus.provenance
     head = HEADER.format(
         name=config.name,
@@ -102,7 +103,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
         text=f"{text['source']}, {text['windows']} x {text['window_tokens']} tokens, "
         f"seed {text['seed']}, SHA-256 {context.corpus.sha256[:12]}",
     )
-    path = Path(settings.out)
+    path = Path(settings["out"])
     write_text(path, head + "\n".join(budget.line for budget in budgets) + "\n")
     run.finish(
         started, evaluations=context.scorer.known, evaluations_run=context.scorer.evaluations

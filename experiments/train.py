@@ -91,12 +91,13 @@ def agent_config(config: Config) -> AgentConfig:
 
 def facts_of(result: TrainResult) -> dict[str, Any]:
     """Return the entries of ``run.json`` about a finished training."""
+    recent = result.recent_delta_nll
     return {
         "timesteps": result.timesteps,
         "episodes": result.episodes,
         "evaluations": result.evaluations,
         "training_s": round(result.seconds, 2),
-        "recent_loss": result.recent_delta_nll if math.isfinite(result.recent_delta_nll) else None,
+        "recent_delta_nll": recent if math.isfinite(recent) else None,
     }
 
 

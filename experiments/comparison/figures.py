@@ -197,7 +197,7 @@ def levels_picture(lines: Sequence[LevelsLine], num_layers: int) -> Figure:
 
 
 CURVES = {
-    "episode/loss": "ΔNLL at the end of the episode\n(calibration text, nats/token)",
+    "episode/delta_nll": "ΔNLL at the end of the episode\n(calibration text, nats/token)",
     "episode/return": "return of the episode",
 }
 """Metrics drawn as learning curves, with axis labels."""

@@ -32,7 +32,7 @@ class ResultRow(CellRecord):
         fits: Whether the peak is within the budget.
         attn_removed: Number of removed attn blocks.
         ffn_removed: Number of removed ffn blocks.
-        loss_calibration: ΔNLL on the calibration text, which methods may have used.
+        calibration_delta_nll: ΔNLL on the calibration text, which methods may have used.
         accuracies: Accuracy of each task in [0, 1]; empty without tasks.
         decision_s: Seconds from the request to the plan.
         evaluations: Plans scored by the model for this request.
@@ -41,13 +41,12 @@ class ResultRow(CellRecord):
         outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.
         levels: Levels of all items that are not native, by name; None where methods choose masks.
-        target_loss: ΔNLL that the cell's budget stands for, nats per token; None if it stands for
-            none.
+        target_delta_nll: ΔNLL that the cell's budget stands for, nats per token, if for any.
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
-            ``acc``; None in older records.
-        task_documents: Number of documents of each task; None in older records.
+            ``acc``; None without tasks, as `task_documents`.
+        task_documents: Number of documents of each task.
         kl_divergence_mean: Mean over the tokens of the report text of the KL divergence of the
-            next-token distribution from the native model's, nats; None in older records, as all
+            next-token distribution from the native model's, nats; None if not measured, as all
             that follow.
         kl_divergence_p99: Its 99th percentile over tokens, nats.
         same_top_token_share: Share of tokens for which the native model has the same top token.
@@ -66,7 +65,7 @@ class ResultRow(CellRecord):
     attn_removed: int
     ffn_removed: int
     mask: list[str]
-    loss_calibration: float
+    calibration_delta_nll: float
     accuracies: dict[str, float]
     decision_s: float
     evaluations: int
@@ -75,7 +74,7 @@ class ResultRow(CellRecord):
     outside: bool = False
     training_s: float | None = None
     levels: dict[str, str] | None = None
-    target_loss: float | None = None
+    target_delta_nll: float | None = None
     accuracies_norm: dict[str, float] | None = None
     task_documents: dict[str, int] | None = None
     kl_divergence_mean: float | None = None

@@ -167,10 +167,10 @@ class Comparison:
     def targets(self) -> dict[float, list[Cell]]:
         """The cells of each ΔNLL that budgets stand for, in ascending order; empty if none do."""
         by_target: dict[float, list[Cell]] = defaultdict(list)
-        known = {row.cell: row.target_loss for row in self.rows if row.target_loss is not None}
+        targets = {row.cell: row.target_delta_nll for row in self.rows}
         for cell in self.cells:
-            if cell in known:
-                by_target[known[cell]].append(cell)
+            if (target := targets[cell]) is not None:
+                by_target[target].append(cell)
         return dict(sorted(by_target.items()))
 
     def at(self, method: str, cell: Cell) -> list[ResultRow]:
@@ -193,13 +193,13 @@ class Comparison:
         seeds: dict[int | None, list[Sequence[float]]] = defaultdict(list)
         for cell in cells:
             for row in self.at(method, cell):
-                seeds[row.seed].append(row.window_losses)
+                seeds[row.seed].append(row.window_delta_nll)
         whole = [losses for losses in seeds.values() if len(losses) == len(cells)]
         return np.asarray(np.mean(np.array(whole, dtype=np.float64), axis=1))
 
     def window_delta_nlls(self, method: str, cell: Cell) -> list[list[float]]:
         """Return the ΔNLL of a method at a cell, shape (seeds, windows)."""
-        return [row.window_losses for row in self.at(method, cell)]
+        return [row.window_delta_nll for row in self.at(method, cell)]
 
     @cached_property
     def summaries(self) -> list[Summary]:
@@ -241,7 +241,7 @@ class Comparison:
         return Summary(
             method=method,
             delta_nll=bootstrap_mean(self.window_means(method, cells)),
-            delta_nll_calibration=float(np.mean([row.loss_calibration for row in rows])),
+            delta_nll_calibration=float(np.mean([row.calibration_delta_nll for row in rows])),
             accuracy=float(np.mean(accuracies)) if accuracies else None,
             quality=mean_quality(rows),
             evaluations=float(np.mean([row.evaluations for row in rows])),

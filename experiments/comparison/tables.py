@@ -151,7 +151,7 @@ def delta_nll_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     """Return ΔNLL in nats/token for one request: methods as rows, budgets as columns."""
 
     def entry(rows: list[ResultRow]) -> str:
-        mean = bootstrap_mean([row.window_losses for row in rows])
+        mean = bootstrap_mean([row.window_delta_nll for row in rows])
         return f"{mean}{'' if all(row.fits for row in rows) else ' (does not fit)'}"
 
     return _budget_table(comparison, shape, entry)
@@ -255,7 +255,7 @@ def terminal_text(comparison: Comparison) -> str:
     what, model = f"{comparison.choice_word}s", f"the {comparison.reference_word} model"
     legend = (
         f"ΔNLL: increase of the negative log-likelihood over {model}, nats per token, on "
-        f"{len(comparison.rows[0].window_losses)} windows that no method has used; mean over "
+        f"{len(comparison.rows[0].window_delta_nll)} windows that no method has used; mean over "
         f"requests {', '.join(f'{b}x{s}' for b, s in comparison.shapes)} (batch x tokens; budgets: "
         f"{budget_words(comparison)} of {model}'s peak memory){pairs * comparison.incomplete}, "
         "with a 95 % interval; lower is better. Calibr.: the same on the calibration text, which a "
@@ -272,8 +272,8 @@ def _budget(comparison: Comparison, cell: Cell) -> str:
     row = next(row for row in comparison.rows if row.cell == cell)
     if row.sparsity is not None:
         return f"{percent(row.sparsity, 0)} sparsity ({mebibytes(row.budget_bytes)})"
-    if row.target_loss is not None:
-        return f"about {row.target_loss:g} ({mebibytes(row.budget_bytes)})"
+    if row.target_delta_nll is not None:
+        return f"about {row.target_delta_nll:g} ({mebibytes(row.budget_bytes)})"
     return f"{percent(cell[2], 0)} ({mebibytes(row.budget_bytes)})"
 
 

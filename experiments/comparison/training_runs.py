@@ -81,10 +81,10 @@ class TrainingRun(RunFolder):
     @property
     def final_delta_nll(self) -> float | None:
         """Mean ΔNLL of the last episodes, nats per token; None if not logged."""
-        _, losses = self.series("episode/loss")
+        _, losses = self.series("episode/delta_nll")
         if losses:
             return float(np.mean(losses[-LAST_EPISODES:]))
-        recent = self.facts.get("recent_loss")
+        recent = self.facts.get("recent_delta_nll")
         return None if recent is None else float(recent)
 
 

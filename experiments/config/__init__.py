@@ -15,11 +15,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
-from experiments.config.evaluation import (
-    EvaluateConfig,
-    LevelsConfig,
-    TightGridConfig,
-)
+from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ModelConfig, StubsConfig
 from experiments.config.plain import PLAIN, completed, defaults
 from experiments.config.serving import ReplayConfig
@@ -74,7 +70,7 @@ class Config(Section):
     frontier: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["frontier"]))
     logger: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["logger"]))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
+    tight_grid: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["tight_grid"]))
     texts: TextsConfig = field(default_factory=TextsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
@@ -88,7 +84,7 @@ class Config(Section):
     report: dict[str, str] = field(
         default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}
     )
-    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    levels: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["levels"]))
     export: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["export"]))
 
     def __post_init__(self) -> None:

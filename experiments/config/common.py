@@ -45,6 +45,16 @@ def form(parse: Callable[[str], Any]) -> Rule:
     return lambda _, text: parse(text)
 
 
+def ending(suffix: str) -> Rule:
+    """Return the rule that the name of a file ends in a suffix."""
+
+    def check(name: str, value: str) -> None:
+        if not value.endswith(suffix):
+            raise ExperimentError(f"{name} must end in {suffix}, not {value!r}.")
+
+    return check
+
+
 def some(name: str, values: list[Any]) -> None:
     """Check that a list has entries."""
     if not values:

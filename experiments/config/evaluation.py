@@ -15,12 +15,10 @@ from experiments.config.common import (
     Fraction,
     Pinned,
     PinnedText,
-    Positive,
     Section,
     ShapeText,
     TextConfig,
     among,
-    distinct,
     parse_cell,
     parse_pinned,
     some,
@@ -28,13 +26,10 @@ from experiments.config.common import (
 from experiments.config.plain import TASKS, completed, defaults
 from experiments.study.errors import ExperimentError
 from experiments.study.records import Cell
-from rap_env.importance.level_costs import CACHE_LEVELS
-from rap_env.levels import CacheLevel
 
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""
 POLICY_SUFFIX = ".safetensors"
-LEVELS_SUFFIX = ".levels.json"
 
 
 @dataclass
@@ -92,47 +87,6 @@ class EvaluateConfig(Section):
     def outside_cells(self) -> list[Cell]:
         """The cells outside the training range, parsed."""
         return [parse_cell(text) for text in self.outside]
-
-
-@dataclass
-class TightGridConfig(Section):
-    """Budgets in bytes at which uniform settings lose given amounts."""
-
-    section = "tight_grid"
-    requests: Annotated[list[ShapeText], distinct] = field(
-        default_factory=lambda: ["1x128", "4x512", "4x2048", "8x2048", "16x4096"]
-    )
-    """Batch size x sequence length in tokens."""
-    losses: Annotated[list[Positive], distinct] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-    )
-    """ΔNLL of the best uniform setting on the calibration text, nats per token."""
-    out: str = "conf/grid/tight.yaml"
-    """File to write."""
-
-
-@dataclass
-class LevelsConfig(Section):
-    """Levels to measure, and plans of the knapsack over them."""
-
-    section = "levels"
-    caches: list[str] = field(default_factory=lambda: list(CACHE_LEVELS))
-    """Levels of KV caches, such as int4 or int4-window512."""
-    requests: Annotated[list[ShapeText], some] = field(default_factory=lambda: ["1x128"])
-    """Batch size x sequence length in tokens, for `joint_budgets`."""
-    joint_budgets: list[Fraction] = field(default_factory=list)
-    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured on
-    the calibration text, to correct costs."""
-    out: str | None = None
-    """File for the costs of levels, ending in .levels.json; the model's facts are written next to
-    it. null for none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.caches:
-            CacheLevel.of(name)
-        if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
-            raise ExperimentError(f"levels.out must end in {LEVELS_SUFFIX}, not {self.out!r}.")
 
 
 @dataclass

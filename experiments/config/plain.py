@@ -6,13 +6,20 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.config.common import Rule, among, within
+from experiments.config.common import Rule, among, ending, form, parse_shape, within
 from experiments.study.errors import ExperimentError
 from rap_env.errors import check_name
+from rap_env.importance.level_costs import CACHE_LEVELS
+from rap_env.levels import CacheLevel
+
+LEVELS_SUFFIX = ".levels.json"
 
 
 class Setting(NamedTuple):
-    """One setting: its type, as `isinstance` takes it, its default, and a rule for its values."""
+    """One setting: its type, as `isinstance` takes it, its default, and a rule for its values.
+
+    The rule of a list is one for its entries.
+    """
 
     kind: Any
     default: Any
@@ -90,6 +97,29 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         # auto: online if a login is found, else offline.
         "wandb_mode": Setting(str, "auto", among("auto", "online", "offline")),
     },
+    # Budgets in bytes at which uniform settings lose given amounts.
+    "tight_grid": {
+        # Batch size x sequence length in tokens.
+        "requests": Setting(
+            list, ["1x128", "4x512", "4x2048", "8x2048", "16x4096"], form(parse_shape)
+        ),
+        # ΔNLL of the best uniform setting on the calibration text, nats per token.
+        "losses": Setting(list, [0.05, 0.1, 0.2, 0.5, 1.0, 2.0], within(0, above=True)),
+        "out": Setting(str, "conf/grid/tight.yaml"),  # file to write
+    },
+    # Levels to measure, and plans of the knapsack over them.
+    "levels": {
+        # Levels of KV caches, such as int4 or int4-window512.
+        "caches": Setting(list, list(CACHE_LEVELS), form(CacheLevel.of)),
+        # Batch size x sequence length in tokens, for `joint_budgets`.
+        "requests": Setting(list, ["1x128"], form(parse_shape)),
+        # Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured
+        # on the calibration text, to correct costs.
+        "joint_budgets": Setting(list, [], within(0, 1, above=True)),
+        # File for the costs of levels, ending in .levels.json; the model's facts are written next
+        # to it. null for none.
+        "out": Setting(str | None, None, ending(LEVELS_SUFFIX)),
+    },
     # experiments.demo.
     "demo": {
         "table": Setting(str, "score_table:smollm2-135m"),  # what the policy is trained on
@@ -141,6 +171,7 @@ def completed(
         if not isinstance(value, setting.kind):
             kind = getattr(setting.kind, "__name__", setting.kind)
             raise ExperimentError(f"{section}.{name} must be of type {kind}, not {value!r}.")
-        if setting.rule and value is not None:
-            setting.rule(f"{section}.{name}", value)
+        for entry in value if isinstance(value, list) else [value]:
+            if setting.rule and entry is not None:
+                setting.rule(f"{section}.{name}", entry)
     return defaults(settings) | dict(given)

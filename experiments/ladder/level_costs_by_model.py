@@ -22,7 +22,7 @@ from experiments.contexts import build_context, held_out_scorer
 from experiments.ladder.loss_against_bytes import nats, report_identity
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
-from experiments.study.records import LossRecord, delta_nll_fields
+from experiments.study.records import DeltaNLLRecord, delta_nll_fields
 from experiments.study.tables import TitledTable, columns_table
 from rap_env.errors import ArtifactError
 from rap_env.levels import WeightLevel
@@ -58,7 +58,7 @@ Lowered = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class LevelCostRow(LossRecord):
+class LevelCostRow(DeltaNLLRecord):
     """What one level costs one model; ΔNLL is over the model as its file has it.
 
     Attributes:

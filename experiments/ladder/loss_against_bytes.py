@@ -14,7 +14,7 @@ from experiments.contexts import build_context, held_out_scorer, named_policy
 from experiments.study.figures import INK, Panel, draw_label, panel_figure, scale_delta_nll
 from experiments.study.harness import Job, Study
 from experiments.study.records import (
-    LossRecord,
+    DeltaNLLRecord,
     Record,
     RequestRecord,
     Shape,
@@ -51,7 +51,7 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class LadderRow(RequestRecord, LossRecord):
+class LadderRow(RequestRecord, DeltaNLLRecord):
     """One plan under one request; ΔNLL is over the unquantised model.
 
     Attributes:
@@ -84,7 +84,7 @@ class LadderRow(RequestRecord, LossRecord):
 
 
 @dataclass(frozen=True)
-class LlamaCppRow(RequestRecord, LossRecord):
+class LlamaCppRow(RequestRecord, DeltaNLLRecord):
     """One format of llama.cpp's cache under one request.
 
     Attributes:
@@ -279,10 +279,11 @@ def _policy_table(data: LossAgainstBytes) -> Table | None:
     return (header, lines) if lines else None
 
 
-def nats(row: LossRecord) -> str:
+def nats(row: DeltaNLLRecord) -> str:
     """Format a ΔNLL with its interval, with four decimals where it is small."""
-    digits = 4 if abs(row.loss) < 0.01 else 3
-    return f"{row.loss:.{digits}f} [{row.loss_ci_low:.{digits}f}, {row.loss_ci_high:.{digits}f}]"
+    mean, low, high = row.delta_nll, row.delta_nll_ci_low, row.delta_nll_ci_high
+    digits = 4 if abs(mean) < 0.01 else 3
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _mib(value: float) -> str:
@@ -306,8 +307,8 @@ def loss_against_bytes(data: LossAgainstBytes) -> Figure:
 def pareto(rows: Sequence[LadderRow]) -> list[LadderRow]:
     """Those rows than which no other row has fewer bytes and a lower loss, the largest first."""
     best: list[LadderRow] = []
-    for row in sorted(rows, key=lambda row: (row.held_bytes, row.loss)):
-        if not best or row.loss < best[-1].loss:
+    for row in sorted(rows, key=lambda row: (row.held_bytes, row.delta_nll)):
+        if not best or row.delta_nll < best[-1].delta_nll:
             best.append(row)
     return best[::-1]
 
@@ -319,7 +320,7 @@ def labelled_settings(uniform: Sequence[LadderRow]) -> list[LadderRow]:
     """
     differing: list[LadderRow] = []
     for row in reversed(pareto(uniform)):
-        if not differing or row.loss < 0.8 * differing[-1].loss - _LEAST_GAIN:
+        if not differing or row.delta_nll < 0.8 * differing[-1].delta_nll - _LEAST_GAIN:
             differing.append(row)
     native = [r for r in uniform if not r.levels and not r.packed and r not in differing]
     return [*native, *reversed(differing)]
@@ -349,7 +350,7 @@ def _draw_request(data: LossAgainstBytes, shape: Shape, axis: Axes) -> None:
         (point,) = _points([cached])
         axis.plot(*point, "D", color=LLAMA, markersize=4, zorder=6)
         # Labels of points that nearly coincide would hide each other.
-        if labelled is None or cached.loss < labelled.loss / 1.5:
+        if labelled is None or cached.delta_nll < labelled.delta_nll / 1.5:
             draw_label(axis, point, cached.cache, LLAMA, above=labelled is None)
             labelled = cached
     scale_delta_nll(axis)
@@ -360,7 +361,7 @@ def _draw_request(data: LossAgainstBytes, shape: Shape, axis: Axes) -> None:
 
 
 def _points(rows: Sequence[LadderRow] | Sequence[LlamaCppRow]) -> list[Point]:
-    return [(row.held_bytes / 2**20, row.loss) for row in rows]
+    return [(row.held_bytes / 2**20, row.delta_nll) for row in rows]
 
 
 STUDY = Study(

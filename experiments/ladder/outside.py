@@ -55,7 +55,7 @@ from experiments.study.figures import (
     scale_delta_nll,
 )
 from experiments.study.harness import Job, Study
-from experiments.study.records import LossRecord
+from experiments.study.records import DeltaNLLRecord
 from experiments.study.run_folder import package_versions
 from experiments.study.tables import TitledTable, columns_table, percent
 from rap_env.importance.one_shot_scores import layer_influence
@@ -95,7 +95,7 @@ LOOKS = {
 
 
 @dataclass(frozen=True)
-class OutsideRow(LossRecord):
+class OutsideRow(DeltaNLLRecord):
     """What a method loses at its bytes of weights, over the unquantised model.
 
     Attributes:
@@ -341,17 +341,17 @@ def _draw(rows: Sequence[OutsideRow], axis: Axes) -> None:
         own = sorted((row for row in rows if row.method == method), key=lambda r: r.weight_bytes)
         named = method in ("uniform", "llama.cpp")
         axis.plot(
-            [row.weight_bytes / 2**20 for row in own], [row.loss for row in own], label=label,
+            [row.weight_bytes / 2**20 for row in own], [row.delta_nll for row in own], label=label,
             color=colour, marker=marker, markersize=4.5, linewidth=0 if named else 1.3,
             zorder=6 if named else 4,
         )  # fmt: skip
         for row in own if named else ():
-            point = row.weight_bytes / 2**20, row.loss
+            point = row.weight_bytes / 2**20, row.delta_nll
             ffn = row.name.startswith("FFN")
             left = not ffn and (method == "uniform" or row.name.endswith("embeddings"))
             draw_label(axis, point, row.name, colour, above=ffn, left=left)
     scale_delta_nll(axis)
-    axis.set_ylim(-LINEAR_NATS, 2 * max(row.loss for row in rows))
+    axis.set_ylim(-LINEAR_NATS, 2 * max(row.delta_nll for row in rows))
 
 
 def newest(rows: Sequence[OutsideRow]) -> list[OutsideRow]:

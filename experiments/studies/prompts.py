@@ -57,7 +57,7 @@ class PolicyRow(Record):
         cell: The request and its budget in bytes, as in ``prompts.cells``.
         prompt_tokens: First tokens of each window that are its prompt.
         recorded: Whether the plans are those of an earlier evaluation.
-        window_losses: ΔNLL of each window, nats per token, (windows,).
+        window_delta_nll: ΔNLL of each window, nats per token, (windows,).
     """
 
     file = "prompts.jsonl"
@@ -69,7 +69,7 @@ class PolicyRow(Record):
     cell: str
     prompt_tokens: int
     recorded: bool
-    window_losses: list[float]
+    window_delta_nll: list[float]
 
 
 def prompt_jobs(config: Config, folder: Path) -> Iterator[Job[PolicyRow]]:
@@ -157,7 +157,7 @@ class PromptStudy:
     def losses(self, policy: str, text: str, cells: Sequence[str]) -> npt.NDArray[np.float64]:
         """ΔNLL of each window, mean over some cells, nats per token, (windows,)."""
         rows = [self._rows[policy, text, cell] for cell in cells]
-        return np.asarray(np.mean([row.window_losses for row in rows], axis=0))
+        return np.asarray(np.mean([row.window_delta_nll for row in rows], axis=0))
 
     def relative(self, policy: str, rival: str, texts: Sequence[str]) -> Estimate | None:
         """ΔNLL of a policy divided by that of another one, minus 1, over some texts."""

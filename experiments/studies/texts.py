@@ -88,7 +88,7 @@ class PlanRow(Record):
         seed: Its seed.
         cell: The request and its budget in bytes, as in ``texts.cells``.
         judged_on: Kind of the report text.
-        window_losses: ΔNLL of each window of the text, nats per token, (windows,).
+        window_delta_nll: ΔNLL of each window of the text, nats per token, (windows,).
     """
 
     file = "plans.jsonl"
@@ -99,7 +99,7 @@ class PlanRow(Record):
     seed: int
     cell: str
     judged_on: str
-    window_losses: list[float]
+    window_delta_nll: list[float]
 
 
 def text_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
@@ -201,7 +201,7 @@ def _plan_row(
 ) -> PlanRow:
     losses = (scorer.window_nll(plan) - scorer.window_nll(Plan())).tolist()
     named = dict(zip(PlanRow.identity, identity, strict=True))
-    return PlanRow(**named, window_losses=losses, provenance=provenance)
+    return PlanRow(**named, window_delta_nll=losses, provenance=provenance)
 
 
 class TextStudy:
@@ -215,7 +215,9 @@ class TextStudy:
     def __init__(self, rows: Sequence[Record]) -> None:
         self._costs = [row for row in rows if isinstance(row, CostRow)]
         plans = [row for row in rows if isinstance(row, PlanRow)]
-        self._windows = {(p.chosen_on, p.seed, p.cell, p.judged_on): p.window_losses for p in plans}
+        self._windows = {
+            (p.chosen_on, p.seed, p.cell, p.judged_on): p.window_delta_nll for p in plans
+        }
         self.kinds = list(dict.fromkeys(row.judged_on for row in plans))
         self.cells = list(dict.fromkeys(row.cell for row in plans))
         self._seeds = list(dict.fromkeys(row.seed for row in plans))

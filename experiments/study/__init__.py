@@ -4,11 +4,11 @@ A study is one file with three things: a row type, a function that yields what t
 tables made from the rows. The rest is done here::
 
     from experiments.study.harness import Job, Study
-    from experiments.study.records import LossRecord, RequestRecord, delta_nll_fields, request_field
+    from experiments.study.records import DeltaNLLRecord, RequestRecord, delta_nll_fields
     from experiments.study.tables import TitledTable, columns_table
 
     @dataclass(frozen=True)
-    class CacheRow(RequestRecord, LossRecord):  # base classes have the usual fields
+    class CacheRow(RequestRecord, DeltaNLLRecord):  # base classes have the usual fields
         caches: str
 
         file = "caches.jsonl"

@@ -36,7 +36,7 @@ Cell = tuple[int, int, float]
 class Record:
     """Base of rows, each of which is stored as one JSON object a line.
 
-    Fields with a plain default may be missing in older records; other keys must all be there.
+    A field with a plain default may be left out; other keys must all be there.
 
     Attributes:
         provenance: ``{"depends_on": hashes and settings, "git": commit}``, and what else describes
@@ -113,30 +113,30 @@ class RequestRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossRecord(Record):
+class DeltaNLLRecord(Record):
     """A record of the ΔNLL of one plan: its NLL minus that of the native model on the same windows.
 
     Attributes:
-        loss: ΔNLL, mean over the windows of the report text, on which nothing is searched, nats
-            per token.
-        loss_ci_low: Lower end of its 95 % interval over windows.
-        loss_ci_high: Upper end.
-        window_losses: ΔNLL of each window of the report text, (windows,).
+        delta_nll: Mean ΔNLL over the windows of the report text, on which nothing is searched,
+            nats per token.
+        delta_nll_ci_low: Lower end of its 95 % interval over windows.
+        delta_nll_ci_high: Upper end.
+        window_delta_nll: ΔNLL of each window of the report text, (windows,).
     """
 
-    loss: float
-    loss_ci_low: float
-    loss_ci_high: float
-    window_losses: list[float]
+    delta_nll: float
+    delta_nll_ci_low: float
+    delta_nll_ci_high: float
+    window_delta_nll: list[float]
 
     @property
     def estimate(self) -> Estimate:
         """ΔNLL with its interval."""
-        return Estimate(self.loss, self.loss_ci_low, self.loss_ci_high)
+        return Estimate(self.delta_nll, self.delta_nll_ci_low, self.delta_nll_ci_high)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellRecord(RequestRecord, LossRecord):
+class CellRecord(RequestRecord, DeltaNLLRecord):
     """A record of one plan at one cell: a request at a budget.
 
     Attributes:
@@ -161,17 +161,17 @@ def request_field(shape: Shape) -> dict[str, int]:
 
 
 def delta_nll_fields(windows: npt.ArrayLike) -> dict[str, Any]:
-    """Return the fields of `LossRecord`.
+    """Return the fields of `DeltaNLLRecord`.
 
     Args:
         windows: ΔNLL on each window of the text, nats per token, (windows,).
     """
     mean = bootstrap_mean(windows)
     return {
-        "loss": mean.mean,
-        "loss_ci_low": mean.low,
-        "loss_ci_high": mean.high,
-        "window_losses": np.asarray(windows, dtype=float).tolist(),
+        "delta_nll": mean.mean,
+        "delta_nll_ci_low": mean.low,
+        "delta_nll_ci_high": mean.high,
+        "window_delta_nll": np.asarray(windows, dtype=float).tolist(),
     }
 
 

@@ -38,7 +38,7 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, flo
     for folder in map(Path, folders):
         own = _table_scores(folder, context)
         for row in _rows(folder, context):
-            own.setdefault(row.plan, row.loss_calibration + context.scorer.dense_nll)
+            own.setdefault(row.plan, row.calibration_delta_nll + context.scorer.dense_nll)
         if not own:
             raise ExperimentError(
                 f"{folder} has no recorded scores of this model and calibration text."
@@ -81,8 +81,8 @@ def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses 
         return None
     text = texts.most_common(1)[0][0]
     rows = [row for row in rows if row.depends_on["report_sha256"] == text]
-    losses = {row.plan: row.loss for row in rows}
-    calibration = {row.plan: row.loss_calibration for row in rows}
+    losses = {row.plan: row.delta_nll for row in rows}
+    calibration = {row.plan: row.calibration_delta_nll for row in rows}
     provenance = rows[0].depends_on["report_text"]
     return HeldOutLosses.fitted(provenance, losses, calibration, context.memory.facts.num_blocks)
 
@@ -90,10 +90,7 @@ def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses 
 def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
     """Return a comparison's rows of the same model and calibration text."""
     facts, here = context.memory.facts, context.corpus.sha256
-    wanted = (facts.fingerprint, here, facts.repair or None)
-    names = ("model_fingerprint", "calibration_sha256", "repair")
-    return [
-        row
-        for row in rows_below(folder)
-        if tuple(row.depends_on.get(name) for name in names) == wanted
-    ]
+    own = {
+        "model_fingerprint": facts.fingerprint, "calibration_sha256": here, "repair": facts.repair
+    }  # fmt: skip
+    return [row for row in rows_below(folder) if own.items() <= row.depends_on.items()]

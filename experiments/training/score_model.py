@@ -132,11 +132,11 @@ class _ScoredText:
             done[number] = {"round": number, "step": step, **self._measured(policy, predicted)}
             append_record(path, done[number])
         record = done[number]
-        metrics = {f"verify/{key}": float(record[key]) for key in ("loss", "predicted_loss")}
-        sink(metrics, step)
+        measured = ("delta_nll", "predicted_delta_nll")
+        sink({f"verify/{key}": float(record[key]) for key in measured}, step)
         log.info(
             "Round %d: ΔNLL of the policy %.4f nats per token, predicted %.4f.",
-            number, record["loss"], record["predicted_loss"],
+            number, record["delta_nll"], record["predicted_delta_nll"],
         )  # fmt: skip
         self.known |= scored_masks(record)
 
@@ -152,9 +152,10 @@ class _ScoredText:
         masks = list(dict.fromkeys([*favourites, *others]))
         real = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
         dense = context.scorer.dense_nll
+        rises = [predicted.scorer.nll(mask) - dense for mask in favourites]
         return {
-            "loss": float(np.mean([real[mask] - dense for mask in favourites])),
-            "predicted_loss": float(np.mean([predicted.scorer.nll(m) - dense for m in favourites])),
+            "delta_nll": float(np.mean([real[mask] - dense for mask in favourites])),
+            "predicted_delta_nll": float(np.mean(rises)),
             "scored": [[json.loads(mask.to_json()), nll] for mask, nll in real.items()],
         }
 

@@ -238,10 +238,10 @@ def test_metrics_describe_the_training(tmp_path, context):
     episodes = [metrics for _, metrics in lines if "episode/return" in metrics]
     assert len(episodes) == result.episodes == episodes[-1]["episode/number"]
     fitting = [m for m in episodes if m["episode/fits"]]
-    assert np.isfinite([m["episode/loss"] for m in fitting]).all()
+    assert np.isfinite([m["episode/delta_nll"] for m in fitting]).all()
     assert len(fitting) > 10
     for metrics in fitting:  # return = -loss - 0.1 for each invalid action
-        expected = -metrics["episode/loss"] - 0.1 * metrics["episode/invalid_actions"]
+        expected = -metrics["episode/delta_nll"] - 0.1 * metrics["episode/invalid_actions"]
         assert metrics["episode/return"] == pytest.approx(expected, abs=1e-4)
     assert any(metrics["episode/invalid_actions"] > 0 for metrics in episodes)
     updates = [metrics for _, metrics in lines if "train/loss" in metrics]

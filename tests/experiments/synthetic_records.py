@@ -70,9 +70,10 @@ def make_row(
         "budget_fraction": budget, "budget_bytes": int(peak * budget),
         "peak_bytes": int(peak * budget) - 1000 if fits else peak, "fits": fits,
         "attn_removed": attn, "ffn_removed": len(names) - attn, "mask": names,
-        "loss_calibration": float(losses.mean()) * 0.9, "loss": float(losses.mean()),
-        "loss_ci_low": float(losses.mean()) - 0.05, "loss_ci_high": float(losses.mean()) + 0.05,
-        "window_losses": losses.tolist(),
+        "calibration_delta_nll": float(losses.mean()) * 0.9, "delta_nll": float(losses.mean()),
+        "delta_nll_ci_low": float(losses.mean()) - 0.05,
+        "delta_nll_ci_high": float(losses.mean()) + 0.05,
+        "window_delta_nll": losses.tolist(),
         "accuracies": {"task_one": 0.9 / (1 + level / 4), "task_two": 0.7 / (1 + level / 5)},
         "decision_s": 0.004 if "ppo" in method else 2.5 if "greedy" in method else 0.0006,
         "evaluations": 240 if "greedy" in method else 0,
@@ -137,7 +138,7 @@ def write_root(root: Path, agent_seeds: int = 1) -> Path:
         lines = []
         for step in range(10, 6000, 10):
             loss = 0.8 + 4 * np.exp(-step / 1500) + rng.gamma(1.0, 0.3)
-            lines.append({"step": step, "episode/loss": loss, "episode/return": -loss - 0.02})
+            lines.append({"step": step, "episode/delta_nll": loss, "episode/return": -loss - 0.02})
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
     return root
@@ -166,8 +167,8 @@ def make_repair_row(
         "fitted_on": [] if repair == "none" else list(FIT_TEXTS),
         "fit_tokens": 0 if repair == "none" else 262_144,
         "mask": names,
-        "loss": float(losses.mean()), "loss_ci_low": float(losses.mean()) - 0.05,
-        "loss_ci_high": float(losses.mean()) + 0.05, "window_losses": losses.tolist(),
+        "delta_nll": float(losses.mean()), "delta_nll_ci_low": float(losses.mean()) - 0.05,
+        "delta_nll_ci_high": float(losses.mean()) + 0.05, "window_delta_nll": losses.tolist(),
         "accuracies": {"task_one": 0.8 - FITTED_RATIOS[repair] / 10, "task_two": 0.55},
         "provenance": {"depends_on": {
             "model_fingerprint": "f" * 64, "calibration_sha256": "a" * 64, "report_sha256": text,

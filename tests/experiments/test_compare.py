@@ -38,7 +38,7 @@ def pair(tmp_path):
     """Two methods at one cell, in two comparisons of different models."""
     for name, level in (("one", 1.0), ("two", 3.0)):
         rows = [
-            make_row(m, (1, 128), 0.9, window_losses=[level * factor] * 16)
+            make_row(m, (1, 128), 0.9, window_delta_nll=[level * factor] * 16)
             for m, factor in (("gsi", 1.0), ("greedy_per_byte", 0.5))
         ]
         write_rows(tmp_path / "some" / name, rows, f"/at/model-{name}", f"some/{name}.safetensors")
@@ -78,7 +78,7 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
         append_record(tmp_path / "x/evaluate" / label / "results.jsonl", row.to_record())
     (summary,) = named(tmp_path)["x"].comparison.summaries
     assert summary.rows == 1
-    assert summary.delta_nll.mean == pytest.approx(row.loss)
+    assert summary.delta_nll.mean == pytest.approx(row.delta_nll)
     other = make_row("gsi", (1, 128), 0.9, mask=["layer00.attn"])
     append_record(tmp_path / "x/evaluate/c/results.jsonl", other.to_record())
     with pytest.raises(ArtifactError, match="gsi .* have different masks or plans"):
@@ -88,8 +88,8 @@ def test_the_same_row_in_two_folders_of_a_comparison_counts_once(tmp_path):
 def test_cells_outside_the_grid_are_not_averaged_with_it(tmp_path):
     rows = make_rows()
     for method in ("gsi", "maskable_ppo"):
-        rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_losses=[50.0] * 16))
-        rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_losses=[90.0] * 16))
+        rows.append(make_row(method, (1, 128), 0.77, sparsity=0.2, window_delta_nll=[50.0] * 16))
+        rows.append(make_row(method, (8, 8192), 0.5, outside=True, window_delta_nll=[90.0] * 16))
     write_rows(tmp_path / "x", rows)
     records = named(tmp_path)["x"]
     assert set(mean_losses(records, "sparsity").values()) == {50.0}
@@ -139,7 +139,7 @@ def test_the_final_delta_nll_is_that_of_the_last_episodes(root):
     (records,) = read_comparisons([root])
     assert [run.method for run in records.runs] == ["maskable_ppo"] * 2
     run = records.runs[0]
-    steps, losses = run.series("episode/loss")
+    steps, losses = run.series("episode/delta_nll")
     assert run.final_delta_nll == pytest.approx(sum(losses[-50:]) / 50)
     assert run.final_delta_nll < sum(losses) / len(losses)
     assert len(steps) > 50

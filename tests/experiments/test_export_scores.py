@@ -141,8 +141,8 @@ def test_an_agent_trains_on_a_table(config, exported):
     )  # fmt: skip
     folder = table.stage_dir("train") / "maskable_ppo-s0"
     train(table, folder)
-    losses = [record["episode/loss"] for record in read_records(folder / "metrics.jsonl")
-              if "episode/loss" in record]  # fmt: skip
+    losses = [record["episode/delta_nll"] for record in read_records(folder / "metrics.jsonl")
+              if "episode/delta_nll" in record]  # fmt: skip
     assert losses
     assert (folder / "policy.png").exists()
     scores = ScoreTable.load(exported).scores

@@ -141,7 +141,7 @@ def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
         assert [Request(*row.shape, row.budget_bytes) for row in own] == list(
             pinned_task(task).requests
         )
-        mean = sum(row.loss for row in own) / len(own)
+        mean = sum(row.delta_nll for row in own) / len(own)
         assert f"maskable_ppo-s{seed}: ΔNLL {mean:.4f}" in ran.output
         assert all(row.training_s > 0 for row in own)
     assert "| MaskablePPO (2) |" in compare(CompareConfig(runs=str(tmp_path), format="markdown"))

@@ -97,8 +97,8 @@ def test_a_row_is_the_loss_of_the_repaired_mask_over_the_dense_model(config, row
         view = llm if row.repair == "none" else study.library.attach(llm)
         scorer = MaskScorer(view, study.report[row.text])
         loss = scorer.nll(Plan.removing(*row.mask)) - scorer.dense_nll
-        assert row.loss == pytest.approx(loss, abs=1e-6)
-        assert row.loss_ci_low <= row.loss <= row.loss_ci_high
+        assert row.delta_nll == pytest.approx(loss, abs=1e-6)
+        assert row.delta_nll_ci_low <= row.delta_nll <= row.delta_nll_ci_high
 
 
 def test_the_fitted_tokens_are_recorded(rows):
@@ -174,8 +174,8 @@ def test_a_ratio_of_means_is_not_a_mean_of_ratios():
 def test_windows_are_paired():
     """Where each window is won back alike, hard windows make losses uncertain, but no ratio."""
     plain = make_repair_row("none", CELL, "wiki")
-    halved = [loss / 2 for loss in plain.window_losses]
-    stubs = make_repair_row("library", CELL, "wiki", window_losses=halved)
+    halved = [loss / 2 for loss in plain.window_delta_nll]
+    stubs = make_repair_row("library", CELL, "wiki", window_delta_nll=halved)
     data = RepairComparison([plain, stubs])
     delta_nll, ratio = mean_delta_nll([stubs]), data.ratio(data.on("library", other=False))
     assert delta_nll.high - delta_nll.low > 0.1
@@ -184,7 +184,7 @@ def test_windows_are_paired():
 
 def test_without_a_loss_to_divide_by_there_is_no_ratio():
     free = [0.01, -0.02, 0.005]  # a mask that costs nothing
-    rows = [make_repair_row(r, CELL, "wiki", window_losses=free) for r in ("none", "library")]
+    rows = [make_repair_row(r, CELL, "wiki", window_delta_nll=free) for r in ("none", "library")]
     data = RepairComparison(rows)
     assert data.ratio(data.on("library", other=False)) is None
     assert tables(data)[""][1][1][2] == "-"

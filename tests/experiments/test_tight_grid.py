@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from experiments.config.common import parse_pinned
-from experiments.config.evaluation import EvaluateConfig, TightGridConfig
+from experiments.config.evaluation import EvaluateConfig
 from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.study.errors import ExperimentError
@@ -26,10 +26,10 @@ def config(base):
         base, stage="tight_grid", calibration=own_text(2, 48),
         importance={"method": "one_shot", "gsi_method": "lazy"},
         env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-        tight_grid=TightGridConfig(
-            requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES,
-            out=str(base / "tight.yaml"),
-        ),
+        tight_grid={
+            "requests": [f"{b}x{t}" for b, t in SHAPES], "losses": LOSSES,
+            "out": str(base / "tight.yaml"),
+        },
     )  # fmt: skip
 
 

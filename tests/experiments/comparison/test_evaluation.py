@@ -95,7 +95,7 @@ def test_best_of_masks_are_measured_and_no_worse(evaluated):
     for (method, cell, part), row in rows.items():
         if method == "rap":
             best = rows["rap-best_of=4", cell, part]
-            assert best.loss_calibration <= row.loss_calibration + 1e-6
+            assert best.calibration_delta_nll <= row.calibration_delta_nll + 1e-6
             assert row.evaluations == 0
             assert best.evaluations <= 4
     assert any(row.evaluations > 1 for row in rows.values() if row.method == "rap-best_of=4")

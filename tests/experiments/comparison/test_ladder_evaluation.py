@@ -91,8 +91,8 @@ def test_every_method_has_a_plan_at_every_cell(evaluated):
         request = Request(**row.request, budget_bytes=row.budget_bytes)
         assert row.peak_bytes == context.memory.peak_bytes(plan, request)
         measured = context.scorer.nll(plan) - context.scorer.dense_nll
-        assert row.loss_calibration == pytest.approx(measured)
-        assert row.target_loss in (0.5, 1.0)
+        assert row.calibration_delta_nll == pytest.approx(measured)
+        assert row.target_delta_nll in (0.5, 1.0)
         assert row.provenance["depends_on"]["ladder"]["levels"] == LEVELS
         assert (row.evaluations > 0) == (row.method in ("uniform", "greedy_per_byte"))
         assert (row.kl_divergence_mean > 0) == (row.plan != Plan())
@@ -114,9 +114,16 @@ def test_recorded_plans_are_measured_on_another_text_and_on_tasks(evaluated):
     assert len(new) == len(old)
     for row in new:
         first = old[row.method, row.seed, row.cell]
-        kept = ("levels", "evaluations", "decision_s", "loss_calibration", "target_loss", "fits")
+        kept = (
+            "levels",
+            "evaluations",
+            "decision_s",
+            "calibration_delta_nll",
+            "target_delta_nll",
+            "fits",
+        )
         assert [getattr(row, name) for name in kept] == [getattr(first, name) for name in kept]
-        assert len(row.window_losses) == 4
+        assert len(row.window_delta_nll) == 4
         assert set(row.accuracies) == set(row.task_documents) == {"rap_choice"}
         assert row.accuracies_norm == {}  # generated tasks have none
         assert (row.flipped_answers_share == 0) >= (row.method == "dense")

@@ -23,7 +23,7 @@ def rows_of(method, factors, *, seeds=(None,), noise=0.0, **changes):
     """A row a cell and seed, whose mean loss is the cell's factor."""
     return [
         make_row(method, shape, budget, seed=seed,
-                 window_losses=(factor * HARDNESS + noise * NOISE).tolist(), **changes)
+                 window_delta_nll=(factor * HARDNESS + noise * NOISE).tolist(), **changes)
         for (shape, budget), factor in zip(CELLS, factors, strict=True)
         for seed in seeds
     ]  # fmt: skip
@@ -82,8 +82,8 @@ def test_verdicts_are_ordered_and_exclude_self_comparison():
 
 def test_the_main_policy_is_not_chosen_by_report_text():
     both = comparison(
-        rows_of("ppo", [0.5] * 4, seeds=(0,), loss_calibration=0.9),
-        rows_of("maskable_ppo", [0.8] * 4, seeds=(0,), loss_calibration=0.4),
+        rows_of("ppo", [0.5] * 4, seeds=(0,), calibration_delta_nll=0.9),
+        rows_of("maskable_ppo", [0.8] * 4, seeds=(0,), calibration_delta_nll=0.4),
     )
     assert both.main_policy.method == "maskable_ppo"
 

@@ -28,10 +28,10 @@ def tight_row(method, shape, budget, target):
     factor = 0.0 if method == "dense" else FACTORS[method]
     plan = Plan.uniform(LAYERS, caches="int4", embeddings="int4")
     plan = plan.lower({"layer03.ffn": "removed", "layer04.attn": "removed"})
-    row = make_row(method, shape, budget, target_loss=target, levels=plan.levels)
+    row = make_row(method, shape, budget, target_delta_nll=target, levels=plan.levels)
     losses = [factor * target * (1 + 0.02 * number) for number in range(16)]
     return replace(
-        row, window_losses=losses, mask=list(plan.removed_names), attn_removed=1, ffn_removed=1
+        row, window_delta_nll=losses, mask=list(plan.removed_names), attn_removed=1, ffn_removed=1
     )
 
 
@@ -98,7 +98,7 @@ def test_masks_at_equal_budgets_have_no_such_tables():
 def test_figures_are_drawn(comparison):
     rows = [row for row in comparison.rows if row.method == "rap" and row.shape != (8, 2048)]
     lines = [
-        LevelsLine(row.shape, f"{shape_words(row.shape)} ~{row.target_loss}", row.levels)
+        LevelsLine(row.shape, f"{shape_words(row.shape)} ~{row.target_delta_nll}", row.levels)
         for row in rows
     ]
     figure = levels_picture(lines, LAYERS)

@@ -81,7 +81,7 @@ def test_a_row_that_is_measured_first_is_compared_with_the_unchanged_model(rows,
     removed = replace(config, ladder=replace(config.ladder, removed_layers=[1]))
     jobs = {job.identity: job for job in outside.outside_jobs(removed, tmp_path)}
     key = "ReplaceMe, least squares", "1 layers"
-    assert jobs[key].make({}).loss == pytest.approx(rows[key].loss, abs=1e-5) != 0.0
+    assert jobs[key].make({}).delta_nll == pytest.approx(rows[key].delta_nll, abs=1e-5) != 0.0
 
 
 def test_losses_are_those_of_the_scorer(rows, config):
@@ -92,12 +92,12 @@ def test_losses_are_those_of_the_scorer(rows, config):
     for method, name in (("uniform", "int4"), ("ShortGPT", "2 layers")):
         row = rows[method, name]
         expected = scorer.window_nll(Plan.of(row.levels)) - native
-        assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-5)
+        assert row.window_delta_nll == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_the_native_model_agrees_with_itself_and_others_less(rows):
     native = rows["uniform", "as shipped"]
-    assert native.window_losses == pytest.approx([0.0] * 3, abs=1e-6)
+    assert native.window_delta_nll == pytest.approx([0.0] * 3, abs=1e-6)
     assert native.kl_divergence_mean == pytest.approx(0.0, abs=1e-6)
     assert native.same_top_token_share == 1.0
     others = [rows[name] for name in set(rows) - {("uniform", "as shipped")}]
@@ -120,7 +120,7 @@ def test_bytes_are_those_of_the_kept_weights_and_of_what_is_added(rows, config):
 def test_a_newer_row_of_the_same_name_replaces_the_older_one(rows, config):
     read = STUDY.read(config.stage_dir("outside"))
     assert len(read) == len(rows)
-    assert STUDY.data([*read, replace(read[0], loss=7.0)])[0].loss == 7.0
+    assert STUDY.data([*read, replace(read[0], delta_nll=7.0)])[0].delta_nll == 7.0
 
 
 def test_a_missing_engine_is_reported_before_anything_is_measured(config, tmp_path, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
     measure = partial(contenders.llama_cpp, tmp_path / "source.gguf", kind)
     fields = contenders.measured(measure)
     assert (fields["weight_bytes"], fields["tensor_types"]) == (5, {"q4_0": 2})
-    assert (fields["loss"], fields["same_top_token_share"]) == (0.0, 1.0)
+    assert (fields["delta_nll"], fields["same_top_token_share"]) == (0.0, 1.0)
     (task,) = tasks
     if kind == "as shipped":
         assert "quantise" not in task

@@ -78,11 +78,11 @@ def test_losses_are_those_of_the_scorer(rows, config):
     dense = scorer.window_nll(Plan())
     for row in rows:
         expected = scorer.window_nll(Plan.of(row.levels)) - dense
-        assert row.window_losses == pytest.approx(expected.tolist(), abs=1e-9)
-        assert row.loss_ci_low <= row.loss <= row.loss_ci_high
-    assert [row.loss for row in rows if not row.levels] == [0.0, 0.0]
-    assert all(row.loss != 0.0 for row in rows if row.name == "int4 / native")
-    assert all(row.loss != 0.0 for row in rows if row.name == "native / int2")
+        assert row.window_delta_nll == pytest.approx(expected.tolist(), abs=1e-9)
+        assert row.delta_nll_ci_low <= row.delta_nll <= row.delta_nll_ci_high
+    assert [row.delta_nll for row in rows if not row.levels] == [0.0, 0.0]
+    assert all(row.delta_nll != 0.0 for row in rows if row.name == "int4 / native")
+    assert all(row.delta_nll != 0.0 for row in rows if row.name == "native / int2")
 
 
 def test_levels_that_a_model_lacks_are_left_out(config):
@@ -143,7 +143,7 @@ def test_what_levels_cost_depends_on_how_weights_were_rounded(config):
     sizes = [by_name["weights", level, "fitted"].lowered_bytes for level in ("int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
     assert by_name["caches", "int2", ""].lowered_bytes == 0
-    losses = {row.loss for row in rows if (row.what, row.level) == ("weights", "int4")}
+    losses = {row.delta_nll for row in rows if (row.what, row.level) == ("weights", "int4")}
     assert len(losses) == 3, "each rounding gives other weights"
     other = replace(config, model=replace(config.model, dtype="bfloat16"))
     both = LevelCostRow.read(LEVEL_COSTS.run(other, folder))

@@ -26,8 +26,8 @@ PROVENANCE = {"depends_on": {"dtype": "bfloat16"}, "git": None}
 
 
 def losses(value):
-    return {"loss": value, "loss_ci_low": value - 0.001, "loss_ci_high": value + 0.001,
-            "window_losses": [value - 0.001, value + 0.001]}  # fmt: skip
+    ends = {"delta_nll_ci_low": value - 0.001, "delta_nll_ci_high": value + 0.001}
+    return {"delta_nll": value, **ends, "window_delta_nll": list(ends.values())}
 
 
 def row(method, name, mib, loss, *, budget=None, fits=True, shape=(1, 128), levels=None):

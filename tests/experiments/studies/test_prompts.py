@@ -73,17 +73,17 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
             plan = policy.choose(request)
             rise = scorer.window_nll(plan) - scorer.window_nll(policy.choose(
                 replace(request, budget_bytes=10**9)))  # fmt: skip
-            assert row.window_losses[window] == pytest.approx(rise[window], abs=1e-6)
+            assert row.window_delta_nll[window] == pytest.approx(rise[window], abs=1e-6)
 
 
 def test_tables_compare_with_the_first_policy(config, rows):
     folder = config.stage_dir("prompts")
     assert "Policies on held-out text" in (folder / "tables.md").read_text()
     study = PromptStudy(rows)
-    halved = [replace(row, window_losses=[1.0, 2.0, 3.0]) for row in rows]
+    halved = [replace(row, window_delta_nll=[1.0, 2.0, 3.0]) for row in rows]
     for row in halved:
         if row.policy == study.policies[1]:
-            row.window_losses[:] = [0.5, 1.0, 1.5]
+            row.window_delta_nll[:] = [0.5, 1.0, 1.5]
     found = PromptStudy(halved)
     gain = found.relative(found.policies[1], found.policies[0], found.texts)
     assert (gain.mean, gain.low, gain.high) == pytest.approx((-0.5, -0.5, -0.5))

@@ -100,7 +100,7 @@ def test_plans_of_the_knapsack_are_measured_on_every_kind(config, folder):
         plan = policy.choose(request)
         assert memory.peak_bytes(plan, request) <= request.budget_bytes
         rise = report.window_nll(plan) - report.window_nll(Plan())
-        assert row.window_losses == pytest.approx(rise.tolist(), abs=1e-6)
+        assert row.window_delta_nll == pytest.approx(rise.tolist(), abs=1e-6)
 
 
 def test_tables_are_made_from_the_record(folder):

@@ -11,12 +11,12 @@ from experiments.config import Config
 from experiments.study.errors import ExperimentError
 from experiments.study.figures import Panel, draw_series, panel_figure
 from experiments.study.harness import Job, Study
-from experiments.study.records import LossRecord, RequestRecord, delta_nll_fields, request_field
+from experiments.study.records import DeltaNLLRecord, RequestRecord, delta_nll_fields, request_field
 from experiments.study.tables import TitledTable, columns_table, crossed_table
 
 
 @dataclass(frozen=True)
-class CacheRow(RequestRecord, LossRecord):
+class CacheRow(RequestRecord, DeltaNLLRecord):
     level: str
 
     file = "caches.jsonl"
@@ -67,8 +67,8 @@ class FakeStudy:
 
     def figure(self, rows):
         def draw(axis):
-            ends = [(row.loss_ci_low, row.loss_ci_high) for row in rows]
-            draw_series(axis, range(len(rows)), [row.loss for row in rows], ends, label="all")
+            ends = [(row.delta_nll_ci_low, row.delta_nll_ci_high) for row in rows]
+            draw_series(axis, range(len(rows)), [row.delta_nll for row in rows], ends, label="all")
 
         return panel_figure([Panel(draw, title="Losses", y="ΔNLL")])
 

@@ -66,16 +66,16 @@ def test_metrics_after_a_checkpoint_are_removed_on_resume(tmp_path):
 
 def test_a_row_of_another_schema_names_the_keys():
     record = make_row("gsi", (1, 128), 0.9).to_record()
-    del record["loss"]
+    del record["delta_nll"]
     record["speed"] = 1
-    with pytest.raises(ArtifactError, match="missing or unknown keys: loss, speed"):
+    with pytest.raises(ArtifactError, match="missing or unknown keys: delta_nll, speed"):
         ResultRow.from_record(record)
 
 
-def test_missing_fields_of_older_rows_get_defaults():
+def test_fields_that_were_not_measured_may_be_left_out():
     record = make_row("gsi", (1, 128), 0.9).to_record()
     for key in ("sparsity", "outside", "training_s", "accuracies_norm", "task_documents", "levels",
-                "target_loss"):  # fmt: skip
+                "target_delta_nll"):  # fmt: skip
         del record[key]
     row = ResultRow.from_record(record)
     assert row.accuracies_norm is row.task_documents is row.levels is None

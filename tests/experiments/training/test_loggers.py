@@ -46,7 +46,7 @@ def fill(loggers, folder):
     picture = folder / "picture.png"
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(picture)
     for step in (10, 20):
-        loggers.log({"episode/loss": 1.0 / step, "bad": float("nan")}, step)
+        loggers.log({"episode/delta_nll": 1.0 / step, "bad": float("nan")}, step)
     loggers.image("policy", picture)
 
 
@@ -56,8 +56,8 @@ def test_json_lines_are_always_written(config):
         assert not loggers.parts
         fill(loggers, folder.parent)
     assert read_records(folder / "metrics.jsonl") == [
-        {"step": 10, "episode/loss": 0.1, "bad": None},
-        {"step": 20, "episode/loss": 0.05, "bad": None},
+        {"step": 10, "episode/delta_nll": 0.1, "bad": None},
+        {"step": 20, "episode/delta_nll": 0.05, "bad": None},
     ]
 
 
@@ -69,7 +69,7 @@ def test_tensorboard_gets_scalars_and_image(config):
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
     found = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in found.Scalars("episode/loss")] == [10, 20]
+    assert [event.step for event in found.Scalars("episode/delta_nll")] == [10, 20]
     assert found.Tags()["images"] == ["policy"]
 
 
