@@ -58,7 +58,7 @@ from experiments.study.harness import Job, Study
 from experiments.study.records import DeltaNLLRecord
 from experiments.study.run_folder import package_versions
 from experiments.study.tables import TitledTable, columns_table, percent
-from rap_env.importance.one_shot_scores import layer_influence
+from rap_env.importance.level_scan import layer_influence
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import shared_llm

@@ -13,6 +13,7 @@ A plan's rise in NLL is predicted as the sum of the costs of its levels, which
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -139,31 +140,31 @@ class LevelCosts(Profile):
         Raises:
             UnknownNameError: The level was not measured for this item.
         """
-        if level == "native":
-            return 0.0
-        costs = self.fitted.costs.get(item, {})
-        if level not in costs and is_cache(item):
-            tokens = self.window_tokens if seq_len_tokens is None else seq_len_tokens
-            level = _level_at(CacheLevel.of(level), tokens).name
-            if level == "native":
-                return 0.0
+        costs, known = self.fitted.costs.get(item, {}), level
         if level not in costs:
-            raise UnknownNameError(f"measured level of {item}", level, ["native", *costs])
-        cost = costs[level]
+            if is_cache(item):
+                known = _level_at(CacheLevel.of(level), seq_len_tokens or self.window_tokens).name
+            if known == "native":
+                return 0.0
+            if known not in costs:
+                raise UnknownNameError(f"measured level of {item}", known, ["native", *costs])
         if seq_len_tokens is None or not is_cache(item):
+            return costs[known]
+        return self._cost_at(costs, CacheLevel.of(known), seq_len_tokens)
+
+    def _cost_at(self, costs: Mapping[str, float], level: CacheLevel, tokens: int) -> float:
+        """The cost of a level of a cache, of these costs, for sequences of `tokens` tokens."""
+        cost = costs[level.name]
+        if level.window_tokens is None:
             return cost
-        stored = CacheLevel.of(level)
-        if stored.window_tokens is None:
-            return cost
-        measured = window_share(stored, self.window_tokens)
+        measured = window_share(level, self.window_tokens)
         if not measured:
             raise ArtifactError(
-                f"The cost of {level} was measured at {self.window_tokens} tokens, where it still "
-                "holds everything; measure it with longer windows of text."
+                f"The cost of {level.name} was measured at {self.window_tokens} tokens, where it "
+                "still holds everything; measure it with longer windows of text."
             )
-        precision = CacheLevel(stored.bits).name  # the same bits, without a window
-        kept = 0.0 if precision not in costs else min(cost, costs[precision])
-        return kept + (cost - kept) * window_share(stored, seq_len_tokens) / measured
+        exact = min(cost, costs.get(CacheLevel(level.bits).name, 0.0))  # without a window
+        return exact + (cost - exact) * window_share(level, tokens) / measured
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float:
         """Predicted rise in NLL of a plan: the sum of the costs of its levels, nats per token.

@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
-from rap_env.importance.one_shot_scores import one_shot
+from rap_env.importance.level_scan import one_shot
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.items import Ladder
