@@ -29,6 +29,7 @@ from experiments.study.run_folder import RunFolder
 from rap_env.errors import counted
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
+from rap_env.policies.method import Basis
 from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
 
@@ -90,7 +91,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
     context = build_context(config)
     item_bytes = ladder_bytes(config, context)
     assert item_bytes is not None
-    baseline, budgets = Uniform(context, item_bytes), []
+    baseline, budgets = Uniform(Basis(context, item_bytes)), []
     shapes = [parse_shape(text) for text in settings["requests"]]
     for shape in progress_bar(config.progress, shapes, desc="tight grid", unit="request"):
         budgets += tight_budgets(baseline, shape, settings["losses"])

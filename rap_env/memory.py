@@ -9,7 +9,7 @@ pieces of attention over lowered caches) is an estimate and is called one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -181,6 +181,13 @@ class MemoryModel:
     def peak_bytes(self, plan: Plan, request: Request) -> int:
         """Kept weights + stubs + embeddings and head + KV cache of kept attn blocks + workspace."""
         return self.breakdown(plan, request).peak
+
+    def first_that_fits(self, plans: Iterable[Plan], request: Request) -> Plan:
+        """The first of some plans that fits a request, or the last one if none does."""
+        for plan in plans:
+            if self.peak_bytes(plan, request) <= request.budget_bytes:
+                break
+        return plan
 
     def dense_peak_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
         """Peak bytes of the unpruned model.

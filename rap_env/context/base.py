@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import ArtifactError, check_name
-from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.orders import LadderOrder, check_ladder, greedy_order
+from rap_env.importance.level_costs import LevelCosts, RemovalCosts
+from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.items import Ladder
@@ -195,6 +195,32 @@ def item_order(
     if (importance or context.importance) == "one_shot":
         return greedy_order(costs, item_bytes)
     return greedy_order(costs, item_bytes, context.item_gsi(item_bytes))
+
+
+def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
+    """The costs of a ladder's levels; over masks, the one-shot importance of the blocks."""
+    if ladder.removes_only:
+        return RemovalCosts.of_removals(context.one_shot)
+    return context.level_costs(ladder.cache_levels)
+
+
+def method_order(
+    context: PruningContext, item_bytes: LadderBytes, importance: str
+) -> tuple[Sequence[Step], int]:
+    """The steps of an order that a method follows, and the evaluations that it needed.
+
+    Over masks it is the order of the rise in NLL alone, one-shot or by GSI (`full_order`). Where
+    items have further levels, it is `item_order`, by the rise per byte.
+    """
+    by_gsi, ladder = importance == "gsi", item_bytes.ladder
+    if not ladder.removes_only:
+        steps = item_order(context, item_bytes, importance).steps
+        evaluations = context.level_costs(ladder.cache_levels).evaluations
+        return steps, evaluations + (context.item_gsi(item_bytes).evaluations if by_gsi else 0)
+    if by_gsi:
+        return [(block, 1) for block in context.gsi.full_order], context.gsi.evaluations
+    order: list[int] = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
+    return [(block, 1) for block in order], context.one_shot.evaluations
 
 
 def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImportance:

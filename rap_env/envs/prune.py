@@ -5,9 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, method_order
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import EnvConfig
 from rap_env.envs.episode_values import EpisodeStart
@@ -44,13 +42,9 @@ class PruneTask(PruningTask):
         context = self.context
         if name == "frontier":
             return from_frontier(context)
-        if name == "one_shot":
-            order = np.argsort(np.asarray(context.one_shot.delta_nll), kind="stable").tolist()
-        elif context.features.gsi_rank.any():
-            order = context.gsi.full_order
-        else:  # zeros: importance="none"
+        if name == "gsi" and not context.features.gsi_rank.any():  # zeros: importance="none"
             raise no_gsi_order()
-        steps = [(int(block), 1) for block in order]
+        steps, _ = method_order(context, self.encoder.item_bytes, name)
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
 

@@ -188,6 +188,15 @@ class LevelCosts(Profile):
         ]
 
 
+class RemovalCosts(LevelCosts):
+    """Costs of removals as they were measured: one that lowers the NLL stays below 0."""
+
+    @cached_property
+    def fitted(self) -> FittedCosts:
+        """The measurements."""
+        return FittedCosts(self.one_shot, {})
+
+
 def _level_at(level: CacheLevel, tokens: int) -> CacheLevel:
     """A level without its window, if that holds the whole of a sequence."""
     return level if window_share(level, tokens) else CacheLevel(level.bits)

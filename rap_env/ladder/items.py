@@ -128,6 +128,11 @@ class Ladder:
         return {"levels": levels, "together": list(self.together)}
 
     @cached_property
+    def removes_only(self) -> bool:
+        """Whether native and removed are the only levels, so that its plans are masks."""
+        return all(item.levels[1:] == ("removed",) for item in self.items)
+
+    @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each item, by its name."""
         return {item.name: number for number, item in enumerate(self.items)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -74,11 +74,6 @@ class LadderBytes:
         """
         return self.cached_costs(batch_size, seq_len_tokens)
 
-    @cached_property
-    def removes_only(self) -> bool:
-        """Whether native and removed are the only levels of the ladder."""
-        return all(item.levels[1:] == ("removed",) for item in self.ladder.items)
-
     def check_feasible(self, request: Request) -> None:
         """Reject a budget that no levels of the ladder can meet.
 
@@ -91,7 +86,7 @@ class LadderBytes:
             return
         name, remedy = self.memory.facts.name, "Raise the budget, name lower levels,"
         plans, lowest = f"levels of {name} in this ladder fit", "the lowest ones need"
-        if self.removes_only:
+        if self.ladder.removes_only:
             plans, lowest = f"mask of {name} fits", "with every block removed it still needs"
             remedy = "Raise the budget,"
         raise InfeasibleBudgetError(

@@ -11,8 +11,9 @@ import numpy as np
 
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan
-from rap_env.policies.knapsack import Knapsack
-from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.base import Policy
+from rap_env.policies.knapsack import knapsack
+from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.policies.orders import GSI, OneShot, OneShotPerByte, ascending
 from rap_env.policies.registry import register
 from rap_env.request import Request
@@ -52,22 +53,23 @@ class Evolutionary(Method):
     seeded = True
     max_evaluations = 500
 
-    def _prepare(self) -> None:
-        starts: tuple[type[Method], ...] = (Knapsack, OneShot, GSI)
-        if self.removes_only:
-            starts = (GSI, Knapsack, OneShotPerByte)
-        self._starts = [start(self.context, self.item_bytes) for start in starts]
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        additive = knapsack(self.memory, basis)
+        self._starts: list[Policy] = [additive, OneShot(basis), GSI(basis)]
+        self._raised_first: list[int] = []
+        if self.ladder.removes_only:  # also without the removals that are not needed, dearest first
+            self._starts = [GSI(basis), additive, OneShotPerByte(basis)]
+            self._raised_first = ascending(-self.context.one_shot.delta_nll)
         # Of the orders that the first parents follow; GSI's first round measures one-shot too.
         self.setup_evaluations = max(start.setup_evaluations for start in self._starts)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         costs, budget = self.costs(request).one_by_one, request.budget_bytes
         starts = [start.choose(request) for start in self._starts]
-        if self.removes_only:  # also without removals that are not needed
-            last = ascending(-np.asarray(self.context.one_shot.delta_nll))
-            positions = (tuple(self.ladder.positions(plan)) for plan in starts)
-            raised = [_raised(costs, plan, last, budget) for plan in positions]
-            starts += map(self.ladder.plan, raised)
+        positions = [tuple(self.ladder.positions(plan)) for plan in starts]
+        raised = [_raised(costs, plan, self._raised_first, budget) for plan in positions]
+        starts += map(self.ladder.plan, raised)
         mutate = partial(_mutated, costs, budget)
         search = Evolution(mutate, scores, self.random(request), self.max_evaluations)
         return search.run(list(dict.fromkeys(starts)))

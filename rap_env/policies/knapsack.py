@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
-
 from rap_env.blocks import block_name
+from rap_env.context.base import costs_of
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
@@ -23,10 +22,10 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan, cache_name, is_cache
 from rap_env.policies.base import Policy
-from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.method import Basis
 from rap_env.policies.multiple_choice import MultipleChoice
 from rap_env.policies.packaged_files import packaged_costs
-from rap_env.policies.registry import packaged, reads, register
+from rap_env.policies.registry import makes, reads
 from rap_env.request import Request
 
 _CACHED_CHOICES = 1024
@@ -52,6 +51,10 @@ class _Option:
     size: int
     cost: float
     flags: int
+
+    def needs_only(self, flags: int) -> bool:
+        """Whether it has none but some flags."""
+        return self.flags | flags == flags
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class KnapsackPolicy(Policy):
     """
 
     name = "knapsack"
+    level_costs: LevelCosts
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class KnapsackPolicy(Policy):
             )
         self.memory = memory
         self.level_costs = costs
+        self.setup_evaluations = costs.evaluations
         self._levels = levels
         self._bytes = LadderBytes(memory, _ladder(memory.facts, costs))
         self.weight_levels = self._bytes.ladder.weight_levels
@@ -156,19 +161,23 @@ class KnapsackPolicy(Policy):
         """
         costs = self._bytes.costs(batch_size, seq_len_tokens)
         options = self._options(costs, seq_len_tokens)
-        used = [flag for flag in _FLAGS if any(o.flags & flag for row in options for o in row)]
+        cheapest = [min(option.cost for option in row) for row in options]  # below 0 by a removal
+        used = [flag for flag in _FLAGS if any(o.flags & flag for o in itertools.chain(*options))]
         problems = []
-        for allowed in sorted((sum(flags) for flags in _subsets(used)), reverse=True):
+        for allowed in sorted(map(sum, _subsets(used)), reverse=True):
             shared = costs.shared.of(allowed)
-            others = [flag for flag in used if not allowed & flag]
-            if any(costs.shared.of(allowed | flag) <= shared for flag in others):
+            if any(
+                costs.shared.of(allowed | flag) <= shared for flag in used if not allowed & flag
+            ):
                 continue
-            rows = [tuple(o for o in row if not o.flags & ~allowed) for row in options]
+            rows = [
+                tuple(option for option in row if option.needs_only(allowed)) for row in options
+            ]
             if not all(rows):
                 continue  # an FFN block cannot be removed, since that was not measured
             solver = MultipleChoice(
                 [[option.size for option in row] for row in rows],
-                [[option.cost for option in row] for row in rows],
+                [[o.cost - least for o in row] for row, least in zip(rows, cheapest, strict=True)],
             )
             problems.append(_Problem(costs.constant_bytes + shared, tuple(rows), solver))
         return tuple(problems)
@@ -176,23 +185,23 @@ class KnapsackPolicy(Policy):
     def _options(self, costs: LadderCosts, seq_len_tokens: int) -> list[tuple[_Option, ...]]:
         """The options of each block, and those of the embeddings if they have levels."""
         ladder, rows = costs.ladder, []
+        option = partial(self._option, costs, seq_len_tokens)
         for number, item in enumerate(ladder.items):
             if item.kind == "cache":
                 continue  # chosen with its block
-            cache = ladder.partners[number]
-            kept: list[dict[int, int]] = [{}]
-            without: dict[int, int] = {}
-            if cache != number:
-                kept = [{cache: position} for position in self._cache_positions(costs, cache)]
-                without = {cache: len(ladder.items[cache].levels)}
-            rows.append(
-                tuple(
-                    self._option(costs, {number: position} | beside, seq_len_tokens)
-                    for position, level in enumerate(item.levels)
-                    if position == 0 or self._offered(item.name, level)
-                    for beside in ([without] if level == "removed" else kept)
-                )
-            )
+            row, cache = [], ladder.partners[number]
+            kept = self._cache_positions(costs, cache) if cache != number else []
+            removed = len(ladder.items[cache].levels)
+            for position, level in enumerate(item.levels):
+                if position and not self._offered(item.name, level):
+                    continue
+                if cache == number:
+                    row.append(option({number: position}))
+                elif level == "removed":
+                    row.append(option({number: position, cache: removed}))
+                else:
+                    row += [option({number: position, cache: beside}) for beside in kept]
+            rows.append(tuple(row))
         return rows
 
     def _cache_positions(self, costs: LadderCosts, cache: int) -> list[int]:
@@ -222,7 +231,7 @@ class KnapsackPolicy(Policy):
         return level in self.level_costs.one_shot.get(item, {})
 
     def _option(
-        self, costs: LadderCosts, positions: Mapping[int, int], seq_len_tokens: int
+        self, costs: LadderCosts, seq_len_tokens: int, positions: Mapping[int, int]
     ) -> _Option:
         """The option in which some items, by number, are at some positions of their levels."""
         items, flags = costs.ladder.items, 0
@@ -257,47 +266,16 @@ def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
     return Ladder((*blocks, last, *caches))
 
 
-@packaged("knapsack")
-def _packaged_knapsack(memory: MemoryModel) -> Policy:
-    return KnapsackPolicy(memory, packaged_costs(LevelCosts, memory))
+@makes("knapsack")
+def knapsack(memory: MemoryModel, basis: Basis | None) -> KnapsackPolicy:
+    """On the costs of the context, with the levels of its ladder; or on those in the package."""
+    if basis is None:
+        return KnapsackPolicy(memory, packaged_costs(LevelCosts, memory))
+    ladder = basis.item_bytes.ladder
+    levels = {item.name: item.levels for item in ladder.items}
+    return KnapsackPolicy(memory, costs_of(basis.context, ladder), levels)
 
 
 @reads(LevelCosts.KIND)
 def _read_knapsack(path: Path, memory: MemoryModel) -> Policy:
     return KnapsackPolicy(memory, LevelCosts.load(path, memory))
-
-
-@register
-class Knapsack(Method):
-    """Minimises the sum of one-shot costs over all plans that fit.
-
-    The optimum is exact, but the losses of a real model do not add up: this is the best use of
-    one-shot importance, not the best plan.
-    """
-
-    name = "knapsack"
-
-    def _prepare(self) -> None:
-        if self.removes_only:
-            self._delta_nll = np.asarray(self.context.one_shot.delta_nll, dtype=np.float64)
-            self.setup_evaluations = self.memory.facts.num_blocks + 1
-        else:
-            costs = self.context.level_costs(self.ladder.cache_levels)
-            levels = {item.name: item.levels for item in self.ladder.items}
-            self._policy = KnapsackPolicy(self.memory, costs, levels)
-            self.setup_evaluations = costs.evaluations
-
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        return self._choose_mask(request) if self.removes_only else self._policy.choose(request)
-
-    def _choose_mask(self, request: Request) -> Plan:
-        """The mask with the least sum of measured rises; a block whose rise is negative goes."""
-        freed, rises = self.memory.freed_bytes(request), self._delta_nll
-        native_and_removed = np.stack([np.maximum(0, -rises), np.maximum(0, rises)], axis=1)
-        sizes = np.stack([freed, np.zeros_like(freed)], axis=1)
-        needed = self.costs(request).dense_peak_bytes - request.budget_bytes
-        solver = MultipleChoice(sizes.tolist(), native_and_removed.tolist())
-        removed = solver.solve(int(freed.sum()) - needed)
-        if removed is None:  # it fits only with the workspace of the last FFN block freed as well
-            return Plan.removing(*range(len(freed)))
-        return Plan.removing(*np.flatnonzero(removed).tolist())

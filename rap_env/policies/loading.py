@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from rap_env.artifacts import artifact_kind
 from rap_env.context.base import PruningContext
 from rap_env.errors import ArtifactError
-from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
@@ -18,13 +17,13 @@ from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
 from rap_env.plugins import find_plugin
 from rap_env.policies.base import Policy, as_policy
-from rap_env.policies.method import Method
+from rap_env.policies.method import Basis, Method
 from rap_env.policies.network_policy import KIND
-from rap_env.policies.packaged_files import default_facts, packaged_context, packaged_scores
+from rap_env.policies.packaged_files import default_facts, packaged_basis
 from rap_env.policies.registry import (
     Reader,
+    makes,
     methods,
-    packaged,
     packaged_policies,
     policy_names,
     readers,
@@ -40,6 +39,8 @@ _HINT = (
 class StaticPolicy(Policy):
     """The same plan for every request."""
 
+    kv_aware = False
+
     def __init__(self, plan: Plan, name: str = "static") -> None:
         self.plan = plan
         self.name = name
@@ -49,8 +50,8 @@ class StaticPolicy(Policy):
         return self.plan
 
 
-@packaged("dense")
-def _dense(memory: MemoryModel) -> Policy:
+@makes("dense")
+def _dense(memory: MemoryModel, basis: Basis | None) -> Policy:
     return StaticPolicy(Plan(), "dense")
 
 
@@ -82,19 +83,15 @@ class OrderPolicy(Policy):
         self.name = name
         self.memory = memory
         self.order = tuple(order)
-        self._plans = tuple(map(memory.check_plan, plans))
-        used = {level for plan in self._plans for level in plan.weight_levels}
-        self.weight_levels = tuple(level for level in WEIGHT_LEVELS if level in used)
         Plan.removing(*self.order).check(memory.facts.num_blocks)
+        *first, last = map(memory.check_plan, plans)
+        self._plans = (*first, *itertools.accumulate(self.order, Plan.without, initial=last))
+        used = last.weight_levels.union(*(plan.weight_levels for plan in first))
+        self.weight_levels = tuple(level for level in WEIGHT_LEVELS if level in used)
 
     def choose(self, request: Request) -> Plan:
         """Return the most exact plan that fits, or the smallest one if none does."""
-        *_, last = self._plans
-        fewer = (last.without(*self.order[:count]) for count in range(1, len(self.order) + 1))
-        for plan in itertools.chain(self._plans, fewer):
-            if self.memory.peak_bytes(plan, request) <= request.budget_bytes:
-                break
-        return plan
+        return self.memory.first_that_fits(self._plans, request)
 
 
 def load_policy(
@@ -111,10 +108,10 @@ def load_policy(
             level costs) and ``"knapsack-by-text"``, which chooses by the kinds of text of the
             prompts. With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks)
             and ``"frontier"`` (the packaged table of masks).
-            Any method of `rap_env.policies.registry.methods`, on the packaged scores of the default
-            model. For any model: ``"dense"``. Other packages may offer further names (entry points
-            ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any callable
-            that makes a policy from the model's byte arithmetic.
+            Any other method of `rap_env.policies.registry.methods`, on the packaged scores of the
+            default model. For any model: ``"dense"``. Other packages may offer further names (entry
+            points ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any
+            callable that makes a policy from the model's byte arithmetic.
         model: The model that is served, or its byte arithmetic. None is the default model with
             native weights; it is not loaded, as its facts are in the package.
 
@@ -124,25 +121,16 @@ def load_policy(
         PluginError: A policy of another package cannot be loaded or made.
     """
     memory = model if isinstance(model, MemoryModel) else MemoryModel(model or default_facts())
-    name = os.fspath(source)
-    if name in packaged_policies():
-        return packaged_policies()[name](memory)
-    levels = "all" if memory.facts.packed else "masks"
-
-    def on_packaged_scores() -> tuple[PruningContext, LadderBytes, int]:
-        ladder = Ladder.of(packaged_scores(memory).facts, levels)  # the levels that were measured
-        return packaged_context(memory), LadderBytes(memory, ladder), 0
-
-    return _method_or_file(name, memory, on_packaged_scores)
+    return _make(os.fspath(source), memory, None)
 
 
 def make_method(
     name: str, context: PruningContext, item_bytes: LadderBytes | None = None, seed: int = 0
 ) -> Policy:
-    """Make a policy for a comparison: a method on a context, or any other policy by its name.
+    """Make a policy for a comparison, on the scores and importance of a context.
 
     Args:
-        name: As for `load_policy`; a name of `rap_env.policies.registry.methods` comes first.
+        name: As for `load_policy`.
         context: The model with its scorer; the importance that a method needs is measured or
             loaded.
         item_bytes: The ladder over which it chooses; None removes blocks only.
@@ -154,26 +142,23 @@ def make_method(
             policy is of another model.
         PluginError: The policy of another package cannot be loaded or made.
     """
-    memory = context.memory
-    if name in packaged_policies() and name not in methods():
-        return packaged_policies()[name](memory)
-    item_bytes = mask_bytes(memory) if item_bytes is None else item_bytes
-    return _method_or_file(name, memory, lambda: (context, item_bytes, seed))
+    item_bytes = mask_bytes(context.memory) if item_bytes is None else item_bytes
+    return _make(name, context.memory, Basis(context, item_bytes, seed))
 
 
-def _method_or_file(
-    name: str, memory: MemoryModel, arguments: Callable[[], tuple[PruningContext, LadderBytes, int]]
-) -> Policy:
-    """A method, made of its arguments; the policy of a file; or either of another package."""
+def _make(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:
+    """A method or a packaged policy by its name, that of a file, or one of another package."""
     if name in methods():
-        return methods()[name](*arguments())
+        return methods()[name](memory, basis)
+    if name in packaged_policies():
+        return packaged_policies()[name](memory)
     path = Path(name).expanduser()
     if path.is_file():
         return _reader_of(path)(path, memory)
     plugin = find_plugin("policy", name, policy_names(), _HINT)
     factory = plugin.load()
     if isinstance(factory, type) and issubclass(factory, Method):
-        policy: Policy = plugin.make(*arguments())
+        policy: Policy = plugin.make(basis or packaged_basis(memory))
     else:
         policy = as_policy(plugin.make(memory))
     policy.source_sha256 = plugin.source_sha256

@@ -11,7 +11,8 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,35 +28,38 @@ if TYPE_CHECKING:
 _ROUNDING = 1e-6  # error of a sum of fractions of a text
 
 
+class Basis(NamedTuple):
+    """What a method is made from.
+
+    Attributes:
+        context: Memory arithmetic, scorer and importance of the model.
+        item_bytes: The ladder over which it chooses, with its bytes.
+        seed: Seed of everything random in it.
+    """
+
+    context: PruningContext
+    item_bytes: LadderBytes
+    seed: int = 0
+
+
 class Method(Policy):
     """Chooses plans over a ladder, without learning.
 
     It lowers items until the request's peak bytes, KV cache included, are within the budget, and
-    nothing where the native model fits. Only ``dense``, ``rap-v0`` and methods that remove blocks
-    of one kind may fail to reach the budget. On the ladder whose levels are native and removed
+    nothing where the native model fits. Only methods that remove blocks of one kind may fail to
+    reach the budget. On the ladder whose levels are native and removed
     (``Ladder.of(facts, "masks")``), its plans are masks.
 
     Args:
-        context: Memory arithmetic, scorer and importance of the model.
-        item_bytes: The ladder with its bytes.
-        seed: Seed of everything random in the method.
-
-    Attributes:
-        removes_only: Whether native and removed are the only levels of the ladder.
+        basis: The model with its scores, and the ladder. A method that needs something of it for
+            all requests takes it in its own constructor.
     """
 
-    def __init__(self, context: PruningContext, item_bytes: LadderBytes, seed: int = 0) -> None:
-        self.context = context
-        self.memory = context.memory
-        self.item_bytes = item_bytes
-        self.ladder = item_bytes.ladder
-        self.seed = seed
-        self.removes_only = item_bytes.removes_only
+    def __init__(self, basis: Basis) -> None:
+        self.context, self.item_bytes, self.seed = basis
+        self.memory = self.context.memory
+        self.ladder = self.item_bytes.ladder
         self.weight_levels = self.ladder.weight_levels
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Take from the context what the method needs for all requests; nothing by default."""
 
     def choose(self, request: Request) -> Plan:
         """Return the plan for a request.
@@ -89,12 +93,8 @@ class Method(Policy):
 
     def remove(self, groups: Iterable[Sequence[int]], request: Request) -> Plan:
         """Remove groups of blocks, given by index, in order until the request fits."""
-        plan = Plan()
-        for blocks in groups:
-            if self.fits(plan, request):
-                break
-            plan = plan.without(*blocks)
-        return plan
+        plans = accumulate(groups, lambda plan, blocks: plan.without(*blocks), initial=Plan())
+        return self.memory.first_that_fits(plans, request)
 
     def random(self, request: Request) -> np.random.Generator:
         """A generator that depends on the seed and the request alone."""

@@ -270,6 +270,11 @@ class NetworkPolicy(Policy):
         """
         return self._cached_choice(request)
 
+    def can_fit(self, request: Request) -> bool:
+        """Whether the request fits with every item lowered as far as possible."""
+        costs = self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        return costs.least_peak_bytes <= request.budget_bytes
+
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Rise in NLL that the order over items predicts for a plan, nats per token.
 
@@ -329,4 +334,5 @@ def packaged_network(name: str) -> PolicyFile:
 
 
 for _name in PACKAGED_POLICIES:
-    packaged(_name)(partial(_packaged_policy, _name))
+    if _name != "rap-v0":  # `rap_env.policies.cached_masks` makes it
+        packaged(_name)(partial(_packaged_policy, _name))

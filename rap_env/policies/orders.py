@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.context.base import item_order
-from rap_env.importance.orders import Step
+from rap_env.context.base import method_order
 from rap_env.plan import Plan
-from rap_env.policies.method import CountingScorer, Method, price_per_byte
+from rap_env.policies.method import Basis, CountingScorer, Method, price_per_byte
 from rap_env.policies.registry import register
 from rap_env.request import Request
-
-
-@register
-class Dense(Method):
-    """Lowers nothing; the reference, which seldom fits."""
-
-    name = "dense"
-    kv_aware = False
-
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        return Plan()
 
 
 @register
@@ -35,9 +23,8 @@ class Random(Method):
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         rng = self.random(request)
-        if self.removes_only:
-            order: list[int] = rng.permutation(self.memory.facts.num_blocks).tolist()
-            return self.remove(one_by_one(order), request)
+        if self.ladder.removes_only:
+            return self.remove(one_by_one(rng.permutation(len(self.ladder)).tolist()), request)
         state = self.costs(request).state()
         while state.peak_bytes > request.budget_bytes:
             valid = [item for item in range(len(self.ladder)) if state.is_valid(item)]
@@ -48,14 +35,14 @@ class Random(Method):
 class _OrderOfSteps(Method):
     """Follows an order of steps, each an item and the position of its next level, until it fits."""
 
-    _steps: Sequence[Step]
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        self._steps, self.setup_evaluations = method_order(
+            basis.context, self.item_bytes, self.name
+        )
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.costs(request).lower_until_fits(self._steps, request.budget_bytes)
-
-    def _remove_in_order(self, blocks: Iterable[int]) -> None:
-        """Take an order of removal on the ladder of masks."""
-        self._steps = [(block, 1) for block in blocks]
 
 
 @register
@@ -68,15 +55,6 @@ class OneShot(_OrderOfSteps):
 
     name = "one_shot"
 
-    def _prepare(self) -> None:
-        if self.removes_only:
-            self._remove_in_order(ascending(self.context.one_shot.delta_nll))
-            # The dense model, and the model without each block in turn.
-            self.setup_evaluations = self.memory.facts.num_blocks + 1
-        else:
-            self._steps = item_order(self.context, self.item_bytes, "one_shot").steps
-            self.setup_evaluations = self.context.level_costs(self.ladder.cache_levels).evaluations
-
 
 @register
 class GSI(_OrderOfSteps):
@@ -88,23 +66,14 @@ class GSI(_OrderOfSteps):
 
     name = "gsi"
 
-    def _prepare(self) -> None:
-        if self.removes_only:
-            self._remove_in_order(self.context.gsi.full_order)
-            self.setup_evaluations = self.context.gsi.evaluations
-        else:
-            self._steps = item_order(self.context, self.item_bytes, "gsi").steps
-            costs = self.context.level_costs(self.ladder.cache_levels)
-            profile = self.context.item_gsi(self.item_bytes)
-            self.setup_evaluations = costs.evaluations + profile.evaluations
-
 
 class _OneShotRemoval(Method):
     """Removes blocks in an order by their one-shot importance, and lowers nothing else."""
 
-    def _prepare(self) -> None:
-        self._delta_nll = np.asarray(self.context.one_shot.delta_nll, dtype=np.float64)
-        self.setup_evaluations = self.memory.facts.num_blocks + 1
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        profile = self.context.one_shot
+        self._delta_nll, self.setup_evaluations = profile.delta_nll, profile.evaluations
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.remove(one_by_one(self._order(request)), request)
@@ -172,7 +141,8 @@ class ShortGPT(Method):
     name = "shortgpt"
     setup_evaluations = 1  # one pass of the dense model measures all layers
 
-    def _prepare(self) -> None:
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
         self._layers = ascending(self.context.layer_influence)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:

@@ -11,8 +11,11 @@ from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.ladder.items import Ladder
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.policies.method import Basis
 from rap_env.scoring.score_table import PREFIX, ScoreTable, table_path
 
 _Costs = TypeVar("_Costs", LevelCosts, KindCosts)
@@ -83,6 +86,17 @@ def packaged_scores(memory: MemoryModel) -> ScoreTable:
             "(`python -m experiments.compare`), or choose one that needs none, such as dense."
         )
     return table
+
+
+def packaged_basis(memory: MemoryModel) -> Basis:
+    """The packaged context of the default model, and the levels that were measured for it.
+
+    Raises:
+        ArtifactError: The model is another one.
+    """
+    levels = "all" if memory.facts.packed else "masks"
+    ladder = Ladder.of(packaged_scores(memory).facts, levels)
+    return Basis(packaged_context(memory), LadderBytes(memory, ladder))
 
 
 def packaged_context(memory: MemoryModel) -> PruningContext:

@@ -4,56 +4,67 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rap_env.memory import MemoryModel
 from rap_env.policies.base import Policy
-from rap_env.policies.method import Method
+from rap_env.policies.method import Basis, Method
+from rap_env.policies.packaged_files import packaged_basis
 
 MethodT = TypeVar("MethodT", bound=type[Method])
+Maker = Callable[[MemoryModel, Basis | None], Policy]
 Factory = Callable[[MemoryModel], Policy]
 Reader = Callable[[Path, MemoryModel], Policy]
-FactoryT = TypeVar("FactoryT", bound=Factory)
-ReaderT = TypeVar("ReaderT", bound=Reader)
-MakerT = TypeVar("MakerT")
+MakerT = TypeVar("MakerT", bound=Callable[..., Policy])
 
-_METHODS: dict[str, type[Method]] = {}
+_METHODS: dict[str, Maker] = {}
 _PACKAGED: dict[str, Factory] = {}
 _READERS: dict[str, Reader] = {}
 
 
 def register(method: MethodT) -> MethodT:
-    """Register a method under its name, as a class decorator."""
-    _METHODS[method.name] = method
+    """Register a method under its name, as a class decorator.
+
+    Without a basis it chooses on the scores and over the levels that the package has.
+    """
+    _METHODS[method.name] = lambda memory, basis: method(basis or packaged_basis(memory))
     return method
 
 
-def packaged(*names: str) -> Callable[[FactoryT], FactoryT]:
-    """Register what makes policies of these names from the byte arithmetic of a model."""
-    return partial(_register, _PACKAGED, names)
+def makes(name: str) -> Callable[[MakerT], MakerT]:
+    """Register what makes a policy of this name from the byte arithmetic of a model and a basis.
+
+    In a comparison the policy is made from the basis; without one, from files in the package.
+    """
+    return partial(_register, _METHODS, name)
 
 
-def reads(kind: str) -> Callable[[ReaderT], ReaderT]:
+def packaged(name: str) -> Callable[[MakerT], MakerT]:
+    """Register what makes a policy of this name from the byte arithmetic of a model alone."""
+    return partial(_register, _PACKAGED, name)
+
+
+def reads(kind: str) -> Callable[[MakerT], MakerT]:
     """Register what makes policies from files of this kind (`rap_env.artifacts`)."""
-    return partial(_register, _READERS, (kind,))
+    return partial(_register, _READERS, kind)
 
 
-def _register(registry: dict[str, Any], names: Sequence[str], maker: MakerT) -> MakerT:
-    registry.update(dict.fromkeys(names, maker))
+def _register(registry: dict[str, Any], name: str, maker: MakerT) -> MakerT:
+    registry[name] = maker
     return maker
 
 
-def methods() -> Mapping[str, type[Method]]:
-    """All methods by name; they are made from a context."""
+def methods() -> Mapping[str, Maker]:
+    """What makes all methods, by name: from a basis, or from what the package has."""
     _import_all()
     return _METHODS
 
 
 def packaged_policies() -> Mapping[str, Factory]:
-    """What makes the packaged policies, by name; they need a model's byte arithmetic alone."""
+    """What makes the policies that are in the package only, by name."""
     _import_all()
     return _PACKAGED
 

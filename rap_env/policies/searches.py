@@ -11,7 +11,7 @@ from rap_env.errors import SearchTooLargeError
 from rap_env.importance.orders import PricedState, cheapest_step, one_shot_costs
 from rap_env.ladder.state import LadderCosts
 from rap_env.plan import Plan, every_mask
-from rap_env.policies.method import CountingScorer, Method, price_per_byte
+from rap_env.policies.method import Basis, CountingScorer, Method, price_per_byte
 from rap_env.policies.orders import whole_layer
 from rap_env.policies.registry import register
 from rap_env.request import Request
@@ -55,11 +55,14 @@ class _StepSearch(Method):
     not measured yet is expected to cost its one-shot cost. Over masks all steps are measured.
     """
 
-    exact = False  # measures all steps of a ladder too
+    exact = False
+    """Whether it measures all steps of a ladder too."""
 
-    def _prepare(self) -> None:
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        self.exact = self.exact or self.ladder.removes_only
         self._one_shot = np.zeros((len(self.ladder), self.ladder.width))
-        if not self.removes_only:
+        if not self.exact:
             costs = self.context.level_costs(self.ladder.cache_levels)
             self._one_shot = one_shot_costs(costs, self.ladder)
             self.setup_evaluations = costs.evaluations
@@ -82,7 +85,7 @@ class _StepSearch(Method):
             key = item, state.positions[item], state.positions[self.ladder.partners[item]]
             predicted, freed = state.step_rise(item), state.step_bytes(item)
             positions = tuple(state.positions_after(item))
-            tie = (item,) if self.removes_only else (-freed, *positions)
+            tie = (item,) if self.ladder.removes_only else (-freed, -item)
             steps.append(_Step(positions, freed, rises.get(key, predicted), key, tie))
         return [step for step in steps if step.freed_bytes > 0] or steps
 
@@ -133,7 +136,7 @@ class GreedyPerByte(_StepSearch):
             rises.update({step.key: reached - nll for step, reached in measured.items()})
             return {step: step.price(rises[step.key], needed_bytes) for step in batch}
 
-        size = len(steps) if self.exact or self.removes_only else _LAZY_BATCH
+        size = len(steps) if self.exact else _LAZY_BATCH
         waiting = sorted(steps, key=prices.__getitem__)
         best = cheapest_step(waiting, measure, prices.__getitem__, (size, size))
         return best, after[best]
@@ -233,7 +236,7 @@ class Beam(_StepSearch):
                 steps = self.steps(self.state(costs, plan), rises)
                 for step in steps:
                     peaks[step.positions] = costs.state(step.positions).peak_bytes
-                if not self.removes_only:
+                if not self.exact:
                     expected = {s: price(peaks[s.positions], nlls[plan] + s.rise) for s in steps}
                     steps = sorted(steps, key=expected.__getitem__)[: _CHILDREN * self.width]
                 measured = self.measure(scores, steps)
@@ -279,7 +282,8 @@ class Oracle(Method):
 
     name = "oracle"
 
-    def _prepare(self) -> None:
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
         blocks = self.memory.facts.num_blocks
         if blocks > MOST_BLOCKS:
             raise SearchTooLargeError(

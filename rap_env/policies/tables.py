@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,16 @@ from rap_env.importance.plan_search import PlanSearch
 from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.named_ladders import CACHE_LEVELS
+from rap_env.ladder.named_ladders import CACHE_LEVELS, LevelSpec
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.knapsack import Knapsack
-from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.knapsack import knapsack
+from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.policies.orders import GSI, OneShot
 from rap_env.policies.packaged_files import packaged_file
-from rap_env.policies.registry import packaged, reads, register
+from rap_env.policies.registry import makes, reads, register
 from rap_env.request import Request
 
 _CACHED_CHOICES = 1024
@@ -30,29 +31,40 @@ _PESSIMISM = 2.0  # a search finds the errors of a predictor
 
 
 class TablePolicy(Policy):
-    """Looks up the best measured plan that fits, or the smallest known one if none does.
+    """Looks up the best measured plan that fits.
 
     Args:
         memory: The model's byte arithmetic.
         table: The measured plans; of masks, the best one for each pair of counts is used.
+        ladder: The levels that its plans may have; None allows all.
+        make_fallback: Makes the policy that chooses where no measured plan fits; None chooses the
+            smallest one.
 
     Raises:
         ArtifactError: The table is of a model with another number of layers.
     """
 
     name = "frontier"
+    table: PlanTable
 
-    def __init__(self, memory: MemoryModel, table: PlanTable) -> None:
-        every = {"weights": WEIGHT_LEVELS, "embeddings": WEIGHT_LEVELS[:-1], "caches": CACHE_LEVELS}
-        ladder = Ladder.of(memory.facts, "masks" if table.has_masks_only else every)
+    def __init__(
+        self,
+        memory: MemoryModel,
+        table: PlanTable,
+        ladder: Ladder | None = None,
+        make_fallback: Callable[[], Policy] | None = None,
+    ) -> None:
         if table.num_layers != memory.facts.num_layers:
             raise ArtifactError(
                 f"The frontier is of a model with {table.num_layers} layers, but "
                 f"{memory.facts.name} has {memory.facts.num_layers}; profile this model."
             )
         self.table = table
-        self._bytes = LadderBytes(memory, ladder)
-        self._known = known_plans(table, ladder)
+        self.setup_evaluations = table.evaluations
+        self.table_sha256 = None if table.has_masks_only else table.sha256
+        self._bytes = LadderBytes(memory, ladder or Ladder.of(memory.facts, _levels_of(table)))
+        self._known = _known_plans(table, self._bytes.ladder)
+        self._make_fallback = make_fallback
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
 
     def choose(self, request: Request) -> Plan:
@@ -61,57 +73,49 @@ class TablePolicy(Policy):
 
     def _choose(self, request: Request) -> Plan:
         costs = self._bytes.costs(request.batch_size, request.seq_len_tokens)
-        if costs.dense_peak_bytes <= request.budget_bytes or not self._known.plans:
+        if costs.dense_peak_bytes <= request.budget_bytes:
             return Plan()
         best = self._known.best(costs, request.budget_bytes)
-        smallest = self._known.plans[int(np.argmin(self._known.peak_bytes(costs)))]
-        return smallest if best is None else best
+        if best is not None:
+            return best
+        if self._make_fallback is not None:
+            return self._fallback.choose(request)
+        smallest = np.argmin(self._known.peak_bytes(costs)) if self._known.plans else None
+        return Plan() if smallest is None else self._known.plans[int(smallest)]
+
+    @cached_property
+    def _fallback(self) -> Policy:
+        assert self._make_fallback is not None
+        return self._make_fallback()
 
 
-def known_plans(table: PlanTable, ladder: Ladder) -> KnownPlans:
+def _levels_of(table: PlanTable) -> LevelSpec:
+    """All levels that plans of a table may have."""
+    if table.has_masks_only:
+        return "masks"
+    return {"weights": WEIGHT_LEVELS, "embeddings": WEIGHT_LEVELS[:-1], "caches": CACHE_LEVELS}
+
+
+def _known_plans(table: PlanTable, ladder: Ladder) -> KnownPlans:
     """The plans of a table that a ladder has, for lookups."""
     if table.has_masks_only:
         return KnownPlans.of(ladder, dict(table.entries), 0.0)
     return table.on(ladder)
 
 
-@packaged("frontier")
-def _packaged_frontier(memory: MemoryModel) -> Policy:
-    return TablePolicy(memory, PlanTable.load(packaged_file("frontier.json"), memory))
+@makes("frontier")
+def _frontier(memory: MemoryModel, basis: Basis | None) -> Policy:
+    """On the table of the context, with the GSI order of blocks or the knapsack as a fallback."""
+    if basis is None:
+        return _read_table(packaged_file("frontier.json"), memory)
+    table = basis.context.frontier
+    fallback = partial(GSI, basis) if table.has_masks_only else partial(knapsack, memory, basis)
+    return TablePolicy(memory, table, basis.item_bytes.ladder, fallback)
 
 
 @reads(PlanTable.KIND)
 def _read_table(path: Path, memory: MemoryModel) -> Policy:
     return TablePolicy(memory, PlanTable.load(path, memory))
-
-
-@register
-class MeasuredTable(Method):
-    """Looks up the measured plan of lowest NLL that fits the request.
-
-    Where no measured plan fits, it chooses the knapsack's plan; over masks, the GSI order's.
-
-    Raises:
-        ArtifactError: There is no table of measured plans, or it is damaged or of another model; or
-            nothing fits, and the context has no GSI order.
-    """
-
-    name = "frontier"
-
-    def _prepare(self) -> None:
-        table = self.context.frontier
-        if not self.removes_only:
-            self.table_sha256 = table.sha256
-        self._known = known_plans(table, self.ladder)
-        self.setup_evaluations = table.evaluations
-
-    @cached_property
-    def _fallback(self) -> Method:
-        return (GSI if self.removes_only else Knapsack)(self.context, self.item_bytes)
-
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        best = self._known.best(self.costs(request), request.budget_bytes)
-        return self._fallback.choose(request) if best is None else best
 
 
 @register
@@ -128,14 +132,15 @@ class ScoreModelSearch(Method):
 
     name = "score_model"
 
-    def _prepare(self) -> None:
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
         table = self.context.frontier
         costs = self.context.level_costs(self.ladder.cache_levels)
         self._predictor = fit_plan_predictor(
             table.scores, costs, self.ladder, pessimism=_PESSIMISM, seed=self.seed
         )
         self._known = table.on(self.ladder).reached(self.ladder)
-        self._greedy = OneShot(self.context, self.item_bytes)
+        self._greedy = OneShot(basis)
         self.table_sha256 = table.sha256
         self.setup_evaluations = table.evaluations + costs.evaluations
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rap_env.importance.orders import greedy_order
+from rap_env.importance.orders import LadderOrder, greedy_order
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan
-from rap_env.policies.method import CountingScorer, Method
+from rap_env.policies.method import Basis, CountingScorer, Method
 from rap_env.policies.registry import register
 from rap_env.request import Request
 
@@ -83,23 +84,31 @@ class Uniform(Method):
 
     name = "uniform"
 
-    def _prepare(self) -> None:
-        self._order, self._rises = self._removal_order()
-        self._levels = self._uniform_levels()
+    def __init__(self, basis: Basis) -> None:
+        super().__init__(basis)
+        masks = mask_bytes(self.memory)
+        profile = self.context.item_gsi(masks)
+        self.setup_evaluations = profile.evaluations
+        self._native_nll = profile.dense_nll
+        self._order, self._rises = self._removal_order(
+            greedy_order(self.context.level_costs(()), masks, profile)
+        )
+        self._kept = self._kept_settings()
 
     def settings(self, request: Request) -> list[UniformSetting]:
         """The settings that fit and may be the best, those with the least sum of rises first."""
         fitting = [
-            setting for levels in self._levels if (setting := self._fitting(*levels, request))
+            setting for kept in self._kept if (setting := self._fitting(kept, request)) is not None
         ]
-        kept = [s for s in fitting if not any(other.dominates(s) for other in fitting)]
-        return sorted(kept, key=lambda setting: (sum(setting.rises), setting.places))
+        best = [s for s in fitting if not any(other.dominates(s) for other in fitting)]
+        return sorted(best, key=lambda setting: (sum(setting.rises), setting.places))
 
     def all_peak_bytes(self, shape: tuple[int, int]) -> list[int]:
         """Distinct peak bytes of every setting for a batch size and length, from large to small."""
         request, counts = Request(*shape, budget_bytes=1), range(len(self._order) + 1)
-        pairs = itertools.product((plan for plan, *_ in self._levels), counts)
-        return sorted({self._peak_bytes(*pair, request) for pair in pairs}, reverse=True)
+        settings = itertools.starmap(self._without, itertools.product(self._kept, counts))
+        peaks = {self.memory.peak_bytes(setting.plan, request) for setting in settings}
+        return sorted(peaks, reverse=True)
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.best(request, scores)
@@ -119,24 +128,21 @@ class Uniform(Method):
                 best, best_nll = setting.plan, nll
         return best
 
-    def _removal_order(self) -> tuple[list[str], list[float]]:
+    def _removal_order(self, order: LadderOrder) -> tuple[list[str], list[float]]:
         """The blocks in the order of removal, and the ΔNLL without the first 0, 1, 2 ... of them.
 
         Where GSI stopped early, the further blocks count with what each loses alone.
         """
         removable = {item.name for item in self.ladder.items if "removed" in item.levels}
-        masks = mask_bytes(self.memory)
-        profile = self.context.item_gsi(masks)
-        self.setup_evaluations = profile.evaluations
-        self._native_nll = profile.dense_nll
-        greedy = greedy_order(self.context.level_costs(()), masks, profile)
-        order = [masks.ladder.items[item].name for item, _ in greedy.steps]
-        rises = itertools.accumulate(greedy.rises)
-        kept = [(name, rise) for name, rise in zip(order, rises, strict=True) if name in removable]
-        return [name for name, _ in kept], [0.0, *(rise for _, rise in kept)]
+        names, rises = list[str](), [0.0]
+        for (item, _), rise in zip(order.steps, itertools.accumulate(order.rises), strict=True):
+            if (name := order.ladder.items[item].name) in removable:
+                names.append(name)
+                rises.append(rise)
+        return names, rises
 
-    def _uniform_levels(self) -> list[tuple[Plan, tuple[int, ...], tuple[float, ...]]]:
-        """Each combination of levels of weights, caches and embeddings: its places and rises."""
+    def _kept_settings(self) -> list[UniformSetting]:
+        """Each combination of levels of weights, caches and embeddings, without removed blocks."""
         chains: dict[str, list[str]] = {kind: ["native"] for kind in _KINDS.values()}
         for item in self.ladder.items:
             chain = chains[_KINDS[item.kind]]
@@ -148,37 +154,34 @@ class Uniform(Method):
             for level in chain
         }
         self.setup_evaluations += scores.evaluations
-        combinations = []
+        settings = []
         for levels in itertools.product(*chains.values()):
             by_kind = dict(zip(chains, levels, strict=True))
             places = tuple(chains[kind].index(level) for kind, level in by_kind.items())
             own = tuple(rises[pair] for pair in by_kind.items())
-            combinations.append((self._uniform(by_kind), places, own))
-        return combinations
+            settings.append(UniformSetting(self._uniform(by_kind), (*places, 0), (*own, 0.0)))
+        return settings
 
     def _uniform(self, by_kind: Mapping[str, str]) -> Plan:
         """The plan in which every item that has the level of its kind is at it."""
         levels = {item: by_kind.get(_KINDS[item.kind], "native") for item in self.ladder.items}
         return Plan.of({item.name: n for item, n in levels.items() if n in item.levels})
 
-    def _fitting(
-        self, plan: Plan, places: tuple[int, ...], rises: tuple[float, ...], request: Request
-    ) -> UniformSetting | None:
+    def _fitting(self, kept: UniformSetting, request: Request) -> UniformSetting | None:
         """The setting with the fewest removed blocks that fits; None if there is none."""
-        low, high = 0, len(self._order)
-        if self._peak_bytes(plan, high, request) > request.budget_bytes:
+
+        def fits(removed: int) -> bool:
+            return self.fits(self._without(kept, removed).plan, request)
+
+        most = len(self._order)
+        if not fits(most):
             return None
-        while low < high:
-            middle = (low + high) // 2
-            if self._peak_bytes(plan, middle, request) <= request.budget_bytes:
-                high = middle
-            else:
-                low = middle + 1
-        rises = (*rises, self._rises[low])
-        return UniformSetting(self._without(plan, low), (*places, low), rises)
+        return self._without(kept, bisect_left(range(most), True, key=fits))
 
-    def _peak_bytes(self, plan: Plan, removed: int, request: Request) -> int:
-        return self.memory.peak_bytes(self._without(plan, removed), request)
-
-    def _without(self, plan: Plan, removed: int) -> Plan:
-        return plan.without(*self._order[:removed])
+    def _without(self, kept: UniformSetting, removed: int) -> UniformSetting:
+        """A setting with so many blocks removed."""
+        return UniformSetting(
+            kept.plan.without(*self._order[:removed]),
+            (*kept.places[:-1], removed),
+            (*kept.rises[:-1], self._rises[removed]),
+        )

@@ -12,6 +12,7 @@ import numpy as np
 
 from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
 from rap_env.importance.plan_table import PlanTable
+from rap_env.importance.profiles import OneShotProfile
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -94,7 +95,16 @@ class SyntheticContext:
         loss = self.scorer.loss
         count = len(costs)
         rise = np.array([loss(Plan.removing(i)) for i in range(count)])
-        self.one_shot = SimpleNamespace(delta_nll=rise, block_influence=rise[::-1].copy())
+        self.one_shot = OneShotProfile(
+            dense_nll=DENSE_NLL,
+            nll_without=tuple(DENSE_NLL + rise),
+            influence=tuple(rise[::-1]),
+            provenance={"text": {"window_tokens": 256}},
+            evaluations=count + 1,
+            evaluations_run=count + 1,
+            block_forwards=0.0,
+            seconds=0.0,
+        )
         order, mask, marginal = [], Plan(), np.zeros(count)
         for _ in range(count):
             rest = [i for i in range(count) if i not in mask.removed]

@@ -11,6 +11,7 @@ from experiments.config.training import EnvConfig
 from experiments.contexts import build_context, ladder_bytes
 from experiments.study.errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
+from rap_env.policies.method import Basis
 from rap_env.policies.uniform import Uniform
 from rap_env.request import Request
 from tests.experiments.tiny_study import own_text, tiny_study
@@ -36,7 +37,7 @@ def config(base):
 @pytest.fixture(scope="module")
 def baseline(config):
     context = build_context(config)
-    return Uniform(context, ladder_bytes(config, context))
+    return Uniform(Basis(context, ladder_bytes(config, context)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.cached_masks import MasksOnLoweredCaches
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import make_method
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import Request
 
@@ -21,11 +22,9 @@ def memory() -> MemoryModel:
 
 
 @pytest.fixture(scope="module")
-def baseline(memory) -> MasksOnLoweredCaches:
+def baseline(memory) -> Policy:
     item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
-    return MasksOnLoweredCaches(
-        SimpleNamespace(memory=memory, scorer=SimpleNamespace(num_windows=1)), item_bytes
-    )
+    return make_method("rap-v0", SimpleNamespace(memory=memory), item_bytes)
 
 
 def uniform(memory, level: str) -> Plan:

@@ -197,7 +197,7 @@ def test_what_can_serve_passes(folder, right):
 
 
 def test_the_policies_without_predictions_are_named():
-    names = {"dense", *packaged_policies()}
+    names = {"dense", "frontier", "knapsack", "rap-v0", *packaged_policies()}
     for name in names:
         masks = name in ("frontier", "rap-v0")
         memory = MemoryModel(default_facts("bf16" if masks else "native"))
