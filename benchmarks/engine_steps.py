@@ -50,8 +50,8 @@ class InOurRuntime:
     def __init__(self, task: dict[str, Any]) -> None:
         from rap_env.models.device import free_memory_early, return_freed_memory
         from rap_env.models.live.live_batch import LiveBatch
+        from rap_env.serving.served_model import load_served_model
         from rap_env.serving.settings import ServerSettings
-        from rap_env.serving.stack import load_served_model
 
         settings = ServerSettings(model=task["model"], weights="native", device="cpu")
         llm = load_served_model(settings)

@@ -22,7 +22,7 @@ from rap_env.serving.settings import ServerSettings, setting_types
 from rap_env.serving.stack import build_stack
 from rap_env.version import __version__
 from tests.made_facts import made_facts
-from tests.tiny import tiny_llm
+from tests.tiny import tiny_llm, tiny_tokenizer
 
 SMALL = ["--batch", "8", "--seq", "1024", "--budget", "70MiB"]
 REQUEST = ["--batch", "8", "--seq", "1024", "--budget", "350MiB"]
@@ -363,5 +363,11 @@ def test_a_path_that_cannot_be_used_is_named_with_advice(rap, tmp_path, monkeypa
 
 @pytest.mark.parametrize("budget", ["0", "1KiB"])
 def test_a_budget_below_the_least_peak_is_rejected(budget):
+    llm = tiny_llm(tokenizer=tiny_tokenizer())
     with pytest.raises(ServingSettingsError, match=r"model_memory must be at least [\d,]+ bytes"):
-        build_stack(ServerSettings(model_memory=budget, policy="dense"), llm=tiny_llm())
+        build_stack(ServerSettings(model_memory=budget, policy="dense"), llm=llm)
+
+
+def test_a_model_without_a_tokenizer_is_rejected():
+    with pytest.raises(ServingSettingsError, match="tiny-llama has no tokenizer"):
+        build_stack(ServerSettings(policy="dense"), llm=tiny_llm())

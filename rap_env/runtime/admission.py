@@ -1,14 +1,19 @@
-"""Which request begins next: a waiting one, in order, or any that fits where nothing runs."""
+"""Which request begins next, which can never run, and the messages that say why.
+
+A waiting request begins in order, or any that fits where nothing runs.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rap_env.runtime.batch_shape import PassSize
+from rap_env.errors import InfeasibleBudgetError, QualityFloorError, counted
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.kept_caches import KeptCaches
-from rap_env.runtime.request_handle import AdmitEvent, rejection_of
+from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, TokenSequence, shape_of
@@ -16,11 +21,16 @@ from rap_env.runtime.sequence import OutputProcessor, TokenSequence, shape_of
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
 
+log = logging.getLogger(__name__)
+
 _STALLED_S = 0.25
 """Seconds without a pass, while requests wait, after which any of them that fits alone is tried."""
 _LONG_STALL_S = 1.0
 """As `_STALLED_S`: then margin and caches kept in memory are given up, and the log says why."""
 _CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller passes take less memory
+_ONE_TOKEN = BatchShape(1, 1)
+_MORE = "raise model_memory (or memory), or max_delta_nll"
+_MIB = 2**20
 
 
 class Admission:
@@ -40,6 +50,7 @@ class Admission:
     Attributes:
         most_running: Most requests that run now; fewer for a while where memory ran out.
         preempted_s: When a request was preempted last.
+        stall_reason: Why requests wait and nothing runs; empty while something does.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class Admission:
         uniform: bool,
     ) -> None:
         self._controller = controller
+        self._monitor, self._chooser = controller.monitor, controller.chooser
         self._queue = queue
         self._batch = batch
         self._kept = kept
@@ -67,6 +79,7 @@ class Admission:
         self._stalled_since_s: float | None = None
         self.most_running = max_batch_size
         self.preempted_s = float("-inf")
+        self.stall_reason = ""
 
     @property
     def stalled_s(self) -> float:
@@ -77,7 +90,7 @@ class Admission:
     def note_turn(self, *, ran: bool) -> None:
         """At the end of each turn: whether the model was run."""
         if ran or not len(self._queue):
-            self._stalled_since_s = None
+            self._stalled_since_s, self.stall_reason = None, ""
         elif self._stalled_since_s is None:
             self._stalled_since_s = self._clock()
 
@@ -119,7 +132,7 @@ class Admission:
             if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
                 return True
         if long and len(self._queue):
-            self._controller.note_stall(shape_of([], waiting[0], uniform=self._uniform))
+            self._note_stall(self.shape_alone(waiting[0]))
         return False
 
     def _admit(
@@ -141,9 +154,9 @@ class Admission:
             sequence.handle.emit(AdmitEvent(self._clock()))
             batch.prefill(sequence, chunk_tokens, interrupt)
             return True
-        if not batch.decoding and not self._controller.could_fit(replace(shape, kept_bytes=0)):
+        if not batch.decoding and not self.could_ever_fit(replace(shape, kept_bytes=0)):
             self._queue.remove(sequence)
-            error = self._controller.misfit(shape, expected=True)
+            error = self.misfit(shape, expected=True)
             self._output.reject(sequence, rejection_of(error), str(error))
         return False
 
@@ -151,11 +164,95 @@ class Admission:
         """Whether a request could run alone now, unless it has no floor of its own."""
         if sequence.handle.max_delta_nll is None:
             return True
-        monitor = self._controller.monitor
-        limit = monitor.budget_bytes - monitor.margin.bytes
+        budget = self._monitor.budget_bytes
+        limit = budget - self._monitor.margin.bytes
         if limit > sequence.unfit_bytes:
-            shape = shape_of([], sequence, uniform=self._uniform)
-            if self._controller.could_fit_in(shape, monitor.budget_bytes):
+            if self._chooser.could_fit(self.shape_alone(sequence), budget):
                 return True
             sequence.unfit_bytes = limit
         return False
+
+    # What can never run, and why
+
+    def shape_alone(self, sequence: TokenSequence) -> BatchShape:
+        """The shape of a request with nothing else running."""
+        return shape_of([], sequence, uniform=self._uniform)
+
+    def could_ever_fit(self, shape: BatchShape) -> bool:
+        """Whether a batch fits the largest budget so far, or the source's limit; any thread.
+
+        The safety margin is left out: it is forgotten where it keeps requests from running.
+        """
+        return self._chooser.could_fit(shape, self._monitor.budget_limit_bytes())
+
+    def nothing_fits(self) -> str:
+        """Why not even a request of one token fits now; empty if it does. From any thread."""
+        budget = self._monitor.budget_now_bytes()
+        reserve = self._monitor.usable_reserve_bytes - self._monitor.borrowed_bytes
+        if self._chooser.could_fit(_ONE_TOKEN, budget + reserve):
+            return ""
+        return (
+            f"No plan{self._chooser.floor_clause} fits a request of one token into the budget of "
+            f"{_mebibytes(budget)}; {_MORE}."
+        )
+
+    def misfit(self, shape: BatchShape, *, expected: bool) -> InfeasibleBudgetError:
+        """The error that says why a batch does not fit with nothing else running.
+
+        It is a `QualityFloorError` if plans fit, but none that is allowed. Any thread may call it.
+
+        Args:
+            shape: A batch that does not fit.
+            expected: Whether it is the largest expected budget in which it does not, else the
+                present one.
+        """
+        chooser, monitor = self._chooser, self._monitor
+        budget = monitor.budget_limit_bytes() if expected else monitor.budget_bytes
+        message = (
+            f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
+            f"of {max(0, budget):,} bytes under any plan{chooser.clause_for(shape)}"
+            f"{chooser.unreadable.clause}"
+        )
+        rise = chooser.least_rise(shape, budget)
+        remedy = "shorten the prompt or ask for fewer tokens"
+        if not chooser.could_fit(_ONE_TOKEN, budget):
+            remedy = f"not even one token fits: {_MORE}"
+        if rise is None or chooser.could_fit(shape, budget):
+            return InfeasibleBudgetError(f"{message}; {remedy}.")
+        return QualityFloorError(f"{message}: the best plan that fits has {rise:.4g}; {remedy}.")
+
+    def reject_late(self, timeout_s: float) -> None:
+        """Reject the requests that have waited too long; the reason may be their floor."""
+        oldest_s = self._clock() - timeout_s
+        for sequence in self._queue.remove_if(lambda waiting: waiting.queued_since_s < oldest_s):
+            shape = self.shape_alone(sequence)
+            message = f"The request waited longer than {timeout_s} s."
+            rejection: Rejection = "queue_timeout"
+            clause = self._chooser.clause_for(shape)
+            if clause and not self._chooser.could_fit(shape, self._monitor.budget_bytes):
+                error = self.misfit(shape, expected=False)
+                message = f"{message} {error}"
+                if isinstance(error, QualityFloorError):
+                    rejection = "below_floor"
+            elif clause:
+                message += f" Only plans{clause} are used."
+            self._output.reject(sequence, rejection, message)
+
+    def _note_stall(self, shortest: BatchShape) -> None:
+        """After nothing that waits fitted, and nothing runs: log why, once."""
+        if self.stall_reason:
+            return
+        monitor = self._monitor
+        self.stall_reason = (
+            f"{counted(len(self._queue), 'request')} cannot run now: of the budget of "
+            f"{_mebibytes(monitor.budget_bytes)} (and {_mebibytes(monitor.usable_reserve_bytes)} "
+            f"of the reserve), {_mebibytes(monitor.used_bytes)} are used and "
+            f"{_mebibytes(monitor.margin.bytes)} are a margin; the least plan"
+            f"{self._chooser.floor_clause} takes {_mebibytes(self._chooser.least_bytes(shortest))} "
+            "for the shortest of them."
+        )
+        log.warning("%s", self.stall_reason)
+
+
+def _mebibytes(number: int) -> str:
+    return f"{max(0, number) / _MIB:.1f} MiB"

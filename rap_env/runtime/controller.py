@@ -12,49 +12,36 @@ from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.decisions import DecisionLog, Trigger
-from rap_env.runtime.feasibility import Feasibility
+from rap_env.runtime.growth import Growth
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
-from rap_env.runtime.memory_monitor import Debounce, MemoryMonitor, SafetyMargin
+from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
-from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
+from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 _RESERVE_PARTS = 4  # of the source's reserve, as few of which are used as suffice
 
-_Rejected = tuple[BatchShape, int, float | None]
-"""A batch, available bytes and a quality floor with which no plan fitted it."""
-IDLE_RESTORE_S = 60.0
-"""Seconds without a request after which everything that fits is restored, without a reserve."""
 
-
-def _is_no_more(asked: _Rejected, rejected: _Rejected) -> bool:
-    """Whether what was rejected is asked for again, with no more bytes and no other floor."""
-    return asked[0] == rejected[0] and asked[1] <= rejected[1] and asked[2] == rejected[2]
-
-
-class RuntimeController(Feasibility):
+class RuntimeController:
     """Holds measured bytes within a budget that moves, by changing a live model's plan.
 
     The policy is asked when a request arrives, when the budget falls below the need, and when
-    there is headroom again. Its plan is applied only if its predicted bytes fit the budget
-    together with a safety margin that is learned from measurements
-    (`rap_env.runtime.memory_monitor`). Otherwise the policy is asked for a smaller one, and then
-    the guard removes more blocks in its own order until they do.
+    there is headroom again. Its plan is applied if its predicted bytes fit the budget together with
+    a learned safety margin (`rap_env.runtime.memory_monitor`). Otherwise the policy is asked for a
+    smaller one, and then the guard removes more blocks in its own order until they do.
 
     **Shrinking** is immediate: `check` before each step. **Growing** is debounced while anything
-    runs: a plan that needs more is applied only after it would have fitted for `hold_s` without a
-    break, with `hysteresis_share` of the budget to spare. A budget that jitters around a threshold
-    causes one switch, not many. A request that arrives while nothing runs gets its plan at once
-    (`admit`). Once nothing has run for `IDLE_RESTORE_S`, everything that fits is restored, and none
-    of the budget stays spare. Weights return to any level exactly and at any time. Caches of
-    running requests keep a lowered level, and new ones get that of the plan, where `PlanSwitcher`
-    is told the levels of rows, as the engine does; it then reads rows back from files, or refills
-    them. Otherwise a refill, a pass over all tokens, is made for attention blocks that return and
-    for caches that leave 2 bits alone.
+    runs: a plan that needs more is applied once it would have fitted for `hold_s`, with
+    `hysteresis_share` of the budget to spare, so that a budget that jitters causes one switch. A
+    request that arrives while nothing runs gets its plan at once (`admit`). Once nothing has run
+    for a minute, everything that fits is restored. Caches of running requests keep a
+    lowered level where the engine tells `PlanSwitcher` the levels of rows. Otherwise a refill, a
+    pass over all tokens, is made for attention blocks that return and for caches that leave 2 bits.
 
     **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
     it is `stalled`, and so does the last one that runs before it would be preempted. The part is as
@@ -88,7 +75,6 @@ class RuntimeController(Feasibility):
         chooser: Chooses plans that fit.
         switcher: Applies plans.
         overhead_s: Seconds spent in the controller, switching and measuring included.
-        stall_reason: Why requests wait and nothing runs; empty while something does.
 
     Raises:
         InvalidRequestError: A share, a time or a rise is out of its range, or the policy predicts
@@ -118,7 +104,6 @@ class RuntimeController(Feasibility):
                 "hysteresis_share must be from 0 to below 1 and hold_s at least 0, "
                 f"not {hysteresis_share} and {hold_s}."
             )
-        super().__init__()
         self.llm = llm
         self.estimator = MemoryEstimator(llm, chunk_tokens)
         self.monitor = MemoryMonitor(
@@ -129,8 +114,10 @@ class RuntimeController(Feasibility):
             SafetyMargin(clock=clock),
         )
         self.chooser = PlanChooser(
+            llm,
             as_policy(policy),
             self.estimator,
+            UnreadableWeights(llm, clock),
             guard_order=guard_order,
             max_delta_nll=max_delta_nll,
             most_delta_nll=most_delta_nll,
@@ -138,12 +125,19 @@ class RuntimeController(Feasibility):
         self.switcher = PlanSwitcher(llm, self.chooser, self.estimator, self.monitor, log, clock)
         self.hold_s = hold_s
         self.overhead_s = 0.0
-        self._hysteresis_share = hysteresis_share
-        self._clock = clock
-        self._debounce = Debounce(hold_s)
-        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
-        self._rejected: _Rejected | None = None
-        self._retry_above: tuple[BatchShape, int] | None = None  # less headroom raises nothing
+        self._waiting = 0
+        self._growth = Growth(
+            llm,
+            self.estimator,
+            self.monitor,
+            self.chooser,
+            self.switcher,
+            clock,
+            hysteresis_share=hysteresis_share,
+            hold_s=hold_s,
+        )
+        # Bytes that were available when no plan fitted a batch and a quality floor.
+        self._rejected: dict[tuple[BatchShape, float | None], int] = {}
 
     # Before and after the steps of the model
 
@@ -171,26 +165,22 @@ class RuntimeController(Feasibility):
         with self._timed():
             self.monitor.poll()
             self.chooser.follow_queue(self._waiting - 1, self.llm.plan, running, stalled=stalled)
-            if self._admit(shape, running, next_pass) or (
+            return self._admit(shape, running, next_pass) or (
                 stalled and self._fit_in_reserve(shape, "arrival", next_pass, running=False)
-            ):
-                self.stall_reason = ""
-                return True
-            return False
+            )
 
     def _admit(self, shape: BatchShape, running: BatchShape, next_pass: PassSize) -> bool:
-        available = self._available_bytes(shape, next_pass) - self.monitor.borrowed_bytes
-        rejected = (shape, available, self.chooser.max_delta_nll)
-        if self._rejected and _is_no_more(rejected, self._rejected):
+        available = self.monitor.available_bytes(shape, next_pass) - self.monitor.borrowed_bytes
+        asked = shape, self.chooser.max_delta_nll
+        if asked in self._rejected and available <= self._rejected[asked]:
             return False
-        if not self.switcher.present_fits(shape, available):
+        if not self.chooser.fits(self.llm.plan, shape, available):
             if self._fit(shape, available, "arrival", next_pass, running=bool(running)):
                 return True
-            self._rejected = rejected
+            self._rejected = {asked: available}
             return False
         if self.llm.plan and not running:
-            choice = self.chooser.choose(shape, self._growth_limit_bytes(next_pass))
-            self._raise_to(choice, shape, "arrival", next_pass)
+            self._growth.at_arrival(shape, next_pass)
         return True
 
     def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
@@ -209,28 +199,24 @@ class RuntimeController(Feasibility):
                 self.monitor.borrow(0)
                 self.monitor.observe_idle()
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
-            if self.switcher.unreadable.retry():
-                self._rejected = self._retry_above = None
-            idle = self._was_idle(shape)
-            available = self._available_bytes(shape, next_pass)
-            repaid = available - self.monitor.borrowed_bytes
-            if repaid < available and self.switcher.present_fits(shape, repaid):
-                self.monitor.borrow(0)
-                available = repaid
-            if not self.switcher.present_fits(shape, available):
-                fits = self._fit(shape, available, "budget_fell", next_pass, running=bool(shape))
-                if not fits and shape.rows == 1:
-                    fits = self._fit_in_reserve(shape, "budget_fell", next_pass, running=True)
-                if not fits and not shape:
-                    self.switcher.remove_all()  # nothing is left to preempt
-                return fits
-            if self.llm.plan and idle:  # without a reserve or a debounce
-                available = self._available_after_trim_bytes(EMPTY_BATCH, next_pass)
-                choice = self.chooser.choose(EMPTY_BATCH, available)
-                self._raise_to(choice, EMPTY_BATCH, "room", next_pass)
+            if self.chooser.unreadable.retry():
+                self._rejected = {}
+                self._growth.headroom.forget_failure()
+            was_idle = self._growth.was_idle(shape)
+            available = self._repaid_bytes(shape, self.monitor.available_bytes(shape, next_pass))
+            if not self.chooser.fits(self.llm.plan, shape, available):
+                return self._lower(shape, available, next_pass)
+            if self.llm.plan and was_idle:
+                self._growth.at_rest(next_pass)
             elif self.llm.plan:
-                self._grow(shape, next_pass)
+                self._growth.before_step(shape, next_pass)
             return True
+
+    def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:
+        """Whether the present plan fits a batch as it is."""
+        self.monitor.poll()
+        available = self.monitor.available_bytes(shape, next_pass)
+        return self.chooser.fits(self.llm.plan, shape, available)
 
     def observe(self, shape: BatchShape, kind: str = "step") -> int:
         """After each step: learn from what the meter measured.
@@ -243,8 +229,6 @@ class RuntimeController(Feasibility):
             Peak bytes measured since the last step or switch.
         """
         with self._timed():
-            if kind != "prefill":
-                self.switcher.note_decode()
             return self.monitor.observe_step(shape, kind)
 
     def note_preemption(self) -> None:
@@ -260,15 +244,13 @@ class RuntimeController(Feasibility):
     def note_waiting(self, count: int) -> None:
         """At the start of each turn: how many requests wait; the quality floor depends on it."""
         self._waiting = count
-        if not count:
-            self.stall_reason = ""
 
     def forget_margin(self) -> None:
         """Expect no more than what is measured now, where requests wait and nothing runs."""
         with self._timed():
             self.monitor.margin.forget()
             self.monitor.trim()
-            self._rejected = None
+            self._rejected = {}
 
     def before_step(self, shape: BatchShape) -> Callable[[], None]:
         """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
@@ -302,12 +284,20 @@ class RuntimeController(Feasibility):
         running: bool,
     ) -> bool:
         """Apply a plan that needs no more than is available; return whether one fits."""
-        self._debounce.reset()
-        self._retry_above = None
+        self._growth.headroom.reset()
         choice = self.switcher.choose(shape, available_bytes, running=running)
-        if choice is None:
-            return False
         return self.switcher.settle(choice, shape, trigger, next_pass, running=running)
+
+    def _lower(self, shape: BatchShape, available_bytes: int, next_pass: PassSize) -> bool:
+        """As `_fit`, after the budget fell; the last request that runs may use the reserve."""
+        if self._fit(shape, available_bytes, "budget_fell", next_pass, running=bool(shape)):
+            return True
+        if not shape:
+            self.switcher.remove_all()  # nothing is left to preempt
+            return False
+        return shape.rows == 1 and self._fit_in_reserve(
+            shape, "budget_fell", next_pass, running=True
+        )
 
     def _fit_in_reserve(
         self, shape: BatchShape, trigger: Trigger, next_pass: PassSize, *, running: bool
@@ -316,76 +306,25 @@ class RuntimeController(Feasibility):
         monitor = self.monitor
         if not (reserve := monitor.usable_reserve_bytes):
             return False
-        most = self._available_after_trim_bytes(shape, next_pass) - monitor.borrowed_bytes + reserve
-        if not self.could_fit_in(shape, most):
+        most = monitor.trimmed_bytes(shape, next_pass) - monitor.borrowed_bytes + reserve
+        if not self.chooser.could_fit(shape, most):
             return False
         for part in range(1, _RESERVE_PARTS + 1):
             monitor.borrow(reserve * part // _RESERVE_PARTS)
-            available = self._available_after_trim_bytes(shape, next_pass)
-            fits = self.switcher.present_fits(shape, available)
+            available = monitor.trimmed_bytes(shape, next_pass)
+            fits = self.chooser.fits(self.llm.plan, shape, available)
             if fits or self._fit(shape, available, trigger, next_pass, running=running):
                 return True
         monitor.borrow(0)
         return False
 
-    def _raise_to(
-        self,
-        choice: PlanChoice | None,
-        shape: BatchShape,
-        trigger: Trigger,
-        next_pass: PassSize,
-    ) -> bool:
-        """Apply a choice if it is better than the present plan; return whether it is."""
-        if choice is None or not self.switcher.improves(choice, shape):
-            return False
-        running = trigger != "arrival" and bool(shape)
-        self.switcher.settle(choice, shape, trigger, next_pass, running=running)
-        self._debounce.reset()
-        self._retry_above = None
-        return True
-
-    def _grow(self, shape: BatchShape, next_pass: PassSize) -> None:
-        """Raise items once there has been headroom above the present need long enough."""
-        need = self.estimator.peak_bytes(self.llm.plan, shape)
-        headroom = self._growth_limit_bytes(next_pass) - need
-        least = self.estimator.least_raise_bytes(self.llm.plan, shape)
-        lasting = self._debounce.update(self._clock(), headroom, least)
-        if lasting is None or (
-            self._retry_above and self._retry_above[0] == shape and lasting < self._retry_above[1]
-        ):
-            return
-        available = self._available_after_trim_bytes(shape, next_pass) - self._reserve_bytes()
-        choice = self.switcher.choose_higher(shape, min(need + lasting, available), available)
-        trigger: Trigger = "left" if shape.tokens < self.switcher.last_shape.tokens else "room"
-        if not self._raise_to(choice, shape, trigger, next_pass):
-            self._retry_above = (shape, lasting + least)  # with headroom for one more block
-
-    # Bytes and times
-
-    def _available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        estimate = self.switcher.pass_estimate(shape, next_pass)
-        return self.monitor.available_bytes(shape, estimate)
-
-    def _available_after_trim_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
-        self.monitor.trim()
-        estimate = self.switcher.pass_estimate(shape, next_pass)
-        return self.monitor.available_after_trim_bytes(shape, estimate)
-
-    def _reserve_bytes(self) -> int:
-        spare = int(self.monitor.budget_bytes * self._hysteresis_share)
-        return spare + self.monitor.borrowed_bytes
-
-    def _growth_limit_bytes(self, next_pass: PassSize) -> int:
-        margin = self.monitor.margin.bytes_for(prefills=next_pass.prefills)
-        return self.monitor.budget_bytes - self._reserve_bytes() - margin
-
-    def _was_idle(self, shape: BatchShape) -> bool:
-        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
-        now, since_s = self._clock(), self._idle_since_s
-        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
-            return False
-        self._idle_since_s = None if shape else now
-        return not shape and since_s is not None
+    def _repaid_bytes(self, shape: BatchShape, available_bytes: int) -> int:
+        """Bytes that are available, after the reserve was given back if the plan fits without."""
+        repaid = available_bytes - self.monitor.borrowed_bytes
+        if repaid == available_bytes or not self.chooser.fits(self.llm.plan, shape, repaid):
+            return available_bytes
+        self.monitor.borrow(0)
+        return repaid
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

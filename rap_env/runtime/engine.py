@@ -139,7 +139,11 @@ class Engine:
         unreadable = self.controller.switcher.unreadable
         if unreadable.items:
             return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
-        return self.controller.stall_reason or self.controller.nothing_fits() or None
+        return self._scheduler.admission.stall_reason or self.nothing_fits() or None
+
+    def nothing_fits(self) -> str:
+        """Why not even a request of one token fits now; empty if it does. From any thread."""
+        return self._scheduler.admission.nothing_fits()
 
     def longest_prompt_tokens(self) -> int:
         """Most tokens of a prompt that fits the largest expected budget alone; 0 if none fits.

@@ -43,12 +43,10 @@ class PassEstimate:
     Attributes:
         workspace: Bytes of activations, logits and copies of a layer's cache.
         growth: Bytes of keys and values that stay.
-        prefills: As of `PassSize`.
     """
 
     workspace: int = 0
     growth: int = 0
-    prefills: bool = True
 
     @property
     def total(self) -> int:
@@ -115,18 +113,13 @@ class MemoryEstimator:
         """Most bytes that a pass allocates."""
         copied = max(self._cache_sizes(plan, shape)) if shape else 0
         if size.tokens == 0:
-            return PassEstimate(workspace=copied, prefills=size.prefills)
+            return PassEstimate(workspace=copied)
         activations = self.memory.workspace_bytes(Request(1, size.tokens, 1))
         logits = shape.batch_size * self.memory.facts.vocab_size * _LOGIT_BYTES
         workspace = int(_PASS_FACTOR * activations) + logits + copied
         if size.prefills:
             workspace += self._window_bytes(plan, shape)
-        growth = self._growth_bytes(plan, shape, size.growth_tokens)
-        return PassEstimate(workspace, growth, size.prefills)
-
-    def pass_excess_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
-        """Bytes that a pass may allocate beyond the workspace in `peak_bytes`; may be negative."""
-        return estimate.workspace - self.workspace_bytes(shape)
+        return PassEstimate(workspace, self._growth_bytes(plan, shape, size.growth_tokens))
 
     def shrink_to_fit(
         self, plan: Plan, order: Iterable[int], shape: BatchShape, limit_bytes: int

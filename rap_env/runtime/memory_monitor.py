@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import return_freed_memory
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import Meter
 from rap_env.runtime.memory_source import HEADROOM_BYTES, MemorySource
@@ -115,43 +115,6 @@ class SafetyMargin:
         return self.bytes if prefills else self.decode_bytes
 
 
-class Debounce:
-    """Reports headroom only after it has lasted for `hold_s`, so that the plan does not flap."""
-
-    def __init__(self, hold_s: float) -> None:
-        self._hold_s = hold_s
-        self._since_s: float | None = None
-        self._least_bytes = 0
-
-    def update(self, time_s: float, headroom_bytes: int, wanted_bytes: int) -> int | None:
-        """Take in the headroom of now.
-
-        Args:
-            time_s: The time.
-            headroom_bytes: Free bytes.
-            wanted_bytes: Least headroom that is of use; less restarts the wait.
-
-        Returns:
-            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
-            else None.
-        """
-        if headroom_bytes < wanted_bytes:
-            self._since_s = None
-            return None
-        if self._since_s is None:
-            self._since_s, self._least_bytes = time_s, headroom_bytes
-        self._least_bytes = min(self._least_bytes, headroom_bytes)
-        if time_s - self._since_s < self._hold_s:
-            return None
-        least = self._least_bytes
-        self._since_s, self._least_bytes = time_s, headroom_bytes
-        return least
-
-    def reset(self) -> None:
-        """Restart the wait."""
-        self._since_s = None
-
-
 class MemoryMonitor:
     """Reads the meter and the memory source, and learns the safety margin from them.
 
@@ -167,6 +130,7 @@ class MemoryMonitor:
         max_budget_bytes: The largest budget so far.
         borrowed_bytes: Bytes of the source's reserve that the budget has now; see `borrow`.
         held: Bytes of the tensors held, as last counted.
+        refill_pending: Whether the next pass computes the caches of all rows again, after a switch.
     """
 
     def __init__(
@@ -187,6 +151,7 @@ class MemoryMonitor:
         self.used_bytes = meter.used_bytes()
         self._other_bytes = self.used_bytes - self.held.total  # since the last trim
         self.borrowed_bytes = 0
+        self.refill_pending = False
         self.budget_bytes = self.max_budget_bytes = source.budget_bytes(self.used_bytes)
 
     def poll(self) -> None:
@@ -237,6 +202,8 @@ class MemoryMonitor:
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
+        if kind != "prefill":  # a pass of all rows
+            self.refill_pending = False
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total:
@@ -279,22 +246,39 @@ class MemoryMonitor:
         self._explained_bytes = self.held.total
         self._other_bytes = self.used_bytes - self.held.total
 
-    def available_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
+    def available_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         """Bytes that a plan may need for a batch, so that the next pass stays within the budget.
 
         That is the budget less the margin, as long as what is used now fits with all that the pass
         may allocate on top. If not, freed memory is returned first; if that is not enough, the
         process holds more besides its tensors than the margin covers, and that is counted instead.
         """
-        if self.used_bytes + estimate.total > self.budget_bytes:
+        most = self._pass_estimate(shape, next_pass).total
+        if self.used_bytes + most > self.budget_bytes:
             self.trim()
-            if self.used_bytes + estimate.total > self.budget_bytes:
-                return self.available_after_trim_bytes(shape, estimate)
-        return self.budget_bytes - self.margin.bytes_for(prefills=estimate.prefills)
+            if self.used_bytes + most > self.budget_bytes:
+                return self.available_after_trim_bytes(shape, next_pass)
+        return self.budget_bytes - self.margin.bytes_for(prefills=next_pass.prefills)
 
-    def available_after_trim_bytes(self, shape: BatchShape, estimate: PassEstimate) -> int:
+    def trimmed_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
+        """As `available_bytes`, after freed memory was returned to the system."""
+        self.trim()
+        return self.available_after_trim_bytes(shape, next_pass)
+
+    def available_after_trim_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         """`available_bytes` right after a trim, counting all memory besides tensors."""
+        estimate = self._pass_estimate(shape, next_pass)
+        excess = estimate.workspace - self._estimator.workspace_bytes(shape)
         other = self.used_bytes - self.held.total
-        excess = other + self._estimator.pass_excess_bytes(shape, estimate)
-        margin = self.margin.bytes_for(prefills=estimate.prefills)
-        return self.budget_bytes - max(margin, excess)
+        margin = self.margin.bytes_for(prefills=next_pass.prefills)
+        return self.budget_bytes - max(margin, other + excess)
+
+    def _pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
+        """Bytes that the next pass allocates, with a pending refill."""
+        plan, estimator = self._llm.plan, self._estimator
+        estimate = estimator.pass_estimate(plan, shape, size)
+        if not self.refill_pending:
+            return estimate
+        workspace = estimate.workspace + estimator.refill_bytes(plan, shape)
+        final = estimator.peak_bytes(plan, shape) - estimator.workspace_bytes(shape)
+        return PassEstimate(workspace, max(estimate.growth, final - self.held.total))

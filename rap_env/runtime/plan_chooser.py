@@ -6,9 +6,10 @@ import logging
 import math
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.text_kinds import Shares
@@ -16,6 +17,10 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.unreadable_weights import UnreadableWeights
+
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +57,16 @@ class PlanChoice:
 class PlanChooser:
     """Asks a policy for plans and makes them fit; it changes no model.
 
-    A policy is asked again with a lower limit where its plan does not fit. Where that does not help
-    either, the guard removes more blocks in its own order. With a quality floor, no plan is chosen
-    for a batch if the predicted rise in NLL of the one that fits is above `max_delta_nll` or
-    unknown. The bounds of a batch's own requests count likewise. The settings are those of
-    `RuntimeController`; whether a batch could fit is asked at the floor's highest value.
+    A policy is asked again with a lower limit where its plan does not fit. Items whose weights
+    cannot be read are left out. Where the plan does not fit then, the guard removes more blocks in
+    its own order. With a quality floor, no plan is chosen for a batch if the predicted rise in NLL
+    of the one that fits is above `max_delta_nll` or unknown. The bounds of a batch's own requests
+    count likewise. The settings are those of `RuntimeController`; whether a batch could fit is
+    asked at the floor's highest value.
 
     Attributes:
         policy: Chooses plans.
-        restrict: Changes a policy's plan into one that can be applied; by default it does nothing.
+        unreadable: Items whose weights cannot be read now.
         max_delta_nll: The quality floor now, nats per token; None for no floor.
         most_delta_nll: The highest that `follow_queue` raises it to.
         rise: As `delta_nll`, with cached results.
@@ -75,15 +81,18 @@ class PlanChooser:
 
     def __init__(
         self,
+        llm: ElasticLLM,
         policy: Policy,
         estimator: MemoryEstimator,
+        unreadable: UnreadableWeights,
         *,
         guard_order: Sequence[int] | None,
         max_delta_nll: float | None,
         most_delta_nll: float | None = None,
     ) -> None:
+        self._llm = llm
         self.policy = policy
-        self.restrict: Callable[[Plan], Plan] = lambda plan: plan
+        self.unreadable = unreadable
         self.max_delta_nll = self._least_delta_nll = max_delta_nll
         self.most_delta_nll = None if max_delta_nll is None else most_delta_nll or max_delta_nll
         self._estimator = estimator
@@ -197,25 +206,26 @@ class PlanChooser:
     def choose(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """The policy's plan for a batch, made to fit a limit; None if no allowed plan fits."""
         started = time.perf_counter()
-        choice = None
-        if not self._all_removable or self.smallest_bytes(shape, limit_bytes) <= limit_bytes:
-            self.decisions += 1
-            choice = self._fitting(shape, limit_bytes)
+        choice = self._fitting(shape, limit_bytes)
         seconds = time.perf_counter() - started
         self.decision_s += seconds
-        if choice is None or not self.allows(choice[0], shape):
+        self.decisions += choice is not None
+        if choice is None or not self.allows(choice.plan, shape):
             return None
-        plan, guarded = choice
-        return PlanChoice(plan, self._estimator.peak_bytes(plan, shape), guarded, seconds)
+        return replace(choice, decision_s=seconds)
+
+    def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> bool:
+        """Whether a plan fits a limit for a batch, and is allowed now."""
+        return self._estimator.peak_bytes(plan, shape) <= limit_bytes and self.allows(plan, shape)
 
     def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
-        if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
-            return False
-        if not self._bounds(shape, self.most_delta_nll):
+        if self.fits(self._llm.plan, shape, limit_bytes):  # faster than a search
             return True
+        if not self._bounds(shape, self.most_delta_nll):
+            return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
         choice = self._fitting(shape, limit_bytes)
-        return choice is not None and self.allows(choice[0], shape, ever=True)
+        return choice is not None and self.allows(choice.plan, shape, ever=True)
 
     def least_bytes(self, shape: BatchShape) -> int:
         """Bytes of which a batch needs at least so many, within a 256th of its native peak."""
@@ -229,12 +239,10 @@ class PlanChooser:
 
         It is None if no plan fits, or without a prediction. Any thread may call it.
         """
-        if self.smallest_bytes(shape, limit_bytes) > limit_bytes:
-            return None
         choice = self._fitting(shape, limit_bytes)
         if choice is None:
             return None
-        return self.rise(choice[0], shape.longest_tokens, shape.text_shares)
+        return self.rise(choice.plan, shape.longest_tokens, shape.text_shares)
 
     def guard_order(self, shape: BatchShape, plan: Plan = Plan()) -> Sequence[int]:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
@@ -242,10 +250,6 @@ class PlanChooser:
             return self._order
         freed = self._estimator.freed_bytes(shape, plan)
         return sorted(range(len(freed)), key=lambda index: -freed[index])
-
-    def smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
-        """Bytes that the smallest plan for a batch needs, whatever the quality floor."""
-        return self._estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
 
     def smallest(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """A small plan: all that the guard may remove, else the policy's plan.
@@ -260,14 +264,22 @@ class PlanChooser:
         plans = mask, self._ask_policy(shape, 1).without(*mask.removed)
         return min(plans, key=lambda plan: self._estimator.peak_bytes(plan, shape))
 
-    def _fitting(self, shape: BatchShape, limit_bytes: int) -> tuple[Plan, bool] | None:
-        """A plan for a limit, whatever its quality, and whether the guard changed the policy's."""
-        chosen = self.restrict(self._policy_plan(shape, limit_bytes))
-        if self._estimator.peak_bytes(chosen, shape) <= limit_bytes:
-            return chosen, False
-        order = self.guard_order(shape, chosen)
-        plan = self._estimator.shrink_to_fit(chosen, order, shape, limit_bytes)
-        return None if plan is None else (plan, True)
+    def _smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
+        return self._estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
+
+    def _fitting(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+        """A plan for a limit, whatever its quality; None if there is none."""
+        if self._all_removable and self._smallest_bytes(shape, limit_bytes) > limit_bytes:
+            return None
+        plan = self.unreadable.without(self._policy_plan(shape, limit_bytes))
+        need = self._estimator.peak_bytes(plan, shape)
+        if need <= limit_bytes:
+            return PlanChoice(plan, need, guarded=False)
+        order = self.guard_order(shape, plan)
+        smaller = self._estimator.shrink_to_fit(plan, order, shape, limit_bytes)
+        if smaller is None:
+            return None
+        return PlanChoice(smaller, self._estimator.peak_bytes(smaller, shape), guarded=True)
 
     def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower limit if that for the limit needs more than it."""

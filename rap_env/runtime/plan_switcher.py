@@ -1,4 +1,4 @@
-"""Applies plans to a live model, records each switch, and leaves out weights it cannot read."""
+"""Applies plans to a live model until the measured bytes fit, and records each switch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import logging
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from rap_env.errors import RapError
+from rap_env.blocks import block_index, block_name
+from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
-from rap_env.plan import Plan
+from rap_env.plan import EMBEDDINGS, Plan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_monitor import MemoryMonitor
-from rap_env.runtime.plan_change import PlanChange
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 
 if TYPE_CHECKING:
@@ -27,79 +29,76 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256
-_RETRY_S = 5.0
-_MOST_READING_S = 0.2
-"""Seconds after which reading goes on at the next call only, because requests wait for it."""
 
 
-class UnreadableWeights:
-    """Items whose weights could not be read when a plan needed them: plans go without them.
+@dataclass(frozen=True)
+class PlanChange:
+    """A change from the plan `before` to the plan `after`."""
 
-    A warning is logged when weights are missing, and a line when all are back; not for each item
-    or attempt. Any thread may read it; only the thread that runs the model changes it.
-
-    Args:
-        llm: The live model.
-        clock: Gives the time in seconds.
-
-    Attributes:
-        items: Their names, those that are tried first at the beginning.
-        reason: Why the first one could not be read; empty while all can be read.
-    """
-
-    def __init__(self, llm: ElasticLLM, clock: Callable[[], float]) -> None:
-        self._llm = llm
-        self._clock = clock
-        self._retry_at_s = 0.0
-        self.items: tuple[str, ...] = ()
-        self.reason = ""
+    before: Plan
+    after: Plan
 
     @property
-    def clause(self) -> str:
-        """Words that qualify "plan" in messages; empty while all weights can be read."""
-        return f" without {len(self.items)} items that cannot be read" if self.items else ""
+    def returns_attention(self) -> bool:
+        """Whether removed attention blocks return."""
+        return any(index % 2 == 0 for index in self.before.removed - self.after.removed)
 
-    def add(self, errors: Mapping[str, RapError]) -> None:
-        """Note the errors of items, as `ElasticLLM.apply_readable` returns them."""
-        if not errors:
-            return
-        if not self.items:
-            self.reason = str(next(iter(errors.values())))
-            log.warning(
-                "The weights of %d items cannot be read; plans go without them until they can, and "
-                "a try follows every %g s: %s", len(errors), _RETRY_S, self.reason,
-            )  # fmt: skip
-            self._retry_at_s = self._clock() + _RETRY_S
-        self.items = (*self.items, *(item for item in errors if item not in self.items))
+    @property
+    def raises_caches(self) -> bool:
+        """Whether the cache of a block that is kept gets a better level."""
+        return any(level.lowest(after) != after for level, after in self._kept_caches)
 
-    def without(self, plan: Plan) -> Plan:
-        """A plan in which each of the items has the level that it has now, or is removed."""
-        present = self._llm.plan.levels
-        return plan.lower({item: present.get(item, "native") for item in self.items})
+    @property
+    def raises_two_bits(self) -> bool:
+        """Whether a cache of 2 bits gets more: that is worth a pass over all tokens."""
+        return any(level.bits == 2 and after.bits > 2 for level, after in self._kept_caches)
 
-    def retry(self) -> bool:
-        """Try to read items again, if it is time to; return whether one can be read.
+    @property
+    def _kept_caches(self) -> list[tuple[CacheLevel, CacheLevel]]:
+        kept = (pair for pair in self.before.caches if 2 * pair[0] not in self.after.removed)
+        return [(level, self.after.cache_level(layer)) for layer, level in kept]
 
-        Plans may then use it. Other items are read at once, as long as that takes little time, and
-        then at the next call. After a failure, the next item is tried `_RETRY_S` later.
+    def without_refill(self) -> Plan:
+        """The plan `after`, in which attention stays removed and caches keep their lower level."""
+        caches = dict(self.after.caches) | {
+            layer: level.lowest(self.after.cache_level(layer))
+            for layer, level in self.before.caches
+        }
+        staying = {index for index in self.before.removed - self.after.removed if index % 2 == 0}
+        removed = self.after.removed | staying
+        return replace(self.after, caches=tuple(caches.items()), removed=removed)
+
+    def lowered_items(self, facts: ModelFacts, order: Sequence[int]) -> list[str]:
+        """Items that are lower than before, by the sizes of levels in `facts`.
+
+        Removed blocks come first, the last in `order` before the others.
         """
-        if not self.items or self._clock() < self._retry_at_s:
-            return False
-        started, before = time.perf_counter(), len(self.items)
-        while self.items and time.perf_counter() - started < _MOST_READING_S:
-            first, *others = self.items
-            try:
-                self._llm.verify_weights(first)
-            except RapError as error:
-                log.debug("Still: %s", error)
-                self.items = (*others, first)
-                self._retry_at_s = self._clock() + _RETRY_S
-                break
-            self.items = tuple(others)
-        if not self.items:
-            self.reason = ""
-            log.info("All weights can be read again.")
-        return len(self.items) < before
+        before, after = self.before, self.after
+        removed = [i for i in reversed(order) if i in after.removed - before.removed]
+        weights = [i for i, level in after.weights if _is_lower(facts, i, level, before)]
+        caches = [
+            n
+            for n, level in after.caches
+            if 2 * n not in before.removed
+            and before.cache_level(n).lowest(level) != before.cache_level(n)
+        ]
+        sizes = facts.embedding_levels
+        embeddings = [EMBEDDINGS] if sizes[after.embeddings] < sizes[before.embeddings] else []
+        return [*map(block_name, (*removed, *weights)), *embeddings, *map(cache_name, caches)]
+
+    def with_item_before(self, item: str) -> Plan:
+        """The plan `after`, in which one item has its level of before, its cache if it returns."""
+        items = [item]
+        if self.after.levels.get(item) == "removed" and item.endswith(".attn"):
+            items.append(cache_name(block_index(item) // 2))
+        levels = self.before.levels
+        changed = self.after.levels | {name: levels.get(name, "native") for name in items}
+        return Plan.of({name: level for name, level in changed.items() if level != "native"})
+
+
+def _is_lower(facts: ModelFacts, index: int, level: WeightLevel, before: Plan) -> bool:
+    sizes = facts.weight_levels(index)
+    return sizes[level] < sizes[before.weight_level(index)]
 
 
 class PlanSwitcher:
@@ -130,10 +129,8 @@ class PlanSwitcher:
         self._monitor = monitor
         self._decision_log = decision_log
         self._clock = clock
-        self._refill_pending = False
         self.rows_plan: Callable[[], Plan] | None = None
-        self.unreadable = UnreadableWeights(llm, clock)
-        chooser.restrict = self.unreadable.without
+        self.unreadable = chooser.unreadable
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
@@ -148,27 +145,6 @@ class PlanSwitcher:
         """The batch for which the plan was switched last."""
         return self.recent[-1].shape if self.recent else EMPTY_BATCH
 
-    def present_fits(self, shape: BatchShape, limit_bytes: int) -> bool:
-        """Whether the present plan fits a limit for a batch, and is allowed."""
-        plan = self._llm.plan
-        fits = self._estimator.peak_bytes(plan, shape) <= limit_bytes
-        return fits and self._chooser.allows(plan, shape)
-
-    def pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
-        """Bytes that the next pass allocates, with the refill that a switch has made necessary."""
-        plan = self._llm.plan
-        estimate = self._estimator.pass_estimate(plan, shape, size)
-        if not self._refill_pending:
-            return estimate
-        workspace = estimate.workspace + self._estimator.refill_bytes(plan, shape)
-        final = self._estimator.peak_bytes(plan, shape) - self._estimator.workspace_bytes(shape)
-        growth = max(estimate.growth, final - self._monitor.held.total)
-        return PassEstimate(workspace, growth, estimate.prefills)
-
-    def note_decode(self) -> None:
-        """Note that a pass of all rows has ended, and with it any refill."""
-        self._refill_pending = False
-
     def choose(self, shape: BatchShape, limit_bytes: int, *, running: bool) -> PlanChoice | None:
         """The chooser's plan for a limit, which spares `running` requests a refill of caches."""
         choice = self._chooser.choose(shape, limit_bytes)
@@ -179,17 +155,21 @@ class PlanSwitcher:
     def choose_higher(
         self, shape: BatchShape, limit_bytes: int, available_bytes: int
     ) -> PlanChoice | None:
-        """The chooser's plan for headroom; one with a refill only if it pays, and is available."""
+        """The chooser's plan for headroom.
+
+        With requests running, a plan whose refill pays has to leave bytes for it of those available
+        now, and one whose refill does not pay is changed into one without.
+        """
         choice = self._chooser.choose(shape, limit_bytes)
-        if choice is None or not shape or not self._refills(choice.plan):
+        if not shape:
             return choice
-        if self._refill_pays(choice.plan):
+        if choice is not None and self._refill(choice.plan) == "pays":
             limit = available_bytes - self._estimator.refill_bytes(choice.plan, shape)
             if choice.need_bytes > limit:
                 choice = self._chooser.choose(shape, limit)
-            if choice is None or self._refill_pays(choice.plan):
-                return choice
-        return self._without_refill(choice, shape, limit_bytes)
+        if choice is not None and self._refill(choice.plan) == "costs":
+            return self._without_refill(choice, shape, limit_bytes)
+        return choice
 
     def improves(self, choice: PlanChoice, shape: BatchShape) -> bool:
         """Whether a choice is better than the present plan.
@@ -211,7 +191,7 @@ class PlanSwitcher:
 
     def settle(
         self,
-        choice: PlanChoice,
+        choice: PlanChoice | None,
         shape: BatchShape,
         trigger: Trigger,
         next_pass: PassSize,
@@ -221,7 +201,7 @@ class PlanSwitcher:
         """Apply a plan; if it does not fit by measured bytes, apply smaller ones.
 
         Args:
-            choice: The plan to begin with.
+            choice: The plan to begin with; None if there is none.
             shape: The batch to serve.
             trigger: What caused it.
             next_pass: Tokens of the next pass.
@@ -230,16 +210,14 @@ class PlanSwitcher:
         Returns:
             Whether one fits.
         """
-        attempt: PlanChoice | None = choice
         for _ in range(_ATTEMPTS):
-            if attempt is None:
+            if choice is None:
                 return False
-            self._switch(attempt, shape, trigger, running=running)
-            estimate = self.pass_estimate(shape, next_pass)
-            available = self._monitor.available_after_trim_bytes(shape, estimate)
-            if self.present_fits(shape, available):
+            self._switch(choice, shape, trigger, running=running)
+            available = self._monitor.available_after_trim_bytes(shape, next_pass)
+            if self._chooser.fits(self._llm.plan, shape, available):
                 return True
-            attempt = self.choose(shape, available, running=running)
+            choice = self.choose(shape, available, running=running)
         return False
 
     def remove_all(self) -> None:
@@ -256,14 +234,12 @@ class PlanSwitcher:
         In exchange for what stays lowered, as many of the newly removed and lowered items stay as
         they are as fit.
         """
-        change = self._change_to(choice.plan)
-        if self.rows_plan is not None:
-            change = PlanChange(self.rows_plan(), choice.plan)
-        plan = change.without_refill()
-        if not self._refills(choice.plan) and self._chooser.allows(plan, shape):
+        lowest = self._llm.plan if self.rows_plan is None else self.rows_plan()
+        plan = PlanChange(lowest, choice.plan).without_refill()
+        if self._refill(choice.plan) == "none" and self._chooser.allows(plan, shape):
             return choice
         for item in self._lowered_items(plan, shape):
-            with_item = self._change_to(plan).with_item_before(item)
+            with_item = PlanChange(self._llm.plan, plan).with_item_before(item)
             if self._estimator.peak_bytes(with_item, shape) <= limit_bytes:
                 plan = with_item
         if not self._chooser.allows(plan, shape):
@@ -273,23 +249,18 @@ class PlanSwitcher:
 
     def _lowered_items(self, plan: Plan, shape: BatchShape) -> list[str]:
         order = self._chooser.guard_order(shape)
-        return self._change_to(plan).lowered_items(self._estimator.memory.facts, order)
+        change = PlanChange(self._llm.plan, plan)
+        return change.lowered_items(self._estimator.memory.facts, order)
 
-    def _change_to(self, plan: Plan) -> PlanChange:
-        return PlanChange(self._llm.plan, plan)
+    def _refill(self, plan: Plan) -> Literal["none", "pays", "costs"]:
+        """Whether a plan needs the caches of all rows computed again, and whether that pays.
 
-    def _refills(self, plan: Plan) -> bool:
-        """Whether caches of all rows have to be computed again for a plan."""
-        change = self._change_to(plan)
-        return self.rows_plan is None and (change.returns_attention or change.raises_caches)
-
-    def _refill_pays(self, plan: Plan) -> bool:
-        """Whether what a refill raises costs more quality than a pass is worth.
-
-        That holds for removed attention blocks and for caches of 2 bits, not for better ones.
+        It pays for attention blocks that return and caches that leave 2 bits, not for better ones.
         """
-        change = self._change_to(plan)
-        return change.returns_attention or change.raises_two_bits
+        change = PlanChange(self._llm.plan, plan)
+        if self.rows_plan is not None or not (change.returns_attention or change.raises_caches):
+            return "none"
+        return "pays" if change.returns_attention or change.raises_two_bits else "costs"
 
     def _switch(
         self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
@@ -298,7 +269,7 @@ class PlanSwitcher:
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
             return
-        self._refill_pending |= running and self._refills(choice.plan)
+        monitor.refill_pending |= running and self._refill(choice.plan) != "none"
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(self._llm.device)

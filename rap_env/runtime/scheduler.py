@@ -20,7 +20,7 @@ from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.pace import Pace
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
-from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence, shape_of
+from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:
     from rap_env.models.caches.kv_cache import Restore
@@ -38,6 +38,7 @@ class Scheduler:
     """Runs sequences on a live model, within its budget. For one thread; settings as of `Engine`.
 
     Attributes:
+        admission: Lets requests begin, and says why some cannot.
         counters: Totals of requests and tokens.
         output: Delivers tokens and ends to request handles.
         plan: The plan of the last turn.
@@ -67,10 +68,10 @@ class Scheduler:
         self._restore: Restore = restore
         self._queue_timeout_s = queue_timeout_s
         windows = controller.estimator.memory.facts.kv_window_tokens
-        self._uniform = any(window is not None for window in windows)
+        uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
         self._kept = KeptCaches(cache_dir() if llm.residency == "offload" else None)
-        self._batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=self._uniform)
+        self._batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
         controller.switcher.rows_plan = lambda: self._batch.rows.lowest_plan
         self._next_refill_s = float("-inf")
         self.paused: list[TokenSequence] = []
@@ -78,7 +79,7 @@ class Scheduler:
         self._interruptions = 0  # of the chunk that is next
         self.counters = Counters()
         self.output = OutputProcessor(clock, self.counters)
-        self._admission = Admission(
+        self.admission = Admission(
             controller,
             queue,
             self._batch,
@@ -87,7 +88,7 @@ class Scheduler:
             clock,
             chunk_tokens=chunk_tokens,
             max_batch_size=max_batch_size,
-            uniform=self._uniform,
+            uniform=uniform,
         )
         self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
@@ -108,7 +109,7 @@ class Scheduler:
         self._remove_ended()
         self._kept.drop_ended()
         self._controller.note_waiting(len(self._queue))
-        if self._admission.admit_next(self._must_interrupt):
+        if self.admission.admit_next(self._must_interrupt):
             self._interruptions = 0
         self._refill_next()
         batch = self._batch
@@ -123,13 +124,13 @@ class Scheduler:
         if decoded:
             self._decode()
         self.plan = self._llm.plan
-        self._admission.note_turn(ran=prefilled or decoded)
+        self.admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
 
     @property
     def stalled_s(self) -> float:
         """Seconds for which requests have waited while nothing ran; from any thread."""
-        return self._admission.stalled_s
+        return self.admission.stalled_s
 
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
@@ -139,9 +140,9 @@ class Scheduler:
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
-        shape = shape_of([], sequence, uniform=self._uniform)
-        if not self._controller.could_fit(shape):
-            raise self._controller.misfit(shape, expected=True)
+        shape = self.admission.shape_alone(sequence)
+        if not self.admission.could_ever_fit(shape):
+            raise self.admission.misfit(shape, expected=True)
 
     def warm_up(self, tokens: int) -> None:
         """Run a prompt of `tokens` dummies, so that the controller learns what steps take."""
@@ -246,7 +247,7 @@ class Scheduler:
                 sequence.computed_tokens = max(sequence.computed_tokens, sequence.known_tokens)
             continues = self.output.deliver(sequences, logits, batch.rows.plans)
             if not all(continues):
-                self._admission.most_running = self._max_batch_size
+                self.admission.most_running = self._max_batch_size
                 pairs = zip(sequences, continues, strict=True)
                 batch.remove([sequence for sequence, stays in pairs if not stays])
         except torch.OutOfMemoryError as error:
@@ -331,11 +332,11 @@ class Scheduler:
         self._controller.note_out_of_memory(kind)
         if len(running) > 1:
             log.warning("Memory ran out with %d requests; fewer run together now.", len(running))
-            self._admission.most_running = len(running) - 1
+            self.admission.most_running = len(running) - 1
 
     def _put_back(self, sequences: Sequence[TokenSequence]) -> None:
         """Put sequences that ran at the front of the queue, in their order."""
-        now = self._admission.preempted_s = self._clock()
+        now = self.admission.preempted_s = self._clock()
         for sequence in reversed(sequences):
             sequence.preempt(now)
             self.counters.preemptions += 1
@@ -371,13 +372,8 @@ class Scheduler:
         """Remove cancelled requests, and those that have waited too long."""
         for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
             self.output.end(sequence, "cancelled")
-        timeout_s = self._queue_timeout_s
-        if timeout_s is not None:
-            oldest_s = self._clock() - timeout_s
-            for sequence in self._queue.remove_if(lambda w: w.queued_since_s < oldest_s):
-                shape = shape_of([], sequence, uniform=self._uniform)
-                error, rejection = self._controller.timeout_error(shape, timeout_s)
-                self.output.reject(sequence, rejection, error)
+        if self._queue_timeout_s is not None:
+            self.admission.reject_late(self._queue_timeout_s)
         cancelled = [sequence for sequence in self.running if sequence.handle.cancelled]
         if cancelled:
             self._batch.remove(cancelled)

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +14,7 @@ from rap_env.errors import ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.request import Request
-from rap_env.runtime.memory_meter import Meter, ResidentMeter, process_meter, resident_bytes
+from rap_env.runtime.memory_meter import Meter, ResidentMeter, resident_bytes
 from rap_env.runtime.memory_source import HEADROOM_BYTES, GivenMemory, MemorySource, open_memory
 from rap_env.serving.preflight import too_little
 from rap_env.serving.settings import ServerSettings, parse_bytes
@@ -52,8 +51,7 @@ class LiveLimit:
 
     Attributes:
         source: What set the present value.
-        check: Raises a `ServingSettingsError` for a number of bytes that is too small.
-        nothing_fits: Says why no request fits the new limit, for a warning; empty if one does.
+        nothing_fits: Says why no request fits the limit; empty if one does.
 
     Raises:
         ServingSettingsError: The file exists and does not hold a size.
@@ -62,7 +60,7 @@ class LiveLimit:
     def __init__(self, name: str, limit_bytes: int, file: str | None = None) -> None:
         self.name = name
         self.source: LimitSource = "setting"
-        self.check: Callable[[int], None] = lambda limit_bytes: None
+        self._check: Callable[[int], None] = lambda limit_bytes: None
         self.nothing_fits: Callable[[], str] = lambda: ""
         self._bytes = limit_bytes
         self._set_s = time.monotonic()
@@ -80,6 +78,16 @@ class LiveLimit:
                 self._follow()
         return self._bytes
 
+    def attach(self, check: Callable[[int], None], nothing_fits: Callable[[], str]) -> None:
+        """Check the present value and all later ones against what is served.
+
+        Args:
+            check: Raises a `ServingSettingsError` for a number of bytes that is too small.
+            nothing_fits: Says why no request fits; empty if one does.
+        """
+        self._check, self.nothing_fits = check, nothing_fits
+        check(self())
+
     @property
     def of_process(self) -> bool:
         """Whether it limits the whole process, not the model alone."""
@@ -95,7 +103,7 @@ class LiveLimit:
 
     def set(self, limit_bytes: int, source: LimitSource) -> None:
         """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
-        self.check(limit_bytes)
+        self._check(limit_bytes)
         with self._lock:
             if (limit_bytes, source) == (self._bytes, self.source):
                 return
@@ -214,48 +222,46 @@ def check_started(model: str, limit: LiveLimit) -> None:
 
 
 def open_budget(
-    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter | None = None
-) -> tuple[MemorySource, Meter]:
-    """The source of the model's budget, and the meter that measures what it uses.
-
-    The present and later values of the limit are checked from now on.
+    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter
+) -> MemorySource:
+    """The source of the model's budget; `meter` measures what the model uses.
 
     Raises:
-        ServingSettingsError: Not even one token fits within the limit.
         MemorySourceError: The system does not report its free memory.
     """
-    meter = process_meter(llm) if meter is None else meter
     if limit is None:
         reserve = settings.reserve_bytes
-        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve), meter
+        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
     resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
-    memory = GivenMemory(limit, meter=resident)
-    least = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1))
-    limit.check = partial(_check_least, settings.model, least, memory)
-    limit.check(limit())
-    return memory, meter
+    return GivenMemory(limit, meter=resident)
 
 
-def _check_least(model: str, least: int, memory: MemorySource, limit_bytes: int) -> None:
-    """Reject a limit within which not even one token fits with every block removed."""
-    if memory.other_bytes is None:
-        if limit_bytes < least:
-            raise ServingSettingsError(too_little(model, least, limit_bytes))
-        return
-    others = memory.other_bytes + HEADROOM_BYTES
-    if limit_bytes >= least + others:
-        return
-    raise ServingSettingsError(
-        f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for one token "
-        f"without any block and {_mib(others)} for everything else in the process, not "
-        f"{_mib(limit_bytes)}; give more."
-    )
+def least_check(
+    model: str, llm: ElasticLLM, controller: RuntimeController
+) -> Callable[[int], None]:
+    """What rejects a limit in which not even one token fits with every block removed."""
+    least, source = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1)), controller.monitor.source
+
+    def check(limit_bytes: int) -> None:
+        if source.other_bytes is None:
+            if limit_bytes < least:
+                raise ServingSettingsError(too_little(model, least, limit_bytes))
+            return
+        others = source.other_bytes + HEADROOM_BYTES
+        if limit_bytes < least + others:
+            raise ServingSettingsError(
+                f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for "
+                f"one token without any block and {_mib(others)} for everything else in the "
+                f"process, not {_mib(limit_bytes)}; give more."
+            )
+
+    return check
 
 
 def limit_text(controller: RuntimeController) -> str:
     """What a user should know of the memory limit, as a sentence."""
     monitor = controller.monitor
-    source, budget = monitor.source, _mib(monitor.budget_bytes)
+    source, budget = monitor.source, _mib(max(0, monitor.budget_bytes))
     if source.process_bytes is not None and source.other_bytes is not None:
         return (
             f"Memory: at most {_mib(source.process_bytes)} for the whole process, of which "

@@ -41,17 +41,18 @@ def test_at_arrival_as_many_blocks_are_removed_as_needed(harness, count):
 
 
 def test_could_fit_uses_the_largest_budget_and_the_limit_of_the_source(harness):
+    admission = harness.engine()._scheduler.admission
     least = harness.need(harness.everything, SHAPE)
     harness.controller.monitor.max_budget_bytes = 0
     harness.budget_bytes = least - 1
-    assert not harness.controller.could_fit(SHAPE)
+    assert not admission.could_ever_fit(SHAPE)
     harness.budget_bytes = least
-    assert harness.controller.could_fit(SHAPE)
+    assert admission.could_ever_fit(SHAPE)
     harness.budget_bytes = 0
-    assert harness.controller.could_fit(SHAPE)  # the largest budget so far counts
+    assert admission.could_ever_fit(SHAPE)  # the largest budget so far counts
     harness.controller.monitor.max_budget_bytes = 0
     harness.controller.monitor.source._limit_bytes = least
-    assert harness.controller.could_fit(SHAPE)
+    assert admission.could_ever_fit(SHAPE)
 
 
 def test_where_no_mask_fits_nothing_changes_and_the_policy_is_not_asked(harness):

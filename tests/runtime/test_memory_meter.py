@@ -16,7 +16,7 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.policies.uniform import uniform_plans
 from rap_env.runtime import memory_monitor
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
 from rap_env.runtime.memory_meter import (
     ResidentMeter,
@@ -199,9 +199,10 @@ def test_where_a_pass_could_exceed_the_budget_all_memory_of_the_process_counts()
     made.meter.noise_bytes = 5 * 10**5
     made.poll()
     workspace = MemoryEstimator(tiny_llm()).workspace_bytes(SHAPE)
-    assert made.available_bytes(SHAPE, PassEstimate(1000, 0)) == 10**6
-    tight = PassEstimate(1000, 10**6)
-    assert made.available_bytes(SHAPE, tight) == 10**6 - 5 * 10**5 - 1000 + workspace
+    made._estimator.pass_estimate = lambda *_: PassEstimate(1000, 0)
+    assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6
+    made._estimator.pass_estimate = lambda *_: PassEstimate(1000, 10**6)
+    assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6 - 5 * 10**5 - 1000 + workspace
 
 
 def test_a_step_is_compared_with_the_most_held_since_the_last_trim():
@@ -271,7 +272,7 @@ def test_the_margin_is_the_largest_recent_excess_over_a_prediction(excesses, exp
     for excess in excesses:
         made.margin.observe("decode", excess)
     assert made.margin.bytes == expected
-    assert made.available_bytes(SHAPE, PassEstimate(100, 100)) == 10**6 - expected
+    assert made.available_bytes(SHAPE, UNKNOWN_PASS) == 10**6 - expected
     made.margin.observe("prefill", 160)  # each kind of step expires separately
     for _ in range(100):
         made.margin.observe("decode", 3)

@@ -9,6 +9,7 @@ from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.policies.loading import StaticPolicy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.runtime.memory_source import (
     HEADROOM_BYTES,
@@ -258,4 +259,4 @@ def test_what_is_loaded_late_is_never_charged_to_the_model(process, machine, lim
     controller.check(BatchShape(0, 0))
     assert monitor.used_bytes < MIB + buffer_bytes()
     assert before - monitor.budget_bytes == (0 if limited == "model" else 95 * MIB)
-    assert controller.nothing_fits() == ""
+    assert Engine(llm, controller).nothing_fits() == ""

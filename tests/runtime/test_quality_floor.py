@@ -9,7 +9,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.controller import IDLE_RESTORE_S
+from rap_env.runtime.growth import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import (
     ORDER,
@@ -101,9 +101,10 @@ def test_a_request_that_waited_for_a_plan_above_the_floor_learns_why(policy):
 def test_where_not_even_a_token_fits_the_advice_is_more_memory(policy):
     harness = Harness(policy=policy, max_delta_nll=0.0)
     shape = BatchShape(1, 24)
-    assert "shorten the prompt" in str(harness.controller.misfit(shape, expected=False))
+    admission = harness.engine()._scheduler.admission
+    assert "shorten the prompt" in str(admission.misfit(shape, expected=False))
     harness.controller.monitor.budget_bytes = 10
-    message = str(harness.controller.misfit(shape, expected=False))
+    message = str(admission.misfit(shape, expected=False))
     assert message.endswith(
         "not even one token fits: raise model_memory (or memory), or max_delta_nll."
     )

@@ -127,7 +127,7 @@ def test_a_request_that_passes_another_is_read_in_the_largest_chunks_that_fit():
 def test_a_stall_that_no_plan_ends_says_why_once(caplog):
     harness = Harness(guard_order=())
     engine = harness.engine()
-    engine.start = lambda: None
+    admission = engine._scheduler.admission
     handle = engine.submit(prompt(10), greedy(20))
     engine.submit(prompt(12), greedy(20))
     need = harness.need(NATIVE, BatchShape(1, 29))
@@ -135,19 +135,19 @@ def test_a_stall_that_no_plan_ends_says_why_once(caplog):
     for turn in range(50):
         engine.step()
         harness.time_s += 0.1
-        assert turn > 8 or not harness.controller.stall_reason  # a short stall is no warning
+        assert turn > 8 or not admission.stall_reason  # a short stall is no warning
     (line,) = [record.message for record in caplog.records if "cannot run now" in record.message]
     assert line.startswith("2 requests cannot run now: of the budget of 0.")
     for words in ("are used", "are a margin", "the least plan takes", "for the shortest of them"):
         assert words in line
-    assert harness.controller.stall_reason == line
+    assert admission.stall_reason == line
     assert engine.stats().stalled_s == pytest.approx(5, abs=0.2)
     assert engine.retry_after_s() == 5
     harness.time_s += 1000
     assert engine.retry_after_s() == 60
     harness.budget_bytes = PLENTY
     engine.step()
-    assert harness.controller.stall_reason == ""
+    assert admission.stall_reason == ""
     assert engine.stats().stalled_s == 0
     harness.run(engine)
     assert handle.reason == "length"
@@ -162,7 +162,10 @@ def test_a_learned_margin_neither_rejects_at_arrival_nor_makes_the_server_unread
     monitor.margin.observe("prefill", harness.budget_bytes)
     engine = harness.engine()
     handle = engine.submit(prompt(10), greedy(20))
-    assert harness.controller.nothing_fits() == ""
+    assert engine.nothing_fits() == ""
+    monitor.budget_bytes, monitor.source.is_given = -5, False  # of free memory, less its reserve
+    assert "into the budget of 0.0 MiB" in engine.nothing_fits()
+    monitor.source.is_given = True
     for _ in range(20):  # two seconds
         engine.step()
         harness.time_s += 0.1

@@ -134,7 +134,7 @@ def test_a_wrong_file_keeps_the_last_value_with_one_warning(tmp_path, caplog, te
     path = tmp_path / "limit"
     path.write_text("200")
     limit = LiveLimit("memory", 500, str(path))
-    limit.check = check
+    limit.attach(check, lambda: "")
     path.write_text(text)
     for _ in range(5):
         assert settled(limit) == 200

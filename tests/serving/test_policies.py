@@ -15,8 +15,9 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.serving.limits import LiveLimit
+from rap_env.serving.served_model import choose_policy
 from rap_env.serving.settings import ServerSettings, parse_bytes
-from rap_env.serving.stack import build_stack, choose_policy, greeting
+from rap_env.serving.stack import build_stack, greeting
 from tests.importance.test_kind_costs import kind_costs
 from tests.policies.test_knapsack import costs
 from tests.serving.background import BackgroundServer
@@ -129,7 +130,7 @@ def test_without_predictions_there_is_no_default_floor_and_the_log_says_so(token
         llm = tiny_llm(layers=3, tokenizer=tokenizer)
         given = {} if policy else {"policy": knapsack_of(MemoryModel(llm))}
         caplog.clear()
-        with caplog.at_level("INFO", "rap_env.serving.stack"):
+        with caplog.at_level("INFO", "rap_env.serving.served_model"):
             stack = build_stack(
                 ServerSettings(policy=policy or "knapsack", model_memory="1GiB"), llm=llm, **given
             )

@@ -32,8 +32,9 @@ from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.memory_source import GivenMemory
 from rap_env.runtime.request_handle import EndEvent, RequestHandle, TokenEvent
 from rap_env.runtime.sampling import SamplingParams
+from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.stack import build_stack, load_served_model
+from rap_env.serving.stack import build_stack
 from tests.serving.background import BackgroundServer
 from tests.serving.tokenizers import chat_tokenizer
 from tests.tiny import tiny_llm, tiny_model

@@ -21,8 +21,8 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
+from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.stack import load_served_model
 from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import padded_batch, randomise, tiny_config

@@ -19,8 +19,8 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
+from rap_env.serving.served_model import load_served_model
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.stack import load_served_model
 from tests.models.states import apply_to, damage_file, logits, opened, saved, weights_hash
 from tests.tiny import LAYERS, tiny_llm
 

@@ -1,0 +1,150 @@
+"""When the plan's items are raised: once headroom has lasted, and all at once after a long rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.decisions import Trigger
+from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_monitor import MemoryMonitor
+from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.plan_switcher import PlanSwitcher
+
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
+
+IDLE_RESTORE_S = 60.0
+"""Seconds without a request after which everything that fits is restored, without a reserve."""
+
+
+class Debounce:
+    """Reports headroom only after it has lasted for `hold_s`, so that the plan does not flap.
+
+    Headroom in which nothing could be raised for a batch is not reported again for that batch.
+    """
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._since_s: float | None = None
+        self._least_bytes = 0
+        self._failure: tuple[BatchShape, int] | None = None
+
+    def update(
+        self, time_s: float, shape: BatchShape, headroom_bytes: int, useful_bytes: int
+    ) -> int | None:
+        """Take in the headroom of now.
+
+        Args:
+            time_s: The time.
+            shape: The batch that runs.
+            headroom_bytes: Free bytes.
+            useful_bytes: Least headroom that is of use; less restarts the wait.
+
+        Returns:
+            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
+            else None.
+        """
+        if headroom_bytes < useful_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = time_s, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if time_s - self._since_s < self._hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = time_s, headroom_bytes
+        failure = self._failure
+        return None if failure and failure[0] == shape and least < failure[1] else least
+
+    def note_failure(self, shape: BatchShape, enough_bytes: int) -> None:
+        """Nothing could be raised for a batch: report headroom from `enough_bytes` on."""
+        self._failure = shape, enough_bytes
+
+    def forget_failure(self) -> None:
+        """Report any headroom that has lasted."""
+        self._failure = None
+
+    def reset(self) -> None:
+        """Restart the wait, and forget the failure."""
+        self._since_s = self._failure = None
+
+
+class Growth:
+    """Raises items of the plan; arguments are those and the parts of `RuntimeController`."""
+
+    def __init__(
+        self,
+        llm: ElasticLLM,
+        estimator: MemoryEstimator,
+        monitor: MemoryMonitor,
+        chooser: PlanChooser,
+        switcher: PlanSwitcher,
+        clock: Callable[[], float],
+        *,
+        hysteresis_share: float,
+        hold_s: float,
+    ) -> None:
+        self._llm = llm
+        self._estimator = estimator
+        self._monitor = monitor
+        self._chooser = chooser
+        self._switcher = switcher
+        self._clock = clock
+        self._hysteresis_share = hysteresis_share
+        self.headroom = Debounce(hold_s)
+        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
+
+    def was_idle(self, shape: BatchShape) -> bool:
+        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
+        now, since_s = self._clock(), self._idle_since_s
+        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
+            return False
+        self._idle_since_s = None if shape else now
+        return not shape and since_s is not None
+
+    def at_arrival(self, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items at once for a request that arrives while nothing runs."""
+        choice = self._chooser.choose(shape, self._limit_bytes(next_pass))
+        self._raise_to(choice, shape, "arrival", next_pass)
+
+    def at_rest(self, next_pass: PassSize) -> None:
+        """Raise all that fits while nothing runs, without a reserve or a debounce."""
+        available = self._monitor.trimmed_bytes(EMPTY_BATCH, next_pass)
+        choice = self._chooser.choose(EMPTY_BATCH, available)
+        self._raise_to(choice, EMPTY_BATCH, "room", next_pass)
+
+    def before_step(self, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items once there has been headroom above the present need long enough."""
+        need = self._estimator.peak_bytes(self._llm.plan, shape)
+        headroom = self._limit_bytes(next_pass) - need
+        least = self._estimator.least_raise_bytes(self._llm.plan, shape)
+        lasting = self.headroom.update(self._clock(), shape, headroom, least)
+        if lasting is None:
+            return
+        available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
+        choice = self._switcher.choose_higher(shape, min(need + lasting, available), available)
+        trigger: Trigger = "left" if shape.tokens < self._switcher.last_shape.tokens else "room"
+        if not self._raise_to(choice, shape, trigger, next_pass):
+            self.headroom.note_failure(shape, lasting + least)  # with headroom for one more block
+
+    def _raise_to(
+        self, choice: PlanChoice | None, shape: BatchShape, trigger: Trigger, next_pass: PassSize
+    ) -> bool:
+        """Apply a choice if it is better than the present plan; return whether it is."""
+        if choice is None or not self._switcher.improves(choice, shape):
+            return False
+        running = trigger != "arrival" and bool(shape)
+        self._switcher.settle(choice, shape, trigger, next_pass, running=running)
+        self.headroom.reset()
+        return True
+
+    def _limit_bytes(self, next_pass: PassSize) -> int:
+        margin = self._monitor.margin.bytes_for(prefills=next_pass.prefills)
+        return self._monitor.budget_bytes - self._reserve_bytes() - margin
+
+    def _reserve_bytes(self) -> int:
+        spare = int(self._monitor.budget_bytes * self._hysteresis_share)
+        return spare + self._monitor.borrowed_bytes

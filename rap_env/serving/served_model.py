@@ -1,0 +1,120 @@
+"""What a server serves: the model of its settings, the policy, and the floor of quality."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from rap_env.errors import ArtifactError
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import HasFacts
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.model_folder import made_apart
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.weights.tensors import copy_to_memory
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import OrderPolicy, load_policy
+from rap_env.policies.packaged_files import KNAPSACKS
+from rap_env.policies.uniform import middle_first, uniform_plans
+from rap_env.request import Request
+from rap_env.runtime.plan_chooser import predicts
+from rap_env.serving import limits
+from rap_env.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from rap_env.models.weights.residency import Residency
+
+log = logging.getLogger(__name__)
+
+_SHORT_TOKENS = 256
+"""Tokens of the request that a server should be able to serve."""
+
+
+def load_served_model(
+    settings: ServerSettings, limit: limits.LiveLimit | None = None
+) -> ElasticLLM:
+    """Load the model, set its residency, and attach the stubs of the settings.
+
+    With a limit of the process, the start is checked before the weights are read, and a model that
+    has to be converted first is converted in another process.
+    """
+    limits_process = limit is not None and limit.of_process
+    with made_apart() if limits_process else nullcontext():
+        llm = load_llm(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            weights=settings.weights,
+            lean=settings.repair != "library",  # a lean model cannot be fitted to
+            before_weights=partial(limits.check_start, settings.model, limit)
+            if limit is not None and limits_process
+            else None,
+        )
+    if settings.residency == "resident":  # else weights are copied in any case
+        copy_to_memory(llm.model)
+    llm.set_residency(cast("Residency", settings.residency))
+    if settings.repair != "none":
+        from rap_env.repair.cached_library import open_library  # loads what scores models
+
+        llm = open_library(settings.repair, llm).attach(llm)
+    return llm
+
+
+def choose_policy(
+    settings: ServerSettings, llm: ElasticLLM, limit: limits.LiveLimit | None
+) -> Policy:
+    """The policy of the settings, without levels that take minutes to make and are not needed.
+
+    They are needed if without them one short request does not fit the limit within the floor.
+    """
+    chosen = load_serving_policy(settings, llm)
+    if not (absent := llm.absent_levels(chosen.weight_levels)):
+        return chosen
+    fewer = load_serving_policy(settings, MemoryModel(llm.facts.without_levels(absent)))
+    if limit is not None:
+        budget_bytes = limit() - (limits.other_bytes(llm) if limit.of_process else 0)
+        request = Request(1, _SHORT_TOKENS, max(1, budget_bytes))
+        plan = fewer.choose(request)
+        rise, floor = fewer.delta_nll(plan, _SHORT_TOKENS), floor_of(settings, fewer)
+        too_bad = rise is not None and floor is not None and rise > floor
+        if too_bad or MemoryModel(llm).peak_bytes(plan, request) > budget_bytes:
+            return chosen
+    log.info(
+        "Weights of %s are not used, because they are not made; `rap fetch --levels %s` makes them "
+        "once, in minutes.", ", ".join(sorted(absent)), settings.model,
+    )  # fmt: skip
+    return fewer
+
+
+def load_serving_policy(settings: ServerSettings, model: HasFacts) -> Policy:
+    """The policy of the settings; for a model without level costs, one that needs none.
+
+    Raises:
+        RapError: As for `load_policy`, with any other policy.
+    """
+    try:
+        return load_policy(settings.policy, model)
+    except ArtifactError as error:
+        if settings.policy not in KNAPSACKS:
+            raise
+        log.warning(
+            "%s Until then the server lowers all caches uniformly, then all weights, and then "
+            "removes whole layers, the last ones first.", error,
+        )  # fmt: skip
+    memory = MemoryModel(model.facts)
+    order = middle_first(memory.facts.num_layers)
+    return OrderPolicy(memory, order, uniform_plans(memory.facts), "uniform")
+
+
+def floor_of(settings: ServerSettings, policy: Policy) -> float | None:
+    """The floor of the settings; none, with a warning, if it is the default and unpredictable."""
+    if settings.max_delta_nll != "auto" or predicts(policy):
+        return settings.floor_if_predicted
+    log.warning(
+        "Policy %s predicts no rise in NLL, so answers have no floor of quality; knapsack and rap "
+        "predict it for models with measured level costs.",
+        policy.name,
+    )
+    return None
