@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.harness import ModelSettings, launch, open_model, parse_request, spread
+from benchmarks.harness import ModelSettings, launch, open_model, spread
 from benchmarks.record import Target, write_record
+from experiments.config.common import parse_shape
 from rap_env.memory import MemoryModel
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -49,7 +50,7 @@ def decision_ms(settings: DecideSettings, memory: MemoryModel, call: int) -> np.
     that no cache of the policy or of byte costs helps.
     """
     policy = load_policy(settings.policy, memory)
-    shapes = [parse_request(text) for text in settings.requests]
+    shapes = [parse_shape(text) for text in settings.requests]
     milliseconds = []
     for number in range(call * settings.rounds, (call + 1) * settings.rounds):
         for batch_size, tokens in shapes:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Settings, alternate, launch, parse_request, ratios, spread
+from benchmarks.harness import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
+from experiments.config.common import parse_shape
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp
 from experiments.study.run_folder import package_versions
@@ -98,7 +99,7 @@ def main(settings: EngineStepsSettings) -> None:
     seconds = {}
     targets: list[Target] = []
     for cell in settings.cells:
-        rows, tokens = parse_request(cell)
+        rows, tokens = parse_shape(cell)
         size = {"rows": rows, "context_tokens": tokens}
         ours, theirs = InOurRuntime({**own, **size}), InLlamaCpp({**other, **size})
         sides = {

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType as Kind
 from benchmarks.harness import ModelSettings, launch, open_model
 from benchmarks.record import Target, write_record
 from experiments.ladder.llama_cpp import PACKAGE, need_llama_cpp
-from experiments.ladder.llama_cpp_process import LlamaCpp, token_nll
+from experiments.ladder.llama_cpp_process import LlamaCpp, target_nll
 from experiments.study.run_folder import package_versions
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf
@@ -151,7 +151,7 @@ def _our_choices(settings: EnginesSettings, llm: ElasticLLM, mask: Plan) -> Sequ
 
 
 def _nll(logits: Any, ids: torch.Tensor) -> float:
-    return float(token_nll(logits[:-1], ids[1:].numpy().astype(np.int32)).mean())
+    return float(target_nll(logits[:-1], ids[1:].numpy().astype(np.int32)).mean())
 
 
 def unquantised(model: GgufModel) -> GgufModel:

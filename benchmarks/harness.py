@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from benchmarks.record import RESULTS
-from rap_env.errors import InvalidRequestError, RapError
+from rap_env.errors import RapError
 
 if TYPE_CHECKING:
     import torch
@@ -144,16 +144,6 @@ def _synchronise() -> None:
     if torch is not None and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.synchronize(index)
-
-
-def parse_request(text: str) -> tuple[int, int]:
-    """Batch size and sequence length in tokens from a text such as ``4x1024``."""
-    batch_size, _, tokens = text.partition("x")
-    if not (batch_size.isdigit() and tokens.isdigit() and int(batch_size) * int(tokens)):
-        raise InvalidRequestError(
-            f"A request is written like 4x1024 (batch size x tokens), not {text!r}."
-        )
-    return int(batch_size), int(tokens)
 
 
 @dataclass

@@ -19,12 +19,12 @@ from benchmarks.harness import (
     alternate,
     launch,
     open_model,
-    parse_request,
     ratios,
     seconds_of,
     spread,
 )
 from benchmarks.record import Target, write_record
+from experiments.config.common import parse_shape
 from rap_env.levels import WeightLevel
 from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.live.elastic import ElasticLLM
@@ -249,7 +249,7 @@ def _cache_sides(settings: LevelsSettings) -> Iterator[tuple[str, dict[str, Call
     The unquantised caches are copied at each step, as transformers' own, or have room for all
     tokens, as those of the server.
     """
-    rows, tokens = parse_request(settings.cache_request)
+    rows, tokens = parse_shape(settings.cache_request)
     room = settings.steps * (settings.repeats + 1)
 
     def side(cache: str, reserve_tokens: int) -> Callable[[], None]:

@@ -21,10 +21,10 @@ from benchmarks.harness import (
     launch,
     measured_peak,
     open_model,
-    parse_request,
     spread,
 )
 from benchmarks.record import Target, write_record
+from experiments.config.common import parse_shape
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
@@ -71,7 +71,7 @@ def main(settings: MemorySettings) -> None:
         for name, mask in masks.items():
             pruned = load_pruned(Path(folder, name), device=str(device))
             for text in settings.requests:
-                request = Request(*parse_request(text), budget_bytes=2**62)
+                request = Request(*parse_shape(text), budget_bytes=2**62)
                 cells[f"{name} {text}"] = {
                     "blocks_removed": len(mask.removed),
                     **_compared(memory, mask, request, measure(pruned, request, settings.steps)),

@@ -111,7 +111,7 @@ def write_record(
     path = folder / f"{name}-{device.partition(':')[0]}.json"
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
-    sys.stdout.write(f"{markdown([record])}\nRecord: {path}\n")
+    sys.stdout.write(f"{targets_table([record])}\nRecord: {path}\n")
     return path
 
 
@@ -126,12 +126,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def read_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+def committed_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All records of a folder, in order of their names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def markdown(records: Iterable[Mapping[str, Any]]) -> str:
+def targets_table(records: Iterable[Mapping[str, Any]]) -> str:
     """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
     rows = [_HEAD]
     for record in records:
@@ -179,7 +179,7 @@ def _short(value: float) -> str:
 
 
 if __name__ == "__main__":
-    committed = read_records(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    committed = committed_records(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
     if not committed:
         sys.exit("No records here; run a benchmark first, such as `python -m benchmarks.step`.")
-    sys.stdout.write(markdown(committed) + "\n")
+    sys.stdout.write(targets_table(committed) + "\n")

@@ -13,18 +13,19 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from agents.algorithms import AgentConfig
 from agents.training import train
 from benchmarks.harness import ModelSettings, launch, open_model, spread
-from benchmarks.naive_scorer import serve
 from benchmarks.record import Target, write_record
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneVectorEnv
@@ -64,6 +65,74 @@ class ScoringSettings(ModelSettings):
     """Blocks that GSI removes."""
 
 
+class _NoAttention(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class _NoFFN(nn.Module):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class NaiveModel:
+    """A plain Llama-like model and the text that masks are scored on by a full forward pass.
+
+    Removed blocks return zeros, the pass computes all logits, and the loss is torch's own over all
+    of them at once in float32, as in the code of SLEB, ShortGPT and BlockPruner.
+
+    Args:
+        tokens: Token ids, shape (windows, T), as nested lists.
+    """
+
+    def __init__(self, folder: str, dtype: str, device: str, tokens: list[list[int]]) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self._model = model.eval().to(device)
+        self._tokens = torch.tensor(tokens, device=device)
+        self._parts = [
+            part for layer in self._model.model.layers for part in (layer.self_attn, layer.mlp)
+        ]
+
+    @torch.no_grad()
+    def nll(self, removed: Collection[int]) -> float:
+        """Mean NLL without some blocks, nats per token."""
+        for index, layer in enumerate(self._model.model.layers):
+            attention, ffn = 2 * index, 2 * index + 1
+            layer.self_attn = _NoAttention() if attention in removed else self._parts[attention]
+            layer.mlp = _NoFFN() if ffn in removed else self._parts[ffn]
+        logits = self._model(self._tokens, use_cache=False).logits.float()
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), self._tokens[:, 1:].reshape(-1)
+        )
+        return float(loss)
+
+
+def serve_naive_scores(pipe: Connection, threads: int, *model_arguments: Any) -> None:
+    """Answer each list of removed blocks with (seconds, NLL), until None is received.
+
+    This runs in a process of its own, because loading a model with this project also changes how
+    freed memory is kept, which would speed up the naive loop too.
+
+    Args:
+        pipe: Connection for the lists and the answers.
+        threads: Threads of torch.
+        model_arguments: As for `NaiveModel`.
+    """
+    torch.set_num_threads(threads)
+    model = NaiveModel(*model_arguments)
+    model.nll(())
+    pipe.send("ready")
+    while (removed := pipe.recv()) is not None:
+        began = time.perf_counter()
+        nll = model.nll(removed)  # a number on the host, so CUDA has ended too
+        pipe.send((time.perf_counter() - began, nll))
+
+
 @dataclass(frozen=True)
 class ScoringSetup:
     """A model and a text."""
@@ -94,7 +163,7 @@ class ScoringSetup:
             self.corpus.tokens.tolist(),
         )
         arguments = (theirs, torch.get_num_threads(), *model)
-        process = context.Process(target=serve, args=arguments, daemon=True)
+        process = context.Process(target=serve_naive_scores, args=arguments, daemon=True)
 
         def score(mask: Plan) -> tuple[float, float]:
             ours.send(sorted(mask.removed))

@@ -1,12 +1,18 @@
-"""Steps of both environments with cached scores beside CartPole: ``python -m benchmarks.step``."""
+"""Steps of both environments with known scores: ``python -m benchmarks.step``.
+
+Record ``step``: with the cached scores of a model, beside CartPole. Record ``table_steps``: of the
+pinned tasks on score tables, in CPU seconds.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from benchmarks.harness import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
@@ -19,6 +25,7 @@ _CART_POLE = "CartPole-v1"
 _MOST_STEPS = 500  # the limit of CartPole-v1, so that both have the same wrappers
 TASKS = {"": "RAPPrune-v0", "_ladder": "RAPLadder-v0"}
 """Environments by the suffix of their sides."""
+TABLE_TASKS = {"ladder": "RAPLadder/SmolLM2-Table-v1", "prune": "RAPPrune/SmolLM2-Table-v1"}
 
 
 @dataclass
@@ -35,6 +42,8 @@ class StepSettings(Settings):
     vector_steps: int = 150
     """Steps of the vector environment, repeated `rounds` times in one measurement."""
     rounds: int = 5
+    table_steps: int = 400
+    """Steps of the vector environment on a score table in one measurement."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +136,13 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
 
 
 def main(settings: StepSettings) -> None:
-    """Measure, and write the record."""
+    """Measure, and write both records."""
+    measure_beside_cart_pole(settings)
+    measure_tables(settings)
+
+
+def measure_beside_cart_pole(settings: StepSettings) -> None:
+    """Time steps whose scores are cached, and those of CartPole, and write the record ``step``."""
     from rap_env.models.device import use_threads
 
     use_threads(settings.threads or 1)  # the timed code does not use torch
@@ -176,6 +191,37 @@ def main(settings: StepSettings) -> None:
             "gymnasium.make with a limit of 500 steps, so with the same wrappers.",
         ],
     )
+
+
+def measure_tables(settings: StepSettings) -> None:
+    """Time steps on score tables, and write the record ``table_steps``."""
+    envs, steps = settings.num_envs, settings.table_steps
+    per_s, targets = {}, []
+    for task, name in TABLE_TASKS.items():
+        env = gym.make_vec(name, num_envs=envs)
+        per_s[task] = spread([steps * envs / play(env, steps) for _ in range(settings.repeats)])
+        what = f"steps of `{name}` per CPU second, {envs} sub-environments"
+        targets.append(Target.of(what, per_s[task], at_least=50_000.0))
+    write_record(
+        "table_steps",
+        device="cpu",
+        settings=settings,
+        targets=targets,
+        measured={"steps_per_cpu_s": per_s},
+        notes=["Random valid actions, whose choice does not count."],
+    )
+
+
+def play(env: Any, steps: int) -> float:
+    """CPU seconds of steps with random valid actions, whose choice does not count."""
+    rng, (observation, _), total_s = np.random.default_rng(0), env.reset(seed=0), 0.0
+    for _ in range(steps):
+        mask = observation["action_mask"]
+        action = (mask * rng.random(mask.shape)).argmax(axis=-1)
+        began = time.process_time()
+        observation, *_ = env.step(action)
+        total_s += time.process_time() - began
+    return total_s
 
 
 if __name__ == "__main__":

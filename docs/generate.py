@@ -20,8 +20,7 @@ from readme_results import decision_cost, readme_results, table_speeds
 from tables import GEMMA, LOW_BITS, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
 
 import rap_env
-from benchmarks.record import markdown as benchmarks_text
-from benchmarks.record import read_records as read_benchmarks
+from benchmarks.record import committed_records, targets_table
 from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
 from experiments.ladder.loss_against_bytes import STUDY as LADDER
@@ -141,7 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
     "load_generator": tables.load_generator_text,
     "cgroup": tables.cgroup_text,
-    "benchmarks": lambda: benchmarks_text(read_benchmarks()),
+    "benchmarks": lambda: targets_table(committed_records()),
     "engine_features": tables.features_text,
     "engines": tables.agreement_text,
     "ladder": partial(part_of, "ladder", two_sections),

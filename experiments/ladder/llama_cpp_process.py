@@ -92,7 +92,7 @@ class LlamaCpp:
             window: Token ids, (T,); tokens 1 to T - 1 are predicted.
         """
         parts = self.logits(window)
-        return float(np.mean(np.concatenate([token_nll(*part) for part in parts])))
+        return float(np.mean(np.concatenate([target_nll(*part) for part in parts])))
 
     def logits(
         self, window: npt.NDArray[np.int32]
@@ -187,7 +187,7 @@ class LlamaCpp:
             self.tensor_types[kind] = int(tensors)
 
 
-def token_nll(
+def target_nll(
     logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.float64]:
     """NLL of each target, nats: logits (N, V) and token ids (N,) to (N,)."""
@@ -197,7 +197,7 @@ def token_nll(
     return np.asarray(log_sum - wide[np.arange(len(targets)), targets])
 
 
-def quantise(
+def write_quantised_file(
     source: str, out: str, kind: str, embeddings: bool, importance: Mapping[str, list[float]]
 ) -> None:
     """Write a GGUF file with llama.cpp's quantiser.
@@ -244,10 +244,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ``windows`` (token ids, a list for each window), whose NLL is measured, or none; then
             one sequence is run and the resident memory measured. With ``logits``, the start of a
             path, those of window N are written into ``N.npy`` there, (T - 1, V). With
-            ``quantise``, the other arguments of `quantise`, ``file`` is written first.
+            ``quantise``, the other arguments of `write_quantised_file`, ``file`` is written first.
     """
     if "quantise" in task:
-        quantise(out=task["file"], **task["quantise"])
+        write_quantised_file(out=task["file"], **task["quantise"])
     before = resident_bytes()
     settings = ("cache", "rows", "tokens", "threads")
     llama = LlamaCpp(task["file"], **{name: task[name] for name in settings})

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks.decide import DecideSettings, main
-from rap_env.errors import InvalidRequestError
+from experiments.study.errors import ExperimentError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from tests.policies import made_ladder
@@ -28,5 +28,5 @@ def test_the_decisions_of_a_policy_are_timed(tmp_path):
     assert decision["at_most"] == 5.0
     measured = record["measured"]
     assert 0 < measured["p50_ms"]["median"] <= measured["any_p99_ms"]["high"]
-    with pytest.raises(InvalidRequestError, match=r"written like 4x1024 .*, not '8'"):
+    with pytest.raises(ExperimentError, match="such as 8x2048; '8' is not"):
         main(DecideSettings(**{**vars(settings), "requests": ["8"]}))

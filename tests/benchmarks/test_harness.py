@@ -10,7 +10,6 @@ from benchmarks.harness import (
     alternate,
     launch,
     measured_peak,
-    parse_request,
     ratios,
     spread,
 )
@@ -82,8 +81,8 @@ def test_sides_take_turns_after_the_warm_up():
     sides = {name: lambda name=name: calls.append(name) for name in "AB"}
     seconds = alternate(sides, repeats=3, warm_up=2)
     assert "".join(calls) == "ABAB" + "ABABAB"
-    assert {name: len(found) for name, found in seconds.items()} == {"A": 3, "B": 3}
-    assert all(found > 0 for side in seconds.values() for found in side)
+    assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
+    assert all(value > 0 for side in seconds.values() for value in side)
 
 
 def test_spread_and_paired_ratios():
@@ -92,13 +91,6 @@ def test_spread_and_paired_ratios():
     assert ratios([4.0, 2.0, 9.0], [4.0, 2.0, 1.0])["median"] == 1.0
     with pytest.raises(ValueError, match="shorter"):
         ratios([1.0, 2.0], [1.0])
-
-
-@pytest.mark.parametrize("text", ["8", "8x", "x4", "0x4", "1x-4", "axb", "1x2x3", ""])
-def test_a_malformed_request_is_named_with_the_form_that_is_read(text):
-    assert parse_request("4x1024") == (4, 1024)
-    with pytest.raises(InvalidRequestError, match=f"written like 4x1024 .*, not '{text}'"):
-        parse_request(text)
 
 
 class TestMeasuredPeak:
@@ -114,9 +106,9 @@ class TestMeasuredPeak:
         assert before.numel() == 16 * KIB
 
     def test_temporary_tensors_inside_an_operation_count(self):
-        logits, wanted = torch.randn(64, 100), torch.zeros(64, dtype=torch.long)
+        logits, targets = torch.randn(64, 100), torch.zeros(64, dtype=torch.long)
         with measured_peak(CPU) as measured:
-            functional.cross_entropy(logits, wanted)
+            functional.cross_entropy(logits, targets)
         assert measured.peak_bytes >= logits.numel() * 4  # log-probabilities, not returned
 
     def test_an_error_in_the_block_propagates_and_the_next_measurement_works(self):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.harness import Settings, spread
-from benchmarks.record import Target, markdown, read_records, write_record
+from benchmarks.record import Target, committed_records, targets_table, write_record
 
 
 @dataclass
@@ -63,7 +63,9 @@ def _record(name: str, *targets: Target, **machine: object) -> dict[str, object]
 def test_the_table_has_a_row_for_each_target():
     fast = Target("times as fast", 2.2, None, 2.5, "naive loop", 2.4, 2.6)
     slow = Target("seconds", None, 3.0, 4.0)
-    lines = markdown([_record("gsi", fast, slow), _record("load", slow, gpu="Toy GPU")]).split("\n")
+    lines = targets_table([_record("gsi", fast, slow), _record("load", slow, gpu="Toy GPU")]).split(
+        "\n"
+    )
     assert lines[0].startswith("| Benchmark |")
     assert lines[2:] == [
         "| `gsi` | times as fast | naive loop | 2.5 [2.4, 2.6] | ≥ 2.2 | yes | Toy, 2 threads |",
@@ -74,5 +76,7 @@ def test_the_table_has_a_row_for_each_target():
 
 
 def test_the_committed_records_make_a_table():
-    records = read_records()
-    assert markdown(records).count("\n") == 1 + sum(len(record["targets"]) for record in records)
+    records = committed_records()
+    assert targets_table(records).count("\n") == 1 + sum(
+        len(record["targets"]) for record in records
+    )

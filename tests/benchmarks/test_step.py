@@ -5,8 +5,10 @@ import pytest
 from benchmarks.step import Player, StepSettings, known_context, main, players
 from tests.tiny import tiny_model, tiny_tokenizer
 
-SHORT = {"steps": 40, "num_envs": 3, "vector_steps": 12, "rounds": 2, "repeats": 2}
-SHORT |= {"workload": "grid"}
+SHORT = {
+    "steps": 40, "table_steps": 3, "num_envs": 3, "vector_steps": 12, "rounds": 2, "repeats": 2,
+    "workload": "grid",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def sides(settings) -> dict[str, Player]:
     return players(settings, known_context(settings))
 
 
-def test_a_record_is_written(settings, tmp_path, capsys):
+def test_both_records_are_written(settings, tmp_path, capsys):
     settings = StepSettings(**{**vars(settings), "results_dir": str(tmp_path)})
     main(settings)
     (path,) = tmp_path.glob("step-cpu.json")
@@ -33,3 +35,8 @@ def test_a_record_is_written(settings, tmp_path, capsys):
     assert slow["low"] / fast["high"] <= ratio["reached"] <= slow["high"] / fast["low"]
     assert rate["reached"] > 0
     assert "CartPole" in capsys.readouterr().out
+    table = json.loads((tmp_path / "table_steps-cpu.json").read_text())
+    ladder, prune = table["targets"]
+    assert "RAPLadder" in ladder["what"]
+    assert "RAPPrune" in prune["what"]
+    assert ladder["reached"] == table["measured"]["steps_per_cpu_s"]["ladder"]["median"] > 0

@@ -7,7 +7,7 @@ import pytest
 from experiments.ladder import llama_cpp_process
 from experiments.ladder.level_costs_by_model import LevelCostRow, level_cost_tables
 from experiments.ladder.llama_cpp import llama_cpp_tables
-from experiments.ladder.llama_cpp_process import measure, token_nll
+from experiments.ladder.llama_cpp_process import measure, target_nll
 from experiments.ladder.loss_against_bytes import (
     LadderRow,
     LlamaCppRow,
@@ -171,7 +171,7 @@ def test_the_nll_of_tokens_is_that_of_a_softmax():
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(logits).double(), torch.tensor(targets).long(), reduction="none"
     )
-    assert token_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
+    assert target_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
 
 
 def test_a_process_measures_windows_or_memory(monkeypatch):
