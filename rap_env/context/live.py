@@ -52,10 +52,7 @@ class LiveContext(PruningContext):
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.
         workers: Workers of the model that measure; None measures in this process.
-
-    Attributes:
-        reopen: A function and arguments that open the same context, in the place of a pickle;
-            None if it has no pickle.
+        reopen: Opens the same context, in the place of a pickle; None if it has no pickle.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class LiveContext(PruningContext):
         folder: Path | None = None,
         progress: bool = True,
         workers: WorkerPool | None = None,
+        reopen: Callable[[], PruningContext] | None = None,
     ) -> None:
         from rap_env.scoring.scorer import MaskScorer
 
@@ -85,16 +83,16 @@ class LiveContext(PruningContext):
         self._folder = folder
         self._progress = progress
         self._level_costs: dict[tuple[str, ...], LevelCosts] = {}
-        self.reopen: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+        self._reopen = reopen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.reopen is None:
+        if self._reopen is None:
             raise pickle.PicklingError(
                 f"The context of {self.llm.name} was made from a live model in memory, which has "
                 "no pickle; open it with rap_env.context.opening.open_context(ContextConfig(...)), "
                 "or make the environment by the model's name."
             )
-        return self.reopen
+        return self._reopen, ()
 
     @property
     def llm(self) -> ElasticLLM:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rap_env.artifacts import canonical_json
 from rap_env.context.base import IMPORTANCES, ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.table import open_table
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_open: dict[str, PruningContext] = {}
-_workers: dict[str, WorkerPool] = {}
-
 
 def open_context(config: ContextConfig) -> PruningContext:
     """The context for a configuration; equal configurations share one in a process.
@@ -43,17 +38,21 @@ def open_context(config: ContextConfig) -> PruningContext:
     if not Path(config.importance).is_file():
         hint = "Any other value is the path of a GSI artifact; there is no such file."
         check_name("importance", config.importance, IMPORTANCES, hint)
-    key, table = canonical_json(asdict(config)), table_path(config.model, config.weights)
+    table = table_path(config.model, config.weights)
     if table is None:
         check_source(config.calibration.source)
         check_repair(config.repair)
     library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
-    for file in (table, library):
-        if file is not None and file.exists():
-            key += f" {file.stat().st_mtime_ns}"  # a file that was rewritten is opened again
-    if key not in _open:
-        _open[key] = _open_live(config) if table is None else open_table(table, config)
-    return _open[key]
+    files = [file for file in (table, library) if file is not None and file.exists()]
+    return _opened(config, table, tuple(file.stat().st_mtime_ns for file in files))
+
+
+@cache
+def _opened(
+    config: ContextConfig, table: Path | None, _modified_ns: tuple[int, ...]
+) -> PruningContext:
+    """The context of a configuration; files that were rewritten are opened again."""
+    return _open_live(config) if table is None else open_table(table, config)
 
 
 def _open_live(config: ContextConfig) -> LiveContext:
@@ -73,8 +72,8 @@ def _open_live(config: ContextConfig) -> LiveContext:
         frontier=config.frontier,
         folder=cache_dir() / "importance",
         workers=workers,
+        reopen=partial(open_context, config),
     )
-    context.reopen = open_context, (config,)
     _warn_of_a_copy(context)
     return context
 
@@ -102,7 +101,6 @@ def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
 def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
     """The workers for a context; contexts of one model share them."""
     from rap_env.models.files.sources import looks_like_path
-    from rap_env.scoring.workers import WorkerPool
 
     settings = _model_settings(config)  # "auto" may be something else on another machine
     settings |= {"device": llm.device.type, "dtype": str(llm.dtype).removeprefix("torch.")}
@@ -110,15 +108,18 @@ def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
         settings["model"] = str(Path(config.model).expanduser().resolve())
     if config.repair not in REPAIRS:
         settings["repair"] = str(Path(config.repair).expanduser().resolve())
-    key = canonical_json([settings, config.workers, config.workers_address])
-    if key not in _workers:
-        _workers[key] = WorkerPool(
-            partial(_open_llm, settings),
-            config.workers,
-            address=config.workers_address,
-            gpu=llm.device.type == "cuda",
-        )
-    return _workers[key]
+    return _worker_pool(tuple(settings.items()), config.workers, config.workers_address)
+
+
+@cache
+def _worker_pool(
+    model_settings: tuple[tuple[str, Any], ...], count: int, address: str | None
+) -> WorkerPool:
+    from rap_env.scoring.workers import WorkerPool
+
+    settings = dict(model_settings)
+    gpu = settings["device"] == "cuda"
+    return WorkerPool(partial(_open_llm, settings), count, address=address, gpu=gpu)
 
 
 def _warn_of_a_copy(context: LiveContext) -> None:

@@ -1,5 +1,6 @@
 """The study of texts: real costs of a tiny model, a synthetic scorer with a known gap, resuming."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from experiments.studies.texts import (
     text_jobs,
 )
 from experiments.study.errors import ExperimentError
+from rap_env.context import opening
 from rap_env.errors import CorpusError, InfeasibleBudgetError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
@@ -149,7 +151,7 @@ def synthetic(config, monkeypatch, contrast, name):
     scorer = type("Scorer", (AdditiveScorer,), {"contrast": contrast, "measured": 0})
     monkeypatch.setattr(program, "MaskScorer", scorer)
     monkeypatch.setattr("rap_env.scoring.scorer.MaskScorer", scorer)
-    monkeypatch.setattr("rap_env.context.opening._open", {})
+    monkeypatch.setattr(opening, "_opened", functools.cache(opening._opened.__wrapped__))
     other = replace(config, name=name, store=None)
     return scorer, other, STUDY.read(STUDY.run(other, other.stage_dir("texts")))
 
