@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.evaluation import (
+    ComparedMethod,
     EvaluationCell,
-    Method,
     build_methods,
     check_names,
     evaluation_cells,
@@ -124,7 +124,7 @@ class Evaluator:
         return replace(row, **self.losses(row.plan), provenance=provenance)
 
     def measure(
-        self, method: Method, cell: EvaluationCell, provenance: dict[str, Any]
+        self, method: ComparedMethod, cell: EvaluationCell, provenance: dict[str, Any]
     ) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
         request, scorer = cell.request, self.context.scorer

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from experiments.study.looks import LEVEL_COLOURS, look
-from rap_env.artifacts import atomic_write, canonical_json
+from experiments.study.records import write_text
+from rap_env.artifacts import canonical_json
 from rap_env.blocks import block_name
 from rap_env.context.table import TableContext
 from rap_env.importance.profiles import GSIProfile
@@ -29,9 +30,8 @@ from rap_env.policies.loading import make_method
 from rap_env.policies.packaged_files import default_facts, packaged_context
 from rap_env.request import Request
 
-TEMPLATE = Path(__file__).with_suffix(".html")
-PAGE = TEMPLATE.parents[1] / "docs" / "_static" / "explorer.html"
-"""The committed page."""
+PAGE = Path(__file__).parents[1] / "docs" / "_static" / "explorer.html"
+"""The committed page, in which this program replaces the data."""
 
 METHODS = {
     "rap": "a trained network, no run of the model",
@@ -169,26 +169,18 @@ class Explorer:
         return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]
 
 
-def read_data(page: Path = PAGE) -> dict[str, Any]:
+def read_data(page: str) -> dict[str, Any]:
     """The values of `Explorer.data` that a page holds."""
-    data: dict[str, Any] = json.loads(
-        page.read_text(encoding="utf-8").partition(_BEGIN)[2].partition(_END)[0]
-    )
+    data: dict[str, Any] = json.loads(page.partition(_BEGIN)[2].partition(_END)[0])
     return data
 
 
-def write_explorer(page: Path, data: dict[str, Any] | None = None) -> Path:
-    """Write the page from `Explorer.data`, by default that of the committed page.
-
-    Raises:
-        StorageFullError: The disk is full.
-    """
-    embedded = f"{_BEGIN}{canonical_json(read_data() if data is None else data)}{_END}"
-    with atomic_write(page) as file:
-        template = TEMPLATE.read_text(encoding="utf-8")
-        file.write(template.replace("<!-- data -->", embedded).encode())
-    return page
+def with_data(page: str, data: dict[str, Any]) -> str:
+    """A page with other values of `Explorer.data`."""
+    head, _, rest = page.partition(_BEGIN)
+    return f"{head}{_BEGIN}{canonical_json(data)}{_END}{rest.partition(_END)[2]}"
 
 
 if __name__ == "__main__":
-    print(write_explorer(PAGE, Explorer().data()))
+    write_text(PAGE, with_data(PAGE.read_text(encoding="utf-8"), Explorer().data()))
+    print(PAGE)

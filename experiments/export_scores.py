@@ -79,22 +79,22 @@ def export_scores(config: Config, folder: Path) -> Path:
 
 def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
     """Score planned masks until the records and the store have `config.export["masks"]`."""
-    wanted, blocks = config.export["masks"] or 0, context.memory.facts.num_blocks
+    num_masks, blocks = config.export["masks"] or 0, context.memory.facts.num_blocks
     known = set(recorded) | set(stored_scores(context, plans=False))
     known = {plan for plan in known if plan.is_mask}
     plan = every_mask(blocks)
-    if wanted < 2**blocks:
+    if num_masks < 2**blocks:
         plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     missing = list(
-        islice((mask for mask in plan if mask not in known), max(0, wanted - len(known)))
+        islice((mask for mask in plan if mask not in known), max(0, num_masks - len(known)))
     )
     with progress_bar(
-        config.progress, total=wanted, initial=min(wanted, len(known)), desc="measure masks",
+        config.progress, total=num_masks, initial=min(num_masks, len(known)), desc="measure masks",
         unit="mask",
     ) as bar:  # fmt: skip
         for chunk in chunks(missing, CHUNK_MASKS):
             context.scorer.nll_many(chunk, bar_callback(bar))
-    log.info("Measured %d of %d masks.", len(known) + len(missing), wanted)
+    log.info("Measured %d of %d masks.", len(known) + len(missing), num_masks)
 
 
 def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
@@ -105,22 +105,22 @@ def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, floa
             number of masks is more than half of all masks of the model, and not all of them.
     """
     name, blocks = context.llm.name, context.memory.facts.num_blocks
-    wanted = config.export["masks"]
+    num_masks = config.export["masks"]
     if context.store is None:
         raise ExperimentError(
             "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
-    if wanted is None and not recorded and not stored_scores(context, plans=False):
+    if num_masks is None and not recorded and not stored_scores(context, plans=False):
         raise ExperimentError(
             f"The store {context.store.path} has no scores of {name} on this calibration text, "
             "dtype, device and number of threads. Measure some with export.masks=20000, or use "
             "the settings that the scores were measured with."
         )
-    if wanted is not None and wanted > 2 ** (blocks - 1) and wanted != 2**blocks:
+    if num_masks is not None and num_masks > 2 ** (blocks - 1) and num_masks != 2**blocks:
         raise ExperimentError(
             f"{name} has {blocks} blocks, thus {2**blocks} masks; export.masks may be all of them "
-            f"or at most half, {2 ** (blocks - 1)}, not {wanted}."
+            f"or at most half, {2 ** (blocks - 1)}, not {num_masks}."
         )
 
 

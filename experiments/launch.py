@@ -105,7 +105,7 @@ class NameBySweep(Callback):
         searched = config.hydra.sweeper.get("params") or {}
         lines = [f"{key}={value}" for key, value in searched.items()]
         parsed = OverridesParser.create().parse_overrides([*lines, *config.hydra.overrides.task])
-        varies = {found.key_or_group: found.is_sweep_override() for found in parsed}
+        varies = {override.key_or_group: override.is_sweep_override() for override in parsed}
         fixed = [*config.hydra.job.config.override_dirname.exclude_keys]
         fixed += [key for key, swept in varies.items() if not swept]
         quoted = ",".join(f"'{key}'" for key in fixed)
@@ -120,9 +120,8 @@ def swept_settings() -> dict[str, Any]:
     hydra = HydraConfig.get()
     fixed = set(hydra.job.config.override_dirname.exclude_keys)
     parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    return {
-        found.key_or_group: found.value() for found in parsed if found.key_or_group not in fixed
-    }
+    values = {override.key_or_group: override.value() for override in parsed}
+    return {key: value for key, value in values.items() if key not in fixed}
 
 
 def launch(stage: str, run: Stage) -> None:

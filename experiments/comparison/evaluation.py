@@ -121,7 +121,7 @@ Scores = Callable[[Sequence[Plan]], Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Method:
+class ComparedMethod:
     """One method with one seed.
 
     Attributes:
@@ -170,7 +170,7 @@ def agent_folders(config: Config) -> list[Path]:
     return training_dirs(config.root, finished=True)
 
 
-def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
+def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedMethod]:
     """Yield the dense reference, the trained agents, then the baselines."""
     item_bytes = ladder_bytes(config, context)
     yield _baseline(REFERENCE, None, context, item_bytes)
@@ -188,14 +188,16 @@ def build_methods(config: Config, context: PruningContext) -> Iterator[Method]:
 
 def _baseline(
     name: str, seed: int | None, context: PruningContext, item_bytes: LadderBytes | None
-) -> Method:
+) -> ComparedMethod:
     baseline = make_method(name, context, item_bytes, seed or 0)
     identity = {"baseline": name}
     if baseline.table_sha256 is not None:
         identity["table"] = baseline.table_sha256
     if baseline.source_sha256 is not None:
         identity["source"] = baseline.source_sha256
-    return Method(name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity)
+    return ComparedMethod(
+        name, seed, baseline.kv_aware, baseline.setup_evaluations, baseline, identity
+    )
 
 
 def decision_scores(folder: Path) -> Scores | None:
@@ -214,7 +216,7 @@ def decision_scores(folder: Path) -> Scores | None:
 
 def _agent(
     config: Config, folder: Path, context: PruningContext, best_of: int, default: bool
-) -> Method:
+) -> ComparedMethod:
     """Load a trained agent; its name states `best_of` unless that is the default."""
     run = TrainingRun(folder)
     method = run.method
@@ -231,7 +233,7 @@ def _agent(
     assert checkpoint is not None  # the policy was loaded from it
     identity |= {"step": checkpoint.step, "files": checkpoint.body["files"]}
     setup = int(run.facts.get("evaluations", 0)) + _importance_evaluations(config, context)
-    return Method(
+    return ComparedMethod(
         method, run.seed, policy.kv_aware, setup, policy, identity, run.facts.get("training_s")
     )
 

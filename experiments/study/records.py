@@ -222,17 +222,21 @@ class RowFile(Generic[RowT]):
         return self._rows[key]
 
 
-def set_aside(path: Path, row_type: type[RowT], wanted: Collection[str]) -> None:
+def set_aside(path: Path, row_type: type[RowT], keys: Collection[str]) -> None:
     """Keep the rows with some keys in a file, and move all others to ``NAME.other.jsonl``.
 
-    Rows that are wanted again return from there.
+    Rows that belong to it again return from there.
     """
     aside = path.with_suffix(f".other{path.suffix}")
     rows = {row.key: row for row in [*row_type.read(aside), *row_type.read(path)]}
-    others = [row.to_record() for key, row in rows.items() if key not in wanted]
+    others = [row.to_record() for key, row in rows.items() if key not in keys]
     if others:
         write_records(aside, others)
-    write_records(path, [row.to_record() for key, row in rows.items() if key in wanted])
+        logger.info(
+            "%d rows of methods, texts or budgets that are not evaluated now are kept in %s, and "
+            "return from there.", len(others), aside,
+        )  # fmt: skip
+    write_records(path, [row.to_record() for key, row in rows.items() if key in keys])
 
 
 def append_record(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:

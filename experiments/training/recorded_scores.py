@@ -34,7 +34,7 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, flo
         ExperimentError: A folder has no scores, or they were measured on another text.
         ArtifactError: A table is of another model, or damaged.
     """
-    found: dict[Plan, float] = {}
+    nll_by_plan: dict[Plan, float] = {}
     for folder in map(Path, folders):
         own = _table_scores(folder, context)
         for row in _rows(folder, context):
@@ -43,8 +43,8 @@ def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, flo
             raise ExperimentError(
                 f"{folder} has no recorded scores of this model and calibration text."
             )
-        found |= own
-    return found
+        nll_by_plan |= own
+    return nll_by_plan
 
 
 def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
@@ -54,12 +54,11 @@ def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
         return {}
     table = PlanTable.load(path, context.memory)
     shift = native_shift(table, str(path), context)
-    found: dict[Plan, float] = {}
-    found.update(table.scores.items())
+    nll_by_plan = dict(table.scores)
     for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
         for record in read_records(path):
-            found |= scored_masks(record)
-    return {plan: nll + shift for plan, nll in found.items()}
+            nll_by_plan |= scored_masks(record)
+    return {plan: nll + shift for plan, nll in nll_by_plan.items()}
 
 
 def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses | None:

@@ -184,7 +184,7 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
     memory, item_bytes = context.memory, ladder_bytes(config, context)
     sampler = make_sampler(config.workload, memory)
     rng = np.random.default_rng([config.seed, *key])
-    found: list[Request] = []
+    requests: list[Request] = []
     for _ in range(100 * count):
         request = sampler.sample(rng)
         dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
@@ -194,10 +194,10 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
             costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
             least = costs.least_peak_bytes
         if least <= request.budget_bytes < dense:
-            found.append(request)
-        if len(found) == count:
+            requests.append(request)
+        if len(requests) == count:
             break
-    return found
+    return requests
 
 
 def _train(
@@ -269,9 +269,9 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     if table is not None:
         shift = native_shift(table, str(context.frontier_path), context)
         return {plan: nll + shift for plan, nll in table.scores.items()}
-    blocks, wanted = context.memory.facts.num_blocks, config.score_model["first_masks"]
+    blocks, count = context.memory.facts.num_blocks, config.score_model["first_masks"]
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
-    masks = list(islice(plan, wanted))
+    masks = list(islice(plan, count))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
 
 

@@ -175,11 +175,11 @@ def stored_scores(context: PruningContext, *, plans: bool) -> dict[Plan, float]:
     """
     store, scorer = context.store, require_live(context).scorer
     assert store is not None
-    found: dict[Plan, float] = {}
+    scores: dict[Plan, float] = {}
     for determined_by in (scorer.context, *([scorer.plan_context] if plans else [])):
         for plan, values in store.rows(context_key(determined_by), METRIC):
-            found[plan] = float(np.mean(values))
-    return found
+            scores[plan] = float(np.mean(values))
+    return scores
 
 
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
