@@ -184,9 +184,12 @@ class RepairStudy:
             log.info("Loaded %s.", path)
             return library
         library = fit_library(
-            self.llm, Corpus.joined(fit), Corpus.joined(held_back), self._config.stubs.rank,
+            self.llm,
+            Corpus.concatenated(fit),
+            Corpus.concatenated(held_back),
+            self._config.stubs.rank,
             progress=self._config.progress,
-        )  # fmt: skip
+        )
         library.save(path)
         log.info("Wrote %s: %.0f kB per stub.", path, library.nbytes / len(library.stubs) / 1000)
         return library

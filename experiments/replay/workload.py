@@ -28,7 +28,7 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.scoring.local_data import TASK_FIELDS, read_rows
-from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, open_trace
+from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, trace_requests
 
 GENERATED_SHARE = 0.149
 """Mean generated share of a sequence in the requests before 18:55 of the conversations of the Azure
@@ -136,26 +136,22 @@ def read_arrivals(path: str | PathLike[str], settings: ReplayConfig) -> list[Arr
         TraceError: The file is missing or malformed, its times decrease, or no request is left.
     """
     rows: list[Arrival] = []
-    with open_trace(path, COLUMNS) as reader:
-        for row in reader:
-            try:
-                # Azure writes seven digits of a second; Python reads at most six.
-                moment = datetime.fromisoformat(str(row["TIMESTAMP"]).strip()[:26])
-                context, generated = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            except (TypeError, ValueError):
-                context = generated = -1
-            if min(context, generated) < 0 or context + generated < 1:
-                raise TraceError(
-                    f"Line {reader.line_num} of the trace {path} must hold a time and two token "
-                    f"counts, not {', '.join(map(repr, row.values()))}; correct or remove the line."
-                )
-            zoned = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            rows.append((zoned.timestamp(), context, generated))
-            if len(rows) > 1 and rows[-1][0] < rows[-2][0]:
-                raise TraceError(
-                    f"Line {reader.line_num} of the trace {path} is earlier than the previous "
-                    "line; sort the file by TIMESTAMP."
-                )
+    for line, row, prompt_tokens, new_tokens in trace_requests(path, COLUMNS):
+        try:
+            # Azure writes seven digits of a second; Python reads at most six.
+            moment = datetime.fromisoformat(str(row["TIMESTAMP"]).strip()[:26])
+        except ValueError:
+            raise TraceError(
+                f"Line {line} of the trace {path} must hold a time such as 2023-11-16 18:17:03, "
+                f"not {row['TIMESTAMP']!r}; correct or remove the line."
+            ) from None
+        zoned = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        rows.append((zoned.timestamp(), prompt_tokens, new_tokens))
+        if len(rows) > 1 and rows[-1][0] < rows[-2][0]:
+            raise TraceError(
+                f"Line {line} of the trace {path} is earlier than the previous line; sort the "
+                "file by TIMESTAMP."
+            )
     counted = ((time_s - rows[0][0], prompt, new) for time_s, prompt, new in rows)
     return thinned(counted, settings)
 

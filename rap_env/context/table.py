@@ -184,8 +184,8 @@ def open_table(path: Path, config: ContextConfig) -> TableContext:
 
 def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> None:
     """Reject settings that differ from those that the table was measured with."""
-    held = table.settings
-    text = {**held["calibration"], "sha256": table.text["sha256"]}
+    measured_with = table.settings
+    text = {**measured_with["calibration"], "sha256": table.text["sha256"]}
     default, asked_text = ContextConfig(), config.calibration
     asked: list[tuple[str, Any, Any, Any]] = [
         (f"calibration.{entry.name}", getattr(asked_text, entry.name), entry.default,
@@ -193,10 +193,10 @@ def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> Non
         for entry in fields(CorpusConfig)
     ]  # fmt: skip
     asked += [
-        (name, getattr(config, name), getattr(default, name), held[name])
+        (name, getattr(config, name), getattr(default, name), measured_with[name])
         for name in ("device", "dtype", "gsi_removals", "gsi_method")
     ]
-    measured_repair = held.get("repair", default.repair)  # absent from older tables
+    measured_repair = measured_with.get("repair", default.repair)  # absent from older tables
     asked.append(("repair", repair_label(config.repair), default.repair, measured_repair))
     for name, value, unset, measured in asked:
         if value not in (unset, measured):

@@ -20,7 +20,7 @@ from rap_env.importance.orders import (
     one_shot_costs,
     reference_costs,
 )
-from rap_env.importance.profiles import GSI_METHODS, GSIProfile, Meter
+from rap_env.importance.profiles import GSI_METHODS, GSIProfile, ScoringMeter
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState
@@ -101,7 +101,7 @@ def _start(
                 "another path or delete it."
             )
         return saved
-    meter, dense_nll = Meter(scorer), scorer.dense_nll
+    meter, dense_nll = ScoringMeter(scorer), scorer.dense_nll
     return GSIProfile(
         method=method,
         levels={item.name: list(item.levels) for item in ladder.items},
@@ -141,7 +141,7 @@ class _Search:
 
     def next(self) -> int | None:
         """Measure a round; None if there is nothing left to lower."""
-        state, profile, meter = self._state, self.profile, Meter(self._scorer)
+        state, profile, meter = self._state, self.profile, ScoringMeter(self._scorer)
         items = filter(state.is_valid, range(len(self._ladder)))
         freed = {item: 1 for item in items if state.companions(item)[0] == item}
         if isinstance(state, PricedState):

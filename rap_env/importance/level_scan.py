@@ -16,7 +16,7 @@ import torch
 from rap_env.blocks import block_name
 from rap_env.importance.level_costs import CACHE_LEVELS, TOGETHER, LevelCosts, window_share
 from rap_env.importance.level_fit import is_as_exact, shrunk_costs
-from rap_env.importance.profiles import Meter, OneShotProfile
+from rap_env.importance.profiles import OneShotProfile, ScoringMeter
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.live.elastic import ElasticLLM
@@ -168,7 +168,7 @@ def _measured(
     scorer: MaskScorer, plans: list[Plan], progress: bool
 ) -> tuple[dict[str, Any], list[Rise]]:
     """What measuring took, as fields of a profile, and the rise in NLL of each window."""
-    meter = Meter(scorer)
+    meter = ScoringMeter(scorer)
     distinct = {Plan(), *plans}
     with progress_bar(progress, total=len(distinct), desc="levels", unit="plan") as bar:
         scorer.nll_many([Plan(), *plans], bar_callback(bar))

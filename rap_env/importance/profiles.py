@@ -65,7 +65,7 @@ class Profile:
         return {name: getattr(self, name) + more for name, more in spent.items()}
 
 
-class Meter:
+class ScoringMeter:
     """What a scorer runs from now on.
 
     Args:

@@ -125,7 +125,7 @@ class Corpus:
         return cls(tokens, {"source": "tokens", **origin, **counts})
 
     @classmethod
-    def joined(cls, parts: Mapping[str, Corpus]) -> Corpus:
+    def concatenated(cls, parts: Mapping[str, Corpus]) -> Corpus:
         """Concatenate texts, given by name, whose windows have one length.
 
         Raises:

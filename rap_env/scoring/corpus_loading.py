@@ -64,7 +64,7 @@ def _corpus(config: CorpusConfig, llm: ElasticLLM, progress: bool) -> Corpus:
         return _recall_text(config, llm)
     if config.source == "self+recall":
         windows = {"self": config.windows - config.windows // 2, "recall": config.windows // 2}
-        return Corpus.joined(
+        return Corpus.concatenated(
             {
                 name: _corpus(replace(config, source=name, windows=count), llm, progress)
                 for name, count in windows.items()
@@ -205,10 +205,10 @@ def _file_text(config: CorpusConfig) -> str:
                 f"Line {number} of {path} is not a JSON object with the field {config.field!r}; "
                 "set `field` to the one that holds the text."
             ) from None
-    return _joined(documents, config)
+    return _concatenated(documents, config)
 
 
-def _joined(documents: Iterable[str], config: CorpusConfig) -> str:
+def _concatenated(documents: Iterable[str], config: CorpusConfig) -> str:
     """Concatenate the documents, or the distinct ones."""
     return config.separator.join(dict.fromkeys(documents) if config.deduplicate else documents)
 
@@ -225,7 +225,7 @@ def _hub_text(config: CorpusConfig) -> str:
     _, name, *subset = config.source.split(":")
     try:
         rows = load_dataset(name, *subset, split=config.split)
-        return _joined((_field_text(row, config.field) for row in rows), config)
+        return _concatenated((_field_text(row, config.field) for row in rows), config)
     except Exception as error:  # the hub's client has no common base class for its errors
         raise CorpusError(
             f"Cannot load the data set {name!r} ({config.split}, field {config.field!r}): "

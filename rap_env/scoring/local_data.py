@@ -44,20 +44,20 @@ def local_overrides(data_root: str | Path, task: str, config: Mapping[str, Any])
         CorpusError: The folder, a file or a field is missing, or a file is not JSON lines.
     """
     folder = _task_folder(Path(data_root).expanduser(), task)
-    wanted = {key: config[key] for key in SPLIT_KEYS if config.get(key)}
+    split_names = {key: config[key] for key in SPLIT_KEYS if config.get(key)}
     rows = {
         split: read_rows(path, TASK_FIELDS.get(known_name(task), ()))
-        for split in sorted(set(wanted.values()))
+        for split in sorted(set(split_names.values()))
         if (path := folder / f"{split}.jsonl").is_file()
     }
-    if not any(wanted.get(key) in rows for key in EVALUATION_KEYS):
-        names = [f"{wanted[key]}.jsonl" for key in EVALUATION_KEYS if key in wanted]
+    if not any(split_names.get(key) in rows for key in EVALUATION_KEYS):
+        names = [f"{split_names[key]}.jsonl" for key in EVALUATION_KEYS if key in split_names]
         files = sorted(path.name for path in folder.iterdir()) or ["nothing"]
         raise CorpusError(
             f"The task {task!r} needs {' or '.join(names)} in {folder}, which holds "
             f"{', '.join(files)}; add the file."
         )
-    nulls = {key: None for key, split in wanted.items() if split not in rows}
+    nulls = {key: None for key, split in split_names.items() if split not in rows}
     return {"custom_dataset": dataset_maker(lambda: rows), **nulls}
 
 

@@ -328,14 +328,14 @@ def _fill(
             break
         pieces.append(piece)
     while pieces:  # tokens of pieces need not add up to those of the text
-        text = _joined(content, pieces, depths)
+        text = _placed(content, pieces, depths)
         if _count(tokenizer, f"{text}\n\n{tail}") <= tokens:
             return text
         pieces.pop()
     return None
 
 
-def _joined(content: _Content, pieces: Sequence[str], depths: Sequence[float]) -> str:
+def _placed(content: _Content, pieces: Sequence[str], depths: Sequence[float]) -> str:
     """The text: facts at their depths among pieces of filler."""
     facts = [(depth * len(pieces), fact) for depth, fact in zip(depths, content.facts, strict=True)]
     placed = sorted([*facts, *((n + 0.5, piece) for n, piece in enumerate(pieces))])

@@ -60,9 +60,9 @@ def window_nll(
     rows, targets = predictions(hidden, ids)
     most, _ = tokens_at_once(rows.device, partial.head.out_features)
     losses = []
-    for part, wanted in zip(torch.split(rows, most), torch.split(targets, most), strict=True):
+    for part, expected in zip(torch.split(rows, most), torch.split(targets, most), strict=True):
         logits = partial.logits(part)
-        losses.append(token_nll(logits, wanted))
+        losses.append(token_nll(logits, expected))
         if on_logits is not None:
             on_logits(logits)
     return torch.cat(losses).view(ids.shape[0], -1).double().mean(dim=1)
@@ -78,8 +78,8 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     _, most = tokens_at_once(logits.device, logits.shape[1])
     return torch.cat(
         [
-            functional.cross_entropy(rows.float(), wanted, reduction="none")
-            for rows, wanted in zip(
+            functional.cross_entropy(rows.float(), expected, reduction="none")
+            for rows, expected in zip(
                 torch.split(logits, most), torch.split(targets, most), strict=True
             )
         ]

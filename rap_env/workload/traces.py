@@ -8,13 +8,13 @@ inference trace 2023 (Patel et al., "Splitwise", ISCA 2024; CC BY 4.0).
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,13 +62,30 @@ class LengthTable:
         return int(self.at(rng.random()))
 
 
-@contextlib.contextmanager
-def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[csv.DictReader[str]]:
-    """Open a CSV file, of which a leading ``~`` is the user's home, and read its lines by column.
+class TraceRequest(NamedTuple):
+    """A line of a trace file.
+
+    Attributes:
+        line: Its number.
+        row: Its values by column.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Generated tokens.
+    """
+
+    line: int
+    row: dict[str, str]
+    prompt_tokens: int
+    new_tokens: int
+
+
+def trace_requests(
+    path: str | PathLike[str], needed: Collection[str] = COLUMNS[1:]
+) -> Iterator[TraceRequest]:
+    """Read the requests of a CSV file line by line; a leading ``~`` is the user's home.
 
     Raises:
-        TraceError: There is no path, or the file is missing, lacks a `needed` column, or turns out
-            to be no CSV file, now or while it is read.
+        TraceError: There is no path, the file is missing, is no CSV file or lacks a `needed`
+            column, or token counts are no whole numbers of at least 0 (with at least 1 in all).
     """
     if not str(path):
         raise TraceError(
@@ -84,7 +101,8 @@ def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[c
                     f"The trace {path} needs the columns {', '.join(COLUMNS)}; its first line has "
                     f"{', '.join(header) or 'nothing'}."
                 )
-            yield reader
+            for row in reader:
+                yield TraceRequest(reader.line_num, row, *_tokens(path, reader.line_num, row))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(
             f"The trace {path} cannot be read ({error}); give a CSV file with the columns "
@@ -92,34 +110,31 @@ def open_trace(path: str | PathLike[str], needed: Collection[str]) -> Iterator[c
         ) from None
 
 
-def read_trace(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
+def read_lengths(path: str | PathLike[str]) -> npt.NDArray[np.int64]:
     """Tokens of each request's sequence (prompt and generated), in file order, shape (requests,).
 
-    The file is a CSV file with the columns `COLUMNS`; more are ignored.
-
     Raises:
-        TraceError: The file is missing, has other columns, no request, or a line whose token
-            counts are no whole numbers of at least 0 (with at least 1 in all).
+        TraceError: As `trace_requests`, or there is no request.
     """
-    with open_trace(path, COLUMNS[1:]) as reader:
-        lengths = [_tokens(path, reader.line_num, row) for row in reader]
+    lengths = [request.prompt_tokens + request.new_tokens for request in trace_requests(path)]
     if not lengths:
         raise TraceError(f"The trace {path} has a header but no request.")
     return np.array(lengths, dtype=np.int64)
 
 
-def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> int:
+def _tokens(path: str | PathLike[str], line: int, row: dict[str, str]) -> tuple[int, int]:
+    """Prompt tokens and generated tokens of a line."""
     values = [row[column] for column in COLUMNS[1:]]
     try:
-        context, generated = map(int, values)
+        prompt, new = map(int, values)
     except (TypeError, ValueError):
-        context = generated = -1
-    if min(context, generated) < 0 or context + generated < 1:
+        prompt = new = -1
+    if min(prompt, new) < 0 or prompt + new < 1:
         raise TraceError(
             f"Line {line} of the trace {path} should hold two token counts, not "
             f"{values[0]!r} and {values[1]!r}; correct or remove it."
         )
-    return context + generated
+    return prompt, new
 
 
 _FITTED = package_json("rap_env.workload", "azure_2023.json")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rap_env.memory import MemoryModel
 from rap_env.request import Request, whole_number
 from rap_env.workload.sampler import RequestSampler, check_range
-from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_trace
+from rap_env.workload.traces import AZURE_CODE, AZURE_CONV, LengthTable, read_lengths
 
 
 @dataclass
@@ -86,7 +86,7 @@ class TraceSampler(TrafficSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._lengths = read_trace(self.path)
+        self._lengths = read_lengths(self.path)
 
     def draw_length(self, rng: np.random.Generator) -> int:
         """A length of the file."""

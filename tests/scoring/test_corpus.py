@@ -215,18 +215,18 @@ def test_texts_are_joined_and_spread():
         name: Corpus.of_tokens(torch.arange(start, start + 12).view(4, 3), role="calibration")
         for name, start in (("a", 0), ("b", 100))
     }
-    joined = Corpus.joined(parts)
-    assert torch.equal(joined.tokens, torch.cat([part.tokens for part in parts.values()]))
-    assert (joined.provenance["source"], joined.provenance["role"]) == ("a+b", "calibration")
-    assert joined.provenance["parts"]["b"]["sha256"] == parts["b"].sha256
-    few = joined.spread(4)
-    assert torch.equal(few.tokens, joined.tokens[[0, 2, 4, 6]])
+    whole = Corpus.concatenated(parts)
+    assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts.values()]))
+    assert (whole.provenance["source"], whole.provenance["role"]) == ("a+b", "calibration")
+    assert whole.provenance["parts"]["b"]["sha256"] == parts["b"].sha256
+    few = whole.spread(4)
+    assert torch.equal(few.tokens, whole.tokens[[0, 2, 4, 6]])
     assert few.provenance["tokens"] == 12
-    assert few.sha256 != joined.sha256
+    assert few.sha256 != whole.sha256
     with pytest.raises(CorpusError, match="windows must be from 1 to 8 .*, not 9"):
-        joined.spread(9)
+        whole.spread(9)
     with pytest.raises(CorpusError, match=r"these have \{'a': 3, 'c': 4\}"):
-        Corpus.joined({"a": parts["a"], "c": Corpus.of_tokens(torch.zeros(2, 4).long())})
+        Corpus.concatenated({"a": parts["a"], "c": Corpus.of_tokens(torch.zeros(2, 4).long())})
 
 
 def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path):
