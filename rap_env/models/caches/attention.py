@@ -33,18 +33,7 @@ from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.block_attention import BlockAttention
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import (
-    Bundle,
-    Chunk,
-    Step,
-    current_step,
-    equal_rows,
-    in_groups,
-    rounded,
-    set_current_step,
-    split,
-    stored_groups,
-)
+from rap_env.models.caches.groups import Chunk, Step, current_step, set_current_step, split
 from rap_env.models.caches.layers import known_lengths, lower, note_rows
 from rap_env.models.caches.row_parts import PartedKeys
 from rap_env.models.caches.token_attention import TokenAttention
@@ -108,7 +97,8 @@ def with_levels(base: Attention) -> Attention:
         if not isinstance(key, Chunk):
             if level.native:
                 return base(module, query, key, value, attention_mask, **kwargs)
-            key = chunk_of(level, kwargs.get("sliding_window"), key, value, query.shape[2])
+            # without a cache, as in scoring: all tokens are new
+            key, _ = GroupedLayer(level, kwargs.get("sliding_window")).update(key, value)
         window = kwargs.get("sliding_window")
         return (
             attend(
@@ -246,38 +236,3 @@ def _open() -> list[tuple[Step | None, Any]]:
     """The passes that this thread is in, the innermost last: the step before each, and its mask."""
     passes: list[tuple[Step | None, Any]] = _PASSES.__dict__.setdefault("open", [])
     return passes
-
-
-def chunk_of(
-    level: CacheLevel,
-    window: int | None,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    queries: int,
-) -> Chunk:
-    """A chunk of the last `queries` columns of keys and values (B, K, T, D), without a cache."""
-    batch, _, columns, _ = keys.shape
-    step = current_step()
-    if columns > queries:
-        layer = GroupedLayer(level, window)
-        cached, known = columns - queries, step
-        if known is not None and len(known.after) == batch and known.columns == columns:
-            set_current_step(Step([0] * batch, known.before, cached))
-        try:
-            layer.update(keys[:, :, :cached], values[:, :, :cached])
-        finally:
-            set_current_step(known)
-        chunk: Chunk = layer.update(keys[:, :, cached:], values[:, :, cached:])[0]
-        return chunk
-    if step is None or len(step.after) != batch or step.columns != columns:
-        step = Step([0] * batch, [columns] * batch, columns)
-    bundles = []
-    for (_, after), rows in equal_rows(step.before, step.after).items():
-        whole = len(rows) == batch
-        mine, theirs = (
-            t[:, :, -after:] if whole else t[rows][:, :, -after:] for t in (keys, values)
-        )
-        count = stored_groups(after)
-        later = rounded(level.bits, in_groups(mine, count), in_groups(theirs, count))
-        bundles.append(Bundle(None if whole else rows, 0, after, mine, theirs, None, [], later))
-    return Chunk(level, window, step, tuple(bundles))

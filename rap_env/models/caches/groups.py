@@ -23,7 +23,7 @@ rounded against the scales and zeros as stored. A value is ``code * scale + zero
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,36 +60,28 @@ _PIECE_VALUES = 2**18
 
 
 def pack(bits: int, keys: torch.Tensor, values: torch.Tensor) -> Groups:
-    """Quantise and pack whole groups, (..., 32, D) each."""
+    """Quantise and pack whole groups, (..., G, 32, D) each; some groups at a time."""
     if bits == 16:
         return keys.contiguous(), values.contiguous()
+    count = keys.shape[-3]
+    width = max(1, _PIECE_VALUES * count // max(1, keys.numel()))
+    pieces = [
+        _packed_piece(
+            bits, *(t.narrow(-3, first, min(width, count - first)) for t in (keys, values))
+        )
+        for first in range(0, max(1, count), width)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return tuple(torch.cat(tensors, dim=-3) for tensors in zip(*pieces, strict=True))
 
-    def packed(mine: torch.Tensor, theirs: torch.Tensor) -> Groups:
-        codes, *scales = _quantised(bits, mine, -2)
-        value_codes, *value_scales = _quantised(bits, _by_channels(theirs), -1)
-        by_token = (scale.squeeze(-1).transpose(-1, -2).contiguous() for scale in value_scales)
-        value_codes = value_codes.reshape(theirs.shape)
-        return (_packed(bits, codes), *scales, _packed(bits, value_codes), *by_token)
 
-    return _in_pieces(packed, keys, values)
-
-
-def rounded(
-    bits: int, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as `widen` returns them after `pack`, without the packing."""
-    if bits == 16:
-        return keys, values
-
-    def both(mine: torch.Tensor, theirs: torch.Tensor) -> Groups:
-        restored = []
-        for part, dim in ((mine, -2), (_by_channels(theirs), -1)):
-            whole = _restored(*_quantised(bits, part, dim))
-            restored.append(whole.to(keys.dtype).reshape(mine.shape))
-        return tuple(restored)
-
-    restored = _in_pieces(both, keys, values)
-    return restored[0], restored[1]
+def _packed_piece(bits: int, keys: torch.Tensor, values: torch.Tensor) -> Groups:
+    codes, *scales = _quantised(bits, keys, -2)
+    value_codes, *value_scales = _quantised(bits, _by_channels(values), -1)
+    by_token = (scale.squeeze(-1).transpose(-1, -2).contiguous() for scale in value_scales)
+    value_codes = value_codes.reshape(values.shape)
+    return (_packed(bits, codes), *scales, _packed(bits, value_codes), *by_token)
 
 
 def widen(bits: int, groups: Groups, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,23 +106,6 @@ def _restored(
     if zero is not None:
         codes.add_(zero.float())
     return codes
-
-
-def _in_pieces(
-    function: Callable[[torch.Tensor, torch.Tensor], Groups],
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> Groups:
-    """Apply a function to some groups at a time, dimension -3, and join its results."""
-    count = keys.shape[-3]
-    width = max(1, _PIECE_VALUES * count // max(1, keys.numel()))
-    if width >= count:
-        return function(keys, values)
-    pieces_done = [
-        function(*(t.narrow(-3, start, min(width, count - start)) for t in (keys, values)))
-        for start in range(0, count, width)
-    ]
-    return tuple(torch.cat(pieces, dim=-3) for pieces in zip(*pieces_done, strict=True))
 
 
 def parts(groups: Groups) -> tuple[Part, Part]:
