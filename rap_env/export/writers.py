@@ -88,6 +88,7 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
     after = before - sum(sizes[i] - stubs[i] for i in plan.removed)
     answer, card = _card(
         export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
+        licence=licence_of(llm.folder, export.gguf_file),
         use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
         + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
         "`rap_env.load_llm(FOLDER)`.",
@@ -152,6 +153,7 @@ def write_gguf(
     after = sum(tensor.nbytes for tensors in written.values() for tensor in tensors)
     answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
+        licence=str(model.entries.get("general.license", (UNKNOWN_LICENCE,))[0]),
         use=f"`llama-server -m {export.out.name} {flags}`",
     )  # fmt: skip
     types: dict[str, dict[str, Any]] = {
@@ -229,6 +231,7 @@ def _card(
     target: str,
     sizes: tuple[int, int],
     llm: ElasticLLM | None,
+    licence: str,
     use: str,
 ) -> tuple[dict[str, Any], str]:
     """What the command answers, and the card beside the exported model.
@@ -242,6 +245,7 @@ def _card(
         target: The engine that the export is for.
         sizes: Bytes of the base model's weights, and of the exported ones, stubs included.
         llm: The live model, or None.
+        licence: The base model's.
         use: Markdown on how to use it.
     """
     measured, shown = None, "not measured; `rap export --measure TEXT` does"
@@ -267,7 +271,6 @@ def _card(
         "delta_nll_source": chosen.source,
         "measured_delta_nll": measured,
     }
-    licence = licence_of(None if llm is None else llm.folder, export.gguf_file)
     predicted = "unknown" if chosen.rise is None else f"{chosen.rise:+.4f} nats/token"
     rows = {
         "Base model": facts.name,

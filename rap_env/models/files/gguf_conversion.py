@@ -144,8 +144,7 @@ def _contents(file: GgufFile, model: Any) -> Iterator[tuple[str, PackedMatrix | 
         if child is not None and kind not in UNQUANTISED and len(tensor.shape) == 2:
             row_order = _row_order(tensor, target, model, names, process)
             if row_order is not None:
-                order = None if np.array_equal(row_order, np.arange(len(row_order))) else row_order
-                yield target, packed_blocks(tensor.data, kind, order)
+                yield target, packed_blocks(tensor.data, kind, row_order)
                 continue
         result = process(tensor, dequantize(tensor.data, kind), gathered)
         if result.name is not None:
@@ -206,24 +205,22 @@ def _row_order(
     Transformers' treatment is applied to the numbers of the rows, and to those of the columns.
     """
     inputs, rows = (int(size) for size in tensor.shape)
-    numbers = np.arange(rows, dtype=np.int32)
+    row_numbers, columns = np.arange(rows)[:, None], np.arange(inputs)[None]
     oriented: list[torch.Tensor] = []
-    for axis in (numbers[:, None], np.arange(inputs, dtype=np.int32)[None]):
-        values = np.broadcast_to(axis, (rows, inputs))
+    for numbers in (row_numbers, columns):
+        values = np.broadcast_to(numbers, (rows, inputs))
         result = process(tensor, values, {})
         if result.name is None or names.get(result.name) != target:
             return None
-        if result.weights is values and not oriented:
-            return numbers.astype(np.int64)
+        if result.weights is values:
+            return row_numbers[:, 0]
         weights = torch.from_numpy(np.ascontiguousarray(result.weights))
         oriented.append(_oriented(target, weights, model))
     by_row, by_column = oriented
-    columns = torch.arange(inputs, dtype=torch.int32)
-    if by_row.shape != (rows, inputs) or not torch.equal(by_row, by_row[:, :1].expand_as(by_row)):
-        return None
-    if not torch.equal(by_column, columns.expand_as(by_column)):
-        return None
-    return by_row[:, 0].numpy().astype(np.int64)
+    order = by_row[:, 0]
+    rows_move = by_row.shape == (rows, inputs) and bool((by_row == order[:, None]).all())
+    moved_rows_only = rows_move and bool((by_column == torch.from_numpy(columns)).all())
+    return order.numpy() if moved_rows_only else None
 
 
 def _as_stored(

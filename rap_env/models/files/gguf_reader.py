@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,16 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from rap_env.errors import ChecksumError, UnsupportedModelError
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
-_MAGIC = b"GGUF"
-
 
 class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
-    """gguf's reader with errors of this project, and fast for large vocabularies.
+    """gguf's reader with errors of this project.
 
     Args:
         path: The file. It stays mapped as long as this object or one of its tensors exists.
@@ -50,24 +47,19 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            magic, version = file.read(4), int.from_bytes(file.read(4), "little")
-        if magic != _MAGIC:
-            raise ChecksumError(
-                f"{path} is not a GGUF file: it begins with {magic!r}, not {_MAGIC!r}."
-            )
-        if version not in (2, 3):
-            raise UnsupportedModelError(
-                f"{path} has GGUF version {version:#x}, and little-endian files of version 2 "
-                "or 3 can be read; convert it with llama.cpp's tools."
-            )
         try:
             super().__init__(path)
-        except (ValueError, KeyError, IndexError, struct.error, OverflowError) as error:
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
             # The type of the error depends on the place of the damage.
             raise ChecksumError(
-                f"{path} is truncated or damaged ({error}); download it again."
+                f"{path} is no GGUF file of version 2 or 3, or it is damaged ({error}); download "
+                "it again, or convert it with llama.cpp's tools."
             ) from error
+        if self.byte_order == "S":
+            raise UnsupportedModelError(
+                f"{path} is a GGUF file of the other byte order, which cannot be read; convert it "
+                "with llama.cpp's tools."
+            )
         for name in ("version", "tensor_count", "kv_count"):  # of the file, not of the model
             del self.fields[f"GGUF.{name}"]
 
@@ -75,24 +67,6 @@ class GgufFile(GGUFReader):  # type: ignore[misc]  # gguf has no types
         """The content of a header entry, or `default` without such an entry."""
         field = self.fields.get(name)
         return default if field is None else field.contents()
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """As gguf's, which takes seconds for the arrays of a vocabulary."""
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        content = memoryview(self.data)
-        kind, count = struct.unpack_from("<IQ", content, orig_offs)
-        inner, end = GGUFValueType(kind), orig_offs + 12
-        parts: list[npt.NDArray[Any]] = []
-        if inner == GGUFValueType.STRING:
-            for _ in range(count):
-                (length,) = struct.unpack_from("<Q", content, end)
-                parts.append(np.frombuffer(content, np.uint8, length, end + 8))
-                end += 8 + length
-        else:
-            values = np.frombuffer(content, self.gguf_scalar_to_np[inner], count, end)
-            parts, end = list(values.reshape(-1, 1)), end + values.nbytes
-        return end - orig_offs, parts, list(range(count)), [GGUFValueType.ARRAY, inner]
 
 
 @contextlib.contextmanager
@@ -140,13 +114,13 @@ def packed_blocks(
         kind: Their type.
         order: The row of the file that becomes each row of the matrix, (out,); None keeps them.
     """
+    if order is None:
+        order = np.arange(len(blocks))
     unpack = _INT4.get(kind)
     if unpack is None:
         return _int8(blocks, kind, order)
-    if order is not None:
-        blocks = blocks[order]
     size = GGML_QUANT_SIZES[kind][1]
-    codes, scale, minimum = unpack(torch.from_numpy(blocks.reshape(len(blocks), -1, size).copy()))
+    codes, scale, minimum = unpack(torch.from_numpy(blocks[order].reshape(len(blocks), -1, size)))
     return PackedMatrix.from_codes(codes, scale, minimum)
 
 
@@ -155,9 +129,7 @@ def packs_as_int4(kind: GGMLQuantizationType) -> bool:
     return kind in _INT4
 
 
-def _int8(
-    blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64] | None
-) -> PackedMatrix:
+def _int8(blocks: Blocks, kind: GGMLQuantizationType, order: npt.NDArray[np.int64]) -> PackedMatrix:
     elements, size = GGML_QUANT_SIZES[kind]
     inputs = blocks.shape[1] // size * elements
     rows = max(1, _PIECE_VALUES // inputs)
@@ -165,8 +137,7 @@ def _int8(
     scales = []
     for first in range(0, len(blocks), rows):
         piece = slice(first, first + rows)
-        chosen = blocks[piece] if order is None else blocks[order[piece]]
-        packed = quantise(torch.from_numpy(dequantize(chosen, kind)), "int8")
+        packed = quantise(torch.from_numpy(dequantize(blocks[order[piece]], kind)), "int8")
         codes[piece] = packed.codes
         scales.append(packed.scales)
     return PackedMatrix.from_codes(codes, torch.cat(scales))
