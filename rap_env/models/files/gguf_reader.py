@@ -29,6 +29,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from rap_env.errors import ChecksumError, UnsupportedModelError
+from rap_env.models.weights.packed_layout import MIDDLE
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
 
@@ -121,7 +122,7 @@ def packed_blocks(
         return _int8(blocks, kind, order)
     size = GGML_QUANT_SIZES[kind][1]
     codes, scale, minimum = unpack(torch.from_numpy(blocks[order].reshape(len(blocks), -1, size)))
-    return PackedMatrix.from_codes(codes, scale, minimum)
+    return PackedMatrix.from_codes(codes, scale, zero=minimum + MIDDLE * scale)
 
 
 def packs_as_int4(kind: GGMLQuantizationType) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 
 from rap_env.models.weights.packed_layout import PackedLevel, stored_level
 from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import Grid, nonzero, searched
+from rap_env.models.weights.quantisers import CodedRows, Grid, concatenated, nonzero, searched
 
 _ROWS = 4096  # of a matrix that are quantised at a time, to bound temporary memory
 _PANEL = 256  # rows of a symmetric matrix that are computed at a time, from the diagonal on
@@ -168,20 +168,18 @@ def quantise_gptq(
     """
     if corrected_by is not None:
         weight = weight.detach().float() @ corrected_by
-    if len(weight) > _ROWS:
-        parts = torch.split(weight, _ROWS)
-        matrices = [quantise_gptq(part, level, hessian) for part in parts]
-        return matrices[0].concatenate(matrices)
     weight = weight.detach().float()
-    grid = Grid.of(stored_level(level, (weight.shape[0], weight.shape[1])), weight)
-    coded = _compensated(grid, weight, hessian.factor)
-    # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
-    coded = coded.with_better_scales(weight, hessian.matrix)
-    coded = coded.with_better_codes(weight, hessian.matrix)
-    return grid.matrix(coded.codes, coded.scale, coded.zero)
+    level = stored_level(level, (weight.shape[0], weight.shape[1]))
+    parts = []
+    for rows in torch.split(weight, _ROWS):
+        coded = _compensated(Grid.of(level, rows), rows, hessian.factor)
+        # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
+        coded = _with_better_scales(coded, rows, hessian.matrix)
+        parts.append(_with_better_codes(coded, rows, hessian.matrix))
+    return concatenated(parts)
 
 
-def _compensated(grid: Grid, weight: torch.Tensor, factor: torch.Tensor) -> _Coded:
+def _compensated(grid: Grid, weight: torch.Tensor, factor: torch.Tensor) -> CodedRows:
     """GPTQ."""
     left = weight.clone()  # compensated for the errors so far
     codes = torch.empty_like(weight)
@@ -201,69 +199,61 @@ def _compensated(grid: Grid, weight: torch.Tensor, factor: torch.Tensor) -> _Cod
         left[:, group.stop :].addmm_(errors.T, factor[group, group.stop :], alpha=-1)
         scales.append(scale)
         zeros.append(zero)
-    return _Coded(grid, codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
+    return CodedRows(grid, codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
 
 
-@dataclass(frozen=True)
-class _Coded:
-    """A quantised matrix: centred codes, (out, in), scales and zeros, (out, groups)."""
+def _values(coded: CodedRows) -> torch.Tensor:
+    """The weights of quantised rows, (rows, in)."""
+    inputs, size = coded.codes.shape[1], coded.grid.group_inputs
+    scale, zero = (
+        part.repeat_interleave(size, dim=1)[:, :inputs] for part in (coded.scale, coded.zero)
+    )
+    return torch.addcmul(zero, coded.codes, scale)
 
-    grid: Grid
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor
 
-    @property
-    def values(self) -> torch.Tensor:
-        """Its weights, (out, in)."""
-        inputs, size = self.codes.shape[1], self.grid.group_inputs
-        scale, zero = (
-            part.repeat_interleave(size, dim=1)[:, :inputs] for part in (self.scale, self.zero)
+def _with_better_scales(coded: CodedRows, weight: torch.Tensor, hessian: torch.Tensor) -> CodedRows:
+    """Scales and zeros by least squares under the Hessian, one group after the other."""
+    grid, codes, scale, zero = coded.grid, coded.codes, coded.scale.clone(), coded.zero.clone()
+    pull = (weight - _values(coded)) @ hessian  # (out, in)
+    for index in range(scale.shape[1]):
+        group = slice(index * grid.group_inputs, (index + 1) * grid.group_inputs)
+        own, centred = hessian[group, group], codes[:, group]
+        weighted = centred @ own
+        both, alone = (weighted * centred).sum(dim=1), own.sum()
+        cross = weighted.sum(dim=1)
+        by_code, by_one = (pull[:, group] * centred).sum(dim=1), pull[:, group].sum(dim=1)
+        determinant = both * alone - cross.square()
+        safe = determinant > 1e-6 * both * alone
+        inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
+        new_scale, new_zero = grid.rounded(
+            scale[:, index] + (alone * by_code - cross * by_one) * inverse,
+            zero[:, index] + (both * by_one - cross * by_code) * inverse,
         )
-        return torch.addcmul(zero, self.codes, scale)
+        change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
+        change += (new_scale - scale[:, index])[:, None] * centred
+        scale[:, index], zero[:, index] = new_scale, new_zero
+        pull.addmm_(change, hessian[group], alpha=-1)
+    return replace(coded, scale=scale, zero=zero)
 
-    def with_better_scales(self, weight: torch.Tensor, hessian: torch.Tensor) -> _Coded:
-        """Scales and zeros by least squares under the Hessian, one group after the other."""
-        grid, codes, scale, zero = self.grid, self.codes, self.scale.clone(), self.zero.clone()
-        pull = (weight - self.values) @ hessian  # (out, in)
-        for index in range(scale.shape[1]):
-            group = slice(index * grid.group_inputs, (index + 1) * grid.group_inputs)
-            own, centred = hessian[group, group], codes[:, group]
-            weighted = centred @ own
-            both, alone = (weighted * centred).sum(dim=1), own.sum()
-            cross = weighted.sum(dim=1)
-            by_code, by_one = (pull[:, group] * centred).sum(dim=1), pull[:, group].sum(dim=1)
-            determinant = both * alone - cross.square()
-            safe = determinant > 1e-6 * both * alone
-            inverse = torch.where(safe, determinant, 1.0).reciprocal() * safe
-            new_scale, new_zero = grid.rounded(
-                scale[:, index] + (alone * by_code - cross * by_one) * inverse,
-                zero[:, index] + (both * by_one - cross * by_code) * inverse,
-            )
-            change = torch.outer(new_zero - zero[:, index], own.new_ones(own.shape[0]))
-            change += (new_scale - scale[:, index])[:, None] * centred
-            scale[:, index], zero[:, index] = new_scale, new_zero
-            pull.addmm_(change, hessian[group], alpha=-1)
-        return replace(self, scale=scale, zero=zero)
 
-    def with_better_codes(self, weight: torch.Tensor, hessian: torch.Tensor) -> _Coded:
-        """Each code by coordinate descent."""
-        grid, codes, values = self.grid, self.codes.clone(), self.values
-        pull = (weight - values) @ hessian
-        for index in range(self.scale.shape[1]):
-            first = index * grid.group_inputs
-            group = slice(first, first + grid.group_inputs)
-            own, scale, zero = hessian[group, group], self.scale[:, index], self.zero[:, index]
-            steps = nonzero(scale)
-            # One row for each input, so that what a step reads and writes is contiguous.
-            near, before, wide = (part[:, group].T.contiguous() for part in (pull, codes, values))
-            chosen, changes = torch.empty_like(near), torch.empty_like(near)
-            for column, pivot in enumerate(own.diagonal().tolist()):
-                code, change, later = chosen[column], changes[column], slice(column + 1, None)
-                torch.div(near[column], pivot, out=code).add_(wide[column])
-                grid.nearest_(code.sub_(zero).div_(steps))
-                torch.sub(code, before[column], out=change).mul_(scale)
-                near[later].addr_(own[column, later], change, alpha=-1)
-            codes[:, group] = chosen.T
-            pull.addmm_(changes.T, hessian[group], alpha=-1)
-        return replace(self, codes=codes)
+def _with_better_codes(coded: CodedRows, weight: torch.Tensor, hessian: torch.Tensor) -> CodedRows:
+    """Each code by coordinate descent."""
+    grid, codes, values = coded.grid, coded.codes.clone(), _values(coded)
+    pull = (weight - values) @ hessian
+    for index in range(coded.scale.shape[1]):
+        first = index * grid.group_inputs
+        group = slice(first, first + grid.group_inputs)
+        own, scale, zero = hessian[group, group], coded.scale[:, index], coded.zero[:, index]
+        steps = nonzero(scale)
+        # One row for each input, so that what a step reads and writes is contiguous.
+        near, before, wide = (part[:, group].T.contiguous() for part in (pull, codes, values))
+        chosen, changes = torch.empty_like(near), torch.empty_like(near)
+        for column, pivot in enumerate(own.diagonal().tolist()):
+            code, change, later = chosen[column], changes[column], slice(column + 1, None)
+            torch.div(near[column], pivot, out=code).add_(wide[column])
+            grid.nearest_(code.sub_(zero).div_(steps))
+            torch.sub(code, before[column], out=change).mul_(scale)
+            near[later].addr_(own[column, later], change, alpha=-1)
+        codes[:, group] = chosen.T
+        pull.addmm_(changes.T, hessian[group], alpha=-1)
+    return replace(coded, codes=codes)

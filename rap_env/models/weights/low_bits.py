@@ -38,12 +38,14 @@ from dataclasses import dataclass
 
 import torch
 
+from rap_env.errors import ArtifactError, check_name
 from rap_env.models.weights.packed_layout import (
     BLOCK,
     GROUP_INPUTS,
     HALF,
     LOW_BIT_FORMATS,
     MIDDLE,
+    PACKED_LEVELS,
     SCALE_DTYPE,
     LowBitFormat,
     PackedLevel,
@@ -51,6 +53,7 @@ from rap_env.models.weights.packed_layout import (
     buffer_in_use,
     piece_rows,
     stored_level,
+    tensor_shapes,
     widen_blocks,
     widening_buffer,
 )
@@ -256,9 +259,17 @@ def matrix_from_tensors(
     Raises:
         ArtifactError: The tensors do not belong to such a matrix.
     """
+    check_name("level of packed weights", level, PACKED_LEVELS)
+    expected = tensor_shapes(level, shape)
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if given != expected:
+        raise ArtifactError(
+            f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
+            f"{expected}, not {given}."
+        )
     level = stored_level(level, shape)
     kind = LowBitMatrix if level in LOW_BIT_FORMATS else PackedMatrix
-    return kind.from_tensors(level, shape, tensors)
+    return kind(level, shape, **tensors)
 
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:

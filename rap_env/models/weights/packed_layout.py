@@ -168,11 +168,6 @@ LOW_BIT_FORMATS: dict[PackedLevel, LowBitFormat] = {
 """The formats by level."""
 
 
-def fits_low_bits(shape: tuple[int, int]) -> bool:
-    """Whether a matrix (out, in) can have the levels of `LOW_BIT_FORMATS`."""
-    return shape[0] % BLOCK == 0 and shape[1] % (2 * GROUP_INPUTS) == 0
-
-
 _buffers: dict[tuple[torch.device, torch.dtype, str], torch.Tensor] = {}
 _buffer_lock = threading.RLock()
 
@@ -213,7 +208,8 @@ if hasattr(os, "register_at_fork"):
 
 def stored_level(level: PackedLevel, shape: tuple[int, int]) -> PackedLevel:
     """The level at which a matrix (out, in) is stored where its block is at `level`."""
-    return "int4" if level in LOW_BIT_FORMATS and not fits_low_bits(shape) else level
+    fits_low_bits = shape[0] % BLOCK == 0 and shape[1] % (2 * GROUP_INPUTS) == 0
+    return "int4" if level in LOW_BIT_FORMATS and not fits_low_bits else level
 
 
 def tensor_shapes(level: PackedLevel, shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:

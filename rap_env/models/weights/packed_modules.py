@@ -23,7 +23,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rap_env.errors import ArtifactError
 from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
     PackedLevel,
@@ -255,14 +254,11 @@ def from_tensors(
     matrices = {}
     for name, weight in matrices_of(child).items():
         shape = (weight.shape[0], weight.shape[1])
-        parts = list(tensor_shapes(level, shape))
-        missing = [f"{name}_{part}" for part in parts if f"{name}_{part}" not in tensors]
-        if missing:
-            raise ArtifactError(
-                f"Packed weights of {type(child).__name__} need {' and '.join(missing)}; "
-                f"there are {sorted(tensors)}."
-            )
-        own = {part: tensors[f"{name}_{part}"] for part in parts}
+        own = {
+            part: tensors[f"{name}_{part}"]
+            for part in tensor_shapes(level, shape)
+            if f"{name}_{part}" in tensors
+        }
         matrices[name] = matrix_from_tensors(level, shape, own)
     return from_matrices(child, matrices)
 

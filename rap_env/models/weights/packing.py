@@ -22,14 +22,12 @@ unquantised products are faster per row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch.nn import functional
 
-from rap_env.errors import ArtifactError, check_name
 from rap_env.models.device import choose_dtype
 from rap_env.models.weights.bfloat16_products import TOKENS_AT_ONCE, uses_float32
 from rap_env.models.weights.kernel_choice import remembered_rows
@@ -38,7 +36,6 @@ from rap_env.models.weights.packed_layout import (
     GROUP_INPUTS,
     HALF,
     MIDDLE,
-    PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
     buffer_in_use,
@@ -74,60 +71,25 @@ class PackedMatrix:
 
     @classmethod
     def from_codes(
-        cls,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        minimum: torch.Tensor | None = None,
-        zero: torch.Tensor | None = None,
+        cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
     ) -> PackedMatrix:
-        """Pack given codes: int4 with a minimum or a zero, else int8.
+        """Pack given codes: int4 with a zero, else int8.
 
-        An int4 weight is ``code * scale + minimum``, or ``(code - 8) * scale + zero``. Only the
-        scale and the zero are rounded (to bfloat16).
+        An int4 weight is ``(code - 8) * scale + zero``. Only the scale and the zero are rounded (to
+        bfloat16).
 
         Args:
             codes: (out, in), integers; 0 to 15 at int4, -127 to 127 at int8.
             scale: At int4 (out, groups) with groups of 32 inputs, the last one possibly shorter; at
                 int8 (out,).
-            minimum: At int4 (out, groups): the weight of code 0.
-            zero: In place of the minimum, the weight of code 8.
+            zero: At int4 (out, groups).
         """
-        if zero is None and minimum is not None:
-            zero = minimum.float() + MIDDLE * scale.float()
+        shape = (codes.shape[0], codes.shape[1])
         if zero is None:
-            return cls("int8", _pair(codes), codes.to(torch.int8).contiguous(), _as_scales(scale))
+            scales = scale.to(SCALE_DTYPE).contiguous()
+            return cls("int8", shape, codes.to(torch.int8).contiguous(), scales)
         scales = torch.stack((scale.float().T, zero.float().T), dim=-1)
-        return cls("int4", _pair(codes), packed_codes(codes), _as_scales(scales))
-
-    @classmethod
-    def from_tensors(
-        cls, level: PackedLevel, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]
-    ) -> PackedMatrix:
-        """Rebuild a matrix from its `tensors`."""
-        check_name("level of packed weights", level, PACKED_LEVELS)
-        expected = tensor_shapes(level, shape)
-        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if given != expected:
-            raise ArtifactError(
-                f"A matrix of {shape[0]} x {shape[1]} weights at {level} has tensors of shapes "
-                f"{expected}, not {given}."
-            )
-        return cls(level, shape, **tensors)
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[PackedMatrix]) -> PackedMatrix:
-        """The rows of several matrices, one after the other.
-
-        All have the same level and inputs. Int4 codes must be in blocks, unless there is one part.
-        """
-        if len(parts) == 1:
-            return parts[0]
-        first = parts[0]
-        dims = {"codes": 0, "scales": 0 if first.level == "int8" else 1, "zeros": 1, "factors": 0}
-        tensors = {
-            n: torch.cat([part.tensors[n] for part in parts], dims[n]) for n in first.tensors
-        }
-        return cls(first.level, (sum(p.shape[0] for p in parts), first.shape[1]), **tensors)
+        return cls("int4", shape, packed_codes(codes), scales.to(SCALE_DTYPE).contiguous())
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -346,12 +308,3 @@ def blocks_product(flat: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
         part = torch._weight_int4pack_mm_for_cpu(places.flatten(1), codes, 2 * GROUP_INPUTS, own)
         output[:, :, :, index] = part.view(output[:, :, :, index].shape)
     return output.view(rows, out)
-
-
-def _as_scales(scales: torch.Tensor) -> torch.Tensor:
-    return scales.to(SCALE_DTYPE).contiguous()
-
-
-def _pair(codes: torch.Tensor) -> tuple[int, int]:
-    out, inputs = codes.shape
-    return out, inputs

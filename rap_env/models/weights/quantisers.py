@@ -9,7 +9,7 @@ weights on a grid of 16 steps keep their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,6 @@ from rap_env.models.weights.packed_layout import (
     PACKED_LEVELS,
     SCALE_DTYPE,
     PackedLevel,
-    fills_blocks,
     stored_level,
 )
 from rap_env.models.weights.packing import PackedMatrix
@@ -105,6 +104,36 @@ class Grid:
         return LowBitMatrix.pack(self.level, codes, scale, zero, self.factors)
 
 
+@dataclass(frozen=True)
+class CodedRows:
+    """Quantised rows of a matrix.
+
+    Attributes:
+        grid: What their codes can stand for.
+        codes: Centred codes, (rows, in).
+        scale: Scales, (rows, groups).
+        zero: Zeros, (rows, groups).
+    """
+
+    grid: Grid
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def concatenated(parts: Sequence[CodedRows]) -> PackedMatrix:
+    """Pack the rows of several parts, one after the other."""
+    grid = parts[0].grid
+    if grid.factors is not None:
+        factors = [part.grid.factors for part in parts if part.grid.factors is not None]
+        grid = replace(grid, factors=torch.cat(factors))
+    return grid.matrix(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.zero for part in parts]),
+    )
+
+
 def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     """Pack a matrix with the least squared error of its weights.
 
@@ -116,25 +145,28 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     weight = weight.detach()
     if level == "int8":
         return _quantise_int8(weight)
-    return _packed_rows(weight, level, searched)
+    level = stored_level(level, (weight.shape[0], weight.shape[1]))
+    return _packed(torch.split(weight, _ROWS), level, searched)
 
 
 def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
-    """As `quantise`, from packed weights; only a few rows of them are widened at a time."""
-    rows, inputs = matrix.shape
-    level = stored_level(level, matrix.shape)
-    step = _ROWS if fills_blocks(matrix.shape) else max(1, rows)
-    parts = []
-    for first in range(0, rows, step):
-        wide = torch.empty(min(step, rows - first), inputs, device=matrix.device)
-        matrix.widen(wide, first)
-        parts.append(quantise(wide, level))
-    return parts[0].concatenate(parts)
+    """As `quantise`, from packed weights; below int8 some rows are widened at a time."""
+    if level == "int8":
+        return _quantise_int8(matrix.widened(torch.float32))
+
+    def widened() -> Iterator[torch.Tensor]:
+        for first in range(0, matrix.shape[0], _ROWS):
+            size = min(_ROWS, matrix.shape[0] - first)
+            wide = torch.empty(size, matrix.shape[1], device=matrix.device)
+            matrix.widen(wide, first)
+            yield wide
+
+    return _packed(widened(), stored_level(level, matrix.shape), searched)
 
 
 def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:
     """Pack a matrix at int4 with scales from the least and greatest weight; for comparisons."""
-    return _packed_rows(weight.detach(), "int4", _whole_range)
+    return _packed(torch.split(weight.detach(), _ROWS), "int4", _whole_range)
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
@@ -147,22 +179,19 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
 _Fit = Callable[[Grid, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _packed_rows(weight: torch.Tensor, level: PackedLevel, fit: _Fit) -> PackedMatrix:
-    parts, inputs = [], weight.shape[1]
-    level = stored_level(level, (len(weight), inputs))
-    for rows in torch.split(weight, _ROWS):
-        grid = Grid.of(level, rows.float())
-        groups = grouped(rows.float(), grid.group_inputs)
-        counted = torch.ones(inputs, device=weight.device)
+def _packed(parts: Iterable[torch.Tensor], level: PackedLevel, fit: _Fit) -> PackedMatrix:
+    """Pack the rows of a matrix, some at a time, (rows, in) each."""
+    coded = []
+    for part in parts:
+        rows, inputs = part.float(), part.shape[1]
+        grid = Grid.of(level, rows)
+        groups = grouped(rows, grid.group_inputs)
+        counted = torch.ones(inputs, device=rows.device)
         counted = functional.pad(counted, (0, -inputs % grid.group_inputs))
-        counted = counted.view(-1, grid.group_inputs)
-        scale, zero = fit(grid, groups, counted)
-        parts.append((grid, grid.centred_codes(groups, scale, zero).flatten(1), scale, zero))
-    grids, codes, scales, zeros = zip(*parts, strict=True)
-    whole: Grid = grids[0]
-    if whole.factors is not None:
-        whole = replace(whole, factors=torch.cat([grid.factors for grid in grids]))
-    return whole.matrix(torch.cat(codes)[:, :inputs], torch.cat(scales), torch.cat(zeros))
+        scale, zero = fit(grid, groups, counted.view(-1, grid.group_inputs))
+        codes = grid.centred_codes(groups, scale, zero).flatten(1)[:, :inputs]
+        coded.append(CodedRows(grid, codes, scale, zero))
+    return concatenated(coded)
 
 
 def nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,8 @@ class WeightStore:
     def verify(self, item: WeightItem) -> None:
         """Check that an item's native weights are in memory or can be loaded; errors as there."""
         for group in self._native[item]:
-            group.verify()
+            if group.evicted:
+                group.verify()
 
     def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[WeightGroup]:
         return (group for group in self._groups_of(item) if level in group.levels)

@@ -108,22 +108,17 @@ class WeightGroup:
         self.evicted = False
 
     def verify(self) -> None:
-        """Read the files of evicted weights, a piece at a time; errors as for `load`."""
-        if self.evicted:
-            self._verify()
-
-    def _verify(self) -> None:
-        files = self.files
-        if self.host is None and files is not None:
+        """Read the files of the weights as if they were evicted, a piece at a time."""
+        if self.host is None and self.files is not None:
             cpu = torch.device("cpu")
-            pieces = (piece.read(cpu) for stored in files for piece in stored.pieces())
+            pieces = (piece.read(cpu) for stored in self.files for piece in stored.pieces())
             if _digest(pieces) != self._digest:
-                raise _changed(files)
+                raise _changed(self.files)
 
     def check(self) -> None:
-        """As `verify`, as if the weights were evicted; unchanged files are not read."""
+        """As `verify`; unchanged files are not read."""
         if self.host is None and self.files and _states_of(self.files) != self._states:
-            self._verify()
+            self.verify()
 
     def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
         """Storage of the tensors in their dtype; those that are not stored are left out."""

@@ -58,11 +58,9 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_given_int4_codes_widen_exactly(shape: tuple[int, int], dtype: torch.dtype) -> None:
     codes, scale, minimum = _grid(shape)
-    matrix = PackedMatrix.from_codes(codes, scale, minimum)
+    matrix = PackedMatrix.from_codes(codes, scale, zero=minimum + 8 * scale)
     expected = codes * _by_input(scale, shape[1]) + _by_input(minimum, shape[1])
     assert torch.equal(matrix.widened(dtype), expected.to(dtype))
-    centred = PackedMatrix.from_codes(codes, scale, zero=minimum + 8 * scale)
-    assert torch.equal(centred.widened(dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -130,7 +128,7 @@ def test_bytes_of_known_sizes_and_an_unknown_level() -> None:
     assert packed_bytes("int2", (1536, 576)) == (1536 * 576 * 2 + 1536 * 36 * 12) // 8 + 1536 * 2
     assert packed_bytes("int3", (24, 16)) == packed_bytes("int4", (24, 16))
     with pytest.raises(UnknownNameError, match="int1"):
-        PackedMatrix.from_tensors("int1", (1, 1), {})
+        matrix_from_tensors("int1", (1, 1), {})
 
 
 @pytest.mark.parametrize("level", PACKED_LEVELS)

@@ -37,7 +37,8 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
     groups = -(-shape[1] // 32)
     scale = 2.0 ** torch.randint(-4, 2, (shape[0], groups), generator=generator)
     for steps in (torch.randint(0, 16, (shape[0], groups), generator=generator), 4):
-        weight = PackedMatrix.from_codes(codes, scale, -scale * steps).widened(torch.float32)
+        zero = (8 - steps) * scale
+        weight = PackedMatrix.from_codes(codes, scale, zero).widened(torch.float32)
         assert torch.equal(quantise(weight, "int4").widened(torch.float32), weight)
     states = _states(500, 2)[:, : shape[1]]
     assert torch.equal(_gptq(weight, states).widened(torch.float32), weight)
