@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +24,8 @@ MOST_BLOCKS = 12
 _LAZY_BATCH = 6
 _CHILDREN = 3  # of each plan of a beam, times its width
 
-Positions = tuple[int, ...]
+StepKey = tuple[int, int, int]
+"""What identifies a step: an item, the position of its level and that of its partner's."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,17 @@ class _Step:
     """A step that a search may take: an item is lowered, with its companions.
 
     Attributes:
-        positions: The positions of all levels after it.
+        plan: The plan after it.
         freed_bytes: Bytes that it frees, shared ones left out.
         rise: Last known ΔNLL of the step, nats per token: measured, or predicted.
-        key: What identifies the step: the item, its level and that of its partner.
+        key: What identifies the step.
         tie: By what steps of equal price are sorted.
     """
 
-    positions: Positions
+    plan: Plan
     freed_bytes: int
     rise: float
-    key: tuple[int, int, int]
+    key: StepKey
     tie: tuple[int, ...]
 
     def price(self, rise: float, needed_bytes: int) -> tuple[float, tuple[int, ...]]:
@@ -48,8 +51,60 @@ class _Step:
         return price_per_byte(rise, min(self.freed_bytes, needed_bytes)), self.tie
 
 
-class _StepSearch(Method):
-    """A search that takes measured steps.
+class Task(NamedTuple):
+    """A request, and what a search has measured for it.
+
+    Attributes:
+        request: The request.
+        costs: The bytes of each item at each level.
+        scores: Scores plans; one that was scored before costs nothing.
+        rises: ΔNLL of steps that were measured, nats per token.
+    """
+
+    request: Request
+    costs: LadderCosts
+    scores: CountingScorer
+    rises: dict[StepKey, float]
+
+
+class _Search(Method):
+    """Extends plans until they fit, and returns the best of all that do.
+
+    Attributes:
+        width: Plans that are extended in each round: the best by the rise in NLL per useful byte
+            that they free.
+    """
+
+    width = 1
+
+    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
+        task = Task(request, self.costs(request), scores, {})
+        beam, fitting = [Plan()], list[Plan]()
+        while unfit := [plan for plan in beam if not self.fits(plan, request)]:
+            children = [child for plan in unfit for child in self._extended(plan, task)]
+            if not children:
+                return unfit[0]
+            fitting += [child for child in children if self.fits(child, request)]
+            beam = list(dict.fromkeys([plan for plan in beam if plan not in unfit] + children))
+            if self.width > 1:
+                beam.sort(key=lambda plan: self._price(plan, scores.nll(plan), task))
+            beam = beam[: self.width]
+        return scores.best(fitting)
+
+    @abstractmethod
+    def _extended(self, plan: Plan, task: Task) -> list[Plan]:
+        """The measured plans a step below a plan; the best one if they are compared already."""
+
+    def _price(self, plan: Plan, nll: float, task: Task) -> float:
+        """Nats per byte that a plan of this NLL frees, if the request needs them."""
+        native_bytes, request = task.costs.dense_peak_bytes, task.request
+        freed_bytes = native_bytes - self.memory.peak_bytes(plan, request)
+        useful_bytes = min(freed_bytes, native_bytes - request.budget_bytes)
+        return price_per_byte(nll - task.scores.nll(Plan()), useful_bytes)
+
+
+class _StepSearch(_Search):
+    """A search that takes measured steps of a ladder.
 
     Over a ladder with several levels, only the most promising steps are measured; a step that was
     not measured yet is expected to cost its one-shot cost. Over masks all steps are measured.
@@ -67,16 +122,16 @@ class _StepSearch(Method):
             self._one_shot = one_shot_costs(costs, self.ladder)
             self.setup_evaluations = costs.evaluations
 
-    def state(self, costs: LadderCosts, positions: Positions | None = None) -> PricedState:
+    def state(self, costs: LadderCosts, plan: Plan = Plan()) -> PricedState:
         """A plan under a request, by default the native one."""
-        return PricedState(costs, self._one_shot, positions)
+        return PricedState(costs, self._one_shot, self.ladder.positions(plan))
 
-    def steps(self, state: PricedState, rises: dict[tuple[int, int, int], float]) -> list[_Step]:
+    def steps(self, state: PricedState, rises: Mapping[StepKey, float]) -> list[_Step]:
         """The steps from a state that free bytes; all steps if none does.
 
         Args:
             state: The plan under the request.
-            rises: ΔNLL of steps that were measured already, by `_Step.key`, nats per token.
+            rises: ΔNLL of steps that were measured already, nats per token.
         """
         steps = []
         for item in filter(state.is_valid, range(len(self.ladder))):
@@ -84,15 +139,16 @@ class _StepSearch(Method):
                 continue  # levels taken together are one step
             key = item, state.positions[item], state.positions[self.ladder.partners[item]]
             predicted, freed = state.step_rise(item), state.step_bytes(item)
-            positions = tuple(state.positions_after(item))
+            plan = self.ladder.plan(state.positions_after(item))
             tie = (item,) if self.ladder.removes_only else (-freed, -item)
-            steps.append(_Step(positions, freed, rises.get(key, predicted), key, tie))
+            steps.append(_Step(plan, freed, rises.get(key, predicted), key, tie))
         return [step for step in steps if step.freed_bytes > 0] or steps
 
-    def measure(self, scores: CountingScorer, steps: Sequence[_Step]) -> dict[_Step, float]:
-        """The NLL after each step, nats per token."""
-        nlls = scores.nll_many([self.ladder.plan(step.positions) for step in steps])
-        return dict(zip(steps, nlls, strict=True))
+    def measure(self, plan: Plan, steps: Sequence[_Step], task: Task) -> None:
+        """Measure steps from a plan; their ΔNLL are added to those of the task."""
+        nll, reached = task.scores.nll(plan), task.scores.nll_many([step.plan for step in steps])
+        rises = {step.key: after - nll for step, after in zip(steps, reached, strict=True)}
+        task.rises.update(rises)
 
 
 @register
@@ -108,38 +164,19 @@ class GreedyPerByte(_StepSearch):
 
     name = "greedy_per_byte"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        state, nll = self.state(self.costs(request)), scores.nll(Plan())
-        rises: dict[tuple[int, int, int], float] = {}
-        while state.peak_bytes > request.budget_bytes:
-            needed_bytes = state.peak_bytes - request.budget_bytes
-            step, nll = self._cheapest(state, nll, needed_bytes, rises, scores)
-            state.lower(step.key[0])
-        return state.plan
-
-    def _cheapest(
-        self,
-        state: PricedState,
-        nll: float,
-        needed_bytes: int,
-        rises: dict[tuple[int, int, int], float],
-        scores: CountingScorer,
-    ) -> tuple[_Step, float]:
-        """The best step from a state of that NLL, and the NLL after it; adds measured `rises`."""
-        steps = self.steps(state, rises)
-        prices = {step: step.price(step.rise, needed_bytes) for step in steps}
-        after: dict[_Step, float] = {}
+    def _extended(self, plan: Plan, task: Task) -> list[Plan]:
+        state = self.state(task.costs, plan)
+        needed_bytes = state.peak_bytes - task.request.budget_bytes
+        steps = self.steps(state, task.rises)
+        expected = {step: step.price(step.rise, needed_bytes) for step in steps}
 
         def measure(batch: Sequence[_Step]) -> dict[_Step, tuple[float, tuple[int, ...]]]:
-            measured = self.measure(scores, batch)
-            after.update(measured)
-            rises.update({step.key: reached - nll for step, reached in measured.items()})
-            return {step: step.price(rises[step.key], needed_bytes) for step in batch}
+            self.measure(plan, batch, task)
+            return {step: step.price(task.rises[step.key], needed_bytes) for step in batch}
 
         size = len(steps) if self.exact else _LAZY_BATCH
-        waiting = sorted(steps, key=prices.__getitem__)
-        best = cheapest_step(waiting, measure, prices.__getitem__, (size, size))
-        return best, after[best]
+        waiting = sorted(steps, key=expected.__getitem__)
+        return [cheapest_step(waiting, measure, expected.__getitem__, (size, size)).plan]
 
 
 @register
@@ -219,40 +256,17 @@ class Beam(_StepSearch):
     name = "beam"
     width = 4
 
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        costs, budget = self.costs(request), request.budget_bytes
-        native_bytes, native_nll = costs.dense_peak_bytes, scores.nll(Plan())
-        rises: dict[tuple[int, int, int], float] = {}
-
-        def price(peak_bytes: int, nll: float) -> float:
-            useful = min(native_bytes - peak_bytes, native_bytes - budget)
-            return price_per_byte(nll - native_nll, useful)
-
-        native: Positions = tuple(costs.state().positions)
-        beam, peaks, nlls = [native], {native: native_bytes}, {native: native_nll}
-        while unfit := [plan for plan in beam if peaks[plan] > budget]:
-            children: list[Positions] = []
-            for plan in unfit:
-                steps = self.steps(self.state(costs, plan), rises)
-                for step in steps:
-                    peaks[step.positions] = costs.state(step.positions).peak_bytes
-                if not self.exact:
-                    expected = {s: price(peaks[s.positions], nlls[plan] + s.rise) for s in steps}
-                    steps = sorted(steps, key=expected.__getitem__)[: _CHILDREN * self.width]
-                measured = self.measure(scores, steps)
-                rises |= {step.key: nll - nlls[plan] for step, nll in measured.items()}
-                nlls |= {step.positions: nll for step, nll in measured.items()}
-                children += [step.positions for step in steps]
-            plans = dict.fromkeys([*(plan for plan in beam if plan not in unfit), *children])
-            beam = sorted(plans, key=lambda plan: price(peaks[plan], nlls[plan]))[: self.width]
-        best: Positions = min(
-            (plan for plan in nlls if peaks[plan] <= budget), key=nlls.__getitem__
-        )
-        return self.ladder.plan(best)
+    def _extended(self, plan: Plan, task: Task) -> list[Plan]:
+        steps, nll = self.steps(self.state(task.costs, plan), task.rises), task.scores.nll(plan)
+        if not self.exact:
+            expected = {step: self._price(step.plan, nll + step.rise, task) for step in steps}
+            steps = sorted(steps, key=expected.__getitem__)[: _CHILDREN * self.width]
+        self.measure(plan, steps, task)
+        return [step.plan for step in steps]
 
 
 @register
-class SLEB(Method):
+class SLEB(_Search):
     """Repeatedly removes the layer whose removal gives the lowest NLL (Song et al. 2024).
 
     arXiv 2402.09025, Algorithm 1: after each removal all remaining layers are measured again. The
@@ -261,12 +275,10 @@ class SLEB(Method):
 
     name = "sleb"
 
-    def _choose(self, request: Request, scores: CountingScorer) -> Plan:
-        plan, left = Plan(), list(range(self.memory.facts.num_layers))
-        while left and not self.fits(plan, request):
-            plan = scores.best([plan.without(*whole_layer(layer)) for layer in left])
-            left = [layer for layer in left if 2 * layer not in plan.removed]
-        return plan
+    def _extended(self, plan: Plan, task: Task) -> list[Plan]:
+        layers = range(self.memory.facts.num_layers)
+        fewer = [plan.without(*whole_layer(n)) for n in layers if 2 * n not in plan.removed]
+        return [task.scores.best(fewer)] if fewer else []
 
 
 @register

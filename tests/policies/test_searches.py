@@ -10,7 +10,7 @@ from rap_env.importance.orders import PricedState, one_shot_costs, reference_cos
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.policies.method import CountingScorer, measure_choice
-from rap_env.policies.searches import MOST_BLOCKS
+from rap_env.policies.searches import MOST_BLOCKS, Task
 from rap_env.request import Request
 from tests.agents.synthetic import SyntheticContext, request_at
 from tests.envs.playing import LEVELS
@@ -18,6 +18,7 @@ from tests.policies.requests import SHAPES as LADDER_SHAPES
 from tests.policies.requests import fits, needing
 from tests.policies.test_methods import chosen
 
+REQUEST = Request(16, 500, 10**6)
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
 
@@ -85,10 +86,11 @@ def test_a_measured_rise_replaces_the_predicted_one(ladder_context, item_bytes):
     search = make_method("beam", ladder_context, item_bytes)
     state = search.state(item_bytes.costs(16, 500))
     first, *others = search.steps(state, {})
-    scores = CountingScorer(ladder_context.scorer)
-    rise = search.measure(scores, [first])[first] - scores.nll(Plan())
-    again = search.steps(state, {first.key: rise})
-    assert again[0].rise == rise
+    task = Task(REQUEST, state.costs, CountingScorer(ladder_context.scorer), {})
+    search.measure(Plan(), [first], task)
+    again = search.steps(state, task.rises)
+    rise = task.scores.nll(first.plan) - task.scores.nll(Plan())
+    assert again[0].rise == rise != first.rise
     assert again[1:] == others
 
 
