@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _MOST_PLANS = 64  # of a batch: what a lost worker costs, and how often a bar advances
 _BATCHES_LEFT = 2  # for each worker, of equal size, in what is not handed out yet
 _MOST_LOSSES = 3  # for each worker, without a finished batch between them
-_LOSSES = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
 _PROBE_S = 5.0
 _OBJECT_STORE_BYTES = 2**27  # texts and losses; Ray would reserve a third of the memory
 
@@ -84,8 +83,9 @@ class WorkerPool:
 
     Each loads the model when the first batch is handed out, and ends with this process. Scores
     equal those of this process bit for bit on a CPU: each mask has its own batch, and a worker has
-    as many threads of torch as this process had when the pool was made. The batch of a worker that
-    dies is handed out again; a new worker starts where the cluster has room.
+    as many threads of torch as this process had when the pool was made; let workers times threads
+    be at most the number of cores. The batch of a worker that dies is handed out again; a new
+    worker starts where the cluster has room.
 
     Args:
         open_model: Loads the model, such as ``functools.partial(load_llm, ...)``; name the device
@@ -95,9 +95,6 @@ class WorkerPool:
         address: ``HOST:PORT`` of a running cluster, or ``"auto"`` for the one that this machine
             belongs to; None starts Ray on this machine, unless this process uses it already.
         gpu: Whether each worker needs a GPU; workers share GPUs where there are fewer.
-
-    Attributes:
-        losses: Workers that were lost so far.
 
     Raises:
         MissingDependencyError: Ray is not installed.
@@ -112,9 +109,8 @@ class WorkerPool:
         address: str | None = None,
         gpu: bool = False,
     ) -> None:
-        self.count, self.losses = count, 0
-        self._open_model, self._address, self._gpu = open_model, address, gpu
-        self._threads = torch.get_num_threads()
+        self.count, self._address, self._gpu = count, address, gpu
+        self._arguments = open_model, torch.get_num_threads()
         require_extra("ray", "Scoring on several workers")
         import ray
 
@@ -145,8 +141,8 @@ class WorkerPool:
             batches = [plans[start :: self.count] for start in range(min(self.count, len(plans)))]
         if not (self._idle or self._running) or not self._ray.is_initialized():
             self._start()
-        sent, waiting, left, losses_in_a_row = self._ray.put(job), deque(batches), len(batches), 0
-        lost = tuple(getattr(self._ray.exceptions, name) for name in _LOSSES)
+        exceptions, sent = self._ray.exceptions, self._ray.put(job)
+        waiting, left, losses_in_a_row = deque(batches), len(batches), 0
         try:
             while left:
                 while self._idle and waiting:
@@ -156,7 +152,9 @@ class WorkerPool:
                 worker, batch = self._running.pop(finished)
                 try:
                     measured = self._ray.get(finished)
-                except lost as error:
+                except exceptions.RayTaskError as error:  # an error of the scorer in a worker
+                    raise error.cause from None
+                except exceptions.RayError as error:
                     losses_in_a_row += 1
                     self._replace(worker, error, losses_in_a_row)
                     if batch is not None:
@@ -166,8 +164,6 @@ class WorkerPool:
                 if batch is not None:
                     left, losses_in_a_row = left - 1, 0
                     yield measured
-        except self._ray.exceptions.RayTaskError as error:
-            raise error.cause from None
         finally:
             if left:  # an error here, in a worker, or of the caller: nothing may still run
                 self.close()
@@ -180,6 +176,7 @@ class WorkerPool:
 
     def _start(self) -> None:
         ray, self._idle, self._running = self._ray, [], {}
+        threads = self._arguments[1]
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             os.environ.setdefault("RAY_worker_niceness", "0")  # else they yield to all others
@@ -187,47 +184,33 @@ class WorkerPool:
             if self._address is None:
                 options = {
                     "address": "local",
-                    "num_cpus": self.count * self._threads,
+                    "num_cpus": self.count * threads,
                     "object_store_memory": _OBJECT_STORE_BYTES,
                     "include_dashboard": False,
                 }
             try:
                 ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise WorkerError(
-                    f"Cannot join the Ray cluster at {self._address}: {error}"
-                ) from error
-        self._actor = ray.remote(ScoringWorker).options(**self._resources())
-        for _ in range(self.count):
-            self._add()
-
-    def _resources(self) -> dict[str, Any]:
-        """What each worker asks of the cluster; warns if there are more workers than cores."""
-        available, needed = self._ray.cluster_resources(), self.count * self._threads
-        cores = available.get("CPU", 0.0) if self._address else len(os.sched_getaffinity(0))
-        if needed > cores:
-            log.warning(
-                "%d scoring workers of %d threads share %d cores and slow each other down; "
-                "let workers times threads be at most the number of cores.",
-                self.count, self._threads, cores,
-            )  # fmt: skip
-        cpus = self._threads if needed <= available.get("CPU", 0.0) else 0
-        asked: dict[str, Any] = {"num_cpus": cpus, "scheduling_strategy": "SPREAD"}
+                raise WorkerError(f"Cannot join the cluster at {self._address}: {error}") from error
+        available = ray.cluster_resources()
+        fits = self.count * threads <= available.get("CPU", 0.0)
+        asked = {"num_cpus": threads if fits else 0, "scheduling_strategy": "SPREAD"}
         if self._gpu:
             gpus = int(available.get("GPU", 0))
             if not gpus:
                 raise WorkerError("Workers need a GPU each, or a part of one; Ray has none.")
             asked["num_gpus"] = 1 / -(-self.count // gpus)
-        return asked
+        self._actor = ray.remote(ScoringWorker).options(**asked)
+        for _ in range(self.count):
+            self._add()
 
     def _add(self) -> None:
         """Start a worker; it takes batches once it has loaded the model."""
-        worker = self._actor.remote(self._open_model, self._threads)
+        worker = self._actor.remote(*self._arguments)
         self._running[worker.load.remote()] = worker, None
 
     def _replace(self, worker: Any, error: Exception, losses_in_a_row: int) -> None:
         reason = str(error).strip().partition("\n")[0]
-        self.losses += 1
         log.warning("A scoring worker was lost (%s); a new one starts.", reason)
         self._ray.kill(worker)  # one that only lost its connection would stay otherwise
         self._add()

@@ -13,7 +13,6 @@ from rap_env.errors import NonFiniteScoreError, WorkerError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
-from rap_env.scoring import workers as workers_module
 from rap_env.scoring.plan_runner import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
@@ -78,8 +77,7 @@ def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_
         scored[plan] += 1
 
     spread.nll_many(plans, on_score)
-    assert workers.losses == 1
-    assert "A scoring worker was lost" in caplog.text
+    assert caplog.text.count("A scoring worker was lost") == 1
     assert scored == Counter(expected.keys())
     assert {plan: spread.window_nll(plan).tolist() for plan in expected} == expected
     assert spread.evaluations == len(plans)
@@ -143,8 +141,7 @@ def test_a_worker_lost_in_the_middle_changes_no_score(tmp_path, caplog):
     alone, scored = MaskScorer(llm, ids, batch_tokens=18), Counter()
     spread = MaskScorer(llm, ids, store, batch_tokens=18, workers=workers)
     spread.nll_many(plans, lambda plan: scored.update([plan]))
-    assert (workers.losses, len(lost)) == (1, 1)
-    assert "A scoring worker was lost" in caplog.text
+    assert caplog.text.count("A scoring worker was lost") == len(lost) == 1
     assert scored == Counter(plans)
     expected = {plan: alone.window_nll(plan).tolist() for plan in plans}
     assert {plan: spread.window_nll(plan).tolist() for plan in plans} == expected
@@ -168,7 +165,7 @@ def test_workers_that_always_die_end_in_an_error():
     workers = pool_on(Dying, llm)
     with pytest.raises(WorkerError, match="died one after the other; .* The last error: killed$"):
         MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
-    assert workers.losses == workers._ray.started - 2 == 7
+    assert workers._ray.started == 2 + 7
 
 
 def test_an_error_in_a_worker_is_that_of_one_process_and_the_pool_goes_on():
@@ -190,16 +187,12 @@ def test_an_error_in_a_worker_is_that_of_one_process_and_the_pool_goes_on():
     assert workers._ray.started == 4, "the error ended the first two"
 
 
-def test_more_workers_than_cores_are_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda _: {0, 1})
+def test_workers_run_where_ray_has_fewer_cores():
     llm = tiny_llm("llama", layers=3)
-    for count, warned in ((2, False), (3, True)):
-        caplog.clear()
-        workers = pool_on(ScoringWorker, llm, count)
-        nll = MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
-        assert nll == MaskScorer(llm, tokens()).nll_many(MASKS)
-        assert ("slow each other down" in caplog.text) == warned
-        assert workers._ray.asked["num_cpus"] == 0, "they run where Ray has fewer cores, too"
+    workers = pool_on(ScoringWorker, llm, 3)
+    nll = MaskScorer(llm, tokens(), workers=workers).nll_many(MASKS)
+    assert nll == MaskScorer(llm, tokens()).nll_many(MASKS)
+    assert workers._ray.asked["num_cpus"] == 0
 
 
 @pytest.mark.parametrize("address", ["here", "http://here:8265", ":6379"])
