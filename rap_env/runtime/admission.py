@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, QualityFloorError, counted
 from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.kept_caches import KeptCaches
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
-from rap_env.runtime.sequence import OutputProcessor, TokenSequence, shape_of
+from rap_env.runtime.sequence import OutputProcessor, TokenSequence
 
 if TYPE_CHECKING:
     from rap_env.runtime.controller import RuntimeController
@@ -40,12 +39,9 @@ class Admission:
         controller: Finds plans.
         queue: The requests that wait.
         batch: What runs.
-        kept: Caches of preempted requests.
         output: Rejects requests that can never fit.
         clock: Gives the time in seconds.
-        chunk_tokens: Most tokens of a prefill chunk.
         max_batch_size: Most requests that run.
-        uniform: As for `BatchShape.of`.
 
     Attributes:
         most_running: Most requests that run now; fewer for a while where memory ran out.
@@ -58,23 +54,17 @@ class Admission:
         controller: RuntimeController,
         queue: RequestQueue,
         batch: RunningBatch,
-        kept: KeptCaches,
         output: OutputProcessor,
         clock: Callable[[], float],
-        *,
-        chunk_tokens: int,
         max_batch_size: int,
-        uniform: bool,
     ) -> None:
         self._controller = controller
         self._monitor, self._chooser = controller.monitor, controller.chooser
         self._queue = queue
         self._batch = batch
-        self._kept = kept
+        self._kept = batch.kept
         self._output = output
         self._clock = clock
-        self._chunk_tokens = chunk_tokens
-        self._uniform = uniform
         self._next_try_s = 0.0  # of a request while stalled
         self._stalled_since_s: float | None = None
         self.most_running = max_batch_size
@@ -113,7 +103,7 @@ class Admission:
         if batch.decoding and self._clock() - self.preempted_s < self._controller.hold_s:
             return False  # a request was preempted just now
         sequence = next(filter(self._within_own_floor, self._queue.waiting), None)
-        return sequence is not None and self._admit(sequence, self._chunk_tokens, interrupt)
+        return sequence is not None and self._admit(sequence, self._batch.chunk_tokens, interrupt)
 
     def _admit_any(self, interrupt: Callable[[], bool]) -> bool:
         """Admit the shortest request that fits alone, in the largest chunks with which it does."""
@@ -125,14 +115,14 @@ class Admission:
             while self._kept.drop_newest():
                 pass
         waiting = sorted(self._queue.waiting, key=lambda each: each.handle.final_tokens)
-        chunks = [max(1, self._chunk_tokens // parts) for parts in _CHUNK_PARTS]
+        chunks = [max(1, self._batch.chunk_tokens // parts) for parts in _CHUNK_PARTS]
         tries = [(sequence, size) for sequence in waiting[:1] for size in chunks]
         tries += [(sequence, chunks[-1]) for sequence in waiting[1:]]
         for sequence, chunk_tokens in tries:
             if self._admit(sequence, chunk_tokens, interrupt, stalled=True):
                 return True
         if long and len(self._queue):
-            self._note_stall(self.shape_alone(waiting[0]))
+            self._note_stall(self._batch.shape_alone(waiting[0]))
         return False
 
     def _admit(
@@ -167,16 +157,12 @@ class Admission:
         budget = self._monitor.budget_bytes
         limit = budget - self._monitor.margin.bytes
         if limit > sequence.unfit_bytes:
-            if self._chooser.could_fit(self.shape_alone(sequence), budget):
+            if self._chooser.could_fit(self._batch.shape_alone(sequence), budget):
                 return True
             sequence.unfit_bytes = limit
         return False
 
     # What can never run, and why
-
-    def shape_alone(self, sequence: TokenSequence) -> BatchShape:
-        """The shape of a request with nothing else running."""
-        return shape_of([], sequence, uniform=self._uniform)
 
     def could_ever_fit(self, shape: BatchShape) -> bool:
         """Whether a batch fits the largest budget so far, or the source's limit; any thread.
@@ -225,7 +211,7 @@ class Admission:
         """Reject the requests that have waited too long; the reason may be their floor."""
         oldest_s = self._clock() - timeout_s
         for sequence in self._queue.remove_if(lambda waiting: waiting.queued_since_s < oldest_s):
-            shape = self.shape_alone(sequence)
+            shape = self._batch.shape_alone(sequence)
             message = f"The request waited longer than {timeout_s} s."
             rejection: Rejection = "queue_timeout"
             clause = self._chooser.clause_for(shape)

@@ -122,16 +122,14 @@ class RuntimeController:
             max_delta_nll=max_delta_nll,
             most_delta_nll=most_delta_nll,
         )
-        self.switcher = PlanSwitcher(llm, self.chooser, self.estimator, self.monitor, log, clock)
+        self.switcher = PlanSwitcher(self.chooser, self.monitor, log, clock)
         self.hold_s = hold_s
         self.overhead_s = 0.0
         self._waiting = 0
         self._growth = Growth(
-            llm,
-            self.estimator,
-            self.monitor,
             self.chooser,
             self.switcher,
+            self.monitor,
             clock,
             hysteresis_share=hysteresis_share,
             hold_s=hold_s,

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import Trigger
-from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
-
-if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
 
 IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""
@@ -77,21 +72,17 @@ class Growth:
 
     def __init__(
         self,
-        llm: ElasticLLM,
-        estimator: MemoryEstimator,
-        monitor: MemoryMonitor,
         chooser: PlanChooser,
         switcher: PlanSwitcher,
+        monitor: MemoryMonitor,
         clock: Callable[[], float],
         *,
         hysteresis_share: float,
         hold_s: float,
     ) -> None:
-        self._llm = llm
-        self._estimator = estimator
-        self._monitor = monitor
         self._chooser = chooser
         self._switcher = switcher
+        self._monitor = monitor
         self._clock = clock
         self._hysteresis_share = hysteresis_share
         self.headroom = Debounce(hold_s)
@@ -118,9 +109,10 @@ class Growth:
 
     def before_step(self, shape: BatchShape, next_pass: PassSize) -> None:
         """Raise items once there has been headroom above the present need long enough."""
-        need = self._estimator.peak_bytes(self._llm.plan, shape)
+        plan, estimator = self._chooser.llm.plan, self._chooser.estimator
+        need = estimator.peak_bytes(plan, shape)
         headroom = self._limit_bytes(next_pass) - need
-        least = self._estimator.least_raise_bytes(self._llm.plan, shape)
+        least = estimator.least_raise_bytes(plan, shape)
         lasting = self.headroom.update(self._clock(), shape, headroom, least)
         if lasting is None:
             return

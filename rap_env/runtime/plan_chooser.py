@@ -65,6 +65,8 @@ class PlanChooser:
     asked at the floor's highest value.
 
     Attributes:
+        llm: The live model.
+        estimator: Predicts bytes.
         policy: Chooses plans.
         unreadable: Items whose weights cannot be read now.
         max_delta_nll: The quality floor now, nats per token; None for no floor.
@@ -90,12 +92,12 @@ class PlanChooser:
         max_delta_nll: float | None,
         most_delta_nll: float | None = None,
     ) -> None:
-        self._llm = llm
+        self.llm = llm
         self.policy = policy
         self.unreadable = unreadable
         self.max_delta_nll = self._least_delta_nll = max_delta_nll
         self.most_delta_nll = None if max_delta_nll is None else most_delta_nll or max_delta_nll
-        self._estimator = estimator
+        self.estimator = estimator
         num_blocks = estimator.memory.facts.num_blocks
         order = policy.order if guard_order is None else guard_order
         self._order = None if order is None else tuple(order)
@@ -216,11 +218,11 @@ class PlanChooser:
 
     def fits(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether a plan fits a limit for a batch, and is allowed now."""
-        return self._estimator.peak_bytes(plan, shape) <= limit_bytes and self.allows(plan, shape)
+        return self.estimator.peak_bytes(plan, shape) <= limit_bytes and self.allows(plan, shape)
 
     def could_fit(self, shape: BatchShape, limit_bytes: int) -> bool:
         """Whether some plan that may ever be allowed fits a limit; any thread may call it."""
-        if self.fits(self._llm.plan, shape, limit_bytes):  # faster than a search
+        if self.fits(self.llm.plan, shape, limit_bytes):  # faster than a search
             return True
         if not self._bounds(shape, self.most_delta_nll):
             return self._smallest_bytes(shape, limit_bytes) <= limit_bytes
@@ -229,7 +231,7 @@ class PlanChooser:
 
     def least_bytes(self, shape: BatchShape) -> int:
         """Bytes of which a batch needs at least so many, within a 256th of its native peak."""
-        native = self._estimator.peak_bytes(Plan(), shape)
+        native = self.estimator.peak_bytes(Plan(), shape)
         sizes = [native * part // _LEAST_PARTS for part in range(1, _LEAST_PARTS + 1)]
         index = bisect_left(sizes, True, key=lambda size: self.could_fit(shape, size))
         return sizes[min(index, _LEAST_PARTS - 1)]
@@ -248,7 +250,7 @@ class PlanChooser:
         """Indices of the blocks that the guard may remove from a plan, in the order of removal."""
         if self._order is not None:
             return self._order
-        freed = self._estimator.freed_bytes(shape, plan)
+        freed = self.estimator.freed_bytes(shape, plan)
         return sorted(range(len(freed)), key=lambda index: -freed[index])
 
     def smallest(self, shape: BatchShape, limit_bytes: int) -> Plan:
@@ -259,37 +261,37 @@ class PlanChooser:
         mask = self._all_removable
         if not mask:
             return self._ask_policy(shape, limit_bytes)
-        if self._estimator.peak_bytes(mask, shape) <= limit_bytes:
+        if self.estimator.peak_bytes(mask, shape) <= limit_bytes:
             return mask
         plans = mask, self._ask_policy(shape, 1).without(*mask.removed)
-        return min(plans, key=lambda plan: self._estimator.peak_bytes(plan, shape))
+        return min(plans, key=lambda plan: self.estimator.peak_bytes(plan, shape))
 
     def _smallest_bytes(self, shape: BatchShape, limit_bytes: int) -> int:
-        return self._estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
+        return self.estimator.peak_bytes(self.smallest(shape, limit_bytes), shape)
 
     def _fitting(self, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
         """A plan for a limit, whatever its quality; None if there is none."""
         if self._all_removable and self._smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None
         plan = self.unreadable.without(self._policy_plan(shape, limit_bytes))
-        need = self._estimator.peak_bytes(plan, shape)
+        need = self.estimator.peak_bytes(plan, shape)
         if need <= limit_bytes:
             return PlanChoice(plan, need, guarded=False)
         order = self.guard_order(shape, plan)
-        smaller = self._estimator.shrink_to_fit(plan, order, shape, limit_bytes)
+        smaller = self.estimator.shrink_to_fit(plan, order, shape, limit_bytes)
         if smaller is None:
             return None
-        return PlanChoice(smaller, self._estimator.peak_bytes(smaller, shape), guarded=True)
+        return PlanChoice(smaller, self.estimator.peak_bytes(smaller, shape), guarded=True)
 
     def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; one for a lower limit if that for the limit needs more than it."""
         limit, plan = limit_bytes, self._ask_policy(shape, limit_bytes)
         for _ in range(_ASKS - 1):
-            over = self._estimator.peak_bytes(plan, shape) - limit_bytes
+            over = self.estimator.peak_bytes(plan, shape) - limit_bytes
             if over <= 0:
                 break
             # The policy's own arithmetic leaves out what the estimator counts on top.
-            more = self._estimator.more_than_policy_bytes(plan, shape)
+            more = self.estimator.more_than_policy_bytes(plan, shape)
             limit = min(limit - over, limit_bytes - more)
             smaller = self._ask_policy(shape, limit) if limit > 0 else plan
             if smaller == plan:
@@ -299,10 +301,10 @@ class PlanChooser:
 
     def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> Plan:
         """The policy's plan; nothing is lowered if the policy fails."""
-        budget = self._estimator.budget_for_policy(shape, limit_bytes)
+        budget = self.estimator.budget_for_policy(shape, limit_bytes)
         try:
             policy = self.policy.for_text(shape.text_shares)
-            return self._estimator.memory.check_plan(policy.choose(shape.request(budget)))
+            return self.estimator.memory.check_plan(policy.choose(shape.request(budget)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
             return Plan()

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rap_env.blocks import block_index, block_name
 from rap_env.levels import CacheLevel, WeightLevel
@@ -18,12 +18,8 @@ from rap_env.models.device import synchronise
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
-from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
-
-if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 
@@ -116,16 +112,14 @@ class PlanSwitcher:
 
     def __init__(
         self,
-        llm: ElasticLLM,
         chooser: PlanChooser,
-        estimator: MemoryEstimator,
         monitor: MemoryMonitor,
         decision_log: DecisionLog | None,
         clock: Callable[[], float],
     ) -> None:
-        self._llm = llm
         self._chooser = chooser
-        self._estimator = estimator
+        self._llm = chooser.llm
+        self._estimator = chooser.estimator
         self._monitor = monitor
         self._decision_log = decision_log
         self._clock = clock

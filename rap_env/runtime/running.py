@@ -37,6 +37,7 @@ class RunningBatch:
         kept: Caches of preempted sequences.
 
     Attributes:
+        kept: As given; so are `chunk_tokens` and `uniform`.
         rows: The batch.
         decoding: Its sequences, in the order of its rows.
         prefilling: The sequence in prefill or refill.
@@ -53,9 +54,9 @@ class RunningBatch:
     ) -> None:
         self._llm = llm
         self._restore: Restore = restore
-        self._chunk_tokens = chunk_tokens
-        self._kept = kept
-        self._uniform = uniform
+        self.chunk_tokens = chunk_tokens
+        self.kept = kept
+        self.uniform = uniform
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
         self.decoding: list[TokenSequence] = []
@@ -94,21 +95,25 @@ class RunningBatch:
     @property
     def shape(self) -> BatchShape:
         """The largest batch that all sequences will form; an old cache that is refilled is kept."""
-        kept_bytes, refilling = self._kept.bytes, self.refilling
+        kept_bytes, refilling = self.kept.bytes, self.refilling
         if refilling is not None:
             kept_bytes += self.rows.row_bytes(self.decoding.index(refilling.sequence))
         if self._shape is None:
             joining, chunks = None, 0
             if self.prefilling is not None and refilling is None:
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
-            self._shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
+            self._shape = shape_of(self.decoding, joining, chunks, uniform=self.uniform)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
     def shape_with(self, sequence: TokenSequence, chunk_tokens: int) -> BatchShape:
         """The largest batch with a sequence that joins after its tokens were read in chunks."""
-        chunks = -(-(sequence.known_tokens - self._kept.tokens(sequence)) // chunk_tokens)
-        shape = shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
-        return replace(shape, kept_bytes=self._kept.bytes_beside(sequence))
+        chunks = -(-(sequence.known_tokens - self.kept.tokens(sequence)) // chunk_tokens)
+        shape = shape_of(self.decoding, sequence, chunks, uniform=self.uniform)
+        return replace(shape, kept_bytes=self.kept.bytes_beside(sequence))
+
+    def shape_alone(self, sequence: TokenSequence) -> BatchShape:
+        """The shape of a sequence with nothing else running."""
+        return shape_of([], sequence, uniform=self.uniform)
 
     def pass_size(self, *, prefill: bool) -> PassSize:
         """The size of the next pass: a prefill chunk if there is one, or a decode step."""
@@ -137,7 +142,7 @@ class RunningBatch:
             self._llm,
             chunk_tokens,
             refills=refills,
-            kept=None if refills else self._kept.take(sequence),
+            kept=None if refills else self.kept.take(sequence),
         )
         if refills or not self.decoding:  # else its cache will be copied into the batch's
             in_batch = sum(sequence.progress(in_batch=refills))
@@ -178,7 +183,7 @@ class RunningBatch:
             assert self.prefilling is not None
             batch, self.prefilling = self.prefilling.batch, None
         self.remove([sequence])
-        self._kept.keep(sequence, batch)
+        self.kept.keep(sequence, batch)
 
     def remove(self, sequences: Collection[TokenSequence]) -> None:
         """Remove sequences, with a refill or a prefill of theirs."""
@@ -210,10 +215,10 @@ class RunningBatch:
         return LiveBatch(
             self._llm,
             restore=self._restore,
-            most_tokens=chunk_tokens or self._chunk_tokens,
+            most_tokens=chunk_tokens or self.chunk_tokens,
             interrupt=interrupt,
             raise_levels=False,
-            copies=self._kept.folder if self._restore == "refill" else None,
+            copies=self.kept.folder if self._restore == "refill" else None,
         )
 
     def _reserve(self, sequences: Sequence[TokenSequence]) -> None:

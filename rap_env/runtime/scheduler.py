@@ -83,12 +83,9 @@ class Scheduler:
             controller,
             queue,
             self._batch,
-            self._kept,
             self.output,
             clock,
-            chunk_tokens=chunk_tokens,
-            max_batch_size=max_batch_size,
-            uniform=uniform,
+            max_batch_size,
         )
         self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
@@ -140,7 +137,7 @@ class Scheduler:
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
-        shape = self.admission.shape_alone(sequence)
+        shape = self._batch.shape_alone(sequence)
         if not self.admission.could_ever_fit(shape):
             raise self.admission.misfit(shape, expected=True)
 

@@ -33,7 +33,7 @@ from rap_env.serving.generation import Generation
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.logs import REQUEST_ID_HEADER, RequestIds
 from rap_env.serving.metrics import ServingMetrics
-from rap_env.serving.prompts import RequestBuilder, grammar_compiler, stop_tokens
+from rap_env.serving.prompts import RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
     EventStreamResponse,
     ResponseWriter,
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Schema = type[ChatCompletionRequest] | type[CompletionRequest]
+
+ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+"""Names of the completion routes in the metrics."""
 
 
 class Service:
@@ -76,17 +79,10 @@ class Service:
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
         self._running: set[Generation] = set()
-        chooser = engine.controller.chooser
-        self.builder = RequestBuilder(
-            tokenizer,
-            settings,
-            context_tokens=engine.max_seq_len_tokens,
-            grammars=grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size),
-            stop_token_ids=stop_tokens(engine.llm, tokenizer),
-            longest_prompt=engine.longest_prompt_tokens,
-            text_kinds=chooser.policy.text_kinds,
-        )
-        self._server = repr((engine.llm.fingerprint, chooser.policy.name, __version__))
+        grammars = grammars or grammar_compiler(engine.llm, tokenizer, engine.vocab_size)
+        self.builder = RequestBuilder(engine, tokenizer, settings, grammars)
+        policy = engine.controller.chooser.policy
+        self._server = repr((engine.llm.fingerprint, policy.name, __version__))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -110,27 +106,11 @@ class Service:
                 keys.reload()
 
     async def respond(self, request: Request, schema: Schema) -> Response:
-        """Respond to a completion request; errors become responses in the format of the API."""
-        try:
-            return await self._complete(request, schema)
-        except ClientDisconnect:
-            self.count(request, "disconnected")
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except ApiError as error:
-            self.count(request, error.outcome)
-            if error.status >= 429:  # it is not the client's mistake
-                request.state.reason = shown(str(error), 400)
-            return error.response(request.scope)
-        except RapError as error:
-            log.exception("Request %s failed", request.state.request_id)
-            self.count(request, "error")
-            return failed(str(error)).response(request.scope)
-
-    async def _complete(self, request: Request, schema: Schema) -> Response:
+        """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
             raise shutting_down()
         if self.limit is not None and (problem := self.limit.nothing_fits()):
-            wait_s = self.limit.retry_after_s
+            wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = await read_body(request, schema, self.settings)
         built = await asyncio.to_thread(self.builder.build, body)
@@ -179,10 +159,10 @@ class Service:
         generation.cancel()
 
     def count(self, request: Request, outcome: str) -> None:
-        """Count a request that has ended, and note the outcome for its line of the log."""
+        """Note the outcome of a request for its line of the log, and count completion requests."""
         request.state.outcome = outcome
-        chat = request.url.path.endswith("/chat/completions")
-        self.metrics.requests.labels("chat" if chat else "completions", outcome).inc()
+        if endpoint := ENDPOINTS.get(request.url.path):
+            self.metrics.requests.labels(endpoint, outcome).inc()
 
 
 def create_app(
@@ -224,10 +204,7 @@ def create_app(
     app.include_router(
         probe_router(engine, service.metrics, settings, closing=lambda: service.closing)
     )
-    context_tokens = engine.max_seq_len_tokens
-    app.include_router(
-        tokenization_router(service.builder, tokenizer, settings, context_tokens=context_tokens)
-    )
+    app.include_router(tokenization_router(service.builder, tokenizer, settings))
     return app
 
 
@@ -255,12 +232,19 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
+    @app.exception_handler(RapError)
+    async def rejected(request: Request, error: RapError) -> Response:
+        if not isinstance(error, ApiError):
+            log.error("Request %s failed", request.state.request_id, exc_info=error)
+            error = failed(str(error))
+        service.count(request, error.outcome)
+        if error.status >= 429:  # it is not the client's mistake
+            request.state.reason = shown(str(error), 400)
         return error.response(request.scope)
 
     @app.exception_handler(ClientDisconnect)
-    async def disconnected(_request: Request, _error: ClientDisconnect) -> Response:
+    async def disconnected(request: Request, _error: ClientDisconnect) -> Response:
+        service.count(request, "disconnected")
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(HTTPException)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.structured_output import GrammarCompiler
 from rap_env.serving.detokenizer import plain_text
@@ -21,6 +21,9 @@ from rap_env.serving.schemas import (
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.structured import constraint_of
 
+if TYPE_CHECKING:
+    from rap_env.runtime.engine import Engine
+
 Body = ChatCompletionRequest | CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -30,29 +33,21 @@ DEFAULT_COMPLETION_TOKENS = 16
 class RequestBuilder:
     """Makes generation requests from validated bodies.
 
-    `context_tokens` is the most tokens of a prompt and its answer together, `grammars` compiles
-    what answers have to follow, `longest_prompt` gives the most tokens of a prompt that fit the
-    memory budget, 0 if none do, and `text_kinds` tells the kinds of text in prompts, if the policy
-    chooses by them.
+    `grammars` compiles what answers have to follow.
+
+    Attributes:
+        context_tokens: Most tokens of a prompt and its answer together.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        settings: ServerSettings,
-        *,
-        context_tokens: int,
-        grammars: GrammarCompiler,
-        stop_token_ids: Sequence[int],
-        longest_prompt: Callable[[], int],
-        text_kinds: TextKinds | None = None,
+        self, engine: Engine, tokenizer: Any, settings: ServerSettings, grammars: GrammarCompiler
     ) -> None:
         self._settings = settings
-        self._context_tokens = context_tokens
-        self._stop_token_ids = tuple(stop_token_ids)
-        self._longest_prompt = longest_prompt
-        self._text_kinds = text_kinds
+        self._longest_prompt = engine.longest_prompt_tokens
+        self._text_kinds = engine.controller.chooser.policy.text_kinds
+        self._stop_token_ids = stop_tokens(engine.llm, tokenizer)
         self._tokenizer = tokenizer
+        self.context_tokens = engine.max_seq_len_tokens
         self.grammars = grammars
         self._lock = threading.Lock()  # a tokenizer's settings are not thread-safe
 
@@ -145,15 +140,15 @@ class RequestBuilder:
             raise self._too_long(
                 f"The prompt has {tokens} tokens; this server reads at most {most}.", body
             )
-        if most is None and 0 < (fits := self._longest_prompt()) < tokens < self._context_tokens:
+        if most is None and 0 < (fits := self._longest_prompt()) < tokens < self.context_tokens:
             raise self._too_long(
                 f"The prompt has {tokens} tokens; at most {fits} fit the memory of this server.",
                 body,
             )
         new = body.new_tokens or 1
-        if tokens + new > self._context_tokens:
+        if tokens + new > self.context_tokens:
             raise self._too_long(
-                f"This model's maximum context length is {self._context_tokens} tokens. However, "
+                f"This model's maximum context length is {self.context_tokens} tokens. However, "
                 f"you requested {tokens + new} tokens ({tokens} in the prompt, {new} in the "
                 "completion). Please reduce the length of the prompt or of the completion.",
                 body,
@@ -170,7 +165,7 @@ class RequestBuilder:
         chat = isinstance(body, ChatCompletionRequest)
         default = self._settings.default_chat_tokens if chat else DEFAULT_COMPLETION_TOKENS
         most = min(default, self._settings.max_new_tokens)
-        return max(1, min(most, self._context_tokens - prompt_tokens))
+        return max(1, min(most, self.context_tokens - prompt_tokens))
 
     def _sampling(self, body: Body, max_new_tokens: int) -> SamplingParams:
         temperature = 1.0 if body.temperature is None else body.temperature

@@ -135,12 +135,11 @@ def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
 
 
 def tokenization_router(
-    builder: RequestBuilder, tokenizer: Any, settings: ServerSettings, *, context_tokens: int
+    builder: RequestBuilder, tokenizer: Any, settings: ServerSettings
 ) -> APIRouter:
     """Make the routes ``/tokenize`` and ``/detokenize``, as in vLLM's server.
 
-    `builder` encodes texts and messages exactly as for completions; `context_tokens` is the most
-    tokens of a prompt and its answer together.
+    `builder` encodes texts and messages exactly as for completions.
     """
     router = APIRouter()
 
@@ -166,7 +165,7 @@ def tokenization_router(
         body = validate_fields(TokenizeRequest, await read_json(request, settings))
         builder.check_model(body.model)
         tokens = await asyncio.to_thread(encode, body)
-        answer = {"count": len(tokens), "max_model_len": context_tokens, "tokens": tokens}
+        answer = {"count": len(tokens), "max_model_len": builder.context_tokens, "tokens": tokens}
         return JSONResponse(answer)
 
     @router.post("/detokenize")

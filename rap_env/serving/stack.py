@@ -51,7 +51,6 @@ def build_stack(
     llm: ElasticLLM | None = None,
     policy: PolicyLike | None = None,
     memory: MemorySource | None = None,
-    engine_class: type[Engine] = Engine,
     **controls: Any,
 ) -> ServerStack:
     """Build all parts of a server; parts that are not given are those of the settings.
@@ -70,7 +69,7 @@ def build_stack(
             limit = limits.open_limit(settings)
         served = _load(settings, limit, llm, policy)
         controller = _fund(settings, limit, served, memory, log=decisions, **controls)
-        engine, app = _start(settings, limit, served, controller, engine_class)
+        engine, app = _start(settings, limit, served, controller)
         if llm is None and limit is not None and limit.of_process:
             limits.check_started(settings.model, limit)
     except BaseException:
@@ -144,13 +143,12 @@ def _start(
     limit: limits.LiveLimit | None,
     served: _Served,
     controller: RuntimeController,
-    engine_class: type[Engine],
 ) -> tuple[Engine, FastAPI]:
     """Make the engine and the application, unless no request fits the limit."""
     from rap_env.serving.app import create_app
 
     llm = served.llm
-    engine = engine_class(
+    engine = Engine(
         llm,
         controller,
         max_batch_size=settings.max_batch_size,
