@@ -131,7 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "repair": partial(part_of, "repair", partial(shown_tables, titles=())),
     "tight_stubs": tables.stubs_text,
     **{ranked: partial(tables.ranked_text, name) for name, ranked in RANKED.items()},
-    "tight_shipped": tables.shipped_text,
+    "tight_packaged": tables.packaged_text,
     **{name: partial(tables.search_text, *search) for name, search in SEARCHES.items()},
     **{n: partial(tables.tasks_text, n) for n in ("tight_tasks", "floor_tasks", "few_bits_tasks")},
     "tight_agents": tables.agents_text,

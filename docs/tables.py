@@ -147,12 +147,12 @@ def search_text(folder: str, method: str, comparison: str) -> str:
     return f"{shown_tables(tables_markdown(compared), ())}\n{title}\n\n{table}\n"
 
 
-def shipped_text() -> str:
+def packaged_text() -> str:
     """ΔNLL of the candidates for the packaged policy, on a third text and on the report text."""
-    judged, reported = read("tight_shipped", "validation"), read(PLANS)
-    shipped = [row for row in read("tight_shipped") if row.method == "rap"]
-    reported += [replace(row, method="rap-shipped") for row in shipped]
-    names = {"frontier": "Frontier table", "rap-shipped": "RAP policy, packaged"}
+    judged, reported = read("tight_packaged", "validation"), read(PLANS)
+    packaged = [row for row in read("tight_packaged") if row.method == "rap"]
+    reported += [replace(row, method="rap-packaged") for row in packaged]
+    names = {"frontier": "Frontier table", "rap-packaged": "RAP policy, packaged"}
     lines = []
     for method, seed in dict.fromkeys((row.method, row.seed) for row in judged):
         estimates = []

@@ -119,13 +119,11 @@ class Evaluator:
             self.context.scorer.nll_many(plans)
         self.report.nll_many(plans)
 
-    def measure_again(self, row: ResultRow, provenance: dict[str, Any]) -> ResultRow:
+    def measure_again(self, row: ResultRow) -> ResultRow:
         """Return the row of a recorded plan."""
-        return replace(row, **self.losses(row.plan), provenance=provenance)
+        return replace(row, **self.losses(row.plan))
 
-    def measure(
-        self, method: ComparedMethod, cell: EvaluationCell, provenance: dict[str, Any]
-    ) -> ResultRow:
+    def measure(self, method: ComparedMethod, cell: EvaluationCell) -> ResultRow:
         """Return the row of one choice; an NLL of NaN or infinity is a `NonFiniteScoreError`."""
         request, scorer = cell.request, self.context.scorer
         choice = self._choices.pop((id(method), request))
@@ -148,7 +146,6 @@ class Evaluator:
             decision_s=choice.decision_s,
             evaluations=choice.evaluations,
             setup_evaluations=method.setup_evaluations,
-            provenance=provenance,
             sparsity=cell.sparsity,
             outside=cell.outside,
             training_s=method.training_s,

@@ -180,9 +180,8 @@ def _row(
     fields: Fields,
     plan: Plan,
     described: dict[str, Any],
-    provenance: dict[str, Any],
 ) -> TaskRow | LossRow:
-    return row_type(**described, **fields(plan), provenance=provenance)
+    return row_type(**described, **fields(plan))
 
 
 def plans_of(config: Config, context: PruningContext) -> dict[str, Callable[[Request], Plan]]:

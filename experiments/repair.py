@@ -129,7 +129,7 @@ class RepairStudy:
             "tasks": self._config.evaluate.tasks,
         }
 
-    def row(self, repair: str, cell: Cell, text: str, provenance: dict[str, Any]) -> RepairRow:
+    def row(self, repair: str, cell: Cell, text: str) -> RepairRow:
         """Measure the mask of a repair and a cell on a text."""
         request = Request.at_fraction(self._context.memory, *cell)
         mask, view = self._mask(repair, cell), self.view(repair)
@@ -148,7 +148,6 @@ class RepairStudy:
             **delta_nll_fields(MaskScorer(view, corpus, store).window_nll(mask) - dense),
             accuracies=self._measured_accuracies(view, mask),
             dense_accuracies=self._measured_accuracies(self.llm, Plan()),
-            provenance=provenance,
         )
 
     def _mask(self, repair: str, cell: Cell) -> Plan:

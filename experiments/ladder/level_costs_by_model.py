@@ -159,15 +159,13 @@ def _row(
     plan: Plan,
     report: MaskScorer,
     calibration: torch.Tensor,
-    provenance: dict[str, Any],
     **fields: Any,
 ) -> LevelCostRow:
     if fields["rounding"] in ("nearest", "calibrated"):
         nll = rounded_nll(config, fields["rounding"], report.corpus, calibration)
     else:
         nll = report.window_nll(plan)
-    delta_nll = delta_nll_fields(nll - report.window_nll(Plan()))
-    return LevelCostRow(**fields, **delta_nll, provenance=provenance)
+    return LevelCostRow(**fields, **delta_nll_fields(nll - report.window_nll(Plan())))
 
 
 def rounded_nll(

@@ -81,7 +81,7 @@ class LlamaCppCache:
         task = {**self._task, "rows": 1, "tokens": windows.shape[1], "windows": windows.tolist()}
         return np.array(run_process(task)["nll"]) - self._report.window_nll(Plan())
 
-    def row(self, shape: Shape, provenance: dict[str, Any]) -> LlamaCppRow:
+    def row(self, shape: Shape) -> LlamaCppRow:
         """Measure one request."""
         measured = run_process({**self._task, "rows": shape[0], "tokens": shape[1]})
         return LlamaCppRow(
@@ -90,7 +90,6 @@ class LlamaCppCache:
             held_bytes=measured["model_bytes"] + measured["buffers"]["KV"],
             resident_bytes=measured["resident_bytes"] - measured["before_bytes"],
             **delta_nll_fields(self.delta_nll),
-            provenance=provenance,
         )
 
 

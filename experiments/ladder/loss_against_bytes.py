@@ -168,9 +168,9 @@ def _job(
         "packed": side is not report,
     }
 
-    def measure(provenance: dict[str, Any]) -> LadderRow:
+    def measure() -> LadderRow:
         delta_nll = side.window_nll(plan) - report.window_nll(Plan())
-        return LadderRow(**fields, **delta_nll_fields(delta_nll), provenance=provenance)
+        return LadderRow(**fields, **delta_nll_fields(delta_nll))
 
     return Job(
         LadderRow, (method, name, shape), {**report_identity(side), "plan": plan.levels}, measure

@@ -285,9 +285,7 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
             OutsideRow,
             (method, name),
             {**depends_on, **more},
-            lambda provenance: OutsideRow(
-                method=method, name=name, **rows.measured(measure), provenance=provenance
-            ),
+            lambda: OutsideRow(method=method, name=name, **rows.measured(measure)),
         )
 
     methods: dict[str, Callable[[int], dict[str, Any]]] = {

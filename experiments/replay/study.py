@@ -79,9 +79,7 @@ def _file_hash(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
 
 
-def replayed(
-    config: Config, folder: Path, run: SystemRun, system: System, provenance: dict[str, Any]
-) -> ReplayRow:
+def replayed(config: Config, folder: Path, run: SystemRun, system: System) -> ReplayRow:
     """Serve all requests with a system, and judge what it generated with the dense model."""
     run.log.unlink(missing_ok=True)  # left by an interrupted run of this system
     run.serve(system, progress=config.progress)
@@ -128,7 +126,6 @@ def replayed(
         same_fraction=sum(q.same for q in qualities) / tokens if tokens else None,
         right=[quality.right for quality in qualities if quality.right is not None],
         steps=sampled_steps(run.intervals),
-        provenance=provenance,
     )
     run.outcomes.clear()  # their memory must not count while the next system runs
     run.intervals.clear()

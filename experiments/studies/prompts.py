@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,17 +129,12 @@ def _row(
     names: tuple[str, str, str],
     prompt_tokens: int,
     recorded: bool,
-    provenance: dict[str, Any],
 ) -> PolicyRow:
-    losses = _losses_by_window(scorer, plans)
-    return PolicyRow(*names, prompt_tokens, recorded, losses, provenance=provenance)
-
-
-def _losses_by_window(scorer: MaskScorer, plans: Sequence[Plan]) -> list[float]:
-    """Return the ΔNLL of each window with a plan of its own, nats per token."""
+    """The row of a policy, whose plan of each window is measured on it."""
     native = scorer.window_nll(Plan())
     by_plan = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
-    return [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
+    delta_nll = [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
+    return PolicyRow(*names, prompt_tokens, recorded, delta_nll)
 
 
 class PromptStudy:

@@ -185,23 +185,20 @@ class TextJobs:
                     plans = [Plan(), plan]
                     yield Job(PlanRow, identity, depends_on, make, scorer=scorer, plans=plans)
 
-    def _costs(self, draw: Draw, scorer: MaskScorer, provenance: dict[str, Any]) -> CostRow:
+    def _costs(self, draw: Draw, scorer: MaskScorer) -> CostRow:
         levels, together = self._ladder.cache_levels, self._ladder.together
         costs = scan_levels(scorer, levels, together=together, progress=self._progress)
         scorer.release()
-        return CostRow(*draw, asdict(costs), provenance=provenance)
+        return CostRow(*draw, asdict(costs))
 
     def _depends_on(self, scorer: MaskScorer, **more: Any) -> dict[str, Any]:
         scores = digest(dict(scorer.plan_context))
         return {"scores": scores, "ladder": self._ladder.spec, **more}
 
 
-def _plan_row(
-    scorer: MaskScorer, plan: Plan, identity: tuple[Any, ...], provenance: dict[str, Any]
-) -> PlanRow:
-    losses = (scorer.window_nll(plan) - scorer.window_nll(Plan())).tolist()
-    named = dict(zip(PlanRow.identity, identity, strict=True))
-    return PlanRow(**named, window_delta_nll=losses, provenance=provenance)
+def _plan_row(scorer: MaskScorer, plan: Plan, identity: tuple[str, int, str, str]) -> PlanRow:
+    delta_nll = scorer.window_nll(plan) - scorer.window_nll(Plan())
+    return PlanRow(*identity, delta_nll.tolist())
 
 
 class TextStudy:

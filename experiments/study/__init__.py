@@ -20,7 +20,7 @@ tables made from the rows. The rest is done here::
             identity, depends_on = (level, (8, 2048)), {"model": context.llm.fingerprint}
             yield Job(CacheRow, identity, depends_on, partial(measure, context, level))
 
-    def measure(context, level, provenance) -> CacheRow: ...
+    def measure(context, level) -> CacheRow: ...
 
     def tables(rows: list[CacheRow]) -> list[TitledTable]:
         columns = {"Caches": lambda row: row.caches, "ΔNLL": lambda row: str(row.estimate)}

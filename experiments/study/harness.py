@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +38,7 @@ class Job(Generic[RowT]):
         identity: Values of what `Record.identity` names, in that order.
         depends_on: Hashes and settings that the row depends on. A row is measured once for each
             identity and `depends_on`.
-        make: Measures the row; called with its provenance.
+        make: Measures the row; its provenance is added.
         facts: More entries of its provenance, on which it does not depend.
         scorer: Scores `plans` before the row is made, together with those of the neighbouring jobs
             with the same scorer, since steps that plans share then run once; None to score nothing
@@ -50,7 +50,7 @@ class Job(Generic[RowT]):
     row_type: type[RowT]
     identity: tuple[Any, ...]
     depends_on: Mapping[str, Any]
-    make: Callable[[dict[str, Any]], RowT]
+    make: Callable[[], RowT]
     facts: Mapping[str, Any] = field(default_factory=dict)
     scorer: MaskScorer | None = None
     plans: Sequence[Plan] = ()
@@ -60,6 +60,15 @@ class Job(Generic[RowT]):
     def key(self) -> str:
         """The key that the row will have."""
         return row_key(*self.identity, {"depends_on": self.depends_on})
+
+    def row(self, git: Mapping[str, Any] | None) -> RowT:
+        """Measure the row, with its provenance.
+
+        Args:
+            git: State of the checkout, of `git_state`.
+        """
+        provenance = {"depends_on": dict(self.depends_on), "git": git, **self.facts}
+        return replace(self.make(), provenance=provenance)
 
 
 @dataclass(frozen=True)
@@ -170,8 +179,7 @@ def measured(
                 if prepare is not None:
                     prepare(chunk)
                 for job in chunk:
-                    provenance = {"depends_on": dict(job.depends_on), "git": git, **job.facts}
-                    files[job.row_type].get(job.key, partial(job.make, provenance))
+                    files[job.row_type].get(job.key, partial(job.row, git))
                     bar.update()
             if scorer is not None:
                 scorer.release()

@@ -81,7 +81,7 @@ def test_a_row_that_is_measured_first_is_compared_with_the_unchanged_model(rows,
     removed = replace(config, ladder=replace(config.ladder, removed_layers=[1]))
     jobs = {job.identity: job for job in outside.outside_jobs(removed, tmp_path)}
     key = "ReplaceMe, least squares", "1 layers"
-    assert jobs[key].make({}).delta_nll == pytest.approx(rows[key].delta_nll, abs=1e-5) != 0.0
+    assert jobs[key].make().delta_nll == pytest.approx(rows[key].delta_nll, abs=1e-5) != 0.0
 
 
 def test_losses_are_those_of_the_scorer(rows, config):

@@ -112,7 +112,7 @@ def test_a_knapsack_lowers_precision_to_meet_its_budgets(config, tmp_path):
     ]  # fmt: skip
     assert [job.identity[1] for job in jobs] == ["95 %", "90 %"] * 2
     for job in jobs:
-        row = job.make({})
+        row = job.make()
         assert row.fits
         assert row.peak_bytes <= row.budget_bytes
         assert set(row.levels.values()) & {"int8", "int4"}, "precision comes first"

@@ -53,10 +53,10 @@ class FakeStudy:
             yield Job(CacheRow, (level, (8, 64)), depends_on, make, {"by": "test"}, self.scorer,
                       [level])  # fmt: skip
 
-    def row(self, level, provenance):
+    def row(self, level):
         self.made[level] += 1
         losses = delta_nll_fields([len(level), len(level)])
-        return CacheRow(level, request=request_field((8, 64)), **losses, provenance=provenance)
+        return CacheRow(level, request=request_field((8, 64)), **losses)
 
     def tables(self, rows):
         columns = {"Caches": lambda row: row.level, "ΔNLL": lambda row: str(row.estimate)}
