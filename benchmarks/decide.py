@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.harness import ModelSettings, launch, open_model, spread
+from benchmarks.measuring import ModelSettings, launch, open_model, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from rap_env.memory import MemoryModel

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Settings, alternate, launch, ratios, spread
+from benchmarks.measuring import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from benchmarks.harness import ModelSettings, launch, open_model
+from benchmarks.measuring import ModelSettings, launch, open_model
 from benchmarks.record import Target, write_record
 from experiments.ladder.llama_cpp import PACKAGE, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, target_nll

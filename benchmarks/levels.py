@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-from benchmarks.harness import (
+from benchmarks.measuring import (
     ModelSettings,
     alternate,
     launch,

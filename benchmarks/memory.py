@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import (
+from benchmarks.measuring import (
     ModelSettings,
     launch,
     measured_peak,

@@ -25,7 +25,7 @@ from torch import nn
 
 from agents.algorithms import AgentConfig
 from agents.training import train
-from benchmarks.harness import ModelSettings, launch, open_model, spread
+from benchmarks.measuring import ModelSettings, launch, open_model, spread
 from benchmarks.record import Target, write_record
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneVectorEnv

@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.harness import Settings, alternate, launch, ratios, spread
+from benchmarks.measuring import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
 from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel

@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tables
+import record_tables
 from readme_results import decision_cost, readme_results, table_speeds
-from tables import GEMMA, LOW_BITS, OUTSIDE, PLANS, RANKED, RESULTS, ROOT, SEARCHES, shown_tables
+from record_tables import (
+    GEMMA,
+    LOW_BITS,
+    OUTSIDE,
+    PLANS,
+    RANKED,
+    RESULTS,
+    ROOT,
+    SEARCHES,
+    shown_tables,
+)
 
 import rap_env
 from benchmarks.record import committed_records, targets_table
@@ -43,7 +53,7 @@ ENVIRONMENTS = {
 """The page of each environment, with its name and class."""
 
 PLAN_COMPARISONS = (
-    PLANS, LOW_BITS, tables.OWN_BUDGETS, GEMMA, tables.LOW_BITS_GEMMA, OUTSIDE
+    PLANS, LOW_BITS, record_tables.OWN_BUDGETS, GEMMA, record_tables.LOW_BITS_GEMMA, OUTSIDE
 )  # fmt: skip
 COMPARISONS = ("learning", "learning_scratch", "evolution", "learning_library", "seeds")
 """Folders of ``results/`` with a comparison of methods that choose masks."""
@@ -110,8 +120,11 @@ def two_sections(text: str) -> str:
 
 
 FULL: dict[str, Callable[[], str]] = {
-    **{name: partial(tables.comparison_text, name) for name in (*PLAN_COMPARISONS, *COMPARISONS)},
-    **{name: partial(tables.transfer_text, name) for name in TRANSFERS},
+    **{
+        name: partial(record_tables.comparison_text, name)
+        for name in (*PLAN_COMPARISONS, *COMPARISONS)
+    },
+    **{name: partial(record_tables.transfer_text, name) for name in TRANSFERS},
     **{name: partial(study_text, name) for name in STUDIES},
     "ladder": ladder_text,
 }
@@ -121,7 +134,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": readme_results,
     "speeds": table_speeds,
     **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
-    **{name: partial(part_of, name, tables.first_tables) for name in COMPARISONS},
+    **{name: partial(part_of, name, record_tables.first_tables) for name in COMPARISONS},
     **{
         name: partial(part_of, name, below)
         for name in ("replay_ladder", "replay_low_bits", "prompts")
@@ -129,20 +142,23 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(part_of, name, untitled) for name in ("replay", "texts")},
     **{name: partial(part_of, name, first_section) for name in ("long_context", "tight_recall")},
     "repair": partial(part_of, "repair", partial(shown_tables, titles=())),
-    "tight_stubs": tables.stubs_text,
-    **{ranked: partial(tables.ranked_text, name) for name, ranked in RANKED.items()},
-    "tight_packaged": tables.packaged_text,
-    **{name: partial(tables.search_text, *search) for name, search in SEARCHES.items()},
-    **{n: partial(tables.tasks_text, n) for n in ("tight_tasks", "floor_tasks", "few_bits_tasks")},
-    "tight_agents": tables.agents_text,
-    "ablation": tables.ablation_text,
-    "entries": tables.leaderboard_text,
+    "tight_stubs": record_tables.stubs_text,
+    **{ranked: partial(record_tables.ranked_text, name) for name, ranked in RANKED.items()},
+    "tight_packaged": record_tables.packaged_text,
+    **{name: partial(record_tables.search_text, *search) for name, search in SEARCHES.items()},
+    **{
+        n: partial(record_tables.tasks_text, n)
+        for n in ("tight_tasks", "floor_tasks", "few_bits_tasks")
+    },
+    "tight_agents": record_tables.agents_text,
+    "ablation": record_tables.ablation_text,
+    "entries": record_tables.leaderboard_text,
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
-    "load_generator": tables.load_generator_text,
-    "cgroup": tables.cgroup_text,
+    "load_generator": record_tables.load_generator_text,
+    "cgroup": record_tables.cgroup_text,
     "benchmarks": lambda: targets_table(committed_records()),
-    "engine_features": tables.features_text,
-    "engines": tables.agreement_text,
+    "engine_features": record_tables.features_text,
+    "engines": record_tables.agreement_text,
     "ladder": partial(part_of, "ladder", two_sections),
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""

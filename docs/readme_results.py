@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tables import LOW_BITS, OWN_BUDGETS, PLANS, RESULTS, SEARCHES, plan_rows, read
+from record_tables import LOW_BITS, OWN_BUDGETS, PLANS, RESULTS, SEARCHES, plan_rows, read
 
 from experiments.comparison.pairwise import compare_pair
 from experiments.comparison.records import ResultRow

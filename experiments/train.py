@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+import rap_env
 from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
@@ -19,20 +21,22 @@ from agents.training import TrainResult
 from experiments.comparison.evaluation import grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, held_out_scorer, ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.console import say
 from experiments.study.figures import save_png
 from experiments.study.records import Cell, trim_metrics
 from experiments.study.run_folder import RunFolder
+from experiments.study.statistics import bootstrap_mean
 from experiments.study.tables import percent, shape_words
 from experiments.training.loggers import Loggers, open_loggers
-from experiments.training.objective import ObjectiveScorer, objective
 from experiments.training.score_model import learn
-from experiments.training.verdict import next_steps, verdict
 from rap_env.context.base import PruningContext
+from rap_env.leaderboard.tasks import pinned_tasks
 from rap_env.plan import Plan
+from rap_env.policies.packaged_files import DEFAULT_MODEL
 from rap_env.request import Request
+from rap_env.scoring.score_table import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +127,114 @@ def show_policy(
     save_png(levels_picture(lines, context.memory.facts.num_layers), path)
     loggers.image("policy/levels", path)
     return plans
+
+
+class ObjectiveScorer:
+    """Computes a sweep's objective: mean ΔNLL of the chosen masks on the selection text.
+
+    The selection text is ``evaluate.selection``, or the calibration text where none is given.
+
+    Raises:
+        CorpusError: The selection text is too short or overlaps with the calibration text.
+        ModelNotAvailableError: There is a selection text, but the model is a score table.
+    """
+
+    def __init__(self, config: Config, context: PruningContext) -> None:
+        self._on = measured_on(config)
+        self._scorer = context.scorer
+        selection = config.evaluate.selection_text
+        if selection is not None:
+            self._scorer = held_out_scorer(selection, "selection", context)
+
+    def facts(self, plans: Sequence[Plan]) -> dict[str, Any]:
+        """Return the mean ΔNLL over the grid, nats per token, and what it was measured on."""
+        dense_nll = self._scorer.dense_nll
+        losses = [self._scorer.nll(plan) - dense_nll for plan in plans]
+        return {"objective": sum(losses) / len(losses), "objective_on": self._on}
+
+
+def measured_on(config: Config) -> dict[str, Any]:
+    """Return the text and the grid that an objective is measured on."""
+    selection = config.evaluate.selection_text
+    pinned = {"pinned": list(config.evaluate.pinned)} if config.evaluate.pinned else {}
+    return {
+        "text": asdict(selection) if selection is not None else "calibration",
+        "requests": list(config.evaluate.requests),
+        "budgets": list(config.evaluate.budgets),
+        **pinned,
+    }
+
+
+def objective(config: Config, folder: Path) -> float:
+    """Return the objective of a finished training; measured again if grid or text differ."""
+    run, started = RunFolder(folder), time.monotonic()
+    record = run.read() or {}
+    if record.get("objective_on") != measured_on(config):
+        context = build_context(config)
+        requests = grid_requests(config.evaluate, context.memory, ladder_bytes(config, context))
+        scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
+        record = scorer.facts([policy.choose(request) for _, request in requests])
+        run.finish(started, **record)
+    return float(record["objective"])
+
+
+def task_of(config: Config) -> str | None:
+    """Return the newest pinned task on the score table that a training runs on, if it has one."""
+    own = config.env.id, config.model.name
+    tasks = (task for task in pinned_tasks().values() if not task.live)
+    names = [task.name for task in tasks if (task.environment, task.arguments["model"]) == own]
+    return max(names, default=None)
+
+
+def verdict(config: Config, folder: Path, context: PruningContext) -> str:
+    """Return a policy's ΔNLL beside the published methods; "" if no pinned task has its table.
+
+    Args:
+        config: The settings of the training.
+        folder: Its run folder.
+        context: The score table that it ran on.
+    """
+    task = task_of(config)
+    if task is None:
+        return ""
+    policy = TrainedPolicy.load(folder, context)
+    result = rap_env.evaluate(policy, task, "test", name=folder.name, seed=config.seed)
+    mean = bootstrap_mean(result.scores)
+    return (
+        f"{result}\nAll plans of the published methods were measured on the model.\n\n"
+        f"{folder.name}: ΔNLL {mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}] nats per token on "
+        "held-out text, 95 % over requests."
+    )
+
+
+def next_steps(
+    config: Config, folder: Path, context: PruningContext, overrides: Sequence[str]
+) -> str:
+    """Return a run's folder, and the commands that judge, export and serve its policy.
+
+    Args:
+        config: The settings of the training.
+        folder: Its run folder.
+        context: What it ran on.
+        overrides: The settings of the command that started it.
+    """
+    facts, settings = context.memory.facts, list(overrides)
+    if config.model.name.startswith(PREFIX):
+        settings = [text for text in settings if not text.startswith("model.name=")]
+        settings.append(f"model.name={facts.name}")
+    run, file = f"run={folder}", f"{config.name}.safetensors"
+    if "=" in str(folder):  # in the name of a run with settings of its own: quoted for Hydra
+        run = f"\"run='{folder}'\""
+    serve = f"rap serve --policy {file}"
+    if facts.name.partition("@")[0] != DEFAULT_MODEL:
+        serve += f" --model {facts.name}"
+    if not facts.packed:
+        serve += " --weights bf16"
+    return (
+        f"The run is in {folder}. Next, measure it on the model beside other methods; export it; "
+        f"serve it:\n  python -m experiments.evaluate {' '.join(settings)}\n"
+        f"  python -m experiments.export_policy {run} out={file}\n  {serve}"
+    )
 
 
 def run_trial(config: Config, folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""Labels and colours of methods, and number and table formats, the same in all output."""
+"""Tables from lines and columns, as text and Markdown, and formats of numbers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.harness import Settings, spread
+from benchmarks.measuring import Settings, spread
 from benchmarks.record import Target, committed_records, targets_table, write_record
 
 

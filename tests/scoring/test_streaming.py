@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers as tf
 
-from benchmarks.harness import measured_peak
+from benchmarks.measuring import measured_peak
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.importance.gsi_search import gsi
 from rap_env.models.files.loading import load_llm

@@ -11,8 +11,7 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import build_context
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
-from experiments.train import run_trial
-from experiments.training.objective import objective
+from experiments.train import objective, run_trial
 from rap_env.errors import CorpusError
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus

@@ -11,8 +11,7 @@ from experiments.config import as_config
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export
 from experiments.launch import CONF_DIR
-from experiments.train import train
-from experiments.training.verdict import next_steps, task_of, verdict
+from experiments.train import next_steps, task_of, train, verdict
 from rap_env.errors import ArtifactError
 from rap_env.leaderboard.tasks import pinned_task
 from rap_env.policies.loading import load_policy

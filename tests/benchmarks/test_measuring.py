@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.harness import (
+from benchmarks.measuring import (
     Settings,
     alternate,
     launch,
