@@ -15,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
-from rap_env.ladder.observation import BYTES_OVER
+from rap_env.ladder.features import BYTES_OVER
 from rap_env.policies.network_rows import (
     BLOCK_ROWS,
     ITEM_ROWS,

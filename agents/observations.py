@@ -9,13 +9,8 @@ import torch
 
 from rap_env.context.base import PruningContext, item_importance
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import (
-    ItemObservationBuilder,
-    Observation,
-    ObservationBuilder,
-    ObservationEncoder,
-)
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.observation import Observation, ObservationEncoder
 
 
 def make_encoder(context: PruningContext, ladder: Mapping[str, Any] | None) -> ObservationEncoder:
@@ -26,9 +21,9 @@ def make_encoder(context: PruningContext, ladder: Mapping[str, Any] | None) -> O
         ladder: `Ladder.spec` of the items of `RAPLadder-v0`; None for `RAPPrune-v0`.
     """
     if ladder is None:
-        return ObservationBuilder(context.memory, context.features)
-    item_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, **ladder))
-    return ItemObservationBuilder(item_bytes, item_importance(context, item_bytes))
+        return ObservationEncoder(mask_bytes(context.memory), context.features)
+    ladder_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, **ladder))
+    return ObservationEncoder(ladder_bytes, item_importance(context, ladder_bytes))
 
 
 def as_tensors(observation: Observation) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Batches of observations: `ItemObservationBuilder` for many plans at once, and ways to plans."""
+"""Batches of observations of plans, and ways from the native plan to others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.ladder.items import Counts
-from rap_env.ladder.observation import BYTES_OVER, Observation, ObservationEncoder, request_features
-from rap_env.ladder.state import StackedCosts
+from rap_env.ladder.observation import Observation, ObservationEncoder, ObservedPlans
 from rap_env.plan import Plan
 from rap_env.request import Request
 
@@ -22,33 +21,19 @@ class PlanObserver:
     A plan is given by the positions of its levels, see `rap_env.ladder.items.Ladder.positions`.
 
     Args:
-        builder: Builds the observations of single plans.
+        encoder: Encodes the observations.
         requests: The requests; the methods refer to them by index.
 
     Raises:
         InvalidRequestError: The model cannot serve a request.
     """
 
-    def __init__(self, builder: ObservationEncoder, requests: Sequence[Request]) -> None:
-        self._encoder, self.ladder = builder, builder.ladder
-        shapes: dict[tuple[int, int], int] = {}  # bytes do not depend on the budget
-        for request in requests:
-            shapes.setdefault((request.batch_size, request.seq_len_tokens), len(shapes))
-        self._shape = np.array([shapes[r.batch_size, r.seq_len_tokens] for r in requests])
-        costs = [builder.item_bytes.costs(*shape) for shape in shapes]
-        self._costs = StackedCosts.of(costs)
-        self._rows = np.stack([builder.rows_of(entry.steps) for entry in costs])
+    def __init__(self, encoder: ObservationEncoder, requests: Sequence[Request]) -> None:
+        self.ladder = encoder.ladder
+        self._plans = ObservedPlans(encoder, len(requests))
+        self._plans.put(np.arange(len(requests)), requests)
         self._lengths = np.array([len(item.levels) for item in self.ladder.items])
         self._caches = np.array(self.ladder.caches, dtype=np.int64)
-        self._budget = np.array([request.budget_bytes for request in requests])
-        self._request = request_features(
-            builder.item_bytes.memory,
-            batch_size=np.array([request.batch_size for request in requests]),
-            seq_len_tokens=np.array([request.seq_len_tokens for request in requests]),
-            budget_bytes=self._budget,
-            dense_peak_bytes=self._costs.dense_peak_bytes[self._shape],
-            kv_cache_bytes=self._costs.kv_cache_bytes[self._shape],
-        )
 
     def start(self, count: int) -> Counts:
         """The positions of `count` native plans, (count, N)."""
@@ -76,8 +61,8 @@ class PlanObserver:
         Returns:
             Bytes, (n,).
         """
-        peaks = self._costs.peaks(positions, self._shape[which])
-        return np.asarray(np.maximum(0, peaks - self._budget[which]))
+        peaks = self._plans.costs.peaks(positions, which)
+        return np.asarray(np.maximum(0, peaks - self._plans.budget_bytes[which]))
 
     def observe(self, which: Counts, positions: Counts) -> Observation:
         """The observations of plans; the arguments are those of `over_bytes`.
@@ -85,22 +70,12 @@ class PlanObserver:
         Returns:
             ``request`` (n, R), ``ladder`` (n, N, F) and ``action_mask`` (n, N), all float32.
         """
-        shape, costs = self._shape[which], self._costs
-        dense_peak_bytes = costs.dense_peak_bytes[shape]
-        over = self.over_bytes(which, positions) / dense_peak_bytes
-        request = self._request[which]
-        request[:, BYTES_OVER] = np.minimum(1.0, over)
-        rows = self._encoder.encode(
-            self._rows[shape[:, None], np.arange(len(self.ladder)), positions],
-            costs.freed_bytes(positions, shape),
-            dense_peak_bytes[:, None],
-        )
-        valid = (costs.nexts(positions, shape) >= 0).astype(np.float32)
-        return {"request": request, self._encoder.key: rows, "action_mask": valid}
+        seen = self._plans.observe(positions, which, self._plans.costs.peaks(positions, which))
+        return {**seen, "action_mask": seen["action_mask"].astype(np.float32)}
 
     def act(self, which: Counts, positions: Counts, items: Counts) -> Counts:
         """The positions after items, (n,), and all that are taken with them, were lowered."""
-        return self._costs.lowered(positions, items, self._shape[which])
+        return self._plans.costs.lowered(positions, items, which)
 
     def right_actions(self, which: Counts, positions: Counts, targets: Counts) -> Flags:
         """The items that a plan on the way to a target may lower next, (n, N).
@@ -114,7 +89,7 @@ class PlanObserver:
             positions: The positions of each plan's levels, (n, N).
             targets: Those of the target's levels, (n, N).
         """
-        lower = self._costs.nexts(positions, self._shape[which])
+        lower = self._plans.costs.nexts(positions, which)
         stays = targets < self._lengths  # a cache that goes with its block is past its last level
         right = (lower >= 0) & (lower <= targets) & stays
         for shared in self.ladder.shared_positions:

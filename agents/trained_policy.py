@@ -115,7 +115,7 @@ class TrainedPolicy(Policy):
             InvalidRequestError: The model cannot serve the batch size or the length.
             InfeasibleBudgetError: No mask, or no plan of the ladder, fits the budget.
         """
-        self._encoder.item_bytes.check_feasible(request)
+        self._encoder.ladder_bytes.check_feasible(request)
         plans = list(dict.fromkeys(self.sample(request, self._best_of)))
         if len(plans) == 1:
             return plans[0]

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.measuring import Settings, alternate, launch, ratios, spread
 from benchmarks.record import Target, write_record
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
@@ -119,7 +119,7 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
         actions = [env.action_space.sample() for _ in range(count)]
         task = env.unwrapped.__dict__.get("_task")  # of ours
         forget = (
-            (lambda: None) if task is None else task.encoder.item_bytes.cached_costs.cache_clear
+            (lambda: None) if task is None else task.encoder.ladder_bytes.cached_costs.cache_clear
         )
         return Player(env, actions, settings.rounds, forget)
 

@@ -41,15 +41,15 @@ class BetterOfTwo(Method):
 
     def _choose(self, request: rap_env.Request, scores: CountingScorer) -> Plan:
         """The choice where the native model does not fit; `scores` counts what it measures."""
-        asked = [make_method(name, self.context, self.item_bytes, self.seed) for name in ASKED]
+        asked = [make_method(name, self.context, self.ladder_bytes, self.seed) for name in ASKED]
         return scores.best([method.choose(request) for method in asked])
 
 
 def methods(names: tuple[str, ...]) -> dict[str, Policy]:
     """Methods on the score table of the task, by name."""
     env: Any = gym.make(TASK).unwrapped
-    item_bytes = LadderBytes(env.memory, env.ladder)
-    return {name: make_method(name, env.context, item_bytes) for name in names}
+    ladder_bytes = LadderBytes(env.memory, env.ladder)
+    return {name: make_method(name, env.context, ladder_bytes) for name in names}
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     return open_context(context_config(config, profiled=profiled))
 
 
-def ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
+def make_ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
     """Return the byte arithmetic over the ladder's items; None for an environment of masks."""
     if not config.env.lowers:
         return None

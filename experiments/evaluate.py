@@ -24,7 +24,7 @@ from experiments.config import Config
 from experiments.contexts import (
     build_context,
     held_out_scorer,
-    ladder_bytes,
+    make_ladder_bytes,
     task_config,
 )
 from experiments.launch import launch
@@ -52,7 +52,7 @@ class Evaluator:
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context
-        self.item_bytes = ladder_bytes(config, context)
+        self.ladder_bytes = make_ladder_bytes(config, context)
         # A memory cap counts no logits of the native model beside a plan's.
         compare = config.model.max_memory_bytes is None
         self.report = held_out_scorer(config.evaluate.text, "report", context, compare=compare)
@@ -73,7 +73,7 @@ class Evaluator:
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
-            "ladder": None if self.item_bytes is None else config.env.ladder,
+            "ladder": None if self.ladder_bytes is None else config.env.ladder,
             "repair": context.memory.facts.repair,
         }
         if not config.evaluate.plans:
@@ -149,7 +149,7 @@ class Evaluator:
             sparsity=cell.sparsity,
             outside=cell.outside,
             training_s=method.training_s,
-            levels=None if self.item_bytes is None else plan.levels,
+            levels=None if self.ladder_bytes is None else plan.levels,
             target_delta_nll=cell.target_delta_nll,
         )
 
@@ -166,11 +166,11 @@ class Evaluator:
 
     def _importance(self, config: Config) -> dict[str, Any]:
         """Identify the importance that agents observe; a longer GSI may change their choices."""
-        if self.item_bytes is None:
+        if self.ladder_bytes is None:
             features = self.context.features
             values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
         else:
-            values = list(vars(item_importance(self.context, self.item_bytes)).values())
+            values = list(vars(item_importance(self.context, self.ladder_bytes)).values())
         return {
             "method": config.importance["method"],
             "values": digest([array.tolist() for array in values]),
@@ -216,8 +216,8 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config) if context is None else context
     again = config.evaluate.plans
-    item_bytes = ladder_bytes(config, context)
-    cells = [] if again else evaluation_cells(config.evaluate, context.memory, item_bytes)
+    ladder_bytes = make_ladder_bytes(config, context)
+    cells = [] if again else evaluation_cells(config.evaluate, context.memory, ladder_bytes)
     run.start(config)
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:

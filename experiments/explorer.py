@@ -53,7 +53,7 @@ _BEGIN, _END = '<script type="application/json" id="data">', "</script>"
 class ExplorerContext(TableContext):
     """The context of a table, with the GSI order over blocks that its measured masks hold."""
 
-    def item_gsi(self, item_bytes: LadderBytes) -> GSIProfile:  # type: ignore[override]
+    def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:  # type: ignore[override]
         """The order of removals along the measured masks, the best next one first."""
         scores, blocks, mask = self.table.scores, set(range(self.table.facts.num_blocks)), Plan()
         order, nll_after = [], []
@@ -70,7 +70,7 @@ class ExplorerContext(TableContext):
         return GSIProfile(
             evaluations=0, evaluations_run=0, block_forwards=0.0, seconds=0.0, provenance={},
             method="lazy", together=(), first_nll={}, candidates=(),
-            levels={item.name: list(item.levels) for item in item_bytes.ladder.items},
+            levels={item.name: list(item.levels) for item in ladder_bytes.ladder.items},
             dense_nll=self.table.dense_nll, order=tuple(order), nll_after=tuple(nll_after),
             last_rises=dict(zip(map(block_name, sorted(blocks)), one_shot, strict=True)),
         )  # fmt: skip
@@ -86,8 +86,8 @@ class Explorer:
         self.table, self.held_out = packaged.table, packaged.table.held_out
         self.context = ExplorerContext(self.table, packaged.name, importance="one_shot")
         self.memory = self.context.memory
-        self.item_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
-        names = {name for item in self.item_bytes.ladder.items for name in item.levels}
+        self.ladder_bytes = LadderBytes(self.memory, Ladder.of(self.memory.facts))
+        names = {name for item in self.ladder_bytes.ladder.items for name in item.levels}
         self.levels = [name for name in LEVEL_COLOURS if name in names]
 
     def data(
@@ -100,7 +100,7 @@ class Explorer:
             number of a plan, the bytes of its caches and those of the rest; ``plans`` has, by
             number, what `plan_row` returns.
         """
-        policies = [make_method(name, self.context, self.item_bytes) for name in METHODS]
+        policies = [make_method(name, self.context, self.ladder_bytes) for name in METHODS]
         shapes = [(batch, length) for batch in batches for length in lengths]
         budgets = [self.budgets(shape) for shape in shapes]
         plans: dict[Plan, int] = {}
@@ -137,8 +137,8 @@ class Explorer:
 
         The last of the tight ones is the least at which no block has to be removed.
         """
-        known = self.context.frontier.on(self.item_bytes.ladder)
-        peaks = known.peak_bytes(self.item_bytes.costs(*shape))
+        known = self.context.frontier.on(self.ladder_bytes.ladder)
+        peaks = known.peak_bytes(self.ladder_bytes.costs(*shape))
         native = self.memory.dense_peak_bytes(*shape)
         lowest = peaks[[not plan.removed for plan in known.plans]].min()
         least = peaks[known.delta_nll < _DEEPEST_DELTA_NLL].min()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.common import Pinned, parse_shape
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.errors import ExperimentError
@@ -89,9 +89,9 @@ def tight_grid(config: Config, folder: Path) -> Path:
     settings, run, started = config.tight_grid, RunFolder(folder), time.monotonic()
     run.start(config)
     context = build_context(config)
-    item_bytes = ladder_bytes(config, context)
-    assert item_bytes is not None
-    baseline, budgets = Uniform(Basis(context, item_bytes)), []
+    ladder_bytes = make_ladder_bytes(config, context)
+    assert ladder_bytes is not None
+    baseline, budgets = Uniform(Basis(context, ladder_bytes)), []
     shapes = [parse_shape(text) for text in settings["requests"]]
     for shape in progress_bar(config.progress, shapes, desc="tight grid", unit="request"):
         budgets += tight_budgets(baseline, shape, settings["losses"])

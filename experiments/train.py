@@ -21,7 +21,7 @@ from agents.training import TrainResult
 from experiments.comparison.evaluation import grid_requests
 from experiments.comparison.figures import LevelsLine, levels_picture
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer, ladder_bytes
+from experiments.contexts import build_context, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.console import say
 from experiments.study.figures import save_png
@@ -69,8 +69,8 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
         log.info("Training: %s is finished (%d steps).", folder.name, record["timesteps"])
         return folder
     context = build_context(config)
-    item_bytes = ladder_bytes(config, context)
-    requests = grid_requests(config.evaluate, context.memory, item_bytes)  # fails now, not later
+    ladder_bytes = make_ladder_bytes(config, context)
+    requests = grid_requests(config.evaluate, context.memory, ladder_bytes)  # fails now, not later
     scorer = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
@@ -171,7 +171,9 @@ def objective(config: Config, folder: Path) -> float:
     record = run.read() or {}
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
-        requests = grid_requests(config.evaluate, context.memory, ladder_bytes(config, context))
+        requests = grid_requests(
+            config.evaluate, context.memory, make_ladder_bytes(config, context)
+        )
         scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
         record = scorer.facts([policy.choose(request) for _, request in requests])
         run.finish(started, **record)

@@ -15,7 +15,7 @@ from experiments.comparison.summaries import REFERENCE
 from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, training_dirs
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
-from experiments.contexts import ladder_bytes
+from experiments.contexts import make_ladder_bytes
 from experiments.study.errors import ExperimentError
 from experiments.study.records import Cell
 from rap_env.context.base import PruningContext
@@ -52,21 +52,21 @@ class EvaluationCell:
 
 
 def grid_requests(
-    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
+    grid: EvaluateConfig, memory: MemoryModel, ladder_bytes: LadderBytes | None = None
 ) -> list[tuple[Cell, Request]]:
     """Return every cell of the grid, and every pinned one, with its request.
 
     Args:
         grid: Requests and budgets.
         memory: Byte arithmetic of the model.
-        item_bytes: The ladder, if items are lowered; it decides which budgets can be met.
+        ladder_bytes: The ladder, if items are lowered; it decides which budgets can be met.
     """
-    cells = _checked(_grid_cells(grid, memory), memory, item_bytes)
+    cells = _checked(_grid_cells(grid, memory), memory, ladder_bytes)
     return [(cell.cell, cell.request) for cell in cells]
 
 
 def evaluation_cells(
-    grid: EvaluateConfig, memory: MemoryModel, item_bytes: LadderBytes | None = None
+    grid: EvaluateConfig, memory: MemoryModel, ladder_bytes: LadderBytes | None = None
 ) -> list[EvaluationCell]:
     """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
     cells = _grid_cells(grid, memory)
@@ -77,7 +77,7 @@ def evaluation_cells(
     for outside_cell in dict.fromkeys(grid.outside_cells):
         request = Request.at_fraction(memory, *outside_cell)
         cells.append(EvaluationCell(outside_cell, request, outside=True))
-    return _checked(cells, memory, item_bytes)
+    return _checked(cells, memory, ladder_bytes)
 
 
 def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
@@ -96,10 +96,10 @@ def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCel
 
 
 def _checked(
-    cells: list[EvaluationCell], memory: MemoryModel, item_bytes: LadderBytes | None
+    cells: list[EvaluationCell], memory: MemoryModel, ladder_bytes: LadderBytes | None
 ) -> list[EvaluationCell]:
     """Return the cells if some plan fits each of them."""
-    known_bytes = item_bytes or mask_bytes(memory)
+    known_bytes = ladder_bytes or mask_bytes(memory)
     for cell in cells:
         known_bytes.check_feasible(cell.request)
     return cells
@@ -172,8 +172,8 @@ def agent_folders(config: Config) -> list[Path]:
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedMethod]:
     """Yield the dense reference, the trained agents, then the baselines."""
-    item_bytes = ladder_bytes(config, context)
-    yield _baseline(REFERENCE, None, context, item_bytes)
+    ladder_bytes = make_ladder_bytes(config, context)
+    yield _baseline(REFERENCE, None, context, ladder_bytes)
     for folder in agent_folders(config):
         for best_of in dict.fromkeys(config.evaluate.best_of):
             default = best_of == config.evaluate.best_of[0]
@@ -183,13 +183,13 @@ def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedM
             continue
         seeds: list[int | None] = [*config.evaluate.random_seeds] if name == "random" else [None]
         for seed in seeds:
-            yield _baseline(name, seed, context, item_bytes)
+            yield _baseline(name, seed, context, ladder_bytes)
 
 
 def _baseline(
-    name: str, seed: int | None, context: PruningContext, item_bytes: LadderBytes | None
+    name: str, seed: int | None, context: PruningContext, ladder_bytes: LadderBytes | None
 ) -> ComparedMethod:
-    baseline = make_method(name, context, item_bytes, seed or 0)
+    baseline = make_method(name, context, ladder_bytes, seed or 0)
     identity = {"baseline": name}
     if baseline.table_sha256 is not None:
         identity["table"] = baseline.table_sha256
@@ -240,14 +240,14 @@ def _agent(
 
 def _importance_evaluations(config: Config, context: PruningContext) -> int:
     """Return how many evaluations the importance needed that agents observe."""
-    method, item_bytes = config.importance["method"], ladder_bytes(config, context)
+    method, ladder_bytes = config.importance["method"], make_ladder_bytes(config, context)
     if method == "none":
         return 0
-    if item_bytes is None:
+    if ladder_bytes is None:
         blocks = context.memory.facts.num_blocks
         return context.gsi.evaluations if method == "gsi" else blocks + 1
-    costs = context.level_costs(item_bytes.ladder.cache_levels).evaluations
-    return costs + (context.item_gsi(item_bytes).evaluations if method == "gsi" else 0)
+    costs = context.level_costs(ladder_bytes.ladder.cache_levels).evaluations
+    return costs + (context.item_gsi(ladder_bytes).evaluations if method == "gsi" else 0)
 
 
 def _file_hash(path: Path) -> str:

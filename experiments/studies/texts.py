@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from experiments.config import Config
 from experiments.config.common import parse_pinned
-from experiments.contexts import build_context, ladder_bytes, load_text
+from experiments.contexts import build_context, load_text, make_ladder_bytes
 from experiments.launch import launch
 from experiments.study.errors import ExperimentError
 from experiments.study.harness import Job, Study, measured
@@ -141,13 +141,13 @@ class TextJobs:
                 context = require_live(build_context(drawn, profiled=False))
                 self._contexts[Draw(name, seed)] = context
         self._memory = context.memory
-        item_bytes = ladder_bytes(config, context)
-        assert item_bytes is not None
-        self._ladder, self._requests = item_bytes.ladder, {}
+        ladder_bytes = make_ladder_bytes(config, context)
+        assert ladder_bytes is not None
+        self._ladder, self._requests = ladder_bytes.ladder, {}
         for cell in self._settings.cells:
             pinned = parse_pinned(cell)
             self._requests[cell] = Request(*pinned.shape, pinned.budget_bytes)
-            item_bytes.check_feasible(self._requests[cell])
+            ladder_bytes.check_feasible(self._requests[cell])
         self._report = {}
         for name, kind in self._settings.kinds.items():
             text = replace(kind, **{**size, "windows": self._settings.report_windows})

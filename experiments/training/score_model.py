@@ -28,7 +28,7 @@ from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.contexts import ladder_bytes
+from experiments.contexts import make_ladder_bytes
 from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record, read_records
 from experiments.training.score_tables import importance_orders, planned_masks, table_of
@@ -102,9 +102,9 @@ class _ScoredText:
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.known = _known(config, context)
         self._config, self._context = config, context
-        item_bytes, self._levels = ladder_bytes(config, context), None
-        if item_bytes is not None:
-            self._levels = context.level_costs(item_bytes.ladder.cache_levels)
+        ladder_bytes, self._levels = make_ladder_bytes(config, context), None
+        if ladder_bytes is not None:
+            self._levels = context.level_costs(ladder_bytes.ladder.cache_levels)
 
     def predicted(self) -> TableContext:
         """Return a context whose scores a score model predicts, fitted to what is known now."""
@@ -181,17 +181,17 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
     """Draw workload requests that need pruning and that some plan can fit."""
-    memory, item_bytes = context.memory, ladder_bytes(config, context)
+    memory, ladder_bytes = context.memory, make_ladder_bytes(config, context)
     sampler = make_sampler(config.workload, memory)
     rng = np.random.default_rng([config.seed, *key])
     requests: list[Request] = []
     for _ in range(100 * count):
         request = sampler.sample(rng)
         dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-        if item_bytes is None:
+        if ladder_bytes is None:
             least = memory.least_peak_bytes(request)
         else:
-            costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+            costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
             least = costs.least_peak_bytes
         if least <= request.budget_bytes < dense:
             requests.append(request)
@@ -243,14 +243,14 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     Raises:
         ArtifactError: The teacher is the frontier table, and there is none.
     """
-    settings, item_bytes = config.warm_start, ladder_bytes(config, context)
+    settings, ladder_bytes = config.warm_start, make_ladder_bytes(config, context)
     requests = draw_requests(config, context, settings["requests"], 1)
-    if settings["teacher"] == "frontier" and item_bytes is None:
+    if settings["teacher"] == "frontier" and ladder_bytes is None:
         known = [context.frontier.best_mask(context.memory, request) for request in requests]
         pairs = zip(requests, known, strict=True)
         return [Demonstration(request, mask) for request, mask in pairs if mask]
     name = "greedy_per_byte" if settings["teacher"] == "greedy" else settings["teacher"]
-    teacher = make_method(name, context, item_bytes, config.seed)
+    teacher = make_method(name, context, ladder_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 

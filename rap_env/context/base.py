@@ -17,9 +17,9 @@ from rap_env.importance.level_costs import LevelCosts, RemovalCosts
 from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
+from rap_env.ladder.features import ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ImportanceFeatures, ItemImportance
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
@@ -141,7 +141,7 @@ class PruningContext(ABC):
         """One-shot costs of the levels of all items; those of caches are named."""
 
     @abstractmethod
-    def item_gsi(self, item_bytes: LadderBytes, /) -> GSIProfile:
+    def item_gsi(self, ladder_bytes: LadderBytes, /) -> GSIProfile:
         """GSI over the items of a ladder; an `ArtifactError` if there is none."""
 
     @abstractmethod
@@ -185,16 +185,16 @@ class PruningContext(ABC):
 
 
 def item_order(
-    context: PruningContext, item_bytes: LadderBytes, importance: str | None = None
+    context: PruningContext, ladder_bytes: LadderBytes, importance: str | None = None
 ) -> LadderOrder:
     """An order over the items of a ladder: greedy from one-shot costs, or measured by GSI.
 
     `importance` is the context's unless it is given.
     """
-    costs = context.level_costs(item_bytes.ladder.cache_levels)
+    costs = context.level_costs(ladder_bytes.ladder.cache_levels)
     if (importance or context.importance) == "one_shot":
-        return greedy_order(costs, item_bytes)
-    return greedy_order(costs, item_bytes, context.item_gsi(item_bytes))
+        return greedy_order(costs, ladder_bytes)
+    return greedy_order(costs, ladder_bytes, context.item_gsi(ladder_bytes))
 
 
 def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
@@ -205,26 +205,26 @@ def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
 
 
 def method_order(
-    context: PruningContext, item_bytes: LadderBytes, importance: str
+    context: PruningContext, ladder_bytes: LadderBytes, importance: str
 ) -> tuple[Sequence[Step], int]:
     """The steps of an order that a method follows, and the evaluations that it needed.
 
     Over masks it is the order of the rise in NLL alone, one-shot or by GSI (`full_order`). Where
     items have further levels, it is `item_order`, by the rise per byte.
     """
-    by_gsi, ladder = importance == "gsi", item_bytes.ladder
+    by_gsi, ladder = importance == "gsi", ladder_bytes.ladder
     if not ladder.removes_only:
-        steps = item_order(context, item_bytes, importance).steps
+        steps = item_order(context, ladder_bytes, importance).steps
         evaluations = context.level_costs(ladder.cache_levels).evaluations
-        return steps, evaluations + (context.item_gsi(item_bytes).evaluations if by_gsi else 0)
+        return steps, evaluations + (context.item_gsi(ladder_bytes).evaluations if by_gsi else 0)
     if by_gsi:
         return [(block, 1) for block in context.gsi.full_order], context.gsi.evaluations
     order: list[int] = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
     return [(block, 1) for block in order], context.one_shot.evaluations
 
 
-def item_importance(context: PruningContext, item_bytes: LadderBytes) -> ItemImportance:
+def item_importance(context: PruningContext, ladder_bytes: LadderBytes) -> ItemImportance:
     """The importance of a ladder's items that an agent observes: measured, or zeros."""
     if context.importance == "none":
-        return ItemImportance.none(item_bytes.ladder)
-    return item_order(context, item_bytes).importance
+        return ItemImportance.none(ladder_bytes.ladder)
+    return item_order(context, ladder_bytes).importance

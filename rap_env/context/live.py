@@ -136,25 +136,25 @@ class LiveContext(PruningContext):
             self._level_costs[key] = self._packaged_costs(key) or self._measured_costs(key)
         return self._level_costs[key]
 
-    def item_gsi(self, item_bytes: LadderBytes) -> GSIProfile:
+    def item_gsi(self, ladder_bytes: LadderBytes) -> GSIProfile:
         """GSI over the items of a ladder, measured on first use and cached.
 
         Raises:
             UnknownNameError: There is no such method over items.
             ArtifactError: The artifact that ``importance`` names is of another model or ladder.
         """
-        ladder = item_bytes.ladder
+        ladder = ladder_bytes.ladder
         if self.importance not in IMPORTANCES:
             return GSIProfile.load(self.importance, self.llm)
         key = digest([[item.name, item.levels] for item in ladder.items] + [ladder.together])[:8]
         costs = self.level_costs(ladder.cache_levels)
-        return self._measured_gsi("item-gsi", f"-{key}", item_bytes, costs)
+        return self._measured_gsi("item-gsi", f"-{key}", ladder_bytes, costs)
 
     def _measured_gsi(
         self,
         name: str,
         key: str = "",
-        item_bytes: LadderBytes | None = None,
+        ladder_bytes: LadderBytes | None = None,
         costs: LevelCosts | None = None,
     ) -> GSIProfile:
         """An order, which is continued if a measurement was interrupted."""
@@ -166,7 +166,7 @@ class LiveContext(PruningContext):
             log.info("Measuring GSI on %s; this takes minutes, once.", self.llm.name)
         return gsi(
             self.scorer,
-            item_bytes,
+            ladder_bytes,
             costs,
             method=self._gsi_method,
             stop=self._gsi_removals,

@@ -20,8 +20,8 @@ from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.repair.config import repair_label
@@ -154,7 +154,7 @@ class TableContext(PruningContext):
                 )
         return costs
 
-    def item_gsi(self, item_bytes: LadderBytes) -> NoReturn:
+    def item_gsi(self, ladder_bytes: LadderBytes) -> NoReturn:
         """Raises `ArtifactError`: a score table has no GSI over items."""
         raise ArtifactError(
             f"The score table {self.name} has no GSI over items; pass importance='one_shot' or "

@@ -96,6 +96,11 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             raise ResetNeeded("No episode has begun; call reset() first.")
         return self._episode
 
+    @property
+    def started_episode(self) -> Episode | None:
+        """The current episode; None before the first one."""
+        return self._episode
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -140,7 +145,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         measurement, terms = None, task.reward.zeros()
         if transition.ends or task.reward.pays_every_step:
             [(measurement, terms)] = task.compute_rewards([episode.rewarded(transition)])
-        terms["invalid_action"] = 0.0 if transition.lowering else -task.invalid_action_penalty
+        terms["invalid_action"] = 0.0 if transition.change else -task.invalid_action_penalty
         episode.apply(transition, measurement)  # only now, when nothing can fail any more
         reward, info = sum(terms.values()), episode.info(terms)
         return episode.observation(), reward, transition.terminated, transition.truncated, info
@@ -172,25 +177,28 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             RapError: The model does not have those items or cannot serve that request.
         """
         saved = state["episode"]
-        measurement = None if saved is None else self._task.measured_again(saved)
-        self.restore(state, measurement)
+        self._restore(state, None if saved is None else self._task.measured_again(saved))
 
-    def restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
+    def resume(self, episode: Episode) -> None:
+        """Continue an episode."""
+        self._episode = episode
+
+    def _restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
         """Restore what `get_state` returned, with the measurement of the episode's plan."""
         self.np_random.bit_generator.state = state["generator"]
-        self.resume(state["episode"], measurement)
-
-    def resume(self, saved: Mapping[str, Any] | None, measurement: Measurement | None) -> None:
-        """Continue an episode that `Episode.saved` describes; None leaves none."""
-        self._episode = None
+        task, saved, self._episode = self._task, state["episode"], None
         if saved is not None:
-            task = self._task
-            self._episode = Episode(task, task.start_of_saved(saved), saved["positions"])
-            self._episode.resume(saved, measurement)
+            start = task.start_of_saved(saved)
+            counters = (saved[name] for name in ("invalid_actions", "steps", "over"))
+            self._episode = Episode(task, start, saved["positions"])
+            self._episode.resume(measurement, *counters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {**self._config.arguments, "render_mode": self.render_mode}
-        state = {
+        return reopen, (type(self), self.context, arguments), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
             "spec": self.spec,
             "action_space": self.action_space,
             "seed": self.np_random_seed,
@@ -198,11 +206,10 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             "state": self.get_state(),
             "measurement": None if self._episode is None else self._episode.measurement,
         }
-        return reopen, (type(self), self.context, arguments), state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
-        self.restore(state["state"], state["measurement"])
+        self._restore(state["state"], state["measurement"])
         self._np_random_seed, self._left_after = state["seed"], state["left_after"]
 
     def _warn_of_limit(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,24 +12,28 @@ from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
 from rap_env.envs.task import PruningTask
 from rap_env.ladder.observation import Observation, ObservedState
 from rap_env.ladder.state import Lowering
+from rap_env.ladder.steps import moved
 
 
 class Transition(NamedTuple):
     """The effect of an action, before it is applied.
 
     Attributes:
-        lowering: What it does to the plan; None if the action is invalid.
+        change: What it does to the plan; None if the action is invalid.
         terminated: Whether the request fits afterwards.
         truncated: Whether there were too many invalid actions or steps.
-        ends: Whether the episode ends.
         out_of_steps: Whether there were too many steps.
     """
 
-    lowering: Lowering | None
+    change: Lowering | None
     terminated: bool
     truncated: bool
-    ends: bool
     out_of_steps: bool
+
+    @property
+    def ends(self) -> bool:
+        """Whether the episode ends."""
+        return self.terminated or self.truncated
 
 
 class Episode:
@@ -42,7 +46,7 @@ class Episode:
 
     Attributes:
         state: The plan and its bytes.
-        names: What `info` says of the plan, updated with it.
+        levels: What `info` says of the plan, updated with it.
         measurement: What the model measured of the plan, or None if it was not measured.
         invalid_actions: Number of invalid actions.
         steps: Number of steps.
@@ -57,7 +61,7 @@ class Episode:
     ) -> None:
         self.task, self.start = task, start
         self.state = start.costs.state(positions)
-        self.names = task.names_of(self.state.positions)
+        self.levels = task.shown_levels(self.state.positions)
         self.measurement: Measurement | None = task.measured_start
         self.invalid_actions = self.steps = 0
         self.over = False
@@ -72,36 +76,33 @@ class Episode:
     def transition(self, action: int) -> Transition:
         """The effect of an action."""
         task, state = self.task, self.state
-        lowering = state.lowering(action) if state.is_valid(action) else None
-        peak_bytes = state.peak_bytes if lowering is None else lowering.peak_bytes
-        if peak_bytes <= self.start.request.budget_bytes:
-            return Transition(lowering, True, False, True, False)
-        out_of_steps = task.max_steps is not None and self.steps + 1 >= task.max_steps
-        invalid_actions = self.invalid_actions + (lowering is None)
-        truncated = out_of_steps or invalid_actions >= task.max_invalid_actions
-        return Transition(lowering, False, truncated, truncated, out_of_steps)
+        change = state.preview(action) if state.is_valid(action) else None
+        peak_bytes = state.peak_bytes if change is None else change.peak_bytes
+        terminated = peak_bytes <= self.start.request.budget_bytes
+        invalid_actions = self.invalid_actions + (change is None)
+        truncated, out_of_steps = task.truncates(not terminated, invalid_actions, self.steps + 1)
+        return Transition(change, terminated, truncated, out_of_steps)
 
     def rewarded(self, transition: Transition) -> RewardedStep:
         """The step that a transition is paid for."""
-        plan = self.task.ladder.lowest
+        ladder, change = self.task.ladder, transition.change
+        moves = () if change is None else change.moves
+        plan = ladder.lowest
         if not transition.out_of_steps:
-            positions = self.state.positions.copy()
-            for item, position in () if transition.lowering is None else transition.lowering.moves:
-                positions[item] = position
-            plan = self.task.ladder.plan(positions)
+            plan = ladder.plan(moved(self.state.positions, moves))
         return RewardedStep(self.start, plan, self.delta_nll, transition.ends, transition.truncated)
 
     def apply(self, transition: Transition, measurement: Measurement | None) -> None:
         """Take a step; `measurement` is that of its plan, or None if nothing was measured."""
         self.steps += 1
-        self.over = transition.ends
-        if transition.lowering is None:
+        self.over = transition.terminated or transition.truncated
+        if transition.change is None:
             self.invalid_actions += 1
         else:
             self.measurement = None
-            self._seen.apply(transition.lowering)
-            for item, position in transition.lowering.moves:
-                self.task.update_names(self.names, item, position)
+            self._seen.apply(transition.change)
+            for item, position in transition.change.moves:
+                self.task.show_level(self.levels, item, position)
         if measurement is not None and not transition.out_of_steps:
             self.measurement = measurement
 
@@ -115,9 +116,8 @@ class Episode:
     def info(self, terms: dict[str, float]) -> dict[str, Any]:
         """The info dict, with the reward's `terms` by name."""
         task = self.task
-        levels = np.array(self.state.positions, np.int8) if task.info_arrays else self.names.copy()
         info: dict[str, Any] = {
-            task.info_key: levels,
+            task.info_key: self.levels.copy(),
             "peak_bytes": self.state.peak_bytes,
             "request": self._request.copy(),
             "reward_terms": terms,
@@ -146,11 +146,12 @@ class Episode:
             "over": self.over,
         }
 
-    def resume(self, saved: Mapping[str, Any], measurement: Measurement | None) -> None:
-        """Take over counters that `saved` returned, and what the model measured of the plan."""
+    def resume(
+        self, measurement: Measurement | None, invalid_actions: int, steps: int, over: bool
+    ) -> None:
+        """Take over what the model measured of the plan, and counters."""
         self.measurement = measurement
-        self.invalid_actions, self.steps = saved["invalid_actions"], saved["steps"]
-        self.over = saved["over"]
+        self.invalid_actions, self.steps, self.over = invalid_actions, steps, over
 
 
 def usable_masks(masks: npt.NDArray[np.int8]) -> None:

@@ -13,7 +13,7 @@ from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ItemObservationBuilder
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 
 
@@ -25,11 +25,11 @@ class LadderTask(PruningTask):
     info_key = "levels"
     delta_key = "delta_nll"
 
-    def make_encoder(self, config: LadderEnvConfig) -> ItemObservationBuilder:
+    def make_encoder(self, config: LadderEnvConfig) -> ObservationEncoder:
         """The items and levels that the configuration names."""
         ladder = Ladder.of(self.memory.facts, config.levels, config.together)
-        item_bytes = LadderBytes(self.memory, ladder)
-        return ItemObservationBuilder(item_bytes, item_importance(self.context, item_bytes))
+        ladder_bytes = LadderBytes(self.memory, ladder)
+        return ObservationEncoder(ladder_bytes, item_importance(self.context, ladder_bytes))
 
     def names_of(self, positions: Sequence[int]) -> list[str]:
         """The name of each item's level."""
@@ -50,7 +50,7 @@ class LadderTask(PruningTask):
             return self._from_frontier()
         if name == "gsi" and self.context.importance == "none":
             raise no_gsi_order()
-        steps = item_order(self.context, self.encoder.item_bytes, name).steps
+        steps = item_order(self.context, self.encoder.ladder_bytes, name).steps
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
     def _from_frontier(self) -> Baseline:

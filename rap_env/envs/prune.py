@@ -12,7 +12,8 @@ from rap_env.envs.episode_values import EpisodeStart
 from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.request import Request
 
@@ -25,9 +26,9 @@ class PruneTask(PruningTask):
     info_key = "removed"
     delta_key = "loss"
 
-    def make_encoder(self, config: EnvConfig) -> ObservationBuilder:
+    def make_encoder(self, config: EnvConfig) -> ObservationEncoder:
         """Blocks that are kept or removed."""
-        return ObservationBuilder(self.memory, self.context.features)
+        return ObservationEncoder(mask_bytes(self.memory), self.context.features)
 
     def names_of(self, positions: Sequence[int]) -> list[str]:
         """The names of the removed blocks."""
@@ -44,7 +45,7 @@ class PruneTask(PruningTask):
             return from_frontier(context)
         if name == "gsi" and not context.features.gsi_rank.any():  # zeros: importance="none"
             raise no_gsi_order()
-        steps, _ = method_order(context, self.encoder.item_bytes, name)
+        steps, _ = method_order(context, self.encoder.ladder_bytes, name)
         return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
 

@@ -7,6 +7,7 @@ observed of them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,9 @@ _MAX_DRAWS = 100
 
 _task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
+
+ShownLevels = list[str] | npt.NDArray[np.int8]
+"""What `info` says of a plan: names, or the positions of levels."""
 
 Baseline = Callable[[EpisodeStart], Plan]
 """Gives the plan of a baseline for the request of an episode."""
@@ -82,6 +86,7 @@ class PruningTask(ABC):
         self.invalid_action_penalty = float(config.invalid_action_penalty)
         self.max_invalid_actions = int(config.max_invalid_actions)
         self.max_steps = config.max_steps
+        self._step_limit = math.inf if config.max_steps is None else config.max_steps
         self.info_arrays = config.info == "arrays"
         self._infeasible = config.infeasible
         self.encoder = self.make_encoder(config)
@@ -103,11 +108,35 @@ class PruningTask(ABC):
 
     @abstractmethod
     def names_of(self, positions: Sequence[int]) -> list[str]:
-        """What `info` says of a plan."""
+        """What `info` says of a plan, as names."""
 
     @abstractmethod
     def update_names(self, names: list[str], item: int, position: int) -> None:
         """Update what `names_of` returned after an item moved to a level."""
+
+    def shown_levels(self, positions: Sequence[int]) -> ShownLevels:
+        """What `info` says of a plan."""
+        return np.array(positions, np.int8) if self.info_arrays else self.names_of(positions)
+
+    def show_level(self, levels: ShownLevels, item: int, position: int) -> None:
+        """Update what `shown_levels` returned after an item moved to a level."""
+        if isinstance(levels, list):
+            self.update_names(levels, item, position)
+        else:
+            levels[item] = position
+
+    def truncates(self, over_budget: Any, invalid_actions: Any, steps: Any) -> tuple[Any, Any]:
+        """Whether a step truncates its episode, and whether because there were too many steps.
+
+        Args:
+            over_budget: Whether the request does not fit yet; like the others, a value or an array.
+            invalid_actions: Number of invalid actions, that of the step included.
+            steps: Number of steps, the step included.
+        """
+        out_of_steps = over_budget & (steps >= self._step_limit)
+        return out_of_steps | (
+            over_budget & (invalid_actions >= self.max_invalid_actions)
+        ), out_of_steps
 
     def is_pointless(self, start: EpisodeStart) -> bool:
         """Whether an episode would end at its start, or could never come closer to its end."""
@@ -178,7 +207,7 @@ class PruningTask(ABC):
         Raises:
             InvalidRequestError: The model cannot serve them.
         """
-        return self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        return self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
 
     def start_episode(
         self, rng: np.random.Generator, options: Mapping[str, Any] | None
@@ -226,7 +255,7 @@ class PruningTask(ABC):
             if meets and not self.is_pointless(start):
                 return start
         if not self.is_pointless(start):
-            self.encoder.item_bytes.check_feasible(start.request)
+            self.encoder.ladder_bytes.check_feasible(start.request)
         raise InvalidRequestError(self._nothing_drawn(start))
 
     def _feasible(self, start: EpisodeStart) -> EpisodeStart:
@@ -235,7 +264,7 @@ class PruningTask(ABC):
             return start
         asked, costs = start.request.budget_bytes, start.costs
         if self._infeasible == "error":
-            self.encoder.item_bytes.check_feasible(start.request)
+            self.encoder.ladder_bytes.check_feasible(start.request)
         raised = replace(start.request, budget_bytes=costs.least_peak_bytes)
         return EpisodeStart(raised, costs, asked)
 

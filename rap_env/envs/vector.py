@@ -15,7 +15,6 @@ from gymnasium.vector.utils import batch_space
 from rap_env.context.base import PruningContext
 from rap_env.envs.base import PruningEnv, reopen
 from rap_env.envs.config import EnvConfig, check_render_mode
-from rap_env.envs.episode_values import Measurement
 from rap_env.envs.task import PruningTask, reset_options
 from rap_env.envs.vector_episodes import Flags, VectorEpisodes
 from rap_env.errors import InvalidRequestError, check_name
@@ -107,8 +106,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     def envs(self) -> list[PruningEnv]:
         """Single environments in the state of the sub-environments."""
         for row in self._episodes.starts:
-            measurement = self._episodes.measurement(row)
-            self._envs[row].resume(self._episodes.saved(row), measurement)
+            self._envs[row].resume(self._episodes.episode(row))
         return self._envs
 
     @property  # type: ignore[misc]
@@ -230,14 +228,10 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         Raises:
             RapError: The model does not have those items or cannot serve those requests.
         """
-        for row, state in enumerate(states):
-            self._restore(row, state, self._task.measured_again(state["episode"]))
+        for row, (env, state) in enumerate(zip(self._envs, states, strict=True)):
+            env.set_state(state)
+            self._episodes.resume(row, env.started_episode)
         return self._episodes.observation()
-
-    def _restore(self, row: int, state: Mapping[str, Any], measurement: Measurement | None) -> None:
-        self._envs[row].restore(state, measurement)
-        if state["episode"] is not None:
-            self._episodes.restore(row, state["episode"], measurement)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {
@@ -250,18 +244,16 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
             "spec": self.spec,
             "action_space": self.action_space,
             "single_action_space": self.single_action_space,
-            "seeds": self.np_random_seed,
-            "states": self.get_state(),
-            "measurements": list(map(self._episodes.measurement, range(self.num_envs))),
+            "envs": [env.__getstate__() for env in self.envs],
         }
         return reopen, (type(self), self.context, arguments), state
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.spec, self.action_space = state["spec"], state["action_space"]
         self.single_action_space = state["single_action_space"]
-        for row, values in enumerate(state["states"]):
-            self._restore(row, values, state["measurements"][row])
-            self._envs[row]._np_random_seed = state["seeds"][row]
+        for row, (env, values) in enumerate(zip(self._envs, state["envs"], strict=True)):
+            env.__setstate__(values)
+            self._episodes.resume(row, env.started_episode)
 
     @property
     def _started(self) -> VectorEpisodes:
@@ -283,7 +275,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """Start an episode where there is a flag; if one cannot start, none does."""
         rows = np.flatnonzero(flags).tolist()
         starts = {row: self._envs[row].draw(options) for row in rows}
-        self._episodes.start(starts, self._task.measured_start)
+        self._episodes.start(starts)
 
 
 def make_vec(

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.envs.episode import usable_masks
+from rap_env.envs.episode import Episode, usable_masks
 from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
-from rap_env.envs.task import PruningTask
+from rap_env.envs.task import PruningTask, ShownLevels
 from rap_env.ladder.items import Counts
-from rap_env.ladder.observation import BYTES_OVER, Observation, request_features
-from rap_env.ladder.state import StackedCosts
+from rap_env.ladder.observation import Observation, ObservedPlans
 
 Flags = npt.NDArray[np.bool_]
 
@@ -64,10 +62,8 @@ class VectorEpisodes:
     """
 
     def __init__(self, num_envs: int, task: PruningTask) -> None:
-        self._task, self._encoder = task, task.encoder
-        self._rows, self._items = np.arange(num_envs), np.arange(len(task.ladder))
-        self._partners = np.array(task.ladder.partners)
-        self._costs = StackedCosts(task.ladder, num_envs)
+        self._task, self._rows = task, np.arange(num_envs)
+        self._plans = ObservedPlans(task.encoder, num_envs)
         self.starts: dict[int, EpisodeStart] = {}
         self.positions = np.zeros((num_envs, len(task.ladder)), dtype=np.int64)
         self.peak_bytes, self.invalid_actions, self.steps = np.zeros((3, num_envs), dtype=np.int64)
@@ -75,75 +71,63 @@ class VectorEpisodes:
         self.over = np.zeros(num_envs, dtype=bool)
         names = ("batch_size", "seq_len_tokens", "budget_bytes", "asked_budget_bytes")
         self.requests = {name: np.zeros(num_envs, dtype=np.int64) for name in names}
-        self._names: list[list[str]] = [[] for _ in range(num_envs)]
-        self._observation = task.new_arrays(num_envs)
-        width = task.ladder.width, len(self._encoder.features)
-        self._levels = np.zeros((num_envs, len(task.ladder), *width), dtype=np.float32)
+        self._levels: list[ShownLevels] = [[] for _ in range(num_envs)]
 
-    def start(
-        self,
-        starts: Mapping[int, EpisodeStart],
-        measurement: Measurement | None,
-        positions: Sequence[int] | None = None,
-    ) -> None:
-        """Start the episodes of some sub-environments, or restore them.
-
-        Args:
-            starts: Request and bytes of each one, by index.
-            measurement: What the model measured of the plan, or None.
-            positions: The positions of its levels; None for the unchanged model.
-        """
+    def start(self, starts: Mapping[int, EpisodeStart]) -> None:
+        """Start the episodes of some sub-environments, given by index."""
         if not starts:
             return
-        rows, costs = np.array(list(starts)), [start.costs for start in starts.values()]
+        rows, task = np.array(list(starts)), self._task
+        self._plans.put(rows, [start.request for start in starts.values()])
         self.starts.update(starts)
-        self.measured[rows] = np.nan if measurement is None else np.array(measurement, np.float64)
-        self.invalid_actions[rows] = self.steps[rows] = 0
+        self.positions[rows] = self.invalid_actions[rows, None] = self.steps[rows, None] = 0
         self.over[rows] = False
-        values = [
-            (*vars(start.request).values(), start.asked_budget_bytes or 0)
-            for start in starts.values()
-        ]
-        for array, column in zip(self.requests.values(), np.array(values).T, strict=True):
-            array[rows] = column
-        self._costs.put(rows, costs)
-        self.positions[rows] = 0 if positions is None else positions
-        self.peak_bytes[rows] = self._costs.dense_peak_bytes[rows]
-        if positions is not None:
-            self.peak_bytes[rows] = self._costs.peaks(self.positions[rows], rows)
-        names, encoder = self._task.names_of(positions or [0] * len(self._items)), self._encoder
-        seen, valid = self._observation[encoder.key], self._observation["action_mask"]
+        self.peak_bytes[rows] = self._plans.costs.dense_peak_bytes[rows]
+        self.measured[rows] = np.array(task.measured_start, dtype=np.float64)
+        native = task.shown_levels([0] * len(task.ladder))
         for row, start in starts.items():
-            request, steps = start.request, start.costs.steps
-            self._levels[row] = encoder.rows_of(steps)
-            self._names[row] = names.copy()
-            seen[row] = encoder.native_rows(request.batch_size, request.seq_len_tokens)
-            valid[row] = steps.native_valid
-        self._observation["request"][rows] = request_features(
-            self._task.memory,
-            **{name: self.requests[name][rows] for name in vars(starts[int(rows[0])].request)},
-            dense_peak_bytes=self._costs.dense_peak_bytes[rows],
-            kv_cache_bytes=self._costs.kv_cache_bytes[rows],
+            self._levels[row] = native.copy()
+            for name, value in vars(start.request).items():
+                self.requests[name][row] = value
+            self.requests["asked_budget_bytes"][row] = start.asked_budget_bytes or 0
+
+    def resume(self, row: int, episode: Episode | None) -> None:
+        """Continue an episode in a sub-environment; None changes nothing."""
+        if episode is None:
+            return
+        self.start({row: episode.start})
+        self.positions[row], self.peak_bytes[row] = (
+            episode.state.positions,
+            episode.state.peak_bytes,
         )
-        if positions is None:
-            self._show_bytes_over()
-        else:
-            self._show(rows.repeat(len(self._items)), np.tile(self._items, len(rows)))
+        self._levels[row] = episode.levels.copy()
+        self.measured[row] = np.nan
+        if episode.measurement is not None:
+            self.measured[row] = np.array(episode.measurement, dtype=np.float64)
+        self.invalid_actions[row], self.steps[row] = episode.invalid_actions, episode.steps
+        self.over[row] = episode.over
+
+    def episode(self, row: int) -> Episode:
+        """The episode of a sub-environment, for a single environment to continue."""
+        episode = Episode(self._task, self.starts[row], self.positions[row].tolist())
+        counters = int(self.invalid_actions[row]), int(self.steps[row]), bool(self.over[row])
+        episode.resume(self._measurement(row), *counters)
+        return episode
 
     def plan(self, actions: Counts, active: Flags) -> VectorStep:
         """The effect of `actions` where `active`; 0 elsewhere, both (n,)."""
-        possible = self._observation["action_mask"][self._rows, actions] > 0
-        valid, invalid = active & possible, active & ~possible
-        after = self._costs.lowered(self.positions, actions, self._rows)
-        if not active.all():
-            after[~active] = self.positions[~active]
-        peaks = self._costs.peaks(after, self._rows)
-        terminated = active & (peaks <= self.requests["budget_bytes"])
-        goes_on, limit = active & ~terminated, self._task.max_steps
-        out_of_steps = goes_on & (False if limit is None else self.steps + 1 >= limit)
-        too_many = self.invalid_actions + invalid >= self._task.max_invalid_actions
-        truncated = out_of_steps | (goes_on & too_many)
-        return VectorStep(after, peaks, valid, invalid, terminated, truncated, out_of_steps)
+        costs, rows = self._plans.costs, self._rows
+        after = costs.lowered(self.positions, actions, rows)
+        after[~active] = self.positions[~active]
+        valid = (after != self.positions).any(axis=1)
+        invalid = active & ~valid
+        peaks = costs.peaks(after, rows)
+        over_budget = active & (peaks > self.requests["budget_bytes"])
+        truncated, out_of_steps = self._task.truncates(
+            over_budget, self.invalid_actions + invalid, self.steps + 1
+        )
+        fits = active & ~over_budget
+        return VectorStep(after, peaks, valid, invalid, fits, truncated, out_of_steps)
 
     def rewarded(self, step: VectorStep) -> dict[int, RewardedStep]:
         """The steps of the sub-environments that are rewarded, by index."""
@@ -173,34 +157,9 @@ class VectorEpisodes:
         self.steps += step.valid | step.invalid
         rows, items = np.nonzero(step.positions != self.positions)
         self.positions, self.peak_bytes = step.positions, step.peak_bytes
-        moved = zip(
-            rows.tolist(), items.tolist(), self.positions[rows, items].tolist(), strict=True
-        )
-        for row, item, position in moved:
-            self._task.update_names(self._names[row], item, position)
-        if self._task.ladder.caches:  # what the removal of a block frees depends on its cache
-            rows, items = rows.repeat(2), np.stack([items, self._partners[items]], axis=1).ravel()
-        self._show(rows, items)
-
-    def _show(self, rows: Counts, items: Counts) -> None:
-        """Show the levels of some items, (k,), of some sub-environments, (k,)."""
-        positions, costs = self.positions[rows, items], self._costs
-        partner_positions = self.positions[rows, self._partners[items]]
-        offsets = rows * costs.size
-        freed = costs.freed_of(items, positions, partner_positions, offsets)
-        self._observation[self._encoder.key][rows, items] = self._encoder.encode(
-            self._levels[rows, items, positions], freed, costs.dense_peak_bytes[rows]
-        )
-        has_next = costs.next_of(items, positions, offsets) >= 0
-        self._observation["action_mask"][rows, items] = has_next
-        self._show_bytes_over()
-
-    def _show_bytes_over(self) -> None:
-        costs = self._costs
-        over_bytes = np.maximum(0, self.peak_bytes - self.requests["budget_bytes"])
-        dense_peak_bytes = np.maximum(1, costs.dense_peak_bytes)  # 0 before the first episode
-        shares = np.minimum(1.0, over_bytes / dense_peak_bytes)
-        self._observation["request"][:, BYTES_OVER] = shares
+        moved = self.positions[rows, items].tolist()
+        for row, item, position in zip(rows.tolist(), items.tolist(), moved, strict=True):
+            self._task.show_level(self._levels[row], item, position)
 
     def delta_nll(self, row: int) -> float | None:
         """ΔNLL of a plan in nats per token, or None if it was not measured."""
@@ -209,38 +168,19 @@ class VectorEpisodes:
 
     def observation(self) -> Observation:
         """The current observations, in new arrays with n rows; see `usable_masks`."""
-        observation = {key: array.copy() for key, array in self._observation.items()}
+        observation = self._plans.observe(self.positions, self._rows, self.peak_bytes)
         if self.over.any():
             usable_masks(observation["action_mask"])
         return observation
 
-    def saved(self, row: int) -> dict[str, Any]:
-        """What `Episode.saved` returns of a single environment."""
-        start = self.starts[row]
-        return {
-            "request": asdict(start.request),
-            "asked_budget_bytes": start.asked_budget_bytes,
-            "positions": self.positions[row].tolist(),
-            "measured": self.delta_nll(row) is not None,
-            "invalid_actions": int(self.invalid_actions[row]),
-            "steps": int(self.steps[row]),
-            "over": bool(self.over[row]),
-        }
-
-    def measurement(self, row: int) -> Measurement | None:
+    def _measurement(self, row: int) -> Measurement | None:
         """What the model measured of a plan, or None."""
         nll, delta_nll, predicted, baseline = self.measured[row].tolist()
         if math.isnan(nll):
             return None
-        known = None if math.isnan(baseline) else baseline
-        return Measurement(nll, delta_nll, bool(predicted), known)
-
-    def restore(self, row: int, saved: Mapping[str, Any], measurement: Measurement | None) -> None:
-        """Restore what `saved` returned, with a measurement of its plan."""
-        start, positions = self._task.start_of_saved(saved), saved["positions"]
-        self.start({row: start}, measurement, positions)
-        self.invalid_actions[row], self.steps[row] = saved["invalid_actions"], saved["steps"]
-        self.over[row] = saved["over"]
+        return Measurement(
+            nll, delta_nll, bool(predicted), None if math.isnan(baseline) else baseline
+        )
 
     def infos(
         self, shown: Flags, terms: Mapping[str, npt.NDArray[np.float64]], rewarded: Flags
@@ -256,7 +196,7 @@ class VectorEpisodes:
         asked = {"asked_budget_bytes": request.pop("asked_budget_bytes")}
         levels: Any = self.positions.astype(np.int8)
         if not task.info_arrays:
-            levels = _objects(shown, self._names)
+            levels = _objects(shown, self._levels)
         infos = {
             **_entry(task.info_key, levels, shown),
             **_entry("peak_bytes", self.peak_bytes, shown),

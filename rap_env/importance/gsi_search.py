@@ -37,7 +37,7 @@ _NEIGHBOURS = 2
 
 def gsi(
     scorer: MaskScorer,
-    item_bytes: LadderBytes | None = None,
+    ladder_bytes: LadderBytes | None = None,
     costs: LevelCosts | None = None,
     *,
     method: str = "exact",
@@ -49,8 +49,8 @@ def gsi(
 
     Args:
         scorer: Measures plans on the calibration text.
-        item_bytes: The ladder and its bytes: items are ordered by the rise in NLL per byte that is
-            freed at the reference request (`rap_env.importance.orders`), and those that free
+        ladder_bytes: The ladder and its bytes: items are ordered by the rise in NLL per byte that
+            is freed at the reference request (`rap_env.importance.orders`), and those that free
             nothing there are left out. None removes blocks, ordered by the rise alone.
         costs: One-shot costs of the ladder's levels: what is known of a step that was not measured.
         method: ``"exact"`` gives the order of the naive loop. ``"lazy"`` measures only the items
@@ -69,11 +69,11 @@ def gsi(
         ArtifactError: The file at `path` is damaged, or of another model, text, method or ladder.
     """
     check_name("GSI method", method, GSI_METHODS)
-    if item_bytes is None or costs is None:
+    if ladder_bytes is None or costs is None:
         state = LadderState(reference_costs(mask_bytes(MemoryModel(scorer.llm))))
     else:
-        one_shot = one_shot_costs(costs, item_bytes.ladder)
-        state = PricedState(reference_costs(item_bytes), one_shot)
+        one_shot = one_shot_costs(costs, ladder_bytes.ladder)
+        state = PricedState(reference_costs(ladder_bytes), one_shot)
     profile = _start(scorer, state.costs.ladder, method, path)
     with progress_bar(progress, desc="GSI", unit="plan", leave=False) as bar:
         search = _Search(scorer, state, profile, stop, bar_callback(bar))
@@ -151,7 +151,7 @@ class _Search:
         best, nll, rises = self._measure(freed)
         named = {self._names[item]: rise for item, rise in rises.items()}
         last_rises = profile.last_rises | named
-        for item in state.changes(state.lowering(best)):  # their next step is another one then
+        for item in state.changes(state.preview(best)):  # their next step is another one then
             last_rises.pop(self._names[item], None)
         first_nll = {name: profile.dense_nll + rise for name, rise in named.items()}
         self.profile = replace(

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.profiles import GSIProfile
+from rap_env.ladder.features import ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ItemImportance
 from rap_env.ladder.state import LadderCosts, LadderState
+from rap_env.ladder.steps import LevelSteps
 
 REFERENCE_BATCH_SIZE, REFERENCE_TOKENS = 4, 1024
 """The request at which an order weighs costs against bytes; fewer tokens for shorter models."""
@@ -106,15 +107,15 @@ class PricedState(LadderState):
         return sum(values[moved][p] - values[moved][self.positions[moved]] for moved, p in moves)
 
 
-def reference_costs(item_bytes: LadderBytes) -> LadderCosts:
+def reference_costs(ladder_bytes: LadderBytes) -> LadderCosts:
     """Bytes of `REFERENCE_BATCH_SIZE` x `REFERENCE_TOKENS` tokens; steps skip no level."""
-    tokens = min(REFERENCE_TOKENS, item_bytes.memory.facts.max_positions)
-    costs = item_bytes.costs(REFERENCE_BATCH_SIZE, tokens)
-    return replace(costs, steps=item_bytes.ladder.every_step)
+    tokens = min(REFERENCE_TOKENS, ladder_bytes.memory.facts.max_positions)
+    costs = ladder_bytes.costs(REFERENCE_BATCH_SIZE, tokens)
+    return replace(costs, steps=LevelSteps.every(ladder_bytes.ladder))
 
 
 def greedy_order(
-    costs: LevelCosts, item_bytes: LadderBytes, measured: GSIProfile | None = None
+    costs: LevelCosts, ladder_bytes: LadderBytes, measured: GSIProfile | None = None
 ) -> LadderOrder:
     """Start with native levels, and repeatedly take the step of the least cost per freed byte.
 
@@ -124,16 +125,16 @@ def greedy_order(
 
     Args:
         costs: One-shot costs of the levels.
-        item_bytes: The ladder and its bytes.
+        ladder_bytes: The ladder and its bytes.
         measured: A GSI order with which the order begins. The ΔNLL of steps that are taken together
             is divided in proportion to their predicted ones.
 
     Raises:
         ArtifactError: The GSI order is of another ladder.
     """
-    ladder = item_bytes.ladder
+    ladder = ladder_bytes.ladder
     one_shot = one_shot_costs(costs, ladder)
-    state = PricedState(reference_costs(item_bytes), one_shot)
+    state = PricedState(reference_costs(ladder_bytes), one_shot)
     ordered = [] if measured is None else _measured_steps(state, measured)
     prices: dict[int, float] = {}
     changed = set(range(len(ladder)))

@@ -83,7 +83,7 @@ class PlanSearchConfig:
 def build_plan_table(
     scorer: MaskScorer,
     costs: LevelCosts,
-    item_bytes: LadderBytes,
+    ladder_bytes: LadderBytes,
     requests: Sequence[Request],
     config: PlanSearchConfig = PlanSearchConfig(),
     known: Mapping[Plan, float] | None = None,
@@ -95,7 +95,7 @@ def build_plan_table(
     Args:
         scorer: Measures plans.
         costs: One-shot costs of the ladder's levels.
-        item_bytes: The ladder and its bytes.
+        ladder_bytes: The ladder and its bytes.
         requests: A sample of the expected requests.
         config: Settings.
         known: NLL of plans that were measured before on the same text, nats per token; those with
@@ -105,13 +105,13 @@ def build_plan_table(
             best of its plans that fits is measured first.
     """
     began, ran = time.perf_counter(), scorer.evaluations
-    search = _Search(scorer, costs, item_bytes, requests, config, known or {}, on_score)
+    search = _Search(scorer, costs, ladder_bytes, requests, config, known or {}, on_score)
     for plans in search.rounds(start):
         search.measure(plans[: max(0, config.evaluations - len(search.nll))])
         if len(search.nll) >= config.evaluations:
             break
     return PlanTable(
-        num_layers=item_bytes.memory.facts.num_layers,
+        num_layers=ladder_bytes.memory.facts.num_layers,
         dense_nll=search.dense_nll,
         scores=search.nll,
         evaluations_run=scorer.evaluations - ran,
@@ -126,19 +126,19 @@ class _Search:
         self,
         scorer: MaskScorer,
         costs: LevelCosts,
-        item_bytes: LadderBytes,
+        ladder_bytes: LadderBytes,
         requests: Sequence[Request],
         config: PlanSearchConfig,
         known: Mapping[Plan, float],
         on_score: OnScore | None,
     ) -> None:
         self._scorer, self._config, self._on_score = scorer, config, on_score
-        self._costs, self._bytes, self._requests = costs, item_bytes, requests
-        self._order = greedy_order(costs, item_bytes)
-        self._ladder = item_bytes.ladder
+        self._costs, self._bytes, self._requests = costs, ladder_bytes, requests
+        self._order = greedy_order(costs, ladder_bytes)
+        self._ladder = ladder_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
         self.nll = {plan: nll for plan, nll in known.items() if self._ladder.has(plan)}
-        self.measure(necessary_masks(item_bytes.memory.facts.num_blocks))
+        self.measure(necessary_masks(ladder_bytes.memory.facts.num_blocks))
         self.dense_nll = self.nll[Plan()]
 
     def measure(self, plans: Sequence[Plan]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from rap_env.levels import WEIGHT_LEVELS, CacheLevel, WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
 
+_BITS = (1, 2, 4)
+
 Kind = Literal["attn", "ffn", "cache", "embeddings"]
 KINDS: tuple[Kind, ...] = ("attn", "ffn", "cache", "embeddings")
 """Kinds of items: weights of the two kinds of blocks, caches, embeddings with head."""
@@ -25,6 +27,14 @@ Counts = npt.NDArray[np.int64]
 
 Moves = tuple[tuple[int, int], ...]
 """Items that move to another level, and the positions of these levels."""
+
+
+class Sharers(NamedTuple):
+    """Numbers of the items of a plan that decide which bytes its items share, or arrays of them."""
+
+    kept_ffn: Any
+    lowered_caches: Any
+    lowered_weights: Any
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,12 @@ class Item:
         """Its index if it is a block, else -1."""
         layer, kind = self.layer, self.kind
         return -1 if layer is None or kind == "cache" else 2 * layer + (kind == "ffn")
+
+    def sharers(self, level: str) -> Sharers:
+        """What the item alone counts for at a level."""
+        lowered, cache = level not in ("native", "removed"), self.kind == "cache"
+        kept_ffn = self.kind == "ffn" and level != "removed"
+        return Sharers(int(kept_ffn), int(lowered and cache), int(lowered and not cache))
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,15 +167,15 @@ class Ladder:
         return tuple((*item.levels, "removed") for item in self.items)
 
     @cached_property
-    def partners(self) -> tuple[int, ...]:
+    def counterparts(self) -> tuple[int, ...]:
         """The cache of each attention block and the reverse, by number; else the item itself."""
-        partners = list(range(len(self)))
+        counterparts = list(range(len(self)))
         for number, item in enumerate(self.items):
             if item.layer is not None and item.kind in ("attn", "cache"):
                 attn = item.kind == "attn"
                 other = cache_name(item.layer) if attn else block_name(2 * item.layer)
-                partners[number] = self.numbers.get(other, number)
-        return tuple(partners)
+                counterparts[number] = self.numbers.get(other, number)
+        return tuple(counterparts)
 
     @cached_property
     def removals(self) -> tuple[int, ...]:
@@ -170,29 +186,48 @@ class Ladder:
         )
 
     @cached_property
-    def partner_array(self) -> Counts:
-        """`partners` as an array, (items,)."""
-        return np.array(self.partners)
+    def counterpart_array(self) -> Counts:
+        """`counterparts` as an array, (items,)."""
+        return np.array(self.counterparts)
 
     @cached_property
-    def cache_removals(self) -> Counts:
-        """The position at which an item takes a cache of the ladder with it, else -2, (items,)."""
-        return np.where(self.partner_array != self.item_array, self.removals, -2)
-
-    @cached_property
-    def item_array(self) -> Counts:
-        """The numbers of the items, (items,)."""
-        return np.arange(len(self))
+    def is_cache(self) -> npt.NDArray[np.bool_]:
+        """Whether each item is a cache, (items,)."""
+        return np.array([item.kind == "cache" for item in self.items])
 
     @cached_property
     def first_levels(self) -> Counts:
         """Where the levels of each item begin if those of all items are in one row, (items,)."""
-        return self.item_array * self.width
+        return np.arange(len(self)) * self.width
 
     @cached_property
-    def num_ffn(self) -> int:
-        """Number of FFN blocks among the items."""
-        return sum(item.kind == "ffn" for item in self.items)
+    def sharers(self) -> list[list[Sharers]]:
+        """What each item counts for at each level, (items, W)."""
+        return [
+            [item.sharers(level) for level in names]
+            + [Sharers(0, 0, 0)] * (self.width - len(names))
+            for item, names in zip(self.items, self.level_names, strict=True)
+        ]
+
+    def count_sharers(self, positions: Sequence[int]) -> Sharers:
+        """The numbers of a plan, from the positions of its levels, (items,)."""
+        levels = zip(self.sharers, positions, strict=True)
+        return Sharers(*map(sum, zip(*(item[position] for item, position in levels), strict=True)))
+
+    @cached_property
+    def native_sharers(self) -> Sharers:
+        """The numbers of the native plan."""
+        return self.count_sharers([0] * len(self))
+
+    def any_sharers(self, positions: Counts) -> Sharers:
+        """Which of the numbers of plans are above 0 there, from (n, items) positions, (n,) each."""
+        flags = np.bitwise_or.reduce(self._flags.take(positions + self.first_levels), axis=-1)
+        return Sharers(*(flags & bit for bit in _BITS))
+
+    @cached_property
+    def _flags(self) -> npt.NDArray[np.uint8]:
+        """One bit for each number of `sharers` that is above 0, (items, W)."""
+        return np.asarray(np.array(self.sharers) @ _BITS, dtype=np.uint8)
 
     @cached_property
     def weight_levels(self) -> tuple[WeightLevel, ...]:
@@ -211,18 +246,15 @@ class Ladder:
         return self.items[self.caches[0]].levels[1:] if self.caches else ()
 
     @cached_property
+    def removed_cache(self) -> int:
+        """The position of a cache that was removed with its block: one past its last level."""
+        return 1 + len(self.cache_levels)
+
+    @cached_property
     def shared_positions(self) -> frozenset[int]:
         """The positions of the levels that caches take together."""
         levels = enumerate(self.cache_levels, start=1)
         return frozenset(position for position, level in levels if level in self.together)
-
-    @cached_property
-    def every_step(self) -> LevelSteps:
-        """Steps that skip no level."""
-        next_level = np.full((len(self), self.width), -1, dtype=np.int64)
-        for number, item in enumerate(self.items):
-            next_level[number, : len(item.levels) - 1] = range(1, len(item.levels))
-        return LevelSteps(self, next_level)
 
     def reaches(self, positions: Counts) -> npt.NDArray[np.bool_]:
         """Whether plans can be reached although caches take some levels together, (n,).
@@ -235,9 +267,8 @@ class Ladder:
         if not self.shared_positions:
             return np.ones(len(positions), dtype=bool)
         caches = positions[:, list(self.caches)]
-        removed = 1 + len(self.cache_levels)
         least = caches.min(axis=1)  # all removed: nothing is kept that could differ
-        most = np.where(caches < removed, caches, -1).max(axis=1)
+        most = np.where(caches < self.removed_cache, caches, -1).max(axis=1)
         return np.asarray((least >= most) | (least >= max(self.shared_positions)))
 
     def positions(self, plan: Plan) -> list[int]:
@@ -292,152 +323,6 @@ class Ladder:
     def lowest(self) -> Plan:
         """The plan with each item at its lowest level."""
         return self.plan([len(item.levels) - 1 for item in self.items])
-
-
-@dataclass(frozen=True, eq=False)
-class LevelSteps:
-    """The level to which lowering takes each item from each of its levels.
-
-    Requests of most lengths skip the same levels, so that they share these steps.
-
-    Attributes:
-        ladder: The items.
-        next_level: Position of the next level, -1 if there is none, (items, W), read-only. Levels
-            of a cache that need no fewer bytes than the level above them are skipped, such as a
-            window that is longer than the sequence.
-    """
-
-    ladder: Ladder
-    next_level: Counts
-
-    def __post_init__(self) -> None:
-        self.next_level.flags.writeable = False
-
-    @cached_property
-    def nexts(self) -> list[list[int]]:
-        """`next_level` as Python integers, which are faster one at a time."""
-        nexts: list[list[int]] = self.next_level.tolist()
-        return nexts
-
-    @cached_property
-    def native_valid(self) -> npt.NDArray[np.bool_]:
-        """Whether each item of the unchanged model has a lower level, (items,)."""
-        return np.asarray(self.next_level[:, 0] >= 0)
-
-    @cached_property
-    def lowest(self) -> list[int]:
-        """The position of each item's level once no action is valid, (items,)."""
-        positions = [0] * len(self.ladder)
-        for item, nexts in enumerate(self.nexts):
-            while nexts[positions[item]] >= 0:
-                positions = self.after(positions, item)
-        return positions
-
-    @cached_property
-    def lowest_levels(self) -> Counts:
-        """Where the levels of `lowest` are if those of all items are in one row, (items,)."""
-        return np.array(self.lowest) + self.ladder.first_levels
-
-    def moves(self, positions: Sequence[int], item: int) -> Moves:
-        """What lowering an item that has a lower level changes, that item and its companions.
-
-        Caches take some levels together, and a removed attention block takes its cache with it.
-        `StackedCosts.lowered` is the same for many plans.
-
-        Args:
-            positions: The position of each item's level, (items,).
-            item: Number of the item.
-
-        Returns:
-            Each item that moves, and the position of its new level.
-        """
-        moves = self.own_moves[item][positions[item]]
-        if moves is not None:
-            return moves
-        nexts, lower = self.nexts, self.nexts[item][positions[item]]
-        return tuple((n, lower) for n in self.ladder.caches if nexts[n][positions[n]] == lower)
-
-    def after(self, positions: Sequence[int], item: int) -> list[int]:
-        """The positions after lowering an item that has a lower level, (items,)."""
-        lowered = list(positions)
-        for moved, position in self.moves(positions, item):
-            lowered[moved] = position
-        return lowered
-
-    @cached_property
-    def levels_above(self) -> list[list[int]]:
-        """The position from which lowering leads to each level, -1 if no lowering does."""
-        above = [[-1] * self.ladder.width for _ in self.nexts]
-        for item, nexts in enumerate(self.nexts):
-            position = 0
-            while nexts[position] >= 0:
-                above[item][nexts[position]] = position
-                position = nexts[position]
-        return above
-
-    def raised(
-        self, positions: Sequence[int], item: int, cache_position: int | None = None
-    ) -> list[int] | None:
-        """The positions after raising an item by one level: `after` inverted.
-
-        Caches that take a level together leave it together, as long as none of them is lower.
-
-        Args:
-            positions: The position of each item's level, (items,).
-            item: Number of the item.
-            cache_position: Position of the level at which the cache of a removed attention block
-                returns; None is the highest level of the kept caches.
-
-        Returns:
-            The positions, (items,); None if the item is native, a cache whose block is removed, or
-            at a level that it cannot leave alone or that the request skips.
-        """
-        ladder, position = self.ladder, positions[item]
-        above = self.levels_above[item][position] if position else -1
-        if above < 0:
-            return None
-        higher = list(positions)
-        higher[item] = above
-        no_level = 1 + len(ladder.cache_levels)
-        kept_caches = [cache for cache in ladder.caches if positions[cache] < no_level]
-        if item in kept_caches and position in ladder.shared_positions:
-            if any(positions[cache] != position for cache in kept_caches):
-                return None
-            for cache in kept_caches:
-                higher[cache] = above
-        cache = ladder.partners[item]
-        if position == ladder.removals[item] and cache != item:
-            if cache_position is None:
-                cache_position = min((positions[kept] for kept in kept_caches), default=0)
-            higher[cache] = cache_position
-        return higher
-
-    @cached_property
-    def own_moves(self) -> list[list[Moves | None]]:
-        """The moves from each level of each item; None where several caches move together."""
-        moves: list[list[Moves | None]] = []
-        for number, item in enumerate(self.ladder.items):
-            shared = self.ladder.shared_positions if item.kind == "cache" else ()
-            nexts = self.nexts[number]
-            moves.append([None if p in shared else self.own_moves_to(number, p) for p in nexts])
-        return moves
-
-    def own_moves_to(self, item: int, position: int) -> Moves:
-        """What moving one item to a lower level changes: the item, and the cache of a removed one.
-
-        Caches that take a level together move one by one here.
-        """
-        ladder = self.ladder
-        cache = ladder.partners[item]
-        if cache == item or position != ladder.removals[item]:
-            return ((item, position),)
-        return (item, position), (cache, 1 + len(ladder.cache_levels))
-
-    def companions(self, positions: Sequence[int], item: int) -> list[int]:
-        """The items that take the same level with one action, in order, the item included."""
-        if self.ladder.items[item].kind != "cache":
-            return [item]
-        return [cache for cache, _ in self.moves(positions, item)]
 
 
 def _existing(asked: Sequence[str], exists: Collection[str]) -> Iterable[str]:

@@ -8,9 +8,9 @@ from functools import lru_cache
 import numpy as np
 
 from rap_env.errors import InfeasibleBudgetError
-from rap_env.ladder.items import Item, Ladder, LevelSteps
-from rap_env.ladder.shared_bytes import SharedBytes, flags_of
-from rap_env.ladder.state import LadderCosts
+from rap_env.ladder.items import Item, Ladder
+from rap_env.ladder.state import LadderCosts, SharedBytes
+from rap_env.ladder.steps import LevelSteps
 from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -36,15 +36,13 @@ class LadderBytes:
         self.ladder = ladder
         shape = len(ladder), ladder.width
         self._weights = np.zeros(shape, dtype=np.int64)
-        self._flags = np.zeros(shape, dtype=np.uint8)
         facts = memory.facts
         for number, item in enumerate(ladder.items):
             sizes = _weight_bytes(memory, item)
             for position, level in enumerate(item.levels):
                 self._weights[number, position] = sizes.get(level, 0)
-                self._flags[number, position] = flags_of(item, level)
-        self._flag_lists: list[list[int]] = self._flags.tolist()
-        self._fixed_ffn = facts.num_layers - ladder.num_ffn  # FFN blocks that are always kept
+        # FFN blocks that are always kept.
+        self._fixed_ffn = facts.num_layers - ladder.native_sharers.kept_ffn
         self._widen = 0 if facts.packed else facts.widen_bytes
         self._cache_levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
         self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
@@ -58,7 +56,7 @@ class LadderBytes:
             if (
                 item.kind == "attn"
                 and "removed" in item.levels
-                and ladder.partners[number] == number
+                and ladder.counterparts[number] == number
             ):
                 self._keeps_cache[number, : item.levels.index("removed")] = 1
         self.cached_costs = lru_cache(max(_LEAST_SHAPES, _CACHED_LEVELS // (shape[0] * shape[1])))(
@@ -120,20 +118,18 @@ class LadderBytes:
         last_ffn = 0 if self._fixed_ffn else workspace - without
         attention = memory.attention_workspace_bytes(request) if self._caches else 0
         return LadderCosts(
-            self.ladder,
-            dense_peak_bytes,
-            int(kv_bytes.sum()),
-            dense_peak_bytes - int(sizes[:, 0].sum()),
-            SharedBytes(last_ffn, attention, self._widen),
-            sizes,
-            self._flags,
-            self._flag_lists,
-            self._steps_of(tuple(nexts)),
+            ladder=self.ladder,
+            dense_peak_bytes=dense_peak_bytes,
+            kv_cache_bytes=int(kv_bytes.sum()),
+            constant_bytes=dense_peak_bytes - int(sizes[:, 0].sum()),
+            shared=SharedBytes(last_ffn, attention, self._widen),
+            item_bytes=sizes,
+            steps=self._steps_of(tuple(nexts)),
         )
 
     def _make_steps(self, nexts: tuple[tuple[int, ...], ...]) -> LevelSteps:
         """The steps of requests with these next levels of caches, for each shape of a cache."""
-        next_level = self.ladder.every_step.next_level.copy()
+        next_level = LevelSteps.every(self.ladder).next_level.copy()
         for numbers, lower in zip(self._caches.values(), nexts, strict=True):
             next_level[numbers, : len(lower)] = lower
         return LevelSteps(self.ladder, next_level)

@@ -49,7 +49,7 @@ class MasksOnLoweredCaches(Policy):
 def _packaged_masks(memory: MemoryModel, basis: Basis | None) -> Policy:
     """On caches at int8, else at int4, if they have these levels in a comparison."""
     file = packaged_network(_NAME)
-    levels = () if basis is None else basis.item_bytes.ladder.cache_levels
+    levels = () if basis is None else basis.ladder_bytes.ladder.cache_levels
     lowered = [level for level in ("int8", "int4") if level in levels]
     if lowered:
         return MasksOnLoweredCaches(memory, file, lowered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,9 +13,8 @@ from rap_env.context.base import costs_of
 from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_fit import is_as_exact
-from rap_env.ladder.items import Item, Ladder
+from rap_env.ladder.items import Item, Ladder, Sharers
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.shared_bytes import KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS
 from rap_env.ladder.state import LadderCosts
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
@@ -33,8 +32,6 @@ _CACHED_SHAPES = 16  # of 85 kB each; a new one takes 5 ms
 _STEP_COST = 1e-7
 """Nats per token that each lowered level costs at least, so that ties prefer less lowering."""
 
-_FLAGS = (KEPT_FFN, LOWERED_CACHE, LOWERED_WEIGHTS)
-
 
 @dataclass(frozen=True)
 class _Option:
@@ -44,17 +41,13 @@ class _Option:
         levels: The lowered items with their levels; empty is native.
         size: Bytes of the set's weights, stubs and cache.
         cost: Predicted rise in NLL, nats per token.
-        flags: What of it determines the bytes that sets share, see `rap_env.ladder.state`.
+        sharers: Whether it has some of each of the items that decide which bytes sets share.
     """
 
     levels: tuple[tuple[str, str], ...]
     size: int
     cost: float
-    flags: int
-
-    def needs_only(self, flags: int) -> bool:
-        """Whether it has none but some flags."""
-        return self.flags | flags == flags
+    sharers: Sharers
 
 
 @dataclass(frozen=True)
@@ -154,25 +147,22 @@ class KnapsackPolicy(Policy):
         return smallest.plan(smallest.solver.least)
 
     def _make_problems(self, batch_size: int, seq_len_tokens: int) -> tuple[_Problem, ...]:
-        """One problem for each set of flags that plans may have, most permissive first.
+        """One problem for each set of sharers that plans may have, most permissive first.
 
-        A set to which a flag can be added for no more bytes is left out, since it has fewer
+        A set to which others can be added for no more bytes is left out, since it has fewer
         options.
         """
         costs = self._bytes.costs(batch_size, seq_len_tokens)
         options = self._options(costs, seq_len_tokens)
         cheapest = [min(option.cost for option in row) for row in options]  # below 0 by a removal
-        used = [flag for flag in _FLAGS if any(o.flags & flag for o in itertools.chain(*options))]
+        subsets = _subsets(_union(*(option.sharers for row in options for option in row)))
         problems = []
-        for allowed in sorted(map(sum, _subsets(used)), reverse=True):
+        for allowed in subsets:
             shared = costs.shared.of(allowed)
-            if any(
-                costs.shared.of(allowed | flag) <= shared for flag in used if not allowed & flag
-            ):
+            larger = [other for other in subsets if other != allowed and _within(allowed, other)]
+            if any(costs.shared.of(other) <= shared for other in larger):
                 continue
-            rows = [
-                tuple(option for option in row if option.needs_only(allowed)) for row in options
-            ]
+            rows = [tuple(o for o in row if _within(o.sharers, allowed)) for row in options]
             if not all(rows):
                 continue  # an FFN block cannot be removed, since that was not measured
             solver = MultipleChoice(
@@ -189,7 +179,7 @@ class KnapsackPolicy(Policy):
         for number, item in enumerate(ladder.items):
             if item.kind == "cache":
                 continue  # chosen with its block
-            row, cache = [], ladder.partners[number]
+            row, cache = [], ladder.counterparts[number]
             kept = self._cache_positions(costs, cache) if cache != number else []
             removed = len(ladder.items[cache].levels)
             for position, level in enumerate(item.levels):
@@ -234,9 +224,8 @@ class KnapsackPolicy(Policy):
         self, costs: LadderCosts, seq_len_tokens: int, positions: Mapping[int, int]
     ) -> _Option:
         """The option in which some items, by number, are at some positions of their levels."""
-        items, flags = costs.ladder.items, 0
-        for number, position in positions.items():
-            flags |= costs.flag_lists[number][position]
+        items, ladder = costs.ladder.items, costs.ladder
+        sharers = _union(*(ladder.sharers[number][p] for number, p in positions.items()))
         lowered = tuple(
             (items[number].name, items[number].levels[position])
             for number, position in positions.items()
@@ -244,12 +233,21 @@ class KnapsackPolicy(Policy):
         )
         size = sum(costs.sizes[number][position] for number, position in positions.items())
         cost = sum(self.level_costs.cost(item, level, seq_len_tokens) for item, level in lowered)
-        return _Option(lowered, size, cost + _STEP_COST * len(lowered), flags)
+        return _Option(lowered, size, cost + _STEP_COST * len(lowered), sharers)
 
 
-def _subsets(flags: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    for count in range(len(flags) + 1):
-        yield from itertools.combinations(flags, count)
+def _union(*each: Sharers) -> Sharers:
+    return Sharers(*map(max, zip(*each, strict=True)))
+
+
+def _within(sharers: Sharers, allowed: Sharers) -> bool:
+    return all(number <= most for number, most in zip(sharers, allowed, strict=True))
+
+
+def _subsets(used: Sharers) -> list[Sharers]:
+    """Which of the sharers in use a plan may have, as 0 or 1, the most permissive first."""
+    choices = [(1, 0) if number else (0,) for number in reversed(used)]
+    return [Sharers(*reversed(chosen)) for chosen in itertools.product(*choices)]
 
 
 def _ladder(facts: ModelFacts, costs: LevelCosts) -> Ladder:
@@ -271,7 +269,7 @@ def knapsack(memory: MemoryModel, basis: Basis | None) -> KnapsackPolicy:
     """On the costs of the context, with the levels of its ladder; or on those in the package."""
     if basis is None:
         return KnapsackPolicy(memory, packaged_costs(LevelCosts, memory))
-    ladder = basis.item_bytes.ladder
+    ladder = basis.ladder_bytes.ladder
     levels = {item.name: item.levels for item in ladder.items}
     return KnapsackPolicy(memory, costs_of(basis.context, ladder), levels)
 

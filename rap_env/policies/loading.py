@@ -125,7 +125,7 @@ def load_policy(
 
 
 def make_method(
-    name: str, context: PruningContext, item_bytes: LadderBytes | None = None, seed: int = 0
+    name: str, context: PruningContext, ladder_bytes: LadderBytes | None = None, seed: int = 0
 ) -> Policy:
     """Make a policy for a comparison, on the scores and importance of a context.
 
@@ -133,7 +133,7 @@ def make_method(
         name: As for `load_policy`.
         context: The model with its scorer; the importance that a method needs is measured or
             loaded.
-        item_bytes: The ladder over which it chooses; None removes blocks only.
+        ladder_bytes: The ladder over which it chooses; None removes blocks only.
         seed: Seed of everything random in a method.
 
     Raises:
@@ -142,8 +142,8 @@ def make_method(
             policy is of another model.
         PluginError: The policy of another package cannot be loaded or made.
     """
-    item_bytes = mask_bytes(context.memory) if item_bytes is None else item_bytes
-    return _make(name, context.memory, Basis(context, item_bytes, seed))
+    ladder_bytes = mask_bytes(context.memory) if ladder_bytes is None else ladder_bytes
+    return _make(name, context.memory, Basis(context, ladder_bytes, seed))
 
 
 def _make(name: str, memory: MemoryModel, basis: Basis | None) -> Policy:

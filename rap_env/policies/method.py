@@ -33,12 +33,12 @@ class Basis(NamedTuple):
 
     Attributes:
         context: Memory arithmetic, scorer and importance of the model.
-        item_bytes: The ladder over which it chooses, with its bytes.
+        ladder_bytes: The ladder over which it chooses, with its bytes.
         seed: Seed of everything random in it.
     """
 
     context: PruningContext
-    item_bytes: LadderBytes
+    ladder_bytes: LadderBytes
     seed: int = 0
 
 
@@ -56,9 +56,9 @@ class Method(Policy):
     """
 
     def __init__(self, basis: Basis) -> None:
-        self.context, self.item_bytes, self.seed = basis
+        self.context, self.ladder_bytes, self.seed = basis
         self.memory = self.context.memory
-        self.ladder = self.item_bytes.ladder
+        self.ladder = self.ladder_bytes.ladder
         self.weight_levels = self.ladder.weight_levels
 
     def choose(self, request: Request) -> Plan:
@@ -68,7 +68,7 @@ class Method(Policy):
             InvalidRequestError: The model cannot serve the batch size or the length.
             InfeasibleBudgetError: Nothing in the ladder fits the budget.
         """
-        self.item_bytes.check_feasible(request)
+        self.ladder_bytes.check_feasible(request)
         if self.fits(Plan(), request):
             return Plan()
         scores = CountingScorer(self.context.scorer)
@@ -85,7 +85,7 @@ class Method(Policy):
 
     def costs(self, request: Request) -> LadderCosts:
         """The bytes of each item at each level for a request."""
-        return self.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        return self.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
 
     def fits(self, plan: Plan, request: Request) -> bool:
         """Whether the request's peak bytes under a plan are within its budget."""

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.errors import ArtifactError
-from rap_env.ladder.observation import BYTES_OVER, ObservationEncoder, ObservedState, bytes_over
+from rap_env.ladder.features import BYTES_OVER, bytes_over
+from rap_env.ladder.observation import ObservationEncoder, ObservedState
 from rap_env.plan import Plan
 from rap_env.policies.network_rows import (
     MOST_SPREADS,
@@ -179,7 +180,7 @@ class PolicyNetwork:
         Raises:
             InvalidRequestError: The model cannot serve the request.
         """
-        costs = self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        costs = self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         budget, dense_peak = request.budget_bytes, costs.dense_peak_bytes
         if dense_peak <= budget:
             return Plan()

@@ -22,15 +22,10 @@ from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError, UnknownNameError
+from rap_env.ladder.features import Importance, ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import (
-    ImportanceFeatures,
-    ItemImportance,
-    ItemObservationBuilder,
-    ObservationBuilder,
-    ObservationEncoder,
-)
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
@@ -60,7 +55,6 @@ _NETWORK, _IMPORTANCE = "network.", "importance."
 _CACHED_CHOICES = 1024
 
 Arrays = dict[str, npt.NDArray[Any]]
-Importance = ImportanceFeatures | ItemImportance
 _IMPORTANCES: dict[str, type[Importance]] = {"blocks": ImportanceFeatures, "ladder": ItemImportance}
 
 
@@ -124,8 +118,8 @@ class PolicyFile:
                 own["name"], own["dtype"], facts.name, facts.dtype,
             )  # fmt: skip
         if isinstance(self.importance, ImportanceFeatures):
-            return ObservationBuilder(memory, self.importance, base)
-        return ItemObservationBuilder(LadderBytes(memory, ladder, base), self.importance)
+            return ObservationEncoder(mask_bytes(memory, base), self.importance)
+        return ObservationEncoder(LadderBytes(memory, ladder, base), self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as a safetensors file with a checksum, and replace an existing file.
@@ -256,7 +250,7 @@ class NetworkPolicy(Policy):
         self.encoder = encoder = file.encoder_for(memory, base)
         self.ladder = encoder.ladder
         self.weight_levels = self.ladder.weight_levels
-        lowers = isinstance(encoder, ItemObservationBuilder)
+        lowers = isinstance(encoder.importance, ItemImportance)
         self.name = name or ("rap" if lowers else "rap-v0")
         self.order = _removal_order(self.ladder, encoder.importance, memory.facts.num_blocks)
         self._network = PolicyNetwork(file.weights, encoder)
@@ -272,7 +266,7 @@ class NetworkPolicy(Policy):
 
     def can_fit(self, request: Request) -> bool:
         """Whether the request fits with every item lowered as far as possible."""
-        costs = self.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        costs = self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         return costs.least_peak_bytes <= request.budget_bytes
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:

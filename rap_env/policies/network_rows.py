@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import KINDS
-from rap_env.ladder.observation import (
+from rap_env.ladder.features import (
     BLOCK_FEATURES,
     COST_CEILING,
     COST_FLOOR,
     ITEM_FEATURES,
     REQUEST_FEATURES,
 )
+from rap_env.ladder.items import KINDS
 
 Floats = npt.NDArray[np.float32]
 

@@ -38,7 +38,7 @@ class _OrderOfSteps(Method):
     def __init__(self, basis: Basis) -> None:
         super().__init__(basis)
         self._steps, self.setup_evaluations = method_order(
-            basis.context, self.item_bytes, self.name
+            basis.context, self.ladder_bytes, self.name
         )
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:

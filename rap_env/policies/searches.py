@@ -137,7 +137,7 @@ class _StepSearch(_Search):
         for item in filter(state.is_valid, range(len(self.ladder))):
             if state.companions(item)[0] != item:
                 continue  # levels taken together are one step
-            key = item, state.positions[item], state.positions[self.ladder.partners[item]]
+            key = item, state.positions[item], state.positions[self.ladder.counterparts[item]]
             predicted, freed = state.step_rise(item), state.step_bytes(item)
             plan = self.ladder.plan(state.positions_after(item))
             tie = (item,) if self.ladder.removes_only else (-freed, -item)

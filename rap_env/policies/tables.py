@@ -110,7 +110,7 @@ def _frontier(memory: MemoryModel, basis: Basis | None) -> Policy:
         return _read_table(packaged_file("frontier.json"), memory)
     table = basis.context.frontier
     fallback = partial(GSI, basis) if table.has_masks_only else partial(knapsack, memory, basis)
-    return TablePolicy(memory, table, basis.item_bytes.ladder, fallback)
+    return TablePolicy(memory, table, basis.ladder_bytes.ladder, fallback)
 
 
 @reads(PlanTable.KIND)

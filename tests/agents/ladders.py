@@ -7,7 +7,7 @@ import numpy as np
 from agents.observations import make_encoder
 from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.ladder.named_ladders import CACHE_LEVELS
-from rap_env.ladder.observation import ItemObservationBuilder
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.policies.test_knapsack import costs as costs_of
@@ -68,9 +68,9 @@ class LadderContext:
         return self.costs
 
 
-def encoder_of(context, spec=SPEC) -> ItemObservationBuilder:
+def encoder_of(context, spec=SPEC) -> ObservationEncoder:
     builder = make_encoder(context, spec)
-    assert isinstance(builder, ItemObservationBuilder)
+    assert isinstance(builder, ObservationEncoder)
     return builder
 
 
@@ -95,6 +95,6 @@ def feasible(builder, requests):
     return [
         request
         for request in requests
-        if builder.item_bytes.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
+        if builder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens).least_peak_bytes
         <= request.budget_bytes
     ]

@@ -4,7 +4,8 @@ import torch
 
 from agents.algorithms import AgentConfig, make_model
 from agents.training import make_vector_env
-from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from tests.agents import ladders, synthetic
 
 
@@ -16,7 +17,7 @@ def lowers(context):
 def encoder_for(context):
     if lowers(context):
         return ladders.encoder_of(context)
-    return ObservationBuilder(context.memory, context.features)
+    return ObservationEncoder(mask_bytes(context.memory), context.features)
 
 
 def envs_for(context, **settings):

@@ -9,7 +9,8 @@ from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env
 from rap_env.errors import UnknownNameError
-from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import ONE_OF_EACH_KIND, make_envs
@@ -32,7 +33,7 @@ def teacher(context):
 
 @pytest.fixture
 def builder(context):
-    return ObservationBuilder(context.memory, context.features)
+    return ObservationEncoder(mask_bytes(context.memory), context.features)
 
 
 def new_model(name, context, **settings):

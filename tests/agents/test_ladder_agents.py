@@ -49,8 +49,8 @@ def demonstrations(context, builder, teacher):
 
 def greedy(builder, context, request):
     """The greedy order over items, which observations show."""
-    steps = item_order(context, builder.item_bytes).steps
-    costs = builder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+    steps = item_order(context, builder.ladder_bytes).steps
+    costs = builder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
     return costs.lower_until_fits(steps, request.budget_bytes)
 
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from agents.networks import Rows
-from rap_env.ladder.observation import (
-    ObservationBuilder,
-)
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.policies.network_rows import _NEAR_ITEMS
 from rap_env.request import Request
@@ -19,7 +18,7 @@ LOWERED = {"layer00.attn": "removed", "layer01.ffn": "int8", "layer02.cache": "i
 
 @pytest.fixture
 def blocks(context):
-    return ObservationBuilder(context.memory, context.features)
+    return ObservationEncoder(mask_bytes(context.memory), context.features)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def columns_that_change(rows, one, other):
 
 def test_rows_are_finite_native_and_at_the_lowest_levels(items):
     same = SyntheticContext([0.1] * 12)
-    for encoder in (ObservationBuilder(same.memory, same.features), items):
+    for encoder in (ObservationEncoder(mask_bytes(same.memory), same.features), items):
         rows = Rows(encoder.space)
         for levels in ({}, encoder.ladder.lowest.levels):
             out = rows(observed(encoder, levels))

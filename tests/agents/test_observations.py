@@ -3,7 +3,8 @@ import pytest
 
 from agents.plan_observer import PlanObserver
 from rap_env.errors import InvalidRequestError
-from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.agents.synthetic import request_at
@@ -12,7 +13,7 @@ from tests.agents.synthetic import request_at
 @pytest.mark.parametrize("which_context", ["context", "repaired_context"])
 def test_batch_observations_equal_those_of_the_single_builder(request, which_context):
     context = request.getfixturevalue(which_context)
-    builder = ObservationBuilder(context.memory, context.features)
+    builder = ObservationEncoder(mask_bytes(context.memory), context.features)
     requests = [request_at(context, *r) for r in [(1, 10, 0.9), (4, 50, 0.5), (8, 33, 0.4)]]
     count = context.memory.facts.num_blocks
     rng = np.random.default_rng(0)
@@ -31,6 +32,6 @@ def test_batch_observations_equal_those_of_the_single_builder(request, which_con
 
 
 def test_a_request_that_cannot_be_served_is_rejected(context):
-    builder = ObservationBuilder(context.memory, context.features)
+    builder = ObservationEncoder(mask_bytes(context.memory), context.features)
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         PlanObserver(builder, [Request(1, 5000, 10**9)])

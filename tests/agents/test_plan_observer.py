@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 
 from agents.plan_observer import PlanObserver
+from rap_env.ladder.features import ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import (
-    ItemImportance,
-    ItemObservationBuilder,
-    ObservedState,
-)
+from rap_env.ladder.observation import ObservationEncoder, ObservedState
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -20,18 +17,18 @@ TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)
 SHAPES = [(2, 2000, 0.5), (1, 64, 0.8), (2, 2000, 0.3), (8, 300, 0.4)]
 
 
-def encoder_of(together=(), layers=3) -> ItemObservationBuilder:
+def encoder_of(together=(), layers=3) -> ObservationEncoder:
     made = facts(layers=layers)
     ladder = Ladder.of(made, together=together)
     rng = np.random.default_rng(0)
     one_shot, place = rng.random((2, len(ladder), ladder.width))
     reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
-    item_bytes = LadderBytes(MemoryModel(made), ladder)
-    return ItemObservationBuilder(item_bytes, ItemImportance(one_shot, place, reached))
+    ladder_bytes = LadderBytes(MemoryModel(made), ladder)
+    return ObservationEncoder(ladder_bytes, ItemImportance(one_shot, place, reached))
 
 
 def requests_of(builder) -> list[Request]:
-    return [Request.at_fraction(builder.item_bytes.memory, b, n, f) for b, n, f in SHAPES]
+    return [Request.at_fraction(builder.ladder_bytes.memory, b, n, f) for b, n, f in SHAPES]
 
 
 @pytest.mark.parametrize("together", TOGETHERS, ids=str)

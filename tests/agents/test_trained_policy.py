@@ -9,7 +9,9 @@ from agents.algorithms import ALGORITHMS
 from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
-from rap_env.ladder.observation import ObservationBuilder
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
+from rap_env.ladder.steps import LevelSteps
 from rap_env.plan import Plan
 from rap_env.policies.method import measure_choice
 from rap_env.request import Request
@@ -50,7 +52,7 @@ def test_it_lowers_the_item_with_the_highest_network_score(any_context, name):
         given = {"action_masks": observation["action_mask"]} if name == "maskable_ppo" else {}
         action, _ = trained._policy.predict(observation, deterministic=True, **given)
         positions = builder.ladder.positions(plan)
-        plan = builder.ladder.plan(builder.ladder.every_step.after(positions, int(action)))
+        plan = builder.ladder.plan(LevelSteps.every(builder.ladder).after(positions, int(action)))
     assert trained.choose(request) == plan
 
 
@@ -111,7 +113,9 @@ def test_samples_follow_the_probabilities_of_the_network(context):
     with torch.no_grad():
         for parameter in trained._policy.parameters():
             parameter.mul_(0.2)  # less sure of itself
-    observation = ObservationBuilder(context.memory, context.features).build(request, Plan())
+    observation = ObservationEncoder(mask_bytes(context.memory), context.features).build(
+        request, Plan()
+    )
     tensors, _ = trained._policy.obs_to_tensor(observation)
     with torch.no_grad():
         expected = trained._policy.get_distribution(tensors).distribution.probs[0].numpy()

@@ -15,7 +15,7 @@ from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainingDivergedError, train
 from rap_env.errors import ArtifactError, StorageFullError
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from tests.agents.policies import envs_for

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 
 from rap_env.blocks import block_name
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 

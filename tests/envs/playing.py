@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rap_env.envs.ladder import RAPLadderEnv, RAPLadderVectorEnv
 from rap_env.envs.prune import RAPPruneEnv, RAPPruneVectorEnv
-from rap_env.ladder.observation import ITEM_FEATURES
+from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.request import Request
 from tests.envs.tiny_contexts import LAYERS
 

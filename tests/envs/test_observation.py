@@ -5,7 +5,9 @@ import pytest
 
 from rap_env.envs.episode import usable_masks
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder, squash
+from rap_env.ladder.features import ImportanceFeatures, squash
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import COUNT, make, play
@@ -13,13 +15,13 @@ from tests.envs.tiny_contexts import LAYERS
 
 
 @pytest.fixture
-def builder(context) -> ObservationBuilder:
+def builder(context) -> ObservationEncoder:
     features = ImportanceFeatures(
         one_shot=np.array([1.0, 0.0, -2.0, 3.0, 0.5, np.inf]),
         gsi_rank=np.linspace(0, 1, COUNT),
         gsi_marginal_loss=np.full(COUNT, 0.25),
     )
-    return ObservationBuilder(context.memory, features)
+    return ObservationEncoder(mask_bytes(context.memory), features)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def test_observations_of_unknown_blocks_or_lengths_are_rejected(builder, request
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_episode_observations_equal_those_built_for_its_masks(context, masked):
-    builder = ObservationBuilder(context.memory, context.features)
+    builder = ObservationEncoder(mask_bytes(context.memory), context.features)
     for seed, workload in itertools.product(range(10), ("grid", "azure-conv")):
         env = make(context, workload=workload)
         for step, (seen, *_, info) in enumerate(play(env, seed, masked)):

@@ -6,7 +6,7 @@ import pytest
 from rap_env.errors import (
     InvalidRequestError,
 )
-from rap_env.ladder.observation import ITEM_FEATURES
+from rap_env.ladder.features import ITEM_FEATURES
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.envs.playing import (

@@ -9,7 +9,7 @@ from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.model import ModelConfig
 from experiments.config.training import EnvConfig
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan
 from rap_env.policies.network_policy import PolicyFile
@@ -42,7 +42,7 @@ def config(base):
         demo={"table": f"score_table:{base / 'table.json'}", "live_s": 2},
     )  # fmt: skip
     context = build_context(config)
-    ladder = ladder_bytes(config, context).ladder
+    ladder = make_ladder_bytes(config, context).ladder
     costs = context.level_costs(ladder.cache_levels)
     plans = [Plan.uniform(3, caches=level, embeddings=embeddings)
              for level in ladder.cache_levels for embeddings in ("native", "int8")]  # fmt: skip

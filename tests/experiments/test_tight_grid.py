@@ -8,7 +8,7 @@ import yaml
 from experiments.config.common import parse_pinned
 from experiments.config.evaluation import EvaluateConfig
 from experiments.config.training import EnvConfig
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.study.errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
 from rap_env.policies.method import Basis
@@ -37,7 +37,7 @@ def config(base):
 @pytest.fixture(scope="module")
 def baseline(config):
     context = build_context(config)
-    return Uniform(Basis(context, ladder_bytes(config, context)))
+    return Uniform(Basis(context, make_ladder_bytes(config, context)))
 
 
 @pytest.mark.parametrize(

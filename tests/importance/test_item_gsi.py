@@ -25,22 +25,24 @@ def bytes_of(context, together=("int8",)) -> LadderBytes:
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, LEVELS, together))
 
 
-def run(context, item_bytes=None, **settings) -> GSIProfile:
-    item_bytes = item_bytes or bytes_of(context)
+def run(context, ladder_bytes=None, **settings) -> GSIProfile:
+    ladder_bytes = ladder_bytes or bytes_of(context)
     settings = {"method": "lazy", **settings}
-    return gsi(context.scorer, item_bytes, context.level_costs(CACHES), progress=False, **settings)
+    return gsi(
+        context.scorer, ladder_bytes, context.level_costs(CACHES), progress=False, **settings
+    )
 
 
-def priced(context, item_bytes) -> PricedState:
-    one_shot = one_shot_costs(context.level_costs(CACHES), item_bytes.ladder)
-    return PricedState(reference_costs(item_bytes), one_shot)
+def priced(context, ladder_bytes) -> PricedState:
+    one_shot = one_shot_costs(context.level_costs(CACHES), ladder_bytes.ladder)
+    return PricedState(reference_costs(ladder_bytes), one_shot)
 
 
 def test_the_exact_search_takes_the_least_cost_per_byte_of_all_items(context):
-    item_bytes = bytes_of(context)
-    profile = run(context, item_bytes, method="exact", stop=8)
-    ladder, before = item_bytes.ladder, context.scorer.dense_nll
-    state = priced(context, item_bytes)
+    ladder_bytes = bytes_of(context)
+    profile = run(context, ladder_bytes, method="exact", stop=8)
+    ladder, before = ladder_bytes.ladder, context.scorer.dense_nll
+    state = priced(context, ladder_bytes)
     for name, nll, count in zip(profile.order, profile.nll_after, profile.candidates, strict=True):
         prices = {}
         for item in filter(state.is_valid, range(len(ladder))):
@@ -72,18 +74,18 @@ def test_a_profile_of_other_levels_or_methods_is_rejected(context, tmp_path):
 
 
 def test_it_ends_when_nothing_frees_bytes(context):
-    item_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks"))
-    profile = run(context, item_bytes)
-    assert sorted(profile.order) == [item.name for item in item_bytes.ladder.items]
+    ladder_bytes = LadderBytes(context.memory, Ladder.of(context.memory.facts, "masks"))
+    profile = run(context, ladder_bytes)
+    assert sorted(profile.order) == [item.name for item in ladder_bytes.ladder.items]
     everything = Plan.of(dict.fromkeys(profile.order, "removed"))
     assert profile.nll_after[-1] == context.scorer.nll(everything)
 
 
 def test_the_order_begins_with_the_measured_steps_and_is_complete(context):
-    item_bytes, costs = bytes_of(context), context.level_costs(CACHES)
-    profile, ladder = run(context, stop=6), item_bytes.ladder
-    order = greedy_order(costs, item_bytes, profile)
-    state = priced(context, item_bytes)
+    ladder_bytes, costs = bytes_of(context), context.level_costs(CACHES)
+    profile, ladder = run(context, stop=6), ladder_bytes.ladder
+    order = greedy_order(costs, ladder_bytes, profile)
+    state = priced(context, ladder_bytes)
     for name in profile.order:
         state.lower(ladder.numbers[name])
     reached = [0] * len(ladder)
@@ -102,7 +104,7 @@ def test_environments_observe_it(tmp_path):
     )
     env = make_v1(context, reward={"name": "perplexity", "relative_to": "gsi"})
     assert len(list(tmp_path.glob("item-gsi-lazy-4-*.json"))) == 1
-    order = item_order(context, env._task.encoder.item_bytes)
+    order = item_order(context, env._task.encoder.ladder_bytes)
     observation, _ = env.reset(seed=0)
     place = {number: row[8] for number, row in enumerate(observation["ladder"])}
     assert min(place, key=place.__getitem__) == order.steps[0][0]
@@ -113,6 +115,6 @@ def test_environments_observe_it(tmp_path):
 
     (path,) = tmp_path.glob("item-gsi-*.json")
     by_path = make_ladder_context(importance=str(path))
-    again = item_order(by_path, env._task.encoder.item_bytes)
+    again = item_order(by_path, env._task.encoder.ladder_bytes)
     assert again.steps == order.steps
     assert make_ladder_context(importance="one_shot").importance == "one_shot"

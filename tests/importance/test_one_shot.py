@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rap_env.importance.level_scan import block_influence, layer_influence, one_shot
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens

@@ -25,8 +25,8 @@ def made(packed=False, together=(), layers=3, seed=0, **changed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("together", [(), ("int8", "int4")])
 def test_the_steps_lead_from_native_levels_to_the_lowest(packed, together):
-    found, item_bytes = made(packed, together)
-    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
+    found, ladder_bytes = made(packed, together)
+    order, ladder = greedy_order(found, ladder_bytes), ladder_bytes.ladder
     positions = [0] * len(ladder)
     for item, position in order.steps:
         assert position == positions[item] + 1
@@ -36,9 +36,9 @@ def test_the_steps_lead_from_native_levels_to_the_lowest(packed, together):
 
 
 def test_each_step_has_the_least_cost_per_freed_byte():
-    found, item_bytes = made()
-    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
-    costs_there = item_bytes.costs(REFERENCE_BATCH_SIZE, 1024)
+    found, ladder_bytes = made()
+    order, ladder = greedy_order(found, ladder_bytes), ladder_bytes.ladder
+    costs_there = ladder_bytes.costs(REFERENCE_BATCH_SIZE, 1024)
     state = costs_there.state()
 
     def price(item: int) -> float:
@@ -65,16 +65,16 @@ def test_each_step_has_the_least_cost_per_freed_byte():
 
 
 def test_levels_taken_together_are_steps_in_a_row():
-    found, item_bytes = made(together=("int8",))
-    order, ladder = greedy_order(found, item_bytes), item_bytes.ladder
+    found, ladder_bytes = made(together=("int8",))
+    order, ladder = greedy_order(found, ladder_bytes), ladder_bytes.ladder
     caches = set(ladder.caches)
     at = [n for n, (item, position) in enumerate(order.steps) if item in caches and position == 1]
     assert at == list(range(at[0], at[0] + len(caches)))
 
 
 def test_an_observed_order_has_places_and_costs():
-    found, item_bytes = made()
-    order = greedy_order(found, item_bytes)
+    found, ladder_bytes = made()
+    order = greedy_order(found, ladder_bytes)
     seen = order.importance
     item, position = order.steps[0]
     assert seen.place[item, position] == 0
@@ -86,9 +86,9 @@ def test_an_observed_order_has_places_and_costs():
 
 
 def test_levels_that_were_not_measured_cost_as_much_as_the_one_above():
-    found, item_bytes = made()
+    found, ladder_bytes = made()
     ladder = Ladder.of(
-        item_bytes.memory.facts, {"caches": ["int8", "int4", "int4-window512", "int4-window128"]}
+        ladder_bytes.memory.facts, {"caches": ["int8", "int4", "int4-window512", "int4-window128"]}
     )
     known = one_shot_costs(found, ladder)
     assert known[:, 3].tolist() == known[:, 2].tolist()

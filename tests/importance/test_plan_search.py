@@ -35,24 +35,24 @@ def context():
 
 
 @pytest.fixture(scope="module")
-def item_bytes(context):
+def ladder_bytes(context):
     levels = {"weights": ("int8", "int4", "removed"), "caches": CACHES, "embeddings": ("int8",)}
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, levels, TOGETHER))
 
 
-def requests(item_bytes, count=24):
+def requests(ladder_bytes, count=24):
     rng = np.random.default_rng(1)
     found = []
     for _ in range(count):
         batch, tokens = int(rng.choice([1, 4])), int(rng.integers(20, 400))
-        costs = item_bytes.costs(batch, tokens)
+        costs = ladder_bytes.costs(batch, tokens)
         low, high = costs.least_peak_bytes, costs.dense_peak_bytes
         found.append(Request(batch, tokens, int(rng.integers(low, high))))
     return found
 
 
-def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
-    ladder, costs = item_bytes.ladder, item_bytes.costs(2, 300)
+def test_moves_down_are_the_actions_of_the_ladder(ladder_bytes):
+    ladder, costs = ladder_bytes.ladder, ladder_bytes.costs(2, 300)
     rng = np.random.default_rng(0)
     for _ in range(20):
         state = costs.state()
@@ -71,13 +71,13 @@ def test_moves_down_are_the_actions_of_the_ladder(item_bytes):
         assert [state.positions_after(item) for item in items.tolist()] == plans.tolist()
 
 
-def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_bytes):
-    ladder, costs = item_bytes.ladder, context.level_costs(CACHES)
+def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, ladder_bytes):
+    ladder, costs = ladder_bytes.ladder, context.level_costs(CACHES)
     scorer = context.scorer
-    order = greedy_order(costs, item_bytes)
+    order = greedy_order(costs, ladder_bytes)
     plans = [Plan(), *(Plan.removing(index) for index in range(6))]
-    for request in requests(item_bytes):
-        found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+    for request in requests(ladder_bytes):
+        found = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         plans.append(found.lower_until_fits(order.steps, request.budget_bytes))
     plans = list(dict.fromkeys(plans))
     nll = np.array(scorer.nll_many(plans)) - scorer.dense_nll
@@ -94,8 +94,8 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     lowered = np.array([ladder.positions(Plan.uniform(3, caches="int4"))])
     assert cheap.delta_nll(lowered) == [0.0], "levels that lower the NLL count as free"
     better = 0
-    for request in requests(item_bytes):
-        found = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+    for request in requests(ladder_bytes):
+        found = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         below = lowered_plans(found, where)
         assert np.allclose(predictor.delta_nll_below(where, *below), predictor.delta_nll(below[0]))
         search = PlanSearch(predictor, found, request.budget_bytes)
@@ -110,16 +110,16 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, item_b
     assert better
 
 
-def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(context, item_bytes):
+def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(context, ladder_bytes):
     costs = context.level_costs(CACHES)
-    wanted = requests(item_bytes)
-    other = item_bytes.ladder.lowest
+    wanted = requests(ladder_bytes)
+    other = ladder_bytes.ladder.lowest
     known = {other: context.scorer.nll(other)}
     elsewhere = {Plan.of({"layer00.cache": "int2"}): 9.0}
     config = PlanSearchConfig(evaluations=70, batch=8, requests=8, members=2)
     seen = []
     found = build_plan_table(
-        context.scorer, costs, item_bytes, wanted, config, known | elsewhere, seen.append
+        context.scorer, costs, ladder_bytes, wanted, config, known | elsewhere, seen.append
     )
     assert isinstance(found, PlanTable)
     assert found.evaluations <= 70
@@ -127,24 +127,24 @@ def test_a_search_takes_in_what_is_known_and_improves_on_the_greedy_order(contex
     assert not elsewhere.keys() & found.scores.keys(), "the ladder has no int2"
     assert set(seen) <= set(found.scores)
     assert found.scores == {plan: context.scorer.nll(plan) for plan in found.scores}
-    table, order = found.on(item_bytes.ladder), greedy_order(costs, item_bytes)
+    table, order = found.on(ladder_bytes.ladder), greedy_order(costs, ladder_bytes)
     gains = []
     for request in wanted:
-        bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        bytes_of = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         greedy = bytes_of.lower_until_fits(order.steps, request.budget_bytes)
         best = table.best(bytes_of, request.budget_bytes)
         gains.append(context.scorer.nll(greedy) - found.scores[best])
     assert np.mean(gains) > 0
-    again = build_plan_table(context.scorer, costs, item_bytes, wanted, config, known)
+    again = build_plan_table(context.scorer, costs, ladder_bytes, wanted, config, known)
     assert again.scores == found.scores, "the search is deterministic given the scores"
 
 
-def test_a_search_starts_from_the_best_plans_of_another_table(context, item_bytes):
-    costs, (request, *_) = context.level_costs(CACHES), requests(item_bytes)
-    rng, ladder = np.random.default_rng(3), item_bytes.ladder
+def test_a_search_starts_from_the_best_plans_of_another_table(context, ladder_bytes):
+    costs, (request, *_) = context.level_costs(CACHES), requests(ladder_bytes)
+    rng, ladder = np.random.default_rng(3), ladder_bytes.ladder
     spaces = [range(len(item.levels)) for item in ladder.items]
     drawn = [ladder.plan([int(rng.choice(s)) for s in spaces]) for _ in range(40)]
-    bytes_of = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+    bytes_of = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
     peaks = bytes_of.peaks(np.array([ladder.positions(plan) for plan in drawn]))
     roomy = Request(request.batch_size, request.seq_len_tokens, int(np.median(peaks)))
     scores = {plan: 3.0 - number / 100 for number, plan in enumerate(drawn)}
@@ -152,7 +152,7 @@ def test_a_search_starts_from_the_best_plans_of_another_table(context, item_byte
     best = start.on(ladder).best(bytes_of, roomy.budget_bytes)
     blocks = context.memory.facts.num_blocks
     config = PlanSearchConfig(evaluations=blocks + 2, batch=1, members=2)
-    found = build_plan_table(context.scorer, costs, item_bytes, [roomy], config, start=start)
+    found = build_plan_table(context.scorer, costs, ladder_bytes, [roomy], config, start=start)
     assert best in found.scores
     assert found.scores[best] == context.scorer.nll(best), "measured, not taken over"
 
@@ -161,10 +161,10 @@ def test_a_text_that_is_shorter_than_the_windows_of_the_ladder_can_be_searched_o
     """There a window costs what its precision costs, and plans with it are measured as others."""
     short = make_ladder_context(length=64, importance="one_shot")
     ladder = Ladder.of(short.memory.facts, {"weights": ("removed",), "caches": CACHES}, TOGETHER)
-    costs, item_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
+    costs, ladder_bytes = short.level_costs(CACHES), LadderBytes(short.memory, ladder)
     assert "int4-window32" not in costs.one_shot["layer00.cache"]
     config = PlanSearchConfig(evaluations=30, batch=8, requests=8, members=2)
-    found = build_plan_table(short.scorer, costs, item_bytes, requests(item_bytes), config)
+    found = build_plan_table(short.scorer, costs, ladder_bytes, requests(ladder_bytes), config)
     with_windows = [plan for plan in found.scores if "window32" in str(plan)]
     assert with_windows
     for plan in with_windows:
@@ -190,17 +190,17 @@ def test_a_search_over_masks_is_near_optimal(name):
         )
         for _ in range(128)
     ]
-    item_bytes = LadderBytes(memory, Ladder.of(table.facts, "masks"))
+    ladder_bytes = LadderBytes(memory, Ladder.of(table.facts, "masks"))
     config = PlanSearchConfig(evaluations=150, requests=32, members=3)
-    found = build_plan_table(ScorerOfEveryMask(table), costs, item_bytes, asked, config)
+    found = build_plan_table(ScorerOfEveryMask(table), costs, ladder_bytes, asked, config)
     assert found.evaluations <= 150
     assert found.has_masks_only
-    known, order = found.on(item_bytes.ladder), greedy_order(costs, item_bytes).steps
-    every_position = np.array([item_bytes.ladder.positions(mask) for mask in table.scores])
+    known, order = found.on(ladder_bytes.ladder), greedy_order(costs, ladder_bytes).steps
+    every_position = np.array([ladder_bytes.ladder.positions(mask) for mask in table.scores])
     nlls, chosen, best, followed = list(table.scores.values()), [], [], []
     for request in asked[:24]:
         shape = request.batch_size, request.seq_len_tokens
-        bytes_of = item_bytes.costs(*shape)
+        bytes_of = ladder_bytes.costs(*shape)
         peaks = bytes_of.peaks(every_position)
         fits = [nll for nll, peak in zip(nlls, peaks, strict=True) if peak <= request.budget_bytes]
         if fits:

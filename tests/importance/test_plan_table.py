@@ -43,10 +43,10 @@ def frontier(llm):
 
 def test_a_lookup_gives_the_best_plan_that_fits(llm, frontier):
     ladder, memory = Ladder.of(llm.facts, "all"), MemoryModel(llm)
-    known, item_bytes = frontier.on(ladder), LadderBytes(memory, ladder)
+    known, ladder_bytes = frontier.on(ladder), LadderBytes(memory, ladder)
     assert len(known.plans) == len(frontier.scores) - 1, "the ladder has no int2"
     for shape in ((1, 16), (4, 40)):
-        costs = item_bytes.costs(*shape)
+        costs = ladder_bytes.costs(*shape)
         request = Request(*shape, budget_bytes=1)
         peaks = [memory.peak_bytes(plan, request) for plan in known.plans]
         assert known.peak_bytes(costs).tolist() == peaks
@@ -98,7 +98,7 @@ import sys
 from types import SimpleNamespace
 from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 folder, fingerprint = sys.argv[1:]
 model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
 one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)

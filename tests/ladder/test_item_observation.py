@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 
+from rap_env.ladder.features import ITEM_FEATURES, ItemImportance, log_cost
 from rap_env.ladder.items import KINDS, Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import (
-    ITEM_FEATURES,
-    ItemImportance,
-    ItemObservationBuilder,
-    log_cost,
-)
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
@@ -28,11 +24,11 @@ def builder():
     one_shot, place = rng.random((2, len(ladder), ladder.width))
     reached = np.cumsum(rng.random((len(ladder), ladder.width)), axis=1)
     importance = ItemImportance(one_shot, place, reached)
-    return ItemObservationBuilder(LadderBytes(memory, ladder), importance)
+    return ObservationEncoder(LadderBytes(memory, ladder), importance)
 
 
 def of(builder, plan, batch=2, tokens=2000, fraction=0.5):
-    request = Request.at_fraction(builder.item_bytes.memory, batch, tokens, fraction)
+    request = Request.at_fraction(builder.ladder_bytes.memory, batch, tokens, fraction)
     seen = builder.build(request, Plan.of(plan))
     assert builder.space.contains(seen)
     return request, seen
@@ -50,7 +46,7 @@ def test_fixed_columns_name_the_item(builder):
 def test_columns_of_the_next_level(builder):
     plan = {"layer00.cache": "int8", "layer01.ffn": "int8"}
     request, seen = of(builder, plan)
-    memory, ladder = builder.item_bytes.memory, builder.ladder
+    memory, ladder = builder.ladder_bytes.memory, builder.ladder
     native = memory.dense_peak_bytes(2, 2000)
     known = builder.importance
     for name, position in (("layer00.cache", 1), ("layer01.ffn", 1), ("layer02.ffn", 0)):
@@ -70,7 +66,7 @@ def test_columns_of_the_next_level(builder):
 
 
 def test_removing_attention_frees_the_cache_at_its_level(builder):
-    memory = builder.item_bytes.memory
+    memory = builder.ladder_bytes.memory
     native = memory.dense_peak_bytes(2, 2000)
     column = COLUMN["freed_share"]
     for level in ("int8", "int4"):
@@ -108,7 +104,7 @@ def test_a_level_that_the_request_skips_is_not_the_next_one(builder):
 def test_the_request_is_observed_as_in_v0(builder):
     plan = {"layer00.cache": "int4", "layer01.ffn": "removed"}
     request, seen = of(builder, plan)
-    memory = builder.item_bytes.memory
+    memory = builder.ladder_bytes.memory
     native = memory.dense_peak_bytes(2, 2000)
     over = memory.peak_bytes(Plan.of(plan), request) - request.budget_bytes
     assert seen["request"] == pytest.approx(

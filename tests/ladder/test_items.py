@@ -8,6 +8,7 @@ import pytest
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.named_ladders import LADDERS, parse_levels
+from rap_env.ladder.steps import LevelSteps
 from rap_env.plan import Plan, item_names
 from tests.policies.test_knapsack import facts
 
@@ -17,14 +18,14 @@ UNPACKED, PACKED = facts(), facts(packed=True)
 
 def next_positions(ladder, plan):
     """The position of the next level of each item, -1 without one."""
-    nexts = zip(ladder.every_step.nexts, ladder.positions(plan), strict=True)
+    nexts = zip(LevelSteps.every(ladder).nexts, ladder.positions(plan), strict=True)
     return [levels[position] for levels, position in nexts]
 
 
 def lowered(ladder, plan, item):
     """The plan after an item and all that are taken together with it are lowered."""
     positions = ladder.positions(plan)
-    return ladder.plan(ladder.every_step.after(positions, ladder.numbers[item]))
+    return ladder.plan(LevelSteps.every(ladder).after(positions, ladder.numbers[item]))
 
 
 def test_items_are_in_the_order_of_the_names_of_items():
@@ -131,8 +132,8 @@ def test_a_removed_attention_block_takes_its_cache_with_it():
     assert not valid[ladder.numbers["layer00.cache"]]
     assert not valid[ladder.numbers["layer00.attn"]]
     assert valid.sum() == len(ladder) - 2
-    assert ladder.partners[0] == ladder.numbers["layer00.cache"]
-    assert ladder.partners[ladder.numbers["layer00.cache"]] == 0
+    assert ladder.counterparts[0] == ladder.numbers["layer00.cache"]
+    assert ladder.counterparts[ladder.numbers["layer00.cache"]] == 0
 
 
 def test_some_levels_are_taken_together():
@@ -156,7 +157,7 @@ def test_some_levels_are_taken_together():
 @pytest.mark.parametrize("together", [(), ("int8", "int4")])
 def test_raising_inverts_lowering(together):
     ladder = Ladder.of(UNPACKED, "four-bits", together)
-    steps, rng = ladder.every_step, np.random.default_rng(0)
+    steps, rng = LevelSteps.every(ladder), np.random.default_rng(0)
     raised_items = 0
     for _ in range(40):
         positions = [0] * len(ladder)
@@ -178,9 +179,9 @@ def test_the_cache_of_a_restored_block_returns_at_a_level_of_the_others():
     other = Plan.of({"layer01.cache": "int4"})
     positions = ladder.positions(Plan.of({"layer00.attn": "removed", "layer01.cache": "int4"}))
     attn = ladder.numbers["layer00.attn"]
-    higher = ladder.plan(ladder.every_step.raised(positions, attn))
+    higher = ladder.plan(LevelSteps.every(ladder).raised(positions, attn))
     assert higher.levels == {**other.levels, "layer00.attn": "int4", "layer00.cache": "int4"}
-    native = ladder.every_step.raised(positions, attn, cache_position=0)
+    native = LevelSteps.every(ladder).raised(positions, attn, cache_position=0)
     assert ladder.plan(native).levels == {**other.levels, "layer00.attn": "int4"}
 
 

@@ -34,9 +34,9 @@ def walk(memory, ladder, shape, seed, start=None):
     assert tracker.peak_bytes == memory.peak_bytes(plan, request)
     while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
         item = int(rng.choice(valid))
-        all_freed = costs.freed_bytes(tracker.positions).tolist()
+        all_freed = costs.stacked.freed_bytes(np.array(tracker.positions)).tolist()
         assert all_freed == list(map(tracker.freed_bytes, range(len(ladder))))
-        expected, held = tracker.lowering(item).peak_bytes, tracker.freed_bytes(item)
+        expected, held = tracker.preview(item).peak_bytes, tracker.freed_bytes(item)
         tracker.lower(item)
         plan = ladder.plan(tracker.positions)
         assert tracker.peak_bytes == expected == memory.peak_bytes(plan, request), plan
@@ -74,7 +74,7 @@ def test_all_masks_have_the_bytes_of_the_memory_model(name, shape):
     assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
     assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
     assert costs.least_peak_bytes == memory.least_peak_bytes(request)
-    assert costs.freed_bytes(positions[0]).tolist() == memory.freed_bytes(request).tolist()
+    assert costs.stacked.freed_bytes(positions[0]).tolist() == memory.freed_bytes(request).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,7 +129,8 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
     memory, ladder = MemoryModel(made), Ladder.of(made, "all", together)
     made_bytes = LadderBytes(memory, ladder)
     costs = [made_bytes.costs(*shape) for shape in SHAPES]
-    stacked, shapes = StackedCosts.of(costs), np.arange(len(SHAPES))
+    stacked, shapes = StackedCosts(ladder, len(SHAPES)), np.arange(len(SHAPES))
+    stacked.put(shapes, costs)
     start = ladder.positions(Plan.of({"layer01.cache": "int8"}))
     states = [entry.state(start if row else None) for row, entry in enumerate(costs)]
     for _ in range(60):
@@ -137,7 +138,6 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
         assert stacked.peaks(positions, shapes).tolist() == [s.peak_bytes for s in states]
         freed = [list(map(state.freed_bytes, range(len(ladder)))) for state in states]
         assert stacked.freed_bytes(positions, shapes).tolist() == freed
-        assert costs[1].freed_bytes(states[1].positions).tolist() == freed[1]
         items = rng.integers(len(ladder), size=len(states))
         after = stacked.lowered(positions, items, shapes)
         for state, item in zip(states, items.tolist(), strict=True):

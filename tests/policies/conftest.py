@@ -27,17 +27,17 @@ def ladder_context(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def item_bytes(ladder_context) -> LadderBytes:
+def ladder_bytes(ladder_context) -> LadderBytes:
     memory = ladder_context.memory
     return LadderBytes(memory, Ladder.of(memory.facts, LEVELS, ("int8", "int4")))
 
 
 @pytest.fixture
-def between(item_bytes):
+def between(ladder_bytes):
     """A request whose budget is a share of the way from the lowest levels to the native ones."""
 
     def make(shape: tuple[int, int], share: float) -> Request:
-        costs = item_bytes.costs(*shape)
+        costs = ladder_bytes.costs(*shape)
         least, most = costs.least_peak_bytes, costs.dense_peak_bytes
         return Request(*shape, budget_bytes=int(least + share * (most - least)))
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from rap_env.ladder.features import ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ItemImportance, ItemObservationBuilder
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.policies.network_policy import PolicyFile
 from tests.policies.made_policies import PROVENANCE, drawn_weights
@@ -29,10 +30,10 @@ def importance(items: Ladder, seed=0) -> ItemImportance:
     return ItemImportance(one_shot, place, reached)
 
 
-def encoder(model=None, spec=SPEC) -> ItemObservationBuilder:
+def encoder(model=None, spec=SPEC) -> ObservationEncoder:
     model = model or memory()
     items = ladder(model, spec)
-    return ItemObservationBuilder(LadderBytes(model, items), importance(items))
+    return ObservationEncoder(LadderBytes(model, items), importance(items))
 
 
 def policy_file(model=None, spec=SPEC, **settings) -> PolicyFile:

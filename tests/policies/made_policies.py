@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from rap_env.ladder.observation import ImportanceFeatures, ObservationBuilder
+from rap_env.ladder.features import ImportanceFeatures
+from rap_env.ladder.ladder_bytes import mask_bytes
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.policies.network import NetworkWeights
 from rap_env.policies.network_policy import PolicyFile
@@ -28,9 +30,9 @@ def features(layers=6, seed=0):
     return ImportanceFeatures(rise, rank, rng.lognormal(-2, 0.8, 2 * layers))
 
 
-def encoder(model=None) -> ObservationBuilder:
+def encoder(model=None) -> ObservationEncoder:
     model = model or memory()
-    return ObservationBuilder(model, features(model.facts.num_layers))
+    return ObservationEncoder(mask_bytes(model), features(model.facts.num_layers))
 
 
 def drawn_weights(rows, count, vectors=0, without=(), hidden=8, seed=0) -> NetworkWeights:

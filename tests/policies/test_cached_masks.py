@@ -23,8 +23,8 @@ def memory() -> MemoryModel:
 
 @pytest.fixture(scope="module")
 def baseline(memory) -> Policy:
-    item_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
-    return make_method("rap-v0", SimpleNamespace(memory=memory), item_bytes)
+    ladder_bytes = LadderBytes(memory, Ladder.of(memory.facts, "all"))
+    return make_method("rap-v0", SimpleNamespace(memory=memory), ladder_bytes)
 
 
 def uniform(memory, level: str) -> Plan:

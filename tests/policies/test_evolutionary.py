@@ -54,16 +54,16 @@ def shape(request):
     return request.param
 
 
-def alone(item_bytes, shape):
+def alone(ladder_bytes, shape):
     """The bytes for a request, with a ladder in which nothing is taken together."""
-    return item_bytes.costs(*shape).one_by_one
+    return ladder_bytes.costs(*shape).one_by_one
 
 
 def test_offspring_fit_and_no_item_is_lower_than_it_must(
-    ladder_context, item_bytes, between, shape
+    ladder_context, ladder_bytes, between, shape
 ):
-    request, costs = between(shape, 0.5), alone(item_bytes, shape)
-    parent = make_method("one_shot", ladder_context, item_bytes).choose(request)
+    request, costs = between(shape, 0.5), alone(ladder_bytes, shape)
+    parent = make_method("one_shot", ladder_context, ladder_bytes).choose(request)
     rng = np.random.default_rng(0)
     children = [_mutated(costs, request.budget_bytes, parent, rng) for _ in range(60)]
     found = set(children) - {None, parent}
@@ -79,11 +79,12 @@ def test_offspring_fit_and_no_item_is_lower_than_it_must(
 
 
 def test_it_improves_on_its_starts_within_its_evaluations(
-    ladder_context, item_bytes, between, shape
+    ladder_context, ladder_bytes, between, shape
 ):
     request = between(shape, 0.4)
     few, many = (
-        made("evolutionary", ladder_context, item_bytes, max_evaluations=most) for most in (4, 120)
+        made("evolutionary", ladder_context, ladder_bytes, max_evaluations=most)
+        for most in (4, 120)
     )
     scorer = ladder_context.scorer
     found = [measure_choice(method, request, scorer) for method in (few, many)]

@@ -83,9 +83,9 @@ def test_bytes_of_stubs_count_on_a_repaired_model(repaired_context, name, shape,
 
 
 @pytest.fixture(scope="module")
-def choices(ladder_context, item_bytes):
+def choices(ladder_context, ladder_bytes):
     """The choice of each method over the ladder at each request, made once."""
-    made = {name: make_method(name, ladder_context, item_bytes) for name in LADDER}
+    made = {name: make_method(name, ladder_context, ladder_bytes) for name in LADDER}
     made["evolutionary"].max_evaluations = 60
     found = {}
 
@@ -109,12 +109,12 @@ def choices(ladder_context, item_bytes):
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "beam" else []) for n in LADDER]
 )
 def test_over_a_ladder_every_method_fits_and_counts(
-    ladder_context, item_bytes, choices, between, name, shape, share
+    ladder_context, ladder_bytes, choices, between, name, shape, share
 ):
     request = between(shape, share)
     choice = choices(name, request)
     assert fits(ladder_context, choice.plan, request)
-    item_bytes.ladder.positions(choice.plan)  # raises an error for levels that it does not have
+    ladder_bytes.ladder.positions(choice.plan)  # raises an error for levels that it does not have
     assert (choice.evaluations > 0) == (name in {*SEARCHES, "uniform"})
 
 
@@ -167,14 +167,14 @@ def test_methods_of_one_kind_remove_only_that_kind_and_may_not_fit(context):
     assert only_ffn == Plan.removing("layer02.ffn", "layer03.ffn", "layer01.ffn")
 
 
-def test_random_depends_on_seed_and_request_only(context, ladder_context, item_bytes, between):
+def test_random_depends_on_seed_and_request_only(context, ladder_context, ladder_bytes, between):
     def plans(request, *made_of):
         return [make_method("random", *made_of, seed=n).choose(request) for n in range(10)]
 
     masks = plans(needing(context, 6000), context)
     assert masks == plans(needing(context, 6000), context) != plans(needing(context, 6001), context)
     assert len(set(masks)) > 5
-    lowered = [plans(between(SHAPES[1], 0.8), ladder_context, item_bytes) for _ in range(2)]
+    lowered = [plans(between(SHAPES[1], 0.8), ladder_context, ladder_bytes) for _ in range(2)]
     assert lowered[0] == lowered[1]
     assert len(set(lowered[0])) > 5
 
@@ -229,8 +229,8 @@ def test_costs_of_a_choice_are_counted(context):
 
 
 @pytest.mark.parametrize("on_ladder", [False, True])
-def test_unknown_names_list_the_known(context, ladder_context, item_bytes, on_ladder):
-    made_of = (ladder_context, item_bytes) if on_ladder else (context,)
+def test_unknown_names_list_the_known(context, ladder_context, ladder_bytes, on_ladder):
+    made_of = (ladder_context, ladder_bytes) if on_ladder else (context,)
     with pytest.raises(UnknownNameError, match="Unknown policy 'knapsac'.*mean 'knapsack'"):
         make_method("knapsac", *made_of)
 

@@ -52,7 +52,7 @@ def test_it_stops_at_the_first_plan_that_fits(rows, vectors):
     model, plans = made.encoder.memory, set()
     for request in requests(model):
         plan = made.plan(request)
-        costs = made.encoder.item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        costs = made.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         if costs.least_peak_bytes <= request.budget_bytes:
             assert model.peak_bytes(plan, request) <= request.budget_bytes
             plans.add(plan)
@@ -65,7 +65,7 @@ def test_it_stops_at_the_first_plan_that_fits(rows, vectors):
 
 
 def costs_at(made):
-    return made.encoder.item_bytes.costs(1, 10)
+    return made.encoder.ladder_bytes.costs(1, 10)
 
 
 def test_without_the_request_the_order_is_static():

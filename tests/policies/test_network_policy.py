@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from rap_env.artifacts import canonical_json, digest
 from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.ladder.observation import ImportanceFeatures
+from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
 from rap_env.policies.delta_nll import find_delta_nll

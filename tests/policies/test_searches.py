@@ -22,9 +22,9 @@ REQUEST = Request(16, 500, 10**6)
 REQUESTS = [(1, 10, 0.7), (8, 250, 0.8), (16, 1000, 0.6), (1, 250, 0.5)]
 
 
-def made(name, context, item_bytes=None, **settings):
+def made(name, context, ladder_bytes=None, **settings):
     """A method with other settings than its own."""
-    method = make_method(name, context, item_bytes)
+    method = make_method(name, context, ladder_bytes)
     vars(method).update(settings)
     return method
 
@@ -47,10 +47,10 @@ def test_greedy_measures_again_after_each_removal():
     assert chosen("greedy_per_byte", context, request) == ("layer01.attn", "layer03.attn")
 
 
-def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, item_bytes, between):
+def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, ladder_bytes, between):
     """Against a plain loop over all items."""
     request = between(LADDER_SHAPES[1], 0.7)
-    costs, ladder = item_bytes.costs(*LADDER_SHAPES[1]), item_bytes.ladder
+    costs, ladder = ladder_bytes.costs(*LADDER_SHAPES[1]), ladder_bytes.ladder
     state, scorer = costs.state(), ladder_context.scorer
     while state.peak_bytes > request.budget_bytes:
         nll, needed = scorer.nll(state.plan), state.peak_bytes - request.budget_bytes
@@ -62,7 +62,7 @@ def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, ite
                 prices[item] = rise if rise <= 0 else rise / min(freed, needed)
         state.lower(min(prices, key=prices.__getitem__))
     exact, lazy = (
-        make_method(name, ladder_context, item_bytes)
+        make_method(name, ladder_context, ladder_bytes)
         for name in ("greedy_per_byte-exact", "greedy_per_byte")
     )
     assert scorer.nll(exact.choose(request)) == pytest.approx(scorer.nll(state.plan))
@@ -70,11 +70,11 @@ def test_over_a_ladder_greedy_takes_the_least_measured_price(ladder_context, ite
     assert lazy.evaluations < exact.evaluations
 
 
-def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, item_bytes):
-    costs, ladder = ladder_context.level_costs(LEVELS["caches"]), item_bytes.ladder
-    search = make_method("greedy_per_byte", ladder_context, item_bytes)
-    state = search.state(item_bytes.costs(16, 500))
-    priced = PricedState(reference_costs(item_bytes), one_shot_costs(costs, ladder))
+def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, ladder_bytes):
+    costs, ladder = ladder_context.level_costs(LEVELS["caches"]), ladder_bytes.ladder
+    search = make_method("greedy_per_byte", ladder_context, ladder_bytes)
+    state = search.state(ladder_bytes.costs(16, 500))
+    priced = PricedState(reference_costs(ladder_bytes), one_shot_costs(costs, ladder))
     for item in (ladder.numbers["layer00.cache"], 0, 0, 0, 1):  # the first block is removed
         for step in search.steps(state, {}):
             assert step.rise == pytest.approx(priced.step_rise(step.key[0]))
@@ -82,9 +82,9 @@ def test_predicted_rises_are_those_of_the_greedy_order(ladder_context, item_byte
         priced.lower(item)
 
 
-def test_a_measured_rise_replaces_the_predicted_one(ladder_context, item_bytes):
-    search = make_method("beam", ladder_context, item_bytes)
-    state = search.state(item_bytes.costs(16, 500))
+def test_a_measured_rise_replaces_the_predicted_one(ladder_context, ladder_bytes):
+    search = make_method("beam", ladder_context, ladder_bytes)
+    state = search.state(ladder_bytes.costs(16, 500))
     first, *others = search.steps(state, {})
     task = Task(REQUEST, state.costs, CountingScorer(ladder_context.scorer), {})
     search.measure(Plan(), [first], task)

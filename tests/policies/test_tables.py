@@ -47,11 +47,11 @@ def measured(context, plans, path):
     return scores
 
 
-def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(item_bytes, between, tmp_path):
+def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(ladder_bytes, between, tmp_path):
     path = tmp_path / "plans.json"
     context = make_ladder_context(frontier=str(path))
     with pytest.raises(ArtifactError, match="no frontier artifact .*plans.json"):
-        make_method("frontier", context, item_bytes)
+        make_method("frontier", context, ladder_bytes)
     layers = context.memory.facts.num_layers
     plans = [
         Plan.uniform(layers, caches=cache, weights=weights)
@@ -59,39 +59,39 @@ def test_over_a_ladder_it_is_the_best_measured_plan_that_fits(item_bytes, betwee
         for weights in ("native", "int8", "int4")
     ]
     scores = measured(context, plans, path)
-    method = make_method("frontier", context, item_bytes)
+    method = make_method("frontier", context, ladder_bytes)
     assert method.setup_evaluations == len(plans)
     assert method.table_sha256 == PlanTable.load(path, context.memory).sha256
     request = between(SHAPES[1], 0.8)
     fitting = [plan for plan in plans if fits(context, plan, request)]
     assert method.choose(request) == min(fitting, key=scores.__getitem__)
     small = between(SHAPES[1], 0.05)
-    knapsack = make_method("knapsack", context, item_bytes)
+    knapsack = make_method("knapsack", context, ladder_bytes)
     assert method.choose(small) == knapsack.choose(small)
     assert method.evaluations == 0
 
 
 @pytest.mark.slow
 def test_a_search_on_predicted_scores_runs_no_model_and_beats_the_greedy_order(
-    item_bytes, between, tmp_path
+    ladder_bytes, between, tmp_path
 ):
     path = tmp_path / "plans.json"
     context = make_ladder_context(frontier=str(path))
     requests = [between(shape, n / 20) for shape in SHAPES for n in range(1, 19)]
     build_plan_table(
         context.scorer,
-        context.level_costs(item_bytes.ladder.cache_levels),
-        item_bytes,
+        context.level_costs(ladder_bytes.ladder.cache_levels),
+        ladder_bytes,
         requests,
         PlanSearchConfig(evaluations=120, batch=12, requests=12, members=2),
     ).save(path)
-    made = {n: make_method(n, context, item_bytes) for n in ("score_model", "one_shot")}
+    made = {n: make_method(n, context, ladder_bytes) for n in ("score_model", "one_shot")}
     ran = context.scorer.evaluations
     plans = {name: [one.choose(request) for request in requests] for name, one in made.items()}
     assert made["score_model"].evaluations == 0
     assert context.scorer.evaluations == ran
-    where = np.array([item_bytes.ladder.positions(plan) for plan in plans["score_model"]])
-    assert item_bytes.ladder.reaches(where).all()
+    where = np.array([ladder_bytes.ladder.positions(plan) for plan in plans["score_model"]])
+    assert ladder_bytes.ladder.reaches(where).all()
     assert all(map(fits, [context] * len(requests), plans["score_model"], requests))
     means = {name: np.mean(context.scorer.nll_many(found)) for name, found in plans.items()}
     assert means["score_model"] < means["one_shot"]

@@ -78,9 +78,9 @@ def all_settings(context, order):
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_the_best_of_all_settings_with_the_fewest_removals(
-    ladder_context, item_bytes, between, shape, share
+    ladder_context, ladder_bytes, between, shape, share
 ):
-    method, request = make_method("uniform", ladder_context, item_bytes), between(shape, share)
+    method, request = make_method("uniform", ladder_context, ladder_bytes), between(shape, share)
     scores = CountingScorer(ladder_context.scorer)
     plan = method._choose(request, scores)
     assert scores.evaluations <= len(method.settings(request))
@@ -94,9 +94,11 @@ def test_it_is_the_best_of_all_settings_with_the_fewest_removals(
 
 
 def test_settings_are_not_dominated_and_sorted_by_what_is_known(
-    ladder_context, item_bytes, between
+    ladder_context, ladder_bytes, between
 ):
-    settings = make_method("uniform", ladder_context, item_bytes).settings(between(SHAPES[1], 0.5))
+    settings = make_method("uniform", ladder_context, ladder_bytes).settings(
+        between(SHAPES[1], 0.5)
+    )
     assert not any(one.dominates(other) for one in settings for other in settings)
     known = [sum(one.rises) for one in settings]
     assert known == sorted(known)

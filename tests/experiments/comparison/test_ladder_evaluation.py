@@ -11,7 +11,7 @@ from experiments.comparison.records import ResultRow
 from experiments.config.common import parse_pinned
 from experiments.config.evaluation import CompareConfig, EvaluateConfig
 from experiments.config.training import EnvConfig
-from experiments.contexts import build_context, ladder_bytes
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
@@ -64,18 +64,18 @@ def test_pinned_cells_are_requests_with_bytes():
 
 def test_cells_are_checked_against_the_ladder(config):
     context = build_context(config)
-    item_bytes = ladder_bytes(config, context)
-    cells = evaluation_cells(config.evaluate, context.memory, item_bytes)
+    ladder_bytes = make_ladder_bytes(config, context)
+    cells = evaluation_cells(config.evaluate, context.memory, ladder_bytes)
     assert [cell.target_delta_nll for cell in cells] == [0.5, 1.0, 0.5, 1.0]
     assert [cell.request.budget_bytes for cell in cells] == [40000, 30000, 90000, 75000]
     for cell in cells:
         dense = context.memory.dense_peak_bytes(*cell.cell[:2])
         assert cell.cell[2] == cell.request.budget_bytes / dense
-    least = item_bytes.costs(1, 16).least_peak_bytes
+    least = ladder_bytes.costs(1, 16).least_peak_bytes
     tight = replace(config.evaluate, pinned=[f"1x16@{least}"])
-    assert grid_requests(tight, context.memory, item_bytes)[0][1].budget_bytes == least
+    assert grid_requests(tight, context.memory, ladder_bytes)[0][1].budget_bytes == least
     with pytest.raises(InfeasibleBudgetError, match="No levels of .* in this ladder fit"):
-        grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), context.memory, item_bytes)
+        grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), context.memory, ladder_bytes)
 
 
 def test_every_method_has_a_plan_at_every_cell(evaluated):

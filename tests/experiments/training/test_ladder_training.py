@@ -19,7 +19,7 @@ from experiments.config.training import (
 from experiments.contexts import (
     build_context,
     frontier_artifact,
-    ladder_bytes,
+    make_ladder_bytes,
 )
 from experiments.evaluate import evaluate
 from experiments.profile import profile
@@ -75,9 +75,9 @@ def test_the_section_env_makes_the_environment_and_feasible_requests(config):
     envs = make_envs(config, context, 2)
     assert isinstance(envs, RAPLadderVectorEnv)
     assert envs.ladder.spec == {"levels": LEVELS, "together": ["int8"]}
-    item_bytes = ladder_bytes(config, context)
+    ladder_bytes = make_ladder_bytes(config, context)
     for request in draw_requests(config, context, 20, 5):
-        costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         assert costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes
 
 
@@ -145,7 +145,7 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
     agents = [row for row in rows if row.method.startswith("agent")]
     assert {row.method for row in agents} == {"agent", "agent-best_of=4"}
     context = build_context(config)
-    trained, ladder = TrainedPolicy.load(run, context), ladder_bytes(config, context).ladder
+    trained, ladder = TrainedPolicy.load(run, context), make_ladder_bytes(config, context).ladder
     assert len(agents) == 2 * len(config.evaluate.budgets)
     for row in agents:
         request = Request(**row.request, budget_bytes=row.budget_bytes)
