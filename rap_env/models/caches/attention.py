@@ -33,7 +33,7 @@ from rap_env.errors import UnsupportedCacheError
 from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.block_attention import BlockAttention
 from rap_env.models.caches.grouped_cache import GroupedLayer
-from rap_env.models.caches.groups import Chunk, Step, current_step, set_current_step, split
+from rap_env.models.caches.groups import Chunk, Step, set_current_step, split
 from rap_env.models.caches.layers import known_lengths, lower, note_rows
 from rap_env.models.caches.row_parts import PartedKeys
 from rap_env.models.caches.token_attention import TokenAttention
@@ -133,14 +133,14 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
         AttentionInterface.register(LEVEL_ATTENTIONS[name], with_levels(base))
         AttentionMaskInterface.register(LEVEL_ATTENTIONS[name], mask)
         model.set_attn_implementation(LEVEL_ATTENTIONS[name])
-    for module, enter in (
-        (model, _note),
-        (adapter.decoder(model), functools.partial(_enter, adapter)),
+    for module, enter, leave in (
+        (model, _note, _forget),
+        (adapter.decoder(model), functools.partial(_enter, adapter), _leave),
     ):
         if "_rap_levels" not in module.__dict__:
             module.__dict__["_rap_levels"] = True
             module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(_leave, always_call=True)
+            module.register_forward_hook(leave, always_call=True)
 
 
 def check_attention(model: Any) -> None:
@@ -182,21 +182,28 @@ def _eager(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
     return eager(module, *args, **kwargs)
 
 
-_PASSES = threading.local()
+class _Pass(threading.local):
+    """The padding mask that this thread gave the model, which may give its decoder another one."""
+
+    mask: Any = None
+
+
+_PASS = _Pass()
 
 
 def _note(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-    _open().append((current_step(), kwargs.get("attention_mask")))
+    _PASS.mask = kwargs.get("attention_mask")
+
+
+def _forget(*_: Any) -> None:
+    _PASS.mask = None
 
 
 def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: Any) -> None:
     """Set the rows of a pass of the decoder, and bring its cache to the levels of its layers."""
-    opened = _open()
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) and opened:
-        mask = opened[-1][1]
-    opened.append((current_step(), mask))
-    set_current_step(None)
+    if not isinstance(mask, torch.Tensor):
+        mask = _PASS.mask
     attention = adapter.family.attn
     levels = {
         number: layer._modules[attention].__dict__.get("cache_level", NATIVE_CACHE)
@@ -227,12 +234,4 @@ def _enter(adapter: FamilyAdapter, decoder: Any, args: tuple[Any, ...], kwargs: 
 
 
 def _leave(*_: Any) -> None:
-    opened = _open()
-    if opened:
-        set_current_step(opened.pop()[0])
-
-
-def _open() -> list[tuple[Step | None, Any]]:
-    """The passes that this thread is in, the innermost last: the step before each, and its mask."""
-    passes: list[tuple[Step | None, Any]] = _PASSES.__dict__.setdefault("open", [])
-    return passes
+    set_current_step(None)

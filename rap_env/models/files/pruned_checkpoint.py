@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.blocks import block_name
@@ -29,6 +28,7 @@ from rap_env.models.families.adapter import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import RemovedBlock, Stub, remove_blocks
 from rap_env.models.files.model_folder import file_sha256
 from rap_env.models.files.pruned_code import code_files, removed_entries, with_code, without_code
+from rap_env.models.files.weight_files import load_complete
 from rap_env.models.live.cpu_decode import attention_name, speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import transformers_bars
@@ -117,8 +117,8 @@ def load_pruned(
 
     Raises:
         FileNotFoundError: There is no pruned checkpoint in the folder.
-        ArtifactError: It was truncated or altered, or a tensor is missing or unexpected.
-        UnsupportedModelError: It has another dtype.
+        ArtifactError: It was truncated or altered, or has an unexpected tensor.
+        UnsupportedModelError: It has another dtype, or tensors that do not fit its config.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -220,26 +220,18 @@ def _load_model(
     adapter = adapter_for(config)
     Plan.removing(*removed).check(adapter.num_blocks)
     base = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    try:
-        with transformers_bars(shown=False):
-            model, report = _without(base, adapter, removed).from_pretrained(
-                folder,
-                config=config,
-                dtype=config.dtype,
-                attn_implementation=attention,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (RuntimeError, SafetensorError) as error:
+    model, report = load_complete(
+        folder,
+        config.dtype,
+        _without(base, adapter, removed),
+        config=config,
+        attn_implementation=attention,
+    )
+    if unexpected := sorted(report["unexpected_keys"]):
         raise ArtifactError(
-            f"The tensors in {folder} do not fit its config; save the pruned checkpoint again."
-        ) from error
-    for problem, text in (("missing_keys", "lacks the"), ("unexpected_keys", "has unexpected")):
-        if report[problem]:
-            raise ArtifactError(
-                f"{folder} {text} tensors {', '.join(sorted(report[problem]))}; save the "
-                "pruned checkpoint again."
-            )
+            f"{folder} has unexpected tensors {', '.join(unexpected)}; save the pruned checkpoint "
+            "again."
+        )
     model.__class__ = base
     return model
 

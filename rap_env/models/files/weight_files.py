@@ -32,7 +32,7 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device, work:
     stored = stored_dtype(folder)  # in another dtype all weights would be read and written now
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # "on the meta device"
     with disk_errors(work):
-        model, report = _load(
+        model, _ = load_complete(
             folder, stored, device_map=_layers_on_disk(config, adapter, device), offload_folder=work
         )
     weights = offloaded_weights(model)
@@ -46,7 +46,6 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device, work:
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters() if p.is_meta}
     wrong = {name: (shapes[name], shape) for name, shape in parameters.items()}
     wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
-    wrong |= {name: (a, b) for name, a, b in report["mismatched_keys"]}
     _reject_other_shapes(folder, wrong)
     del model.hf_device_map
     remove_hooks(m for m in model.modules() if not any(p.is_meta for p in m.parameters(False)))
@@ -63,27 +62,41 @@ def offloaded_weights(model: Any) -> Any:
 
 def load_weights(folder: Path, dtype: torch.dtype) -> Any:
     """The transformers model of a folder on the CPU; its files must contain every weight."""
-    model, report = _load(folder, dtype)
-    _reject_other_shapes(folder, {name: (a, b) for name, a, b in report["mismatched_keys"]})
+    model, _ = load_complete(folder, dtype)
     return model.eval().requires_grad_(False)
 
 
-def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mapping[str, Any]]:
-    from transformers import AutoModelForCausalLM
+def load_complete(
+    folder: Path, dtype: torch.dtype, model_class: Any = None, **options: Any
+) -> tuple[Any, Mapping[str, Any]]:
+    """Load a model all of whose tensors are in a folder's files, in their shapes.
 
+    Args:
+        folder: The folder.
+        dtype: Dtype of the weights.
+        model_class: The class; by default the one that the config states.
+        **options: As for transformers' ``from_pretrained``.
+
+    Returns:
+        The model, and transformers' report of loading.
+    """
+    if model_class is None:
+        from transformers import AutoModelForCausalLM
+
+        model_class = AutoModelForCausalLM
     if not has_all_weights(folder):
         raise ModelNotAvailableError(
             f"{folder} has a config but not all its weight files; save the model there again."
         )
     with transformers_bars(shown=False), _readable_weights(folder):
         # Transformers selects the attention: sdpa where the family has it, else eager.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the callers reject them
+            ignore_mismatched_sizes=True,  # rejected below
             **options,
         )
     model, report = loaded
@@ -93,6 +106,7 @@ def _load(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Mappin
             f"{missing[0]!r}; transformers would fill them with random numbers. Save the "
             "model again."
         )
+    _reject_other_shapes(folder, {name: (a, b) for name, a, b in report["mismatched_keys"]})
     return model, report
 
 

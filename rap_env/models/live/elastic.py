@@ -22,9 +22,14 @@ from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
 from rap_env.models.families.placeholders import Stub
-from rap_env.models.live.facts import own_bytes, shared_facts
 from rap_env.models.live.generation import generate
-from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, LiveState
+from rap_env.models.live.live_blocks import (
+    HeldBytes,
+    LiveBlocks,
+    LiveState,
+    own_bytes,
+    shared_facts,
+)
 from rap_env.models.live.placement import check_one_device, keep_in_place
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
