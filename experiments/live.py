@@ -66,7 +66,7 @@ _CHARACTERS = 60  # of an answer that are shown
 
 
 @dataclass
-class Answer:
+class Question:
     """A question with its answer, as pairs of a time in seconds and the text by then."""
 
     question: str
@@ -100,7 +100,7 @@ class Recording:
     native_bytes: int
     steps: list[tuple[float, int, int, int]] = field(default_factory=list)
     plans: list[dict[str, str]] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Question] = field(default_factory=list)
 
     @property
     def summary(self) -> str:
@@ -196,7 +196,7 @@ def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
         elif ready and all(chat.done for chat in round_of_chats):
             round_of_chats = []  # nothing runs, so that caches may rise as well
         if ready and round_of_chats:
-            recording.answers.append(Answer(next(questions), round(passed, 3)))
+            recording.answers.append(Question(next(questions), round(passed, 3)))
             asked = submit(chat_ids(llm, recording.answers[-1].question), ANSWER_TOKENS)
         engine.step()
     engine.close()
@@ -210,7 +210,7 @@ def recorded(folder: Path, make: Callable[[], Recording] | None = None) -> Recor
     """The recording in a folder; without one, `make` makes it, if it is given."""
     body = read_json(folder / FILE, made_by="the live run")
     if body is not None:
-        answers = [Answer(**answer) for answer in body.pop("answers")]
+        answers = [Question(**answer) for answer in body.pop("answers")]
         return Recording(answers=answers, **body)
     if make is None:
         return None

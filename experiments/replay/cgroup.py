@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -163,26 +164,17 @@ class _Run:
             if self.trial.settings["system"] == "transformers":
                 del body["model"]  # its name would be a path
             answer = Answer(self._now_s())
+            self.trial.answers.append(answer)
             try:
                 self._read(answer, body)
-            except ConnectionRefusedError:  # the server starts again
-                time.sleep(0.2)
             except Exception as error:
                 answer.error = repr(error)
                 time.sleep(1)
+            if answer.error and "Connection refused" in answer.error:  # the server starts again
+                self.trial.answers.remove(answer)
 
     def _read(self, answer: Answer, body: dict[str, Any]) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=300)
-        with contextlib.closing(connection):
-            connection.connect()
-            self.trial.answers.append(answer)
-            connection.request(
-                "POST",
-                "/v1/chat/completions",
-                json.dumps(body),
-                {"content-type": "application/json"},
-            )
-            response = connection.getresponse()
+        with _opened(self._port, "/v1/chat/completions", body, timeout_s=300) as response:
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
@@ -207,19 +199,23 @@ class _Run:
 def scraped(port: int) -> dict[str, float]:
     """The metrics of a server, by name with labels; none of one that does not answer."""
     try:
-        _, text = _get(port, "/metrics")
+        with _opened(port, "/metrics") as response:
+            text = response.read().decode()
     except (OSError, http.client.HTTPException):
         return {}
     lines = re.findall(r"^(rap_[^ ]+) ([^ ]+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in lines}
 
 
-def _get(port: int, path: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    with contextlib.closing(connection):
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
+def _opened(
+    port: int, path: str, body: dict[str, Any] | None = None, timeout_s: float = 10
+) -> http.client.HTTPResponse:
+    """The response of a server to a request, which is a POST if it has a body."""
+    content = None if body is None else json.dumps(body).encode()
+    url, headers = f"http://127.0.0.1:{port}{path}", {"content-type": "application/json"}
+    request = urllib.request.Request(url, content, headers)
+    response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)
+    return response
 
 
 class _Server:
@@ -239,8 +235,8 @@ class _Server:
         began_s = time.monotonic()
         while time.monotonic() - began_s < _START_S and self.process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if _get(self.port, "/health")[0] == 200:
-                    return
+                _opened(self.port, "/health").close()
+                return
             time.sleep(0.2)
         raise ExperimentError(f"The server did not start within {_START_S:g} s; see its log.")
 

@@ -19,7 +19,6 @@ from rap_env.models.device import return_freed_memory
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
@@ -159,38 +158,6 @@ class ReplayClock:
         self._passed_s += max(0.0, time_s - self())
 
 
-class MonitoredController(RuntimeController):
-    """A controller that resets the peak when the budget falls.
-
-    Each step is measured against the budget at its start: memory that the process held before the
-    budget fell, and released then, does not count as a peak of the following step.
-    """
-
-    def admit(
-        self,
-        shape: BatchShape,
-        running: BatchShape = EMPTY_BATCH,
-        next_pass: PassSize = UNKNOWN_PASS,
-        *,
-        stalled: bool = False,
-    ) -> bool:
-        """As `RuntimeController.admit`."""
-        with self._reset_peak_if_budget_falls():
-            return super().admit(shape, running, next_pass, stalled=stalled)
-
-    def check(self, shape: BatchShape, next_pass: PassSize = UNKNOWN_PASS) -> bool:
-        """As `RuntimeController.check`."""
-        with self._reset_peak_if_budget_falls():
-            return super().check(shape, next_pass)
-
-    @contextmanager
-    def _reset_peak_if_budget_falls(self) -> Iterator[None]:
-        before = self.monitor.budget_bytes
-        yield
-        if self.monitor.budget_bytes < before:
-            self.monitor.meter.peak_bytes()
-
-
 @dataclass
 class SystemRun:
     """One system that serves all requests of a workload.
@@ -208,7 +175,7 @@ class SystemRun:
     log: Path
     intervals: list[Interval] = field(default_factory=list)
     stats: EngineStats = field(init=False)
-    controller: MonitoredController = field(init=False)
+    controller: RuntimeController = field(init=False)
     _arrived: int = 0
     _step_s: float = 0.0
     _meter: Meter = field(init=False)
@@ -268,7 +235,7 @@ class SystemRun:
         return_freed_memory()
         self._meter = TensorMeter(llm) if settings.meter == "tensors" else process_meter(llm)
         most = self.budget.most(0.0, self._horizon_s)
-        self.controller = MonitoredController(
+        self.controller = RuntimeController(
             llm, system.policy,
             GivenMemory(lambda: self.budget.at(self.clock()), limit_bytes=most),
             meter=self._meter,
