@@ -1,19 +1,26 @@
-"""Which request begins next, which can never run, and the messages that say why.
+"""The requests that wait: which begins next, which can never run, and why.
 
-A waiting request begins in order, or any that fits where nothing runs.
+They begin in order, or any that fits where nothing runs.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InfeasibleBudgetError, QualityFloorError, counted
+from rap_env.errors import (
+    EngineClosedError,
+    InfeasibleBudgetError,
+    QualityFloorError,
+    QueueFullError,
+    counted,
+)
 from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
-from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, TokenSequence
 
@@ -30,6 +37,67 @@ _CHUNK_PARTS = (1, 2, 4, 8)  # of a chunk, tried one after another: smaller pass
 _ONE_TOKEN = BatchShape(1, 1)
 _MORE = "raise model_memory (or memory), or max_delta_nll"
 _MIB = 2**20
+
+
+class RequestQueue:
+    """At most `max_size` requests that wait, first come, first served; thread-safe.
+
+    Preempted requests may always return.
+    """
+
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._waiting: deque[TokenSequence] = deque()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> tuple[TokenSequence, ...]:
+        """The requests that wait, in order."""
+        with self._lock:
+            return tuple(self._waiting)
+
+    def append(self, sequence: TokenSequence) -> None:
+        """Add a request at the end; raises `QueueFullError` or `EngineClosedError`."""
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("The engine is closed and accepts no more requests.")
+            if len(self._waiting) >= self._max_size:
+                raise QueueFullError(
+                    f"The queue is full: {len(self._waiting)} requests wait, and at most "
+                    f"{self._max_size} may. Try again later."
+                )
+            self._waiting.append(sequence)
+
+    def put_first(self, sequence: TokenSequence) -> None:
+        """Add a preempted request at the front."""
+        with self._lock:
+            self._waiting.appendleft(sequence)
+
+    def remove(self, sequence: TokenSequence) -> None:
+        """Remove a request."""
+        with self._lock:
+            self._waiting.remove(sequence)
+
+    def remove_if(self, predicate: Callable[[TokenSequence], bool]) -> list[TokenSequence]:
+        """Remove and return all requests that match a predicate."""
+        if not self._waiting:
+            return []
+        with self._lock:
+            removed = [sequence for sequence in self._waiting if predicate(sequence)]
+            if removed:
+                self._waiting = deque(kept for kept in self._waiting if kept not in removed)
+        return removed
+
+    def close(self) -> list[TokenSequence]:
+        """Accept no more requests, and remove and return those that wait."""
+        with self._lock:
+            self._closed = True
+            removed, self._waiting = list(self._waiting), deque()
+        return removed
 
 
 class Admission:

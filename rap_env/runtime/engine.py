@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
 from rap_env.importance.text_kinds import Shares
+from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.metrics import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
-from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
@@ -284,7 +284,7 @@ class Engine:
         That is by the steps so far; it may end sooner. Where requests wait and nothing runs, it is
         as long as they have waited, up to a minute. At least 1; any thread may call it.
         """
-        stalled_s = min(_MOST_RETRY_S, self._scheduler.stalled_s)
+        stalled_s = min(_MOST_RETRY_S, self._scheduler.admission.stalled_s)
         return max(1, math.ceil(max(stalled_s, self._scheduler.shortest_wait_s())))
 
     def stats(self) -> EngineStats:
@@ -298,8 +298,8 @@ class Engine:
             held=self.controller.monitor.held,
             used_bytes=self.controller.monitor.used_bytes,
             margin_bytes=self.controller.monitor.margin.bytes,
-            stalled_s=self._scheduler.stalled_s,
-            lowered_rows=self._scheduler.lowered_rows,
+            stalled_s=self._scheduler.admission.stalled_s,
+            lowered_rows=self._scheduler.batch.lowered_rows,
         )
 
     def _check_prompt(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

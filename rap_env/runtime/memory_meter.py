@@ -199,30 +199,30 @@ class _PeakSampler:
 
     def __init__(self, meter: ResidentMeter) -> None:
         self._meter = weakref.ref(meter)
-        self._wanted = threading.Event()
+        self._sampling = threading.Event()
         self._until_s = 0.0
-        weakref.finalize(meter, self._wanted.set)
+        weakref.finalize(meter, self._sampling.set)
         threading.Thread(target=self._run, name="rap-memory-peak", daemon=True).start()
 
     def resume(self) -> None:
         """Sample for some time from now on."""
         self._until_s = time.monotonic() + _SAMPLED_S
-        self._wanted.set()
+        self._sampling.set()
 
     def pause(self) -> None:
         """Stop until `resume`."""
-        self._wanted.clear()
+        self._sampling.clear()
 
     def _run(self) -> None:
         while True:
-            self._wanted.wait()
+            self._sampling.wait()
             meter = self._meter()
             if meter is None:
                 return
             meter.sample()
             del meter
             if time.monotonic() > self._until_s:
-                self._wanted.clear()
+                self._sampling.clear()
             time.sleep(_SAMPLE_S)
 
 

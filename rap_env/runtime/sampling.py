@@ -97,7 +97,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always sampled."""
         return self.temperature == 0 or self.top_k == 1
 
 
@@ -169,7 +169,7 @@ class RowSampler:
                 logits.masked_fill_(~allowed, -math.inf)
 
     def accept(self, token_id: int) -> None:
-        """Note the token that was taken."""
+        """Note the token that was sampled."""
         if self._matcher is not None:
             self._matcher.accept(token_id)
         if self._penalised:
@@ -207,10 +207,10 @@ def sample_rows(samplers: Sequence[RowSampler], logits: torch.Tensor) -> list[Sa
         draws = torch.tensor([samplers[row].draw() for row in drawing], dtype=torch.float64)
         sums = torch.stack([samplers[row].warped(scores[row]) for row in drawing]).cumsum(dim=-1)
         # A token is drawn where its part of the sum has the number; tokens without have none.
-        wanted = send(draws, logits.device)[:, None] * sums[:, -1:]
-        drawn = torch.searchsorted(sums, wanted, right=True).clamp(max=logits.shape[1] - 1)
-        for place, row in enumerate(drawing):
-            chosen[row] = drawn[place, 0]
+        drawn_sums = send(draws, logits.device)[:, None] * sums[:, -1:]
+        drawn = torch.searchsorted(sums, drawn_sums, right=True).clamp(max=logits.shape[1] - 1)
+        for number, row in enumerate(drawing):
+            chosen[row] = drawn[number, 0]
     samples = scored(logits, chosen, [sampler.params.top_logprobs for sampler in samplers])
     for row, (sampler, sample) in enumerate(zip(samplers, samples, strict=True)):
         if sampler.error is not None:
@@ -240,13 +240,13 @@ def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> li
         columns += [*best.indices.double().T, *best.values.double().T]
     samples: list[Sample | None] = []
     # Read at once, since reading waits for the device.
-    for wanted, (token, score, total, *likely) in zip(
+    for count, (token, score, total, *likely) in zip(
         top, torch.stack(columns, dim=1).tolist(), strict=True
     ):
         if not math.isfinite(total):
             samples.append(None)
             continue
-        ids, scores = likely[:most][:wanted], likely[most:][:wanted]
+        ids, scores = likely[:most][:count], likely[most:][:count]
         pairs = zip(ids, scores, strict=True)
         likeliest = tuple((int(other), value - total) for other, value in pairs)
         samples.append(Sample(int(token), score - total, likeliest))

@@ -13,12 +13,11 @@ from rap_env.models.caches.batch_cache import PassInterruptedError
 from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.runtime.admission import Admission
+from rap_env.runtime.admission import Admission, RequestQueue
 from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.kept_caches import KeptCaches
 from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.pace import Pace
-from rap_env.runtime.request_queue import RequestQueue
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
@@ -39,6 +38,7 @@ class Scheduler:
 
     Attributes:
         admission: Lets requests begin, and says why some cannot.
+        batch: What runs.
         counters: Totals of requests and tokens.
         output: Delivers tokens and ends to request handles.
         plan: The plan of the last turn.
@@ -71,8 +71,8 @@ class Scheduler:
         uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
         self._kept = KeptCaches(cache_dir() if llm.residency == "offload" else None)
-        self._batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
-        controller.switcher.rows_plan = lambda: self._batch.rows.lowest_plan
+        self.batch = RunningBatch(llm, restore, chunk_tokens, self._kept, uniform=uniform)
+        controller.switcher.rows_plan = lambda: self.batch.rows.lowest_plan
         self._next_refill_s = float("-inf")
         self.paused: list[TokenSequence] = []
         self._next_look_s = 0.0
@@ -82,7 +82,7 @@ class Scheduler:
         self.admission = Admission(
             controller,
             queue,
-            self._batch,
+            self.batch,
             self.output,
             clock,
             max_batch_size,
@@ -93,12 +93,7 @@ class Scheduler:
     @property
     def running(self) -> list[TokenSequence]:
         """The sequences that decode, and the one in prefill, if any."""
-        return self._batch.sequences
-
-    @property
-    def lowered_rows(self) -> int:
-        """Decoding requests whose caches have lower levels than the plan."""
-        return self._batch.lowered_rows
+        return self.batch.sequences
 
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
@@ -109,7 +104,7 @@ class Scheduler:
         if self.admission.admit_next(self._must_interrupt):
             self._interruptions = 0
         self._refill_next()
-        batch = self._batch
+        batch = self.batch
         self._make_fit(prefill=not self._pace.decodes_first or not batch.decoding)
         prefilled = batch.prefilling is not None and not (
             self._pace.decodes_first and batch.decoding
@@ -124,11 +119,6 @@ class Scheduler:
         self.admission.note_turn(ran=prefilled or decoded)
         return prefilled or decoded
 
-    @property
-    def stalled_s(self) -> float:
-        """Seconds for which requests have waited while nothing ran; from any thread."""
-        return self.admission.stalled_s
-
     def shortest_wait_s(self) -> float:
         """Seconds of decoding until a running request has all of its tokens; 0 if nothing runs."""
         handles = (sequence.handle for sequence in self.running)
@@ -137,7 +127,7 @@ class Scheduler:
 
     def check_feasible(self, sequence: TokenSequence) -> None:
         """Raise `InfeasibleBudgetError` if no plan can ever fit a sequence; from any thread."""
-        shape = self._batch.shape_alone(sequence)
+        shape = self.batch.shape_alone(sequence)
         if not self.admission.could_ever_fit(shape):
             raise self.admission.misfit(shape, expected=True)
 
@@ -147,7 +137,7 @@ class Scheduler:
         first = PassSize(tokens, tokens)
         if self.running or not self._controller.admit(shape, next_pass=first):
             return
-        batch = self._batch.new_rows()
+        batch = self.batch.new_rows()
         batch.prefill([[0] * tokens])
         self._controller.observe(shape, "prefill")
         batch.extend([0])
@@ -156,13 +146,13 @@ class Scheduler:
 
     def drop_all(self) -> None:
         """Free all rows and drop their sequences."""
-        self._batch.clear()
+        self.batch.clear()
         self._kept.close()
 
     # Passes through the model
 
     def _prefill(self) -> None:
-        batch, prefilling = self._batch, self._batch.prefilling
+        batch, prefilling = self.batch, self.batch.prefilling
         assert prefilling is not None
         began, started = self._clock(), time.perf_counter()
         try:
@@ -205,15 +195,15 @@ class Scheduler:
         if not prefilled.refills:
             self.output.deliver_prompt(prefilled)
             if not self.output.deliver([prefilled.sequence], logits, prefilled.batch.plans)[0]:
-                self._batch.drop_prefill()
-        self._batch.join()
+                self.batch.drop_prefill()
+        self.batch.join()
 
     def _give_up_refill(self, error: Exception) -> None:
         """Go on with the cache that a sequence has, after its refill failed."""
-        if refilling := self._batch.refilling:
+        if refilling := self.batch.refilling:
             log.warning("A cache could not be computed again: %s", error)
             refilling.sequence.refills = False
-            self._batch.drop_prefill()
+            self.batch.drop_prefill()
 
     def _count(self, sequence: TokenSequence, cached: int, new: int) -> None:
         """Count `new` prefilled tokens, of which some may have been computed before."""
@@ -232,7 +222,7 @@ class Scheduler:
 
     def _decode(self) -> None:
         began, started = self._clock(), time.perf_counter()
-        batch, sequences = self._batch, self._batch.decoding
+        batch, sequences = self.batch, self.batch.decoding
         try:
             with self._llm.exclusive():
                 plan = self._llm.plan
@@ -266,7 +256,7 @@ class Scheduler:
         length: int,
         plan: Plan,
     ) -> None:
-        batch = self._batch
+        batch = self.batch
         prefilling = 0 if batch.prefilling is None else batch.prefilling.batch.size
         longest = max(length, batch.rows.length)
         shape = BatchShape(max(rows, batch.rows.size + prefilling), longest)
@@ -289,7 +279,7 @@ class Scheduler:
 
     def _make_fit(self, prefill: bool = False) -> None:
         """Lower the plan, or preempt, until the next pass fits."""
-        batch = self._batch
+        batch = self.batch
         while True:
             next_pass = batch.pass_size(prefill=prefill)
             if batch.refilling and not self._controller.has_room(batch.shape, next_pass):
@@ -302,8 +292,8 @@ class Scheduler:
         if not self.running:
             return False
         if not self._kept.drop_newest():  # it has not helped enough
-            newest = self._batch.newest
-            self._batch.preempt(newest)
+            newest = self.batch.newest
+            self.batch.preempt(newest)
             self._put_back([newest])
         self._controller.note_preemption()
         return True
@@ -314,17 +304,17 @@ class Scheduler:
         After a decode step that is all that runs, because caches may be half written. Until a
         request ends, fewer run at a time than did.
         """
-        if kind == "prefill" and self._batch.refilling and self._batch.intact:
+        if kind == "prefill" and self.batch.refilling and self.batch.intact:
             self._give_up_refill(error)
             self._controller.note_out_of_memory(kind)
             return
         running = [sequence for sequence in self.running if sequence.handle.reason is None]
         if len(running) == 1:
             self.output.fail(running, error)
-        if kind == "prefill" and self._batch.intact and self._batch.decoding:
+        if kind == "prefill" and self.batch.intact and self.batch.decoding:
             self._preempt()
         else:
-            self._batch.clear()
+            self.batch.clear()
             self._put_back(running if len(running) > 1 else [])
         self._controller.note_out_of_memory(kind)
         if len(running) > 1:
@@ -344,7 +334,7 @@ class Scheduler:
 
         It decodes with its old cache until the new one is there.
         """
-        now, batch = self._clock(), self._batch
+        now, batch = self._clock(), self.batch
         if self._restore != "refill" or now < self._next_refill_s or batch.prefilling is not None:
             return
         self._next_refill_s = now + _REFILL_S
@@ -361,7 +351,7 @@ class Scheduler:
         paused = [sequence for sequence in self.running if _is_paused(sequence)]
         if paused:
             for sequence in paused:
-                self._batch.preempt(sequence)
+                self.batch.preempt(sequence)
             self._controller.note_preemption()
         self.paused += [*paused, *self._queue.remove_if(_is_paused)]
 
@@ -373,7 +363,7 @@ class Scheduler:
             self.admission.reject_late(self._queue_timeout_s)
         cancelled = [sequence for sequence in self.running if sequence.handle.cancelled]
         if cancelled:
-            self._batch.remove(cancelled)
+            self.batch.remove(cancelled)
             for sequence in cancelled:
                 self.output.end(sequence, "cancelled")
 

@@ -119,9 +119,9 @@ class PrefillingSequence:
             self.batch.join(kept)
         self._chunk_tokens = chunk_tokens
         self.prompt_samples: list[Sample] | None = None
-        wanted = sequence.handle.params.prompt_logprobs
-        if wanted is not None and not sequence.resumable and not refills:
-            self.prompt_samples, self._top = [], wanted
+        top_logprobs = sequence.handle.params.prompt_logprobs
+        if top_logprobs is not None and not sequence.resumable and not refills:
+            self.prompt_samples, self._top = [], top_logprobs
             self._positions = PositionLogits(llm)
 
     @property

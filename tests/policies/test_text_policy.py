@@ -84,7 +84,7 @@ def test_a_batch_of_several_prompts_has_the_mean_of_their_shares(policy):
     while not all(handle.token_ids for handle in handles):
         engine.step()
     assert handles[0].text_shares != handles[1].text_shares
-    assert engine._scheduler._batch.shape.text_shares == (0.5, 0.5)
+    assert engine._scheduler.batch.shape.text_shares == (0.5, 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def squeezed(residency="offload", **settings):
 def test_a_preempted_request_goes_on_from_a_file_without_computing_again(lowered):
     harness, engine, handles = squeezed()
     kv_bytes = harness.llm.held_bytes.kv_cache
-    assert kv_bytes == engine._scheduler._batch.rows.kv_bytes  # nothing of it is in memory
+    assert kv_bytes == engine._scheduler.batch.rows.kv_bytes  # nothing of it is in memory
     harness.budget_bytes = PLENTY
     if lowered:  # the plan has changed meanwhile
         harness.llm.apply(Plan.uniform(3, caches="int4"))
@@ -42,7 +42,7 @@ def test_a_preempted_request_goes_on_from_a_file_without_computing_again(lowered
 
 def test_without_a_disk_the_cache_is_kept_at_int4_until_it_has_to_go():
     harness, engine, (_, second) = squeezed("resident")
-    kept = harness.llm.held_bytes.kv_cache - engine._scheduler._batch.rows.kv_bytes
+    kept = harness.llm.held_bytes.kv_cache - engine._scheduler.batch.rows.kv_bytes
     assert kept == 0  # not even that fits
     harness.run(engine)
     assert engine.stats().repeated_tokens > 38
@@ -59,7 +59,7 @@ def test_where_int4_fits_it_is_copied_back():
     harness.budget_bytes = harness.need(Plan(), BatchShape(2, 55)) - 1
     engine.step()
     assert handles[1].preemptions == 1
-    rows = engine._scheduler._batch.rows
+    rows = engine._scheduler.batch.rows
     assert 0 < harness.llm.held_bytes.kv_cache - rows.kv_bytes < level
     harness.run(engine)
     assert engine.stats().repeated_tokens == 0

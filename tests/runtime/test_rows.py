@@ -113,11 +113,11 @@ def test_a_row_that_ends_soon_is_not_refilled():
 
 def test_a_refill_ends_where_memory_falls_and_its_request_goes_on():
     harness, engine, first = squeezed()
-    while not engine._scheduler._batch.refilling:
+    while not engine._scheduler.batch.refilling:
         turns(harness, engine, 1)
     harness.budget_bytes = harness.need(Plan(), BatchShape(1, 62))
     turns(harness, engine, 1)
-    assert not engine._scheduler._batch.refilling
+    assert not engine._scheduler.batch.refilling
     assert first.preemptions == 0
     harness.run(engine)
     assert first.reason == "length"
