@@ -212,13 +212,14 @@ def measure_masks(setup: ScoringSetup) -> tuple[list[Target], dict[str, Any]]:
         apart = max(abs(naive - own) for (_, naive), own in zip(answers, nll, strict=True))
         if apart > _TOLERANCE:
             raise SystemExit(f"Scores differ by {apart} from the naive loop's; nothing recorded.")
+        blocks = sum(setup.llm.num_blocks - len(mask.removed) for mask in masks)
         targets.append(Target(_NAMES[timing], 1.8, None, naive_s / seconds, _EACH_MASK))
         measured[timing] = {
             "masks": len(masks),
             "blocks_removed": spread([len(mask.removed) for mask in masks]),
             "seconds": seconds,
             "naive_s": naive_s,
-            "share_of_blocks_saved": scorer.share_saved,
+            "share_of_blocks_saved": 1 - scorer.block_forwards / blocks,
             "largest_nll_difference_to_naive": apart,
         }
     return targets, measured

@@ -25,6 +25,7 @@ from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
+from experiments.study.tables import plain
 from experiments.training.recorded_scores import held_out_losses, recorded_scores
 from experiments.training.score_tables import (
     importance_orders,
@@ -36,6 +37,7 @@ from rap_env.context.base import PruningContext
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan, every_mask
+from rap_env.scoring.fidelity import Fidelity, FidelityRow
 from rap_env.scoring.interface import bar_callback
 from rap_env.scoring.plan_runner import chunks
 
@@ -70,11 +72,27 @@ def export_scores(config: Config, folder: Path) -> Path:
     path = Path(config.export["path"]) if config.export["path"] else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
-    say(str(table.fidelity))
+    say(shown(table.fidelity))
     if held_out is not None:
-        say(f"On held-out text ({len(held_out.measured):,} measured):\n{held_out.fidelity}")
+        say(f"On held-out text ({len(held_out.measured):,} measured):")
+        say(shown(held_out.fidelity))
     say(f"{len(table.scores):,} masks in {path}. Use the table as model.name=score_table:{path}")
     return path
+
+
+def shown(fidelity: Fidelity) -> str:
+    """Return the agreement on held-out plans as a text table."""
+
+    def row(group: FidelityRow) -> list[str]:
+        numbers = (group.spearman, group.mean_error, group.median_relative_error)
+        shapes = zip(numbers, (".4f", ".3f", ".1%"), strict=True)
+        texts = ("-" if number is None else format(number, shape) for number, shape in shapes)
+        return [group.removed, f"{group.masks:,}", *texts]
+
+    header = ["removed", "masks", "rank correlation", "mean error (nats)", "relative error"]
+    held_out = fidelity.rows[0].masks
+    title = f"Fidelity on {held_out:,} masks held out, fitted to {fidelity.fitted:,} others"
+    return f"{title}\n{plain((header, list(map(row, fidelity.rows))))}"
 
 
 def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:

@@ -72,8 +72,8 @@ class PlanPredictor:
 
     def delta_nll(self, positions: Counts) -> Floats:
         """Predicted ΔNLL of plans (n, items), nats per token, (n,)."""
-        mean, spread = self.mean_and_spread(positions)
-        return mean + self.model.pessimism * spread
+        lowered = self._lowered_costs(positions)
+        return self.model.delta_nll_many(self._features(positions), lowered, clamped=False)
 
     def delta_nll_below(
         self, positions: Counts, children: Counts, parents: Counts, items: Counts
@@ -90,11 +90,6 @@ class PlanPredictor:
         removed = np.where(self._removed.take(levels), self._block[items], -1)
         lowered = self._lowered_costs(children)
         return self.model.delta_nll_below(self._features(positions), parents, removed, lowered)
-
-    def mean_and_spread(self, positions: Counts) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the members' predictions, nats per token, (n,) each."""
-        lowered = self._lowered_costs(positions)
-        return self.model.mean_and_spread(self._features(positions), lowered, clamped=False)
 
     def _features(self, positions: Counts) -> Features:
         """The removed blocks of plans, (n, 2L)."""

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order
 from rap_env.importance.plan_predictor import PlanPredictor, fit_plan_predictor
@@ -35,6 +34,7 @@ from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Floats
 from rap_env.scoring.predictor_fit import necessary_masks
+from rap_env.specs import check_types
 
 if TYPE_CHECKING:  # a search with a predictor loads no torch
     from rap_env.scoring.scorer import MaskScorer
@@ -71,13 +71,8 @@ class PlanSearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = asdict(self)
-        least = min(numbers[name] for name in ("evaluations", "batch", "requests", "members"))
-        if least < 1 or self.deepest_loss <= 0:
-            raise InvalidRequestError(
-                "evaluations, batch, requests and members of a search for plans must be at least "
-                f"1 and deepest_loss above 0, not {numbers}."
-            )
+        least = {"evaluations": 1, "deepest_loss": 0, "batch": 1, "requests": 1, "members": 1}
+        check_types(self, least=least)
 
 
 def build_plan_table(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,31 +152,22 @@ def allocate_ranks(
         choices: Ranks to choose from, ascending.
         total: Greatest sum of the ranks.
     """
-    place = dict.fromkeys(errors, 0)
+    place = dict.fromkeys(errors, 0)  # the number of each block's choice
     left = total - choices[0] * len(errors)
-    waiting: list[tuple[float, int, int]] = []
 
-    def offer(block: int) -> None:
-        """Queue the higher choice that reduces the error most per unit and still fits."""
-        at, curve = place[block], errors[block]
-        gains = [
-            ((curve[at] - curve[to]) / (choices[to] - choices[at]), to)
-            for to in range(at + 1, len(choices))
-            if choices[to] - choices[at] <= left
-        ]
-        best = max(gains, default=(0.0, at))
-        if best[0] > 0:
-            heapq.heappush(waiting, (-best[0], block, best[1]))
+    def steps() -> Iterator[tuple[float, int, int]]:
+        """The reduction per unit, block (negative) and choice of each step that still fits."""
+        for block, curve in errors.items():
+            at = place[block]
+            for to in range(at + 1, len(choices)):
+                cost = choices[to] - choices[at]
+                if cost <= left and curve[to] < curve[at]:
+                    yield (curve[at] - curve[to]) / cost, -block, to
 
-    for block in errors:
-        offer(block)
-    while waiting:
-        _, block, to = heapq.heappop(waiting)
-        cost = choices[to] - choices[place[block]]
-        if cost <= left:
-            left -= cost
-            place[block] = to
-        offer(block)
+    while best := max(steps(), default=None):
+        block, to = -best[1], best[2]
+        left -= choices[to] - choices[place[block]]
+        place[block] = to
     return {block: choices[at] for block, at in place.items()}
 
 

@@ -154,8 +154,7 @@ class _Search:
                 else:
                     remaining.append(candidate)
             alive = remaining
-        for plan in plans:
-            self._scorer.count(plan)
+        self._scorer.evaluations += len(plans)
         for candidate in sorted(alive, key=lambda candidate: candidate.nll):
             self._finish(candidate)
         return {each.plan: each.nll for each in candidates if each.plan not in self._known}

@@ -7,7 +7,6 @@ into the search. For the default model, the generated texts of published results
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
+from rap_env.scoring.local_data import read_rows
 from rap_env.scoring.long_context_tasks import recall_text
 
 log = logging.getLogger(__name__)
@@ -187,25 +187,16 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def _file_text(config: CorpusConfig) -> str:
     path = Path(config.source).expanduser()
+    if path.suffix == ".jsonl":
+        rows = read_rows(path, tuple(config.field.split("+")))
+        return _concatenated((_field_text(row, config.field) for row in rows), config)
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(
             f"Cannot read the text {path}: {error}. Give 'self', 'recall', a UTF-8 text or "
             "JSON-lines file, or 'hub:ID'."
         ) from None
-    if path.suffix != ".jsonl":
-        return text
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            documents.append(_field_text(json.loads(line), config.field))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise CorpusError(
-                f"Line {number} of {path} is not a JSON object with the field {config.field!r}; "
-                "set `field` to the one that holds the text."
-            ) from None
-    return _concatenated(documents, config)
 
 
 def _concatenated(documents: Iterable[str], config: CorpusConfig) -> str:

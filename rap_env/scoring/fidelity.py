@@ -87,16 +87,6 @@ class Fidelity:
         """Read what `dataclasses.asdict` and JSON wrote."""
         return cls(values["fitted"], tuple(FidelityRow(**row) for row in values["rows"]))
 
-    def __str__(self) -> str:
-        """A text table."""
-        head = ("removed", "masks", "rank correlation", "mean error (nats)", "relative error")
-        cells = [head, *map(_cells, self.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-        lines = ("  ".join(map(str.rjust, row, widths)) for row in cells)
-        held_out = self.rows[0].masks
-        title = f"Fidelity on {held_out:,} masks held out, fitted to {self.fitted:,} others"
-        return "\n".join([title, *lines])
-
 
 def spearman(first: Floats, second: Floats) -> float | None:
     """Rank correlation with mean ranks for ties; None if one side is constant."""
@@ -109,16 +99,3 @@ def _ranks(values: Floats) -> Floats:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[place], dtype=np.float64)
-
-
-def _cells(row: FidelityRow) -> tuple[str, ...]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    return (
-        row.removed,
-        f"{row.masks:,}",
-        number(row.spearman, ".4f"),
-        number(row.mean_error, ".3f"),
-        number(row.median_relative_error, ".1%"),
-    )

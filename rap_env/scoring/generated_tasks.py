@@ -14,7 +14,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 from rap_env.artifacts import package_json
 from rap_env.scoring.local_data import dataset_maker
@@ -25,26 +25,11 @@ FEWSHOT_DOCUMENTS = 32
 RECALL_LENGTHS = (4, 8, 16, 32)
 
 
-class Relation(NamedTuple):
-    """A relation between everyday words, for the multiple-choice task.
-
-    Attributes:
-        name: Kind of the question.
-        question: Template with one ``{}`` for the known word.
-        pairs: ``(known word, answer)``. The wrong choices are answers of other pairs.
-    """
-
-    name: str
-    question: str
-    pairs: tuple[tuple[str, str], ...]
-
-
 _WORDS: dict[str, Any] = package_json("rap_env.scoring", "task_words.json")
 NAMES, OBJECTS = _WORDS["names"], _WORDS["objects"]  # keys and values of the recall task
-RELATIONS = tuple(
-    Relation(entry["name"], entry["question"], tuple(entry["pairs"].items()))
-    for entry in _WORDS["relations"]
-)
+RELATIONS: list[dict[str, Any]] = _WORDS["relations"]
+"""Relations between everyday words: ``name``, ``question`` with one ``{}`` for the known word, and
+``pairs`` of known words and answers. The wrong choices are answers of other pairs."""
 
 
 class Document(TypedDict):
@@ -91,14 +76,15 @@ def _recall(rng: random.Random) -> Iterator[Document]:
 
 
 def _choice(rng: random.Random) -> Iterator[Document]:
-    decks: dict[str, list[tuple[str, str]]] = {relation.name: [] for relation in RELATIONS}
+    decks: dict[str, list[tuple[str, str]]] = {relation["name"]: [] for relation in RELATIONS}
     for relation in itertools.cycle(RELATIONS):
-        if not decks[relation.name]:
-            decks[relation.name] = rng.sample(relation.pairs, len(relation.pairs))
-        known, good = decks[relation.name].pop()
-        others = sorted({answer for _, answer in relation.pairs} - {good})
-        context = f"Question: {relation.question.format(known)}\nAnswer:"
-        yield make_document(rng, context, good, rng.sample(others, 3), relation.name)
+        name, pairs = relation["name"], relation["pairs"]
+        if not decks[name]:
+            decks[name] = rng.sample(list(pairs.items()), len(pairs))
+        known, good = decks[name].pop()
+        others = sorted(set(pairs.values()) - {good})
+        context = f"Question: {relation['question'].format(known)}\nAnswer:"
+        yield make_document(rng, context, good, rng.sample(others, 3), name)
 
 
 @dataclass(frozen=True)

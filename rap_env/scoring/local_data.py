@@ -90,8 +90,8 @@ def _parse_row(path: Path, number: int, line: str, fields: tuple[str, ...]) -> d
     missing = [field for field in fields if not _has(row, field)]
     if missing:
         raise CorpusError(
-            f"Line {number} of {path} lacks the field {missing[0]!r} that its task reads; "
-            f"it has {', '.join(map(repr, row)) or 'none'}."
+            f"Line {number} of {path} lacks the field {missing[0]!r}; it has "
+            f"{', '.join(map(repr, row)) or 'none'}. Correct the file, or name another field."
         )
     return row
 

@@ -72,7 +72,6 @@ class MaskScorer:
         runner: Runs plans on the text and counts blocks.
         evaluations: Plans that the model ran, including those that a search dropped
             before the end; those found in the store do not count.
-        full_block_forwards: Blocks that single full passes would have run for them.
         options: The arguments of a scorer that gives the same scores, other than model and text.
         in_flight: Plans that advance through the model together.
         stride: The states of every `stride`-th step of a plan are kept.
@@ -100,7 +99,6 @@ class MaskScorer:
         self.store = store
         self.workers = workers
         self.evaluations = 0
-        self.full_block_forwards = 0
         tokens = self.corpus.tokens
         length = tokens.shape[1]
         if not 2 <= length <= llm.facts.max_positions:
@@ -183,12 +181,6 @@ class MaskScorer:
     def passes(self) -> float:
         """Plans that the model ran; one run on a part of the text counts as that part."""
         return self.evaluations + self._part_windows / self.num_windows
-
-    @property
-    def share_saved(self) -> float:
-        """Share of the block forwards of single full passes that sharing saved."""
-        parts = sum(part.full_block_forwards * self._share(part) for part in self._parts.values())
-        return 1 - self.block_forwards / max(1, self.full_block_forwards + parts)
 
     @cached_property
     def evaluation_s(self) -> float:
@@ -315,8 +307,7 @@ class MaskScorer:
         """Store and count what a worker measured."""
         for plan, values in measured.window_nll.items():
             self.record(plan, values)
-        for plan in measured.plans:
-            self.count(plan)
+        self.evaluations += len(measured.plans)
         self.runner.block_runs += measured.block_runs
 
     def raise_non_finite(self, plan: Plan) -> NoReturn:
@@ -326,11 +317,6 @@ class MaskScorer:
             f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL ({plan}); check the "
             "weights, or load the model with dtype='float32'."
         )
-
-    def count(self, plan: Plan) -> None:
-        """Count a plan that the model ran."""
-        self.evaluations += 1
-        self.full_block_forwards += self.llm.num_blocks - len(plan.removed)
 
     def _path(self, plan: Plan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""
@@ -357,7 +343,7 @@ class MaskScorer:
         values = self._values(self.runner, plans, keep)
         for plan, row in zip(plans, values, strict=True):
             self.record(plan, row)
-            self.count(plan)
+        self.evaluations += len(plans)
 
     def _values(
         self, runner: PlanRunner, plans: Sequence[Plan], keep: Collection[Node]

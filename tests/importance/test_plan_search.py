@@ -86,10 +86,10 @@ def test_improving_keeps_the_budget_and_never_makes_a_plan_worse(context, ladder
     )
     predictor = PlanPredictor(ladder, one_shot_costs(costs, ladder), model)
     where = np.array([ladder.positions(plan) for plan in plans])
-    expected = model.mean_and_spread(
+    expected = model.delta_nll_many(
         feature_matrix(plans, 6), lowered_costs(plans, costs.delta_nll), clamped=False
     )
-    assert np.allclose(predictor.mean_and_spread(where), expected, atol=1e-6)
+    assert np.allclose(predictor.delta_nll(where), expected, atol=1e-6)
     cheap = PlanPredictor(ladder, np.full((len(ladder), ladder.width), -1.0), model)
     lowered = np.array([ladder.positions(Plan.uniform(3, caches="int4"))])
     assert cheap.delta_nll(lowered) == [0.0], "levels that lower the NLL count as free"
@@ -212,5 +212,7 @@ def test_a_search_over_masks_is_near_optimal(name):
 
 
 def test_bad_settings_are_rejected():
-    with pytest.raises(InvalidRequestError, match="at least 1 and deepest_loss above 0"):
+    with pytest.raises(
+        InvalidRequestError, match="batch must be a whole number of at least 1, not 0"
+    ):
         PlanSearchConfig(batch=0)

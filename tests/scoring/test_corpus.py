@@ -206,7 +206,7 @@ def test_fields_are_joined(tmp_path):
     rows = [{"question": f"how many {n} are", "answer": f"there are {n} of"} for n in range(60)]
     joined = [{"text": f"{row['question']} {row['answer']}"} for row in rows]
     assert same_tokens(tmp_path, rows, joined, field="question+answer")
-    with pytest.raises(CorpusError, match="'question\\+reply'"):
+    with pytest.raises(CorpusError, match="lacks the field 'reply'; it has 'question', 'answer'"):
         same_tokens(tmp_path, rows, joined, field="question+reply")
 
 

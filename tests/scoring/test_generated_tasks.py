@@ -97,10 +97,11 @@ def test_recall_asks_for_a_value_that_its_list_holds_once():
 
 
 def test_choice_offers_answers_of_its_own_relation():
-    facts = {r.name: r for r in RELATIONS}
+    facts = {r["name"]: r for r in RELATIONS}
     for document in GENERATED_TASKS["rap_choice"].documents(2):
         relation = facts[document["kind"]]
-        answer = {relation.question.format(known): right for known, right in relation.pairs}
+        question, pairs = relation["question"], relation["pairs"]
+        answer = {question.format(known): right for known, right in pairs.items()}
         question = document["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
         assert document["choices"][document["gold"]] == answer[question]
         assert set(document["choices"]) <= set(answer.values())
