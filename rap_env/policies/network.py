@@ -31,6 +31,10 @@ from rap_env.request import Request
 
 Floats = npt.NDArray[np.float32]
 
+
+_ONE, _OVER_FLOOR = np.float32(1.0), np.float32(OVER_FLOOR)
+_SPREAD_FLOOR, _MOST_SPREADS = np.float32(SPREAD_FLOOR), np.float32(MOST_SPREADS)
+
 _FEW = 4
 """Rows whose entries are faster to update one by one than all at once."""
 
@@ -115,10 +119,62 @@ class _UpperLayers:
         return np.asarray(hidden @ self._last)
 
 
+@dataclass(frozen=True)
+class _InputRows:
+    """What changes of the rows as items are lowered, and where it is in the inputs of a pass.
+
+    Inputs have a column for each block or item. Prices have no weight of their own; they are
+    standardised together with the features.
+
+    Attributes:
+        features: The features.
+        compared: The features and the prices.
+        prices: The prices.
+        deviations: Both, standardised.
+        useful: The useful share.
+        valid: Whether there is a lower level.
+        near: The levels of the neighbours.
+    """
+
+    features: slice
+    compared: slice
+    prices: slice
+    deviations: slice
+    useful: int
+    valid: int
+    near: slice
+
+    @classmethod
+    def of(cls, spec: RowSpec) -> _InputRows:
+        """The places for a kind of rows."""
+        features = len(spec.features)
+        compared = features + len(spec.priced)
+        useful, valid, near = 2 * compared, 2 * compared + 1, 2 * compared + 2
+        return cls(
+            slice(0, features),
+            slice(0, compared),
+            slice(features, compared),
+            slice(compared, 2 * compared),
+            useful,
+            valid,
+            slice(near, near + spec.num_neighbours),
+        )
+
+
 class PolicyNetwork:
     """Chooses what to lower on one model until a request fits.
 
-    It does not change after construction, so threads may share it.
+    It does not change after construction, so threads may share it. The first layer is a sum over
+    the parts of a row (`RowSpec.columns`); each part is computed where it changes:
+
+    | part of a row | here | changes |
+    |---|---|---|
+    | features, compared, useful, valid, neighbours | `varying` x inputs | with each pass |
+    | vectors, biases | `own` | never |
+    | request | `request` | once per request, its bytes over budget with each pass |
+    | mean_valid | `mean_valid` x mean of the features | with each pass |
+    | mean_level, lowered_vectors of items | `levels` x levels | with each lowered item |
+    | lowest, mean_lowest, lowered_vectors of blocks | `levels` x whether they are the lowest | so |
 
     Args:
         weights: The trained weights, with a vector for each item of the ladder, or none.
@@ -128,51 +184,43 @@ class PolicyNetwork:
     def __init__(self, weights: NetworkWeights, encoder: ObservationEncoder) -> None:
         self.encoder, self.spec = encoder, weights.spec
         spec, count = self.spec, len(encoder.ladder)
-        num_features, num_prices = len(spec.features), len(spec.priced)
-        compared = num_features + num_prices
-        # The rows of a pass's inputs: features, prices (without a weight), the same standardised,
-        # useful share, validity, levels of neighbours.
-        self.features = slice(0, num_features)
-        self.compared = slice(0, compared)
-        self.prices = slice(num_features, compared)
-        self.deviations = slice(compared, 2 * compared)
-        self.useful, self.valid = 2 * compared, 2 * compared + 1
-        self.near = slice(self.valid + 1, self.valid + 1 + spec.num_neighbours)
-        first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
-        parts = {name: first[c] for name, c in spec.columns(weights.vector_width).items()}
+        self.rows = _InputRows.of(spec)
         self.shown, shown_prices = spec.shown(weights.without)
+        self.useful_floor = np.float32(spec.useful_floor)
         self.see_request = np.float32("request" not in weights.without)
         self.upper = _UpperLayers(weights)
-        near, own = parts["neighbours"], np.append(weights.first_bias, np.float32(0.0))
+        first = np.vstack([weights.first_weight, weights.linear_weight]).T  # (W, H + 1)
+        parts = {name: first[c] for name, c in spec.columns(weights.vector_width).items()}
+        vectors = weights.vectors if weights.vector_width else np.zeros((count, 0), np.float32)
+        near, bias = parts["neighbours"], np.append(weights.first_bias, np.float32(0.0))
         if spec.of_blocks:  # whether they are kept is 1 minus their level, which is 0 without one
-            near, own = -near, own + near.sum(axis=0)
-        varying = parts["compared"].copy()
-        varying[num_features:] *= shown_prices[:, None]
-        no_prices = np.zeros((num_prices, weights.hidden + 1), dtype=np.float32)
+            near, bias = -near, bias + near.sum(axis=0)
+        shown_compared = np.append(np.ones_like(self.shown), shown_prices)
         self.varying = np.vstack(
-            [parts["features"], no_prices, varying, parts["useful"], parts["valid"], near]
+            [
+                parts["features"],
+                np.zeros((len(spec.priced), len(bias)), dtype=np.float32),
+                parts["compared"] * shown_compared[:, None],
+                parts["useful"],
+                parts["valid"],
+                near,
+            ]
         )
+        self.own = np.asarray(vectors @ parts["vectors"] + bias, dtype=np.float32)
         self.request = parts["request"] * self.see_request
         self.mean_valid = parts["mean_valid"]
-        vectors = weights.vectors if weights.vector_width else np.zeros((count, 0), np.float32)
-        self.own = np.asarray(vectors @ parts["vectors"] + own, dtype=np.float32)
-        rows = encoder.build(Request(1, 1, budget_bytes=1), Plan())[spec.key] * self.shown
-        self.near_numbers = spec.neighbours(rows)
-        places = np.arange(spec.num_neighbours)[:, None] * count + np.arange(count)
-        start = self.near.start * count
-        self.touched = [start + places[item == self.near_numbers.T] for item in range(count)]
-        kinds = np.stack(spec.kinds(rows), axis=1)
+        native = encoder.build(Request(1, 1, budget_bytes=1), Plan())[spec.key] * self.shown
+        self.near_numbers = spec.neighbours(native).T
+        kinds = np.stack(spec.kinds(native), axis=1)
         kinds /= np.maximum(kinds.sum(axis=0), 1)
-        # What one row at its lowest level adds to the terms that all rows share, (N, H + 1).
-        self.level = kinds @ parts["mean_level"]
-        self.lowest = kinds[:, : len(parts["lowest"])] @ parts["lowest"]
-        self.mean_lowest = np.zeros_like(self.level)
+        level, vector_terms = kinds @ parts["mean_level"], vectors @ parts["lowered_vectors"]
         if spec.of_blocks:
-            lowest = encoder.build(Request(1, 1, budget_bytes=1), encoder.ladder.lowest)[spec.key]
-            self.mean_lowest = (lowest * self.shown) @ parts["mean_lowest"]
-            self.mean_lowest += vectors @ parts["lowered_vectors"]
+            removed = encoder.build(Request(1, 1, budget_bytes=1), encoder.ladder.lowest)[spec.key]
+            lowest = (removed * self.shown) @ parts["mean_lowest"] + vector_terms
         else:
-            self.level += vectors @ parts["lowered_vectors"] / np.float32(count)
+            lowest = kinds[:, : len(parts["lowest"])] @ parts["lowest"]
+            level += vector_terms / np.float32(count)
+        self.levels = np.vstack([level, lowest, np.zeros_like(level[:1])])
 
     def plan(self, request: Request) -> Plan:
         """The plan that fits the request; the lowest levels if none does.
@@ -205,18 +253,14 @@ class _Pass:
         self._network = network
         fixed = self._seen.observation["request"].copy()
         fixed[BYTES_OVER] = 0.0  # comes with each pass
-        self._shared = fixed @ network.request
+        self._request = fixed @ network.request
         count = len(network.encoder.ladder)
-        self._inputs: Floats = np.zeros((network.near.stop, count), dtype=np.float32)
-        self._flat = self._inputs.reshape(-1)
-        self._closed: Floats = np.zeros(count, dtype=np.float32)
+        self._inputs: Floats = np.zeros((network.rows.near.stop, count), dtype=np.float32)
         self._log_costs: Floats = np.zeros((len(network.spec.priced), count), dtype=np.float32)
-        self._level: Floats = np.zeros(count, dtype=np.float32)
-        self._by_level: Floats = np.zeros_like(self._shared)
-        self._mean_lowest: Floats = np.zeros_like(self._shared)
-        self._num_lowest = 0
-        self.num_valid = count
-        self._copy_all()
+        self._levels: Floats = np.zeros(2 * count + 1, dtype=np.float32)
+        self._level, self._lowest = self._levels[:count], self._levels[count:-1]
+        self._take(slice(None))
+        self._sum_levels()
 
     def best_row(self, over: float) -> int:
         """The row with the highest score.
@@ -224,74 +268,54 @@ class _Pass:
         Args:
             over: Bytes over the budget as a share of the native peak.
         """
-        network, inputs = self._network, self._inputs
-        seen_over = np.float32(over)
-        useful = inputs[network.useful]
-        divisor = seen_over * network.see_request + np.float32(OVER_FLOOR)
+        network, inputs, rows = self._network, self._inputs, self._network.rows
+        seen_over, valid = np.float32(over), inputs[rows.valid]
+        useful = inputs[rows.useful]
+        divisor = seen_over * network.see_request + _OVER_FLOOR
         np.divide(inputs[network.spec.freed], divisor, out=useful)
-        np.minimum(useful, np.float32(1.0), out=useful)
-        logs = np.log(useful + np.float32(network.spec.useful_floor))
-        np.subtract(self._log_costs, logs, out=inputs[network.prices])
+        np.minimum(useful, _ONE, out=useful)
+        logs = np.log(useful + network.useful_floor)
+        np.subtract(self._log_costs, logs, out=inputs[rows.prices])
         mean = _standardise(
-            inputs[network.compared],
-            inputs[network.valid],
-            np.float32(self.num_valid),
-            inputs[network.deviations],
+            inputs[rows.compared], valid, np.float32(self.num_valid), inputs[rows.deviations]
         )
-        shared = self._shared + seen_over * network.request[BYTES_OVER] + self._by_level
+        shared = self._request + seen_over * network.request[BYTES_OVER] + self._by_level
         if network.spec.of_blocks:
-            shared += mean[network.features] @ network.mean_valid
-            if self._num_lowest:
-                shared += self._mean_lowest / np.float32(self._num_lowest)
+            shared += mean[rows.features] @ network.mean_valid
         hidden = inputs.T @ network.varying
         hidden += network.own
         hidden += shared
         scores = network.upper.scores(hidden)
-        scores += self._closed
+        np.putmask(scores, valid == 0, -np.inf)
         return int(scores.argmax())
 
     def lower(self, row: int) -> None:
         """Lower a row that has a lower level."""
         changed = self._seen.lower(row)
-        if len(changed) > _FEW:
-            self._copy_all()
-            return
-        network, inputs, observation = self._network, self._inputs, self._seen.observation
-        spec, valid = network.spec, observation["action_mask"]
-        for number in changed:
-            features = observation[spec.key][number] * network.shown
-            inputs[network.features, number] = features
-            before, level = self._level[number], spec.level(features, valid[number])
-            self._level[number] = level
-            self._flat[network.touched[number]] = level
-            self._by_level = self._by_level + (level - before) * network.level[number]
-            if level >= 1 > before:
-                self._by_level = self._by_level + network.lowest[number]
-                self._mean_lowest = self._mean_lowest + network.mean_lowest[number]
-                self._num_lowest += 1
-            if valid[number]:
-                self._log_costs[:, number] = spec.log_costs(features[spec.costs], np.log)
-            elif inputs[network.valid, number]:
-                inputs[network.valid, number] = 0.0
-                self._closed[number] = -np.inf
-                self.num_valid -= 1
+        for number in changed if len(changed) <= _FEW else (slice(None),):
+            self._take(number)
+        self._sum_levels()
 
-    def _copy_all(self) -> None:
-        """Take over the whole observation."""
+    def _take(self, rows: int | slice) -> None:
+        """Take over what is observed of one row, or of all."""
         network, inputs, observation = self._network, self._inputs, self._seen.observation
-        spec, valid = network.spec, observation["action_mask"]
-        rows = observation[spec.key] * network.shown
-        inputs[network.features] = rows.T
-        inputs[network.valid] = valid
-        self._level = level = spec.level(rows, valid)
-        inputs[network.near] = np.append(level, np.float32(0.0))[network.near_numbers.T]
-        self._log_costs[:] = spec.log_costs(rows[:, spec.costs].T, np.log)
-        lowest = (level >= 1).astype(np.float32)
-        self._by_level = level @ network.level + lowest @ network.lowest
-        self._mean_lowest = lowest @ network.mean_lowest
-        self._num_lowest = int(lowest.sum())
-        self._closed[valid == 0] = -np.inf
-        self.num_valid = int(valid.sum())
+        spec, places = network.spec, network.rows
+        valid = observation["action_mask"][rows]
+        features = observation[spec.key][rows] * network.shown
+        inputs[places.features, rows] = features.T
+        inputs[places.valid, rows] = valid
+        self._log_costs[:, rows] = spec.log_costs(features[..., spec.costs].T, np.log)
+        self._level[rows] = spec.level(features, valid)
+
+    def _sum_levels(self) -> None:
+        """Compute what all levels together determine."""
+        network, inputs, places = self._network, self._inputs, self._network.rows
+        self.num_valid = np.count_nonzero(inputs[places.valid])
+        self._levels.take(network.near_numbers, out=inputs[places.near], mode="wrap")  # -1: none
+        np.greater_equal(self._level, 1, out=self._lowest)
+        if network.spec.of_blocks:  # for the mean over removed blocks
+            self._lowest /= max(1.0, float(self._lowest.sum()))
+        self._by_level = self._levels @ network.levels
 
 
 def _standardise(values: Floats, counted: Floats, left: np.float32, out: Floats) -> Floats:
@@ -312,8 +336,8 @@ def _standardise(values: Floats, counted: Floats, left: np.float32, out: Floats)
     spread = np.square(out) @ counted
     spread /= left
     np.sqrt(spread, out=spread)
-    spread += np.float32(SPREAD_FLOOR)
+    spread += _SPREAD_FLOOR
     out /= spread[:, None]
-    np.minimum(out, np.float32(MOST_SPREADS), out=out)
-    np.maximum(out, np.float32(-MOST_SPREADS), out=out)
+    np.minimum(out, _MOST_SPREADS, out=out)
+    np.maximum(out, -_MOST_SPREADS, out=out)
     return np.asarray(mean)

@@ -9,10 +9,10 @@ Shapes: N blocks or items, F observed features of each, V entries of a learned v
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,8 +59,7 @@ _NEAR_ITEMS = tuple((step, kind) for step in (-1, 0, 1) for kind in ("attn", "ff
 """The neighbours of an item: offsets of layers, and kinds of items in them."""
 
 
-@dataclass(frozen=True)
-class RowSpec:
+class RowSpec(ABC):
     """What a network's rows are made of.
 
     Attributes:
@@ -72,18 +71,17 @@ class RowSpec:
         num_kinds: Number of kinds of rows.
         num_neighbours: Number of neighbours of each row.
         of_blocks: Whether rows are of blocks. They have the means over kept and over removed
-            blocks, and neighbours count as kept beyond the ends; the others have the share of
-            items of each kind that are at their lowest level.
+            blocks; the others have the share of items of each kind that are at their lowest level.
     """
 
-    key: str
-    features: tuple[str, ...]
-    priced: tuple[str, ...]
-    cost_floor: float | None
-    useful_floor: float
-    num_kinds: int
-    num_neighbours: int
-    of_blocks: bool
+    key: ClassVar[str]
+    features: ClassVar[tuple[str, ...]]
+    priced: ClassVar[tuple[str, ...]]
+    cost_floor: ClassVar[float | None]
+    useful_floor: ClassVar[float]
+    num_kinds: ClassVar[int]
+    num_neighbours: ClassVar[int]
+    of_blocks: ClassVar[bool]
 
     @cached_property
     def freed(self) -> int:
@@ -148,42 +146,84 @@ class RowSpec:
         """The logs of observed costs, an array or a tensor, by the `log` of its library."""
         return costs * _COST_SCALE if self.cost_floor is None else log(costs + self.cost_floor)
 
+    @abstractmethod
     def level(self, rows: Any, valid: Any) -> Any:
         """The observed levels, (..., N), of rows (..., N, F): 0 is native, 1 the lowest level."""
-        return 1 - valid if self.of_blocks else rows[..., self._level]
 
-    @cached_property
-    def _level(self) -> int:
-        return self.features.index("level")
-
+    @abstractmethod
     def kinds(self, rows: Any) -> list[Any]:
         """Whether rows, (..., N, F), are of each kind: 0 or 1, an array (..., N) for each kind."""
-        if self.of_blocks:
-            ffn = rows[..., self.features.index("kind")]
-            return [1 - ffn, ffn]
+
+    @abstractmethod
+    def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
+        """The number of each neighbour of each row (N, F), -1 without it, (N, neighbours)."""
+
+
+class BlockRows(RowSpec):
+    """Rows of the blocks of `RAPPrune-v0`; a neighbour counts as kept beyond the ends."""
+
+    key = "blocks"
+    features = BLOCK_FEATURES
+    priced = ("one_shot_loss", "gsi_marginal_loss")
+    cost_floor = 1e-2
+    useful_floor = 1e-3
+    num_kinds = 2
+    num_neighbours = len(_NEAR_BLOCKS)
+    of_blocks = True
+
+    def level(self, rows: Any, valid: Any) -> Any:
+        """1 for removed blocks."""
+        return 1 - valid
+
+    def kinds(self, rows: Any) -> list[Any]:
+        """Attention and FFN blocks."""
+        ffn = rows[..., self.features.index("kind")]
+        return [1 - ffn, ffn]
+
+    def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
+        """The blocks before and after each block."""
+        near = np.arange(len(rows))[:, None] + np.array(_NEAR_BLOCKS)
+        return np.where((near >= 0) & (near < len(rows)), near, -1)
+
+
+class ItemRows(RowSpec):
+    """Rows of the items of `RAPLadder-v0`."""
+
+    key = "ladder"
+    features = ITEM_FEATURES
+    priced = ("one_shot_cost", "order_cost")
+    cost_floor = None
+    useful_floor = 1e-5  # one cache is a small share of a model
+    num_kinds = len(KINDS)
+    num_neighbours = len(_NEAR_ITEMS)
+    of_blocks = False
+
+    _level = ITEM_FEATURES.index("level")
+
+    def level(self, rows: Any, valid: Any) -> Any:
+        """As observed."""
+        return rows[..., self._level]
+
+    def kinds(self, rows: Any) -> list[Any]:
+        """Those of `KINDS`."""
         return [rows[..., self.features.index(kind)] for kind in KINDS]
 
     def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
-        """The number of each neighbour of each row, -1 where there is none, (N, neighbours).
+        """The items of each item's layer and of the adjacent ones.
 
-        Args:
-            rows: The observed features, (N, F). Items are told apart by their kinds and depths; if
-                either is hidden, all 0, no item has neighbours.
+        Items are told apart by their kinds and depths; if either is hidden, all 0, no item has
+        neighbours.
         """
-        count = len(rows)
-        if self.of_blocks:
-            near = np.arange(count)[:, None] + np.array(_NEAR_BLOCKS)
-            return np.where((near >= 0) & (near < count), near, -1)
-        none = np.full((count, len(_NEAR_ITEMS)), -1, dtype=np.int64)
+        none = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
         if not rows[:, : len(KINDS)].any():
             return none
         kinds = [KINDS[kind] for kind in rows[:, : len(KINDS)].argmax(axis=1)]
         in_layer = np.array([kind != "embeddings" for kind in kinds])
-        layers = np.full(count, -len(_NEAR_ITEMS))
+        layers = np.full(len(rows), -len(_NEAR_ITEMS))
         depths = rows[in_layer, self.features.index("depth")]
         layers[in_layer] = np.unique(depths, return_inverse=True)[1]
         numbers = {pair: n for n, pair in enumerate(zip(layers.tolist(), kinds, strict=True))}
-        if len(numbers) < count:  # several layers seem to be one
+        if len(numbers) < len(rows):  # several layers seem to be one
             return none
         near_items = [
             [numbers.get((layer + step, kind), -1) for step, kind in _NEAR_ITEMS]
@@ -192,29 +232,7 @@ class RowSpec:
         return np.array(near_items, dtype=np.int64)
 
 
-BLOCK_ROWS = RowSpec(
-    key="blocks",
-    features=BLOCK_FEATURES,
-    priced=("one_shot_loss", "gsi_marginal_loss"),
-    cost_floor=1e-2,
-    useful_floor=1e-3,
-    num_kinds=2,
-    num_neighbours=len(_NEAR_BLOCKS),
-    of_blocks=True,
-)
-"""Rows of the blocks of `RAPPrune-v0`."""
+BLOCK_ROWS, ITEM_ROWS = BlockRows(), ItemRows()
 
-ITEM_ROWS = RowSpec(
-    key="ladder",
-    features=ITEM_FEATURES,
-    priced=("one_shot_cost", "order_cost"),
-    cost_floor=None,
-    useful_floor=1e-5,  # one cache is a small share of a model
-    num_kinds=len(KINDS),
-    num_neighbours=len(_NEAR_ITEMS),
-    of_blocks=False,
-)
-"""Rows of the items of `RAPLadder-v0`."""
-
-ROWS = {spec.key: spec for spec in (BLOCK_ROWS, ITEM_ROWS)}
+ROWS: dict[str, RowSpec] = {spec.key: spec for spec in (BLOCK_ROWS, ITEM_ROWS)}
 """The kinds of rows, by their entry of an observation."""
