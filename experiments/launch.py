@@ -201,7 +201,7 @@ def _asks_for_help(program: str, schema: type, names: Sequence[str] = ()) -> boo
         module = running.__spec__.name.removesuffix(".__main__") if running.__spec__ else program
         about = (running.__doc__ or "").partition("\n\n")[0]
         usage = f"python -m {module} [SETTING=VALUE ...]"
-        text = help_text(names or list(values), schema, values, groups if schema is Config else {})
+        text = help_text(names or list(values), values, groups if schema is Config else {})
         print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
 
     _run_main(show, program)
