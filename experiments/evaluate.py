@@ -17,8 +17,7 @@ from experiments.comparison.evaluation import (
     check_names,
     evaluation_cells,
 )
-from experiments.comparison.recorded import again_depends_on, read_recorded
-from experiments.comparison.records import QUALITY, ResultRow
+from experiments.comparison.records import QUALITY, ResultRow, again_depends_on, read_recorded
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.contexts import (

@@ -26,10 +26,11 @@ from experiments.study.console import say
 from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from experiments.study.tables import plain
-from experiments.training.recorded_scores import held_out_losses, recorded_scores
 from experiments.training.score_tables import (
+    held_out_losses,
     importance_orders,
     planned_masks,
+    recorded_scores,
     stored_scores,
     table_of,
 )

@@ -16,16 +16,16 @@ from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ModelConfig, StubsConfig
 from experiments.config.plain import PLAIN, completed, defaults
 from experiments.config.serving import ReplayConfig
 from experiments.config.studies import (
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
+    StubsConfig,
     TextsConfig,
 )
-from experiments.config.training import AgentConfig, EnvConfig
+from experiments.config.training import AgentConfig, EnvConfig, ModelConfig
 from experiments.study.errors import ExperimentError
 
 

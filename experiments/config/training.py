@@ -1,4 +1,4 @@
-"""Settings of training: environment, agent, warm start, score model and loggers."""
+"""Settings of the model, the environment and the agent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ from experiments.config.common import Count, Section, among
 from experiments.config.plain import TASKS, completed, defaults
 
 ENV_IDS = ("RAPPrune-v0", "RAPLadder-v0")
+
+
+@dataclass
+class ModelConfig:
+    """The language model that is pruned."""
+
+    name: str = MISSING
+    """An alias such as ``smollm2-135m``, a hub id, a folder, a GGUF file, or
+    ``score_table:PATH`` (for training only)."""
+    device: str = "auto"
+    """``auto`` (CUDA if there is a device), ``cpu``, or ``cuda``."""
+    dtype: str = "auto"
+    """``auto`` (the faster one here), ``bfloat16``, ``float16`` or ``float32``."""
+    weights: str = "auto"
+    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
+    ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
+    max_memory_bytes: int | None = None
+    """Memory cap; layers are then streamed from files one at a time. null loads the model."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.recorded import RecordedPlans
+from experiments.comparison.records import RecordedPlans
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,9 +28,15 @@ from agents.training import train as train_agent
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import make_ladder_bytes
-from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record, read_records
-from experiments.training.score_tables import importance_orders, planned_masks, table_of
+from experiments.training.score_tables import (
+    ROUNDS_FILE,
+    importance_orders,
+    native_shift,
+    planned_masks,
+    scored_masks,
+    table_of,
+)
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.envs.ladder import RAPLadderVectorEnv
@@ -44,9 +49,6 @@ from rap_env.request import Request
 from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
-
-ROUNDS_FILE = "rounds.jsonl"
-"""Measured and predicted scores of the policy's masks after each round."""
 
 _DRAWN = 4  # sampled masks for each verified request; the best by prediction is measured
 
@@ -273,29 +275,3 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, count))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))
-
-
-def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
-    """Return what to add to a table's NLL to compare it with what the context measures.
-
-    Machines differ in the last digits, so the table's rises over the native model are kept, on top
-    of the native model's NLL here; nats per token, 0 on the machine that measured the table.
-
-    Raises:
-        ExperimentError: The table was measured on other text.
-    """
-    measured = table.provenance["scoring"]["tokens"]
-    here = context.scorer.context["tokens"]
-    if measured != here:
-        raise ExperimentError(
-            f"{path} was measured on other text (SHA-256 {measured[:12]}) than the calibration "
-            f"text ({here[:12]}); use its settings of the calibration text. Text that a model "
-            "writes itself differs between machines: measure a table of your own with "
-            "`python -m experiments.profile`."
-        )
-    return context.scorer.dense_nll - table.dense_nll
-
-
-def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
-    """Return the NLL of the plans that a round scored, nats per token."""
-    return {Plan.of_record(plan): nll for plan, nll in record["scored"]}

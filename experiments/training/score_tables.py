@@ -1,4 +1,4 @@
-"""Score tables: which masks are measured for them, and how they are made from scores.
+"""Score tables: which masks are measured for them, which scores are recorded, how they are made.
 
 The plan contains the dense model, every single removal, and the model without all attention
 blocks, all FFN blocks or all blocks. Further masks are drawn in fixed shares:
@@ -17,17 +17,25 @@ share of `DEEPEST` of the blocks, more than any practical budget requires.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from experiments.comparison.records import ResultRow, rows_below
 from experiments.config import Config
+from experiments.contexts import FRONTIER_FILE
+from experiments.study.errors import ExperimentError
+from experiments.study.records import read_records
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
@@ -43,6 +51,11 @@ TEMPERATURES = (0.02, 0.05, 0.1, 0.2, 0.4)
 
 DEEPEST = 0.6
 """Maximum share of blocks that `order` and `episode` remove."""
+
+ROUNDS_FILE = "rounds.jsonl"
+"""Measured and predicted scores of the policy's masks after each round."""
+
+Folders = Sequence[str | os.PathLike[str]]
 
 _Indices = npt.NDArray[np.int64]
 
@@ -110,7 +123,7 @@ def _draws(
 def table_of(
     config: Config,
     context: PruningContext,
-    scores: Mapping[Plan, float] | Mapping[Plan, float],
+    scores: Mapping[Plan, float],
     *,
     levels: LevelCosts | None = None,
     held_out: HeldOutLosses | None = None,
@@ -186,3 +199,104 @@ def importance_orders(context: PruningContext, config: Config) -> list[Sequence[
     """Return the importance orders from which masks are drawn."""
     alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
     return [context.gsi.full_order, alone] if config.importance["method"] == "gsi" else [alone]
+
+
+def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:
+    """Return what to add to a table's NLL to compare it with what the context measures.
+
+    Machines differ in the last digits, so the table's rises over the native model are kept, on top
+    of the native model's NLL here; nats per token, 0 on the machine that measured the table.
+
+    Raises:
+        ExperimentError: The table was measured on other text.
+    """
+    measured = table.provenance["scoring"]["tokens"]
+    here = context.scorer.context["tokens"]
+    if measured != here:
+        raise ExperimentError(
+            f"{path} was measured on other text (SHA-256 {measured[:12]}) than the calibration "
+            f"text ({here[:12]}); use its settings of the calibration text. Text that a model "
+            "writes itself differs between machines: measure a table of your own with "
+            "`python -m experiments.profile`."
+        )
+    return context.scorer.dense_nll - table.dense_nll
+
+
+def scored_masks(record: Mapping[str, Any]) -> dict[Plan, float]:
+    """Return the NLL of the plans that a round scored, nats per token."""
+    return {Plan.of_record(plan): nll for plan, nll in record["scored"]}
+
+
+def recorded_scores(folders: Folders, context: PruningContext) -> dict[Plan, float]:
+    """Return the mean NLL of all plans that comparisons recorded, nats per token.
+
+    So that scores of several machines go together, each has its own rise; see `native_shift`.
+
+    Args:
+        folders: Folders of comparisons, with the table of their profile, their training runs, or
+            their evaluation.
+        context: The model and text that they must have been measured with.
+
+    Raises:
+        ExperimentError: A folder has no scores, or they were measured on another text.
+        ArtifactError: A table is of another model, or damaged.
+    """
+    nll_by_plan: dict[Plan, float] = {}
+    for folder in map(Path, folders):
+        own = _table_scores(folder, context)
+        for row in _rows(folder, context):
+            own.setdefault(row.plan, row.calibration_delta_nll + context.scorer.dense_nll)
+        if not own:
+            raise ExperimentError(
+                f"{folder} has no recorded scores of this model and calibration text."
+            )
+        nll_by_plan |= own
+    return nll_by_plan
+
+
+def _table_scores(folder: Path, context: PruningContext) -> dict[Plan, float]:
+    """Return the scores of a comparison's table and training runs; none without a table."""
+    path = folder / "profile" / FRONTIER_FILE
+    if not path.is_file():
+        return {}
+    table = PlanTable.load(path, context.memory)
+    shift = native_shift(table, str(path), context)
+    nll_by_plan = dict(table.scores)
+    for path in sorted(folder.glob(f"train/*/{ROUNDS_FILE}")):
+        for record in read_records(path):
+            nll_by_plan |= scored_masks(record)
+    return {plan: nll + shift for plan, nll in nll_by_plan.items()}
+
+
+def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses | None:
+    """Return what the plans of some comparisons lose on the held-out text that most of them report.
+
+    Args:
+        folders: As for `recorded_scores`.
+        context: The model and calibration text of the comparisons.
+
+    Returns:
+        None if no plan was evaluated.
+
+    Raises:
+        ArtifactError: There are too few plans to predict others.
+    """
+    rows = [row for folder in map(Path, folders) for row in _rows(folder, context)]
+    texts = Counter(row.depends_on["report_sha256"] for row in rows)
+    if not texts:
+        return None
+    text = texts.most_common(1)[0][0]
+    rows = [row for row in rows if row.depends_on["report_sha256"] == text]
+    losses = {row.plan: row.delta_nll for row in rows}
+    calibration = {row.plan: row.calibration_delta_nll for row in rows}
+    provenance = rows[0].depends_on["report_text"]
+    return HeldOutLosses.fitted(provenance, losses, calibration, context.memory.facts.num_blocks)
+
+
+def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
+    """Return a comparison's rows of the same model and calibration text."""
+    facts, here = context.memory.facts, context.corpus.sha256
+    own = {
+        "model_fingerprint": facts.fingerprint, "calibration_sha256": here, "repair": facts.repair
+    }  # fmt: skip
+    return [row for row in rows_below(folder) if own.items() <= row.depends_on.items()]

@@ -7,8 +7,7 @@ import pytest
 from experiments import live
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ModelConfig
-from experiments.config.training import EnvConfig
+from experiments.config.training import EnvConfig, ModelConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan

@@ -11,7 +11,7 @@ from experiments.comparison.evaluation import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ModelConfig
+from experiments.config.training import ModelConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
@@ -19,7 +19,7 @@ from experiments.profile import profile
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.recorded_scores import recorded_scores
+from experiments.training.score_tables import recorded_scores
 from rap_env.errors import RapError
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan

@@ -14,8 +14,7 @@ from experiments.comparison.records import ResultRow
 from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import CompareConfig
-from experiments.config.model import ModelConfig
-from experiments.config.training import AgentConfig
+from experiments.config.training import AgentConfig, ModelConfig
 from experiments.leaderboard import (
     TASKS_FILE,
     check_entry,

@@ -11,8 +11,8 @@ pytest.importorskip("lm_eval")
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.model import ModelConfig
 from experiments.config.studies import LongContextConfig
+from experiments.config.training import ModelConfig
 from experiments.contexts import build_context
 from experiments.long_context import (
     DOCUMENTS,

@@ -7,7 +7,7 @@ import pytest
 
 from experiments.config.common import TextConfig
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import StubsConfig
+from experiments.config.studies import StubsConfig
 from experiments.repair import (
     STUDY,
     RepairComparison,

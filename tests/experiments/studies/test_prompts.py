@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.comparison.recorded import RecordedPlans
+from experiments.comparison.records import RecordedPlans
 from experiments.config.common import TextConfig
-from experiments.config.model import ModelConfig
 from experiments.config.studies import PromptsConfig
+from experiments.config.training import ModelConfig
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
 from experiments.study.errors import ExperimentError
 from experiments.study.records import append_record

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.config.common import parse_pinned
-from experiments.config.model import ModelConfig
 from experiments.config.studies import TextConfig, TextsConfig
-from experiments.config.training import EnvConfig
+from experiments.config.training import EnvConfig, ModelConfig
 from experiments.studies import texts as program
 from experiments.studies.texts import (
     ALL,

@@ -11,10 +11,10 @@ from experiments.comparison.records import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation import EvaluateConfig
-from experiments.config.model import ModelConfig
 from experiments.config.training import (
     AgentConfig,
     EnvConfig,
+    ModelConfig,
 )
 from experiments.contexts import (
     build_context,
@@ -27,13 +27,8 @@ from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.score_model import (
-    ROUNDS_FILE,
-    demonstrations,
-    draw_requests,
-    make_envs,
-    scored_masks,
-)
+from experiments.training.score_model import demonstrations, draw_requests, make_envs
+from experiments.training.score_tables import ROUNDS_FILE, scored_masks
 from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.plan_table import PlanTable

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.config import Config
-from experiments.config.model import ModelConfig
-from experiments.config.training import AgentConfig
+from experiments.config.training import AgentConfig, ModelConfig
 from experiments.study.errors import ExperimentError
 from experiments.study.help import settings_of
 from experiments.study.records import read_records

@@ -16,11 +16,8 @@ from experiments.study.errors import ExperimentError
 from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
-from experiments.training.score_model import (
-    ROUNDS_FILE,
-    demonstrations,
-    scored_masks,
-)
+from experiments.training.score_model import demonstrations
+from experiments.training.score_tables import ROUNDS_FILE, scored_masks
 from rap_env.scoring.score_table import ScoreTable
 from tests.experiments.tiny_study import tiny_study
 
