@@ -20,8 +20,6 @@ from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.scoring.nll import token_nll
 
-_BATCH_SIZE = 8
-
 
 class Reference(NamedTuple):
     """The dense model's own greedy continuation of a request, and its NLL, nats per token."""
@@ -66,20 +64,17 @@ class QualityEvaluator:
     @cached_property
     def references(self) -> dict[int, Reference]:
         """The dense model's continuation of every request, by number; computed once and stored."""
-        known = {
+        references = {
             int(record["number"]): Reference(tuple(record["token_ids"]), float(record["nll"]))
             for record in read_records(self._path)
         }
-        left = [r for r in self._workload.requests if r.number not in known]
-        left.sort(key=lambda request: (request.new_tokens, len(request.prompt_ids)))
-        groups = [left[start : start + _BATCH_SIZE] for start in range(0, len(left), _BATCH_SIZE)]
-        for group in progress_bar(self._progress, groups, desc="dense continuations", unit="batch"):
-            for request, reference in zip(group, self._continue(group), strict=True):
-                known[request.number] = reference
-                record = {"number": request.number, "token_ids": list(reference.token_ids),
-                          "nll": round(reference.nll, 6)}  # fmt: skip
-                append_record(self._path, record, durable=False)
-        return known
+        left = [r for r in self._workload.requests if r.number not in references]
+        for request in progress_bar(self._progress, left, desc="dense continuations", unit="text"):
+            reference = references[request.number] = self._continue(request)
+            record = {"number": request.number, "token_ids": list(reference.token_ids),
+                      "nll": round(reference.nll, 6)}  # fmt: skip
+            append_record(self._path, record, durable=False)
+        return references
 
     def evaluate(self, request: ReplayRequest, token_ids: Sequence[int]) -> OutputQuality:
         """Measure what was generated for a request, at least one token.
@@ -106,31 +101,21 @@ class QualityEvaluator:
             logits = PartialForward(self._llm).logits(states)
         return self._finite(float(token_nll(logits, ids[0, len(prompt) :]).double().mean()))
 
-    def _continue(self, group: Sequence[ReplayRequest]) -> list[Reference]:
-        """Return the greedy continuations of a batch of requests."""
+    def _continue(self, request: ReplayRequest) -> Reference:
+        """The dense model's greedy continuation of a request."""
+        tokens: list[int] = []
+        nll: list[float] = []
         with self._llm.masked(Plan()):
             batch = LiveBatch(self._llm)
-            running = list(range(len(group)))
-            tokens: list[list[int]] = [[] for _ in group]
-            nll: list[list[float]] = [[] for _ in group]
-            logits = batch.prefill([request.prompt_ids for request in group])
-            while running:
-                best = logits.log_softmax(dim=-1).max(dim=-1)
-                for index, row in enumerate(running):
-                    tokens[row].append(int(best.indices[index]))
-                    nll[row].append(-float(best.values[index]))
-                left = [p for p, row in enumerate(running)
-                        if len(tokens[row]) < group[row].new_tokens]  # fmt: skip
-                if len(left) < len(running):
-                    batch.keep(left)
-                    running = [running[index] for index in left]
-                if running:
-                    logits = batch.extend([tokens[row][-1] for row in running])
+            logits = batch.prefill([request.prompt_ids])
+            for _ in range(request.new_tokens):
+                if tokens:
+                    logits = batch.extend(tokens[-1:])
+                best = logits[0].log_softmax(dim=-1).max(dim=-1)
+                tokens.append(int(best.indices))
+                nll.append(-float(best.values))
             batch.close()
-        return [
-            Reference(tuple(ids), self._finite(float(np.mean(values))))
-            for ids, values in zip(tokens, nll, strict=True)
-        ]
+        return Reference(tuple(tokens), self._finite(float(np.mean(nll))))
 
     def _finite(self, nll: float) -> float:
         if not np.isfinite(nll):

@@ -18,6 +18,8 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    StrictInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -44,46 +46,44 @@ def _listed(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _joined_parts(content: Any) -> Any:
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+_CONTENT: TypeAdapter[str | list[TextPart]] = TypeAdapter(
+    str | Annotated[list[TextPart], Field(min_length=1)]
+)
+TokenIds = Annotated[list[StrictInt], Field(min_length=1)]
+_PROMPT: TypeAdapter[str | list[Any]] = TypeAdapter(
+    str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
+)
+
+
+def _joined_parts(content: Any) -> str:
     """The text of a message, given as a string or as a list of parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        for part in parts
-    ]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    try:
+        parts = _CONTENT.validate_python(content)
+    except ValidationError:
         raise PydanticCustomError(
             "content_type", "Input should be a string or a list of parts of type 'text'"
-        )
-    return "".join(map(str, texts))
+        ) from None
+    return parts if isinstance(parts, str) else "".join(part.text for part in parts)
 
 
 def _prompt_entries(prompt: Any) -> list[str | list[int]]:
     """The prompts of a plain completion; none is an empty text, as in the API."""
-    entries = "" if prompt is None else prompt
-    if isinstance(entries, str) or _is_token_ids(entries):
-        entries = [entries]
-    if (
-        isinstance(entries, list)
-        and entries
-        and all(isinstance(entry, str) or _is_token_ids(entry) for entry in entries)
-    ):
-        return entries
-    raise PydanticCustomError(
-        "prompt_type",
-        "Input should be a string, a list of strings, a list of token ids, or a list of such lists",
-    )
-
-
-def _is_token_ids(value: Any) -> bool:
-    """Whether it is a list of at least one token id."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    )
+    try:
+        entries = _PROMPT.validate_python("" if prompt is None else prompt)
+    except ValidationError:
+        raise PydanticCustomError(
+            "prompt_type",
+            "Input should be a string, a list of strings, a list of token ids, or a list of such "
+            "lists",
+        ) from None
+    return [entries] if isinstance(entries, str) or isinstance(entries[0], int) else entries
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
