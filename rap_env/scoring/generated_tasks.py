@@ -12,18 +12,25 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from rap_env.artifacts import package_json
 from rap_env.scoring.local_data import dataset_maker
-from rap_env.scoring.minimal_pairs import PARADIGMS
 
 TEST_DOCUMENTS = 200
 FEWSHOT_DOCUMENTS = 32
 RECALL_LENGTHS = (4, 8, 16, 32)
 
+
+_PAIR_WORDS: dict[str, Any] = package_json("rap_env.scoring", "minimal_pairs.json")
+PARADIGMS: dict[str, dict[str, Any]] = _PAIR_WORDS["paradigms"]
+"""Paradigms of minimal pairs, by name: words to ``draw``, and one or two ``cases`` of a ``text`` in
+which ``_`` is the right word or the wrong one. Each is as often right as wrong (except in
+``polarity``), so that a model that only knows word frequencies scores near one half. A template
+reads the forms of a word by index, or by the drawn number: ``{verb[n]}``, and the other,
+``{verb[o]}``."""
 
 _WORDS: dict[str, Any] = package_json("rap_env.scoring", "task_words.json")
 NAMES, OBJECTS = _WORDS["names"], _WORDS["objects"]  # keys and values of the recall task
@@ -59,9 +66,41 @@ def make_document(
 
 
 def _minimal_pairs(rng: random.Random) -> Iterator[Document]:
-    for paradigm in itertools.cycle(PARADIGMS):
-        good, bad = paradigm(rng)
-        yield make_document(rng, "", good, [bad], paradigm.__name__)
+    for name, paradigm in itertools.cycle(PARADIGMS.items()):
+        good, bad = _sentences(paradigm, rng)
+        yield make_document(rng, "", good, [bad], name)
+
+
+def _sentences(paradigm: Mapping[str, Any], rng: random.Random) -> list[str]:
+    """A grammatical and an ungrammatical sentence of a paradigm."""
+    drawn = _draw(paradigm["draw"], rng)
+    case = paradigm["cases"][drawn.pop("case", 0)]
+    drawn |= _draw(case.get("draw", {}), rng)
+    number = drawn.pop("n", 0)
+    words = {name: _forms(word, number) for name, word in drawn.items()}
+    return [case["text"].replace("_", word).format_map(words) for word in case["words"]]
+
+
+def _draw(sources: Mapping[str, Any], rng: random.Random) -> dict[str, Any]:
+    """One of each source, in order: a number below it, or one (for two names, two) of its words."""
+    drawn: dict[str, Any] = {}
+    for names, source in sources.items():
+        words = _PAIR_WORDS[source] if isinstance(source, str) else source
+        if isinstance(words, int):
+            drawn[names] = rng.randrange(words)
+        elif " " in names:
+            drawn |= zip(names.split(), rng.sample(words, 2), strict=True)
+        else:
+            drawn[names] = rng.choice(words)
+    return drawn
+
+
+def _forms(word: str | Sequence[str], number: int) -> str | dict[int | str, str]:
+    """A word as templates read it; of a list of forms also that of a number and the other one."""
+    if isinstance(word, str):
+        return word
+    own = "herself" if word[0] in _PAIR_WORDS["female"] else "himself"
+    return {**dict(enumerate(word)), "n": word[number], "o": word[1 - number], "self": own}
 
 
 def _recall(rng: random.Random) -> Iterator[Document]:

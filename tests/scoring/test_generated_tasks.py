@@ -6,11 +6,11 @@ import pytest
 from rap_env.scoring.generated_tasks import (
     FEWSHOT_DOCUMENTS,
     GENERATED_TASKS,
+    PARADIGMS,
     RECALL_LENGTHS,
     RELATIONS,
     TEST_DOCUMENTS,
 )
-from rap_env.scoring.minimal_pairs import PARADIGMS
 
 ALL = sorted(GENERATED_TASKS)
 WHOLE = TEST_DOCUMENTS + FEWSHOT_DOCUMENTS
