@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.measuring import ModelSettings, launch, open_model, spread
+from benchmarks.measuring import ModelSettings, open_model, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
+from experiments.study.console import run_with_settings
 from rap_env.memory import MemoryModel
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
@@ -95,4 +96,4 @@ def main(settings: DecideSettings) -> None:
 
 
 if __name__ == "__main__":
-    launch(DecideSettings, main)
+    run_with_settings(DecideSettings, main)

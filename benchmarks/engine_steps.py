@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring import Settings, alternate, launch, ratios, spread
+from benchmarks.measuring import Settings, alternate, ratios, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp
+from experiments.study.console import run_with_settings
 from experiments.study.run_folder import package_versions
 
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
@@ -148,4 +149,4 @@ def targets_of(seconds: Mapping[str, list[float]], rows: int, tokens: int) -> It
 
 
 if __name__ == "__main__":
-    launch(EngineStepsSettings, main)
+    run_with_settings(EngineStepsSettings, main)

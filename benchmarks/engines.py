@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from benchmarks.measuring import ModelSettings, launch, open_model
+from benchmarks.measuring import ModelSettings, open_model
 from benchmarks.record import Target, write_record
 from experiments.ladder.llama_cpp import PACKAGE, need_llama_cpp
 from experiments.ladder.llama_cpp_process import LlamaCpp, target_nll
+from experiments.study.console import run_with_settings
 from experiments.study.run_folder import package_versions
 from rap_env.errors import UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf
@@ -204,4 +205,4 @@ def _in_vllm(
 
 
 if __name__ == "__main__":
-    launch(EnginesSettings, main)
+    run_with_settings(EnginesSettings, main)

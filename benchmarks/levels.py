@@ -17,7 +17,6 @@ from typing import Any, cast
 from benchmarks.measuring import (
     ModelSettings,
     alternate,
-    launch,
     open_model,
     ratios,
     seconds_of,
@@ -25,6 +24,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
+from experiments.study.console import run_with_settings
 from rap_env.levels import WeightLevel
 from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.live.elastic import ElasticLLM
@@ -291,4 +291,4 @@ def all_lowered(llm: ElasticLLM) -> Plan:
 
 
 if __name__ == "__main__":
-    launch(LevelsSettings, main)
+    run_with_settings(LevelsSettings, main)

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
-import inspect
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.record import RESULTS
-from rap_env.errors import RapError
 
 if TYPE_CHECKING:
     import torch
 
     from rap_env.models.live.elastic import ElasticLLM
-
-_EXIT_CODE = 2
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,38 +51,6 @@ def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
 
     use_threads(settings.threads or "auto")
     return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
-
-
-def launch(schema: type[T], run: Callable[[T], object]) -> None:
-    """Run a benchmark with the ``key=value`` settings of the command line.
-
-    A misspelt key, a value of the wrong type and a `RapError` of `run` end the program with a
-    message and exit code 2; ``--help`` prints the benchmark's text and the default settings.
-    """
-    words = sys.argv[1:]
-    if {"-h", "--help"}.intersection(words):
-        defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
-        text = inspect.getdoc(sys.modules[schema.__module__])
-        sys.stdout.write(
-            f"{text}\n\nSettings, given as key=value, and their defaults:\n\n{defaults}"
-        )
-        return
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(words))
-        settings: Any = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, RapError, ValueError) as error:
-        names = ", ".join(field.name for field in dataclasses.fields(schema))  # type: ignore[arg-type]
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        _fail(f"{reason}. Settings are given as key=value; known are {names}.")
-    try:
-        run(settings)
-    except RapError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    sys.stderr.write(f"Error: {message}\n")
-    sys.exit(_EXIT_CODE)
 
 
 def alternate(

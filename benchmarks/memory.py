@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.measuring import (
     ModelSettings,
-    launch,
     measured_peak,
     open_model,
     spread,
 )
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
+from experiments.study.console import run_with_settings
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS, MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
@@ -157,4 +157,4 @@ def _compared(
 
 
 if __name__ == "__main__":
-    launch(MemorySettings, main)
+    run_with_settings(MemorySettings, main)

@@ -25,8 +25,9 @@ from torch import nn
 
 from agents.algorithms import AgentConfig
 from agents.training import train
-from benchmarks.measuring import ModelSettings, launch, open_model, spread
+from benchmarks.measuring import ModelSettings, open_model, spread
 from benchmarks.record import Target, write_record
+from experiments.study.console import run_with_settings
 from rap_env.context.live import LiveContext
 from rap_env.envs.prune import RAPPruneVectorEnv
 from rap_env.importance.gsi_search import gsi
@@ -310,4 +311,4 @@ def _timed_gsi(setup: ScoringSetup, method: Literal["exact", "lazy"]) -> tuple[f
 
 
 if __name__ == "__main__":
-    launch(ScoringSettings, main)
+    run_with_settings(ScoringSettings, main)

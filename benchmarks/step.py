@@ -14,8 +14,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from benchmarks.measuring import Settings, alternate, launch, ratios, spread
+from benchmarks.measuring import Settings, alternate, ratios, spread
 from benchmarks.record import Target, write_record
+from experiments.study.console import run_with_settings
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus
@@ -225,4 +226,4 @@ def play(env: Any, steps: int) -> float:
 
 
 if __name__ == "__main__":
-    launch(StepSettings, main)
+    run_with_settings(StepSettings, main)

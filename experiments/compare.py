@@ -1,5 +1,8 @@
 """``python -m experiments.compare``: compare any set of run folders, from records only.
 
+    python -m experiments.compare runs=results
+    python -m experiments.compare runs=[runs/main,runs/seeds] format=markdown
+
 Rows of different comparisons are never averaged together. Only the tables are printed to the
 standard output.
 """
@@ -13,7 +16,7 @@ from experiments.comparison.loading import Records, read_comparisons
 from experiments.comparison.tables import tables_markdown
 from experiments.comparison.training_runs import LEARNING_CAPTION, learning_table, swept_table
 from experiments.config.evaluation import CompareConfig
-from experiments.launch import launch_reader
+from experiments.study.console import run_with_settings
 from experiments.study.tables import markdown, rendered, text_words
 
 
@@ -59,4 +62,4 @@ def main(config: CompareConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch_reader("compare", CompareConfig, main)
+    run_with_settings(CompareConfig, main)

@@ -1,5 +1,7 @@
 """``python -m experiments.export_policy``: export a trained policy for the runtime.
 
+    python -m experiments.export_policy run=runs/learning/train/rap-s0 out=rap.safetensors
+
 Model, calibration text and importance are read from the run's ``config.yaml``, so the files that
 the run needed must still exist at the same paths.
 """
@@ -16,8 +18,7 @@ from agents.export import export_policy
 from experiments.config import Config, as_config
 from experiments.config.evaluation import ExportPolicyConfig
 from experiments.contexts import build_context, frontier_artifact
-from experiments.launch import launch_reader
-from experiments.study.console import message, say
+from experiments.study.console import message, run_with_settings, say
 from experiments.study.errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.importance.plan_table import PlanTable
@@ -74,4 +75,4 @@ def reduced(frontier: PlanTable) -> PlanTable:
 
 
 if __name__ == "__main__":
-    launch_reader("export_policy", ExportPolicyConfig, export)
+    run_with_settings(ExportPolicyConfig, export)

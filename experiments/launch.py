@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import hydra
 import yaml
@@ -27,7 +27,6 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Config, as_config
-from experiments.config.evaluation import CompareConfig, ExportPolicyConfig
 from experiments.study.console import fail, message
 from experiments.study.errors import ExperimentError
 from experiments.study.help import guess, help_text, settings_of
@@ -45,7 +44,6 @@ _EXCLUDE = "hydra.job.config.override_dirname.exclude_keys"
 _THREADS_FILE = "threads.txt"
 
 Stage = Callable[[Config, Path], Any]
-S = TypeVar("S")
 
 
 def register() -> None:
@@ -56,8 +54,6 @@ def register() -> None:
             package = "_global_" if "_global_" in node else group
             store.store(group=group, name=name, node=node.get("_global_", node), package=package)
     store.store(name="rap_schema", node=Config)
-    store.store(name="compare_schema", node=CompareConfig)
-    store.store(name="export_policy_schema", node=ExportPolicyConfig)
     if not OmegaConf.has_resolver("rap_label"):
         OmegaConf.register_new_resolver("rap_label", _run_label)
 
@@ -133,7 +129,7 @@ def launch(stage: str, run: Stage) -> None:
             objective that an optimising sweeper minimises.
     """
     register_program(stage)
-    if _asks_for_help(stage, Config, settings_of(stage)):
+    if _asks_for_help(stage):
         return
 
     @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=stage)
@@ -157,29 +153,6 @@ def launch(stage: str, run: Stage) -> None:
     _run_main(main, stage)
 
 
-def launch_reader(name: str, schema: type[S], run: Callable[[S], Any]) -> None:
-    """Run a program that has its own settings and makes no run folder.
-
-    Args:
-        name: Name of the program and of its file in ``conf/``.
-        schema: The class of its settings, from which that file starts.
-        run: Called with the settings.
-    """
-    if _asks_for_help(name, schema):
-        return
-
-    @hydra.main(version_base=None, config_path=str(CONF_DIR), config_name=name)
-    def main(node: DictConfig) -> None:
-        try:
-            config = OmegaConf.to_object(node)
-            assert isinstance(config, schema)
-            run(config)
-        except RapError as error:  # caught here, because Hydra adds text to errors of a job
-            fail(str(error))
-
-    _run_main(main, name)
-
-
 def _composed(program: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[str, list[str]]]:
     """Return a program's settings with their values, and the options of each group."""
     with hydra.initialize_config_dir(str(CONF_DIR), version_base=None):
@@ -189,7 +162,7 @@ def _composed(program: str, overrides: Sequence[str] = ()) -> tuple[Any, dict[st
     return values, {name: options for name, options in groups.items() if name != "hydra"}
 
 
-def _asks_for_help(program: str, schema: type, names: Sequence[str] = ()) -> bool:
+def _asks_for_help(program: str) -> bool:
     """Print the help of a program if the command asks for it, with the values that it gives."""
     if not {"-h", "--help"} & {*sys.argv[1:]}:
         return False
@@ -201,7 +174,7 @@ def _asks_for_help(program: str, schema: type, names: Sequence[str] = ()) -> boo
         module = running.__spec__.name.removesuffix(".__main__") if running.__spec__ else program
         about = (running.__doc__ or "").partition("\n\n")[0]
         usage = f"python -m {module} [SETTING=VALUE ...]"
-        text = help_text(names or list(values), values, groups if schema is Config else {})
+        text = help_text(settings_of(program), values, groups)
         print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
 
     _run_main(show, program)

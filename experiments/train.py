@@ -224,9 +224,7 @@ def next_steps(
     if config.model.name.startswith(PREFIX):
         settings = [text for text in settings if not text.startswith("model.name=")]
         settings.append(f"model.name={facts.name}")
-    run, file = f"run={folder}", f"{config.name}.safetensors"
-    if "=" in str(folder):  # in the name of a run with settings of its own: quoted for Hydra
-        run = f"\"run='{folder}'\""
+    file = f"{config.name}.safetensors"
     serve = f"rap serve --policy {file}"
     if facts.name.partition("@")[0] != DEFAULT_MODEL:
         serve += f" --model {facts.name}"
@@ -235,7 +233,7 @@ def next_steps(
     return (
         f"The run is in {folder}. Next, measure it on the model beside other methods; export it; "
         f"serve it:\n  python -m experiments.evaluate {' '.join(settings)}\n"
-        f"  python -m experiments.export_policy {run} out={file}\n  {serve}"
+        f"  python -m experiments.export_policy run={folder} out={file}\n  {serve}"
     )
 
 

@@ -1,13 +1,21 @@
-"""Terminal output: log lines, messages and errors."""
+"""The terminal: log lines, messages, errors, and settings of a command."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import sys
-from typing import NoReturn, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO, TypeVar
 
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+
+from rap_env.errors import RapError
+
+T = TypeVar("T")
 
 EXIT_CODE = 2
 """Exit code of an error that its message explains."""
@@ -43,3 +51,32 @@ def message(error: BaseException) -> str:
     if isinstance(cause, OmegaConfBaseException) and str(cause).strip() not in parts[0]:
         parts.append(str(cause).strip())
     return "\n".join(parts)
+
+
+def run_with_settings(schema: type[T], run: Callable[[T], object]) -> None:
+    """Run a program with the ``key=value`` settings of the command line; it makes no run folder.
+
+    A misspelt key, a value of the wrong type and a `RapError` of `run` end the program with a
+    message and exit code 2; ``--help`` prints the program's text and the default settings.
+
+    Args:
+        schema: The dataclass of its settings.
+        run: Called with the settings.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"}.intersection(words):
+        defaults = OmegaConf.to_yaml(OmegaConf.structured(schema))
+        text = inspect.getdoc(inspect.getmodule(run))
+        print(f"{text}\n\nSettings, given as key=value, and their defaults:\n\n{defaults}")
+        return
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(words))
+        settings: Any = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, RapError, ValueError) as error:
+        names = ", ".join(field.name for field in dataclasses.fields(schema))  # type: ignore[arg-type]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        fail(f"{reason}. Settings are given as key=value; known are {names}.")
+    try:
+        run(settings)
+    except RapError as error:
+        fail(str(error))

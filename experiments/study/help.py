@@ -53,11 +53,9 @@ def help_text(
         values: All settings with their values.
         groups: The options of each group; groups of other sections are left out.
     """
-    lines = []
-    if groups:
-        chosen = [f"{group}={'|'.join(groups[group])}" for group in groups if group in names]
-        text = " ".join([*chosen, "experiment=NAME (a file of conf/experiment)"])
-        lines += [textwrap.fill(text, _WIDTH, break_on_hyphens=False), ""]
+    chosen = [f"{group}={'|'.join(groups[group])}" for group in groups if group in names]
+    text = " ".join([*chosen, "experiment=NAME (a file of conf/experiment)"])
+    lines = [textwrap.fill(text, _WIDTH, break_on_hyphens=False), ""]
     for name in names:
         shown: Any = values
         for part in name.split("."):

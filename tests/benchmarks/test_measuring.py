@@ -8,11 +8,11 @@ from torch.nn import functional
 from benchmarks.measuring import (
     Settings,
     alternate,
-    launch,
     measured_peak,
     ratios,
     spread,
 )
+from experiments.study.console import run_with_settings
 from rap_env.errors import InvalidRequestError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def _given(monkeypatch, *words: str) -> None:
 def test_settings_come_from_the_command_line(monkeypatch):
     settings: list[_Settings] = []
     _given(monkeypatch, "batch_size=4", "threads=1")
-    launch(_Settings, settings.append)
+    run_with_settings(_Settings, settings.append)
     assert settings == [_Settings(batch_size=4, threads=1)]
 
 
@@ -56,7 +56,7 @@ def _reject(settings: _Settings) -> None:
 def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys):
     _given(monkeypatch, word)
     with pytest.raises(SystemExit) as ended:
-        launch(_Settings, _reject)
+        run_with_settings(_Settings, _reject)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: ")
@@ -69,7 +69,7 @@ def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys)
 def test_help_says_what_is_measured_and_lists_the_settings(monkeypatch, capsys):
     monkeypatch.setattr(sys.modules[__name__], "__doc__", "What this measures.")
     _given(monkeypatch, "--help", "batch_size=2")
-    launch(_Settings, _reject)
+    run_with_settings(_Settings, _reject)
     said = capsys.readouterr().out
     assert said.startswith("What this measures.\n")
     assert "\nrepeats: 5\n" in said
