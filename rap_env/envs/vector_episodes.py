@@ -96,10 +96,8 @@ class VectorEpisodes:
         if episode is None:
             return
         self.start({row: episode.start})
-        self.positions[row], self.peak_bytes[row] = (
-            episode.state.positions,
-            episode.state.peak_bytes,
-        )
+        self.positions[row] = episode.state.positions
+        self.peak_bytes[row] = episode.state.peak_bytes
         self._levels[row] = episode.levels.copy()
         self.measured[row] = np.nan
         if episode.measurement is not None:

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import KINDS, Counts, Ladder
+from rap_env.ladder.items import KINDS, Ladder
 from rap_env.ladder.steps import LevelSteps
-from rap_env.memory import MemoryModel
 
 REQUEST_FEATURES = ("budget", "batch_size", "seq_len", "bytes_over", "kv_share")
 """Columns of ``request``."""
+
+BUDGET = REQUEST_FEATURES.index("budget")
+"""The column of ``request`` that depends on the budget alone."""
 
 BYTES_OVER = REQUEST_FEATURES.index("bytes_over")
 """The column of ``request`` that depends on the plan."""
@@ -128,38 +130,6 @@ class ItemImportance:
 
 Importance = ImportanceFeatures | ItemImportance
 """What is observed of the importance of blocks or of levels; it determines the columns."""
-
-
-def request_features(
-    memory: MemoryModel,
-    *,
-    batch_size: int | Counts,
-    seq_len_tokens: int | Counts,
-    budget_bytes: int | Counts,
-    dense_peak_bytes: int | Counts,
-    kv_cache_bytes: int | Counts,
-) -> Floats:
-    """The features `REQUEST_FEATURES` of a request that the unchanged model serves, (5,).
-
-    Args:
-        memory: The model's byte arithmetic.
-        batch_size: Of the request; like the others, a number, or an array (n,) for n requests.
-        seq_len_tokens: Of the request.
-        budget_bytes: Of the request.
-        dense_peak_bytes: Peak bytes of the unchanged model.
-        kv_cache_bytes: Bytes of its KV cache.
-
-    Returns:
-        The features, (5,) or (n, 5).
-    """
-    seen = [
-        np.minimum(1.0, budget_bytes / dense_peak_bytes),
-        np.minimum(1.0, np.log2(batch_size) / MAX_BATCH_LOG2),
-        np.minimum(1.0, np.log2(seq_len_tokens) / np.log2(max(2, memory.facts.max_positions))),
-        np.maximum(0, dense_peak_bytes - budget_bytes) / dense_peak_bytes,
-        kv_cache_bytes / dense_peak_bytes,
-    ]
-    return np.array(seen, dtype=np.float32).T
 
 
 def bytes_over(peak_bytes: Any, budget_bytes: Any, dense_peak_bytes: Any) -> Any:

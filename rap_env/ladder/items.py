@@ -178,6 +178,11 @@ class Ladder:
         return tuple(counterparts)
 
     @cached_property
+    def pairs(self) -> tuple[frozenset[int], ...]:
+        """Each item with its counterpart."""
+        return tuple(frozenset(pair) for pair in enumerate(self.counterparts))
+
+    @cached_property
     def removals(self) -> tuple[int, ...]:
         """The position of the level ``removed`` of each attention block; -2 for other items."""
         return tuple(

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.ladder.features import (
+    BUDGET,
     BYTES_OVER,
+    MAX_BATCH_LOG2,
     REQUEST_FEATURES,
     Floats,
     Importance,
     bytes_over,
-    request_features,
 )
 from rap_env.ladder.items import Counts
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -70,6 +71,7 @@ class ObservationEncoder:
         self._fixed_columns = lru_cache(_CACHED_ROWS)(self._make_fixed_columns)
         cached_shapes = max(_CACHED_ROWS, _CACHED_LEVELS // (len(ladder) * ladder.width))
         self.level_rows = lru_cache(cached_shapes)(self._make_level_rows)
+        self.native = lru_cache(cached_shapes)(self._make_native)
 
     @cached_property
     def space(self) -> spaces.Space[Observation]:
@@ -126,6 +128,24 @@ class ObservationEncoder:
             encoded[..., self.freed] = freed_bytes / costs.dense_peak_bytes[shape, None]
         return encoded, costs.nexts(positions, shape) >= 0
 
+    def _make_native(self, batch_size: int, seq_len_tokens: int) -> Observation:
+        """The observation of the unchanged model, without what depends on the budget."""
+        costs = self.ladder_bytes.costs(batch_size, seq_len_tokens)
+        native = np.zeros(len(self.ladder), dtype=np.int64)
+        rows, valid = self.encode(costs.stacked, self.level_rows(costs), native)
+        longest = max(2, self.memory.facts.max_positions)
+        request = {
+            "batch_size": min(1.0, np.log2(batch_size) / MAX_BATCH_LOG2),
+            "seq_len": min(1.0, np.log2(seq_len_tokens) / np.log2(longest)),
+            "kv_share": costs.kv_cache_bytes / costs.dense_peak_bytes,
+        }
+        features = [request.get(name, 0.0) for name in REQUEST_FEATURES]
+        return {
+            "request": np.array(features, dtype=np.float32),
+            self.key: rows,
+            "action_mask": valid.astype(np.int8),
+        }
+
     def build(self, request: Request, plan: Plan) -> Observation:
         """The observation of a plan under `request`, in new arrays.
 
@@ -159,19 +179,20 @@ class ObservedState:
     ) -> None:
         costs = encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         self.state = costs.state() if state is None else state
-        arrays = {key: array.copy() for key, array in encoder.zeros.items()}
-        self.observation: Observation = arrays
-        self._encoder, self._level_rows = encoder, encoder.level_rows(costs)
-        self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
-        self._rows, self._valid = arrays[encoder.key], arrays["action_mask"]
-        self._request = arrays["request"]
-        self._request[:] = request_features(
-            encoder.memory,
-            **vars(request),
-            dense_peak_bytes=costs.dense_peak_bytes,
-            kv_cache_bytes=costs.kv_cache_bytes,
+        native = encoder.native(request.batch_size, request.seq_len_tokens)
+        self.observation: Observation = {key: array.copy() for key, array in native.items()}
+        self._encoder, self._level_rows, self._steps = (
+            encoder,
+            encoder.level_rows(costs),
+            costs.steps,
         )
-        self._show_all()
+        self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
+        self._rows, self._valid = self.observation[encoder.key], self.observation["action_mask"]
+        self._request = self.observation["request"]
+        self._request[BUDGET] = min(1.0, request.budget_bytes / costs.dense_peak_bytes)
+        if any(self.state.positions):
+            self._show_all()
+        self._show_bytes_over()
 
     def lower(self, item: int) -> Collection[int]:
         """Lower an item that has a lower level, with its companions.
@@ -188,11 +209,11 @@ class ObservedState:
         changed = state.changes(lowering)
         if len(changed) > _FEW:
             self._show_all()
-            return changed
-        for item in changed:
-            self._rows[item] = self._level_rows[item, state.positions[item]]
-            self._valid[item] = state.is_valid(item)
-            if encoder.ladder.caches:
+        for item in changed if len(changed) <= _FEW else ():
+            position = state.positions[item]
+            self._rows[item] = self._level_rows[item, position]
+            self._valid[item] = self._steps.nexts[item][position] >= 0
+            if len(self._steps.own_moves[item][position]) > 1:  # its cache counts too
                 freed_bytes = max(0, state.freed_bytes(item))
                 self._rows[item, encoder.freed] = freed_bytes / self._dense_peak_bytes
         self._show_bytes_over()
@@ -201,7 +222,6 @@ class ObservedState:
     def _show_all(self) -> None:
         costs, positions = self.state.costs.stacked, np.array(self.state.positions)
         self._rows[:], self._valid[:] = self._encoder.encode(costs, self._level_rows, positions)
-        self._show_bytes_over()
 
     def _show_bytes_over(self) -> None:
         peak_bytes, budget_bytes = self.state.peak_bytes, self._budget_bytes
@@ -239,15 +259,12 @@ class ObservedPlans:
         self.costs.put(numbers, costs)
         for number, entry in zip(numbers.tolist(), costs, strict=True):
             self._level_rows[number] = encoder.level_rows(entry)
+        self._request[numbers] = [
+            encoder.native(r.batch_size, r.seq_len_tokens)["request"] for r in requests
+        ]
         self.budget_bytes[numbers] = [request.budget_bytes for request in requests]
-        self._request[numbers] = request_features(
-            encoder.memory,
-            batch_size=np.array([request.batch_size for request in requests]),
-            seq_len_tokens=np.array([request.seq_len_tokens for request in requests]),
-            budget_bytes=self.budget_bytes[numbers],
-            dense_peak_bytes=self.costs.dense_peak_bytes[numbers],
-            kv_cache_bytes=self.costs.kv_cache_bytes[numbers],
-        )
+        shares = self.budget_bytes[numbers] / self.costs.dense_peak_bytes[numbers]
+        self._request[numbers, BUDGET] = np.minimum(1.0, shares)
 
     def observe(self, positions: Counts, which: Counts, peak_bytes: Counts) -> Observation:
         """The observations, in new arrays with n rows.

@@ -83,9 +83,15 @@ class LadderCosts:
 
         Neither shared bytes count, nor the cache that a block takes with it.
         """
-        lower = self.steps.next_level
-        lower_bytes = np.take_along_axis(self.item_bytes, np.maximum(lower, 0), axis=1)
-        return np.where(lower >= 0, self.item_bytes - lower_bytes, 0)
+        return self.item_bytes - self.item_bytes.take(self.steps.lower_levels)
+
+    @cached_property
+    def tables(self) -> Counts:
+        """What `StackedCosts` needs to know of each level, (5, items, W)."""
+        steps = self.steps
+        return np.stack(
+            [self.item_bytes, self.freed, steps.next_level, steps.removes_cache, steps.is_shared]
+        )
 
     @cached_property
     def stacked(self) -> StackedCosts:
@@ -198,29 +204,28 @@ class LadderState:
         """
         if not self.is_valid(item):
             return 0
-        sizes, positions = self._sizes, self.positions
-        own_moves = self._steps.own_moves[item][positions[item]]
-        return sum(
-            sizes[moved][positions[moved]] - sizes[moved][lower] for moved, lower in own_moves
-        )
+        freed_bytes, sizes, positions = 0, self._sizes, self.positions
+        for moved, lower in self._steps.own_moves[item][positions[item]]:
+            freed_bytes += sizes[moved][positions[moved]] - sizes[moved][lower]
+        return freed_bytes
 
     def preview(self, item: int) -> Lowering:
         """The effect of lowering an item that has a lower level; `apply` makes it happen."""
         positions, shared_bytes = self.positions, self._shared_bytes
         moves = self._steps.moves(positions, item)
         own_bytes = self.peak_bytes - shared_bytes
-        kept_ffn, caches, weights = self._sharers
+        sharers = self._sharers
         for moved, lower in moves:
-            position, sizes = positions[moved], self._sizes[moved]
+            position, sizes, each = positions[moved], self._sizes[moved], self._item_sharers[moved]
             own_bytes += sizes[lower] - sizes[position]
-            item_sharers = self._item_sharers[moved]
-            before, after = item_sharers[position], item_sharers[lower]
+            before, after = each[position], each[lower]
             if before != after:
-                kept_ffn += after.kept_ffn - before.kept_ffn
-                caches += after.lowered_caches - before.lowered_caches
-                weights += after.lowered_weights - before.lowered_weights
-        sharers = Sharers(kept_ffn, caches, weights)
-        if sharers != self._sharers:
+                sharers = Sharers(
+                    sharers.kept_ffn + after.kept_ffn - before.kept_ffn,
+                    sharers.lowered_caches + after.lowered_caches - before.lowered_caches,
+                    sharers.lowered_weights + after.lowered_weights - before.lowered_weights,
+                )
+        if sharers is not self._sharers:
             shared_bytes = self.costs.shared.of(sharers)
         return Lowering(moves, own_bytes + shared_bytes, shared_bytes, sharers)
 
@@ -235,12 +240,14 @@ class LadderState:
         for moved, position in lowering.moves:
             self.positions[moved] = position
 
-    def changes(self, lowering: Lowering) -> set[int]:
+    def changes(self, lowering: Lowering) -> frozenset[int]:
         """The items whose level, or whose freed bytes, a lowering changes."""
-        counterparts = self.costs.ladder.counterparts
-        return {n for item, _ in lowering.moves for n in (item, counterparts[item])}
+        pairs, moves = self.costs.ladder.pairs, lowering.moves
+        if len(moves) == 1:
+            return pairs[moves[0][0]]
+        return frozenset().union(*(pairs[item] for item, _ in moves))
 
-    def lower(self, item: int) -> set[int]:
+    def lower(self, item: int) -> frozenset[int]:
         """Lower an item that has a lower level, with its companions.
 
         Returns:
@@ -267,24 +274,21 @@ class StackedCosts:
     """
 
     def __init__(self, ladder: Ladder, count: int) -> None:
-        self.ladder, tables = ladder, (count, len(ladder), ladder.width)
-        self.dense_peak_bytes, self.kv_cache_bytes = np.zeros((2, count), dtype=np.int64)
-        self._constant_bytes = np.zeros(count, dtype=np.int64)
-        self._shared = np.zeros((len(SharedBytes._fields), count), dtype=np.int64)
-        self._item_bytes, self._freed, self._next_level = np.zeros((3, *tables), dtype=np.int64)
-        self._removes_cache, self._is_shared = np.zeros((2, *tables), dtype=bool)
+        self.ladder = ladder
+        self._numbers = np.zeros((3 + len(SharedBytes._fields), count), dtype=np.int64)
+        self.dense_peak_bytes, self.kv_cache_bytes, self._constant_bytes, *_ = self._numbers
+        self._tables = np.zeros((5, count, len(ladder), ladder.width), dtype=np.int64)
+        self._item_bytes, self._freed, self._next_level, self._removes_cache, self._is_shared = (
+            self._tables
+        )
 
     def put(self, shapes: Counts, costs: Sequence[LadderCosts]) -> None:
         """Set the bytes of some shapes, given by number, (m,)."""
-        self.dense_peak_bytes[shapes] = [entry.dense_peak_bytes for entry in costs]
-        self.kv_cache_bytes[shapes] = [entry.kv_cache_bytes for entry in costs]
-        self._constant_bytes[shapes] = [entry.constant_bytes for entry in costs]
-        self._shared[:, shapes] = np.array([entry.shared for entry in costs]).T
+        self._numbers[:, shapes] = np.array(
+            [(c.dense_peak_bytes, c.kv_cache_bytes, c.constant_bytes, *c.shared) for c in costs]
+        ).T
         for shape, entry in zip(shapes.tolist(), costs, strict=True):
-            self._item_bytes[shape], self._freed[shape] = entry.item_bytes, entry.freed
-            self._next_level[shape] = entry.steps.next_level
-            self._removes_cache[shape] = entry.steps.removes_cache
-            self._is_shared[shape] = entry.steps.is_shared
+            self._tables[:, shape] = entry.tables
 
     def levels(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Where tables (s, items, W) have the items' levels, if they are one row, (n, items)."""
@@ -298,7 +302,7 @@ class StackedCosts:
     def peaks(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Peak bytes, (n,)."""
         own_bytes = self._item_bytes.take(self.levels(positions, shape)).sum(axis=-1)
-        shared = SharedBytes(*self._shared[:, shape]).of(self.ladder.any_sharers(positions))
+        shared = SharedBytes(*self._numbers[3:, shape]).of(self.ladder.any_sharers(positions))
         return np.asarray(own_bytes + self._constant_bytes[shape] + shared)
 
     def freed_bytes(self, positions: Counts, shape: Counts | int = 0) -> Counts:
@@ -323,9 +327,9 @@ class StackedCosts:
         levels = self.levels(positions, shape)[plans, items]
         lower = nexts[plans, items]
         after[plans, items] = np.where(lower >= 0, lower, positions[plans, items])
-        removes = self._removes_cache.take(levels)
+        removes = self._removes_cache.take(levels) > 0
         after[plans[removes], ladder.counterpart_array[items[removes]]] = ladder.removed_cache
-        shared = self._is_shared.take(levels)
+        shared = self._is_shared.take(levels) > 0
         same = ladder.is_cache & (nexts[shared] == lower[shared, None])
         after[shared] = np.where(same, lower[shared, None], after[shared])
         return after

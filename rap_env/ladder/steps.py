@@ -46,6 +46,13 @@ class LevelSteps:
         return nexts
 
     @cached_property
+    def lower_levels(self) -> Counts:
+        """The next level if the levels of all items are in one row, else the level, (items, W)."""
+        positions = np.arange(self.ladder.width)
+        lower = np.where(self.next_level >= 0, self.next_level, positions)
+        return lower + self.ladder.first_levels[:, None]
+
+    @cached_property
     def own_moves(self) -> list[list[Moves]]:
         """`own_moves_to` the next level of each item and level, (items, W)."""
         return [
