@@ -30,15 +30,13 @@ DTYPES = {
 
 _forked_from_cuda = False
 
-ProductRate = Callable[[torch.dtype, float], float]
-"""Matrix products per second in a dtype, measured for a number of seconds."""
-
 CLEAR_GAIN = 1.2
 """Speed-up that justifies a change; a smaller one may be noise."""
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 """Capabilities of CPUs that multiply bfloat16 matrices without emulation."""
 _HALVES = (torch.bfloat16, torch.float16)  # bfloat16 first: it has the range of float32
 _BENCHMARK_S = 0.5
+_CANDIDATE_S = 0.4  # for each number of threads
 _SLICES = 5
 _VERSION = 1
 # Tokens, input width and output width of one product: those of a small model on a CPU; on a GPU
@@ -111,7 +109,7 @@ def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float)
     return done / (time.perf_counter() - began)
 
 
-def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> torch.dtype:
+def measured_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 if `device` multiplies clearly faster in it than in float32, else float32.
 
     It is faster on hardware with matrix units for it (AMX, AVX512-BF16, CUDA from Ampere on);
@@ -119,10 +117,8 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
     then chosen if it is clearly faster than float32; it has less range, and a model that leaves it
     raises a `NonFiniteScoreError`. The dtypes are measured in turn, half a second in total, and the
     best of several slices counts, so that other load on the machine does not decide. On a CPU one
-    thread is measured: the waiting of several threads would hide the speed of the units. `rate`
-    replaces the measurement.
+    thread is measured: the waiting of several threads would hide the speed of the units.
     """
-    rate = rate or _rate_on(device)
     halves = _HALVES if device.type == "cuda" else _HALVES[:1]
     best = dict.fromkeys((torch.float32, *halves), 0.0)
     slice_s = _BENCHMARK_S / (len(best) * _SLICES)
@@ -130,7 +126,8 @@ def measured_dtype(device: torch.device, rate: ProductRate | None = None) -> tor
     torch.set_num_threads(1)
     try:
         for _ in range(_SLICES):
-            best = {dtype: max(fastest, rate(dtype, slice_s)) for dtype, fastest in best.items()}
+            for dtype, fastest in best.items():
+                best[dtype] = max(fastest, _rate(device, dtype, slice_s))
     finally:
         torch.set_num_threads(threads)
     gains = {dtype: best[dtype] / best[torch.float32] for dtype in halves}
@@ -177,15 +174,12 @@ def remembered(name: str, kind: str, about: Mapping[str, Any], measure: Callable
     return result
 
 
-def _rate_on(device: torch.device) -> ProductRate:
+def _rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Matrix products per second in a dtype, measured for some seconds."""
     tokens, width, out = _CPU_SHAPE if device.type == "cpu" else _GPU_SHAPE
     left = torch.randn(tokens, width, device=device)
     right = torch.randn(out, width, device=device).T  # as a linear layer holds its weight
-
-    def rate(dtype: torch.dtype, seconds: float) -> float:
-        return products_per_second(left.to(dtype), right.to(dtype), seconds)
-
-    return rate
+    return products_per_second(left.to(dtype), right.to(dtype), seconds)
 
 
 def _after_fork() -> None:
@@ -251,15 +245,12 @@ def use_threads(number: int | str = "auto") -> int:
     return number
 
 
-def fastest_threads(seconds: float = 0.4) -> int:
+def fastest_threads() -> int:
     """The number of torch threads that multiply fastest on this machine at the moment.
 
     Threads that spin while they wait for each other can make a busy machine slower (nine times, on
     two cores with other load), so the number is measured. More threads are chosen only for a clear
-    gain. The measurements are logged.
-
-    Args:
-        seconds: Time for each candidate (powers of two up to the number of cores).
+    gain. Candidates are powers of two up to the number of cores. The measurements are logged.
     """
     before = torch.get_num_threads()
     left, right = torch.randn(256, 576), torch.randn(576, 1536)
@@ -268,7 +259,7 @@ def fastest_threads(seconds: float = 0.4) -> int:
     try:
         while threads <= (os.cpu_count() or 1):
             torch.set_num_threads(threads)
-            rates[threads] = products_per_second(left, right, seconds)
+            rates[threads] = products_per_second(left, right, _CANDIDATE_S)
             if rates[threads] > CLEAR_GAIN * rates[best]:
                 best = threads
             threads *= 2

@@ -134,34 +134,37 @@ print((before - resident()) // 1_000_000)
         ("cuda:0", (100.0, 90.0, 110.0), torch.float32),
     ],
 )
-def test_the_clearly_faster_dtype_is_chosen(kind, rates, expected, caplog) -> None:
+def test_the_clearly_faster_dtype_is_chosen(kind, rates, expected, monkeypatch, caplog) -> None:
     known = dict(zip((torch.float32, torch.bfloat16, torch.float16), rates, strict=False))
+    monkeypatch.setattr(device, "_rate", lambda _device, dtype, _seconds: known[dtype])
     with caplog.at_level("INFO"):
-        assert measured_dtype(torch.device(kind), lambda dtype, _: known[dtype]) is expected
+        assert measured_dtype(torch.device(kind)) is expected
     assert f"bfloat16 {rates[1] / rates[0]:.2f}" in caplog.text
 
 
-def test_one_slow_slice_does_not_decide() -> None:
+def test_one_slow_slice_does_not_decide(monkeypatch) -> None:
     disturbed = iter([1.0] * 3)
 
-    def rate(dtype: torch.dtype, seconds: float) -> float:
+    def rate(_device: torch.device, dtype: torch.dtype, _seconds: float) -> float:
         return next(disturbed, 300.0) if dtype is torch.bfloat16 else 100.0
 
-    assert measured_dtype(CPU, rate) is torch.bfloat16
+    monkeypatch.setattr(device, "_rate", rate)
+    assert measured_dtype(CPU) is torch.bfloat16
 
 
-def test_the_measurement_is_bounded_and_keeps_the_thread_count() -> None:
+def test_the_measurement_is_bounded_and_keeps_the_thread_count(monkeypatch) -> None:
     asked = []
 
-    def rate(dtype: torch.dtype, seconds: float) -> float:
+    def rate(_device: torch.device, _dtype: torch.dtype, seconds: float) -> float:
         assert torch.get_num_threads() == 1
         asked.append(seconds)
         return 1.0
 
+    monkeypatch.setattr(device, "_rate", rate)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        measured_dtype(CPU, rate)
+        measured_dtype(CPU)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -4,12 +4,28 @@ Shapes: B sequences (rows), K key and value heads, D channels of a head, Q colum
 columns so far, G stored groups.
 
 Rows are left-aligned: token n of a row is in its group ``n // 32``, whatever padding the batch has.
-Finished groups are stored packed (`models.caches.groups`); the group that a row's next token
-continues is the *tail*, unquantised. A group leaves the tail when the first token of the next group
-arrives. For transformers the layer has columns as its own layers do, padding included.
+Finished groups are stored packed (`models.caches.groups`) in *slots*; the group that a row's next
+token continues is the *tail*, unquantised. A group leaves the tail when the first token of the next
+group arrives. For transformers the layer has columns as its own layers do, padding included.
+
+::
+
+    tokens of a row    0 .. 31     32 .. 63     64 .. 95     96 .. 104
+    group              0           1            2            3: the tail
+    all are kept       slot 0      slot 1       slot 2       keys and values, [:, :, :9]
+    window of 1 group  slot 0      slot 1       slot 1       the same
+                       (a sink)    (overwritten by group 2)
+
+Under a window the first slots keep the sinks (`SINK_GROUPS`), and later groups take the others in
+turn, as a ring. The model's own sliding window has no sinks.
 
 `GroupedLayer.update` returns a `Chunk` in place of keys and values; only the attention of
-`rap_env.models.caches.attention` understands it.
+`rap_env.models.caches.attention` understands it. For one new token of each row the chunk is the
+layer itself. Else it has a *bundle* for rows with equal numbers of tokens before and after: their
+tail and new tokens, the slots as they were before, and the groups that the new tokens completed.
+
+Before a group is packed, its native keys and values may be copied to a file (`copies`), from which
+`caches.layers.read_back` restores them.
 """
 
 from __future__ import annotations
@@ -122,14 +138,19 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             index = self._index(rows)
             tails = (states[index][:, :, None] for states in (self.keys, self.values))
             self._pack(rows, tokens // GROUP_TOKENS - 1, *tails)
-        key = ("places", self.device)
-        places = step.memo.get(key)
-        if places is None:
+        rows_of_tail, tokens_of_tail = self._tail_places(step)
+        self.keys[rows_of_tail, :, tokens_of_tail] = key_states[:, :, 0]
+        self.values[rows_of_tail, :, tokens_of_tail] = value_states[:, :, 0]
+
+    def _tail_places(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each row's new token goes in the tail: rows and tokens, which all layers share."""
+        key = ("tail places", self.device)
+        if key not in step.memo:
             within = torch.tensor([n % GROUP_TOKENS for n in self.lengths])
-            places = (torch.arange(len(within), device=self.device), send(within, self.device))
-            step.memo[key] = places
-        self.keys[places[0], :, places[1]] = key_states[:, :, 0]
-        self.values[places[0], :, places[1]] = value_states[:, :, 0]
+            rows = torch.arange(len(within), device=self.device)
+            step.memo[key] = (rows, send(within, self.device))
+        places: tuple[torch.Tensor, torch.Tensor] = step.memo[key]
+        return places
 
     def _extend(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> Chunk:
         before = self.groups  # the chunk's first tokens see the groups that its last ones replace
