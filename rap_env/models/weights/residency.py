@@ -44,7 +44,6 @@ from rap_env.errors import (
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.models.weights.packed_layout import PackedLevel
 from rap_env.models.weights.tensors import (
-    StoredTensor,
     stored_tensors,
     untied_weights,
     verified_tensors,
@@ -195,17 +194,15 @@ class WeightStore:
         if self._pinned or not groups:
             return
         known = {**item.aliased(self._known), **self._known}
-        stored = [group.among(known) for group in groups]
-        if not all(map(WeightGroup.same_as, groups, stored)):
-            if self.residency == "drop":
-                raise UnsupportedModelError(
-                    "residency='drop' reads weights again from the model's own safetensors "
-                    "files, and they are missing or hold other values than the model; save it "
-                    "with save_pretrained() and load it from that folder, or use 'offload'."
-                )
-            stored = _in_file(groups, self._written / f"{item.name}.safetensors")
-        for group, files in zip(groups, stored, strict=True):
-            group.store_in(files)
+        if all(group.store_in(known) for group in groups):
+            return
+        if self.residency == "drop":
+            raise UnsupportedModelError(
+                "residency='drop' reads weights again from the model's own safetensors "
+                "files, and they are missing or hold other values than the model; save it "
+                "with save_pretrained() and load it from that folder, or use 'offload'."
+            )
+        _store(groups, self._written / f"{item.name}.safetensors")
 
     def _make(self, item: WeightItem, level: PackedLevel) -> None:
         """Make a level of an item, from its file if there is one; the weights are in memory."""
@@ -235,9 +232,7 @@ class WeightStore:
         for group in groups:
             group.pack()
         if self.residency == "offload" and not self._pinned:
-            stored = _in_file(groups, self._level_path(item, level))
-            for group, files in zip(groups, stored, strict=True):
-                group.store_in(files)
+            _store(groups, self._level_path(item, level))
 
     def _level_path(self, item: WeightItem, level: PackedLevel) -> Path:
         written = self._written / f"{item.name}.{level}-v{_LEVELS_VERSION}.safetensors"
@@ -263,13 +258,13 @@ def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Ite
     return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
 
 
-def _in_file(groups: Sequence[WeightGroup], path: Path) -> list[list[StoredTensor]]:
-    """The storage of groups in a file, which is written unless it holds exactly their bytes."""
+def _store(groups: Sequence[WeightGroup], path: Path) -> None:
+    """Keep groups in a file, which is written unless it holds exactly their bytes."""
     with contextlib.suppress(ChecksumError, FileNotFoundError):
         known = stored_tensors(path.parent, path.name)
-        stored = [group.among(known) for group in groups]
-        if all(map(WeightGroup.same_as, groups, stored)):
-            return stored
+        if all(group.store_in(known) for group in groups):
+            return
     write_tensors(path, {part.name: part.tensor.data for group in groups for part in group.parts})
     known = stored_tensors(path.parent, path.name)
-    return [group.among(known) for group in groups]
+    if not all(group.store_in(known) for group in groups):
+        raise ChecksumError(f"{path} does not hold what was written to it; check the disk.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,11 +83,26 @@ class WeightGroup:
             part.tensor.data = part.tensor.data.new_empty(0)
         self.evicted = True
 
-    def store_in(self, files: Sequence[StoredTensor]) -> None:
-        """Load the weights, which are in memory now, from these files after an eviction."""
-        self.files = files
-        self._states = _states_of(files)
-        self._digest = _digest(part.tensor.data for part in self.parts)
+    def store_in(self, known: Mapping[str, StoredTensor]) -> bool:
+        """Load the weights, which are in memory now, from files after an eviction.
+
+        Args:
+            known: What is stored, by name, in any dtype.
+
+        Returns:
+            Whether the files hold exactly these bytes; otherwise nothing changes.
+        """
+        files = [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
+        if [stored.shape for stored in files] != [part.shape for part in self.parts]:
+            return False
+        digest = _digest(part.tensor.data for part in self.parts)
+        try:
+            if _digest(_pieces(files)) != digest:
+                return False
+        except (ChecksumError, ModelNotAvailableError):
+            return False
+        self.files, self._states, self._digest = files, _states_of(files), digest
+        return True
 
     def load(self) -> None:
         """Load the weights into a new buffer, unless they are in memory."""
@@ -110,33 +125,13 @@ class WeightGroup:
     def verify(self) -> None:
         """Read the files of the weights as if they were evicted, a piece at a time."""
         if self.host is None and self.files is not None:
-            cpu = torch.device("cpu")
-            pieces = (piece.read(cpu) for stored in self.files for piece in stored.pieces())
-            if _digest(pieces) != self._digest:
+            if _digest(_pieces(self.files)) != self._digest:
                 raise _changed(self.files)
 
     def check(self) -> None:
         """As `verify`; unchanged files are not read."""
         if self.host is None and self.files and _states_of(self.files) != self._states:
             self.verify()
-
-    def among(self, known: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-        """Storage of the tensors in their dtype; those that are not stored are left out."""
-        return [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
-
-    def same_as(self, files: Sequence[StoredTensor]) -> bool:
-        """Whether files contain exactly these bytes."""
-        if len(files) != len(self.parts):
-            return False
-        cpu = torch.device("cpu")
-        try:
-            return all(
-                stored.shape == part.shape
-                and torch.equal(bytes_of(stored.read(cpu)), bytes_of(part.tensor.data.cpu()))
-                for part, stored in zip(self.parts, files, strict=True)
-            )
-        except (ChecksumError, ModelNotAvailableError):
-            return False
 
     def _packed(self) -> torch.Tensor:
         """The buffer that `pack` or `load` made, whole, (bytes,)."""
@@ -146,6 +141,12 @@ class WeightGroup:
     def _point_to(self, buffer: torch.Tensor) -> None:
         for part in self.parts:
             part.tensor.data = part.view(buffer)
+
+
+def _pieces(files: Iterable[StoredTensor]) -> Iterator[torch.Tensor]:
+    """The values in files, of which a few MiB are in memory at a time."""
+    cpu = torch.device("cpu")
+    return (piece.read(cpu) for stored in files for piece in stored.pieces())
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> bytes:
