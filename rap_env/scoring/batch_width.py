@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import InvalidRequestError
+from rap_env.models.caches.attention import attention_name
 from rap_env.models.device import free_bytes
-from rap_env.models.live.cpu_decode import attention_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.bfloat16_products import extra_bytes
 from rap_env.scoring.nll import tokens_at_once

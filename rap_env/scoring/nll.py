@@ -124,7 +124,7 @@ class VocabularyBound:
             torch.split(hidden, self._windows), self._pieces[batch], strict=True
         ):
             rows = part[:, :-1].reshape(-1, part.shape[-1])
-            logits = self._partial.cap(linear(rows, piece.weight, piece.bias))
+            logits = self._partial.adapter.cap_logits(linear(rows, piece.weight, piece.bias))
             losses.append(token_nll(logits, piece.targets).view(len(part), -1))
         return torch.cat(losses).double().mean(dim=1)
 

@@ -14,8 +14,8 @@ import transformers
 
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
+from rap_env.models.caches.attention import attention_name
 from rap_env.models.device import device_kind, keep_freed_memory
-from rap_env.models.live.cpu_decode import attention_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.bfloat16_products import uses_float32

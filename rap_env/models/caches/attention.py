@@ -146,7 +146,7 @@ def install_levels(model: Any, adapter: FamilyAdapter) -> None:
 def check_attention(model: Any) -> None:
     """Reject a model whose attention cannot run over caches at a level."""
     name = str(getattr(model.config, "_attn_implementation", ""))
-    if public_name(name) not in LEVEL_ATTENTIONS or name in LEVEL_ATTENTIONS:
+    if attention_name(model) not in LEVEL_ATTENTIONS or name in LEVEL_ATTENTIONS:
         raise UnsupportedCacheError(
             f"Levels of KV caches need attention 'sdpa' or 'eager', and this model runs {name!r}"
             + (" with output_attentions=True" if name in LEVEL_ATTENTIONS else "")
@@ -154,8 +154,12 @@ def check_attention(model: Any) -> None:
         )
 
 
-def public_name(name: str) -> str:
-    """The public name of an attention: ``sdpa`` for ``sdpa_levels``."""
+def attention_name(model: Any) -> str:
+    """The public name of a model's attention: ``sdpa`` also for what runs in its place here.
+
+    Scores do not depend on the difference: their sequences have more than one token.
+    """
+    name = str(getattr(model.config, "_attn_implementation", ""))
     return next((known for known in LEVEL_ATTENTIONS if name.startswith(f"{known}_")), name)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
@@ -20,7 +21,7 @@ from rap_env.models.families.placeholders import RemovedAttention, RemovedBlock,
 
 @dataclass
 class Slot:
-    """One attribute of a layer that holds a part of a block.
+    """One attribute of a module that holds a part of a block; it may have a placeholder.
 
     A module at another level of weights may stand in for the original (`put`).
 
@@ -33,7 +34,7 @@ class Slot:
     parent: nn.Module
     attribute: str
     original: nn.Module
-    placeholder: nn.Module
+    placeholder: nn.Module | None = None
     _present: nn.Module | None = None
 
     def remove(self) -> None:
@@ -148,6 +149,11 @@ class FamilyAdapter:
             layer.sliding_window - 1 if getattr(layer, "is_sliding", False) else None
             for layer in layers
         )
+
+    def cap_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that turns token ids into the last hidden state."""

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rap_env.models.caches.attention import LEVEL_ATTENTIONS, public_name, with_levels
+from rap_env.models.caches.attention import LEVEL_ATTENTIONS, with_levels
 
 PACKED_ATTENTION = "sdpa_packed"
 """Name of the attention in the config while the model is live."""
@@ -26,14 +26,6 @@ def speed_up_decoding(model: Any) -> None:
     if model.device.type == "cpu":
         model.get_output_embeddings().register_forward_pre_hook(_contiguous_rows)
         _pack_single_queries(model)
-
-
-def attention_name(model: Any) -> str:
-    """The public name of a model's attention: ``sdpa`` also for what runs in its place here.
-
-    Scores do not depend on the difference: their sequences have more than one token.
-    """
-    return public_name(str(getattr(model.config, "_attn_implementation", "")))
 
 
 def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:

@@ -75,11 +75,7 @@ class WidenedWeights:
 
     def linear(self, module: nn.Module) -> nn.Module:
         """The head itself, or if it is packed, an unquantised one with the same weights; kept."""
-        if not isinstance(module, PackedModule):
-            return module
-        if module not in self._kept:
-            self._kept[module] = module.widened()
-        return self._kept[module]
+        return self._wide(module, keep=True) if isinstance(module, PackedModule) else module
 
     def clear(self) -> None:
         """Free all kept weights."""
@@ -88,11 +84,11 @@ class WidenedWeights:
     def _run(self, module: PackedModule, *args: Any, **kwargs: Any) -> Any:
         return self._wide(module)(*args, **kwargs)
 
-    def _wide(self, module: PackedModule) -> nn.Module:
+    def _wide(self, module: PackedModule, *, keep: bool = False) -> nn.Module:
         if module in self._kept:
             return self._kept[module]
         wide = module.widened()
-        if self.held_bytes + _weight_bytes(wide) <= self.max_bytes:
+        if keep or self.held_bytes + _weight_bytes(wide) <= self.max_bytes:
             self._kept[module] = wide
         return wide
 
@@ -120,19 +116,19 @@ class PartialForward:
             `rap_env.models.live.partial_forward`).
 
     Attributes:
+        adapter: The family adapter of the model.
         steps: Blocks that run together, in order: each block alone, except that both blocks of a
             layer run together if they read the same state (parallel residual).
     """
 
     def __init__(self, llm: ElasticLLM, *, widen: bool = False) -> None:
         reject_lean(llm.model, "be scored")
-        self._llm = llm
+        self._llm, self.adapter = llm, llm.adapter
         self._widened = WidenedWeights.of(llm.model) if widen else None
-        self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
-        self._decoder = llm.adapter.decoder(llm.model)
-        self._layers = list(llm.adapter.layers(llm.model))
+        self._decoder = self.adapter.decoder(llm.model)
+        self._layers = list(self.adapter.layers(llm.model))
         self._calls: dict[int, list[_Call]] = {}
-        step_blocks = 2 if llm.adapter.parallel else 1
+        step_blocks = 2 if self.adapter.parallel else 1
         count = llm.num_blocks
         self.steps = tuple(tuple(range(b, b + step_blocks)) for b in range(0, count, step_blocks))
 
@@ -192,11 +188,7 @@ class PartialForward:
         """
         with bfloat16_products.in_float32():
             logits: torch.Tensor = self.head(hidden)
-        return self.cap(logits)
-
-    def cap(self, logits: torch.Tensor) -> torch.Tensor:
-        """Apply Gemma's soft cap, the only change that a family's `forward` makes to logits."""
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        return self.adapter.cap_logits(logits)
 
     def embeddings(self, level: WeightLevel) -> AbstractContextManager[object]:
         """Run embeddings and head at a level in a ``with`` block, without any change for native."""
@@ -314,7 +306,6 @@ class PositionLogits:
 
     def __init__(self, llm: ElasticLLM) -> None:
         self._llm = llm
-        self._cap = getattr(llm.adapter.config, "final_logit_softcapping", None)
         self._states: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -338,5 +329,4 @@ class PositionLogits:
         states, self._states = self._states[0], None
         head = self._llm.model.get_output_embeddings()
         for some in torch.split(states, _POSITIONS):
-            logits = head(some).float()
-            yield logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+            yield self._llm.adapter.cap_logits(head(some).float())

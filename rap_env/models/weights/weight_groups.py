@@ -124,9 +124,10 @@ class WeightGroup:
 
     def verify(self) -> None:
         """Read the files of the weights as if they were evicted, a piece at a time."""
-        if self.host is None and self.files is not None:
-            if _digest(_pieces(self.files)) != self._digest:
-                raise _changed(self.files)
+        if self.host is not None or self.files is None:
+            return
+        if _digest(_pieces(self.files)) != self._digest:
+            raise _changed(self.files)
 
     def check(self) -> None:
         """As `verify`; unchanged files are not read."""

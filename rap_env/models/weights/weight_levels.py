@@ -49,31 +49,18 @@ class Place:
 
     Args:
         name: The module's name in the model.
-        parent: The module that holds it.
-        attribute: Its name there.
-        original: The module with native weights.
-        slot: The slot of the block that it fills, if it is not inside of one.
+        slot: Where it is.
 
     Attributes:
+        original: The module with native weights.
         tied: The place whose weights it shares (a head tied to the embeddings).
     """
 
-    def __init__(
-        self,
-        name: str,
-        parent: nn.Module,
-        attribute: str,
-        original: nn.Module,
-        *,
-        slot: Slot | None = None,
-    ) -> None:
-        self.name = name
-        self.parent = parent
-        self.attribute = attribute
-        self.original = original
-        self.slot = slot
+    def __init__(self, name: str, slot: Slot) -> None:
+        self.name, self.slot = name, slot
+        self.original = slot.original
         self.tied: Place | None = None
-        self._skeleton = skeleton(original)  # native weights may be evicted later
+        self._skeleton = skeleton(slot.original)  # native weights may be evicted later
         weights = matrices_of(self._skeleton)
         self._shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
 
@@ -144,13 +131,6 @@ class Place:
             if name.startswith(prefix)
         }
         return from_tensors(self._skeleton, level, own)
-
-    def put(self, module: nn.Module) -> None:
-        """Let a module compute in this place."""
-        if self.slot is not None:
-            self.slot.put(module)
-        else:
-            self.parent._modules[self.attribute] = module
 
 
 class WeightItem:
@@ -288,7 +268,7 @@ class WeightItem:
         packed = packed_level(level)
         made: Mapping[Place, nn.Module] = {} if packed is None else self._made[packed]
         for place in self.places:
-            place.put(made.get(place, place.original))
+            place.slot.put(made.get(place, place.original))
         self.level = level
 
     def _changed(self, level: PackedLevel) -> Iterator[Place]:
@@ -309,18 +289,17 @@ def block_items(model: nn.Module, sites: Iterable[BlockSite]) -> tuple[WeightIte
     uses = Counter(tensor_key(tensor) for _, tensor in named_weights(model))
     items = []
     for site in sites:
-        places = [] if site.pruned else list(itertools.chain(*map(_slot_places, site.slots)))
-        for place in places:
-            place.name = names[place.original]
+        slots = [] if site.pruned else list(itertools.chain(*map(_packable_slots, site.slots)))
+        places = [Place(names[slot.original], slot) for slot in slots]
         alone = [p for p in places if all(uses[tensor_key(t)] == 1 for t in p.weights.values())]
         items.append(WeightItem(f"block{site.index:03d}", alone))
     return tuple(items)
 
 
-def _slot_places(slot: Slot) -> Iterator[Place]:
+def _packable_slots(slot: Slot) -> Iterator[Slot]:
+    """The slot of a block itself, or those inside of its module."""
     for parent, attribute, child in packable(slot.original, slot.parent, slot.attribute):
-        own = slot if child is slot.original else None
-        yield Place("", parent, attribute, child, slot=own)
+        yield slot if child is slot.original else Slot(parent, attribute, child)
 
 
 def embeddings_item(model: Any) -> WeightItem:
@@ -342,7 +321,7 @@ def _place_of(model: nn.Module, module: nn.Module) -> Place:
     for path, parent in model.named_modules():
         for attribute, child in parent.named_children():
             if child is module:
-                return Place(f"{path}.{attribute}".lstrip("."), parent, attribute, module)
+                return Place(f"{path}.{attribute}".lstrip("."), Slot(parent, attribute, module))
     raise ValueError(f"{type(module).__name__} is no module of the model.")
 
 

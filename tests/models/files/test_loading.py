@@ -16,11 +16,11 @@ from rap_env.errors import (
     UnknownNameError,
     UnsupportedModelError,
 )  # fmt: skip
+from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.streamed import stream_llm
-from rap_env.models.live.cpu_decode import attention_name
 from rap_env.plan import Plan
 from tests.models.states import saved
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer

@@ -105,7 +105,7 @@ def test_mixed_packed_weights_keep_what_is_narrow_already(tmp_path: Path) -> Non
     narrow = llm._live.items[1].places[0]
     llm._live.items[1].quantise("int4")
     module = llm._live.items[1]._made["int4"][narrow]
-    narrow.put(module)  # as in a file whose tensors have different types
+    narrow.slot.put(module)  # as in a file whose tensors have different types
     mixed = ElasticLLM(llm.model, None, name="mixed")
     native = logits(mixed)
     mixed.set_residency("offload")
