@@ -7,7 +7,6 @@ committed, so that documentation and reports copy it; no model is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,12 +166,6 @@ class Explorer:
         digits = "".join(str(self.levels.index(level)) for level in levels)
         measured = int(not self.held_out.is_predicted(plan))
         return [digits, parts.weights, parts.embeddings, round(delta_nll, 3), measured]
-
-
-def read_data(page: str) -> dict[str, Any]:
-    """The values of `Explorer.data` that a page holds."""
-    data: dict[str, Any] = json.loads(page.partition(_BEGIN)[2].partition(_END)[0])
-    return data
 
 
 def with_data(page: str, data: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
@@ -90,10 +90,10 @@ class Section:
 def _check(name: str, value: Any, hint: Any) -> None:
     if value is None or isinstance(value, dict):
         return
-    if hasattr(hint, "__metadata__"):
-        for rule in hint.__metadata__:
+    if get_origin(hint) is Annotated:
+        hint, *rules = get_args(hint)
+        for rule in rules:
             rule(name, value)
-        hint = hint.__origin__
     for part in get_args(hint):
         for entry in value if isinstance(value, list) else [value]:
             _check(name, entry, part)

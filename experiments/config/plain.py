@@ -169,7 +169,7 @@ def completed(
         check_name(f"setting of {section}", name, settings)
         setting = settings[name]
         if not isinstance(value, setting.kind):
-            kind = getattr(setting.kind, "__name__", setting.kind)
+            kind = setting.kind.__name__ if isinstance(setting.kind, type) else setting.kind
             raise ExperimentError(f"{section}.{name} must be of type {kind}, not {value!r}.")
         for entry in value if isinstance(value, list) else [value]:
             if setting.rule and entry is not None:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from experiments.config import Config
 from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, held_out_scorer, named_policy
-from experiments.study.figures import INK, Panel, draw_label, panel_figure, scale_delta_nll
+from experiments.study.figures import (
+    INK,
+    Panel,
+    draw_label,
+    panel_figure,
+    plain_log_ticks,
+    scale_delta_nll,
+)
 from experiments.study.harness import Job, Study
 from experiments.study.records import (
     DeltaNLLRecord,
@@ -327,8 +334,6 @@ def labelled_settings(uniform: Sequence[LadderRow]) -> list[LadderRow]:
 
 
 def _draw_request(data: LossAgainstBytes, shape: Shape, axis: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     uniform = data.at("uniform", shape)
     native = [row for row in uniform if not row.levels and not row.packed]
     lines = (("removal", REMOVAL, "blocks removed"), ("knapsack", KNAPSACK, "knapsack over levels"))
@@ -355,9 +360,7 @@ def _draw_request(data: LossAgainstBytes, shape: Shape, axis: Axes) -> None:
             labelled = cached
     scale_delta_nll(axis)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    plain_log_ticks(axis.xaxis, (1, 1.5, 2, 3, 5, 7), ",.0f")
 
 
 def _points(rows: Sequence[LadderRow] | Sequence[LlamaCppRow]) -> list[Point]:

@@ -126,7 +126,7 @@ class OutsideRow(DeltaNLLRecord):
     tensor_types: dict[str, int]
 
 
-class Contenders:
+class MethodsAtEqualBytes:
     """Measures each method on the held-out text.
 
     Args:
@@ -272,7 +272,7 @@ def outside_jobs(config: Config, folder: Path) -> Iterator[Job[OutsideRow]]:
         ExperimentError: llama.cpp is not installed, or the model does not come from a GGUF file,
             and ``ladder.llama_cpp_files`` is not empty.
     """
-    settings, rows = config.ladder, Contenders(config)
+    settings, rows = config.ladder, MethodsAtEqualBytes(config)
     if settings.llama_cpp_files:
         need_llama_cpp()
     text = Corpus.of_tokens(rows.calibration).sha256

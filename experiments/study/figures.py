@@ -168,13 +168,19 @@ def svg_uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def plain_log_ticks(axis: Any) -> None:
-    """Format tick labels as plain numbers such as 0.5 or 20, whatever the scale."""
+def plain_log_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5), form: str = "g") -> None:
+    """Format tick labels as plain numbers such as 0.5 or 20, whatever the scale.
+
+    Args:
+        axis: A horizontal or vertical axis.
+        subs: Multiples of powers of ten that have a label on a logarithmic axis.
+        form: Format of a label.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if axis.get_scale() == "log":
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -1,12 +1,13 @@
 """The explorer's page: what it embeds is what the package computes, and a browser shows it."""
 
+import json
 import re
 import shutil
 import subprocess
 
 import pytest
 
-from experiments.explorer import METHODS, PAGE, Explorer, read_data, with_data
+from experiments.explorer import METHODS, PAGE, Explorer, with_data
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
@@ -18,6 +19,11 @@ from rap_env.request import Request
 MEMORY = MemoryModel(default_facts())
 LAYERS = MEMORY.facts.num_layers
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def read_data(page):
+    """The values of `Explorer.data` that a page holds."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from experiments.config.studies import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.ladder import outside
 from experiments.ladder.llama_cpp_process import LlamaCpp
-from experiments.ladder.outside import STUDY, Contenders, OutsideRow
+from experiments.ladder.outside import STUDY, MethodsAtEqualBytes, OutsideRow
 from experiments.ladder.outside_methods import (
     REPLACE_ME,
     Cut,
@@ -133,8 +133,8 @@ def test_a_missing_engine_is_reported_before_anything_is_measured(config, tmp_pa
 
 @pytest.mark.parametrize("kind", ["as shipped", "IQ2_M+embeddings"])
 def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_path, monkeypatch):
-    contenders, tasks = Contenders(config), []
-    llm = contenders.context.llm
+    methods, tasks = MethodsAtEqualBytes(config), []
+    llm = methods.context.llm
 
     def run(task):
         tasks.append(task)
@@ -144,8 +144,8 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
         return {"model_bytes": 5, "tensor_types": {"q4_0": 2}}
 
     monkeypatch.setattr(outside, "run_process", run)
-    measure = partial(contenders.llama_cpp, tmp_path / "source.gguf", kind)
-    fields = contenders.measured(measure)
+    measure = partial(methods.llama_cpp, tmp_path / "source.gguf", kind)
+    fields = methods.measured(measure)
     assert (fields["weight_bytes"], fields["tensor_types"]) == (5, {"q4_0": 2})
     assert (fields["delta_nll"], fields["same_top_token_share"]) == (0.0, 1.0)
     (task,) = tasks
@@ -159,7 +159,7 @@ def test_a_file_is_quantised_with_the_mean_squares_of_inputs(config, kind, tmp_p
                           "ffn_down")]  # fmt: skip
     assert sorted(order["importance"]) == sorted(names)
     norm = llm.adapter.layers(llm.model)[0].input_layernorm
-    expected = norm(DenseStates(llm, contenders.calibration).before(0)).square().mean(dim=0)
+    expected = norm(DenseStates(llm, methods.calibration).before(0)).square().mean(dim=0)
     assert order["importance"]["blk.0.attn_q.weight"] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
