@@ -107,11 +107,6 @@ def _start(
         levels={item.name: list(item.levels) for item in ladder.items},
         together=ladder.together,
         dense_nll=dense_nll,
-        order=(),
-        nll_after=(),
-        first_nll={},
-        last_rises={},
-        candidates=(),
         provenance=scorer.provenance,
         **meter.spent(1),
     )

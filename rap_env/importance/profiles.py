@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -142,11 +142,11 @@ class GSIProfile(Profile):
     levels: dict[str, list[str]]
     together: tuple[str, ...]
     dense_nll: float
-    order: tuple[str, ...]
-    nll_after: tuple[float, ...]
-    first_nll: dict[str, float]
-    last_rises: dict[str, float]
-    candidates: tuple[int, ...]
+    order: tuple[str, ...] = ()
+    nll_after: tuple[float, ...] = ()
+    first_nll: dict[str, float] = field(default_factory=dict)
+    last_rises: dict[str, float] = field(default_factory=dict)
+    candidates: tuple[int, ...] = ()
 
     @property
     def num_blocks(self) -> int:

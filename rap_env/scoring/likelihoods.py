@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,8 +85,7 @@ def _untouched(model: Any) -> Iterator[None]:
         del model.tie_weights
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """Inputs of one forward pass and the outputs to read from them.
 
     Shapes: B rows, T tokens, P positions whose logits are needed, M tokens to look up.
@@ -97,17 +95,14 @@ class _Batch:
             follows all positions that are read.
         rows: Row of each position, (P,).
         columns: Token index of each position, (P,).
-        position: For each token to look up, its position's number, ascending, (M,).
-        target: The token ids to look up, (M,).
-        request: The request that each token belongs to, (M,).
+        lookups: For each token to look up, its position's number, ascending, the token's id, and
+            the request that it belongs to, (3, M).
     """
 
     tokens: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
-    position: torch.Tensor
-    target: torch.Tensor
-    request: torch.Tensor
+    lookups: torch.Tensor
 
 
 class ContinuationScorer:
@@ -167,23 +162,23 @@ class ContinuationScorer:
         for batch in self._batches:
             hidden = self._partial.hidden(batch.tokens.to(device))
             states = hidden[batch.rows.to(device), batch.columns.to(device)]
-            request = batch.request.to(device)
-            logs, greedy = self._look_up(states, batch)
+            logs, greedy = self._look_up(states, batch.lookups)
+            request = batch.lookups[2].to(device)
             sums.index_add_(0, request, logs.double())
             wrong.index_add_(0, request, (~greedy).double())
         return torch.stack([sums, (wrong == 0).double()], dim=1).cpu().numpy()
 
-    def _look_up(self, hidden: torch.Tensor, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target and whether it is the argmax, both (M,)."""
+    def _look_up(
+        self, hidden: torch.Tensor, lookups: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each token of `lookups` and whether it is the argmax, both (M,)."""
         logs, greedy = [], []
         for start in range(0, len(hidden), HEAD_TOKENS):
             logits = self._partial.logits(hidden[start : start + HEAD_TOKENS])
             scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            first, last = torch.searchsorted(
-                batch.position, torch.tensor([start, start + HEAD_TOKENS])
-            ).tolist()
-            position = batch.position[first:last].to(hidden.device) - start
-            target = batch.target[first:last].to(hidden.device)
+            within = (lookups[0] >= start) & (lookups[0] < start + HEAD_TOKENS)
+            position, target, _ = lookups[:, within].to(hidden.device)
+            position = position - start
             logs.append(scores[position, target])
             greedy.append(scores.argmax(dim=-1)[position] == target)
         return torch.cat(logs), torch.cat(greedy)
@@ -231,12 +226,6 @@ def _make_batch(
             lookups += [
                 (place[first + i], token, request) for i, token in enumerate(targets[request])
             ]
-    position, target, owner = torch.tensor(sorted(lookups)).unbind(dim=1)
     return _Batch(
-        tokens=tokens,
-        rows=torch.tensor(rows),
-        columns=torch.tensor(columns),
-        position=position.contiguous(),
-        target=target,
-        request=owner,
+        tokens, torch.tensor(rows), torch.tensor(columns), torch.tensor(sorted(lookups)).T
     )

@@ -74,7 +74,9 @@ class TaskConfig:
                 f"names must hold one task at least and none twice, not {list(self.names)}."
             )
         for name in self.names:
-            check_generated_name(name)
+            if name.startswith("rap_") and not is_generated(name):  # no task of lm-eval does
+                known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
+                raise UnknownNameError("task", name, known, _ANY_OTHER)
         check_name("choice of documents", self.documents, DOCUMENTS)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))
@@ -163,13 +165,6 @@ def check_scorable(names: Iterable[str]) -> None:
         for name in names:
             if not is_generated(name):
                 _manager_for(name)
-
-
-def check_generated_name(name: str) -> None:
-    """Raise an error if a name begins with ``rap_``, as no task of lm-eval does, and is unknown."""
-    if name.startswith("rap_") and not is_generated(name):
-        known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
-        raise UnknownNameError("task", name, known, _ANY_OTHER)
 
 
 _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too."

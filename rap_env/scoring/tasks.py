@@ -188,20 +188,21 @@ class TaskScorer:
 
     def _outputs(self, plan: Plan) -> dict[str, Outputs]:
         """Likelihoods by task, from the store or the model."""
-        outputs = {name: self._look_up(name, plan) for name in self._tasks}
-        missing = [name for name, values in outputs.items() if values is None]
+        contexts = {n: {**own, **levels_context(plan)} for n, own in self._contexts.items()}
+        outputs: dict[str, Outputs] = {}
+        for name, context in contexts.items() if self.store is not None else ():
+            values = self.store.get(context_key(context), plan, _METRIC)
+            if values is not None:
+                outputs[name] = np.array(values).reshape(-1, 2)
+        missing = [name for name in self._tasks if name not in outputs]
         with self.llm.masked(plan):
             for name in missing:
                 outputs[name] = self._measure(name, plan)
+                if self.store is not None:
+                    key, values = context_key(contexts[name]), outputs[name].reshape(-1).tolist()
+                    self.store.put(key, plan, _METRIC, values, contexts[name])
         self.evaluations += bool(missing)
-        return {name: values for name, values in outputs.items() if values is not None}
-
-    def _look_up(self, name: str, plan: Plan) -> Outputs | None:
-        if self.store is None:
-            return None
-        key = context_key({**self._contexts[name], **levels_context(plan)})
-        values = self.store.get(key, plan, _METRIC)
-        return None if values is None else np.array(values).reshape(-1, 2)
+        return outputs
 
     def _measure(self, name: str, plan: Plan) -> Outputs:
         outputs = self._tasks[name].run()
@@ -211,8 +212,4 @@ class TaskScorer:
                 f"task {name!r} ({plan}); check the weights, or load the model with "
                 "dtype='float32'."
             )
-        if self.store is not None:
-            context = {**self._contexts[name], **levels_context(plan)}
-            values = outputs.reshape(-1).tolist()
-            self.store.put(context_key(context), plan, _METRIC, values, context)
         return outputs
