@@ -41,7 +41,7 @@ class RuntimeController:
     request that arrives while nothing runs gets its plan at once (`admit`). Once nothing has run
     for a minute, everything that fits is restored. Caches of running requests keep a
     lowered level where the engine tells `PlanSwitcher` the levels of rows. Otherwise a refill, a
-    pass over all tokens, is made for attention blocks that return and for caches that leave 2 bits.
+    pass over all tokens, is made for attention blocks that return.
 
     **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
     it is `stalled`, and so does the last one that runs before it would be preempted. The part is as

@@ -9,10 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rap_env.blocks import block_index, block_name
-from rap_env.levels import CacheLevel, WeightLevel
+from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
@@ -38,21 +37,6 @@ class PlanChange:
     def returns_attention(self) -> bool:
         """Whether removed attention blocks return."""
         return any(index % 2 == 0 for index in self.before.removed - self.after.removed)
-
-    @property
-    def raises_caches(self) -> bool:
-        """Whether the cache of a block that is kept gets a better level."""
-        return any(level.lowest(after) != after for level, after in self._kept_caches)
-
-    @property
-    def raises_two_bits(self) -> bool:
-        """Whether a cache of 2 bits gets more: that is worth a pass over all tokens."""
-        return any(level.bits == 2 and after.bits > 2 for level, after in self._kept_caches)
-
-    @property
-    def _kept_caches(self) -> list[tuple[CacheLevel, CacheLevel]]:
-        kept = (pair for pair in self.before.caches if 2 * pair[0] not in self.after.removed)
-        return [(level, self.after.cache_level(layer)) for layer, level in kept]
 
     def without_refill(self) -> Plan:
         """The plan `after`, in which attention stays removed and caches keep their lower level."""
@@ -151,19 +135,20 @@ class PlanSwitcher:
     ) -> PlanChoice | None:
         """The chooser's plan for headroom.
 
-        With requests running, a plan whose refill pays has to leave bytes for it of those available
-        now, and one whose refill does not pay is changed into one without.
+        Where all rows have the same caches, running requests get an attention block back by a pass
+        over all of their tokens, if there are bytes for it among those available; caches that were
+        lowered stay so.
         """
         choice = self._chooser.choose(shape, limit_bytes)
-        if not shape:
+        if not shape or self.rows_plan is not None:
             return choice
-        if choice is not None and self._refill(choice.plan) == "pays":
+        if choice is not None and self._returns_attention(choice.plan):
             limit = available_bytes - self._estimator.refill_bytes(choice.plan, shape)
             if choice.need_bytes > limit:
                 choice = self._chooser.choose(shape, limit)
-        if choice is not None and self._refill(choice.plan) == "costs":
-            return self._without_refill(choice, shape, limit_bytes)
-        return choice
+        if choice is None or self._returns_attention(choice.plan):
+            return choice
+        return self._without_refill(choice, shape, limit_bytes)
 
     def improves(self, choice: PlanChoice, shape: BatchShape) -> bool:
         """Whether a choice is better than the present plan.
@@ -230,7 +215,8 @@ class PlanSwitcher:
         """
         lowest = self._llm.plan if self.rows_plan is None else self.rows_plan()
         plan = PlanChange(lowest, choice.plan).without_refill()
-        if self._refill(choice.plan) == "none" and self._chooser.allows(plan, shape):
+        keeps_caches = self.rows_plan is not None or plan == choice.plan
+        if keeps_caches and self._chooser.allows(plan, shape):
             return choice
         for item in self._lowered_items(plan, shape):
             with_item = PlanChange(self._llm.plan, plan).with_item_before(item)
@@ -246,15 +232,8 @@ class PlanSwitcher:
         change = PlanChange(self._llm.plan, plan)
         return change.lowered_items(self._estimator.memory.facts, order)
 
-    def _refill(self, plan: Plan) -> Literal["none", "pays", "costs"]:
-        """Whether a plan needs the caches of all rows computed again, and whether that pays.
-
-        It pays for attention blocks that return and caches that leave 2 bits, not for better ones.
-        """
-        change = PlanChange(self._llm.plan, plan)
-        if self.rows_plan is not None or not (change.returns_attention or change.raises_caches):
-            return "none"
-        return "pays" if change.returns_attention or change.raises_two_bits else "costs"
+    def _returns_attention(self, plan: Plan) -> bool:
+        return PlanChange(self._llm.plan, plan).returns_attention
 
     def _switch(
         self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
@@ -263,7 +242,8 @@ class PlanSwitcher:
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
             return
-        monitor.refill_pending |= running and self._refill(choice.plan) != "none"
+        if running and self.rows_plan is None:
+            monitor.refill_pending |= self._returns_attention(choice.plan)
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(self._llm.device)

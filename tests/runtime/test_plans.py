@@ -134,20 +134,16 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     assert not harness.controller.switcher.recent[-1].guarded
 
 
-@pytest.mark.parametrize(
-    ("running", "bits", "kept"),
-    [(True, "int4", True), (False, "int4", False), (True, "int2", False)],
-)
-def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running, bits, kept):
-    """Caches of two bits are refilled, though, once there is headroom."""
-    before = Plan.uniform(LAYERS, caches=bits, weights="int4")
+@pytest.mark.parametrize("running", [True, False])
+def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running):
+    before = Plan.uniform(LAYERS, caches="int4", weights="int4")
     harness = lowering(hold_s=1.0)
     harness.llm.apply(before)
     shape = LONG if running else BatchShape()
     for time_s in (0.0, 1.0, 2.0):
         harness.time_s = time_s
         assert harness.controller.check(shape)
-    assert harness.llm.plan == Plan(caches=before.caches if kept else ())
+    assert harness.llm.plan == Plan(caches=before.caches if running else ())
 
 
 def test_a_falling_budget_raises_no_cache_of_a_running_batch():
