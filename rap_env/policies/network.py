@@ -173,8 +173,8 @@ class PolicyNetwork:
     | vectors, biases | `own` | never |
     | request | `request` | once per request, its bytes over budget with each pass |
     | mean_valid | `mean_valid` x mean of the features | with each pass |
-    | mean_level, lowered_vectors of items | `levels` x levels | with each lowered item |
-    | lowest, mean_lowest, lowered_vectors of blocks | `levels` x whether they are the lowest | so |
+    | mean_level, lowest, mean_lowest, lowered_vectors | `level_weights` x `levels` x levels, and \
+      whether they are the lowest | with each lowered item |
 
     Args:
         weights: The trained weights, with a vector for each item of the ladder, or none.
@@ -213,14 +213,17 @@ class PolicyNetwork:
         self.near_numbers = spec.neighbours(native).T
         kinds = np.stack(spec.kinds(native), axis=1)
         kinds /= np.maximum(kinds.sum(axis=0), 1)
-        level, vector_terms = kinds @ parts["mean_level"], vectors @ parts["lowered_vectors"]
         if spec.of_blocks:
             removed = encoder.build(Request(1, 1, budget_bytes=1), encoder.ladder.lowest)[spec.key]
-            lowest = (removed * self.shown) @ parts["mean_lowest"] + vector_terms
+            by_level = [kinds, np.zeros_like(removed), np.zeros_like(vectors)]
+            by_lowest = [np.zeros_like(kinds), removed * self.shown, vectors]
         else:
-            lowest = kinds[:, : len(parts["lowest"])] @ parts["lowest"]
-            level += vector_terms / np.float32(count)
-        self.levels = np.vstack([level, lowest, np.zeros_like(level[:1])])
+            ends = kinds[:, : len(parts["lowest"])]
+            by_level = [kinds, np.zeros_like(ends), vectors / np.float32(count)]
+            by_lowest = [np.zeros_like(kinds), ends, np.zeros_like(vectors)]
+        self.levels = np.vstack([np.hstack(by_level), np.hstack(by_lowest)])
+        names = ("mean_level", "mean_lowest", "lowest", "lowered_vectors")
+        self.level_weights = np.vstack([parts[name] for name in names])
 
     def plan(self, request: Request) -> Plan:
         """The plan that fits the request; the lowest levels if none does.
@@ -256,7 +259,6 @@ class _Pass:
         self._request = fixed @ network.request
         count = len(network.encoder.ladder)
         self._inputs: Floats = np.zeros((network.rows.near.stop, count), dtype=np.float32)
-        self._log_costs: Floats = np.zeros((len(network.spec.priced), count), dtype=np.float32)
         self._levels: Floats = np.zeros(2 * count + 1, dtype=np.float32)
         self._level, self._lowest = self._levels[:count], self._levels[count:-1]
         self._take(slice(None))
@@ -274,8 +276,8 @@ class _Pass:
         divisor = seen_over * network.see_request + _OVER_FLOOR
         np.divide(inputs[network.spec.freed], divisor, out=useful)
         np.minimum(useful, _ONE, out=useful)
-        logs = np.log(useful + network.useful_floor)
-        np.subtract(self._log_costs, logs, out=inputs[rows.prices])
+        log_costs = network.spec.log_costs(inputs[network.spec.costs], np.log)
+        np.subtract(log_costs, np.log(useful + network.useful_floor), out=inputs[rows.prices])
         mean = _standardise(
             inputs[rows.compared], valid, np.float32(self.num_valid), inputs[rows.deviations]
         )
@@ -298,24 +300,22 @@ class _Pass:
 
     def _take(self, rows: int | slice) -> None:
         """Take over what is observed of one row, or of all."""
-        network, inputs, observation = self._network, self._inputs, self._seen.observation
-        spec, places = network.spec, network.rows
-        valid = observation["action_mask"][rows]
-        features = observation[spec.key][rows] * network.shown
-        inputs[places.features, rows] = features.T
-        inputs[places.valid, rows] = valid
-        self._log_costs[:, rows] = spec.log_costs(features[..., spec.costs].T, np.log)
-        self._level[rows] = spec.level(features, valid)
+        network, observation = self._network, self._seen.observation
+        features = observation[network.spec.key][rows] * network.shown
+        self._inputs[network.rows.features, rows] = features.T
+        self._inputs[network.rows.valid, rows] = observation["action_mask"][rows]
 
     def _sum_levels(self) -> None:
         """Compute what all levels together determine."""
         network, inputs, places = self._network, self._inputs, self._network.rows
-        self.num_valid = np.count_nonzero(inputs[places.valid])
+        valid = inputs[places.valid]
+        self.num_valid = np.count_nonzero(valid)
+        self._level[:] = network.spec.level(inputs[places.features].T, valid)
         self._levels.take(network.near_numbers, out=inputs[places.near], mode="wrap")  # -1: none
         np.greater_equal(self._level, 1, out=self._lowest)
         if network.spec.of_blocks:  # for the mean over removed blocks
             self._lowest /= max(1.0, float(self._lowest.sum()))
-        self._by_level = self._levels @ network.levels
+        self._by_level = self._levels[:-1] @ network.levels @ network.level_weights
 
 
 def _standardise(values: Floats, counted: Floats, left: np.float32, out: Floats) -> Floats:
