@@ -28,9 +28,10 @@ from agents.sb3_policies import (
     MaskedBlockwiseQPolicy,
 )
 from agents.settings import (
-    HYPERPARAMETERS,
     AgentConfigError,
+    DQNHyperparameters,
     PolicySettings,
+    PPOHyperparameters,
     Settings,
     with_defaults,
 )
@@ -89,32 +90,23 @@ class Algorithm:
     cls: type[BaseAlgorithm]
     blockwise: type[BasePolicy]
     hyperparameters: type[Settings]
-    masked: bool
-    checkpoint_steps: int
+    masked: bool = False
+    checkpoint_steps: int = 1
 
+
+_STEPS_OF_DQN = 1000
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(
-        PPO, BlockwisePolicy, HYPERPARAMETERS["ppo"], masked=False, checkpoint_steps=1
-    ),
+    "ppo": Algorithm(PPO, BlockwisePolicy, PPOHyperparameters),
     "maskable_ppo": Algorithm(
-        MaskablePPO,
-        MaskableBlockwisePolicy,
-        HYPERPARAMETERS["maskable_ppo"],
-        masked=True,
-        checkpoint_steps=1,
+        MaskablePPO, MaskableBlockwisePolicy, PPOHyperparameters, masked=True
     ),
-    "dqn": Algorithm(
-        DQN, BlockwiseQPolicy, HYPERPARAMETERS["dqn"], masked=False, checkpoint_steps=1000
-    ),
+    "dqn": Algorithm(DQN, BlockwiseQPolicy, DQNHyperparameters, checkpoint_steps=_STEPS_OF_DQN),
     "masked_dqn": Algorithm(
-        MaskedDQN,
-        MaskedBlockwiseQPolicy,
-        HYPERPARAMETERS["masked_dqn"],
-        masked=True,
-        checkpoint_steps=1000,
+        MaskedDQN, MaskedBlockwiseQPolicy, DQNHyperparameters, True, _STEPS_OF_DQN
     ),
 }
+"""Our agents by name; `agents.settings.HYPERPARAMETERS` has the same names."""
 
 
 def find_algorithm(name: str) -> Algorithm:

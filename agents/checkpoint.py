@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 
@@ -75,8 +76,8 @@ class Checkpoint:
         )
         if venv is None:
             return model
-        buffer = getattr(model, "replay_buffer", None)
-        if isinstance(buffer, DictReplayBuffer):
+        buffer = _replay_buffer(model)
+        if buffer is not None:
             with np.load(self.folder / _REPLAY) as arrays:
                 fill_replay(buffer, dict(arrays))
         restore(model, self.body["state"])
@@ -176,8 +177,8 @@ def _write(
     folder: Path, model: BaseAlgorithm, config: AgentConfig, progress: dict[str, float]
 ) -> None:
     model.save(folder / _MODEL)
-    buffer = getattr(model, "replay_buffer", None)
-    if isinstance(buffer, DictReplayBuffer):
+    buffer = _replay_buffer(model)
+    if buffer is not None:
         np.savez(folder / _REPLAY, **replay_arrays(buffer))  # type: ignore[arg-type]
     body = {
         "step": model.num_timesteps,
@@ -321,6 +322,12 @@ def _resumable(env: VecEnv) -> Any:
     innermost = env.unwrapped
     assert isinstance(innermost, GymVecEnv)
     return innermost.envs
+
+
+def _replay_buffer(model: BaseAlgorithm) -> DictReplayBuffer | None:
+    """The transitions that an off-policy algorithm learns from; None without one."""
+    buffer = model.replay_buffer if isinstance(model, OffPolicyAlgorithm) else None
+    return buffer if isinstance(buffer, DictReplayBuffer) else None
 
 
 def _find(env: VecEnv, kind: type[VecEnvWrapper]) -> VecEnvWrapper | None:

@@ -77,8 +77,11 @@ class TeacherStates:
     ) -> None:
         self.steps = np.zeros(0, dtype=np.int64)
         if shown:
-            self._observer = PlanObserver(encoder, [one.request for one in shown])
-            self._targets = np.stack([self._observer.position(one.plan) for one in shown])
+            self._observer = PlanObserver(
+                encoder, [demonstration.request for demonstration in shown]
+            )
+            plans = [demonstration.plan for demonstration in shown]
+            self._targets = np.stack(list(map(self._observer.position, plans)))
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():
             raise AgentConfigError(

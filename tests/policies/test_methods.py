@@ -87,12 +87,12 @@ def choices(ladder_context, ladder_bytes):
     """The choice of each method over the ladder at each request, made once."""
     made = {name: make_method(name, ladder_context, ladder_bytes) for name in LADDER}
     made["evolutionary"].max_evaluations = 60
-    found = {}
+    choice_of = {}
 
     def choose(name, request):
-        if (name, request) not in found:
-            found[name, request] = measure_choice(made[name], request, ladder_context.scorer)
-        return found[name, request]
+        if (name, request) not in choice_of:
+            choice_of[name, request] = measure_choice(made[name], request, ladder_context.scorer)
+        return choice_of[name, request]
 
     return choose
 
@@ -188,7 +188,7 @@ def test_both_blocks_of_a_layer_are_removed_together(context, name, fraction):
     removed = {index // 2 for index in plan.removed}
     assert plan == layers(*removed) != Plan()
     fewer = [layers(*removed - {number}) for number in removed]
-    assert min(context.memory.peak_bytes(one, request) for one in fewer) > request.budget_bytes
+    assert min(context.memory.peak_bytes(plan, request) for plan in fewer) > request.budget_bytes
 
 
 def test_shortgpt_follows_the_influence_of_layers(context, real_context):
