@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -137,7 +137,7 @@ def greedy_order(
     state = PricedState(reference_costs(ladder_bytes), one_shot)
     ordered = [] if measured is None else _measured_steps(state, measured)
     prices: dict[int, float] = {}
-    changed = set(range(len(ladder)))
+    changed: Iterable[int] = range(len(ladder))
     while True:
         for item in changed:
             prices.pop(item, None)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -107,15 +106,11 @@ class HeldOutLosses:
             return self.measured[plan]
         searched = np.array([calibration_delta_nll])
         inputs = _features([plan], searched, self.num_blocks)
-        return float(_predicted(inputs, searched, self._weights, self.log_ratios)[0])
+        return float(_predicted(inputs, searched, np.array(self.weights), self.log_ratios)[0])
 
     def is_predicted(self, plan: Plan) -> bool:
         """Whether the plan was not measured on the held-out text."""
         return plan not in self.measured and plan != Plan()
-
-    @cached_property
-    def _weights(self) -> Floats:
-        return np.array(self.weights)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a file; `from_json` reads them."""

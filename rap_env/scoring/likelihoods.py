@@ -226,6 +226,5 @@ def _make_batch(
             lookups += [
                 (place[first + i], token, request) for i, token in enumerate(targets[request])
             ]
-    return _Batch(
-        tokens, torch.tensor(rows), torch.tensor(columns), torch.tensor(sorted(lookups)).T
-    )
+    in_order = torch.tensor(sorted(lookups)).T
+    return _Batch(tokens, torch.tensor(rows), torch.tensor(columns), in_order)

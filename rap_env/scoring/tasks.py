@@ -190,9 +190,9 @@ class TaskScorer:
         """Likelihoods by task, from the store or the model."""
         contexts = {n: {**own, **levels_context(plan)} for n, own in self._contexts.items()}
         outputs: dict[str, Outputs] = {}
-        for name, context in contexts.items() if self.store is not None else ():
-            values = self.store.get(context_key(context), plan, _METRIC)
-            if values is not None:
+        for name, context in contexts.items():
+            key = context_key(context)
+            if self.store is not None and (values := self.store.get(key, plan, _METRIC)):
                 outputs[name] = np.array(values).reshape(-1, 2)
         missing = [name for name in self._tasks if name not in outputs]
         with self.llm.masked(plan):
