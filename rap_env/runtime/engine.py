@@ -294,10 +294,6 @@ class Engine:
             queued=len(self._queue),
             running=len(self._scheduler.running),
             plan=self._scheduler.plan,
-            budget_bytes=max(0, self.controller.monitor.budget_bytes),
-            held=self.controller.monitor.held,
-            used_bytes=self.controller.monitor.used_bytes,
-            margin_bytes=self.controller.monitor.margin.bytes,
             stalled_s=self._scheduler.admission.stalled_s,
             lowered_rows=self._scheduler.batch.lowered_rows,
         )

@@ -90,10 +90,6 @@ class EngineStats(Counters):
         queued: Requests in the queue, preempted ones included.
         running: Requests in the running batch or in prefill.
         plan: The plan of the last step.
-        budget_bytes: The budget as last read.
-        held: Bytes of all tensors held after the last step.
-        used_bytes: Bytes as last measured.
-        margin_bytes: Bytes of the budget that stay free for what is not predicted.
         stalled_s: Seconds for which requests have waited while nothing ran.
         lowered_rows: Decoding requests whose caches have lower levels than the plan.
     """
@@ -101,9 +97,5 @@ class EngineStats(Counters):
     queued: int
     running: int
     plan: Plan
-    budget_bytes: int
-    held: HeldBytes
-    used_bytes: int
-    margin_bytes: int
     stalled_s: float
     lowered_rows: int

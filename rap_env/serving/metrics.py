@@ -167,8 +167,8 @@ class _EngineState(Collector):
     def collect(self) -> Iterable[Metric]:
         """Metrics of the engine's state."""
         stats, controller = self._engine.stats(), self._engine.controller
-        chooser, switcher = controller.chooser, controller.switcher
-        whole = controller.monitor.source.process_bytes
+        chooser, switcher, monitor = controller.chooser, controller.switcher, controller.monitor
+        whole, budget_bytes = monitor.source.process_bytes, max(0, monitor.budget_bytes)
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
         removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
@@ -183,7 +183,7 @@ class _EngineState(Collector):
              _items_by_level(stats.plan, self._num_layers)),
             (_GAUGE, "blocks_removed", "Removed blocks by kind.", "kind", removed),
             (_GAUGE, "memory_held_bytes", "Bytes of tensors in memory.", "part",
-             {"weights": stats.held.weights, "kv_cache": stats.held.kv_cache}),
+             {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}),
             (_COUNTER, "answers",
              "Answers by how they ended in the engine; a stop string cancels what would follow.",
              "outcome", answers),
@@ -192,15 +192,15 @@ class _EngineState(Collector):
               "refilled": stats.refilled_tokens, "generated": stats.tokens}),
             (_GAUGE, "memory_limit_bytes",
              "The memory limit: of the whole process, or of the model.", "of",
-             {"model": controller.monitor.budget_bytes} if whole is None else {"process": whole}),
+             {"model": budget_bytes} if whole is None else {"process": whole}),
         ):  # fmt: skip
             yield _labelled(family, name, text, labels, values)
         for family, name, text, value in (
             (_GAUGE, "memory_used_bytes", "Measured bytes that the model takes.",
-             stats.used_bytes),
-            (_GAUGE, "memory_budget_bytes", "Bytes that the model may take.", stats.budget_bytes),
+             monitor.used_bytes),
+            (_GAUGE, "memory_budget_bytes", "Bytes that the model may take.", budget_bytes),
             (_GAUGE, "memory_margin_bytes", "Bytes of the budget that stay free for what is not "
-             "predicted.", stats.margin_bytes),
+             "predicted.", monitor.margin.bytes),
             (_GAUGE, "weights_unreadable", "Items whose weights cannot be read, and that stay out.",
              len(switcher.unreadable.items)),
             (_GAUGE, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
@@ -225,11 +225,10 @@ class _EngineState(Collector):
             (_COUNTER, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),
         ):  # fmt: skip
             yield family(f"rap_{name}", text, value=value)
-        meter = controller.monitor.meter
-        if isinstance(meter, ResidentMeter):
+        if isinstance(monitor.meter, ResidentMeter):
             yield GaugeMetricFamily(
                 "rap_memory_other_bytes", "Resident bytes of everything but the model.",
-                value=meter.baseline_bytes,
+                value=monitor.meter.baseline_bytes,
             )  # fmt: skip
 
 

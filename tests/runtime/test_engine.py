@@ -230,7 +230,7 @@ def test_stats_and_records_describe_the_steps(harness, engine):
     stats = engine.stats()
     assert (stats.queued, stats.running, stats.served) == (0, 0, 3)
     assert (stats.tokens, stats.prompt_tokens) == (15, 12)
-    assert (stats.plan, stats.held) == (Plan(), harness.llm.held_bytes)
+    assert stats.plan == Plan()
     assert 0 < stats.overhead_s < stats.busy_s
     steps = [(record.kind, record.rows, record.length) for record in harness.records]
     assert steps[:2] == [("prefill", 1, 4), ("decode", 1, 5)]

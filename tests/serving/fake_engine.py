@@ -67,7 +67,14 @@ class FakeEngine:
             ),
             chooser=chooser,
             estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
-            monitor=SimpleNamespace(source=GivenMemory(1000), meter=None, budget_bytes=1000),
+            monitor=SimpleNamespace(
+                source=GivenMemory(1000),
+                meter=None,
+                budget_bytes=1000,
+                used_bytes=700,
+                margin=SimpleNamespace(bytes=30),
+                held=HeldBytes(weights=600, kv_cache=70),
+            ),
         )
         self.llm = SimpleNamespace(
             fingerprint="0123",
@@ -131,7 +138,6 @@ class FakeEngine:
         return EngineStats(
             queued=1, running=2, served=10, refused=1, cancelled=2, failed=3, tokens=40,
             prompt_tokens=50, repeated_tokens=6, refilled_tokens=7, plan=PLAN, lowered_rows=1,
-            budget_bytes=1000, held=HeldBytes(weights=600, kv_cache=70),
-            used_bytes=700, margin_bytes=30, preemptions=4, interruptions=1, stalled_s=2.5,
+            preemptions=4, interruptions=1, stalled_s=2.5,
             overhead_s=0.25, busy_s=9.0,
         )  # fmt: skip
