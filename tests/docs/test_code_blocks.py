@@ -65,15 +65,15 @@ TINY = {
 def blocks(page: str, language: str) -> list[str]:
     """The code blocks of one language on a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return [code for found, code in BLOCK.findall(text) if found == language]
+    return [code for kind, code in BLOCK.findall(text) if kind == language]
 
 
 def each_page(language: str) -> pytest.MarkDecorator:
     """Parametrise a test by the pages with blocks of a language; all but README are slow."""
     slow = {page: [pytest.mark.slow] for page in PAGES if page != "README.md"}
-    found = [page for page in PAGES if blocks(page, language)]
+    pages = [page for page in PAGES if blocks(page, language)]
     return pytest.mark.parametrize(
-        "page", [pytest.param(page, marks=slow.get(page, [])) for page in found]
+        "page", [pytest.param(page, marks=slow.get(page, [])) for page in pages]
     )
 
 
@@ -113,14 +113,14 @@ def environment(tmp_path_factory):
 
 
 def test_code_blocks_have_known_languages():
-    found = {
+    languages = {
         (page, language)
         for page in PAGES
         for language, _ in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
         if not language.startswith("{")
     }
-    assert {language for _, language in found} <= LANGUAGES
-    assert {("README.md", "python"), ("README.md", "bash")} <= found
+    assert {language for _, language in languages} <= LANGUAGES
+    assert {("README.md", "python"), ("README.md", "bash")} <= languages
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "toml")])

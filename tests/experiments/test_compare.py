@@ -46,11 +46,11 @@ def pair(tmp_path):
 
 
 def test_losses_are_those_of_the_report_text(pair):
-    found = named(pair)
-    assert {name: mean_losses(records) for name, records in found.items()} == {
+    by_name = named(pair)
+    assert {name: mean_losses(records) for name, records in by_name.items()} == {
         "one": {"greedy_per_byte": 0.5, "gsi": 1.0}, "two": {"greedy_per_byte": 1.5, "gsi": 3.0}
     }  # fmt: skip
-    assert [records.title(records.evaluations[0]) for records in found.values()] == [
+    assert [records.title(records.evaluations[0]) for records in by_name.values()] == [
         "one: model-one, repair one", "two: model-two, repair two"
     ]  # fmt: skip
 

@@ -86,9 +86,9 @@ def test_every_program_and_experiment_composes_and_hands_on_repair_and_workers(p
     config = composed(program, f"experiment={experiment}", *asked)
     assert config.stage == program
     assert config.name == experiment
-    found = context_config(config)
-    assert found.repair == "some/stubs.safetensors"
-    assert (found.workers, found.workers_address) == (3, "auto")
+    context = context_config(config)
+    assert context.repair == "some/stubs.safetensors"
+    assert (context.workers, context.workers_address) == (3, "auto")
 
 
 OLD_LADDER = (
@@ -111,8 +111,8 @@ def test_without_an_experiment_the_program_names_the_run(program, name):
 
 
 def test_by_default_there_are_no_repair_and_no_workers():
-    found = context_config(composed())
-    assert (found.repair, found.workers) == ("none", 0)
+    context = context_config(composed())
+    assert (context.repair, context.workers) == ("none", 0)
 
 
 @pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
@@ -149,9 +149,9 @@ def test_names_in_the_files_exist():
     assert set(GROUPS["workload"]) >= set(SAMPLERS)
     for experiment in ("demo", "learning"):
         settings = composed("evaluate", f"experiment={experiment}")
-        found = settings.evaluate
-        assert set(found.baselines) <= set(methods())
-        assert set(found.tasks["names"]) <= set(GENERATED_TASKS)
+        evaluate = settings.evaluate
+        assert set(evaluate.baselines) <= set(methods())
+        assert set(evaluate.tasks["names"]) <= set(GENERATED_TASKS)
 
 
 def test_null_takes_the_value_of_the_agent_file():

@@ -76,8 +76,11 @@ def test_the_frontier_is_written_next_to_the_policy(config, run, tmp_path):
 
 def test_a_comparison_that_was_moved_is_found_with_its_profile(config, run, tmp_path):
     moved = shutil.copytree(config.root, tmp_path / "elsewhere" / "other")
-    found = settings_of(moved / "train" / run.name)
-    assert (found.root, found.model) == ((tmp_path / "elsewhere" / "other").resolve(), config.model)
+    settings = settings_of(moved / "train" / run.name)
+    assert (settings.root, settings.model) == (
+        (tmp_path / "elsewhere" / "other").resolve(),
+        config.model,
+    )
     shutil.rmtree(moved / "profile")
     export(ExportPolicyConfig(str(moved / "train" / run.name), str(tmp_path / "rap.safetensors")))
     assert not (tmp_path / "rap.frontier.json").exists(), "there is none without a profile"

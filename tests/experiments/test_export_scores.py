@@ -114,10 +114,10 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     rounds.write_text(json.dumps({"round": 0, "scored": [[policys.removed_names, 7.5]]}) + "\n")
     export = {"records": [str(recorded.root)]}
     fresh = replace(config, store=str(tmp_path / "fresh.sqlite"), export=export)
-    found = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
-    assert found[policys] == 7.5
-    assert {len(mask.removed) for mask in found} > {0, 1}
-    assert len(found) >= len(frontier.scores) > 50
+    scores = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
+    assert scores[policys] == 7.5
+    assert {len(mask.removed) for mask in scores} > {0, 1}
+    assert len(scores) >= len(frontier.scores) > 50
     assert build_context(fresh).scorer.evaluations <= 11, "the dense model and single removals"
     context, shift = build_context(fresh), 0.25  # of a machine that rounds very differently
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}

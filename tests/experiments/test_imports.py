@@ -30,15 +30,15 @@ PROGRAMS = {name_of(path) for path in ROOT.glob("*.py") if path.stem not in {"__
 @cache
 def imports(name: str) -> frozenset[str]:
     """Modules of the experiments that a module imports, also for type checking or in functions."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"
-                found.add(module if module in FILES else str(node.module))
+                names.add(module if module in FILES else str(node.module))
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return frozenset(found & FILES.keys())
+            names |= {alias.name for alias in node.names}
+    return frozenset(names & FILES.keys())
 
 
 def test_no_files_import_each_other_in_a_circle():

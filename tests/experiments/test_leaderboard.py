@@ -86,15 +86,15 @@ def test_wrong_numbers_are_found(replayed):
     entry, memory, requests, scorers = replayed
     first, second = entry.runs[0].delta_nll["test"]
     better = {**entry.runs[0].delta_nll, "test": (first - 0.05, second)}
-    (found,) = check_entry(changed(entry, delta_nll=better), memory, requests, scorers)
-    assert "request 0" in found
-    assert "test" in found
-    (found,) = check_entry(changed(entry, fits=(True, False)), memory, requests, scorers)
-    assert "fits=False is wrong" in found
+    (sentence,) = check_entry(changed(entry, delta_nll=better), memory, requests, scorers)
+    assert "request 0" in sentence
+    assert "test" in sentence
+    (sentence,) = check_entry(changed(entry, fits=(True, False)), memory, requests, scorers)
+    assert "fits=False is wrong" in sentence
     other = changed(entry, plans=(entry.runs[0].plans[0], {"layer00.ffn": "removed"}))
     assert "the plan needs" in check_entry(other, memory, requests, scorers)[0]
-    (found,) = check_entry(entry, memory, requests[:1], scorers)
-    assert "2 plans for 1 requests" in found
+    (sentence,) = check_entry(entry, memory, requests[:1], scorers)
+    assert "2 plans for 1 requests" in sentence
 
 
 def test_new_methods_are_ranked_by_what_the_table_predicts():

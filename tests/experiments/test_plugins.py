@@ -100,10 +100,10 @@ def test_a_policy_of_a_package_answers_requests_by_either_name(package):
 
 
 def test_an_agent_of_a_package_has_the_values_of_its_file(package):
-    found, module = AgentConfig("fading_ppo"), "rap_example.agents:FADING_PPO"
-    assert found.hyperparameters["last_ent_coef"] == 0.1
-    given = {"policy_settings": found.policy_settings, "hyperparameters": found.hyperparameters}
-    assert AgentConfig(module, **given).algorithm is found.algorithm
+    agent, module = AgentConfig("fading_ppo"), "rap_example.agents:FADING_PPO"
+    assert agent.hyperparameters["last_ent_coef"] == 0.1
+    given = {"policy_settings": agent.policy_settings, "hyperparameters": agent.hyperparameters}
+    assert AgentConfig(module, **given).algorithm is agent.algorithm
     with pytest.raises(AgentConfigError, match="FADING_PPO' lack learning_rate, .*last_ent_coef"):
         AgentConfig(module)
     with pytest.raises(AgentConfigError, match="last_ent_coef must be a number from 0 to 1, not 2"):

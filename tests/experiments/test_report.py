@@ -58,12 +58,12 @@ def test_the_terminal_table_fits_and_explains_itself(comparison):
 def test_a_mean_is_over_cells_that_all_methods_have():
     rows = make_rows()
     rows = [r for r in rows if not (r.method == "gsi" and r.budget_fraction == 0.7)]
-    found = Comparison(rows)
-    assert found.incomplete
-    assert "pairs that every method has)" in terminal_text(found).replace("\n", " ")
-    assert {cell[2] for cell in found.cells} == {0.9, 0.8}
+    compared = Comparison(rows)
+    assert compared.incomplete
+    assert "pairs that every method has)" in terminal_text(compared).replace("\n", " ")
+    assert {cell[2] for cell in compared.cells} == {0.9, 0.8}
     whole = next(s for s in Comparison(make_rows()).summaries if s.method == "knapsack")
-    part = next(s for s in found.summaries if s.method == "knapsack")
+    part = next(s for s in compared.summaries if s.method == "knapsack")
     assert part.delta_nll.mean < whole.delta_nll.mean, "the tightest budget is left out for all"
 
 
@@ -112,11 +112,11 @@ def test_acc_and_acc_norm_have_columns_of_their_own():
 
 def test_without_tasks_there_is_no_accuracy():
     rows = [make_row(m, (1, 128), 0.9, accuracies={}) for m in ("dense", "gsi", "one_shot")]
-    found = Comparison(rows)
-    assert accuracy_table(found) is None
-    assert "Accuracy" not in summary_table(found)[0]
-    assert "Accuracy:" not in terminal_text(found)
-    assert "## Accuracy" not in tables_markdown(found)
+    compared = Comparison(rows)
+    assert accuracy_table(compared) is None
+    assert "Accuracy" not in summary_table(compared)[0]
+    assert "Accuracy:" not in terminal_text(compared)
+    assert "## Accuracy" not in tables_markdown(compared)
 
 
 QUALITY = {

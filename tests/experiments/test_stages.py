@@ -61,11 +61,11 @@ def evaluated(trained):
 
 def test_a_profile_holds_memory_and_artifacts(profiled):
     folder = profiled.stage_dir("profile")
-    found = json.loads((folder / "profile.json").read_text())
-    assert found["calibration"]["windows"] == 3
-    lengths = {row["seq_len_tokens"] for row in found["memory_shares"]}
-    assert max(lengths) == found["facts"]["max_positions"]
-    for row in found["memory_shares"]:
+    body = json.loads((folder / "profile.json").read_text())
+    assert body["calibration"]["windows"] == 3
+    lengths = {row["seq_len_tokens"] for row in body["memory_shares"]}
+    assert max(lengths) == body["facts"]["max_positions"]
+    for row in body["memory_shares"]:
         parts = ("attn_weights", "ffn_weights", "embeddings", "kv_cache", "workspace")
         assert sum(row[part] for part in parts) == pytest.approx(1.0)
     assert {"gsi.json", "one_shot.json", "config.yaml", "run.json"} <= {
@@ -145,9 +145,9 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     assert fake.calls["measure"] > 10
 
     def rows(config):
-        found = ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
+        read = ResultRow.read(config.stage_dir("evaluate") / "results.jsonl")
         return [
-            (r.method, r.seed, r.cell, r.mask, r.delta_nll, r.calibration_delta_nll) for r in found
+            (r.method, r.seed, r.cell, r.mask, r.delta_nll, r.calibration_delta_nll) for r in read
         ]
 
     assert sorted(rows(spread), key=str) == sorted(rows(evaluated), key=str)

@@ -44,20 +44,20 @@ def baseline(config):
     "shape", [SHAPES[0], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[1:])]
 )
 def test_a_good_setting_needs_all_of_its_budget_and_no_other_is_nearer(baseline, shape):
-    found = tight_budgets(baseline, shape, LOSSES)
-    assert [one.pinned.target_delta_nll for one in found] == LOSSES
-    budgets = [one.pinned.budget_bytes for one in found]
+    tight = tight_budgets(baseline, shape, LOSSES)
+    assert [budget.pinned.target_delta_nll for budget in tight] == LOSSES
+    budgets = [budget.pinned.budget_bytes for budget in tight]
     assert budgets == sorted(set(budgets), reverse=True)
     scorer = baseline.context.scorer
     every = []
     for size in baseline.all_peak_bytes(shape):
         plan = baseline.settings(Request(*shape, budget_bytes=size))[0].plan
         every.append(scorer.nll(plan) - scorer.dense_nll)
-    for one in found:
-        request = Request(*shape, budget_bytes=one.pinned.budget_bytes)
-        assert baseline.memory.peak_bytes(one.plan, request) == request.budget_bytes
-        assert baseline.settings(request)[0].plan == one.plan
-        assert one.delta_nll in [pytest.approx(loss) for loss in every]
+    for budget in tight:
+        request = Request(*shape, budget_bytes=budget.pinned.budget_bytes)
+        assert baseline.memory.peak_bytes(budget.plan, request) == request.budget_bytes
+        assert baseline.settings(request)[0].plan == budget.plan
+        assert budget.delta_nll in [pytest.approx(loss) for loss in every]
 
 
 def test_the_fragment_is_read_by_the_evaluation(config):

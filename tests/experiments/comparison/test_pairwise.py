@@ -34,24 +34,24 @@ def comparison(*groups):
 
 
 def test_a_verdict_counts_pairs_and_tests_the_mean():
-    found = compare_pair(
+    pair = compare_pair(
         comparison(
             rows_of("ppo", [0.8, 0.9, 1.3, 1.0], seeds=(0, 1), noise=0.01),
             rows_of("gsi", [1.0, 1.0, 1.0, 1.0]),
         ),
         "ppo", "gsi",
     )  # fmt: skip
-    assert found.cells == found.corrected == Counts(2, 1, 1)
-    assert found.difference.mean == pytest.approx(0.0, abs=1e-9)
-    assert found.relative.mean == pytest.approx(0.0, abs=1e-9)
-    assert found.verdict == "even"
+    assert pair.cells == pair.corrected == Counts(2, 1, 1)
+    assert pair.difference.mean == pytest.approx(0.0, abs=1e-9)
+    assert pair.relative.mean == pytest.approx(0.0, abs=1e-9)
+    assert pair.verdict == "even"
 
 
 def test_a_relative_difference_of_a_tenth():
     both = comparison(rows_of("ppo", [0.9] * 4, seeds=(0,)), rows_of("gsi", [1.0] * 4))
-    found = compare_pair(both, "ppo", "gsi")
-    assert (found.relative.low, found.relative.high) == pytest.approx((-0.1, -0.1))
-    assert (found.verdict, found.cells) == ("better", Counts(4, 0, 0))
+    pair = compare_pair(both, "ppo", "gsi")
+    assert (pair.relative.low, pair.relative.high) == pytest.approx((-0.1, -0.1))
+    assert (pair.verdict, pair.cells) == ("better", Counts(4, 0, 0))
     assert compare_pair(both, "gsi", "ppo").verdict == "worse"
     assert compare_pair(both, "ppo", "knapsack") is None
     half = compare_pair(both, "ppo", "gsi", both.cells[:2])
@@ -62,9 +62,9 @@ def test_a_relative_difference_of_a_tenth():
 def test_many_pairs_raise_the_significance_threshold():
     """A difference that is just clear alone is not so among four that are tested together."""
     noisy = rows_of("ppo", [0.885, 1.0, 1.0, 1.0], seeds=(0,), noise=1.0)
-    found = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
-    assert found.cells == Counts(1, 3, 0)
-    assert found.corrected == Counts(0, 4, 0)
+    pair = compare_pair(comparison(noisy, rows_of("gsi", [1.0] * 4)), "ppo", "gsi")
+    assert pair.cells == Counts(1, 3, 0)
+    assert pair.corrected == Counts(0, 4, 0)
 
 
 def test_verdicts_are_ordered_and_exclude_self_comparison():
@@ -91,10 +91,10 @@ def test_the_main_policy_is_not_chosen_by_report_text():
 def test_parts_are_distinguished():
     rows = rows_of("gsi", [1.0] * 4)
     rows += rows_of("gsi", [2.0] * 4, sparsity=0.1) + rows_of("gsi", [3.0] * 4, outside=True)
-    found = Comparison(rows)
-    parts = [found if part == "grid" else found.other_part(part) for part in PARTS]
+    whole = Comparison(rows)
+    parts = [whole if part == "grid" else whole.other_part(part) for part in PARTS]
     assert [part.summaries[0].delta_nll.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
-    page = tables_markdown(found)
+    page = tables_markdown(whole)
     assert page.index("# At fixed sparsity") < page.index("# Outside the training range")
     assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
 

@@ -84,10 +84,10 @@ def test_tables_compare_with_the_first_policy(config, rows):
     for row in halved:
         if row.policy == study.policies[1]:
             row.window_delta_nll[:] = [0.5, 1.0, 1.5]
-    found = PromptStudy(halved)
-    gain = found.relative(found.policies[1], found.policies[0], found.texts)
+    study = PromptStudy(halved)
+    gain = study.relative(study.policies[1], study.policies[0], study.texts)
     assert (gain.mean, gain.low, gain.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert "-50.0 %" in STUDY.markdown(found)
+    assert "-50.0 %" in STUDY.markdown(study)
 
 
 def test_a_second_run_measures_nothing_and_wrong_settings_are_rejected(config, rows, tmp_path):
@@ -118,11 +118,11 @@ def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_pat
     changed = replace(
         config, name="recorded", prompts=replace(config.prompts, recorded={"gsi": str(tmp_path)})
     )
-    found = PolicyRow.read(STUDY.run(changed, changed.stage_dir("prompts")))
-    measured = [row for row in found if row.policy == "gsi"]
+    read = PolicyRow.read(STUDY.run(changed, changed.stage_dir("prompts")))
+    measured = [row for row in read if row.policy == "gsi"]
     assert {row.text for row in measured} == set(LETTERS)
     assert all(other.recorded for other in measured)
-    study = PromptStudy(found)
+    study = PromptStudy(read)
     names = [line[0] for line in study.relative_table()[1]]
     assert names[0] == f"{config.prompts.policies[1]} / {config.prompts.policies[0]}"
     assert f"{config.prompts.policies[0]} / gsi" in names

@@ -61,7 +61,7 @@ def test_a_damaged_run_json_raises_an_error_with_a_remedy(tmp_path, config):
 
 
 def test_provenance_and_flattening():
-    found = provenance({"run": 1})
-    assert found["python"].count(".") == 2
-    assert found["git"] is None or len(found["git"]["commit"]) == 40
+    facts = provenance({"run": 1})
+    assert facts["python"].count(".") == 2
+    assert facts["git"] is None or len(facts["git"]["commit"]) == 40
     assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}

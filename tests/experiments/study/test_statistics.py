@@ -18,20 +18,20 @@ from experiments.study.statistics import (
 
 def test_the_mean_lies_within_its_interval():
     values = np.random.default_rng(0).normal(1.0, 0.3, 40)
-    found = bootstrap_mean(values)
-    assert found.mean == pytest.approx(values.mean())
-    assert found.low < found.mean < found.high
+    estimate = bootstrap_mean(values)
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.low < estimate.mean < estimate.high
     # The normal approximation for 40 draws: 1.96 standard errors on either side.
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert found.high - found.low == pytest.approx(2 * half, rel=0.15)
+    assert estimate.high - estimate.low == pytest.approx(2 * half, rel=0.15)
 
 
 def test_the_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        found = bootstrap_mean(rng.normal(0.0, 1.0, 30), resamples=400)
-        covered += found.low <= 0.0 <= found.high
+        estimate = bootstrap_mean(rng.normal(0.0, 1.0, 30), resamples=400)
+        covered += estimate.low <= 0.0 <= estimate.high
     assert 0.88 <= covered / 200 <= 0.99
 
 
@@ -69,8 +69,8 @@ def test_other_windows_cannot_be_paired():
 
 def test_a_relative_difference_is_a_ratio_of_means():
     hardness = np.random.default_rng(5).uniform(0.5, 4.0, 24)
-    found = relative_difference(0.9 * hardness, hardness)
-    assert (found.mean, found.low, found.high) == pytest.approx((-0.1, -0.1, -0.1)), (
+    estimate = relative_difference(0.9 * hardness, hardness)
+    assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((-0.1, -0.1, -0.1)), (
         "windows are resampled jointly, so that a tenth less on each is a tenth less for sure"
     )
     noisy = relative_difference(0.9 * hardness + np.linspace(-0.3, 0.3, 24), hardness)
@@ -102,18 +102,20 @@ def test_holm_rejects_in_order_and_stops_at_the_first_non_significant():
 def test_a_paired_ratio_weighs_every_cell_alike():
     windows = np.array([1.0, 1.2, 0.9, 1.1])
     cells = [0.1 * windows, 10 * windows]
-    found = paired_ratio([0.5 * cells[0], 2.0 * cells[1]], cells)
-    assert found.mean == pytest.approx(1.0)
-    assert (found.low, found.high) == pytest.approx((1.0, 1.0)), "windows are resampled jointly"
+    estimate = paired_ratio([0.5 * cells[0], 2.0 * cells[1]], cells)
+    assert estimate.mean == pytest.approx(1.0)
+    assert (estimate.low, estimate.high) == pytest.approx((1.0, 1.0)), (
+        "windows are resampled jointly"
+    )
     assert paired_ratio([0.25 * cells[0], cells[1]], cells).mean == pytest.approx(0.5)
 
 
 def test_a_paired_ratio_has_an_interval_and_is_none_without_losses():
     rng = np.random.default_rng(0)
     windows = 1 + 0.1 * rng.standard_normal((3, 20))
-    found = paired_ratio([0.8 * windows[0]], [windows[1]])
-    assert found.low < 0.8 < found.high
-    assert found.high - found.low < 0.2
+    estimate = paired_ratio([0.8 * windows[0]], [windows[1]])
+    assert estimate.low < 0.8 < estimate.high
+    assert estimate.high - estimate.low < 0.2
     assert paired_ratio([[windows[0], windows[2]]], [windows[1]]).seeds == 2
     assert paired_ratio([], []) is None
     assert paired_ratio([windows[0], [0.1, -0.2, 0.1]], [windows[1], [1.0, 1.0, 1.0]]) is None

@@ -113,8 +113,8 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
         train(changed, changed.stage_dir("train") / "agent-s0")
     profile(changed, changed.stage_dir("profile"))
     context = build_context(changed)
-    found = PlanTable.load(frontier_artifact(changed), context.memory)
-    assert any(not plan.is_mask for plan in found.scores)
+    plan_table = PlanTable.load(frontier_artifact(changed), context.memory)
+    assert any(not plan.is_mask for plan in plan_table.scores)
     folder = train(changed, changed.stage_dir("train") / "agent-s0")
     rounds = read_records(folder / ROUNDS_FILE)
     assert [record["round"] for record in rounds] == [0, 1]
@@ -122,7 +122,7 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
         scored = scored_masks(record)
         assert scored == {plan: context.scorer.nll(plan) for plan in scored}
     table = ScoreTable.load(folder / TABLE_FILE)
-    assert set(found.scores) <= set(table.scores)
+    assert set(plan_table.scores) <= set(table.scores)
     assert set(scored_masks(rounds[0])) <= set(table.scores), "learned from the first round"
     assert table.levels is not None
     scores = decision_scores(folder)

@@ -67,19 +67,19 @@ def test_tensorboard_gets_scalars_and_image(config):
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
-    found = EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [event.step for event in found.Scalars("episode/delta_nll")] == [10, 20]
-    assert found.Tags()["images"] == ["policy"]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("episode/delta_nll")] == [10, 20]
+    assert events.Tags()["images"] == ["policy"]
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate"])
 def test_only_what_the_program_reads_is_its_configuration(config, job):
-    found = logged_settings(config, job)
+    logged = logged_settings(config, job)
     other = {"replay", "prompts", "texts", "ladder", "report", "logger"}
-    assert not other & {key.split(".")[0] for key in found}
-    assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(found)
-    assert ("agent.total_timesteps" in found) == (job == "train")
-    assert ("evaluate.baselines" in found) == (job == "evaluate")
+    assert not other & {key.split(".")[0] for key in logged}
+    assert {"model.name", "calibration.windows", "seed", "evaluate.budgets"} <= set(logged)
+    assert ("agent.total_timesteps" in logged) == (job == "train")
+    assert ("evaluate.baselines" in logged) == (job == "evaluate")
     every = set(flatten(asdict(config)))
     read = settings_of(job)
     assert [n for n in read if not any(f"{k}.".startswith(f"{n}.") for k in every)] == []
@@ -100,7 +100,7 @@ def inspect(run: Path) -> list[dict]:
     from google.protobuf.json_format import MessageToDict
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, parts, found = (next(run.glob("*.wandb"))).read_bytes(), 7, [], []
+    data, place, parts, records = (next(run.glob("*.wandb"))).read_bytes(), 7, [], []
     while place + 7 <= len(data):
         left = 32768 - place % 32768
         if left < 7:
@@ -113,9 +113,9 @@ def inspect(run: Path) -> list[dict]:
         place += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
             record = Record.FromString(b"".join(parts))
-            found.append(MessageToDict(record, preserving_proto_field_name=True))
+            records.append(MessageToDict(record, preserving_proto_field_name=True))
             parts = []
-    return found
+    return records
 
 
 def test_a_resumed_run_keeps_its_id_and_continues(config, no_login):

@@ -46,13 +46,13 @@ def expected(config, folder, scorer):
 
 
 def test_the_objective_is_the_mean_loss_on_the_grid(config, trained):
-    found = RunFolder(trained).read()
-    assert found["objective"] == pytest.approx(
+    facts = RunFolder(trained).read()
+    assert facts["objective"] == pytest.approx(
         expected(config, trained, build_context(config).scorer)
     )
-    assert found["objective_on"]["text"] == "calibration"
+    assert facts["objective_on"]["text"] == "calibration"
     last = read_records(trained / "metrics.jsonl")[-1]
-    assert (last["objective"], last["step"]) == (found["objective"], found["timesteps"])
+    assert (last["objective"], last["step"]) == (facts["objective"], facts["timesteps"])
 
 
 def test_a_finished_run_returns_its_objective_without_training(config, trained):
@@ -70,10 +70,10 @@ def test_the_objective_on_another_text_is_measured_again(config, trained, tmp_pa
         context.llm,
     )
     assert corpus.sha256 != context.scorer.corpus.sha256
-    found = objective(other, trained)
-    assert found == pytest.approx(expected(config, trained, MaskScorer(context.llm, corpus)))
+    measured = objective(other, trained)
+    assert measured == pytest.approx(expected(config, trained, MaskScorer(context.llm, corpus)))
     assert RunFolder(trained).read()["objective_on"]["text"]["seed"] == 7
-    assert found != objective(config, trained)
+    assert measured != objective(config, trained)
 
 
 def test_the_calibration_text_is_rejected_as_selection_text(config, tmp_path):

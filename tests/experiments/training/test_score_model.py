@@ -80,8 +80,8 @@ def test_rounds_verify_with_real_scores_and_learn_from_them(config):
     context, rounds = build_context(config), read_records(folder / ROUNDS_FILE)
     assert [record["round"] for record in rounds] == [0, 1]
     scored = [scored_masks(record) for record in rounds]
-    for found in scored:
-        assert list(found.values()) == context.scorer.nll_many(list(found))
+    for scores in scored:
+        assert list(scores.values()) == context.scorer.nll_many(list(scores))
     table = ScoreTable.load(folder / "score_table.json")
     assert scored[0].keys() <= table.scores.keys()  # the next round knows them
     known = context.frontier.scores.keys() | scored[0].keys() | scored[1].keys()
