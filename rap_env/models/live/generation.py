@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def generate(
     @functools.wraps(model.prepare_inputs_for_generation)
     def prepare(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = model.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        prepared.note(input_ids, kwargs, inputs)
+        new = inputs.get("input_ids")
+        prepared.ids, prepared.given = input_ids, kwargs
+        prepared.new_tokens = 0 if new is None else new.shape[1]
         return inputs
 
     @functools.wraps(model.forward)
@@ -62,35 +65,35 @@ def generate(
         # A compiled forward would not notice that modules were replaced.
         return view.generate(*args, **{"disable_compile": True, **kwargs})
     finally:
-        prepared.clear()  # its arguments keep the cache alive
+        prepared.given = {}  # it keeps the cache alive
 
 
+@dataclass
 class _Prepared:
-    def __init__(self) -> None:
-        self._ids: Any = None
-        self._given: Mapping[str, Any] = {}
-        self._new = 0
+    """The step that `generate` has prepared.
 
-    def note(self, input_ids: Any, given: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        new = inputs.get("input_ids")
-        self._ids, self._given = input_ids, given
-        self._new = 0 if new is None else new.shape[1]
+    Attributes:
+        ids: All tokens so far, (B, T), or None.
+        given: The arguments of the preparation.
+        new_tokens: Tokens of the step.
+    """
 
-    def clear(self) -> None:
-        self._ids, self._given, self._new = None, {}, 0
+    ids: Any = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    new_tokens: int = 0
 
     def past(self) -> Past | None:
         """The tokens in the cache, or None if `generate` was not given all of them."""
-        if self._ids is None or not self._new:
+        if self.ids is None or not self.new_tokens:
             return None
-        length = int(cache_in(self._given).get_seq_length())
-        if self._ids.shape[1] != length + self._new:
+        length = int(cache_in(self.given).get_seq_length())
+        if self.ids.shape[1] != length + self.new_tokens:
             return None
-        mask, positions = (self._given.get(n) for n in ("attention_mask", "position_ids"))
+        mask, positions = (self.given.get(n) for n in ("attention_mask", "position_ids"))
         if mask is None:  # generate leaves it out where nothing is padded
-            mask = torch.ones_like(self._ids)
+            mask = torch.ones_like(self.ids)
         if mask.dim() != 2:
             return None
-        if positions is None or positions.shape != self._ids.shape:
+        if positions is None or positions.shape != self.ids.shape:
             positions = positions_of(mask)
-        return Past(self._ids[:, :length], mask[:, :length], positions[:, :length])
+        return Past(self.ids[:, :length], mask[:, :length], positions[:, :length])

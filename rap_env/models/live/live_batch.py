@@ -130,9 +130,14 @@ class LiveBatch:
 
     def row_bytes(self, row: int) -> int:
         """Bytes of one row's cache: its share of those of rows with the same levels."""
-        for part in self._parts:
+        part = self._parts[self._part_of(row)[0]]
+        return 0 if part.cache is None else cache_bytes(part.cache) // len(part.rows)
+
+    def _part_of(self, row: int) -> tuple[int, int]:
+        """The number of the part that a row is in, and its number there."""
+        for number, part in enumerate(self._parts):
             if row < len(part.rows):
-                return 0 if part.cache is None else cache_bytes(part.cache) // len(part.rows)
+                return number, row
             row -= len(part.rows)
         raise IndexError(row)
 
@@ -233,15 +238,12 @@ class LiveBatch:
             copies=self._copies,
         )
         with self._llm.exclusive(), torch.inference_mode():
-            for number, part in enumerate(self._parts):
-                if row >= len(part.rows):
-                    row -= len(part.rows)
-                    continue
-                alone = len(part.rows) == 1
-                own = self._parts.pop(number) if alone else part.split(row, self._llm.device)
-                self._llm.track_cache(own.cache)
-                single._parts = [own]
-                break
+            number, row = self._part_of(row)
+            part = self._parts[number]
+            alone = len(part.rows) == 1
+            own = self._parts.pop(number) if alone else part.split(row, self._llm.device)
+            self._llm.track_cache(own.cache)
+            single._parts = [own]
         return single
 
     def lower(self, bits: int) -> None:
