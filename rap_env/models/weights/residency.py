@@ -250,11 +250,10 @@ def _groups(
 
 
 def _native_groups(item: WeightItem, weights: Mapping[str, torch.Tensor]) -> Iterator[WeightGroup]:
-    users = item.native_tensors()
+    users, every_level = item.native_users(), frozenset(WEIGHT_LEVELS[:-1])
     by_levels: dict[frozenset[WeightLevel], dict[str, torch.Tensor]] = {}
     for name, tensor in weights.items():
-        _, levels = users.get(name, (tensor, frozenset(WEIGHT_LEVELS[:-1])))
-        by_levels.setdefault(levels, {})[name] = tensor
+        by_levels.setdefault(users.get(name, every_level), {})[name] = tensor
     return itertools.chain.from_iterable(_groups(t, levels) for levels, t in by_levels.items())
 
 

@@ -202,12 +202,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; errors as for `read_header`."""
-    entries: dict[str, str] = _header(path)[0].get("__metadata__", {})
-    return entries
-
-
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file, by tensor name, with offsets from the start of the file."""
     table, begin = _header(path)
@@ -255,7 +249,8 @@ def verified_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file that `write_tensors` wrote, on the CPU."""
     stored = stored_tensors(path.parent, path.name)
     tensors = {name: tensor.read(torch.device("cpu")) for name, tensor in stored.items()}
-    if metadata(path).get("sha256") != _checksum(tensors.items()):
+    metadata = _header(path)[0].get("__metadata__", {})
+    if metadata.get("sha256") != _checksum(tensors.items()):
         raise ChecksumError(f"The content of {path} does not match its checksum.")
     return tensors
 

@@ -53,6 +53,7 @@ class Place:
 
     Attributes:
         original: The module with native weights.
+        shapes: Shapes of its matrices.
         tied: The place whose weights it shares (a head tied to the embeddings).
     """
 
@@ -62,7 +63,7 @@ class Place:
         self.tied: Place | None = None
         self._skeleton = skeleton(slot.original)  # native weights may be evicted later
         weights = matrices_of(self._skeleton)
-        self._shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
+        self.shapes = [(w.shape[0], w.shape[1]) for w in weights.values()]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -82,12 +83,8 @@ class Place:
     def keeps(self, level: PackedLevel) -> bool:
         """Whether the module is the same at a level, because it is packed as tightly."""
         native, order = self.original, PACKED_LEVELS.index
-        stored = {stored_level(level, shape) for shape in self._shapes}
+        stored = {stored_level(level, shape) for shape in self.shapes}
         return isinstance(native, PackedModule) and order(native.level) >= max(map(order, stored))
-
-    def bytes_at(self, level: PackedLevel) -> int:
-        """Bytes of the weights at a packed level that the module does not keep."""
-        return sum(packed_bytes(level, shape) for shape in self._shapes)
 
     def quantised(
         self,
@@ -157,7 +154,8 @@ class WeightItem:
         least = self.native_bytes
         for level in PACKED_LEVELS:
             kept = sum(t.nbytes for p in untied if p.keeps(level) for t in p.weights.values())
-            made = sum(p.bytes_at(level) for p in untied if not p.keeps(level))
+            replaced = [shape for p in untied if not p.keeps(level) for shape in p.shapes]
+            made = sum(packed_bytes(level, shape) for shape in replaced)
             self.bytes_to_make[level] = made
             size = kept + made
             if size < least:
@@ -181,23 +179,22 @@ class WeightItem:
         """Bytes in memory of the packed weights that were made."""
         return sum(t.nbytes for level in self._made for t in self.tensors(level).values())
 
-    def native_tensors(self) -> dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]]:
-        """The native tensors in the places by name, each with the levels that use it."""
-        tensors: dict[str, tuple[torch.Tensor, frozenset[WeightLevel]]] = {}
-        for place in self.places:
-            kept = (level for level in self.levels if place.keeps(level))
-            levels: frozenset[WeightLevel] = frozenset(("native", *kept))
-            tensors.update({name: (tensor, levels) for name, tensor in place.weights.items()})
-        return tensors
+    def native_users(self) -> dict[str, frozenset[WeightLevel]]:
+        """The levels that use each native tensor in the places, by its name."""
+        return {
+            name: frozenset(("native", *filter(place.keeps, self.levels)))
+            for place in self.places
+            for name in place.weights
+        }
 
     def aliased(self, stored: Mapping[str, T]) -> dict[str, T]:
         """Entries of `stored` for tensors that are stored under the name of a tied one."""
         return {
-            f"{place.tied.name}.{name}": stored[f"{place.name}.{name}"]
+            name: stored[tied_name]
             for place in self.places
             if place.tied is not None
-            for name in (key.removeprefix(f"{place.name}.") for key in place.weights)
-            if f"{place.name}.{name}" in stored
+            for name, tied_name in zip(place.tied.weights, place.weights, strict=True)
+            if tied_name in stored
         }
 
     def tensors(self, level: PackedLevel) -> dict[str, torch.Tensor]:
