@@ -36,6 +36,7 @@ from agents.settings import (
     with_defaults,
 )
 from rap_env.plugins import PluginError, find_plugin
+from rap_env.specs import check_types
 
 _LAST_LEARNING_RATE = 0.1  # as a share of the first
 
@@ -160,12 +161,8 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         algorithm = self.algorithm
-        for key, least in (("total_timesteps", 1), ("n_envs", 1), ("seed", 0)):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise AgentConfigError(
-                    f"{key} must be a whole number of at least {least}, not {value!r}."
-                )
+        least = {"total_timesteps": 1, "n_envs": 1, "seed": 0}
+        check_types(self, AgentConfigError, least=least)
         values = with_defaults(self.name, "hyperparameters", self.hyperparameters)
         algorithm.hyperparameters.of(values, f"the agent {self.name!r}")
         object.__setattr__(self, "hyperparameters", values)

@@ -29,8 +29,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from agents.algorithms import AgentConfig
 from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
+from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError
-from rap_env.ladder.items import Ladder
 
 log = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
 def _ladder(venv: VecEnv | None) -> Json | None:
     """Return `Ladder.spec` of the environments; None if they have no ladder."""
     assert venv is not None
-    ladder: Ladder | None = getattr(_resumable(venv), "ladder", None)
-    return None if ladder is None else ladder.spec
+    envs = _resumable(venv)
+    return envs.ladder.spec if isinstance(envs, RAPLadderVectorEnv) else None
 
 
 def _checksum(path: Path) -> str:

@@ -27,6 +27,7 @@ from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request
+from rap_env.specs import check_types
 
 _LAST_LEARNING_RATE = 0.05  # as a share of the first
 _REPORTED_UPDATES = 20
@@ -125,11 +126,7 @@ class ImitationConfig:
 
     def __post_init__(self) -> None:
         least = {"updates": 1, "batch_size": 1, "seed": 0, "margin": 0}
-        for key, low in {**least, "learning_rate": 1e-12}.items():
-            if not getattr(self, key) >= low:
-                raise AgentConfigError(
-                    f"{key} of imitation must be at least {low:g}, not {getattr(self, key)!r}."
-                )
+        check_types(self, AgentConfigError, least={**least, "learning_rate": 1e-12})
 
 
 class ImitationResult(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -46,7 +46,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if hasattr(hint, "__metadata__"):
+            if get_origin(hint) is Annotated:
                 _check_number(f"{self.section}.{name}", getattr(self, name), hint)
 
     @classmethod

@@ -33,7 +33,7 @@ class GymVecEnv(VecEnv):
         if mode != AutoresetMode.SAME_STEP:
             raise UnknownNameError(
                 "autoreset mode for stable-baselines3:",
-                getattr(mode, "value", mode),
+                mode.value if isinstance(mode, AutoresetMode) else mode,
                 [AutoresetMode.SAME_STEP.value],
                 "A sub-environment must be reset in the step that ends its episode.",
             )

@@ -53,7 +53,7 @@ def check_types(
     owner: Any,
     error: type[RapError] = InvalidRequestError,
     *,
-    least: Mapping[str, int] | None = None,
+    least: Mapping[str, float] | None = None,
     none: str = "None",
 ) -> None:
     """Check the fields of a dataclass against their annotations; NumPy numbers become Python's.

@@ -86,5 +86,7 @@ def test_unsupported_imitation_is_rejected(context, builder, teacher):
     foreign = [Demonstration(teacher[0].request, Plan.removing(40))]
     with pytest.raises(UnknownNameError):
         imitate(model, foreign, builder)
-    with pytest.raises(AgentConfigError, match="updates of imitation must be at least 1, not 0"):
+    with pytest.raises(
+        AgentConfigError, match="updates must be a whole number of at least 1, not 0"
+    ):
         ImitationConfig(updates=0)
