@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import Observation, ObservationEncoder, ObservedPlans
-from rap_env.plan import Plan
 from rap_env.request import Request
 
 Flags = npt.NDArray[np.bool_]
@@ -38,18 +37,6 @@ class PlanObserver:
     def start(self, count: int) -> Counts:
         """The positions of `count` native plans, (count, N)."""
         return np.zeros((count, len(self.ladder)), dtype=np.int64)
-
-    def position(self, plan: Plan) -> Counts:
-        """The positions of a plan's levels, (N,).
-
-        Raises:
-            UnknownNameError: The plan has levels that the ladder does not have.
-        """
-        return np.array(self.ladder.positions(plan), dtype=np.int64)
-
-    def plan(self, positions: Counts) -> Plan:
-        """The plan with levels at some positions, (N,)."""
-        return self.ladder.plan(positions.tolist())
 
     def over_bytes(self, which: Counts, positions: Counts) -> Counts:
         """Bytes above the budget, 0 where the request fits.

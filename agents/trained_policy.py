@@ -146,7 +146,7 @@ class TrainedPolicy(Policy):
             chosen = (logits + gumbel[torch.from_numpy(grows)]).argmax(dim=1)
             state[grows] = observer.act(which[grows], state[grows], chosen.numpy())
             grows = grows[observer.over_bytes(which[grows], state[grows]) > 0]
-        return [observer.plan(row) for row in state]
+        return [observer.ladder.plan(row) for row in state.tolist()]
 
     def _logits(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits of the next action, minus infinity for invalid ones, (B, N)."""

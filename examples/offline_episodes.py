@@ -31,11 +31,12 @@ def play(env: gym.Env, choose: Choose, rng: np.random.Generator, seed: int) -> E
     task, first = env.unwrapped, np.array([0])
     observation, _ = env.reset(seed=seed)
     observer = PlanObserver(make_encoder(task.context, task.ladder.spec), [task.request])
-    target = observer.position(choose(task.request))[None]
+    target = np.array([task.ladder.positions(choose(task.request))])
     seen, actions, rewards, ends = [observation], [], [], (False, False)
     while not any(ends):
         valid = observation["action_mask"].astype(bool)
-        right = observer.right_actions(first, observer.position(task.plan)[None], target)[0] & valid
+        positions = np.array([task.ladder.positions(task.plan)])
+        right = observer.right_actions(first, positions, target)[0] & valid
         actions.append(int(rng.choice(np.flatnonzero(right if right.any() else valid))))
         observation, reward, *ends, _ = env.step(actions[-1])
         seen.append(observation)

@@ -32,6 +32,7 @@ MAX_BATCH_SIZE = 2**20
 
 _NO_WINDOW = 2**62  # tokens
 _CACHED_PLANS = 256  # about a kilobyte each
+_NATIVE = Plan()
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,12 @@ class MemoryModel:
         self.facts = facts = model if isinstance(model, ModelFacts) else model.facts
         windows = [_NO_WINDOW if w is None else w for w in facts.kv_window_tokens]
         stubs = facts.stub_bytes or (0,) * facts.num_blocks
-        held = [size - stub for size, stub in zip(facts.block_param_bytes, stubs, strict=True)]
-        self._freed_bytes = np.array(held, dtype=np.int64)  # (2L,)
+        sizes = np.array(facts.block_param_bytes, dtype=np.int64)
+        self._freed_bytes = sizes - np.array(stubs, dtype=np.int64)  # (2L,)
         self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
         self._windows = np.array(windows, dtype=np.int64)  # (L,)
-        self._dense_weight_bytes = facts.base_bytes + sum(facts.block_param_bytes)
         widths = map(operator.mul, facts.kv_heads, facts.kv_head_size)
         self._widest_cache = max(widths, default=0)  # keys of a token
-        self._cache_groups: dict[int, int] = {}  # by window: bytes per token, summed over layers
-        for window, size in zip(windows, facts.kv_bytes_per_token, strict=True):
-            self._cache_groups[window] = self._cache_groups.get(window, 0) + size
 
     def check(self, batch_size: int, seq_len_tokens: int) -> None:
         """Reject a batch size or a length that the model cannot serve.
@@ -110,12 +107,6 @@ class MemoryModel:
         """Bytes of each layer's cache after `seq_len_tokens` tokens a sequence, shape (L,)."""
         return batch_size * np.minimum(seq_len_tokens, self._windows) * self._kv_bytes_per_token
 
-    def kv_cache_bytes(self, batch_size: int, seq_len_tokens: int) -> int:
-        """Bytes of the dense model's cache after `seq_len_tokens` tokens a sequence."""
-        return batch_size * sum(
-            min(seq_len_tokens, window) * size for window, size in self._cache_groups.items()
-        )
-
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
         """Weight and cache bytes that each block's removal frees, minus its stub's, shape (2L,)."""
         freed = self._freed_bytes.copy()
@@ -134,8 +125,8 @@ class MemoryModel:
         """Bytes of a layer's cache at a level after `seq_len_tokens` tokens a sequence."""
         facts, window = self.facts, self.facts.kv_window_tokens[layer]
         if level.native:
-            held = seq_len_tokens if window is None else min(seq_len_tokens, window)
-            return batch_size * held * facts.kv_bytes_per_token[layer]
+            tokens = seq_len_tokens if window is None else min(seq_len_tokens, window)
+            return batch_size * tokens * facts.kv_bytes_per_token[layer]
         heads, size = facts.kv_heads[layer], facts.kv_head_size[layer]
         return batch_size * level.row_bytes(seq_len_tokens, heads, size, facts.itemsize, window)
 
@@ -162,20 +153,20 @@ class MemoryModel:
         """
         batch_size, seq_len_tokens = request.batch_size, request.seq_len_tokens
         self.check(batch_size, seq_len_tokens)
-        held = _held_by(self, plan)
-        workspace = held.workspace + self._workspace(batch_size, seq_len_tokens, held.any_ffn)
-        if held.lowered_caches:
+        of_plan = _bytes_of_plan(self, plan)
+        workspace = of_plan.workspace + self._workspace(batch_size, seq_len_tokens, of_plan.any_ffn)
+        if of_plan.lowered_caches:
             workspace += self.attention_workspace_bytes(request)
         return MemoryBreakdown(
-            attn_weights=held.attn_weights,
-            ffn_weights=held.ffn_weights,
-            embeddings=held.embeddings,
+            attn_weights=of_plan.attn_weights,
+            ffn_weights=of_plan.ffn_weights,
+            embeddings=of_plan.embeddings,
             kv_cache=sum(
                 layers * self.cache_bytes(level, layer, batch_size, seq_len_tokens)
-                for level, layer, layers in held.caches
+                for level, layer, layers in of_plan.caches
             ),
             workspace=workspace,
-            stubs=held.stubs,
+            stubs=of_plan.stubs,
         )
 
     def peak_bytes(self, plan: Plan, request: Request) -> int:
@@ -195,11 +186,9 @@ class MemoryModel:
         Raises:
             InvalidRequestError: As for `check`.
         """
-        self.check(batch_size, seq_len_tokens)
-        kv_cache = self.kv_cache_bytes(batch_size, seq_len_tokens)
-        return self._dense_weight_bytes + kv_cache + self._workspace(batch_size, seq_len_tokens)
+        return self.peak_bytes(_NATIVE, Request(batch_size, seq_len_tokens, budget_bytes=1))
 
-    def least_peak_bytes(self, request: Request) -> int:
+    def peak_bytes_without_blocks(self, request: Request) -> int:
         """Peak bytes with every block removed: no mask needs less."""
         return self.peak_bytes(Plan.removing(*range(self.facts.num_blocks)), request)
 
@@ -226,14 +215,14 @@ class MemoryModel:
                 # Nothing is removed, so there are no stubs.
                 names = [part.name for part in fields(parts) if part.name != "stubs"]
                 named = {name: getattr(parts, name) for name in names}
-                part_shares = {name: held / parts.peak for name, held in named.items()}
+                part_shares = {name: size / parts.peak for name, size in named.items()}
                 rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
         return rows
 
     def check_fits(self, plan: Plan, request: Request) -> None:
         """Raise an `InfeasibleBudgetError` unless a plan fits a request's budget."""
         if (need := self.peak_bytes(plan, request)) > request.budget_bytes:
-            least = min(need, self.least_peak_bytes(request))
+            least = min(need, self.peak_bytes_without_blocks(request))
             what, rest = "This plan", f"without any block the model needs {human_bytes(least)}"
             if least > request.budget_bytes:
                 shape = f"{request.batch_size} x {request.seq_len_tokens} tokens"
@@ -262,7 +251,7 @@ class MemoryModel:
 
 
 @dataclass(frozen=True)
-class _HeldBytes:
+class _PlanBytes:
     """What a plan holds whatever it serves, and the caches that it keeps.
 
     Attributes:
@@ -283,7 +272,7 @@ class _HeldBytes:
 
 
 @lru_cache(maxsize=_CACHED_PLANS)
-def _held_by(memory: MemoryModel, plan: Plan) -> _HeldBytes:
+def _bytes_of_plan(memory: MemoryModel, plan: Plan) -> _PlanBytes:
     """What a plan holds; the most recent ones are cached, since workloads ask for one plan only.
 
     Raises:
@@ -302,7 +291,7 @@ def _held_by(memory: MemoryModel, plan: Plan) -> _HeldBytes:
         _, first, layers = caches.get(key, (cache, layer, 0))
         caches[key] = cache, first, layers + 1
     lowered = plan.weights or plan.embeddings != "native"
-    return _HeldBytes(
+    return _PlanBytes(
         attn_weights=sum(params[index] for index in kept if index % 2 == 0),
         ffn_weights=sum(params[index] for index in kept if index % 2),
         embeddings=facts.embedding_levels[plan.embeddings],

@@ -100,8 +100,8 @@ def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: Plan) -> No
 
 
 def test_a_budget_between_the_least_with_and_without_stubs_is_rejected() -> None:
-    least = MEMORY.least_peak_bytes(REQUEST)
-    assert REPAIRED.least_peak_bytes(REQUEST) == least + sum(STUB_BYTES)
+    least = MEMORY.peak_bytes_without_blocks(REQUEST)
+    assert REPAIRED.peak_bytes_without_blocks(REQUEST) == least + sum(STUB_BYTES)
     tight = replace(REQUEST, budget_bytes=least + sum(STUB_BYTES) - 1)
     mask_bytes(MEMORY).check_feasible(tight)
     with pytest.raises(InfeasibleBudgetError, match=f"still needs {tight.budget_bytes + 1:,}"):
@@ -120,7 +120,7 @@ def test_no_mask_needs_less_than_the_least_or_more_than_dense(
 ) -> None:
     request = Request(*shape, budget_bytes=1)
     peak = MEMORY.peak_bytes(mask, request)
-    assert MEMORY.least_peak_bytes(request) <= peak <= MEMORY.dense_peak_bytes(*shape)
+    assert MEMORY.peak_bytes_without_blocks(request) <= peak <= MEMORY.dense_peak_bytes(*shape)
 
 
 @given(SHAPES, MASKS)
@@ -205,7 +205,7 @@ def test_a_mask_of_another_model_is_rejected() -> None:
 
 
 def test_a_budget_below_every_mask_is_rejected_with_the_least() -> None:
-    least = MEMORY.least_peak_bytes(REQUEST)
+    least = MEMORY.peak_bytes_without_blocks(REQUEST)
     mask_bytes(MEMORY).check_feasible(replace(REQUEST, budget_bytes=least))
     with pytest.raises(InfeasibleBudgetError) as caught:
         mask_bytes(MEMORY).check_feasible(replace(REQUEST, budget_bytes=least - 1))

@@ -191,7 +191,7 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
         request = sampler.sample(rng)
         dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
         if ladder_bytes is None:
-            least = memory.least_peak_bytes(request)
+            least = memory.peak_bytes_without_blocks(request)
         else:
             costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
             least = costs.least_peak_bytes

@@ -37,6 +37,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
         memory: The model's byte arithmetic.
+        current: The current episode; None before the first one.
     """
 
     config_type: ClassVar[type[EnvConfig]]
@@ -71,7 +72,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         self._num_actions = len(task.ladder)
         self.action_space = gym.spaces.Discrete(self._num_actions)
         self._task = task
-        self._episode: Episode | None = None
+        self.current: Episode | None = None
         self._left_after = 0
 
     @property
@@ -92,14 +93,9 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     @property
     def episode(self) -> Episode:
         """The current episode; a `ResetNeeded` before the first one."""
-        if self._episode is None:
+        if self.current is None:
             raise ResetNeeded("No episode has begun; call reset() first.")
-        return self._episode
-
-    @property
-    def started_episode(self) -> Episode | None:
-        """The current episode; None before the first one."""
-        return self._episode
+        return self.current
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -119,7 +115,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         """
         self.seed_workload(seed)
         self._warn_of_limit()
-        episode = self._episode = Episode(self._task, self.draw(options))
+        episode = self.current = Episode(self._task, self.draw(options))
         return episode.observation(), episode.info({})
 
     def seed_workload(self, seed: int | None) -> None:
@@ -167,7 +163,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         """The state as JSON values: generator and episode."""
         return {
             "generator": self.np_random.bit_generator.state,
-            "episode": None if self._episode is None else self._episode.saved(),
+            "episode": None if self.current is None else self.current.saved(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -179,19 +175,15 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         saved = state["episode"]
         self._restore(state, None if saved is None else self._task.measured_again(saved))
 
-    def resume(self, episode: Episode) -> None:
-        """Continue an episode."""
-        self._episode = episode
-
     def _restore(self, state: Mapping[str, Any], measurement: Measurement | None) -> None:
         """Restore what `get_state` returned, with the measurement of the episode's plan."""
         self.np_random.bit_generator.state = state["generator"]
-        task, saved, self._episode = self._task, state["episode"], None
+        task, saved, self.current = self._task, state["episode"], None
         if saved is not None:
             start = task.start_of_saved(saved)
             counters = (saved[name] for name in ("invalid_actions", "steps", "over"))
-            self._episode = Episode(task, start, saved["positions"])
-            self._episode.resume(measurement, *counters)
+            self.current = Episode(task, start, saved["positions"])
+            self.current.resume(measurement, *counters)
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = {**self._config.arguments, "render_mode": self.render_mode}
@@ -204,7 +196,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
             "seed": self.np_random_seed,
             "left_after": self._left_after,
             "state": self.get_state(),
-            "measurement": None if self._episode is None else self._episode.measurement,
+            "measurement": None if self.current is None else self.current.measurement,
         }
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -218,7 +210,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         An environment does not know the wrappers around it. It sees only that a `TimeLimit` ends
         episodes before they are paid.
         """
-        episode = self._episode
+        episode = self.current
         if episode is None or episode.over or episode.steps < 2:
             return
         if self._left_after == episode.steps:

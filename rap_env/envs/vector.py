@@ -106,7 +106,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     def envs(self) -> list[PruningEnv]:
         """Single environments in the state of the sub-environments."""
         for row in self._episodes.starts:
-            self._envs[row].resume(self._episodes.episode(row))
+            self._envs[row].current = self._episodes.episode(row)
         return self._envs
 
     @property  # type: ignore[misc]
@@ -230,7 +230,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         """
         for row, (env, state) in enumerate(zip(self._envs, states, strict=True)):
             env.set_state(state)
-            self._episodes.resume(row, env.started_episode)
+            self._episodes.resume(row, env.current)
         return self._episodes.observation()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -253,7 +253,7 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         self.single_action_space = state["single_action_space"]
         for row, (env, values) in enumerate(zip(self._envs, state["envs"], strict=True)):
             env.__setstate__(values)
-            self._episodes.resume(row, env.started_episode)
+            self._episodes.resume(row, env.current)
 
     @property
     def _started(self) -> VectorEpisodes:

@@ -31,37 +31,22 @@ class LadderBytes:
     """
 
     def __init__(self, memory: MemoryModel, ladder: Ladder, base: Plan = Plan()) -> None:
-        self.memory = memory
-        self._base = base
-        self.ladder = ladder
+        self.memory, self.ladder, self._base = memory, ladder, base
         shape = len(ladder), ladder.width
-        self._weights = np.zeros(shape, dtype=np.int64)
-        facts = memory.facts
+        self._weights, self._keeps_cache = np.zeros((2, *shape), dtype=np.int64)
+        self._layers = np.array([item.layer or 0 for item in ladder.items])
+        self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
         for number, item in enumerate(ladder.items):
             sizes = _weight_bytes(memory, item)
+            fixed_cache = item.kind == "attn" and ladder.counterparts[number] == number
             for position, level in enumerate(item.levels):
                 self._weights[number, position] = sizes.get(level, 0)
-        # FFN blocks that are always kept.
-        self._fixed_ffn = facts.num_layers - ladder.native_sharers.kept_ffn
-        self._widen = 0 if facts.packed else facts.widen_bytes
+                self._keeps_cache[number, position] = fixed_cache and level != "removed"
+            if item.kind == "cache":
+                self._caches.setdefault(memory.cache_shape(item.layer or 0), []).append(number)
         self._cache_levels = [CacheLevel.of(name) for name in ("native", *ladder.cache_levels)]
-        self._caches: dict[tuple[int | None, ...], list[int]] = {}  # items that need equal bytes
-        for number in ladder.caches:
-            shape_of_cache = memory.cache_shape(ladder.items[number].layer or 0)
-            self._caches.setdefault(shape_of_cache, []).append(number)
-        # 1 for kept levels of attention blocks whose cache has no level of its own.
-        self._layers = np.array([item.layer or 0 for item in ladder.items])
-        self._keeps_cache = np.zeros(shape, dtype=np.int64)
-        for number, item in enumerate(ladder.items):
-            if (
-                item.kind == "attn"
-                and "removed" in item.levels
-                and ladder.counterparts[number] == number
-            ):
-                self._keeps_cache[number, : item.levels.index("removed")] = 1
-        self.cached_costs = lru_cache(max(_LEAST_SHAPES, _CACHED_LEVELS // (shape[0] * shape[1])))(
-            self._make
-        )
+        cached_shapes = max(_LEAST_SHAPES, _CACHED_LEVELS // (shape[0] * shape[1]))
+        self.cached_costs = lru_cache(cached_shapes)(self._make)
         self._steps_of = lru_cache(_CACHED_STEPS)(self._make_steps)
 
     def costs(self, batch_size: int, seq_len_tokens: int) -> LadderCosts:
@@ -115,14 +100,16 @@ class LadderBytes:
         sizes.flags.writeable = False
         workspace, without = (memory.workspace_bytes(request, any_ffn) for any_ffn in (True, False))
         # A model whose FFN blocks are not all in the ladder always keeps one.
-        last_ffn = 0 if self._fixed_ffn else workspace - without
+        all_ffn = self.ladder.native_sharers.kept_ffn == memory.facts.num_layers
+        last_ffn = workspace - without if all_ffn else 0
+        widen = 0 if memory.facts.packed else memory.facts.widen_bytes
         attention = memory.attention_workspace_bytes(request) if self._caches else 0
         return LadderCosts(
             ladder=self.ladder,
             dense_peak_bytes=dense_peak_bytes,
             kv_cache_bytes=int(kv_bytes.sum()),
             constant_bytes=dense_peak_bytes - int(sizes[:, 0].sum()),
-            shared=SharedBytes(last_ffn, attention, self._widen),
+            shared=SharedBytes(last_ffn, attention, widen),
             item_bytes=sizes,
             steps=self._steps_of(tuple(nexts)),
         )

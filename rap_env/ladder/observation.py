@@ -181,11 +181,8 @@ class ObservedState:
         self.state = costs.state() if state is None else state
         native = encoder.native(request.batch_size, request.seq_len_tokens)
         self.observation: Observation = {key: array.copy() for key, array in native.items()}
-        self._encoder, self._level_rows, self._steps = (
-            encoder,
-            encoder.level_rows(costs),
-            costs.steps,
-        )
+        self._encoder, self._steps = encoder, costs.steps
+        self._level_rows = encoder.level_rows(costs)
         self._budget_bytes, self._dense_peak_bytes = request.budget_bytes, costs.dense_peak_bytes
         self._rows, self._valid = self.observation[encoder.key], self.observation["action_mask"]
         self._request = self.observation["request"]
@@ -204,20 +201,24 @@ class ObservedState:
 
     def apply(self, lowering: Lowering) -> Collection[int]:
         """Make what `LadderState.preview` returned happen; returns what `lower` does."""
-        state, encoder = self.state, self._encoder
+        state = self.state
         state.apply(lowering)
         changed = state.changes(lowering)
         if len(changed) > _FEW:
             self._show_all()
-        for item in changed if len(changed) <= _FEW else ():
-            position = state.positions[item]
-            self._rows[item] = self._level_rows[item, position]
-            self._valid[item] = self._steps.nexts[item][position] >= 0
-            if len(self._steps.own_moves[item][position]) > 1:  # its cache counts too
-                freed_bytes = max(0, state.freed_bytes(item))
-                self._rows[item, encoder.freed] = freed_bytes / self._dense_peak_bytes
+        else:
+            for item in changed:
+                self._show(item)
         self._show_bytes_over()
         return changed
+
+    def _show(self, item: int) -> None:
+        position, steps = self.state.positions[item], self._steps
+        self._rows[item] = self._level_rows[item, position]
+        self._valid[item] = steps.nexts[item][position] >= 0
+        if len(steps.own_moves[item][position]) > 1:  # its cache counts too
+            freed_bytes = max(0, self.state.freed_bytes(item))
+            self._rows[item, self._encoder.freed] = freed_bytes / self._dense_peak_bytes
 
     def _show_all(self) -> None:
         costs, positions = self.state.costs.stacked, np.array(self.state.positions)

@@ -230,7 +230,10 @@ def least_check(
     model: str, llm: ElasticLLM, controller: RuntimeController
 ) -> Callable[[int], None]:
     """What rejects a limit in which not even one token fits with every block removed."""
-    least, source = MemoryModel(llm).least_peak_bytes(Request(1, 1, 1)), controller.monitor.source
+    least, source = (
+        MemoryModel(llm).peak_bytes_without_blocks(Request(1, 1, 1)),
+        controller.monitor.source,
+    )
 
     def check(limit_bytes: int) -> None:
         if source.other_bytes is None:

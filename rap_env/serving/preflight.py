@@ -40,7 +40,7 @@ def check_before_loading(settings: ServerSettings) -> None:
     if facts is None:
         return
     memory = MemoryModel(facts)
-    least = memory.least_peak_bytes(Request(1, 1, 1))
+    least = memory.peak_bytes_without_blocks(Request(1, 1, 1))
     if settings.model_bytes is not None and settings.model_bytes < least:
         raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
     certain = settings.policy in known or settings.dtype == facts.dtype

@@ -43,8 +43,7 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
     for _ in range(60):
         seen, over = observer.observe(which, state), observer.over_bytes(which, state)
         for row, (request, one) in enumerate(zip(asked, single, strict=True)):
-            plan = observer.plan(state[row])
-            assert np.array_equal(observer.position(plan), state[row])
+            plan = observer.ladder.plan(state[row].tolist())
             assert state[row].tolist() == one.state.positions
             for key, array in builder.build(request, plan).items():
                 assert np.array_equal(seen[key][row], array)

@@ -62,7 +62,7 @@ def test_an_episode_out_of_steps_is_not_better_than_a_finished_one(task, reward)
 def test_an_episode_that_ends_with_its_last_step_is_finished(task):
     env = task.make()
     outcome(env)
-    steps = env._episode.steps
+    steps = env.current.steps
     assert outcome(task.make(max_steps=steps)) == outcome(task.make())
 
 

@@ -85,7 +85,7 @@ def test_an_infeasible_budget_is_clipped_on_demand(context):
     options = {"request": {**LONG, "budget_bytes": 10}}
     _, info = env.reset(seed=0, options=options)
     assert info["infeasible"] == {"asked_budget_bytes": 10}
-    assert info["request"]["budget_bytes"] == context.memory.least_peak_bytes(env.request)
+    assert info["request"]["budget_bytes"] == context.memory.peak_bytes_without_blocks(env.request)
     infos = [env.step(n)[-1] for n in range(COUNT - 1)]
     assert all("infeasible" in info for info in infos)
     _, _, terminated, _, info = env.step(COUNT - 1)

@@ -109,7 +109,7 @@ def test_environments_observe_it(tmp_path):
     place = {number: row[8] for number, row in enumerate(observation["ladder"])}
     assert min(place, key=place.__getitem__) == order.steps[0][0]
     _, *steps = play(env, 1, masked=True)
-    baseline = env._task._baseline(env._episode.start)
+    baseline = env._task._baseline(env.current.start)
     expected = context.scorer.nll(baseline) - context.scorer.dense_nll
     assert steps[-1][-1]["baseline_delta_nll"] == pytest.approx(expected)
 

@@ -110,7 +110,7 @@ def test_the_request_is_observed_as_in_v0(builder):
     assert seen["request"] == pytest.approx(
         [
             request.budget_bytes / native, 1 / 8, np.log(2000) / np.log(4096),
-            min(1.0, max(0, over) / native), memory.kv_cache_bytes(2, 2000) / native,
+            min(1.0, max(0, over) / native), memory.breakdown(Plan(), request).kv_cache / native,
         ]
     )  # fmt: skip
 
