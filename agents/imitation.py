@@ -82,7 +82,7 @@ class TeacherStates:
                 encoder, [demonstration.request for demonstration in shown]
             )
             plans = [demonstration.plan for demonstration in shown]
-            self._targets = np.stack(list(map(self._observer.position, plans)))
+            self._targets = np.array(list(map(encoder.ladder.positions, plans)))
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():
             raise AgentConfigError(
