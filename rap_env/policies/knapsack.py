@@ -190,7 +190,9 @@ class KnapsackPolicy(Policy):
                 elif level == "removed":
                     row.append(option({number: position, cache: removed}))
                 else:
-                    row += [option({number: position, cache: beside}) for beside in kept]
+                    row += [
+                        option({number: position, cache: cache_position}) for cache_position in kept
+                    ]
             rows.append(tuple(row))
         return rows
 

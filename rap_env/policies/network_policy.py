@@ -24,7 +24,7 @@ from rap_env.artifacts import atomic_write, canonical_json, digest
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.ladder.features import Importance, ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -117,8 +117,6 @@ class PolicyFile:
                 "importance of the former's items, so its plans may be worse.",
                 own["name"], own["dtype"], facts.name, facts.dtype,
             )  # fmt: skip
-        if isinstance(self.importance, ImportanceFeatures):
-            return ObservationEncoder(mask_bytes(memory, base), self.importance)
         return ObservationEncoder(LadderBytes(memory, ladder, base), self.importance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
