@@ -14,8 +14,7 @@ import numpy as np
 from experiments.study.errors import ExperimentError
 from experiments.study.looks import short_label
 from experiments.study.records import read_records
-from experiments.study.run_folder import RunFolder
-from experiments.study.run_names import short_keys
+from experiments.study.run_folder import RunFolder, short_keys
 from experiments.study.tables import Table, columns_table, seconds
 
 TABLE_FILE = "score_table.json"

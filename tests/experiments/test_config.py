@@ -18,7 +18,7 @@ from experiments.config.evaluation import EvaluateConfig
 from experiments.contexts import context_config
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
 from experiments.study.errors import ExperimentError
-from experiments.study.run_names import run_label
+from experiments.study.run_folder import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError
 from rap_env.policies.registry import methods
