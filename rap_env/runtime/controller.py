@@ -199,7 +199,7 @@ class RuntimeController:
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
             if self.chooser.unreadable.retry():
                 self._rejected = {}
-                self._growth.headroom.forget_failure()
+                self._growth.forget_failure()
             was_idle = self._growth.was_idle(shape)
             available = self._repaid_bytes(shape, self.monitor.available_bytes(shape, next_pass))
             if not self.chooser.fits(self.llm.plan, shape, available):
@@ -282,7 +282,7 @@ class RuntimeController:
         running: bool,
     ) -> bool:
         """Apply a plan that needs no more than is available; return whether one fits."""
-        self._growth.headroom.reset()
+        self._growth.reset()
         choice = self.switcher.choose(shape, available_bytes, running=running)
         return self.switcher.settle(choice, shape, trigger, next_pass, running=running)
 

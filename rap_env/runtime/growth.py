@@ -14,61 +14,12 @@ IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""
 
 
-class Debounce:
-    """Reports headroom only after it has lasted for `hold_s`, so that the plan does not flap.
-
-    Headroom in which nothing could be raised for a batch is not reported again for that batch.
-    """
-
-    def __init__(self, hold_s: float) -> None:
-        self._hold_s = hold_s
-        self._since_s: float | None = None
-        self._least_bytes = 0
-        self._failure: tuple[BatchShape, int] | None = None
-
-    def update(
-        self, time_s: float, shape: BatchShape, headroom_bytes: int, useful_bytes: int
-    ) -> int | None:
-        """Take in the headroom of now.
-
-        Args:
-            time_s: The time.
-            shape: The batch that runs.
-            headroom_bytes: Free bytes.
-            useful_bytes: Least headroom that is of use; less restarts the wait.
-
-        Returns:
-            Bytes that were free throughout, once `hold_s` has passed (then a new wait begins);
-            else None.
-        """
-        if headroom_bytes < useful_bytes:
-            self._since_s = None
-            return None
-        if self._since_s is None:
-            self._since_s, self._least_bytes = time_s, headroom_bytes
-        self._least_bytes = min(self._least_bytes, headroom_bytes)
-        if time_s - self._since_s < self._hold_s:
-            return None
-        least = self._least_bytes
-        self._since_s, self._least_bytes = time_s, headroom_bytes
-        failure = self._failure
-        return None if failure and failure[0] == shape and least < failure[1] else least
-
-    def note_failure(self, shape: BatchShape, enough_bytes: int) -> None:
-        """Nothing could be raised for a batch: report headroom from `enough_bytes` on."""
-        self._failure = shape, enough_bytes
-
-    def forget_failure(self) -> None:
-        """Report any headroom that has lasted."""
-        self._failure = None
-
-    def reset(self) -> None:
-        """Restart the wait, and forget the failure."""
-        self._since_s = self._failure = None
-
-
 class Growth:
-    """Raises items of the plan; arguments are those and the parts of `RuntimeController`."""
+    """Raises items of the plan; arguments are those and the parts of `RuntimeController`.
+
+    While requests run, headroom has to last for `hold_s`, so that the plan does not flap. Headroom
+    in which nothing could be raised for a batch is not tried again for that batch.
+    """
 
     def __init__(
         self,
@@ -85,8 +36,19 @@ class Growth:
         self._monitor = monitor
         self._clock = clock
         self._hysteresis_share = hysteresis_share
-        self.headroom = Debounce(hold_s)
+        self._hold_s = hold_s
+        self._since_s: float | None = None  # there has been headroom
+        self._least_bytes = 0  # of headroom since then
+        self._failure: tuple[BatchShape, int] | None = None  # a batch, and enough bytes for it
         self._idle_since_s: float | None = None  # or of the last attempt to restore everything
+
+    def reset(self) -> None:
+        """Wait for headroom from now on."""
+        self._since_s = self._failure = None
+
+    def forget_failure(self) -> None:
+        """Try again in headroom in which nothing could be raised."""
+        self._failure = None
 
     def was_idle(self, shape: BatchShape) -> bool:
         """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
@@ -113,14 +75,16 @@ class Growth:
         need = estimator.peak_bytes(plan, shape)
         headroom = self._limit_bytes(next_pass) - need
         least = estimator.least_raise_bytes(plan, shape)
-        lasting = self.headroom.update(self._clock(), shape, headroom, least)
-        if lasting is None:
+        lasting = self._lasting_bytes(headroom, least)
+        if lasting is None or (
+            self._failure and self._failure[0] == shape and lasting < self._failure[1]
+        ):
             return
         available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
         choice = self._switcher.choose_higher(shape, min(need + lasting, available), available)
         trigger: Trigger = "left" if shape.tokens < self._switcher.last_shape.tokens else "room"
         if not self._raise_to(choice, shape, trigger, next_pass):
-            self.headroom.note_failure(shape, lasting + least)  # with headroom for one more block
+            self._failure = shape, lasting + least  # with headroom for one more block
 
     def _raise_to(
         self, choice: PlanChoice | None, shape: BatchShape, trigger: Trigger, next_pass: PassSize
@@ -130,8 +94,26 @@ class Growth:
             return False
         running = trigger != "arrival" and bool(shape)
         self._switcher.settle(choice, shape, trigger, next_pass, running=running)
-        self.headroom.reset()
+        self.reset()
         return True
+
+    def _lasting_bytes(self, headroom_bytes: int, useful_bytes: int) -> int | None:
+        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
+
+        Less than `useful_bytes` restarts the wait.
+        """
+        now = self._clock()
+        if headroom_bytes < useful_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = now, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if now - self._since_s < self._hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = now, headroom_bytes
+        return least
 
     def _limit_bytes(self, next_pass: PassSize) -> int:
         margin = self._monitor.margin.bytes_for(prefills=next_pass.prefills)

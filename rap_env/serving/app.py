@@ -41,7 +41,7 @@ from rap_env.serving.responses import (
     usage_of,
 )
 from rap_env.serving.routes import admin_router, probe_router, tokenization_router
-from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_body
+from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_json, validate
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
@@ -112,7 +112,7 @@ class Service:
         if self.limit is not None and (problem := self.limit.nothing_fits()):
             wait_s = self.engine.retry_after_s()
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
-        body = await read_body(request, schema, self.settings)
+        body = validate(schema, await read_json(request, self.settings))
         built = await asyncio.to_thread(self.builder.build, body)
         predict = partial(
             self.engine.controller.chooser.delta_nll,

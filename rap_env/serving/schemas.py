@@ -199,16 +199,6 @@ BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
 FieldsT = TypeVar("FieldsT", bound=BaseModel)
 
 
-async def read_body(request: Request, schema: type[BodyT], settings: ServerSettings) -> BodyT:
-    """Read and validate the body of a completion request.
-
-    Raises:
-        ApiError: As for `read_json`, or a field is invalid (400).
-        ClientDisconnect: The client disconnected.
-    """
-    return validate(schema, await read_json(request, settings))
-
-
 async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
     """Read the body of an HTTP request, a JSON object.
 
