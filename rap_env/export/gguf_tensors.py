@@ -32,11 +32,14 @@ from gguf.quants import dequantize
 from rap_env.errors import UnsupportedModelError
 from rap_env.levels import WeightLevel
 from rap_env.models.weights.low_bits import LowBitMatrix
-from rap_env.models.weights.packed_layout import GROUP_INPUTS, LOW_BIT_FORMATS, by_input
+from rap_env.models.weights.packed_layout import (
+    GROUP_INPUTS,
+    LOW_BIT_FORMATS,
+    MIDDLE,
+    by_input,
+)
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
-
-_MIDDLE = 8  # the int4 code that stands for the zero itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +66,7 @@ class GgufTensor:
         pairs = LOW_BIT_FORMATS[matrix.level].kernel_scales(matrix.scales, matrix.zeros)
         scale, zero = (pairs.float() * matrix.factors.float()[:, None]).unbind(-1)
         centred = matrix.widened(torch.float32) - by_input(zero, matrix.shape[1])
-        codes = (centred / by_input(scale, matrix.shape[1])).round() + _MIDDLE
+        codes = (centred / by_input(scale, matrix.shape[1])).round() + MIDDLE
         return cls(_q4_1(codes, scale, zero), Kind.Q4_1)
 
     @property
@@ -141,6 +144,6 @@ def _q4_1(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> npt.N
     rows = len(codes)
     blocks = codes.to(torch.uint8).numpy().reshape(rows, -1, GROUP_INPUTS)
     low, high = np.split(blocks, 2, axis=-1)
-    numbers = torch.stack((scale.T, (zero - _MIDDLE * scale).T), dim=-1).numpy().astype(np.float16)
+    numbers = torch.stack((scale.T, (zero - MIDDLE * scale).T), dim=-1).numpy().astype(np.float16)
     parts = [np.ascontiguousarray(numbers).view(np.uint8), low | (high << 4)]
     return np.concatenate(parts, axis=-1).reshape(rows, -1)

@@ -59,15 +59,16 @@ def load_native(folder: Path, dtype: torch.dtype, model: Any = None) -> Any:
         raise ModelNotAvailableError(f"{folder} has no {PACKED_FILE}, so it has no packed weights.")
     stored, cpu = stored_tensors(folder, PACKED_FILE), torch.device("cpu")
     require_all(model, stored, path)
-    packed = [name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)]
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in packed):
-        parts = [name for name in packed if name.rpartition(".")[0] == owner]
-        names = [f"{name}_{part}" for name in parts for part in ("codes", "scales")]
-        tensors = {name.removeprefix(f"{owner}."): stored[name].read(cpu) for name in names}
-        _replace(model, owner, tensors)
+    packed = {name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in stored.items():
-        if name.rpartition("_")[0] not in packed:
+        owner, _, part = name.rpartition(".")
+        if name.rpartition("_")[0] in packed:
+            parts.setdefault(owner, {})[part] = tensor.read(cpu)
+        else:
             _set_parameter(model, name, tensor.as_dtype(dtype).read(cpu))
+    for owner, tensors in parts.items():
+        _replace(model, owner, tensors)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval().requires_grad_(False)
@@ -104,12 +105,10 @@ def _set_parameter(model: Any, name: str, value: torch.Tensor) -> None:
 
 def require_all(model: Any, stored: Any, path: Path) -> None:
     """Raise an `UnsupportedModelError` unless each parameter is stored under one of its names."""
-    packed = {name.removesuffix(_CODES) for name in stored if name.endswith(_CODES)}
-    stored_ids = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in packed}
-    stored_ids |= {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
-    missing = [
-        name for name, parameter in model.named_parameters() if id(parameter) not in stored_ids
-    ]
+    names = {name.removesuffix(_CODES) for name in stored}
+    every_name = model.named_parameters(remove_duplicate=False)
+    stored_ids = {id(parameter) for name, parameter in every_name if name in names}
+    missing = [name for name, p in model.named_parameters() if id(p) not in stored_ids]
     if missing:
         raise UnsupportedModelError(
             f"{path} lacks {len(missing)} tensors that its config requires, such as {missing[0]!r}."
