@@ -195,7 +195,7 @@ def _manager_for(name: str) -> Any:
     if index[name].kind.name in ("GROUP", "TAG"):
         hint = "It is a group of tasks; name its tasks one by one."
         raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
-    output_type = index[name].cfg.get("output_type", SCORABLE_OUTPUTS[0])
+    output_type = (index[name].cfg or {}).get("output_type", SCORABLE_OUTPUTS[0])
     if output_type not in SCORABLE_OUTPUTS:
         hint = f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be."
         raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
