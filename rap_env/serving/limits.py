@@ -64,9 +64,8 @@ class LiveLimit:
         self._bytes = limit_bytes
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
-        self._seen = self._read_state = self._state()
-        self._seen_s = time.monotonic()
-        if self._seen is not None:
+        self._read_state = self._state()
+        if self._read_state is not None:
             self.set(self._read(), "file")
 
     def __call__(self) -> int:
@@ -103,18 +102,11 @@ class LiveLimit:
                 log.warning("%s", problem)
 
     def _follow(self) -> None:
-        """Read the file if it has changed, once it stays as it is for a moment.
-
-        The moment counts from the time that the file itself has of its last change, so that one
-        look is enough where looks are far apart.
-        """
-        state, now_s = self._state(), time.monotonic()
-        if state != self._seen:
-            self._seen, self._seen_s = state, now_s
-        if state == self._read_state:
+        """Read the file if it has changed, once its own time says that it is no longer written."""
+        state = self._state()
+        if state is None or state == self._read_state:
             return
-        age_s = 0.0 if state is None else time.time() - state[2] / 1e9
-        if max(age_s, now_s - self._seen_s) < _SETTLE_S:
+        if abs(time.time() - state[2] / 1e9) < _SETTLE_S:
             return
         self._read_state = state
         try:
