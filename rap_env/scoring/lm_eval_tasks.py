@@ -140,6 +140,7 @@ def load_task(name: str, config: TaskConfig, tokenizer: Any = None) -> Any:
         task = ConfigurableTask(config=GENERATED_TASKS[name].lm_eval_config(config.seed))
     else:
         task = _load_named(name, config.data_root)
+        _check_output(name, task.OUTPUT_TYPE)
     # A 0 in the task's own config stays 0, as in lm-eval's evaluator.
     if task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=config.num_fewshot)
@@ -195,11 +196,15 @@ def _manager_for(name: str) -> Any:
     if index[name].kind.name in ("GROUP", "TAG"):
         hint = "It is a group of tasks; name its tasks one by one."
         raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
-    output_type = (index[name].cfg or {}).get("output_type", SCORABLE_OUTPUTS[0])
-    if output_type not in SCORABLE_OUTPUTS:
+    _check_output(name, (index[name].cfg or {}).get("output_type"))
+    return manager
+
+
+def _check_output(name: str, output_type: str | None) -> None:
+    """Check how a task is scored; None is unknown before the task is loaded."""
+    if output_type not in (None, *SCORABLE_OUTPUTS):
         hint = f"It is scored by {output_type}; only {', '.join(SCORABLE_OUTPUTS)} can be."
         raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
-    return manager
 
 
 def _load_named(name: str, data_root: str | None) -> Any:
