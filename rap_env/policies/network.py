@@ -173,8 +173,7 @@ class PolicyNetwork:
     | vectors, biases | `own` | never |
     | request | `request` | once per request, its bytes over budget with each pass |
     | mean_valid | `mean_valid` x mean of the features | with each pass |
-    | mean_level, lowest, mean_lowest, lowered_vectors | `level_weights` x `levels` x levels, and \
-      whether they are the lowest | with each lowered item |
+    | the others, which sum levels | `level_weights` x `levels` x levels | with each lowered item |
 
     Args:
         weights: The trained weights, with a vector for each item of the ladder, or none.
@@ -209,19 +208,12 @@ class PolicyNetwork:
         self.own = np.asarray(vectors @ parts["vectors"] + bias, dtype=np.float32)
         self.request = parts["request"] * self.see_request
         self.mean_valid = parts["mean_valid"]
-        native = encoder.build(Request(1, 1, budget_bytes=1), Plan())[spec.key] * self.shown
+        native, lowest = (
+            encoder.build(Request(1, 1, budget_bytes=1), plan)[spec.key] * self.shown
+            for plan in (Plan(), encoder.ladder.lowest)
+        )
         self.near_numbers = spec.neighbours(native).T
-        kinds = np.stack(spec.kinds(native), axis=1)
-        kinds /= np.maximum(kinds.sum(axis=0), 1)
-        if spec.of_blocks:
-            removed = encoder.build(Request(1, 1, budget_bytes=1), encoder.ladder.lowest)[spec.key]
-            by_level = [kinds, np.zeros_like(removed), np.zeros_like(vectors)]
-            by_lowest = [np.zeros_like(kinds), removed * self.shown, vectors]
-        else:
-            ends = kinds[:, : len(parts["lowest"])]
-            by_level = [kinds, np.zeros_like(ends), vectors / np.float32(count)]
-            by_lowest = [np.zeros_like(kinds), ends, np.zeros_like(vectors)]
-        self.levels = np.vstack([np.hstack(by_level), np.hstack(by_lowest)])
+        self.levels = _level_sums(spec, native, lowest, vectors)
         names = ("mean_level", "mean_lowest", "lowest", "lowered_vectors")
         self.level_weights = np.vstack([parts[name] for name in names])
 
@@ -240,6 +232,29 @@ class PolicyNetwork:
         while levels.peak_bytes > budget and state.num_valid:
             state.lower(state.best_row(bytes_over(levels.peak_bytes, budget, dense_peak)))
         return levels.plan
+
+
+def _level_sums(spec: RowSpec, native: Floats, lowest: Floats, vectors: Floats) -> Floats:
+    """What the parts of a row that sum levels are per level of each row, and if it is the lowest.
+
+    Args:
+        spec: What rows are made of.
+        native: The features of the native model, (N, F).
+        lowest: Those with each row at its lowest level, (N, F).
+        vectors: The learned vectors, (N, V).
+
+    Returns:
+        N rows for the levels, then N for whether they are the lowest, with the columns of a row.
+    """
+    kinds = np.stack(spec.kinds(native), axis=1)
+    kinds /= np.maximum(kinds.sum(axis=0), 1)
+    if spec.of_blocks:  # the mean features of removed blocks, and the mean of their vectors
+        by_level = [kinds, np.zeros_like(lowest), np.zeros_like(vectors)]
+        by_lowest = [np.zeros_like(kinds), lowest, vectors]
+    else:  # the share of attn and of ffn items, and the vectors times the levels
+        by_level = [kinds, np.zeros_like(kinds[:, :2]), vectors / np.float32(len(native))]
+        by_lowest = [np.zeros_like(kinds), kinds[:, :2], np.zeros_like(vectors)]
+    return np.vstack([np.hstack(by_level), np.hstack(by_lowest)])
 
 
 class _Pass:
