@@ -41,22 +41,20 @@ class BatchCache(DynamicCache):
         return super().update(*args, **kwargs)
 
     @contextmanager
-    def interruptible(self, interrupt: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    def interruptible(self, interrupt: Callable[[], bool]) -> Iterator[None]:
         """Let `interrupt`, which is called before each layer, end a pass in a ``with`` block.
 
-        Yields:
-            Brings all layers with tokens back to those that they had before.
+        After a `PassInterruptedError` all layers have the tokens that they had before.
         """
         layers: list[Any] = self.layers
         undos = [_undo(layer) for layer in layers if layer.is_initialized]
-
-        def restore() -> None:
-            for undo in undos:
-                undo()
-
         self._interrupt = interrupt
         try:
-            yield restore
+            yield
+        except PassInterruptedError:
+            for undo in undos:
+                undo()
+            raise
         finally:
             self._interrupt = None
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +339,10 @@ class LiveBatch:
             if len(self._parts) > 1:
                 self._parts = merged(self._parts, new)
             groups = itertools.groupby(self._parts, key=lambda part: missing(part.cache))
-            with self._interruptible():
+            with ExitStack() as interruptible:
+                if self._interrupt is not None:
+                    for part in self._parts:
+                        interruptible.enter_context(part.cache.interruptible(self._interrupt))
                 logits = [self._pass(list(parts), absent, new) for absent, parts in groups]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
@@ -367,24 +370,6 @@ class LiveBatch:
             )
         last: torch.Tensor = output.logits[:, -1]
         return last
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ask `interrupt` in the passes of a ``with`` block; keep what was cached before."""
-        if self._interrupt is None:
-            yield
-            return
-        with ExitStack() as stack:
-            restores = [
-                stack.enter_context(part.cache.interruptible(self._interrupt))
-                for part in self._parts
-            ]
-            try:
-                yield
-            except PassInterruptedError:
-                for restore in restores:
-                    restore()
-                raise
 
     def _new_cache(self) -> Any:
         from transformers.cache_utils import DynamicLayer
