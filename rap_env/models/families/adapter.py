@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,11 +170,19 @@ class FamilyAdapter:
 
     def sites(self, model: nn.Module) -> tuple[BlockSite, ...]:
         """The sites of the blocks of a live model, in order of index, (2L,)."""
-        return tuple(
-            BlockSite(2 * number + kind, tuple(slots))
-            for number, layer in enumerate(self.layers(model))
-            for kind, slots in enumerate((self._attn(layer, number), self._ffn(layer)))
-        )
+        self.decoder(model)  # its error is clearer than that of a missing module
+        return tuple(self._site(model, index) for index in range(self.num_blocks))
+
+    def _site(self, model: nn.Module, index: int) -> BlockSite:
+        layer, is_ffn = divmod(index, 2)
+        placeholder: nn.Module = RemovedFFN() if is_ffn else RemovedAttention(layer)
+        slots = []
+        for path in self.module_paths(index):
+            parent, _, attribute = path.rpartition(".")
+            module = model.get_submodule(path)
+            slots.append(Slot(model.get_submodule(parent), attribute, module, placeholder))
+            placeholder = nn.Identity()  # of the modules beside the one that returns the output
+        return BlockSite(index, tuple(slots))
 
     def module_paths(self, index: int) -> tuple[str, ...]:
         """Paths in the model of a block's modules, the one that returns its output first."""
@@ -184,21 +191,6 @@ class FamilyAdapter:
         norms = family.ffn_norms if is_ffn else family.attn_norms
         place = f"{family.decoder}.{family.layers}.{layer}"
         return tuple(f"{place}.{name}" for name in (last, *inner, *norms))
-
-    def _attn(self, layer: nn.Module, number: int) -> Iterator[Slot]:
-        yield _slot(layer, self.family.attn, RemovedAttention(number))
-        for norm in self.family.attn_norms:
-            yield _slot(layer, norm, nn.Identity())
-
-    def _ffn(self, layer: nn.Module) -> Iterator[Slot]:
-        *inner, last = self.family.ffn
-        yield _slot(layer, last, RemovedFFN())
-        for name in (*inner, *self.family.ffn_norms):
-            yield _slot(layer, name, nn.Identity())
-
-
-def _slot(layer: nn.Module, attribute: str, placeholder: nn.Module) -> Slot:
-    return Slot(layer, attribute, layer.get_submodule(attribute), placeholder)
 
 
 def adapter_for(config: Any) -> FamilyAdapter:
