@@ -54,7 +54,7 @@ def test_ppo_single_file():
 def test_sb3_maskable_ppo():
     module = example("sb3_maskable_ppo")
     before, after = (
-        rap_env.evaluate(module.train(steps), module.TASK, name="sb3") for steps in (0, 4096)
+        rap_env.evaluate(module.train(steps), module.TASK, name="sb3") for steps in (0, 16_384)
     )
     assert after.mean_delta_nll < 0.8 * before.mean_delta_nll
 

@@ -51,7 +51,7 @@ def exported(config):
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     calibration = own_text(3, 48)
     levels = replace(
-        config, name="levels", calibration=calibration, export=dict(MASKS, levels=True)
+        config, name="levels", calibration=calibration, export={"masks": MASKS, "levels": True}
     )
     table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))
     assert ScoreTable.load(exported).levels is None
