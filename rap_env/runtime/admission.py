@@ -110,6 +110,7 @@ class Admission:
         output: Rejects requests that can never fit.
         clock: Gives the time in seconds.
         max_batch_size: Most requests that run.
+        queue_timeout_s: Longest that a request may wait; None for no limit.
 
     Attributes:
         most_running: Most requests that run now; fewer for a while where memory ran out.
@@ -125,6 +126,7 @@ class Admission:
         output: OutputProcessor,
         clock: Callable[[], float],
         max_batch_size: int,
+        queue_timeout_s: float | None,
     ) -> None:
         self._controller = controller
         self._monitor, self._chooser = controller.monitor, controller.chooser
@@ -133,6 +135,7 @@ class Admission:
         self._kept = batch.kept
         self._output = output
         self._clock = clock
+        self._queue_timeout_s = queue_timeout_s
         self._next_try_s = 0.0  # of a request while stalled
         self._stalled_since_s: float | None = None
         self.most_running = max_batch_size
@@ -153,9 +156,10 @@ class Admission:
             self._stalled_since_s = self._clock()
 
     def admit_next(self, interrupt: Callable[[], bool]) -> bool:
-        """Admit the first request of the queue that does not wait for its own floor, if it fits.
+        """Reject what has waited too long, and admit the next request if it fits.
 
-        Where nothing has run for `_STALLED_S`, all are tried, the shortest first.
+        That is the first of the queue that does not wait for its own floor. Where nothing has run
+        for `_STALLED_S`, all are tried, the shortest first.
 
         Args:
             interrupt: As for `LiveBatch`.
@@ -163,6 +167,9 @@ class Admission:
         Returns:
             Whether one was admitted.
         """
+        self._reject_late()
+        self._kept.drop_ended()
+        self._controller.note_waiting(len(self._queue))
         batch = self._batch
         if batch.prefilling is not None or len(batch.decoding) >= self.most_running:
             return False
@@ -275,8 +282,11 @@ class Admission:
             return InfeasibleBudgetError(f"{message}; {remedy}.")
         return QualityFloorError(f"{message}: the best plan that fits has {rise:.4g}; {remedy}.")
 
-    def reject_late(self, timeout_s: float) -> None:
+    def _reject_late(self) -> None:
         """Reject the requests that have waited too long; the reason may be their floor."""
+        timeout_s = self._queue_timeout_s
+        if timeout_s is None:
+            return
         oldest_s = self._clock() - timeout_s
         for sequence in self._queue.remove_if(lambda waiting: waiting.queued_since_s < oldest_s):
             shape = self._batch.shape_alone(sequence)

@@ -66,7 +66,6 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._chunk_tokens = chunk_tokens
         self._restore: Restore = restore
-        self._queue_timeout_s = queue_timeout_s
         windows = controller.estimator.memory.facts.kv_window_tokens
         uniform = any(window is not None for window in windows)
         self._pace = Pace(target_itl_s)
@@ -86,6 +85,7 @@ class Scheduler:
             self.output,
             clock,
             max_batch_size,
+            queue_timeout_s,
         )
         self.plan = llm.plan
         self.observers: list[Callable[[StepRecord], None]] = []
@@ -98,9 +98,7 @@ class Scheduler:
     def turn(self) -> bool:
         """Run one turn; return whether the model was run."""
         self._put_aside()
-        self._remove_ended()
-        self._kept.drop_ended()
-        self._controller.note_waiting(len(self._queue))
+        self._remove_cancelled()
         if self.admission.admit_next(self._must_interrupt):
             self._interruptions = 0
         self._refill_next()
@@ -355,12 +353,10 @@ class Scheduler:
             self._controller.note_preemption()
         self.paused += [*paused, *self._queue.remove_if(_is_paused)]
 
-    def _remove_ended(self) -> None:
-        """Remove cancelled requests, and those that have waited too long."""
+    def _remove_cancelled(self) -> None:
+        """Remove cancelled requests."""
         for sequence in self._queue.remove_if(lambda waiting: waiting.handle.cancelled):
             self.output.end(sequence, "cancelled")
-        if self._queue_timeout_s is not None:
-            self.admission.reject_late(self._queue_timeout_s)
         cancelled = [sequence for sequence in self.running if sequence.handle.cancelled]
         if cancelled:
             self.batch.remove(cancelled)

@@ -139,9 +139,8 @@ class _Choice:
 class Generation:
     """Generates the answers to one request. All methods run in one event loop.
 
-    Answers whose output is not read are paused, and continue once most of it is read.
-
-    `metrics` counts times; `plans` gets the plan of each pass before the output that it computed.
+    Answers whose output is not read are paused, and continue once most of it is read. `metrics`
+    counts times; `plans` gets the plan of each pass before the output that it computed.
     """
 
     def __init__(
