@@ -58,10 +58,10 @@ class LadderTask(PruningTask):
         table = self.context.frontier
         if table.has_masks_only:
             return from_frontier(self.context)
-        known = table.on(self.ladder)
+        plans = table.on(self.ladder)
 
         def best(start: EpisodeStart) -> Plan:
-            plan = known.best(start.costs, start.request.budget_bytes)
+            plan = plans.best(start.costs, start.request.budget_bytes)
             if plan is None:
                 raise nothing_known("plan", start.request)
             return plan

@@ -69,15 +69,16 @@ class PruningTask(ABC):
     """The entry of infos with the ΔNLL."""
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
-        if context is not None and not hasattr(context, "scorer"):
-            raise InvalidRequestError(
-                f"context must be a pruning context, not {context!r}; make one with "
-                "rap_env.context.open_context(ContextConfig(...)), or pass None."
-            )
         if config.tasks is not None and uses_tasks(config.reward):
             check_scorable(parse_tasks(config.tasks).names)
         self.context = open_context(config.context_config()) if context is None else context
-        self.memory: MemoryModel = self.context.memory
+        try:
+            self.memory: MemoryModel = self.context.memory
+        except AttributeError:
+            raise InvalidRequestError(
+                f"context must be a pruning context, not {context!r}; make one with "
+                "rap_env.context.open_context(ContextConfig(...)), or pass None."
+            ) from None
         self.sampler = make_sampler(config.workload, self.memory)
         self._worst = config.over_budget == "worst"
         ceiling = ceiling_nll(self.memory.facts.vocab_size) if self._worst else None

@@ -80,7 +80,8 @@ class VectorEpisodes:
         rows, task = np.array(list(starts)), self._task
         self._plans.put(rows, [start.request for start in starts.values()])
         self.starts.update(starts)
-        self.positions[rows] = self.invalid_actions[rows, None] = self.steps[rows, None] = 0
+        self.positions[rows] = 0
+        self.invalid_actions[rows] = self.steps[rows] = 0
         self.over[rows] = False
         self.peak_bytes[rows] = self._plans.costs.dense_peak_bytes[rows]
         self.measured[rows] = np.array(task.measured_start, dtype=np.float64)
@@ -132,18 +133,19 @@ class VectorEpisodes:
         task, ends = self._task, step.terminated | step.truncated
         acts = step.valid | step.invalid
         rows = np.flatnonzero(acts if task.reward.pays_every_step else ends).tolist()
-        return {
-            row: RewardedStep(
+        rewarded = {}
+        for row in rows:
+            measurement, plan = self._measurement(row), task.ladder.lowest
+            if not step.out_of_steps[row]:
+                plan = task.ladder.plan(step.positions[row].tolist())
+            rewarded[row] = RewardedStep(
                 self.starts[row],
-                task.ladder.lowest
-                if step.out_of_steps[row]
-                else task.ladder.plan(step.positions[row].tolist()),
-                self.delta_nll(row),
+                plan,
+                None if measurement is None else measurement.delta_nll,
                 bool(ends[row]),
                 bool(step.truncated[row]),
             )
-            for row in rows
-        }
+        return rewarded
 
     def apply(self, step: VectorStep, measurements: Mapping[int, Measurement]) -> None:
         """Apply a step with the measurements of some plans, by index."""
@@ -158,11 +160,6 @@ class VectorEpisodes:
         moved = self.positions[rows, items].tolist()
         for row, item, position in zip(rows.tolist(), items.tolist(), moved, strict=True):
             self._task.show_level(self._levels[row], item, position)
-
-    def delta_nll(self, row: int) -> float | None:
-        """ΔNLL of a plan in nats per token, or None if it was not measured."""
-        nll, delta_nll, *_ = self.measured[row].tolist()
-        return None if math.isnan(nll) else delta_nll
 
     def observation(self) -> Observation:
         """The current observations, in new arrays with n rows; see `usable_masks`."""
