@@ -124,17 +124,9 @@ def clear(cache: Any) -> None:
     """Free everything that a cache holds; it can be filled again. `check_cache` must pass."""
     check_cache(cache)
     for layer in cache.layers:
-        if isinstance(layer, GroupedLayer):
-            layer.reset()
-            continue
+        layer.reset()  # of static layers this keeps the memory
         layer.keys = layer.values = None
         layer.is_initialized = False
-        for name in ("cumulative_length", "cumulative_length_int"):
-            count = getattr(layer, name, None)
-            if isinstance(count, torch.Tensor):
-                count.zero_()
-            elif count is not None:
-                setattr(layer, name, 0)
 
 
 def cache_bytes(cache: Any) -> int:
