@@ -207,7 +207,6 @@ class GroupedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """The tokens of a dynamic layer with rows of these lengths, padded on the left."""
         made = cls(level, layer.sliding_window if layer.is_sliding else None)
         made.new_copies = copies
-        made.reserve_tokens = getattr(layer, "reserve_tokens", 0)
         made.lazy_initialization(layer.keys, layer.values)
         made.cumulative_length = layer.get_seq_length()
         made.lengths = list(lengths)

@@ -215,12 +215,16 @@ class Step:
         return cls([max(0, count - queries) for count in after], after, columns)
 
 
-_CURRENT = threading.local()
+class _Current(threading.local):
+    step: Step | None = None
+
+
+_CURRENT = _Current()
 
 
 def current_step() -> Step | None:
     """The step of this thread's forward pass; `rap_env.models.caches.attention` sets it."""
-    return getattr(_CURRENT, "step", None)
+    return _CURRENT.step
 
 
 def set_current_step(step: Step | None) -> Step | None:

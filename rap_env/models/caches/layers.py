@@ -127,7 +127,12 @@ def native_layer(layer: Any) -> Any:
     """An empty dynamic layer with the sliding window of another layer."""
     if layer.is_sliding:
         return DynamicSlidingWindowLayer(sliding_window=layer.sliding_window)
-    return ReservedLayer(getattr(layer, "reserve_tokens", 0))
+    return ReservedLayer(reserved_tokens(layer))
+
+
+def reserved_tokens(layer: Any) -> int:
+    """Tokens of a row that a layer gets room for when memory is allocated; 0 for no more room."""
+    return layer.reserve_tokens if isinstance(layer, ReservedLayer | GroupedLayer) else 0
 
 
 _ROWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -204,7 +209,9 @@ def lower(
             if rows is None:
                 rows = _lengths(cache, layer.keys.shape[0], layer.get_seq_length())
             if rows is not None:
-                cache.layers[number] = GroupedLayer.of_native(level, layer, rows, copies)
+                made = GroupedLayer.of_native(level, layer, rows, copies)
+                made.reserve_tokens = reserved_tokens(layer)
+                cache.layers[number] = made
 
 
 def read_back(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
@@ -226,7 +233,7 @@ def read_back(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
         made.keys, made.values = (with_room([part], part.shape[2], room) for part in states)
         if not level.native:
             made = GroupedLayer.of_native(level, made, layer.lengths)
-            made.copies = layer.copies
+            made.copies, made.reserve_tokens = layer.copies, room
         cache.layers[number] = made
 
 

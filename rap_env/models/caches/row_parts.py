@@ -29,6 +29,7 @@ from rap_env.models.caches.layers import (
     levels_of,
     lower,
     note_rows,
+    reserved_tokens,
     tensors_of,
     with_room,
 )
@@ -225,9 +226,9 @@ def _select_rows(layer: Any, length: int, rows: torch.Tensor, cut: int) -> None:
         layer.cumulative_length -= cut
         return
     cached = _cached_tokens(layer, length)
-    room = getattr(layer, "reserve_tokens", 0)
-    for name in ("keys", "values"):
-        setattr(layer, name, with_room([getattr(layer, name)[rows]], cached, room))
+    room = reserved_tokens(layer)
+    layer.keys = with_room([layer.keys[rows]], cached, room)
+    layer.values = with_room([layer.values[rows]], cached, room)
     if layer.is_sliding:
         layer.cumulative_length -= cut
 
@@ -238,11 +239,9 @@ def _concatenate(mine: Any, theirs: Any, length: int) -> None:
         mine.append_rows(theirs, length)
         return
     cached = _cached_tokens(mine, length)
-    room = getattr(mine, "reserve_tokens", 0)
-    for name in ("keys", "values"):
-        parts = [getattr(layer, name) for layer in (mine, theirs)]
-        setattr(mine, name, with_room(parts, cached, room))
-        setattr(theirs, name, None)
+    room = reserved_tokens(mine)
+    mine.keys, theirs.keys = with_room([mine.keys, theirs.keys], cached, room), None
+    mine.values, theirs.values = with_room([mine.values, theirs.values], cached, room), None
     if mine.is_sliding:
         mine.cumulative_length = length
 

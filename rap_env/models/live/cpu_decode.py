@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rap_env.models.caches.attention import LEVEL_ATTENTIONS, with_levels
+from rap_env.models.families.adapter import adapter_for
 
 PACKED_ATTENTION = "sdpa_packed"
 """Name of the attention in the config while the model is live."""
@@ -38,9 +39,8 @@ def _contiguous_rows(_head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.
 
 
 def _pack_single_queries(model: Any) -> None:
-    config = model.config.get_text_config(decoder=True)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    shared = kv_heads < config.num_attention_heads
+    adapter = adapter_for(model.config)
+    shared = adapter.kv_heads < adapter.config.num_attention_heads
     if not shared or model.config._attn_implementation not in ("sdpa", LEVEL_ATTENTIONS["sdpa"]):
         return
     # These import torch's compiler: much memory, which a model that has this attention saves.
