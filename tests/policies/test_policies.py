@@ -8,7 +8,7 @@ from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
 from rap_env.policies.base import Policy, as_policy
-from rap_env.policies.loading import OrderPolicy, check_policy, load_policy
+from rap_env.policies.loading import OrderPolicy, check_policy, load_policy, make_method
 from rap_env.policies.network_policy import NetworkPolicy
 from rap_env.policies.registry import methods, policy_names
 from rap_env.policies.tables import TablePolicy
@@ -142,6 +142,17 @@ class TestLoadPolicy:
             assert served.peak_bytes(plan, request) <= request.budget_bytes
         with pytest.raises(ArtifactError, match="scores of smollm2-135m.* only, and this policy"):
             load_policy("random", memory())
+
+    @pytest.mark.parametrize(
+        ("name", "weights"),
+        [("dense", "native"), ("knapsack", "native"), ("frontier", "bf16"), ("rap-v0", "bf16")],
+    )
+    def test_the_same_class_is_served_and_compared(self, name, weights):
+        served = MemoryModel(packaged_files.default_facts(weights))
+        alone = load_policy(name, served)
+        compared = make_method(name, packaged_files.packaged_context(served))
+        assert type(alone) is type(compared)
+        assert alone.name == compared.name == name
 
     def test_names_are_listed_and_checked_without_a_model(self):
         assert {"rap", "rap-low-bits", "rap-v0", "rap-recall", "knapsack-by-text", *methods()} == {
