@@ -21,19 +21,19 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.sb3_policies import (
-    BlockwisePolicy,
-    BlockwiseQPolicy,
-    MaskableBlockwisePolicy,
-    MaskedBlockwiseQPolicy,
-)
-from agents.settings import (
+from agents.hyperparameters import (
     AgentConfigError,
     DQNHyperparameters,
     PolicySettings,
     PPOHyperparameters,
     Settings,
     with_defaults,
+)
+from agents.sb3_policies import (
+    BlockwisePolicy,
+    BlockwiseQPolicy,
+    MaskableBlockwisePolicy,
+    MaskedBlockwiseQPolicy,
 )
 from rap_env.plugins import PluginError, find_plugin
 from rap_env.specs import check_types
@@ -107,7 +107,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         MaskedDQN, MaskedBlockwiseQPolicy, DQNHyperparameters, True, _STEPS_OF_DQN
     ),
 }
-"""Our agents by name; `agents.settings.HYPERPARAMETERS` has the same names."""
+"""Our agents by name; `agents.hyperparameters.HYPERPARAMETERS` has the same names."""
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -142,8 +142,8 @@ class AgentConfig:
             are not given have the values of ``conf/agent/NAME.yaml``.
         normalize_reward: Divide rewards by the running deviation of returns (`VecNormalize`);
             observations are in [0, 1] already.
-        policy_settings: Settings of the block-wise policy (`agents.settings.PolicySettings`),
-            completed in the same way.
+        policy_settings: Settings of the block-wise policy
+            (`agents.hyperparameters.PolicySettings`), completed in the same way.
 
     Raises:
         UnknownNameError: There is no such agent, setting or hyperparameter.

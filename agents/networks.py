@@ -40,7 +40,7 @@ class Rows(BaseFeaturesExtractor):
     Args:
         observation_space: A ``Dict`` with ``request`` (R,), ``blocks`` or ``ladder`` (N, F) and
             ``action_mask`` (N,).
-        block_vectors: As in `agents.settings.PolicySettings`.
+        block_vectors: As in `agents.hyperparameters.PolicySettings`.
         without: As in `PolicySettings`; hidden features are 0.
 
     Attributes:

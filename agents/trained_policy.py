@@ -13,10 +13,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
+from agents.hyperparameters import AgentConfigError
 from agents.observations import as_tensors, make_encoder
 from agents.plan_observer import PlanObserver
 from agents.sb3_policies import action_scores
-from agents.settings import AgentConfigError
 from rap_env.errors import ArtifactError
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan

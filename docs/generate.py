@@ -42,8 +42,8 @@ from experiments.replay.study import STUDY as REPLAY
 from experiments.replay.trial import Trial, trial_figure
 from experiments.studies.prompts import STUDY as PROMPTS
 from experiments.studies.texts import STUDY as TEXTS
-from experiments.study.figures import save_png
 from experiments.study.harness import Study
+from experiments.study.plotting import save_png
 from rap_env.cli import cli
 
 ENVIRONMENTS = {

@@ -11,12 +11,12 @@ import numpy as np
 from record_tables import LOW_BITS, OWN_BUDGETS, PLANS, RESULTS, SEARCHES, plan_rows, read
 
 from experiments.comparison.pairwise import compare_pair
-from experiments.comparison.records import ResultRow
+from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import Comparison, Summary
-from experiments.study.figures import FAINT, INK, Panel, panel_figure
 from experiments.study.looks import look
+from experiments.study.plotting import FAINT, INK, Panel, panel_figure
 from experiments.study.statistics import Estimate
-from experiments.study.tables import columns_table, markdown, percent, seconds
+from experiments.study.table_format import columns_table, markdown, percent, seconds
 from rap_env.errors import counted
 
 if TYPE_CHECKING:

@@ -16,19 +16,19 @@ RESULTS = ROOT / "results"
 sys.path[:0] = [str(ROOT)]
 
 from experiments.compare import compare  # noqa: E402 - the path comes first
-from experiments.comparison.records import ResultRow  # noqa: E402
-from experiments.comparison.summaries import Comparison  # noqa: E402
-from experiments.comparison.tables import (  # noqa: E402
+from experiments.comparison.result_rows import ResultRow  # noqa: E402
+from experiments.comparison.result_tables import (  # noqa: E402
     quality_columns,
     quality_entry,
     tables_markdown,
 )
+from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tight_tables import ratio_table  # noqa: E402
-from experiments.config.evaluation import CompareConfig  # noqa: E402
+from experiments.config.evaluation_settings import CompareConfig  # noqa: E402
 from experiments.replay.trial import SYSTEMS, Trial, trial_table  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
-from experiments.study.tables import (  # noqa: E402
+from experiments.study.table_format import (  # noqa: E402
     Table,
     columns_table,
     crossed_table,

@@ -12,12 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments.comparison.loading import Records, read_comparisons
-from experiments.comparison.tables import tables_markdown
+from experiments.comparison.result_tables import tables_markdown
+from experiments.comparison.run_records import Records, read_comparisons
 from experiments.comparison.training_runs import LEARNING_CAPTION, learning_table, swept_table
-from experiments.config.evaluation import CompareConfig
+from experiments.config.evaluation_settings import CompareConfig
 from experiments.study.console import run_with_settings
-from experiments.study.tables import markdown, rendered, text_words
+from experiments.study.table_format import markdown, rendered, text_words
 
 
 def compare(config: CompareConfig) -> str:

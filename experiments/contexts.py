@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import open_context

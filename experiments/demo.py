@@ -25,7 +25,7 @@ from experiments.launch import launch
 from experiments.report import report
 from experiments.study.console import say
 from experiments.study.run_folder import RunFolder
-from experiments.study.tables import seconds, wrapped
+from experiments.study.table_format import seconds, wrapped
 from experiments.train import train
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import open_context

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison.evaluation import (
+from experiments.comparison.evaluation_cells import (
     ComparedMethod,
     EvaluationCell,
     build_methods,
     check_names,
     evaluation_cells,
 )
-from experiments.comparison.records import QUALITY, ResultRow, again_depends_on, read_recorded
+from experiments.comparison.result_rows import QUALITY, ResultRow, again_depends_on, read_recorded
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.contexts import (
@@ -28,7 +28,7 @@ from experiments.contexts import (
 )
 from experiments.launch import launch
 from experiments.study.harness import Job, measured
-from experiments.study.records import delta_nll_fields, request_field, set_aside, trim_metrics
+from experiments.study.json_records import delta_nll_fields, request_field, set_aside, trim_metrics
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import kept_above_chance
 from experiments.training.loggers import Loggers, open_loggers

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.study.json_records import write_text
 from experiments.study.looks import LEVEL_COLOURS, look
-from experiments.study.records import write_text
 from rap_env.artifacts import canonical_json
 from rap_env.blocks import block_name
 from rap_env.context.table import TableContext

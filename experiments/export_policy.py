@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
 from experiments.config import Config, as_config
-from experiments.config.evaluation import ExportPolicyConfig
+from experiments.config.evaluation_settings import ExportPolicyConfig
 from experiments.contexts import build_context, frontier_artifact
 from experiments.study.console import message, run_with_settings, say
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.importance.plan_table import PlanTable
 

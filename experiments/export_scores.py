@@ -23,9 +23,9 @@ from experiments.config import Config
 from experiments.contexts import build_context
 from experiments.launch import launch
 from experiments.study.console import say
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import RunFolder
-from experiments.study.tables import plain
+from experiments.study.table_format import plain
 from experiments.training.score_tables import (
     held_out_losses,
     importance_orders,

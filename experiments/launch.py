@@ -28,9 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import Config, as_config
 from experiments.study.console import fail, message
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.help import guess, help_text, settings_of
-from experiments.study.records import write_text
+from experiments.study.json_records import write_text
 from experiments.study.run_folder import run_label
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.plugins import GROUPS, entry_points

@@ -19,12 +19,12 @@ import gymnasium
 import numpy as np
 
 import rap_env
-from experiments.comparison.records import ResultRow, rows_below
+from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.comparison.training_runs import TrainingRun, training_dirs
 from experiments.study.console import fail, say
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import write_records, write_text
 from experiments.study.looks import look
-from experiments.study.records import write_records, write_text
 from rap_env.errors import RapError
 from rap_env.leaderboard.entries import ENTRIES, UNCHOSEN, Entry, Run, published_entries
 from rap_env.leaderboard.evaluation import Evaluation

@@ -17,7 +17,7 @@ from experiments.config.plain import LEVELS_SUFFIX
 from experiments.contexts import build_context, context_config, reject_table
 from experiments.launch import launch
 from experiments.study.console import say
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
 from rap_env.context.base import PruningContext

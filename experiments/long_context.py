@@ -15,11 +15,11 @@ from experiments.config import Config
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context, load_text, named_policy
 from experiments.launch import launch
-from experiments.study.figures import FAINT, Panel, draw_series, panel_figure
 from experiments.study.harness import Job, Study
-from experiments.study.records import Record
+from experiments.study.json_records import Record
+from experiments.study.plotting import FAINT, Panel, draw_series, panel_figure
 from experiments.study.statistics import Estimate, paired_difference, wilson_interval
-from experiments.study.tables import Table, TitledTable, crossed_table, percent, signed
+from experiments.study.table_format import Table, TitledTable, crossed_table, percent, signed
 from rap_env.artifacts import digest
 from rap_env.context.base import PruningContext
 from rap_env.errors import CorpusError

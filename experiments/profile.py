@@ -12,7 +12,7 @@ from typing import Any
 from experiments.config import Config
 from experiments.contexts import GSI_FILE, build_context, frontier_artifact
 from experiments.launch import launch
-from experiments.study.records import write_text
+from experiments.study.json_records import write_text
 from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores

@@ -17,12 +17,19 @@ import numpy.typing as npt
 from experiments.config import Config
 from experiments.contexts import build_context, load_texts, task_config
 from experiments.launch import launch
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
+from experiments.study.json_records import Cell, CellRecord, delta_nll_fields, request_field
 from experiments.study.looks import look, rank
-from experiments.study.records import Cell, CellRecord, delta_nll_fields, request_field
 from experiments.study.statistics import Estimate, stratified_mean
-from experiments.study.tables import Table, TitledTable, mebibytes, number, percent, shape_words
+from experiments.study.table_format import (
+    Table,
+    TitledTable,
+    mebibytes,
+    number,
+    percent,
+    shape_words,
+)
 from rap_env.context.live import LiveContext
 from rap_env.errors import counted
 from rap_env.memory import MemoryModel

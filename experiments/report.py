@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from experiments import live
-from experiments.comparison import figures, tables
-from experiments.comparison.loading import Records, gather
+from experiments.comparison import result_figures, result_tables
 from experiments.comparison.pairwise import pairwise_comparisons
+from experiments.comparison.run_records import Records, gather
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import learning_table
 from experiments.config import Config
 from experiments.explorer import PAGE as EXPLORER
 from experiments.launch import launch
 from experiments.study.console import say
-from experiments.study.errors import MissingGroupError
-from experiments.study.figures import Draw, save_png, svg_uri
+from experiments.study.experiment_errors import MissingGroupError
+from experiments.study.json_records import write_text
 from experiments.study.looks import look, short_label
-from experiments.study.records import write_text
-from experiments.study.tables import (
+from experiments.study.plotting import Draw, save_png, svg_uri
+from experiments.study.table_format import (
     TIMES,
     mebibytes,
     percent,
@@ -66,10 +66,10 @@ def report(config: Config, folder: Path) -> Path:
     page = folder / "index.html"
     write_page(page, **content(config.report["title"], data, folder / "figures"))
     if data.comparison:
-        write_text(folder / "tables.md", tables.tables_markdown(data.comparison))
+        write_text(folder / "tables.md", result_tables.tables_markdown(data.comparison))
         if data.comparison.lowers:
             write_text(folder / EXPLORER.name, EXPLORER.read_text(encoding="utf-8"))
-        say(f"\n{tables.terminal_text(data.comparison)}\n")
+        say(f"\n{result_tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
             say(f"{wrapped(finding)}\n")
     say(f"The report is {page}")
@@ -99,14 +99,14 @@ def content(title: str, data: Records, folder: Path) -> dict[str, Any]:
     chosen = _chosen(comparison, data.profile) if comparison else {}
     draw: dict[str, Draw] = {f"levels_{m}": picture for m, picture in chosen.items()}
     if compared and len(compared.cells) > len(compared.shapes):  # else its lines are points
-        draw["loss_against_budget"] = partial(figures.delta_nll_against_budget, compared)
+        draw["loss_against_budget"] = partial(result_figures.delta_nll_against_budget, compared)
     if data.profile:
-        draw["memory"] = partial(figures.memory_picture, data.profile["memory_shares"])
-    if figures.logged_curves(data.runs):
-        draw["learning_curves"] = partial(figures.learning_curves, data.runs)
+        draw["memory"] = partial(result_figures.memory_picture, data.profile["memory_shares"])
+    if result_figures.logged_curves(data.runs):
+        draw["learning_curves"] = partial(result_figures.learning_curves, data.runs)
     recording = live.recorded(data.root / "live")
     methods = {run.method for run in data.runs}
-    names = tables.method_names(comparison) if comparison else {}
+    names = result_tables.method_names(comparison) if comparison else {}
     by_name = {name: look(method) for name, method in names.items()}
     if recording:
         draw["live"] = partial(live.live_figure, recording)
@@ -128,7 +128,7 @@ def content(title: str, data: Records, folder: Path) -> dict[str, Any]:
         "recording": recording,
         "explorer": EXPLORER.name if compared and compared.lowers else None,
         "profile": data.profile,
-        "smoothed": figures.SMOOTHED_EPISODES,
+        "smoothed": result_figures.SMOOTHED_EPISODES,
         "trainings": learning_table(data.runs),
         "looks": {short_label(method): look(method) for method in methods} | by_name,
         "depends": comparison.rows[0].depends_on if comparison else {},
@@ -144,12 +144,12 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
     """Return the values of the template about a comparison."""
     return {
         "shapes": ", ".join(map(shape_words, comparison.shapes)),
-        "budgets": tables.budget_words(comparison),
+        "budgets": result_tables.budget_words(comparison),
         "model": f"the {comparison.reference_word} model",
         "pairs": counted(len(comparison.cells), "pair"),
         "accuracies": any(row.accuracies for row in comparison.rows),
-        "tables": tables.comparison_document(comparison),
-        "costs": tables.costs_table(comparison),
+        "tables": result_tables.comparison_document(comparison),
+        "costs": result_tables.costs_table(comparison),
     }
 
 
@@ -167,7 +167,7 @@ def _chosen(comparison: Comparison, profile: dict[str, Any] | None) -> dict[str,
         rows = [row for row in rows if row.seed == rows[0].seed]
         rows.sort(key=lambda row: (row.shape[0] * row.shape[1], -row.budget_bytes))
         lines = [
-            figures.LevelsLine(
+            result_figures.LevelsLine(
                 row.shape,
                 f"{shape_words(row.shape)}  {mebibytes(row.budget_bytes)} "
                 f"({percent(row.budget_fraction, 0)}"
@@ -177,7 +177,7 @@ def _chosen(comparison: Comparison, profile: dict[str, Any] | None) -> dict[str,
             for row in rows
         ]
         if lines:
-            pictures[method] = partial(figures.levels_picture, lines, num_layers)
+            pictures[method] = partial(result_figures.levels_picture, lines, num_layers)
     return pictures
 
 

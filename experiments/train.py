@@ -18,17 +18,17 @@ from agents.algorithms import AgentConfig
 from agents.checkpoint import latest_checkpoint
 from agents.trained_policy import TrainedPolicy
 from agents.training import TrainResult
-from experiments.comparison.evaluation import grid_requests
-from experiments.comparison.figures import LevelsLine, levels_picture
+from experiments.comparison.evaluation_cells import grid_requests
+from experiments.comparison.result_figures import LevelsLine, levels_picture
 from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer, make_ladder_bytes
 from experiments.launch import launch, swept_settings
 from experiments.study.console import say
-from experiments.study.figures import save_png
-from experiments.study.records import Cell, trim_metrics
+from experiments.study.json_records import Cell, trim_metrics
+from experiments.study.plotting import save_png
 from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import bootstrap_mean
-from experiments.study.tables import percent, shape_words
+from experiments.study.table_format import percent, shape_words
 from experiments.training.loggers import Loggers, open_loggers
 from experiments.training.score_model import learn
 from rap_env.context.base import PruningContext

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from experiments.comparison.summaries import Comparison
-from experiments.study.records import Cell
+from experiments.study.json_records import Cell
 from experiments.study.statistics import (
     Estimate,
     difference_p,

@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import QUALITY, ResultRow
+from experiments.comparison.result_rows import QUALITY, ResultRow
+from experiments.study.json_records import Cell
 from experiments.study.looks import look, rank
-from experiments.study.records import Cell
 from experiments.study.statistics import Estimate, bootstrap_mean
 from rap_env.errors import ArtifactError
 
@@ -31,7 +31,7 @@ class Summary:
         delta_nll_calibration: Mean ΔNLL on the calibration text, nats per token.
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
         quality: Means over cells and seeds of what all rows have of
-            `experiments.comparison.records.QUALITY`, by name.
+            `experiments.comparison.result_rows.QUALITY`, by name.
         evaluations: Mean number of masks scored for one request.
         setup_evaluations: Masks scored once, before any request.
         training_s: Mean seconds of training over seeds; None if not recorded.
@@ -70,8 +70,8 @@ class Comparison:
 
     Args:
         rows: Result rows, all measured on the same report text. Duplicates count once.
-        part: Part of the evaluation, one of `experiments.comparison.records.PARTS`; `other_part`
-            returns the others.
+        part: Part of the evaluation, one of `experiments.comparison.result_rows.PARTS`;
+            `other_part` returns the others.
 
     Raises:
         ArtifactError: There are no rows, they were measured on different texts or models, or two

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from experiments.comparison.summaries import Comparison
+from experiments.study.json_records import Cell
 from experiments.study.looks import look
-from experiments.study.records import Cell
 from experiments.study.statistics import paired_ratio
-from experiments.study.tables import Table, TitledTable, crossed_table, shape_words
+from experiments.study.table_format import Table, TitledTable, crossed_table, shape_words
 
 RATIO_TO = ("uniform", "knapsack", "greedy_per_byte")
 """Methods by whose ΔNLL that of each other method is divided."""

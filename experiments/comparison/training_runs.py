@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records
 from experiments.study.looks import short_label
-from experiments.study.records import read_records
 from experiments.study.run_folder import RunFolder, short_keys
-from experiments.study.tables import Table, columns_table, seconds
+from experiments.study.table_format import Table, columns_table, seconds
 
 TABLE_FILE = "score_table.json"
 """Name of the score table that a training used, in its run folder."""

@@ -15,18 +15,18 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import Count, Section, TextConfig
-from experiments.config.evaluation import EvaluateConfig
+from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.config.plain import PLAIN, completed, defaults
-from experiments.config.serving import ReplayConfig
-from experiments.config.studies import (
+from experiments.config.replay_settings import ReplayConfig
+from experiments.config.study_settings import (
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
     StubsConfig,
     TextsConfig,
 )
-from experiments.config.training import AgentConfig, EnvConfig, ModelConfig
-from experiments.study.errors import ExperimentError
+from experiments.config.training_settings import AgentConfig, EnvConfig, ModelConfig
+from experiments.study.experiment_errors import ExperimentError
 
 
 @dataclass

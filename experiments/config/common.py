@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hint
 
 from omegaconf import MISSING
 
-from experiments.study.errors import ExperimentError
-from experiments.study.records import Cell
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import Cell
 from rap_env.errors import check_name
 
 Rule = Callable[[str, Any], None]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments.config.common import Rule, among, ending, form, parse_shape, within
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.importance.level_costs import CACHE_LEVELS
 from rap_env.levels import CacheLevel

@@ -22,8 +22,8 @@ from experiments.contexts import build_context, held_out_scorer
 from experiments.ladder.loss_against_bytes import nats, report_identity
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
-from experiments.study.records import DeltaNLLRecord, delta_nll_fields
-from experiments.study.tables import TitledTable, columns_table
+from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
+from experiments.study.table_format import TitledTable, columns_table
 from rap_env.errors import ArtifactError
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts

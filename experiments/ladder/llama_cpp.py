@@ -22,11 +22,11 @@ from experiments.config import Config
 from experiments.contexts import build_context, held_out_scorer
 from experiments.ladder.loss_against_bytes import LlamaCppRow, report_identity, table_by_shape
 from experiments.launch import launch
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
-from experiments.study.records import Shape, delta_nll_fields, request_field
+from experiments.study.json_records import Shape, delta_nll_fields, request_field
 from experiments.study.run_folder import package_versions
-from experiments.study.tables import TitledTable
+from experiments.study.table_format import TitledTable
 from rap_env.models.files.sources import gguf_source
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer

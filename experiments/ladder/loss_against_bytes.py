@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.studies import LadderConfig
+from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, held_out_scorer, named_policy
-from experiments.study.figures import (
-    INK,
-    Panel,
-    draw_label,
-    panel_figure,
-    plain_log_ticks,
-    scale_delta_nll,
-)
 from experiments.study.harness import Job, Study
-from experiments.study.records import (
+from experiments.study.json_records import (
     DeltaNLLRecord,
     Record,
     RequestRecord,
@@ -28,7 +20,15 @@ from experiments.study.records import (
     delta_nll_fields,
     request_field,
 )
-from experiments.study.tables import Table, TitledTable, percent, shape_words
+from experiments.study.plotting import (
+    INK,
+    Panel,
+    draw_label,
+    panel_figure,
+    plain_log_ticks,
+    scale_delta_nll,
+)
+from experiments.study.table_format import Table, TitledTable, percent, shape_words
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts

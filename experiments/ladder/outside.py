@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from experiments.config import Config
-from experiments.config.studies import AS_SHIPPED, EMBEDDINGS
+from experiments.config.study_settings import AS_SHIPPED, EMBEDDINGS
 from experiments.contexts import build_context, held_out_scorer, named_policy
 from experiments.ladder.level_costs_by_model import linear_layers
 from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp, run_process
@@ -47,17 +47,17 @@ from experiments.ladder.outside_methods import (
     window_logits,
 )
 from experiments.launch import launch
-from experiments.study.figures import (
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import DeltaNLLRecord
+from experiments.study.plotting import (
     LINEAR_NATS,
     Panel,
     draw_label,
     panel_figure,
     scale_delta_nll,
 )
-from experiments.study.harness import Job, Study
-from experiments.study.records import DeltaNLLRecord
 from experiments.study.run_folder import package_versions
-from experiments.study.tables import TitledTable, columns_table, percent
+from experiments.study.table_format import TitledTable, columns_table, percent
 from rap_env.importance.level_scan import layer_influence
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from experiments.study.errors import ExperimentError
-from experiments.study.records import delta_nll_fields
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import delta_nll_fields
 from rap_env.blocks import block_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward

@@ -33,8 +33,8 @@ from experiments.ladder.llama_cpp import gguf_file
 from experiments.launch import launch
 from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
 from experiments.study.console import say
-from experiments.study.errors import ExperimentError
-from experiments.study.figures import save_png
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.plotting import save_png
 from experiments.study.run_folder import provenance
 from rap_env.errors import UnknownNameError
 from rap_env.models.files.sources import locate

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.config.serving import UNIFORM_SYSTEMS
-from experiments.study.figures import (
+from experiments.config.replay_settings import UNIFORM_SYSTEMS
+from experiments.study.json_records import Record
+from experiments.study.looks import KIND_COLOURS, look
+from experiments.study.plotting import (
     FAINT,
     INK,
     WIDE_IN,
     style,
 )
-from experiments.study.looks import KIND_COLOURS, look
-from experiments.study.records import Record
-from experiments.study.tables import percent
+from experiments.study.table_format import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from experiments.replay.workload import ReplayRequest, Workload, is_correct
-from experiments.study.records import append_record, read_records
+from experiments.study.json_records import append_record, read_records
 from rap_env.errors import NonFiniteScoreError
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch

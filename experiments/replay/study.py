@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.config.serving import ReplayConfig
+from experiments.config.replay_settings import ReplayConfig
 from experiments.contexts import load_text
 from experiments.replay.budgets import make_budget
 from experiments.replay.figures import LABELS, ReplayRow, memory_over_time
-from experiments.replay.harness import Interval, System, SystemRun
 from experiments.replay.quality import QualityEvaluator
+from experiments.replay.system_run import Interval, System, SystemRun
 from experiments.replay.systems import SystemFactory
 from experiments.replay.workload import make_workload
 from experiments.study.harness import Job, Study
 from experiments.study.statistics import bootstrap_mean, wilson_interval
-from experiments.study.tables import TitledTable, mebibytes, percent, seconds
+from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer

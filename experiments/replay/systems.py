@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from experiments.config import Config
-from experiments.config.serving import UNIFORM_SYSTEMS
+from experiments.config.replay_settings import UNIFORM_SYSTEMS
 from experiments.replay.budgets import Budget
-from experiments.replay.harness import System, SystemRun
+from experiments.replay.system_run import System, SystemRun
 from experiments.replay.workload import Workload
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.errors import ArtifactError, InfeasibleBudgetError
 from rap_env.memory import MemoryModel

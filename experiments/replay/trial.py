@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.study.figures import INK, style
-from experiments.study.tables import markdown
+from experiments.study.plotting import INK, style
+from experiments.study.table_format import markdown
 from rap_env.artifacts import atomic_write
 
 if TYPE_CHECKING:

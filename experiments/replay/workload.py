@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.config.serving import ReplayConfig
-from experiments.study.errors import ExperimentError
+from experiments.config.replay_settings import ReplayConfig
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.artifacts import digest
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import CorpusConfig

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import RecordedPlans
+from experiments.comparison.result_rows import RecordedPlans
 from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_texts, reject_table
 from experiments.launch import launch
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
-from experiments.study.records import Record
+from experiments.study.json_records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.tables import Table, TitledTable, crossed_table, relative_words
+from experiments.study.table_format import Table, TitledTable, crossed_table, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.plan import Plan

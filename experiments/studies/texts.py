@@ -20,11 +20,11 @@ from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import build_context, load_text, make_ladder_bytes
 from experiments.launch import launch
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study, measured
-from experiments.study.records import Record
+from experiments.study.json_records import Record
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.tables import Table, TitledTable, relative_words
+from experiments.study.table_format import Table, TitledTable, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import require_live

@@ -4,8 +4,8 @@ A study is one file with three things: a row type, a function that yields what t
 tables made from the rows. The rest is done here::
 
     from experiments.study.harness import Job, Study
-    from experiments.study.records import DeltaNLLRecord, RequestRecord, delta_nll_fields
-    from experiments.study.tables import TitledTable, columns_table
+    from experiments.study.json_records import DeltaNLLRecord, RequestRecord, delta_nll_fields
+    from experiments.study.table_format import TitledTable, columns_table
 
     @dataclass(frozen=True)
     class CacheRow(RequestRecord, DeltaNLLRecord):  # base classes have the usual fields
@@ -41,10 +41,10 @@ Where a study has rows of several types, `jobs` yields jobs of each type, and `S
 one object of all rows, to which tables and figures refer. Plans that a job lists with its `scorer`
 are scored together.
 
-- `records`: base classes of rows, and JSON lines
+- `json_records`: base classes of rows, and JSON lines
 - `run_folder`: settings and provenance of a run
-- `tables`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
-- `figures`: style, panels, series with intervals
+- `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
+- `plotting`: style, panels, series with intervals
 - `looks`: label and colour of each method
 - `statistics`: means, differences and ratios with intervals
 """

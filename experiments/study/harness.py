@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from experiments.config import Config
 from experiments.study.console import say
-from experiments.study.figures import save_png
-from experiments.study.records import Record, RowFile, row_key, write_text
+from experiments.study.json_records import Record, RowFile, row_key, write_text
+from experiments.study.plotting import save_png
 from experiments.study.run_folder import RunFolder, git_state
-from experiments.study.tables import TitledTable, document, terminal, wrapped
+from experiments.study.table_format import TitledTable, document, terminal, wrapped
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 

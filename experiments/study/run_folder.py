@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from experiments.config import Config
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_json, write_text
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_json, write_text
 
 PACKAGES = (
     "rap-env", "torch", "transformers", "numpy", "gymnasium", "stable-baselines3", "sb3-contrib",

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from experiments.config import Config
-from experiments.study.errors import ExperimentError, MissingGroupError
+from experiments.study.experiment_errors import ExperimentError, MissingGroupError
 from experiments.study.help import settings_of
-from experiments.study.records import append_record
+from experiments.study.json_records import append_record
 from experiments.study.run_folder import RunFolder, flatten
 
 

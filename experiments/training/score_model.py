@@ -28,7 +28,7 @@ from agents.training import train as train_agent
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.contexts import make_ladder_bytes
-from experiments.study.records import append_record, read_records
+from experiments.study.json_records import append_record, read_records
 from experiments.training.score_tables import (
     ROUNDS_FILE,
     importance_orders,

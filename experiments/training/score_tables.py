@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.comparison.records import ResultRow, rows_below
+from experiments.comparison.result_rows import ResultRow, rows_below
 from experiments.config import Config
 from experiments.contexts import FRONTIER_FILE
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_records
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records
 from rap_env.context.base import PruningContext
 from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from agents.algorithms import AgentConfig, make_model
+from agents.hyperparameters import AgentConfigError
 from agents.imitation import Demonstration, ImitationConfig, TeacherStates, imitate
-from agents.settings import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from agents.training import make_vector_env
 from rap_env.errors import UnknownNameError

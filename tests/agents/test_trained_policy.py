@@ -6,7 +6,7 @@ import torch
 
 from agents import trained_policy as policies
 from agents.algorithms import ALGORITHMS
-from agents.settings import AgentConfigError
+from agents.hyperparameters import AgentConfigError
 from agents.trained_policy import TrainedPolicy
 from rap_env.errors import ArtifactError, InfeasibleBudgetError, InvalidRequestError
 from rap_env.ladder.ladder_bytes import mask_bytes

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from benchmarks.decide import DecideSettings, main
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from tests.policies import made_ladder

@@ -10,7 +10,7 @@ import torch
 
 import benchmarks
 from benchmarks import engines
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from tests.models.tiny_gguf import write_tiny_gguf
 
 

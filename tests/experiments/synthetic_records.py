@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from experiments.comparison.records import ResultRow
+from experiments.comparison.result_rows import ResultRow
 from experiments.repair import RepairRow
-from experiments.study.records import append_record
+from experiments.study.json_records import append_record
 
 FIT_TEXTS = ("self", "wiki", "code")
 REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from experiments.compare import compare
-from experiments.comparison.loading import read_comparisons
-from experiments.config.evaluation import CompareConfig
-from experiments.study.errors import ExperimentError
-from experiments.study.records import append_record
+from experiments.comparison.run_records import read_comparisons
+from experiments.config.evaluation_settings import CompareConfig
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError
 from tests.experiments.synthetic_records import DEPENDS, make_row, make_rows
 from tests.programs import run_python

@@ -14,10 +14,10 @@ from omegaconf.errors import MissingMandatoryValue
 from agents.algorithms import ALGORITHMS
 from experiments.config import as_config
 from experiments.config.common import parse_shape
-from experiments.config.evaluation import EvaluateConfig
+from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import context_config
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import run_label
 from experiments.train import agent_config
 from rap_env.errors import RapError

@@ -6,8 +6,8 @@ import pytest
 
 from experiments import live
 from experiments.config.common import TextConfig
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.training import EnvConfig, ModelConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import EnvConfig, ModelConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan

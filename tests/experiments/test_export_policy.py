@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from agents.trained_policy import TrainedPolicy
-from experiments.config.evaluation import EvaluateConfig
+from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.profile import profile
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.train import train
 from rap_env.errors import ArtifactError
 from rap_env.plan import Plan

@@ -7,16 +7,16 @@ from dataclasses import replace
 import gymnasium as gym
 import pytest
 
-from experiments.comparison.evaluation import decision_scores
+from experiments.comparison.evaluation_cells import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.training import ModelConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import ModelConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
 from experiments.profile import profile
-from experiments.study.records import read_records
+from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_tables import recorded_scores

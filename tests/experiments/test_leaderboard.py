@@ -10,11 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from experiments.compare import compare
-from experiments.comparison.records import ResultRow
+from experiments.comparison.result_rows import ResultRow
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.evaluation import CompareConfig
-from experiments.config.training import AgentConfig, ModelConfig
+from experiments.config.evaluation_settings import CompareConfig
+from experiments.config.training_settings import AgentConfig, ModelConfig
 from experiments.leaderboard import (
     TASKS_FILE,
     check_entry,

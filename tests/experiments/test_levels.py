@@ -9,7 +9,7 @@ import pytest
 from experiments.config.common import TextConfig
 from experiments.contexts import build_context
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.plan import Plan

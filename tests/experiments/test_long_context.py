@@ -11,8 +11,8 @@ pytest.importorskip("lm_eval")
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.studies import LongContextConfig
-from experiments.config.training import ModelConfig
+from experiments.config.study_settings import LongContextConfig
+from experiments.config.training_settings import ModelConfig
 from experiments.contexts import build_context
 from experiments.long_context import (
     DOCUMENTS,
@@ -22,7 +22,7 @@ from experiments.long_context import (
     over_length,
     share_of,
 )
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS

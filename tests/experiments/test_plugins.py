@@ -10,8 +10,8 @@ import torch
 
 from agents.algorithms import AgentConfig
 from agents.checkpoint import checkpoint_of
-from agents.settings import AgentConfigError
-from experiments.comparison.records import ResultRow
+from agents.hyperparameters import AgentConfigError
+from experiments.comparison.result_rows import ResultRow
 from experiments.evaluate import evaluate
 from experiments.launch import launch
 from experiments.train import run_trial

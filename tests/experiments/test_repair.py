@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.config.common import TextConfig
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.studies import StubsConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.study_settings import StubsConfig
 from experiments.repair import (
     STUDY,
     RepairComparison,
@@ -17,9 +17,9 @@ from experiments.repair import (
     repair_jobs,
     repair_tables,
 )
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.looks import look
-from experiments.study.tables import TIMES
+from experiments.study.table_format import TIMES
 from rap_env.errors import ArtifactError, CorpusError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm

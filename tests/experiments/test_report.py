@@ -6,10 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments.comparison.figures import delta_nll_against_budget
-from experiments.comparison.loading import gather
-from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import (
+from experiments.comparison.result_figures import delta_nll_against_budget
+from experiments.comparison.result_tables import (
     accuracy_table,
     delta_nll_table,
     difference_table,
@@ -18,9 +16,11 @@ from experiments.comparison.tables import (
     tables_markdown,
     terminal_text,
 )
+from experiments.comparison.run_records import gather
+from experiments.comparison.summaries import Comparison
 from experiments.config import Config
 from experiments.report import findings, report
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.looks import look
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import FACTORS, make_row, make_rows

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison.evaluation import check_names
-from experiments.comparison.records import ResultRow
+from experiments.comparison.evaluation_cells import check_names
+from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import training_dirs
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.studies import LadderConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.profile import profile
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_records, record_files
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records, record_files
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from rap_env.errors import InfeasibleBudgetError, UnknownNameError

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from experiments.config.common import parse_pinned
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.training import EnvConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import EnvConfig
 from experiments.contexts import build_context, make_ladder_bytes
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid
 from rap_env.policies.method import Basis
 from rap_env.policies.uniform import Uniform

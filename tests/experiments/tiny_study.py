@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.training import AgentConfig, ModelConfig
+from experiments.config.training_settings import AgentConfig, ModelConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],

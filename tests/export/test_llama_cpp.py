@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study.records import read_records
+from experiments.study.json_records import read_records
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.export.llama_cpp import (
     BATCHES,

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 
 from experiments.compare import compare
-from experiments.comparison.evaluation import evaluation_cells, grid_requests
-from experiments.comparison.loading import gather
-from experiments.comparison.records import ResultRow
+from experiments.comparison.evaluation_cells import evaluation_cells, grid_requests
+from experiments.comparison.result_rows import ResultRow
+from experiments.comparison.run_records import gather
 from experiments.config.common import parse_pinned
-from experiments.config.evaluation import CompareConfig, EvaluateConfig
-from experiments.config.training import EnvConfig
+from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig
+from experiments.config.training_settings import EnvConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.evaluate import evaluate
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError
 from rap_env.plan import Plan
 from rap_env.request import Request

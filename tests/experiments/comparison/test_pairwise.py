@@ -8,9 +8,9 @@ from experiments.comparison.pairwise import (
     compare_pair,
     pairwise_comparisons,
 )
-from experiments.comparison.records import PARTS
+from experiments.comparison.result_rows import PARTS
+from experiments.comparison.result_tables import difference_table, tables_markdown
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import difference_table, tables_markdown
 from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import WINDOWS, make_row
 

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.comparison import figures
-from experiments.comparison.figures import LevelsLine, levels_picture
-from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import (
+from experiments.comparison import result_figures
+from experiments.comparison.result_figures import LevelsLine, levels_picture
+from experiments.comparison.result_tables import (
     budget_words,
     delta_nll_table,
     removed_table,
     terminal_text,
 )
+from experiments.comparison.summaries import Comparison
 from experiments.comparison.tight_tables import ratio_table, target_table, tight_document
-from experiments.study.figures import svg_uri
-from experiments.study.tables import shape_words
+from experiments.study.plotting import svg_uri
+from experiments.study.table_format import shape_words
 from rap_env.plan import Plan
 from tests.experiments.synthetic_records import LAYERS, make_row
 
@@ -117,7 +117,7 @@ def test_figures_are_drawn(comparison):
     assert labels[0].startswith(shape_words((1, 128)))
     assert "~0.1" in labels[0]
     assert svg_uri(figure).startswith("data:image/svg+xml")
-    lines = figures.delta_nll_against_budget(comparison)
+    lines = result_figures.delta_nll_against_budget(comparison)
     for axis, budgets in zip(lines.axes, BUDGETS.values(), strict=False):
         left, right = axis.get_xlim()
         assert left > 100 * max(budgets) > 100 * min(budgets) > right

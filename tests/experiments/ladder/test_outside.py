@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.studies import LadderConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.ladder import outside
 from experiments.ladder.llama_cpp_process import LlamaCpp
@@ -25,7 +25,7 @@ from experiments.ladder.outside_methods import (
     replace_me,
     window_logits,
 )
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.studies import LadderConfig
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
 from experiments.ladder.level_costs_by_model import LevelCostRow, with_start
@@ -21,7 +21,7 @@ from experiments.ladder.loss_against_bytes import (
     ladder_jobs,
     uniform_settings,
 )
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels
 from rap_env.memory import MemoryModel

@@ -17,9 +17,9 @@ from experiments.ladder.loss_against_bytes import (
     pareto,
 )
 from experiments.ladder.outside import OutsideRow, loss_at_equal_bytes, outside_tables
-from experiments.study.figures import style
-from experiments.study.records import request_field
-from experiments.study.tables import TIMES
+from experiments.study.json_records import request_field
+from experiments.study.plotting import style
+from experiments.study.table_format import TIMES
 
 MIB = 2**20
 PROVENANCE = {"depends_on": {"dtype": "bfloat16"}, "git": None}

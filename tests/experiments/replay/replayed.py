@@ -7,8 +7,8 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.serving import ReplayConfig
-from experiments.config.training import ModelConfig
+from experiments.config.replay_settings import ReplayConfig
+from experiments.config.training_settings import ModelConfig
 from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm

@@ -11,7 +11,7 @@ from experiments.config import Config
 from experiments.replay import cgroup
 from experiments.replay.cgroup import MemoryGroup, command_of
 from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.models.files.sources import Located
 from rap_env.runtime.memory_meter import resident_bytes

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.config.serving import ReplayConfig
+from experiments.config.replay_settings import ReplayConfig
 from experiments.replay.budgets import Budget
-from experiments.replay.harness import Interval, ReplayClock
 from experiments.replay.study import sampled_steps
+from experiments.replay.system_run import Interval, ReplayClock
 from experiments.replay.systems import MeasuredPolicy, OraclePolicy, SystemFactory
 from experiments.replay.workload import is_correct, known_answers, make_workload
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.context.live import LiveContext
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm

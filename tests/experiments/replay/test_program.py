@@ -8,12 +8,12 @@ import torch
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.serving import MASK_SYSTEMS, ReplayConfig
+from experiments.config.replay_settings import MASK_SYSTEMS, ReplayConfig
 from experiments.contexts import load_text
 from experiments.replay.study import STUDY
 from experiments.replay.workload import make_workload
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_records
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records
 from rap_env.errors import RapError, UnknownNameError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.config.serving import ReplayConfig
+from experiments.config.replay_settings import ReplayConfig
 from experiments.replay.workload import GENERATED_SHARE, read_arrivals, sample_arrivals
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.workload.traces import AZURE_CONV, TraceError
 
 DEFAULTS = {

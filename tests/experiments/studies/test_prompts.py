@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.comparison.records import RecordedPlans
+from experiments.comparison.result_rows import RecordedPlans
 from experiments.config.common import TextConfig
-from experiments.config.studies import PromptsConfig
-from experiments.config.training import ModelConfig
+from experiments.config.study_settings import PromptsConfig
+from experiments.config.training_settings import ModelConfig
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
-from experiments.study.errors import ExperimentError
-from experiments.study.records import append_record
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import append_record
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.text_kinds import TextKinds
 from rap_env.memory import MemoryModel

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.config.common import parse_pinned
-from experiments.config.studies import TextConfig, TextsConfig
-from experiments.config.training import EnvConfig, ModelConfig
+from experiments.config.study_settings import TextConfig, TextsConfig
+from experiments.config.training_settings import EnvConfig, ModelConfig
 from experiments.studies import texts as program
 from experiments.studies.texts import (
     ALL,
@@ -21,7 +21,7 @@ from experiments.studies.texts import (
     kendall_tau,
     text_jobs,
 )
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from rap_env.context import opening
 from rap_env.errors import CorpusError, InfeasibleBudgetError
 from rap_env.importance.level_costs import LevelCosts

@@ -8,11 +8,16 @@ from functools import partial
 import pytest
 
 from experiments.config import Config
-from experiments.study.errors import ExperimentError
-from experiments.study.figures import Panel, draw_series, panel_figure
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
-from experiments.study.records import DeltaNLLRecord, RequestRecord, delta_nll_fields, request_field
-from experiments.study.tables import TitledTable, columns_table, crossed_table
+from experiments.study.json_records import (
+    DeltaNLLRecord,
+    RequestRecord,
+    delta_nll_fields,
+    request_field,
+)
+from experiments.study.plotting import Panel, draw_series, panel_figure
+from experiments.study.table_format import TitledTable, columns_table, crossed_table
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.evaluation import decision_scores
-from experiments.comparison.records import ResultRow
+from experiments.comparison.evaluation_cells import decision_scores
+from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.training import (
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import (
     AgentConfig,
     EnvConfig,
     ModelConfig,
@@ -23,8 +23,8 @@ from experiments.contexts import (
 )
 from experiments.evaluate import evaluate
 from experiments.profile import profile
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_records
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_model import demonstrations, draw_requests, make_envs

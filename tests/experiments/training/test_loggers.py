@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from experiments.config import Config
-from experiments.config.training import AgentConfig, ModelConfig
-from experiments.study.errors import ExperimentError
+from experiments.config.training_settings import AgentConfig, ModelConfig
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.help import settings_of
-from experiments.study.records import read_records
+from experiments.study.json_records import read_records
 from experiments.study.run_folder import flatten
 from experiments.training.loggers import (
     has_login,

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.comparison.evaluation import grid_requests
+from experiments.comparison.evaluation_cells import grid_requests
 from experiments.config.common import TextConfig
-from experiments.config.evaluation import EvaluateConfig
+from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import build_context
-from experiments.study.records import read_records
+from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import objective, run_trial
 from rap_env.errors import CorpusError

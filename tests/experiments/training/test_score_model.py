@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
-from experiments.config.evaluation import EvaluateConfig
-from experiments.config.training import (
+from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import (
     AgentConfig,
 )
 from experiments.contexts import build_context
 from experiments.profile import profile
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_records
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import train
 from experiments.training.score_model import demonstrations

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from sb3_contrib import MaskablePPO
 
 from agents.algorithms import Algorithm
+from agents.hyperparameters import PPOHyperparameters, Range
 from agents.sb3_policies import MaskableBlockwisePolicy
-from agents.settings import PPOHyperparameters, Range
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from experiments.config.common import (
 )
 from experiments.config.plain import Setting, completed
 from experiments.ladder.llama_cpp_process import FILE_TYPES
-from experiments.study.records import Cell
+from experiments.study.json_records import Cell
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.repair.config import REPAIRS

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from experiments.comparison.pairwise import pairwise_comparisons
-from experiments.comparison.records import ResultRow
+from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mean_quality
 from experiments.comparison.tight_tables import tight_document
+from experiments.study.json_records import Cell
 from experiments.study.looks import look, rank
-from experiments.study.records import Cell
 from experiments.study.statistics import bootstrap_mean
-from experiments.study.tables import (
+from experiments.study.table_format import (
     Table,
     TitledTable,
     columns_table,

@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from agents.settings import (
+from agents.hyperparameters import (
     HYPERPARAMETERS,
     AgentConfigError,
     DQNHyperparameters,

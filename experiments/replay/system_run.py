@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from experiments.config.serving import ReplayConfig
+from experiments.config.replay_settings import ReplayConfig
 from experiments.replay.budgets import Budget
 from experiments.replay.workload import ReplayRequest, Workload
 from rap_env.errors import InfeasibleBudgetError, QueueFullError

@@ -14,10 +14,10 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.summaries import REFERENCE
 from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, training_dirs
 from experiments.config import Config
-from experiments.config.evaluation import EvaluateConfig
+from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import make_ladder_bytes
-from experiments.study.errors import ExperimentError
-from experiments.study.records import Cell
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import Cell
 from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes

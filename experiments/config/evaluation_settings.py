@@ -24,8 +24,8 @@ from experiments.config.common import (
     some,
 )
 from experiments.config.plain import TASKS, completed, defaults
-from experiments.study.errors import ExperimentError
-from experiments.study.records import Cell
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import Cell
 
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""

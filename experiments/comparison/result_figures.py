@@ -10,7 +10,9 @@ import numpy as np
 
 from experiments.comparison.summaries import Comparison
 from experiments.comparison.training_runs import TrainingRun
-from experiments.study.figures import (
+from experiments.study.json_records import Shape
+from experiments.study.looks import LEVEL_COLOURS, look, short_label
+from experiments.study.plotting import (
     FAINT,
     INK,
     Panel,
@@ -19,9 +21,7 @@ from experiments.study.figures import (
     plain_log_ticks,
     style,
 )
-from experiments.study.looks import LEVEL_COLOURS, look, short_label
-from experiments.study.records import Shape
-from experiments.study.tables import shape_words
+from experiments.study.table_format import shape_words
 from rap_env.blocks import block_name
 from rap_env.plan import EMBEDDINGS, cache_name
 

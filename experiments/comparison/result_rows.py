@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.study.errors import ExperimentError
-from experiments.study.records import CellRecord, record_files
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import CellRecord, record_files
 from rap_env.artifacts import digest
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

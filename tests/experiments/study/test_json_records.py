@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison.records import ResultRow
+from experiments.comparison.result_rows import ResultRow
+from experiments.comparison.result_tables import accuracy_table
 from experiments.comparison.summaries import Comparison
-from experiments.comparison.tables import accuracy_table
-from experiments.study.records import (
+from experiments.study.json_records import (
     append_record,
     read_records,
     row_key,

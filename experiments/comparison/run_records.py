@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.records import PARTS, ResultRow
+from experiments.comparison.result_rows import PARTS, ResultRow
 from experiments.comparison.summaries import Comparison, check_equal
 from experiments.comparison.training_runs import TrainingRun
-from experiments.study.errors import ExperimentError
-from experiments.study.records import read_json, record_files
+from experiments.study.experiment_errors import ExperimentError
+from experiments.study.json_records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 
 _EQUAL = ("model_fingerprint", "dtype", "repair", "calibration_sha256", "report_sha256")

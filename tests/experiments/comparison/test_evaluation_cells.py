@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 
 from experiments.compare import compare
-from experiments.comparison.evaluation import (
+from experiments.comparison.evaluation_cells import (
     evaluation_cells,
 )
-from experiments.comparison.loading import read_comparisons
-from experiments.comparison.records import ResultRow
-from experiments.config.evaluation import CompareConfig, EvaluateConfig
+from experiments.comparison.result_rows import ResultRow
+from experiments.comparison.run_records import read_comparisons
+from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
-from experiments.study.errors import ExperimentError
+from experiments.study.experiment_errors import ExperimentError
 from experiments.train import train
 from rap_env.plan import Plan
 from rap_env.request import Request
