@@ -55,11 +55,19 @@ for page in generate.marked_pages():
 
 def test_the_page_of_contributors_has_the_layers_of_the_package():
     text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
-    rows = [set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| \d+ \|.*", text, re.M)]
-    assert rows[0] <= set(LAYERS[0])
-    assert [row | {"__init__"} for row in rows[1:]] == [
-        {*layer, "__init__"} for layer in LAYERS[1:]
-    ]
+    shown: list[set[str]] = []
+    for number, names, file in re.findall(r"^\| *(\d*) *\| (.*?) \|.*\| `(.*)` \|$", text, re.M):
+        if number:
+            shown.append(set())
+        shown[-1] |= set(re.findall(r"`(\w+)`", names))
+        assert (ROOT / file).is_file()
+    assert len(shown) == len(LAYERS)
+    for names, layer in zip(shown, LAYERS, strict=True):
+        assert names <= set(layer)
+        assert {name for name in layer if (ROOT / "rap_env" / name).is_dir()} <= names
+    for way in re.findall(r"^- \*\*.*\n(?:  .*\n)*", text, re.M):
+        for file in re.findall(r"`([a-z_/]+(?:\.py|/))`", way):
+            assert (ROOT / "rap_env" / file).exists()
 
 
 def test_the_readme_says_of_its_picture_what_the_record_has():
