@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -216,8 +217,8 @@ class Ladder:
 
     def count_sharers(self, positions: Sequence[int]) -> Sharers:
         """The numbers of a plan, from the positions of its levels, (items,)."""
-        levels = zip(self.sharers, positions, strict=True)
-        return Sharers(*map(sum, zip(*(item[position] for item, position in levels), strict=True)))
+        each = map(operator.getitem, self.sharers, positions)
+        return Sharers(*map(sum, zip(*each, strict=True)))
 
     @cached_property
     def native_sharers(self) -> Sharers:
