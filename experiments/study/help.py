@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
 
 import yaml
 
+from experiments.config import Config
+from experiments.config.plain import PLAIN
 from experiments.study.run_folder import flatten
 
 MODEL = ("model", "scoring", "calibration", "importance", "repair", "store", "threads")
@@ -64,7 +68,22 @@ def help_text(
             lines += [f"  {name}.{key}={_short(value)}" for key, value in shown.items()]
         else:
             lines.append(f"  {name}={_short(shown)}")
-    return "\n".join([*lines, "", "The classes in experiments/config say what each of them is."])
+    return "\n".join([*lines, "", textwrap.fill(_explained(names), _WIDTH, break_on_hyphens=False)])
+
+
+def _explained(names: Sequence[str]) -> str:
+    """Say in which file each of some sections and settings is explained."""
+    types = get_type_hints(Config)
+    files = defaultdict(list)
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        kind = types[name] if is_dataclass(types[name]) else Config
+        module = "experiments.config.plain" if name in PLAIN else kind.__module__
+        files[module.removeprefix("experiments.config").lstrip(".") or "__init__"].append(name)
+    places = "; ".join(f"{file}.py: {', '.join(sections)}" for file, sections in files.items())
+    return (
+        f"Each setting is explained beside its default in experiments/config ({places}), options "
+        "such as agent=dqn in conf/agent and conf/choices.yaml. docs/training.md has examples."
+    )
 
 
 def _short(value: Any) -> str:

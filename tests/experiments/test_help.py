@@ -1,9 +1,11 @@
 """``--help`` lists what a program reads, and a misspelt setting gets one sentence."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+import experiments.config
 from experiments.launch import _composed, _mistake, register_program
 from experiments.study.help import READS, guess, help_text, settings_of
 from tests.programs import run_python
@@ -19,6 +21,12 @@ def test_the_help_of_a_program_is_short_and_its_settings_exist(program):
     lines = help_text(settings_of(program), values, groups).splitlines()
     assert len(lines) <= MOST_LINES - 4, "the program's name and usage come before"
     assert "  name=" in "\n".join(lines)
+    places = re.search(r"experiments/config \((.*?)\),", " ".join(lines))
+    for place in places[1].split("; "):
+        file, names = place.split(": ")
+        text = (Path(experiments.config.__file__).parent / file).read_text()
+        explained = {"calibration": "TextConfig", "env": "EnvConfig", "model": "ModelConfig"}
+        assert all(explained.get(name, name) in text for name in names.split(", "))
 
 
 def test_a_line_gives_a_setting_as_a_command_does():
