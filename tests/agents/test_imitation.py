@@ -3,32 +3,54 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.algorithms import AgentConfig, make_model
 from agents.hyperparameters import AgentConfigError
 from agents.imitation import Demonstration, ImitationConfig, TeacherStates, imitate
 from agents.trained_policy import TrainedPolicy
-from agents.training import make_vector_env
+from rap_env.context.base import item_order
 from rap_env.errors import UnknownNameError
 from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
+from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
-from tests.agents.synthetic import ONE_OF_EACH_KIND, make_envs
+from tests.agents.ladders import LadderContext, encoder_of
+from tests.agents.policies import encoder_for, lowers, requests_for, untrained
+from tests.agents.synthetic import ONE_OF_EACH_KIND
 
 MASKS = [(1, 4, 7), (0, 2, 9, 10), (3, 5), (2, 6, 8, 11), (10,)]
 SHAPES = [(1, 10), (16, 2000), (2, 100), (8, 500), (4, 4000)]
 QUICK = ImitationConfig(updates=300, batch_size=64)
 
 
+def demonstrated(context, pairs):
+    """Plans for requests whose budgets are met by all of their steps."""
+    return [
+        Demonstration(replace(r, budget_bytes=context.memory.peak_bytes(plan, r)), plan)
+        for r, plan in pairs
+        if plan
+    ]
+
+
+def masks_of(context):
+    """Masks that no search would find."""
+    requests = [Request(*shape, budget_bytes=1) for shape in SHAPES]
+    masks = [Plan.removing(*blocks) for blocks in MASKS]
+    return demonstrated(context, zip(requests, masks, strict=True))
+
+
+def greedy_plans(context):
+    """Plans of the greedy order over items, which observations show."""
+    ladder_bytes = encoder_of(context).ladder_bytes
+    steps, pairs = item_order(context, ladder_bytes).steps, []
+    for request in requests_for(context)[::4]:
+        costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
+        pairs.append((request, costs.lower_until_fits(steps, request.budget_bytes)))
+    return demonstrated(context, pairs)
+
+
 @pytest.fixture
 def teacher(context):
-    """Masks that no search would find; the budget of each request is met by all of its mask."""
-    shown = []
-    for blocks, shape in zip(MASKS, SHAPES, strict=True):
-        mask = Plan.removing(*blocks)
-        request = Request(*shape, context.memory.peak_bytes(mask, Request(*shape, 1)))
-        shown.append(Demonstration(request, mask))
-    return shown
+    return masks_of(context)
 
 
 @pytest.fixture
@@ -36,23 +58,29 @@ def builder(context):
     return ObservationEncoder(mask_bytes(context.memory), context.features)
 
 
-def new_model(name, context, **settings):
-    settings = {"n_envs": 2, "policy_settings": {"block_vectors": 8}, **settings}
-    config = AgentConfig(name, **settings)
-    return make_model(config, make_vector_env(config, make_envs(context)))
-
-
-def weights(model):
-    return torch.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
-
-
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
-def test_the_policy_matches_its_teacher(context, builder, teacher, name):
-    model = new_model(name, context, normalize_reward=False)
-    result = imitate(model, teacher, builder, QUICK, progress=False)
+def test_the_policy_matches_its_teacher(any_context, name):
+    shown = (greedy_plans if lowers(any_context) else masks_of)(any_context)
+    builder, model = encoder_for(any_context), untrained(name, any_context, block_vectors=8)
+    result = imitate(model, shown, builder, QUICK, progress=False)
     policy = TrainedPolicy(model.policy, builder)
-    assert [policy.choose(one.request) for one in teacher] == [one.plan for one in teacher]
+    assert [policy.choose(each.request) for each in shown] == [each.plan for each in shown]
     assert result.agreement > 0.99
+
+
+@pytest.mark.slow
+def test_a_teacher_whose_plans_the_ladder_cannot_reach_is_followed_as_far_as_possible():
+    """The knapsack lowers single caches to int8, which the ladder lowers together."""
+    context = LadderContext()
+    builder, knapsack = encoder_of(context), KnapsackPolicy(context.memory, context.costs)
+    shown = demonstrated(context, [(r, knapsack.choose(r)) for r in requests_for(context)])
+    assert any(len(set(builder.ladder.positions(each.plan)[6:9])) > 1 for each in shown)
+    model = untrained("maskable_ppo", context, block_vectors=8)
+    assert imitate(model, shown, builder, QUICK, progress=False).agreement > 0.9
+    policy = TrainedPolicy(model.policy, builder)
+    losses = [context.scorer.loss(policy.choose(each.request)) for each in shown]
+    teacher = [context.scorer.loss(each.plan) for each in shown]
+    assert sum(losses) < 1.5 * sum(teacher)
 
 
 def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, teacher):
@@ -71,7 +99,7 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
 
 
 def test_imitation_does_not_train_values(context, builder, teacher):
-    model = new_model("ppo", context)
+    model = untrained("ppo", context, block_vectors=8)
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
     imitate(model, teacher, builder, replace(QUICK, updates=20), progress=False)
     after = list(model.policy.mlp_extractor.critic.parameters())
@@ -79,7 +107,7 @@ def test_imitation_does_not_train_values(context, builder, teacher):
 
 
 def test_unsupported_imitation_is_rejected(context, builder, teacher):
-    model = new_model("ppo", context)
+    model = untrained("ppo", context, block_vectors=8)
     idle = [Demonstration(teacher[0].request, Plan())]
     with pytest.raises(AgentConfigError, match="none of 1 demonstrations"):
         imitate(model, idle, builder)

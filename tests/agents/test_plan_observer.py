@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from agents.plan_observer import PlanObserver
+from rap_env.errors import InvalidRequestError
 from rap_env.ladder.features import ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
@@ -11,6 +12,7 @@ from rap_env.ladder.observation import ObservationEncoder, ObservedState
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
+from tests.agents.policies import encoder_for
 from tests.policies.test_knapsack import facts
 
 TOGETHERS = [(), ("int8", "int4"), ("int8", "int4", "int4-window512"), ("int4",)]
@@ -28,12 +30,17 @@ def encoder_of(together=(), layers=3) -> ObservationEncoder:
 
 
 def requests_of(builder) -> list[Request]:
-    return [Request.at_fraction(builder.ladder_bytes.memory, b, n, f) for b, n, f in SHAPES]
+    memory = builder.ladder_bytes.memory
+    longest = memory.facts.max_positions
+    return [Request.at_fraction(memory, b, min(n, longest), f) for b, n, f in SHAPES]
 
 
-@pytest.mark.parametrize("together", TOGETHERS, ids=str)
-def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
-    builder = encoder_of(together)
+@pytest.mark.parametrize("items", [*TOGETHERS, "context", "repaired_context"], ids=str)
+def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(request, items):
+    if isinstance(items, str):
+        builder = encoder_for(request.getfixturevalue(items))
+    else:
+        builder = encoder_of(items)
     requests = requests_of(builder)
     observer, rng = PlanObserver(builder, requests), np.random.default_rng(1)
     which = rng.integers(len(requests), size=12)
@@ -56,7 +63,12 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(together):
                 one.lower(action)
         state = observer.act(which, state, actions)
         visited |= set(map(tuple, state.tolist()))
-    assert len(visited) > 100
+    assert len(visited) > (30 if isinstance(items, str) else 100)
+
+
+def test_a_request_that_cannot_be_served_is_rejected():
+    with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
+        PlanObserver(encoder_of(), [Request(1, 5000, 10**9)])
 
 
 def target_of(builder, levels) -> np.ndarray:

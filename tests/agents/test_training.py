@@ -18,6 +18,7 @@ from rap_env.errors import ArtifactError, StorageFullError
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
+from tests.agents.ladders import SPEC, LadderContext
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import make_envs, request_at
 
@@ -175,6 +176,14 @@ def test_a_warm_start_happens_once(tmp_path, context):
     assert torch.cat(values).sub(0.01).abs().max() < 0.05  # a few steps from where it began
     train(short(steps=64), make_envs(context), tmp_path, **settings)
     assert calls == [0]
+
+
+def test_resuming_with_another_ladder_is_rejected(tmp_path):
+    context = LadderContext()
+    train(short(steps=32), envs_for(context), tmp_path, progress=False)
+    other = envs_for(context, spec={**SPEC, "together": []})
+    with pytest.raises(ArtifactError, match="ladder=.*'int8', 'int4'.* cannot resume with ladder="):
+        train(short(), other, tmp_path, progress=False)
 
 
 def test_resuming_on_another_model_is_rejected(tmp_path, context, real_context):

@@ -10,7 +10,6 @@ from experiments.comparison.result_figures import delta_nll_against_budget
 from experiments.comparison.result_tables import (
     accuracy_table,
     delta_nll_table,
-    difference_table,
     quality_table,
     summary_table,
     tables_markdown,
@@ -65,16 +64,6 @@ def test_a_mean_is_over_cells_that_all_methods_have():
     whole = next(s for s in Comparison(make_rows()).summaries if s.method == "knapsack")
     part = next(s for s in compared.summaries if s.method == "knapsack")
     assert part.delta_nll.mean < whole.delta_nll.mean, "the tightest budget is left out for all"
-
-
-def test_differences_are_paired_and_tested(comparison):
-    header, rows = difference_table(comparison, "maskable_ppo")
-    pairwise_comparisons = {row[0]: row[-1] for row in rows}
-    assert header[0] == "Compared with"
-    assert pairwise_comparisons["Greedy per byte"] == "worse"
-    assert pairwise_comparisons["Random"] == "better"
-    assert pairwise_comparisons["Attention only"] == "better*", "it misses budgets"
-    assert "MaskablePPO" not in pairwise_comparisons
 
 
 def test_tables_mark_masks_that_do_not_fit(comparison):

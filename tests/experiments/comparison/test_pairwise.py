@@ -8,10 +8,8 @@ from experiments.comparison.pairwise import (
     compare_pair,
     pairwise_comparisons,
 )
-from experiments.comparison.result_rows import PARTS
-from experiments.comparison.result_tables import difference_table, tables_markdown
+from experiments.comparison.result_tables import difference_table
 from experiments.comparison.summaries import Comparison
-from rap_env.errors import ArtifactError
 from tests.experiments.synthetic_records import WINDOWS, make_row
 
 CELLS = [((1, 128), budget) for budget in (0.9, 0.8, 0.7)] + [((8, 2048), 0.9)]
@@ -86,21 +84,3 @@ def test_the_main_policy_is_not_chosen_by_report_text():
         rows_of("maskable_ppo", [0.8] * 4, seeds=(0,), calibration_delta_nll=0.4),
     )
     assert both.main_policy.method == "maskable_ppo"
-
-
-def test_parts_are_distinguished():
-    rows = rows_of("gsi", [1.0] * 4)
-    rows += rows_of("gsi", [2.0] * 4, sparsity=0.1) + rows_of("gsi", [3.0] * 4, outside=True)
-    whole = Comparison(rows)
-    parts = [whole if part == "grid" else whole.other_part(part) for part in PARTS]
-    assert [part.summaries[0].delta_nll.mean for part in parts] == pytest.approx([1.0, 2.0, 3.0])
-    page = tables_markdown(whole)
-    assert page.index("# At fixed sparsity") < page.index("# Outside the training range")
-    assert Comparison(rows_of("gsi", [1.0] * 4)).other_part("outside") is None
-
-
-def test_rows_that_contradict_each_other_are_rejected():
-    row = make_row("gsi", (1, 128), 0.9)
-    assert len(Comparison([row, row]).rows) == 1
-    with pytest.raises(ArtifactError, match="have different masks or plans"):
-        Comparison([row, make_row("gsi", (1, 128), 0.9, mask=["layer00.ffn"])])
