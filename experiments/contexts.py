@@ -38,11 +38,6 @@ GSI_FILE = "gsi.json"
 FRONTIER_FILE = "frontier.json"
 
 
-def gsi_artifact(config: Config) -> Path:
-    """Return the path of this comparison's GSI artifact, which its profile writes."""
-    return config.stage_dir("profile") / GSI_FILE
-
-
 def frontier_artifact(config: Config) -> Path:
     """Return the path of this comparison's frontier table, which its profile writes."""
     return config.stage_dir("profile") / FRONTIER_FILE
@@ -57,7 +52,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
             that agents are evaluated with the same numbers that they were trained with.
     """
     importance = config.importance["method"]
-    artifact = gsi_artifact(config)
+    artifact = config.stage_dir("profile") / GSI_FILE
     of_blocks = not config.env.lowers  # the profile measures GSI over blocks
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
         importance = str(artifact)

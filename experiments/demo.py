@@ -69,7 +69,8 @@ def demo(config: Config, folder: Path) -> Path:
         say(f"\n[{number}/5] {text}  ({time.monotonic() - started:.0f} s)")
 
     stage(1, f"{config.model.name} answers a question")
-    training = training_config(config)
+    on_table = replace(config.model, name=config.demo["table"], device="auto", dtype="auto")
+    training = replace(config, stage="train", model=on_table, store=None)
     table, model = open_context(context_config(training)), build_context(config)
     context = JudgingContext(table, model)
     say(f"  {config.demo['question']}\n  {answer(context.llm, config.demo['question'])}")
@@ -105,12 +106,6 @@ def demo(config: Config, folder: Path) -> Path:
     say(f"\nNext:\n  rap choose --policy {policy_file} --batch 8 --seq 2048 --budget 128MiB")
     say(f"  rap serve --policy {policy_file} --memory 600MiB")
     return page
-
-
-def training_config(config: Config) -> Config:
-    """Return the settings of the training: on the score table, which fixes all about the model."""
-    model = replace(config.model, name=config.demo["table"], device="auto", dtype="auto")
-    return replace(config, stage="train", model=model, store=None)
 
 
 def answer(llm: ElasticLLM, question: str) -> str:

@@ -7,28 +7,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.common import parse_shape
 from experiments.config.plain import LEVELS_SUFFIX
-from experiments.contexts import build_context, context_config, reject_table
+from experiments.contexts import build_context
 from experiments.launch import launch
 from experiments.study.console import say
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
-from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
-from rap_env.context.opening import open_context, require_live
+from rap_env.context.opening import require_live
 from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
 from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
 from rap_env.memory import MemoryModel
-from rap_env.model_facts import ModelFacts
+from rap_env.models.files.loading import load_llm
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import FACTS_VERSION
 from rap_env.request import Request
@@ -56,13 +54,16 @@ def levels(config: Config, folder: Path) -> Path:
     run.start(config, frozen=("model", "calibration", *frozen))
     context = require_live(build_context(config, profiled=False))
     settings, path = config.levels, folder / COSTS_FILE
-    reference = MemoryModel(unquantised_facts(config))
+    model = config.model
+    unquantised = load_llm(model.name, device=model.device, dtype=model.dtype, weights="bf16").facts
+    reference = MemoryModel(unquantised)  # its peak is what budgets are fractions of
     if config.kinds and not (folder / KINDS_FILE).exists():
         kind_costs(config).save(folder / KINDS_FILE)
     costs = _costs(config, context, reference, path)
     if (out := settings["out"]) is not None:
         facts_path = Path(out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
-        save_facts(facts_path, {"native": context.memory.facts, "bf16": reference.facts})
+        facts = {"native": asdict(context.memory.facts), "bf16": asdict(unquantised)}
+        save_artifact(facts_path, "model facts", FACTS_VERSION, facts)  # for `rap choose`
         costs.save(out)
     run.finish(started, evaluations=costs.evaluations)
     say(f"The costs of {len(costs.one_shot)} items are in {path}.")
@@ -107,22 +108,15 @@ def check_kinds(config: Config) -> None:
             )
 
 
-def kind_contexts(config: Config) -> dict[str, PruningContext]:
-    """Return a context for the text of each kind, by its name, in the order of `Config.kinds`.
+def kind_costs(config: Config) -> KindCosts:
+    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart.
 
     All texts are read before anything is measured. Errors are those of `build_context`.
     """
-    reject_table(config)
-    settings, contexts = context_config(config, profiled=False), {}
+    contexts = {}
     for name, kind in config.kinds.items():
-        text = replace(settings.calibration, **kind)
-        contexts[name] = open_context(replace(settings, calibration=text))
-    return contexts
-
-
-def kind_costs(config: Config) -> KindCosts:
-    """Measure the costs of levels on the text of each kind, and learn to tell the kinds apart."""
-    contexts = {name: require_live(context) for name, context in kind_contexts(config).items()}
+        of_kind = replace(config, calibration=replace(config.calibration, **kind))
+        contexts[name] = require_live(build_context(of_kind, profiled=False))
     texts = {name: context.corpus.tokens.numpy() for name, context in contexts.items()}
     kinds = TextKinds.of(texts, next(iter(contexts.values())).memory.facts.vocab_size)
     costs = {}
@@ -131,20 +125,6 @@ def kind_costs(config: Config) -> KindCosts:
         costs[name] = scan_levels(context.scorer, config.levels["caches"], progress=config.progress)
         context.scorer.release()
     return KindCosts(kinds, costs)
-
-
-def unquantised_facts(config: Config) -> ModelFacts:
-    """Facts of the model with unquantised weights, whose peak budgets are fractions of."""
-    from rap_env.models.files.loading import load_llm
-
-    model = config.model
-    return load_llm(model.name, device=model.device, dtype=model.dtype, weights="bf16").facts
-
-
-def save_facts(path: Path, facts: Mapping[str, ModelFacts]) -> None:
-    """Write the facts of a model by the format its weights are loaded in, for `rap choose`."""
-    body = {weights: asdict(known) for weights, known in facts.items()}
-    save_artifact(path, "model facts", FACTS_VERSION, body)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,8 @@ def documents_of(llm: ElasticLLM, text: TextConfig) -> Corpus:
     return Corpus.of_tokens(torch.tensor([documents[number] for number in sorted(chosen)]))
 
 
-Fields = Callable[[Plan], dict[str, Any]]
-"""Measures a plan; returns the fields of its row."""
+MakeRow = Callable[[Plan, dict[str, Any]], TaskRow | LossRow]
+"""Measures a plan; returns its row, which has the given fields of `PlanRow`."""
 
 
 def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | LossRow]]:
@@ -152,7 +152,7 @@ def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | Lo
     context = build_context(config)
     memory, facts = context.memory, context.memory.facts
     plans = plans_of(config, context)
-    for row_type, measure, length, depends, fields in _measures(config, context):
+    for row_type, measure, length, depends, make_row in _measures(config, context):
         whole = Request.at_fraction(memory, settings.batch_size, length, 1.0)
         for name, plan_of in plans.items():
             plan = plan_of(whole)
@@ -171,17 +171,8 @@ def long_context_jobs(config: Config, folder: Path) -> Iterator[Job[TaskRow | Lo
                 "plan": plan.levels,
                 "measure": depends,
             }
-            make = partial(_row, row_type, fields, plan, described)
+            make = partial(make_row, plan, described)
             yield Job(row_type, (name, measure, length), depends_on, make)
-
-
-def _row(
-    row_type: type[TaskRow] | type[LossRow],
-    fields: Fields,
-    plan: Plan,
-    described: dict[str, Any],
-) -> TaskRow | LossRow:
-    return row_type(**described, **fields(plan))
 
 
 def plans_of(config: Config, context: PruningContext) -> dict[str, Callable[[Request], Plan]]:
@@ -215,8 +206,8 @@ def plans_of(config: Config, context: PruningContext) -> dict[str, Callable[[Req
 
 def _measures(
     config: Config, context: PruningContext
-) -> Iterator[tuple[type[TaskRow] | type[LossRow], str, int, dict[str, Any], Fields]]:
-    """Type of row, measure, length, what values depend on, and fields of each task and loss."""
+) -> Iterator[tuple[type[TaskRow] | type[LossRow], str, int, dict[str, Any], MakeRow]]:
+    """Type of row, measure, length, what values depend on, and maker of each task and loss."""
     settings, llm = config.long_context, context.llm
     for kind, task in settings.tasks.items():
         for length in task["lengths"]:
@@ -224,21 +215,21 @@ def _measures(
             tasks = TaskConfig((name,), limit=task["questions"], seed=config.seed)
             scorer = TaskScorer(llm, tasks, context.store)
             depends: dict[str, Any] = {"task": digest(scorer.context)}
-            yield TaskRow, kind, length, depends, partial(_answers, scorer, name)
+            yield TaskRow, kind, length, depends, partial(_task_row, scorer, name)
     for text in settings.documents:
         corpus = documents_of(llm, text)
         depends = {"text_sha256": corpus.sha256}
         scorer_of_text = MaskScorer(llm, corpus, context.store)
-        yield LossRow, DOCUMENTS, text.window_tokens, depends, partial(_losses, scorer_of_text)
+        yield LossRow, DOCUMENTS, text.window_tokens, depends, partial(_loss_row, scorer_of_text)
 
 
-def _answers(scorer: TaskScorer, name: str, plan: Plan) -> dict[str, Any]:
+def _task_row(scorer: TaskScorer, name: str, plan: Plan, described: dict[str, Any]) -> TaskRow:
     right = scorer.results(plan)[name].per_document["acc"]
-    return {"chance": scorer.chance[name], "right": list(map(int, right))}
+    return TaskRow(**described, chance=scorer.chance[name], right=list(map(int, right)))
 
 
-def _losses(scorer: MaskScorer, plan: Plan) -> dict[str, Any]:
-    return {"values": np.round(scorer.window_nll(plan), 5).tolist()}
+def _loss_row(scorer: MaskScorer, plan: Plan, described: dict[str, Any]) -> LossRow:
+    return LossRow(**described, values=np.round(scorer.window_nll(plan), 5).tolist())
 
 
 def share_of(right: Sequence[int]) -> Estimate:

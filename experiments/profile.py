@@ -48,7 +48,10 @@ def profile(config: Config, folder: Path) -> Path:
     run.start(config, frozen=("model", "calibration", "importance", "repair"))
     context = build_context(config, profiled=False)
     if not path.exists():
-        _measure(config, context, folder, path)
+        context.one_shot.save(folder / "one_shot.json")
+        if config.importance["method"] == "gsi":
+            context.gsi.save(folder / GSI_FILE)
+        write_text(path, json.dumps(profile_record(context), indent=1, allow_nan=False))
     table = frontier_artifact(config)
     if config.frontier["evaluations"] and not table.exists():
         build_frontier_table(config, context, table)
@@ -76,9 +79,8 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     search = PlanSearchConfig(
         evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
     )
-    stored = None
-    if context.store is not None:
-        stored = stored_scores(context, plans=config.env.lowers)
+    has_store = context.store is not None
+    stored = stored_scores(context, plans=config.env.lowers) if has_store else None
     with progress_bar(config.progress, total=settings["evaluations"], desc="frontier") as bar:
         table = build_plan_table(
             require_live(context).scorer,
@@ -92,13 +94,6 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
         )
     table.save(path)
     log.info("Frontier: %d scores in %s.", table.evaluations, path)
-
-
-def _measure(config: Config, context: PruningContext, folder: Path, path: Path) -> None:
-    context.one_shot.save(folder / "one_shot.json")
-    if config.importance["method"] == "gsi":
-        context.gsi.save(folder / GSI_FILE)
-    write_text(path, json.dumps(profile_record(context), indent=1, allow_nan=False))
 
 
 def profile_record(context: PruningContext) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.config import Config
+from experiments.config.common import parse_cell
 from experiments.contexts import build_context, load_texts, task_config
 from experiments.launch import launch
 from experiments.study.experiment_errors import ExperimentError
@@ -204,7 +205,8 @@ class RepairStudy:
 def repair_jobs(config: Config, folder: Path) -> Iterator[Job[RepairRow]]:
     """Yield every repair, cell and text; an existing library is not made again."""
     study = RepairStudy(config, folder)
-    for row in itertools.product(config.stubs.repairs, config.stubs.parsed_cells, study.report):
+    cells = map(parse_cell, config.stubs.cells)
+    for row in itertools.product(config.stubs.repairs, cells, study.report):
         repair, _, text = row
         yield Job(RepairRow, row, study.depends_on(repair, text), partial(study.row, *row))
 

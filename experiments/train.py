@@ -61,7 +61,8 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
     run = RunFolder(folder)
     started = time.monotonic()
     agent = agent_config(config)
-    facts: dict[str, Any] = {"method": method_of(folder.name, config.seed), "seed": config.seed}
+    method = folder.name.removesuffix(f"-s{config.seed}")  # which all its seeds share
+    facts: dict[str, Any] = {"method": method, "seed": config.seed}
     if swept:  # a run that resumes outside its sweep keeps what is recorded
         facts["swept"] = swept
     record = run.start(config, frozen=FROZEN, **facts)
@@ -103,11 +104,6 @@ def facts_of(result: TrainResult) -> dict[str, Any]:
         "training_s": round(result.seconds, 2),
         "recent_delta_nll": recent if math.isfinite(recent) else None,
     }
-
-
-def method_of(label: str, seed: int) -> str:
-    """Return a run's label without its seed, which all seeds of a method share."""
-    return label.removesuffix(f"-s{seed}")
 
 
 def show_policy(

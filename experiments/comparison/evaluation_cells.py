@@ -14,6 +14,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.summaries import REFERENCE
 from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, training_dirs
 from experiments.config import Config
+from experiments.config.common import parse_cell
 from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import make_ladder_bytes
 from experiments.study.experiment_errors import ExperimentError
@@ -74,7 +75,7 @@ def evaluation_cells(
         shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
         shape = min(shapes, key=lambda shape: (shape[0] * shape[1], shape))
         cells.append(_at_sparsity(memory, shape, share))
-    for outside_cell in dict.fromkeys(grid.outside_cells):
+    for outside_cell in dict.fromkeys(map(parse_cell, grid.outside)):
         request = Request.at_fraction(memory, *outside_cell)
         cells.append(EvaluationCell(outside_cell, request, outside=True))
     return _checked(cells, memory, ladder_bytes)
@@ -225,7 +226,9 @@ def _agent(
     if not default:
         method = f"{method}-best_of={best_of}"
     if best_of > 1:
-        identity |= {"best_of": best_of, "scores": _file_hash(folder / TABLE_FILE) or "real"}
+        table = folder / TABLE_FILE
+        digest = hashlib.sha256(table.read_bytes()).hexdigest() if scores else "real"
+        identity |= {"best_of": best_of, "scores": digest}
     policy = TrainedPolicy.load(
         folder, context, best_of=best_of, score_masks=scores, scorer=context.scorer
     )
@@ -248,8 +251,3 @@ def _importance_evaluations(config: Config, context: PruningContext) -> int:
         return context.gsi.evaluations if method == "gsi" else blocks + 1
     costs = context.level_costs(ladder_bytes.ladder.cache_levels).evaluations
     return costs + (context.item_gsi(ladder_bytes).evaluations if method == "gsi" else 0)
-
-
-def _file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file in hex; empty if the file does not exist."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""

@@ -161,7 +161,7 @@ def read_recorded(paths: Iterable[str], depends_on: Mapping[str, Any]) -> list[R
             "that experiments.evaluate wrote."
         )
     for row in rows.values():
-        recorded = row.provenance.get("depends_on", {})
+        recorded = row.depends_on
         for key, words in _EQUAL.items():
             if recorded.get(key) != depends_on.get(key):
                 raise ExperimentError(
@@ -191,8 +191,7 @@ class RecordedPlans(Policy):
         self._plans = {
             Request(**row.request, budget_bytes=row.budget_bytes): row.plan
             for row in rows_below(Path(path))
-            if row.method == name
-            and row.provenance.get("depends_on", {}).get("model_fingerprint") == fingerprint
+            if row.method == name and row.depends_on.get("model_fingerprint") == fingerprint
         }
         if not self._plans:
             raise ExperimentError(f"{path} has no plans of {name} for this model.")
@@ -212,4 +211,4 @@ def again_depends_on(row: ResultRow, depends_on: Mapping[str, Any]) -> dict[str,
     """Return what a recorded plan's new row depends on: the recorded choice, the new text."""
     measured = {key: depends_on[key] for key in _MEASURED}
     plan = digest(row.plan.to_json())
-    return {**row.provenance.get("depends_on", {}), **measured, "plan": plan}
+    return {**row.depends_on, **measured, "plan": plan}

@@ -11,7 +11,7 @@ from experiments.comparison.summaries import REFERENCE, Comparison, Summary, mea
 from experiments.comparison.tight_tables import tight_document
 from experiments.study.json_records import Cell
 from experiments.study.looks import look, rank
-from experiments.study.statistics import bootstrap_mean
+from experiments.study.statistics import bootstrap_mean, mean_of_known
 from experiments.study.table_format import (
     Table,
     TitledTable,
@@ -101,18 +101,6 @@ def quality_table(comparison: Comparison) -> Table | None:
     columns = quality_columns(s.quality for s in comparison.summaries)
     lines = {s.label: s.quality for s in comparison.summaries}
     return crossed_table("Method", lines, columns, quality_entry) if columns else None
-
-
-def quality_by_budget(
-    comparison: Comparison, shape: tuple[int, int], names: Iterable[str]
-) -> Table:
-    """Return what `quality_table` shows for the plans of one request, one after the other."""
-
-    def entry(rows: list[ResultRow]) -> str:
-        quality = mean_quality(rows)
-        return " / ".join(quality_entry(quality, name) for name in names)
-
-    return _budget_table(comparison, shape, entry)
 
 
 def quality_columns(qualities: Iterable[dict[str, float]]) -> dict[str, str]:
@@ -226,12 +214,12 @@ def accuracy_table(comparison: Comparison) -> Table | None:
             scored = [row for row in scored if row.cell in comparison.cells]
         if scored:
             means = [_mean_accuracy(scored, *column) for column in columns]
-            whole = _mean([_mean_accuracy(scored, task, "acc") for task in tasks])
+            whole = mean_of_known(_mean_accuracy(scored, task, "acc") for task in tasks)
             rows.append([look(method).label, *map(percent, means), percent(whole)])
-    chance = comparison.rows[0].provenance.get("depends_on", {}).get("tasks", {}).get("chance")
+    chance = comparison.rows[0].depends_on.get("tasks", {}).get("chance")
     if chance and set(tasks) <= set(chance):
         guesses = [chance[task] for task, _ in columns]
-        whole = _mean([chance[task] for task in tasks])
+        whole = mean_of_known(chance[task] for task in tasks)
         rows.append(["Guessing", *map(percent, guesses), percent(whole)])
     return ["Method", *names, "mean acc" if normed else "mean"], rows
 
@@ -239,12 +227,7 @@ def accuracy_table(comparison: Comparison) -> Table | None:
 def _mean_accuracy(rows: Sequence[ResultRow], task: str, metric: str) -> float | None:
     """Mean over rows of an accuracy of a task; None if no row has it."""
     by_row = [row.accuracies if metric == "acc" else row.accuracies_norm or {} for row in rows]
-    return _mean([accuracies[task] for accuracies in by_row if task in accuracies])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return mean_of_known(accuracies[task] for accuracies in by_row if task in accuracies)
 
 
 def terminal_text(comparison: Comparison) -> str:
@@ -299,6 +282,12 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
         where: Title and suffix of titles; empty for the grid.
     """
     suffix = f" ({where.lower()})" if where else ""
+    columns = quality_columns(s.quality for s in comparison.summaries)
+
+    def qualities(rows: list[ResultRow]) -> str:
+        quality = mean_quality(rows)
+        return " / ".join(quality_entry(quality, name) for name in columns.values())
+
     tables = [TitledTable(summary_table(comparison), where, PART_CAPTIONS.get(comparison.part, ""))]
     if quality := quality_table(comparison):
         title = f"Distance from the {comparison.reference_word} model{suffix}"
@@ -318,9 +307,9 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),
             TitledTable(removed, title, detail=True),
         ]
-        if columns := quality_columns(s.quality for s in comparison.summaries):
-            quality = quality_by_budget(comparison, shape, columns.values())
-            tables.append(TitledTable(quality, f"{' / '.join(columns)}, {words}", detail=True))
+        if columns:
+            by_budget = _budget_table(comparison, shape, qualities)
+            tables.append(TitledTable(by_budget, f"{' / '.join(columns)}, {words}", detail=True))
     return tables
 
 

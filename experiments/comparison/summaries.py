@@ -13,7 +13,7 @@ import numpy.typing as npt
 from experiments.comparison.result_rows import QUALITY, ResultRow
 from experiments.study.json_records import Cell
 from experiments.study.looks import look, rank
-from experiments.study.statistics import Estimate, bootstrap_mean
+from experiments.study.statistics import Estimate, bootstrap_mean, mean_of_known
 from rap_env.errors import ArtifactError
 
 REFERENCE = "dense"
@@ -106,7 +106,9 @@ class Comparison:
     @cached_property
     def learned(self) -> list[str]:
         """The trained methods."""
-        return [method for method in self.methods if self._is_learned(method)]
+        identities = [(row.method, row.depends_on.get("method", {})) for row in self.rows]
+        trained = {method for method, identity in identities if "run" in identity}
+        return [method for method in self.methods if look(method).learned or method in trained]
 
     @cached_property
     def shapes(self) -> list[tuple[int, int]]:
@@ -236,26 +238,20 @@ class Comparison:
         """Return the summary of a method over some cells (default: `cells`)."""
         cells = self.cells if cells is None else cells
         rows = [row for cell in cells for row in self.at(method, cell)]
-        accuracies = [row.mean_accuracy for row in rows if row.mean_accuracy is not None]
-        trained = [row.training_s for row in rows if row.training_s is not None]
         return Summary(
             method=method,
             delta_nll=bootstrap_mean(self.window_means(method, cells)),
             delta_nll_calibration=float(np.mean([row.calibration_delta_nll for row in rows])),
-            accuracy=float(np.mean(accuracies)) if accuracies else None,
+            accuracy=mean_of_known(row.mean_accuracy for row in rows),
             quality=mean_quality(rows),
             evaluations=float(np.mean([row.evaluations for row in rows])),
             setup_evaluations=max(row.setup_evaluations for row in rows),
-            training_s=float(np.mean(trained)) if trained else None,
+            training_s=mean_of_known(row.training_s for row in rows),
             decision_s=float(np.median([row.decision_s for row in rows])),
             fitting=sum(row.fits for row in rows),
             rows=len(rows),
             kv_aware=all(row.kv_aware for row in rows),
         )
-
-    def _is_learned(self, method: str) -> bool:
-        identities = [row.depends_on.get("method", {}) for row in self.rows if row.method == method]
-        return look(method).learned or any("run" in identity for identity in identities)
 
 
 def check_equal(rows: Sequence[ResultRow], keys: Iterable[str]) -> None:

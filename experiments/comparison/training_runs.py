@@ -15,6 +15,7 @@ from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import read_records
 from experiments.study.looks import short_label
 from experiments.study.run_folder import RunFolder, short_keys
+from experiments.study.statistics import mean_of_known
 from experiments.study.table_format import Table, columns_table, seconds
 
 TABLE_FILE = "score_table.json"
@@ -104,11 +105,11 @@ def learning_table(runs: Sequence[TrainingRun]) -> Table:
     """Return objective, final ΔNLL and cost of the training runs of each method, over seeds."""
 
     def count(runs: Sequence[TrainingRun], key: str) -> str:
-        mean = _mean(run.facts.get(key) for run in runs)
+        mean = mean_of_known(run.facts.get(key) for run in runs)
         return "-" if mean is None else f"{mean:,.0f}"
 
     def training(runs: Sequence[TrainingRun]) -> str:
-        mean = _mean(run.facts.get("training_s") for run in runs)
+        mean = mean_of_known(run.facts.get("training_s") for run in runs)
         unfinished = sum("finished" not in run.facts for run in runs)
         shown = "-" if mean is None else seconds(mean)
         return f"{shown} ({unfinished} unfinished)" if unfinished else shown
@@ -166,9 +167,4 @@ def _objective(runs: Sequence[TrainingRun]) -> str:
 
 
 def _mean_objective(runs: Sequence[TrainingRun]) -> float | None:
-    return _mean(run.facts.get("objective") for run in runs)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return float(np.mean(measured)) if measured else None
+    return mean_of_known(run.facts.get("objective") for run in runs)

@@ -19,13 +19,11 @@ from experiments.config.common import (
     ShapeText,
     TextConfig,
     among,
-    parse_cell,
     parse_pinned,
     some,
 )
 from experiments.config.plain import TASKS, completed, defaults
 from experiments.study.experiment_errors import ExperimentError
-from experiments.study.json_records import Cell
 
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""
@@ -82,11 +80,6 @@ class EvaluateConfig(Section):
     def pinned_cells(self) -> list[Pinned]:
         """The pinned cells, parsed."""
         return [parse_pinned(text) for text in self.pinned]
-
-    @property
-    def outside_cells(self) -> list[Cell]:
-        """The cells outside the training range, parsed."""
-        return [parse_cell(text) for text in self.outside]
 
 
 @dataclass

@@ -17,13 +17,11 @@ from experiments.config.common import (
     among,
     distinct,
     form,
-    parse_cell,
     some,
     within,
 )
 from experiments.config.plain import Setting, completed
 from experiments.ladder.llama_cpp_process import FILE_TYPES
-from experiments.study.json_records import Cell
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.repair.config import REPAIRS
@@ -45,11 +43,6 @@ class StubsConfig(Section):
     """Repairs to compare; empty to make only the libraries."""
     cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
     """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
-
-    @property
-    def parsed_cells(self) -> list[Cell]:
-        """The cells as (batch size, sequence length in tokens, budget fraction)."""
-        return [parse_cell(text) for text in self.cells]
 
 
 @dataclass

@@ -7,7 +7,7 @@ resampled as well if a method has several.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,13 +44,18 @@ class Estimate:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Estimate:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def bootstrap_mean(values: npt.ArrayLike) -> Estimate:
     """Return the mean with a percentile-bootstrap interval over windows, and over several seeds.
 
     Args:
         values: Shape (windows,) or (seeds, windows). Both axes are resampled with
             replacement, each resample drawing one set of seeds and one set of windows.
-        resamples: Number of resamples.
 
     Returns:
         The estimate. With one window and one seed there is nothing to resample, and the interval
@@ -62,7 +67,7 @@ def bootstrap_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Esti
     table = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
         raise ValueError(f"A mean needs finite values, at least one; got {table!r}.")
-    (means,) = _resampled(table, resamples=resamples)
+    (means,) = _resampled(table)
     return _estimate(table.mean(), means, len(table))
 
 
@@ -151,7 +156,7 @@ def stratified_mean(
     """
     rng, resampled = np.random.default_rng(SEED), np.zeros((2, RESAMPLES))
     for values, others in zip(strata, divided_by or strata, strict=True):
-        resampled += np.stack([values, others]) @ resample_weights(rng, len(values), RESAMPLES).T
+        resampled += np.stack([values, others]) @ resample_weights(rng, len(values)).T
     mean, means = sum(float(values.mean()) for values in strata), resampled[0]
     if divided_by is not None:
         divisor = sum(float(values.mean()) for values in divided_by)
@@ -180,7 +185,7 @@ def kept_above_chance(
     """
     rng, ratios, resampled = np.random.default_rng(SEED), [], []
     for task, native_right in native.items():
-        weights, guess = resample_weights(rng, len(native_right), RESAMPLES), chance[task]
+        weights, guess = resample_weights(rng, len(native_right)), chance[task]
         ratios.append((plan[task].mean() - guess) / (native_right.mean() - guess))
         resampled.append((weights @ plan[task] - guess) / (weights @ native_right - guess))
     return _estimate(np.mean(ratios), np.mean(resampled, axis=0), 1)
@@ -225,11 +230,9 @@ def wilson_interval(accuracy: float, documents: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def resample_weights(
-    rng: np.random.Generator, count: int, resamples: int
-) -> npt.NDArray[np.float64]:
-    """Return the share of each of `count` items in each resample, shape (resamples, count)."""
-    counts = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
+def resample_weights(rng: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+    """Return the share of each of `count` items in each resample, shape (`RESAMPLES`, count)."""
+    counts = rng.multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
     return np.asarray(counts, dtype=np.float64) / count
 
 
@@ -245,12 +248,10 @@ def _paired(
     return ours, theirs
 
 
-def _resampled(
-    *tables: npt.NDArray[np.float64], resamples: int = RESAMPLES
-) -> list[npt.NDArray[np.float64]]:
+def _resampled(*tables: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
     """Return resampled means of tables (seeds, windows): windows jointly, seeds separately."""
     seeds = tuple(len(table) for table in tables)
-    windows, *by_table = _weights(tables[0].shape[1], seeds, resamples)
+    windows, *by_table = _weights(tables[0].shape[1], seeds)
     return [
         np.sum((windows @ table.T) * weights, axis=1)
         for table, weights in zip(tables, by_table, strict=True)
@@ -258,14 +259,12 @@ def _resampled(
 
 
 @lru_cache(16)  # equal for all pairs of methods with the same numbers of windows and seeds
-def _weights(
-    windows: int, seeds: tuple[int, ...], resamples: int
-) -> tuple[npt.NDArray[np.float64], ...]:
-    """Return weights of windows (resamples, windows), then of each table's seeds."""
+def _weights(windows: int, seeds: tuple[int, ...]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Return weights of windows (`RESAMPLES`, windows), then of each table's seeds."""
     rng = np.random.default_rng(SEED)
-    weights = [resample_weights(rng, windows, resamples)]
+    weights = [resample_weights(rng, windows)]
     for count in seeds:  # a single seed is not resampled
-        weights.append(resample_weights(rng, count, resamples) if count > 1 else np.ones((1, 1)))
+        weights.append(resample_weights(rng, count) if count > 1 else np.ones((1, 1)))
     return tuple(weights)
 
 

@@ -43,6 +43,7 @@ from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.envs.prune import RAPPruneVectorEnv
 from rap_env.envs.vector import PruningVectorEnv
 from rap_env.importance.plan_table import PlanTable
+from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
@@ -164,10 +165,7 @@ class _ScoredText:
 
 def make_envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv:
     """Make the vector environment on a context."""
-    kind: type[PruningVectorEnv] = RAPPruneVectorEnv
-    if config.env.lowers:
-        kind = RAPLadderVectorEnv
-    return kind(
+    return (RAPLadderVectorEnv if config.env.lowers else RAPPruneVectorEnv)(
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
         context=context,
@@ -183,19 +181,14 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
     """Draw workload requests that need pruning and that some plan can fit."""
-    memory, ladder_bytes = context.memory, make_ladder_bytes(config, context)
-    sampler = make_sampler(config.workload, memory)
+    item_bytes = make_ladder_bytes(config, context) or mask_bytes(context.memory)
+    sampler = make_sampler(config.workload, context.memory)
     rng = np.random.default_rng([config.seed, *key])
     requests: list[Request] = []
     for _ in range(100 * count):
         request = sampler.sample(rng)
-        dense = memory.dense_peak_bytes(request.batch_size, request.seq_len_tokens)
-        if ladder_bytes is None:
-            least = memory.peak_bytes_without_blocks(request)
-        else:
-            costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-            least = costs.least_peak_bytes
-        if least <= request.budget_bytes < dense:
+        costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        if costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes:
             requests.append(request)
         if len(requests) == count:
             break
@@ -248,8 +241,7 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     settings, ladder_bytes = config.warm_start, make_ladder_bytes(config, context)
     requests = draw_requests(config, context, settings["requests"], 1)
     if settings["teacher"] == "frontier" and ladder_bytes is None:
-        known = [context.frontier.best_mask(context.memory, request) for request in requests]
-        pairs = zip(requests, known, strict=True)
+        pairs = [(r, context.frontier.best_mask(context.memory, r)) for r in requests]
         return [Demonstration(request, mask) for request, mask in pairs if mask]
     name = "greedy_per_byte" if settings["teacher"] == "greedy" else settings["teacher"]
     teacher = make_method(name, context, ladder_bytes, config.seed)

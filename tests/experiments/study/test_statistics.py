@@ -30,7 +30,7 @@ def test_the_interval_has_its_nominal_coverage():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(200):
-        estimate = bootstrap_mean(rng.normal(0.0, 1.0, 30), resamples=400)
+        estimate = bootstrap_mean(rng.normal(0.0, 1.0, 30))
         covered += estimate.low <= 0.0 <= estimate.high
     assert 0.88 <= covered / 200 <= 0.99
 
