@@ -76,7 +76,8 @@ class PlanObserver:
             positions: The positions of each plan's levels, (n, N).
             targets: Those of the target's levels, (n, N).
         """
-        lower = self._plans.costs.nexts(positions, which)
+        costs = self._plans.costs
+        lower = costs.nexts(costs.levels(positions, which))
         stays = targets < self._lengths  # a cache that goes with its block is past its last level
         right = (lower >= 0) & (lower <= targets) & stays
         for shared in self.ladder.shared_positions:

@@ -207,13 +207,14 @@ def lowered_plans(costs: LadderCosts, positions: Counts) -> tuple[Counts, Counts
         Those of the lower plans, (m, items), and for each the number of the plan that it comes from
         and the item that was lowered, (m,) each.
     """
-    nexts, caches = costs.stacked.nexts(positions), list(costs.ladder.caches)
+    stacked, caches = costs.stacked, list(costs.ladder.caches)
+    nexts = stacked.nexts(stacked.levels(positions))
     lowerable = nexts >= 0
     for position in costs.ladder.shared_positions:  # such caches give the same plan
         alike = nexts[:, caches] == position
         lowerable[:, caches] &= ~alike | (alike.cumsum(axis=1) == 1)
     parents, items = np.nonzero(lowerable)
-    return costs.stacked.lowered(positions[parents], items), parents, items
+    return stacked.lowered(positions[parents], items), parents, items
 
 
 class PlanSearch:

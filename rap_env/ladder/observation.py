@@ -122,11 +122,12 @@ class ObservationEncoder:
             positions: As for `StackedCosts`.
             shape: As for `StackedCosts`.
         """
-        encoded = rows.reshape(-1, len(self.features)).take(costs.levels(positions, shape), axis=0)
+        levels = costs.levels(positions, shape)
+        encoded = rows.reshape(-1, len(self.features)).take(levels, axis=0)
         if self.ladder.caches:
-            freed_bytes = np.maximum(0, costs.freed_bytes(positions, shape))
+            freed_bytes = np.maximum(0, costs.freed_bytes(levels))
             encoded[..., self.freed] = freed_bytes / costs.dense_peak_bytes[shape, None]
-        return encoded, costs.nexts(positions, shape) >= 0
+        return encoded, costs.nexts(levels) >= 0
 
     def _make_native(self, batch_size: int, seq_len_tokens: int) -> Observation:
         """The observation of the unchanged model, without what depends on the budget."""

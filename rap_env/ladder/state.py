@@ -88,10 +88,7 @@ class LadderCosts:
     @cached_property
     def tables(self) -> Counts:
         """What `StackedCosts` needs to know of each level, (5, items, W)."""
-        steps = self.steps
-        return np.stack(
-            [self.item_bytes, self.freed, steps.next_level, steps.removes_cache, steps.is_shared]
-        )
+        return np.array([self.item_bytes, self.freed, *self.steps.tables])
 
     @cached_property
     def stacked(self) -> StackedCosts:
@@ -262,7 +259,8 @@ class StackedCosts:
     """Bytes and next levels of many plans at once, each under one of s shapes of requests.
 
     The methods take the positions of the levels of n plans, (n, items), and the number of each
-    plan's shape, (n,), or one number for all; for one plan also (items,).
+    plan's shape, (n,), or one number for all; for one plan also (items,). Two of them take what
+    `levels` returns of both.
 
     Args:
         ladder: The items.
@@ -278,6 +276,8 @@ class StackedCosts:
         self._numbers = np.zeros((3 + len(SharedBytes._fields), count), dtype=np.int64)
         self.dense_peak_bytes, self.kv_cache_bytes, self._constant_bytes, *_ = self._numbers
         self._tables = np.zeros((5, count, len(ladder), ladder.width), dtype=np.int64)
+        first_shapes = np.arange(count)[:, None] * (len(ladder) * ladder.width)
+        self._first_levels = first_shapes + ladder.first_levels
         self._item_bytes, self._freed, self._next_level, self._removes_cache, self._is_shared = (
             self._tables
         )
@@ -292,12 +292,11 @@ class StackedCosts:
 
     def levels(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Where tables (s, items, W) have the items' levels, if they are one row, (n, items)."""
-        first_shape = np.asarray(shape)[..., None] * (len(self.ladder) * self.ladder.width)
-        return np.asarray(positions + self.ladder.first_levels + first_shape)
+        return np.asarray(positions + self._first_levels[shape])
 
-    def nexts(self, positions: Counts, shape: Counts | int = 0) -> Counts:
+    def nexts(self, levels: Counts) -> Counts:
         """The position of each item's next level, -1 if there is none, (n, items)."""
-        return self._next_level.take(self.levels(positions, shape))
+        return self._next_level.take(levels)
 
     def peaks(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Peak bytes, (n,)."""
@@ -305,12 +304,12 @@ class StackedCosts:
         shared = SharedBytes(*self._numbers[3:, shape]).of(self.ladder.any_sharers(positions))
         return np.asarray(own_bytes + self._constant_bytes[shape] + shared)
 
-    def freed_bytes(self, positions: Counts, shape: Counts | int = 0) -> Counts:
+    def freed_bytes(self, levels: Counts) -> Counts:
         """Bytes that the next level of each item frees, shared ones left out, (n, items).
 
         The cache of a removed attention block counts, other companions do not.
         """
-        levels, ladder = self.levels(positions, shape), self.ladder
+        ladder = self.ladder
         freed = self._freed.take(levels)
         if ladder.caches:
             cache_bytes = self._item_bytes.take(levels[..., ladder.counterpart_array])
@@ -323,8 +322,8 @@ class StackedCosts:
         An item without a lower level changes nothing. `LevelSteps.moves` is the same for one plan.
         """
         plans, ladder = np.arange(len(items)), self.ladder
-        nexts, after = self.nexts(positions, shape), positions.copy()
-        levels = self.levels(positions, shape)[plans, items]
+        all_levels, after = self.levels(positions, shape), positions.copy()
+        nexts, levels = self.nexts(all_levels), all_levels[plans, items]
         lower = nexts[plans, items]
         after[plans, items] = np.where(lower >= 0, lower, positions[plans, items])
         removes = self._removes_cache.take(levels) > 0

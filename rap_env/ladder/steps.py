@@ -83,6 +83,11 @@ class LevelSteps:
         return np.asarray(shared & self.ladder.is_cache[:, None])
 
     @cached_property
+    def tables(self) -> Counts:
+        """`next_level`, `removes_cache` and `is_shared`, (3, items, W)."""
+        return np.array([self.next_level, self.removes_cache, self.is_shared])
+
+    @cached_property
     def _shared(self) -> list[list[bool]]:
         shared: list[list[bool]] = self.is_shared.tolist()
         return shared

@@ -34,7 +34,9 @@ def walk(memory, ladder, shape, seed, start=None):
     assert tracker.peak_bytes == memory.peak_bytes(plan, request)
     while valid := [n for n in range(len(ladder)) if tracker.is_valid(n)]:
         item = int(rng.choice(valid))
-        all_freed = costs.stacked.freed_bytes(np.array(tracker.positions)).tolist()
+        all_freed = costs.stacked.freed_bytes(
+            costs.stacked.levels(np.array(tracker.positions))
+        ).tolist()
         assert all_freed == list(map(tracker.freed_bytes, range(len(ladder))))
         expected, held = tracker.preview(item).peak_bytes, tracker.freed_bytes(item)
         tracker.lower(item)
@@ -74,7 +76,10 @@ def test_all_masks_have_the_bytes_of_the_memory_model(name, shape):
     assert costs.dense_peak_bytes == memory.dense_peak_bytes(*shape)
     assert costs.kv_cache_bytes == memory.breakdown(Plan(), request).kv_cache
     assert costs.least_peak_bytes == memory.peak_bytes_without_blocks(request)
-    assert costs.stacked.freed_bytes(positions[0]).tolist() == memory.freed_bytes(request).tolist()
+    assert (
+        costs.stacked.freed_bytes(costs.stacked.levels(positions[0])).tolist()
+        == memory.freed_bytes(request).tolist()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,7 +142,7 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
         positions = np.array([state.positions for state in states])
         assert stacked.peaks(positions, shapes).tolist() == [s.peak_bytes for s in states]
         freed = [list(map(state.freed_bytes, range(len(ladder)))) for state in states]
-        assert stacked.freed_bytes(positions, shapes).tolist() == freed
+        assert stacked.freed_bytes(stacked.levels(positions, shapes)).tolist() == freed
         items = rng.integers(len(ladder), size=len(states))
         after = stacked.lowered(positions, items, shapes)
         for state, item in zip(states, items.tolist(), strict=True):
