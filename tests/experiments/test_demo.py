@@ -7,31 +7,22 @@ import pytest
 from experiments import live
 from experiments.config.common import TextConfig
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import EnvConfig, ModelConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan
 from rap_env.policies.network_policy import PolicyFile
 from rap_env.runtime.memory_meter import TensorMeter
-from tests.experiments.tiny_study import own_text, short_training, tiny_study
+from tests.experiments.tiny_study import short_training, tiny_ladder_study
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of
 
-LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
 METHODS = ["score_model", "frontier", "uniform", "knapsack", "one_shot"]
 
 
 @pytest.fixture(scope="module")
 def config(base):
     """Settings of the demo for a random model of three layers, with a score table of it."""
-    config = tiny_study(
-        base, layers=3, stage="demo", name="demo", threads=1,
-        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-        model=ModelConfig(
-            name=str(base / "model"), device="cpu", dtype="float32", weights="native"
-        ),
-        calibration=own_text(2, 12), importance={"method": "one_shot"},
-        workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
-                  "budget_fractions": [0.6, 0.8, 0.9]},
+    config = tiny_ladder_study(
+        base, stage="demo", name="demo",
         agent=replace(short_training(), label="rap"),
         warm_start={"teacher": "score_model", "requests": 4, "updates": 20},
         evaluate=EvaluateConfig(

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.config.training_settings import AgentConfig, ModelConfig
+from experiments.config.training_settings import AgentConfig, EnvConfig, ModelConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
@@ -34,3 +34,18 @@ def tiny_study(base: Path, layers: int = 4, **settings: Any) -> Config:
         "model": ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
     }  # fmt: skip
     return Config(**{**common, **settings})
+
+
+LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
+
+
+def tiny_ladder_study(base: Path, **settings: Any) -> Config:
+    """Settings for trainings on `LEVELS` of a random model of three layers."""
+    common = {
+        "env": EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]), "threads": 1,
+        "model": ModelConfig(str(base / "model"), "cpu", "float32", weights="native"),
+        "calibration": own_text(2, 12), "importance": {"method": "one_shot"},
+        "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
+                     "budget_fractions": [0.6, 0.8, 0.9]},
+    }  # fmt: skip
+    return tiny_study(base, layers=3, **common, **settings)

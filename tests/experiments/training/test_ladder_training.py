@@ -14,7 +14,6 @@ from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.config.training_settings import (
     AgentConfig,
     EnvConfig,
-    ModelConfig,
 )
 from experiments.contexts import (
     build_context,
@@ -35,24 +34,13 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.score_table import ScoreTable
-from tests.experiments.tiny_study import own_text, tiny_study
-
-LEVELS = {"weights": ["int8", "removed"], "caches": ["int8", "int4"], "embeddings": ["int8"]}
+from tests.experiments.tiny_study import LEVELS, own_text, tiny_ladder_study
 
 
 @pytest.fixture(scope="module")
 def config(base):
-    """Settings for a random model of three layers."""
-    return tiny_study(
-        base, layers=3, stage="train", threads=1,
-        env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-        model=ModelConfig(
-            name=str(base / "model"), device="cpu", dtype="float32", weights="native"
-        ),
-        calibration=own_text(2, 12),
-        importance={"method": "one_shot"},
-        workload={"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
-                  "budget_fractions": [0.6, 0.8, 0.9]},
+    return tiny_ladder_study(
+        base, stage="train",
         agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
                           hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
         warm_start={"teacher": "one_shot", "requests": 12, "updates": 150},
