@@ -53,10 +53,7 @@ class Rows(BaseFeaturesExtractor):
     _priced: torch.Tensor
 
     def __init__(
-        self,
-        observation_space: spaces.Dict,
-        block_vectors: int = 0,
-        without: Sequence[str] = (),
+        self, observation_space: spaces.Dict, block_vectors: int = 0, without: Sequence[str] = ()
     ) -> None:
         self.spec = spec = ITEM_ROWS if ITEM_ROWS.key in observation_space.spaces else BLOCK_ROWS
         super().__init__(observation_space, features_dim=spec.width(block_vectors))

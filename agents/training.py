@@ -21,12 +21,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from agents.algorithms import AgentConfig, make_model
-from agents.checkpoint import (
-    check_same_run,
-    invalid_actions,
-    latest_checkpoint,
-    save_checkpoint,
-)
+from agents.checkpoint import check_same_run, invalid_actions, latest_checkpoint, save_checkpoint
 from agents.vector_env import GymVecEnv
 from rap_env.errors import RapError
 from rap_env.models.progress import progress_bar

@@ -131,10 +131,7 @@ def main(settings: EnginesSettings) -> None:
         device="cpu",
         settings=replace(settings, vllm_python=Path(settings.vllm_python).name),
         targets=targets,
-        measured={
-            "agreement": agreement,
-            "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
-        },
+        measured={"agreement": agreement, "llama_cpp": package_versions([PACKAGE]).get(PACKAGE)},
     )
 
 

@@ -14,14 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-from benchmarks.measuring import (
-    ModelSettings,
-    alternate,
-    open_model,
-    ratios,
-    seconds_of,
-    spread,
-)
+from benchmarks.measuring import ModelSettings, alternate, open_model, ratios, seconds_of, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from experiments.study.console import run_with_settings

@@ -16,12 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import (
-    ModelSettings,
-    measured_peak,
-    open_model,
-    spread,
-)
+from benchmarks.measuring import ModelSettings, measured_peak, open_model, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from experiments.study.console import run_with_settings

@@ -20,12 +20,7 @@ from experiments.comparison.evaluation_cells import (
 from experiments.comparison.result_rows import QUALITY, ResultRow, again_depends_on, read_recorded
 from experiments.comparison.summaries import Comparison
 from experiments.config import Config
-from experiments.contexts import (
-    build_context,
-    held_out_scorer,
-    make_ladder_bytes,
-    task_config,
-)
+from experiments.contexts import build_context, held_out_scorer, make_ladder_bytes, task_config
 from experiments.launch import launch
 from experiments.study.harness import Job, measured
 from experiments.study.json_records import delta_nll_fields, request_field, set_aside, trim_metrics

@@ -29,10 +29,7 @@ from experiments.study.table_format import (
     wrapped,
 )
 
-PART_TITLES = {
-    "sparsity": "At fixed sparsity",
-    "outside": "Outside the training range of policies",
-}
+PART_TITLES = {"sparsity": "At fixed sparsity", "outside": "Outside the training range of policies"}
 
 PART_CAPTIONS = {
     "sparsity": (

@@ -155,11 +155,7 @@ def lowered_everywhere(facts: ModelFacts) -> Iterator[tuple[Lowered, Plan]]:
 
 
 def _row(
-    config: Config,
-    plan: Plan,
-    report: MaskScorer,
-    calibration: torch.Tensor,
-    **fields: Any,
+    config: Config, plan: Plan, report: MaskScorer, calibration: torch.Tensor, **fields: Any
 ) -> LevelCostRow:
     if fields["rounding"] in ("nearest", "calibrated"):
         nll = rounded_nll(config, fields["rounding"], report.corpus, calibration)

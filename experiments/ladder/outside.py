@@ -49,13 +49,7 @@ from experiments.ladder.outside_methods import (
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import DeltaNLLRecord
-from experiments.study.plotting import (
-    LINEAR_NATS,
-    Panel,
-    draw_label,
-    panel_figure,
-    scale_delta_nll,
-)
+from experiments.study.plotting import LINEAR_NATS, Panel, draw_label, panel_figure, scale_delta_nll
 from experiments.study.run_folder import package_versions
 from experiments.study.table_format import TitledTable, columns_table, percent
 from rap_env.importance.level_scan import layer_influence

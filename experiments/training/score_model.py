@@ -55,11 +55,7 @@ _DRAWN = 4  # sampled masks for each verified request; the best by prediction is
 
 
 def learn(
-    config: Config,
-    agent: AgentConfig,
-    context: PruningContext,
-    folder: Path,
-    sink: MetricSink,
+    config: Config, agent: AgentConfig, context: PruningContext, folder: Path, sink: MetricSink
 ) -> TrainResult:
     """Train an agent, or resume its training.
 
@@ -120,12 +116,7 @@ class _ScoredText:
         return TableContext(table, TABLE_FILE, importance=importance, frontier=frontier)
 
     def verify(
-        self,
-        number: int,
-        predicted: TableContext,
-        folder: Path,
-        sink: MetricSink,
-        step: int,
+        self, number: int, predicted: TableContext, folder: Path, sink: MetricSink, step: int
     ) -> None:
         """Measure and record the plans that the policy chooses after a round."""
         path = folder / ROUNDS_FILE
@@ -196,11 +187,7 @@ def draw_requests(config: Config, context: PruningContext, count: int, *key: int
 
 
 def _train(
-    config: Config,
-    agent: AgentConfig,
-    context: PruningContext,
-    folder: Path,
-    sink: MetricSink,
+    config: Config, agent: AgentConfig, context: PruningContext, folder: Path, sink: MetricSink
 ) -> TrainResult:
     """Train the agent on the scores of a context."""
     return train_agent(

@@ -89,11 +89,11 @@ def test_states_are_subsets_of_the_masks_that_leave_something_to_do(builder, tea
     seen_masks = set()
     for right, valid in zip(batch.right, batch.valid, strict=True):
         left = frozenset(torch.nonzero(right).ravel().tolist())
-        gone = frozenset(torch.nonzero(~valid).ravel().tolist())
-        target = Plan(left | gone)
-        assert target in [one.plan for one in teacher]
+        removed = frozenset(torch.nonzero(~valid).ravel().tolist())
+        target = Plan(left | removed)
+        assert target in [each.plan for each in teacher]
         assert left
-        seen_masks.add((target, gone))
+        seen_masks.add((target, removed))
     assert len(seen_masks) == sum(2 ** len(blocks) - 1 for blocks in MASKS)  # every one of them
     assert torch.equal(batch.seen["action_mask"] > 0, batch.valid)
 
@@ -103,7 +103,7 @@ def test_imitation_does_not_train_values(context, builder, teacher):
     critic = [p.detach().clone() for p in model.policy.mlp_extractor.critic.parameters()]
     imitate(model, teacher, builder, replace(QUICK, updates=20), progress=False)
     after = list(model.policy.mlp_extractor.critic.parameters())
-    assert all(torch.equal(one, other) for one, other in zip(critic, after, strict=True))
+    assert all(map(torch.equal, critic, after))
 
 
 def test_unsupported_imitation_is_rejected(context, builder, teacher):

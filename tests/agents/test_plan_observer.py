@@ -49,18 +49,18 @@ def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(request, it
     state, visited = observer.start(len(which)), set()
     for _ in range(60):
         seen, over = observer.observe(which, state), observer.over_bytes(which, state)
-        for row, (request, one) in enumerate(zip(asked, single, strict=True)):
+        for row, (request, walked) in enumerate(zip(asked, single, strict=True)):
             plan = observer.ladder.plan(state[row].tolist())
-            assert state[row].tolist() == one.state.positions
+            assert state[row].tolist() == walked.state.positions
             for key, array in builder.build(request, plan).items():
                 assert np.array_equal(seen[key][row], array)
                 if key != "request":
-                    assert np.array_equal(one.observation[key], array)
-            assert over[row] == max(0, one.state.peak_bytes - request.budget_bytes)
+                    assert np.array_equal(walked.observation[key], array)
+            assert over[row] == max(0, walked.state.peak_bytes - request.budget_bytes)
         actions = rng.integers(len(builder.ladder), size=len(which))  # invalid ones change nothing
-        for one, action in zip(single, actions.tolist(), strict=True):
-            if one.state.is_valid(action):
-                one.lower(action)
+        for walked, action in zip(single, actions.tolist(), strict=True):
+            if walked.state.is_valid(action):
+                walked.lower(action)
         state = observer.act(which, state, actions)
         visited |= set(map(tuple, state.tolist()))
     assert len(visited) > (30 if isinstance(items, str) else 100)
@@ -122,15 +122,15 @@ def test_walks_end_between_the_native_plan_and_the_target(together):
     levels = {"layer00.attn": "removed", "layer01.ffn": "removed", "layer02.cache": "int4"}
     targets = np.repeat(target_of(builder, levels)[None], 400, axis=0)
     distance = observer.distance(which, targets)
-    wanted = rng.integers(distance)
-    state, right = observer.walk(which, targets, wanted, rng)
+    steps = rng.integers(distance)
+    state, right = observer.walk(which, targets, steps, rng)
     assert right.any(axis=1).all()
     assert np.array_equal(right, observer.right_actions(which, state, targets))
     left = observer.start(400) + state
-    gone = builder.ladder.numbers["layer00.cache"]
-    inside = np.delete(left <= np.maximum(targets, state * (targets == 0)), gone, axis=1)
+    cache = builder.ladder.numbers["layer00.cache"]
+    inside = np.delete(left <= np.maximum(targets, state * (targets == 0)), cache, axis=1)
     assert inside.all()
-    assert (state[wanted == 0] == 0).all()
+    assert (state[steps == 0] == 0).all()
     assert len(np.unique(state, axis=0)) > 15
-    again = observer.walk(which, targets, wanted, np.random.default_rng(0))[0]
+    again = observer.walk(which, targets, steps, np.random.default_rng(0))[0]
     assert again.shape == state.shape

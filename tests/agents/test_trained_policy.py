@@ -159,10 +159,7 @@ def test_best_of_needs_a_scorer(context, best_of, text):
 
 def test_impossible_requests_are_rejected(any_context):
     trained = trained_policy("dqn", any_context)
-    with pytest.raises(
-        InfeasibleBudgetError,
-        match=r"100 bytes.*(still needs|lowest ones need)",
-    ):
+    with pytest.raises(InfeasibleBudgetError, match=r"100 bytes.*(still needs|lowest ones need)"):
         trained.choose(Request(1, 10, 100))
     with pytest.raises(InvalidRequestError, match="from 1 to 4096 tokens"):
         trained.choose(Request(1, 5000, 10**9))

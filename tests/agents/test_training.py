@@ -35,20 +35,20 @@ def short(name="maskable_ppo", steps=256, **settings):
 
 def everything_of(run_dir):
     """Parameters, optimiser and all other state of the newest checkpoint, as comparable values."""
-    found = latest_checkpoint(run_dir / "checkpoints")
-    model = found.load_model()
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    model = newest.load_model()
     tensors = [p.detach().numpy() for p in model.policy.parameters()]
     optimiser = model.policy.optimizer.state_dict()["state"]
     tensors += [
         np.asarray(value) for slot in optimiser.values() for _, value in sorted(slot.items())
     ]
-    return found.step, tensors, found.body["state"]
+    return newest.step, tensors, newest.body["state"]
 
 
-def assert_same(one, other):
-    assert one[0] == other[0]
-    assert all(np.array_equal(a, b) for a, b in zip(one[1], other[1], strict=True))
-    assert one[2] == other[2]
+def assert_same(first, second):
+    assert first[0] == second[0]
+    assert all(np.array_equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    assert first[2] == second[2]
 
 
 class Interrupt(Exception):

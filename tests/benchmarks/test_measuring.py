@@ -5,13 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.measuring import (
-    Settings,
-    alternate,
-    measured_peak,
-    ratios,
-    spread,
-)
+from benchmarks.measuring import Settings, alternate, measured_peak, ratios, spread
 from experiments.study.console import run_with_settings
 from rap_env.errors import InvalidRequestError
 

@@ -243,10 +243,10 @@ def test_runs_of_a_sweep_are_named_after_all_that_varies(arguments, label):
 
 def test_names_fit_a_file_system_and_are_distinct():
     overrides = ",".join(f"agent.hyperparameters.setting_number_{i}={i}" for i in range(30))
-    one, two = (run_label("train", "ppo", 0, o) for o in (overrides, f"{overrides}9"))
-    assert one != two
-    assert max(len(one), len(two)) < 255
-    assert one.startswith("ppo-setting_number_0=0-setting_number_1=1-")
+    first, second = (run_label("train", "ppo", 0, o) for o in (overrides, f"{overrides}9"))
+    assert first != second
+    assert max(len(first), len(second)) < 255
+    assert first.startswith("ppo-setting_number_0=0-setting_number_1=1-")
 
 
 def run_program(*arguments, cwd):

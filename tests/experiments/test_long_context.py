@@ -14,14 +14,7 @@ from experiments.config.common import TextConfig
 from experiments.config.study_settings import LongContextConfig
 from experiments.config.training_settings import ModelConfig
 from experiments.contexts import build_context
-from experiments.long_context import (
-    DOCUMENTS,
-    STUDY,
-    Curves,
-    documents_of,
-    over_length,
-    share_of,
-)
+from experiments.long_context import DOCUMENTS, STUDY, Curves, documents_of, over_length, share_of
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError

@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.compare import compare
-from experiments.comparison.evaluation_cells import (
-    evaluation_cells,
-)
+from experiments.comparison.evaluation_cells import evaluation_cells
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import read_comparisons
 from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig

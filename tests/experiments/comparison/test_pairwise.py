@@ -3,11 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.comparison.pairwise import (
-    Counts,
-    compare_pair,
-    pairwise_comparisons,
-)
+from experiments.comparison.pairwise import Counts, compare_pair, pairwise_comparisons
 from experiments.comparison.result_tables import difference_table
 from experiments.comparison.summaries import Comparison
 from tests.experiments.synthetic_records import WINDOWS, make_row

@@ -15,12 +15,7 @@ from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
 from experiments.ladder.level_costs_by_model import LevelCostRow, with_start
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
 from experiments.ladder.llama_cpp import gguf_file
-from experiments.ladder.loss_against_bytes import (
-    STUDY,
-    LadderRow,
-    ladder_jobs,
-    uniform_settings,
-)
+from experiments.ladder.loss_against_bytes import STUDY, LadderRow, ladder_jobs, uniform_settings
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import UnknownNameError
 from rap_env.importance.level_scan import scan_levels

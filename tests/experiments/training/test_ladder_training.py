@@ -11,15 +11,8 @@ from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import (
-    AgentConfig,
-    EnvConfig,
-)
-from experiments.contexts import (
-    build_context,
-    frontier_artifact,
-    make_ladder_bytes,
-)
+from experiments.config.training_settings import AgentConfig, EnvConfig
+from experiments.contexts import build_context, frontier_artifact, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.profile import profile
 from experiments.study.experiment_errors import ExperimentError
@@ -70,9 +63,9 @@ def test_teachers_show_plans_that_fit(config, teacher):
     context = build_context(config)
     shown = demonstrations(changed, context)
     assert len(shown) == 4
-    for one in shown:
-        assert context.memory.peak_bytes(one.plan, one.request) <= one.request.budget_bytes
-        assert one.plan
+    for each in shown:
+        assert context.memory.peak_bytes(each.plan, each.request) <= each.request.budget_bytes
+        assert each.plan
 
 
 def test_the_run_records_its_choices_and_resumes(config, run):

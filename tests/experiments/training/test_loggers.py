@@ -15,12 +15,7 @@ from experiments.study.experiment_errors import ExperimentError
 from experiments.study.help import settings_of
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import flatten
-from experiments.training.loggers import (
-    has_login,
-    logged_settings,
-    open_loggers,
-    wandb_mode,
-)
+from experiments.training.loggers import has_login, logged_settings, open_loggers, wandb_mode
 from rap_env.errors import MissingDependencyError
 
 

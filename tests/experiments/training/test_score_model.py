@@ -7,9 +7,7 @@ import pytest
 
 from agents.trained_policy import TrainedPolicy
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import (
-    AgentConfig,
-)
+from experiments.config.training_settings import AgentConfig
 from experiments.contexts import build_context
 from experiments.profile import profile
 from experiments.study.experiment_errors import ExperimentError
