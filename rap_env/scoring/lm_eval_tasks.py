@@ -40,7 +40,8 @@ class TaskConfig:
     Attributes:
         names: Generated tasks (``rap_minimal_pairs``, ``rap_recall``, ``rap_choice``, and those of
             `rap_env.scoring.long_context_tasks`, such as ``rap_recall_1024``) or any task of
-            lm-eval whose answers are scored by likelihoods; a group is named by its tasks.
+            lm-eval whose answers are scored by likelihoods. A group or tag of lm-eval stands for
+            its tasks.
         limit: Number of documents of each task; None for all.
         documents: Which ones, if there is a `limit`: ``"sample"``, drawn with `seed`, or
             ``"first"``, as with lm-eval's own limit. The first documents of a data set may all be
@@ -153,19 +154,36 @@ def is_generated(name: str) -> bool:
     return name in GENERATED_TASKS or long_context_task(name) is not None
 
 
+def members(names: Iterable[str]) -> Iterator[str]:
+    """Names of tasks, with its tasks in the place of each group or tag of lm-eval.
+
+    Raises:
+        UnknownNameError: There is no such task, its config says that it is not scored by
+            likelihoods, or a group changes the settings of its tasks.
+    """
+    for name in names:
+        entry = None if is_generated(name) else _manager_for(name).task_index[name]
+        if entry is None or entry.kind.name not in ("GROUP", "TAG"):
+            yield name
+            continue
+        inside = sorted(entry.tags) if entry.kind.name == "TAG" else entry.cfg["task"]
+        if not all(isinstance(task, str) for task in inside):
+            hint = "It changes the settings of its tasks; name tasks one by one."
+            raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
+        yield from members(inside)
+
+
 def check_scorable(names: Iterable[str]) -> None:
     """Check tasks before a model or a data set is loaded.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        UnknownNameError: There is no such task, or its config says that it is not scored by
-            likelihoods.
+        UnknownNameError: As for `members`.
     """
     require_extra("eval", "Scoring tasks")
     with quiet():
-        for name in names:
-            if not is_generated(name):
-                _manager_for(name)
+        for _ in members(names):
+            pass
 
 
 _ANY_OTHER = "Any other task of lm-eval that is scored by likelihoods works too."
@@ -193,9 +211,6 @@ def _manager_for(name: str) -> Any:
         near = difflib.get_close_matches(name, manager.all_tasks, n=4, cutoff=0.7)
         hint = f"lm-eval also has {', '.join(map(repr, near))}." if near else _ANY_OTHER
         raise UnknownNameError("task", name, KNOWN_TASKS, hint)
-    if index[name].kind.name in ("GROUP", "TAG"):
-        hint = "It is a group of tasks; name its tasks one by one."
-        raise UnknownNameError("likelihood task", name, KNOWN_TASKS, hint)
     _check_output(name, (index[name].cfg or {}).get("output_type"))
     return manager
 

@@ -68,7 +68,7 @@ class TaskScorer:
                 name: TaskRequests(
                     llm, lm_eval_tasks.load_task(name, config, llm.tokenizer), encoder, config
                 )
-                for name in config.names
+                for name in lm_eval_tasks.members(config.names)
             }
         self._results: dict[Plan, dict[str, TaskResult]] = {}
         common = {

@@ -1,6 +1,7 @@
 import dataclasses
 import logging
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,16 +240,26 @@ def test_acc_norm_is_there_where_lm_eval_has_it(tmp_path, llm):
     assert normed == {name: results[name].metrics["acc_norm"] for name in normed}
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("blimp", "likelihood task 'blimp'.*a group of tasks; name its tasks one by one"),
-        ("wikitext", "likelihood task 'wikitext'.*scored by loglikelihood_rolling; only multi"),
-    ],
-)
-def test_groups_and_likelihoods_of_whole_texts_are_rejected(llm, name, message):
+def test_likelihoods_of_whole_texts_are_rejected(llm):
+    message = "likelihood task 'wikitext'.*scored by loglikelihood_rolling; only multi"
     with pytest.raises(UnknownNameError, match=message):
-        TaskScorer(llm, TaskConfig((name,)))
+        TaskScorer(llm, TaskConfig(("wikitext",)))
+
+
+def test_groups_and_tags_stand_for_their_tasks(tmp_path, llm, monkeypatch):
+    names = list(lm_eval_tasks.members(["rap_choice", "ai2_arc", "blimp"]))
+    assert names[:3] == ["rap_choice", "arc_challenge", "arc_easy"]
+    assert len(names) == 3 + 67
+    assert all(name.startswith("blimp_") for name in names[3:])
+    for name in ("arc_easy", "arc_challenge"):
+        write_task(tmp_path, name)
+    scorer = TaskScorer(llm, TaskConfig(("ai2_arc",), data_root=str(tmp_path)))
+    assert set(scorer.accuracies(SOME)) == {"arc_easy", "arc_challenge"}
+    group = SimpleNamespace(kind=SimpleNamespace(name="GROUP"), cfg={"task": [{"task": "piqa"}]})
+    index = SimpleNamespace(task_index={"group": group})
+    monkeypatch.setattr(lm_eval_tasks, "_manager_for", lambda name: index)
+    with pytest.raises(UnknownNameError, match="'group'.*changes the settings of its tasks"):
+        list(lm_eval_tasks.members(["group"]))
 
 
 def test_the_model_is_left_as_it_was(llm):
