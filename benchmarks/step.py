@@ -24,8 +24,8 @@ from rap_env.scoring.scorer import MaskScorer
 
 _CART_POLE = "CartPole-v1"
 _MOST_STEPS = 500  # the limit of CartPole-v1, so that both have the same wrappers
-TASKS = {"": "RAPPrune-v0", "_ladder": "RAPLadder-v0"}
-"""Environments by the suffix of their sides."""
+TASKS = {"": {"id": "RAPPrune-v0"}, "_ladder": {"id": "RAPLadder-v0", "levels": "four-bits"}}
+"""Environments by the suffix of their sides; the tiny model's rows are too short for fewer bits."""
 TABLE_TASKS = {"ladder": "RAPLadder/SmolLM2-Table-v1", "prune": "RAPPrune/SmolLM2-Table-v1"}
 
 
@@ -126,7 +126,7 @@ def players(settings: StepSettings, context: KnownPruningContext) -> dict[str, P
 
     sides = {"cart_pole": player(gym.make, settings.steps, id=_CART_POLE)}
     for suffix, task in TASKS.items():
-        made = {"id": task, "context": context, "workload": settings.workload}
+        made = {**task, "context": context, "workload": settings.workload}
         sides[f"single{suffix}"] = player(
             gym.make, settings.steps, **made, max_episode_steps=_MOST_STEPS
         )
