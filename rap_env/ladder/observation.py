@@ -244,7 +244,7 @@ class ObservedPlans:
 
     def __init__(self, encoder: ObservationEncoder, count: int) -> None:
         rows = encoder.zeros[encoder.key]
-        self._encoder, self.costs = encoder, StackedCosts(encoder.ladder, count)
+        self._encoder, self.costs = encoder, StackedCosts.of_shapes(encoder.ladder, count)
         self.budget_bytes = np.zeros(count, dtype=np.int64)
         self._request = np.zeros((count, len(REQUEST_FEATURES)), dtype=np.float32)
         shape = count, len(rows), encoder.ladder.width, rows.shape[1]

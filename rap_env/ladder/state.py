@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -85,6 +85,11 @@ class LadderCosts:
         """
         return self.item_bytes - self.item_bytes.take(self.steps.lower_levels)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What `StackedCosts` needs to know of the shape as a whole."""
+        return self.dense_peak_bytes, self.kv_cache_bytes, self.constant_bytes, *self.shared
+
     @cached_property
     def tables(self) -> Counts:
         """What `StackedCosts` needs to know of each level, (5, items, W)."""
@@ -93,9 +98,7 @@ class LadderCosts:
     @cached_property
     def stacked(self) -> StackedCosts:
         """The same for many plans at once."""
-        stacked = StackedCosts(self.ladder, 1)
-        stacked.put(np.zeros(1, dtype=np.int64), [self])
-        return stacked
+        return StackedCosts(self.ladder, np.array(self.numbers)[:, None], self.tables[:, None])
 
     @cached_property
     def least_peak_bytes(self) -> int:
@@ -104,7 +107,9 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly less,
         because of what items share.
         """
-        return int(self.peaks(np.array([self.steps.lowest]))[0])
+        steps = self.steps
+        own_bytes = int(self.item_bytes.take(steps.lowest_levels).sum())
+        return own_bytes + self.constant_bytes + int(self.shared.of(steps.lowest_sharers))
 
     @property
     def one_by_one(self) -> LadderCosts:
@@ -264,29 +269,32 @@ class StackedCosts:
 
     Args:
         ladder: The items.
-        count: Number of shapes, s; `put` sets them.
+        numbers: `LadderCosts.numbers` of each shape, (6, s).
+        tables: `LadderCosts.tables` of each shape, (5, s, items, W).
 
     Attributes:
         dense_peak_bytes: Peak bytes of the native model under each shape, (s,).
         kv_cache_bytes: Bytes of its KV cache, (s,).
     """
 
-    def __init__(self, ladder: Ladder, count: int) -> None:
-        self.ladder = ladder
-        self._numbers = np.zeros((3 + len(SharedBytes._fields), count), dtype=np.int64)
-        self.dense_peak_bytes, self.kv_cache_bytes, self._constant_bytes, *_ = self._numbers
-        self._tables = np.zeros((5, count, len(ladder), ladder.width), dtype=np.int64)
-        first_shapes = np.arange(count)[:, None] * (len(ladder) * ladder.width)
-        self._first_levels = first_shapes + ladder.first_levels
+    def __init__(self, ladder: Ladder, numbers: Counts, tables: Counts) -> None:
+        self.ladder, self._numbers, self._tables = ladder, numbers, tables
+        self.dense_peak_bytes, self.kv_cache_bytes, self._constant_bytes, *_ = numbers
         self._item_bytes, self._freed, self._next_level, self._removes_cache, self._is_shared = (
-            self._tables
+            tables
         )
+        first_shapes = np.arange(tables.shape[1])[:, None] * (len(ladder) * ladder.width)
+        self._first_levels = first_shapes + ladder.first_levels
+
+    @classmethod
+    def of_shapes(cls, ladder: Ladder, count: int) -> Self:
+        """Zeros for a number of shapes; `put` sets them."""
+        numbers = np.zeros((3 + len(SharedBytes._fields), count), dtype=np.int64)
+        return cls(ladder, numbers, np.zeros((5, count, len(ladder), ladder.width), dtype=np.int64))
 
     def put(self, shapes: Counts, costs: Sequence[LadderCosts]) -> None:
         """Set the bytes of some shapes, given by number, (m,)."""
-        self._numbers[:, shapes] = np.array(
-            [(c.dense_peak_bytes, c.kv_cache_bytes, c.constant_bytes, *c.shared) for c in costs]
-        ).T
+        self._numbers[:, shapes] = np.array([entry.numbers for entry in costs]).T
         for shape, entry in zip(shapes.tolist(), costs, strict=True):
             self._tables[:, shape] = entry.tables
 
@@ -326,6 +334,8 @@ class StackedCosts:
         nexts, levels = self.nexts(all_levels), all_levels[plans, items]
         lower = nexts[plans, items]
         after[plans, items] = np.where(lower >= 0, lower, positions[plans, items])
+        if not ladder.caches:
+            return after
         removes = self._removes_cache.take(levels) > 0
         after[plans[removes], ladder.counterpart_array[items[removes]]] = ladder.removed_cache
         shared = self._is_shared.take(levels) > 0

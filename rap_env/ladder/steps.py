@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.ladder.items import Counts, Ladder, Moves
+from rap_env.ladder.items import Counts, Ladder, Moves, Sharers
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,16 @@ class LevelSteps:
             while nexts[positions[item]] >= 0:
                 positions = self.after(positions, item)
         return positions
+
+    @cached_property
+    def lowest_levels(self) -> Counts:
+        """`lowest` if the levels of all items are in one row, (items,)."""
+        return np.array(self.lowest) + self.ladder.first_levels
+
+    @cached_property
+    def lowest_sharers(self) -> Sharers:
+        """What the plan at `lowest` counts for."""
+        return self.ladder.count_sharers(self.lowest)
 
     def moves(self, positions: Sequence[int], item: int) -> Moves:
         """What lowering an item that has a lower level changes, that item and its companions.

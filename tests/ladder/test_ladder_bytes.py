@@ -134,7 +134,7 @@ def test_stacked_costs_have_the_bytes_and_moves_of_single_states(name, together)
     memory, ladder = MemoryModel(made), Ladder.of(made, "all", together)
     made_bytes = LadderBytes(memory, ladder)
     costs = [made_bytes.costs(*shape) for shape in SHAPES]
-    stacked, shapes = StackedCosts(ladder, len(SHAPES)), np.arange(len(SHAPES))
+    stacked, shapes = StackedCosts.of_shapes(ladder, len(SHAPES)), np.arange(len(SHAPES))
     stacked.put(shapes, costs)
     start = ladder.positions(Plan.of({"layer01.cache": "int8"}))
     states = [entry.state(start if row else None) for row, entry in enumerate(costs)]
