@@ -183,7 +183,10 @@ def cpuinfo() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the checkout's commit and whether it has local changes; None outside a repository."""
+    """Return the checkout's commit and whether it has local changes; None outside a repository.
+
+    Records in ``results`` do not count: they change nothing that is measured.
+    """
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(_REPOSITORY), *words]
@@ -192,7 +195,8 @@ def git_state() -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        changes = ask("status", "--porcelain", "--", ".", ":!results")
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -304,7 +304,7 @@ class StackedCosts:
 
     def nexts(self, levels: Counts) -> Counts:
         """The position of each item's next level, -1 if there is none, (n, items)."""
-        return self._next_level.take(levels)
+        return np.asarray(self._next_level.take(levels))
 
     def peaks(self, positions: Counts, shape: Counts | int = 0) -> Counts:
         """Peak bytes, (n,)."""
@@ -318,7 +318,7 @@ class StackedCosts:
         The cache of a removed attention block counts, other companions do not.
         """
         ladder = self.ladder
-        freed = self._freed.take(levels)
+        freed: Counts = self._freed.take(levels)
         if ladder.caches:
             cache_bytes = self._item_bytes.take(levels[..., ladder.counterpart_array])
             freed += cache_bytes * self._removes_cache.take(levels)
