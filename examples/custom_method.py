@@ -55,6 +55,6 @@ def methods(names: tuple[str, ...]) -> dict[str, Policy]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # `NAME` is imported
     for name, method in methods((*ASKED, NAME)).items():
-        found = rap_env.evaluate(method, TASK, name=name)
+        evaluation = rap_env.evaluate(method, TASK, name=name)
         cost = f"{method.evaluations} plans scored"
-        print(f"{name:38} mean ΔNLL {found.mean_delta_nll:.4f} nats/token, {cost}")
+        print(f"{name:38} mean ΔNLL {evaluation.mean_delta_nll:.4f} nats/token, {cost}")

@@ -33,8 +33,8 @@ WINDOW, LAYERS, STEPS = 48, 4, 150
 
 def text() -> torch.Tensor:
     """The bytes of this file, (windows, tokens)."""
-    found = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
-    return found[: len(found) // WINDOW * WINDOW].view(-1, WINDOW)
+    tokens = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+    return tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
 
 
 def trained(steps: int = STEPS, seed: int = 0) -> Olmo2ForCausalLM:

@@ -152,8 +152,8 @@ class _ServeCommand(click.Command):
                 formatter.write_dl(rows)
 
 
-def _show_all_help(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and isinstance(ctx.command, _ServeCommand):
+def _show_all_help(ctx: click.Context, _parameter: click.Parameter, is_given: bool) -> None:
+    if is_given and isinstance(ctx.command, _ServeCommand):
         ctx.command.show_all = True
         click.echo(ctx.get_help())
         ctx.exit()
