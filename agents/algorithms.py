@@ -22,10 +22,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.hyperparameters import (
+    HYPERPARAMETERS,
     AgentConfigError,
-    DQNHyperparameters,
     PolicySettings,
-    PPOHyperparameters,
     Settings,
     with_defaults,
 )
@@ -98,16 +97,16 @@ class Algorithm:
 _STEPS_OF_DQN = 1000
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(PPO, BlockwisePolicy, PPOHyperparameters),
+    "ppo": Algorithm(PPO, BlockwisePolicy, HYPERPARAMETERS["ppo"]),
     "maskable_ppo": Algorithm(
-        MaskablePPO, MaskableBlockwisePolicy, PPOHyperparameters, masked=True
+        MaskablePPO, MaskableBlockwisePolicy, HYPERPARAMETERS["maskable_ppo"], masked=True
     ),
-    "dqn": Algorithm(DQN, BlockwiseQPolicy, DQNHyperparameters, checkpoint_steps=_STEPS_OF_DQN),
+    "dqn": Algorithm(DQN, BlockwiseQPolicy, HYPERPARAMETERS["dqn"], checkpoint_steps=_STEPS_OF_DQN),
     "masked_dqn": Algorithm(
-        MaskedDQN, MaskedBlockwiseQPolicy, DQNHyperparameters, True, _STEPS_OF_DQN
+        MaskedDQN, MaskedBlockwiseQPolicy, HYPERPARAMETERS["masked_dqn"], True, _STEPS_OF_DQN
     ),
 }
-"""Our agents by name; `agents.hyperparameters.HYPERPARAMETERS` has the same names."""
+"""Our agents by name."""
 
 
 def find_algorithm(name: str) -> Algorithm:

@@ -8,6 +8,7 @@ the run needed must still exist at the same paths.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,4 +76,5 @@ def reduced(frontier: PlanTable) -> PlanTable:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     run_with_settings(ExportPolicyConfig, export)

@@ -25,8 +25,9 @@ _CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
 def within(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     """Return the rule that a number is at least (or, if `above`, above) `low`, at most `high`."""
 
-    def check(name: str, value: float) -> None:
-        if not (low < value <= high or (value == low and not above)):
+    def check(name: str, value: Any) -> None:
+        is_number = isinstance(value, int | float)
+        if not (is_number and (low < value <= high or (value == low and not above))):
             most = "" if high == math.inf else f" and at most {high}"
             raise ExperimentError(
                 f"{name} must be {'above' if above else 'at least'} {low}{most}, not {value}."

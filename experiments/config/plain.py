@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.config.common import Rule, among, ending, form, parse_shape, within
+from experiments.config.common import Rule, among, distinct, ending, form, parse_shape, some, within
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import check_name
 from rap_env.importance.level_costs import CACHE_LEVELS
@@ -18,12 +18,13 @@ LEVELS_SUFFIX = ".levels.json"
 class Setting(NamedTuple):
     """One setting: its type, as `isinstance` takes it, its default, and a rule for its values.
 
-    The rule of a list is one for its entries.
+    The rule of a list is one for its entries; `whole` is one for the list.
     """
 
     kind: Any
     default: Any
     rule: Rule | None = None
+    whole: Rule | None = None
 
 
 TASKS = {
@@ -101,10 +102,10 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
     "tight_grid": {
         # Batch size x sequence length in tokens.
         "requests": Setting(
-            list, ["1x128", "4x512", "4x2048", "8x2048", "16x4096"], form(parse_shape)
+            list, ["1x128", "4x512", "4x2048", "8x2048", "16x4096"], form(parse_shape), distinct
         ),
         # ΔNLL of the best uniform setting on the calibration text, nats per token.
-        "losses": Setting(list, [0.05, 0.1, 0.2, 0.5, 1.0, 2.0], within(0, above=True)),
+        "losses": Setting(list, [0.05, 0.1, 0.2, 0.5, 1.0, 2.0], within(0, above=True), distinct),
         "out": Setting(str, "conf/grid/tight.yaml"),  # file to write
     },
     # Levels to measure, and plans of the knapsack over them.
@@ -112,7 +113,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         # Levels of KV caches, such as int4 or int4-window512.
         "caches": Setting(list, list(CACHE_LEVELS), form(CacheLevel.of)),
         # Batch size x sequence length in tokens, for `joint_budgets`.
-        "requests": Setting(list, ["1x128"], form(parse_shape)),
+        "requests": Setting(list, ["1x128"], form(parse_shape), some),
         # Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured
         # on the calibration text, to correct costs.
         "joint_budgets": Setting(list, [], within(0, 1, above=True)),
@@ -171,7 +172,9 @@ def completed(
         if not isinstance(value, setting.kind):
             kind = setting.kind.__name__ if isinstance(setting.kind, type) else setting.kind
             raise ExperimentError(f"{section}.{name} must be of type {kind}, not {value!r}.")
-        for entry in value if isinstance(value, list) else [value]:
-            if setting.rule and entry is not None:
+        if setting.whole:
+            setting.whole(f"{section}.{name}", value)
+        if setting.rule and value is not None:
+            for entry in value if isinstance(value, list) else [value]:
                 setting.rule(f"{section}.{name}", entry)
     return defaults(settings) | dict(given)

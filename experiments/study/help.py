@@ -7,6 +7,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import accumulate, chain
 from typing import Any, get_type_hints
 
 import yaml
@@ -96,7 +97,8 @@ def _short(value: Any) -> str:
 
 def guess(key: str, values: dict[str, Any], groups: Iterable[str]) -> str:
     """Return one sentence about a setting that does not exist, with the nearest name."""
-    known = [*groups, *values, *flatten(values)]
+    paths = (accumulate(name.split("."), "{}.{}".format) for name in flatten(values))
+    known = [*groups, *values, *chain.from_iterable(paths)]
     near = difflib.get_close_matches(key, known, n=1) or [
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]

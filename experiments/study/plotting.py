@@ -208,10 +208,10 @@ def draw_label(
 
 def scale_delta_nll(axis: Axes) -> None:
     """Scale the vertical axis for ΔNLL: linear up to `LINEAR_NATS`, then logarithmic."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     axis.set_yscale("symlog", linthresh=LINEAR_NATS, linscale=0.5)
     axis.yaxis.set_major_locator(FixedLocator((0, 0.01, 0.1, 1, 10)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_log_ticks(axis.yaxis)
     axis.yaxis.set_minor_locator(NullLocator())
     axis.axhline(0, color=FAINT, linewidth=0.7)

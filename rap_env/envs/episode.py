@@ -95,7 +95,7 @@ class Episode:
     def apply(self, transition: Transition, measurement: Measurement | None) -> None:
         """Take a step; `measurement` is that of its plan, or None if nothing was measured."""
         self.steps += 1
-        self.over = transition.terminated or transition.truncated
+        self.over = transition.ends
         if transition.change is None:
             self.invalid_actions += 1
         else:

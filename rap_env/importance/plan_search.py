@@ -71,7 +71,7 @@ class PlanSearchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"evaluations": 1, "deepest_loss": 0, "batch": 1, "requests": 1, "members": 1}
+        least = {"evaluations": 1, "deepest_loss": 1e-12, "batch": 1, "requests": 1, "members": 1}
         check_types(self, least=least)
 
 

@@ -107,7 +107,7 @@ class LadderCosts:
         Every sequence of valid actions ends there. Some plan on the way may need slightly less,
         because of what items share.
         """
-        steps = self.steps
+        steps = self.steps  # the sum of `StackedCosts.peaks`, without its tables: a reset needs it
         own_bytes = int(self.item_bytes.take(steps.lowest_levels).sum())
         return own_bytes + self.constant_bytes + int(self.shared.of(steps.lowest_sharers))
 

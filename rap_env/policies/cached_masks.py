@@ -48,7 +48,7 @@ class MasksOnLoweredCaches(Policy):
 @makes(_NAME)
 def _packaged_masks(memory: MemoryModel, basis: Basis | None) -> Policy:
     """On caches at int8, else at int4, if they have these levels in a comparison."""
-    file = packaged_network(_NAME)
+    file = packaged_network("blocks")
     levels = () if basis is None else basis.ladder_bytes.ladder.cache_levels
     lowered = [level for level in ("int8", "int4") if level in levels]
     if lowered:

@@ -242,7 +242,7 @@ def _level_above(costs: LadderCosts, positions: Positions, item: int) -> Positio
     """
     cache_position = None
     if positions[item] == costs.ladder.removals[item]:
-        removed = 1 + len(costs.ladder.cache_levels)
+        removed = costs.ladder.removed_cache
         kept = Counter(p for cache in costs.ladder.caches if (p := positions[cache]) < removed)
         cache_position = max(kept, key=lambda position: (kept[position], -position), default=0)
     higher = costs.steps.raised(positions, item, cache_position)

@@ -181,14 +181,13 @@ class KnapsackPolicy(Policy):
                 continue  # chosen with its block
             row, cache = [], ladder.counterparts[number]
             kept = self._cache_positions(costs, cache) if cache != number else []
-            removed = len(ladder.items[cache].levels)
             for position, level in enumerate(item.levels):
                 if position and not self._offered(item.name, level):
                     continue
                 if cache == number:
                     row.append(option({number: position}))
                 elif level == "removed":
-                    row.append(option({number: position, cache: removed}))
+                    row.append(option({number: position, cache: ladder.removed_cache}))
                 else:
                     row += [
                         option({number: position, cache: cache_position}) for cache_position in kept

@@ -40,10 +40,8 @@ log = logging.getLogger(__name__)
 KIND = "exported policy"
 """The kind of a policy's file."""
 
-PACKAGED_POLICIES = {
-    "rap": "ladder", "rap-low-bits": "low-bits", "rap-recall": "recall", "rap-v0": "blocks",
-}  # fmt: skip
-"""The trained policies in the package, and the names of their files."""
+_PACKAGED = {"rap": "ladder", "rap-low-bits": "low-bits", "rap-recall": "recall"}
+"""The trained policies over levels in the package, and the names of their files."""
 
 _FORMAT = 2
 _HEADER = "rap_policy"
@@ -308,7 +306,7 @@ def _read_policy(path: Path, memory: MemoryModel) -> Policy:
 
 
 def _packaged_policy(name: str, memory: MemoryModel) -> Policy:
-    file = packaged_network(name)
+    file = packaged_network(_PACKAGED[name])
     if file.weights.rows == "ladder" and not file.serves(memory.facts):
         own, facts = file.model["name"], memory.facts
         raise ArtifactError(
@@ -320,11 +318,10 @@ def _packaged_policy(name: str, memory: MemoryModel) -> Policy:
     return NetworkPolicy(memory, file, name=name)
 
 
-def packaged_network(name: str) -> PolicyFile:
-    """The file of a trained policy in the package, by its name."""
-    return PolicyFile.load(packaged_file(f"{PACKAGED_POLICIES[name]}.safetensors"))
+def packaged_network(file_name: str) -> PolicyFile:
+    """A trained policy in the package, by the name of its file."""
+    return PolicyFile.load(packaged_file(f"{file_name}.safetensors"))
 
 
-for _name in PACKAGED_POLICIES:
-    if _name != "rap-v0":  # `rap_env.policies.cached_masks` makes it
-        packaged(_name)(partial(_packaged_policy, _name))
+for _name in _PACKAGED:
+    packaged(_name)(partial(_packaged_policy, _name))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from rap_env.artifacts import load_artifact
-from rap_env.context.base import PruningContext
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError
 from rap_env.importance.kind_costs import KindCosts
@@ -95,11 +94,11 @@ def packaged_basis(memory: MemoryModel) -> Basis:
         ArtifactError: The model is another one.
     """
     levels = "all" if memory.facts.packed else "masks"
-    ladder = Ladder.of(packaged_scores(memory).facts, levels)
-    return Basis(packaged_context(memory), LadderBytes(memory, ladder))
+    context = packaged_context(memory)
+    return Basis(context, LadderBytes(memory, Ladder.of(context.table.facts, levels)))
 
 
-def packaged_context(memory: MemoryModel) -> PruningContext:
+def packaged_context(memory: MemoryModel) -> TableContext:
     """The scores and the importance of the default model, from the score table in the package.
 
     Raises:

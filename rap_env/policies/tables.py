@@ -61,7 +61,6 @@ class TablePolicy(Policy):
             )
         self.table = table
         self.setup_evaluations = table.evaluations
-        self.table_sha256 = None if table.has_masks_only else table.sha256
         self._bytes = LadderBytes(memory, ladder or Ladder.of(memory.facts, _levels_of(table)))
         self._known = _known_plans(table, self._bytes.ladder)
         self._make_fallback = make_fallback
@@ -110,7 +109,10 @@ def _frontier(memory: MemoryModel, basis: Basis | None) -> Policy:
         return _read_table(packaged_file("frontier.json"), memory)
     table = basis.context.frontier
     fallback = partial(GSI, basis) if table.has_masks_only else partial(knapsack, memory, basis)
-    return TablePolicy(memory, table, basis.ladder_bytes.ladder, fallback)
+    policy = TablePolicy(memory, table, basis.ladder_bytes.ladder, fallback)
+    if not table.has_masks_only:
+        policy.table_sha256 = table.sha256
+    return policy
 
 
 @reads(PlanTable.KIND)

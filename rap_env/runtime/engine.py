@@ -136,7 +136,7 @@ class Engine:
             return "The engine does not run."
         if self._turn_error is not None:
             return f"The last turn of the engine failed: {self._turn_error}"
-        unreadable = self.controller.switcher.unreadable
+        unreadable = self.controller.chooser.unreadable
         if unreadable.items:
             return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
         return self._scheduler.admission.stall_reason or self.nothing_fits() or None

@@ -85,7 +85,6 @@ class PlanSwitcher:
     """Applies plans until the measured bytes fit; only the thread that runs the model may call it.
 
     Attributes:
-        unreadable: Weights that cannot be read now; plans leave them out.
         rows_plan: Gives the plan with the lowest levels that rows have of caches, where rows may
             keep lower ones than the plan has. Without it, a cache that rises or returns is computed
             again.
@@ -108,7 +107,6 @@ class PlanSwitcher:
         self._decision_log = decision_log
         self._clock = clock
         self.rows_plan: Callable[[], Plan] | None = None
-        self.unreadable = chooser.unreadable
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
@@ -245,7 +243,7 @@ class PlanSwitcher:
         if running and self.rows_plan is None:
             monitor.refill_pending |= self._returns_attention(choice.plan)
         bytes_before, started = monitor.used_bytes, time.perf_counter()
-        self.unreadable.add(self._llm.apply_readable(choice.plan))
+        self._chooser.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(self._llm.device)
         monitor.trim()
         seconds = time.perf_counter() - started

@@ -37,7 +37,7 @@ class RunningBatch:
         kept: Caches of preempted sequences.
 
     Attributes:
-        kept: As given; so are `chunk_tokens` and `uniform`.
+        kept: As given; so is `chunk_tokens`.
         rows: The batch.
         decoding: Its sequences, in the order of its rows.
         prefilling: The sequence in prefill or refill.
@@ -56,7 +56,7 @@ class RunningBatch:
         self._restore: Restore = restore
         self.chunk_tokens = chunk_tokens
         self.kept = kept
-        self.uniform = uniform
+        self._uniform = uniform
         self._shape: BatchShape | None = None  # None: to be computed
         self.rows = self.new_rows()
         self.decoding: list[TokenSequence] = []
@@ -102,18 +102,18 @@ class RunningBatch:
             joining, chunks = None, 0
             if self.prefilling is not None and refilling is None:
                 joining, chunks = self.prefilling.sequence, self.prefilling.chunks_left
-            self._shape = shape_of(self.decoding, joining, chunks, uniform=self.uniform)
+            self._shape = shape_of(self.decoding, joining, chunks, uniform=self._uniform)
         return replace(self._shape, kept_bytes=kept_bytes) if kept_bytes else self._shape
 
     def shape_with(self, sequence: TokenSequence, chunk_tokens: int) -> BatchShape:
         """The largest batch with a sequence that joins after its tokens were read in chunks."""
         chunks = -(-(sequence.known_tokens - self.kept.tokens(sequence)) // chunk_tokens)
-        shape = shape_of(self.decoding, sequence, chunks, uniform=self.uniform)
+        shape = shape_of(self.decoding, sequence, chunks, uniform=self._uniform)
         return replace(shape, kept_bytes=self.kept.bytes_beside(sequence))
 
     def shape_alone(self, sequence: TokenSequence) -> BatchShape:
         """The shape of a sequence with nothing else running."""
-        return shape_of([], sequence, uniform=self.uniform)
+        return shape_of([], sequence, uniform=self._uniform)
 
     def pass_size(self, *, prefill: bool) -> PassSize:
         """The size of the next pass: a prefill chunk if there is one, or a decode step."""

@@ -64,7 +64,6 @@ class Scheduler:
         self._queue = queue
         self._clock = clock
         self._max_batch_size = max_batch_size
-        self._chunk_tokens = chunk_tokens
         self._restore: Restore = restore
         windows = controller.estimator.memory.facts.kv_window_tokens
         uniform = any(window is not None for window in windows)
@@ -338,7 +337,7 @@ class Scheduler:
         self._next_refill_s = now + _REFILL_S
         sequence = batch.best_refill(self._controller.chooser)
         if sequence is not None:
-            batch.prefill(sequence, self._chunk_tokens, self._must_interrupt, refills=True)
+            batch.prefill(sequence, batch.chunk_tokens, self._must_interrupt, refills=True)
 
     def _put_aside(self) -> None:
         """Put paused requests aside, and those that are no longer paused back into the queue."""

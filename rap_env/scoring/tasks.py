@@ -68,7 +68,7 @@ class TaskScorer:
                 name: TaskRequests(
                     llm, lm_eval_tasks.load_task(name, config, llm.tokenizer), encoder, config
                 )
-                for name in lm_eval_tasks.members(config.names)
+                for name in dict.fromkeys(lm_eval_tasks.members(config.names))
             }
         self._results: dict[Plan, dict[str, TaskResult]] = {}
         common = {
@@ -190,8 +190,8 @@ class TaskScorer:
         """Likelihoods by task, from the store or the model."""
         contexts = {n: {**own, **levels_context(plan)} for n, own in self._contexts.items()}
         outputs: dict[str, Outputs] = {}
-        for name, context in contexts.items():
-            key = context_key(context)
+        keys = {} if self.store is None else {n: context_key(own) for n, own in contexts.items()}
+        for name, key in keys.items():
             if self.store is not None and (values := self.store.get(key, plan, _METRIC)):
                 outputs[name] = np.array(values).reshape(-1, 2)
         missing = [name for name in self._tasks if name not in outputs]
@@ -199,8 +199,8 @@ class TaskScorer:
             for name in missing:
                 outputs[name] = self._measure(name, plan)
                 if self.store is not None:
-                    key, values = context_key(contexts[name]), outputs[name].reshape(-1).tolist()
-                    self.store.put(key, plan, _METRIC, values, contexts[name])
+                    values = outputs[name].reshape(-1).tolist()
+                    self.store.put(keys[name], plan, _METRIC, values, contexts[name])
         self.evaluations += bool(missing)
         return outputs
 

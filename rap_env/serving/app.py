@@ -110,7 +110,7 @@ class Service:
         if self.closing:
             raise shutting_down()
         if self.limit is not None and (problem := self.limit.nothing_fits()):
-            wait_s = self.engine.retry_after_s()
+            wait_s = self.limit.retry_after_s
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
         body = validate(schema, await read_json(request, self.settings))
         built = await asyncio.to_thread(self.builder.build, body)

@@ -30,6 +30,7 @@ LimitSource = Literal["setting", "file", "admin"]
 
 _SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one changes again
 _LONGEST_TEXT = 64
+_MOST_RETRY_S = 60
 _MIB = 2**20
 _SLACK_BYTES = 20 * _MIB
 """Allowance for what the estimate of the bytes that loading takes leaves out, such as the
@@ -62,6 +63,7 @@ class LiveLimit:
         self._check: Callable[[int], None] = lambda limit_bytes: None
         self.nothing_fits: Callable[[], str] = lambda: ""
         self._bytes = limit_bytes
+        self._set_s = time.monotonic()
         self._file = None if file is None else Path(file)
         self._lock = threading.RLock()
         self._read_state = self._state()
@@ -90,13 +92,21 @@ class LiveLimit:
         """Whether it limits the whole process, not the model alone."""
         return self.name == "memory"
 
+    @property
+    def retry_after_s(self) -> int:
+        """Seconds after which to ask again where nothing fits: as long as that has lasted, 1 to 60.
+
+        That counts from the last change of the limit.
+        """
+        return max(1, min(_MOST_RETRY_S, round(time.monotonic() - self._set_s)))
+
     def set(self, limit_bytes: int, source: LimitSource) -> None:
         """Change the limit; a `ServingSettingsError` if it is too small, and it stays as it was."""
         self._check(limit_bytes)
         with self._lock:
             if (limit_bytes, source) == (self._bytes, self.source):
                 return
-            self._bytes, self.source = limit_bytes, source
+            self._bytes, self.source, self._set_s = limit_bytes, source, time.monotonic()
             log.info("%s is now %s (%s).", self.name, _mib(limit_bytes), source)
             if problem := self.nothing_fits():
                 log.warning("%s", problem)
@@ -104,9 +114,9 @@ class LiveLimit:
     def _follow(self) -> None:
         """Read the file if it has changed, once its own time says that it is no longer written."""
         state = self._state()
-        if state is None or state == self._read_state:
+        if state == self._read_state:
             return
-        if abs(time.time() - state[2] / 1e9) < _SETTLE_S:
+        if state is not None and abs(time.time() - state[2] / 1e9) < _SETTLE_S:
             return
         self._read_state = state
         try:

@@ -202,7 +202,7 @@ class _EngineState(Collector):
             (_GAUGE, "memory_margin_bytes", "Bytes of the budget that stay free for what is not "
              "predicted.", monitor.margin.bytes),
             (_GAUGE, "weights_unreadable", "Items whose weights cannot be read, and that stay out.",
-             len(switcher.unreadable.items)),
+             len(chooser.unreadable.items)),
             (_GAUGE, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
              self._engine.unready_reason() is None),
             (_GAUGE, "queue_length", "Answers that wait.", stats.queued),

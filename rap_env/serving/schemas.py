@@ -8,6 +8,7 @@ wrong answer, and an unknown field is most likely misspelt.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from rap_env.artifacts import package_json
 from rap_env.serving.errors import ApiError, invalid, shown, too_large
@@ -33,6 +34,8 @@ from rap_env.serving.settings import ServerSettings
 LINGER_BYTES = 8 * 1024 * 1024
 """Bytes of a rejected body that are still read and dropped: a client that is cut off while it
 sends seldom reads the error response."""
+LINGER_S = 2.0
+"""Longest time for that, in seconds."""
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -215,18 +218,17 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
         )
     most = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdigit() else 0
-    if size > most and (size > most + LINGER_BYTES or "expect" in request.headers):
+    if declared.isdigit() and int(declared) > most:
+        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
+            await _drop_rest(request)
         raise too_large(most)
-    body, size = bytearray(), 0
+    body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
-                size += len(chunk)
-                if size > most + LINGER_BYTES:
+                body += chunk
+                if len(body) > most:
                     break
-                if size <= most:
-                    body += chunk
     except TimeoutError:
         raise ApiError(
             408,
@@ -234,9 +236,22 @@ async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any
             code="request_timeout",
             headers={"connection": "close"},
         ) from None
-    if size > most:
+    if len(body) > most:
+        await _drop_rest(request)
         raise too_large(most)
     return parse_json(bytes(body))
+
+
+async def _drop_rest(request: Request) -> None:
+    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
+    seen = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_S):
+            while seen < LINGER_BYTES:
+                message = await request.receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                seen += len(message.get("body", b""))
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _fund(
     """Make the controller, which keeps the model within its memory and its floor of quality."""
     llm, policy = served.llm, served.policy
     if memory is None:
-        controls.setdefault("meter", process_meter(llm))
+        if controls.get("meter") is None:
+            controls["meter"] = process_meter(llm)
         memory = limits.open_budget(settings, llm, limit, controls["meter"])
     controller = RuntimeController(
         llm,

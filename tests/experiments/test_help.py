@@ -71,3 +71,8 @@ def test_a_mistake_is_one_sentence_with_the_nearest_name(text, expected):
 
 def test_a_setting_that_resembles_nothing_is_named():
     assert guess("zzz", {"seed": 0}, []).startswith("There is no setting 'zzz'. --help")
+
+
+def test_the_name_of_a_section_inside_another_may_be_the_nearest():
+    values = {"evaluate": {"text": {"seed": 0}, "plans": "none"}}
+    assert "Did you mean 'evaluate.text'?" in guess("evaluate.texts", values, [])

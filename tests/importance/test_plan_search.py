@@ -216,3 +216,5 @@ def test_bad_settings_are_rejected():
         InvalidRequestError, match="batch must be a whole number of at least 1, not 0"
     ):
         PlanSearchConfig(batch=0)
+    with pytest.raises(InvalidRequestError, match="deepest_loss must be"):
+        PlanSearchConfig(deepest_loss=0.0)

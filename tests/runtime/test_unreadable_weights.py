@@ -36,7 +36,7 @@ class Outage:
 
     @property
     def unreadable(self):
-        return self.harness.controller.switcher.unreadable
+        return self.harness.controller.chooser.unreadable
 
     def ask(self):
         """Answer a request."""
@@ -115,7 +115,7 @@ def test_below_the_quality_floor_requests_are_refused_until_the_file_is_back():
 
 def test_a_block_at_another_level_keeps_it():
     harness = Harness()
-    unreadable = harness.controller.switcher.unreadable
+    unreadable = harness.controller.chooser.unreadable
     low = Plan.of({"layer00.ffn": "int4", "layer01.ffn": "removed"})
     harness.llm.apply(low)
     for name in ("block001", "block003"):

@@ -144,6 +144,30 @@ def test_a_wrong_file_keeps_the_last_value_with_one_warning(tmp_path, caplog, te
     assert settled(limit) == 300
 
 
+def test_a_file_that_disappears_keeps_the_last_value_with_one_warning(tmp_path, caplog):
+    path = tmp_path / "limit"
+    path.write_text("200MiB")
+    limit = LiveLimit("memory", 500 * MIB, str(path))
+    path.unlink()
+    for _ in range(3):
+        assert limit() == 200 * MIB
+    (warning,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert "memory stays at 200MiB: Cannot read memory_file" in warning.getMessage()
+
+
+def test_the_time_to_ask_again_grows_with_the_time_since_the_change(monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now_s)
+    limit = LiveLimit("memory", 500 * MIB)
+    assert limit.retry_after_s == 1
+    now_s = 130.0
+    assert limit.retry_after_s == 30
+    now_s = 500.0
+    assert limit.retry_after_s == 60
+    limit.set(400 * MIB, "admin")
+    assert limit.retry_after_s == 1
+
+
 def test_a_file_that_is_wrong_at_the_start_is_an_error(tmp_path):
     (tmp_path / "limit").write_text("lots")
     settings = ServerSettings(model_memory="1GiB", memory_file=str(tmp_path / "limit"))

@@ -205,7 +205,8 @@ def _row_order(
     Transformers' treatment is applied to the numbers of the rows, and to those of the columns.
     """
     inputs, rows = (int(size) for size in tensor.shape)
-    row_numbers, columns = np.arange(rows)[:, None], np.arange(inputs)[None]
+    row_numbers = np.arange(rows, dtype=np.int32)[:, None]
+    columns = np.arange(inputs, dtype=np.int32)[None]
     oriented: list[torch.Tensor] = []
     for numbers in (row_numbers, columns):
         values = np.broadcast_to(numbers, (rows, inputs))
@@ -213,14 +214,14 @@ def _row_order(
         if result.name is None or names.get(result.name) != target:
             return None
         if result.weights is values:
-            return row_numbers[:, 0]
+            return row_numbers[:, 0].astype(np.int64)
         weights = torch.from_numpy(np.ascontiguousarray(result.weights))
         oriented.append(_oriented(target, weights, model))
     by_row, by_column = oriented
     order = by_row[:, 0]
     rows_move = by_row.shape == (rows, inputs) and bool((by_row == order[:, None]).all())
     moved_rows_only = rows_move and bool((by_column == torch.from_numpy(columns)).all())
-    return order.numpy() if moved_rows_only else None
+    return order.numpy().astype(np.int64) if moved_rows_only else None
 
 
 def _as_stored(

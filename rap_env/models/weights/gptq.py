@@ -168,14 +168,15 @@ def quantise_gptq(
     """
     if corrected_by is not None:
         weight = weight.detach().float() @ corrected_by
-    weight = weight.detach().float()
+    weight = weight.detach()
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
     parts = []
-    for rows in torch.split(weight, _ROWS):
+    for rows in map(torch.Tensor.float, torch.split(weight, _ROWS)):
         coded = _compensated(Grid.of(level, rows), rows, hessian.factor)
         # Once: small layers gain from it; more often did not lower the loss of Gemma 3 270M.
         coded = _with_better_scales(coded, rows, hessian.matrix)
-        parts.append(_with_better_codes(coded, rows, hessian.matrix))
+        coded = _with_better_codes(coded, rows, hessian.matrix)
+        parts.append(replace(coded, codes=coded.codes.to(torch.int8)))  # a quarter of the bytes
     return concatenated(parts)
 
 

@@ -190,7 +190,7 @@ def _packed(parts: Iterable[torch.Tensor], level: PackedLevel, fit: _Fit) -> Pac
         counted = functional.pad(counted, (0, -inputs % grid.group_inputs))
         scale, zero = fit(grid, groups, counted.view(-1, grid.group_inputs))
         codes = grid.centred_codes(groups, scale, zero).flatten(1)[:, :inputs]
-        coded.append(CodedRows(grid, codes, scale, zero))
+        coded.append(CodedRows(grid, codes.to(torch.int8), scale, zero))
     return concatenated(coded)
 
 

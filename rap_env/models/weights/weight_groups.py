@@ -61,7 +61,7 @@ class WeightGroup:
         self.evicted = False
         self.host: torch.Tensor | None = None  # CUDA: the copy in pinned memory
         self.files: Sequence[StoredTensor] | None = None  # None: not looked for so far
-        self._digest = b""  # of the weights
+        self._digest = b""  # of the weights, which never change; empty: not computed so far
         self._states: Sequence[tuple[int, ...]] = ()  # of the files when they held these weights
 
     def pack(self) -> None:
@@ -95,13 +95,13 @@ class WeightGroup:
         files = [known[part.name].as_dtype(part.dtype) for part in self.parts if part.name in known]
         if [stored.shape for stored in files] != [part.shape for part in self.parts]:
             return False
-        digest = _digest(part.tensor.data for part in self.parts)
+        self._digest = self._digest or _digest(part.tensor.data for part in self.parts)
         try:
-            if _digest(_pieces(files)) != digest:
+            if _digest(_pieces(files)) != self._digest:
                 return False
         except (ChecksumError, ModelNotAvailableError):
             return False
-        self.files, self._states, self._digest = files, _states_of(files), digest
+        self.files, self._states = files, _states_of(files)
         return True
 
     def load(self) -> None:

@@ -135,6 +135,17 @@ def test_a_truncated_file_is_rejected(kept, weights, lonely, tmp_path) -> None:
     assert not list((lonely / "models").glob("gguf-*"))
 
 
+def test_a_number_of_entries_beyond_the_end_of_the_file_is_rejected(lonely, tmp_path) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf", kind="Q4_0", hidden=64, ffn=96)
+    content = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    count = content.index(key) + len(key) + 8  # after the types of the field and of its entries
+    content[count : count + 8] = (2**40).to_bytes(8, "little")
+    (tmp_path / "tiny.gguf").write_bytes(content)
+    with pytest.raises(ChecksumError, match=r"tiny\.gguf is .*damaged .*download it again"):
+        load_llm(tmp_path / "tiny.gguf")
+
+
 @pytest.mark.parametrize("architecture", ["starcoder2", "rwkv6"])
 def test_an_unknown_family_is_rejected_before_its_weights_are_read(architecture, lonely, tmp_path):
     write_tiny_gguf(tmp_path / "other.gguf", architecture=architecture)
