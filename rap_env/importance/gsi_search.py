@@ -7,7 +7,7 @@ removal. Over a ladder with more levels, the order is by the rise per freed byte
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +26,6 @@ from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
 from rap_env.ladder.state import LadderState
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan
-from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.interface import OnScore, bar_callback
 from rap_env.scoring.scorer import MaskScorer
 
@@ -161,17 +159,13 @@ class _Search:
         return best
 
     def _measure(self, freed: Mapping[int, int]) -> tuple[int, float, dict[int, float]]:
-        """The best item, the NLL after it, and the rise, or a bound of it, of all examined items.
+        """The best item, the NLL after it, and the rise of all examined items.
 
-        The exact search measures all items in the first and in the last round, because their
-        results are what is known of single items afterwards. In the others it drops those that
-        cannot be the best, unless bytes count too. The lazy search measures a few items at a time,
-        those with the least last known rise first.
+        The exact search measures all items. The lazy search measures a few items at a time, those
+        with the least last known rise first.
         """
         profile, known = self.profile, self._known_rises(freed)
         before = (profile.dense_nll, *profile.nll_after)[-1]
-        last_exact = self._exact and len(profile.order) + 1 == self._stop
-        drops = bool(known) and not (self._by_bytes or last_exact)
         first_batch = len(freed)
         if known and not self._exact:
             first_batch = _LAZY_BATCH + (0 if self._by_bytes else _NEIGHBOURS)
@@ -179,13 +173,10 @@ class _Search:
         rises: dict[int, float] = {}
 
         def measure(items: Sequence[int]) -> dict[int, tuple[float, int, int]]:
-            measured, bounds = self._score(items, nll, drops)
-            nll.update(measured)
-            rises.update({item: value - before for item, value in measured.items()})
-            # A plan may be dropped after a small part of the text. The last known rise of its item
-            # is then more informative than the lower bound.
-            rises.update({item: max(bound - before, known[item]) for item, bound in bounds.items()})
-            return {item: self._price(item, rises[item], freed) for item in measured}
+            plans = [self._ladder.plan(self._state.positions_after(item)) for item in items]
+            nll.update(zip(items, self._scorer.nll_many(plans, self._on_score), strict=True))
+            rises.update({item: nll[item] - before for item in items})
+            return {item: self._price(item, rises[item], freed) for item in items}
 
         best = cheapest_step(
             self._likely_first(freed, known),
@@ -195,31 +186,7 @@ class _Search:
         )
         return best, nll[best], rises
 
-    def _score(
-        self, items: Sequence[int], earlier: Mapping[int, float], drops: bool
-    ) -> tuple[dict[int, float], dict[int, float]]:
-        """NLL of the plans after items, and lower bounds of the NLL of those that were dropped.
-
-        The best of those that were measured `earlier` bounds the others.
-        """
-        plans = self._plans_after(items)
-        if not drops:
-            nll = self._scorer.nll_many(list(plans.values()), self._on_score)
-            return dict(zip(plans, nll, strict=True)), {}
-        bounding = self._plans_after(sorted(earlier, key=earlier.__getitem__)[:1])
-        race = find_best_plan(
-            self._scorer,
-            [*bounding.values(), *plans.values()],
-            near=self._state.plan if self._exact else None,
-            on_score=self._on_score,
-        )
-        measured = {item: race.nll[plan] for item, plan in plans.items() if plan in race.nll}
-        return measured, {n: race.lower_bounds[plans[n]] for n in items if n not in measured}
-
-    def _plans_after(self, items: Iterable[int]) -> dict[int, Plan]:
-        return {item: self._ladder.plan(self._state.positions_after(item)) for item in items}
-
-    def _known_rises(self, items: Iterable[int]) -> dict[int, float]:
+    def _known_rises(self, items: Mapping[int, int]) -> dict[int, float]:
         """Last known rise of each item: measured, else predicted; empty if nothing is known."""
         state, rises = self._state, self.profile.last_rises
         if isinstance(state, PricedState):

@@ -29,8 +29,8 @@ class Profile:
 
     Attributes:
         evaluations: Masks that the profile needs, including stored ones: the cost without a store.
-        evaluations_run: Masks that the model ran, some of them on a part of the text; fewer than
-            `evaluations` if a store already had some.
+        evaluations_run: Masks that the model ran; fewer than `evaluations` if a store already had
+            some.
         block_forwards: Blocks that the model ran, in passes over the whole text; parts of the
             text count by their share.
         seconds: Wall time of what the model ran, summed over all interrupted runs.

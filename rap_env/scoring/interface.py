@@ -38,16 +38,12 @@ class ScoringJob:
         tokens: Token ids, int64, shape (windows, T).
         options: Further arguments of `MaskScorer`.
         context: `MaskScorer.context` of the driver; a worker's must be equal.
-        search: Whether to find the best of some plans, instead of measuring all.
-        near: As in `find_best_plan`.
         compare: Whether plans are also compared with the native model.
     """
 
     tokens: npt.NDArray[np.int64]
     options: Mapping[str, Any]
     context: Mapping[str, Any]
-    search: bool = False
-    near: Plan | None = None
     compare: bool = False
 
 
@@ -74,15 +70,12 @@ class Measured:
 
     Attributes:
         plans: The plans of the batch.
-        window_nll: By plan: NLL of each window, nats per token, shape (windows,). A search
-            leaves out those that it dropped.
-        lower_bounds: Lower bounds of the NLL of those, nats per token.
+        window_nll: By plan: NLL of each window, nats per token, shape (windows,).
         block_runs: Blocks that the model ran, as `PlanRunner.block_runs` counts them.
         agreements: By plan: its agreement with the native model, if the job asks for it.
     """
 
     plans: Sequence[Plan]
     window_nll: Mapping[Plan, npt.NDArray[np.float64]]
-    lower_bounds: Mapping[Plan, float]
     block_runs: int
     agreements: Mapping[Plan, NativeAgreement] = field(default_factory=dict)

@@ -7,7 +7,7 @@ whose weights or cache differ in level. Plans that differ in the embeddings shar
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -52,21 +52,6 @@ def plan_steps(plan: Plan, steps: Steps) -> tuple[Plan, ...]:
         )
         for step in steps
     )
-
-
-def shared_plan(plans: Sequence[Plan]) -> Plan:
-    """What most of several plans share: from it, each plan of a search differs in a few items.
-
-    Of masks it is what all of them remove. Of plans it is the most frequent level of each item, so
-    that the plans that lower one item of a plan share that plan.
-    """
-    masks = [plan for plan in plans if plan.is_mask]
-    if len(masks) == len(plans):
-        return Plan(frozenset.intersection(*(mask.removed for mask in masks)))
-    levels = [plan.levels for plan in plans]
-    items = dict.fromkeys(itertools.chain(*levels))
-    shared = {n: Counter(own.get(n) for own in levels).most_common(1)[0][0] for n in items}
-    return Plan.of({item: level for item, level in shared.items() if level is not None})
 
 
 def sharing_order(plan: Plan, num_blocks: int) -> tuple[Any, ...]:
@@ -192,7 +177,7 @@ class PlanRunner:
     def run(self, batch: int, plans: Sequence[Plan], visit: Visit) -> dict[Plan, torch.Tensor]:
         """Run plans on one batch of the text; returns each one's output, (windows, T, H).
 
-        `visit` is called with every state on the way, the output of the last step included.
+        `visit` is called with the state that enters each step.
         """
         starts = {plan: self._nearest(batch, plan) for plan in plans}
         first = min(step for step, _ in starts.values())
@@ -205,9 +190,6 @@ class PlanRunner:
                 visit((number, prefix), state)
             started = [plan for plan in plans if starts[plan][0] <= number]
             states = self._advance(number, states, started)
-        states |= {plan: at for plan, (step, at) in starts.items() if step == self._depth}
-        for plan, state in states.items():
-            visit((self._depth, plan), state)
         return states
 
     def share_head(self, plans: Iterable[Plan]) -> Iterator[tuple[WeightLevel, Sequence[Plan]]]:
@@ -222,7 +204,7 @@ class PlanRunner:
     def _nearest(self, batch: int, plan: Plan) -> tuple[int, torch.Tensor]:
         """The last step whose state is cached for a plan, and that state."""
         prefixes = self.prefixes(plan)
-        for number in range(self._depth, -1, -1):
+        for number in reversed(range(self._depth)):
             state = self.cache.get(batch, (number, prefixes[number]))
             if state is not None:
                 return number, state

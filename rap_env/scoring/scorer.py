@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,8 +70,7 @@ class MaskScorer:
 
     Attributes:
         runner: Runs plans on the text and counts blocks.
-        evaluations: Plans that the model ran, including those that a search dropped
-            before the end; those found in the store do not count.
+        evaluations: Plans that the model ran; those found in the store do not count.
         options: The arguments of a scorer that gives the same scores, other than model and text.
         in_flight: Plans that advance through the model together.
         stride: The states of every `stride`-th step of a plan are kept.
@@ -297,7 +296,11 @@ class MaskScorer:
             NonFiniteScoreError: A value is NaN or infinite; nothing is stored.
         """
         if not np.isfinite(values).all():
-            self.raise_non_finite(plan)
+            self.runner.cache.clear()  # the states on the way may be non-finite too
+            raise NonFiniteScoreError(
+                f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL ({plan}); check "
+                "the weights, or load the model with dtype='float32'."
+            )
         if self.store is not None:
             context = self.context if plan.is_mask else self.plan_context
             self.store.put(self.key_of(plan), plan, METRIC, values.tolist(), context)
@@ -309,14 +312,6 @@ class MaskScorer:
             self.record(plan, values)
         self.evaluations += len(measured.plans)
         self.runner.block_runs += measured.block_runs
-
-    def raise_non_finite(self, plan: Plan) -> NoReturn:
-        """Raise a `NonFiniteScoreError`: the model gave NaN or infinity under a plan."""
-        self.runner.cache.clear()  # the states on the way may be non-finite too
-        raise NonFiniteScoreError(
-            f"{self.llm.name} ({self.llm.facts.dtype}) gave a non-finite NLL ({plan}); check the "
-            "weights, or load the model with dtype='float32'."
-        )
 
     def _path(self, plan: Plan) -> set[Node]:
         """The nodes of one plan that are kept for the plans of later calls."""

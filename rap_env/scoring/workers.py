@@ -17,7 +17,6 @@ from rap_env.extras import require_extra
 from rap_env.models.device import bound_kernel_caches, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
-from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.interface import Measured, ScoringJob
 from rap_env.scoring.native_agreement import AgreementScorer
 from rap_env.scoring.scorer import MaskScorer
@@ -45,7 +44,7 @@ class ScoringWorker:
         self._llm = self._open_model()
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan]) -> Measured:
-        """Score plans, or find the best of them, as the job says."""
+        """Score plans as the job says."""
         asked = job.options, job.context, job.compare  # the context has the hash of the text
         if self._last is None or asked != self._last[0]:
             if self._last is not None:
@@ -55,16 +54,13 @@ class ScoringWorker:
             self._last = asked, make(self._llm, tokens, **job.options)
             _check_context(self._last[1], job)
         scorer = self._last[1]
-        before, bounds = scorer.runner.block_runs, {}
-        if job.search:
-            bounds = find_best_plan(scorer, plans, near=job.near).lower_bounds
-        else:
-            scorer.nll_many(plans)
-        values = {plan: nll for plan in plans if (nll := scorer.look_up(plan)) is not None}
+        before = scorer.runner.block_runs
+        scorer.nll_many(plans)
+        values = {plan: scorer.window_nll(plan) for plan in plans}
         agreements = {}
         if isinstance(scorer, AgreementScorer):
             agreements = {plan: scorer.agreement(plan) for plan in values}
-        return Measured(plans, values, bounds, scorer.runner.block_runs - before, agreements)
+        return Measured(plans, values, scorer.runner.block_runs - before, agreements)
 
 
 def _check_context(scorer: MaskScorer, job: ScoringJob) -> None:
@@ -121,12 +117,11 @@ class WorkerPool:
         self._running: dict[Any, tuple[Any, Any]] = {}  # by result: worker, batch or None (loads)
 
     def measure(self, job: ScoringJob, plans: Sequence[Plan], least: int = 1) -> Iterator[Measured]:
-        """Score plans on the whole text, or find the best of them.
+        """Score plans on the whole text.
 
         Args:
             job: The text and what to do (`MaskScorer.job`).
-            plans: In the order in which they share most of their first steps; likely winners first
-                in a search.
+            plans: In the order in which they share most of their first steps.
             least: Plans that run through the model together, so that no batch shall be smaller.
 
         Yields:
@@ -137,8 +132,6 @@ class WorkerPool:
             NonFiniteScoreError: The model gave NaN or infinity.
         """
         batches = batches_of(plans, self.count, least)
-        if job.search:
-            batches = [plans[start :: self.count] for start in range(min(self.count, len(plans)))]
         if not (self._idle or self._running) or not self._ray.is_initialized():
             self._start()
         exceptions, sent = self._ray.exceptions, self._ray.put(job)

@@ -54,7 +54,7 @@ def test_exact_gsi_is_the_naive_loop(seed):
         ("mixtral", torch.float32),
     ],
 )
-def test_exact_gsi_drops_candidates_but_never_the_best(family, dtype):
+def test_exact_gsi_equals_scans_of_all_blocks(family, dtype):
     llm = tiny_llm(family, layers=5, dtype=dtype)
     scorer = MaskScorer(llm, tokens(windows=6), batch_tokens=18)
     removed, order, levels = Plan(), [], []

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from rap_env.blocks import block_name
 from rap_env.errors import (
@@ -10,7 +11,9 @@ from rap_env.errors import (
     NonFiniteScoreError,
     UnknownNameError,
 )
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
+from rap_env.scoring import nll as nll_module
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
@@ -187,6 +190,22 @@ def test_the_mask_in_force_does_not_matter_and_stays():
     with llm.masked(Plan.removing(0, 3)):
         assert MaskScorer(llm, ids).nll(Plan.removing(1)) == expected
         assert llm.plan.mask == Plan.removing(0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_tokens", [1, 5, 256])
+def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
+    monkeypatch.setattr(nll_module, "HEAD_TOKENS", head_tokens)
+    llm, ids = tiny_llm(dtype=dtype), tokens()
+    with torch.inference_mode():
+        logits = llm.model(ids).logits[:, :-1].double()
+        hidden = llm.adapter.decoder(llm.model)(input_ids=ids, use_cache=False).last_hidden_state
+    expected = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none"
+    ).view(3, -1)
+    nll = nll_module.window_nll(PartialForward(llm), hidden, ids)
+    assert nll.dtype == torch.float64
+    assert nll.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """Scores of plans and of models with stubs: shared, stored apart from others, and searched."""
 
-import pytest
 import torch
 
 from rap_env.plan import Plan
 from rap_env.repair.stub_library import StubLibrary
-from rap_env.scoring.best_plan import find_best_plan
 from rap_env.scoring.scorer import METRIC, MaskScorer
 from rap_env.scoring.store import ScoreStore, context_key
 from tests.models.stubs import random_stubs, repaired
@@ -49,21 +47,6 @@ def test_plans_that_differ_in_the_embeddings_share_nothing():
     scorer.nll_many([Plan(), lowered, Plan.removing(3), lowered.without(3)])
     assert scorer.block_forwards == 4 + 4
     assert scorer.nll(lowered) != scorer.dense_nll
-
-
-def test_searches_find_the_best_plan():
-    llm, ids = tiny_llm(layers=4), text(windows=4)
-    base = Plan.of({"layer01.cache": "int2"})
-    plans = [base.without(i) for i in (1, 4, 6)] + [
-        base.lower({"layer00.cache": "int2", "layer02.ffn": "removed"}),
-        Plan.removing(5),
-    ]
-    expected = dict(zip(plans, MaskScorer(llm, ids).nll_many(plans), strict=True))
-    best = min(expected, key=expected.get)
-    for near in (None, base):
-        found = find_best_plan(MaskScorer(llm, ids, batch_tokens=50), plans, near=near)
-        assert min(found.nll, key=found.nll.get) == best
-        assert found.nll[best] == pytest.approx(expected[best], rel=1e-6)
 
 
 def test_a_stub_is_not_counted_as_a_block():
