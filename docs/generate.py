@@ -8,10 +8,11 @@ pictures of README.md; both are committed. `docs/conf.py` makes the rest at each
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
 import click
@@ -31,6 +32,7 @@ from record_tables import (
 
 import rap_env
 from benchmarks.record import committed_records, targets_table
+from experiments import studies
 from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
 from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
 from experiments.ladder.loss_against_bytes import STUDY as LADDER
@@ -40,9 +42,15 @@ from experiments.long_context import STUDY as LONG_CONTEXT
 from experiments.repair import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
 from experiments.replay.trial import Trial, trial_figure
-from experiments.studies.prompts import STUDY as PROMPTS
-from experiments.studies.texts import STUDY as TEXTS
 from experiments.study.harness import Study
+from experiments.study.pages import (
+    Published,
+    below,
+    first_section,
+    untitled,
+    write_changed,
+    write_pages,
+)
 from experiments.study.plotting import save_png
 from rap_env.cli import cli
 
@@ -59,17 +67,28 @@ COMPARISONS = ("learning", "learning_scratch", "evolution", "learning_library", 
 """Folders of ``results/`` with a comparison of methods that choose masks."""
 TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 """Comparisons with policies of the other model."""
-STUDIES: dict[str, tuple[Study[Any], Path]] = {
-    "replay": (REPLAY, RESULTS / "replay" / "replay"),
-    "replay_ladder": (REPLAY, RESULTS / "ladder" / "replay"),
-    "replay_low_bits": (REPLAY, RESULTS / "replay_low_bits" / "replay"),
-    "long_context": (LONG_CONTEXT, RESULTS / "long_context"),
-    "tight_recall": (LONG_CONTEXT, RESULTS / "tight_recall" / "long_context"),
-    "texts": (TEXTS, RESULTS / "texts"),
-    "prompts": (PROMPTS, RESULTS / "prompts"),
-    "repair": (REPAIR, RESULTS / "repair" / "repair"),
-}
-"""Each study with its records, by the name under which the pages include it."""
+UNMOVED: tuple[tuple[Study[Any], Published], ...] = (
+    (REPLAY, Published("replay", "replay/replay", untitled)),
+    (REPLAY, Published("replay_ladder", "ladder/replay")),
+    (REPLAY, Published("replay_low_bits", "replay_low_bits/replay")),
+    (LONG_CONTEXT, Published("long_context", "long_context", first_section)),
+    (LONG_CONTEXT, Published("tight_recall", "tight_recall/long_context", first_section)),
+    (REPAIR, Published("repair", "repair/repair", partial(shown_tables, titles=()))),
+)
+"""Studies outside of `experiments.studies`, with their committed records."""
+
+
+def found_studies() -> Iterator[tuple[Study[Any], Published]]:
+    """Yield the studies of all modules of `experiments.studies`, with their committed records."""
+    for module in walk_packages(studies.__path__, f"{studies.__name__}."):
+        if not module.name.endswith(".__main__"):
+            for study in vars(import_module(module.name)).values():
+                if isinstance(study, Study):
+                    yield from ((study, published) for published in study.published)
+
+
+STUDIES = {published.name: (study, published) for study, published in [*found_studies(), *UNMOVED]}
+"""Each study with one of its committed records, by the name of their markers."""
 
 LADDER_ROWS = RESULTS / "ladder"
 """Folder with a folder of rows of each program of the ladder."""
@@ -78,8 +97,8 @@ LADDER_ROWS = RESULTS / "ladder"
 @cache
 def study_text(name: str) -> str:
     """All tables of a study."""
-    study, folder = STUDIES[name]
-    return study.markdown(study.read(folder))
+    study, published = STUDIES[name]
+    return study.markdown(study.read(published.folder))
 
 
 def part_of(name: str, shown: Callable[[str], str]) -> str:
@@ -92,25 +111,10 @@ def environment_text(kind: str) -> str:
     return inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
 
 
-def untitled(text: str) -> str:
-    """A text without its title."""
-    return text.partition("\n")[2]
-
-
-def below(text: str) -> str:
-    """A text without its title, below a page's second level."""
-    return untitled(text).replace("\n## ", "\n### ")
-
-
-def first_section(text: str) -> str:
-    """The first section of a text, without its title."""
-    return untitled(text.split("\n## ")[1])
-
-
 def ladder_text() -> str:
     """All tables of the programs of the ladder."""
-    studies: tuple[Study[Any], ...] = (OTHER_METHODS, LEVEL_COSTS, LADDER, LLAMA_CPP)
-    texts = (study.markdown(study.read(LADDER_ROWS / study.name)) for study in studies)
+    parts: tuple[Study[Any], ...] = (OTHER_METHODS, LEVEL_COSTS, LADDER, LLAMA_CPP)
+    texts = (study.markdown(study.read(LADDER_ROWS / study.name)) for study in parts)
     return "\n".join([f"# {LADDER.title}\n", *map(str.lstrip, map(untitled, texts))])
 
 
@@ -135,13 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speeds": table_speeds,
     **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
     **{name: partial(part_of, name, record_tables.first_tables) for name in COMPARISONS},
-    **{
-        name: partial(part_of, name, below)
-        for name in ("replay_ladder", "replay_low_bits", "prompts")
-    },
-    **{name: partial(part_of, name, untitled) for name in ("replay", "texts")},
-    **{name: partial(part_of, name, first_section) for name in ("long_context", "tight_recall")},
-    "repair": partial(part_of, "repair", partial(shown_tables, titles=())),
+    **{name: partial(part_of, name, published.shown) for name, (_, published) in STUDIES.items()},
     "tight_stubs": record_tables.stubs_text,
     **{ranked: partial(record_tables.ranked_text, name) for name, ranked in RANKED.items()},
     "tight_packaged": record_tables.packaged_text,
@@ -163,25 +161,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 
-_MARKED = re.compile(r"(<!-- (\w+): begin -->\n).*?(<!-- \2: end -->)", re.DOTALL)
-_INTERVAL = re.compile(r"(\[[-+]?\d+\.\d+), ([-+]?\d+\.\d+\])")
-
-
-def with_tables(text: str) -> str:
-    """A page with the tables of the records between its markers; no interval is broken."""
-
-    def filled(match: re.Match[str]) -> str:
-        table = _INTERVAL.sub("\\1,\u00a0\\2", TABLES[match[2]]().strip())
-        return f"{match[1]}\n{table}\n\n{match[3]}"
-
-    return _MARKED.sub(filled, text)
-
-
-def marked_pages() -> list[Path]:
-    """README.md and the pages of the documentation that have markers."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-    return [page for page in pages if _MARKED.search(page.read_text(encoding="utf-8"))]
-
 
 def write_all(docs: Path) -> None:
     """Write every generated file that is not committed.
@@ -193,31 +172,24 @@ def write_all(docs: Path) -> None:
     for new in (folder, details):
         new.mkdir(exist_ok=True)
     for name, full_text in FULL.items():
-        write(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
+        write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
     for name in STUDIES:
         draw_study(folder, name)
     draw_ladder(folder)
     if (record := RESULTS / "cgroup" / "rap.json.gz").exists():
         save_png(trial_figure(Trial.read(record)), folder / "cgroup.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
-    write(folder / "results_readme.md", records)
-    write(folder / "commands.md", command_reference())
-    write(folder / "api.md", api_page())
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file only if its text changed, so that Sphinx rebuilds no more than it must."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    write_changed(folder / "results_readme.md", records)
+    write_changed(folder / "commands.md", command_reference())
+    write_changed(folder / "api.md", api_page())
 
 
 def draw_study(folder: Path, name: str) -> None:
     """Draw the figures of a study: ``NAME.png``, or ``NAME_FIGURE.png`` if it has several."""
-    study, records = STUDIES[name]
-    data = study.read(records)
+    study, published = STUDIES[name]
+    data = study.read(published.folder)
     for figure, draw in study.figures.items():
-        own = figure.removeprefix(study.name).removeprefix(f"{name}_")
-        save_png(draw(data), folder / f"{name}{own}.png")
+        save_png(draw(data), folder / f"{name}{figure.removeprefix(study.name)}.png")
 
 
 def api_page() -> str:
@@ -260,8 +232,7 @@ def draw_ladder(folder: Path) -> None:
 
 def main() -> None:
     """Write the committed tables and pictures."""
-    for page in marked_pages():
-        write(page, with_tables(page.read_text(encoding="utf-8")))
+    write_pages(TABLES)
     save_png(decision_cost(), ROOT / "docs" / "images" / "decision_cost.png")
 
 

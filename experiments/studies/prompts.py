@@ -23,6 +23,7 @@ from experiments.launch import launch
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import Record
+from experiments.study.pages import Published
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.study.table_format import Table, TitledTable, crossed_table, relative_words
 from rap_env.artifacts import digest
@@ -210,6 +211,7 @@ STUDY = Study(
     prompt_tables,
     data=PromptStudy,
     frozen=("model", "prompts.texts", "prompts.prompt_tokens"),
+    published=[Published("prompts", "prompts")],
 )
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.launch import launch
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study, measured
 from experiments.study.json_records import Record
+from experiments.study.pages import Published, untitled
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
 from experiments.study.table_format import Table, TitledTable, relative_words
 from rap_env.artifacts import digest
@@ -337,6 +338,7 @@ STUDY = Study(
     data=TextStudy,
     words=lambda study: study.verdict,
     frozen=("model", "env.levels", "env.together", "texts.kinds"),
+    published=[Published("texts", "texts", untitled)],
 )
 
 if __name__ == "__main__":

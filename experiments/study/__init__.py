@@ -5,6 +5,7 @@ tables made from the rows. The rest is done here::
 
     from experiments.study.harness import Job, Study
     from experiments.study.json_records import DeltaNLLRecord, RequestRecord, delta_nll_fields
+    from experiments.study.pages import Published
     from experiments.study.table_format import TitledTable, columns_table
 
     @dataclass(frozen=True)
@@ -26,16 +27,21 @@ tables made from the rows. The rest is done here::
         columns = {"Caches": lambda row: row.caches, "ΔNLL": lambda row: str(row.estimate)}
         return [TitledTable(columns_table(rows, columns), "Caches", "What the numbers mean.")]
 
-    STUDY = Study("caches", "Levels of caches", [CacheRow], jobs, tables)
+    STUDY = Study("caches", "Levels of caches", [CacheRow], jobs, tables,
+                  published=[Published("caches", "caches")])
 
     if __name__ == "__main__":
-        launch(STUDY.name, STUDY.run)           # python -m experiments.caches
+        launch(STUDY.name, STUDY.run)           # python -m experiments.studies.caches
 
 `Study.run` appends each row to ``caches.jsonl`` as soon as it is measured, so that the same command
 continues after a kill; writes ``config.yaml`` and ``run.json`` (commit, versions, machine, seeds),
-``tables.md`` and a PNG of each figure; and prints the tables. `Study.read` and `Study.markdown`
-make the tables of the documentation from committed rows, in ``caches.jsonl`` or
-``caches.jsonl.gz``.
+``tables.md`` and a PNG of each figure; and prints the tables.
+
+`Study.published` names committed records: here ``results/caches/caches.jsonl`` (or ``.jsonl.gz``).
+Their tables stand in the page of the documentation that has the markers ``<!-- caches: begin -->``
+and ``<!-- caches: end -->``. ``python docs/generate.py`` writes them there for every study of the
+package `experiments.studies`, and so does a run in that folder (``hydra.run.dir=results/caches``).
+The site has the figures as ``docs/_generated/NAME.png``; their names begin with the study's.
 
 Where a study has rows of several types, `jobs` yields jobs of each type, and `Study.data` makes
 one object of all rows, to which tables and figures refer. Plans that a job lists with its `scorer`
@@ -43,6 +49,7 @@ are scored together.
 
 - `json_records`: base classes of rows, and JSON lines
 - `run_folder`: settings and provenance of a run
+- `pages`: tables in pages of the documentation, between markers
 - `table_format`: a table from lines and columns, as text, Markdown or HTML; formats of numbers
 - `plotting`: style, panels, series with intervals
 - `looks`: label and colour of each method

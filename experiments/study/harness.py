@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from experiments.config import Config
 from experiments.study.console import say
 from experiments.study.json_records import Record, RowFile, row_key, write_text
+from experiments.study.pages import Published, write_pages
 from experiments.study.plotting import save_png
 from experiments.study.run_folder import RunFolder, git_state
 from experiments.study.table_format import TitledTable, document, terminal, wrapped
@@ -86,6 +87,8 @@ class Study(Generic[DataT]):
         figures: Draws each figure, by name.
         frozen: Sections of the settings that must not change when a run resumes.
         captions: Whether ``tables.md`` has the captions of the tables.
+        published: Its committed records, with the markers in the documentation that its tables
+            stand between. A run in the folder of such records writes them there.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Study(Generic[DataT]):
     figures: Mapping[str, Callable[[DataT], Figure]] = field(default_factory=dict)
     frozen: tuple[str, ...] = ("model",)
     captions: bool = True
+    published: Sequence[Published] = ()
 
     def run(self, config: Config, folder: Path) -> Path:
         """Measure the rows that the folder lacks, then write tables and figures, and print them.
@@ -128,6 +132,9 @@ class Study(Generic[DataT]):
         say("\n\n".join(filter(None, shown)))
         if find_spec("matplotlib") is not None:  # an extra, and the tables say the same
             self.draw(data, folder)
+        for published in self.published:
+            if published.folder == folder.resolve():
+                write_pages({published.name: partial(published.shown, self.markdown(data))})
 
     def markdown(self, data: DataT) -> str:
         """Return title, words and all tables in Markdown."""

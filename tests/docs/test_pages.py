@@ -41,11 +41,16 @@ def test_the_site_builds_without_warnings(tmp_path):
 def test_committed_tables_are_those_of_the_records(pages):
     path = f"sys.path.insert(0, {str(ROOT)!r})"  # after the import, as `python docs/generate.py`
     code = f"""
-import generate, sys; {path}
-for page in generate.marked_pages():
+import generate, re, sys; {path}
+from experiments.study.pages import marked_pages, with_tables
+names = set()
+for page in marked_pages():
     text = page.read_text(encoding="utf-8")
+    names |= set(re.findall("<!-- (.*): begin -->", text))
     if page.stem.startswith({pages!r}):
-        print("tables of", page.name, "stale" if generate.with_tables(text) != text else "fresh")
+        stale = with_tables(text, generate.TABLES) != text
+        print("tables of", page.name, "stale" if stale else "fresh")
+assert names == generate.TABLES.keys(), names ^ generate.TABLES.keys()
 """
     done = run_python("-c", code, cwd=ROOT / "docs", env={"PATH": "/usr/bin:/bin"}, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -59,6 +59,19 @@ def test_only_programs_import_programs():
     assert not wrong, "\n".join(wrong)
 
 
+def test_nothing_imports_a_study():
+    def package(name):
+        return tuple(name.split(".")[:3])
+
+    wrong = [
+        f"{name} imports {to}"
+        for name in FILES
+        for to in imports(name)
+        if to.startswith("experiments.studies.") and package(to) != package(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize(
     ("module", "unneeded"),
     [

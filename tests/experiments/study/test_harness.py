@@ -2,7 +2,7 @@
 
 import gzip
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -16,6 +16,7 @@ from experiments.study.json_records import (
     delta_nll_fields,
     request_field,
 )
+from experiments.study.pages import Published, first_section
 from experiments.study.plotting import Panel, draw_series, panel_figure
 from experiments.study.table_format import TitledTable, columns_table, crossed_table
 
@@ -105,6 +106,25 @@ def test_a_study_measures_each_row_once_and_reads_what_it_wrote(tmp_path):
     other = FakeStudy(["int8"])
     other.study.run(Config(stage="levels", progress=False, seed=1), folder)
     assert other.made == Counter(["int8"])
+
+
+def test_a_run_in_the_folder_of_committed_records_writes_their_page(tmp_path, monkeypatch):
+    page, records = tmp_path / "docs" / "results" / "page.md", tmp_path / "results"
+    page.parent.mkdir(parents=True)
+    other = "<!-- other: begin -->\nKept.\n<!-- other: end -->\n"
+    marks = "# Page\n\n<!-- caches: begin -->\n{}<!-- caches: end -->\n" + other
+    page.write_text(marks.format("Old."))
+    (tmp_path / "README.md").write_text("# No markers\n")
+    monkeypatch.setattr("experiments.study.pages.ROOT", tmp_path)
+    monkeypatch.setattr("experiments.study.pages.RESULTS", records)
+    fake, config = FakeStudy(["int8"]), Config(stage="levels", progress=False)
+    study = replace(fake.study, published=[Published("caches", "own/caches", first_section)])
+    study.run(config, tmp_path / "elsewhere")
+    assert "Old." in page.read_text()
+    study.run(config, records / "own" / "caches")
+    shown = first_section(study.markdown(study.read(records / "own" / "caches")))
+    shown = shown.replace(", 4", ",\u00a04").strip()
+    assert page.read_text() == marks.format(f"\n{shown}\n\n")
 
 
 def test_compressed_records_are_read_in_the_place_of_plain_ones(tmp_path):
