@@ -1,0 +1,117 @@
+"""How many files of the project each of three ways through the code enters.
+
+``python -m tests.packaging.paths`` prints them: a limit of a server that an administrator lowers,
+from the request to the changed plan; a chat request, from the request to its answer; a training on
+a score table. A file counts if one of its functions is called on the way, in any thread; an import
+alone does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OURS = tuple(f"{ROOT / package}/" for package in ("rap_env", "agents", "experiments"))
+
+_entered: set[str] | None = None
+
+
+def _profile(frame: Any, event: str, _: Any) -> None:
+    if _entered is not None and event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        _entered.add(frame.f_code.co_filename)
+
+
+@contextlib.contextmanager
+def entered_files() -> Iterator[set[str]]:
+    """The files of the project in which a function is called while the body runs.
+
+    Threads count if they were started after ``threading.setprofile(_profile)``.
+    """
+    global _entered
+    files: set[str] = set()
+    _entered, names = set(), _entered
+    sys.setprofile(_profile)
+    try:
+        yield files
+    finally:
+        sys.setprofile(None)
+        entered, _entered = _entered, names
+        files.update(str(Path(n).relative_to(ROOT)) for n in entered if n.startswith(OURS))
+
+
+def serving_paths() -> dict[str, set[str]]:
+    """The files of a lower limit and of a chat request, on a server of a tiny model."""
+    import httpx
+
+    from rap_env.memory import MemoryModel
+    from rap_env.plan import Plan
+    from rap_env.runtime.batch_shape import BatchShape
+    from rap_env.runtime.memory_meter import TensorMeter
+    from rap_env.serving.settings import ServerSettings
+    from rap_env.serving.stack import build_stack
+    from tests.serving.background import BackgroundServer
+    from tests.serving.conftest import chat, client_of
+    from tests.serving.test_policies import knapsack_of
+    from tests.serving.tokenizers import chat_tokenizer
+    from tests.tiny import tiny_llm
+
+    threading.setprofile(_profile)
+    llm = tiny_llm(layers=3, tokenizer=chat_tokenizer())
+    llm.set_residency("offload")
+    with tempfile.TemporaryDirectory() as folder:
+        keys = Path(folder) / "admins"
+        keys.write_text("admin")
+        settings = ServerSettings(
+            model_name="tiny", model_memory="1GiB", max_delta_nll=None, admin_key_file=str(keys)
+        )
+        policy = knapsack_of(MemoryModel(llm))
+        stack = build_stack(settings, llm=llm, policy=policy, meter=TensorMeter(llm))
+        native = stack.engine.controller.estimator.peak_bytes(Plan(), BatchShape(1, 1))
+        with BackgroundServer(stack.app) as server:
+            chat(client_of(server))
+            with entered_files() as asked:
+                chat(client_of(server))
+            with entered_files() as lowered:
+                httpx.put(
+                    f"{server.url}/admin/budget",
+                    headers={"authorization": "Bearer admin"},
+                    json={"model_memory": int(0.9 * native)},
+                ).raise_for_status()
+                deadline = time.monotonic() + 30
+                while not llm.plan and time.monotonic() < deadline:
+                    time.sleep(0.001)
+            assert llm.plan, "the plan has not changed"
+    threading.setprofile(None)  # type: ignore[arg-type]
+    return {"PUT /admin/budget to a changed plan": lowered, "a chat request to its tokens": asked}
+
+
+def training_path() -> set[str]:
+    """The files of a short training on a score table."""
+    import runpy
+
+    arguments = sys.argv
+    with tempfile.TemporaryDirectory() as folder, entered_files() as files:
+        sys.argv = [
+            "train", "experiment=table", f"runs_dir={folder}", "name=path", "store=null",
+            "agent.total_timesteps=600", "progress=false", "threads=1",
+        ]  # fmt: skip
+        try:
+            runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+        finally:
+            sys.argv = arguments
+    return files
+
+
+if __name__ == "__main__":
+    for name, files in {**serving_paths(), "experiments.train on a table": training_path()}.items():
+        print(f"{len(files):3d} files: {name}")
+        if "-v" in sys.argv:
+            print("\n".join(f"      {file}" for file in sorted(files)))
