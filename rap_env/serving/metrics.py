@@ -32,6 +32,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REQUEST_S = (*_PER_TOKEN_S[3:], 30, 60, 120, 300, 600)
 _TOKENS = tuple(2**n for n in range(16))
+_OUTCOMES = ("served", "refused", "cancelled", "failed")
 
 
 class ServingMetrics:
@@ -138,18 +139,22 @@ class AnswerTimer:
             metrics.per_token_s.observe(max(0.0, after_first_s) / (self._tokens - 1))
 
 
-Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
-_GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
+_Values = dict[str, tuple[str, float | Mapping[str, float]]]
+"""Metrics by name and labels: what each is, and its value, or one for each label.
+
+Several labels, and values of them, are separated by a space.
+"""
 
 
-def _labelled(
-    family: Family, name: str, text: str, labels: str, values: Mapping[str, float]
-) -> Metric:
-    """A metric with a value for each label; names of several labels are separated by a space."""
-    metric = family(f"rap_{name}", text, labels=labels.split())
-    for label, value in values.items():
-        metric.add_metric(label.split(), value)
-    return metric
+def _families(
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily], metrics: _Values
+) -> Iterable[Metric]:
+    for name, (text, values) in metrics.items():
+        name, _, labels = name.removesuffix("]").partition("[")
+        metric = family(f"rap_{name}", text, labels=labels.split())
+        for label, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+            metric.add_metric(label.split(), value)
+        yield metric
 
 
 class _EngineState(Collector):
@@ -171,65 +176,89 @@ class _EngineState(Collector):
         whole, budget_bytes = monitor.source.process_bytes, max(0, monitor.budget_bytes)
         names = {"model": self._settings.served_name, "policy": chooser.policy.name}
         yield InfoMetricFamily("rap_build", "What serves.", {"version": __version__, **names})
-        removed: dict[str, float] = {kind: stats.plan.count_removed(kind) for kind in KINDS}
-        answers = {
-            "served": stats.served,
-            "refused": stats.refused,
-            "cancelled": stats.cancelled,
-            "failed": stats.failed,
+        floor, meter = chooser.max_delta_nll, monitor.meter
+        gauges: _Values = {
+            "items[kind level]": (
+                "Items of the model by kind and level.",
+                _items_by_level(stats.plan, self._num_layers),
+            ),
+            "blocks_removed[kind]": (
+                "Removed blocks by kind.",
+                {kind: stats.plan.count_removed(kind) for kind in KINDS},
+            ),
+            "memory_held_bytes[part]": (
+                "Bytes of tensors in memory.",
+                {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache},
+            ),
+            "memory_limit_bytes[of]": (
+                "The memory limit: of the whole process, or of the model.",
+                {"model": budget_bytes} if whole is None else {"process": whole},
+            ),
+            "memory_used_bytes": ("Measured bytes that the model takes.", monitor.used_bytes),
+            "memory_budget_bytes": ("Bytes that the model may take.", budget_bytes),
+            "memory_margin_bytes": (
+                "Bytes of the budget that stay free for what is not predicted.",
+                monitor.margin.bytes,
+            ),
+            "weights_unreadable": (
+                "Items whose weights cannot be read, and that stay out.",
+                len(chooser.unreadable.items),
+            ),
+            "ready": (
+                "Whether requests can be served (1), as /readyz reports, or not (0).",
+                self._engine.unready_reason() is None,
+            ),
+            "queue_length": ("Answers that wait.", stats.queued),
+            "stalled_seconds": (
+                "Time for which answers have waited while none was generated.",
+                stats.stalled_s,
+            ),
+            "max_delta_nll": (
+                "Quality floor now, in nats per token; NaN without one.",
+                math.nan if floor is None else floor,
+            ),
+            "running": ("Answers that are being generated.", stats.running),
+            "lowered_rows": (
+                "Those of them whose caches are below the plan's levels.",
+                stats.lowered_rows,
+            ),
         }
-        for family, name, text, labels, values in (
-            (_GAUGE, "items", "Items of the model by kind and level.", "kind level",
-             _items_by_level(stats.plan, self._num_layers)),
-            (_GAUGE, "blocks_removed", "Removed blocks by kind.", "kind", removed),
-            (_GAUGE, "memory_held_bytes", "Bytes of tensors in memory.", "part",
-             {"weights": monitor.held.weights, "kv_cache": monitor.held.kv_cache}),
-            (_COUNTER, "answers",
-             "Answers by how they ended in the engine; a stop string cancels what would follow.",
-             "outcome", answers),
-            (_COUNTER, "tokens", "Tokens by where they are.", "part",
-             {"prompt": stats.prompt_tokens, "repeated": stats.repeated_tokens,
-              "refilled": stats.refilled_tokens, "generated": stats.tokens}),
-            (_GAUGE, "memory_limit_bytes",
-             "The memory limit: of the whole process, or of the model.", "of",
-             {"model": budget_bytes} if whole is None else {"process": whole}),
-        ):  # fmt: skip
-            yield _labelled(family, name, text, labels, values)
-        for family, name, text, value in (
-            (_GAUGE, "memory_used_bytes", "Measured bytes that the model takes.",
-             monitor.used_bytes),
-            (_GAUGE, "memory_budget_bytes", "Bytes that the model may take.", budget_bytes),
-            (_GAUGE, "memory_margin_bytes", "Bytes of the budget that stay free for what is not "
-             "predicted.", monitor.margin.bytes),
-            (_GAUGE, "weights_unreadable", "Items whose weights cannot be read, and that stay out.",
-             len(chooser.unreadable.items)),
-            (_GAUGE, "ready", "Whether requests can be served (1), as /readyz reports, or not (0).",
-             self._engine.unready_reason() is None),
-            (_GAUGE, "queue_length", "Answers that wait.", stats.queued),
-            (_GAUGE, "stalled_seconds", "Time for which answers have waited while none was "
-             "generated.", stats.stalled_s),
-            (_GAUGE, "max_delta_nll", "Quality floor now, in nats per token; NaN without one.",
-             math.nan if chooser.max_delta_nll is None else chooser.max_delta_nll),
-            (_GAUGE, "running", "Answers that are being generated.", stats.running),
-            (_GAUGE, "lowered_rows", "Those of them whose caches are below the plan's levels.",
-             stats.lowered_rows),
-            (_COUNTER, "preemptions", "Answers put back into the queue.", stats.preemptions),
-            (_COUNTER, "interruptions", "Prefill chunks ended early because the budget fell.",
-             stats.interruptions),
-            (_COUNTER, "plan_switches", "Changes of the plan.", switcher.switches),
-            (_COUNTER, "plan_decisions", "Times that a plan was chosen.", chooser.decisions),
-            (_COUNTER, "decisions_lost", "Changes of the plan that the log of decisions lacks.",
-             switcher.lost_decisions),
-            (_COUNTER, "controller_overhead_seconds", "Time spent on choosing and switching plans.",
-             stats.overhead_s),
-            (_COUNTER, "busy_seconds", "Time spent in steps of the engine.", stats.busy_s),
-        ):  # fmt: skip
-            yield family(f"rap_{name}", text, value=value)
-        if isinstance(monitor.meter, ResidentMeter):
-            yield GaugeMetricFamily(
-                "rap_memory_other_bytes", "Resident bytes of everything but the model.",
-                value=monitor.meter.baseline_bytes,
-            )  # fmt: skip
+        if isinstance(meter, ResidentMeter):
+            other = "Resident bytes of everything but the model."
+            gauges["memory_other_bytes"] = other, meter.baseline_bytes
+        yield from _families(GaugeMetricFamily, gauges)
+        counters: _Values = {
+            "answers[outcome]": (
+                "Answers by how they ended in the engine; a stop string cancels what would follow.",
+                {name: getattr(stats, name) for name in _OUTCOMES},
+            ),
+            "tokens[part]": (
+                "Tokens by where they are.",
+                {
+                    "prompt": stats.prompt_tokens,
+                    "repeated": stats.repeated_tokens,
+                    "refilled": stats.refilled_tokens,
+                    "generated": stats.tokens,
+                },
+            ),
+            "preemptions": ("Answers put back into the queue.", stats.preemptions),
+            "interruptions": (
+                "Prefill chunks ended early because the budget fell.",
+                stats.interruptions,
+            ),
+            "plan_switches": ("Changes of the plan.", switcher.switches),
+            "plan_decisions": ("Times that a plan was chosen.", chooser.decisions),
+            "decisions_lost": (
+                "Changes of the plan that the log of decisions lacks.",
+                switcher.lost_decisions,
+            ),
+            "controller_overhead_seconds": (
+                "Time spent on choosing and switching plans.",
+                stats.overhead_s,
+            ),
+            "busy_seconds": ("Time spent in steps of the engine.", stats.busy_s),
+        }
+        yield from _families(CounterMetricFamily, counters)
 
 
 def _items_by_level(plan: Plan, num_layers: int) -> dict[str, float]:
