@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from rap_env.models.live.elastic import ElasticLLM
-    from rap_env.runtime.metrics import StepRecord
+    from rap_env.runtime.records import StepRecord
     from rap_env.runtime.request_handle import RequestHandle
 
 FILE = "live.json"

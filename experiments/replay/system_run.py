@@ -20,11 +20,10 @@ from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, TensorMeter, make_levels, process_meter
 from rap_env.runtime.memory_source import GivenMemory
-from rap_env.runtime.metrics import EngineStats, StepRecord
+from rap_env.runtime.records import DecisionLog, EngineStats, StepRecord
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 

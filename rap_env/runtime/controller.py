@@ -11,7 +11,6 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
-from rap_env.runtime.decisions import DecisionLog, Trigger
 from rap_env.runtime.growth import Growth
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter, process_meter
@@ -19,6 +18,7 @@ from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
 from rap_env.runtime.memory_source import MemorySource, open_memory
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
+from rap_env.runtime.records import DecisionLog, Trigger
 from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:

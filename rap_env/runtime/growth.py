@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
-from rap_env.runtime.decisions import Trigger
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
+from rap_env.runtime.records import Trigger
 
 IDLE_RESTORE_S = 60.0
 """Seconds without a request after which everything that fits is restored, without a reserve."""

@@ -16,9 +16,9 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
 from rap_env.plan import EMBEDDINGS, Plan, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
-from rap_env.runtime.decisions import Decision, DecisionLog, Trigger
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
+from rap_env.runtime.records import Decision, DecisionLog, Trigger
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,9 @@ from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
 from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.kept_caches import KeptCaches
-from rap_env.runtime.metrics import Counters, StepKind, StepRecord
 from rap_env.runtime.pace import Pace
-from rap_env.runtime.running import RunningBatch
+from rap_env.runtime.records import Counters, StepKind, StepRecord
+from rap_env.runtime.running import KeptCaches, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PositionLogits
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape, QualityBound
-from rap_env.runtime.metrics import Counters
+from rap_env.runtime.records import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
     PromptEvent,

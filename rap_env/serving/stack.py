@@ -13,10 +13,10 @@ from rap_env.models.device import drop_unused_pages, use_threads
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.policies.base import Policy, PolicyLike, as_policy
 from rap_env.runtime.controller import RuntimeController
-from rap_env.runtime.decisions import DecisionLog
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import make_levels, process_meter
 from rap_env.runtime.memory_source import MemorySource
+from rap_env.runtime.records import DecisionLog
 from rap_env.serving import limits
 from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.served_model import choose_policy, floor_of, load_served_model

@@ -8,7 +8,7 @@ import pytest
 
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.decisions import Decision, DecisionLog
+from rap_env.runtime.records import Decision, DecisionLog
 
 
 def made(number: int = 0) -> Decision:
@@ -71,7 +71,7 @@ def test_a_closed_log_writes_nothing_and_a_failing_disk_raises_nothing(tmp_path,
 _WRITER = """
 import sys
 from tests.runtime.test_decisions import made
-from rap_env.runtime.decisions import DecisionLog
+from rap_env.runtime.records import DecisionLog
 log = DecisionLog(sys.argv[1])
 number = 0
 while True:

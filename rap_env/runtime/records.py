@@ -1,4 +1,4 @@
-"""The controller's decisions as JSON lines: when, why, what changed in the plan, at what cost."""
+"""What is recorded of an engine: its steps, its counters, and the changes of its plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,102 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rap_env.artifacts import remove_incomplete_line
+from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.request_handle import Reason
+
+StepKind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One pass through the model.
+
+    Attributes:
+        time_s: Start time on the engine's clock.
+        duration_s: Wall-clock seconds.
+        kind: A prefill chunk of one prompt, or a decode step of the running batch.
+        rows: Sequences in the pass.
+        length: Cached tokens of each of them afterwards, padding included.
+        plan: The plan that the pass ran with.
+        held: Bytes of all tensors held afterwards.
+        peak_bytes: Peak bytes measured since the last step or switch.
+        budget_bytes: The budget as last read before the step.
+    """
+
+    time_s: float
+    duration_s: float
+    kind: StepKind
+    rows: int
+    length: int
+    plan: Plan
+    held: HeldBytes
+    peak_bytes: int
+    budget_bytes: int
+
+
+@dataclass
+class Counters:
+    """Totals since the engine was made.
+
+    Attributes:
+        served: Requests that ended by a stop token or their token limit.
+        refused: Requests that were rejected: the queue was full, no plan could ever fit, or they
+            had waited too long.
+        cancelled: Requests cancelled by the caller, or because the engine was closed.
+        failed: Requests ended by an error.
+        tokens: Tokens generated.
+        prompt_tokens: Prefilled tokens, those prefilled again after a preemption included.
+        repeated_tokens: Those of them that had been in a cache before the preemption.
+        refilled_tokens: Tokens computed again at better levels of caches.
+        preemptions: How often a request was preempted and restarted.
+        interruptions: Prefill chunks that ended between two layers because the budget had fallen.
+        overhead_s: Seconds that the controller took in turns that ran the model.
+        busy_s: Seconds of those turns.
+    """
+
+    served: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    repeated_tokens: int = 0
+    refilled_tokens: int = 0
+    preemptions: int = 0
+    interruptions: int = 0
+    overhead_s: float = 0.0
+    busy_s: float = 0.0
+
+    def add_end(self, reason: Reason) -> None:
+        """Count a request that ended."""
+        if reason == "cancelled":
+            self.cancelled += 1
+        elif reason == "error":
+            self.failed += 1
+        else:
+            self.served += 1
+
+
+@dataclass(kw_only=True)
+class EngineStats(Counters):
+    """An engine's counters and its state at one moment.
+
+    Attributes:
+        queued: Requests in the queue, preempted ones included.
+        running: Requests in the running batch or in prefill.
+        plan: The plan of the last step.
+        stalled_s: Seconds for which requests have waited while nothing ran.
+        lowered_rows: Decoding requests whose caches have lower levels than the plan.
+    """
+
+    queued: int
+    running: int
+    plan: Plan
+    stalled_s: float
+    lowered_rows: int
+
 
 log = logging.getLogger(__name__)
 
