@@ -35,7 +35,7 @@ from agents.sb3_policies import (
     MaskedBlockwiseQPolicy,
 )
 from rap_env.plugins import PluginError, find_plugin
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 _LAST_LEARNING_RATE = 0.1  # as a share of the first
 
@@ -151,22 +151,21 @@ class AgentConfig:
     """
 
     name: str = "maskable_ppo"
-    total_timesteps: int = 10_000
-    n_envs: int = 8
-    seed: int = 0
+    total_timesteps: int = setting(10_000, low=1)
+    n_envs: int = setting(8, low=1)
+    seed: int = setting(0, low=0)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     normalize_reward: bool = True
     policy_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         algorithm = self.algorithm
-        least = {"total_timesteps": 1, "n_envs": 1, "seed": 0}
-        check_types(self, AgentConfigError, least=least)
+        check(self, AgentConfigError)
         values = with_defaults(self.name, "hyperparameters", self.hyperparameters)
         algorithm.hyperparameters.of(values, f"the agent {self.name!r}")
         object.__setattr__(self, "hyperparameters", values)
         settings = with_defaults(self.name, "policy_settings", self.policy_settings)
-        settings["without"] = list(PolicySettings.of(settings, "the block-wise policy").without)
+        PolicySettings.of(settings, "the block-wise policy")
         object.__setattr__(self, "policy_settings", settings)
 
     @property

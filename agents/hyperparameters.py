@@ -7,18 +7,18 @@ torch nor stable-baselines3.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, Self
 
 from omegaconf import OmegaConf
 
-from rap_env.errors import RapError, UnknownNameError
+from rap_env.errors import RapError
 from rap_env.plugins import find_plugin
 from rap_env.policies.network_rows import ABLATIONS
+from rap_env.specs import check, check_settings, setting, settings_of
 
 _FOLDER = Path(__file__).parent.parent / "conf" / "agent"
 
@@ -27,36 +27,25 @@ class AgentConfigError(RapError, ValueError):
     """A setting of an agent has an impossible value."""
 
 
-class Range(NamedTuple):
-    """The lowest and the highest allowed value."""
-
-    low: float
-    high: float = math.inf
-
-
 @dataclass(frozen=True)
 class Settings:
-    """A group of numeric settings, whose annotations state the allowed values.
+    """Base of a group of settings, whose fields `rap_env.specs.setting` makes.
 
     Raises:
         AgentConfigError: A value has another type or is out of its range.
+        UnknownNameError: A name is not among the choices.
     """
 
     section: ClassVar[str] = "hyperparameters"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                _check_number(f"{self.section}.{name}", getattr(self, name), hint)
+        check(self, AgentConfigError, path=f"{self.section}.")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], owner: str) -> Self:
         """Make the settings from a dict that has all of them."""
-        known = [entry.name for entry in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UnknownNameError(f"{cls.section} of {owner}:", key, known)
-        missing = [key for key in known if key not in values]
+        check_settings(values, owner, settings_of(cls))
+        missing = [key for key in settings_of(cls) if key not in values]
         if missing:
             raise AgentConfigError(f"The {cls.section} of {owner} lack {', '.join(missing)}.")
         return cls(**values)
@@ -80,17 +69,17 @@ class PPOHyperparameters(Settings):
         target_kl: KL divergence that stops an update early; None never stops one.
     """
 
-    learning_rate: Annotated[float, Range(1e-12, 1)]
-    n_steps: Annotated[int, Range(1)]
-    batch_size: Annotated[int, Range(2)]
-    n_epochs: Annotated[int, Range(1)]
-    gamma: Annotated[float, Range(0, 1)]
-    gae_lambda: Annotated[float, Range(0, 1)]
-    clip_range: Annotated[float, Range(1e-6)]
-    ent_coef: Annotated[float, Range(0)]
-    vf_coef: Annotated[float, Range(0)]
-    max_grad_norm: Annotated[float, Range(1e-12)]
-    target_kl: Annotated[float | None, Range(1e-12)]
+    learning_rate: float = setting(above=0, high=1)
+    n_steps: int = setting(low=1)
+    batch_size: int = setting(low=2)
+    n_epochs: int = setting(low=1)
+    gamma: float = setting(low=0, high=1)
+    gae_lambda: float = setting(low=0, high=1)
+    clip_range: float = setting(above=0)
+    ent_coef: float = setting(low=0)
+    vf_coef: float = setting(low=0)
+    max_grad_norm: float = setting(above=0)
+    target_kl: float | None = setting(above=0)
 
 
 @dataclass(frozen=True)
@@ -112,18 +101,18 @@ class DQNHyperparameters(Settings):
         max_grad_norm: Norm to which gradients are clipped.
     """
 
-    learning_rate: Annotated[float, Range(1e-12, 1)]
-    buffer_size: Annotated[int, Range(1)]
-    learning_starts: Annotated[int, Range(0)]
-    batch_size: Annotated[int, Range(2)]
-    gamma: Annotated[float, Range(0, 1)]
-    train_freq: Annotated[int, Range(1)]
-    gradient_steps: Annotated[int, Range(-1)]
-    target_update_interval: Annotated[int, Range(1)]
-    exploration_fraction: Annotated[float, Range(0, 1)]
-    exploration_initial_eps: Annotated[float, Range(0, 1)]
-    exploration_final_eps: Annotated[float, Range(0, 1)]
-    max_grad_norm: Annotated[float, Range(1e-12)]
+    learning_rate: float = setting(above=0, high=1)
+    buffer_size: int = setting(low=1)
+    learning_starts: int = setting(low=0)
+    batch_size: int = setting(low=2)
+    gamma: float = setting(low=0, high=1)
+    train_freq: int = setting(low=1)
+    gradient_steps: int = setting(low=-1)
+    target_update_interval: int = setting(low=1)
+    exploration_fraction: float = setting(low=0, high=1)
+    exploration_initial_eps: float = setting(low=0, high=1)
+    exploration_final_eps: float = setting(low=0, high=1)
+    max_grad_norm: float = setting(above=0)
 
 
 @dataclass(frozen=True)
@@ -141,28 +130,13 @@ class PolicySettings(Settings):
             policy is then one static order of removal), ``kind`` (which kind a block or item is
             of) and ``depth`` (in which layer it is); without one of them, an item has no
             neighbours.
-
-    Raises:
-        UnknownNameError: There is no such ablation.
-        AgentConfigError: A value is impossible.
     """
 
     section: ClassVar[str] = "policy_settings"
 
-    hidden: Annotated[int, Range(1)]
-    block_vectors: Annotated[int, Range(0)]
-    without: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.without, list | tuple):
-            raise AgentConfigError(
-                f"policy_settings.without must be a list of ablations, not {self.without!r}."
-            )
-        for name in self.without:
-            if name not in ABLATIONS:
-                raise UnknownNameError("ablation in policy_settings.without:", name, ABLATIONS)
-        object.__setattr__(self, "without", tuple(self.without))
+    hidden: int = setting(low=1)
+    block_vectors: int = setting(low=0)
+    without: list[str] = setting(choices=ABLATIONS)
 
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the same settings as ``policy_kwargs`` of stable-baselines3."""
@@ -201,17 +175,3 @@ def with_defaults(name: str, section: str, given: Mapping[str, Any]) -> dict[str
 def _values(path: Path) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
     return dict(values)
-
-
-def _check_number(name: str, value: Any, hint: Any) -> None:
-    """Check a value against a type and a range."""
-    kind, (allowed,) = hint.__origin__, hint.__metadata__
-    if value is None and kind == float | None:
-        return
-    number, what = (int, "a whole number") if kind is int else (int | float, "a number")
-    right_type = isinstance(value, number) and not isinstance(value, bool)
-    if not right_type or not allowed.low <= value <= allowed.high:
-        limits = f"of at least {allowed.low:g}"
-        if allowed.high < math.inf:
-            limits = f"from {allowed.low:g} to {allowed.high:g}"
-        raise AgentConfigError(f"{name} must be {what} {limits}, not {value!r}.")

@@ -27,7 +27,7 @@ from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 _LAST_LEARNING_RATE = 0.05  # as a share of the first
 _REPORTED_UPDATES = 20
@@ -118,15 +118,14 @@ class ImitationConfig:
         AgentConfigError: A number is out of its range.
     """
 
-    updates: int = 600
-    batch_size: int = 256
-    learning_rate: float = 3e-3
-    margin: float = 0.8
-    seed: int = 0
+    updates: int = setting(600, low=1)
+    batch_size: int = setting(256, low=1)
+    learning_rate: float = setting(3e-3, above=0)
+    margin: float = setting(0.8, low=0)
+    seed: int = setting(0, low=0)
 
     def __post_init__(self) -> None:
-        least = {"updates": 1, "batch_size": 1, "seed": 0, "margin": 0}
-        check_types(self, AgentConfigError, least={**least, "learning_rate": 1e-12})
+        check(self, AgentConfigError)
 
 
 class ImitationResult(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rap_env.errors import InvalidRequestError, check_name
 from rap_env.plan import Plan
-from rap_env.specs import check_settings, check_types, split_spec
+from rap_env.specs import check, check_settings, setting, split_spec
 
 TIMINGS = ("terminal", "dense")
 
@@ -122,26 +122,14 @@ class PerplexityReward(RewardTerm):
         InvalidRequestError: A value has the wrong type, or the cap or the offset is not above 0.
     """
 
-    timing: str = "terminal"
-    loss_cap: float | None = None
-    scale: str = "nats"
-    relative_to: str | None = None
-    log_offset: float = 0.05
+    timing: str = setting("terminal", choices=TIMINGS, kind="timing of the reward")
+    loss_cap: float | None = setting(None, above=0)
+    scale: str = setting("nats", choices=SCALES, kind="scale of the reward")
+    relative_to: str | None = setting(None, choices=COMPARED_TO, kind="baseline of the reward")
+    log_offset: float = setting(0.05, above=0)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_name("timing of the reward", self.timing, TIMINGS)
-        check_name("scale of the reward", self.scale, SCALES)
-        if self.relative_to is not None:
-            check_name("baseline of the reward", self.relative_to, COMPARED_TO)
-        if self.loss_cap is not None and not self.loss_cap > 0:
-            raise InvalidRequestError(
-                f"loss_cap must be above 0 nats per token, or None, not {self.loss_cap!r}."
-            )
-        if not 0 < self.log_offset < math.inf:
-            raise InvalidRequestError(
-                f"log_offset must be above 0 nats per token, not {self.log_offset!r}."
-            )
+        check(self)
 
     @property
     def pays_every_step(self) -> bool:

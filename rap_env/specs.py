@@ -1,4 +1,7 @@
-"""Specs: descriptions of parts of the environment as names, numbers and dicts.
+"""Settings with their allowed values, and specs of names, numbers and dicts.
+
+Servers, environments, experiments and agents have their settings in dataclasses, whose fields
+`setting` makes and whose values `check` checks.
 
 A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
 (``{"name": "perplexity", "timing": "dense"}``), so that it can come from YAML and
@@ -7,16 +10,71 @@ A spec is a name (``"perplexity"``) or a dict with that ``name`` and settings
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, field, fields
+from functools import partial
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from rap_env.errors import InvalidRequestError, RapError, check_name
 
-_NUMBERS: dict[type, type] = {int: Integral, float: Real}  # includes those of NumPy
+_ACCEPTED: dict[Any, type] = {int: Integral, float: Real, Any: object}  # numbers of NumPy as well
+
+
+class Setting(NamedTuple):
+    """Description and allowed values of a setting; of a list, those of each entry.
+
+    Attributes:
+        help: What the setting is.
+        low: The least number.
+        high: The greatest number.
+        above: What a number must be greater than.
+        choices: The allowed names; empty allows any.
+        kind: What messages call a name, such as ``"form of info"``; empty for the setting's name.
+        parse: Raises a `RapError` if a text does not have the right form.
+        distinct: Whether a list needs at least one entry, and none twice.
+        group: Title of the group of settings that begins with this one, for the help of a command.
+        types: The types that the annotation accepts.
+    """
+
+    help: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    choices: Collection[str] = ()
+    kind: str = ""
+    parse: Callable[[str], Any] | None = None
+    distinct: bool = False
+    group: str = ""
+    types: tuple[Any, ...] = ()
+
+
+def setting(default: Any = MISSING, help: str = "", **allowed: Any) -> Any:
+    """Make a field for a dataclass of settings.
+
+    Args:
+        default: Its default; a list or dict is copied. Without one, a value must be given.
+        help: What the setting is.
+        allowed: Its allowed values, as in `Setting`; None is allowed if the annotation says so.
+    """
+    metadata = {"setting": Setting(help, **allowed)}
+    if isinstance(default, list | dict):
+        return field(default_factory=partial(copy.copy, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def settings_of(owner: type) -> dict[str, Setting]:
+    """The settings of a dataclass by name; a field that `setting` did not make allows any value."""
+    hints, settings = get_type_hints(owner), {}
+    for entry in fields(owner):
+        hint = hints[entry.name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        types = tuple(get_origin(kind) or kind for kind in kinds)
+        settings[entry.name] = entry.metadata.get("setting", Setting())._replace(types=types)
+    return settings
 
 
 def split_spec(
@@ -49,46 +107,67 @@ def check_settings(settings: Mapping[str, Any], owner: str, known: Iterable[str]
         check_name(f"setting of {owner}:", key, known)
 
 
-def check_types(
+def check(
     owner: Any,
     error: type[RapError] = InvalidRequestError,
     *,
-    least: Mapping[str, float] | None = None,
+    path: str = "",
     none: str = "None",
 ) -> None:
-    """Check the fields of a dataclass against their annotations; NumPy numbers become Python's.
+    """Check the fields of a dataclass; NumPy numbers become Python's.
 
     Args:
         owner: The dataclass. An integer is allowed where a float is; a bool is not a number.
         error: Class of the error.
-        least: The least value of some fields.
+        path: What messages put before the name of a field, such as ``"evaluate."``.
         none: What messages call None.
 
     Raises:
-        RapError: The value of a field has another type, or is too small or infinite.
+        UnknownNameError: A name is not among the choices.
+        RapError: A value has another type or form, or is out of range.
     """
-    for name, types in field_types(type(owner)).items():
-        value = getattr(owner, name)
-        allowed = tuple(_NUMBERS.get(kind, kind) for kind in types)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
+    for name, rules in settings_of(type(owner)).items():
+        value, types = getattr(owner, name), rules.types
+        accepted = tuple(_ACCEPTED.get(kind, kind) for kind in types)
+        is_flag = isinstance(value, bool) and not {bool, Any} & {*types}
+        if not isinstance(value, accepted) or is_flag:
             words = " or ".join(none if kind is NoneType else kind.__name__ for kind in types)
-            raise error(f"{name} must be of type {words}, not {value!r}.")
+            raise error(f"{path}{name} must be of type {words}, not {value!r}.")
         if isinstance(value, Real) and not isinstance(value, int | float):
-            plain = int(value) if isinstance(value, Integral) else float(value)
-            object.__setattr__(owner, name, plain)
-        low = (least or {}).get(name)
-        if low is not None and isinstance(value, int | float) and not low <= value < math.inf:
-            range_ = f"{low} or above" if float in types else f"a whole number of at least {low}"
-            also = f", or {none}" if NoneType in types else ""
-            raise error(f"{name} must be {range_}{also}, not {value!r}.")
+            value = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(owner, name, value)
+        entries = value if isinstance(value, list | tuple) else [value]
+        if rules.distinct and (not entries or len(set(entries)) < len(entries)):
+            raise error(f"{path}{name} must have at least one entry and none twice, not {value!r}.")
+        for entry in entries:
+            if entry is not None and not _is_allowed(f"{path}{name}", entry, rules, error):
+                also = f", or {none}" if NoneType in types else ""
+                raise error(f"{path}{name} must be {_range(rules)}{also}, not {entry!r}.")
 
 
-def field_types(owner: type) -> dict[str, tuple[type, ...]]:
-    """Types that each field of a dataclass accepts, by its name."""
-    hints = get_type_hints(owner)
-    types: dict[str, tuple[type, ...]] = {}
-    for entry in fields(owner):
-        hint = hints[entry.name]
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        types[entry.name] = tuple(get_origin(kind) or kind for kind in kinds)
-    return types
+def _is_allowed(name: str, value: Any, rules: Setting, error: type[RapError]) -> bool:
+    """Whether a number is in range; raises an error for a name or form that is not allowed."""
+    is_number = isinstance(value, int | float)
+    if rules.choices and not is_number:
+        check_name(rules.kind or name, value, rules.choices)
+    elif rules.parse:
+        try:
+            rules.parse(value)
+        except RapError as wrong:
+            raise error(f"{name}: {wrong}") from None
+    elif max(rules.low, rules.above) > -math.inf:
+        in_range = is_number and rules.low <= value <= rules.high
+        return in_range and rules.above < value < math.inf
+    return True
+
+
+def _range(rules: Setting) -> str:
+    """The allowed numbers in words."""
+    if rules.above > -math.inf:
+        most = "" if rules.high == math.inf else f" and at most {rules.high}"
+        return f"above {rules.above}{most}"
+    if rules.high < math.inf:
+        return f"from {rules.low} to {rules.high}"
+    if float in rules.types:
+        return f"{rules.low} or above"
+    return f"a whole number of at least {rules.low}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.errors import ArtifactError, check_name
+from rap_env.errors import ArtifactError
 from rap_env.importance.level_costs import LevelCosts, RemovalCosts
 from rap_env.importance.orders import LadderOrder, Step, check_ladder, greedy_order
 from rap_env.importance.plan_table import PlanTable
@@ -23,7 +23,7 @@ from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # a context without a live model loads no torch
     from rap_env.models.live.elastic import ElasticLLM
@@ -75,20 +75,19 @@ class ContextConfig:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "bf16"
-    max_memory_bytes: int | None = None
+    max_memory_bytes: int | None = setting(None, low=1)
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"
-    gsi_removals: int | None = 16
-    gsi_method: str = "exact"
+    gsi_removals: int | None = setting(16, low=1)
+    gsi_method: str = setting("exact", choices=GSI_METHODS, kind="GSI method")
     repair: str = "none"
     frontier: str | None = None
     store: str | None = "default"
-    workers: int = 0
+    workers: int = setting(0, low=0)
     workers_address: str | None = None
 
     def __post_init__(self) -> None:
-        check_types(self, least={"gsi_removals": 1, "max_memory_bytes": 1, "workers": 0})
-        check_name("GSI method", self.gsi_method, GSI_METHODS)
+        check(self)
 
 
 class PruningContext(ABC):

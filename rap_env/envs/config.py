@@ -15,7 +15,7 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
 from rap_env.scoring.lm_eval_tasks import TaskConfig
 from rap_env.scoring.score_table import table_path
-from rap_env.specs import check_settings, check_types
+from rap_env.specs import check, check_settings, setting, settings_of
 from rap_env.workload.registry import parse_sampler
 
 INFEASIBLE = ("error", "clip")
@@ -34,7 +34,6 @@ RENDER_MODES = ("ansi", "rgb_array")
 TASK_DOCUMENTS = 20
 """Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
 
-_LEAST = {"invalid_action_penalty": 0, "max_invalid_actions": 1, "max_steps": 1}
 _OF_CONTEXT = (
     "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "repair", "frontier",
     "store",
@@ -73,26 +72,23 @@ class EnvConfig:
     frontier: str | None = None
     repair: str = "none"
     tasks: Sequence[str] | Mapping[str, Any] | None = None
-    infeasible: str = "error"
-    over_budget: str = "measured"
-    invalid_action_penalty: float = 0.1
-    max_invalid_actions: int = 10
-    max_steps: int | None = None
-    info: str = "names"
+    infeasible: str = setting("error", choices=INFEASIBLE, kind="setting of infeasible:")
+    over_budget: str = setting("measured", choices=OVER_BUDGET, kind="setting of over_budget:")
+    invalid_action_penalty: float = setting(0.1, low=0)
+    max_invalid_actions: int = setting(10, low=1)
+    max_steps: int | None = setting(None, low=1)
+    info: str = setting("names", choices=INFO_FORMS, kind="form of info")
     device: str = "auto"
     dtype: str = "auto"
     store: str | None = "default"
 
     def __post_init__(self) -> None:
-        check_types(self, least=_LEAST)
+        check(self)
         parse_sampler(self.workload)
         parse_reward(self.reward)
         self.corpus_config()
         if self.tasks is not None:
             parse_tasks(self.tasks)
-        check_name("setting of infeasible:", self.infeasible, INFEASIBLE)
-        check_name("setting of over_budget:", self.over_budget, OVER_BUDGET)
-        check_name("form of info", self.info, INFO_FORMS)
 
     @classmethod
     def of(cls, **arguments: Any) -> Self:
@@ -118,7 +114,7 @@ class EnvConfig:
         """The calibration text."""
         given = self.calibration
         settings = {"source": given} if isinstance(given, str) else dict(given or {})
-        check_settings(settings, "the calibration", [entry.name for entry in fields(CorpusConfig)])
+        check_settings(settings, "the calibration", settings_of(CorpusConfig))
         text = {} if table_path(self.model) else self.text  # a score table has a text of its own
         return CorpusConfig(**{**text, **settings})
 
@@ -150,16 +146,15 @@ class LadderEnvConfig(EnvConfig):
 
     workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)
     importance: str = "one_shot"
-    gsi_method: str = "lazy"
+    gsi_method: str = setting("lazy", choices=GSI_METHODS, kind="GSI method")
     gsi_actions: int | None = None
-    infeasible: str = "clip"
-    over_budget: str = "worst"
+    infeasible: str = setting("clip", choices=INFEASIBLE, kind="setting of infeasible:")
+    over_budget: str = setting("worst", choices=OVER_BUDGET, kind="setting of over_budget:")
     levels: str | Mapping[str, Any] = "all"
     together: Sequence[str] = ("int8", "int4")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("GSI method", self.gsi_method, GSI_METHODS)
         parse_levels(self.levels)
         parse_together(self.together)
 
@@ -182,7 +177,7 @@ def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:
         InvalidRequestError: A number is out of range, or names are repeated.
     """
     given = dict(tasks) if isinstance(tasks, Mapping) else {"names": tasks} if tasks else {}
-    check_settings(given, "the tasks", [entry.name for entry in fields(TaskConfig)])
+    check_settings(given, "the tasks", settings_of(TaskConfig))
     return TaskConfig(**{"names": tuple(GENERATED_TASKS), "limit": TASK_DOCUMENTS, **given})
 
 

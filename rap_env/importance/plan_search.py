@@ -34,7 +34,7 @@ from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Floats
 from rap_env.scoring.predictor_fit import necessary_masks
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # a search with a predictor loads no torch
     from rap_env.scoring.scorer import MaskScorer
@@ -63,16 +63,15 @@ class PlanSearchConfig:
         InvalidRequestError: A number is out of range.
     """
 
-    evaluations: int = 3000
-    deepest_loss: float = 3.0
-    batch: int = 32
-    requests: int = 128
-    members: int = 5
+    evaluations: int = setting(3000, low=1)
+    deepest_loss: float = setting(3.0, above=0)
+    batch: int = setting(32, low=1)
+    requests: int = setting(128, low=1)
+    members: int = setting(5, low=1)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"evaluations": 1, "deepest_loss": 1e-12, "batch": 1, "requests": 1, "members": 1}
-        check_types(self, least=least)
+        check(self)
 
 
 def build_plan_table(

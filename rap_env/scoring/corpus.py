@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rap_env.errors import CorpusError, check_name
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # reading a `CorpusConfig` must not import torch
     import torch
@@ -62,12 +62,12 @@ class CorpusConfig:
     """
 
     source: str = "self"
-    windows: int = 4
-    window_tokens: int = 128
-    seed: int = 0
+    windows: int = setting(4, low=1)
+    window_tokens: int = setting(128, low=2)
+    seed: int = setting(0, low=0)
     field: str = "text"
     split: str = "train"
-    role: str = "calibration"
+    role: str = setting("calibration", choices=ROLE_SPANS, kind="corpus role")
     separator: str = "\n\n"
     deduplicate: bool = True
     sha256: str | None = None
@@ -75,8 +75,7 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):
             object.__setattr__(self, "source", os.fspath(self.source))
-        check_types(self, CorpusError, least={"windows": 1, "window_tokens": 2, "seed": 0})
-        check_name("corpus role", self.role, ROLE_SPANS)
+        check(self, CorpusError)
 
 
 def check_source(source: str) -> None:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError, check_name
+from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.extras import require_extra
 from rap_env.scoring.generated_tasks import GENERATED_TASKS, TEST_DOCUMENTS
 from rap_env.scoring.local_data import TASK_FOLDERS, known_name, local_overrides
 from rap_env.scoring.long_context_tasks import LONG_CONTEXT_KINDS, long_context_task
-from rap_env.specs import check_types
+from rap_env.specs import check, setting
 
 KNOWN_TASKS = (*GENERATED_TASKS, *(name for name in TASK_FOLDERS if name != "blimp"))
 SCORABLE_OUTPUTS = ("multiple_choice", "loglikelihood")
@@ -60,11 +60,11 @@ class TaskConfig:
     """
 
     names: tuple[str, ...]
-    limit: int | None = None
+    limit: int | None = setting(None, low=1)
     data_root: str | None = None
-    num_fewshot: int = 0
-    seed: int = 0
-    documents: str = "sample"
+    num_fewshot: int = setting(0, low=0)
+    seed: int = setting(0, low=0)
+    documents: str = setting("sample", choices=DOCUMENTS, kind="choice of documents")
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str) or not all(isinstance(n, str) for n in self.names):
@@ -78,10 +78,9 @@ class TaskConfig:
             if name.startswith("rap_") and not is_generated(name):  # no task of lm-eval does
                 known = [*KNOWN_TASKS, *(f"rap_{kind}_1024" for kind in LONG_CONTEXT_KINDS)]
                 raise UnknownNameError("task", name, known, _ANY_OTHER)
-        check_name("choice of documents", self.documents, DOCUMENTS)
         if self.data_root is not None:
             object.__setattr__(self, "data_root", str(self.data_root))
-        check_types(self, least={"limit": 1, "num_fewshot": 0, "seed": 0})
+        check(self)
 
 
 _quiet_lock = threading.RLock()

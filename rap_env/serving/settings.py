@@ -14,7 +14,7 @@ from typing import Any
 
 from rap_env.errors import ServingSettingsError, check_name
 from rap_env.extras import require_extra
-from rap_env.specs import check_settings, check_types, field_types
+from rap_env.specs import check, check_settings, settings_of
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
 DEFAULT_MAX_DELTA_NLL = 0.1
@@ -192,7 +192,7 @@ class ServerSettings:
     shutdown_grace_s: float = 10.0
 
     def __post_init__(self) -> None:
-        check_types(self, ServingSettingsError, none="null")
+        check(self, ServingSettingsError, none="null")
         for name, types in setting_types().items():
             value = getattr(self, name)
             if name in CHOICES:
@@ -281,7 +281,7 @@ class ServerSettings:
 
 def setting_types() -> dict[str, tuple[type, ...]]:
     """Types that each setting accepts, by its name."""
-    return field_types(ServerSettings)
+    return {name: entry.types for name, entry in settings_of(ServerSettings).items()}
 
 
 def setting_help() -> dict[str, str]:

@@ -18,7 +18,7 @@ from rap_env.ladder.named_ladders import LevelSpec, parse_levels
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request, whole_number
-from rap_env.specs import check_types
+from rap_env.specs import check
 
 _DEFAULT_TOKENS = 1024
 _DEFAULT_FRACTION = 0.8
@@ -96,7 +96,7 @@ class GridSampler(RequestSampler):
 
     def __post_init__(self) -> None:
         _one_budget(self.budget_fractions, self.budget_bytes)
-        check_types(self)
+        check(self)
         if not self.requests:
             raise InvalidRequestError("Each list of the sampler 'grid' needs at least one entry.")
 

@@ -18,7 +18,7 @@ from tests.agents.synthetic import make_env
         (
             {"hyperparameters": {"learning_rat": 1e-3}},
             UnknownNameError,
-            "of the agent 'maskable_ppo': 'learning_rat'.*Did you mean 'learning_rate'",
+            "setting of the agent 'maskable_ppo': 'learning_rat'.*Did you mean 'learning_rate'",
         ),
         ({"hyperparameters": {"gamma": 1.5}}, AgentConfigError, "gamma.*0 to 1, not 1.5"),
         (
@@ -34,7 +34,7 @@ def test_impossible_settings_are_named(settings, error, text):
 
 
 def test_hyperparameters_are_those_of_the_agent():
-    with pytest.raises(UnknownNameError, match="hyperparameters of the agent 'dqn': 'clip_range'"):
+    with pytest.raises(UnknownNameError, match="setting of the agent 'dqn': 'clip_range'"):
         AgentConfig("dqn", hyperparameters={"clip_range": 0.1})
     AgentConfig("ppo", hyperparameters={"clip_range": 0.1, "target_kl": None})
 

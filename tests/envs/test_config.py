@@ -12,7 +12,7 @@ from rap_env.envs.config import EnvConfig, LadderEnvConfig
 from rap_env.envs.ladder import RAPLadderEnv
 from rap_env.envs.prune import RAPPruneEnv
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
-from rap_env.specs import field_types
+from rap_env.specs import settings_of
 from tests.envs.playing import DENSE_TIMING, play
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -48,7 +48,7 @@ def test_misspelt_names_are_found_before_a_model_loads(kind, settings, nearest):
 
 def wrong_arguments():
     """Wrong values of every argument, with words of the error."""
-    for name, types in field_types(EnvConfig).items():
+    for name, (*_, types) in settings_of(EnvConfig).items():
         for value in (5, None, float("nan"), "x", [], {}, object(), True, ["a"]):
             numbers = {int: int, float: (int, float)}
             allowed = tuple(numbers.get(kind, kind) for kind in types)

@@ -106,7 +106,7 @@ def test_an_agent_of_a_package_has_the_values_of_its_file(package):
     assert AgentConfig(module, **given).algorithm is agent.algorithm
     with pytest.raises(AgentConfigError, match="FADING_PPO' lack learning_rate, .*last_ent_coef"):
         AgentConfig(module)
-    with pytest.raises(AgentConfigError, match="last_ent_coef must be a number from 0 to 1, not 2"):
+    with pytest.raises(AgentConfigError, match="last_ent_coef must be from 0 to 1, not 2"):
         AgentConfig("fading_ppo", hyperparameters={"last_ent_coef": 2})
 
 

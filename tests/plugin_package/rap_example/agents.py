@@ -1,20 +1,21 @@
 """An agent: an `Algorithm` and the file of its values, ``conf/agent/fading_ppo.yaml``."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from sb3_contrib import MaskablePPO
 
 from agents.algorithms import Algorithm
-from agents.hyperparameters import PPOHyperparameters, Range
+from agents.hyperparameters import PPOHyperparameters
 from agents.sb3_policies import MaskableBlockwisePolicy
+from rap_env.specs import setting
 
 
 @dataclass(frozen=True)
 class FadingHyperparameters(PPOHyperparameters):
     """Hyperparameters of ``maskable_ppo``, and the share of the entropy bonus at the end."""
 
-    last_ent_coef: Annotated[float, Range(0, 1)]
+    last_ent_coef: float = setting(low=0, high=1)
 
 
 class FadingPPO(MaskablePPO):
