@@ -3,7 +3,7 @@
 Record ``levels``: decode steps and prefills of the model with packed weights and of the same model
 unquantised run in turn, and so do decode steps with a quantised and an unquantised cache; then all
 levels of a running batch change at once. Record ``live``: the time of removing blocks relative to a
-decode step, and of a KV-cache refill relative to a prefill of the same tokens.
+decode step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
 from experiments.study.console import run_with_settings
 from rap_env.levels import WeightLevel
-from rap_env.models.caches.kv_cache import Restore
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -51,8 +50,6 @@ class LevelsSettings(ModelSettings):
     """Decode steps in one measurement."""
     blocks: int = 20
     """Random blocks that are removed and restored."""
-    refill_tokens: list[int] = field(default_factory=lambda: [128, 512, 1024])
-    """Tokens in the cache when attention blocks are restored."""
 
 
 def main(settings: LevelsSettings) -> None:
@@ -129,7 +126,7 @@ def measure_levels(wide: ElasticLLM, settings: LevelsSettings) -> None:
             f"{wide.facts.dtype}; packed weights are {packed.facts.weights}; "
             f"{settings.context_tokens} tokens of context.",
             "The change is from native to int4 weights and caches, in place, once all levels "
-            "have been in use; going back refills the caches.",
+            "have been in use.",
         ],
     )
 
@@ -140,7 +137,6 @@ def measure_masks(llm: ElasticLLM, settings: LevelsSettings) -> None:
     mask = Plan.removing(*drawn[: settings.blocks])
     switch = _changing(llm, mask, settings)
     percent = {n: v if n == "repeats" else 100 * v for n, v in switch["ratio"].items()}
-    refills = {str(n): _refilling(llm, mask, n, settings) for n in settings.refill_tokens}
     targets = [
         Target.of(
             "% of a decode step that removing blocks takes, their keys and values included",
@@ -149,21 +145,12 @@ def measure_masks(llm: ElasticLLM, settings: LevelsSettings) -> None:
             against=f"a dense decode step: {1000 * switch['step_s']['median']:.1f} ms",
         )
     ]
-    targets += [
-        Target.of(
-            f"times a prefill that a refill of {tokens} tokens takes",
-            refill["ratio"],
-            at_most=1.1,
-            against=f"a prefill: {refill['prefill_s']['median']:.2f} s",
-        )
-        for tokens, refill in refills.items()
-    ]
     write_record(
         "live",
         device=str(llm.device),
         settings=settings,
         targets=targets,
-        measured={"switch": switch, "refill": refills},
+        measured={"switch": switch},
         notes=[
             f"{llm.facts.dtype}; {settings.blocks} random blocks with resident weights; "
             f"{settings.context_tokens} tokens of context.",
@@ -171,44 +158,15 @@ def measure_masks(llm: ElasticLLM, settings: LevelsSettings) -> None:
     )
 
 
-def _refilling(
-    llm: ElasticLLM, mask: Plan, tokens: int, settings: LevelsSettings
-) -> dict[str, Any]:
-    """Time of the step that refills the cache minus a plain step, and of a prefill."""
-    batches: list[LiveBatch] = []
-
-    def prepare() -> None:
-        llm.apply(mask)
-        batches[:] = [batch_of(llm, 1, tokens, restore="refill")]
-        llm.apply(Plan())
-
-    def step() -> None:
-        batches[0].extend([0])
-
-    sides = {
-        "prepare": prepare, "refill": step, "step": step,
-        "prefill": lambda: batch_of(llm, 1, tokens),
-    }  # fmt: skip
-    seconds = alternate(sides, settings.repeats)
-    refill_s = [a - b for a, b in zip(seconds["refill"], seconds["step"], strict=True)]
-    return {
-        "ratio": ratios(refill_s, seconds["prefill"]),
-        "refill_s": spread(refill_s),
-        "prefill_s": spread(seconds["prefill"]),
-        "affected_layers": mask.count_removed("attn"),
-    }
-
-
 def batch_of(
     llm: ElasticLLM,
     rows: int,
     tokens: int,
     reserve_tokens: int = 0,
-    restore: Restore = "next_request",
 ) -> LiveBatch:
     """A batch whose cache holds `tokens` random tokens of each row."""
     drawn = random.Random(rows)
-    batch = LiveBatch(llm, restore=restore)
+    batch = LiveBatch(llm)
     batch.reserve_tokens = reserve_tokens
     batch.prefill([drawn.choices(range(llm.adapter.vocab_size), k=tokens) for _ in range(rows)])
     return batch

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError
+from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
@@ -39,9 +39,8 @@ class RuntimeController:
     runs: a plan that needs more is applied once it would have fitted for `hold_s`, with
     `hysteresis_share` of the budget to spare, so that a budget that jitters causes one switch. A
     request that arrives while nothing runs gets its plan at once (`admit`). Once nothing has run
-    for a minute, everything that fits is restored. Caches of running requests keep a
-    lowered level where the engine tells `PlanSwitcher` the levels of rows. Otherwise a refill, a
-    pass over all tokens, is made for attention blocks that return.
+    for a minute, everything that fits is restored. What running requests have in their caches is
+    not changed by that; the engine brings it up to the plan.
 
     **Progress**: a request that waits while nothing runs gets a part of the source's reserve, once
     it is `stalled`, and so does the last one that runs before it would be preempted. The part is as
@@ -249,26 +248,6 @@ class RuntimeController:
             self.monitor.margin.forget()
             self.monitor.trim()
             self._rejected = {}
-
-    def before_step(self, shape: BatchShape) -> Callable[[], None]:
-        """Return a callback for ``llm.generate(before_step=...)`` that checks before each step.
-
-        Admit the batch, at its final length, first. The callback raises `InfeasibleBudgetError`
-        when no plan fits any more.
-        """
-        next_pass = PassSize(shape.batch_size, shape.batch_size)
-
-        def before() -> None:
-            self.observe(shape)
-            if not self.check(shape, next_pass):
-                raise InfeasibleBudgetError(
-                    f"No plan{self.chooser.floor_clause} fits {self.monitor.budget_bytes:,} bytes "
-                    f"for {shape.batch_size} x {shape.seq_len_tokens} tokens any more, with a "
-                    f"safety margin of {self.monitor.margin.bytes:,} bytes: raise the budget or "
-                    "generate less."
-                )
-
-        return before
 
     # When to lower and raise
 

@@ -10,18 +10,23 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QueueFullError
+from rap_env.errors import (
+    InfeasibleBudgetError,
+    InvalidRequestError,
+    QueueFullError,
+    check_name,
+)
 from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.admission import RequestQueue
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
+from rap_env.runtime.running import RESTORES, Restore
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.runtime.scheduler import Scheduler
 from rap_env.runtime.sequence import TokenSequence
 
 if TYPE_CHECKING:
-    from rap_env.models.caches.kv_cache import Restore
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
 
@@ -55,8 +60,9 @@ class Engine:
         max_queue: Most requests that wait.
         max_seq_len_tokens: Longest prompt and answer together; by default the model's positions.
         prefill_chunk_tokens: Most tokens of a prefill chunk.
-        restore: How restored attention blocks treat earlier tokens: ``"refill"`` or
-            ``"next_request"`` (see `rap_env.models.caches.kv_cache`).
+        restore: What happens to the earlier tokens of restored attention blocks and of caches
+            whose level rises: ``"refill"`` computes them again where it pays, unless there are
+            copies; with ``"next_request"`` a request goes on with what its cache has.
         queue_timeout_s: Longest that a request may wait; None for no limit.
         target_itl_s: Mean seconds between the tokens of an answer while prompts of others are read:
             as many decode steps follow each chunk as that takes; None for one.
@@ -69,6 +75,7 @@ class Engine:
 
     Raises:
         InvalidRequestError: A limit is below 1, or longer than the model's positions.
+        UnknownNameError: There is no such restore mode.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class Engine:
         target_itl_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        check_name("restore mode", restore, RESTORES)
         facts = controller.estimator.memory.facts
         longest = facts.max_positions if max_seq_len_tokens is None else max_seq_len_tokens
         limits = (max_batch_size, max_queue, longest, prefill_chunk_tokens)

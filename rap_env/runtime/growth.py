@@ -81,7 +81,7 @@ class Growth:
         ):
             return
         available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
-        choice = self._switcher.choose_higher(shape, min(need + lasting, available), available)
+        choice = self._chooser.choose(shape, min(need + lasting, available))
         trigger: Trigger = "left" if shape.tokens < self._switcher.last_shape.tokens else "room"
         if not self._raise_to(choice, shape, trigger, next_pass):
             self._failure = shape, lasting + least  # with headroom for one more block

@@ -101,14 +101,6 @@ class MemoryEstimator:
         reckoned = self.memory.peak_bytes(plan, shape.request(1)) - self.budget_for_policy(shape, 0)
         return self.peak_bytes(plan, shape) - reckoned
 
-    def refill_bytes(self, plan: Plan, shape: BatchShape) -> int:
-        """Bytes that a cache refill of all rows may take beyond the workspace of its passes.
-
-        The caches grow from nothing, each time into new memory, and the old copies leave holes in
-        the heap: up to half of the final bytes were measured.
-        """
-        return sum(self._kept_caches(plan, shape)) // 2 if shape else 0
-
     def pass_estimate(self, plan: Plan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
         copied = max(self._cache_sizes(plan, shape)) if shape else 0

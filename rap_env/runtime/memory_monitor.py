@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import return_freed_memory
 from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import Meter
 from rap_env.runtime.memory_source import HEADROOM_BYTES, MemorySource
 
@@ -130,7 +130,6 @@ class MemoryMonitor:
         max_budget_bytes: The largest budget so far.
         borrowed_bytes: Bytes of the source's reserve that the budget has now; see `borrow`.
         held: Bytes of the tensors held, as last counted.
-        refill_pending: Whether the next pass computes the caches of all rows again, after a switch.
     """
 
     def __init__(
@@ -151,7 +150,6 @@ class MemoryMonitor:
         self.used_bytes = meter.used_bytes()
         self._other_bytes = self.used_bytes - self.held.total  # since the last trim
         self.borrowed_bytes = 0
-        self.refill_pending = False
         self.budget_bytes = self.max_budget_bytes = source.budget_bytes(self.used_bytes)
 
     def poll(self) -> None:
@@ -202,8 +200,6 @@ class MemoryMonitor:
 
     def observe_step(self, shape: BatchShape, kind: str) -> int:
         """Learn from the step that has just ended; see `RuntimeController.observe`."""
-        if kind != "prefill":  # a pass of all rows
-            self.refill_pending = False
         peak = self.meter.peak_bytes()
         self.held = self._llm.held_bytes
         if peak < self.held.total:
@@ -253,7 +249,7 @@ class MemoryMonitor:
         may allocate on top. If not, freed memory is returned first; if that is not enough, the
         process holds more besides its tensors than the margin covers, and that is counted instead.
         """
-        most = self._pass_estimate(shape, next_pass).total
+        most = self._estimator.pass_estimate(self._llm.plan, shape, next_pass).total
         if self.used_bytes + most > self.budget_bytes:
             self.trim()
             if self.used_bytes + most > self.budget_bytes:
@@ -267,18 +263,8 @@ class MemoryMonitor:
 
     def available_after_trim_bytes(self, shape: BatchShape, next_pass: PassSize) -> int:
         """`available_bytes` right after a trim, counting all memory besides tensors."""
-        estimate = self._pass_estimate(shape, next_pass)
+        estimate = self._estimator.pass_estimate(self._llm.plan, shape, next_pass)
         excess = estimate.workspace - self._estimator.workspace_bytes(shape)
         other = self.used_bytes - self.held.total
         margin = self.margin.bytes_for(prefills=next_pass.prefills)
         return self.budget_bytes - max(margin, other + excess)
-
-    def _pass_estimate(self, shape: BatchShape, size: PassSize) -> PassEstimate:
-        """Bytes that the next pass allocates, with a pending refill."""
-        plan, estimator = self._llm.plan, self._estimator
-        estimate = estimator.pass_estimate(plan, shape, size)
-        if not self.refill_pending:
-            return estimate
-        workspace = estimate.workspace + estimator.refill_bytes(plan, shape)
-        final = estimator.peak_bytes(plan, shape) - estimator.workspace_bytes(shape)
-        return PassEstimate(workspace, max(estimate.growth, final - self.held.total))

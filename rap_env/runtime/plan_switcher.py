@@ -33,11 +33,6 @@ class PlanChange:
     before: Plan
     after: Plan
 
-    @property
-    def returns_attention(self) -> bool:
-        """Whether removed attention blocks return."""
-        return any(index % 2 == 0 for index in self.before.removed - self.after.removed)
-
     def without_refill(self) -> Plan:
         """The plan `after`, in which attention stays removed and caches keep their lower level."""
         caches = dict(self.after.caches) | {
@@ -85,9 +80,8 @@ class PlanSwitcher:
     """Applies plans until the measured bytes fit; only the thread that runs the model may call it.
 
     Attributes:
-        rows_plan: Gives the plan with the lowest levels that rows have of caches, where rows may
-            keep lower ones than the plan has. Without it, a cache that rises or returns is computed
-            again.
+        rows_plan: Gives the plan with the lowest levels that rows have of caches, which may be
+            lower than the plan's.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -106,7 +100,7 @@ class PlanSwitcher:
         self._monitor = monitor
         self._decision_log = decision_log
         self._clock = clock
-        self.rows_plan: Callable[[], Plan] | None = None
+        self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
@@ -122,29 +116,9 @@ class PlanSwitcher:
         return self.recent[-1].shape if self.recent else EMPTY_BATCH
 
     def choose(self, shape: BatchShape, limit_bytes: int, *, running: bool) -> PlanChoice | None:
-        """The chooser's plan for a limit, which spares `running` requests a refill of caches."""
+        """The chooser's plan for a limit, which the caches of `running` requests allow too."""
         choice = self._chooser.choose(shape, limit_bytes)
         if choice is None or not running:
-            return choice
-        return self._without_refill(choice, shape, limit_bytes)
-
-    def choose_higher(
-        self, shape: BatchShape, limit_bytes: int, available_bytes: int
-    ) -> PlanChoice | None:
-        """The chooser's plan for headroom.
-
-        Where all rows have the same caches, running requests get an attention block back by a pass
-        over all of their tokens, if there are bytes for it among those available; caches that were
-        lowered stay so.
-        """
-        choice = self._chooser.choose(shape, limit_bytes)
-        if not shape or self.rows_plan is not None:
-            return choice
-        if choice is not None and self._returns_attention(choice.plan):
-            limit = available_bytes - self._estimator.refill_bytes(choice.plan, shape)
-            if choice.need_bytes > limit:
-                choice = self._chooser.choose(shape, limit)
-        if choice is None or self._returns_attention(choice.plan):
             return choice
         return self._without_refill(choice, shape, limit_bytes)
 
@@ -182,7 +156,7 @@ class PlanSwitcher:
             shape: The batch to serve.
             trigger: What caused it.
             next_pass: Tokens of the next pass.
-            running: Whether there are cached tokens, which a refill would compute again.
+            running: Whether there are cached tokens, whose levels count too.
 
         Returns:
             Whether one fits.
@@ -190,7 +164,7 @@ class PlanSwitcher:
         for _ in range(_ATTEMPTS):
             if choice is None:
                 return False
-            self._switch(choice, shape, trigger, running=running)
+            self._switch(choice, shape, trigger)
             available = self._monitor.available_after_trim_bytes(shape, next_pass)
             if self._chooser.fits(self._llm.plan, shape, available):
                 return True
@@ -201,20 +175,18 @@ class PlanSwitcher:
         """Remove all that the guard may remove."""
         plan = self._chooser.smallest(EMPTY_BATCH, self._monitor.budget_bytes)
         choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
-        self._switch(choice, EMPTY_BATCH, "budget_fell", running=False)
+        self._switch(choice, EMPTY_BATCH, "budget_fell")
 
     def _without_refill(
         self, choice: PlanChoice, shape: BatchShape, limit_bytes: int
     ) -> PlanChoice | None:
-        """Change a choice so that no cache has to be computed again; None if that is not allowed.
+        """Change a choice that is not allowed with the levels that rows keep; None without one.
 
         In exchange for what stays lowered, as many of the newly removed and lowered items stay as
         they are as fit.
         """
-        lowest = self._llm.plan if self.rows_plan is None else self.rows_plan()
-        plan = PlanChange(lowest, choice.plan).without_refill()
-        keeps_caches = self.rows_plan is not None or plan == choice.plan
-        if keeps_caches and self._chooser.allows(plan, shape):
+        plan = PlanChange(self.rows_plan(), choice.plan).without_refill()
+        if self._chooser.allows(plan, shape):
             return choice
         for item in self._lowered_items(plan, shape):
             with_item = PlanChange(self._llm.plan, plan).with_item_before(item)
@@ -230,18 +202,11 @@ class PlanSwitcher:
         change = PlanChange(self._llm.plan, plan)
         return change.lowered_items(self._estimator.memory.facts, order)
 
-    def _returns_attention(self, plan: Plan) -> bool:
-        return PlanChange(self._llm.plan, plan).returns_attention
-
-    def _switch(
-        self, choice: PlanChoice, shape: BatchShape, trigger: Trigger, *, running: bool
-    ) -> None:
+    def _switch(self, choice: PlanChoice, shape: BatchShape, trigger: Trigger) -> None:
         """Apply a plan, return freed memory to the system, measure, and record the decision."""
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
             return
-        if running and self.rows_plan is None:
-            monitor.refill_pending |= self._returns_attention(choice.plan)
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         self._chooser.unreadable.add(self._llm.apply_readable(choice.plan))
         synchronise(self._llm.device)

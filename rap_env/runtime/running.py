@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
@@ -15,11 +15,14 @@ from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.sequence import PrefillingSequence, TokenSequence, shape_of
 
 if TYPE_CHECKING:
-    from rap_env.models.caches.kv_cache import Restore
     from rap_env.models.live.elastic import ElasticLLM
 
-
 log = logging.getLogger(__name__)
+
+Restore = Literal["refill", "next_request"]
+"""What happens to the earlier tokens of a restored attention block, as for `Engine`."""
+
+RESTORES: tuple[Restore, ...] = get_args(Restore)
 
 
 class KeptCaches:
@@ -116,7 +119,7 @@ class RunningBatch:
 
     Args:
         llm: The live model.
-        restore: As for `LiveBatch`.
+        restore: As for `Engine`.
         chunk_tokens: Most tokens of a prefill chunk.
         uniform: As for `BatchShape.of`.
         kept: Caches of preempted sequences.
@@ -299,10 +302,8 @@ class RunningBatch:
         """An empty batch; arguments as of `prefill`."""
         return LiveBatch(
             self._llm,
-            restore=self._restore,
             most_tokens=chunk_tokens or self.chunk_tokens,
             interrupt=interrupt,
-            raise_levels=False,
             copies=self.kept.folder if self._restore == "refill" else None,
         )
 

@@ -17,11 +17,10 @@ from rap_env.runtime.admission import Admission, RequestQueue
 from rap_env.runtime.batch_shape import BatchShape, PassSize
 from rap_env.runtime.pace import Pace
 from rap_env.runtime.records import Counters, StepKind, StepRecord
-from rap_env.runtime.running import KeptCaches, RunningBatch
+from rap_env.runtime.running import KeptCaches, Restore, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:
-    from rap_env.models.caches.kv_cache import Restore
     from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
 

@@ -25,7 +25,7 @@ from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from rap_env.models.caches.kv_cache import Restore
+    from rap_env.runtime.running import Restore
     from rap_env.runtime.structured_output import GrammarCompiler
 
 

@@ -7,10 +7,8 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 from rap_env.errors import (
-    InfeasibleBudgetError,
     InvalidRequestError,
     MemorySourceError,
     UnknownNameError,
@@ -252,28 +250,6 @@ def test_a_change_of_very_many_items_is_cut_short(caplog):
     assert json.loads(record)["changed"].endswith("[...]")
 
 
-def test_generate_stays_within_its_budget(harness):
-    shape = BatchShape(2, 30)
-    harness.controller.admit(shape)
-    before, seen = harness.controller.before_step(shape), []
-    budgets = iter([10**9] * 5 + [between(harness, 3, shape)] * 100)
-
-    def step():
-        harness.budget_bytes = next(budgets)
-        before()
-        seen.append((harness.llm.held_bytes.total, harness.budget_bytes))
-
-    ids = torch.full((2, 10), 7)
-    harness.llm.generate(
-        ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, before_step=step
-    )
-    assert len(harness.mask.removed) == 3
-    assert all(held <= budget for held, budget in seen)
-    harness.budget_bytes = 10
-    with pytest.raises(InfeasibleBudgetError, match="raise the budget or generate less"):
-        before()
-
-
 @pytest.mark.parametrize(
     ("moments", "kept"),
     [
@@ -363,34 +339,3 @@ def test_a_request_on_an_idle_engine_restores_blocks_that_fit_with_hysteresis():
     harness.budget_bytes = int(dense * 1.06)
     assert harness.controller.admit(SHAPE)
     assert harness.mask == Plan()
-
-
-def test_a_falling_budget_restores_no_attention_block_of_a_running_batch():
-    before, said = Plan.removing(0), Plan.removing(1, 2, 3, 5)
-    harness = Harness(policy=FakePolicy(said), guard_order=ORDER, mask=before)
-    harness.budget_bytes = harness.need(said, SHAPE)
-    assert harness.need(before, SHAPE) > harness.budget_bytes
-    assert harness.controller.check(SHAPE)
-    assert 0 in harness.mask.removed
-    assert harness.mask != before.without(*said.removed)  # blocks that need not be removed stay
-    assert harness.controller.switcher.recent[-1].guarded
-    assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
-
-
-def test_attention_is_restored_only_where_a_refill_fits():
-    for share, dense in ((0.9, False), (1.1, True)):
-        harness = Harness(
-            guard_order=ORDER, mask=Plan.removing(0), hysteresis_share=0.0, hold_s=1.0
-        )
-        refill = harness.estimator.refill_bytes(Plan(), SHAPE)
-        assert refill > 0
-        harness.budget_bytes = harness.need(Plan(), SHAPE) + int(share * refill)
-        for time_s in (0.0, 1.0):
-            harness.time_s = time_s
-            harness.controller.check(SHAPE)
-        assert (harness.mask == Plan()) == dense
-        refill = harness.estimator.refill_bytes(harness.mask, SHAPE)
-        assert (
-            0 in harness.mask.removed
-            or harness.need(harness.mask, SHAPE) + refill <= harness.budget_bytes
-        )

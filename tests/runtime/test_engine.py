@@ -12,6 +12,7 @@ from rap_env.errors import (
     InfeasibleBudgetError,
     InvalidRequestError,
     QueueFullError,
+    UnknownNameError,
 )
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
@@ -118,6 +119,8 @@ def test_invalid_requests_are_rejected_at_once():
     for wrong in ({"max_batch_size": 0}, {"prefill_chunk_tokens": 0}, {"max_seq_len_tokens": 65}):
         with pytest.raises(InvalidRequestError, match="must be at least 1"):
             Harness().engine(**wrong)
+    with pytest.raises(UnknownNameError, match="restore mode 'refil'"):
+        Harness().engine(restore="refil")
 
 
 def test_a_full_queue_rejects_requests():

@@ -134,28 +134,26 @@ def test_a_policy_of_plans_is_asked_for_less_before_the_guard_removes_blocks():
     assert not harness.controller.switcher.recent[-1].guarded
 
 
-@pytest.mark.parametrize("running", [True, False])
-def test_running_requests_keep_lowered_caches_but_not_lowered_weights(running):
-    before = Plan.uniform(LAYERS, caches="int4", weights="int4")
+@pytest.mark.parametrize("shape", [LONG, BatchShape()])
+def test_lasting_headroom_raises_caches_and_weights(shape):
     harness = lowering(hold_s=1.0)
-    harness.llm.apply(before)
-    shape = LONG if running else BatchShape()
+    harness.llm.apply(Plan.uniform(LAYERS, caches="int4", weights="int4"))
     for time_s in (0.0, 1.0, 2.0):
         harness.time_s = time_s
         assert harness.controller.check(shape)
-    assert harness.llm.plan == Plan(caches=before.caches if running else ())
+    assert harness.llm.plan == Plan()
 
 
-def test_a_falling_budget_raises_no_cache_of_a_running_batch():
+def test_a_plan_that_is_not_allowed_with_the_caches_of_rows_removes_less():
     before = Plan.uniform(LAYERS, caches="int4")
-    wanted = Plan.uniform(LAYERS, weights="int4").without(1, 3, 5)
-    harness = Harness(policy=FakePolicy(wanted), guard_order=(5, 3, 1), layers=LAYERS)
+    policy = FakePolicy(Plan.uniform(LAYERS, weights="int4").without(1, 3, 5))
+    policy.delta_nll = lambda plan, tokens: len(plan.removed) + 0.5 * bool(plan.caches)
+    harness = Harness(policy=policy, guard_order=(5, 3, 1), layers=LAYERS, max_delta_nll=3.2)
     harness.llm.apply(before)
     harness.budget_bytes = harness.need(before, LONG) - 1
     assert harness.controller.check(LONG)
     plan = harness.llm.plan
     assert plan.caches == before.caches
-    # What the policy would have lowered besides stays as it is where that fits.
     assert len(plan.removed) < 3
     assert harness.need(plan, LONG) <= harness.budget_bytes
 

@@ -15,13 +15,13 @@ from rap_env.errors import (
     UnknownNameError,
 )
 from rap_env.memory import MemoryModel
-from rap_env.models.caches.kv_cache import RESTORES
 from rap_env.models.files.loading import WEIGHTS
 from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
 from rap_env.policies.registry import packaged_policies
 from rap_env.runtime.plan_chooser import predicts
+from rap_env.runtime.running import RESTORES
 from rap_env.serving.preflight import _PREDICTING, check_before_loading
 from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (

@@ -272,14 +272,6 @@ def levels_of(cache: Any, *, lasting: bool = False) -> tuple[tuple[int, CacheLev
     )
 
 
-def raised(cache: Any, levels: Mapping[int, CacheLevel]) -> bool:
-    """Whether a layer holds less than its level has, so that only a refill makes it exact."""
-    return any(
-        isinstance(layer, GroupedLayer) and layer.level != levels.get(number, NATIVE_CACHE)
-        for number, layer in filled_layers(cache)
-    )
-
-
 def filled_layers(cache: Any) -> Iterator[tuple[int, Any]]:
     """Layers that hold anything, with their indices."""
     for number, layer in enumerate(getattr(cache, "layers", ())):

@@ -18,11 +18,11 @@ from rap_env.errors import RapError, UnsupportedModelError, check_name
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
-from rap_env.models.caches.kv_cache import Restore
+from rap_env.models.caches.kv_cache import check_same_blocks
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
-from rap_env.models.families.placeholders import Stub
-from rap_env.models.live.generation import generate
+from rap_env.models.families.placeholders import Stub, cache_in
+from rap_env.models.live.lean_llama import reject_lean
 from rap_env.models.live.live_blocks import (
     HeldBytes,
     LiveBlocks,
@@ -46,10 +46,10 @@ class ElasticLLM:
     and `parameters()` contain only the kept blocks, at their levels, so apply the empty plan before
     you move, convert or save `model` as a whole.
 
-    Generation with a KV cache is exact under any mask, and `apply` may change the plan between any
-    two steps, from any thread: see `generate`, `LiveBatch` and `set_residency`. Outputs such as
-    ``output_attentions`` list only the kept blocks. If you call `model` directly while another
-    thread changes masks, hold `exclusive`.
+    Generation with a KV cache is exact under any plan (`generate`), and `apply` may change it
+    between any two steps of a `LiveBatch`, from any thread; see also `set_residency`. Outputs such
+    as ``output_attentions`` list only the kept blocks. If you call `model` directly while another
+    thread changes plans, hold `exclusive`.
 
     Args:
         model: A causal language model of a known family. It is put into evaluation mode.
@@ -138,11 +138,11 @@ class ElasticLLM:
 
         Waits for a step of another thread to end. Then caches are evicted or requantised, and
         weights that the plan does not use are freed as `set_residency` selects, before others are
-        loaded. A cache is updated to restored blocks and raised levels before its next step.
+        loaded.
 
         Raises:
             UnknownNameError: The model does not have an item or a level; nothing changes.
-            UnsupportedCacheError: A cache in use cannot follow the plan; nothing changes.
+            UnsupportedCacheError: The model's attention knows no levels of caches; nothing changes.
             UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
                 the embeddings; nothing changes.
             StorageFullError: No space for the file of a level; nothing changes.
@@ -264,7 +264,7 @@ class ElasticLLM:
             return self._live.packed_bytes(plan)
 
     def track_cache(self, cache: Any) -> None:
-        """Let a KV cache follow the masks that `apply` sets, until the cache is deleted."""
+        """Let a `BatchCache` follow the plans that `apply` sets, until it is deleted."""
         if cache is not None:
             self._live.caches.add(cache)
 
@@ -318,31 +318,26 @@ class ElasticLLM:
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def generate(
-        self,
-        *args: Any,
-        restore: Restore = "refill",
-        before_step: Callable[[], object] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`model.generate` without gradients, under masks that may change between its steps.
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` without gradients, under the present plan until it ends.
 
-        Several threads may generate concurrently: their steps alternate.
+        Other threads that apply a plan or generate wait until then; use `rap_env.Engine` where
+        plans should change while requests run.
 
         Args:
             *args: As for transformers' ``generate``.
-            restore: What happens to the earlier tokens of a restored attention block:
-                ``"refill"`` or ``"next_request"``; see `rap_env.models.caches.kv_cache`.
-            before_step: Called before each forward pass; it may apply another mask.
             **kwargs: As for transformers' ``generate``.
 
         Raises:
-            UnknownNameError: There is no such restore mode.
-            UnsupportedCacheError: The mask changed, and the cache or the decoding method cannot
-                follow. `apply` raises it too if such a cache would have to follow.
+            UnsupportedCacheError: A cache was given that other attention blocks filled, or one
+                that cannot have the plan's levels.
+            UnsupportedModelError: The model's modules were replaced (`LiveBatch` runs them).
         """
-        with torch.no_grad():
-            return generate(self, restore, before_step, args, kwargs)
+        reject_lean(self.model, "generate (use LiveBatch)")
+        with self.exclusive(), torch.no_grad():
+            check_same_blocks(cache_in(kwargs), self.removed_attention)
+            # A compiled forward would not notice that modules were replaced.
+            return self.model.generate(*args, **{"disable_compile": True, **kwargs})
 
     @cached_property
     def _own_bytes(self) -> tuple[tuple[int, ...], int]:

@@ -1,4 +1,4 @@
-"""A batch of sequences with their KV caches; sequences join and leave, and the mask may change.
+"""A batch of sequences with their KV caches; sequences join and leave, and the plan may change.
 
 Shapes: B sequences (rows), T tokens cached for each, V entries of the head. Shorter rows are padded
 on the left; attention masks hide the padding.
@@ -6,7 +6,6 @@ on the left; attention masks hide the padding.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,12 +14,10 @@ from typing import Any
 
 import torch
 
-from rap_env.errors import InvalidRequestError, check_name
+from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.models.caches.batch_cache import BatchCache, PassInterruptedError
 from rap_env.models.caches.kv_cache import (
-    RESTORES,
-    Restore,
     cache_argument,
     cache_bytes,
     missing,
@@ -36,24 +33,21 @@ from rap_env.plan import Plan
 class LiveBatch:
     """A batch of sequences with their KV caches on a live model.
 
-    It runs under the model's mask: `ElasticLLM.apply` may change the mask between any two calls,
-    from any thread. The keys and values of a removed attention block are evicted immediately. A
-    restored block is handled at the next call that runs the model or joins batches: its cache is
-    refilled, or the rows so far stay without it (see `models.caches.kv_cache`). Rows whose caches
-    have different levels are in parts, each with a cache of its own; one pass runs them all (see
-    `models.caches.row_parts`), and another one those that lack other attention blocks. Each call
-    holds the model exclusively; all calls of one batch must come from one thread. After a call that
-    failed the rows are unchanged, and the next call computes their cache again.
+    It runs under the model's plan: `ElasticLLM.apply` may change the plan between any two calls,
+    from any thread. The keys and values of a removed attention block are evicted immediately; rows
+    go on without a block that is restored, and with caches below the plan's levels unless there are
+    copies (see `models.caches.kv_cache`). Rows whose caches have different levels are in parts,
+    each with a cache of its own; one pass runs them all (see `models.caches.row_parts`), and
+    another one those that lack other attention blocks. Each call holds the model exclusively; all
+    calls of one batch must come from one thread. After a call that failed the rows are unchanged,
+    and the next call computes their cache again.
 
     Args:
         llm: The live model.
-        restore: ``"refill"`` or ``"next_request"``.
-        most_tokens: Most tokens, of all rows together, to run at once in a prefill or refill;
-            fewer need less workspace.
+        most_tokens: Most tokens, of all rows together, to run at once in a prefill; fewer need less
+            workspace.
         interrupt: Called before each layer of a pass, but not of a refill. If it returns True, the
             pass ends there with a `PassInterruptedError`, and rows and caches are unchanged.
-        raise_levels: Refill caches below the levels of a plan, and for restored attention blocks,
-            if `restore` refills; without it rows keep what they have, unless there are copies.
         copies: A folder for files with copies of what is lowered, from which caches get better
             levels at once when the plan has them; None for no copies.
 
@@ -66,17 +60,12 @@ class LiveBatch:
         self,
         llm: ElasticLLM,
         *,
-        restore: Restore = "refill",
         most_tokens: int = PREFILL_CHUNK_TOKENS,
         interrupt: Callable[[], bool] | None = None,
-        raise_levels: bool = True,
         copies: Path | None = None,
     ) -> None:
-        check_name("restore mode", restore, RESTORES)
         self._copies = copies
         self._llm = llm
-        self._raise_levels = raise_levels
-        self._restore = restore
         self._most_tokens = most_tokens
         self._interrupt = interrupt
         self._argument = cache_argument(llm.model)
@@ -230,13 +219,7 @@ class LiveBatch:
 
     def take(self, row: int) -> LiveBatch:
         """Move a row to a batch of its own, with its cache."""
-        single = LiveBatch(
-            self._llm,
-            restore=self._restore,
-            most_tokens=self._most_tokens,
-            raise_levels=self._raise_levels,
-            copies=self._copies,
-        )
+        single = LiveBatch(self._llm, most_tokens=self._most_tokens, copies=self._copies)
         with self._llm.exclusive(), torch.inference_mode():
             number, row = self._part_of(row)
             part = self._parts[number]
@@ -281,7 +264,7 @@ class LiveBatch:
     def join(self, other: LiveBatch) -> None:
         """Append the rows of another batch, which is empty afterwards.
 
-        All caches are updated to the model's mask first. Rows whose caches have the same levels and
+        All caches are updated to the model's plan first. Rows whose caches have the same levels and
         lack the same layers as those of the last ones here share a cache with them.
 
         Raises:
@@ -309,22 +292,15 @@ class LiveBatch:
         self.keep([])
 
     def _update(self, parts: Sequence[RowPart], new: int = 0) -> None:
-        """Bring the caches of parts to the model's mask, and tokens before `new` ones into them."""
+        """Bring the caches of parts to the model's plan, and tokens before `new` ones into them."""
         for part in parts:
-            past = functools.partial(columns_of, part.rows, 0, part.length - new, self._llm.device)
             if part.cache is None:
                 part.cache = self._new_cache()
                 self._llm.track_cache(part.cache)
                 if part.length > new:
-                    refill(self._llm, part.cache, past(), self._most_tokens)
-            update_cache(
-                self._llm,
-                part.cache,
-                self._restore,
-                past,
-                self._most_tokens,
-                raise_levels=self._raise_levels,
-            )
+                    past = columns_of(part.rows, 0, part.length - new, self._llm.device)
+                    refill(self._llm, part.cache, past, self._most_tokens)
+            update_cache(self._llm, part.cache)
 
     def _forward(self, new: int) -> torch.Tensor:
         """Run the last `new` tokens of each row, and return the logits after them, (B, V)."""

@@ -16,8 +16,8 @@ from torch import nn
 from rap_env.blocks import block_name
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
-from rap_env.models.caches.kv_cache import cache_bytes, check_cache, evict, layers_with_keys
-from rap_env.models.caches.layers import level_changes, lower
+from rap_env.models.caches.kv_cache import cache_bytes, evict
+from rap_env.models.caches.layers import lower
 from rap_env.models.families.adapter import BlockSite, FamilyAdapter
 from rap_env.models.families.placeholders import Stub
 from rap_env.models.weights.packed_modules import PackedModule
@@ -248,15 +248,8 @@ class LiveBlocks:
 
     def lower_caches(self, plan: Plan) -> None:
         """Evict and requantise keys and values in every cache in use, down to a plan's levels."""
-        caches = list(self.caches)
-        if not caches:
-            return
         layers = frozenset(index // 2 for index in plan.removed if index % 2 == 0)
-        for cache in caches:
-            if layers_with_keys(cache, layers):
-                check_cache(cache)
-            level_changes(cache, dict(plan.caches))  # raises where it cannot be lowered
-        for cache in caches:
+        for cache in list(self.caches):
             evict(cache, layers)
             lower(cache, dict(plan.caches))
 

@@ -16,7 +16,7 @@ EVERY_LEVEL = pytest.mark.parametrize("level", LEVELS)
 
 
 def copied(llm, folder, rows, **settings) -> LiveBatch:
-    batch = LiveBatch(llm, raise_levels=False, copies=folder, **settings)
+    batch = LiveBatch(llm, copies=folder, **settings)
     batch.prefill(rows)
     return batch
 
@@ -47,7 +47,7 @@ def computing_fails(*_args, **_kwargs):
 
 @pytest.fixture(autouse=True)
 def no_refill(monkeypatch):
-    monkeypatch.setattr("rap_env.models.caches.kv_cache.refill", computing_fails)
+    monkeypatch.setattr("rap_env.models.live.live_batch.refill", computing_fails)
 
 
 @EVERY_LEVEL

@@ -1,7 +1,5 @@
 """Caches at a level in live models: one pass, chunks, single tokens and joined rows agree."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -135,11 +133,11 @@ def test_bytes_are_the_predicted_ones_after_every_token(name) -> None:
 
 
 @pytest.mark.engine_feature("here", "Live changes", "yes")
-@each_family("name", restore=["refill", "next_request"])
-def test_levels_change_between_two_steps(name, restore) -> None:
-    """Down at once; up by a refill, or not before the batch is new."""
+@EVERY_FAMILY
+def test_levels_change_between_two_steps(name) -> None:
+    """Down at once; up not before the batch is new."""
     llm = long_llm(name)
-    batch = LiveBatch(llm, restore=restore)
+    batch = LiveBatch(llm)
     batch.prefill(random_rows(100, 71))
     native = batch.kv_bytes
     for level in ("int8", "int4", "int4-window64", "int2-window64"):
@@ -148,19 +146,9 @@ def test_levels_change_between_two_steps(name, restore) -> None:
         logits = grown(batch, random_rows(1, 1))
         assert torch.isfinite(logits).all()
     lowest = batch.kv_bytes
-    llm.apply(uniform("int8"))
-    logits = grown(batch, random_rows(1, 1))
-    if restore == "refill":
-        with llm.masked(Plan()):
-            alone = last_logits(llm, rows_of(batch))
-        assert_near(logits, last_logits(llm, rows_of(batch)), native=alone)
-        assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length) > lowest
-    else:
-        assert batch.kv_bytes == lowest
     llm.apply(Plan())
-    logits = grown(batch, random_rows(1, 1))
-    if restore == "refill":
-        assert_near(logits, last_logits(llm, rows_of(batch)))
+    grown(batch, random_rows(1, 1))
+    assert batch.kv_bytes == lowest
     rows = rows_of(batch)
     batch.keep([])
     assert_near(batch.prefill(rows), last_logits(llm, rows))
@@ -196,7 +184,7 @@ def test_a_cache_that_was_lowered_is_that_of_its_level(name, level) -> None:
 @each_family("name", level=LEVELS)
 def test_rows_of_a_batch_have_levels_of_their_own(name, level) -> None:
     llm = long_llm(name)
-    batch, lower = (LiveBatch(llm, raise_levels=False) for _ in range(2))
+    batch, lower = LiveBatch(llm), LiveBatch(llm)
     llm.apply(uniform(level))
     batch.prefill(random_rows(60, 130))
     lower.prefill(random_rows(60, 130))
@@ -236,7 +224,7 @@ def test_rows_of_a_batch_have_levels_of_their_own(name, level) -> None:
 
 def test_layers_at_different_levels_and_a_joining_row_at_others() -> None:
     llm = long_llm()
-    batch, other = LiveBatch(llm, restore="next_request"), LiveBatch(llm)
+    batch, other = LiveBatch(llm), LiveBatch(llm)
     llm.apply(uniform("int4"))
     batch.prefill(random_rows(90))
     llm.apply(Plan.of({"layer00.cache": "int8"}))
@@ -244,23 +232,6 @@ def test_layers_at_different_levels_and_a_joining_row_at_others() -> None:
     batch.join(other)
     assert batch.plans == [uniform("int4"), llm.plan]
     assert torch.isfinite(grown(batch, [[5], [6]])).all()
-
-
-@pytest.mark.parametrize("restored", ["removed", "missing"])
-def test_a_block_that_comes_back_gets_its_level(restored) -> None:
-    llm = long_llm()
-    plan = uniform("int4")
-    llm.apply(plan.without(0) if restored == "missing" else plan)
-    batch = LiveBatch(llm)
-    batch.prefill(random_rows(90, 40))
-    if restored == "removed":
-        llm.apply(plan.without(0))
-        assert batch._parts[0].cache.layers[0].keys.dtype == torch.uint8
-        grown(batch, random_rows(1, 1))
-    llm.apply(plan)
-    logits = grown(batch, random_rows(1, 1))
-    assert_near(logits, last_logits(llm, rows_of(batch)), native=torch.zeros_like(logits))
-    assert batch.kv_bytes == predicted_bytes(llm, 2, batch.length)
 
 
 @pytest.mark.parametrize("level", ["int8", "int4", "window64"])
@@ -321,30 +292,14 @@ def test_beam_search(name) -> None:
         torch.testing.assert_close(likely, out.sequences_scores[number], rtol=1e-3, atol=1e-3)
 
 
-def test_levels_change_while_generate_runs() -> None:
-    llm = long_llm()
-    steps = iter([uniform("int8"), uniform("int4-window64"), Plan.removing(0), Plan()])
-
-    def before_step() -> None:
-        plan = next(steps, None)
-        if plan is not None:
-            llm.apply(plan)
-
-    rows = random_rows(70, 45)
-    out = generate(llm.generate, rows, before_step=before_step, max_new_tokens=6)
-    for row, new in zip(rows, out[:, 70:].tolist(), strict=True):
-        logits = teacher_forced(llm, [row + new[:-1]])[0][len(row) + 2 :]  # native again
-        assert logits.argmax(1).tolist() == new[3:]
-
-
 def test_caches_of_other_kinds_are_rejected_and_unchanged() -> None:
     llm = long_llm()
     cache = StaticCache(config=llm.model.config, max_cache_len=64)
     ids = torch.tensor(random_rows(10))
     name = cache_argument(llm.model)
-    lower = partial(llm.apply, uniform("int8"))
+    llm.apply(uniform("int8"))
     with pytest.raises(UnsupportedCacheError, match="StaticCache with StaticLayer cannot be"):
-        llm.generate(ids, before_step=lower, max_new_tokens=4, **{name: cache})
+        llm.generate(ids, max_new_tokens=4, **{name: cache})
     assert all(type(layer).__name__ == "StaticLayer" for layer in cache.layers)
     cache = DynamicCache(config=llm.model.config)
     llm.generate(ids, max_new_tokens=4, **{name: cache})
