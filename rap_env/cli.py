@@ -38,16 +38,12 @@ from rap_env.serving.preflight import check_before_loading
 from rap_env.serving.settings import (
     DEFAULT_MAX_DELTA_NLL,
     DEFAULT_MOST_DELTA_NLL,
-    SETTING_GROUPS,
     ServerSettings,
     parse_bytes,
     read_settings_file,
-    setting_help,
-    setting_types,
 )
+from rap_env.specs import Setting, settings_of
 from rap_env.version import __version__
-
-_HELP = setting_help()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -97,75 +93,59 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(2)
 
 
+_SETTINGS = settings_of(ServerSettings)
+
+
 def _server_option(name: str) -> Command:
     """Option for a setting of the server, None unless it is given; ``none`` means null.
 
     A setting that is true or false is a flag.
     """
-    default = getattr(ServerSettings, name)
-    text = _HELP.get(name, "").replace("null", "none")
-    option = f"--{name.replace('_', '-')}"
-    if bool in setting_types()[name]:
-        return click.option(option, name, is_flag=True, default=None, help=text)
-    return click.option(
-        option,
-        name,
-        metavar="TEXT" if str in setting_types()[name] else "NUMBER",
-        help=f"{text} [default: {'none' if default is None else default}]",
+    option, entry, default = (
+        f"--{name.replace('_', '-')}",
+        _SETTINGS[name],
+        getattr(ServerSettings, name),
     )
+    text = entry.help.replace("null", "none")
+    if bool in entry.types:
+        return click.option(option, name, is_flag=True, default=None, help=text)
+    metavar = "TEXT" if str in entry.types else "NUMBER"
+    if entry.types == (str,) and entry.choices:
+        metavar = "|".join(entry.choices)
+    shown = "none" if default is None else default
+    return click.option(option, name, metavar=metavar, help=f"{text} [{shown}]")
 
 
 def _parse_settings(options: dict[str, str | bool | None]) -> dict[str, Any]:
-    """Values of the options that were given; `ServerSettings` checks their types."""
-    types = setting_types()
+    """Values of the options that were given; `ServerSettings` checks them."""
     values: dict[str, Any] = {}
     for name, text in options.items():
         if text is not None:
             values[name] = None if text in ("none", "null") else text
-            if isinstance(text, str) and (str not in types[name] or float in types[name]):
+            types = _SETTINGS[name].types
+            if isinstance(text, str) and (str not in types or float in types):
                 with contextlib.suppress(ValueError, TypeError):
                     values[name] = json.loads(values[name])
     return values
 
 
 class _ServeCommand(click.Command):
-    """Shows options in groups, each with the first sentence or all of its description."""
-
-    show_all = False
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options by group, in the order of the settings."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
-        titles = {first: title for title, first in SETTING_GROUPS.items()}
         title = "Options"
         for parameter in self.get_params(ctx):
-            name = parameter.name or ""
-            title = titles.get(name, title) if name in _HELP else "Options"
-            option, text = parameter.get_help_record(ctx) or ("", "")
-            if not self.show_all:
-                sentence, _, default = text.partition(" [default: ")
-                sentence = sentence.partition(". ")[0].rstrip(".")
-                text = f"{sentence}." if default in ("", "none]") else f"{sentence}. [{default}"
-            groups.setdefault(title, []).append((option, text))
+            entry = _SETTINGS.get(parameter.name or "", Setting(group="Options"))
+            title = entry.group or title
+            groups.setdefault(title, []).append(parameter.get_help_record(ctx) or ("", ""))
         for title, rows in groups.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
 
 
-def _show_all_help(ctx: click.Context, _parameter: click.Parameter, is_given: bool) -> None:
-    if is_given and isinstance(ctx.command, _ServeCommand):
-        ctx.command.show_all = True
-        click.echo(ctx.get_help())
-        ctx.exit()
-
-
 @cli.command(short_help="Serve a model over HTTP.", cls=_ServeCommand)
-@click.option(
-    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all_help,
-    help="Describe each option in full.",
-)  # fmt: skip
 @click.option("--config", type=Path, help="YAML or TOML file of settings. Options override it.")
-@combined(*map(_server_option, setting_types()))
+@combined(*map(_server_option, _SETTINGS))
 def serve(config: Path | None, **options: str | bool | None) -> None:
     """Serve a model over HTTP within a memory budget.
 

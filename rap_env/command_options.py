@@ -12,9 +12,8 @@ import click
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import EMBEDDINGS, layer_ranges, layers_by_level
-from rap_env.serving.settings import ServerSettings, setting_help
-
-_HELP = setting_help()
+from rap_env.serving.settings import ServerSettings
+from rap_env.specs import settings_of
 
 MIB = 2**20
 
@@ -42,7 +41,9 @@ def combined(*options: Command) -> Command:
 def setting_option(name: str, default: str | None = None) -> Command:
     """Option of a command that shares a setting with the server."""
     default = default or getattr(ServerSettings, name)
-    return click.option(f"--{name}", default=default, show_default=True, help=_HELP.get(name))
+    return click.option(
+        f"--{name}", default=default, show_default=True, help=settings_of(ServerSettings)[name].help
+    )
 
 
 def request_options(

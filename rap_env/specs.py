@@ -149,7 +149,8 @@ def _is_allowed(name: str, value: Any, rules: Setting, error: type[RapError]) ->
     """Whether a number is in range; raises an error for a name or form that is not allowed."""
     is_number = isinstance(value, int | float)
     if rules.choices and not is_number:
-        check_name(rules.kind or name, value, rules.choices)
+        hint = "A number is allowed as well." if {int, float} & {*rules.types} else ""
+        check_name(rules.kind or name, value, rules.choices, hint)
     elif rules.parse:
         try:
             rules.parse(value)

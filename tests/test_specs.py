@@ -47,7 +47,11 @@ class Settings:
         ({"rate": float("inf")}, "made.rate must be 0 or above, or null, not inf."),
         ({"rate": "a"}, "made.rate must be of type float or null, not 'a'."),
         ({"rise": -1}, "made.rise must be 0 or above, not -1."),
-        ({"rise": "aut"}, "Unknown made.rise 'aut'; known are 'auto'. Did you mean 'auto'?"),
+        (
+            {"rise": "aut"},
+            "Unknown made.rise 'aut'; known are 'auto'. Did you mean 'auto'? A number is allowed "
+            "as well.",
+        ),
         (
             {"mode": "fats"},
             "Unknown way of searching 'fats'; known are 'exact', 'fast'. Did you mean 'fast'?",

@@ -18,7 +18,8 @@ from experiments.config.common import (
     parse_shape,
     within,
 )
-from rap_env.serving.settings import CHOICES
+from rap_env.serving.settings import ServerSettings
+from rap_env.specs import settings_of
 
 Meter = Annotated[str, among("process", "tensors")]
 
@@ -90,7 +91,7 @@ class ReplayConfig(Section):
     queue_timeout_s: Positive = 30.0
     """Seconds after which a waiting request times out."""
     prefill_chunk_tokens: Count = 256
-    residency: Annotated[str, among(*CHOICES["residency"])] = "offload"
+    residency: Annotated[str, among(*settings_of(ServerSettings)["residency"].choices)] = "offload"
     """Where removed weights go: ``resident``, ``offload`` or ``drop``."""
     meter: Meter = "process"
     """Which memory is measured: that of the ``process``, or of ``tensors`` only."""
