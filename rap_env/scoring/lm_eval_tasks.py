@@ -7,7 +7,6 @@ whose folder is known, only that folder is read.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import logging
 import threading
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.extras import require_extra
@@ -97,18 +97,19 @@ def quiet() -> Iterator[None]:
     import lm_eval.api.task as lm_eval_task
     from lm_eval.utils import env
 
-    with _quiet_lock, contextlib.ExitStack() as restore:
+    no_bars = functools.partial(lm_eval_task.tqdm, disable=True)
+    with (
+        _quiet_lock,
+        patch.object(lm_eval_task, "tqdm", no_bars),
+        patch.object(env, "from_string", _compiled),
+        contextlib.ExitStack() as restore,
+    ):
         for logger in map(logging.getLogger, _NOISY):
             restore.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if not datasets.are_progress_bars_disabled():
             restore.callback(datasets.enable_progress_bars)
             datasets.disable_progress_bars()
-        restore.callback(setattr, lm_eval_task, "tqdm", lm_eval_task.tqdm)
-        lm_eval_task.tqdm = functools.partial(lm_eval_task.tqdm, disable=True)
-        if "from_string" not in vars(env):  # the outermost block restores it
-            restore.callback(vars(env).pop, "from_string")
-            env.from_string = _compiled
         yield
 
 
@@ -207,9 +208,7 @@ def _manager_for(name: str) -> Any:
         manager = _manager("")
     index = manager.task_index
     if name not in index:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=4, cutoff=0.7)
-        hint = f"lm-eval also has {', '.join(map(repr, near))}." if near else _ANY_OTHER
-        raise UnknownNameError("task", name, KNOWN_TASKS, hint)
+        raise UnknownNameError("task", name, KNOWN_TASKS, _ANY_OTHER)
     _check_output(name, (index[name].cfg or {}).get("output_type"))
     return manager
 
@@ -234,19 +233,15 @@ def _load_named(name: str, data_root: str | None) -> Any:
     try:
         (task,) = manager.load([{"group": name, "task": [config]}])["tasks"].values()
     except Exception as error:  # of the hub's client, or of a task's own templates and functions
+        text = " ".join(str(error).split())[:200].removesuffix(".")
+        where, remedy = "from the hub", "check the network, set data_root to a folder with its data"
         if data_root is not None:
-            raise CorpusError(
-                f"The files of the task {name!r} in {data_root} do not match what it reads: "
-                f"{_brief(error)}. Compare their fields with the task's config in lm-eval."
-            ) from error
+            where, remedy = (
+                f"in {data_root}",
+                "compare its fields with the task's config in lm-eval",
+            )
         raise CorpusError(
-            f"Cannot load the data of the task {name!r} from the hub ({_brief(error)}); check "
-            "the network, set data_root to a folder with the task's data, or use the generated "
-            f"tasks {', '.join(GENERATED_TASKS)}."
+            f"Cannot load the data of the task {name!r} {where} ({type(error).__name__}: {text}); "
+            f"{remedy}, or use the generated tasks {', '.join(GENERATED_TASKS)}."
         ) from error
     return task
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}".removesuffix(".")

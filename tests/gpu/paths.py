@@ -7,6 +7,7 @@ from rap_env.importance.gsi_search import gsi
 from rap_env.importance.level_scan import block_influence
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
@@ -18,7 +19,6 @@ from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
@@ -96,8 +96,10 @@ def lowered(llm, residencies=("resident", "offload")):
 
 
 def looked_up(llm):
+    from rap_env.scoring.plan_lm import likelihoods, make_batches  # needs lm-eval
+
     requests = [([5, 6, 7], [8, 9]), ([5, 6], [3]), ([4], [2, 3, 4])]
-    return ContinuationScorer(llm, requests, 64).run().ravel()
+    return likelihoods(PartialForward(llm, widen=True), make_batches(requests, 64)).ravel()
 
 
 def influence(llm):

@@ -10,9 +10,9 @@ pytest.importorskip("lm_eval")
 
 from rap_env.errors import CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
-from rap_env.scoring.likelihoods import ContinuationScorer
 from rap_env.scoring.long_context_tasks import (
     CHOICES,
     DEPTHS,
@@ -20,6 +20,7 @@ from rap_env.scoring.long_context_tasks import (
     LongContextTask,
     long_context_task,
 )
+from rap_env.scoring.plan_lm import likelihoods, make_batches
 from tests.tiny import LAYERS, randomise, tiny_config, tiny_tokenizer, word_tokenizer
 
 WORDS = word_tokenizer()
@@ -142,12 +143,14 @@ class TestScores:
 
     def test_one_pass_answers_all_questions_about_a_text(self, llm):
         scorer = self.scorer(llm, "rap_recall_512", "rap_counting_512", limit=24)
-        passes = {name: member._scorer.lengths for name, member in scorer._tasks.items()}
-        assert {name: len(lengths) for name, lengths in passes.items()} == {
+        passes = {
+            name: [len(batch.tokens) for batch in task.batches]
+            for name, task in scorer._tasks.items()
+        }
+        assert {name: sum(rows) for name, rows in passes.items()} == {
             "rap_recall_512": 3,
             "rap_counting_512": 8,
         }
-        assert all(480 < tokens <= 512 for lengths in passes.values() for tokens in lengths)
 
     def test_shared_beginnings_change_nothing(self, llm):
         rows = torch.randint(3, 200, (3, 90), generator=torch.Generator().manual_seed(0)).tolist()
@@ -155,10 +158,12 @@ class TestScores:
         requests += [(rows[0][:70], [5]), (rows[1][:40], [6, 7]), (rows[2][:40], rows[2][40:41])]
         plan = Plan.uniform(LAYERS, caches="int8")
         with llm.masked(plan):
-            shared = ContinuationScorer(llm, requests, 128, share_prefixes=True)
-            alone = ContinuationScorer(llm, requests, 128)
-            assert len(shared.lengths) == 4 < len(alone.lengths)
-            assert np.allclose(shared.run(), alone.run(), rtol=1e-3)
+            shared = make_batches(requests, 128, share_prefixes=True)
+            alone = make_batches(requests, 128)
+            assert sum(len(batch.tokens) for batch in shared) == 4
+            assert sum(len(batch.tokens) for batch in alone) > 4
+            partial = PartialForward(llm)
+            assert np.allclose(likelihoods(partial, shared), likelihoods(partial, alone), rtol=1e-3)
 
     def test_the_nll_of_choices_by_hand(self, llm):
         scorer = self.scorer(llm, "rap_multikey_512")

@@ -205,7 +205,7 @@ class PartialForward:
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the applied plan, (B, T) -> (B, T, H)."""
         with self._llm.exclusive(), self._wide(self._decoder), bfloat16_products.in_float32():
-            output = self._decoder(input_ids=input_ids, use_cache=False)
+            output = self._decoder(input_ids=input_ids.to(self._llm.device), use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
