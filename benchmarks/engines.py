@@ -179,7 +179,7 @@ def _in_vllm(
 ) -> dict[str, Any]:
     """The comparison with vLLM, or the reason why it cannot serve the mask."""
     try:
-        vllm_entries(llm.adapter, mask, stubs=False)
+        vllm_entries(llm.adapter, mask)
     except UnsupportedModelError as error:
         return {"refused": str(error)}
     task = {

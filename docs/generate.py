@@ -39,7 +39,6 @@ from experiments.ladder.loss_against_bytes import STUDY as LADDER
 from experiments.ladder.loss_against_bytes import LadderRow, LlamaCppRow
 from experiments.ladder.outside import STUDY as OTHER_METHODS
 from experiments.long_context import STUDY as LONG_CONTEXT
-from experiments.repair import STUDY as REPAIR
 from experiments.replay.study import STUDY as REPLAY
 from experiments.replay.trial import Trial, trial_figure
 from experiments.study.harness import Study
@@ -63,7 +62,7 @@ ENVIRONMENTS = {
 PLAN_COMPARISONS = (
     PLANS, LOW_BITS, record_tables.OWN_BUDGETS, GEMMA, record_tables.LOW_BITS_GEMMA, OUTSIDE
 )  # fmt: skip
-COMPARISONS = ("learning", "learning_scratch", "evolution", "learning_library", "seeds")
+COMPARISONS = ("learning", "learning_scratch", "evolution", "seeds")
 """Folders of ``results/`` with a comparison of methods that choose masks."""
 TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 """Comparisons with policies of the other model."""
@@ -73,7 +72,6 @@ UNMOVED: tuple[tuple[Study[Any], Published], ...] = (
     (REPLAY, Published("replay_low_bits", "replay_low_bits/replay")),
     (LONG_CONTEXT, Published("long_context", "long_context", first_section)),
     (LONG_CONTEXT, Published("tight_recall", "tight_recall/long_context", first_section)),
-    (REPAIR, Published("repair", "repair/repair", partial(shown_tables, titles=()))),
 )
 """Studies outside of `experiments.studies`, with their committed records."""
 
@@ -140,7 +138,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(part_of, name, shown_tables) for name in (*PLAN_COMPARISONS, *TRANSFERS)},
     **{name: partial(part_of, name, record_tables.first_tables) for name in COMPARISONS},
     **{name: partial(part_of, name, published.shown) for name, (_, published) in STUDIES.items()},
-    "tight_stubs": record_tables.stubs_text,
     **{ranked: partial(record_tables.ranked_text, name) for name, ranked in RANKED.items()},
     "tight_packaged": record_tables.packaged_text,
     **{name: partial(record_tables.search_text, *search) for name, search in SEARCHES.items()},

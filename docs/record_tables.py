@@ -39,8 +39,8 @@ from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entr
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of  # noqa: E402
 from rap_env.scoring.fidelity import spearman  # noqa: E402
 
-PLANS, GEMMA, OUTSIDE, STUBS, LOW_BITS, OWN_BUDGETS, LOW_BITS_GEMMA = (
-    "tight", "tight_gemma", "tight_outside", "tight_stubs", "low_bits", "tight_low_bits",
+PLANS, GEMMA, OUTSIDE, LOW_BITS, OWN_BUDGETS, LOW_BITS_GEMMA = (
+    "tight", "tight_gemma", "tight_outside", "low_bits", "tight_low_bits",
     "low_bits_gemma",
 )  # fmt: skip
 """Comparisons of methods that choose plans."""
@@ -112,13 +112,6 @@ def plan_rows(comparison: str = PLANS) -> list[ResultRow]:
         ranked = [row for row in read(RANKED[comparison]) if row.method == "rap"]
         rows += [replace(row, method="rap-best of 8") for row in ranked]
     return rows
-
-
-def stubs_text() -> str:
-    """Methods that choose plans with and without stubs, on the same budgets and windows."""
-    bare = [row for row in read(PLANS) if row.method in ("rap", "uniform", "knapsack")]
-    named = [replace(row, method=f"{row.method}-without stubs") for row in bare]
-    return shown_tables(tables_markdown(Comparison([*read(STUBS), *named])))
 
 
 def transfer_text(comparison: str) -> str:
@@ -285,8 +278,13 @@ def features_text() -> str:
         (row["feature"], row["engine"]): row["what"] if row.get("passed") else "not run"
         for row in record["rows"]
     }
-    features = ("Families", "Removed blocks", "Levels of weights", "Levels of caches", "Stubs",
-                "Live changes")  # fmt: skip
+    features = (
+        "Families",
+        "Removed blocks",
+        "Levels of weights",
+        "Levels of caches",
+        "Live changes",
+    )
     engines = ("transformers", "vLLM", "llama.cpp", "here")
     table = crossed_table(
         "", {name: name for name in features}, {name: name for name in engines},

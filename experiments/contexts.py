@@ -68,7 +68,6 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         importance=importance,
         gsi_removals=config.importance["gsi_removals"],
         gsi_method=config.importance["gsi_method"],
-        repair=config.repair["name"],
         frontier=None if own else str(frontier),
         store=config.store,
         workers=config.scoring["workers"],

@@ -68,7 +68,6 @@ class Evaluator:
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
             "ladder": None if self.ladder_bytes is None else config.env.ladder,
-            "repair": context.memory.facts.repair,
         }
         if not config.evaluate.plans:
             self.depends_on["importance"] = self._importance(config)

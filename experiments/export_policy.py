@@ -9,7 +9,7 @@ the run needed must still exist at the same paths.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -55,6 +55,8 @@ def settings_of(folder: Path) -> Config:
     written = RunFolder(folder).settings()
     if written is None:
         raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
+    known = {field.name for field in fields(Config)}  # sections of earlier programs are left out
+    written = {name: value for name, value in written.items() if name in known}
     try:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:

@@ -59,7 +59,7 @@ def export_scores(config: Config, folder: Path) -> Path:
     context = build_context(config)
     recorded = recorded_scores(config.export["records"], context)
     _check(config, context, recorded)
-    run.start(config, frozen=("model", "calibration", "importance", "repair", "seed"))
+    run.start(config, frozen=("model", "calibration", "importance", "seed"))
     _ = context.one_shot, context.features  # measured first, because the table contains them
     if config.export["masks"] is not None:
         measure(config, context, recorded)

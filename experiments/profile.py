@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import bar_callback
 
@@ -40,12 +38,12 @@ def profile(config: Config, folder: Path) -> Path:
         The path of ``profile.json``.
 
     Raises:
-        ExperimentError: The folder has a profile of another model, text, importance or repair.
+        ExperimentError: The folder has a profile of another model, text or importance.
     """
     run = RunFolder(folder)
     started = time.monotonic()
     path = folder / "profile.json"
-    run.start(config, frozen=("model", "calibration", "importance", "repair"))
+    run.start(config, frozen=("model", "calibration", "importance"))
     context = build_context(config, profiled=False)
     if not path.exists():
         context.one_shot.save(folder / "one_shot.json")
@@ -74,8 +72,7 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
         ladder, costs = Ladder.of(facts, "masks"), LevelCosts.of_removals(context.one_shot)
     start = None
     if settings["start"] is not None:
-        bare = MemoryModel(replace(facts, repair="", stub_bytes=()))
-        start = PlanTable.load(settings["start"], bare)
+        start = PlanTable.load(settings["start"], context.memory)
     search = PlanSearchConfig(
         evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
     )
@@ -99,7 +96,7 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
 def profile_record(context: PruningContext) -> dict[str, Any]:
     """Return what the report shows of a model, as plain values."""
     facts = context.memory.facts
-    names = ("name", "fingerprint", "dtype", "num_layers", "max_positions", "repair")
+    names = ("name", "fingerprint", "dtype", "num_layers", "max_positions")
     return {
         "facts": {name: getattr(facts, name) for name in names},
         "memory_shares": context.memory.shares(),

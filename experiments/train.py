@@ -41,7 +41,7 @@ from rap_env.scoring.score_table import PREFIX
 log = logging.getLogger(__name__)
 
 FROZEN = (
-    "model", "calibration", "importance", "repair", "workload", "reward", "env", "agent",
+    "model", "calibration", "importance", "workload", "reward", "env", "agent",
     "seed", "warm_start", "score_model", "frontier",
 )  # fmt: skip
 """Settings that must not change when a run resumes."""

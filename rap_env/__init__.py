@@ -26,6 +26,12 @@ _MODULES = {name: module for module, name in _IMPORTS}
 
 __all__ = [*_MODULES, "__version__"]
 
+_REMOVED = {
+    "open_library": "stubs in the place of removed blocks are gone; use Plan.of with weights at "
+    "'int3' or 'int2', which lose less",
+}
+"""What to use instead of each public name that the last version still had."""
+
 _ENTRY_POINTS = {
     "RAPPrune-v0": ("rap_env.envs.prune:RAPPruneEnv", "rap_env.envs.prune:RAPPruneVectorEnv"),
     "RAPLadder-v0": (
@@ -84,7 +90,8 @@ else:
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        more = f": {_REMOVED[name]}" if name in _REMOVED else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{more}")
     try:
         module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:

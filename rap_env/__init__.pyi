@@ -15,7 +15,6 @@ from rap_env.models.files.pruned_checkpoint import save_pruned as save_pruned
 from rap_env.models.files.streamed import stream_llm as stream_llm
 from rap_env.plan import Plan as Plan
 from rap_env.policies.loading import load_policy as load_policy
-from rap_env.repair.cached_library import open_library as open_library
 from rap_env.request import Request as Request
 from rap_env.runtime.controller import RuntimeController as RuntimeController
 from rap_env.scoring.corpus import CorpusConfig as CorpusConfig

@@ -9,7 +9,7 @@ Level of weights      Storage
 ``int4-compact``      the same with a scale and a zero of 8 bits
 ``int3``              3 bits a weight, a scale of 8 and a zero of 4 bits for each group of 32
 ``int2``              2 bits a weight, a scale of 8 and a zero of 4 bits for each group of 16
-``removed``           none; a stub may stand in the block's place
+``removed``           none
 ====================  ==========================================================================
 
 A KV cache is cut into groups of `GROUP_TOKENS` tokens, counted from each sequence's own first

@@ -44,7 +44,6 @@ class MemoryBreakdown:
     embeddings: int
     kv_cache: int
     workspace: int
-    stubs: int = 0
 
     @property
     def weights(self) -> int:
@@ -54,13 +53,12 @@ class MemoryBreakdown:
     @property
     def peak(self) -> int:
         """Sum of all parts: the peak bytes."""
-        return self.weights + self.stubs + self.embeddings + self.kv_cache + self.workspace
+        return self.weights + self.embeddings + self.kv_cache + self.workspace
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by name, for records."""
         return {
             "weights_bytes": self.weights,
-            "stubs_bytes": self.stubs,
             "embeddings_bytes": self.embeddings,
             "kv_cache_bytes": self.kv_cache,
             "workspace_bytes": self.workspace,
@@ -77,9 +75,7 @@ class MemoryModel:
     def __init__(self, model: HasFacts | ModelFacts) -> None:
         self.facts = facts = model if isinstance(model, ModelFacts) else model.facts
         windows = [_NO_WINDOW if w is None else w for w in facts.kv_window_tokens]
-        stubs = facts.stub_bytes or (0,) * facts.num_blocks
-        sizes = np.array(facts.block_param_bytes, dtype=np.int64)
-        self._freed_bytes = sizes - np.array(stubs, dtype=np.int64)  # (2L,)
+        self._block_bytes = np.array(facts.block_param_bytes, dtype=np.int64)  # (2L,)
         self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
         self._windows = np.array(windows, dtype=np.int64)  # (L,)
         widths = map(operator.mul, facts.kv_heads, facts.kv_head_size)
@@ -108,8 +104,8 @@ class MemoryModel:
         return batch_size * np.minimum(seq_len_tokens, self._windows) * self._kv_bytes_per_token
 
     def freed_bytes(self, request: Request) -> npt.NDArray[np.int64]:
-        """Weight and cache bytes that each block's removal frees, minus its stub's, shape (2L,)."""
-        freed = self._freed_bytes.copy()
+        """Weight and cache bytes that each block's removal frees, shape (2L,)."""
+        freed = self._block_bytes.copy()
         freed[0::2] += self.kv_bytes_by_layer(request.batch_size, request.seq_len_tokens)
         return freed
 
@@ -166,11 +162,10 @@ class MemoryModel:
                 for level, layer, layers in of_plan.caches
             ),
             workspace=workspace,
-            stubs=of_plan.stubs,
         )
 
     def peak_bytes(self, plan: Plan, request: Request) -> int:
-        """Kept weights + stubs + embeddings and head + KV cache of kept attn blocks + workspace."""
+        """Kept weights + embeddings and head + KV cache of kept attn blocks + workspace."""
         return self.breakdown(plan, request).peak
 
     def first_that_fits(self, plans: Iterable[Plan], request: Request) -> Plan:
@@ -212,9 +207,7 @@ class MemoryModel:
                 request = Request(batch_size, seq_len_tokens, budget_bytes=2**62)
                 parts = self.breakdown(Plan(), request)
                 shape = {"batch_size": batch_size, "seq_len_tokens": seq_len_tokens}
-                # Nothing is removed, so there are no stubs.
-                names = [part.name for part in fields(parts) if part.name != "stubs"]
-                named = {name: getattr(parts, name) for name in names}
+                named = {part.name: getattr(parts, part.name) for part in fields(parts)}
                 part_shares = {name: size / parts.peak for name, size in named.items()}
                 rows.append({**shape, "peak_bytes": parts.peak, **part_shares})
         return rows
@@ -264,7 +257,6 @@ class _PlanBytes:
     attn_weights: int
     ffn_weights: int
     embeddings: int
-    stubs: int
     workspace: int
     any_ffn: bool
     lowered_caches: bool
@@ -280,7 +272,7 @@ def _bytes_of_plan(memory: MemoryModel, plan: Plan) -> _PlanBytes:
     """
     facts, plan = memory.facts, memory.check_plan(plan)
     removed = plan.removed
-    params, stubs = list(facts.block_param_bytes), facts.stub_bytes or (0,) * facts.num_blocks
+    params = list(facts.block_param_bytes)
     for index, level in plan.weights:
         params[index] = facts.weight_levels(index)[level]
     kept = [index for index in range(facts.num_blocks) if index not in removed]
@@ -295,7 +287,6 @@ def _bytes_of_plan(memory: MemoryModel, plan: Plan) -> _PlanBytes:
         attn_weights=sum(params[index] for index in kept if index % 2 == 0),
         ffn_weights=sum(params[index] for index in kept if index % 2),
         embeddings=facts.embedding_levels[plan.embeddings],
-        stubs=sum(stubs[index] for index in removed),
         workspace=facts.widen_bytes if lowered and not facts.packed else 0,
         any_ffn=any(index % 2 for index in kept),
         lowered_caches=bool(plan.caches),

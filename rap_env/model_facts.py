@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from rap_env.artifacts import with_tuples
 from rap_env.blocks import block_name
+from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 
 
@@ -28,9 +29,6 @@ class ModelFacts:
         ffn_width: Widest hidden activation of a feed-forward block for one token.
         vocab_size: Number of entries of the head.
         max_positions: Longest sequence the model accepts, in tokens.
-        stub_bytes: Bytes of the stub that replaces each block once it is removed, (2L,); empty
-            means 0 each.
-        repair: Hash of the stubs, in hex; empty without stubs.
         weights: The format of native weights: ``"unquantised"``, or what packed ones came from,
             such as ``"packed"``.
         level_param_bytes: For each packed level the bytes of each block, (2L,); 0 where a block has
@@ -56,8 +54,6 @@ class ModelFacts:
     ffn_width: int
     vocab_size: int
     max_positions: int
-    stub_bytes: tuple[int, ...] = ()
-    repair: str = ""
     weights: str = "unquantised"
     level_param_bytes: Mapping[WeightLevel, tuple[int, ...]] = field(default_factory=dict)
     level_base_bytes: Mapping[WeightLevel, int] = field(default_factory=dict)
@@ -68,19 +64,25 @@ class ModelFacts:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelFacts:
-        """Facts from the JSON form of their fields, whose tuples are lists."""
-        blocks = values.get("level_param_bytes", {})
-        return cls(**{**with_tuples(values), "level_param_bytes": with_tuples(blocks)})
+        """Facts from the JSON form of their fields, whose tuples are lists.
+
+        Raises:
+            ArtifactError: They are those of a model with stubs.
+        """
+        reject_stubs(values, "The facts of a model")
+        own = {name: value for name, value in values.items() if name not in _STUB_FIELDS}
+        blocks = own.get("level_param_bytes", {})
+        return cls(**{**with_tuples(own), "level_param_bytes": with_tuples(blocks)})
 
     @property
     def identity(self) -> dict[str, str]:
-        """Identity of the model in scores: weights, their dtype and, if there are any, stubs."""
+        """Identity of the model in scores: weights, their dtype and the calibration of levels."""
         own = {"model": self.fingerprint, "dtype": self.dtype}
         if self.weights != "unquantised":
             own["weights"] = self.weights
         if self.calibration:
             own["calibration"] = self.calibration
-        return {**own, "repair": self.repair} if self.repair else own
+        return own
 
     @property
     def packed(self) -> bool:
@@ -92,7 +94,7 @@ class ModelFacts:
         sizes = {level: blocks[index] for level, blocks in self.level_param_bytes.items()}
         sizes["native"] = self.block_param_bytes[index]
         levels = {level: sizes[level] for level in WEIGHT_LEVELS if sizes.get(level)}
-        return {**levels, "removed": self.stub_bytes[index] if self.stub_bytes else 0}
+        return {**levels, "removed": 0}
 
     def without_levels(self, levels: Collection[str]) -> ModelFacts:
         """The same model without some packed levels."""
@@ -120,6 +122,25 @@ class ModelFacts:
     def num_blocks(self) -> int:
         """2L: each layer has an attn and an ffn block."""
         return len(self.block_param_bytes)
+
+
+_STUB_FIELDS = ("repair", "stub_bytes", "stub_ranks")
+"""Fields of files of earlier versions; they are empty unless removed blocks had stubs."""
+
+
+def reject_stubs(values: Mapping[str, Any], what: str) -> None:
+    """Raise an `ArtifactError` for a file of an earlier version whose model had stubs.
+
+    Args:
+        values: Fields of the file.
+        what: The file or its part, for the message.
+    """
+    if any(values.get(name) for name in _STUB_FIELDS):
+        raise ArtifactError(
+            f"{what} is of a model with stubs in the place of removed blocks, which were removed "
+            "from rap_env: make it again without stubs (the weight levels int3 and int2 lose "
+            "less), or use the version that wrote it."
+        )
 
 
 class HasFacts(Protocol):

@@ -29,7 +29,6 @@ _COLOURS = {  # distinguishable by colour-blind people; in the order in which th
     "FFN weights": "#0072b2",
     "attention weights": "#e69f00",
     "KV cache": "#f6d281",
-    "stubs": "#009e73",
 }
 _STACK = (32, 118, 400, 606)  # left, top, right, bottom of the two columns of blocks
 _PANEL = (440, 928)  # left and right of the words and the bar
@@ -61,10 +60,7 @@ class Scene:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by what they hold, in the order of the bar; they add up to the peak.
-
-        Stubs are left out if there are none.
-        """
+        """Bytes by what they hold, in the order of the bar; they add up to the peak."""
         parts = self.memory.breakdown(self.plan, self.request)
         sizes = (
             parts.embeddings,
@@ -72,10 +68,8 @@ class Scene:
             parts.ffn_weights,
             parts.attn_weights,
             parts.kv_cache,
-            parts.stubs,
         )
-        named = dict(zip(_COLOURS, sizes, strict=True))
-        return named if parts.stubs else {k: v for k, v in named.items() if k != "stubs"}
+        return dict(zip(_COLOURS, sizes, strict=True))
 
     @property
     def request_words(self) -> str:

@@ -53,6 +53,11 @@ def test_a_misspelt_name_is_an_attribute_error():
         rap_env.load_lm  # noqa: B018
 
 
+def test_a_removed_name_says_what_to_use_instead():
+    with pytest.raises(AttributeError, match="'open_library': stubs .* use Plan.of"):
+        rap_env.open_library  # noqa: B018
+
+
 def test_the_entry_point_is_a_name_so_that_a_spec_can_be_saved():
     assert gymnasium.spec("RAPPrune-v0").entry_point == "rap_env.envs.prune:RAPPruneEnv"
     assert "RAPPrune-v0" in gymnasium.spec("RAPPrune-v0").to_json()

@@ -24,7 +24,6 @@ LAYERS = (
     ("models",),
     ("scoring",),
     ("importance",),
-    ("repair",),
     ("reward",),
     ("context",),
     ("policies",),

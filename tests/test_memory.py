@@ -1,4 +1,5 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rap_env.errors import (
+    ArtifactError,
     InfeasibleBudgetError,
     InvalidRequestError,
     UnknownNameError,
@@ -32,8 +34,6 @@ FACTS = ModelFacts(
     max_positions=4096,
 )
 MEMORY = MemoryModel(FACTS)
-STUB_BYTES = (10, 20, 10, 30, 0, 40)
-REPAIRED = MemoryModel(replace(FACTS, stub_bytes=STUB_BYTES, repair="r" * 64))
 REQUEST = Request(2, 10, 1)
 
 SHAPES = st.tuples(st.integers(1, 512), st.integers(1, FACTS.max_positions))
@@ -75,43 +75,13 @@ def test_each_removed_block_lowers_the_peak_by_what_it_frees(
     assert before.peak - after.peak == freed + workspace
 
 
-# Stubs
-
-
-def test_stubs_of_a_small_case_by_hand() -> None:
-    mask = Plan.removing("layer00.attn", "layer01.ffn", "layer02.attn")
-    ours, plain = (memory.breakdown(mask, REQUEST) for memory in (REPAIRED, MEMORY))
-    assert ours == replace(plain, stubs=10 + 30 + 0)
-    assert ours.peak == plain.peak + 40
-    assert ours.as_dict() == {**plain.as_dict(), "stubs_bytes": 40}
-    assert sum(ours.as_dict().values()) == ours.peak
-    assert plain.stubs == 0
-
-
-def test_stubs_reduce_the_bytes_that_a_removal_frees() -> None:
-    assert REPAIRED.freed_bytes(REQUEST).tolist() == [250, 280, 170, 270, 190, 290]
-
-
-@given(SHAPES, MASKS)
-def test_a_mask_needs_its_stubs_on_top(shape: tuple[int, int], mask: Plan) -> None:
-    request = Request(*shape, budget_bytes=1)
-    extra = REPAIRED.peak_bytes(mask, request) - MEMORY.peak_bytes(mask, request)
-    assert extra == sum(STUB_BYTES[block] for block in sorted(mask.removed))
-
-
-def test_a_budget_between_the_least_with_and_without_stubs_is_rejected() -> None:
-    least = MEMORY.peak_bytes_without_blocks(REQUEST)
-    assert REPAIRED.peak_bytes_without_blocks(REQUEST) == least + sum(STUB_BYTES)
-    tight = replace(REQUEST, budget_bytes=least + sum(STUB_BYTES) - 1)
-    mask_bytes(MEMORY).check_feasible(tight)
-    with pytest.raises(InfeasibleBudgetError, match=f"still needs {tight.budget_bytes + 1:,}"):
-        mask_bytes(REPAIRED).check_feasible(tight)
-
-
-def test_stubs_are_part_of_what_scores_depend_on() -> None:
-    own = {"model": "f" * 64, "dtype": "bfloat16"}
-    assert FACTS.identity == own
-    assert REPAIRED.facts.identity == {**own, "repair": "r" * 64}
+def test_facts_of_earlier_versions_are_read_unless_the_model_had_stubs() -> None:
+    assert FACTS.identity == {"model": "f" * 64, "dtype": "bfloat16"}
+    written = {**json.loads(json.dumps(asdict(FACTS))), "stub_bytes": [], "repair": ""}
+    assert ModelFacts.from_json(written) == FACTS
+    for more in ({"stub_bytes": [10] * 6}, {"repair": "r" * 64}):
+        with pytest.raises(ArtifactError, match="stubs.* were removed .* int3 and int2"):
+            ModelFacts.from_json({**written, **more})
 
 
 @given(SHAPES, MASKS)

@@ -97,18 +97,13 @@ def test_a_block_is_as_wide_as_its_bytes():
     assert area(picture, BLUE, stack) == pytest.approx(4 * area(picture, ORANGE, stack), rel=0.05)
 
 
-STUBBED = {"stub_bytes": (_MIB // 2, _MIB) * 4, "repair": "r" * 64}
-
-
-@pytest.mark.parametrize("facts", [{}, STUBBED], ids=["plain", "with stubs"])
 @pytest.mark.parametrize("removed", [(), (0, 3), range(8)])
-def test_the_parts_of_the_bar_add_up_to_the_peak(facts, removed):
-    memory = make_memory(**facts)
+def test_the_parts_of_the_bar_add_up_to_the_peak(removed):
+    memory = make_memory()
     request = Request.at_fraction(memory, 2, 1024, 0.7)
     scene = Scene(memory, request, Plan.removing(*removed))
     peak = memory.peak_bytes(scene.plan.mask, request)
     assert sum(scene.parts.values()) == peak
-    assert ("stubs" in scene.parts) == bool(facts and removed)
     left, right = _PANEL
     row = render_rgb(scene)[270, left:right]  # through the middle of the bar
     colours = [tuple(bytes.fromhex(_COLOURS[part][1:])) for part in scene.parts]

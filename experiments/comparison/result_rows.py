@@ -30,7 +30,6 @@ _MEASURED = ("report_text", "report_sha256", "tasks")
 _EQUAL = {
     "model_fingerprint": "model",
     "dtype": "dtype",
-    "repair": "stubs",
     "calibration_sha256": "calibration text",
 }
 """What must not differ: peaks and the choices themselves depend on it."""

@@ -18,7 +18,7 @@ from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import read_json, record_files
 from experiments.study.run_folder import RunFolder
 
-_EQUAL = ("model_fingerprint", "dtype", "repair", "calibration_sha256", "report_sha256")
+_EQUAL = ("model_fingerprint", "dtype", "calibration_sha256", "report_sha256")
 """What the rows of a comparison depend on alike."""
 
 
@@ -67,13 +67,11 @@ class Records:
         return [note for folder in self.evaluations if (note := folder.read())]
 
     def title(self, folder: RunFolder) -> str:
-        """Name, model and stubs of one of the run folders, of an absolute path the last part."""
+        """Name and model of one of the run folders, of an absolute path the last part."""
         settings = folder.settings() or {}
         fingerprint = self.rows[0].depends_on.get("model_fingerprint") if self.rows else None
         model = str(settings.get("model", {}).get("name") or str(fingerprint or "?")[:12])
-        stubs = Path(str(settings.get("repair", {}).get("name", "none"))).stem
-        model = Path(model).name if Path(model).is_absolute() else model
-        return f"{self.name}: {model}, {'no repair' if stubs == 'none' else f'repair {stubs}'}"
+        return f"{self.name}: {Path(model).name if Path(model).is_absolute() else model}"
 
 
 def gather(root: Path) -> Records:

@@ -22,7 +22,6 @@ from experiments.config.study_settings import (
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
-    StubsConfig,
     TextsConfig,
 )
 from experiments.config.training_settings import AgentConfig, EnvConfig, ModelConfig
@@ -55,10 +54,6 @@ class Config(Section):
     """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
     differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
     importance: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["importance"]))
-    repair: dict[str, str] = field(default_factory=lambda: {"name": "none"})
-    """Replacement of removed blocks. Its ``name`` is ``none``; ``library``: stubs fitted once on
-    self-written text; or the path of a library."""
-    stubs: StubsConfig = field(default_factory=StubsConfig)
     workload: dict[str, Any] = field(default_factory=dict)
     """Sampler of requests (`rap_env.workload`), and its settings."""
     reward: dict[str, Any] = field(default_factory=dict)

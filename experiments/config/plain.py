@@ -87,7 +87,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "deepest_loss": Setting(float | int, 3.0, within(0)),
         # Workload requests that decide which pairs of counts, or which plans, are useful.
         "requests": Setting(int, 512, within(1)),
-        # A table of plans of the same model without stubs, whose best plans are measured first.
+        # A table of plans of the same model, whose best plans are measured first.
         "start": Setting(str | None, None),
     },
     # Loggers besides metrics.jsonl in the run folder, which is always written.

@@ -1,4 +1,4 @@
-"""Settings of the studies: stubs, texts and prompts, the ladder, long contexts."""
+"""Settings of the studies: texts and prompts, the ladder, long contexts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from experiments.config.common import (
-    CellText,
     Count,
     CountOrZero,
     Fraction,
@@ -24,25 +23,7 @@ from experiments.config.plain import Setting, completed
 from experiments.ladder.llama_cpp_process import FILE_TYPES
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
-from rap_env.repair.config import REPAIRS
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
-
-
-@dataclass
-class StubsConfig(Section):
-    """Settings of ``experiments.repair``: texts to fit on and comparison."""
-
-    section = "stubs"
-    fit_texts: dict[str, TextConfig] = field(default_factory=dict)
-    """Texts to fit on, by name; the library is fitted on all of them together."""
-    report_texts: dict[str, TextConfig] = field(default_factory=dict)
-    """Texts to report on, by name; never fitted on."""
-    rank: CountOrZero = 64
-    """Mean rank of the stubs."""
-    repairs: list[Annotated[str, among(*REPAIRS)]] = field(default_factory=lambda: list(REPAIRS))
-    """Repairs to compare; empty to make only the libraries."""
-    cells: list[CellText] = field(default_factory=lambda: ["1x128@0.9", "1x128@0.8"])
-    """Requests and budgets: batch size x tokens @ fraction of the dense peak."""
 
 
 @dataclass

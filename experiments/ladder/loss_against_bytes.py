@@ -67,7 +67,7 @@ class LadderRow(RequestRecord, DeltaNLLRecord):
         name: The setting, such as ``"int4 / int8"`` (weights / caches); of a policy its budget.
         budget_fraction: Budget as a fraction of the unquantised model's peak; None for a setting.
         budget_bytes: The budget itself; None for a setting.
-        held_bytes: Bytes of weights, stubs and KV cache.
+        held_bytes: Bytes of weights and KV cache.
         peak_bytes: Peak bytes of the plan, workspace included.
         fits: Whether the peak is within the budget; always true for a setting.
         levels: Levels of all items that are not native, by name.

@@ -252,7 +252,7 @@ class MethodsAtEqualBytes:
         sizes = self.memory.breakdown(sized or plan, Request(1, 1, budget_bytes=2**62))
         logits = (window_logits(llm, plan, window) for window in self._native.windows)
         return {
-            "weight_bytes": sizes.weights + sizes.stubs + sizes.embeddings + added_bytes,
+            "weight_bytes": sizes.weights + sizes.embeddings + added_bytes,
             "tensor_types": {},
             "levels": plan.levels,
             **self._native.compare(logits),

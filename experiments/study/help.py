@@ -16,7 +16,7 @@ from experiments.config import Config
 from experiments.config.plain import PLAIN
 from experiments.study.run_folder import flatten
 
-MODEL = ("model", "scoring", "calibration", "importance", "repair", "store", "threads")
+MODEL = ("model", "scoring", "calibration", "importance", "store", "threads")
 """What a program reads that measures on a model."""
 
 READS: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,6 @@ READS: dict[str, tuple[str, ...]] = {
              "evaluate", "report"),
     "report": ("report",),
     "export_scores": (*MODEL, "export", "env.id"),
-    "repair": (*MODEL, "stubs", "evaluate.tasks"),
     **dict.fromkeys(("ladder", "llama_cpp", "outside"), (*MODEL, "ladder", "evaluate.text")),
     "level_costs_by_model": (*MODEL, "evaluate.text"),
     "replay": (*MODEL, "replay", "budget"),

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from experiments.study.statistics import Estimate, bootstrap_mean
 from rap_env.artifacts import atomic_write, digest, disk_errors, remove_incomplete_line
 from rap_env.errors import ArtifactError
+from rap_env.model_facts import reject_stubs
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ class Record:
         """Restore what `to_record` returned.
 
         Raises:
-            ArtifactError: Keys are missing or unknown.
+            ArtifactError: Keys are missing or unknown, or its model had stubs.
         """
+        reject_stubs(record.get("provenance", {}).get("depends_on", {}), cls.record_name)
         known = fields(cls)
         required = {f.name for f in known if f.default is MISSING}
         wrong = sorted((required - record.keys()) | (record.keys() - {f.name for f in known}))
@@ -142,7 +144,7 @@ class CellRecord(RequestRecord, DeltaNLLRecord):
     Attributes:
         budget_fraction: Budget as a fraction of the native model's peak bytes.
         budget_bytes: The budget itself.
-        peak_bytes: Peak bytes of the plan under the request, stubs included.
+        peak_bytes: Peak bytes of the plan under the request.
     """
 
     budget_fraction: float

@@ -76,8 +76,6 @@ _LOOKS = {
     "ffn_only": Look("FFN only", "#D5A41C", ">", "one-shot order, ffn blocks only"),
     "random": Look("Random", "#8D9299", "X", "random steps until the request fits"),
     "dense": Look("Dense (nothing removed)", "#1F2328", "_", "the reference, with all blocks"),
-    "none": Look("No stubs", "#7C838A", "o", "removed blocks are not replaced"),
-    "library": Look("Library", "#2A78C2", "o", "stubs fitted once, for any mask"),
 }  # fmt: skip
 
 _SPARE = ("#5B8C5A", "#B5651D", "#4B6C8B", "#A23B72", "#6B7A1E", "#7D5BA6")

@@ -37,7 +37,6 @@ from rap_env.context.opening import require_live
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_table import PlanTable
 from rap_env.plan import Plan
-from rap_env.repair.config import repair_label
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.score_table import ScoreTable
@@ -175,7 +174,6 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
         "importance": config.importance["method"],
         "gsi_removals": config.importance["gsi_removals"],
         "gsi_method": config.importance["gsi_method"],
-        "repair": repair_label(config.repair["name"]),
     }
 
 
@@ -296,7 +294,5 @@ def held_out_losses(folders: Folders, context: PruningContext) -> HeldOutLosses 
 def _rows(folder: Path, context: PruningContext) -> list[ResultRow]:
     """Return a comparison's rows of the same model and calibration text."""
     facts, here = context.memory.facts, context.corpus.sha256
-    own = {
-        "model_fingerprint": facts.fingerprint, "calibration_sha256": here, "repair": facts.repair
-    }  # fmt: skip
+    own = {"model_fingerprint": facts.fingerprint, "calibration_sha256": here}
     return [row for row in rows_below(folder) if own.items() <= row.depends_on.items()]

@@ -55,9 +55,6 @@ class ContextConfig:
         gsi_removals: Number of removals, or of actions on items, after which GSI stops; None
             orders all blocks or items.
         gsi_method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
-        repair: What replaces removed blocks: ``"none"``; ``"library"``, stubs that are fitted on
-            self-generated text at the first use and cached; or the path of a library's file
-            (see `rap_env.open_library`).
         frontier: Path of a frontier artifact (`rap_env.importance.plan_table`); None if
             nothing needs the best known masks.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
@@ -80,7 +77,6 @@ class ContextConfig:
     importance: str = "gsi"
     gsi_removals: int | None = setting(16, low=1)
     gsi_method: str = setting("exact", choices=GSI_METHODS, kind="GSI method")
-    repair: str = "none"
     frontier: str | None = None
     store: str | None = "default"
     workers: int = setting(0, low=0)

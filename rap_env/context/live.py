@@ -46,7 +46,7 @@ class LiveContext(PruningContext):
     Arguments that are not described here are those of `ContextConfig`.
 
     Args:
-        llm: The live model, or a repaired view of one (`StubLibrary.attach`).
+        llm: The live model.
         calibration: The text that masks are searched on.
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from rap_env.errors import ModelNotAvailableError, check_name
 from rap_env.extras import require_extra
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.repair.config import REPAIRS, check_repair
 from rap_env.request import Request
 from rap_env.scoring.corpus import check_source
 from rap_env.scoring.score_table import table_path
@@ -33,7 +31,7 @@ def open_context(config: ContextConfig) -> PruningContext:
     """The context for a configuration; equal configurations share one in a process.
 
     Raises:
-        RapError: As loading the model, the text, the stubs, the store, a table or an artifact does.
+        RapError: As loading the model, the text, the store, a table or an artifact does.
     """
     if not Path(config.importance).is_file():
         hint = "Any other value is the path of a GSI artifact; there is no such file."
@@ -41,26 +39,23 @@ def open_context(config: ContextConfig) -> PruningContext:
     table = table_path(config.model, config.weights)
     if table is None:
         check_source(config.calibration.source)
-        check_repair(config.repair)
-    library = None if config.repair in REPAIRS else Path(config.repair).expanduser()
-    files = [file for file in (table, library) if file is not None and file.exists()]
-    return _opened(config, table, tuple(file.stat().st_mtime_ns for file in files))
+    exists = table is not None and table.exists()
+    return _opened(config, table, table.stat().st_mtime_ns if table and exists else None)
 
 
 @cache
-def _opened(
-    config: ContextConfig, table: Path | None, _modified_ns: tuple[int, ...]
-) -> PruningContext:
-    """The context of a configuration; files that were rewritten are opened again."""
+def _opened(config: ContextConfig, table: Path | None, _modified_ns: int | None) -> PruningContext:
+    """The context of a configuration; a table that was rewritten is opened again."""
     return _open_live(config) if table is None else open_table(table, config)
 
 
 def _open_live(config: ContextConfig) -> LiveContext:
     """A new context of a live model; the model itself is shared within a process."""
     require_extra("model", f"The live model {config.model!r} (unlike a score table)")
+    from rap_env.models.files.loading import shared_llm
     from rap_env.scoring.corpus_loading import load_corpus
 
-    llm = _open_llm(_model_settings(config))
+    llm = shared_llm(**_model_settings(config))
     workers = _shared_workers(config, llm) if config.workers else None  # before a text is written
     context = LiveContext(
         llm,
@@ -80,22 +75,8 @@ def _open_live(config: ContextConfig) -> LiveContext:
 
 def _model_settings(config: ContextConfig) -> dict[str, Any]:
     """The settings of a context that determine its model."""
-    names = ("model", "device", "dtype", "weights", "max_memory_bytes", "repair")
+    names = ("model", "device", "dtype", "weights", "max_memory_bytes")
     return {name: getattr(config, name) for name in names}
-
-
-def _open_llm(settings: Mapping[str, Any]) -> ElasticLLM:
-    """The model of a context, shared within a process, with its stubs if it has any."""
-    from rap_env.models.files.loading import shared_llm
-
-    loading = dict(settings)
-    repair = loading.pop("repair")
-    llm = shared_llm(**loading)
-    if repair == "none":
-        return llm
-    from rap_env.repair.cached_library import open_library
-
-    return open_library(repair, llm).attach(llm)  # the shared model stays as it is
 
 
 def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
@@ -106,8 +87,6 @@ def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
     settings |= {"device": llm.device.type, "dtype": str(llm.dtype).removeprefix("torch.")}
     if looks_like_path(config.model):  # a worker may have another working directory
         settings["model"] = str(Path(config.model).expanduser().resolve())
-    if config.repair not in REPAIRS:
-        settings["repair"] = str(Path(config.repair).expanduser().resolve())
     return _worker_pool(tuple(settings.items()), config.workers, config.workers_address)
 
 
@@ -115,11 +94,12 @@ def _shared_workers(config: ContextConfig, llm: ElasticLLM) -> WorkerPool:
 def _worker_pool(
     model_settings: tuple[tuple[str, Any], ...], count: int, address: str | None
 ) -> WorkerPool:
+    from rap_env.models.files.loading import shared_llm
     from rap_env.scoring.workers import WorkerPool
 
     settings = dict(model_settings)
     gpu = settings["device"] == "cuda"
-    return WorkerPool(partial(_open_llm, settings), count, address=address, gpu=gpu)
+    return WorkerPool(partial(shared_llm, **settings), count, address=address, gpu=gpu)
 
 
 def _warn_of_a_copy(context: LiveContext) -> None:

@@ -24,7 +24,6 @@ from rap_env.ladder.features import ImportanceFeatures
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.repair.config import repair_label
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.score_table import ScoreTable, TableScorer
@@ -196,8 +195,6 @@ def _check_settings(path: Path, table: ScoreTable, config: ContextConfig) -> Non
         (name, getattr(config, name), getattr(default, name), measured_with[name])
         for name in ("device", "dtype", "gsi_removals", "gsi_method")
     ]
-    measured_repair = measured_with.get("repair", default.repair)  # absent from older tables
-    asked.append(("repair", repair_label(config.repair), default.repair, measured_repair))
     for name, value, unset, measured in asked:
         if value not in (unset, measured):
             raise ArtifactError(

@@ -35,7 +35,7 @@ TASK_DOCUMENTS = 20
 """Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
 
 _OF_CONTEXT = (
-    "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "repair", "frontier",
+    "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "frontier",
     "store",
 )  # fmt: skip
 
@@ -70,7 +70,6 @@ class EnvConfig:
     gsi_removals: int | None = 16
     gsi_method: str = "exact"
     frontier: str | None = None
-    repair: str = "none"
     tasks: Sequence[str] | Mapping[str, Any] | None = None
     infeasible: str = setting("error", choices=INFEASIBLE, kind="setting of infeasible:")
     over_budget: str = setting("measured", choices=OVER_BUDGET, kind="setting of over_budget:")

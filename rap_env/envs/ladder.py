@@ -236,7 +236,6 @@ class RAPLadderEnv(PruningEnv):
     | `gsi_method` | `"lazy"` | `"exact"` measures every item in each round |
     | `gsi_actions` | `None` | actions after which GSI stops; `None`: when nothing is left |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
-    | `repair` | `"none"` | what replaces removed blocks, see `RAPPrune` |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"clip"` | `"error"` or `"clip"`: budgets that no levels can meet |
     | `over_budget` | `"worst"` | `"measured"` or `"worst"`: what a truncated episode pays |

@@ -237,7 +237,6 @@ class RAPPruneEnv(PruningEnv):
     | `gsi_removals` | `16` | removals after which GSI stops; `None` orders all blocks |
     | `gsi_method` | `"exact"` | `"lazy"` is several times faster, see `gsi` |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
-    | `repair` | `"none"` | what replaces removed blocks: nothing, `"library"`, or a path (below) |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
     | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet, see above |
     | `over_budget` | `"measured"` | `"measured"` or `"worst"`: what a truncated episode pays |
@@ -256,13 +255,6 @@ class RAPPruneEnv(PruningEnv):
     `copy.deepcopy` and `pickle` keep the episode and the random generator. Copies share the model.
     A pickle of an environment on a score table holds the table;
     one of a live model holds its name and settings, and opens it again where it is loaded.
-
-    With `repair="none"` a removed block is replaced by nothing, as in the paper. Otherwise a
-    *stub* replaces it: a small linear map with a mean. `"library"` fits one stub for each block on
-    text that the model generates (once, then cached); a path names a file that
-    `rap_env.open_library` reads. Spaces, rules and rewards stay the same. The bytes of stubs
-    count: `peak_bytes` includes them, and a removal frees that much less. ΔNLL and importance are
-    those of the model with stubs.
 
     ## Version History
     - v0: First version. `rap_env.RAPLadderEnv` has items and levels in the place of blocks.

@@ -51,7 +51,6 @@ _policy_option = click.option(
 @click.option("--plan", "plan_file", type=Path, metavar="FILE", help="As rap choose --json writes.")
 @_remove_option
 @request_options(required=False, policy=_policy_option, weights=None, dtype="bfloat16")
-@click.option("--repair", default="none", show_default=True, help="Stubs: library, or a file.")
 @click.option(
     "--measure", metavar="TEXT", help="Measure the rise in NLL on a text file, or on text of self."
 )
@@ -60,7 +59,7 @@ _policy_option = click.option(
 def export(
     command: str | None, out: Path, target: str, plan_file: Path | None, remove: Sequence[str],
     batch: int | None, seq: int | None, budget: str | None, policy: str | None, model: str,
-    device: str, dtype: str, repair: str, measure: str | None, as_json: bool,
+    device: str, dtype: str, measure: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a model under a plan to OUT, for another engine, with a model card.
 
@@ -72,17 +71,14 @@ def export(
     from rap_env.export.writers import Export, exportable, write_folder, write_gguf
     from rap_env.models.files.loading import load_llm
     from rap_env.models.files.sources import gguf_source
-    from rap_env.repair.cached_library import open_library
 
     source = gguf_source(model)
     order = Export(options, out, command or "rap export", measure, source)
     file = exportable(model, source) if target == "gguf" else None
     llm = None
-    if target != "gguf" or repair != "none" or measure is not None:
-        weights = "native" if target == "gguf" and repair == "none" else "bf16"
+    if target != "gguf" or measure is not None:
+        weights = "native" if target == "gguf" else "bf16"
         llm = load_llm(model, device=device, dtype=dtype, weights=weights)
-        if repair != "none":
-            llm = open_library(repair, llm).attach(llm)
     if file is not None:
         facts = facts_of(model, device, dtype, "native") if llm is None else llm.facts
         answer = write_gguf(file, facts, order, llm)

@@ -16,10 +16,9 @@ the first layer has no attention block, it gets "linear attention" with a matrix
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import UnsupportedModelError
 from rap_env.plan import Plan
 
@@ -36,14 +35,10 @@ class DeciLayer:
     Attributes:
         attn: The layer of the base model whose attention block it has, or None.
         ffn: The layer whose FFN block it has, or None.
-        attn_bias: Removed blocks whose stubs' means are added to the output of its attention.
-        ffn_bias: The same for its FFN block.
     """
 
     attn: int | None = None
     ffn: int | None = None
-    attn_bias: list[int] = field(default_factory=list)
-    ffn_bias: list[int] = field(default_factory=list)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -52,37 +47,26 @@ class DeciLayer:
         return attn if self.ffn is None else (*attn, 2 * self.ffn + 1)
 
 
-def deci_layers(num_layers: int, removed: Plan, means: Iterable[int] = ()) -> list[DeciLayer]:
+def deci_layers(num_layers: int, removed: Plan) -> list[DeciLayer]:
     """Pack the kept blocks of a model into layers.
 
     Args:
         num_layers: Layers of the base model.
         removed: The removed blocks.
-        means: Those of them in whose place a mean is added.
 
     Raises:
-        UnsupportedModelError: No attention block is kept, or a mean has no kept block before it.
+        UnsupportedModelError: No attention block is kept.
     """
-    added = {block_index(index) for index in means}
     layers: list[DeciLayer] = []
-    biases: list[int] | None = None  # of the last kept block
     for index in range(2 * num_layers):
         if index in removed.removed:
-            if index in added and biases is None:
-                raise UnsupportedModelError(
-                    f"The stub of {block_name(index)} adds its mean before any kept block, where "
-                    "llama.cpp has no bias; choose a plan that keeps an earlier block, or export "
-                    "without stubs."
-                )
-            if index in added and biases is not None:
-                biases.append(index)
-        elif index % 2:
-            if not layers or layers[-1].ffn is not None:
-                layers.append(DeciLayer())
-            layers[-1].ffn, biases = index // 2, layers[-1].ffn_bias
-        else:
+            continue
+        if index % 2 == 0:
             layers.append(DeciLayer(attn=index // 2))
-            biases = layers[-1].attn_bias
+            continue
+        if not layers or layers[-1].ffn is not None:
+            layers.append(DeciLayer())
+        layers[-1].ffn = index // 2
     if all(layer.attn is None for layer in layers):
         raise UnsupportedModelError(
             "llama.cpp cannot run a model without any attention block, and this plan removes all "

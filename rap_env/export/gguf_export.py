@@ -12,7 +12,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Value
 
@@ -40,9 +39,6 @@ _FFN_PARTS = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 Entry = tuple[Any, Value, Value | None]
 """Value, type, and the type of an array's elements."""
-
-Means = Mapping[int, npt.NDArray[np.float32]]
-"""What is added to the residual stream in the place of removed blocks, (H,), by index."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +148,7 @@ def low_bit_tensors(llm: ElasticLLM, plan: Plan) -> dict[str, GgufTensor]:
     return tensors
 
 
-def export_gguf(
-    model: GgufModel, plan: Plan, path: Path, means: Means | None = None
-) -> dict[WeightLevel, list[GgufTensor]]:
+def export_gguf(model: GgufModel, plan: Plan, path: Path) -> dict[WeightLevel, list[GgufTensor]]:
     """Write a GGUF file of the architecture ``deci``.
 
     The file appears only when it is complete; an older one is replaced. Quantised tensors of a GGUF
@@ -165,7 +159,6 @@ def export_gguf(
         model: The model; with `low_bits` if the plan has such levels.
         plan: The plan.
         path: The file to write.
-        means: Means of stubs of rank 0; they become biases of the blocks before.
 
     Returns:
         The tensors of the file, by the level of the plan that their item has.
@@ -182,9 +175,8 @@ def export_gguf(
             f"A GGUF file of {model.name} has no weights for the plan ({plan}): the live model "
             "makes them; give what low_bit_tensors(llm, plan) returns."
         )
-    means = means or {}
-    layers = deci_layers(model.num_layers, plan, means)
-    tensors = list(_all_tensors(model, plan, layers, means))
+    layers = deci_layers(model.num_layers, plan)
+    tensors = list(_all_tensors(model, plan, layers))
     shape = deci_shape(layers, model.heads, model.kv_heads, model.ffn_length)
     with atomic_write(path) as file:
         writer = gguf.GGUFWriter(file.name, ARCHITECTURE)
@@ -210,24 +202,20 @@ _Leveled = tuple[WeightLevel, str, GgufTensor]
 """The level that the plan gives the item of a tensor, its name and the tensor."""
 
 
-def _all_tensors(
-    model: GgufModel, plan: Plan, layers: Sequence[DeciLayer], means: Means
-) -> Iterator[_Leveled]:
+def _all_tensors(model: GgufModel, plan: Plan, layers: Sequence[DeciLayer]) -> Iterator[_Leveled]:
     for name in model.tensors:
         if not name.startswith("blk."):
             yield plan.embeddings, name, model.tensor_at(name, plan.embeddings)
     for number, layer in enumerate(layers):
         place, width = f"blk.{number}", model.hidden_size
         if layer.attn is not None:
-            added = [means[index] for index in layer.attn_bias]
-            yield from _block(model, plan, 2 * layer.attn, place, added)
+            yield from _block(model, plan, 2 * layer.attn, place)
         elif number == 0:  # linear attention that adds nothing
             norm = GgufTensor(np.ones(width, np.float32), Kind.F32)
             yield "native", f"{place}.attn_norm.weight", norm
             yield "native", f"{place}.attn_output.weight", GgufTensor.small_zeros(width, width)
         if layer.ffn is not None:
-            added = [means[index] for index in layer.ffn_bias]
-            yield from _block(model, plan, 2 * layer.ffn + 1, place, added)
+            yield from _block(model, plan, 2 * layer.ffn + 1, place)
         else:  # an FFN block that adds nothing
             norm = GgufTensor(np.ones(width, np.float32), Kind.F32)
             yield "native", f"{place}.ffn_norm.weight", norm
@@ -238,19 +226,10 @@ def _all_tensors(
             yield "native", f"{place}.ffn_down.weight", zeros
 
 
-def _block(
-    model: GgufModel, plan: Plan, index: int, place: str, added: Sequence[npt.NDArray[np.float32]]
-) -> Iterator[_Leveled]:
-    """The tensors of a kept block; `added` means go into the bias of its output."""
+def _block(model: GgufModel, plan: Plan, index: int, place: str) -> Iterator[_Leveled]:
+    """The tensors of a kept block."""
     level, parts = plan.weight_level(index), _FFN_PARTS if index % 2 else _ATTN_PARTS
-    names = [f"{part}.{kind}" for part in parts for kind in ("weight", "bias")]
-    output_bias = names.pop()
-    for name in names:
+    for name in (f"{part}.{kind}" for part in parts for kind in ("weight", "bias")):
         own = f"blk.{index // 2}.{name}"
         if own in model.tensors:
             yield level, f"{place}.{name}", model.tensor_at(own, level)
-    bias = model.tensors.get(f"blk.{index // 2}.{output_bias}")
-    summands = [*([] if bias is None else [bias.values()]), *added]
-    if summands:
-        total = np.asarray(np.sum(summands, axis=0, dtype=np.float32))
-        yield level, f"{place}.{output_bias}", GgufTensor(total, Kind.F32)

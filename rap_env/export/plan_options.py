@@ -95,8 +95,6 @@ class PlanOptions:
             policy = load_policy(self.policy or DEFAULT_POLICY, memory)
             plan, seq = policy.choose(self.request), self.request.seq_len_tokens
             memory.check_fits(plan, self.request)
-        if memory.facts.repair and plan.removed:
-            return ChosenPlan(plan, None, "no prediction knows stubs")
         return ChosenPlan(plan, *find_delta_nll(memory, policy, plan, seq))
 
 

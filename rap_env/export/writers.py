@@ -9,10 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rap_env.artifacts import atomic_write
-from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError, UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
 from rap_env.export.llama_cpp import cache_flags, cache_type, choose_deployment
@@ -22,7 +19,7 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.pruned_checkpoint import save_pruned, stubs_in_place
+from rap_env.models.files.pruned_checkpoint import save_pruned
 from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
@@ -79,13 +76,10 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
             "choose another policy, such as 'frontier'."
         )
     if for_vllm:
-        removed = plan.without(*llm.pruned.removed)
-        with llm.masked(plan):
-            has_stubs = any(True for _ in stubs_in_place(llm))
-        vllm_entries(llm.adapter, removed, stubs=has_stubs)
-    sizes, stubs = facts.block_param_bytes, facts.stub_bytes or (0,) * facts.num_blocks
+        vllm_entries(llm.adapter, plan.without(*llm.pruned.removed))
+    sizes = facts.block_param_bytes
     before = facts.base_bytes + sum(sizes)
-    after = before - sum(sizes[i] - stubs[i] for i in plan.removed)
+    after = before - sum(sizes[index] for index in plan.removed)
     answer, card = _card(
         export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
         licence=licence_of(llm.folder, export.gguf_file),
@@ -125,7 +119,7 @@ def write_gguf(
         model: The model, from `exportable`.
         facts: Facts of the model.
         export: What to write; the tensors of its `gguf_file` are copied.
-        llm: The live model; it may be left out without a text to measure on and stubs.
+        llm: The live model; it may be left out without a text to measure on.
 
     Raises:
         UnsupportedModelError: llama.cpp cannot compute the layout or the levels.
@@ -147,9 +141,8 @@ def write_gguf(
     plan = chosen.plan if llm is None else chosen.plan.without(*llm.pruned.removed)
     if llm is not None and lowered:
         model = replace(model, low_bits=low_bit_tensors(llm, plan))
-    means = {} if llm is None else _means(llm, plan)
     before = sum(tensor.nbytes for tensor in model.tensors.values())
-    written = export_gguf(model, plan, export.out, means)
+    written = export_gguf(model, plan, export.out)
     after = sum(tensor.nbytes for tensors in written.values() for tensor in tensors)
     answer, card = _card(
         export, facts, chosen, "llama.cpp", (before, after), llm,
@@ -211,19 +204,6 @@ def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]
     return rise, f"{_MEASURED_WINDOWS} x {tokens} tokens of {Path(source).name}"
 
 
-def _means(llm: ElasticLLM, removed: Plan) -> dict[int, Any]:
-    """The means in the place of removed blocks, (H,), by index."""
-    with llm.masked(removed):
-        stubs = {index: stub for index, _, stub in stubs_in_place(llm)}
-    if mapped := [block_name(index) for index, stub in stubs.items() if stub.rank]:
-        raise UnsupportedModelError(
-            f"llama.cpp has no low-rank map in the place of a block, as the stubs of "
-            f"{', '.join(mapped)} have; only their means can be written (rank 0). Choose a plan "
-            "without stubs (--repair none), or export for transformers (--to hf)."
-        )
-    return {i: np.asarray(stub.mean.detach().float().cpu()) for i, stub in stubs.items()}
-
-
 def _card(
     export: Export,
     facts: ModelFacts,
@@ -243,7 +223,7 @@ def _card(
         facts: Facts of the base model.
         chosen: The plan, in the items of the base model.
         target: The engine that the export is for.
-        sizes: Bytes of the base model's weights, and of the exported ones, stubs included.
+        sizes: Bytes of the base model's weights, and of the exported ones.
         llm: The live model, or None.
         licence: The base model's.
         use: Markdown on how to use it.

@@ -1,8 +1,7 @@
 """Searches for the best known plans: a predictor proposes plans, the model measures them.
 
 1. Measure the native model, every single removal, and the plans of the greedy order for some
-   requests; before them, if there is a table of the same model on other text or with other stubs,
-   its best plans.
+   requests; before them, if there is a table of the same model on other text, its best plans.
 2. In rounds: fit an ensemble of predictors to all scores so far; for each of some requests,
    improve some of the best known plans by changes at equal bytes, as the ensemble sees it; measure
    the plans with the greatest expected gain.
@@ -95,7 +94,7 @@ def build_plan_table(
         known: NLL of plans that were measured before on the same text, nats per token; those with
             levels of the ladder become part of the result.
         on_score: Called after each plan that is measured.
-        start: A table of the same model on other text or with other stubs. For each request, the
+        start: A table of the same model on other text. For each request, the
             best of its plans that fits is measured first.
     """
     began, ran = time.perf_counter(), scorer.evaluations

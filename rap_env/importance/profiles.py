@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError
-from rap_env.model_facts import HasFacts
+from rap_env.model_facts import HasFacts, reject_stubs
 
 if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer
@@ -56,7 +56,7 @@ class Profile:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ArtifactError: It is truncated, altered, of another model, or of one with other stubs.
+            ArtifactError: It is truncated, altered, of another model, or of one with stubs.
         """
         return cls(**load_profile(path, cls.KIND, cls.FORMAT, model))
 
@@ -201,7 +201,7 @@ def load_profile(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ArtifactError: It is truncated, altered, or made from other weights or with other stubs.
+        ArtifactError: It is truncated, altered, or made from other weights or with stubs.
     """
     body = load_artifact(path, kind, version)
     check_measured(path, body["provenance"], model)
@@ -214,7 +214,7 @@ def check_measured(
     """Check that what a file holds was measured on a model, by the provenance in the file.
 
     Raises:
-        ArtifactError: It was measured with other weights or with other stubs.
+        ArtifactError: It was measured with other weights or with stubs.
     """
     if provenance["fingerprint"] != model.facts.fingerprint:
         raise ArtifactError(
@@ -222,14 +222,4 @@ def check_measured(
             f"dtype than the {model.facts.name} ({model.facts.dtype}) that is loaded; profile "
             "this model, or load the other one."
         )
-    measured, loaded = provenance["scoring"].get("repair", ""), model.facts.repair
-    if measured != loaded:
-        raise ArtifactError(
-            f"{os.fspath(path)} was measured {_with_stubs(measured)}, but {model.facts.name} is "
-            f"loaded {_with_stubs(loaded)}; profile it as it is loaded, or load it with the repair "
-            "that it was profiled with."
-        )
-
-
-def _with_stubs(repair: str) -> str:
-    return f"with the stubs {repair[:12]}" if repair else "without stubs"
+    reject_stubs(provenance["scoring"], os.fspath(path))

@@ -39,7 +39,7 @@ class _Option:
 
     Attributes:
         levels: The lowered items with their levels; empty is native.
-        size: Bytes of the set's weights, stubs and cache.
+        size: Bytes of the set's weights and cache.
         cost: Predicted rise in NLL, nats per token.
         sharers: Whether it has some of each of the items that decide which bytes sets share.
     """

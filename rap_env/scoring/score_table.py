@@ -84,7 +84,7 @@ class ScoreTable:
         context: Everything that determined the scores (`MaskScorer.context`).
         text: Provenance of the text.
         settings: Settings that it was measured with: ``device``, ``dtype``, ``calibration``
-            (of `CorpusConfig`), ``importance``, ``gsi_removals``, ``gsi_method`` and ``repair``.
+            (of `CorpusConfig`), ``importance``, ``gsi_removals`` and ``gsi_method``.
         features: The importance that an agent observes (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.

@@ -35,7 +35,7 @@ _SHORT_TOKENS = 256
 def load_served_model(
     settings: ServerSettings, limit: limits.LiveLimit | None = None
 ) -> ElasticLLM:
-    """Load the model, set its residency, and attach the stubs of the settings.
+    """Load the model and set its residency.
 
     With a limit of the process, the start is checked before the weights are read, and a model that
     has to be converted first is converted in another process.
@@ -47,7 +47,7 @@ def load_served_model(
             device=settings.device,
             dtype=settings.dtype,
             weights=settings.weights,
-            lean=settings.repair != "library",  # a lean model cannot be fitted to
+            lean=True,
             before_weights=partial(limits.check_start, settings.model, limit)
             if limit is not None and limits_process
             else None,
@@ -55,10 +55,6 @@ def load_served_model(
     if settings.residency == "resident":  # else weights are copied in any case
         copy_to_memory(llm.model)
     llm.set_residency(cast("Residency", settings.residency))
-    if settings.repair != "none":
-        from rap_env.repair.cached_library import open_library  # loads what scores models
-
-        llm = open_library(settings.repair, llm).attach(llm)
     return llm
 
 

@@ -68,11 +68,6 @@ class ServerSettings:
         "Format of the weights: native is that of the model's file, bf16 is unquantised.",
         choices=("native", "bf16", "int8", "int4"),
     )
-    repair: str = setting(
-        "none",
-        "What stands in a removed block's place: none, library (stubs that are fitted on generated "
-        "text at the first use) or the path of a stub library.",
-    )
     threads: int | None = setting(
         None,
         "Threads of torch, at most the number of CPUs; null for torch's own number.",

@@ -17,7 +17,6 @@ from rap_env.scoring.corpus import Corpus
 from tests.agents.ladders import LadderContext
 from tests.agents.policies import envs_for
 from tests.agents.synthetic import SyntheticContext, block_context
-from tests.envs.tiny_contexts import make_context
 from tests.tiny import VOCAB_SIZE, tiny_llm
 
 
@@ -63,12 +62,6 @@ def real_context() -> PruningContext:
     torch.set_num_threads(1)
     tokens = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
     return with_frontier(LiveContext(tiny_llm(layers=3), Corpus.of_tokens(tokens), progress=False))
-
-
-@pytest.fixture(scope="session")
-def repaired_context() -> PruningContext:
-    """The same model, whose removed blocks leave stubs behind."""
-    return with_frontier(make_context(repaired=True, importance="gsi"))
 
 
 def with_frontier(context: PruningContext) -> PruningContext:

@@ -68,12 +68,6 @@ def test_numpy_and_torch_agree_under_every_ablation(context, without):
     assert_same_choices(model.policy, encoder_for(context), requests_for(context), without)
 
 
-def test_numpy_and_torch_agree_with_stubs(repaired_context):
-    policy = untrained("dqn", repaired_context, spread=0.3).policy
-    requests = [request_at(repaired_context, 8, 64, share) for share in (0.95, 0.85, 0.75)]
-    assert_same_choices(policy, encoder_for(repaired_context), requests)
-
-
 @pytest.mark.parametrize("kind", ["plain", "vectors"])
 def test_an_exported_run_chooses_the_same_plans(runs, kind, tmp_path):
     context, _, folders = runs

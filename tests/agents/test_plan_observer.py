@@ -35,7 +35,7 @@ def requests_of(builder) -> list[Request]:
     return [Request.at_fraction(memory, b, min(n, longest), f) for b, n, f in SHAPES]
 
 
-@pytest.mark.parametrize("items", [*TOGETHERS, "context", "repaired_context"], ids=str)
+@pytest.mark.parametrize("items", [*TOGETHERS, "context", "real_context"], ids=str)
 def test_it_is_exactly_the_single_builder_and_tracker_on_random_ways(request, items):
     if isinstance(items, str):
         builder = encoder_for(request.getfixturevalue(items))

@@ -20,7 +20,6 @@ from rap_env.policies.packaged_files import default_facts
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import TEXTS
 from rap_env.scoring.store import ScoreStore
-from tests.envs.tiny_contexts import tiny_library
 from tests.scoring.test_scorer import tokens
 from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
 
@@ -123,39 +122,6 @@ def config(tmp_path):
         model=str(folder), dtype="float32", calibration=text, gsi_removals=2,
         store=str(tmp_path / "s.sqlite"),
     )  # fmt: skip
-
-
-def test_plain_and_repaired_contexts_share_a_model_without_interference(config):
-    plain = open_context(config)
-    repaired = open_context(replace(config, repair="library"))
-    assert repaired.llm.model is plain.llm.model
-    assert plain.memory.facts.repair == ""
-    assert repaired.memory.facts.repair == repaired.llm.facts.repair != ""
-    masks = [Plan.removing(*removed) for removed in ((0,), (3,), (0, 3), (1, 4, 5))]
-    mixed = {plain: [], repaired: []}
-    for mask in masks:
-        for context in (plain, repaired, plain):
-            mixed[context].append(context.scorer.nll(mask))
-    for context, other in ((plain, repaired), (repaired, plain)):
-        with other.llm.masked(masks[-1]):  # what one has applied is none of the other's business
-            alone = LiveContext(context.llm, context.scorer.corpus)
-            assert [alone.scorer.nll(mask) for mask in masks] == list(dict.fromkeys(mixed[context]))
-            assert alone.scorer.evaluations == len(masks)
-            assert context.llm.plan.mask == masks[-1]
-    assert plain.scorer.dense_nll == repaired.scorer.dense_nll
-    assert set(mixed[plain]).isdisjoint(mixed[repaired])
-    assert plain.llm.plan.mask == Plan()
-
-
-def test_a_rewritten_library_is_read_again(config, tmp_path):
-    path = tmp_path / "mine.safetensors"
-    llm = open_context(config).llm
-    asked = replace(config, repair=str(path))
-    for seed in (5, 6):
-        library = tiny_library(llm, seed)
-        library.save(path)
-        assert open_context(asked).memory.facts.repair == library.sha256
-        assert open_context(asked) is open_context(asked)
 
 
 def test_an_address_without_a_cluster_is_an_error_before_a_text_is_written(tmp_path, monkeypatch):

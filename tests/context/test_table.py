@@ -1,7 +1,6 @@
 """The environment on a score table: the episodes of the live model, without the model."""
 
 import json
-from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -58,27 +57,8 @@ def play(env, episodes=6):
     return seen
 
 
-@pytest.fixture(scope="module")
-def repaired_live():
-    return make_context(repaired=True)
-
-
-@pytest.fixture
-def repaired_model(repaired_live, tmp_path):
-    """The name of a table of a model whose removed blocks leave stubs behind."""
-    table = table_of(repaired_live, all_masks(BLOCKS))
-    table = replace(table, settings={**table.settings, "repair": "runs/stubs.safetensors"})
-    table.save(tmp_path / "r.json")
-    return f"score_table:{tmp_path / 'r.json'}"
-
-
-@pytest.mark.parametrize(
-    ("timing", "stubs"), [("terminal", False), ("dense", False), ("dense", True)]
-)
-def test_the_same_episodes_as_with_the_live_model(request, timing, stubs):
-    live, model = map(
-        request.getfixturevalue, ("repaired_live", "repaired_model") if stubs else ("live", "model")
-    )
+@pytest.mark.parametrize("timing", ["terminal", "dense"])
+def test_the_same_episodes_as_with_the_live_model(live, model, timing):
     settings = {"workload": WORKLOAD, "reward": {"name": "perplexity", "timing": timing}}
     expected = play(RAPPruneEnv(context=live, **settings))
     found = play(gym.make("RAPPrune-v0", model=model, importance="one_shot", **settings))
@@ -193,20 +173,6 @@ def test_missing_files_and_other_files_are_rejected(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"kind": "x"}))
     with pytest.raises(ArtifactError, match="truncated or no artifact"):
         gym.make("RAPPrune-v0", model=f"score_table:{tmp_path / 'other.json'}")
-
-
-def test_the_repair_of_a_table_is_the_default_or_the_same(model, repaired_model, tmp_path):
-    def opened(name, repair):
-        return open_context(ContextConfig(model=name, importance="one_shot", repair=repair))
-
-    assert opened(repaired_model, "none").memory.facts.repair
-    path = tmp_path / "runs" / "stubs.safetensors"  # the same file, wherever the folder lies
-    assert opened(repaired_model, str(path)).memory.facts.repair
-    with pytest.raises(ArtifactError, match=r"repair='runs/stubs\.safetensors', so it cannot give"):
-        opened(repaired_model, "library")
-    # This table has no word on repair, like those that older versions made.
-    with pytest.raises(ArtifactError, match="repair='none', so it cannot give repair='library'"):
-        opened(model, "library")
 
 
 def test_without_an_artifact_the_best_known_plans_are_those_of_the_table(shallow, tmp_path):

@@ -24,7 +24,7 @@ def test_the_record_has_what_the_marks_of_tests_say_and_no_test_was_left_out():
 
 
 def report(outcome, when="call", engine="an engine"):
-    shown = [("engine_feature", [engine, "Stubs", "all"]), ("other", 1)]
+    shown = [("engine_feature", [engine, "Streams", "all"]), ("other", 1)]
     return SimpleNamespace(
         user_properties=shown, when=when, outcome=outcome, passed=outcome == "passed"
     )
@@ -42,6 +42,6 @@ def test_outcomes_are_counted_and_a_failure_leaves_the_old_record(tmp_path):
     assert not path.exists()
     record.pytest_sessionfinish(exitstatus=0)
     assert json.loads(path.read_text())["rows"] == [
-        {"engine": "an engine", "feature": "Stubs", "what": "all", "passed": 1, "skipped": 1},
-        {"engine": "another", "feature": "Stubs", "what": "all", "passed": 1},
+        {"engine": "an engine", "feature": "Streams", "what": "all", "passed": 1, "skipped": 1},
+        {"engine": "another", "feature": "Streams", "what": "all", "passed": 1},
     ]

@@ -13,12 +13,6 @@ def context() -> PruningContext:
 
 
 @pytest.fixture(scope="session")
-def repaired() -> PruningContext:
-    """The same model, whose removed blocks leave stubs behind."""
-    return make_context(repaired=True)
-
-
-@pytest.fixture(scope="session")
 def ladder() -> PruningContext:
     """A model with all levels."""
     return make_ladder_context()

@@ -29,16 +29,6 @@ class TestAccuracy:
         assert steps[-1][-1]["reward_terms"] == {"accuracy": drop, "invalid_action": 0.0}
         assert "nll" in steps[-1][-1]
 
-    def test_with_stubs_the_tasks_are_run_on_the_repaired_model(self, context):
-        tasks = {"names": ["rap_minimal_pairs", "rap_choice"], "limit": 12}
-        repaired = make_context(tokenizer=tiny_tokenizer(), repaired=True)
-        plain, stubs = (task_scorer(each, tasks) for each in (context, repaired))
-        assert stubs.context == {**plain.context, "repair": repaired.memory.facts.repair}
-        masks = [Plan(), *(Plan.removing(index) for index in range(6))]
-        found = [[scorer.mean_accuracy(mask) for mask in masks] for scorer in (plain, stubs)]
-        assert found[0][0] == found[1][0]  # the dense model has no stub anywhere
-        assert found[0] != found[1]
-
     def test_environments_share_the_tasks_of_a_context(self, context):
         first = task_scorer(context, ["rap_choice"])
         assert task_scorer(context, {"names": ("rap_choice",)}) is first

@@ -31,7 +31,6 @@ from tests.tiny import tiny_model, tiny_tokenizer
         ({"gsi_method": "lasy"}, "lazy"),
         ({"calibration": "slef"}, "self"),
         ({"calibration": {"sorce": "self"}}, "source"),
-        ({"repair": "libary"}, "library"),
         ({"tasks": ["rap_choise"]}, "rap_choice"),
         ({"tasks": {"name": ["rap_choice"]}}, "names"),
         ({"render_mode": "ansii"}, "ansi"),

@@ -29,9 +29,7 @@ class TestSameAsV0:
         "reward", ["perplexity", DENSE_TIMING, {"name": "perplexity", "scale": "log"}], ids=str
     )
     @pytest.mark.parametrize("workload", ["grid", "azure-conv"])
-    @pytest.mark.parametrize("model", ["context", "repaired"])
-    def test_masks_have_the_same_episodes(self, reward, workload, model, request):
-        context = request.getfixturevalue(model)
+    def test_masks_have_the_same_episodes(self, reward, workload, context):
         shared = {"reward": reward, "workload": workload}
         old, new = (
             make(context, **shared),

@@ -8,8 +8,6 @@ from transformers import AutoModelForCausalLM
 from rap_env.context.base import PruningContext
 from rap_env.context.live import LiveContext
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.repair.fitting import fit_library
-from rap_env.repair.stub_library import StubLibrary
 from rap_env.scoring.corpus import Corpus
 from tests.tiny import VOCAB_SIZE, randomise, tiny_config, tiny_llm
 
@@ -21,19 +19,9 @@ def tiny_tokens(seed: int = 0, windows: int = 2, length: int = 8) -> Corpus:
     return Corpus.of_tokens(torch.randint(3, VOCAB_SIZE, (windows, length), generator=generator))
 
 
-def tiny_library(llm: ElasticLLM, seed: int = 5) -> StubLibrary:
-    """Stubs of rank 4, fitted on random tokens."""
-    text, held_back = tiny_tokens(seed, 8, 32), tiny_tokens(seed + 1, 4, 32)
-    return fit_library(llm, text, held_back, 4, progress=False)
-
-
-def make_context(
-    tokenizer: Any = None, *, repaired: bool = False, importance: str = "one_shot"
-) -> PruningContext:
+def make_context(tokenizer: Any = None, *, importance: str = "one_shot") -> PruningContext:
     torch.set_num_threads(1)
     llm = tiny_llm(layers=LAYERS, tokenizer=tokenizer)
-    if repaired:
-        llm = tiny_library(llm).attach(llm)
     return LiveContext(llm, tiny_tokens(), importance=importance, progress=False)
 
 

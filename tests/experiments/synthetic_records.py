@@ -12,18 +12,7 @@ import numpy as np
 import yaml
 
 from experiments.comparison.result_rows import ResultRow
-from experiments.repair import RepairRow
 from experiments.study.json_records import append_record
-
-FIT_TEXTS = ("self", "wiki", "code")
-REPAIR_TEXTS = {"self": 0.8, "wiki": 1.6, "code": 1.2, "maths": 1.4}
-"""Loss in nats per token of removal without stubs, of the loosest cell; no stub saw "maths"."""
-
-FITTED_RATIOS = {"none": 1.0, "library": 0.55}
-OTHER_RATIOS = {"none": 1.0, "library": 0.7}
-
-REPAIR_CELLS = {(1, 128, 0.9): 1.0, (1, 128, 0.8): 2.5, (8, 2048, 0.9): 0.8, (8, 2048, 0.8): 2.2}
-"""Factors of the loss without stubs."""
 
 LAYERS, WINDOWS = 30, 16
 SHAPES = ((1, 128), (4, 1024), (8, 2048))
@@ -142,45 +131,6 @@ def write_root(root: Path, agent_seeds: int = 1) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
     return root
-
-
-def make_repair_row(
-    repair: str, cell: tuple[int, int, float], text: str, **changes: Any
-) -> RepairRow:
-    """One row of the grid; its mean loss follows the rule exactly, its windows scatter around."""
-    ratio = (FITTED_RATIOS if text in FIT_TEXTS else OTHER_RATIOS)[repair]
-    ratio = changes.pop("ratio", ratio)
-    windows = WINDOWS + 4 * list(REPAIR_TEXTS).index(text)
-    rng = np.random.default_rng([len(repair), cell[1], round(100 * cell[2]), windows])
-    hardness = 1 + np.linspace(-0.4, 0.4, windows)  # windows are hard for all alike
-    scatter = 0.0 if repair == "none" else rng.normal(0, 0.15, windows)
-    losses = (
-        REPAIR_TEXTS[text] * REPAIR_CELLS[cell] * ratio * (hardness + scatter - np.mean(scatter))
-    )
-    dense_mib = 261 if cell[1] == 128 else 637
-    removed = round((1 - cell[2]) * 70) + (repair != "none")
-    names = sorted(f"layer{i // 2:02d}.{('attn', 'ffn')[i % 2]}" for i in range(3, 3 + removed))
-    values: dict[str, Any] = {
-        "repair": repair, "request": {"batch_size": cell[0], "seq_len_tokens": cell[1]},
-        "budget_fraction": cell[2], "budget_bytes": int(dense_mib * cell[2] * 2**20),
-        "peak_bytes": int((dense_mib * cell[2] - 1 - len(repair) / 5) * 2**20), "text": text,
-        "fitted_on": [] if repair == "none" else list(FIT_TEXTS),
-        "fit_tokens": 0 if repair == "none" else 262_144,
-        "mask": names,
-        "delta_nll": float(losses.mean()), "delta_nll_ci_low": float(losses.mean()) - 0.05,
-        "delta_nll_ci_high": float(losses.mean()) + 0.05, "window_delta_nll": losses.tolist(),
-        "accuracies": {"task_one": 0.8 - FITTED_RATIOS[repair] / 10, "task_two": 0.55},
-        "provenance": {"depends_on": {
-            "model_fingerprint": "f" * 64, "calibration_sha256": "a" * 64, "report_sha256": text,
-        }},
-    }  # fmt: skip
-    return RepairRow(**{**values, **changes})
-
-
-def make_repair_rows() -> list[RepairRow]:
-    """All rows of ``experiments.repair``."""
-    pairs = [(cell, text) for cell in REPAIR_CELLS for text in REPAIR_TEXTS]
-    return [make_repair_row(repair, *pair) for repair in FITTED_RATIOS for pair in pairs]
 
 
 def _write_run(folder: Path, **facts: Any) -> None:

@@ -18,10 +18,10 @@ from tests.programs import run_python
 ROOT = Path(__file__).parents[2]
 
 
-def write_rows(folder, rows, model="some-model", repair="none"):
+def write_rows(folder, rows, model="some-model"):
     for row in rows:
         append_record(folder / "evaluate" / "results.jsonl", row.to_record(), durable=False)
-    settings = {"model": {"name": model}, "repair": {"name": repair}}
+    settings = {"model": {"name": model}}
     (folder / "evaluate" / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -41,7 +41,7 @@ def pair(tmp_path):
             make_row(m, (1, 128), 0.9, window_delta_nll=[level * factor] * 16)
             for m, factor in (("gsi", 1.0), ("greedy_per_byte", 0.5))
         ]
-        write_rows(tmp_path / "some" / name, rows, f"/at/model-{name}", f"some/{name}.safetensors")
+        write_rows(tmp_path / "some" / name, rows, f"/at/model-{name}")
     return tmp_path / "some"
 
 
@@ -51,12 +51,13 @@ def test_losses_are_those_of_the_report_text(pair):
         "one": {"greedy_per_byte": 0.5, "gsi": 1.0}, "two": {"greedy_per_byte": 1.5, "gsi": 3.0}
     }  # fmt: skip
     assert [records.title(records.evaluations[0]) for records in by_name.values()] == [
-        "one: model-one, repair one", "two: model-two, repair two"
-    ]  # fmt: skip
+        "one: model-one",
+        "two: model-two",
+    ]
 
 
 @pytest.mark.parametrize(
-    "change", ["model_fingerprint", "report_sha256", "calibration_sha256", "repair", "dtype"]
+    "change", ["model_fingerprint", "report_sha256", "calibration_sha256", "dtype"]
 )
 def test_rows_that_cannot_be_averaged_are_named(tmp_path, change):
     other = {"depends_on": {**DEPENDS, change: "0" * 64, "method": {}}}

@@ -34,8 +34,8 @@ FOLDERS = {
 GROUPS = {**CHOICES, "agent": FOLDERS["agent"]}
 """Options of each group that sets the section of its name, with their values."""
 PROGRAMS = (
-    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "repair", "texts",
-    "replay", "cgroup", "levels", "tight_grid", "prompts",
+    "profile", "train", "evaluate", "report", "demo", "live", "export_scores", "texts", "replay",
+    "cgroup", "levels", "tight_grid", "prompts",
 )  # fmt: skip
 PROGRAMS_AND_EXPERIMENTS = [
     (PROGRAMS[number % len(PROGRAMS)], name)
@@ -80,14 +80,12 @@ def test_some_files_were_found():
 
 
 @pytest.mark.parametrize(("program", "experiment"), PROGRAMS_AND_EXPERIMENTS)
-def test_every_program_and_experiment_composes_and_hands_on_repair_and_workers(program, experiment):
-    asked = ("repair=library", "repair.name=some/stubs.safetensors", "scoring.workers=3",
-             "scoring.address=auto")  # fmt: skip
+def test_every_program_and_experiment_composes_and_hands_on_workers(program, experiment):
+    asked = ("scoring.workers=3", "scoring.address=auto")
     config = composed(program, f"experiment={experiment}", *asked)
     assert config.stage == program
     assert config.name == experiment
     context = context_config(config)
-    assert context.repair == "some/stubs.safetensors"
     assert (context.workers, context.workers_address) == (3, "auto")
 
 
@@ -110,9 +108,8 @@ def test_without_an_experiment_the_program_names_the_run(program, name):
     assert composed(program).name == name
 
 
-def test_by_default_there_are_no_repair_and_no_workers():
-    context = context_config(composed())
-    assert (context.repair, context.workers) == ("none", 0)
+def test_by_default_there_are_no_workers():
+    assert context_config(composed()).workers == 0
 
 
 @pytest.mark.parametrize("number", range(max(map(len, GROUPS.values()))))
@@ -221,7 +218,7 @@ def test_shapes_are_read():
          "ppo-budget_fraction_range=_0.6_0.7-s2"),
         (("evaluate", "ppo", 0, "evaluate.budgets=[0.9],seed=1"), "budgets=_0.9"),
         (("report", "ppo", 0, "name=x"), "report"),
-        (("train", "ppo", 0, "repair=library"), "ppo-s0"),
+        (("train", "ppo", 0, "store=null"), "ppo-s0"),
     ],
 )  # fmt: skip
 def test_runs_are_named_after_what_differs(arguments, label):

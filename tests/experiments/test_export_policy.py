@@ -95,9 +95,10 @@ def test_a_folder_without_a_run_is_rejected(config, run, tmp_path):
     (untrained / "config.yaml").write_text(text)
     with pytest.raises(ArtifactError, match="holds no checkpoint"):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
-    settings = {**yaml.safe_load(text), "agnet": 1}
+    settings = yaml.safe_load(text)
+    settings["agent"]["nmae"] = 1
     (untrained / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(ExperimentError, match="does not support: .*agnet"):
+    with pytest.raises(ExperimentError, match="does not support: .*nmae"):
         export(ExportPolicyConfig(str(untrained), "rap.safetensors"))
 
 

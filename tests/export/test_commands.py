@@ -14,17 +14,14 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.export.llama_cpp import choose_deployment
 from rap_env.export.plan_options import read_plan
 from rap_env.memory import MemoryModel
-from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live import calibration
 from rap_env.plan import Plan
-from rap_env.repair.stub_library import StubLibrary
 from rap_env.request import Request
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import MaskScorer
-from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 
 MASK = Plan.removing("layer01.ffn", "layer02.attn")
@@ -101,20 +98,6 @@ def test_a_policy_chooses_for_a_request(exported, model_folder):
     assert answer["removed"] == []
     assert answer["delta_nll"] == 0
     assert memory.peak_bytes(Plan(), Request(1, 32, budget)) == budget
-
-
-@pytest.mark.engine_feature("transformers", "Stubs", "all")
-def test_stubs_travel(exported, model_folder, tmp_path):
-    llm = load_llm(model_folder, dtype="float32", device="cpu")
-    library = StubLibrary(llm.name, llm.fingerprint, random_stubs(llm))
-    library.save(tmp_path / "stubs.safetensors")
-    answer, folder = exported("--remove", REMOVED, "--repair", tmp_path / "stubs.safetensors")
-    assert answer["delta_nll_source"] == "no prediction knows stubs"
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert answer["weight_bytes_after"] == sum(tensor.nbytes for tensor in model.parameters())
-    ids = torch.arange(3, 12)[None]
-    with library.attach(llm).masked(MASK), torch.no_grad():
-        assert torch.equal(model(ids).logits, llm.model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -248,28 +231,6 @@ def test_levels_that_a_file_has_already_are_kept(rap, gguf_file, tmp_path):
         "int4": ["Q4_1"], "int8": ["Q4_1"]
     }  # fmt: skip
     assert written["int4"]["plan_bytes"] == load_llm(gguf_file).facts.block_param_bytes[1]
-
-
-@pytest.mark.engine_feature("llama.cpp", "Stubs", "means (rank 0)")
-def test_means_of_stubs_go_into_the_file_and_maps_are_refused(rap, gguf_file, tmp_path):
-    llm = load_llm(gguf_file, dtype="float32", device="cpu", weights="bf16")
-    mean = torch.linspace(-1, 1, 64)
-    for rank, name in ((0, "means"), (2, "maps")):
-        stub = Stub(torch.ones(rank, 64), torch.ones(64, rank), mean)
-        StubLibrary(llm.name, llm.fingerprint, {1: stub}).save(tmp_path / name)
-
-    def export(name):
-        options = ("--model", gguf_file, "--dtype", "float32", "--repair", tmp_path / name)
-        target = tmp_path / "out.gguf"
-        return rap("export", target, "--to", "gguf", "--remove", "layer00.ffn", *options)
-
-    code, _, err = export("maps")
-    assert code == 2
-    assert "only their means can be written (rank 0)" in err
-    assert not (tmp_path / "out.gguf").exists()
-    assert export("means")[0] == 0
-    actual = {tensor.name: tensor.data for tensor in GgufFile(tmp_path / "out.gguf").tensors}
-    assert torch.equal(torch.from_numpy(actual["blk.0.attn_output.bias"].copy()), mean)
 
 
 def test_a_model_folder_has_to_be_converted_first(rap, model_folder, tmp_path, monkeypatch):

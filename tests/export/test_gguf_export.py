@@ -13,7 +13,6 @@ from gguf.quants import dequantize
 
 from rap_env.errors import StorageFullError, UnknownNameError, UnsupportedModelError
 from rap_env.export.gguf_export import GgufModel, export_gguf, low_bit_tensors
-from rap_env.models.families.placeholders import Stub
 from rap_env.models.files.gguf_reader import GgufFile
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.calibration import calibrate
@@ -175,20 +174,6 @@ def test_rows_that_are_no_multiple_of_32_have_no_levels(tmp_path):
     with pytest.raises(UnsupportedModelError, match="blk.1.ffn_gate.weight has rows of 48 values"):
         export_gguf(model, plan, tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
-
-
-def test_means_become_biases(tmp_path):
-    (llm, model), path = source(tmp_path, layers=LAYERS), tmp_path / "a.gguf"
-    generator = torch.Generator().manual_seed(0)
-    means = {n: torch.randn(32, generator=generator) for n in (2, 3, 5, 7)}
-    stubs = {n: Stub(torch.zeros(0, 32), torch.zeros(32, 0), mean) for n, mean in means.items()}
-    mask = Plan.removing(*means)
-    export_gguf(model, mask, path, {n: m.numpy() for n, m in means.items()})
-    ours = masked_logits(llm.repaired(stubs, "means"), mask)
-    assert (ours - masked_logits(llm, mask)).abs().max() > 0.1
-    torch.testing.assert_close(deci_logits(path, IDS), ours, rtol=0, atol=1e-5)
-    with pytest.raises(UnsupportedModelError, match="adds its mean before any kept block"):
-        export_gguf(model, Plan.removing(0), path, {0: means[2]})
 
 
 @pytest.mark.engine_feature("llama.cpp", "Removed blocks", "any, if an attention block is kept")

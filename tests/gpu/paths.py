@@ -11,7 +11,6 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.repair.fitting import fit_library
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
@@ -104,16 +103,6 @@ def looked_up(llm):
 
 def influence(llm):
     return block_influence(MaskScorer(llm, TOKENS))
-
-
-def fitted(llm):
-    return fit_library(llm, TEXT, HELD_BACK, 2, progress=False)
-
-
-def repaired(llm):
-    """Stubs are fitted, attached, and run in the place of blocks."""
-    attached = fitted(llm).attach(llm)
-    return np.concatenate([scored(attached, 16), live(attached, "offload").ravel()])
 
 
 def served(llm):

@@ -32,13 +32,11 @@ from tests.gpu.paths import (
     looked_up,
     lowered,
     ordered,
-    repaired,
     scored,
     served,
 )
 from tests.gpu.pretended import GPU, MEMORY_BYTES, on_gpu, pretended_gpu
 from tests.models.states import saved
-from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import LAYERS, WIDE_FAMILIES, each_family, tiny_model
 
@@ -130,7 +128,7 @@ def test_few_steps_wait_for_the_device():
     "name",
     [SOME_FAMILIES[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SOME_FAMILIES[1:])],
 )
-@pytest.mark.parametrize("run", [ordered, influence, looked_up, lowered, repaired, served])
+@pytest.mark.parametrize("run", [ordered, influence, looked_up, lowered, served])
 def test_what_is_built_on_them_gives_what_it_gives_on_the_cpu(name, run):
     expected = run(llm_of(name, "cpu"))
     with pretended_gpu():
@@ -230,22 +228,17 @@ def test_pinned_memory_of_offloaded_weights_is_taken_once():
 
 
 def test_a_model_whose_other_tensors_would_stay_behind_is_not_moved():
-    stubs = random_stubs(llm_of("llama", "cpu"))
-    for prepare in (
-        lambda llm: llm.set_residency("offload"),
-        lambda llm: llm.repaired(stubs, "digest"),
-    ):
-        llm = llm_of("llama", "cpu")
-        prepare(llm)
-        expected = scored(llm, 1)
-        assert llm.model.to("cpu") is llm.model
-        for move in (llm.model.half, lambda llm=llm: llm.model.to(torch.bfloat16)):
-            with pytest.raises(UnsupportedModelError, match="cannot be moved or converted"):
-                move()
-        with pretended_gpu(), pytest.raises(UnsupportedModelError, match="to cuda:0"):
-            llm.model.to("cuda")
-        np.testing.assert_array_equal(scored(llm, 1), expected)
-        assert copy.deepcopy(llm.model).to("cpu") is not llm.model
+    llm = llm_of("llama", "cpu")
+    llm.set_residency("offload")
+    expected = scored(llm, 1)
+    assert llm.model.to("cpu") is llm.model
+    for move in (llm.model.half, lambda: llm.model.to(torch.bfloat16)):
+        with pytest.raises(UnsupportedModelError, match="cannot be moved or converted"):
+            move()
+    with pretended_gpu(), pytest.raises(UnsupportedModelError, match="to cuda:0"):
+        llm.model.to("cuda")
+    np.testing.assert_array_equal(scored(llm, 1), expected)
+    assert copy.deepcopy(llm.model).to("cpu") is not llm.model
 
 
 def test_a_model_on_several_devices_is_refused(tmp_path):

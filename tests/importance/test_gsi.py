@@ -13,7 +13,6 @@ from rap_env.importance.profiles import GSIProfile
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
-from tests.envs.tiny_contexts import tiny_library
 from tests.scoring.removals import removals, scan
 from tests.scoring.test_scorer import plain_nll, tokens
 from tests.tiny import tiny_llm
@@ -170,14 +169,3 @@ def test_another_models_artifact_is_rejected(tmp_path):
 def test_unknown_method():
     with pytest.raises(UnknownNameError, match="GSI method 'fast'; known are 'exact', 'lazy'"):
         gsi(MaskScorer(tiny_llm(), tokens()), method="fast")
-
-
-def test_the_order_is_that_of_the_model_with_its_stubs(tmp_path):
-    llm, path = tiny_llm(layers=4, seed=1), tmp_path / "gsi.json"
-    repaired = tiny_library(llm).attach(llm)
-    order, levels = naive_order(repaired, tokens(), 3)
-    profile = gsi(MaskScorer(repaired, tokens()), stop=3, path=path, progress=False)
-    assert list(profile.order_indices) == order
-    assert profile.nll_after == pytest.approx(levels)
-    with pytest.raises(ArtifactError, match=r"gsi\.json was measured with the stubs"):
-        gsi(MaskScorer(llm, tokens()), stop=3, path=path, progress=False)

@@ -100,7 +100,7 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSIProfile, OneShotProfile
 from rap_env.ladder.features import ImportanceFeatures
 folder, fingerprint = sys.argv[1:]
-model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint, repair=""))
+model = SimpleNamespace(facts=SimpleNamespace(fingerprint=fingerprint))
 one_shot = OneShotProfile.load(f"{folder}/one_shot.json", model)
 gsi = GSIProfile.load(f"{folder}/gsi.json", model)
 frontier = PlanTable.load(f"{folder}/frontier.json", model)

@@ -18,7 +18,6 @@ MADE = {
     "unquantised": facts(layers=3),
     "packed": facts(layers=3, packed=True),
     "windows of the model": facts(layers=3, kv_window_tokens=(None, 40, 700)),
-    "stubs": facts(layers=3, stub_bytes=(50, 60, 70, 80, 90, 100), repair="r" * 64),
     "unequal caches": facts(
         layers=3, kv_heads=(2, 1, 4), kv_bytes_per_token=(256, 128, 512), ffn_width=4000
     ),

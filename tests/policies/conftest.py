@@ -5,12 +5,12 @@ import pytest
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.request import Request
-from tests.agents.conftest import _one_thread, real_context, repaired_context
+from tests.agents.conftest import _one_thread, real_context
 from tests.agents.synthetic import SyntheticContext
 from tests.envs.playing import LEVELS
 from tests.envs.tiny_contexts import make_ladder_context
 
-__all__ = ["_one_thread", "real_context", "repaired_context"]
+__all__ = ["_one_thread", "real_context"]
 
 
 @pytest.fixture

@@ -74,9 +74,8 @@ class BlockSite:
         """The block's own modules."""
         return tuple(slot.original for slot in self.slots)
 
-    def remove(self, stub: nn.Module | None = None) -> None:
-        """Take the block out of its layer, and put `stub` in its place, if one is given."""
-        cast("RemovedBlock", self.slots[0].placeholder).stub = stub
+    def remove(self) -> None:
+        """Take the block out of its layer."""
         for slot in self.slots:
             slot.remove()
 

@@ -1,11 +1,11 @@
 """Save a pruned model as a smaller checkpoint without the removed tensors, and load it.
 
 The folder holds safetensors, config, generation config and tokenizer as transformers writes them,
-and ``rap_pruned.json`` with the names of the removed blocks, the ranks of their stubs, if there are
-any, and checksums. The family's own class would fill the removed blocks with random weights, leave
-the stubs out, and only warn. So ``config.json`` states the model type ``rap_pruned``, and the
-folder has the code that transformers opens it with (`rap_env.models.files.pruned_code`): without
-``trust_remote_code=True`` its Auto classes reject the folder. `load_pruned` runs no such code.
+and ``rap_pruned.json`` with the names of the removed blocks and checksums. The family's own class
+would fill the removed blocks with random weights and only warn. So ``config.json`` states the model
+type ``rap_pruned``, and the folder has the code that transformers opens it with
+(`rap_env.models.files.pruned_code`): without ``trust_remote_code=True`` its Auto classes reject the
+folder. `load_pruned` runs no such code.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnsupportedModelError
+from rap_env.model_facts import reject_stubs
 from rap_env.models.caches.attention import attention_name
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for
-from rap_env.models.families.placeholders import RemovedBlock, Stub, remove_blocks
+from rap_env.models.families.placeholders import remove_blocks
 from rap_env.models.files.model_folder import file_sha256
 from rap_env.models.files.pruned_code import code_files, removed_entries, with_code, without_code
 from rap_env.models.files.weight_files import load_complete
@@ -52,8 +52,8 @@ def save_pruned(
     """Save a model without the tensors of the blocks of `mask`.
 
     The folder appears only when it is complete. An older pruned checkpoint there is replaced.
-    The stubs of the removed blocks of a repaired model are saved too. Besides `load_pruned`,
-    ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` opens the folder.
+    Besides `load_pruned`, ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``
+    opens the folder.
 
     Args:
         llm: The model; its current mask has no effect and is applied again afterwards.
@@ -107,9 +107,7 @@ def load_pruned(
     """Load a pruned checkpoint; the removed blocks take no memory, not even while loading.
 
     Its logits equal those of the masked model bit for bit. Its blocks keep their names and
-    indices; the removed ones are in `ElasticLLM.pruned`, and no mask restores them. A removed
-    block has the bytes of the stub that was saved in its place, which a mask of that block
-    removes, and 0 bytes without one.
+    indices; the removed ones are in `ElasticLLM.pruned`, have 0 bytes, and no mask restores them.
 
     Args:
         folder: A folder that `save_pruned` wrote.
@@ -118,7 +116,7 @@ def load_pruned(
 
     Raises:
         FileNotFoundError: There is no pruned checkpoint in the folder.
-        ArtifactError: It was truncated or altered, or has an unexpected tensor.
+        ArtifactError: It was truncated or altered, has an unexpected tensor, or has stubs.
         UnsupportedModelError: It has another dtype, or tensors that do not fit its config.
     """
     from transformers import AutoConfig, AutoTokenizer
@@ -130,6 +128,7 @@ def load_pruned(
             "save_pruned or `rap prune` wrote."
         )
     body = load_artifact(folder / PRUNED_FILE, _KIND, _VERSION)
+    reject_stubs(body, str(folder))
     if _checksums(folder) != body["files"]:
         raise ArtifactError(
             f"A file in {folder} was altered, truncated or removed after it was saved (its "
@@ -142,33 +141,26 @@ def load_pruned(
             f"The pruned checkpoint {folder} has dtype {config.dtype}, not {dtype}; leave dtype at "
             "'auto', or load the dense model in that dtype and save the pruned checkpoint again."
         )
-    ranks = dict.fromkeys(body["removed"]) | body["stub_ranks"]
-    model = _load_model(folder, config, ranks, body["attention"])
+    model = _load_model(folder, config, body["removed"], body["attention"])
     tokenizer = None
     if (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     model = model.to(device).requires_grad_(False)
     speed_up_decoding(model)
-    llm = ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
-    for _, placeholder, stub in stubs_in_place(llm):
-        # Tensors that are mapped from a file have another alignment than those in memory, so
-        # that a product with a single row would be summed in another order.
-        placeholder.stub = stub.on(llm.device)
-    return llm
+    return ElasticLLM(model, tokenizer, name=body["name"], folder=folder)
 
 
 def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
     with llm.masked(mask), transformers_bars(shown=False):
         # With the names that the model has, so that transformers need not know its model type.
         llm.model.save_pretrained(folder, save_original_format=False)
-        stub_ranks = {block_name(index): stub.rank for index, _, stub in stubs_in_place(llm)}
     if llm.tokenizer is not None:
         llm.tokenizer.save_pretrained(folder)
     removed = mask.without(*llm.pruned.removed).removed_names
     config_file = folder / "config.json"
     entries = with_code(
         json.loads(config_file.read_text(encoding="utf-8")),
-        removed_entries(llm.adapter, dict.fromkeys(removed) | stub_ranks),
+        removed_entries(llm.adapter, removed),
         llm.adapter,
     )
     config_file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
@@ -178,7 +170,6 @@ def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
     body = {
         "name": llm.name,
         "removed": list(removed),
-        "stub_ranks": stub_ranks,
         "num_blocks": llm.num_blocks,
         "model_type": llm.model.config.model_type,
         "source_fingerprint": llm.fingerprint,
@@ -186,14 +177,6 @@ def _write(llm: ElasticLLM, mask: Plan, folder: Path) -> None:
         "files": _checksums(folder),
     }
     save_artifact(folder / PRUNED_FILE, _KIND, _VERSION, body)
-
-
-def stubs_in_place(llm: ElasticLLM) -> Iterator[tuple[int, RemovedBlock, Stub]]:
-    """The stubs that are in the model now: block index, placeholder and stub."""
-    for site in llm.adapter.sites(llm.model):
-        module = site.modules[0]
-        if isinstance(module, RemovedBlock) and isinstance(module.stub, Stub):
-            yield site.index, module, module.stub
 
 
 def _replace(folder: Path, work: Path) -> None:
@@ -212,10 +195,8 @@ def _checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def _load_model(
-    folder: Path, config: Any, removed: Mapping[str, int | None], attention: str | None
-) -> Any:
-    """The model without the blocks of `removed`, which maps each to its stub's rank or None."""
+def _load_model(folder: Path, config: Any, removed: Iterable[str], attention: str | None) -> Any:
+    """The model without some blocks."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     adapter = adapter_for(config)
@@ -237,11 +218,8 @@ def _load_model(
     return model
 
 
-def _without(base: Any, adapter: FamilyAdapter, removed: Mapping[str, int | None]) -> Any:
-    """A subclass of `base` without some blocks, so that loading neither expects nor creates them.
-
-    It has their stubs, for loading to fill.
-    """
+def _without(base: Any, adapter: FamilyAdapter, removed: Iterable[str]) -> Any:
+    """A subclass of `base` without some blocks: loading neither expects nor creates them."""
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)

@@ -8,7 +8,7 @@ reads from the config's ``block_configs`` which blocks of each layer are left ou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,12 @@ VLLM_ENTRIES = ("block_configs", "qkv_bias")
 _ARCHITECTURE = "DeciLMForCausalLM"
 
 
-def vllm_entries(adapter: FamilyAdapter, removed: Plan, *, stubs: bool) -> dict[str, Any]:
+def vllm_entries(adapter: FamilyAdapter, removed: Plan) -> dict[str, Any]:
     """The entries for a model without some blocks.
 
     Args:
         adapter: Of the model.
         removed: The removed blocks.
-        stubs: Whether stubs stand in the places of some.
     """
     config = adapter.config
     if adapter.model_type not in LLAMA_LIKE:
@@ -45,11 +44,6 @@ def vllm_entries(adapter: FamilyAdapter, removed: Plan, *, stubs: bool) -> dict[
     if any(window is not None for window in adapter.kv_window_tokens):
         raise UnsupportedModelError(
             f"vLLM's {_ARCHITECTURE} has no sliding window, and this {adapter.model_type} has one."
-        )
-    if stubs:
-        raise UnsupportedModelError(
-            "vLLM has nothing to put in the place of a removed block; choose a plan without stubs "
-            "(--repair none)."
         )
     first = next((i for i in range(adapter.num_blocks) if i not in removed.removed), None)
     if first is None or first % 2:
@@ -112,9 +106,8 @@ def with_code(
         adapter: Of the model.
     """
     more: dict[str, Any] = {"architectures": [_MODEL_CLASS]}
-    stubs = any(entry["stub_rank"] is not None for entry in removed.values())
     with contextlib.suppress(UnsupportedModelError):
-        more = vllm_entries(adapter, Plan.removing(*removed), stubs=stubs)
+        more = vllm_entries(adapter, Plan.removing(*removed))
     auto_map = {
         "AutoConfig": f"{_CODE}.{_CONFIG_CLASS}",
         "AutoModelForCausalLM": f"{_CODE}.{_MODEL_CLASS}",
@@ -134,16 +127,6 @@ def without_code(entries: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     return {k: v for k, v in entries.items() if k not in own} | {"model_type": model_type}
 
 
-def removed_entries(
-    adapter: FamilyAdapter, ranks: Mapping[str, int | None]
-) -> dict[str, dict[str, Any]]:
-    """What `remove_blocks` takes.
-
-    Args:
-        adapter: Of the model.
-        ranks: The rank of the stub of each removed block by the block's name, or None.
-    """
-    return {
-        name: {"modules": list(adapter.module_paths(block_index(name))), "stub_rank": rank}
-        for name, rank in ranks.items()
-    }
+def removed_entries(adapter: FamilyAdapter, removed: Iterable[str]) -> dict[str, list[str]]:
+    """What `remove_blocks` takes, for the names of blocks."""
+    return {name: list(adapter.module_paths(block_index(name))) for name in removed}

@@ -135,9 +135,8 @@ class StreamedLLM(ElasticLLM):
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the cap that weights, stubs and the library's workspace do not use."""
-        used = self._weight_bytes + self._workspace_bytes + sum(self.facts.stub_bytes)
-        return self.max_memory_bytes - used
+        """Bytes of the cap that weights and the library's workspace do not use."""
+        return self.max_memory_bytes - self._weight_bytes - self._workspace_bytes
 
     def set_residency(self, residency: Residency) -> None:
         """Accept only ``"resident"``, which changes nothing: streamed layers are always evicted."""

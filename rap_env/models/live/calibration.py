@@ -191,7 +191,7 @@ def use_text(
     Call it before scoring: the hash of the text becomes part of the keys of scores.
 
     Args:
-        llm: The model. If it has views (`repaired`), make them afterwards.
+        llm: The model.
         windows: Token ids, (windows, tokens); ten thousand tokens are enough for good weights.
         levels: Packed levels below int8.
         uniform: As for `calibrate`.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -21,15 +20,9 @@ from rap_env.models.caches.attention import check_attention, install_levels
 from rap_env.models.caches.kv_cache import check_same_blocks
 from rap_env.models.device import return_freed_memory
 from rap_env.models.families.adapter import adapter_for
-from rap_env.models.families.placeholders import Stub, cache_in
+from rap_env.models.families.placeholders import cache_in
 from rap_env.models.live.lean_llama import reject_lean
-from rap_env.models.live.live_blocks import (
-    HeldBytes,
-    LiveBlocks,
-    LiveState,
-    own_bytes,
-    shared_facts,
-)
+from rap_env.models.live.live_blocks import HeldBytes, LiveBlocks, own_bytes, shared_facts
 from rap_env.models.live.placement import check_one_device, keep_in_place
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
@@ -80,11 +73,8 @@ class ElasticLLM:
         self.folder = folder
         sites = self.adapter.sites(model)
         self._live = LiveBlocks(sites, block_items(model, sites), embeddings_item(model))
-        self._stubs: Mapping[int, Stub] = {}
-        self._repair = ""
         self.calibration = ""
         self.calibrator: Callable[[ElasticLLM], object] | None = None
-        self._whole: ElasticLLM | None = None  # the model of which this is a view
 
     @property
     def num_blocks(self) -> int:
@@ -105,33 +95,12 @@ class ElasticLLM:
     @property
     def plan(self) -> Plan:
         """The plan that is applied now."""
-        return self._live.state.plan
+        return self._live.plan
 
     @cached_property
     def pruned(self) -> Plan:
         """Blocks that the model was built without (`load_pruned`); no mask restores them."""
         return Plan(frozenset(site.index for site in self._live.sites if site.pruned))
-
-    def repaired(self, stubs: Mapping[int, Stub], digest: str) -> ElasticLLM:
-        """A view of this model with stubs in the places of removed blocks.
-
-        It shares the weights and the applied mask with this one. Prefer `StubLibrary.attach`, which
-        checks that the stubs belong to the model.
-
-        Args:
-            stubs: Stubs by index of their block, on the model's device and in its dtype. A removed
-                block without one adds nothing.
-            digest: Hash of the stubs; part of the keys of scores.
-        """
-        view = copy.copy(self)
-        view.__dict__.pop("facts", None)
-        view._stubs, view._repair, view._whole = dict(stubs), digest, self
-        keep_in_place(self.model, "stubs are attached to it")
-        return view
-
-    def has_stub(self, blocks: Iterable[int]) -> bool:
-        """Whether any of these blocks has a stub that replaces it when it is removed."""
-        return any(index in self._stubs for index in blocks)
 
     def apply(self, plan: Plan) -> None:
         """Give every item its level in a plan; a mask's kept blocks are native.
@@ -169,9 +138,8 @@ class ElasticLLM:
             target = self._target(plan)
             self._live.lower_caches(plan)
             errors = self._live.set_readable(target)
-            if errors:  # evict the caches of what is removed, and put in its stubs
+            if errors:  # evict the caches of what is removed
                 self._live.lower_caches(self.plan)
-                self._live.set(self._target(self.plan), evict=True)
             names = (*map(block_name, range(self.num_blocks)), EMBEDDINGS)
             return {names[key]: error for key, error in errors.items()}
 
@@ -187,16 +155,16 @@ class ElasticLLM:
             self._live.verify(self.num_blocks if item == EMBEDDINGS else block_index(item))
 
     @contextlib.contextmanager
-    def masked(self, plan: Plan, *, bare: Plan = Plan()) -> Iterator[ElasticLLM]:
+    def masked(self, plan: Plan) -> Iterator[ElasticLLM]:
         """Apply a plan for the duration of a ``with`` block, in which other threads wait.
 
         The earlier plan is restored afterwards, also after an error. Weights that are unused only
-        inside the ``with`` block stay in memory. Blocks of `bare` get no stub.
+        inside the ``with`` block stay in memory.
         """
         with self.exclusive():
-            before = self._live.state
+            before = self.plan
             try:
-                self._live.set(self._target(plan, bare))
+                self._live.set(self._target(plan))
                 yield self
             finally:
                 self._live.set(before, evict=True)
@@ -208,14 +176,9 @@ class ElasticLLM:
     @contextlib.contextmanager
     def without(self, blocks: AbstractSet[int]) -> Iterator[None]:
         """Run without more blocks than the mask removes, for the duration of one step."""
-        before = self._live.state
-        more = Plan(frozenset(blocks - before.stubs.keys() - self.pruned.removed))
-        if not more:
-            yield
-            return
+        before = self.plan
         try:
-            stubs = {index: self._stubs.get(index) for index in more.removed}
-            self._live.set(LiveState(before.plan.without(*more.removed), {**stubs, **before.stubs}))
+            self._live.set(before.without(*blocks - self.pruned.removed))
             yield
         finally:
             self._live.set(before)
@@ -255,7 +218,7 @@ class ElasticLLM:
         """Bytes that the model's tensors and the KV caches in use take in memory now."""
         with self.exclusive():
             own, base = self._own_bytes
-            weights = base + sum(own) + sum(self._stub_bytes()) + self._live.added_bytes
+            weights = base + sum(own) + self._live.added_bytes
             return HeldBytes(weights, self._live.kv_bytes())
 
     def resident_bytes(self, plan: Plan) -> int:
@@ -276,15 +239,15 @@ class ElasticLLM:
     @property
     def removed_attention(self) -> frozenset[int]:
         """Layers whose attention block is removed now."""
-        removed = (*self._live.removed, *self.pruned.removed)
+        removed = self.plan.removed | self.pruned.removed
         return frozenset(index // 2 for index in removed if index % 2 == 0)
 
-    def _target(self, plan: Plan, bare: Plan = Plan()) -> LiveState:
+    def _target(self, plan: Plan) -> Plan:
+        """A plan whose levels all exist: those that a text makes are made."""
         self._check_levels(plan.check(self.num_blocks))
         if absent := self._live.absent_in(plan):
             self._make_levels(absent)
-        stubs = {n: None if n in bare.removed else self._stubs.get(n) for n in plan.removed}
-        return LiveState(plan, stubs)
+        return plan
 
     def _check_levels(self, plan: Plan) -> None:
         if plan.caches:
@@ -353,12 +316,6 @@ class ElasticLLM:
         with self.masked(Plan()):
             return fingerprint_of(self.model, self._read)
 
-    def _stub_bytes(self) -> tuple[int, ...]:
-        if not self._stubs:
-            return ()
-        sizes = {n: stub.nbytes for n, stub in self._stubs.items()}
-        return tuple(sizes.get(n, 0) for n in range(self.num_blocks))
-
     def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
@@ -368,8 +325,6 @@ class ElasticLLM:
         return ModelFacts(
             name=self.name,
             fingerprint=self.fingerprint,
-            stub_bytes=self._stub_bytes(),
-            repair=self._repair,
             calibration=self.calibration,
             **shared_facts(self.adapter, self._live, self._own_bytes, self.dtype),
         )

@@ -19,7 +19,6 @@ from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.models.caches.kv_cache import cache_bytes, evict
 from rap_env.models.caches.layers import lower
 from rap_env.models.families.adapter import BlockSite, FamilyAdapter
-from rap_env.models.families.placeholders import Stub
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.residency import WeightStore
 from rap_env.models.weights.tensors import named_weights, tensor_key
@@ -32,7 +31,7 @@ UNREADABLE = (ChecksumError, ModelNotAvailableError)
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """Bytes in memory of the weights, stubs included, and of the KV caches in use."""
+    """Bytes in memory of the weights and of the KV caches in use."""
 
     weights: int
     kv_cache: int
@@ -43,28 +42,15 @@ class HeldBytes:
         return self.weights + self.kv_cache
 
 
-@dataclass(frozen=True)
-class LiveState:
-    """A plan and what replaces its removed blocks.
-
-    Attributes:
-        plan: The level of each item.
-        stubs: The stub in the place of each removed block, or None, by index.
-    """
-
-    plan: Plan = field(default_factory=Plan)
-    stubs: Mapping[int, Stub | None] = field(default_factory=dict)
-
-
 @dataclass
 class LiveBlocks:
-    """The applied plan of a model and what depends on it; shared by all views of the model.
+    """The applied plan of a model and what depends on it.
 
     Attributes:
         sites: Where each block is, (2L,).
         items: The weights of each block at their levels, (2L,).
         embeddings: The same for embeddings with head.
-        state: The present plan.
+        plan: The present plan.
         lock: Held by the thread that runs the model or changes its plan.
         caches: KV caches in use.
         store: Evicts weights that are not in use; None if they stay in memory.
@@ -73,11 +59,11 @@ class LiveBlocks:
     sites: tuple[BlockSite, ...]
     items: tuple[WeightItem, ...]
     embeddings: WeightItem
-    state: LiveState = field(default_factory=LiveState)
+    plan: Plan = field(default_factory=Plan)
     lock: threading.RLock = field(default_factory=threading.RLock)
     caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     store: WeightStore | None = None
-    _removed: dict[int, Stub | None] = field(default_factory=dict)
+    _removed: set[int] = field(default_factory=set)
     _cache_levels: dict[int, CacheLevel] = field(default_factory=dict)
 
     @property
@@ -85,13 +71,8 @@ class LiveBlocks:
         """The weights of all blocks, and of embeddings with head."""
         return (*self.items, self.embeddings)
 
-    @property
-    def removed(self) -> Mapping[int, Stub | None]:
-        """The removed blocks by index, with the stub in the block's place, or None."""
-        return self._removed
-
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
-    def prepare(self, target: LiveState) -> None:
+    def prepare(self, target: Plan) -> None:
         """Make levels that did not exist so far, as far as they can be kept out of memory."""
         if self.store is not None:
             for key, level in self._changes(target).items():
@@ -113,11 +94,11 @@ class LiveBlocks:
             self.store.verify(self._item(key))
 
     @torch.inference_mode(False)
-    def set(self, target: LiveState, *, evict: bool = False) -> None:
+    def set(self, target: Plan, *, evict: bool = False) -> None:
         """Give every item its level in `target`.
 
         Args:
-            target: The new state, whose levels all exist.
+            target: The new plan, whose levels all exist.
             evict: Free the weights that it does not use, unless the residency keeps them. This
                 happens before others are loaded, so that memory never holds more than either plan
                 needs.
@@ -127,7 +108,7 @@ class LiveBlocks:
             raise error
 
     @torch.inference_mode(False)
-    def set_readable(self, target: LiveState) -> dict[int, RapError]:
+    def set_readable(self, target: Plan) -> dict[int, RapError]:
         """`set` with `evict`, without weights that cannot be read.
 
         Returns:
@@ -144,19 +125,17 @@ class LiveBlocks:
             except UNREADABLE as error:
                 errors[key] = error
         names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
-        present = self.state.plan.levels
-        plan = target.plan.lower({names[key]: present.get(names[key], "native") for key in errors})
-        stubs = {index: self._removed.get(index) for index in plan.removed}
-        return errors | self._set(LiveState(plan, {**stubs, **target.stubs}), evict=True)
+        present = self.plan.levels
+        plan = target.lower({names[key]: present.get(names[key], "native") for key in errors})
+        return errors | self._set(plan, evict=True)
 
-    def _set(self, target: LiveState, evict: bool) -> dict[int, RapError]:
+    def _set(self, target: Plan, evict: bool) -> dict[int, RapError]:
         """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
         changes = self._changes(target)
-        for index, stub in target.stubs.items():
-            if index not in self._removed or self._removed[index] is not stub:
-                self.sites[index].remove(stub)
-                self._removed[index] = stub
-        self._set_caches(target.plan.caches)
+        for index in target.removed - self._removed:
+            self.sites[index].remove()
+            self._removed.add(index)
+        self._set_caches(target.caches)
         if self.store is not None and evict:
             for key, item in enumerate(self.all_items):
                 self.store.release(item, self._level(target, key))
@@ -164,22 +143,22 @@ class LiveBlocks:
         try:
             errors = self._set_weights(changes)
         except BaseException:
-            self.state = self._present_state()
+            self.plan = self._present_plan()
             raise
-        self.state = self._present_state() if errors else target
+        self.plan = self._present_plan() if errors else target
         return errors
 
-    def _changes(self, target: LiveState) -> dict[int, WeightLevel]:
+    def _changes(self, target: Plan) -> dict[int, WeightLevel]:
         """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
-        before = self.state.plan
+        before = self.plan
         keys: set[int] = set()
-        if before.embeddings != target.plan.embeddings:
+        if before.embeddings != target.embeddings:
             keys.add(len(self.items))
-        if before.weights != target.plan.weights:
-            changed = {*before.weights} ^ {*target.plan.weights}
+        if before.weights != target.weights:
+            changed = {*before.weights} ^ {*target.weights}
             keys.update(index for index, _ in changed)
         keys.update(self._removed)
-        keys -= target.stubs.keys()
+        keys -= target.removed
         return {key: self._level(target, key) for key in sorted(keys, reverse=True)}
 
     def _set_weights(self, changes: Mapping[int, WeightLevel]) -> dict[int, RapError]:
@@ -204,11 +183,11 @@ class LiveBlocks:
         item.put(level)
         if key in self._removed:
             self.sites[key].restore()
-            del self._removed[key]
+            self._removed.remove(key)
 
     def _without_lost_weights(self, keys: Set[int]) -> None:
         """Load weights at their earlier level if they are not in memory, or remove their block."""
-        for key in keys - self._removed.keys():
+        for key in keys - self._removed:
             item = self._item(key)
             if self.store is None or self.store.holds(item, item.level):
                 continue
@@ -216,26 +195,24 @@ class LiveBlocks:
                 self._set_level(key, item.level)
             except RapError:
                 if item is not self.embeddings:
-                    self.sites[key].remove(None)
-                    self._removed[key] = None
+                    self.sites[key].remove()
+                    self._removed.add(key)
 
-    def _present_state(self) -> LiveState:
-        """The state as it is, by looking at each item."""
+    def _present_plan(self) -> Plan:
+        """The plan as it is, by looking at each item."""
         kept = (index for index in range(len(self.items)) if index not in self._removed)
-        plan = Plan(
+        return Plan(
             frozenset(self._removed),
             tuple((index, self.items[index].level) for index in kept),
             tuple(self._cache_levels.items()),
             self.embeddings.level,
         )
-        return LiveState(plan, dict(self._removed))
 
     def _item(self, key: int) -> WeightItem:
         return self.embeddings if key == len(self.items) else self.items[key]
 
-    def _level(self, state: LiveState, key: int) -> WeightLevel:
-        is_block = key < len(self.items)
-        return state.plan.weight_level(key) if is_block else state.plan.embeddings
+    def _level(self, plan: Plan, key: int) -> WeightLevel:
+        return plan.weight_level(key) if key < len(self.items) else plan.embeddings
 
     def _set_caches(self, levels: Iterable[tuple[int, CacheLevel]]) -> None:
         target = dict(levels)
@@ -256,8 +233,8 @@ class LiveBlocks:
     @contextlib.contextmanager
     def without_store(self) -> Iterator[None]:
         """Have all native weights in memory, and no store, until a ``with`` block makes one."""
-        before = self.state
-        self.set(LiveState())
+        before = self.plan
+        self.set(Plan())
         for item in self.all_items:
             for level in item.made:
                 if self.store is not None and not self.store.holds(item, level):
@@ -309,7 +286,7 @@ def shared_facts(
     weight_bytes: tuple[tuple[int, ...], int],
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Those `ModelFacts` that all views of a model share; `weight_bytes` is from `own_bytes`."""
+    """`ModelFacts` that follow from the modules; `weight_bytes` is from `own_bytes`."""
     own, base = weight_bytes
     per_token = adapter.kv_bytes_per_token(dtype.itemsize)
     has_cache = [not site.pruned for site in live.sites[::2]]

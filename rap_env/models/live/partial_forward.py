@@ -154,17 +154,16 @@ class PartialForward:
         Args:
             blocks: Some of the blocks of one step.
             state: Their input.
-            plan: The level of each of these blocks; the stubs of those that it removes run in
-                their place, if they have any. Other items of the plan have no effect.
+            plan: The level of each of these blocks. Other items of the plan have no effect.
         """
         if not blocks:
             return state
-        layer, kept, removed, inside, bare = _layer_plan(blocks, plan)
-        if not kept and not self._llm.has_stub(removed):
+        layer, kept, inside = _layer_plan(blocks, plan)
+        if not kept:
             return state
         args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.masked(inside, bare=bare), wide, bfloat16_products.in_float32():
+        with self._llm.masked(inside), wide, bfloat16_products.in_float32():
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -253,23 +252,18 @@ class PartialForward:
 
 
 @lru_cache(maxsize=4096)
-def _layer_plan(
-    blocks: tuple[int, ...], plan: Plan
-) -> tuple[int, tuple[int, ...], tuple[int, ...], Plan, Plan]:
+def _layer_plan(blocks: tuple[int, ...], plan: Plan) -> tuple[int, tuple[int, ...], Plan]:
     """How a layer runs some of its blocks at their levels, and no other block.
 
     Returns:
-        The layer, the blocks that run, those that are removed, the plan to apply to the model, and
-        the removed blocks without a stub.
+        The layer, the blocks that run, and the plan to apply to the model.
     """
     layer = blocks[0] // 2
     kept = tuple(block for block in blocks if block not in plan.removed)
-    removed = tuple(block for block in blocks if block in plan.removed)
     others = frozenset((2 * layer, 2 * layer + 1)).difference(kept)
     weights = tuple(pair for pair in plan.weights if pair[0] in kept)
     caches = tuple(pair for pair in plan.caches if 2 * pair[0] in kept)
-    inside = Plan(others, weights, caches)
-    return layer, kept, removed, inside, Plan(others.difference(removed))
+    return layer, kept, Plan(others, weights, caches)
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def keep_in_place(model: nn.Module, reason: str) -> None:
 class _InPlace:
     """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
 
-    Other tensors (buffers of weights, copies on the host, stubs) would stay where they were, and
+    Other tensors (buffers of weights, copies on the host) would stay where they were, and
     a later pass would fail in the middle. What changes neither device nor dtype is allowed.
     """
 
@@ -67,5 +67,5 @@ class _InPlace:
             raise UnsupportedModelError(
                 f"The model cannot be moved or converted ({probe.device}, {probe.dtype} to "
                 f"{changed.device}, {changed.dtype}), because {self._reason}: load it as it is to "
-                "be, load_llm(device=..., dtype=...), and then set its residency and attach stubs."
+                "be, load_llm(device=..., dtype=...), and then set its residency."
             )

@@ -61,7 +61,7 @@ def test_bytes_are_those_of_the_memory_model(rows, config):
         plan = Plan.of(row.levels)
         held = memory.breakdown(plan, Request(*row.shape, budget_bytes=2**40))
         assert row.peak_bytes == held.peak
-        assert row.held_bytes == held.weights + held.embeddings + held.stubs + held.kv_cache
+        assert row.held_bytes == held.weights + held.embeddings + held.kv_cache
         assert row.fits == (row.budget_bytes is None or held.peak <= row.budget_bytes)
     assert {row.budget_bytes is None for row in rows if row.method == "uniform"} == {True}
 

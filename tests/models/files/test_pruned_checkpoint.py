@@ -1,4 +1,4 @@
-"""Pruned checkpoints, with and without stubs."""
+"""Pruned checkpoints."""
 
 import errno
 
@@ -23,7 +23,6 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.generation import token_by_token
 from tests.models.states import logits
-from tests.models.stubs import random_stubs, repaired
 from tests.tiny import LAYERS, each_family, padded_batch, tiny_llm, tiny_tokenizer
 
 MASK = Plan.removing("layer00.attn", "layer01.ffn")
@@ -48,11 +47,9 @@ def saved(tmp_path):
     "name",
     mask={"two blocks": MASK, "everything": EVERYTHING},
     dtype=[torch.float32, torch.bfloat16],
-    stubs=[False, True],
 )
-def test_the_loaded_model_is_the_masked_one(name, mask, dtype, stubs, tmp_path) -> None:
+def test_the_loaded_model_is_the_masked_one(name, mask, dtype, tmp_path) -> None:
     llm = tiny_llm(name, dtype=dtype)
-    llm = repaired(llm) if stubs else llm
     loaded = load_pruned(save_pruned(llm, mask, tmp_path / "pruned"))
     assert llm.plan.mask == loaded.plan.mask == Plan()
     assert loaded.pruned == mask
@@ -61,12 +58,10 @@ def test_the_loaded_model_is_the_masked_one(name, mask, dtype, stubs, tmp_path) 
         assert type(loaded.model) is type(llm.model)
         ours, theirs = loaded.model.state_dict(), llm.model.state_dict()
     assert {key: t.dtype for key, t in ours.items()} == {key: t.dtype for key, t in theirs.items()}
-    assert sum(".stub." in key for key in ours) == 3 * len(mask.removed) * stubs
     parts = MemoryModel(llm).breakdown(mask, Request(2, 8, 1))
-    assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings + parts.stubs
-    sizes = zip(loaded.facts.block_param_bytes, llm.facts.stub_bytes or [0] * 4, strict=True)
-    for block, (param_bytes, stub_bytes) in enumerate(sizes):
-        assert (param_bytes == stub_bytes) == (block in mask.removed)
+    assert tensor_bytes(tmp_path / "pruned") == parts.weights + parts.embeddings
+    for block, size in enumerate(loaded.facts.block_param_bytes):
+        assert (size == 0) == (block in mask.removed)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
@@ -85,24 +80,17 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
 
 
 def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
-    llm, request, prints = tiny_llm(), Request(2, 16, 1), {tiny_llm().fingerprint}
-    for number, view in enumerate((llm, repaired(llm), repaired(llm, seed=1))):
-        loaded = load_pruned(save_pruned(view, MASK, tmp_path / str(number)))
-        ours = MemoryModel(loaded).breakdown(Plan(), request)
-        theirs = MemoryModel(view).breakdown(MASK, request)
-        assert ours.peak == theirs.peak
-        assert ours.weights == theirs.weights + theirs.stubs  # stubs are part of the model
-        if view is llm:
-            assert ours == theirs
-            assert [n == 0 for n in loaded.facts.block_param_bytes] == [True, False, False, True]
-        prints.add(loaded.fingerprint)
-    assert len(prints) == 4
+    llm, request = tiny_llm(), Request(2, 16, 1)
+    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
+    ours = MemoryModel(loaded).breakdown(Plan(), request)
+    assert ours == MemoryModel(llm).breakdown(MASK, request)
+    assert [n == 0 for n in loaded.facts.block_param_bytes] == [True, False, False, True]
+    assert loaded.fingerprint != llm.fingerprint
 
 
-@pytest.mark.parametrize("stubs", [False, True])
-def test_the_empty_mask_saves_the_whole_model(stubs: bool, tmp_path) -> None:
+def test_the_empty_mask_saves_the_whole_model(tmp_path) -> None:
     llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
-    loaded = load_pruned(save_pruned(repaired(llm) if stubs else llm, Plan(), tmp_path / "pruned"))
+    loaded = load_pruned(save_pruned(llm, Plan(), tmp_path / "pruned"))
     assert loaded.fingerprint == llm.fingerprint
     assert loaded.dtype == torch.bfloat16
 
@@ -228,41 +216,11 @@ def test_a_full_disk_leaves_the_older_checkpoint(saved, tmp_path, monkeypatch, a
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
-def test_a_mask_with_a_missing_block_removes_its_stub(tmp_path) -> None:
-    llm = tiny_llm()
-    loaded = load_pruned(save_pruned(repaired(llm), MASK, tmp_path / "pruned"))
-    before = logits(loaded)
-    with loaded.masked(MASK), llm.masked(MASK):
-        assert torch.equal(logits(loaded), logits(llm))
-    assert torch.equal(logits(loaded), before)
-
-
-def test_a_loaded_model_is_saved_again_with_its_stubs(tmp_path) -> None:
-    llm = tiny_llm()
-    stubs = random_stubs(llm)
-    view = llm.repaired(stubs, "random")
-    loaded = load_pruned(save_pruned(view, MASK, tmp_path / "pruned"))
-    again = load_pruned(save_pruned(loaded, Plan.removing(1), tmp_path / "again"))
-    with view.masked(MASK.without(1), bare=Plan.removing(1)):
-        assert torch.equal(logits(again), logits(view))
-    assert again.pruned == MASK.without(1)
-    more = load_pruned(
-        save_pruned(loaded.repaired({1: stubs[1]}, "one"), Plan.removing(1), tmp_path / "more")
-    )
-    with view.masked(MASK.without(1)):
-        assert torch.equal(logits(more), logits(view))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, r"unexpected tensors model\.layers\.0\.self_attn\.stub\.down"),
-        ({"layer00.attn": 5, "layer01.ffn": 3}, "do not fit its config"),
-    ],
-)
-def test_other_ranks_than_those_saved_are_an_error(change, message: str, tmp_path) -> None:
-    folder = save_pruned(repaired(tiny_llm()), MASK, tmp_path / "pruned")
-    body = load_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1)
-    save_artifact(folder / PRUNED_FILE, "pruned-checkpoint", 1, {**body, "stub_ranks": change})
-    with pytest.raises((ArtifactError, UnsupportedModelError), match=message):
-        load_pruned(folder)
+def test_checkpoints_of_earlier_versions_are_read_unless_they_have_stubs(saved) -> None:
+    body = load_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1)
+    save_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1, {**body, "stub_ranks": {}})
+    assert load_pruned(saved).pruned == MASK
+    body |= {"stub_ranks": {"layer00.attn": 4}}
+    save_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1, body)
+    with pytest.raises(ArtifactError, match="is of a model with stubs"):
+        load_pruned(saved)

@@ -14,7 +14,6 @@ from rap_env.models.files.pruned_code import vllm_entries
 from rap_env.plan import Plan
 from tests.models.files.test_pruned_checkpoint import EVERYTHING, MASK
 from tests.models.states import logits
-from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, padded_batch, tiny_llm, tiny_tokenizer
 
 
@@ -28,12 +27,10 @@ def opened(folder, **options):
 
 @pytest.mark.engine_feature("transformers", "Families", "all")
 @pytest.mark.engine_feature("transformers", "Removed blocks", "any")
-@pytest.mark.engine_feature("transformers", "Stubs", "all")
-@pytest.mark.parametrize("stubs", [False, True], ids=["bare", "stubs"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_transformers_opens_the_masked_model(name: str, stubs: bool, tmp_path) -> None:
-    llm = repaired(tiny_llm(name)) if stubs else tiny_llm(name)
-    mask = MASK if stubs else Plan(EVERYTHING.removed - {2})  # the cache of layer 0 alone is gone
+def test_transformers_opens_the_masked_model(name: str, tmp_path) -> None:
+    llm = tiny_llm(name)
+    mask = Plan(EVERYTHING.removed - {2})  # the cache of layer 0 alone is gone
     model = opened(save_pruned(llm, mask, tmp_path / "pruned"))
     ask = {**padded_batch(), "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached, without = model.generate(**ask), model.generate(**ask, use_cache=False)
@@ -44,7 +41,7 @@ def test_transformers_opens_the_masked_model(name: str, stubs: bool, tmp_path) -
 
 
 def test_the_code_needs_neither_this_package_nor_more_than_torch(tmp_path) -> None:
-    folder = save_pruned(repaired(tiny_llm()), MASK, tmp_path / "pruned")
+    folder = save_pruned(tiny_llm(), MASK, tmp_path / "pruned")
     imported = set()
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -55,21 +52,13 @@ def test_the_code_needs_neither_this_package_nor_more_than_torch(tmp_path) -> No
     assert imported == {"__future__", "collections", "torch", "transformers", "typing"}
     block = opened(folder).model.layers[0].self_attn
     assert type(block).__module__.startswith("transformers_modules.")
-    assert type(block.stub).__module__.startswith("transformers_modules.")
 
 
 def test_what_transformers_saves_again_opens_again(tmp_path) -> None:
-    view = repaired(tiny_llm())
-    model = opened(save_pruned(view, MASK, tmp_path / "pruned"))
+    model = opened(save_pruned(tiny_llm(), MASK, tmp_path / "pruned"))
     model.save_pretrained(tmp_path / "again")
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(model.state_dict())
     assert torch.equal(logits(opened(tmp_path / "again")), logits(model))
-
-
-def test_another_dtype_holds_for_stubs_too(tmp_path) -> None:
-    folder = save_pruned(repaired(tiny_llm()), MASK, tmp_path / "pruned")
-    model = opened(folder, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
 
 
 def test_without_trust_no_code_is_run_and_no_model_opened(tmp_path) -> None:
@@ -87,16 +76,10 @@ def test_the_config_names_the_modules_of_each_removed_block(tmp_path) -> None:
     entries = json.loads((folder / "config.json").read_text())
     place = "model.decoder.layers"
     assert entries["removed_blocks"] == {
-        "layer00.attn": {
-            "modules": [f"{place}.0.self_attn", f"{place}.0.self_attn_layer_norm"],
-            "stub_rank": None,
-        },
-        "layer01.ffn": {
-            "modules": [
-                f"{place}.1.{name}" for name in ("fc2", "fc1", "activation_fn", "final_layer_norm")
-            ],
-            "stub_rank": None,
-        },
+        "layer00.attn": [f"{place}.0.self_attn", f"{place}.0.self_attn_layer_norm"],
+        "layer01.ffn": [
+            f"{place}.1.{name}" for name in ("fc2", "fc1", "activation_fn", "final_layer_norm")
+        ],
     }
 
 
@@ -127,23 +110,21 @@ def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:
 
 
 @pytest.mark.engine_feature("vLLM", "Removed blocks", "any, if the first kept block is attention")
-@pytest.mark.engine_feature("vLLM", "Stubs", "none")
 @pytest.mark.parametrize(
-    ("name", "mask", "stubs", "words"),
+    ("name", "mask", "words"),
     [
-        ("gemma2", MASK, False, "gemma2 is none; known are llama, mistral, qwen2"),
-        ("mistral_sliding", Plan.removing(1), False, "no sliding window, and this mistral has one"),
-        ("llama", Plan.removing(1), True, "nothing to put in the place of a removed block"),
-        ("llama", Plan.removing(0), False, "cannot start with a feed-forward block"),
-        ("llama", EVERYTHING, False, "cannot start with a feed-forward block"),
+        ("gemma2", MASK, "gemma2 is none; known are llama, mistral, qwen2"),
+        ("mistral_sliding", Plan.removing(1), "no sliding window, and this mistral has one"),
+        ("llama", Plan.removing(0), "cannot start with a feed-forward block"),
+        ("llama", EVERYTHING, "cannot start with a feed-forward block"),
     ],
 )
-def test_what_vllm_cannot_serve_is_not_offered_to_it(name, mask, stubs, words, tmp_path) -> None:
+def test_what_vllm_cannot_serve_is_not_offered_to_it(name, mask, words, tmp_path) -> None:
     llm = tiny_llm(name)
     with pytest.raises(UnsupportedModelError, match=words):
-        vllm_entries(llm.adapter, mask, stubs=stubs)
-    folder = save_pruned(repaired(llm) if stubs else llm, mask, tmp_path / "pruned")
+        vllm_entries(llm.adapter, mask)
+    folder = save_pruned(llm, mask, tmp_path / "pruned")
     entries = json.loads((folder / "config.json").read_text())
     assert entries["architectures"] == ["RapPrunedForCausalLM"]
     assert "block_configs" not in entries
-    assert vllm_entries(tiny_llm().adapter, Plan.removing(0, 1), stubs=False)  # a layer as a whole
+    assert vllm_entries(tiny_llm().adapter, Plan.removing(0, 1))  # a layer as a whole

@@ -11,7 +11,6 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from tests.models.generation import token_by_token
 from tests.models.states import logits, weights_hash
-from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, LAYERS, each_family, padded_batch, randomise, tiny_llm, tiny_model
 
 NUM_BLOCKS = 2 * LAYERS
@@ -65,15 +64,9 @@ def test_a_mask_equals_blocks_whose_output_is_zero(name: str, dtype: torch.dtype
         assert torch.equal(masked, logits(zeroed(llm, mask))), mask
 
 
-def opened(name: str, stubs: bool, dtype: torch.dtype = torch.float32) -> ElasticLLM:
-    """A model, or a view of it with stubs in the places of removed blocks."""
+@each_family("name", mask=MASKS, dtype=DTYPES)
+def test_generation_with_cache_equals_generation_without(name, mask, dtype) -> None:
     llm = tiny_llm(name, dtype=dtype)
-    return repaired(llm) if stubs else llm
-
-
-@each_family("name", mask=MASKS, dtype=DTYPES, stubs=[False, True])
-def test_generation_with_cache_equals_generation_without(name, mask, dtype, stubs) -> None:
-    llm = opened(name, stubs, dtype)
     llm.apply(mask)
     ask = {**padded_batch(), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     with_cache = llm.generate(**ask, use_cache=True)
@@ -81,9 +74,9 @@ def test_generation_with_cache_equals_generation_without(name, mask, dtype, stub
     assert torch.equal(with_cache, llm.generate(**ask, use_cache=False))
 
 
-@each_family("name", mask=MASKS, dtype=DTYPES, stubs=[False, True])
-def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype, stubs) -> None:
-    llm = opened(name, stubs, dtype)
+@each_family("name", mask=MASKS, dtype=DTYPES)
+def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype) -> None:
+    llm = tiny_llm(name, dtype=dtype)
     batch = padded_batch()
     seen = batch["attention_mask"].bool()
     with llm.masked(mask):
@@ -93,12 +86,11 @@ def test_a_loop_over_tokens_equals_one_pass(name, mask, dtype, stubs) -> None:
     assert (in_steps - at_once).abs().max() <= rounding * at_once.abs().max()
 
 
-@each_family("name", dtype=DTYPES, stubs=[False, True])
-def test_without_a_mask_it_is_the_original_model_bit_for_bit(name, dtype, stubs) -> None:
+@each_family("name", dtype=DTYPES)
+def test_without_a_mask_it_is_the_original_model_bit_for_bit(name, dtype) -> None:
     model = tiny_model(name, dtype=dtype)
     before, weights = logits(model), weights_hash(model)
     llm = ElasticLLM(model, None, name=name)
-    llm = repaired(llm) if stubs else llm
     assert torch.equal(logits(llm), before)
     for mask in MASKS.values():
         llm.apply(mask)

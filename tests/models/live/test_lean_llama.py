@@ -20,10 +20,6 @@ from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, causal_mask,
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
-from rap_env.repair.stub_library import StubLibrary
-from rap_env.serving.served_model import load_served_model
-from rap_env.serving.settings import ServerSettings
-from tests.models.stubs import random_stubs
 from tests.models.tiny_gguf import write_tiny_gguf
 from tests.tiny import padded_batch, randomise, tiny_config
 
@@ -102,21 +98,6 @@ def test_norms_of_few_and_of_many_rows_are_those_of_transformers(both, dtype, ro
     given = states.clone()
     assert torch.equal(lean(states), full(states))
     assert torch.equal(states, given)
-
-
-def test_removed_blocks_leave_the_same_stubs(both, gguf_path, tmp_path):
-    lean, full = both
-    stubs = random_stubs(full)
-    expected = served(full.repaired(stubs, "r"), PLANS["mask"])
-    assert all(map(torch.equal, served(lean.repaired(stubs, "r"), PLANS["mask"]), expected))
-    assert not all(map(torch.equal, served(full, PLANS["mask"]), expected))
-    StubLibrary(full.name, full.fingerprint, stubs, {}).save(tmp_path / "stubs.safetensors")
-    settings = {"model": str(gguf_path), "device": "cpu", "dtype": "float32"}
-    server = load_served_model(
-        ServerSettings(**settings, repair=str(tmp_path / "stubs.safetensors"))
-    )
-    assert isinstance(server.model, LeanLlama)
-    assert all(map(torch.equal, served(server, PLANS["mask"]), expected))
 
 
 def test_identity_sizes_and_tokenizer_are_those_of_the_other_model(both):

@@ -9,11 +9,9 @@ from rap_env.errors import UnknownNameError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.files.streamed import stream_llm
 from rap_env.models.weights.packed_modules import PackedModule
-from rap_env.models.weights.residency import Residency
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import apply_to, logits, saved, tensor_bytes, weights_hash
-from tests.models.stubs import repaired
 from tests.tiny import FAMILIES, LAYERS, each_family, tiny_llm, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -128,26 +126,3 @@ def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: 
     with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
         llm.set_residency("offload")
     llm.apply(Plan.of({"layer00.cache": "int4"}))
-
-
-@each_family("name", residency=["resident", "offload"])
-def test_stubs_replace_removed_blocks_beside_other_levels(name: str, residency: Residency) -> None:
-    view = repaired(tiny_llm(name))
-    view.set_residency(residency)
-    plan = Plan.of({"layer00.attn": "removed", "layer00.ffn": "int4", "layer01.attn": "int8"})
-    view.apply(plan)
-    parts = MemoryModel(view).breakdown(plan, REQUEST)
-    assert parts.stubs == view.facts.stub_bytes[0] > 0
-    assert tensor_bytes(view.model) == parts.weights + parts.embeddings + parts.stubs
-    other = repaired(tiny_llm(name))
-    other.apply(plan.without(3))
-    assert not torch.equal(logits(other), logits(view))
-    other.apply(Plan.removing(0))
-    with other.masked(plan):
-        assert torch.equal(logits(other), logits(view))
-    with view.masked(plan, bare=Plan.removing(0)):
-        bare = logits(view)
-    plain = tiny_llm(name)
-    plain.apply(plan)
-    assert torch.equal(bare, logits(plain))
-    assert not torch.equal(bare, logits(view))

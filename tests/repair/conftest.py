@@ -1,3 +1,0 @@
-from tests.models.conftest import lonely
-
-__all__ = ["lonely"]
