@@ -26,7 +26,7 @@ class Settings:
     repeats: int = 5
     """Measurements of each side; at least 5 for a published number."""
     threads: int | None = None
-    """Threads of torch; null selects the fastest number, measured at the start."""
+    """Threads of torch; null for torch's own number."""
     results_dir: str = str(RESULTS)
     """Folder of the record."""
 
@@ -49,7 +49,8 @@ def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
     from rap_env.models.device import use_threads  # these load torch
     from rap_env.models.files.loading import load_llm
 
-    use_threads(settings.threads or "auto")
+    if settings.threads is not None:
+        use_threads(settings.threads)
     return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
 
 

@@ -196,8 +196,7 @@ def _run_main(main: Callable[[], Any], program: str) -> None:
 def runs_in_parallel(hydra: Any) -> bool:
     """Whether jobs of a sweep run in parallel, as with every launcher except Hydra's own.
 
-    Each job then uses one thread of torch: jobs that measured the fastest number of threads at
-    the same time would disturb each other.
+    Each job then uses one thread of torch: jobs with threads on all cores would disturb each other.
     """
     return bool(
         hydra.mode == RunMode.MULTIRUN and not hydra.launcher._target_.endswith(".BasicLauncher")
@@ -216,14 +215,14 @@ def _mistake(text: str, program: str) -> str:
 
 
 def set_threads(config: Config) -> None:
-    """Set torch's number of threads before anything is measured.
+    """Set torch's number of threads.
 
     Rounding depends on the number of threads, so all stages of a comparison, including one that
     resumes, use the number that its first stage chose.
     """
     from rap_env.models.device import bound_kernel_caches, use_threads
 
-    bound_kernel_caches()  # before the first matrix product, which measures the threads
+    bound_kernel_caches()  # before the first matrix product
     use_threads(
         config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring["workers"])
     )
@@ -232,13 +231,13 @@ def set_threads(config: Config) -> None:
 def _stored_threads(path: Path, workers: int) -> int:
     """The number of threads stored for this comparison; chooses and stores it if missing.
 
-    It is measured, or 1 if workers measure masks: workers have as many threads as this process.
+    It is torch's own, or 1 if workers measure plans: workers have as many threads as this process.
     """
-    from rap_env.models.device import fastest_threads
+    import torch
 
     try:
         return max(1, int(path.read_text()))
     except (FileNotFoundError, ValueError):
-        threads = 1 if workers else fastest_threads()
+        threads = 1 if workers else torch.get_num_threads()
     write_text(path, f"{threads}\n")
     return threads

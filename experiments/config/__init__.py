@@ -45,8 +45,8 @@ class Config(Section):
     progress: bool = True
     """Whether progress bars are shown."""
     threads: Count | None = None
-    """Threads of torch; null measures the fastest number once for each comparison, or takes 1 if
-    workers measure."""
+    """Threads of torch; null takes torch's own number, or 1 if workers measure, for all stages of a
+    comparison."""
     model: ModelConfig = field(default_factory=ModelConfig)
     scoring: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["scoring"]))
     calibration: TextConfig = field(default_factory=TextConfig)

@@ -1,4 +1,4 @@
-"""Device, dtype and number of threads for a model, and the benchmark that selects the dtype."""
+"""Device, dtype and number of threads for a model, and what happens to freed memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import logging
 import mmap
 import os
 import re
-import time
-from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rap_env.artifacts import digest, load_artifact, save_artifact
-from rap_env.errors import ArtifactError, ForkedProcessError, UnknownNameError, counted
-from rap_env.paths import cache_dir
+from rap_env.errors import ForkedProcessError, InvalidRequestError, UnknownNameError, counted
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +25,8 @@ DTYPES = {
 
 _forked_from_cuda = False
 
-CLEAR_GAIN = 1.2
-"""Speed-up that justifies a change; a smaller one may be noise."""
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
 """Capabilities of CPUs that multiply bfloat16 matrices without emulation."""
-_HALVES = (torch.bfloat16, torch.float16)  # bfloat16 first: it has the range of float32
-_BENCHMARK_S = 0.5
-_CANDIDATE_S = 0.4  # for each number of threads
-_SLICES = 5
-_VERSION = 1
-# Tokens, input width and output width of one product: those of a small model on a CPU; on a GPU
-# a product that is large enough to use its matrix units.
-_CPU_SHAPE, _GPU_SHAPE = (256, 576, 1536), (2048, 2048, 2048)
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)")  # range, rights, inode
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 _EARLY_BYTES, _MMAP_MAX = 2**17, 2**16  # glibc's own defaults, which it raises on its own
@@ -68,16 +53,23 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; ``"auto"`` is the one that was measured to be fastest.
+    """The dtype for a name; ``"auto"`` is the shortest one that the processor has instructions for.
 
-    The measurement takes half a second per kind of processor; the result is stored in the cache
-    folder (see `remembered_dtype`).
+    That is bfloat16 on CPUs with AMX or AVX512-BF16 and on CUDA devices from Ampere on; float16 on
+    older CUDA devices with matrix units (V100, T4): it has less range, and a model that leaves it
+    raises a `NonFiniteScoreError`; and float32 elsewhere, where the others are emulated.
     """
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise UnknownNameError("dtype", name, ["auto", *DTYPES])
-    return remembered_dtype(device, device_kind(device))
+    if device.type == "cuda":
+        generation, _ = torch.cuda.get_device_capability(device)
+        if generation >= 7:
+            return torch.bfloat16 if generation >= 8 else torch.float16
+    elif device.type == "cpu" and any(cpu_capabilities().get(flag) for flag in BFLOAT16_FLAGS):
+        return torch.bfloat16
+    return torch.float32
 
 
 def device_kind(device: torch.device) -> str:
@@ -95,91 +87,6 @@ def cpu_capabilities() -> dict[str, Any]:
     """What torch says of this machine's CPU by name; nothing in versions that cannot tell."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return dict(capabilities)
-
-
-def products_per_second(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
-    """Products ``left @ right`` per second, measured for `seconds`."""
-    left @ right  # the first product starts threads and selects kernels
-    synchronise(left.device)
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        left @ right
-        synchronise(left.device)
-        done += 1
-    return done / (time.perf_counter() - began)
-
-
-def measured_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if `device` multiplies clearly faster in it than in float32, else float32.
-
-    It is faster on hardware with matrix units for it (AMX, AVX512-BF16, CUDA from Ampere on);
-    elsewhere bfloat16 is emulated. Older GPUs (V100, T4) have units for float16 only, which is
-    then chosen if it is clearly faster than float32; it has less range, and a model that leaves it
-    raises a `NonFiniteScoreError`. The dtypes are measured in turn, half a second in total, and the
-    best of several slices counts, so that other load on the machine does not decide. On a CPU one
-    thread is measured: the waiting of several threads would hide the speed of the units.
-    """
-    halves = _HALVES if device.type == "cuda" else _HALVES[:1]
-    best = dict.fromkeys((torch.float32, *halves), 0.0)
-    slice_s = _BENCHMARK_S / (len(best) * _SLICES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(_SLICES):
-            for dtype, fastest in best.items():
-                best[dtype] = max(fastest, _rate(device, dtype, slice_s))
-    finally:
-        torch.set_num_threads(threads)
-    gains = {dtype: best[dtype] / best[torch.float32] for dtype in halves}
-    faster = (dtype for dtype, gain in gains.items() if gain > CLEAR_GAIN)
-    chosen = next(faster, torch.float32)
-    gains_text = " and ".join(
-        f"{str(dtype).removeprefix('torch.')} {gain:.2f}" for dtype, gain in gains.items()
-    )
-    log.info("%s multiplies %s times as fast as float32: %s is chosen", device, gains_text, chosen)
-    return chosen
-
-
-@lru_cache(maxsize=64)
-def remembered_dtype(device: torch.device, processor: str) -> torch.dtype:
-    """The result of `measured_dtype`, once per `device_kind` of processor; see `remembered`."""
-
-    def measure() -> str:
-        return str(measured_dtype(device)).removeprefix("torch.")
-
-    kind = "rap-env.fastest-dtype"
-    return DTYPES[remembered("dtype", kind, {"processor": processor}, measure)]
-
-
-def remembered(name: str, kind: str, about: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """What was measured on this machine, once for each `about` and version of torch.
-
-    It is kept in the cache folder (``NAME-*.json``; delete it to measure again), so that the same
-    machine always computes in the same way and a later process does not measure. If the cache
-    cannot be read or written, each process measures.
-
-    Args:
-        name: Name of the result.
-        kind: Kind of the artifact that holds it.
-        about: What it depends on.
-        measure: Returns the result, as JSON has it.
-    """
-    key = {**about, "torch": torch.__version__}
-    path = cache_dir() / f"{name}-{digest(key)[:16]}.json"
-    with contextlib.suppress(OSError, ArtifactError, KeyError):
-        return load_artifact(path, kind, _VERSION)[name]
-    result = measure()
-    with contextlib.suppress(OSError):
-        save_artifact(path, kind, _VERSION, {**key, name: result})
-    return result
-
-
-def _rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Matrix products per second in a dtype, measured for some seconds."""
-    tokens, width, out = _CPU_SHAPE if device.type == "cpu" else _GPU_SHAPE
-    left = torch.randn(tokens, width, device=device)
-    right = torch.randn(out, width, device=device).T  # as a linear layer holds its weight
-    return products_per_second(left.to(dtype), right.to(dtype), seconds)
 
 
 def _after_fork() -> None:
@@ -226,48 +133,21 @@ def take_library_workspace(device: torch.device, dtype: torch.dtype) -> int:
     return torch.cuda.memory_allocated(device) - before
 
 
-def use_threads(number: int | str = "auto") -> int:
+def use_threads(number: int) -> int:
     """Set the number of torch threads of this process, log and return it.
 
     The library itself never calls it: torch's default (one thread per core) is used until you do.
-    Rounding depends on the number, so compare only scores that were computed with the same one.
+    Threads that spin while they wait for each other can make a busy machine slower. Rounding
+    depends on the number, so compare only scores that were computed with the same one.
 
-    Args:
-        number: A number of threads, or ``"auto"`` for the result of `fastest_threads`.
+    Raises:
+        InvalidRequestError: The number is below 1.
     """
-    if number == "auto":
-        number = fastest_threads()
-    if not isinstance(number, int) or number < 1:
-        hint = "Give that, or a whole number of at least 1."
-        raise UnknownNameError("number of threads", number, ["auto"], hint)
+    if number < 1:
+        raise InvalidRequestError(f"The number of threads must be at least 1, not {number}.")
     torch.set_num_threads(number)
     log.info("torch uses %s.", counted(number, "thread"))
     return number
-
-
-def fastest_threads() -> int:
-    """The number of torch threads that multiply fastest on this machine at the moment.
-
-    Threads that spin while they wait for each other can make a busy machine slower (nine times, on
-    two cores with other load), so the number is measured. More threads are chosen only for a clear
-    gain. Candidates are powers of two up to the number of cores. The measurements are logged.
-    """
-    before = torch.get_num_threads()
-    left, right = torch.randn(256, 576), torch.randn(576, 1536)
-    rates: dict[int, float] = {}
-    best, threads = 1, 1
-    try:
-        while threads <= (os.cpu_count() or 1):
-            torch.set_num_threads(threads)
-            rates[threads] = products_per_second(left, right, _CANDIDATE_S)
-            if rates[threads] > CLEAR_GAIN * rates[best]:
-                best = threads
-            threads *= 2
-    finally:
-        torch.set_num_threads(before)
-    rates_text = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
-    log.info("Products per second by number of threads: %s; %d is chosen", rates_text, best)
-    return best
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,6 @@ import torch
 
 from experiments.config import Config
 from experiments.launch import set_threads
-from rap_env.models import device
 
 
 @pytest.fixture(autouse=True)
@@ -15,25 +14,25 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_the_first_choice_is_kept(tmp_path, monkeypatch):
+def test_the_first_choice_is_kept(tmp_path):
     config = Config(name="c", runs_dir=str(tmp_path))
-    monkeypatch.setattr(device, "fastest_threads", lambda: 3)
+    torch.set_num_threads(3)
     set_threads(config)
-    monkeypatch.setattr(device, "fastest_threads", lambda: 1)
+    torch.set_num_threads(1)
     set_threads(config)
     assert torch.get_num_threads() == 3
 
 
-def test_workers_have_one_thread_unless_the_comparison_began_with_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "fastest_threads", lambda: 3)
+def test_workers_have_one_thread_unless_the_comparison_began_with_more(tmp_path):
+    torch.set_num_threads(3)
     workers = {"workers": 2}
+    set_threads(Config(name="old", runs_dir=str(tmp_path)))
     set_threads(Config(name="new", runs_dir=str(tmp_path), scoring=workers))
     assert torch.get_num_threads() == 1
-    set_threads(Config(name="new", runs_dir=str(tmp_path)))
-    assert torch.get_num_threads() == 1, "later stages have the same scores"
-    set_threads(Config(name="old", runs_dir=str(tmp_path)))
     set_threads(Config(name="old", runs_dir=str(tmp_path), scoring=workers))
     assert torch.get_num_threads() == 3
+    set_threads(Config(name="new", runs_dir=str(tmp_path)))
+    assert torch.get_num_threads() == 1, "later stages have the same scores"
 
 
 def test_an_explicit_number_wins(tmp_path):
@@ -42,7 +41,7 @@ def test_an_explicit_number_wins(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_file_is_measured_again(tmp_path):
+def test_a_damaged_file_is_written_again(tmp_path):
     config = Config(name="c", runs_dir=str(tmp_path))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "threads.txt").write_text("")

@@ -92,8 +92,8 @@ def load_llm(
             see `models.files.sources`), a hub id (``"org/name"`` or ``"org/name@revision"``),
             a folder that transformers or `save_pruned` wrote, or a ``.gguf`` file.
         device: ``"auto"`` (CUDA if there is any), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, if clearly faster, else float32;
-            see `rap_env.models.device.choose_dtype`, and for packed weights
+        dtype: ``"auto"`` (bfloat16, or float16 on older GPUs, where the processor has instructions
+            for it, else float32; see `rap_env.models.device.choose_dtype`, and for packed weights
             `rap_env.models.weights.packing.choose_packed_dtype`), ``"float32"``, ``"bfloat16"`` or
             ``"float16"``. A pruned checkpoint has its own.
         weights: ``"native"`` keeps a GGUF file's own bits, and is ``"bf16"`` for all other

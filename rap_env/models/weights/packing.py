@@ -30,7 +30,6 @@ from torch.nn import functional
 
 from rap_env.models.device import choose_dtype
 from rap_env.models.weights.bfloat16_products import TOKENS_AT_ONCE, uses_float32
-from rap_env.models.weights.kernel_choice import remembered_rows
 from rap_env.models.weights.packed_layout import (
     BLOCK,
     GROUP_INPUTS,
@@ -50,7 +49,12 @@ from rap_env.models.weights.packed_layout import (
     widening_buffer,
 )
 
-_EXAMPLE = (1536, 576)  # (out, in) of the matrix with which kernels are measured
+# Most rows of a product for which a packed kernel with bfloat16 states is faster than widening,
+# measured with 1,536 x 576 weights and one thread of an AMD EPYC. Widening takes a constant time
+# and little for each row, a kernel more for each row.
+_KERNEL_ROWS = {"int4": 48, "int8": 8}
+_KERNEL_ROWS_EMULATED = {"int4": 128, "int8": 24}  # AVX512: products of widened weights take longer
+_KERNEL_ROWS_AVX2 = {"int4": 8, "int8": 12}
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,28 +246,28 @@ class PackedMatrix:
 
 @lru_cache(maxsize=16)
 def kernel_rows(level: PackedLevel, dtype: torch.dtype) -> int:
-    """Most rows of a product for which the packed kernel is faster than widening; measured once."""
-    if dtype == torch.float16:  # its range is too short for some scales
+    """Most rows of a product for which torch's packed kernel of CPUs is faster than widening.
+
+    Only with bfloat16 states it is faster at all; the range of float16 is too short for some
+    scales.
+    """
+    if dtype != torch.bfloat16:
         return 0
-    with torch.inference_mode():
-        codes = torch.zeros(_EXAMPLE, dtype=torch.int8)
-        groups = _EXAMPLE[1] // GROUP_INPUTS
-        scale = torch.ones(_EXAMPLE[0] if level == "int8" else (_EXAMPLE[0], groups))
-        example = PackedMatrix.from_codes(codes, scale, zero=None if level == "int8" else scale)
-        kernel, widening = example._by_kernel, example._by_widening
-        return remembered_rows(level, kernel, widening, _EXAMPLE[1], dtype)
+    if kernel_block_rows() == HALF:
+        return _KERNEL_ROWS_AVX2[level]
+    emulated = uses_float32(torch.device("cpu"), dtype)
+    return (_KERNEL_ROWS_EMULATED if emulated else _KERNEL_ROWS)[level]
 
 
 def choose_packed_dtype(name: str, device: torch.device) -> torch.dtype:
     """As `choose_dtype`, for a model with packed weights.
 
     Torch's packed kernels of CPUs are fast with bfloat16 states, so ``"auto"`` is bfloat16 where
-    the int4 kernel reads our layout and is faster than widening, even if the CPU emulates
-    unquantised products in bfloat16: a decode step of the default model took a fifth of its time
-    with float32 states. Without that kernel emulation would double the time of a step.
+    the int4 kernel reads our layout, even if the CPU emulates unquantised products in bfloat16: a
+    decode step of the default model took a fifth of its time with float32 states. Without that
+    kernel emulation would double the time of a step.
     """
-    undecided = name == "auto" and device.type == "cpu"
-    if undecided and kernel_block_rows() and kernel_rows("int4", torch.bfloat16):
+    if name == "auto" and device.type == "cpu" and kernel_block_rows():
         return torch.bfloat16
     return choose_dtype(name, device)
 

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.weights import bfloat16_products, kernel_choice, packed_layout, packing
-from rap_env.models.weights.kernel_choice import CANDIDATES, most_rows, remembered_rows
+from rap_env.models.weights import bfloat16_products, packed_layout, packing
 from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
     PACKED_LEVELS,
@@ -154,11 +153,11 @@ def test_rows_are_those_of_the_widened_matrix(level, shape, dtype) -> None:
 
 def test_the_kernel_is_used_only_where_it_reads_the_stored_layout(monkeypatch) -> None:
     matrix = quantise(_random((128, 64)), "int4")
-    states = _random((2, 64), seed=3)
+    states = _random((2, 64), seed=3).bfloat16()
     expected = matrix.product(states)
     monkeypatch.setattr(packing, "kernel_block_rows", lambda: 0)
     monkeypatch.setattr(PackedMatrix, "_by_kernel", lambda *_: pytest.fail("kernel used"))
-    _close(matrix.product(states), expected, 1e-6)
+    _close(matrix.product(states), expected, TOLERANCE[torch.bfloat16])
 
 
 PRODUCTS_OF_HALF_BLOCKS = """
@@ -224,60 +223,38 @@ def _product_in_thread(matrix: PackedMatrix) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "rows", "expected"),
+    ("name", "block", "expected"),
     [
-        ("auto", 64, 96, torch.bfloat16),  # even if unquantised products are faster in float32
-        ("auto", 32, 96, torch.bfloat16),
-        ("auto", 64, 0, torch.float32),
-        ("auto", 0, 96, torch.float32),  # the kernel is fast, but for another layout
-        ("float32", 64, 96, torch.float32),
-        ("float16", 64, 96, torch.float16),
+        ("auto", 64, torch.bfloat16),  # even if unquantised products are faster in float32
+        ("auto", 32, torch.bfloat16),
+        ("auto", 0, torch.float32),  # there is no kernel, or one for another layout
+        ("float32", 64, torch.float32),
+        ("float16", 64, torch.float16),
     ],
 )
-def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, block, rows, expected):
+def test_packed_weights_have_the_dtype_of_their_kernels(monkeypatch, name, block, expected):
     cpu = torch.device("cpu")
     monkeypatch.setattr(packing, "kernel_block_rows", lambda: block)
-    monkeypatch.setattr(packing, "kernel_rows", lambda level, dtype: rows)
-    monkeypatch.setattr(device, "remembered_dtype", lambda *about: torch.float32)
+    monkeypatch.setattr(device, "cpu_capabilities", dict)
     assert packing.choose_packed_dtype(name, cpu) is expected
     assert packing.choose_packed_dtype("auto", torch.device("meta")) is torch.float32
 
 
-FLOAT = torch.float32
+@pytest.mark.parametrize("level", ["int4", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_multiplies_few_rows_and_widening_many(level, dtype, monkeypatch) -> None:
+    matrix = quantise(_random((128, 64)), level)
+    most = packing.kernel_rows(level, dtype)
+    assert (most > 0) == (dtype == torch.bfloat16)
+    asked: list[int] = []
+    by_kernel = PackedMatrix._by_kernel
 
+    def kernel(self: PackedMatrix, flat: torch.Tensor) -> torch.Tensor:
+        asked.append(len(flat))
+        return by_kernel(self, flat)
 
-def _kernel(states: torch.Tensor) -> object:
-    return states
-
-
-def _widening(states: torch.Tensor) -> object:
-    return states
-
-
-def _times(monkeypatch: pytest.MonkeyPatch, crossing: float) -> None:
-    """The kernel takes a unit of time for each row, widening `crossing` for any number."""
-
-    def seconds(product: object, states: torch.Tensor) -> float:
-        return float(len(states)) if product is _kernel else crossing
-
-    monkeypatch.setattr(kernel_choice, "_seconds", seconds)
-
-
-@pytest.mark.parametrize("rows", CANDIDATES)
-def test_every_crossing_is_found(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    _times(monkeypatch, rows + 0.5)
-    assert most_rows(_kernel, _widening, 4, FLOAT) == rows
-
-
-def test_a_slow_kernel_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    _times(monkeypatch, 0.5)
-    assert most_rows(_kernel, _widening, 4, FLOAT) == 0
-
-
-def test_the_result_is_kept_for_later_processes(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("rap_env.models.device.cache_dir", lambda: tmp_path)
-    _times(monkeypatch, 10)
-    assert remembered_rows("int4", _kernel, _widening, 4, FLOAT) == 8
-    _times(monkeypatch, 100)
-    assert remembered_rows("int4", _kernel, _widening, 4, FLOAT) == 8
-    assert remembered_rows("int8", _kernel, _widening, 4, FLOAT) == 96
+    monkeypatch.setattr(PackedMatrix, "_by_kernel", kernel)
+    for rows in {1, max(1, most), most + 1}:
+        matrix.product(_random((rows, 64)).to(dtype))
+    readable = level == "int8" or packing.kernel_block_rows()
+    assert set(asked) == ({1, most} if most and readable else set())
