@@ -69,7 +69,7 @@ class ModelFacts:
         Raises:
             ArtifactError: They are those of a model with stubs.
         """
-        reject_stubs(values, "The facts of a model")
+        reject_stubs(values, f"What is known of {values.get('name')}")
         own = {name: value for name, value in values.items() if name not in _STUB_FIELDS}
         blocks = own.get("level_param_bytes", {})
         return cls(**{**with_tuples(own), "level_param_bytes": with_tuples(blocks)})
@@ -137,9 +137,9 @@ def reject_stubs(values: Mapping[str, Any], what: str) -> None:
     """
     if any(values.get(name) for name in _STUB_FIELDS):
         raise ArtifactError(
-            f"{what} is of a model with stubs in the place of removed blocks, which were removed "
-            "from rap_env: make it again without stubs (the weight levels int3 and int2 lose "
-            "less), or use the version that wrote it."
+            f"{what} was measured or made with stubs in the place of removed blocks, which are no "
+            "longer supported: make it again without them (weights at int3 or int2 lose less at "
+            "the same bytes), or use the version that wrote it."
         )
 
 

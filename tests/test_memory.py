@@ -80,7 +80,10 @@ def test_facts_of_earlier_versions_are_read_unless_the_model_had_stubs() -> None
     written = {**json.loads(json.dumps(asdict(FACTS))), "stub_bytes": [], "repair": ""}
     assert ModelFacts.from_json(written) == FACTS
     for more in ({"stub_bytes": [10] * 6}, {"repair": "r" * 64}):
-        with pytest.raises(ArtifactError, match="stubs.* were removed .* int3 and int2"):
+        with pytest.raises(
+            ArtifactError,
+            match="of made-up was .* with stubs .* no longer supported.* int3 or int2",
+        ):
             ModelFacts.from_json({**written, **more})
 
 

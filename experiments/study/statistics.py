@@ -141,31 +141,6 @@ def relative_ratio(
     return Estimate(ratio.mean - 1, ratio.low - 1, ratio.high - 1, ratio.seeds)
 
 
-def stratified_mean(
-    strata: Sequence[npt.NDArray[np.float64]],
-    divided_by: Sequence[npt.NDArray[np.float64]] | None = None,
-) -> Estimate | None:
-    """Return the sum of the means of several texts, divided by that of others if they are given.
-
-    Args:
-        strata: Values of each text, each of shape (windows,).
-        divided_by: Others on the same windows, which are resampled jointly.
-
-    Returns:
-        The estimate; None if a divisor is not significantly above 0.
-    """
-    rng, resampled = np.random.default_rng(SEED), np.zeros((2, RESAMPLES))
-    for values, others in zip(strata, divided_by or strata, strict=True):
-        resampled += np.stack([values, others]) @ resample_weights(rng, len(values)).T
-    mean, means = sum(float(values.mean()) for values in strata), resampled[0]
-    if divided_by is not None:
-        divisor = sum(float(values.mean()) for values in divided_by)
-        if min(divisor, resampled[1].min()) <= 0:
-            return None
-        mean, means = mean / divisor, means / resampled[1]
-    return _estimate(mean, means, 1)
-
-
 def kept_above_chance(
     plan: Mapping[str, npt.NDArray[np.float64]],
     native: Mapping[str, npt.NDArray[np.float64]],

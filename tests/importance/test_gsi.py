@@ -169,3 +169,12 @@ def test_another_models_artifact_is_rejected(tmp_path):
 def test_unknown_method():
     with pytest.raises(UnknownNameError, match="GSI method 'fast'; known are 'exact', 'lazy'"):
         gsi(MaskScorer(tiny_llm(), tokens()), method="fast")
+
+
+def test_an_order_of_a_model_with_stubs_is_rejected(tmp_path):
+    llm, path = tiny_llm(), tmp_path / "gsi.json"
+    profile = gsi(MaskScorer(llm, tokens()), stop=1, progress=False)
+    scoring = {**profile.provenance["scoring"], "repair": "r" * 64}
+    replace(profile, provenance={**profile.provenance, "scoring": scoring}).save(path)
+    with pytest.raises(ArtifactError, match=r"gsi\.json was measured or made with stubs"):
+        GSIProfile.load(path, llm)

@@ -210,7 +210,7 @@ class ElasticLLM:
                     self._live.store = WeightStore(
                         self.model, items, blocks, self.folder, residency, self.fingerprint
                     )
-                    keep_in_place(self.model, "residency is not 'resident'")
+                    keep_in_place(self.model)
         return_freed_memory(self.device)
 
     @property

@@ -37,20 +37,20 @@ def remove_hooks(modules: Iterable[nn.Module]) -> None:
             del module.forward
 
 
-def keep_in_place(model: nn.Module, reason: str) -> None:
+def keep_in_place(model: nn.Module) -> None:
     """From now on, refuse to move or convert a model as a whole."""
-    object.__setattr__(model, "_apply", _InPlace(model, reason))
+    object.__setattr__(model, "_apply", _InPlace(model))
 
 
 class _InPlace:
     """Stands in for `nn.Module._apply` of a model that must not be moved or converted any more.
 
-    Other tensors (buffers of weights, copies on the host) would stay where they were, and
-    a later pass would fail in the middle. What changes neither device nor dtype is allowed.
+    Other tensors (buffers of weights, copies on the host) would stay where they were, and a later
+    pass would fail in the middle. What changes neither device nor dtype is allowed.
     """
 
-    def __init__(self, model: nn.Module, reason: str) -> None:
-        self._model, self._reason = model, reason
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def __call__(
         self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -66,6 +66,7 @@ class _InPlace:
         if (changed.device, changed.dtype) != (probe.device, probe.dtype):
             raise UnsupportedModelError(
                 f"The model cannot be moved or converted ({probe.device}, {probe.dtype} to "
-                f"{changed.device}, {changed.dtype}), because {self._reason}: load it as it is to "
-                "be, load_llm(device=..., dtype=...), and then set its residency."
+                f"{changed.device}, {changed.dtype}), because its residency is not "
+                "'resident': load it as it is to be, load_llm(device=..., dtype=...), and then set "
+                "its residency."
             )

@@ -222,5 +222,5 @@ def test_checkpoints_of_earlier_versions_are_read_unless_they_have_stubs(saved) 
     assert load_pruned(saved).pruned == MASK
     body |= {"stub_ranks": {"layer00.attn": 4}}
     save_artifact(saved / PRUNED_FILE, "pruned-checkpoint", 1, body)
-    with pytest.raises(ArtifactError, match="is of a model with stubs"):
+    with pytest.raises(ArtifactError, match="pruned was measured or made with stubs"):
         load_pruned(saved)

@@ -20,7 +20,6 @@ MASKS = {
     "all ffn": Plan.removing(*range(1, NUM_BLOCKS, 2)),
     "everything": Plan.removing(*range(NUM_BLOCKS)),
 }
-EVERY_MASK = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 DTYPES = [torch.float32, torch.bfloat16]
 
