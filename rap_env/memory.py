@@ -70,10 +70,14 @@ class MemoryModel:
 
     Args:
         model: A live model (anything with `facts`) or the facts themselves.
+        chunk_tokens: Prompt tokens processed in one pass.
     """
 
-    def __init__(self, model: HasFacts | ModelFacts) -> None:
+    def __init__(
+        self, model: HasFacts | ModelFacts, chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    ) -> None:
         self.facts = facts = model if isinstance(model, ModelFacts) else model.facts
+        self._chunk_tokens = chunk_tokens
         windows = [_NO_WINDOW if w is None else w for w in facts.kv_window_tokens]
         self._block_bytes = np.array(facts.block_param_bytes, dtype=np.int64)  # (2L,)
         self._kv_bytes_per_token = np.array(facts.kv_bytes_per_token, dtype=np.int64)  # (L,)
@@ -236,7 +240,7 @@ class MemoryModel:
 
     def _workspace(self, batch_size: int, seq_len_tokens: int, any_ffn: bool = True) -> int:
         facts = self.facts
-        tokens = min(batch_size * seq_len_tokens, PREFILL_CHUNK_TOKENS)
+        tokens = min(batch_size * seq_len_tokens, self._chunk_tokens)
         inner = max(4 * facts.hidden_size, 2 * facts.ffn_width if any_ffn else 0)
         activations = tokens * facts.itemsize * (3 * facts.hidden_size + inner)
         activations += facts.widen_bytes if facts.packed else 0

@@ -64,8 +64,8 @@ class MemoryEstimator:
 
     def __init__(self, llm: ElasticLLM, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> None:
         self._llm = llm
-        self.memory = MemoryModel(llm)
-        self._chunk_tokens = min(chunk_tokens, PREFILL_CHUNK_TOKENS)
+        self.memory = MemoryModel(llm, min(chunk_tokens, PREFILL_CHUNK_TOKENS))
+        self._of_policies = MemoryModel(llm)
         facts = self.memory.facts
         windows = (facts.max_positions if w is None else w for w in facts.kv_window_tokens)
         self._layer_kinds = set(zip(facts.kv_bytes_per_token, windows, strict=True))
@@ -86,20 +86,19 @@ class MemoryEstimator:
         """The memory model's estimate for activations and logits, plus one copied cache layer."""
         batch, tokens = shape.at_least_one
         layer = max(batch * min(tokens, window) * size for size, window in self._layer_kinds)
-        return self._workspace(shape) + layer
+        return self.memory.workspace_bytes(shape.request(1)) + layer
 
-    def budget_for_policy(self, shape: BatchShape, limit_bytes: int) -> int:
-        """The budget at which a policy, which asks the memory model, may use `limit_bytes`.
+    def surcharge_bytes(self, shape: BatchShape, plan: Plan | None = None) -> int:
+        """Bytes that a plan takes beyond those with which policies reckon; negative if fewer.
 
-        The memory model's workspace is that of longer passes than the scheduler runs.
+        Policies reckon with the memory model's longest passes and with what a request needs alone.
+        Without a plan, what every plan takes beyond that.
         """
-        workspace = self.memory.workspace_bytes(shape.request(1)) - self._workspace(shape)
-        return limit_bytes + workspace - shape.kept_bytes
-
-    def more_than_policy_bytes(self, plan: Plan, shape: BatchShape) -> int:
-        """Bytes that a plan needs beyond those with which a policy reckons, workspace aside."""
-        reckoned = self.memory.peak_bytes(plan, shape.request(1)) - self.budget_for_policy(shape, 0)
-        return self.peak_bytes(plan, shape) - reckoned
+        request = shape.request(1)
+        if plan is not None:
+            return self.peak_bytes(plan, shape) - self._of_policies.peak_bytes(plan, request)
+        longest_pass = self._of_policies.workspace_bytes(request)
+        return self.memory.workspace_bytes(request) - longest_pass + shape.kept_bytes
 
     def pass_estimate(self, plan: Plan, shape: BatchShape, size: PassSize) -> PassEstimate:
         """Most bytes that a pass allocates."""
@@ -217,19 +216,11 @@ class MemoryEstimator:
         sizes = enumerate(self._cache_sizes(plan, shape))
         return [size for layer, size in sizes if 2 * layer not in plan.removed]
 
-    def _workspace(self, shape: BatchShape, any_ffn: bool = True) -> int:
-        batch, tokens = shape.at_least_one
-        one_pass = Request(1, min(batch * tokens, self._chunk_tokens), 1)
-        logits = (batch - 1) * self.memory.facts.vocab_size * _LOGIT_BYTES
-        return self.memory.workspace_bytes(one_pass, any_ffn) + logits
-
     def _compute_peak(self, plan: Plan, shape: BatchShape, added: int | None) -> int:
         """Peak bytes of a plan; `added` are the bytes that a resident model has for its levels."""
         request, caches = shape.request(1), self._kept_caches(plan, shape)
         parts = self.memory.breakdown(plan, request)
-        any_ffn = plan.count_removed("ffn") < self.memory.facts.num_layers
         peak = parts.peak + sum(caches) - parts.kv_cache
-        peak += self._workspace(shape, any_ffn) - self.memory.workspace_bytes(request, any_ffn)
         tokens = request.batch_size * request.seq_len_tokens
         peak += _PLACEHOLDER_BYTES * tokens * plan.count_removed("attn")
         if added is not None:

@@ -260,7 +260,7 @@ class PlanChooser:
         """
         mask = self._all_removable
         if not mask:
-            return self._ask_policy(shape, limit_bytes)
+            return self._ask_policy(shape, limit_bytes - self.estimator.surcharge_bytes(shape))
         if self.estimator.peak_bytes(mask, shape) <= limit_bytes:
             return mask
         plans = mask, self._ask_policy(shape, 1).without(*mask.removed)
@@ -284,27 +284,26 @@ class PlanChooser:
         return PlanChoice(smaller, self.estimator.peak_bytes(smaller, shape), guarded=True)
 
     def _policy_plan(self, shape: BatchShape, limit_bytes: int) -> Plan:
-        """The policy's plan; one for a lower limit if that for the limit needs more than it."""
-        limit, plan = limit_bytes, self._ask_policy(shape, limit_bytes)
+        """The policy's plan; one for a lower budget if that needs more than the limit."""
+        budget = limit_bytes - self.estimator.surcharge_bytes(shape)
+        plan = self._ask_policy(shape, budget)
         for _ in range(_ASKS - 1):
             over = self.estimator.peak_bytes(plan, shape) - limit_bytes
             if over <= 0:
                 break
-            # The policy's own arithmetic leaves out what the estimator counts on top.
-            more = self.estimator.more_than_policy_bytes(plan, shape)
-            limit = min(limit - over, limit_bytes - more)
-            smaller = self._ask_policy(shape, limit) if limit > 0 else plan
+            more = self.estimator.surcharge_bytes(shape, plan)
+            budget = min(budget - over, limit_bytes - more)
+            smaller = self._ask_policy(shape, budget) if budget > 0 else plan
             if smaller == plan:
                 break
             plan = smaller
         return plan
 
-    def _ask_policy(self, shape: BatchShape, limit_bytes: int) -> Plan:
+    def _ask_policy(self, shape: BatchShape, budget_bytes: int) -> Plan:
         """The policy's plan; nothing is lowered if the policy fails."""
-        budget = self.estimator.budget_for_policy(shape, limit_bytes)
         try:
             policy = self.policy.for_text(shape.text_shares)
-            return self.estimator.memory.check_plan(policy.choose(shape.request(budget)))
+            return self.estimator.memory.check_plan(policy.choose(shape.request(budget_bytes)))
         except Exception:
             log.exception("Policy %r failed; the guard chooses the plan.", self.policy.name)
             return Plan()

@@ -101,8 +101,8 @@ def test_a_shorter_chunk_needs_less_workspace_and_the_policy_gets_the_difference
     assert saved > 0
     for plan in PLANS[:2]:
         assert whole.peak_bytes(plan, LONG) - short.peak_bytes(plan, LONG) == saved
-    assert short.budget_for_policy(LONG, 1000) == 1000 + saved
-    assert whole.budget_for_policy(LONG, 1000) == 1000
+    assert short.surcharge_bytes(LONG) == -saved
+    assert whole.surcharge_bytes(LONG) == 0
 
 
 def test_a_falling_budget_lowers_caches_then_weights_then_removes_blocks():
