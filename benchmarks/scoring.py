@@ -38,7 +38,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.scorer import METRIC, MaskScorer
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.store import ScoreStore
 
 _EACH_MASK = "one full forward of a plain model for each mask"
 _EACH_CANDIDATE = "one full forward of a plain model for each candidate"
@@ -250,7 +250,7 @@ def rollout_masks(setup: ScoringSetup, timing: str, steps: int) -> list[Plan]:
             ),
             Path(folder) / "run",
         )
-        rows = store.rows(context_key(context.scorer.context), METRIC)
+        rows = store.rows(context.scorer.context, METRIC)
         masks = [plan for plan, _ in rows if plan.is_mask and plan]
         masks.sort(key=lambda mask: sorted(mask.removed))
         store.close()

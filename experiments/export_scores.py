@@ -65,7 +65,7 @@ def export_scores(config: Config, folder: Path) -> Path:
         measure(config, context, recorded)
     levels = context.level_costs(LADDERS["all"]["caches"]) if config.export["levels"] else None
     # Machines differ in the last digits: what was published keeps its rise over the native model.
-    scores = stored_scores(context, plans=config.export["levels"]) | recorded
+    scores = stored_scores(context) | recorded
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if plan.is_mask}
     held_out = held_out_losses(config.export["records"], context)
@@ -99,7 +99,7 @@ def shown(fidelity: Fidelity) -> str:
 def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
     """Score planned masks until the records and the store have `config.export["masks"]`."""
     num_masks, blocks = config.export["masks"] or 0, context.memory.facts.num_blocks
-    known = set(recorded) | set(stored_scores(context, plans=False))
+    known = set(recorded) | set(stored_scores(context))
     known = {plan for plan in known if plan.is_mask}
     plan = every_mask(blocks)
     if num_masks < 2**blocks:
@@ -130,7 +130,7 @@ def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, floa
             "A score table is made from a score store, but store is null. Set store=default or "
             "store=FILE."
         )
-    if num_masks is None and not recorded and not stored_scores(context, plans=False):
+    if num_masks is None and not recorded and not stored_scores(context):
         raise ExperimentError(
             f"The store {context.store.path} has no scores of {name} on this calibration text, "
             "dtype, device and number of threads. Measure some with export.masks=20000, or use "

@@ -77,7 +77,7 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
         evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
     )
     has_store = context.store is not None
-    stored = stored_scores(context, plans=config.env.lowers) if has_store else None
+    stored = stored_scores(context) if has_store else None
     with progress_bar(config.progress, total=settings["evaluations"], desc="frontier") as bar:
         table = build_plan_table(
             require_live(context).scorer,

@@ -304,18 +304,6 @@ def every_mask(num_blocks: int) -> Iterator[Plan]:
         yield from (Plan.removing(*chosen) for chosen in combinations(range(num_blocks), count))
 
 
-def only_mask(plan: Plan, hint: str) -> Plan:
-    """Return a plan that is a mask, for what works with blocks that are kept or removed only.
-
-    Raises:
-        UnknownNameError: The plan lowers an item; `hint` ends the message.
-    """
-    if plan.is_mask:
-        return plan
-    lowered = [f"{level} ({item})" for item, level in plan.levels.items() if level != "removed"]
-    raise UnknownNameError("level", lowered[0], ["native", "removed"], hint)
-
-
 def check_levels(plan: Plan, known: Iterable[str]) -> None:
     """Raise an `UnknownNameError` unless all lowered weights have a level among the known ones."""
     for level in {*plan._weights.values(), plan.embeddings} - {"native"}:

@@ -34,6 +34,7 @@ from rap_env.policies.by_text import BY_TEXT, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import with_levels
 
 BLIND = ", blind"
 """End of the name of a policy by text that chooses without the prompt, for equal shares."""
@@ -107,7 +108,7 @@ def prompt_jobs(config: Config, folder: Path) -> Iterator[Job[PolicyRow]]:
             yield Job(
                 PolicyRow,
                 (name, text, cell),
-                {**scorer.plan_context, "plans": hashed},
+                {**with_levels(scorer.context), "plans": hashed},
                 partial(
                     _row, scorer, plans, (name, text, cell), settings.prompt_tokens,
                     name in settings.recorded,

@@ -37,6 +37,7 @@ from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.request import Request
 from rap_env.scoring.corpus import ensure_disjoint
 from rap_env.scoring.scorer import MaskScorer
+from rap_env.scoring.store import with_levels
 
 ALL = "all"
 """Plans from the mean of the costs over all kinds."""
@@ -193,7 +194,7 @@ class TextJobs:
         return CostRow(*draw, asdict(costs))
 
     def _depends_on(self, scorer: MaskScorer, **more: Any) -> dict[str, Any]:
-        scores = digest(dict(scorer.plan_context))
+        scores = digest(with_levels(scorer.context))
         return {"scores": scores, "ladder": self._ladder.spec, **more}
 
 

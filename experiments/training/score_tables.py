@@ -41,7 +41,6 @@ from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.score_table import ScoreTable
 from rap_env.scoring.scorer import METRIC
-from rap_env.scoring.store import context_key
 
 SHARES = {"random": 0.2, "order": 0.4, "episode": 0.3, "pair": 0.1}
 
@@ -177,20 +176,15 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
     }
 
 
-def stored_scores(context: PruningContext, *, plans: bool) -> dict[Plan, float]:
-    """Return the mean NLL of all stored masks of this model and text, nats per token.
+def stored_scores(context: PruningContext) -> dict[Plan, float]:
+    """Return the mean NLL of all stored plans of this model and text, nats per token.
 
     Args:
         context: A context of a live model with a store.
-        plans: Whether to return plans that are no masks too.
     """
     store, scorer = context.store, require_live(context).scorer
     assert store is not None
-    scores: dict[Plan, float] = {}
-    for determined_by in (scorer.context, *([scorer.plan_context] if plans else [])):
-        for plan, values in store.rows(context_key(determined_by), METRIC):
-            scores[plan] = float(np.mean(values))
-    return scores
+    return {plan: float(np.mean(nll)) for plan, nll in store.rows(scorer.context, METRIC)}
 
 
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:

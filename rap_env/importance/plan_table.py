@@ -68,17 +68,21 @@ class PlanTable:
 
     @property
     def has_masks_only(self) -> bool:
-        """Whether every plan is a mask."""
-        return all(plan.is_mask for plan in self.scores)
+        """Whether no plan lowers an item that it keeps."""
+        return len(self._masks) == len(self.scores)
+
+    @cached_property
+    def _masks(self) -> list[Plan]:
+        return [plan for plan in self.scores if plan.is_mask]
 
     @cached_property
     def entries(self) -> tuple[tuple[Plan, float], ...]:
         """The best mask of each pair of counts with its ΔNLL, nats per token; least first."""
         best: dict[tuple[int, int], Plan] = {}
-        for plan, nll in self.scores.items():
-            counts = plan.count_removed("attn"), plan.count_removed("ffn")
-            if plan.is_mask and (counts not in best or nll < self.scores[best[counts]]):
-                best[counts] = plan
+        for mask in self._masks:
+            counts = mask.count_removed("attn"), mask.count_removed("ffn")
+            if counts not in best or self.scores[mask] < self.scores[best[counts]]:
+                best[counts] = mask
         rises = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
         return tuple(sorted(rises, key=lambda entry: (entry[1], len(entry[0].removed))))
 

@@ -112,7 +112,7 @@ class AgreementScorer(MaskScorer):
         values = super().look_up(plan)
         if values is None or plan in self._agreements:
             return values
-        stored = None if self.store is None else self.store.get(self.key_of(plan), plan, METRIC)
+        stored = None if self.store is None else self.store.get(self.context, plan, METRIC)
         if stored is None:
             return None
         self._agreements[plan] = NativeAgreement(*stored)
@@ -135,7 +135,7 @@ class AgreementScorer(MaskScorer):
         self._agreements.update(agreements)
         if self.store is not None:
             for plan, agreement in agreements.items():
-                self.store.put(self.key_of(plan), plan, METRIC, astuple(agreement))
+                self.store.put(self.context, plan, METRIC, astuple(agreement))
 
     def _on_logits(self, batch: int, plans: Sequence[Plan]) -> OnLogits | None:
         comparison = TokenComparison(self._native_logits(batch), plans)

@@ -57,10 +57,8 @@ def plan_steps(plan: Plan, steps: Steps) -> tuple[Plan, ...]:
 def sharing_order(plan: Plan, num_blocks: int) -> tuple[Any, ...]:
     """Sort key that puts plans next to those with which they share most of their first steps.
 
-    Masks come in the order of their blocks, kept before removed ones.
+    At each block, plans that keep it natively come first and those that remove it last.
     """
-    if plan.is_mask:
-        return ("", *((index in plan.removed, "", "") for index in range(num_blocks)))
     steps = []
     for index in range(num_blocks):
         weights = plan.weight_level(index)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.predictor import (
@@ -199,15 +200,18 @@ def fit_scores(
     Args:
         scores: NLL of plans, nats per token, with those of `necessary_masks`.
         num_blocks: 2L.
-        lowered: What the levels of a plan cost alone; None if there are masks only.
+        lowered: What the levels of a plan cost alone; None if the plans lower nothing else.
         **settings: Those of `fit_score_model`.
+
+    Raises:
+        UnknownNameError: A plan lowers an item that it keeps, and `lowered` is None.
     """
     plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
     return fit_score_model(
         feature_matrix(plans, num_blocks),
         np.array([scores[plan] for plan in plans]) - scores[dense],
         np.array([scores[mask] for mask in singles]) - scores[dense],
-        None if lowered is None else lowered_costs(plans, lowered),
+        lowered_costs(plans, lowered),
         **settings,
     )
 
@@ -225,15 +229,25 @@ def feature_matrix(plans: Collection[Plan], num_blocks: int) -> Features:
     return features
 
 
-def lowered_costs(plans: Collection[Plan], lowered: Lowered) -> Floats:
+def lowered_costs(plans: Collection[Plan], lowered: Lowered | None) -> Floats:
     """The predictor's second input: what levels other than removal cost alone, (N,)."""
     return np.array([lowered_cost(plan, lowered) for plan in plans])
 
 
-def lowered_cost(plan: Plan, lowered: Lowered) -> float:
-    """What the levels of a plan other than removal cost alone, nats per token."""
+def lowered_cost(plan: Plan, lowered: Lowered | None) -> float:
+    """What the levels of a plan other than removal cost alone, nats per token.
+
+    Raises:
+        UnknownNameError: There are such levels, and `lowered` is None.
+    """
     kept = replace(plan, removed=frozenset())
-    return max(0.0, lowered(kept)) if kept else 0.0
+    if not kept:
+        return 0.0
+    if lowered is None:
+        item, level = next(iter(kept.levels.items()))
+        hint = "Without costs of levels, only removals are predicted; use a live model."
+        raise UnknownNameError("level", f"{level} ({item})", ["native", "removed"], hint)
+    return max(0.0, lowered(kept))
 
 
 def _least_by_count(

@@ -20,7 +20,7 @@ from rap_env.artifacts import load_artifact, save_artifact, with_tuples
 from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan, only_mask
+from rap_env.plan import Plan
 from rap_env.scoring.fidelity import Fidelity
 from rap_env.scoring.held_out import HeldOutLosses
 from rap_env.scoring.interface import OnScore
@@ -40,10 +40,6 @@ TABLES = Path(__file__).parent / "tables"
 """Folder of the tables in the package, ``MODEL.WEIGHTS.json`` each."""
 
 _KIND, _FORMAT = "score table", 8
-_NO_PREDICTION = (
-    "This score table has no costs of levels, so it predicts masks only, and this plan was not "
-    "measured: score it with a live model."
-)
 _PREDICTIONS_KEPT = 2**17
 
 
@@ -75,7 +71,7 @@ def table_path(model: str, weights: str = "bf16") -> Path | None:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """Measured and predicted NLL of one model's masks on one text.
+    """Measured and predicted NLL of one model's plans on one text.
 
     Attributes:
         facts: The facts of the model that the byte arithmetic needs.
@@ -88,10 +84,10 @@ class ScoreTable:
         features: The importance that an agent observes (`ImportanceFeatures`), each (2L,).
         one_shot: The fields of the `OneShotProfile`.
         gsi: The fields of the `GSIProfile`, or None.
-        evaluation_s: Seconds that scoring one mask took on the machine that measured it.
+        evaluation_s: Seconds that scoring one plan took on the machine that measured it.
         predictor: Predicts delta_nll of other plans.
         fidelity: Agreement of the predictor on those that it was not fitted to.
-        levels: The fields of the `LevelCosts`, or None: it then predicts no plans.
+        levels: The fields of the `LevelCosts`, or None: it then has and predicts removals only.
         held_out: Losses on text that no plan was searched on, or None.
     """
 
@@ -127,8 +123,7 @@ class ScoreTable:
             facts: As the attribute.
             scores: Those of plans, nats per token.
             lowered: Gives the sum of what the levels of a plan cost alone, nats per token, such as
-                `LevelCosts.delta_nll`; the predictor is then fitted to plans too. None fits it to
-                masks only, and plans are only looked up.
+                `LevelCosts.delta_nll`; None if the plans only remove blocks.
             seed: Decides which plans are held out to evaluate the predictor.
             members: Predictors of the ensemble.
             pessimism: As in `ScoreModel`.
@@ -137,30 +132,28 @@ class ScoreTable:
         Raises:
             ArtifactError: The dense model or a single removal was not measured, or there are
                 fewer scores to fit than twice the blocks.
+            UnknownNameError: A plan lowers an item that it keeps, and `lowered` is None.
         """
-        scores = {plan: float(nll) for plan, nll in scores.items()}
-        masks = sorted((plan for plan in scores if plan.is_mask), key=lambda m: sorted(m.removed))
-        fitted = {mask: scores[mask] for mask in masks}
-        measured = fitted | scores  # masks first
-        if lowered is not None:
-            fitted = measured
+        # The samples that predictors are fitted to depend on the order.
+        order = sorted(scores, key=lambda p: (not p.is_mask, sorted(p.removed) * p.is_mask))
+        measured = {plan: float(scores[plan]) for plan in order}
         needed = necessary_masks(facts.num_blocks)
         missing = [str(mask) for mask in needed if mask not in scores]
-        if missing or len(fitted) < 2 * facts.num_blocks:
+        if missing or len(measured) < 2 * facts.num_blocks:
             lacks = f" ({missing[0]}: not measured)" if missing else ""
             raise ArtifactError(
-                f"{len(fitted)} scores of {facts.name}{lacks} are too few for a score table, which "
-                f"needs the dense model, each of {facts.num_blocks} single removals, and "
+                f"{len(measured)} scores of {facts.name}{lacks} are too few for a score table, "
+                f"which needs the dense model, each of {facts.num_blocks} single removals, and "
                 f"{2 * facts.num_blocks} scores in all; measure more of them first."
             )
         predictor, fidelity = fit_scores(
-            fitted,
+            measured,
             facts.num_blocks,
             lowered,
             members=members,
             pessimism=pessimism,
             seed=seed,
-            network=members == 1 and len(fitted) >= NETWORK_SCORES,
+            network=members == 1 and len(measured) >= NETWORK_SCORES,
         )
         return cls(facts, measured, predictor=predictor, fidelity=fidelity, **origin)
 
@@ -170,7 +163,7 @@ class ScoreTable:
         return self.scores[Plan()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a checked JSON artifact, compressed to about 25 bytes per mask.
+        """Write it as a checked JSON artifact, compressed to about 25 bytes per plan.
 
         Raises:
             StorageFullError: The disk is full.
@@ -211,7 +204,13 @@ class ScoreTable:
                 "experiments.export_scores` does in a checkout of the project."
             ) from None
         facts = ModelFacts.from_json(body.pop("facts"))
-        plans = _read_plans(body.pop("masks"), facts.num_blocks)
+        index = {block_name(number): number for number in range(facts.num_blocks)}
+        plans = [
+            Plan.of(entry)
+            if isinstance(entry, dict)
+            else Plan(frozenset(map(index.__getitem__, entry)))  # a list of removed blocks
+            for entry in body.pop("masks")
+        ]
         predictor = body["predictor"]
         members = map(_read_predictor, predictor["members"])
         body["predictor"] = ScoreModel(tuple(members), predictor["pessimism"])
@@ -229,23 +228,11 @@ def _read_predictor(values: dict[str, Any]) -> DeltaNLLPredictor:
     return DeltaNLLPredictor(**with_tuples(values))
 
 
-def _read_plans(written: Sequence[Any], num_blocks: int) -> list[Plan]:
-    """Masks from lists of block names, plans from levels."""
-    index = {block_name(number): number for number in range(num_blocks)}
-    return [
-        Plan.of(entry)
-        if isinstance(entry, dict)
-        else Plan(frozenset(map(index.__getitem__, entry)))
-        for entry in written
-    ]
-
-
 class TableScorer:
     """Scores plans from a table: the interface of `MaskScorer`, without a model.
 
     A measured plan has exactly the score that the model gave. Any other one has a
-    predicted score; `is_predicted` tells which is which. A plan that was not measured raises an
-    `UnknownNameError` if there is no `lowered`. No mask and no block is run, so their counts are 0.
+    predicted score; `is_predicted` tells which is which. No block is run, so counts are 0.
     A table does not divide the text, so `num_windows` is 1. `evaluation_s` are the seconds of one
     evaluation on the machine that measured the scores.
 
@@ -286,7 +273,7 @@ class TableScorer:
         return len(self._asked) + self._predict.cache_info().misses
 
     def is_predicted(self, plan: Plan) -> bool:
-        """Whether the mask was not measured, so that its score comes from the predictor."""
+        """Whether the plan was not measured, so that its score comes from the predictor."""
         return plan not in self._measured
 
     def nll(self, plan: Plan) -> float:
@@ -299,17 +286,12 @@ class TableScorer:
         nll = self._measured.get(plan)
         if nll is None:
             plan.check(self._facts.num_blocks)
-            if self._lowered is None:
-                only_mask(plan, _NO_PREDICTION)
             return self.dense_nll + self._predict(plan)
         self._asked.add(plan)
         return nll
 
     def _predicted(self, plan: Plan) -> float:
         """Predicted delta_nll, nats per token; relative to that of a plan's mask if it is known."""
-        if plan.is_mask:
-            return self._model.delta_nll(plan)
-        assert self._lowered is not None  # `nll` rejects such plans without it
         mask = plan.mask
         predicted = self._model.delta_nll(mask, lowered_cost(plan, self._lowered))
         if mask not in self._measured:

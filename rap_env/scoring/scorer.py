@@ -33,7 +33,7 @@ from rap_env.scoring.plan_runner import (
     chunks,
     sharing_order,
 )
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.store import ScoreStore
 
 METRIC = "window_nll"
 """The store's metric for the scores of a text: one value per window."""
@@ -41,7 +41,6 @@ METRIC = "window_nll"
 _BATCH_TOKENS = 1024
 _PREFIX_BYTES = 512 * 2**20
 _LOSS_VERSION = 2  # raised when the same numbers are computed in another order
-_LEVELS: Mapping[str, Any] = {"levels": 1}  # raised when lowered items get other values
 
 
 class MaskScorer:
@@ -74,8 +73,7 @@ class MaskScorer:
         options: The arguments of a scorer that gives the same scores, other than model and text.
         in_flight: Plans that advance through the model together.
         stride: The states of every `stride`-th step of a plan are kept.
-        context: What determines the scores of masks; part of their keys in the store.
-        plan_context: The same for plans that are no masks.
+        context: What determines the scores, besides the plan; part of their keys in the store.
 
     Raises:
         CorpusError: The windows are shorter than two tokens, or longer than the model's positions.
@@ -132,10 +130,6 @@ class MaskScorer:
             "loss": _LOSS_VERSION,
             **({"masks_together": width.masks} if width.masks > 1 else {}),  # rounding differs
         }
-        # Scores of masks do not depend on how levels are made, so their keys do not either.
-        self.plan_context: Mapping[str, Any] = {**self.context, **_LEVELS}
-        self._mask_key = context_key(self.context)
-        self._plan_key = context_key(self.plan_context)
 
     def release(self) -> None:
         """Free the hidden states and the widened weights that are kept for later calls."""
@@ -276,18 +270,11 @@ class MaskScorer:
         """
         if (known := self._scores.get(plan)) is not None:
             return known
-        if plan.is_mask:
-            plan.check(self.llm.facts.num_blocks)
-        else:
-            self._memory.check_plan(plan)
-        values = None if self.store is None else self.store.get(self.key_of(plan), plan, METRIC)
+        self._memory.check_plan(plan)
+        values = None if self.store is None else self.store.get(self.context, plan, METRIC)
         if values is not None:
             self._scores[plan] = np.array(values)
         return self._scores.get(plan)
-
-    def key_of(self, plan: Plan) -> str:
-        """The store's key of what determines the scores of a plan."""
-        return self._mask_key if plan.is_mask else self._plan_key
 
     def record(self, plan: Plan, values: npt.NDArray[np.float64]) -> None:
         """Store the measured NLL of each window under a plan, shape (windows,).
@@ -302,8 +289,7 @@ class MaskScorer:
                 "the weights, or load the model with dtype='float32'."
             )
         if self.store is not None:
-            context = self.context if plan.is_mask else self.plan_context
-            self.store.put(self.key_of(plan), plan, METRIC, values.tolist(), context)
+            self.store.put(self.context, plan, METRIC, values.tolist())
         self._scores[plan] = values
 
     def take(self, measured: Measured) -> None:
@@ -374,8 +360,3 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
         "transformers": transformers.__version__,
         **({"bfloat16_products": "float32"} if uses_float32(llm.device, llm.dtype) else {}),
     }
-
-
-def levels_context(plan: Plan) -> Mapping[str, Any]:
-    """What determines a plan's scores besides `model_context`: nothing for masks."""
-    return {} if plan.is_mask else _LEVELS

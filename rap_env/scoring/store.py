@@ -1,9 +1,8 @@
 """Keeps scores in an SQLite file, which makes writes atomic and lets processes share it.
 
 A row's key is the digest of everything that determines the score (`MaskScorer.context`) and the
-mask as a JSON list of block names, or the plan as a JSON object of items and levels. Its checksum
-covers key and values, so that an edited or damaged row raises an error instead of giving a wrong
-score.
+plan as a JSON object of items and levels. Its checksum covers key and values, so that an edited or
+damaged row raises an error instead of giving a wrong score.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from rap_env.errors import StorageFullError, StoreError
 from rap_env.plan import Plan
 
 _FORMAT = 2
+_LEVELS_VERSION = 1  # raised when lowered items get other values
 _BUSY_TIMEOUT_S = 60.0
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS contexts (key TEXT PRIMARY KEY, context TEXT NOT NULL)",
@@ -56,12 +56,54 @@ class ScoreStore:
             if self._format() != _FORMAT:
                 self._prepare()
 
-    def get(self, context_key: str, plan: Plan, metric: str) -> list[float] | None:
+    def get(self, context: Mapping[str, Any], plan: Plan, metric: str) -> list[float] | None:
         """Values of a metric of a plan, or None if they are not stored.
+
+        Args:
+            context: What determines the scores, besides the plan.
+            plan: The plan.
+            metric: A name, such as ``"window_nll"``.
 
         Raises:
             StoreError: The row or the file is damaged.
         """
+        return self._read(digest(dict(_stored_context(context, plan))), plan, metric)
+
+    def put(
+        self, context: Mapping[str, Any], plan: Plan, metric: str, values: Sequence[float]
+    ) -> None:
+        """Store the values of a metric of a plan, see `get`; durable when it returns.
+
+        The context itself is kept once for people and exports.
+
+        Raises:
+            StorageFullError: The disk is full.
+            StoreError: The file is damaged.
+        """
+        whole = dict(_stored_context(context, plan))
+        key = (digest(whole), plan.to_json(), metric)
+        text = canonical_json([float(value) for value in values])
+        with self._errors(), self._connection as connection:
+            if key[0] not in self._known_contexts:
+                connection.execute(
+                    "INSERT OR IGNORE INTO contexts VALUES (?, ?)", (key[0], canonical_json(whole))
+                )
+            connection.execute(_INSERT, (*key, text, _checksum(*key, text)))
+        self._known_contexts.add(key[0])
+
+    def rows(self, context: Mapping[str, Any], metric: str) -> Iterator[tuple[Plan, list[float]]]:
+        """All plans with their values for one context and metric, those that lower items last."""
+        query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
+        for key in (digest(dict(context)), digest(with_levels(context))):
+            with self._errors():
+                plans = self._connection.execute(query, (key, metric)).fetchall()
+            for (text,) in plans:
+                plan = Plan.from_json(text)
+                values = self._read(key, plan, metric)
+                if values is not None:
+                    yield plan, values
+
+    def _read(self, context_key: str, plan: Plan, metric: str) -> list[float] | None:
         query = 'SELECT "values", sha256 FROM scores WHERE context = ? AND mask = ? AND metric = ?'
         key = (context_key, plan.to_json(), metric)
         with self._errors():
@@ -74,44 +116,6 @@ class ScoreStore:
                 "file: scores are computed again when they are needed."
             )
         return [float(value) for value in json.loads(row[0])]
-
-    def put(
-        self,
-        context_key: str,
-        plan: Plan,
-        metric: str,
-        values: Sequence[float],
-        context: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Store the values of a metric, such as ``"window_nll"``; durable when it returns.
-
-        The context itself is kept once per key for people and exports.
-
-        Raises:
-            StorageFullError: The disk is full.
-            StoreError: The file is damaged.
-        """
-        key = (context_key, plan.to_json(), metric)
-        text = canonical_json([float(value) for value in values])
-        with self._errors(), self._connection as connection:
-            if context is not None and context_key not in self._known_contexts:
-                connection.execute(
-                    "INSERT OR IGNORE INTO contexts VALUES (?, ?)",
-                    (context_key, canonical_json(dict(context))),
-                )
-            connection.execute(_INSERT, (*key, text, _checksum(*key, text)))
-        self._known_contexts.add(context_key)
-
-    def rows(self, context_key: str, metric: str) -> Iterator[tuple[Plan, list[float]]]:
-        """All plans with their values for one context and metric."""
-        query = "SELECT mask FROM scores WHERE context = ? AND metric = ? ORDER BY mask"
-        with self._errors():
-            plans = self._connection.execute(query, (context_key, metric)).fetchall()
-        for (text,) in plans:
-            plan = Plan.from_json(text)
-            values = self.get(context_key, plan, metric)
-            if values is not None:
-                yield plan, values
 
     def __len__(self) -> int:
         with self._errors():
@@ -175,9 +179,14 @@ class ScoreStore:
             ) from error
 
 
-def context_key(context: Mapping[str, Any]) -> str:
-    """The digest that identifies a context in the store."""
-    return digest(dict(context))
+def with_levels(context: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines the scores of plans that lower items, besides the plan."""
+    return {**context, "levels": _LEVELS_VERSION}
+
+
+def _stored_context(context: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    # Scores of plans that only remove blocks do not depend on how levels are made.
+    return context if plan.is_mask else with_levels(context)
 
 
 def _checksum(*parts: str) -> str:

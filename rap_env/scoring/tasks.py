@@ -23,8 +23,8 @@ from rap_env.plan import Plan
 from rap_env.scoring import lm_eval_tasks
 from rap_env.scoring.lm_eval_tasks import TaskConfig, is_generated
 from rap_env.scoring.long_context_tasks import check_fits, long_context_task
-from rap_env.scoring.scorer import levels_context, model_context
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.scorer import model_context
+from rap_env.scoring.store import ScoreStore
 
 if TYPE_CHECKING:  # lm-eval is an extra
     from rap_env.scoring.plan_lm import Batch, PlanLM
@@ -210,15 +210,14 @@ class TaskScorer:
         outputs: dict[str, Outputs] = {}
         ran = False
         for name, task in self._tasks.items():
-            context = {**self._contexts[name], **levels_context(plan)}
-            key = context_key(context)
-            values = None if self.store is None else self.store.get(key, plan, _METRIC)
+            context = self._contexts[name]
+            values = None if self.store is None else self.store.get(context, plan, _METRIC)
             if values is not None:
                 outputs[name] = np.array(values).reshape(-1, 2)
                 continue
             ran, outputs[name] = True, self._lm.run(task.batches, plan)
             if self.store is not None:
-                self.store.put(key, plan, _METRIC, outputs[name].ravel().tolist(), context)
+                self.store.put(context, plan, _METRIC, outputs[name].ravel().tolist())
         self.evaluations += ran
         return outputs
 

@@ -138,7 +138,7 @@ def test_other_plans_are_predicted_and_flagged(live, table):
     lowered = [info for info in infos if set(info["levels"]) - {"native", "removed"}]
     assert lowered
     assert all(info["predicted"] for info in lowered)
-    with pytest.raises(UnknownNameError, match="no costs of levels, so it predicts masks only"):
+    with pytest.raises(UnknownNameError, match="Without costs of levels, only removals"):
         TableContext(replace(table, levels=None), "t", importance="one_shot").scorer.nll(plan)
 
 

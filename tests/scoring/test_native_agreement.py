@@ -96,7 +96,7 @@ def test_agreements_are_stored_and_losses_of_older_stores_are_kept(tmp_path):
     assert [again.agreement(plan) for plan in plans] == [first.agreement(plan) for plan in plans]
     assert again.evaluations == 0
     assert again.look_up(Plan.removing(2)) is None
-    assert store.get(again.key_of(plans[0]), plans[0], METRIC) == [0.0, 0.0, 1.0]
+    assert store.get(again.context, plans[0], METRIC) == [0.0, 0.0, 1.0]
 
 
 def test_workers_compare_too(tmp_path):

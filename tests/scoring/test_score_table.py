@@ -118,7 +118,9 @@ def test_damaged_files_are_rejected(table, path, tmp_path):
 def test_measured_plans_stand_beside_masks(context, table, tmp_path):
     plan = Plan.of({"layer00.cache": "int4", "layer01.ffn": "removed"})
     scores = {**table.scores, plan: 7.25, Plan.removing(0, 1, 2, 3): 9.5}
-    with_plans = fitted_again(table, scores)
+    with pytest.raises(UnknownNameError, match=r"int4 \(layer00\.cache\).*costs of levels"):
+        fitted_again(table, scores)
+    with_plans = fitted_again(table, scores, lowered=lambda plan: 0.1 * len(plan.levels))
     with_plans.save(tmp_path / "t.json")
     again = ScoreTable.load(tmp_path / "t.json")
     assert again.scores == with_plans.scores

@@ -2,7 +2,7 @@
 
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import METRIC, MaskScorer
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.store import ScoreStore
 from tests.scoring.test_scorer import plans_for, text
 from tests.tiny import tiny_llm
 
@@ -15,11 +15,8 @@ def test_plans_are_stored_beside_masks_and_not_run_again(tmp_path):
     again = MaskScorer(llm, ids, ScoreStore(tmp_path / "s.sqlite"))
     assert again.nll_many(plans) == values
     assert again.evaluations == again.block_forwards == 0
-    masks = [plan for plan in plans if plan.is_mask]
-    assert set(dict(again.store.rows(context_key(again.context), METRIC))) == set(masks)
-    stored = dict(again.store.rows(context_key(again.plan_context), METRIC))
-    assert set(stored) == set(plans) - set(masks)
-    assert all(stored[p] == again.window_nll(p).tolist() for p in stored)
+    stored = dict(again.store.rows(again.context, METRIC))
+    assert stored == {plan: again.window_nll(plan).tolist() for plan in plans}
 
 
 def test_plans_share_the_steps_before_the_first_that_differs():

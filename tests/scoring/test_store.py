@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
+from rap_env.artifacts import digest
 from rap_env.errors import StorageFullError, StoreError
 from rap_env.plan import Plan
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.store import ScoreStore
 
 MASK = Plan.removing("layer01.ffn", 0)
-KEY = context_key({"model": "m", "tokens": "t"})
+CONTEXT = {"model": "m", "tokens": "t"}
 
 
 @pytest.fixture
@@ -24,25 +25,39 @@ def path(tmp_path):
 
 def test_values_come_back_exactly(path):
     values = [0.1 + 0.2, 1e-300, 12345.678901234567]
-    ScoreStore(path).put(KEY, MASK, "nll", values)
-    assert ScoreStore(path).get(KEY, MASK, "nll") == values
+    ScoreStore(path).put(CONTEXT, MASK, "nll", values)
+    assert ScoreStore(path).get(CONTEXT, MASK, "nll") == values
 
 
 def test_every_part_of_the_key_counts(path):
     store = ScoreStore(path)
-    store.put(KEY, MASK, "nll", [1.0])
-    assert store.get(context_key({"model": "other"}), MASK, "nll") is None
-    assert store.get(KEY, MASK.without(2), "nll") is None
-    assert store.get(KEY, MASK, "acc") is None
+    store.put(CONTEXT, MASK, "nll", [1.0])
+    assert store.get({"model": "other"}, MASK, "nll") is None
+    assert store.get(CONTEXT, MASK.without(2), "nll") is None
+    assert store.get(CONTEXT, MASK, "acc") is None
 
 
 def test_rows_lists_what_was_stored(path):
     store = ScoreStore(path)
-    store.put(KEY, MASK, "nll", [1.0], {"model": "m"})
-    store.put(KEY, Plan(), "nll", [2.0])
-    store.put(KEY, Plan(), "acc", [3.0])
-    assert dict(store.rows(KEY, "nll")) == {MASK: [1.0], Plan(): [2.0]}
+    store.put(CONTEXT, MASK, "nll", [1.0])
+    store.put(CONTEXT, Plan(), "nll", [2.0])
+    store.put(CONTEXT, Plan(), "acc", [3.0])
+    assert dict(store.rows(CONTEXT, "nll")) == {MASK: [1.0], Plan(): [2.0]}
     assert len(store) == 3
+
+
+def test_keys_of_lowered_plans_depend_on_how_levels_are_made(path):
+    """Stores of earlier versions have these keys."""
+    store, lowered = ScoreStore(path), Plan.of({"layer00.cache": "int4"})
+    for plan in (MASK, lowered):
+        store.put(CONTEXT, plan, "nll", [1.0])
+    with sqlite3.connect(path) as connection:
+        rows = dict(connection.execute("SELECT mask, context FROM scores").fetchall())
+    assert rows == {
+        MASK.to_json(): digest(CONTEXT),
+        lowered.to_json(): digest({**CONTEXT, "levels": 1}),
+    }
+    assert set(dict(store.rows(CONTEXT, "nll"))) == {MASK, lowered}
 
 
 @pytest.mark.parametrize(
@@ -54,18 +69,18 @@ def test_rows_lists_what_was_stored(path):
 )
 def test_an_altered_row_or_a_newer_format_is_rejected(path, statement, message):
     store = ScoreStore(path)
-    store.put(KEY, MASK, "nll", [1.0])
+    store.put(CONTEXT, MASK, "nll", [1.0])
     store.close()
     with sqlite3.connect(path) as connection:
         connection.execute(statement)
     with pytest.raises(StoreError, match=message):
-        ScoreStore(path).get(KEY, MASK, "nll")
+        ScoreStore(path).get(CONTEXT, MASK, "nll")
 
 
 def test_a_truncated_file_and_another_kind_of_file_are_rejected(path):
     store = ScoreStore(path)
     for index in range(200):
-        store.put(KEY, Plan.removing(index), "nll", [float(index)] * 20)
+        store.put(CONTEXT, Plan.removing(index), "nll", [float(index)] * 20)
     store.close()
     data = path.read_bytes()
     for damaged, message in (
@@ -79,23 +94,23 @@ def test_a_truncated_file_and_another_kind_of_file_are_rejected(path):
 
 def test_a_full_disk_raises_an_error_and_loses_nothing(path):
     store = ScoreStore(path)
-    store.put(KEY, MASK, "nll", [1.0])
+    store.put(CONTEXT, MASK, "nll", [1.0])
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="No space left"):
         _fill(store)
-    assert store.get(KEY, MASK, "nll") == [1.0]
+    assert store.get(CONTEXT, MASK, "nll") == [1.0]
 
 
 def _fill(store):
     for index in range(1000):
-        store.put(KEY, Plan.removing(index), "nll", [1.0] * 50)
+        store.put(CONTEXT, Plan.removing(index), "nll", [1.0] * 50)
 
 
 def _write(path, start):
     store = ScoreStore(path)
     for index in range(start, start + 50):
-        store.put(KEY, Plan.removing(index), "nll", [float(index)])
+        store.put(CONTEXT, Plan.removing(index), "nll", [float(index)])
 
 
 def test_several_processes_write_concurrently(path):
@@ -107,7 +122,7 @@ def test_several_processes_write_concurrently(path):
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert [parent.get(KEY, Plan.removing(i), "nll") for i in range(170)] == [
+    assert [parent.get(CONTEXT, Plan.removing(i), "nll") for i in range(170)] == [
         [float(i)] for i in range(170)
     ]
 
@@ -118,7 +133,7 @@ from rap_env.plan import Plan
 from rap_env.scoring.store import ScoreStore
 store = ScoreStore(sys.argv[1])
 for i in itertools.count():
-    store.put("k", Plan.removing(i), "nll", [float(i)])
+    store.put({}, Plan.removing(i), "nll", [float(i)])
     print(i, flush=True)
 """
 
@@ -136,6 +151,6 @@ def test_a_kill_at_any_moment_keeps_all_that_was_stored(path):
     writer.wait()
     store = ScoreStore(path)
     for index in range(last + 1):
-        assert store.get("k", Plan.removing(index), "nll") == [float(index)]
-    store.put("k", MASK, "nll", [7.0])
-    assert store.get("k", MASK, "nll") == [7.0]
+        assert store.get({}, Plan.removing(index), "nll") == [float(index)]
+    store.put({}, MASK, "nll", [7.0])
+    assert store.get({}, MASK, "nll") == [7.0]

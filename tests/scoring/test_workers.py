@@ -15,7 +15,7 @@ from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.scoring.plan_runner import sharing_order
 from rap_env.scoring.scorer import METRIC, MaskScorer
-from rap_env.scoring.store import ScoreStore, context_key
+from rap_env.scoring.store import ScoreStore
 from rap_env.scoring.workers import ScoringWorker, WorkerPool, batches_of
 from tests.scoring.fake_ray import FakeRay
 from tests.scoring.test_scorer import tokens
@@ -82,7 +82,7 @@ def test_a_node_killed_in_the_middle_changes_no_score(cluster, folder, llm, tmp_
     assert {plan: spread.window_nll(plan).tolist() for plan in expected} == expected
     assert spread.evaluations == len(plans)
     assert spread.block_forwards >= len(plans)
-    rows = dict(store.rows(context_key(spread.context), METRIC))
+    rows = dict(store.rows(spread.context, METRIC))
     assert {mask: rows[mask] for mask in MASKS} == {mask: expected[mask] for mask in MASKS}
 
     # The node that is left goes on: searches find what they find in one process.
@@ -145,7 +145,7 @@ def test_a_worker_lost_in_the_middle_changes_no_score(tmp_path, caplog):
     assert scored == Counter(plans)
     expected = {plan: alone.window_nll(plan).tolist() for plan in plans}
     assert {plan: spread.window_nll(plan).tolist() for plan in plans} == expected
-    rows = dict(store.rows(context_key(spread.context), METRIC))
+    rows = dict(store.rows(spread.context, METRIC))
     assert {mask: rows[mask] for mask in MASKS} == {mask: expected[mask] for mask in MASKS}
     here, there = (
         gsi(MaskScorer(llm, ids, workers=pool), method="lazy", progress=False)

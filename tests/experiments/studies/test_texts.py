@@ -124,7 +124,7 @@ class AdditiveScorer:
     def __init__(self, llm, corpus, store=None, workers=None):
         self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
         self.provenance = {"text": corpus.provenance, "scoring": {}}
-        self.plan_context = {"tokens": corpus.sha256}
+        self.context = {"tokens": corpus.sha256}
         reverse = corpus.provenance["source"].endswith("many.txt")
         slope = np.arange(4)[::-1] if reverse else np.arange(4)
         self.cost = 0.05 + 0.1 * self.contrast * slope
