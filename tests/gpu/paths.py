@@ -17,13 +17,11 @@ from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_estimator import MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 from tests.tiny import LAYERS, VOCAB_SIZE, tiny_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 40), generator=torch.Generator().manual_seed(0))
 LOWERED = Plan.uniform(LAYERS, caches="int4-window32")
-TEXT, HELD_BACK = Corpus.of_tokens(TOKENS[:4]), Corpus.of_tokens(TOKENS[4:])
 PLANS = [
     Plan(),
     Plan.removing(0),
