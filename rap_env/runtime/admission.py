@@ -272,7 +272,6 @@ class Admission:
         message = (
             f"{shape.seq_len_tokens} tokens do not fit the {'largest expected ' * expected}budget "
             f"of {max(0, budget):,} bytes under any plan{chooser.clause_for(shape)}"
-            f"{chooser.unreadable.clause}"
         )
         rise = chooser.least_rise(shape, budget)
         remedy = "shorten the prompt or ask for fewer tokens"

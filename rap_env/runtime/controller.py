@@ -19,7 +19,6 @@ from rap_env.runtime.memory_source import MemorySource, open_memory
 from rap_env.runtime.plan_chooser import PlanChooser
 from rap_env.runtime.plan_switcher import PlanSwitcher
 from rap_env.runtime.records import DecisionLog, Trigger
-from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -116,7 +115,6 @@ class RuntimeController:
             llm,
             as_policy(policy),
             self.estimator,
-            UnreadableWeights(llm, clock),
             guard_order=guard_order,
             max_delta_nll=max_delta_nll,
             most_delta_nll=most_delta_nll,
@@ -176,7 +174,7 @@ class RuntimeController:
                 return True
             self._rejected = {asked: available}
             return False
-        if self.llm.plan and not running:
+        if self.llm.plan and not running and self.switcher.may_raise:
             self._growth.at_arrival(shape, next_pass)
         return True
 
@@ -196,17 +194,18 @@ class RuntimeController:
                 self.monitor.borrow(0)
                 self.monitor.observe_idle()
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
-            if self.chooser.unreadable.retry():
+            if self.switcher.unreadable and self.switcher.may_raise:
                 self._rejected = {}
                 self._growth.forget_failure()
             was_idle = self._growth.was_idle(shape)
             available = self._repaid_bytes(shape, self.monitor.available_bytes(shape, next_pass))
             if not self.chooser.fits(self.llm.plan, shape, available):
                 return self._lower(shape, available, next_pass)
-            if self.llm.plan and was_idle:
-                self._growth.at_rest(next_pass)
-            elif self.llm.plan:
-                self._growth.before_step(shape, next_pass)
+            if self.llm.plan and self.switcher.may_raise:
+                if was_idle:
+                    self._growth.at_rest(next_pass)
+                else:
+                    self._growth.before_step(shape, next_pass)
             return True
 
     def has_room(self, shape: BatchShape, next_pass: PassSize) -> bool:

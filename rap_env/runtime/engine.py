@@ -138,15 +138,14 @@ class Engine:
         """Why requests should go elsewhere now, or None; from any thread, without waiting.
 
         Requests that are submitted nevertheless wait until they can be served, or are served
-        without the blocks whose weights are missing.
+        with a lower plan while the weights of a higher one cannot be read.
         """
         if not self.alive:
             return "The engine does not run."
         if self._turn_error is not None:
             return f"The last turn of the engine failed: {self._turn_error}"
-        unreadable = self.controller.chooser.unreadable
-        if unreadable.items:
-            return f"The weights of {len(unreadable.items)} items are missing: {unreadable.reason}"
+        if unreadable := self.controller.switcher.unreadable:
+            return f"The plan cannot be raised: {unreadable}"
         return self._scheduler.admission.stall_reason or self.nothing_fits() or None
 
     def nothing_fits(self) -> str:

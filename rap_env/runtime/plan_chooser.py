@@ -17,7 +17,6 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
 from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.unreadable_weights import UnreadableWeights
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
@@ -57,18 +56,16 @@ class PlanChoice:
 class PlanChooser:
     """Asks a policy for plans and makes them fit; it changes no model.
 
-    A policy is asked again with a lower limit where its plan does not fit. Items whose weights
-    cannot be read are left out. Where the plan does not fit then, the guard removes more blocks in
-    its own order. With a quality floor, no plan is chosen for a batch if the predicted rise in NLL
-    of the one that fits is above `max_delta_nll` or unknown. The bounds of a batch's own requests
-    count likewise. The settings are those of `RuntimeController`; whether a batch could fit is
-    asked at the floor's highest value.
+    A policy is asked again with a lower limit where its plan does not fit. Where the plan does not
+    fit then, the guard removes more blocks in its own order. With a quality floor, no plan is
+    chosen for a batch if the predicted rise in NLL of the one that fits is above `max_delta_nll` or
+    unknown. The bounds of a batch's own requests count likewise. The settings are those of
+    `RuntimeController`; whether a batch could fit is asked at the floor's highest value.
 
     Attributes:
         llm: The live model.
         estimator: Predicts bytes.
         policy: Chooses plans.
-        unreadable: Items whose weights cannot be read now.
         max_delta_nll: The quality floor now, nats per token; None for no floor.
         most_delta_nll: The highest that `follow_queue` raises it to.
         rise: As `delta_nll`, with cached results.
@@ -86,7 +83,6 @@ class PlanChooser:
         llm: ElasticLLM,
         policy: Policy,
         estimator: MemoryEstimator,
-        unreadable: UnreadableWeights,
         *,
         guard_order: Sequence[int] | None,
         max_delta_nll: float | None,
@@ -94,7 +90,6 @@ class PlanChooser:
     ) -> None:
         self.llm = llm
         self.policy = policy
-        self.unreadable = unreadable
         self.max_delta_nll = self._least_delta_nll = max_delta_nll
         self.most_delta_nll = None if max_delta_nll is None else most_delta_nll or max_delta_nll
         self.estimator = estimator
@@ -273,10 +268,17 @@ class PlanChooser:
         """A plan for a limit, whatever its quality; None if there is none."""
         if self._all_removable and self._smallest_bytes(shape, limit_bytes) > limit_bytes:
             return None
-        plan = self.unreadable.without(self._policy_plan(shape, limit_bytes))
+        plan = self._policy_plan(shape, limit_bytes)
         need = self.estimator.peak_bytes(plan, shape)
         if need <= limit_bytes:
             return PlanChoice(plan, need, guarded=False)
+        return self.removing_more(plan, shape, limit_bytes)
+
+    def removing_more(self, plan: Plan, shape: BatchShape, limit_bytes: int) -> PlanChoice | None:
+        """A plan without more blocks, in the guard's order, until it fits; None if it never does.
+
+        It needs no weights that the plan does not need. The quality floor is not asked.
+        """
         order = self.guard_order(shape, plan)
         smaller = self.estimator.shrink_to_fit(plan, order, shape, limit_bytes)
         if smaller is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rap_env.blocks import block_index, block_name
+from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
@@ -22,6 +23,8 @@ from rap_env.runtime.records import Decision, DecisionLog, Trigger
 
 log = logging.getLogger(__name__)
 
+RETRY_S = 5.0
+"""Seconds after which a plan is raised again whose weights could not be read."""
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256
 
@@ -82,6 +85,8 @@ class PlanSwitcher:
     Attributes:
         rows_plan: Gives the plan with the lowest levels that rows have of caches, which may be
             lower than the plan's.
+        unreadable: Why the weights of a chosen plan cannot be read; empty if they can. The plan
+            stays as it is then, or without more blocks; it is not raised for `RETRY_S`.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -101,9 +106,16 @@ class PlanSwitcher:
         self._decision_log = decision_log
         self._clock = clock
         self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
+        self.unreadable = ""
+        self._retry_at_s = float("-inf")
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
+
+    @property
+    def may_raise(self) -> bool:
+        """Whether plans may be raised: always, unless weights could not be read just now."""
+        return self._clock() >= self._retry_at_s
 
     @property
     def lost_decisions(self) -> int:
@@ -151,6 +163,9 @@ class PlanSwitcher:
     ) -> bool:
         """Apply a plan; if it does not fit by measured bytes, apply smaller ones.
 
+        If its weights cannot be read, the present plan stays, without more blocks if it does not
+        fit.
+
         Args:
             choice: The plan to begin with; None if there is none.
             shape: The batch to serve.
@@ -161,14 +176,20 @@ class PlanSwitcher:
         Returns:
             Whether one fits.
         """
+        readable = True
         for _ in range(_ATTEMPTS):
             if choice is None:
                 return False
-            self._switch(choice, shape, trigger)
+            readable = self._switch(choice, shape, trigger) and readable
             available = self._monitor.available_after_trim_bytes(shape, next_pass)
             if self._chooser.fits(self._llm.plan, shape, available):
+                if readable and trigger != "budget_fell":
+                    self._note_readable()
                 return True
-            choice = self.choose(shape, available, running=running)
+            if readable:
+                choice = self.choose(shape, available, running=running)
+            else:
+                choice = self._chooser.removing_more(self._llm.plan, shape, available)
         return False
 
     def remove_all(self) -> None:
@@ -202,13 +223,32 @@ class PlanSwitcher:
         change = PlanChange(self._llm.plan, plan)
         return change.lowered_items(self._estimator.memory.facts, order)
 
-    def _switch(self, choice: PlanChoice, shape: BatchShape, trigger: Trigger) -> None:
-        """Apply a plan, return freed memory to the system, measure, and record the decision."""
+    def _note_unreadable(self, error: RapError) -> None:
+        self._retry_at_s = self._clock() + RETRY_S
+        if not self.unreadable:
+            log.warning("The plan stays, and a try follows every %g s: %s", RETRY_S, error)
+        self.unreadable = str(error)
+
+    def _note_readable(self) -> None:
+        if self.unreadable:
+            log.info("The weights of the plan can be read again.")
+        self.unreadable = ""
+
+    def _switch(self, choice: PlanChoice, shape: BatchShape, trigger: Trigger) -> bool:
+        """Apply a plan, return freed memory to the system, measure, and record the decision.
+
+        Returns:
+            Whether its weights can be read; else the present plan stays.
+        """
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
-            return
+            return not self.unreadable
         bytes_before, started = monitor.used_bytes, time.perf_counter()
-        self._chooser.unreadable.add(self._llm.apply_readable(choice.plan))
+        try:
+            self._llm.apply(choice.plan)
+        except (ChecksumError, ModelNotAvailableError) as error:
+            self._note_unreadable(error)
+            return False
         synchronise(self._llm.device)
         monitor.trim()
         seconds = time.perf_counter() - started
@@ -238,3 +278,4 @@ class PlanSwitcher:
         self.recent.append(decision)
         if self._decision_log is not None:
             self._decision_log.append(decision)
+        return True

@@ -201,8 +201,8 @@ class _EngineState(Collector):
                 monitor.margin.bytes,
             ),
             "weights_unreadable": (
-                "Items whose weights cannot be read, and that stay out.",
-                len(chooser.unreadable.items),
+                "Whether the weights of a higher plan cannot be read (1), so that it waits.",
+                bool(switcher.unreadable),
             ),
             "ready": (
                 "Whether requests can be served (1), as /readyz reports, or not (0).",

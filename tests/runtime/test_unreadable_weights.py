@@ -1,24 +1,22 @@
-"""A server whose weights file goes away, is cut or changes continues, and recovers by itself."""
+"""While a file of weights cannot be read, the plan stays, and is raised once the file is back."""
 
 import itertools
 import logging
 
 import pytest
 
-from rap_env.errors import InfeasibleBudgetError, UnknownNameError
-from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.batch_shape import BatchShape
 from tests.models.states import damage_file
-from tests.runtime.harness import Harness, alone, greedy, ordered, prompt
+from tests.runtime.harness import ORDER, FakePolicy, Harness, alone, greedy, ordered, prompt
 
 SHAPE = BatchShape(1, 20)
 OUT = Plan.removing(0, 5)  # removed at the small budget
 
 
 class Outage:
-    """A server that has removed two blocks, and the files of one of them."""
+    """A server that has removed two blocks, and the file of one of them."""
 
     def __init__(self, how, **settings):
         self.harness = ordered(hold_s=0.0, hysteresis_share=0.0, **settings)
@@ -35,8 +33,8 @@ class Outage:
         self.harness.run(self.engine)
 
     @property
-    def unreadable(self):
-        return self.harness.controller.chooser.unreadable
+    def reason(self):
+        return self.harness.controller.switcher.unreadable
 
     def ask(self):
         """Answer a request."""
@@ -51,80 +49,75 @@ class Outage:
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
-def test_requests_go_on_without_the_block_until_its_file_is_back(how, caplog):
+def test_requests_go_on_with_the_plan_until_the_file_is_back(how, caplog):
     caplog.set_level(logging.INFO, logger="rap_env.runtime")
     outage = Outage(how)
-    degraded = alone(outage.harness.llm, prompt(4), 4, Plan.removing(0))
+    lowered = alone(outage.harness.llm, prompt(4), 4, OUT)
     while outage.harness.time_s < 60:
         handle = outage.ask()
-        assert (handle.reason, handle.token_ids) == ("length", degraded)
+        assert (handle.reason, handle.token_ids) == ("length", lowered)
         outage.idle(15)
-    assert outage.harness.mask == Plan.removing(0)  # the other one is back
-    assert outage.unreadable.items == ("layer00.attn",)
-    assert str(outage.file) in outage.unreadable.reason
+    assert outage.harness.mask == OUT
+    assert str(outage.file) in outage.reason
     (line,) = (text for text in caplog.messages if "Plan changed" not in text)
-    assert line.startswith("The weights of 1 items cannot be read")
+    assert line.startswith("The plan stays, and a try follows every 5 s: ")
     outage.file.write_bytes(outage.content)
     outage.idle(6)
     assert not outage.harness.llm.plan
     assert outage.ask().token_ids == alone(outage.harness.llm, prompt(4), 4)
-    assert (outage.unreadable.items, outage.unreadable.reason) == ((), "")
+    assert outage.reason == ""
     texts = [text for text in caplog.messages if "Plan changed" not in text]
-    assert texts == [line, "All weights can be read again."]
+    assert texts == [line, "The weights of the plan can be read again."]
 
 
-def test_an_engine_says_that_weights_are_missing():
+def test_an_engine_is_not_ready_while_its_plan_cannot_be_raised():
     outage = Outage("gone")
     outage.ask()
     outage.engine.start()
     try:
         reason = outage.engine.unready_reason()
-        assert reason.startswith("The weights of 1 items are missing: ")
+        assert reason.startswith("The plan cannot be raised: ")
         assert str(outage.file) in reason
     finally:
         outage.engine.close()
 
 
-def test_a_file_is_tried_every_five_seconds(monkeypatch):
+def test_a_raise_is_tried_every_five_seconds():
     outage = Outage("gone")
     outage.ask()
-    tried = []
+    tried, apply = [], outage.harness.llm.apply
 
-    def verify(llm, item):
+    def noted(plan):
         tried.append(outage.harness.time_s)
-        raise UnknownNameError("item", item, [])
+        apply(plan)
 
-    monkeypatch.setattr(ElasticLLM, "verify_weights", verify)
+    outage.harness.llm.apply = noted
     outage.idle(21)
     waits = [later - sooner for sooner, later in itertools.pairwise(tried)]
     assert len(tried) == 4
     assert waits == pytest.approx([5, 5, 5], abs=0.6)
 
 
-def test_below_the_quality_floor_requests_are_refused_until_the_file_is_back():
-    outage = Outage("gone", policy=None)
+def test_below_the_quality_floor_requests_wait_until_the_file_is_back():
+    outage = Outage("gone")
     chooser = outage.harness.controller.chooser
     chooser.max_delta_nll = chooser.most_delta_nll = 0.5
     chooser.policy.delta_nll = lambda plan, tokens: float(len(plan.removed))  # of each block
-    with pytest.raises(InfeasibleBudgetError, match="without 1 items that cannot be read"):
-        outage.ask()
+    handle = outage.engine.submit(prompt(4), greedy(4))
+    outage.idle(12)
+    assert (handle.token_ids, outage.harness.mask) == ([], OUT)
     outage.file.write_bytes(outage.content)
     outage.idle(6)
-    assert outage.ask().reason == "length"
+    assert handle.reason == "length"
 
 
-def test_a_block_at_another_level_keeps_it():
-    harness = Harness()
-    unreadable = harness.controller.chooser.unreadable
-    low = Plan.of({"layer00.ffn": "int4", "layer01.ffn": "removed"})
-    harness.llm.apply(low)
-    for name in ("block001", "block003"):
-        next(cache_dir().rglob(f"{name}.safetensors")).unlink()
-    errors = harness.llm.apply_readable(Plan())
-    assert errors.keys() == {"layer00.ffn", "layer01.ffn"}
-    assert harness.llm.plan == low
-    unreadable.add(errors)
-    assert unreadable.without(Plan()) == low
-    assert (
-        unreadable.without(Plan.uniform(3, weights="removed")).removed == harness.everything.removed
-    )
+def test_a_budget_that_falls_removes_more_where_the_policy_needs_what_cannot_be_read():
+    policy = FakePolicy(Plan.removing(1, 2, 3))
+    harness = Harness(policy=policy, guard_order=ORDER, mask=Plan.removing(0))
+    next(cache_dir().rglob("block000.safetensors")).unlink()
+    harness.budget_bytes = harness.need(policy.mask, SHAPE)
+    assert harness.controller.check(SHAPE)
+    assert harness.mask.removed > {0}
+    assert harness.mask.removed <= {0, *ORDER}
+    assert harness.need(harness.mask, SHAPE) <= harness.budget_bytes
+    assert harness.controller.switcher.unreadable

@@ -60,10 +60,9 @@ class FakeEngine:
             max_delta_nll=0.1,
             policy=SimpleNamespace(name="dense", text_kinds=None),
             delta_nll=delta_nll,
-            unreadable=SimpleNamespace(items=("layer00.ffn",)),
         )
         self.controller = SimpleNamespace(
-            switcher=SimpleNamespace(switches=3, lost_decisions=2),
+            switcher=SimpleNamespace(switches=3, lost_decisions=2, unreadable="The file is gone."),
             chooser=chooser,
             estimator=SimpleNamespace(memory=SimpleNamespace(facts=SimpleNamespace(num_layers=4))),
             monitor=SimpleNamespace(

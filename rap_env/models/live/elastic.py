@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from rap_env.blocks import block_index, block_name
-from rap_env.errors import RapError, UnsupportedModelError, check_name
+from rap_env.errors import UnsupportedModelError, check_name
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.caches.attention import check_attention, install_levels
@@ -27,7 +26,7 @@ from rap_env.models.live.placement import check_one_device, keep_in_place
 from rap_env.models.weights.residency import RESIDENCIES, Residency, WeightStore
 from rap_env.models.weights.tensors import fingerprint_of
 from rap_env.models.weights.weight_levels import block_items, embeddings_item
-from rap_env.plan import EMBEDDINGS, Plan, check_levels
+from rap_env.plan import Plan, check_levels
 
 
 class ElasticLLM:
@@ -115,44 +114,14 @@ class ElasticLLM:
             UnsupportedModelError: With residency ``"drop"``, the model's files lack the weights of
                 the embeddings; nothing changes.
             StorageFullError: No space for the file of a level; nothing changes.
-            ChecksumError: A file of weights is damaged or was changed, and blocks that were not in
-                memory are removed now; `ModelNotAvailableError` is the same for a missing file.
+            ChecksumError: A file of weights is damaged or was changed; nothing changes.
+            ModelNotAvailableError: A file of weights is missing or cannot be read; nothing changes.
         """
         with self.exclusive():
             target = self._target(plan)
             self._live.prepare(target)
             self._live.lower_caches(plan)
             self._live.set(target, evict=True)
-
-    def apply_readable(self, plan: Plan) -> dict[str, RapError]:
-        """`apply` a plan without the weights that cannot be read now.
-
-        Returns:
-            The error for each of them, by item. Such items keep their level if they can, else they
-            are removed: `plan` is what is applied.
-
-        Raises:
-            RapError: As for `apply`, except for files that are damaged or missing.
-        """
-        with self.exclusive():
-            target = self._target(plan)
-            self._live.lower_caches(plan)
-            errors = self._live.set_readable(target)
-            if errors:  # evict the caches of what is removed
-                self._live.lower_caches(self.plan)
-            names = (*map(block_name, range(self.num_blocks)), EMBEDDINGS)
-            return {names[key]: error for key, error in errors.items()}
-
-    def verify_weights(self, item: str) -> None:
-        """Check that an item's native weights are in memory, or can be read; they are not kept.
-
-        Raises:
-            UnknownNameError: There is no such item with weights.
-            ChecksumError: Their file is damaged or was changed.
-            ModelNotAvailableError: It is missing or cannot be read.
-        """
-        with self.exclusive():
-            self._live.verify(self.num_blocks if item == EMBEDDINGS else block_index(item))
 
     @contextlib.contextmanager
     def masked(self, plan: Plan) -> Iterator[ElasticLLM]:

@@ -6,15 +6,13 @@ import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from rap_env.blocks import block_name
-from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
 from rap_env.models.caches.kv_cache import cache_bytes, evict
 from rap_env.models.caches.layers import lower
@@ -23,10 +21,7 @@ from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.residency import WeightStore
 from rap_env.models.weights.tensors import named_weights, tensor_key
 from rap_env.models.weights.weight_levels import WeightItem, level_bytes, packed_level
-from rap_env.plan import EMBEDDINGS, Plan
-
-UNREADABLE = (ChecksumError, ModelNotAvailableError)
-"""Errors for weights whose file cannot be read, or not now."""
+from rap_env.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -73,10 +68,16 @@ class LiveBlocks:
 
     @torch.inference_mode(False)  # weights that are loaded or made now are used outside of it too
     def prepare(self, target: Plan) -> None:
-        """Make levels that did not exist so far, as far as they can be kept out of memory."""
+        """Make levels that did not exist so far, as far as they can be kept out of memory.
+
+        Raises:
+            ChecksumError: A file that `set` will read is damaged or was changed; nothing changes.
+            ModelNotAvailableError: It is missing or cannot be read; nothing changes.
+        """
         if self.store is not None:
             for key, level in self._changes(target).items():
                 self.store.prepare(self._item(key), level)
+                self.store.check(self._item(key), level)
 
     def absent_levels(self, levels: Iterable[WeightLevel]) -> frozenset[WeightLevel]:
         """Those levels that a text has to make for some item."""
@@ -88,65 +89,55 @@ class LiveBlocks:
         lowered.append((self.embeddings, plan.embeddings))
         return frozenset(level for item, level in lowered if item.lacks(level))
 
-    def verify(self, key: int) -> None:
-        """Check that native weights are in memory or can be loaded."""
-        if self.store is not None:
-            self.store.verify(self._item(key))
-
     @torch.inference_mode(False)
     def set(self, target: Plan, *, evict: bool = False) -> None:
-        """Give every item its level in `target`.
+        """Give every item its level in `target`; after an error all have the levels of before.
+
+        Where those cannot be read any more either, blocks are removed.
 
         Args:
-            target: The new plan, whose levels all exist.
+            target: The new plan; it is prepared first.
             evict: Free the weights that it does not use, unless the residency keeps them. This
                 happens before others are loaded, so that memory never holds more than either plan
                 needs.
         """
         self.prepare(target)
-        for error in self._set(target, evict).values():
-            raise error
+        before = self.plan
+        try:
+            self._set(target, self._changes(target), evict)
+        except BaseException:
+            self._set_back(before)
+            raise
+        self.plan = target
 
-    @torch.inference_mode(False)
-    def set_readable(self, target: Plan) -> dict[int, RapError]:
-        """`set` with `evict`, without weights that cannot be read.
-
-        Returns:
-            The error for each of them by key. Such items keep their level if they can; else they
-            are removed now.
-        """
-        errors: dict[int, RapError] = {}
-        for key, level in self._changes(target).items():
-            try:
-                if self.store is not None:
-                    self.store.prepare(self._item(key), level)
-                    # before weights are freed that cannot be read either
-                    self.store.check(self._item(key), level)
-            except UNREADABLE as error:
-                errors[key] = error
-        names = (*map(block_name, range(len(self.items))), EMBEDDINGS)
-        present = self.plan.levels
-        plan = target.lower({names[key]: present.get(names[key], "native") for key in errors})
-        return errors | self._set(plan, evict=True)
-
-    def _set(self, target: Plan, evict: bool) -> dict[int, RapError]:
-        """`set`, all of whose levels exist; returns errors of weights that cannot be read."""
-        changes = self._changes(target)
-        for index in target.removed - self._removed:
-            self.sites[index].remove()
-            self._removed.add(index)
+    def _set(self, target: Plan, changes: Mapping[int, WeightLevel], evict: bool) -> None:
+        for index in target.removed:
+            self._remove(index)
         self._set_caches(target.caches)
         if self.store is not None and evict:
             for key, item in enumerate(self.all_items):
                 self.store.release(item, self._level(target, key))
-        errors: dict[int, RapError] = {}
-        try:
-            errors = self._set_weights(changes)
-        except BaseException:
-            self.plan = self._present_plan()
-            raise
-        self.plan = self._present_plan() if errors else target
-        return errors
+        for key, level in changes.items():
+            self._set_level(key, level)
+
+    def _set_back(self, plan: Plan) -> None:
+        """Give every item its level in a plan again, wherever `_set` has failed."""
+        self._set(plan, {}, evict=True)
+        lost = []
+        for key in range(len(self.items) + 1):
+            if key not in plan.removed:
+                try:
+                    self._set_level(key, self._level(plan, key))
+                except Exception:  # memory may be short, too
+                    lost.append(key)
+        for key in set(lost) - {len(self.items)}:
+            self._remove(key)
+        self.plan = plan.without(*self._removed - plan.removed)
+
+    def _remove(self, index: int) -> None:
+        if index not in self._removed:
+            self.sites[index].remove()
+            self._removed.add(index)
 
     def _changes(self, target: Plan) -> dict[int, WeightLevel]:
         """New levels of weights that stay or come into use; the key 2L stands for embeddings."""
@@ -161,19 +152,6 @@ class LiveBlocks:
         keys -= target.removed
         return {key: self._level(target, key) for key in sorted(keys, reverse=True)}
 
-    def _set_weights(self, changes: Mapping[int, WeightLevel]) -> dict[int, RapError]:
-        done, errors = set(), dict[int, RapError]()
-        try:
-            for key, level in changes.items():
-                try:
-                    self._set_level(key, level)
-                    done.add(key)
-                except UNREADABLE as error:
-                    errors[key] = error
-        finally:
-            self._without_lost_weights(changes.keys() - done)
-        return errors
-
     def _set_level(self, key: int, level: WeightLevel) -> None:
         item = self._item(key)
         if self.store is not None:
@@ -184,29 +162,6 @@ class LiveBlocks:
         if key in self._removed:
             self.sites[key].restore()
             self._removed.remove(key)
-
-    def _without_lost_weights(self, keys: Set[int]) -> None:
-        """Load weights at their earlier level if they are not in memory, or remove their block."""
-        for key in keys - self._removed:
-            item = self._item(key)
-            if self.store is None or self.store.holds(item, item.level):
-                continue
-            try:
-                self._set_level(key, item.level)
-            except RapError:
-                if item is not self.embeddings:
-                    self.sites[key].remove()
-                    self._removed.add(key)
-
-    def _present_plan(self) -> Plan:
-        """The plan as it is, by looking at each item."""
-        kept = (index for index in range(len(self.items)) if index not in self._removed)
-        return Plan(
-            frozenset(self._removed),
-            tuple((index, self.items[index].level) for index in kept),
-            tuple(self._cache_levels.items()),
-            self.embeddings.level,
-        )
 
     def _item(self, key: int) -> WeightItem:
         return self.embeddings if key == len(self.items) else self.items[key]

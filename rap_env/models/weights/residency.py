@@ -176,12 +176,6 @@ class WeightStore:
             for group in self._used(item, level):
                 group.load()
 
-    def verify(self, item: WeightItem) -> None:
-        """Check that an item's native weights are in memory or can be loaded; errors as there."""
-        for group in self._native[item]:
-            if group.evicted:
-                group.verify()
-
     def _used(self, item: WeightItem, level: WeightLevel) -> Iterator[WeightGroup]:
         return (group for group in self._groups_of(item) if level in group.levels)
 

@@ -122,17 +122,12 @@ class WeightGroup:
         self._point_to(buffer)
         self.evicted = False
 
-    def verify(self) -> None:
-        """Read the files of the weights as if they were evicted, a piece at a time."""
-        if self.host is not None or self.files is None:
+    def check(self) -> None:
+        """Check that `load` will succeed: files that were changed are read, a piece at a time."""
+        if self.host is not None or not self.files or _states_of(self.files) == self._states:
             return
         if _digest(_pieces(self.files)) != self._digest:
             raise _changed(self.files)
-
-    def check(self) -> None:
-        """As `verify`; unchanged files are not read."""
-        if self.host is None and self.files and _states_of(self.files) != self._states:
-            self.verify()
 
     def _packed(self) -> torch.Tensor:
         """The buffer that `pack` or `load` made, whole, (bytes,)."""

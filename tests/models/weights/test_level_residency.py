@@ -9,7 +9,7 @@ import torch
 from rap_env.errors import ChecksumError, ModelNotAvailableError, UnsupportedModelError
 from rap_env.memory import MemoryModel
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.residency import Residency
+from rap_env.models.weights.residency import Residency, WeightStore
 from rap_env.models.weights.tensors import named_weights, tensor_key
 from rap_env.models.weights.weight_levels import WeightItem
 from rap_env.paths import cache_dir
@@ -163,47 +163,74 @@ def test_a_level_whose_file_cannot_be_read_is_made_again(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])
-def test_a_block_of_which_nothing_can_be_read_is_removed_and_all_others_are_set(how: str) -> None:
+@pytest.mark.parametrize("present", [Plan(), Plan(embeddings="int8"), MIXED])
+def test_a_plan_stays_whole_while_files_cannot_be_read(present: Plan, how: str) -> None:
     llm, plain = offloaded(), tiny_llm()
-    llm.apply(INT4)
-    llm.apply(Plan())
-    assert llm.held_bytes.weights == tensor_bytes(llm)
-    files = [*cache_dir().rglob("block002.*")]
-    assert len(files) == 2
-    contents = [file.read_bytes() for file in files]
-    for file in files:
-        damage_file(file, how)
-    with pytest.raises((ModelNotAvailableError, ChecksumError), match="block002"):
-        llm.apply(INT4)
-    assert llm.plan == INT4.without(2)
-    plain.apply(llm.plan)
-    assert torch.equal(logits(llm), logits(plain))
-    assert llm.held_bytes.weights == tensor_bytes(llm)
-    for file, content in zip(files, contents, strict=True):
-        file.write_bytes(content)
-    for plan in (INT4, Plan()):
+    for plan in (INT4, Plan(), present):
         apply_to(plan, llm, plain)
-
-
-@pytest.mark.parametrize("how", ["gone", "cut", "changed"])
-@pytest.mark.parametrize("present", ["native", "int8"])
-def test_nothing_that_is_in_memory_is_lost_while_no_file_can_be_read(present, how) -> None:
-    llm = offloaded()
-    for plan in (INT4, Plan(), Plan(embeddings=present)):
-        llm.apply(plan)
-    before, other = logits(llm), {"native": INT4, "int8": Plan()}[present]
+    held_bytes = llm.held_bytes.weights
     files = [*cache_dir().rglob("*.safetensors")]
     contents = [file.read_bytes() for file in files]
     for file in files:
         damage_file(file, how)
-    errors = llm.apply_readable(other)
-    assert "embeddings" in errors
-    assert not llm.plan.removed
-    assert torch.equal(logits(llm), before)
+    other = Plan() if present else INT4
+    with pytest.raises((ModelNotAvailableError, ChecksumError)):
+        llm.apply(other)
+    assert llm.plan == present
+    assert torch.equal(logits(llm), logits(plain))
+    assert llm.held_bytes.weights == tensor_bytes(llm) == held_bytes
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)
-    assert llm.apply_readable(other) == {}
-    assert llm.plan == other
+    for plan in (other, present):
+        apply_to(plan, llm, plain)
+
+
+@pytest.mark.parametrize(
+    "before", [Plan(), INT8.without(1), MIXED], ids=["native", "int8", "mixed"]
+)
+def test_a_plan_that_fails_half_way_leaves_the_one_before(before: Plan, monkeypatch) -> None:
+    llm, plain = offloaded(), tiny_llm()
+    for plan in (*PLANS, before):
+        apply_to(plan, llm, plain)
+    held_bytes = llm.held_bytes.weights
+    load, calls = WeightStore.load, []
+
+    def fails_once(self: WeightStore, item: WeightItem, level: str) -> None:
+        calls.append(level)
+        if len(calls) == 3:
+            raise MemoryError("full")
+        load(self, item, level)
+
+    monkeypatch.setattr(WeightStore, "load", fails_once)
+    with pytest.raises(MemoryError):
+        llm.apply(INT4)
+    assert llm.plan == before
+    assert torch.equal(logits(llm), logits(plain))
+    assert llm.held_bytes.weights == tensor_bytes(llm) == held_bytes
+    for plan in (INT4, Plan()):
+        apply_to(plan, llm, plain)
+
+
+def test_blocks_are_removed_of_which_neither_plan_can_be_read(monkeypatch) -> None:
+    llm, plain = offloaded(), tiny_llm()
+    for plan in (INT4, Plan()):
+        apply_to(plan, llm, plain)
+    lost, load = llm._live.items[2], WeightStore.load
+
+    def fails(self: WeightStore, item: WeightItem, level: str) -> None:
+        if item is lost:
+            raise ModelNotAvailableError("gone meanwhile")
+        load(self, item, level)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WeightStore, "load", fails)
+        with pytest.raises(ModelNotAvailableError, match="gone meanwhile"):
+            llm.apply(INT4)
+    assert llm.plan == Plan.removing(2)
+    plain.apply(llm.plan)
+    assert torch.equal(logits(llm), logits(plain))
+    for plan in (INT4, Plan()):
+        apply_to(plan, llm, plain)
 
 
 def test_dropped_embeddings_need_the_models_own_files(tmp_path: Path) -> None:
