@@ -15,8 +15,7 @@ import numpy as np
 from benchmarks.measuring import Settings, alternate, ratios, spread
 from benchmarks.record import Target, write_record
 from experiments.config.common import parse_shape
-from experiments.ladder.llama_cpp import PACKAGE, gguf_file, need_llama_cpp
-from experiments.ladder.llama_cpp_process import LlamaCpp
+from experiments.llama_cpp import PACKAGE, LlamaCpp, gguf_file, need_llama_cpp
 from experiments.study.console import run_with_settings
 from experiments.study.run_folder import package_versions
 

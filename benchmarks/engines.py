@@ -20,8 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from benchmarks.measuring import ModelSettings, open_model
 from benchmarks.record import Target, write_record
-from experiments.ladder.llama_cpp import PACKAGE, need_llama_cpp
-from experiments.ladder.llama_cpp_process import LlamaCpp, target_nll
+from experiments.llama_cpp import PACKAGE, LlamaCpp, need_llama_cpp, target_nll
 from experiments.study.console import run_with_settings
 from experiments.study.run_folder import package_versions
 from rap_env.errors import UnsupportedModelError

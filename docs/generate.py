@@ -33,19 +33,11 @@ from record_tables import (
 import rap_env
 from benchmarks.record import committed_records, targets_table
 from experiments import studies
-from experiments.ladder.level_costs_by_model import STUDY as LEVEL_COSTS
-from experiments.ladder.llama_cpp import STUDY as LLAMA_CPP
-from experiments.ladder.loss_against_bytes import STUDY as LADDER
-from experiments.ladder.loss_against_bytes import LadderRow, LlamaCppRow
-from experiments.ladder.outside import STUDY as OTHER_METHODS
-from experiments.long_context import STUDY as LONG_CONTEXT
 from experiments.replay.study import STUDY as REPLAY
 from experiments.replay.trial import Trial, trial_figure
 from experiments.study.harness import Study
 from experiments.study.pages import (
     Published,
-    below,
-    first_section,
     untitled,
     write_changed,
     write_pages,
@@ -70,8 +62,6 @@ UNMOVED: tuple[tuple[Study[Any], Published], ...] = (
     (REPLAY, Published("replay", "replay/replay", untitled)),
     (REPLAY, Published("replay_ladder", "ladder/replay")),
     (REPLAY, Published("replay_low_bits", "replay_low_bits/replay")),
-    (LONG_CONTEXT, Published("long_context", "long_context", first_section)),
-    (LONG_CONTEXT, Published("tight_recall", "tight_recall/long_context", first_section)),
 )
 """Studies outside of `experiments.studies`, with their committed records."""
 
@@ -87,9 +77,6 @@ def found_studies() -> Iterator[tuple[Study[Any], Published]]:
 
 STUDIES = {published.name: (study, published) for study, published in [*found_studies(), *UNMOVED]}
 """Each study with one of its committed records, by the name of their markers."""
-
-LADDER_ROWS = RESULTS / "ladder"
-"""Folder with a folder of rows of each program of the ladder."""
 
 
 @cache
@@ -109,18 +96,6 @@ def environment_text(kind: str) -> str:
     return inspect.cleandoc(getattr(rap_env, kind).__doc__ or "")
 
 
-def ladder_text() -> str:
-    """All tables of the programs of the ladder."""
-    parts: tuple[Study[Any], ...] = (OTHER_METHODS, LEVEL_COSTS, LADDER, LLAMA_CPP)
-    texts = (study.markdown(study.read(LADDER_ROWS / study.name)) for study in parts)
-    return "\n".join([f"# {LADDER.title}\n", *map(str.lstrip, map(untitled, texts))])
-
-
-def two_sections(text: str) -> str:
-    """The first two sections of a text, below a page's second level."""
-    return below("\n## ".join(text.split("\n## ")[:3]))
-
-
 FULL: dict[str, Callable[[], str]] = {
     **{
         name: partial(record_tables.comparison_text, name)
@@ -128,7 +103,6 @@ FULL: dict[str, Callable[[], str]] = {
     },
     **{name: partial(record_tables.transfer_text, name) for name in TRANSFERS},
     **{name: partial(study_text, name) for name in STUDIES},
-    "ladder": ladder_text,
 }
 """All tables of a comparison or study by its name: a page of ``docs/results/details`` each."""
 
@@ -154,7 +128,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": lambda: targets_table(committed_records()),
     "engine_features": record_tables.features_text,
     "engines": record_tables.agreement_text,
-    "ladder": partial(part_of, "ladder", two_sections),
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 
@@ -172,7 +145,6 @@ def write_all(docs: Path) -> None:
         write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
     for name in STUDIES:
         draw_study(folder, name)
-    draw_ladder(folder)
     if (record := RESULTS / "cgroup" / "rap.json.gz").exists():
         save_png(trial_figure(Trial.read(record)), folder / "cgroup.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
@@ -218,13 +190,6 @@ def command_reference() -> str:
         f"## {context.command_path}\n\n```text\n{context.command.get_help(context)}\n```\n"
         for context in contexts
     )
-
-
-def draw_ladder(folder: Path) -> None:
-    """Draw loss against bytes, llama.cpp's beside it, and at the bytes of other methods."""
-    rows = [*LadderRow.read(LADDER_ROWS / "ladder"), *LlamaCppRow.read(LADDER_ROWS / "llama_cpp")]
-    LADDER.draw(LADDER.data(rows), folder)
-    OTHER_METHODS.draw(OTHER_METHODS.read(LADDER_ROWS / OTHER_METHODS.name), folder)
 
 
 def main() -> None:

@@ -140,6 +140,18 @@ def held_out_scorer(
     return make(context.llm, corpus, context.store, workers=workers)
 
 
+def measured_on(scorer: MaskScorer) -> dict[str, Any]:
+    """What a row that a scorer measures depends on: the model and the text."""
+    facts = scorer.llm.facts
+    return {
+        "model_fingerprint": facts.fingerprint,
+        "dtype": facts.dtype,
+        "weights": facts.weights,
+        "report_text": scorer.corpus.provenance,
+        "report_sha256": scorer.corpus.sha256,
+    }
+
+
 def named_policy(name: str | None, context: PruningContext, memory: MemoryModel) -> Policy | None:
     """The policy of a name: a baseline that searches on the calibration text, or a packaged one.
 

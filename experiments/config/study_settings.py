@@ -20,7 +20,7 @@ from experiments.config.common import (
     within,
 )
 from experiments.config.plain import Setting, completed
-from experiments.ladder.llama_cpp_process import FILE_TYPES
+from experiments.llama_cpp import CACHE_TYPES, FILE_KINDS
 from rap_env.errors import check_name
 from rap_env.levels import WEIGHT_LEVELS, CacheLevel
 from rap_env.scoring.long_context_tasks import LEAST_TOKENS, LONG_CONTEXT_KINDS
@@ -64,19 +64,9 @@ class PromptsConfig(Section):
     chose for these requests and budgets."""
 
 
-AS_SHIPPED, EMBEDDINGS = "as shipped", "+embeddings"
-"""llama.cpp's file of the model itself, and the end of kinds whose embeddings have few bits too."""
-
-LLAMA_CPP_FILES = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{EMBEDDINGS}" for kind in FILE_TYPES))
-"""Kinds of files that llama.cpp's quantiser makes."""
-
-LLAMA_CPP_CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""Formats of llama.cpp's cache, from the most to the least exact one."""
-
-
 @dataclass
 class LadderConfig(Section):
-    """Requests, levels and budgets that ``experiments.ladder`` compares on ``evaluate.text``."""
+    """What the studies ``ladder`` and ``equal_bytes`` compare on ``evaluate.text``."""
 
     section = "ladder"
     requests: Annotated[list[ShapeText], some] = field(
@@ -102,20 +92,10 @@ class LadderConfig(Section):
         default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2]
     )
     """Its budgets."""
-    llama_cpp_caches: list[Annotated[str, among(*LLAMA_CPP_CACHES)]] = field(
-        default_factory=lambda: ["f16", "q8_0", "q5_1", "q4_1", "q4_0"]
-    )
+    llama_cpp_caches: list[Annotated[str, among(*CACHE_TYPES)]] = field(default_factory=list)
     """Formats of llama.cpp's cache; weights are those of the file."""
-    llama_cpp_files: list[Annotated[str, among(*LLAMA_CPP_FILES)]] = field(
-        default_factory=lambda: [
-            "Q2_K", "IQ2_M+embeddings", "IQ4_NL", AS_SHIPPED, "Q3_K_M", "Q2_0"
-        ]
-    )  # fmt: skip
-    """Kinds of files that ``experiments.ladder.outside`` makes with llama.cpp's quantiser."""
-    removed_layers: list[Count] = field(default_factory=lambda: [4, 8])
-    """Layers that methods of layer removal leave out, in the same program."""
-    ranks: list[Count] = field(default_factory=lambda: [16])
-    """Ranks of corrections that are added to FFN blocks at int2, in the same program."""
+    llama_cpp_files: list[Annotated[str, among(*FILE_KINDS)]] = field(default_factory=list)
+    """Kinds of files that ``experiments.studies.equal_bytes`` makes with llama.cpp's quantiser."""
 
 
 LENGTHS = {"lengths": Setting(list, [512, 1024, 2048]), "questions": Setting(int, 32, within(1))}
@@ -124,7 +104,7 @@ LENGTHS = {"lengths": Setting(list, [512, 1024, 2048]), "questions": Setting(int
 
 @dataclass
 class LongContextConfig(Section):
-    """What ``experiments.long_context`` compares, and on what."""
+    """What ``experiments.studies.long_context`` compares, and on what."""
 
     section = "long_context"
     caches: list[Annotated[str, form(CacheLevel.of)]] = field(

@@ -29,8 +29,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from experiments.config import Config
-from experiments.ladder.llama_cpp import gguf_file
 from experiments.launch import launch
+from experiments.llama_cpp import gguf_file
 from experiments.replay.trial import SYSTEMS, Answer, Trial, trial_figure, trial_table
 from experiments.study.console import say
 from experiments.study.experiment_errors import ExperimentError

@@ -29,7 +29,7 @@ READS: dict[str, tuple[str, ...]] = {
              "evaluate", "report"),
     "report": ("report",),
     "export_scores": (*MODEL, "export", "env.id"),
-    **dict.fromkeys(("ladder", "llama_cpp", "outside"), (*MODEL, "ladder", "evaluate.text")),
+    **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
     "level_costs_by_model": (*MODEL, "evaluate.text"),
     "replay": (*MODEL, "replay", "budget"),
     "cgroup": ("model.name", "cgroup"),

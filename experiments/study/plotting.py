@@ -184,28 +184,6 @@ def plain_log_ticks(axis: Any, subs: Sequence[float] = (1, 2, 5), form: str = "g
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_label(
-    axis: Axes,
-    point: tuple[float, float],
-    text: str,
-    colour: str,
-    *,
-    above: bool,
-    bold: bool = False,
-    left: bool = False,
-) -> None:
-    """Write a label beside a point, with a white halo, so that it is readable on lines."""
-    from matplotlib.patheffects import withStroke
-
-    axis.annotate(
-        text, point, xytext=(-4 if left else 4, 4 if above else -4),
-        textcoords="offset points", ha="right" if left else "left",
-        fontsize=7.5 if bold else 6.5, color=colour, fontweight="bold" if bold else "normal",
-        va="bottom" if above else "top", zorder=8,
-        path_effects=[withStroke(linewidth=2.2, foreground="white")],
-    )  # fmt: skip
-
-
 def scale_delta_nll(axis: Axes) -> None:
     """Scale the vertical axis for ΔNLL: linear up to `LINEAR_NATS`, then logarithmic."""
     from matplotlib.ticker import FixedLocator, NullLocator

@@ -130,6 +130,15 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def precise(estimate: Estimate) -> str:
+    """Format a mean with its interval, with four decimals where it is small."""
+    digits = 4 if abs(estimate.mean) < 0.01 else 3
+    mean, low, high = (
+        f"{value:.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean} [{low}, {high}]"
+
+
 def signed(estimate: Estimate) -> str:
     """Format a difference with its sign and interval."""
     return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"

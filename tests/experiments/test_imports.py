@@ -14,7 +14,7 @@ import pytest
 import experiments
 
 ROOT = Path(experiments.__file__).parent
-SHARED = {"config", "console", "contexts", "errors", "launch"}
+SHARED = {"contexts", "launch", "llama_cpp"}
 """Files of the root that are no programs."""
 
 

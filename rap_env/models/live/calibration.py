@@ -113,7 +113,7 @@ _LEVELS: tuple[PackedLevel, ...] = tuple(level for level in PACKED_LEVELS if lev
 _VERSION = 4
 """Part of the names of files: increase it when the weights come out differently."""
 
-OWN_TEXT_DAMPING = 0.1
+_OWN_TEXT_DAMPING = 0.1
 """Ten times the usual: with 0.01, FFN blocks at int3 made with text of the default model's own lost
 0.38 nats per token on WikiText, with 0.1 and 0.3 they lost 0.25."""
 
@@ -347,7 +347,7 @@ def _quantise(
 
 
 def _damping(uniform: bool) -> float:
-    return DAMPING if uniform else OWN_TEXT_DAMPING
+    return DAMPING if uniform else _OWN_TEXT_DAMPING
 
 
 def _missing(item: WeightItem) -> list[PackedLevel]:

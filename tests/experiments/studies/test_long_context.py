@@ -14,11 +14,14 @@ from experiments.config.common import TextConfig
 from experiments.config.study_settings import LongContextConfig
 from experiments.config.training_settings import ModelConfig
 from experiments.contexts import build_context
-from experiments.long_context import DOCUMENTS, STUDY, Curves, documents_of, over_length, share_of
+from experiments.studies.long_context import DOCUMENTS, STUDY, compared_lengths, documents_of
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.statistics import wilson_interval
 from rap_env.errors import CorpusError, UnknownNameError
+from rap_env.plan import Plan
 from rap_env.scoring.generated_tasks import NAMES, OBJECTS
+from rap_env.scoring.lm_eval_tasks import TaskConfig
+from rap_env.scoring.tasks import TaskScorer
 from tests.scoring.test_long_context_tasks import word_llm
 
 CACHES = ["native", "int4", "int2", "window128"]
@@ -54,37 +57,35 @@ def config(base):
 
 
 @pytest.fixture(scope="module")
-def curves(config):
+def rows(config):
     return STUDY.read(STUDY.run(config, config.stage_dir("long_context")))
 
 
-def test_every_plan_has_a_row_of_each_measure(curves):
+def test_every_plan_has_a_row_of_each_measure(rows):
     plans = [*CACHES, "greedy_per_byte 90 %"]
-    assert curves.plans == plans
-    for plan in plans:
-        tasks = [(row.measure, row.length) for row in curves.tasks if row.plan == plan]
-        assert tasks == [("recall", 512), ("recall", 768), ("counting", 512)]
-        assert curves.losses[plan, 300].measure == DOCUMENTS
-    assert curves.task("int4", "recall", 512).depends_on["plan"] == {
-        "layer00.cache": "int4",
-        "layer01.cache": "int4",
-    }
-    searched = curves.task("greedy_per_byte 90 %", "recall", 768)
+    measures = [("recall", 512), ("recall", 768), ("counting", 512), (DOCUMENTS, 300)]
+    assert list(rows) == [(plan, *measure) for measure in measures for plan in plans]
+    lowered = rows["int4", "recall", 512].depends_on["plan"]
+    assert lowered == {"layer00.cache": "int4", "layer01.cache": "int4"}
+    searched = rows["greedy_per_byte 90 %", "recall", 768]
     assert set(searched.depends_on["plan"].values()) == {"removed"}
     assert searched.peak_bytes <= 0.9 * searched.native_peak_bytes
 
 
-def test_accuracies_have_their_questions_and_intervals(curves):
-    for row in curves.tasks:
-        assert len(row.right) == (16 if row.measure == "recall" else 6)
-        share = share_of(row.right)
-        assert share.mean == pytest.approx(np.mean(row.right))
-        assert (share.low, share.high) == wilson_interval(share.mean, len(row.right))
-        assert row.chance == 0.25
+def test_right_answers_are_those_of_the_task(rows, config):
+    llm = build_context(config).llm
+    for length in (512, 768):
+        name = f"rap_recall_{length}"
+        scorer = TaskScorer(llm, TaskConfig((name,), limit=16, seed=config.seed))
+        assert scorer.chance[name] == 0.25
+        for caches in CACHES:
+            right = scorer.right_answers(Plan.uniform(2, caches=caches))[name]
+            assert rows[caches, "recall", length].values == right.tolist()
+    assert len(rows["native", "counting", 512].values) == 6
 
 
-def test_losses_on_documents_are_those_of_the_model(curves, config):
-    row = curves.losses["native", 300]
+def test_losses_on_documents_are_those_of_the_model(rows, config):
+    row = rows["native", DOCUMENTS, 300]
     llm = build_context(config).llm
     tokens = documents_of(llm, config.long_context.documents[0]).tokens
     assert tokens.shape == (2, 300)
@@ -92,36 +93,29 @@ def test_losses_on_documents_are_those_of_the_model(curves, config):
         logs = llm.model(tokens).logits.log_softmax(-1)
     nll = -logs[:, :-1].gather(2, tokens[:, 1:, None])[:, :, 0].numpy()
     assert row.values == pytest.approx(nll.mean(axis=1), abs=1e-4)
-    assert curves.losses["window128", 300].values != pytest.approx(row.values, abs=1e-4)
+    assert rows["window128", DOCUMENTS, 300].values != pytest.approx(row.values, abs=1e-4)
 
 
-def test_tables_and_figures_name_every_plan(curves, config):
-    text = STUDY.markdown(curves)
+def test_tables_name_every_plan(rows, config):
+    text = STUDY.markdown(rows)
     assert text == (config.stage_dir("long_context") / "tables.md").read_text()
-    assert (config.stage_dir("long_context") / "long_context.png").stat().st_size > 10_000
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles[:3] == ["## Loss and recall", "## Recall", "## Most common words"]
-    assert all(text.count(f"| {plan} |") >= 3 for plan in curves.plans if plan != "native")
-    share = share_of(curves.task("int2", "recall", 512).right)
-    assert f"| int2 | {100 * share.mean:.0f} % [{100 * share.low:.0f}" in text
-    figure = over_length(curves)
-    drawn = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
-    assert drawn[:2] == ["Recall", "Most common words"]
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == curves.plans
+    assert titles == ["## Loss and recall", "## Recall", "## Most common words"]
+    right = rows["int2", "recall", 512].values
+    low, high = wilson_interval(np.mean(right), len(right))
+    assert f"| int2 | {100 * np.mean(right):.0f} % [{100 * low:.0f}, {100 * high:.0f}]" in text
 
 
-def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(curves):
-    def with_lengths(**lengths):
-        row = curves.tasks[0]
-        named = [(kind, length) for kind, every in lengths.items() for length in every]
-        return Curves([replace(row, measure=kind, length=length) for kind, length in named])
+def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(rows):
+    def lengths(**kinds):
+        return compared_lengths(
+            {("native", kind, length): None for kind, every in kinds.items() for length in every}
+        )
 
-    both = with_lengths(recall=[512, 1024, 2048, 8192], tracking=[512, 1024, 2048])
-    assert both.long == [1024, 2048]
-    assert {row.length for row in both.facts("native")} == {1024, 2048}
-    assert with_lengths(recall=[4096], tracking=[2048]).long == [2048, 4096]
-    assert with_lengths(recall=[256, 512], counting=[1024]).long == [256, 512]
+    both = lengths(recall=[512, 1024, 2048, 8192], tracking=[512, 1024, 2048])
+    assert both == [1024, 2048]
+    assert lengths(recall=[4096], tracking=[2048]) == [2048, 4096]
+    assert lengths(recall=[256, 512], counting=[1024]) == [256, 512]
 
 
 def test_wrong_settings_and_documents_are_named(config):

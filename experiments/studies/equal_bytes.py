@@ -1,0 +1,261 @@
+"""``python -m experiments.studies.equal_bytes``: levels and llama.cpp's files by bytes of weights.
+
+The levels and the knapsack of this package stand beside files of fewer bits that llama.cpp's
+quantiser makes from the model's own file, in its engine. All are compared with the unquantised
+model at each token of one held-out text, and calibrated on the text that this package's levels are
+made with. Bytes are those of the model as shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from experiments.config import Config
+from experiments.contexts import build_context, held_out_scorer, measured_on, named_policy
+from experiments.launch import launch
+from experiments.llama_cpp import (
+    AS_SHIPPED,
+    LlamaCpp,
+    gguf_file,
+    need_llama_cpp,
+    write_quantised_file,
+)
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import DeltaNLLRecord, delta_nll_fields
+from experiments.study.pages import Published
+from experiments.study.table_format import TitledTable, columns_table, percent, precise
+from rap_env.context.base import PruningContext
+from rap_env.levels import WEIGHT_LEVELS
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import shared_llm
+from rap_env.models.live.calibration import calibration_windows
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.models.weights.gptq import hessians
+from rap_env.plan import Plan
+from rap_env.request import Request
+from rap_env.scoring.native_agreement import TokenComparison, agreement_of
+from rap_env.scoring.nll import HEAD_TOKENS, token_nll
+
+CAPTION = (
+    "Bytes of all weights, embeddings included, and the difference from the unquantised model on "
+    "the same windows: ΔNLL with a 95 % interval over windows, KL divergence (mean and 99th "
+    "percentile over tokens, nats), and the share of tokens at which both find the same token "
+    "most likely. `+embeddings`: these have few bits too. Types: matrices in llama.cpp's file."
+)
+LABELS = {"uniform": "one level", "knapsack": "knapsack over levels", "llama.cpp": "llama.cpp"}
+"""What the table calls each method of `EqualBytesRow`."""
+
+
+@dataclass(frozen=True)
+class EqualBytesRow(DeltaNLLRecord):
+    """What a method loses at its bytes of weights, over the unquantised model.
+
+    Attributes:
+        method: ``"uniform"`` and ``"knapsack"``, levels of this package; ``"llama.cpp"``.
+        name: The level, the knapsack's budget, or the kind of file.
+        weight_bytes: Bytes of all weights, embeddings included.
+        kl_divergence_mean: As in `rap_env.scoring.interface.NativeAgreement`, from the unquantised
+            model.
+        kl_divergence_p99: See there.
+        same_top_token_share: See there.
+        levels: Levels of all items that are not as shipped, by name.
+        tensor_types: Number of tensors of each type in llama.cpp's file.
+    """
+
+    file = "equal_bytes.jsonl"
+    identity = ("method", "name")
+
+    method: str
+    name: str
+    weight_bytes: int
+    kl_divergence_mean: float
+    kl_divergence_p99: float
+    same_top_token_share: float
+    levels: dict[str, str] = field(default_factory=dict)
+    tensor_types: dict[str, int] = field(default_factory=dict)
+
+
+def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow]]:
+    """Yield the rows of all methods for one model.
+
+    Raises:
+        ExperimentError: ``ladder.llama_cpp_files`` has entries, but llama.cpp is not installed, or
+            the model comes from no GGUF file.
+    """
+    settings, model = config.ladder, config.model
+    context = build_context(config)
+    report = held_out_scorer(config.evaluate.text, "report", context)
+    shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
+    memory = MemoryModel(shipped)
+    compare = partial(compared, context.llm, report.corpus.tokens)
+
+    def measure_plan(method: str, name: str, plan: Plan) -> EqualBytesRow:
+        sizes = memory.breakdown(plan, Request(1, 1, budget_bytes=2**62))
+        return EqualBytesRow(
+            method=method,
+            name=name,
+            weight_bytes=sizes.weights + sizes.embeddings,
+            levels=plan.levels,
+            **compare(partial(window_logits, shipped, plan)),
+        )
+
+    def measure_file(source: Path, kind: str) -> EqualBytesRow:
+        tokens = report.corpus.tokens.shape[1]
+        with (
+            quantised(source, kind, context.llm, calibration_windows(shipped)) as file,
+            closing(LlamaCpp(str(file), "f16", 1, tokens, threads=1)) as engine,
+        ):
+            return EqualBytesRow(
+                method="llama.cpp",
+                name=kind,
+                weight_bytes=engine.model_bytes,
+                tensor_types=engine.tensor_types,
+                **compare(partial(logits_of, engine)),
+            )
+
+    depends_on = measured_on(report)
+    for kind in settings.llama_cpp_files:
+        source = gguf_file(model.name)
+        of_file = {**depends_on, "file": source.name, "llama_cpp": need_llama_cpp()}
+        make = partial(measure_file, source, kind)
+        yield Job(EqualBytesRow, ("llama.cpp", kind), of_file, make)
+    for identity, plan in own_plans(config, context, memory).items():
+        of_plan = {**depends_on, **memory.facts.identity, "plan": plan.levels}
+        yield Job(EqualBytesRow, identity, of_plan, partial(measure_plan, *identity, plan))
+
+
+def own_plans(
+    config: Config, context: PruningContext, memory: MemoryModel
+) -> dict[tuple[str, str], Plan]:
+    """Levels of all blocks or all FFN blocks, and the knapsack's plans, by method and name.
+
+    The plans of the knapsack are for the first request, without what they do to caches.
+    """
+    facts, plans = memory.facts, {("uniform", AS_SHIPPED): Plan()}
+    for level in WEIGHT_LEVELS[1:-1]:
+        blocks = facts.blocks_at(level)
+        if len(blocks) == facts.num_blocks:
+            ffn = {name: level for name in blocks if name.endswith("ffn")}
+            plans["uniform", f"FFN {level}"] = Plan.of(ffn)
+            plans["uniform", level] = Plan.of(blocks)
+    knapsack = named_policy(config.ladder.knapsack, context, memory)
+    if knapsack is None:
+        return plans
+    for fraction in config.ladder.budgets:
+        request = Request.at_fraction(context.memory, *config.ladder.shapes[0], fraction)
+        chosen = knapsack.choose(request)
+        plan = Plan(chosen.removed, chosen.weights, (), chosen.embeddings)
+        if plan not in plans.values():
+            plans["knapsack", percent(fraction, 0)] = plan
+    return plans
+
+
+@torch.inference_mode()
+def window_logits(llm: ElasticLLM, plan: Plan, window: torch.Tensor) -> torch.Tensor:
+    """Logits of a window's positions but the last, in the model's dtype: (T,) to (T - 1, V)."""
+    forward = PartialForward(llm, widen=True)
+    with llm.masked(plan):
+        hidden = forward.hidden(window[None].to(llm.device))[0, :-1]
+        return torch.cat([forward.logits(part) for part in torch.split(hidden, HEAD_TOKENS)]).cpu()
+
+
+def compared(
+    llm: ElasticLLM, windows: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    """The fields of a row from a method's logits.
+
+    Args:
+        llm: The unquantised model, which runs again for each row: its logits of all windows take
+            gigabytes.
+        windows: Token ids, (windows, T).
+        logits: The method's logits of a window, (T,) to (T - 1, V).
+    """
+    delta_nll, tokens = [], []
+    for window in windows:
+        native, own = window_logits(llm, Plan(), window), logits(window)
+        own_nll, native_nll = (token_nll(part, window[1:]).mean() for part in (own, native))
+        delta_nll.append(float(own_nll - native_nll))
+        comparison = TokenComparison(native, [Plan()])
+        comparison.add(own)
+        tokens.append(comparison.by_plan()[Plan()])
+    agreement = agreement_of(np.concatenate(tokens, axis=1))
+    return {**delta_nll_fields(delta_nll), **asdict(agreement)}
+
+
+def logits_of(engine: LlamaCpp, window: torch.Tensor) -> torch.Tensor:
+    """The same as `window_logits` in llama.cpp."""
+    parts = [part for part, _ in engine.logits(window.numpy().astype(np.int32))]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+@contextmanager
+def quantised(source: Path, kind: str, llm: ElasticLLM, text: torch.Tensor) -> Iterator[Path]:
+    """A file that llama.cpp's quantiser makes from a model's file, in a ``with`` block.
+
+    Its importance matrix is that of `input_squares`.
+    """
+    if kind == AS_SHIPPED:
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "quantised.gguf")
+        write_quantised_file(source, file, kind, input_squares(llm, text))
+        yield file
+
+
+def input_squares(llm: ElasticLLM, text: torch.Tensor) -> dict[str, list[float]]:
+    """llama.cpp's importance matrix: the mean square of each matrix's inputs, by tensor."""
+    modules = llm.model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
+    with hessians(layers) as sums, torch.no_grad(), llm.masked(Plan()):
+        for window in text:
+            llm.hidden(window[None].to(llm.device))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llm.facts.num_layers)
+    return {
+        f"{names.get_name(name)}.weight": (total.diagonal() / text.numel()).tolist()
+        for name, total in sums.items()
+    }
+
+
+def equal_bytes_tables(rows: Sequence[EqualBytesRow]) -> list[TitledTable]:
+    """A line for each method, the largest first."""
+    table = columns_table(
+        sorted(rows, key=lambda row: -row.weight_bytes),
+        {
+            "Method": lambda row: f"{LABELS[row.method]}: {row.name}",
+            "MiB": lambda row: f"{row.weight_bytes / 2**20:.1f}",
+            "ΔNLL": lambda row: precise(row.estimate),
+            "KL": lambda row: f"{row.kl_divergence_mean:.4f}",
+            "KL, 99 %": lambda row: f"{row.kl_divergence_p99:.3f}",
+            "Same top token": lambda row: percent(row.same_top_token_share),
+            "Types": lambda row: ", ".join(
+                f"{count} {kind}" for kind, count in row.tensor_types.items() if kind != "f32"
+            ),
+        },
+    )
+    return [TitledTable(table, "What llama.cpp offers at the same bytes", CAPTION)]
+
+
+STUDY = Study(
+    "equal_bytes",
+    "The ladder",
+    [EqualBytesRow],
+    equal_bytes_jobs,
+    equal_bytes_tables,
+    frozen=("model", "evaluate.text"),
+    published=[Published("equal_bytes", "ladder/equal_bytes")],
+)
+
+if __name__ == "__main__":
+    launch(STUDY.name, STUDY.run)

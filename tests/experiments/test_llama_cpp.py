@@ -1,0 +1,37 @@
+"""llama.cpp's NLL without its library, and what a model without a GGUF file gets."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.llama_cpp import LlamaCpp, gguf_file, target_nll
+from experiments.study.experiment_errors import ExperimentError
+
+
+def test_the_nll_of_tokens_is_that_of_a_softmax():
+    logits = np.random.default_rng(0).normal(size=(5, 11)).astype(np.float32) * 30
+    targets = np.array([0, 3, 10, 2, 2], dtype=np.int32)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).double(), torch.tensor(targets).long(), reduction="none"
+    )
+    assert target_nll(logits, targets) == pytest.approx(expected.numpy(), abs=1e-9)
+
+
+def test_logits_of_a_part_stay_when_the_engine_uses_its_buffer_again(monkeypatch):
+    engine, buffer = LlamaCpp.__new__(LlamaCpp), np.zeros((256, 3), np.float32)
+
+    def decode(ids, start, all_logits):
+        buffer[:] = start
+        return buffer[: len(ids)]
+
+    monkeypatch.setattr(engine, "clear", lambda: None)
+    monkeypatch.setattr(engine, "decode", decode)
+    parts = [logits for logits, _ in engine.logits(np.arange(600, dtype=np.int32))]
+    assert [(len(part), float(part[0, 0])) for part in parts] == [(256, 0), (256, 256), (87, 512)]
+
+
+@pytest.mark.parametrize("name", ["some-model", "missing.gguf"])
+def test_a_model_without_a_gguf_file_is_rejected(tmp_path, name):
+    (tmp_path / "some-model").mkdir()
+    with pytest.raises(ExperimentError, match="GGUF"):
+        gguf_file(str(tmp_path / name))
