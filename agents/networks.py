@@ -16,13 +16,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from rap_env.ladder.features import BYTES_OVER
-from rap_env.policies.network_rows import (
-    BLOCK_ROWS,
-    ITEM_ROWS,
-    MOST_SPREADS,
-    OVER_FLOOR,
-    SPREAD_FLOOR,
-)
+from rap_env.policies.network_rows import MOST_SPREADS, OVER_FLOOR, ROWS, SPREAD_FLOOR
 
 _VECTOR_SPREAD = 0.3
 
@@ -55,7 +49,8 @@ class Rows(BaseFeaturesExtractor):
     def __init__(
         self, observation_space: spaces.Dict, block_vectors: int = 0, without: Sequence[str] = ()
     ) -> None:
-        self.spec = spec = ITEM_ROWS if ITEM_ROWS.key in observation_space.spaces else BLOCK_ROWS
+        (key,) = ROWS.keys() & observation_space.spaces.keys()
+        self.spec = spec = ROWS[key]
         super().__init__(observation_space, features_dim=spec.width(block_vectors))
         self.columns = spec.columns(block_vectors)
         self.see_request = "request" not in without
@@ -79,7 +74,7 @@ class Rows(BaseFeaturesExtractor):
         useful = (each[:, :, [spec.freed]] / (over + OVER_FLOOR)).clamp(max=1) * valid
         log_costs = spec.log_costs(each[:, :, spec.costs], torch.log)
         prices = (log_costs - torch.log(useful + spec.useful_floor)) * self._priced
-        level = spec.level(each, valid.squeeze(2)).unsqueeze(-1)
+        level = spec.level(each).unsqueeze(-1)
         lowest = (level >= 1).to(each.dtype)
         kinds = torch.stack(spec.kinds(each), dim=2)
         vectors = self.vectors.expand(len(each), -1, -1)
@@ -92,18 +87,17 @@ class Rows(BaseFeaturesExtractor):
             "vectors": vectors,
             "request": request,
             "mean_level": _by_kind(kinds, level),
+            "lowest": _by_kind(kinds[:, :, : spec.lowest_kinds], lowest),
+            "lowered_vectors": (vectors * level).mean(dim=1),
         }
-        if spec.of_blocks:
+        if spec.means:
             parts["mean_valid"], parts["mean_lowest"] = _mean(each, valid), _mean(each, lowest)
             parts["lowered_vectors"] = _mean(vectors, lowest)
-        else:
-            parts["lowest"] = _by_kind(kinds[:, :, :2], lowest)
-            parts["lowered_vectors"] = (vectors * level).mean(dim=1)
         rows = [_for_each(parts[name], each.shape[1]) for name in self.columns if name in parts]
         return torch.cat(rows, dim=2)
 
     def _neighbours(self, each: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Return the levels of each row's neighbours; of blocks, whether they are kept."""
+        """Return what is observed of the levels of each row's neighbours."""
         placed = each[0, :, : self.spec.features.index("depth") + 1]  # the same in all of them
         if not torch.equal(placed, self._placed):
             self._placed = placed.clone()
@@ -111,7 +105,7 @@ class Rows(BaseFeaturesExtractor):
             self._near = torch.from_numpy(near).to(placed.device)
         levels = nn.functional.pad(level.squeeze(2), (0, 1))  # 0 for missing neighbours
         near_levels = levels[:, self._near]
-        return 1 - near_levels if self.spec.of_blocks else near_levels
+        return 1 - near_levels if self.spec.near_kept else near_levels
 
 
 def _for_each(part: torch.Tensor, count: int) -> torch.Tensor:

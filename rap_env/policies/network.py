@@ -192,7 +192,7 @@ class PolicyNetwork:
         parts = {name: first[c] for name, c in spec.columns(weights.vector_width).items()}
         vectors = weights.vectors if weights.vector_width else np.zeros((count, 0), np.float32)
         near, bias = parts["neighbours"], np.append(weights.first_bias, np.float32(0.0))
-        if spec.of_blocks:  # whether they are kept is 1 minus their level, which is 0 without one
+        if spec.near_kept:  # 1 minus their level, which is 0 where there is none
             near, bias = -near, bias + near.sum(axis=0)
         shown_compared = np.append(np.ones_like(self.shown), shown_prices)
         self.varying = np.vstack(
@@ -248,12 +248,10 @@ def _level_sums(spec: RowSpec, native: Floats, lowest: Floats, vectors: Floats) 
     """
     kinds = np.stack(spec.kinds(native), axis=1)
     kinds /= np.maximum(kinds.sum(axis=0), 1)
-    if spec.of_blocks:  # the mean features of removed blocks, and the mean of their vectors
-        by_level = [kinds, np.zeros_like(lowest), np.zeros_like(vectors)]
-        by_lowest = [np.zeros_like(kinds), lowest, vectors]
-    else:  # the share of attn and of ffn items, and the vectors times the levels
-        by_level = [kinds, np.zeros_like(kinds[:, :2]), vectors / np.float32(len(native))]
-        by_lowest = [np.zeros_like(kinds), kinds[:, :2], np.zeros_like(vectors)]
+    at_lowest = [lowest[:, : lowest.shape[1] * spec.means], kinds[:, : spec.lowest_kinds]]
+    divisor = np.float32(np.inf if spec.means else len(native))
+    by_level = [kinds, *map(np.zeros_like, at_lowest), vectors / divisor]
+    by_lowest = [np.zeros_like(kinds), *at_lowest, vectors * np.float32(spec.means)]
     return np.vstack([np.hstack(by_level), np.hstack(by_lowest)])
 
 
@@ -297,7 +295,7 @@ class _Pass:
             inputs[rows.compared], valid, np.float32(self.num_valid), inputs[rows.deviations]
         )
         shared = self._request + seen_over * network.request[BYTES_OVER] + self._by_level
-        if network.spec.of_blocks:
+        if network.spec.means:
             shared += mean[rows.features] @ network.mean_valid
         hidden = inputs.T @ network.varying
         hidden += network.own
@@ -323,12 +321,11 @@ class _Pass:
     def _sum_levels(self) -> None:
         """Compute what all levels together determine."""
         network, inputs, places = self._network, self._inputs, self._network.rows
-        valid = inputs[places.valid]
-        self.num_valid = np.count_nonzero(valid)
-        self._level[:] = network.spec.level(inputs[places.features].T, valid)
+        self.num_valid = np.count_nonzero(inputs[places.valid])
+        self._level[:] = network.spec.level(inputs[places.features].T)
         self._levels.take(network.near_numbers, out=inputs[places.near], mode="wrap")  # -1: none
         np.greater_equal(self._level, 1, out=self._lowest)
-        if network.spec.of_blocks:  # for the mean over removed blocks
+        if network.spec.means:
             self._lowest /= max(1.0, float(self._lowest.sum()))
         self._by_level = self._levels[:-1] @ network.levels @ network.level_weights
 

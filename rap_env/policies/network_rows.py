@@ -9,10 +9,10 @@ Shapes: N blocks or items, F observed features of each, V entries of a learned v
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from rap_env.ladder.features import (
 from rap_env.ladder.items import KINDS
 
 Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
 
 _HIDES = {
     "gsi": ("gsi_rank", "gsi_marginal_loss", "order_place", "order_cost"),
@@ -59,7 +60,38 @@ _NEAR_ITEMS = tuple((step, kind) for step in (-1, 0, 1) for kind in ("attn", "ff
 """The neighbours of an item: offsets of layers, and kinds of items in them."""
 
 
-class RowSpec(ABC):
+def _near_blocks(rows: Floats) -> Numbers:
+    """The blocks before and after each block."""
+    near = np.arange(len(rows))[:, None] + np.array(_NEAR_BLOCKS)
+    return np.where((near >= 0) & (near < len(rows)), near, -1)
+
+
+def _near_items(rows: Floats) -> Numbers:
+    """The items of each item's layer and of the adjacent ones.
+
+    Items are told apart by their kinds and depths; if either is hidden, all 0, no item has
+    neighbours.
+    """
+    none = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
+    if not rows[:, : len(KINDS)].any():
+        return none
+    kinds = [KINDS[kind] for kind in rows[:, : len(KINDS)].argmax(axis=1)]
+    in_layer = np.array([kind != "embeddings" for kind in kinds])
+    layers = np.full(len(rows), -len(_NEAR_ITEMS))
+    depths = rows[in_layer, ITEM_FEATURES.index("depth")]
+    layers[in_layer] = np.unique(depths, return_inverse=True)[1]
+    numbers = {pair: n for n, pair in enumerate(zip(layers.tolist(), kinds, strict=True))}
+    if len(numbers) < len(rows):  # several layers seem to be one
+        return none
+    near_items = [
+        [numbers.get((layer + step, kind), -1) for step, kind in _NEAR_ITEMS]
+        for layer in layers.tolist()
+    ]
+    return np.array(near_items, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class RowSpec:
     """What a network's rows are made of.
 
     Attributes:
@@ -68,20 +100,28 @@ class RowSpec(ABC):
         priced: Features for which a row also has the price: the log of the cost per useful byte.
         cost_floor: Added to a cost before its log is taken; None if costs are observed as logs.
         useful_floor: Added to a useful share before a price is computed.
-        num_kinds: Number of kinds of rows.
-        num_neighbours: Number of neighbours of each row.
-        of_blocks: Whether rows are of blocks. They have the means over kept and over removed
-            blocks; the others have the share of items of each kind that are at their lowest level.
+        level_flag: The feature that is a row's level: 0 is native, 1 the lowest level.
+        kind_flags: The features that say whether a row is of each kind.
+        neighbours: Gives the number of each neighbour of each row (N, F), -1 without it, (N, M).
+        num_neighbours: Number of neighbours of each row, M.
+        near_kept: Whether neighbours are observed as 1 minus their level.
+        means: Whether rows have the mean features of the rows with and without a lower level; the
+            mean of the vectors is then that of the latter, otherwise of all.
+        lowest_kinds: Number of kinds for which rows have the share at the lowest level.
     """
 
-    key: ClassVar[str]
-    features: ClassVar[tuple[str, ...]]
-    priced: ClassVar[tuple[str, ...]]
-    cost_floor: ClassVar[float | None]
-    useful_floor: ClassVar[float]
-    num_kinds: ClassVar[int]
-    num_neighbours: ClassVar[int]
-    of_blocks: ClassVar[bool]
+    key: str
+    features: tuple[str, ...]
+    priced: tuple[str, ...]
+    cost_floor: float | None
+    useful_floor: float
+    level_flag: str
+    kind_flags: tuple[str, ...]
+    neighbours: Callable[[Floats], Numbers]
+    num_neighbours: int
+    near_kept: bool
+    means: bool
+    lowest_kinds: int
 
     @cached_property
     def freed(self) -> int:
@@ -99,11 +139,11 @@ class RowSpec(ABC):
         Of the block or item: ``features``, ``compared`` (the same and the prices, standardised over
         the rows with a valid action), ``useful`` (the share of the bytes over budget that its next
         level frees, at most 1), ``valid`` (whether it has a lower level), ``neighbours`` (their
-        levels as observed, 0 where there is none; of blocks, whether they are kept, 1 beyond the
-        ends), ``vectors`` (its learned vector). Of the whole model: ``request``, ``mean_valid`` and
-        ``mean_lowest`` (mean features of the rows with and without a lower level), ``mean_level``
-        (of each kind), ``lowest`` (shares of the attn and of the ffn items at their lowest level),
-        ``lowered_vectors`` (mean of the vectors times the levels; of blocks, over removed ones).
+        levels as observed, 0 where there is none; or 1 minus that, see `near_kept`), ``vectors``
+        (its learned vector). Of the whole model: ``request``, ``mean_valid`` and ``mean_lowest``
+        (mean features of the rows with and without a lower level), ``mean_level`` (of each kind),
+        ``lowest`` (shares of the items of the first kinds at their lowest level),
+        ``lowered_vectors`` (mean of the vectors times the levels, see `means`).
 
         Args:
             vectors: Width of each learned vector, V; 0 for none.
@@ -117,10 +157,10 @@ class RowSpec(ABC):
             "neighbours": self.num_neighbours,
             "vectors": vectors,
             "request": len(REQUEST_FEATURES),
-            "mean_valid": features * self.of_blocks,
-            "mean_lowest": features * self.of_blocks,
-            "mean_level": self.num_kinds,
-            "lowest": 0 if self.of_blocks else 2,
+            "mean_valid": features * self.means,
+            "mean_lowest": features * self.means,
+            "mean_level": len(self.kind_flags),
+            "lowest": self.lowest_kinds,
             "lowered_vectors": vectors,
         }
         columns, start = {}, 0
@@ -146,93 +186,51 @@ class RowSpec(ABC):
         """The logs of observed costs, an array or a tensor, by the `log` of its library."""
         return costs * _COST_SCALE if self.cost_floor is None else log(costs + self.cost_floor)
 
-    @abstractmethod
-    def level(self, rows: Any, valid: Any) -> Any:
-        """The observed levels, (..., N), of rows (..., N, F): 0 is native, 1 the lowest level."""
+    def level(self, rows: Any) -> Any:
+        """The observed levels, (..., N), of rows (..., N, F)."""
+        return self._flag(rows, self.level_flag)
 
-    @abstractmethod
     def kinds(self, rows: Any) -> list[Any]:
         """Whether rows, (..., N, F), are of each kind: 0 or 1, an array (..., N) for each kind."""
+        return [self._flag(rows, flag) for flag in self.kind_flags]
 
-    @abstractmethod
-    def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
-        """The number of each neighbour of each row (N, F), -1 without it, (N, neighbours)."""
-
-
-class BlockRows(RowSpec):
-    """Rows of the blocks of `RAPPrune-v0`; a neighbour counts as kept beyond the ends."""
-
-    key = "blocks"
-    features = BLOCK_FEATURES
-    priced = ("one_shot_loss", "gsi_marginal_loss")
-    cost_floor = 1e-2
-    useful_floor = 1e-3
-    num_kinds = 2
-    num_neighbours = len(_NEAR_BLOCKS)
-    of_blocks = True
-
-    def level(self, rows: Any, valid: Any) -> Any:
-        """1 for removed blocks."""
-        return 1 - valid
-
-    def kinds(self, rows: Any) -> list[Any]:
-        """Attention and FFN blocks."""
-        ffn = rows[..., self.features.index("kind")]
-        return [1 - ffn, ffn]
-
-    def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
-        """The blocks before and after each block."""
-        near = np.arange(len(rows))[:, None] + np.array(_NEAR_BLOCKS)
-        return np.where((near >= 0) & (near < len(rows)), near, -1)
+    def _flag(self, rows: Any, flag: str) -> Any:
+        """A feature of rows by its name, or 1 minus it behind the word ``not``."""
+        values = rows[..., self.features.index(flag.removeprefix("not "))]
+        return 1 - values if flag.startswith("not ") else values
 
 
-class ItemRows(RowSpec):
-    """Rows of the items of `RAPLadder-v0`."""
+BLOCK_ROWS = RowSpec(
+    key="blocks",
+    features=BLOCK_FEATURES,
+    priced=("one_shot_loss", "gsi_marginal_loss"),
+    cost_floor=1e-2,
+    useful_floor=1e-3,
+    level_flag="not kept",
+    kind_flags=("not kind", "kind"),
+    neighbours=_near_blocks,
+    num_neighbours=len(_NEAR_BLOCKS),
+    near_kept=True,
+    means=True,
+    lowest_kinds=0,
+)
+"""Rows of the blocks of `RAPPrune-v0`."""
 
-    key = "ladder"
-    features = ITEM_FEATURES
-    priced = ("one_shot_cost", "order_cost")
-    cost_floor = None
-    useful_floor = 1e-5  # one cache is a small share of a model
-    num_kinds = len(KINDS)
-    num_neighbours = len(_NEAR_ITEMS)
-    of_blocks = False
-
-    _level = ITEM_FEATURES.index("level")
-
-    def level(self, rows: Any, valid: Any) -> Any:
-        """As observed."""
-        return rows[..., self._level]
-
-    def kinds(self, rows: Any) -> list[Any]:
-        """Those of `KINDS`."""
-        return [rows[..., self.features.index(kind)] for kind in KINDS]
-
-    def neighbours(self, rows: Floats) -> npt.NDArray[np.int64]:
-        """The items of each item's layer and of the adjacent ones.
-
-        Items are told apart by their kinds and depths; if either is hidden, all 0, no item has
-        neighbours.
-        """
-        none = np.full((len(rows), len(_NEAR_ITEMS)), -1, dtype=np.int64)
-        if not rows[:, : len(KINDS)].any():
-            return none
-        kinds = [KINDS[kind] for kind in rows[:, : len(KINDS)].argmax(axis=1)]
-        in_layer = np.array([kind != "embeddings" for kind in kinds])
-        layers = np.full(len(rows), -len(_NEAR_ITEMS))
-        depths = rows[in_layer, self.features.index("depth")]
-        layers[in_layer] = np.unique(depths, return_inverse=True)[1]
-        numbers = {pair: n for n, pair in enumerate(zip(layers.tolist(), kinds, strict=True))}
-        if len(numbers) < len(rows):  # several layers seem to be one
-            return none
-        near_items = [
-            [numbers.get((layer + step, kind), -1) for step, kind in _NEAR_ITEMS]
-            for layer in layers.tolist()
-        ]
-        return np.array(near_items, dtype=np.int64)
-
-
-BLOCK_ROWS, ITEM_ROWS = BlockRows(), ItemRows()
+ITEM_ROWS = RowSpec(
+    key="ladder",
+    features=ITEM_FEATURES,
+    priced=("one_shot_cost", "order_cost"),
+    cost_floor=None,
+    useful_floor=1e-5,  # one cache is a small share of a model
+    level_flag="level",
+    kind_flags=KINDS,
+    neighbours=_near_items,
+    num_neighbours=len(_NEAR_ITEMS),
+    near_kept=False,
+    means=False,
+    lowest_kinds=2,
+)
+"""Rows of the items of `RAPLadder-v0`; those of attn and of ffn items come first of the kinds."""
 
 ROWS: dict[str, RowSpec] = {spec.key: spec for spec in (BLOCK_ROWS, ITEM_ROWS)}
 """The kinds of rows, by their entry of an observation."""
