@@ -29,7 +29,6 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from agents.algorithms import AgentConfig
 from agents.vector_env import GymVecEnv
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
-from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.errors import ArtifactError
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,13 @@ _KEEP = 2
 _REPLAY_FIELDS = ("actions", "rewards", "dones", "timeouts")
 
 Json = dict[str, Any]
+
+_BLOCKS: Json = {
+    "layout": "blocks",
+    "levels": {"weights": ["removed"], "caches": [], "embeddings": []},
+    "together": [],
+}
+"""What agents observe in `RAPPrune-v0`; checkpoints of older versions have None for it."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,10 @@ class Checkpoint:
         return AgentConfig(**self.body["config"])
 
     @property
-    def ladder(self) -> Json | None:
-        """`Ladder.spec` of the environments; None for those without items, as of `RAPPrune`."""
-        spec: Json | None = self.body.get("ladder")
-        return spec
+    def observed(self) -> Json:
+        """What the agent observes: `ObservationEncoder.spec` of the environments."""
+        spec: Json | None = self.body["ladder"]
+        return _BLOCKS if spec is None else {"layout": "ladder", **spec}
 
     def load_model(self, venv: VecEnv | None = None) -> BaseAlgorithm:
         """Load the model; with environments also the state from which training continues."""
@@ -156,12 +162,12 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
     """
     asked = {
         **config.as_dict(),
-        "ladder": _ladder(venv),
+        "ladder": _resumable(venv).encoder.spec,
         **_spaces(venv.observation_space, venv.action_space),
     }
     started = {
         **checkpoint.config.as_dict(),
-        "ladder": checkpoint.ladder,
+        "ladder": checkpoint.observed,
         **checkpoint.body["spaces"],
     }
     for key, value in asked.items():
@@ -176,6 +182,7 @@ def check_same_run(checkpoint: Checkpoint, config: AgentConfig, venv: VecEnv) ->
 def _write(
     folder: Path, model: BaseAlgorithm, config: AgentConfig, progress: dict[str, float]
 ) -> None:
+    assert model.env is not None
     model.save(folder / _MODEL)
     buffer = _replay_buffer(model)
     if buffer is not None:
@@ -184,7 +191,7 @@ def _write(
         "step": model.num_timesteps,
         "config": config.as_dict(),
         "spaces": _spaces(model.observation_space, model.action_space),
-        "ladder": _ladder(model.env),
+        "ladder": _resumable(model.env).encoder.spec,
         "progress": progress,
         "state": capture(model),
         "files": {path.name: _checksum(path) for path in sorted(folder.iterdir())},
@@ -210,13 +217,6 @@ def _folders(folder: Path) -> list[Path]:
 
 def _spaces(observation_space: object, action_space: object) -> dict[str, str]:
     return {"observation_space": str(observation_space), "action_space": str(action_space)}
-
-
-def _ladder(venv: VecEnv | None) -> Json | None:
-    """Return `Ladder.spec` of the environments; None if they have no ladder."""
-    assert venv is not None
-    envs = _resumable(venv)
-    return envs.ladder.spec if isinstance(envs, RAPLadderVectorEnv) else None
 
 
 def _checksum(path: Path) -> str:

@@ -14,8 +14,8 @@ from torch import nn
 
 from agents.checkpoint import checkpoint_of
 from agents.networks import ActorCriticHeads, DuelingHeads, Rows
-from agents.observations import make_encoder
 from agents.trained_policy import fitting_policy
+from rap_env.context.base import make_encoder
 from rap_env.errors import ArtifactError
 from rap_env.policies.network import Floats, NetworkWeights
 from rap_env.policies.network_policy import PolicyFile
@@ -39,7 +39,7 @@ def export_policy(run_dir: str | Path, context: PruningContext) -> PolicyFile:
     """
     checkpoint = checkpoint_of(run_dir)
     config = checkpoint.config
-    encoder = make_encoder(context, checkpoint.ladder)
+    encoder = make_encoder(context, **checkpoint.observed)
     without = tuple(config.policy_settings["without"])
     weights = network_weights(fitting_policy(checkpoint, encoder), without)
     provenance = {

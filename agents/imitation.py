@@ -19,9 +19,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.hyperparameters import AgentConfigError
-from agents.observations import as_tensors
 from agents.plan_observer import PlanObserver
-from agents.sb3_policies import action_scores
+from agents.sb3_policies import action_scores, as_tensors
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.models.progress import progress_bar

@@ -16,6 +16,7 @@ from stable_baselines3.dqn.policies import DQNPolicy, MultiInputPolicy, QNetwork
 from torch import nn
 
 from agents.networks import ActorCriticHeads, DuelingHeads, Rows
+from rap_env.ladder.observation import Observation
 
 Q_INVALID = -1e8
 """Q value of an invalid action; finite, since 0 times infinity is NaN."""
@@ -112,3 +113,8 @@ def action_scores(policy: BasePolicy, observation: dict[str, torch.Tensor]) -> t
     actor = cast(ActorCriticPolicy, policy)
     seen = BasePolicy.extract_features(policy, observation, actor.pi_features_extractor)
     return cast(torch.Tensor, actor.action_net(actor.mlp_extractor.forward_actor(seen)))
+
+
+def as_tensors(observation: Observation) -> dict[str, torch.Tensor]:
+    """Return an observation as tensors that share its memory."""
+    return {key: torch.from_numpy(array) for key, array in observation.items()}

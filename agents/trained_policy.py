@@ -14,9 +14,9 @@ from stable_baselines3.dqn.policies import DQNPolicy
 
 from agents.checkpoint import Checkpoint, checkpoint_of
 from agents.hyperparameters import AgentConfigError
-from agents.observations import as_tensors, make_encoder
 from agents.plan_observer import PlanObserver
-from agents.sb3_policies import action_scores
+from agents.sb3_policies import action_scores, as_tensors
+from rap_env.context.base import make_encoder
 from rap_env.errors import ArtifactError
 from rap_env.ladder.observation import ObservationEncoder
 from rap_env.plan import Plan
@@ -105,7 +105,7 @@ class TrainedPolicy(Policy):
             AgentConfigError: As for the class.
         """
         checkpoint = checkpoint_of(run_dir)
-        encoder = make_encoder(context, checkpoint.ladder)
+        encoder = make_encoder(context, **checkpoint.observed)
         return cls(fitting_policy(checkpoint, encoder), encoder, **options)
 
     def choose(self, request: Request) -> Plan:
@@ -192,9 +192,8 @@ def _check_block_vectors(checkpoint: Checkpoint, policy: BasePolicy, count: int)
     """Reject a policy with learned vectors for a model with another number of blocks or items."""
     trained_on = int(cast(spaces.Discrete, policy.action_space).n)
     if checkpoint.config.policy_settings.get("block_vectors") and trained_on != count:
-        what = "blocks" if checkpoint.ladder is None else "items"
         raise ArtifactError(
-            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} {what}, "
+            f"The policy in {checkpoint.folder} learned a vector for each of {trained_on} items, "
             f"but this model has {count}; train a policy for this model, or one with "
-            f"policy_settings.block_vectors=0, which serves any number of {what}."
+            "policy_settings.block_vectors=0, which serves any number of items."
         )

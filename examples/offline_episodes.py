@@ -17,7 +17,6 @@ import numpy as np
 from minari.data_collector import EpisodeBuffer
 
 import rap_env
-from agents.observations import make_encoder
 from agents.plan_observer import PlanObserver
 
 TASK = "RAPLadder/SmolLM2-Table-v1"
@@ -30,7 +29,7 @@ def play(env: gym.Env, choose: Choose, rng: np.random.Generator, seed: int) -> E
     """Play one episode by random steps towards the plan that `choose` returns for its request."""
     task, first = env.unwrapped, np.array([0])
     observation, _ = env.reset(seed=seed)
-    observer = PlanObserver(make_encoder(task.context, task.ladder.spec), [task.request])
+    observer = PlanObserver(task.encoder, [task.request])
     target = np.array([task.ladder.positions(choose(task.request))])
     seen, actions, rewards, ends = [observation], [], [], (False, False)
     while not any(ends):

@@ -53,7 +53,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
     """
     importance = config.importance["method"]
     artifact = config.stage_dir("profile") / GSI_FILE
-    of_blocks = not config.env.lowers  # the profile measures GSI over blocks
+    of_blocks = config.env.task.layout == "blocks"  # the profile measures GSI over them
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
         importance = str(artifact)
     frontier = frontier_artifact(config)
@@ -86,10 +86,8 @@ def build_context(config: Config, *, profiled: bool = True) -> PruningContext:
     return open_context(context_config(config, profiled=profiled))
 
 
-def make_ladder_bytes(config: Config, context: PruningContext) -> LadderBytes | None:
-    """Return the byte arithmetic over the ladder's items; None for an environment of masks."""
-    if not config.env.lowers:
-        return None
+def make_ladder_bytes(config: Config, context: PruningContext) -> LadderBytes:
+    """Return the byte arithmetic over the items that the environment's actions lower."""
     return LadderBytes(context.memory, Ladder.of(context.memory.facts, **config.env.ladder))
 
 

@@ -28,7 +28,7 @@ from experiments.study.run_folder import RunFolder
 from experiments.study.statistics import kept_above_chance
 from experiments.training.loggers import Loggers, open_loggers
 from rap_env.artifacts import digest
-from rap_env.context.base import PruningContext, item_importance
+from rap_env.context.base import PruningContext, make_encoder
 from rap_env.plan import Plan
 from rap_env.policies.method import MeasuredChoice, measure_choice
 from rap_env.request import Request
@@ -46,7 +46,6 @@ class Evaluator:
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context
-        self.ladder_bytes = make_ladder_bytes(config, context)
         # A memory cap counts no logits of the native model beside a plan's.
         compare = config.model.max_memory_bytes is None
         self.report = held_out_scorer(config.evaluate.text, "report", context, compare=compare)
@@ -67,7 +66,7 @@ class Evaluator:
             "report_text": corpus.provenance,
             "report_sha256": corpus.sha256,
             "tasks": self._tasks(config),
-            "ladder": None if self.ladder_bytes is None else config.env.ladder,
+            "ladder": config.env.ladder,
         }
         if not config.evaluate.plans:
             self.depends_on["importance"] = self._importance(config)
@@ -142,7 +141,7 @@ class Evaluator:
             sparsity=cell.sparsity,
             outside=cell.outside,
             training_s=method.training_s,
-            levels=None if self.ladder_bytes is None else plan.levels,
+            levels=plan.levels,
             target_delta_nll=cell.target_delta_nll,
         )
 
@@ -159,11 +158,8 @@ class Evaluator:
 
     def _importance(self, config: Config) -> dict[str, Any]:
         """Identify the importance that agents observe; a longer GSI may change their choices."""
-        if self.ladder_bytes is None:
-            features = self.context.features
-            values = [features.one_shot, features.gsi_rank, features.gsi_marginal_loss]
-        else:
-            values = list(vars(item_importance(self.context, self.ladder_bytes)).values())
+        encoder = make_encoder(self.context, config.env.task.layout, **config.env.ladder)
+        values = vars(encoder.importance).values()
         return {
             "method": config.importance["method"],
             "values": digest([array.tolist() for array in values]),
@@ -210,7 +206,7 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
     context = build_context(config) if context is None else context
     again = config.evaluate.plans
     ladder_bytes = make_ladder_bytes(config, context)
-    cells = [] if again else evaluation_cells(config.evaluate, context.memory, ladder_bytes)
+    cells = [] if again else evaluation_cells(config.evaluate, ladder_bytes)
     run.start(config)
     trim_metrics(run.metrics, -1)  # metrics of an evaluation are those of its last run
     with open_loggers(config, folder, job="evaluate") as loggers:

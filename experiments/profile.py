@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from experiments.contexts import GSI_FILE, build_context, frontier_artifact
+from experiments.contexts import GSI_FILE, build_context, frontier_artifact, make_ladder_bytes
 from experiments.launch import launch
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import RunFolder
 from experiments.training.score_model import draw_requests
 from experiments.training.score_tables import stored_scores
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, costs_of
 from rap_env.context.opening import require_live
-from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.plan_search import PlanSearchConfig, build_plan_table
 from rap_env.importance.plan_table import PlanTable
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.models.progress import progress_bar
 from rap_env.scoring.interface import bar_callback
 
@@ -59,30 +56,25 @@ def profile(config: Config, folder: Path) -> Path:
 
 
 def build_frontier_table(config: Config, context: PruningContext, path: Path) -> None:
-    """Build the table of the best known masks, or plans, for requests of the workload.
+    """Build the table of the best known plans for requests of the workload.
 
-    After a kill, the same command resumes from the score store. Every mask, or plan, that the store
-    has of the same model and text becomes part of the table too.
+    After a kill, the same command resumes from the score store. Every plan of the ladder that the
+    store has of the same model and text becomes part of the table too.
     """
-    settings, facts = config.frontier, context.memory.facts
-    if config.env.lowers:
-        ladder = Ladder.of(facts, **config.env.ladder)
-        costs = context.level_costs(ladder.cache_levels)
-    else:
-        ladder, costs = Ladder.of(facts, "masks"), LevelCosts.of_removals(context.one_shot)
+    settings = config.frontier
+    ladder_bytes = make_ladder_bytes(config, context)
     start = None
     if settings["start"] is not None:
         start = PlanTable.load(settings["start"], context.memory)
     search = PlanSearchConfig(
         evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
     )
-    has_store = context.store is not None
-    stored = stored_scores(context) if has_store else None
+    stored = None if context.store is None else stored_scores(context)
     with progress_bar(config.progress, total=settings["evaluations"], desc="frontier") as bar:
         table = build_plan_table(
             require_live(context).scorer,
-            costs,
-            LadderBytes(context.memory, ladder),
+            costs_of(context, ladder_bytes.ladder),
+            ladder_bytes,
             draw_requests(config, context, settings["requests"]),
             search,
             stored,

@@ -41,14 +41,8 @@ ABSTRACT = [
     "memory changes as well: for short requests it is the weights, most of them in the "
     "feed-forward (FFN) blocks; for many long requests it is the KV cache, which belongs to "
     "the attention blocks. This report compares methods that choose, for each request and "
-    "budget, which blocks to remove, so that the model fits at the lowest loss of quality.",
-]
-
-LADDER_METHODS_ABSTRACT = [
-    "A language model in service has a memory budget that changes over time. This report compares "
-    "methods that choose, for each request and budget, the storage format of every item (weights "
-    "of a block, KV cache, embeddings), down to its removal, so that the model fits at the lowest "
-    "loss of quality.",
+    "budget, the storage format of every item (weights of a block, KV cache, embeddings), down to "
+    "its removal, so that the model fits at the lowest loss of quality.",
 ]
 
 
@@ -67,7 +61,7 @@ def report(config: Config, folder: Path) -> Path:
     write_page(page, **content(config.report["title"], data, folder / "figures"))
     if data.comparison:
         write_text(folder / "tables.md", result_tables.tables_markdown(data.comparison))
-        if data.comparison.lowers:
+        if data.comparison.has_levels:
             write_text(folder / EXPLORER.name, EXPLORER.read_text(encoding="utf-8"))
         say(f"\n{result_tables.terminal_text(data.comparison)}\n")
         for finding in findings(data):
@@ -119,14 +113,14 @@ def content(title: str, data: Records, folder: Path) -> dict[str, Any]:
     return {
         "title": title,
         "subtitle": subtitle(data),
-        "abstract": LADDER_METHODS_ABSTRACT if comparison and comparison.lowers else ABSTRACT,
+        "abstract": ABSTRACT,
         "findings": findings(data),
         "draw": draw,
         "image": image,
         "chosen": {f"levels_{method}": look(method).label for method in chosen},
         "compared": compared,
         "recording": recording,
-        "explorer": EXPLORER.name if compared and compared.lowers else None,
+        "explorer": EXPLORER.name if compared and compared.has_levels else None,
         "profile": data.profile,
         "smoothed": result_figures.SMOOTHED_EPISODES,
         "trainings": learning_table(data.runs),
@@ -145,7 +139,6 @@ def _compared(comparison: Comparison) -> dict[str, Any]:
     return {
         "shapes": ", ".join(map(shape_words, comparison.shapes)),
         "budgets": result_tables.budget_words(comparison),
-        "model": f"the {comparison.reference_word} model",
         "pairs": counted(len(comparison.cells), "pair"),
         "accuracies": any(row.accuracies for row in comparison.rows),
         "tables": result_tables.comparison_document(comparison),

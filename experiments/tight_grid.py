@@ -81,16 +81,12 @@ def tight_grid(config: Config, folder: Path) -> Path:
         The path of the fragment.
 
     Raises:
-        ExperimentError: The settings are for an environment of masks, or a request has too few
-            uniform settings.
+        ExperimentError: A request has too few uniform settings.
     """
-    if not config.env.lowers:
-        raise ExperimentError("The tight grid is for methods that choose plans; give env=ladder.")
     settings, run, started = config.tight_grid, RunFolder(folder), time.monotonic()
     run.start(config)
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
-    assert ladder_bytes is not None
     baseline, budgets = Uniform(Basis(context, ladder_bytes)), []
     shapes = [parse_shape(text) for text in settings["requests"]]
     for shape in progress_bar(config.progress, shapes, desc="tight grid", unit="request"):

@@ -71,7 +71,7 @@ def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) 
         return folder
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
-    requests = grid_requests(config.evaluate, context.memory, ladder_bytes)  # fails now, not later
+    requests = grid_requests(config.evaluate, ladder_bytes)  # fails now, not later
     scorer = ObjectiveScorer(config, context)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     step = checkpoint.step if checkpoint else 0
@@ -167,9 +167,7 @@ def objective(config: Config, folder: Path) -> float:
     record = run.read() or {}
     if record.get("objective_on") != measured_on(config):
         context = build_context(config)
-        requests = grid_requests(
-            config.evaluate, context.memory, make_ladder_bytes(config, context)
-        )
+        requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
         scorer, policy = ObjectiveScorer(config, context), TrainedPolicy.load(folder, context)
         record = scorer.facts([policy.choose(request) for _, request in requests])
         run.finish(started, **record)

@@ -43,15 +43,13 @@ class Scene:
 
     Attributes:
         plan: The plan.
-        delta_nll: Its NLL minus that of the unchanged model, nats per token; None if not measured.
-        unchanged: What the words call the unchanged model.
+        delta_nll: Its NLL minus that of the native model, nats per token; None if not measured.
     """
 
     memory: MemoryModel
     request: Request
     plan: Plan
     delta_nll: float | None = None
-    unchanged: str = "dense"
 
     @property
     def over_bytes(self) -> int:
@@ -83,7 +81,7 @@ class Scene:
         """The budget in words."""
         dense = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
         budget = self.request.budget_bytes
-        return f"{human_bytes(budget)}, {budget / dense:.0%} of the {self.unchanged} peak"
+        return f"{human_bytes(budget)}, {budget / dense:.0%} of the native peak"
 
     @property
     def verdict(self) -> str:

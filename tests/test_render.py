@@ -36,7 +36,7 @@ def test_text_shows_each_block_once_and_the_bytes():
     assert re.search(r"^attn +\.###$", text, re.M)
     assert re.search(r"^ffn +#\.#\.$", text, re.M)
     assert "paper-model: 2 sequences of 1,024 tokens" in text
-    assert "70% of the dense peak" in text
+    assert "70% of the native peak" in text
     assert "removed  1 of 4 attention blocks, 2 of 4 FFN blocks" in text
     assert "ΔNLL     +0.250 nats per token (perplexity x 1.28)" in text
 

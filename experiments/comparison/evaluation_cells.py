@@ -19,9 +19,9 @@ from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.contexts import make_ladder_bytes
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import Cell
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, method_order
 from rap_env.context.table import TableContext
-from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
@@ -52,24 +52,20 @@ class EvaluationCell:
         return "outside" if self.outside else "grid" if self.sparsity is None else "sparsity"
 
 
-def grid_requests(
-    grid: EvaluateConfig, memory: MemoryModel, ladder_bytes: LadderBytes | None = None
-) -> list[tuple[Cell, Request]]:
+def grid_requests(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[tuple[Cell, Request]]:
     """Return every cell of the grid, and every pinned one, with its request.
 
     Args:
         grid: Requests and budgets.
-        memory: Byte arithmetic of the model.
-        ladder_bytes: The ladder, if items are lowered; it decides which budgets can be met.
+        ladder_bytes: The ladder, which decides which budgets can be met.
     """
-    cells = _checked(_grid_cells(grid, memory), memory, ladder_bytes)
+    cells = _checked(_grid_cells(grid, ladder_bytes.memory), ladder_bytes)
     return [(cell.cell, cell.request) for cell in cells]
 
 
-def evaluation_cells(
-    grid: EvaluateConfig, memory: MemoryModel, ladder_bytes: LadderBytes | None = None
-) -> list[EvaluationCell]:
+def evaluation_cells(grid: EvaluateConfig, ladder_bytes: LadderBytes) -> list[EvaluationCell]:
     """Return all cells: the grid, fixed sparsities, and cells outside the training range."""
+    memory = ladder_bytes.memory
     cells = _grid_cells(grid, memory)
     for share in sorted(set(grid.sparsities)):
         shapes = grid.shapes or [pinned.shape for pinned in grid.pinned_cells]
@@ -78,7 +74,7 @@ def evaluation_cells(
     for outside_cell in dict.fromkeys(map(parse_cell, grid.outside)):
         request = Request.at_fraction(memory, *outside_cell)
         cells.append(EvaluationCell(outside_cell, request, outside=True))
-    return _checked(cells, memory, ladder_bytes)
+    return _checked(cells, ladder_bytes)
 
 
 def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCell]:
@@ -96,13 +92,10 @@ def _grid_cells(grid: EvaluateConfig, memory: MemoryModel) -> list[EvaluationCel
     return cells
 
 
-def _checked(
-    cells: list[EvaluationCell], memory: MemoryModel, ladder_bytes: LadderBytes | None
-) -> list[EvaluationCell]:
+def _checked(cells: list[EvaluationCell], ladder_bytes: LadderBytes) -> list[EvaluationCell]:
     """Return the cells if some plan fits each of them."""
-    known_bytes = ladder_bytes or mask_bytes(memory)
     for cell in cells:
-        known_bytes.check_feasible(cell.request)
+        ladder_bytes.check_feasible(cell.request)
     return cells
 
 
@@ -172,7 +165,7 @@ def agent_folders(config: Config) -> list[Path]:
 
 
 def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedMethod]:
-    """Yield the dense reference, the trained agents, then the baselines."""
+    """Yield the native model, the trained agents, then the baselines."""
     ladder_bytes = make_ladder_bytes(config, context)
     yield _baseline(REFERENCE, None, context, ladder_bytes)
     for folder in agent_folders(config):
@@ -188,7 +181,7 @@ def build_methods(config: Config, context: PruningContext) -> Iterator[ComparedM
 
 
 def _baseline(
-    name: str, seed: int | None, context: PruningContext, ladder_bytes: LadderBytes | None
+    name: str, seed: int | None, context: PruningContext, ladder_bytes: LadderBytes
 ) -> ComparedMethod:
     baseline = make_method(name, context, ladder_bytes, seed or 0)
     identity = {"baseline": name}
@@ -243,11 +236,7 @@ def _agent(
 
 def _importance_evaluations(config: Config, context: PruningContext) -> int:
     """Return how many evaluations the importance needed that agents observe."""
-    method, ladder_bytes = config.importance["method"], make_ladder_bytes(config, context)
+    method = config.importance["method"]
     if method == "none":
         return 0
-    if ladder_bytes is None:
-        blocks = context.memory.facts.num_blocks
-        return context.gsi.evaluations if method == "gsi" else blocks + 1
-    costs = context.level_costs(ladder_bytes.ladder.cache_levels).evaluations
-    return costs + (context.item_gsi(ladder_bytes).evaluations if method == "gsi" else 0)
+    return method_order(context, make_ladder_bytes(config, context), method)[1]

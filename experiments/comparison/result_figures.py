@@ -47,7 +47,7 @@ def delta_nll_against_budget(comparison: Comparison) -> Figure:
             axis.set_yscale("log")
             plain_log_ticks(axis.yaxis)
 
-    x = f"memory budget (% of the {comparison.reference_word} peak)"
+    x = "memory budget (% of the native peak)"
     y = f"ΔNLL (nats/token{', log scale' if log else ''})"
     parts = [
         Panel(partial(draw, shape=shape), f"{shape_words(shape)} tokens", x, y)

@@ -56,7 +56,8 @@ class ResultRow(CellRecord):
         sparsity: Share of the block bytes to free, for cells defined by it; None on the grid.
         outside: Whether the cell is outside the training range of policies.
         training_s: Seconds of training; None if not recorded.
-        levels: Levels of all items that are not native, by name; None where methods choose masks.
+        levels: Levels of all items that are not native, by name; None in older rows, whose plans
+            remove the blocks of `mask` and lower nothing else.
         target_delta_nll: ΔNLL that the cell's budget stands for, nats per token, if for any.
         accuracies_norm: lm-eval's ``acc_norm`` of the tasks that have it, as `accuracies` is
             ``acc``; None without tasks, as `task_documents`.
@@ -113,7 +114,7 @@ class ResultRow(CellRecord):
 
     @property
     def plan(self) -> Plan:
-        """The mask, or the plan where methods choose plans."""
+        """The plan."""
         if self.levels is None:
             return Plan.removing(*self.mask)
         return Plan.of(self.levels)

@@ -151,7 +151,7 @@ def removed_table(comparison: Comparison, shape: tuple[int, int]) -> Table:
     def entry(rows: list[ResultRow]) -> str:
         attn = sum(row.attn_removed for row in rows) / len(rows)
         ffn = sum(row.ffn_removed for row in rows) / len(rows)
-        levels = f", {_kept_levels(rows[0], layers)}" if comparison.lowers else ""
+        levels = f", {_kept_levels(rows[0], layers)}" if comparison.has_levels else ""
         return f"{attn:.3g} + {ffn:.3g}{levels}, {mebibytes(max(r.peak_bytes for r in rows))}"
 
     layers = comparison.num_layers
@@ -232,15 +232,15 @@ def terminal_text(comparison: Comparison) -> str:
     tasks = {task for row in comparison.rows for task in row.accuracies}
     accuracy = f"Accuracy: mean of {len(tasks)} tasks. " if tasks else ""
     pairs = f" (the {len(comparison.cells)} pairs that every method has)"
-    what, model = f"{comparison.choice_word}s", f"the {comparison.reference_word} model"
     legend = (
-        f"ΔNLL: increase of the negative log-likelihood over {model}, nats per token, on "
+        "ΔNLL: increase of the negative log-likelihood over the native model, nats per token, on "
         f"{len(comparison.rows[0].window_delta_nll)} windows that no method has used; mean over "
         f"requests {', '.join(f'{b}x{s}' for b, s in comparison.shapes)} (batch x tokens; budgets: "
-        f"{budget_words(comparison)} of {model}'s peak memory){pairs * comparison.incomplete}, "
-        "with a 95 % interval; lower is better. Calibr.: the same on the calibration text, which a "
-        f"search may overfit. {accuracy}Evals: {what} scored by the model for one request. Fits: "
-        f"number of {what} within their budget; methods that miss budgets are listed last, because "
+        f"{budget_words(comparison)} of the native model's peak memory)"
+        f"{pairs * comparison.incomplete}, with a 95 % interval; lower is better. Calibr.: the "
+        f"same on the calibration text, which a search may overfit. {accuracy}Evals: plans scored "
+        "by the model for one request. Fits: "
+        "number of plans within their budget; methods that miss budgets are listed last, because "
         "their ΔNLL is not comparable. (n): seeds."
     )
     header, rows = summary_table(comparison)
@@ -287,7 +287,7 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
 
     tables = [TitledTable(summary_table(comparison), where, PART_CAPTIONS.get(comparison.part, ""))]
     if quality := quality_table(comparison):
-        title = f"Distance from the {comparison.reference_word} model{suffix}"
+        title = f"Distance from the native model{suffix}"
         tables.append(TitledTable(quality, title, QUALITY_CAPTION))
     learned = [s.method for s in comparison.summaries if s.method in comparison.learned]
     for method in learned:
@@ -298,7 +298,7 @@ def part_document(comparison: Comparison, where: str = "") -> list[TitledTable]:
     for shape in comparison.shapes:
         words = f"{shape_words(shape)} tokens{suffix}"
         delta_nll, removed = delta_nll_table(comparison, shape), removed_table(comparison, shape)
-        levels = ", level of most caches" if comparison.lowers else ""
+        levels = ", level of most caches" if comparison.has_levels else ""
         title = f"Blocks removed (attn + ffn){levels} and peak memory, {words}"
         tables += [
             TitledTable(delta_nll, f"ΔNLL (nats/token), {words}", detail=not where),

@@ -32,10 +32,10 @@ class Summary:
         accuracy: Mean accuracy over tasks, cells and seeds, in [0, 1], or None.
         quality: Means over cells and seeds of what all rows have of
             `experiments.comparison.result_rows.QUALITY`, by name.
-        evaluations: Mean number of masks scored for one request.
-        setup_evaluations: Masks scored once, before any request.
+        evaluations: Mean number of plans scored for one request.
+        setup_evaluations: Plans scored once, before any request.
         training_s: Mean seconds of training over seeds; None if not recorded.
-        decision_s: Median seconds from request to mask.
+        decision_s: Median seconds from request to plan.
         fitting: Number of rows whose peak is within the budget, of `rows` rows.
         kv_aware: Whether the method counts the KV cache.
     """
@@ -75,7 +75,7 @@ class Comparison:
 
     Raises:
         ArtifactError: There are no rows, they were measured on different texts or models, or two
-            of the same method, seed and cell have different masks.
+            of the same method, seed and cell have different plans.
     """
 
     def __init__(self, rows: Iterable[ResultRow], part: str = "grid") -> None:
@@ -100,7 +100,7 @@ class Comparison:
 
     @cached_property
     def compared(self) -> list[str]:
-        """All methods but the dense reference."""
+        """All methods but the native model."""
         return [method for method in self.methods if method != REFERENCE]
 
     @cached_property
@@ -144,24 +144,14 @@ class Comparison:
         return all(self.budgets_of(shape) == self.budgets for shape in self.shapes)
 
     @cached_property
-    def lowers(self) -> bool:
-        """Whether methods choose plans rather than masks."""
-        return any(row.levels is not None for row in self.rows)
-
-    @property
-    def reference_word(self) -> str:
-        """What the model that nothing is taken from is called."""
-        return "native" if self.lowers else "dense"
-
-    @property
-    def choice_word(self) -> str:
-        """What methods choose."""
-        return "plan" if self.lowers else "mask"
+    def has_levels(self) -> bool:
+        """Whether some plan has a level between native and removed."""
+        return any({*row.plan.levels.values()} - {"removed"} for row in self.rows)
 
     @cached_property
     def num_layers(self) -> int:
-        """The number of layers that plans and masks name at least."""
-        names = [name for row in self.rows for name in (row.levels or row.mask)]
+        """The number of layers that plans name at least."""
+        names = [name for row in self.rows for name in row.plan.levels]
         layers = [int(name[5:].partition(".")[0]) for name in names if name.startswith("layer")]
         return 1 + max(layers, default=0)
 
@@ -280,8 +270,7 @@ def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
     """Remove duplicate rows; the one that was measured last is kept.
 
     Raises:
-        ArtifactError: Two rows of the same method, seed and cell have different masks or
-            plans.
+        ArtifactError: Two rows of the same method, seed and cell have different plans.
     """
     latest: dict[tuple[object, ...], ResultRow] = {}
     for row in rows:
@@ -289,8 +278,7 @@ def _distinct(rows: Iterable[ResultRow]) -> list[ResultRow]:
         if latest.setdefault(place, row).plan != row.plan:
             raise ArtifactError(
                 f"Two result rows of {row.method} (seed {row.seed}) at {row.cell} have different "
-                "masks or plans, so they were made with different settings. Report one run folder "
-                "at a time."
+                "plans, so they were made with different settings. Report one run folder at a time."
             )
         latest[place] = row
     return list(latest.values())

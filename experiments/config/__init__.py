@@ -87,7 +87,7 @@ class Config(Section):
         for section, settings in PLAIN.items():
             setattr(self, section, completed(section, getattr(self, section), settings))
         if self.model.weights == "auto":
-            self.model.weights = "native" if self.env.lowers else "bf16"
+            self.model.weights = self.env.task.weights
         if self.scoring["address"] is not None and not self.scoring["workers"]:
             raise ExperimentError(
                 "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "

@@ -10,8 +10,8 @@ from omegaconf import MISSING
 
 from experiments.config.common import Count, Section, among
 from experiments.config.plain import TASKS, completed, defaults
-
-ENV_IDS = ("RAPPrune-v0", "RAPLadder-v0")
+from rap_env.envs.config import ENVIRONMENTS
+from rap_env.envs.config import EnvConfig as TaskConfig
 
 
 @dataclass
@@ -37,7 +37,7 @@ class EnvConfig(Section):
     """Settings of the environment other than workload and reward."""
 
     section = "env"
-    id: Annotated[str, among(*ENV_IDS)] = "RAPPrune-v0"
+    id: Annotated[str, among(*ENVIRONMENTS)] = "RAPPrune-v0"
     """``RAPPrune-v0`` removes blocks; ``RAPLadder-v0`` lowers items by one level."""
     levels: Any = "all"
     """Levels of ``RAPLadder-v0``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
@@ -55,14 +55,20 @@ class EnvConfig(Section):
         self.tasks = completed("tasks", self.tasks, TASKS)
 
     @property
-    def lowers(self) -> bool:
-        """Whether an action lowers an item of a ladder by one level, as in ``RAPLadder-v0``."""
-        return self.id == "RAPLadder-v0"
+    def task(self) -> type[TaskConfig]:
+        """What distinguishes the environment: its layout of observations, how its model loads."""
+        return ENVIRONMENTS[self.id]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What defines the levels, as arguments of the environment."""
+        names = [name for name in ("levels", "together") if name not in self.task.unused]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def ladder(self) -> dict[str, Any]:
         """What defines the ladder of a model, as `rap_env.ladder.items.Ladder.of` takes it."""
-        return {"levels": self.levels, "together": self.together}
+        return {"levels": self.task.levels, "together": self.task.together, **self.arguments}
 
 
 @dataclass

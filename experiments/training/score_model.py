@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 
 from agents.algorithms import AgentConfig
 from agents.imitation import Demonstration, ImitationConfig, imitate
-from agents.observations import make_encoder
 from agents.trained_policy import TrainedPolicy
 from agents.training import MetricSink, TrainResult, WarmStart
 from agents.training import train as train_agent
@@ -37,13 +37,8 @@ from experiments.training.score_tables import (
     scored_masks,
     table_of,
 )
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, make_encoder
 from rap_env.context.table import TableContext
-from rap_env.envs.ladder import RAPLadderVectorEnv
-from rap_env.envs.prune import RAPPruneVectorEnv
-from rap_env.envs.vector import PruningVectorEnv
-from rap_env.importance.plan_table import PlanTable
-from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.plan import Plan
 from rap_env.policies.loading import make_method
 from rap_env.request import Request
@@ -101,9 +96,10 @@ class _ScoredText:
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.known = _known(config, context)
         self._config, self._context = config, context
-        ladder_bytes, self._levels = make_ladder_bytes(config, context), None
-        if ladder_bytes is not None:
-            self._levels = context.level_costs(ladder_bytes.ladder.cache_levels)
+        self._levels = None
+        if config.env.task.layout == "ladder":
+            ladder = make_ladder_bytes(config, context).ladder
+            self._levels = context.level_costs(ladder.cache_levels)
 
     def predicted(self) -> TableContext:
         """Return a context whose scores a score model predicts, fitted to what is known now."""
@@ -154,10 +150,11 @@ class _ScoredText:
         }
 
 
-def make_envs(config: Config, context: PruningContext, num_envs: int) -> PruningVectorEnv:
+def make_envs(config: Config, context: PruningContext, num_envs: int) -> VectorEnv[Any, Any, Any]:
     """Make the vector environment on a context."""
-    return (RAPLadderVectorEnv if config.env.lowers else RAPPruneVectorEnv)(
-        num_envs=num_envs,
+    return gym.make_vec(
+        config.env.id,
+        num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
         context=context,
         workload=config.workload,
@@ -166,19 +163,19 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> Pruning
         infeasible="clip",
         invalid_action_penalty=config.env.invalid_action_penalty,
         max_invalid_actions=config.env.max_invalid_actions,
-        **(config.env.ladder if config.env.lowers else {}),
+        **config.env.arguments,
     )
 
 
 def draw_requests(config: Config, context: PruningContext, count: int, *key: int) -> list[Request]:
     """Draw workload requests that need pruning and that some plan can fit."""
-    item_bytes = make_ladder_bytes(config, context) or mask_bytes(context.memory)
+    ladder_bytes = make_ladder_bytes(config, context)
     sampler = make_sampler(config.workload, context.memory)
     rng = np.random.default_rng([config.seed, *key])
     requests: list[Request] = []
     for _ in range(100 * count):
         request = sampler.sample(rng)
-        costs = item_bytes.costs(request.batch_size, request.seq_len_tokens)
+        costs = ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
         if costs.least_peak_bytes <= request.budget_bytes < costs.dense_peak_bytes:
             requests.append(request)
         if len(requests) == count:
@@ -207,9 +204,8 @@ def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
 
     def start(model: Any) -> None:
         how = ImitationConfig(updates=settings["updates"], seed=config.seed)
-        ladder = config.env.ladder if config.env.lowers else None
         shown = demonstrations(config, context)
-        encoder = make_encoder(context, ladder)
+        encoder = make_encoder(context, config.env.task.layout, **config.env.ladder)
         result = imitate(model, shown, encoder, how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
@@ -227,27 +223,21 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
     """
     settings, ladder_bytes = config.warm_start, make_ladder_bytes(config, context)
     requests = draw_requests(config, context, settings["requests"], 1)
-    if settings["teacher"] == "frontier" and ladder_bytes is None:
-        pairs = [(r, context.frontier.best_mask(context.memory, r)) for r in requests]
-        return [Demonstration(request, mask) for request, mask in pairs if mask]
     name = "greedy_per_byte" if settings["teacher"] == "greedy" else settings["teacher"]
     teacher = make_method(name, context, ladder_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
 
 def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
-    """Return measured scores before the first round: of the frontier, or of planned masks.
-
-    Over a ladder, they are those of the table of measured plans.
+    """Return measured scores before the first round: of the frontier, or of planned removals.
 
     Raises:
-        ArtifactError: The environment lowers items, and there is no table of measured plans.
+        ArtifactError: The ladder has further levels, and there is no table of measured plans.
         ExperimentError: The table was measured on other text than the calibration text.
     """
-    table: PlanTable | None = None
-    if config.env.lowers or Path(context.frontier_path or "").is_file():
+    ladder = make_ladder_bytes(config, context).ladder
+    if not ladder.removes_only or Path(context.frontier_path or "").is_file():
         table = context.frontier
-    if table is not None:
         shift = native_shift(table, str(context.frontier_path), context)
         return {plan: nll + shift for plan, nll in table.scores.items()}
     blocks, count = context.memory.facts.num_blocks, config.score_model["first_masks"]

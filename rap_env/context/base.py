@@ -19,7 +19,9 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.features import ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
+from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
+from rap_env.ladder.named_ladders import LevelSpec
+from rap_env.ladder.observation import ObservationEncoder
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore
@@ -218,8 +220,27 @@ def method_order(
     return [(block, 1) for block in order], context.one_shot.evaluations
 
 
-def item_importance(context: PruningContext, ladder_bytes: LadderBytes) -> ItemImportance:
-    """The importance of a ladder's items that an agent observes: measured, or zeros."""
+def make_encoder(
+    context: PruningContext, layout: str, levels: LevelSpec, together: Sequence[str]
+) -> ObservationEncoder:
+    """Make what encodes the observations of a context's model.
+
+    Args:
+        context: The model with the importance that an agent observes: measured, or zeros.
+        layout: The entry of an observation with a row for each item: ``"ladder"``, as in
+            `RAPLadder-v0`, or ``"blocks"``, as in `RAPPrune-v0`, which removes blocks only.
+        levels: As for `Ladder.of`.
+        together: As for `Ladder.of`.
+
+    Raises:
+        UnknownNameError: There is no such ladder or level.
+        InvalidRequestError: No item has more than one of the levels.
+        ArtifactError: The context lacks the importance.
+    """
+    if layout == ImportanceFeatures.key:
+        return ObservationEncoder(mask_bytes(context.memory), context.features)
+    ladder = Ladder.of(context.memory.facts, levels, together)
+    ladder_bytes = LadderBytes(context.memory, ladder)
     if context.importance == "none":
-        return ItemImportance.none(ladder_bytes.ladder)
-    return item_order(context, ladder_bytes).importance
+        return ObservationEncoder(ladder_bytes, ItemImportance.none(ladder))
+    return ObservationEncoder(ladder_bytes, item_order(context, ladder_bytes).importance)

@@ -13,9 +13,7 @@ from gymnasium.error import ResetNeeded
 from rap_env.context.base import PruningContext
 from rap_env.envs.config import RENDER_MODES, EnvConfig, check_render_mode
 from rap_env.envs.episode import Episode
-from rap_env.envs.episode_values import EpisodeStart, Measurement
-from rap_env.envs.task import PruningTask
-from rap_env.ladder.items import Ladder
+from rap_env.envs.task import EpisodeStart, Measurement, PruningTask
 from rap_env.ladder.observation import Observation
 from rap_env.plan import Plan
 from rap_env.render import Scene, render_ansi, render_rgb
@@ -37,11 +35,12 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
         memory: The model's byte arithmetic.
+        encoder: Encodes its observations.
+        ladder: The items, in the order of the actions, and the levels of each.
         current: The current episode; None before the first one.
     """
 
     config_type: ClassVar[type[EnvConfig]]
-    task_type: ClassVar[type[PruningTask]]
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 2}  # noqa: RUF012 - gymnasium's
 
@@ -55,7 +54,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     ) -> None:
         render_mode = check_render_mode(render_mode)
         self._config = self.config_type.of(model=model, **settings)
-        self._use(self.task_type(self._config, context), render_mode)
+        self._use(PruningTask(self._config, context), render_mode)
 
     @classmethod
     def sharing(cls, task: PruningTask, render_mode: str | None) -> Self:
@@ -67,7 +66,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def _use(self, task: PruningTask, render_mode: str | None) -> None:
         self.render_mode = render_mode
         self.context, self.memory = task.context, task.memory
-        self.delta_key = task.delta_key
+        self.delta_key, self.encoder, self.ladder = task.delta_key, task.encoder, task.ladder
         self.observation_space = task.encoder.space
         self._num_actions = len(task.ladder)
         self.action_space = gym.spaces.Discrete(self._num_actions)
@@ -79,11 +78,6 @@ class PruningEnv(gym.Env[Observation, np.int64]):
     def request(self) -> Request:
         """The request of this episode."""
         return self.episode.start.request
-
-    @property
-    def ladder(self) -> Ladder:
-        """The items, in the order of the actions, and the levels of each."""
-        return self._task.ladder
 
     @property
     def plan(self) -> Plan:
@@ -155,8 +149,7 @@ class PruningEnv(gym.Env[Observation, np.int64]):
         if self.render_mode is None:
             gym.logger.warn("render() does nothing without a render_mode: 'ansi' or 'rgb_array'.")
             return None
-        delta_nll, unchanged = self.episode.delta_nll, self._task.unchanged
-        scene = Scene(self.memory, self.request, self.plan, delta_nll, unchanged)
+        scene = Scene(self.memory, self.request, self.plan, self.episode.delta_nll)
         return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
 
     def get_state(self) -> dict[str, Any]:

@@ -58,9 +58,18 @@ class EnvConfig:
     """How the model is loaded, see `rap_env.load_llm`."""
     text: ClassVar[Mapping[str, Any]] = {}
     """Settings of the calibration text whose defaults are not those of `CorpusConfig`."""
-
-    unused: ClassVar[tuple[str, ...]] = ()
+    unused: ClassVar[tuple[str, ...]] = ("levels", "together")
     """Fields that are no arguments of the environment."""
+    layout: ClassVar[str] = "blocks"
+    """The layout of observations, see `rap_env.context.base.make_encoder`."""
+    info_key: ClassVar[str] = "removed"
+    """The entry of infos with the plan: names of removed blocks, or of the level of each item."""
+    delta_key: ClassVar[str] = "loss"
+    """The entry of infos with the ΔNLL."""
+    unchanged: ClassVar[str] = "dense"
+    """What messages call the native model."""
+    verb: ClassVar[str] = "remove"
+    """What messages call an action."""
 
     model: str = "smollm2-135m"
     workload: str | Mapping[str, Any] = "azure-conv"
@@ -80,6 +89,8 @@ class EnvConfig:
     device: str = "auto"
     dtype: str = "auto"
     store: str | None = "default"
+    levels: str | Mapping[str, Any] = "masks"
+    together: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check(self)
@@ -141,6 +152,8 @@ class LadderEnvConfig(EnvConfig):
 
     weights = "native"
     unused = ("gsi_removals",)
+    layout, info_key, delta_key = "ladder", "levels", "delta_nll"
+    unchanged, verb = "native", "lower"
     text = {"windows": 3, "window_tokens": 1024}  # noqa: RUF012 - shorter windows hide levels
 
     workload: str | Mapping[str, Any] = field(default_factory=_wide_workload)
@@ -162,6 +175,13 @@ class LadderEnvConfig(EnvConfig):
         if table_path(self.model):
             return {"gsi_removals": EnvConfig.gsi_removals, "gsi_method": EnvConfig.gsi_method}
         return {"gsi_removals": self.gsi_actions}
+
+
+ENVIRONMENTS: dict[str, type[EnvConfig]] = {
+    "RAPPrune-v0": EnvConfig,
+    "RAPLadder-v0": LadderEnvConfig,
+}
+"""The configuration of each environment, by its id."""
 
 
 def parse_tasks(tasks: Sequence[str] | Mapping[str, Any] | None) -> TaskConfig:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
-from rap_env.envs.task import PruningTask
+from rap_env.envs.task import EpisodeStart, Measurement, PruningTask, RewardedStep
 from rap_env.ladder.observation import Observation, ObservedState
 from rap_env.ladder.state import Lowering
 from rap_env.ladder.steps import moved

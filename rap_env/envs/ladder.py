@@ -1,87 +1,8 @@
 """`RAPLadder-v0`: lower the items of a real language model until a request fits its budget."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-from rap_env.context.base import item_importance, item_order
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import LadderEnvConfig
-from rap_env.envs.episode_values import EpisodeStart
-from rap_env.envs.prune import from_frontier, no_gsi_order, nothing_known
-from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
-from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.observation import ObservationEncoder
-from rap_env.plan import Plan
-
-
-class LadderTask(PruningTask):
-    """What an action does here: it lowers an item by one level."""
-
-    unchanged = "native"
-    verb = "lower"
-    info_key = "levels"
-    delta_key = "delta_nll"
-
-    def make_encoder(self, config: LadderEnvConfig) -> ObservationEncoder:
-        """The items and levels that the configuration names."""
-        ladder = Ladder.of(self.memory.facts, config.levels, config.together)
-        ladder_bytes = LadderBytes(self.memory, ladder)
-        return ObservationEncoder(ladder_bytes, item_importance(self.context, ladder_bytes))
-
-    def names_of(self, positions: Sequence[int]) -> list[str]:
-        """The name of each item's level."""
-        levels = zip(self.ladder.level_names, positions, strict=True)
-        return [names[position] for names, position in levels]
-
-    def update_names(self, names: list[str], item: int, position: int) -> None:
-        """Update the name of the level of an item."""
-        names[item] = self.ladder.level_names[item][position]
-
-    def is_pointless(self, start: EpisodeStart) -> bool:
-        """Whether the native model fits, or the lowest levels need no fewer bytes than it."""
-        return start.fits or start.costs.least_peak_bytes >= start.costs.dense_peak_bytes
-
-    def baseline(self, name: str) -> Baseline:
-        """An order followed until the request fits, or the best plan or mask of the frontier."""
-        if name == "frontier":
-            return self._from_frontier()
-        if name == "gsi" and self.context.importance == "none":
-            raise no_gsi_order()
-        steps = item_order(self.context, self.encoder.ladder_bytes, name).steps
-        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
-
-    def _from_frontier(self) -> Baseline:
-        """The best known plan for each request; the best mask if the table has masks only."""
-        table = self.context.frontier
-        if table.has_masks_only:
-            return from_frontier(self.context)
-        plans = table.on(self.ladder)
-
-        def best(start: EpisodeStart) -> Plan:
-            plan = plans.best(start.costs, start.request.budget_bytes)
-            if plan is None:
-                raise nothing_known("plan", start.request)
-            return plan
-
-        return best
-
-    def _pointless(self, start: EpisodeStart) -> str:
-        if start.fits:
-            return super()._pointless(start)
-        return (
-            f"The lowest levels need no fewer bytes than the native model for {start.request}, so "
-            "there is nothing to lower; give a longer sequence, or name other levels."
-        )
-
-    def _nothing_drawn(self, start: EpisodeStart) -> str:
-        if start.fits:
-            return super()._nothing_drawn(start)
-        return (
-            f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
-        )
 
 
 class RAPLadderEnv(PruningEnv):
@@ -277,15 +198,9 @@ class RAPLadderEnv(PruningEnv):
     """
 
     config_type = LadderEnvConfig
-    task_type = LadderTask
 
 
 class RAPLadderVectorEnv(PruningVectorEnv):
     """n environments of the kind of `rap_env.RAPLadderEnv`, see `PruningVectorEnv`."""
 
     single_type = RAPLadderEnv
-
-    @property
-    def ladder(self) -> Ladder:
-        """The items, in the order of the actions, and the levels of each."""
-        return self._task.ladder

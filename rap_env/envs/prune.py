@@ -1,85 +1,8 @@
 """`RAPPrune-v0`: remove blocks of a real language model until a request fits its budget."""
 
-from __future__ import annotations
-
-from bisect import insort
-from collections.abc import Callable, Sequence
-
-from rap_env.context.base import PruningContext, method_order
 from rap_env.envs.base import PruningEnv
 from rap_env.envs.config import EnvConfig
-from rap_env.envs.episode_values import EpisodeStart
-from rap_env.envs.task import Baseline, PruningTask
 from rap_env.envs.vector import PruningVectorEnv
-from rap_env.errors import InvalidRequestError
-from rap_env.ladder.ladder_bytes import mask_bytes
-from rap_env.ladder.observation import ObservationEncoder
-from rap_env.plan import Plan
-from rap_env.request import Request
-
-
-class PruneTask(PruningTask):
-    """What an action does here: it removes a block, the only lower level of the ladder's items."""
-
-    unchanged = "dense"
-    verb = "remove"
-    info_key = "removed"
-    delta_key = "loss"
-
-    def make_encoder(self, config: EnvConfig) -> ObservationEncoder:
-        """Blocks that are kept or removed."""
-        return ObservationEncoder(mask_bytes(self.memory), self.context.features)
-
-    def names_of(self, positions: Sequence[int]) -> list[str]:
-        """The names of the removed blocks."""
-        return [self.ladder.items[i].name for i, position in enumerate(positions) if position]
-
-    def update_names(self, names: list[str], item: int, position: int) -> None:
-        """Insert the name of a removed block at its place in the order of the blocks."""
-        insort(names, self.ladder.items[item].name, key=self.ladder.numbers.__getitem__)
-
-    def baseline(self, name: str) -> Baseline:
-        """An order followed until the request fits, or the best mask of the frontier."""
-        context = self.context
-        if name == "frontier":
-            return from_frontier(context)
-        if name == "gsi" and not context.features.gsi_rank.any():  # zeros: importance="none"
-            raise no_gsi_order()
-        steps, _ = method_order(context, self.encoder.ladder_bytes, name)
-        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
-
-
-def from_frontier(context: PruningContext) -> Callable[[EpisodeStart], Plan]:
-    """The best known mask for each request.
-
-    Raises:
-        ArtifactError: There is no frontier.
-    """
-    frontier = context.frontier
-
-    def best(start: EpisodeStart) -> Plan:
-        mask = frontier.best_mask(context.memory, start.request)
-        if mask is None:
-            raise nothing_known("mask", start.request)
-        return mask
-
-    return best
-
-
-def nothing_known(what: str, request: Request) -> InvalidRequestError:
-    """The error for a reward relative to a frontier that has nothing for a request."""
-    return InvalidRequestError(
-        f"No {what} of the frontier fits {request}, so a reward cannot be relative to it; build "
-        "the frontier for smaller budgets too, or give the workload larger ones."
-    )
-
-
-def no_gsi_order() -> InvalidRequestError:
-    """The error for a reward relative to an order that was not measured."""
-    return InvalidRequestError(
-        "A reward relative to 'gsi' needs the GSI order, but importance='none' leaves it out; "
-        "use importance='gsi', or relative_to='one_shot'."
-    )
 
 
 class RAPPruneEnv(PruningEnv):
@@ -261,20 +184,9 @@ class RAPPruneEnv(PruningEnv):
     """
 
     config_type = EnvConfig
-    task_type = PruneTask
-
-    @property
-    def mask(self) -> Plan:
-        """The blocks removed so far."""
-        return self.plan
 
 
 class RAPPruneVectorEnv(PruningVectorEnv):
     """n environments of the kind of `rap_env.RAPPruneEnv`, see `PruningVectorEnv`."""
 
     single_type = RAPPruneEnv
-
-    @property
-    def masks(self) -> tuple[Plan, ...]:
-        """The blocks that each sub-environment has removed."""
-        return self.plans

@@ -1,30 +1,26 @@
 """The parts that environments of one model share: workload, measurements, rewards, observations.
 
-`PruningTask` is what both tasks have in common: an action lowers an item of a ladder.
-`rap_env.envs.prune` and `rap_env.envs.ladder` say which items and levels there are, and what is
-observed of them.
+Both environments lower the items of a ladder; their configurations say which items and levels
+there are, what is observed of them, and how infos and messages call them.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector.utils import create_empty_array
 
-from rap_env.context.base import PruningContext
+from rap_env.context.base import PruningContext, make_encoder, method_order
 from rap_env.context.opening import open_context
 from rap_env.envs.config import EnvConfig, parse_tasks
-from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
 from rap_env.errors import InvalidRequestError, UnknownNameError
-from rap_env.ladder.observation import ObservationEncoder
 from rap_env.ladder.state import LadderCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
@@ -39,6 +35,70 @@ _MAX_DRAWS = 100
 _task_scorers: WeakKeyDictionary[PruningContext, dict[Any, MeasuresAccuracy]] = WeakKeyDictionary()
 
 
+class Measurement(NamedTuple):
+    """Measurements of a plan by the model.
+
+    Attributes:
+        nll: NLL in nats per token.
+        delta_nll: NLL minus that of the model at the start of an episode.
+        predicted: Whether the score is the prediction of a score table, not a measurement.
+        baseline_delta_nll: The ΔNLL of the plan that the reward's baseline has for the same
+            request, or None where the reward did not ask for it.
+    """
+
+    nll: float
+    delta_nll: float
+    predicted: bool
+    baseline_delta_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class EpisodeStart:
+    """The initial state of an episode: the unchanged model under a request.
+
+    Attributes:
+        costs: What the levels of all items need for it.
+        asked_budget_bytes: The budget before it was raised to the least possible one, or None.
+    """
+
+    request: Request
+    costs: LadderCosts
+    asked_budget_bytes: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the unchanged model fits the request, so that there is nothing to do."""
+        return self.costs.dense_peak_bytes <= self.request.budget_bytes
+
+    @property
+    def is_pointless(self) -> bool:
+        """Whether the unchanged model fits, or the lowest levels need no fewer bytes than it."""
+        return self.fits or self.costs.least_peak_bytes >= self.costs.dense_peak_bytes
+
+    @property
+    def feasible(self) -> bool:
+        """Whether an episode can meet the budget."""
+        return self.costs.least_peak_bytes <= self.request.budget_bytes
+
+
+class RewardedStep(NamedTuple):
+    """A step that is rewarded, before anything is measured.
+
+    Attributes:
+        start: The request of its episode.
+        plan: The plan after the step, or the lowest levels if `max_steps` ends the episode.
+        delta_nll_before: ΔNLL of the plan before the step, or None if it was not measured.
+        ends: Whether the episode ends with this step.
+        fails: Whether it is truncated, over its budget.
+    """
+
+    start: EpisodeStart
+    plan: Plan
+    delta_nll_before: float | None
+    ends: bool
+    fails: bool
+
+
 ShownLevels = list[str] | npt.NDArray[np.int8]
 """What `info` says of a plan: names, or the positions of levels."""
 
@@ -46,7 +106,7 @@ Baseline = Callable[[EpisodeStart], Plan]
 """Gives the plan of a baseline for the request of an episode."""
 
 
-class PruningTask(ABC):
+class PruningTask:
     """The parts of an environment that do not depend on an episode; many environments share one.
 
     Attributes:
@@ -57,16 +117,9 @@ class PruningTask(ABC):
         max_invalid_actions: Number of invalid actions that ends an episode.
         max_steps: Number of steps that ends an episode, or None.
         info_arrays: Whether `info` has arrays of fixed shape in the place of names.
+        info_key: The entry of infos with the plan.
+        delta_key: The entry of infos with the ΔNLL.
     """
-
-    unchanged: ClassVar[str]
-    """What messages call the model at the start of an episode."""
-    verb: ClassVar[str]
-    """What messages call an action."""
-    info_key: ClassVar[str]
-    """The entry of infos and saved states that says what was done to the model."""
-    delta_key: ClassVar[str]
-    """The entry of infos with the ΔNLL."""
 
     def __init__(self, config: EnvConfig, context: PruningContext | None = None) -> None:
         if config.tasks is not None and uses_tasks(config.reward):
@@ -90,41 +143,60 @@ class PruningTask(ABC):
         self._step_limit = math.inf if config.max_steps is None else config.max_steps
         self.info_arrays = config.info == "arrays"
         self._infeasible = config.infeasible
-        self.encoder = self.make_encoder(config)
+        self.info_key, self.delta_key = config.info_key, config.delta_key
+        self._unchanged, self._verb = config.unchanged, config.verb
+        self._names_removed = config.info_key == "removed"
+        self.encoder = make_encoder(self.context, config.layout, config.levels, config.together)
         self.ladder = self.encoder.ladder
         name = self.reward.relative_to
         self._baseline: Baseline | None = None if name is None else self.baseline(name)
 
-    @abstractmethod
-    def make_encoder(self, config: Any) -> ObservationEncoder:
-        """What encodes the observations of the context's model."""
-
-    @abstractmethod
     def baseline(self, name: str) -> Baseline:
-        """A baseline of the reward.
+        """A baseline of the reward: an order followed until the request fits, or the best plans.
 
         Raises:
-            InvalidRequestError: There is nothing that it could follow.
+            InvalidRequestError: The order was not measured.
+            ArtifactError: There is no table of the best plans.
         """
+        if name == "frontier":
+            known = self.context.frontier.on(self.ladder)
 
-    @abstractmethod
-    def names_of(self, positions: Sequence[int]) -> list[str]:
-        """What `info` says of a plan, as names."""
+            def best(start: EpisodeStart) -> Plan:
+                plan = known.best(start.costs, start.request.budget_bytes)
+                if plan is None:
+                    raise InvalidRequestError(
+                        f"No plan of the frontier fits {start.request}, so a reward cannot be "
+                        "relative to it; build the frontier for smaller budgets too, or give the "
+                        "workload larger ones."
+                    )
+                return plan
 
-    @abstractmethod
-    def update_names(self, names: list[str], item: int, position: int) -> None:
-        """Update what `names_of` returned after an item moved to a level."""
+            return best
+        if name == "gsi" and self.context.importance == "none":
+            raise InvalidRequestError(
+                "A reward relative to 'gsi' needs the GSI order, but importance='none' leaves it "
+                "out; use importance='gsi', or relative_to='one_shot'."
+            )
+        steps, _ = method_order(self.context, self.encoder.ladder_bytes, name)
+        return lambda start: start.costs.lower_until_fits(steps, start.request.budget_bytes)
 
     def shown_levels(self, positions: Sequence[int]) -> ShownLevels:
         """What `info` says of a plan."""
-        return np.array(positions, np.int8) if self.info_arrays else self.names_of(positions)
+        if self.info_arrays:
+            return np.array(positions, np.int8)
+        if self._names_removed:
+            return [self.ladder.items[i].name for i, position in enumerate(positions) if position]
+        levels = zip(self.ladder.level_names, positions, strict=True)
+        return [names[position] for names, position in levels]
 
     def show_level(self, levels: ShownLevels, item: int, position: int) -> None:
         """Update what `shown_levels` returned after an item moved to a level."""
-        if isinstance(levels, list):
-            self.update_names(levels, item, position)
-        else:
+        if isinstance(levels, np.ndarray):
             levels[item] = position
+        elif self._names_removed:
+            insort(levels, self.ladder.items[item].name, key=self.ladder.numbers.__getitem__)
+        else:
+            levels[item] = self.ladder.level_names[item][position]
 
     def truncates(self, over_budget: Any, invalid_actions: Any, steps: Any) -> tuple[Any, Any]:
         """Whether a step truncates its episode, and whether because there were too many steps.
@@ -138,15 +210,6 @@ class PruningTask(ABC):
         return out_of_steps | (
             over_budget & (invalid_actions >= self.max_invalid_actions)
         ), out_of_steps
-
-    def is_pointless(self, start: EpisodeStart) -> bool:
-        """Whether an episode would end at its start, or could never come closer to its end."""
-        return start.fits
-
-    def new_arrays(self, count: int) -> dict[str, npt.NDArray[Any]]:
-        """Arrays for the observations of some episodes, (count, ...) each."""
-        arrays: Any = create_empty_array(self.encoder.space, count)
-        return dict(arrays)
 
     def start_of_saved(self, saved: Mapping[str, Any]) -> EpisodeStart:
         """The start of an episode that `Episode.saved` describes."""
@@ -219,7 +282,7 @@ class PruningTask(ABC):
         if options.get("request") is None:
             return self._feasible(self._draw(rng))
         start = self._start_of(_request_of(options["request"], self.memory))
-        if self.is_pointless(start):
+        if start.is_pointless:
             raise InvalidRequestError(self._pointless(start))
         return self._feasible(start)
 
@@ -233,16 +296,25 @@ class PruningTask(ABC):
         return UnknownNameError("action", action, known)
 
     def _pointless(self, start: EpisodeStart) -> str:
+        if start.fits:
+            return (
+                f"The {self._unchanged} model already fits {start.request} (it needs "
+                f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to {self._verb}; "
+                "give a smaller budget."
+            )
         return (
-            f"The {self.unchanged} model already fits {start.request} (it needs "
-            f"{start.costs.dense_peak_bytes:,} bytes), so there is nothing to {self.verb}; "
-            "give a smaller budget."
+            f"The lowest levels need no fewer bytes than the native model for {start.request}, so "
+            "there is nothing to lower; give a longer sequence, or name other levels."
         )
 
     def _nothing_drawn(self, start: EpisodeStart) -> str:
+        if start.fits:
+            return (
+                f"The {self._unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
+                f"workload, the last one {start.request}; give the workload smaller budgets."
+            )
         return (
-            f"The {self.unchanged} model fits each of {_MAX_DRAWS} requests drawn from the "
-            f"workload, the last one {start.request}; give the workload smaller budgets."
+            f"None of the requests drawn from the workload can be helped. {self._pointless(start)}"
         )
 
     def _draw(self, rng: np.random.Generator) -> EpisodeStart:
@@ -253,9 +325,9 @@ class PruningTask(ABC):
         for _ in range(_MAX_DRAWS):
             start = self._start_of(self.sampler.sample(rng))
             meets = self._infeasible == "clip" or start.feasible
-            if meets and not self.is_pointless(start):
+            if meets and not start.is_pointless:
                 return start
-        if not self.is_pointless(start):
+        if not start.is_pointless:
             self.encoder.ladder_bytes.check_feasible(start.request)
         raise InvalidRequestError(self._nothing_drawn(start))
 

@@ -55,6 +55,8 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
     Attributes:
         context: The model with its memory arithmetic, scorer and importance.
         memory: The model's byte arithmetic.
+        encoder: Encodes the observations.
+        ladder: The items, in the order of the actions, and the levels of each.
 
     Raises:
         InvalidRequestError: `num_envs` or `max_episode_steps` is no whole number of at least 1, or
@@ -93,8 +95,9 @@ class PruningVectorEnv(gym.vector.VectorEnv[Observation, npt.NDArray[np.int64], 
         config_type = self.single_type.config_type
         check_settings(settings, "the environment", [*config_type.names(), *_OWN_ARGUMENTS])
         self._config = config_type.of(model=model, **settings)
-        task = self._task = self.single_type.task_type(self._config, context)
+        task = self._task = PruningTask(self._config, context)
         self.context, self.memory = task.context, task.memory
+        self.encoder, self.ladder = task.encoder, task.ladder
         self._envs = [self.single_type.sharing(task, render_mode) for _ in range(num_envs)]
         self._episodes = VectorEpisodes(num_envs, task)
         self.single_observation_space = task.encoder.space

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.envs.episode import Episode, usable_masks
-from rap_env.envs.episode_values import EpisodeStart, Measurement, RewardedStep
-from rap_env.envs.task import PruningTask, ShownLevels
+from rap_env.envs.task import EpisodeStart, Measurement, PruningTask, RewardedStep, ShownLevels
 from rap_env.ladder.items import Counts
 from rap_env.ladder.observation import Observation, ObservedPlans
 

@@ -94,6 +94,11 @@ class ObservationEncoder:
         """The model's byte arithmetic."""
         return self.ladder_bytes.memory
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What makes it for a context: arguments of `make_encoder` there, as JSON values."""
+        return {"layout": self.key, **self.ladder.spec}
+
     def _make_fixed_columns(self, steps: LevelSteps) -> Floats:
         rows = np.zeros((len(self.ladder), self.ladder.width, len(self.features)), np.float32)
         columns = self.importance.columns(steps, self.memory.facts.num_layers)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from agents.observations import make_encoder
+from rap_env.context.base import make_encoder
 from rap_env.envs.ladder import RAPLadderVectorEnv
 from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.ladder.observation import ObservationEncoder
@@ -69,9 +69,7 @@ class LadderContext:
 
 
 def encoder_of(context, spec=SPEC) -> ObservationEncoder:
-    builder = make_encoder(context, spec)
-    assert isinstance(builder, ObservationEncoder)
-    return builder
+    return make_encoder(context, "ladder", **spec)
 
 
 def make_envs(context, spec=SPEC, **settings):

@@ -174,8 +174,7 @@ def test_a_blockwise_policy_serves_a_larger_model_and_others_are_rejected(runs):
         )
         assert fits(context, policy.choose(request), request)
     count, other = (len(encoder_for(context).ladder) for context in (own, larger))
-    items = "items" if lowers(own) else "blocks"
-    words = f"vector for each of {count} {items}, but this model has {other}"
+    words = f"vector for each of {count} items, but this model has {other}"
     with pytest.raises(ArtifactError, match=words):
         TrainedPolicy.load(folders["vectors"], larger)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rap_env.context import live as live_module
-from rap_env.context.base import item_importance, item_order
+from rap_env.context.base import item_order, make_encoder
 from rap_env.context.live import PACKAGED_COSTS, LiveContext
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError, UnknownNameError
@@ -70,7 +70,7 @@ def test_the_package_has_costs_of_the_named_ladders():
 
 def test_no_importance_measures_nothing():
     context = make_ladder_context(importance="none")
-    found = item_importance(context, bytes_of(context))
+    found = make_encoder(context, "ladder", LEVELS, ()).importance
     assert not any(array.any() for array in vars(found).values())
     make_v1(context)
     assert context.scorer.evaluations == 0

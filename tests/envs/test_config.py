@@ -47,10 +47,11 @@ def test_misspelt_names_are_found_before_a_model_loads(kind, settings, nearest):
 
 def wrong_arguments():
     """Wrong values of every argument, with words of the error."""
-    for name, (*_, types) in settings_of(EnvConfig).items():
+    types_of = {name: types for name, (*_, types) in settings_of(EnvConfig).items()}
+    for name in EnvConfig.names():
         for value in (5, None, float("nan"), "x", [], {}, object(), True, ["a"]):
             numbers = {int: int, float: (int, float)}
-            allowed = tuple(numbers.get(kind, kind) for kind in types)
+            allowed = tuple(numbers.get(kind, kind) for kind in types_of[name])
             if not isinstance(value, allowed) or value is True:
                 yield {name: value}, f"{name} must be of type"
     for reward in (

@@ -67,7 +67,7 @@ class TestEpisode:
         env = make(context)
         env.reset(seed=0)
         env.step(action)
-        assert env.mask.removed == {2}
+        assert env.plan.removed == {2}
 
     def test_nan_from_the_model_does_not_change_the_episode(self):
         context = make_context()
@@ -81,7 +81,7 @@ class TestEpisode:
         env.step(1)
         with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
             env.step(3)
-        assert env.mask == Plan.removing(1)
+        assert env.plan == Plan.removing(1)
         with torch.no_grad():
             head.copy_(kept)
         assert env.step(3)[-1]["removed"] == ["layer00.ffn", "layer01.ffn"]

@@ -94,7 +94,7 @@ def test_a_baseline_is_measured_once_for_a_request(ordered):
     masks = set()
     for seed in range(6):
         play(env, seed, masked=True)
-        masks |= {env.mask, make_method("gsi", context).choose(env.request)}
+        masks |= {env.plan, make_method("gsi", context).choose(env.request)}
     assert context.scorer.evaluations - before <= len(masks)
 
 
@@ -135,9 +135,9 @@ def test_a_request_below_the_frontier_is_rejected_and_changes_nothing():
     env.reset(seed=0, options={"request": request_at(context, 1e-6)})  # clipped: all must go
     for action in range(COUNT - 1):
         env.step(action)
-    with pytest.raises(InvalidRequestError, match="No mask of the frontier fits Request"):
+    with pytest.raises(InvalidRequestError, match="No plan of the frontier fits Request"):
         env.step(COUNT - 1)
-    assert len(env.mask.removed) == COUNT - 1
+    assert len(env.plan.removed) == COUNT - 1
 
 
 def test_an_unavailable_baseline_is_rejected_at_construction(ordered):

@@ -51,7 +51,7 @@ def test_an_infeasible_budget_is_rejected_at_reset(context):
     mask_before = env.step(0)[-1]["removed"]
     with pytest.raises(InfeasibleBudgetError):
         env.reset(options={"request": {**LONG, "budget_bytes": 10}})
-    assert list(env.mask.removed_names) == mask_before  # the running episode goes on
+    assert list(env.plan.removed_names) == mask_before  # the running episode goes on
 
 
 def half_infeasible(context) -> tuple[dict, int]:

@@ -120,6 +120,7 @@ class CountsCalls:
     def __init__(self, context) -> None:
         self.context, self.asked = context, []
         self.memory, self.features, self.scorer = context.memory, context.features, self
+        self.importance = context.importance
 
     def __getattr__(self, name):
         return getattr(self.context.scorer, name)

@@ -85,7 +85,7 @@ def test_attributes_of_sub_environments_can_be_read_by_name(context):
     assert [row.tolist().index(False) for row in vector.call("action_masks")] == list(
         range(NUM_ENVS)
     )
-    assert vector.get_attr("mask") == tuple(Plan.removing(index) for index in range(NUM_ENVS))
+    assert vector.get_attr("plan") == tuple(Plan.removing(index) for index in range(NUM_ENVS))
     assert vector.get_attr("request") == (request_at(context, 0.7),) * NUM_ENVS
     assert vector.get_attr("context") == (context,) * NUM_ENVS
     assert vector.get_attr("render_mode") == (None,) * NUM_ENVS
@@ -127,12 +127,12 @@ def test_a_failing_model_changes_no_sub_environment():
         head.fill_(torch.nan)
     with pytest.raises(NonFiniteScoreError, match="gave a non-finite NLL"):
         vector.step(np.array([1, 1, 1, 1, 3]))
-    assert vector.masks == (Plan.removing(1),) * NUM_ENVS
+    assert vector.plans == (Plan.removing(1),) * NUM_ENVS
     with torch.no_grad():
         head.copy_(kept)
     _, rewards, *_ = vector.step(np.array([1, 1, 1, 1, 3]))
     assert rewards[:4].tolist() == [-0.1] * 4
-    assert vector.masks[4] == Plan.removing(1, 3)
+    assert vector.plans[4] == Plan.removing(1, 3)
 
 
 @pytest.mark.parametrize(

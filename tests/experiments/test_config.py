@@ -99,7 +99,7 @@ OLD_LADDER = (
 @pytest.mark.parametrize("experiment", OLD_LADDER)
 def test_experiments_with_records_of_four_bits_name_their_ladder(experiment):
     config = composed("train", f"experiment={experiment}")
-    assert (config.env.levels == "four-bits") == config.env.lowers
+    assert (config.env.levels == "four-bits") == (config.env.id == "RAPLadder-v0")
     assert config.workload.get("levels", "four-bits") == "four-bits"
 
 

@@ -9,7 +9,7 @@ from experiments.comparison.evaluation_cells import evaluation_cells
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import read_comparisons
 from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig
-from experiments.contexts import build_context
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.experiment_errors import ExperimentError
 from experiments.train import train
@@ -44,8 +44,9 @@ def rows_of(config):
 
 
 def test_a_sparsity_is_a_share_of_all_blocks_at_the_shortest_request(config):
-    memory = build_context(config).memory
-    asked = evaluation_cells(config.evaluate, memory)
+    ladder_bytes = make_ladder_bytes(config, build_context(config))
+    memory = ladder_bytes.memory
+    asked = evaluation_cells(config.evaluate, ladder_bytes)
     assert [one.part for one in asked] == ["grid"] * 2 + ["sparsity"] * 2 + ["outside"]
     for one in asked[2:4]:
         assert one.cell[:2] == (1, 16)

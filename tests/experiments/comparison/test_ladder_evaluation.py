@@ -65,7 +65,7 @@ def test_pinned_cells_are_requests_with_bytes():
 def test_cells_are_checked_against_the_ladder(config):
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
-    cells = evaluation_cells(config.evaluate, context.memory, ladder_bytes)
+    cells = evaluation_cells(config.evaluate, ladder_bytes)
     assert [cell.target_delta_nll for cell in cells] == [0.5, 1.0, 0.5, 1.0]
     assert [cell.request.budget_bytes for cell in cells] == [40000, 30000, 90000, 75000]
     for cell in cells:
@@ -73,9 +73,9 @@ def test_cells_are_checked_against_the_ladder(config):
         assert cell.cell[2] == cell.request.budget_bytes / dense
     least = ladder_bytes.costs(1, 16).least_peak_bytes
     tight = replace(config.evaluate, pinned=[f"1x16@{least}"])
-    assert grid_requests(tight, context.memory, ladder_bytes)[0][1].budget_bytes == least
+    assert grid_requests(tight, ladder_bytes)[0][1].budget_bytes == least
     with pytest.raises(InfeasibleBudgetError, match="No levels of .* in this ladder fit"):
-        grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), context.memory, ladder_bytes)
+        grid_requests(replace(tight, pinned=[f"1x16@{least - 1}"]), ladder_bytes)
 
 
 def test_every_method_has_a_plan_at_every_cell(evaluated):

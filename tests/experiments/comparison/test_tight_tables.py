@@ -90,8 +90,7 @@ def test_masks_at_equal_budgets_have_no_such_tables():
     rows = [make_row(m, (1, 128), b) for m in ("dense", "gsi", "knapsack") for b in (0.9, 0.8)]
     plain = Comparison(rows)
     assert tight_document(plain) == []
-    assert not plain.lowers
-    assert "Evals: masks" in terminal_text(plain)
+    assert not plain.has_levels
     assert budget_words(plain) == "90 %, 80 %"
 
 

@@ -8,7 +8,7 @@ from agents.trained_policy import TrainedPolicy
 from experiments.comparison.evaluation_cells import grid_requests
 from experiments.config.common import TextConfig
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.contexts import build_context
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import RunFolder
 from experiments.train import objective, run_trial
@@ -40,9 +40,9 @@ def expected(config, folder, scorer):
     """The mean loss, from parts of the library alone."""
     context = build_context(config)
     policy = TrainedPolicy.load(folder, context)
-    masks = [policy.choose(request)
-             for _, request in grid_requests(config.evaluate, context.memory)]  # fmt: skip
-    return sum(scorer.nll(mask) - scorer.dense_nll for mask in masks) / len(masks)
+    requests = grid_requests(config.evaluate, make_ladder_bytes(config, context))
+    plans = [policy.choose(request) for _, request in requests]
+    return sum(scorer.nll(plan) - scorer.dense_nll for plan in plans) / len(plans)
 
 
 def test_the_objective_is_the_mean_loss_on_the_grid(config, trained):
