@@ -37,7 +37,7 @@ from experiments.study.table_format import (  # noqa: E402
 )
 from rap_env.leaderboard.entries import predicted_test_delta_nll, published_entries  # noqa: E402
 from rap_env.leaderboard.tasks import pinned_task, pinned_tasks, tasks_of  # noqa: E402
-from rap_env.scoring.fidelity import spearman  # noqa: E402
+from rap_env.scoring.held_out import spearman  # noqa: E402
 
 PLANS, GEMMA, OUTSIDE, LOW_BITS, OWN_BUDGETS, LOW_BITS_GEMMA = (
     "tight", "tight_gemma", "tight_outside", "low_bits", "tight_low_bits",

@@ -38,7 +38,7 @@ from rap_env.context.base import PruningContext
 from rap_env.ladder.named_ladders import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan, every_mask
-from rap_env.scoring.fidelity import Fidelity, FidelityRow
+from rap_env.scoring.held_out import Fidelity, FidelityRow
 from rap_env.scoring.interface import bar_callback
 from rap_env.scoring.plan_runner import chunks
 

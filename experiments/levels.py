@@ -21,10 +21,9 @@ from experiments.study.run_folder import RunFolder
 from rap_env.artifacts import save_artifact
 from rap_env.context.live import LiveContext
 from rap_env.context.opening import require_live
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import measure_jointly, scan_levels
-from rap_env.importance.text_kinds import LEAST_TOKENS, TextKinds
+from rap_env.importance.text_kinds import LEAST_TOKENS, KindCosts, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.policies.knapsack import KnapsackPolicy

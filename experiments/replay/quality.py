@@ -18,7 +18,7 @@ from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan
-from rap_env.scoring.nll import token_nll
+from rap_env.scoring.plan_runner import token_nll
 
 
 class Reference(NamedTuple):

@@ -27,7 +27,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.corpus_loading import load_corpus
 from rap_env.scoring.generated_tasks import GENERATED_TASKS
-from rap_env.scoring.local_data import TASK_FIELDS, read_rows
+from rap_env.scoring.lm_eval_tasks import TASK_FIELDS, read_rows
 from rap_env.workload.traces import AZURE_CONV, COLUMNS, TraceError, trace_requests
 
 GENERATED_SHARE = 0.149

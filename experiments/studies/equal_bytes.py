@@ -45,7 +45,7 @@ from rap_env.models.weights.gptq import hessians
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.native_agreement import TokenComparison, agreement_of
-from rap_env.scoring.nll import HEAD_TOKENS, token_nll
+from rap_env.scoring.plan_runner import HEAD_TOKENS, token_nll
 
 CAPTION = (
     "Bytes of all weights, embeddings included, and the difference from the unquantised model on "

@@ -34,8 +34,7 @@ from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.request import Request
 from rap_env.scoring.corpus import Corpus
-from rap_env.scoring.lm_eval_tasks import TaskConfig
-from rap_env.scoring.local_data import read_rows
+from rap_env.scoring.lm_eval_tasks import TaskConfig, read_rows
 from rap_env.scoring.long_context_tasks import LongContextTask
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.tasks import TaskScorer

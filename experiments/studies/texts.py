@@ -27,9 +27,9 @@ from experiments.study.statistics import Estimate, bootstrap_mean, relative_rati
 from experiments.study.table_format import TitledTable, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
-from rap_env.importance.kind_costs import mean_costs
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.level_scan import scan_levels
+from rap_env.importance.text_kinds import mean_costs
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel

@@ -14,8 +14,14 @@ import numpy.typing as npt
 import torch
 
 from rap_env.blocks import block_name
-from rap_env.importance.level_costs import CACHE_LEVELS, TOGETHER, LevelCosts, window_share
-from rap_env.importance.level_fit import is_as_exact, shrunk_costs
+from rap_env.importance.level_costs import (
+    CACHE_LEVELS,
+    TOGETHER,
+    LevelCosts,
+    is_as_exact,
+    shrunk_costs,
+    window_share,
+)
 from rap_env.importance.profiles import OneShotProfile, ScoringMeter
 from rap_env.levels import CacheLevel
 from rap_env.model_facts import ModelFacts

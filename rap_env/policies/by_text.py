@@ -6,9 +6,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.text_kinds import Shares, TextKinds
+from rap_env.importance.text_kinds import KindCosts, Shares, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy

@@ -11,8 +11,7 @@ from pathlib import Path
 from rap_env.blocks import block_name
 from rap_env.context.base import costs_of
 from rap_env.errors import ArtifactError
-from rap_env.importance.level_costs import LevelCosts
-from rap_env.importance.level_fit import is_as_exact
+from rap_env.importance.level_costs import LevelCosts, is_as_exact
 from rap_env.ladder.items import Item, Ladder, Sharers
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.state import LadderCosts

@@ -8,8 +8,8 @@ from typing import TypeVar
 from rap_env.artifacts import load_artifact
 from rap_env.context.table import TableContext
 from rap_env.errors import ArtifactError
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.text_kinds import KindCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rap_env.errors import ArtifactError
-from rap_env.importance.plan_predictor import fit_plan_predictor
-from rap_env.importance.plan_search import PlanSearch
+from rap_env.importance.plan_search import PlanSearch, fit_plan_predictor
 from rap_env.importance.plan_table import KnownPlans, PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes

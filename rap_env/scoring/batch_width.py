@@ -11,7 +11,7 @@ from rap_env.models.caches.attention import attention_name
 from rap_env.models.device import free_bytes
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.weights.bfloat16_products import extra_bytes
-from rap_env.scoring.nll import tokens_at_once
+from rap_env.scoring.plan_runner import tokens_at_once
 
 _MOST = 64
 _FILLING_TOKENS = 2**14  # of a batch that keeps a large GPU busy

@@ -25,7 +25,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import progress_bar
 from rap_env.paths import cache_dir
 from rap_env.scoring.corpus import ROLE_SPANS, Corpus, CorpusConfig
-from rap_env.scoring.local_data import read_rows
+from rap_env.scoring.lm_eval_tasks import read_rows
 from rap_env.scoring.long_context_tasks import recall_text
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from rap_env.artifacts import package_json
-from rap_env.scoring.local_data import dataset_maker
 
 TEST_DOCUMENTS = 200
 FEWSHOT_DOCUMENTS = 32
@@ -193,3 +192,14 @@ def multiple_choice_config(
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": version},
     }
+
+
+def dataset_maker(splits: Callable[[], Mapping[str, Sequence[Any]]]) -> Callable[..., Any]:
+    """A function for lm-eval's ``custom_dataset``, from one that returns the rows of each split."""
+
+    def make(**_metadata: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits().items()})
+
+    return make

@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from rap_env.plan import Plan
 from rap_env.scoring.interface import Measured, NativeAgreement, ScoringJob
-from rap_env.scoring.nll import OnLogits, predictions, tokens_at_once
-from rap_env.scoring.plan_runner import Node
+from rap_env.scoring.plan_runner import Node, OnLogits, predictions, tokens_at_once
 from rap_env.scoring.scorer import MaskScorer
 
 METRIC = "native_agreement"

@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from rap_env.errors import UnknownNameError
 from rap_env.plan import Plan
-from rap_env.scoring.fidelity import Fidelity
+from rap_env.scoring.held_out import Fidelity
 from rap_env.scoring.predictor import (
+    SCALE,
+    CorrectionNetwork,
     DeltaNLLPredictor,
     Features,
     Floats,
@@ -39,6 +41,13 @@ NETWORK_SCORES = 10_000
 _CHUNK = 2048
 _EVIDENCE = 20  # masks that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
+# Of a correction network.
+_HIDDEN = (256, 32)
+_EPOCHS = 60
+_BATCH_SIZE = 128
+_LEARNING_RATE = 3e-3
+_WEIGHT_DECAY = 1e-2
+_QUADRATIC_BELOW = 0.05  # of the loss (Huber), in logarithms of delta_nll
 _SPLIT = (0.8, 0.1, 0.1)  # masks to fit, to choose the settings, to state the fidelity
 
 
@@ -151,8 +160,6 @@ class PredictorFit:
         self, predictor: DeltaNLLPredictor, parts: list[int], seed: int
     ) -> DeltaNLLPredictor:
         """The predictor with a correction network fitted to some of the parts."""
-        from rap_env.scoring.correction_fit import fit_correction  # needs torch
-
         seen = np.concatenate([self.parts[part] for part in parts])
         errors = self.targets[seen] - self._logs(predictor, seen, clamped=False)
         network = fit_correction(self.features[seen], errors, seed=seed)
@@ -187,6 +194,48 @@ class PredictorFit:
             table = np.column_stack([x, x[:, rows] * x[:, columns], *shape, ones, target])
             total += table.T @ table
         return total
+
+
+def fit_correction(features: Features, errors: Floats, *, seed: int) -> CorrectionNetwork:
+    """The network that gives a predictor's errors on some masks, fitted with torch in seconds.
+
+    Args:
+        features: The masks, (N, 2L), from `feature_matrix`.
+        errors: log(delta_nll + offset), measured minus predicted, (N,).
+        seed: Decides first weights and order of the masks.
+    """
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = [features.shape[1], *_HIDDEN]
+        layers = [nn.Linear(*pair) for pair in zip(sizes, [*_HIDDEN, 1], strict=True)]
+        network = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))[:-1]
+        inputs, targets = torch.from_numpy(features).float(), torch.from_numpy(errors).float()
+        _train(network, inputs, targets)
+    scaled = [(layer.weight.T * SCALE, layer.bias * SCALE) for layer in layers]
+    rounded = [tuple(values.round().int().tolist() for values in layer) for layer in scaled]
+    weights, biases = zip(*rounded, strict=True)
+    return CorrectionNetwork(weights, biases)
+
+
+def _train(network: Any, inputs: Any, targets: Any) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with one cycle of learning rates."""
+    import torch
+
+    steps = _EPOCHS * -(-len(inputs) // _BATCH_SIZE)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
+    for _ in range(_EPOCHS):
+        for batch in torch.split(torch.randperm(len(inputs)), _BATCH_SIZE):
+            loss = torch.nn.functional.smooth_l1_loss(
+                network(inputs[batch])[:, 0], targets[batch], beta=_QUADRATIC_BELOW
+            )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
 
 
 def fit_scores(

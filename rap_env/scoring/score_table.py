@@ -21,8 +21,7 @@ from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.scoring.fidelity import Fidelity
-from rap_env.scoring.held_out import HeldOutLosses
+from rap_env.scoring.held_out import Fidelity, HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import CorrectionNetwork, DeltaNLLPredictor, ScoreModel
 from rap_env.scoring.predictor_fit import (

@@ -23,15 +23,17 @@ from rap_env.plan import Plan
 from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify
-from rap_env.scoring.nll import OnLogits, tokens_at_once, window_nll
 from rap_env.scoring.plan_runner import (
     Node,
+    OnLogits,
     PlanRunner,
     StateCache,
     as_one_batch,
     branch_nodes,
     chunks,
     sharing_order,
+    tokens_at_once,
+    window_nll,
 )
 from rap_env.scoring.store import ScoreStore
 

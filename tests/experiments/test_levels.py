@@ -10,8 +10,8 @@ from experiments.config.common import TextConfig
 from experiments.contexts import build_context
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
 from experiments.study.experiment_errors import ExperimentError
-from rap_env.importance.kind_costs import KindCosts
 from rap_env.importance.level_costs import LevelCosts
+from rap_env.importance.text_kinds import KindCosts
 from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.loading import load_policy

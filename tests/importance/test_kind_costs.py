@@ -8,8 +8,7 @@ import pytest
 
 from rap_env.artifacts import save_artifact
 from rap_env.errors import ArtifactError
-from rap_env.importance.kind_costs import KindCosts, mean_costs
-from rap_env.importance.text_kinds import TextKinds
+from rap_env.importance.text_kinds import KindCosts, TextKinds, mean_costs
 from rap_env.memory import MemoryModel
 from tests.policies.test_knapsack import costs, facts
 

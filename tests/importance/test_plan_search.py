@@ -7,8 +7,8 @@ from rap_env.artifacts import with_tuples
 from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
-from rap_env.importance.plan_predictor import PlanPredictor
 from rap_env.importance.plan_search import (
+    PlanPredictor,
     PlanSearch,
     PlanSearchConfig,
     build_plan_table,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rap_env.errors import ArtifactError
-from rap_env.importance.kind_costs import KindCosts
+from rap_env.importance.text_kinds import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy

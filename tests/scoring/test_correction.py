@@ -9,9 +9,8 @@ import torch
 
 from rap_env.plan import Plan
 from rap_env.scoring import score_table
-from rap_env.scoring.correction_fit import fit_correction
 from rap_env.scoring.predictor import ScoreModel
-from rap_env.scoring.predictor_fit import fit_score_model
+from rap_env.scoring.predictor_fit import fit_correction, fit_score_model
 from rap_env.scoring.score_table import ScoreTable
 from tests.envs.tiny_contexts import make_context
 from tests.scoring.tiny_table import all_masks, fitted_again, table_of

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from rap_env.errors import CorpusError
-from rap_env.scoring.local_data import TASK_FIELDS, read_rows
+from rap_env.scoring.lm_eval_tasks import TASK_FIELDS, read_rows
 
 pytest.importorskip("lm_eval")
 

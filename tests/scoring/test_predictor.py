@@ -8,7 +8,7 @@ import pytest
 
 from experiments.export_scores import shown
 from rap_env.plan import Plan
-from rap_env.scoring.fidelity import Fidelity, FidelityRow, spearman
+from rap_env.scoring.held_out import Fidelity, FidelityRow, spearman
 from rap_env.scoring.predictor import LEAST_SHARE, ScoreModel
 from rap_env.scoring.predictor_fit import fit_score_model
 from rap_env.scoring.score_table import ScoreTable

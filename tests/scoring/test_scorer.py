@@ -13,7 +13,7 @@ from rap_env.errors import (
 )
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
-from rap_env.scoring import nll as nll_module
+from rap_env.scoring import plan_runner
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer
 from rap_env.scoring.scorer import MaskScorer
@@ -181,7 +181,7 @@ def test_the_mask_in_force_does_not_matter_and_stays():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_tokens", [1, 5, 256])
 def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
-    monkeypatch.setattr(nll_module, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(plan_runner, "HEAD_TOKENS", head_tokens)
     llm, ids = tiny_llm(dtype=dtype), tokens()
     with torch.inference_mode():
         logits = llm.model(ids).logits[:, :-1].double()
@@ -189,7 +189,7 @@ def test_the_loss_in_pieces_equals_the_loss(dtype, head_tokens, monkeypatch):
     expected = functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="none"
     ).view(3, -1)
-    nll = nll_module.window_nll(PartialForward(llm), hidden, ids)
+    nll = plan_runner.window_nll(PartialForward(llm), hidden, ids)
     assert nll.dtype == torch.float64
     assert nll.tolist() == pytest.approx(expected.mean(dim=1).tolist(), rel=1e-5)
 

@@ -11,8 +11,7 @@ from experiments.config.training_settings import ModelConfig
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import append_record
-from rap_env.importance.kind_costs import KindCosts
-from rap_env.importance.text_kinds import TextKinds
+from rap_env.importance.text_kinds import KindCosts, TextKinds
 from rap_env.memory import MemoryModel
 from rap_env.models.files.loading import load_llm
 from rap_env.policies.loading import load_policy
