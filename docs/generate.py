@@ -33,12 +33,9 @@ from record_tables import (
 import rap_env
 from benchmarks.record import committed_records, targets_table
 from experiments import studies
-from experiments.replay.study import STUDY as REPLAY
-from experiments.replay.trial import Trial, trial_figure
 from experiments.study.harness import Study
 from experiments.study.pages import (
     Published,
-    untitled,
     write_changed,
     write_pages,
 )
@@ -58,12 +55,6 @@ COMPARISONS = ("learning", "learning_scratch", "evolution", "seeds")
 """Folders of ``results/`` with a comparison of methods that choose masks."""
 TRANSFERS = ("tight_transfer_gemma", "tight_transfer_smollm2")
 """Comparisons with policies of the other model."""
-UNMOVED: tuple[tuple[Study[Any], Published], ...] = (
-    (REPLAY, Published("replay", "replay/replay", untitled)),
-    (REPLAY, Published("replay_ladder", "ladder/replay")),
-    (REPLAY, Published("replay_low_bits", "replay_low_bits/replay")),
-)
-"""Studies outside of `experiments.studies`, with their committed records."""
 
 
 def found_studies() -> Iterator[tuple[Study[Any], Published]]:
@@ -75,7 +66,7 @@ def found_studies() -> Iterator[tuple[Study[Any], Published]]:
                     yield from ((study, published) for published in study.published)
 
 
-STUDIES = {published.name: (study, published) for study, published in [*found_studies(), *UNMOVED]}
+STUDIES = {published.name: (study, published) for study, published in found_studies()}
 """Each study with one of its committed records, by the name of their markers."""
 
 
@@ -124,7 +115,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "entries": record_tables.leaderboard_text,
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
     "load_generator": record_tables.load_generator_text,
-    "cgroup": record_tables.cgroup_text,
     "benchmarks": lambda: targets_table(committed_records()),
     "engine_features": record_tables.features_text,
     "engines": record_tables.agreement_text,
@@ -145,8 +135,6 @@ def write_all(docs: Path) -> None:
         write_changed(details / f"{name}.md", f"---\norphan: true\n---\n\n{full_text().strip()}\n")
     for name in STUDIES:
         draw_study(folder, name)
-    if (record := RESULTS / "cgroup" / "rap.json.gz").exists():
-        save_png(trial_figure(Trial.read(record)), folder / "cgroup.png")
     records = (RESULTS / "README.md").read_text(encoding="utf-8")
     write_changed(folder / "results_readme.md", records)
     write_changed(folder / "commands.md", command_reference())

@@ -25,7 +25,6 @@ from experiments.comparison.result_tables import (  # noqa: E402
 from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tight_tables import ratio_table  # noqa: E402
 from experiments.config.evaluation_settings import CompareConfig  # noqa: E402
-from experiments.replay.trial import SYSTEMS, Trial, trial_table  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.table_format import (  # noqa: E402
@@ -315,12 +314,6 @@ def agreement_text() -> str:
     engines = {f"{name} ({versions[name]})": name for name in agreement}
     corner = f"Removed ({settings['model']}, {settings['dtype']})"
     return in_words(crossed_table(corner, masks, engines, entry))
-
-
-def cgroup_text() -> str:
-    """What each server did in a memory cgroup."""
-    files = {system: RESULTS / "cgroup" / f"{system}.json.gz" for system in SYSTEMS}
-    return trial_table({name: Trial.read(file) for name, file in files.items() if file.exists()})
 
 
 def load_generator_text() -> str:

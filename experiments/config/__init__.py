@@ -17,7 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from experiments.config.common import Count, Section, TextConfig
 from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.config.plain import PLAIN, completed, defaults
-from experiments.config.replay_settings import ReplayConfig
+from experiments.config.replay_settings import BudgetConfig, ReplayConfig
 from experiments.config.study_settings import (
     LadderConfig,
     LongContextConfig,
@@ -70,9 +70,7 @@ class Config(Section):
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
-    budget: Any = "cotenants"
-    """Moving budget of a replay: a name of `experiments.replay.budgets.BUDGETS`, or a dict with
-    it."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     cgroup: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["cgroup"]))
     demo: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["demo"]))

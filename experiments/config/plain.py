@@ -127,7 +127,7 @@ PLAIN: dict[str, Mapping[str, Setting]] = {
         "question": Setting(str, "What is the capital of France?"),
         "live_s": Setting(float | int, 60, within(1)),  # seconds of service with moving memory
     },
-    # experiments.replay.cgroup: a server and a tenant in one memory cgroup.
+    # experiments.studies.replay.cgroup: a server and a tenant in one memory cgroup.
     "cgroup": {
         # Servers, one after the other: rap, llama.cpp and transformers.
         "systems": Setting(list, ["rap"]),

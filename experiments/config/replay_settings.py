@@ -7,7 +7,6 @@ from typing import Annotated
 
 from experiments.config.common import (
     Count,
-    NotNegative,
     Positive,
     Section,
     ShapeText,
@@ -16,26 +15,27 @@ from experiments.config.common import (
     among,
     distinct,
     parse_shape,
-    within,
+    some,
 )
-from rap_env.serving.settings import ServerSettings
-from rap_env.specs import settings_of
 
-Meter = Annotated[str, among("process", "tensors")]
 
-MASK_SYSTEMS = (
-    "dense", "static_gsi", "static_gsi_lean", "static_shortgpt", "greedy", "frontier", "rap",
-    "oracle",
-)  # fmt: skip
-"""Systems that remove blocks only; the default."""
-UNIFORM_SYSTEMS = tuple(
-    f"uniform_{weights}_{cache}"
-    for weights in ("native", "int8", "int4")
-    for cache in ("native", "int8", "int4", "int2")
-)
-"""Systems with one level for all weights and one for all caches."""
-SYSTEMS = (*MASK_SYSTEMS, "knapsack", *UNIFORM_SYSTEMS)
-"""Systems that can be replayed."""
+@dataclass
+class BudgetConfig(Section):
+    """Memory that other tenants of a machine leave free."""
+
+    section = "budget"
+    unit: Annotated[str, among("fraction", "bytes")] = "fraction"
+    """What capacity, floor and sizes are: fractions of the native model's peak bytes at
+    `replay.reference`, or bytes."""
+    capacity: Positive = 1.05
+    """What is free without tenants."""
+    floor: Positive = 0.74
+    """What is always left; tenants that would leave less are rejected."""
+    sizes: Annotated[list[Positive], some] = field(default_factory=lambda: [0.05, 0.1, 0.15])
+    """What a tenant takes is one of them."""
+    arrivals_per_minute: Positive = 6.0
+    mean_stay_s: Positive = 15.0
+    seed: int = 0
 
 
 @dataclass
@@ -46,10 +46,14 @@ class ReplayConfig(Section):
     """
 
     section = "replay"
-    systems: Annotated[list[Annotated[str, among(*SYSTEMS)]], distinct] = field(
-        default_factory=lambda: list(MASK_SYSTEMS)
+    systems: Annotated[list[str], distinct] = field(
+        default_factory=lambda: ["dense", "static_gsi", "static_gsi_lean", "frontier", "rap-v0"]
     )
-    """Systems to run, in this order; all get the same arrivals and the same budget."""
+    """Systems to run, in this order, with the same arrivals and budget: policies by their name or
+    file; ``static_gsi``, one mask that always fits a full batch, or ``static_gsi_lean``, a batch of
+    one; or ``uniform_native_LEVEL``, with all caches at one level."""
+    order: str = "rap-v0"
+    """Policy whose order of blocks the systems ``static_gsi`` and ``uniform_native`` follow."""
     trace: str | None = None
     """A CSV file with TIMESTAMP, ContextTokens and GeneratedTokens; null samples arrivals with the
     lengths of Azure's conversations."""
@@ -70,36 +74,18 @@ class ReplayConfig(Section):
     )
     """Text that prompts are cut from; the dense model writes this one within half a minute."""
     known_share: Share = 0.25
-    """Share of requests with a known answer."""
+    """Share of requests with a known answer, if there is `data_root`."""
     data_root: str | None = None
-    """Folder with ``lambada_openai/test.jsonl``, whose last words are the known answers; null for
-    lists from templates."""
+    """Folder with ``lambada_openai/test.jsonl``, whose last words are the known answers."""
     reference: ShapeText = "8x256"
     """Batch x tokens: budget fractions refer to the dense model's peak bytes at this request."""
-    policy: str = "rap-v0"
-    """Policy of the system ``rap``: an exported file, or the name of a bundled policy: ``rap-v0``
-    removes blocks, ``rap`` lowers items of the default model with native weights."""
-    knapsack: str = "knapsack"
-    """Policy of the system ``knapsack``: level costs, or the name of bundled ones."""
-    frontier: str = "frontier"
-    """Table of the systems ``frontier`` and ``oracle``: a file, or the name of a bundled one."""
-    greedy_tokens: Annotated[int, within(2)] = 16
-    """Tokens of text on which the system ``greedy`` evaluates masks while it serves."""
     max_batch_size: Count = 8
-    max_queue: Count = 64
-    """Maximum number of waiting requests; further ones are rejected."""
     queue_timeout_s: Positive = 30.0
     """Seconds after which a waiting request times out."""
     prefill_chunk_tokens: Count = 256
-    residency: Annotated[str, among(*settings_of(ServerSettings)["residency"].choices)] = "offload"
-    """Where removed weights go: ``resident``, ``offload`` or ``drop``."""
-    meter: Meter = "process"
-    """Which memory is measured: that of the ``process``, or of ``tensors`` only."""
     timing: Annotated[str, among("wall", "cpu")] = "wall"
     """Clock: ``wall`` time, or ``cpu`` time of the process, which other processes on the machine
     do not lengthen (CPU devices only)."""
-    hold_s: NotNegative = 2.0
-    """Minimum time for which a mask is kept before blocks are restored, in seconds."""
     mask_loss_windows: Count = 2
     """Windows of `text` on which ΔNLL of the used plans is measured."""
 

@@ -50,8 +50,8 @@ TINY = {
     "levels": COMPOSED, "studies.equal_bytes": (), "studies.ladder": (),
     "studies.level_costs_by_model": (), "studies.long_context": (),
     "profile": (*_TEXT, *_GSI),
-    "replay": ("threads=1", "replay.systems=[dense]"),
     "report": (),
+    "studies.replay": ("threads=1", "replay.systems=[dense]"),
     "tight_grid": COMPOSED,
     "train": _TRAINING,
 }  # fmt: skip

@@ -1,1 +1,0 @@
-"""Replay: several serving systems on the same arrivals under the same moving budget."""

@@ -1,0 +1,210 @@
+"""The systems of a replay, and what serves the requests with one of them in time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from experiments.config.replay_settings import ReplayConfig
+from experiments.studies.replay.workload import Budget, ReplayRequest
+from experiments.study.experiment_errors import ExperimentError
+from rap_env.errors import InfeasibleBudgetError, QueueFullError
+from rap_env.memory import MemoryModel
+from rap_env.models.device import return_freed_memory
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.plan import Plan
+from rap_env.policies.base import Policy
+from rap_env.policies.loading import OrderPolicy, StaticPolicy, load_policy
+from rap_env.request import Request
+from rap_env.runtime.controller import RuntimeController
+from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_meter import Meter, make_levels, process_meter
+from rap_env.runtime.memory_source import GivenMemory
+from rap_env.runtime.records import EngineStats, StepRecord
+from rap_env.runtime.request_handle import RequestHandle
+from rap_env.runtime.sampling import SamplingParams
+
+UNIFORM = "uniform_native_"
+"""Start of the names of systems with one level for all caches."""
+
+_IDLE_S, _MIN_IDLE_S = 0.25, 1e-3  # at most and at least skipped between two turns
+_STOPWATCHES = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+class System(NamedTuple):
+    """One way to serve.
+
+    Attributes:
+        policy: Chooses the plans.
+        guard_order: Blocks that may be removed if the policy's plan does not fit, in the order of
+            removal; None leaves that to the controller, an empty tuple forbids it.
+        start: The plan before the first request.
+    """
+
+    policy: Policy
+    guard_order: tuple[int, ...] | None = None
+    start: Plan = Plan()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One engine step, or a time without a running request.
+
+    Attributes:
+        peak_bytes: Maximum of the measured bytes.
+        budget_bytes: The budget at the start.
+    """
+
+    time_s: float
+    end_s: float
+    plan: Plan
+    peak_bytes: int
+    budget_bytes: int
+
+    @property
+    def over_bytes(self) -> int:
+        """Measured bytes above the budget."""
+        return max(0, self.peak_bytes - self.budget_bytes)
+
+
+class ReplayClock:
+    """Seconds of a replay: those of a stopwatch since the start, and skipped idle time."""
+
+    def __init__(self, stopwatch: Callable[[], float]) -> None:
+        self._stopwatch, self._zero_s = stopwatch, math.inf
+
+    def __call__(self) -> float:
+        """Seconds since the start, 0 before it."""
+        return max(0.0, self._stopwatch() - self._zero_s)
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._zero_s = self._stopwatch()
+
+    def jump_to(self, time_s: float) -> None:
+        """Skip idle time up to `time_s`; the clock never goes back."""
+        self._zero_s -= max(0.0, time_s - self())
+
+
+class SystemRun:
+    """One system that serves all requests of a replay.
+
+    Attributes:
+        handles: The handle in the engine of each request that has arrived, in order; None if it
+            was rejected on arrival.
+        intervals: Steps and idle times in order.
+        controller: Keeps the system within the budget.
+        horizon_s: Until when all systems are monitored.
+    """
+
+    controller: RuntimeController
+    _engine: Engine
+    _meter: Meter
+
+    def __init__(
+        self, settings: ReplayConfig, llm: ElasticLLM, requests: list[ReplayRequest], budget: Budget
+    ) -> None:
+        self.settings, self.llm, self.requests, self.budget = settings, llm, requests, budget
+        self.handles: list[RequestHandle | None] = []
+        self.intervals: list[Interval] = []
+        self.horizon_s = requests[-1].time_s + settings.queue_timeout_s
+        self._clock = ReplayClock(_STOPWATCHES[settings.timing])
+
+    def serve(self, system: System) -> EngineStats:
+        """Serve all requests; return the engine's counters."""
+        settings, llm = self.settings, self.llm
+        llm.set_residency("offload")
+        make_levels(llm, system.policy)
+        llm.apply(system.start)
+        return_freed_memory()
+        self._meter = process_meter(llm)
+        most_bytes = max(self.budget.between(0.0, self.horizon_s))
+        self.controller = RuntimeController(
+            llm,
+            system.policy,
+            GivenMemory(lambda: self.budget.at(self._clock()), limit_bytes=most_bytes),
+            meter=self._meter,
+            guard_order=system.guard_order,
+            chunk_tokens=settings.prefill_chunk_tokens,
+            clock=self._clock,
+        )
+        self._engine = Engine(
+            llm,
+            self.controller,
+            max_batch_size=settings.max_batch_size,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            queue_timeout_s=settings.queue_timeout_s,
+            clock=self._clock,
+        )
+        self._engine.warm_up()  # as `Engine.start` does
+        self._engine.observers.append(self._on_step)
+        self._clock.start()
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._engine.close()
+            llm.apply(Plan())
+        return self._engine.stats()
+
+    def _on_step(self, step: StepRecord) -> None:
+        self.intervals.append(
+            Interval(step.time_s, self._clock(), step.plan, step.peak_bytes, step.budget_bytes)
+        )
+
+    def _turn(self) -> bool:
+        """Submit what has arrived, run a turn, or skip idle time; False at the end."""
+        for request in self.requests[len(self.handles) :]:
+            if request.time_s > self._clock():
+                break
+            params = SamplingParams(max_new_tokens=request.new_tokens)
+            try:
+                self.handles.append(self._engine.submit(request.prompt_ids, params))
+            except (InfeasibleBudgetError, QueueFullError):
+                self.handles.append(None)
+        began_s = self._clock()
+        if self._engine.step():
+            return True
+        now_s, change_s = self._clock(), self.budget.next_change(began_s)
+        if change_s > now_s:  # else the turn may have read the budget before
+            arrivals_s = [request.time_s for request in self.requests[len(self.handles) :][:1]]
+            until_s = min(now_s + _IDLE_S, change_s, *arrivals_s)
+            self._clock.jump_to(max(until_s, now_s + _MIN_IDLE_S))
+            used_bytes, budget_bytes = self._meter.used_bytes(), self.budget.at(now_s)
+            self.intervals.append(
+                Interval(now_s, self._clock(), self.llm.plan, used_bytes, budget_bytes)
+            )
+        waiting = any(handle is not None and not handle.done for handle in self.handles)
+        return waiting or now_s < self.horizon_s
+
+
+def make_system(name: str, run: SystemRun) -> System:
+    """Make a system, as ``replay.systems`` names it, that `run` is to serve.
+
+    Raises:
+        ExperimentError: No plan of a static system fits the smallest budget.
+        RapError: There is no such policy, or it is of another model.
+    """
+    settings, memory = run.settings, MemoryModel(run.llm)
+    if not name.startswith(("static_gsi", UNIFORM)):
+        return System(load_policy(name, memory), () if name == "dense" else None)
+    order = load_policy(settings.order, memory).order or ()
+    if name.startswith(UNIFORM):
+        plan = Plan.uniform(memory.facts.num_layers, caches=name.removeprefix(UNIFORM))
+        return System(OrderPolicy(memory, order, [plan]), start=plan)
+    # A large batch never waits; a batch of one keeps the largest model that can serve every request
+    # at any time, and further requests wait for memory.
+    rows = 1 if name == "static_gsi_lean" else settings.max_batch_size
+    longest = max(len(request.prompt_ids) + request.new_tokens for request in run.requests)
+    request = Request(rows, longest, min(run.budget.between(0.0, run.horizon_s)))
+    plan = OrderPolicy(memory, order).choose(request)
+    if memory.peak_bytes(plan, request) > request.budget_bytes:
+        raise ExperimentError(
+            f"No plan fits {rows} requests of {longest} tokens into the minimum of the budget "
+            f"({request.budget_bytes:,} bytes). Raise budget.floor, or set replay.order to a "
+            "policy with a GSI order."
+        )
+    return System(StaticPolicy(plan), (), plan)

@@ -1,0 +1,430 @@
+"""Several serving systems on the same arrivals under the same moving budget: rows, tables, figure.
+
+What a system generated is judged by the native model, after the system has finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from experiments.config import Config
+from experiments.config.replay_settings import ReplayConfig
+from experiments.contexts import load_text
+from experiments.studies.replay.serving import Interval, System, SystemRun, make_system
+from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
+from experiments.study.harness import Job, Study
+from experiments.study.json_records import Record
+from experiments.study.looks import KIND_COLOURS
+from experiments.study.pages import Published, untitled
+from experiments.study.plotting import INK, Panel, panel_figure
+from experiments.study.statistics import bootstrap_mean, wilson_interval
+from experiments.study.table_format import TitledTable, mebibytes, percent, seconds
+from rap_env.context.opening import open_store
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.live.elastic import ElasticLLM
+from rap_env.models.live.live_batch import LiveBatch
+from rap_env.models.live.partial_forward import PartialForward
+from rap_env.plan import Plan
+from rap_env.runtime.request_handle import RequestHandle
+from rap_env.scoring.plan_runner import token_nll
+from rap_env.scoring.scorer import MaskScorer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "dense": "Dense",
+    "static_gsi": "Static, GSI",
+    "static_gsi_lean": "Static, lean",
+    "static_shortgpt": "Static, ShortGPT",
+    "greedy": "Greedy, live",
+    "frontier": "Frontier table",
+    "rap": "RAP policy",
+    "rap-v0": "RAP policy",
+    "oracle": "Oracle",
+    "knapsack": "Knapsack over levels",
+    "uniform_native_native": "Uniform, native weights, native cache",
+    "uniform_native_int8": "Uniform, native weights, int8 cache",
+    "uniform_native_int4": "Uniform, native weights, int4 cache",
+    "uniform_native_int2": "Uniform, native weights, int2 cache",
+}
+"""Names of systems in tables and figures, also of those that only the committed records have."""
+
+DRAWN = ("dense", "static_gsi", "rap", "rap-v0")
+"""Systems whose memory over time is drawn, if they were run; else the first one."""
+
+_STEPS = 600  # at most, in a row
+
+
+@dataclass(frozen=True)
+class ReplayRow(Record):
+    """One system. Times are seconds of the replay's clock.
+
+    Attributes:
+        system: Its name, as in ``replay.systems``.
+        outcomes: Number of requests that were ``served`` to their last token; ``refused``, because
+            no plan can ever fit them or the queue was full; or failed for another reason.
+        preemptions: How often a running request was returned to the queue.
+        violation_byte_s: Integral of the measured bytes above the budget at the start of each
+            step, in byte-seconds, idle time included.
+        violations: Steps and idle intervals with measured bytes above the budget.
+        peak_bytes: Maximum of the measured bytes.
+        budget_least_bytes: Minimum of the budget while the system ran.
+        ttft_s: Time to the first token of each served request, from its arrival.
+        tpot_s: Time per output token after the first, of each with at least two tokens.
+        tokens_per_s: Tokens of served requests per second from first arrival to last token.
+        overhead_fraction: Seconds of decisions and switches as a share of the work.
+        decisions: Number of decisions; `decision_s` are their seconds.
+        switches: Changes of the plan; `switch_s` are their seconds.
+        plans: Different plans under which tokens were generated.
+        removed_mean: Removed blocks, mean over generated tokens.
+        lowered_mean: Kept items below their native level, mean over generated tokens.
+        losses: NLL of each served request's tokens under the dense model minus that of the dense
+            model's own greedy continuation of the same prompt and length, nats per token.
+        mask_loss_mean: ΔNLL of the plans on held-out text, mean over generated tokens, nats per
+            token.
+        same_fraction: Share of generated tokens equal to the dense model's own continuation.
+        right: For each served request with a known answer whether it was given.
+        steps: Over time: start and end in seconds; bytes and budget where the bytes exceeded it
+            most, and the removed blocks there.
+    """
+
+    file = "replay.jsonl"
+    record_name = "A replay record"
+    rerun = "run the replay again"
+    identity = ("system",)
+
+    system: str
+    outcomes: dict[str, int]
+    preemptions: int
+    violation_byte_s: float
+    violations: int
+    peak_bytes: int
+    budget_least_bytes: int
+    ttft_s: list[float]
+    tpot_s: list[float]
+    tokens_per_s: float
+    overhead_fraction: float
+    decisions: int
+    decision_s: float
+    switches: int
+    switch_s: float
+    plans: int
+    removed_mean: float | None
+    lowered_mean: float | None
+    losses: list[float]
+    mask_loss_mean: float | None
+    same_fraction: float | None
+    right: list[bool]
+    steps: list[list[Any]]
+
+    @property
+    def label(self) -> str:
+        """The system in tables and figures."""
+        return LABELS.get(self.system, self.system)
+
+    @property
+    def served(self) -> float:
+        """Share of the requests that got all their tokens."""
+        return self.outcomes.get("served", 0) / sum(self.outcomes.values())
+
+    @property
+    def over(self) -> str:
+        """The byte-seconds above the budget, in words."""
+        amount = self.violation_byte_s / 1e6
+        return "0" if amount == 0 else f"{amount:{',.0f' if amount >= 100 else '.3g'}} MB s"
+
+
+def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
+    """Yield a job for each system; files that a system lacks are an error before any runs."""
+    settings, model = config.replay, config.model
+    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
+    memory, judge = MemoryModel(llm), OutputJudge(llm)
+    reference_bytes = memory.dense_peak_bytes(*settings.reference_shape)
+    budget = cotenant_budget(config.budget, reference_bytes)
+    requests, load = make_requests(config, llm)
+    depends_on = {
+        "model": memory.facts.name,
+        "model_fingerprint": memory.facts.fingerprint,
+        "dtype": memory.facts.dtype,
+        "load_sha256": load["sha256"],
+        "budget": asdict(config.budget),
+        "reference_bytes": reference_bytes,
+    }
+    for source in settings.systems:
+        path, run = Path(source), SystemRun(settings, llm, requests, budget)
+        policy = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+        measure = partial(replayed, path.name, config, run, make_system(source, run), judge)
+        needed = {**depends_on, "policy": policy}
+        yield Job(ReplayRow, (path.name,), needed, measure, facts={"load": load})
+
+
+def replayed(
+    name: str, config: Config, run: SystemRun, system: System, judge: OutputJudge
+) -> ReplayRow:
+    """Serve all requests with a system, and judge what it generated with the native model."""
+    stats = run.serve(system)
+    run.llm.set_residency("resident")  # the native model judges
+    chooser, switcher = run.controller.chooser, run.controller.switcher
+    pairs = zip(run.requests, run.handles, strict=True)
+    served = [(r, h) for r, h in pairs if h is not None and outcome(h) == "served"]
+    by_plan = Counter(plan for _, handle in served for plan in handle.plans)
+    tokens = by_plan.total()
+    plan_losses = held_out_delta_nll(config, run.llm, list(by_plan))
+    seconds_s = max((h.ended_s or 0.0 for _, h in served), default=0.0) - run.requests[0].time_s
+    over = [interval for interval in run.intervals if interval.over_bytes]
+
+    def mean_over_tokens(values: Sequence[float]) -> float | None:
+        return float(np.average(values, weights=list(by_plan.values()))) if by_plan else None
+
+    row = ReplayRow(
+        system=name,
+        outcomes=dict(Counter(map(outcome, run.handles))),
+        preemptions=stats.preemptions,
+        violation_byte_s=sum(i.over_bytes * (i.end_s - i.time_s) for i in over),
+        violations=len(over),
+        peak_bytes=max(interval.peak_bytes for interval in run.intervals),
+        budget_least_bytes=min(run.budget.between(0.0, run.intervals[-1].end_s)),
+        ttft_s=[round((h.first_token_s or 0.0) - r.time_s, 4) for r, h in served],
+        tpot_s=[round(tpot_s(h), 4) for _, h in served if len(h.token_ids) > 1],
+        tokens_per_s=tokens / seconds_s if tokens else 0.0,
+        overhead_fraction=stats.overhead_s / stats.busy_s if stats.busy_s else 0.0,
+        decisions=chooser.decisions,
+        decision_s=chooser.decision_s,
+        switches=switcher.switches,
+        switch_s=switcher.switch_s,
+        plans=len(by_plan),
+        removed_mean=mean_over_tokens([len(plan.removed) for plan in by_plan]),
+        lowered_mean=mean_over_tokens([len(p.levels) - len(p.removed) for p in by_plan]),
+        losses=[round(judge.delta_nll(r, h.token_ids), 4) for r, h in served],
+        mask_loss_mean=mean_over_tokens(plan_losses),
+        same_fraction=sum(judge.same(r, h.token_ids) for r, h in served) / max(1, tokens),
+        right=[judge.is_right(r.answer, h.token_ids) for r, h in served if r.answer is not None],
+        steps=sampled_steps(run.intervals),
+    )
+    run.handles.clear()  # their memory must not count while the next system runs
+    run.intervals.clear()
+    return row
+
+
+def outcome(handle: RequestHandle | None) -> str:
+    """What became of a request, as in `ReplayRow.outcomes`."""
+    if handle is None or handle.rejection == "infeasible":
+        return "refused"
+    if handle.reason in ("length", "stop"):
+        return "served"
+    return handle.rejection or handle.reason or "unserved"
+
+
+def tpot_s(handle: RequestHandle) -> float:
+    """Time per output token after the first, of a request with at least two tokens."""
+    first_s, ended_s = handle.first_token_s or 0.0, handle.ended_s or 0.0
+    return (ended_s - first_s) / (len(handle.token_ids) - 1)
+
+
+class OutputJudge:
+    """Measures the quality of generated tokens with a live model, whose plan must be native."""
+
+    def __init__(self, llm: ElasticLLM) -> None:
+        self._llm = llm
+        self._references: dict[ReplayRequest, list[int]] = {}
+
+    def reference(self, request: ReplayRequest) -> list[int]:
+        """Return the native model's greedy continuation of a request; it is computed once."""
+        if request not in self._references:
+            batch, tokens = LiveBatch(self._llm), list[int]()
+            logits = batch.prefill([request.prompt_ids])
+            while len(tokens) < request.new_tokens:
+                logits = batch.extend(tokens[-1:]) if tokens else logits
+                tokens.append(int(logits[0].argmax()))
+            batch.close()
+            self._references[request] = tokens
+        return self._references[request]
+
+    def delta_nll(self, request: ReplayRequest, token_ids: list[int]) -> float:
+        """NLL of tokens above that of the reference, nats per token."""
+        prompt_ids = list(request.prompt_ids)
+        return self._nll(prompt_ids, token_ids) - self._nll(prompt_ids, self.reference(request))
+
+    def same(self, request: ReplayRequest, token_ids: list[int]) -> int:
+        """Number of tokens equal to the reference at the same position."""
+        return sum(a == b for a, b in zip(token_ids, self.reference(request), strict=False))
+
+    def is_right(self, answer: str, token_ids: list[int]) -> bool:
+        """Whether tokens begin with an answer, as whole words."""
+        text = self._llm.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return re.match(rf"{re.escape(answer)}(?!\w)", text.strip()) is not None
+
+    @torch.inference_mode()
+    def _nll(self, prompt_ids: list[int], token_ids: list[int]) -> float:
+        ids = torch.tensor([prompt_ids + token_ids], device=self._llm.device)
+        states = self._llm.hidden(ids)[0, len(prompt_ids) - 1 : -1]
+        logits = PartialForward(self._llm).logits(states)
+        return float(token_nll(logits, ids[0, len(prompt_ids) :]).double().mean())
+
+
+def held_out_delta_nll(config: Config, llm: ElasticLLM, plans: Sequence[Plan]) -> list[float]:
+    """ΔNLL of plans on the first windows of the prompts' text, nats per token."""
+    corpus = load_text(config.replay.text, "report", llm, progress=config.progress)
+    windows = min(config.replay.mask_loss_windows, len(corpus.tokens))
+    scorer = MaskScorer(llm, corpus.spread(windows), open_store(config.store))
+    return [nll - scorer.dense_nll for nll in scorer.nll_many(list(plans))]
+
+
+def sampled_steps(intervals: Sequence[Interval]) -> list[list[Any]]:
+    """The entries of `ReplayRow.steps`, each of consecutive intervals."""
+    steps, size = [], -(-len(intervals) // _STEPS)
+    for first in range(0, len(intervals), size):
+        part = intervals[first : first + size]
+        worst = max(part, key=lambda interval: interval.peak_bytes - interval.budget_bytes)
+        times_s = round(part[0].time_s, 4), round(part[-1].end_s, 4)
+        removed = sorted(worst.plan.removed)
+        steps.append([*times_s, worst.peak_bytes, worst.budget_bytes, removed])
+    return steps
+
+
+def _percentile(level: int, name: str, row: ReplayRow) -> str:
+    values = getattr(row, name)
+    return seconds(np.percentile(values, level)) if values else "-"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _each(total_s: float, count: int) -> str:
+    return seconds(total_s / count) if count else "-"
+
+
+def _accuracy(right: Sequence[bool]) -> str:
+    if not right:
+        return "-"
+    share = sum(right) / len(right)
+    low, high = wilson_interval(share, len(right))
+    return f"{percent(share, 0)} [{100 * low:.0f}, {100 * high:.0f}] of {len(right)}"
+
+
+def _failed(row: ReplayRow) -> int:
+    return sum(n for name, n in row.outcomes.items() if name not in ("served", "refused"))
+
+
+TABLES: dict[str, list[tuple[str, Callable[[ReplayRow], str]]]] = {
+    "Served, and memory": [
+        ("Served", lambda row: percent(row.served)),
+        ("Refused", lambda row: f"{row.outcomes.get('refused', 0)}"),
+        ("Failed", lambda row: f"{_failed(row)}"),
+        ("Over budget", lambda row: row.over),
+        ("Steps over", lambda row: f"{row.violations}"),
+        ("Peak", lambda row: mebibytes(row.peak_bytes)),
+    ],
+    "Latency": [
+        ("TTFT p50", partial(_percentile, 50, "ttft_s")),
+        ("p95", partial(_percentile, 95, "ttft_s")),
+        ("p99", partial(_percentile, 99, "ttft_s")),
+        ("TPOT p50", partial(_percentile, 50, "tpot_s")),
+        ("p95", partial(_percentile, 95, "tpot_s")),
+        ("p99", partial(_percentile, 99, "tpot_s")),
+        ("Tokens/s", lambda row: f"{row.tokens_per_s:.1f}"),
+    ],
+    "Quality": [
+        ("ΔNLL of output", lambda row: str(bootstrap_mean(row.losses)) if row.losses else "-"),
+        ("ΔNLL of plans", lambda row: _number(row.mask_loss_mean, 3)),
+        ("Same", lambda row: percent(row.same_fraction, 0)),
+        ("Accuracy", lambda row: _accuracy(row.right)),
+        ("Removed", lambda row: _number(row.removed_mean, 1)),
+        ("Lowered", lambda row: _number(row.lowered_mean, 1)),
+    ],
+    "Cost of adaptation": [
+        ("Switches", lambda row: f"{row.switches}"),
+        ("each", lambda row: _each(row.switch_s, row.switches)),
+        ("Decisions", lambda row: f"{row.decisions}"),
+        ("each", lambda row: _each(row.decision_s, row.decisions)),
+        ("Plans", lambda row: f"{row.plans}"),
+        ("Preempted", lambda row: f"{row.preemptions}"),
+        ("Controller", lambda row: percent(row.overhead_fraction, 2)),
+    ],
+}
+"""The columns of each table."""
+
+
+def replay_tables(rows: Sequence[ReplayRow]) -> list[TitledTable]:
+    """Memory, latency, quality and cost of each system."""
+    tables = []
+    for title, columns in TABLES.items():
+        header = ["System", *(name for name, _ in columns)]
+        lines = [[row.label, *(show(row) for _, show in columns)] for row in rows]
+        tables.append(TitledTable((header, lines), title))
+    return tables
+
+
+def replay_words(rows: Sequence[ReplayRow]) -> str:
+    """What was replayed."""
+    load, depends = rows[0].provenance["load"], rows[0].depends_on
+    return (
+        f"{sum(rows[0].outcomes.values())} requests of {load['trace']} within "
+        f"{load['last_arrival_s']:.0f} s (prompts of {load['prompt_tokens_mean']:.0f} and answers "
+        f"of {load['new_tokens_mean']:.0f} tokens on average) to {depends['model']}, under a "
+        f"moving budget (cotenants; at least {mebibytes(rows[0].budget_least_bytes)}, 100 % being "
+        f"{mebibytes(depends['reference_bytes'])})."
+    )
+
+
+def memory_over_time(rows: Sequence[ReplayRow]) -> Figure:
+    """Measured memory against the budget, and below it how many blocks were removed."""
+    panels = []
+    for row in [row for row in rows if row.system in DRAWN] or rows[:1]:
+        title = f"{row.label}: {percent(row.served, 0)} served, {row.over} over the budget"
+        panels.append(Panel(partial(_draw_memory, row), title, y="memory (MiB)"))
+        panels.append(Panel(partial(_draw_removed, row), x="time (s)", y="removed blocks"))
+    return panel_figure(panels, columns=1, height=1.8, legend=0, sharex=True)
+
+
+def _draw_memory(row: ReplayRow, axis: Axes) -> None:
+    times_s, _, peaks, budgets, _ = zip(*row.steps, strict=True)
+    peak, budget = np.array(peaks) / 2**20, np.array(budgets) / 2**20
+    axis.step(times_s, budget, where="post", color=INK, label="budget")
+    axis.step(times_s, peak, where="post", linewidth=1.0, label="measured")
+    over = np.maximum(peak, budget)
+    axis.fill_between(times_s, budget, over, step="post", color="#C53030", alpha=0.4)
+    axis.legend(loc="upper right", ncols=2)
+
+
+def _draw_removed(row: ReplayRow, axis: Axes) -> None:
+    times_s = [step[0] for step in row.steps]
+    for half, (kind, colour) in enumerate(KIND_COLOURS.items()):
+        counts = [sum(index % 2 == half for index in step[4]) for step in row.steps]
+        axis.step(times_s, counts, where="post", color=colour, label=kind)
+    axis.legend(loc="upper right", ncols=2)
+
+
+STUDY = Study(
+    "replay",
+    "Replay",
+    [ReplayRow],
+    replay_jobs,
+    replay_tables,
+    words=replay_words,
+    figures={"replay_memory": memory_over_time},
+    frozen=(
+        *("model", "budget", "seed"),
+        *(f"replay.{field.name}" for field in fields(ReplayConfig) if field.name != "systems"),
+    ),
+    captions=False,
+    published=[
+        Published("replay", "replay/replay", untitled),
+        Published("replay_ladder", "ladder/replay"),
+        Published("replay_low_bits", "replay_low_bits/replay"),
+    ],
+)

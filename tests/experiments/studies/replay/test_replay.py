@@ -1,0 +1,363 @@
+"""A replay of a tiny model from settings to rows, its budget and arrivals, and their sums."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.config import Config
+from experiments.config.common import TextConfig
+from experiments.config.replay_settings import BudgetConfig, ReplayConfig
+from experiments.config.training_settings import ModelConfig
+from experiments.contexts import load_text
+from experiments.studies.replay.serving import Interval, ReplayClock, SystemRun, make_system
+from experiments.studies.replay.study import STUDY, OutputJudge, sampled_steps
+from experiments.studies.replay.workload import (
+    GENERATED_SHARE,
+    Budget,
+    cotenant_budget,
+    make_requests,
+    read_arrivals,
+)
+from experiments.study.experiment_errors import ExperimentError
+from rap_env.errors import RapError
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.plan import Plan
+from rap_env.policies.loading import load_policy
+from rap_env.request import Request
+from rap_env.runtime.memory_meter import TensorMeter
+from rap_env.scoring.scorer import MaskScorer
+from rap_env.workload.traces import AZURE_CONV, TraceError
+from tests.policies import made_policies
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LAYERS = 4
+REFERENCE = (3, 30)
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+SYSTEMS = ["dense", "static_gsi_lean", "uniform_native_int4"]
+
+
+@pytest.fixture(scope="module")
+def config(base):
+    """Settings for a random model: 24 requests in 6 s, and a budget that falls to 0.36."""
+    tiny_model(layers=LAYERS).save_pretrained(base / "model")
+    tiny_tokenizer().save_pretrained(base / "model")
+    rng = np.random.default_rng(0)
+    (base / "story.txt").write_text("".join(rng.choice(list("abcdefghij ,."), 2400)))
+    lines = [f"2023-11-16 18:00:{n / 4:09.6f},{8 + 7 * n % 23},{3 + n % 6}" for n in range(24)]
+    (base / "trace.csv").write_text(HEAD + "\n".join(lines) + "\n")
+    answers = "".join(f'{{"text": "abc def {word}"}}\n' for word in ("ab", "cd", "ef", "gh") * 3)
+    (base / "lambada_openai").mkdir()
+    (base / "lambada_openai" / "test.jsonl").write_text(answers)
+    llm = load_llm(str(base / "model"), device="cpu", dtype="float32")
+    policy = base / "policy.safetensors"
+    made_policies.policy_file(model=MemoryModel(llm)).save(policy)
+    settings = ReplayConfig(
+        systems=[*SYSTEMS, str(policy)],
+        order=str(policy),
+        trace=str(base / "trace.csv"),
+        every=1,
+        time_scale=1.0,
+        token_scale=1.0,
+        max_prompt_tokens=28,
+        text=TextConfig(source=str(base / "story.txt"), windows=6, window_tokens=36),
+        data_root=str(base),
+        reference="3x30",
+        max_batch_size=3,
+        queue_timeout_s=1.5,
+        prefill_chunk_tokens=16,
+        mask_loss_windows=1,
+    )
+    tenants = {"sizes": [0.74], "floor": 0.36, "arrivals_per_minute": 30.0, "mean_stay_s": 1.5}
+    return Config(
+        stage="replay",
+        name="tiny",
+        runs_dir=str(base / "runs"),
+        progress=False,
+        store=None,
+        model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
+        budget=BudgetConfig(capacity=1.1, seed=1, **tenants),
+        replay=settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def llm(config):
+    return load_llm(config.model.name, device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tensors():
+    """Only tensors are measured: the process is noisy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.studies.replay.serving.process_meter", TensorMeter)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(config):
+    return STUDY.run(config, config.stage_dir("replay"))
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return {row.system: row for row in STUDY.read(folder)}
+
+
+def test_every_system_serves_the_requests_in_its_turn(rows, base):
+    assert list(rows) == [*SYSTEMS, "policy.safetensors"]
+    for row in rows.values():
+        assert sum(row.outcomes.values()) == 24
+        assert row.outcomes["served"] == len(row.ttft_s) == len(row.losses)
+        assert row.budget_least_bytes == rows["dense"].budget_least_bytes
+        assert row.provenance["load"]["trace"] == "trace.csv"
+        assert str(base) not in str(row.provenance["load"])
+
+
+def test_only_the_dense_model_exceeds_the_budget(rows):
+    for name in ("static_gsi_lean", "policy.safetensors"):
+        assert rows[name].outcomes == {"served": 24}
+        assert rows[name].violations == rows[name].violation_byte_s == 0
+        assert all(peak <= budget for _, _, peak, budget, _ in rows[name].steps)
+    assert rows["policy.safetensors"].switches > 0
+    assert rows["policy.safetensors"].removed_mean > 0
+    dense = rows["dense"]
+    assert dense.violation_byte_s > 0
+    assert dense.switches == dense.removed_mean == dense.mask_loss_mean == 0
+    assert dense.same_fraction == 1
+    assert set(dense.losses) == {0}
+
+
+def test_a_static_mask_is_the_least_pruned_of_its_order_that_always_fits(config, llm, rows):
+    memory, (requests, _) = MemoryModel(llm), make_requests(config, llm)
+    longest = max(len(request.prompt_ids) + request.new_tokens for request in requests)
+    native_bytes = memory.dense_peak_bytes(3, longest)
+    for name, batch, share in (("static_gsi", 3, 0.7), ("static_gsi_lean", 1, 0.36)):
+        least_bytes = int(share * native_bytes)
+        run = SystemRun(config.replay, llm, requests, Budget((0, 3), (native_bytes, least_bytes)))
+        system, request = make_system(name, run), Request(batch, longest, least_bytes)
+        order = load_policy(config.replay.order, memory).order
+        count = len(system.start.removed)
+        assert system.start == Plan.removing(*order[:count])
+        assert system.guard_order == ()
+        assert memory.peak_bytes(Plan.removing(*order[:count]), request) <= least_bytes
+        assert memory.peak_bytes(Plan.removing(*order[: count - 1]), request) > least_bytes
+    run = SystemRun(config.replay, llm, requests, Budget((0,), (least_bytes,)))
+    with pytest.raises(ExperimentError, match=r"No plan fits 3 .*Raise budget\.floor"):
+        make_system("static_gsi", run)
+
+
+def test_the_loss_of_plans_is_the_scorers(config, llm, rows):
+    row = rows["static_gsi_lean"]
+    ((*removed,),) = {tuple(removed) for *_, removed in row.steps}
+    plan = Plan.removing(*removed)
+    scorer = MaskScorer(llm, load_text(config.replay.text, "report", llm).spread(1))
+    assert row.mask_loss_mean == pytest.approx(scorer.nll(plan) - scorer.dense_nll, abs=1e-5)
+    assert row.removed_mean == len(removed) > 0
+
+
+def test_what_a_run_counts_is_what_its_intervals_and_handles_add_up_to(config, llm):
+    requests, _ = make_requests(config, llm)
+    memory = MemoryModel(llm)
+    budget = cotenant_budget(config.budget, memory.dense_peak_bytes(*REFERENCE))
+    run = SystemRun(config.replay, llm, requests, budget)
+    stats = run.serve(make_system("dense", run))
+    assert len(run.handles) == len(requests)
+    ends = [0.0, *(interval.end_s for interval in run.intervals)]
+    for end_s, interval in zip(ends, run.intervals, strict=False):
+        assert end_s - 1e-3 <= interval.time_s <= interval.end_s
+        assert interval.budget_bytes in budget.between(interval.time_s - 0.1, interval.end_s)
+    assert ends[-1] >= requests[-1].time_s + config.replay.queue_timeout_s
+    served = [handle for handle in run.handles if handle is not None and handle.reason == "length"]
+    assert stats.tokens >= sum(len(handle.token_ids) for handle in served)
+    held = memory.breakdown(Plan(), Request(1, 1, 1)).weights
+    assert all(interval.peak_bytes > held for interval in run.intervals)
+
+
+def test_references_are_the_native_models_greedy_continuations(config, llm):
+    judge = OutputJudge(llm)
+    for request in make_requests(config, llm)[0][:5]:
+        ids, nll = torch.tensor([request.prompt_ids]), []
+        for token in judge.reference(request):
+            with torch.no_grad():
+                logits = llm.model(input_ids=ids).logits[0, -1].float().log_softmax(-1)
+            assert int(logits.argmax()) == token
+            nll.append(-float(logits[token]))
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        assert len(nll) == request.new_tokens
+        other = [3] * request.new_tokens
+        with torch.no_grad():
+            logits = llm.model(input_ids=torch.tensor([[*request.prompt_ids, *other]])).logits
+        others = -logits[0, len(request.prompt_ids) - 1 : -1].float().log_softmax(-1)[:, 3]
+        expected = float(others.mean()) - np.mean(nll)
+        assert judge.delta_nll(request, other) == pytest.approx(expected, abs=1e-4)
+        assert judge.same(request, judge.reference(request)) == request.new_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "right"), [("def", True), (" def. ", True), ("define", False), ("a def", False)]
+)
+def test_an_answer_is_right_if_the_text_begins_with_its_words(text, right):
+    class Decoded:
+        def decode(self, token_ids, skip_special_tokens):
+            return text
+
+    class Model:
+        tokenizer = Decoded()
+
+    assert OutputJudge(Model()).is_right("def", [1]) == right
+
+
+def test_a_finished_system_is_not_run_again_and_other_settings_are_rejected(config, folder):
+    before = (folder / "replay.jsonl").read_bytes()
+    fewer = replace(config, replay=replace(config.replay, systems=["static_gsi_lean", "dense"]))
+    STUDY.run(fewer, folder)
+    assert (folder / "replay.jsonl").read_bytes() == before
+    changed = replace(config, replay=replace(config.replay, every=2))
+    with pytest.raises(ExperimentError, match=r"replay\.every: 1 -> 2"):
+        STUDY.run(changed, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trace": "nothing.csv"}, "cannot be read"),
+        ({"systems": ["nothing.safetensors"]}, "Unknown policy"),
+        ({"text": TextConfig(source="nothing.txt")}, "Cannot read the text"),
+        ({"data_root": "nowhere"}, "Cannot read"),
+    ],
+)
+def test_missing_inputs_are_reported_before_the_start(config, tmp_path, changes, sentence):
+    changed = replace(config, replay=replace(config.replay, **changes))
+    with pytest.raises(RapError, match=sentence):
+        STUDY.run(changed, tmp_path / "run")
+    assert not (tmp_path / "run" / "replay.jsonl").exists()
+
+
+def test_prompts_are_cut_from_the_text_to_the_requested_lengths(config, llm):
+    requests, load = make_requests(config, llm)
+    assert sum(request.answer is not None for request in requests) == load["known_answers"] == 6
+    stream = load_text(config.replay.text, "report", llm).tokens.flatten().tolist() * 2
+    for number, request in enumerate(requests):
+        if request.answer is None:
+            prompt = list(request.prompt_ids)
+            assert len(prompt) == min(28, 8 + 7 * number % 23)
+            assert any(stream[n : n + len(prompt)] == prompt for n in range(len(stream)))
+            assert request.new_tokens == 3 + number % 6
+    assert make_requests(config, llm) == (requests, load)
+    assert make_requests(replace(config, seed=1), llm)[1]["sha256"] != load["sha256"]
+
+
+# The clock, steps and the budget
+
+
+def test_the_clock_skips_idle_time_and_never_goes_back():
+    now = [100.0]
+    clock = ReplayClock(lambda: now[0])
+    assert clock() == 0
+    clock.start()
+    now[0] += 2
+    clock.jump_to(10.5)
+    clock.jump_to(3)
+    now[0] += 0.25
+    assert clock() == 10.75
+
+
+def test_sampled_steps_cover_all_intervals_and_keep_the_worst():
+    intervals = [Interval(n, n + 1, Plan(), 50, 100) for n in range(1300)]
+    intervals[555] = Interval(555, 556, Plan.removing(3, 1), 150, 100)
+    steps = sampled_steps(intervals)
+    assert len(steps) <= 600
+    assert [step[1] for step in steps[:-1]] == [step[0] for step in steps[1:]]
+    assert (steps[0][0], steps[-1][1]) == (0, 1300)
+    assert [step[2:] for step in steps if step[2] > step[3]] == [[150, 100, [1, 3]]]
+
+
+def test_each_level_of_a_budget_holds_from_its_time_on():
+    budget = Budget((0, 10, 20), (100, 60, 80))
+    assert [budget.at(t) for t in (-5, 0, 9.999, 10, 19, 20, 1000)] == [
+        *(100, 100, 100, 60, 60, 80, 80)
+    ]
+    assert [budget.next_change(t) for t in (0, 10, 20)] == [10, 20, float("inf")]
+    assert list(budget.between(0, 9.9)) == [100]
+    assert list(budget.between(5, 10)) == [100, 60]
+    assert list(budget.between(25, 25)) == [80]
+
+
+def test_tenants_respect_the_floor_and_their_arrival_rate():
+    tenants = {"unit": "bytes", "arrivals_per_minute": 20, "mean_stay_s": 12, "seed": 3}
+    settings = BudgetConfig(capacity=1000, floor=400, sizes=[100, 200], **tenants)
+    budget = cotenant_budget(settings, 1)
+    levels = [budget.at(t) for t in np.arange(0, 20_000, 2.0)]
+    assert (min(levels) >= 400, max(levels)) == (True, 1000)
+    assert cotenant_budget(settings, 1) == budget
+    assert cotenant_budget(replace(settings, seed=4), 1) != budget
+    few = cotenant_budget(replace(settings, capacity=10_000, floor=1, sizes=[100]), 1)
+    used = [10_000 - few.at(t) for t in np.arange(0, 80_000, 2.0)]
+    assert np.mean(used) == pytest.approx(100 * 20 / 60 * 12, rel=0.05)  # Little's law
+    assert max(cotenant_budget(BudgetConfig(), 1000).levels_bytes) == 1050
+    with pytest.raises(ExperimentError, match="from 1 byte to budget.capacity"):
+        cotenant_budget(replace(settings, capacity=300), 1)
+
+
+# Arrivals
+
+
+def thinning(**changes):
+    settings = {"minutes": 30, "every": 1, "time_scale": 1.0, "token_scale": 1.0}
+    lengths = {"max_prompt_tokens": 10**6, "max_new_tokens": 10**6}
+    return ReplayConfig(**settings | lengths | changes)
+
+
+def written(path, *lines):
+    (path / "trace.csv").write_text(HEAD + "".join(f"{line}\n" for line in lines))
+    return str(path / "trace.csv")
+
+
+def test_a_trace_counts_from_its_first_request_and_is_thinned_scaled_and_capped(tmp_path):
+    trace = written(
+        tmp_path,
+        "2023-11-16 18:59:58.0000000,100,10",
+        "2023-11-16 18:59:58.5000000,200,20",
+        "2023-11-16 19:00:02.2500000,4000,0",
+        "2023-11-16 19:00:58.0000000,7,7",
+        "2023-11-16 19:05:00.0000000,1,1",
+    )
+    assert read_arrivals(thinning(trace=trace), 0) == [
+        *((0.0, 100, 10), (0.5, 200, 20), (4.25, 4000, 1), (60.0, 7, 7), (302.0, 1, 1))
+    ]
+    assert len(read_arrivals(thinning(trace=trace, minutes=1), 0)) == 3  # without its end
+    less = thinning(
+        trace=trace, minutes=1, every=2, time_scale=4, token_scale=0.1, max_prompt_tokens=300
+    )
+    assert read_arrivals(less, 0) == [(0.0, 10, 1), (4.25 / 4, 300, 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([], "No request arrives"),
+        (["yesterday,1,1"], "Line 2 .*'yesterday'"),
+        (["2023-11-16 18:59:58,one,1"], "Line 2"),
+        (["2023-11-16 18:59:58,0,0"], "Line 2"),
+    ],
+)
+def test_a_bad_trace_is_rejected_with_its_line(tmp_path, lines, sentence):
+    with pytest.raises(TraceError, match=sentence):
+        read_arrivals(thinning(trace=written(tmp_path, *lines)), 0)
+
+
+def test_sampled_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
+    settings = thinning(minutes=60, arrivals_per_minute=60)
+    times, prompts, new = np.array(read_arrivals(settings, 1)).T
+    assert len(times) == pytest.approx(3600, rel=0.05)
+    gaps = np.diff(times)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)  # exponential
+    assert np.median(prompts + new) == pytest.approx(float(AZURE_CONV.at(0.5)), rel=0.1)
+    assert new.sum() / (prompts + new).sum() == pytest.approx(GENERATED_SHARE, rel=0.1)
+    assert read_arrivals(settings, 1) == read_arrivals(settings, 1)
+    assert read_arrivals(settings, 1) != read_arrivals(settings, 2)
+    with pytest.raises(TraceError, match="No request arrives"):
+        read_arrivals(thinning(minutes=0.001, arrivals_per_minute=0.001), 0)
