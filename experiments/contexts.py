@@ -63,7 +63,6 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         device=config.model.device,
         dtype=config.model.dtype,
         weights=config.model.weights,
-        max_memory_bytes=config.model.max_memory_bytes,
         calibration=CorpusConfig(**asdict(config.calibration), role="calibration"),
         importance=importance,
         gsi_removals=config.importance["gsi_removals"],

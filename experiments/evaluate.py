@@ -46,9 +46,7 @@ class Evaluator:
 
     def __init__(self, config: Config, context: PruningContext) -> None:
         self.context = context
-        # A memory cap counts no logits of the native model beside a plan's.
-        compare = config.model.max_memory_bytes is None
-        self.report = held_out_scorer(config.evaluate.text, "report", context, compare=compare)
+        self.report = held_out_scorer(config.evaluate.text, "report", context, compare=True)
         corpus = self.report.corpus
         self.tasks = None
         if config.evaluate.tasks["names"]:

@@ -57,6 +57,7 @@ def settings_of(folder: Path) -> Config:
         raise ExperimentError(f"{folder} is not a run folder: it has no config.yaml.")
     known = {field.name for field in fields(Config)}  # sections of earlier programs are left out
     written = {name: value for name, value in written.items() if name in known}
+    written["model"].pop("max_memory_bytes", None)  # those of earlier programs had it
     try:
         config = as_config(OmegaConf.merge(OmegaConf.structured(Config), written))
     except OmegaConfBaseException as error:

@@ -29,6 +29,8 @@ __all__ = [*_MODULES, "__version__"]
 _REMOVED = {
     "open_library": "stubs in the place of removed blocks are gone; use Plan.of with weights at "
     "'int3' or 'int2', which lose less",
+    "stream_llm": "models are not streamed from disk any more; use load_llm, where weights='int4' "
+    "takes a quarter of the bytes",
 }
 """What to use instead of each public name that the last version still had."""
 

@@ -12,7 +12,6 @@ from rap_env.memory import MemoryModel as MemoryModel
 from rap_env.models.files.loading import load_llm as load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned as load_pruned
 from rap_env.models.files.pruned_checkpoint import save_pruned as save_pruned
-from rap_env.models.files.streamed import stream_llm as stream_llm
 from rap_env.plan import Plan as Plan
 from rap_env.policies.loading import load_policy as load_policy
 from rap_env.request import Request as Request

@@ -53,9 +53,13 @@ def test_a_misspelt_name_is_an_attribute_error():
         rap_env.load_lm  # noqa: B018
 
 
-def test_a_removed_name_says_what_to_use_instead():
-    with pytest.raises(AttributeError, match="'open_library': stubs .* use Plan.of"):
-        rap_env.open_library  # noqa: B018
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("open_library", "stubs .* use Plan.of"), ("stream_llm", "not streamed .* use load_llm")],
+)
+def test_a_removed_name_says_what_to_use_instead(name, instead):
+    with pytest.raises(AttributeError, match=f"{name!r}: .*{instead}"):
+        getattr(rap_env, name)
 
 
 def test_the_entry_point_is_a_name_so_that_a_spec_can_be_saved():

@@ -24,12 +24,11 @@ class ModelConfig:
     device: str = "auto"
     """``auto`` (CUDA if there is a device), ``cpu``, or ``cuda``."""
     dtype: str = "auto"
-    """``auto`` (the faster one here), ``bfloat16``, ``float16`` or ``float32``."""
+    """``auto`` (the shortest that the processor has instructions for), ``bfloat16``, ``float16`` or
+    ``float32``."""
     weights: str = "auto"
     """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
     ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
-    max_memory_bytes: int | None = None
-    """Memory cap; layers are then streamed from files one at a time. null loads the model."""
 
 
 @dataclass

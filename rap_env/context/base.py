@@ -49,8 +49,6 @@ class ContextConfig:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.
-        max_memory_bytes: Memory cap under which layers are read from files one at a time (see
-            `rap_env.stream_llm`); None loads the whole model.
         calibration: The text that masks are searched on.
         importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
@@ -74,7 +72,6 @@ class ContextConfig:
     device: str = "auto"
     dtype: str = "auto"
     weights: str = "bf16"
-    max_memory_bytes: int | None = setting(None, low=1)
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     importance: str = "gsi"
     gsi_removals: int | None = setting(16, low=1)

@@ -75,7 +75,7 @@ def _open_live(config: ContextConfig) -> LiveContext:
 
 def _model_settings(config: ContextConfig) -> dict[str, Any]:
     """The settings of a context that determine its model."""
-    names = ("model", "device", "dtype", "weights", "max_memory_bytes")
+    names = ("model", "device", "dtype", "weights")
     return {name: getattr(config, name) for name in names}
 
 

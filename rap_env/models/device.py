@@ -119,20 +119,6 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def take_library_workspace(device: torch.device, dtype: torch.dtype) -> int:
-    """Let cuBLAS take its workspace, which the first product on a CUDA device allocates for good.
-
-    Returns:
-        Its bytes; 0 if it had it before, and on a CPU.
-    """
-    if device.type != "cuda":
-        return 0
-    factor = torch.ones(64, 64, device=device, dtype=dtype)
-    before = torch.cuda.memory_allocated(device)
-    factor @ factor
-    return torch.cuda.memory_allocated(device) - before
-
-
 def use_threads(number: int) -> int:
     """Set the number of torch threads of this process, log and return it.
 

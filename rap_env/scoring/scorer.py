@@ -15,12 +15,11 @@ import transformers
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.attention import attention_name
-from rap_env.models.device import device_kind, keep_freed_memory
+from rap_env.models.device import device_kind, free_bytes, keep_freed_memory
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.bfloat16_products import uses_float32
 from rap_env.plan import Plan
-from rap_env.scoring.batch_width import choose_batch_width
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify
 from rap_env.scoring.plan_runner import (
@@ -42,6 +41,9 @@ METRIC = "window_nll"
 
 _BATCH_TOKENS = 1024
 _PREFIX_BYTES = 512 * 2**20
+_MOST_TOGETHER = 64
+_FILLING_TOKENS = 2**14  # of a batch that keeps a large GPU busy
+_WORKING_STATES = 24  # a block's inner activations, in hidden states, roughly
 _LOSS_VERSION = 2  # raised when the same numbers are computed in another order
 
 
@@ -73,7 +75,6 @@ class MaskScorer:
         runner: Runs plans on the text and counts blocks.
         evaluations: Plans that the model ran; those found in the store do not count.
         options: The arguments of a scorer that gives the same scores, other than model and text.
-        in_flight: Plans that advance through the model together.
         stride: The states of every `stride`-th step of a plan are kept.
         context: What determines the scores, besides the plan; part of their keys in the store.
 
@@ -107,18 +108,17 @@ class MaskScorer:
             )
         rows = max(1, batch_tokens // length)
         batches = tuple(batch.to(llm.device) for batch in torch.split(tokens, rows))
-        width = choose_batch_width(llm, batches[0], prefix_cache_bytes, masks_together)
-        self.in_flight = width.in_flight
+        width = masks_together or _batch_width(llm, batches[0])
         self.options: Mapping[str, Any] = {
             "batch_tokens": batch_tokens,
             "prefix_cache_bytes": prefix_cache_bytes,
-            "masks_together": width.masks,
+            "masks_together": width,
         }
-        partial_forward, cache = PartialForward(llm, widen=True), StateCache(width.cache_bytes)
-        self.runner = PlanRunner(partial_forward, batches, cache, width.masks)
+        partial_forward, cache = PartialForward(llm, widen=True), StateCache(prefix_cache_bytes)
+        self.runner = PlanRunner(partial_forward, batches, cache, width)
         state_bytes = tokens.numel() * llm.facts.hidden_size * llm.facts.itemsize
         path_bytes = len(partial_forward.steps) * state_bytes
-        self.stride = max(1, -(-path_bytes // max(1, width.cache_bytes)))
+        self.stride = max(1, -(-path_bytes // max(1, prefix_cache_bytes)))
         self._scores: dict[Plan, npt.NDArray[np.float64]] = {}
         self._memory = MemoryModel(llm)
         self._parts: dict[tuple[int, ...], MaskScorer] = {}  # by the numbers of their windows
@@ -130,7 +130,7 @@ class MaskScorer:
             "batch_windows": rows,
             "head_tokens": tokens_at_once(llm.device, llm.facts.vocab_size)[0],
             "loss": _LOSS_VERSION,
-            **({"masks_together": width.masks} if width.masks > 1 else {}),  # rounding differs
+            **({"masks_together": width} if width > 1 else {}),  # rounding differs
         }
 
     def release(self) -> None:
@@ -230,12 +230,12 @@ class MaskScorer:
         distinct = sorted(set(plans), key=order)
         missing = [plan for plan in distinct if self.look_up(plan) is None]
         if self.workers is not None and len(missing) > 1:
-            for batch in self.workers.measure(self.job, missing, self.in_flight):
+            for batch in self.workers.measure(self.job, missing, self.runner.width):
                 self.take(batch)
                 notify(on_score, batch.plans)
         else:
             branches = branch_nodes(missing, self.runner.partial.steps)
-            for group in chunks(missing, self.in_flight):
+            for group in chunks(missing, self.runner.width):
                 last = group[-1] is missing[-1]
                 self._measure(group, branches | self._path(group[-1]) if last else branches)
                 notify(on_score, group)
@@ -362,3 +362,19 @@ def model_context(llm: ElasticLLM) -> dict[str, Any]:
         "transformers": transformers.__version__,
         **({"bfloat16_products": "float32"} if uses_float32(llm.device, llm.dtype) else {}),
     }
+
+
+def _batch_width(llm: ElasticLLM, ids: torch.Tensor) -> int:
+    """Number of plans whose states share a batch; `ids` is the first batch of the text.
+
+    One plan's batch saturates a CPU (two plans in one batch were no faster), so on a CPU each plan
+    has its own batch, which keeps scores bit for bit those of single passes. On an accelerator it
+    is the power of two that fills it and its memory. By sizes alone: a width that is timed varies
+    between runs, and with it the rounding of scores.
+    """
+    if llm.device.type == "cpu":
+        return 1
+    state_bytes = ids.numel() * llm.facts.hidden_size * llm.facts.itemsize
+    within = free_bytes(llm.device) // (2 * _WORKING_STATES * state_bytes)
+    most = min(_MOST_TOGETHER, _FILLING_TOKENS // ids.numel(), within)
+    return 1 << max(0, most.bit_length() - 1)

@@ -12,9 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rap_env.errors import RapError, UnsupportedModelError
 from rap_env.models.device import choose_device
-from rap_env.models.files import streamed
 from rap_env.models.files.loading import load_llm
-from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.calibration import calibrate, generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
@@ -267,16 +265,6 @@ def test_dropped_weights_are_read_again_to_the_gpu(tmp_path):
     np.testing.assert_allclose(*actual, rtol=1e-3, atol=1e-3)
 
 
-def test_the_workspace_of_the_library_counts_under_a_memory_cap(folder, monkeypatch):
-    workspaces, spare = iter((8000, 0)), []
-    monkeypatch.setattr(streamed, "take_library_workspace", lambda *_: next(workspaces))
-    with pretended_gpu():
-        for _ in range(2):
-            llm = stream_llm(folder, device="cuda", dtype="float32", max_memory_bytes=2**21)
-            spare.append(llm.spare_bytes)
-    assert spare[1] - spare[0] == 8000
-
-
 def in_a_fork(run):
     """The text of the error that `run` raises in a forked child, or nothing."""
     reading, writing = os.pipe()
@@ -308,11 +296,9 @@ def folder(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("model"), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("open_llm", [load_llm, stream_llm])
-def test_models_from_files_score_as_on_the_cpu(open_llm, folder):
-    cap = {"max_memory_bytes": 2**21} if open_llm is stream_llm else {}
+def test_models_from_files_score_as_on_the_cpu(folder):
     expected = scored(load_llm(folder, device="cpu", dtype="float32"), 1)
     with pretended_gpu():
-        llm = open_llm(folder, device="cuda", dtype="float32", **cap)
+        llm = load_llm(folder, device="cuda", dtype="float32")
         assert llm.device == GPU
         np.testing.assert_allclose(scored(llm, None), expected, rtol=1e-4)

@@ -34,7 +34,6 @@ from rap_env.models.files.packed_folder import (
 )
 from rap_env.models.files.pruned_checkpoint import PRUNED_FILE, load_pruned
 from rap_env.models.files.sources import SOURCE_VARIABLE, locate, looks_like_path
-from rap_env.models.files.streamed import stream_llm
 from rap_env.models.files.weight_files import load_tokenizer, load_weights
 from rap_env.models.live.calibration import (
     calibrate_on_own_text,
@@ -237,7 +236,6 @@ def shared_llm(
     device: str = "auto",
     dtype: str = "auto",
     weights: str = "native",
-    max_memory_bytes: int | None = None,
 ) -> ElasticLLM:
     """The model that this process shares among all callers with the same arguments.
 
@@ -245,7 +243,7 @@ def shared_llm(
     loaded (on the CPU without a copy in memory); a spawned one loads its own. Apply masks with
     ``with llm.masked(mask):``, so that other users find the model unchanged.
 
-    Args and errors are those of `load_llm`; with `max_memory_bytes`, those of `stream_llm`.
+    Args and errors are those of `load_llm`.
     """
     place = choose_device(device)
     settings = (os.environ.get(SOURCE_VARIABLE, ""), str(cache_dir()))
@@ -255,13 +253,10 @@ def shared_llm(
     if weights == "native" and not _may_be_packed(model):
         weights = "bf16"  # the same model
     kind = (choose_dtype if weights == "bf16" else choose_packed_dtype)(dtype, place)
-    key = (name, str(place), str(kind), weights, str(max_memory_bytes), *settings)
+    key = (name, str(place), str(kind), weights, *settings)
     with _shared_lock:
         if key not in _shared:
-            load: Callable[..., ElasticLLM] = load_llm
-            if max_memory_bytes is not None:
-                load = partial(stream_llm, max_memory_bytes=max_memory_bytes)
-            _shared[key] = load(model, device=device, dtype=dtype, weights=weights)
+            _shared[key] = load_llm(model, device=device, dtype=dtype, weights=weights)
         return _shared[key]
 
 

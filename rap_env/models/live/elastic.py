@@ -238,11 +238,6 @@ class ElasticLLM:
             )
         self.calibrator(self)
 
-    @property
-    def spare_bytes(self) -> int | None:
-        """Bytes left for hidden states under a memory cap; None without a cap."""
-        return None
-
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output for unpadded sequences, (B, T) -> (B, T, H), with gradients."""
         with self.exclusive():
@@ -283,10 +278,7 @@ class ElasticLLM:
         Computed once, in about a second per GB. Mask, device and source do not matter.
         """
         with self.masked(Plan()):
-            return fingerprint_of(self.model, self._read)
-
-    def _read(self, _name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+            return fingerprint_of(self.model)
 
     @cached_property
     def facts(self) -> ModelFacts:

@@ -22,7 +22,7 @@ def check_one_device(model: Any, name: str) -> None:
             f"The weights of {name} are on several devices ({', '.join(sorted(places))}), but a "
             "model must be on one GPU or on the CPU: load it without a device_map, or with "
             "rap_env's load_llm(device=...). If it is too large, weights='int4' takes a quarter of "
-            "the bytes, and max_memory_bytes streams the layers from its files."
+            "the bytes."
         )
 
 

@@ -65,16 +65,6 @@ def linear(
     return product.view(*states.shape[:-1], out_features)
 
 
-def extra_bytes(
-    device: torch.device, dtype: torch.dtype, tokens: int, in_features: int, out_features: int
-) -> int:
-    """Most bytes that `linear` takes for a moment, more than torch's own."""
-    if not uses_float32(device, dtype):
-        return 0
-    rows = _weight_rows(in_features, out_features)
-    return 4 * (min(tokens, TOKENS_AT_ONCE) * (in_features + rows) + rows * in_features)
-
-
 class _Float32Products(TorchFunctionMode):
     def __torch_function__(
         self,

@@ -2,7 +2,6 @@ import gc
 import json
 import multiprocessing
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,11 @@ from rap_env.models.caches.attention import attention_name
 from rap_env.models.files import loading
 from rap_env.models.files.loading import load_llm, shared_llm
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.streamed import stream_llm
 from rap_env.plan import Plan
 from tests.models.states import saved
 from tests.tiny import FAMILIES, tiny_llm, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[5, 9, 33]])
-EITHER_WAY = pytest.mark.parametrize(
-    "open_llm", [load_llm, partial(stream_llm, max_memory_bytes=2**20)], ids=["whole", "streamed"]
-)
 
 
 @pytest.fixture
@@ -149,7 +144,6 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
         load_llm(folder)
 
 
-@EITHER_WAY
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -161,21 +155,20 @@ def test_a_config_of_a_known_family_that_makes_no_sense(folder: Path) -> None:
     ],
     ids=["missing", "another shape"],
 )
-def test_tensors_that_are_not_those_of_the_config(open_llm, change, words, folder) -> None:
+def test_tensors_that_are_not_those_of_the_config(change, words, folder) -> None:
     edit_config(folder, **change)
     with pytest.raises(UnsupportedModelError, match=words):
-        open_llm(folder)
+        load_llm(folder)
 
 
-@EITHER_WAY
-def test_lost_and_truncated_weights(open_llm, folder: Path) -> None:
+def test_lost_and_truncated_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ChecksumError, match=r"weights in .* are truncated or damaged"):
-        open_llm(folder)
+        load_llm(folder)
     weights.unlink()
     with pytest.raises(ModelNotAvailableError, match=r"has a config but not all its weight files"):
-        open_llm(folder)
+        load_llm(folder)
 
 
 def test_a_folder_without_a_tokenizer(folder: Path) -> None:

@@ -11,7 +11,6 @@ from rap_env.models.files import loading, packed_folder
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.packed_folder import is_packed
 from rap_env.models.files.pruned_checkpoint import save_pruned
-from rap_env.models.files.streamed import stream_llm
 from rap_env.models.live.calibration import calibrate, generate_windows
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.paths import cache_dir
@@ -146,8 +145,6 @@ def test_packed_weights_are_rejected_where_unquantised_ones_are_needed(tmp_path:
     llm = loaded(tmp_path, "llama", "int8")
     with pytest.raises(UnsupportedModelError, match="weights='bf16'"):
         save_pruned(llm, Plan.removing(0), tmp_path / "pruned")
-    with pytest.raises(UnsupportedModelError, match="pass weights='bf16'"):
-        stream_llm(tmp_path / "model", max_memory_bytes=10**6, weights="int8")
     save_pruned(load_llm(tmp_path / "model", device="cpu"), Plan.removing(0), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match="pruned checkpoint"):
         load_llm(tmp_path / "pruned", device="cpu", weights="int8")

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.errors import UnknownNameError, UnsupportedModelError
+from rap_env.errors import UnknownNameError
 from rap_env.memory import MemoryModel
-from rap_env.models.files.streamed import stream_llm
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.plan import Plan
 from rap_env.request import Request
-from tests.models.states import apply_to, logits, saved, tensor_bytes, weights_hash
+from tests.models.states import apply_to, logits, tensor_bytes, weights_hash
 from tests.tiny import FAMILIES, LAYERS, each_family, tiny_llm, tiny_model
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -111,18 +110,3 @@ def test_a_pruned_block_has_no_levels(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="level of weights 'int4'"):
         llm.apply(Plan.of({"layer00.ffn": "int4"}))
     llm.apply(Plan.of({"layer01.ffn": "int4"}))
-
-
-def test_a_streamed_model_has_no_levels_of_weights_but_the_same_facts(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "llama_tied")
-    llm = stream_llm(folder, max_memory_bytes=10**6, device="cpu", dtype="bfloat16")
-    facts, whole = llm.facts, tiny_llm("llama_tied", dtype=torch.bfloat16).facts
-    assert facts.embedding_levels == whole.embedding_levels
-    assert facts.level_param_bytes == whole.level_param_bytes
-    for plan in (uniform("int8"), Plan(embeddings="int8")):
-        with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
-            llm.apply(plan)
-    llm.set_residency("resident")
-    with pytest.raises(UnsupportedModelError, match=r"load the model with load_llm\(\)"):
-        llm.set_residency("offload")
-    llm.apply(Plan.of({"layer00.cache": "int4"}))
