@@ -22,12 +22,9 @@ from rap_env.artifacts import digest, save_artifact
 from rap_env.errors import UnknownNameError
 from rap_env.importance.profiles import load_profile
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.ladder_bytes import mask_bytes
 from rap_env.ladder.state import LadderCosts
-from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
 from rap_env.plan import Plan
-from rap_env.request import Request
 
 _FORMAT = 1
 
@@ -85,24 +82,6 @@ class PlanTable:
                 best[counts] = mask
         rises = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
         return tuple(sorted(rises, key=lambda entry: (entry[1], len(entry[0].removed))))
-
-    def best_mask(self, memory: MemoryModel, request: Request) -> Plan | None:
-        """The mask of least ΔNLL of `entries` that fits the request; None if none does.
-
-        Raises:
-            InvalidRequestError: The model does not support the batch size or the length.
-        """
-        costs = mask_bytes(memory).costs(request.batch_size, request.seq_len_tokens)
-        return self._by_counts.best(costs, request.budget_bytes)
-
-    @cached_property
-    def _by_counts(self) -> KnownPlans:
-        """The masks of `entries` as plans of the ladder that only removes blocks."""
-        rows = np.zeros((len(self.entries), 2 * self.num_layers), dtype=np.int64)
-        for row, (mask, _) in zip(rows, self.entries, strict=True):
-            row[list(mask.removed)] = 1
-        rises = np.array([rise for _, rise in self.entries])
-        return KnownPlans(tuple(mask for mask, _ in self.entries), rises, rows)
 
     def on(self, ladder: Ladder) -> KnownPlans:
         """The plans that a ladder has, for lookups."""

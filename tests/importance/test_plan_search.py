@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rap_env.artifacts import with_tuples
-from rap_env.errors import InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.orders import greedy_order, one_shot_costs
 from rap_env.importance.plan_search import (
@@ -209,12 +208,3 @@ def test_a_search_over_masks_is_near_optimal(name):
             followed.append(table.scores[bytes_of.lower_until_fits(order, request.budget_bytes)])
     gained = (np.mean(followed) - np.mean(chosen)) / (np.mean(followed) - np.mean(best))
     assert 0.9 < gained <= 1
-
-
-def test_bad_settings_are_rejected():
-    with pytest.raises(
-        InvalidRequestError, match="batch must be a whole number of at least 1, not 0"
-    ):
-        PlanSearchConfig(batch=0)
-    with pytest.raises(InvalidRequestError, match="deepest_loss must be"):
-        PlanSearchConfig(deepest_loss=0.0)

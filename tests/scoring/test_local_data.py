@@ -17,34 +17,6 @@ def load(root, name, **settings):
         return lm_eval_tasks.load_task(name, config)
 
 
-PROMPTS = {
-    "arc_challenge": ("Question: a b?\nAnswer:", 1, "c d"),
-    "arc_easy": ("Question: a b?\nAnswer:", 1, "c d"),
-    "blimp_causative": ("", 0, "a b."),
-    "boolq": ("a b.\nQuestion: is it a?\nAnswer:", 0, "no"),
-    "copa": ("a b because", " it was so.", None),
-    "hellaswag": ("Title: a b. The c", 0, "d e."),
-    "lambada_openai": ("a b c", " d", None),
-    "openbookqa": ("a b", 0, "c d"),
-    "piqa": ("Question: a b\nAnswer:", 1, "d e"),
-    "sciq": ("s t.\nQuestion: a b?\nAnswer:", 3, "c"),
-    "winogrande": (1, "was low.", "The cup fell because the box"),
-}
-"""The context, the target or its number, and the choice that is right, where there are choices."""
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_are_lm_evals_own(tmp_path, name):
-    write_task(tmp_path, name)
-    task = load(tmp_path, name)
-    doc = task.eval_docs[0]
-    context, target, right = PROMPTS[name]
-    assert (task.doc_to_text(doc), task.doc_to_target(doc)) == (context, target)
-    if right is not None:
-        number = target if isinstance(target, int) else context
-        assert task.doc_to_choice(doc)[number].strip() == right
-
-
 def test_the_test_split_is_scored_where_there_is_one(tmp_path):
     write_task(tmp_path, "arc_easy")
     write_task(tmp_path, "arc_easy", split="test", count=5)
@@ -81,17 +53,15 @@ def test_a_missing_root_folder_or_file_is_named(tmp_path):
         load(tmp_path, "sciq")
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ["arc_easy", "blimp_causative"])
 def test_each_missing_field_is_named(tmp_path, name):
-    fields = TASK_FIELDS["blimp" if name.startswith("blimp_") else name]
-    for field in fields:
+    for field in TASK_FIELDS["blimp" if name.startswith("blimp_") else name]:
         row = json.loads(json.dumps(ROWS[name]))
         outer, _, inner = field.partition(".")
         del (row[outer] if inner else row)[inner or outer]
-        path = write_task(tmp_path, name, rows=[ROWS[name], row])
+        write_task(tmp_path, name, rows=[ROWS[name], row])
         with pytest.raises(CorpusError, match=rf"Line 2 of .*\.jsonl lacks the field '{field}'"):
             load(tmp_path, name)
-        assert path.is_file()
 
 
 def test_damaged_files_are_named_with_the_line(tmp_path):

@@ -67,9 +67,12 @@ def test_the_policy_starts_at_its_teacher(config):
 def test_demonstrations_fit_and_come_from_the_frontier(config):
     context = build_context(config)
     for shown in demonstrations(config, context):
-        assert shown.plan == context.frontier.best_mask(context.memory, shown.request)
-        peak = context.memory.peak_bytes(shown.plan, shown.request)
-        assert peak <= shown.request.budget_bytes
+        fitting = (
+            mask
+            for mask, _ in context.frontier.entries
+            if context.memory.peak_bytes(mask, shown.request) <= shown.request.budget_bytes
+        )
+        assert shown.plan == next(fitting)
 
 
 @pytest.mark.slow
