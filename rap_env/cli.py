@@ -31,15 +31,13 @@ from rap_env.command_options import (
 from rap_env.errors import RapError
 from rap_env.export.commands import deployment_answer, deployment_text, export, prune
 from rap_env.export.llama_cpp import choose_deployment
-from rap_env.extras import missing_extra, require_extra
+from rap_env.extras import missing_extra
 from rap_env.memory import MemoryModel
-from rap_env.request import Request, human_bytes
-from rap_env.serving.preflight import check_before_loading
+from rap_env.request import Request, human_bytes, parse_bytes
 from rap_env.serving.settings import (
     DEFAULT_MAX_DELTA_NLL,
     DEFAULT_MOST_DELTA_NLL,
     ServerSettings,
-    parse_bytes,
     read_settings_file,
 )
 from rap_env.specs import Setting, settings_of
@@ -153,9 +151,7 @@ def serve(config: Path | None, **options: str | bool | None) -> None:
     """
     values = (read_settings_file(config) if config else {}) | _parse_settings(options)
     settings = ServerSettings.from_mapping(values)
-    require_extra("serve", "Serving")
-    check_before_loading(settings)  # before torch is imported, which takes seconds
-    from rap_env.serving.stack import serve as serve_until_interrupted
+    from rap_env.serving.startup import serve as serve_until_interrupted
 
     serve_until_interrupted(settings, click.echo)
 

@@ -268,10 +268,10 @@ def test_fetch_reports_the_model(rap, monkeypatch, tmp_path):
 
 
 def test_options_override_the_file_and_none_is_null(rap, monkeypatch, tmp_path):
-    from rap_env.serving import stack
+    from rap_env.serving import startup
 
     served = []
-    monkeypatch.setattr(stack, "serve", lambda *given: served.append(given))
+    monkeypatch.setattr(startup, "serve", lambda *given: served.append(given))
     config = tmp_path / "serve.toml"
     config.write_text('port = 1\nhost = "0.0.0.0"\nmax_queue = 3\n')
     code, _, err = rap("serve", "--config", config, "--port", 0, "--queue-timeout-s", "none",

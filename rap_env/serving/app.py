@@ -1,4 +1,4 @@
-"""ASGI application: OpenAI's completion routes, and routes for operators."""
+"""ASGI application: OpenAI's completion routes, tokenizing, probes, versions and metrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -18,21 +19,22 @@ from starlette.responses import JSONResponse, Response
 from rap_env.errors import RapError
 from rap_env.importance.text_kinds import mean_shares
 from rap_env.runtime.structured_output import GrammarCompiler
-from rap_env.serving.access import RequireApiKey, open_keys
-from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.errors import (
-    CLIENT_CLOSED_REQUEST,
-    ApiError,
-    failed,
-    shown,
-    shutting_down,
-    unavailable,
-    unknown_model,
-)
+from rap_env.serving.answers import AnswerPlans
 from rap_env.serving.generation import Generation
-from rap_env.serving.limits import LiveLimit
-from rap_env.serving.logs import REQUEST_ID_HEADER, RequestIds
-from rap_env.serving.metrics import ServingMetrics
+from rap_env.serving.http import (
+    CLIENT_CLOSED_REQUEST,
+    REQUEST_ID_HEADER,
+    ApiError,
+    RequestGate,
+    failed,
+    invalid,
+    open_keys,
+    read_json,
+    shown,
+    unavailable,
+)
+from rap_env.serving.limits import LiveLimit, admin_router
+from rap_env.serving.metrics import CONTENT_TYPE, ServingMetrics
 from rap_env.serving.prompts import RequestBuilder, grammar_compiler
 from rap_env.serving.responses import (
     EventStreamResponse,
@@ -40,8 +42,14 @@ from rap_env.serving.responses import (
     cancel_on_disconnect,
     usage_of,
 )
-from rap_env.serving.routes import admin_router, probe_router, tokenization_router
-from rap_env.serving.schemas import ChatCompletionRequest, CompletionRequest, read_json, validate
+from rap_env.serving.schemas import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    validate,
+    validate_fields,
+)
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
@@ -75,6 +83,7 @@ class Service:
         self.tokenizer = tokenizer
         self.settings = settings
         self.limit = limit
+        self.name = settings.served_name
         self.metrics = ServingMetrics(engine, settings)
         self.api_keys, self.admin_keys = open_keys(settings)
         self.closing = False
@@ -97,7 +106,7 @@ class Service:
     def cancel_running(self) -> None:
         """Cancel all running generations because the server shuts down."""
         for generation in list(self._running):
-            generation.cancel(shutting_down())
+            generation.cancel(_shutting_down())
 
     def reload_keys(self) -> None:
         """At SIGHUP: read the files of keys again; an invalid one changes nothing."""
@@ -108,7 +117,7 @@ class Service:
     async def respond(self, request: Request, schema: Schema) -> Response:
         """Respond to a completion request; errors are left to the application's handlers."""
         if self.closing:
-            raise shutting_down()
+            raise _shutting_down()
         if self.limit is not None and (problem := self.limit.nothing_fits()):
             wait_s = self.limit.retry_after_s
             raise unavailable(problem, "insufficient_memory", retry_after_s=wait_s)
@@ -124,7 +133,7 @@ class Service:
         request.state.log_fields = generation.log_fields
         generation.start()
         self._running.add(generation)
-        writer = ResponseWriter(built, model=self.settings.served_name, plans=plans)
+        writer = ResponseWriter(built, model=self.name, plans=plans)
         respond = self._stream if built.stream else self._whole
         return await respond(request, generation, writer)
 
@@ -165,6 +174,10 @@ class Service:
             self.metrics.requests.labels(endpoint, outcome).inc()
 
 
+def _shutting_down() -> ApiError:
+    return unavailable("The server is shutting down; ask again later.", "shutting_down")
+
+
 def create_app(
     engine: Engine,
     tokenizer: Any,
@@ -188,29 +201,22 @@ def create_app(
         ServingSettingsError: A file of keys cannot be read.
     """
     service = Service(engine, tokenizer, settings, limit, grammars)
-    app = FastAPI(
-        title="rap-env", version=__version__, lifespan=service.lifespan,
-        docs_url=None, redoc_url=None, openapi_url=None,
-    )  # fmt: skip
+    no_docs: dict[str, Any] = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
+    app = FastAPI(title="rap-env", version=__version__, lifespan=service.lifespan, **no_docs)
     app.state.service = service
-    keys, admin_keys = service.api_keys, service.admin_keys
-    if (keys, admin_keys) != (None, None):
-        app.add_middleware(RequireApiKey, keys=keys, admin_keys=admin_keys)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestGate, keys=service.api_keys, admin_keys=service.admin_keys)
     _add_completion_routes(app, service)
+    _add_token_routes(app, service)
+    _add_probes(app, service)
     _add_error_handlers(app, service)
-    if admin_keys is not None:
+    if service.admin_keys is not None:
         app.include_router(admin_router(engine.controller.monitor, limit))
-    app.include_router(
-        probe_router(engine, service.metrics, settings, closing=lambda: service.closing)
-    )
-    app.include_router(tokenization_router(service.builder, tokenizer, settings))
     return app
 
 
 def _add_completion_routes(app: FastAPI, service: Service) -> None:
-    name = service.settings.served_name
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "rap-env"}
+    name, created = service.name, int(time.time())
+    model = {"id": name, "object": "model", "created": created, "owned_by": "rap-env"}
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -226,9 +232,94 @@ def _add_completion_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{asked:path}")
     async def retrieve_model(asked: str) -> Response:
-        if asked != name:
-            raise unknown_model(asked, name)
+        service.builder.check_model(asked)
         return JSONResponse(model)
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    """Add ``/tokenize`` and ``/detokenize``, as in vLLM's server.
+
+    Texts and messages are encoded exactly as for completions.
+    """
+    builder, tokenizer, settings = service.builder, service.tokenizer, service.settings
+
+    def encode(body: TokenizeRequest) -> list[int]:
+        if body.prompt is not None and body.messages is None:
+            return builder.encode_text(body.prompt)
+        if body.messages is None or body.prompt is not None:
+            raise invalid("Give either 'prompt' or 'messages'.", "prompt")
+        return builder.encode_chat(body.messages)
+
+    def decode(tokens: list[int]) -> str:
+        if tokens and max(tokens) >= len(tokenizer):
+            raise invalid(
+                f"Token {max(tokens)} is not in the tokenizer's vocabulary "
+                f"(0 to {len(tokenizer) - 1}).",
+                "tokens",
+            )
+        text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = validate_fields(TokenizeRequest, await read_json(request, settings))
+        builder.check_model(body.model)
+        tokens = await asyncio.to_thread(encode, body)
+        answer = {"count": len(tokens), "max_model_len": builder.context_tokens, "tokens": tokens}
+        return JSONResponse(answer)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = validate_fields(DetokenizeRequest, await read_json(request, settings))
+        builder.check_model(body.model)
+        return JSONResponse({"prompt": await asyncio.to_thread(decode, body.tokens)})
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    """Add ``/livez``, ``/readyz``, ``/healthz``, ``/version`` and ``/metrics``.
+
+    ``/health`` is ``/healthz`` under the name that it has in vLLM's and llama.cpp's servers.
+    """
+    engine, settings = service.engine, service.settings
+    versions = {
+        "version": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "model": service.name,
+        "fingerprint": engine.llm.fingerprint,
+    }
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        closing = "The server is shutting down." if service.closing else None
+        if reason := closing or engine.unready_reason():
+            return JSONResponse({"status": "not ready", "reason": reason}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/health")
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        if service.closing or not engine.alive:
+            return JSONResponse({"status": "closing" if service.closing else "engine stopped"}, 503)
+        return JSONResponse({"status": "ok", "model": service.name})
+
+    @app.get("/version")
+    async def show_versions() -> Response:
+        # In a thread: a new budget takes a search.
+        longest = settings.max_prompt_tokens or await asyncio.to_thread(
+            engine.longest_prompt_tokens
+        )
+        return JSONResponse({**versions, "max_prompt_tokens": longest})
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        # In a thread: reading the memory of the process may wait for a step to end.
+        text = await asyncio.to_thread(service.metrics.render)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 def _add_error_handlers(app: FastAPI, service: Service) -> None:

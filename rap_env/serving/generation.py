@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rap_env.errors import (
@@ -14,7 +14,6 @@ from rap_env.errors import (
     InvalidRequestError,
     QueueFullError,
 )
-from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,
@@ -26,11 +25,11 @@ from rap_env.runtime.request_handle import (
     TokenEvent,
     rejection_of,
 )
-from rap_env.runtime.sampling import Sample, SamplingParams
-from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.detokenizer import Detokenizer, StopStrings
-from rap_env.serving.errors import ApiError, failed, invalid, unavailable
-from rap_env.serving.metrics import AnswerTimer, ServingMetrics
+from rap_env.runtime.sampling import Sample
+from rap_env.serving.answers import AnswerPlans, AnswerTimer, Detokenizer, StopStrings
+from rap_env.serving.http import ApiError, failed, invalid, unavailable
+from rap_env.serving.metrics import ServingMetrics
+from rap_env.serving.prompts import GenerationRequest
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -57,55 +56,6 @@ class TokenLogprob(NamedTuple):
     logprob: float | None
     top: tuple[tuple[str, float], ...] = ()
     in_text: bool = True
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """Generation settings and response format of one HTTP request.
-
-    Attributes:
-        prompts: Token ids of each prompt.
-        n: Number of answers to each prompt.
-        echo: Text of each prompt, which the answers begin with; empty for no such texts.
-        prompt_only: Whether the answers are prompts alone.
-        include_usage: Whether a stream ends with the numbers of tokens.
-        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
-        text_shares: Kinds of text in each prompt; empty if the policy does not choose by them.
-    """
-
-    prompts: Sequence[Sequence[int]]
-    params: SamplingParams
-    n: int = 1
-    stop_strings: Sequence[str] = ()
-    logprobs: bool = False
-    echo: Sequence[str] = ()
-    prompt_only: bool = False
-    chat: bool = False
-    stream: bool = False
-    include_usage: bool = False
-    max_delta_nll: float | None = None
-    text_shares: Sequence[Shares] = ()
-
-    @property
-    def size(self) -> int:
-        """Number of answers."""
-        return len(self.prompts) * self.n
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once."""
-        return sum(map(len, self.prompts))
-
-    @property
-    def final_tokens(self) -> int:
-        """Most tokens that the cache of one of its answers will hold."""
-        return max(map(len, self.prompts)) + self.params.max_new_tokens - 1
-
-    def params_of(self, number: int) -> SamplingParams:
-        """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
-        if self.params.seed is None:
-            return self.params
-        return replace(self.params, seed=(self.params.seed + number) % 2**63)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,29 @@
-"""The memory limit of a server: set, checked before and after the model is loaded, and changed."""
+"""The memory limit of a running server, which a file or an administrator changes."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from rap_env.errors import ServingSettingsError
-from rap_env.memory import MemoryModel
-from rap_env.models.device import choose_device, drop_unused_pages
-from rap_env.request import Request
-from rap_env.runtime.memory_meter import Meter, ResidentMeter, resident_bytes
-from rap_env.runtime.memory_source import HEADROOM_BYTES, GivenMemory, MemorySource, open_memory
-from rap_env.serving.preflight import too_little
-from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.request import Request as ModelRequest
+from rap_env.request import parse_bytes
+from rap_env.runtime.memory_source import HEADROOM_BYTES
+from rap_env.serving.http import ApiError, invalid, parse_json
+from rap_env.serving.settings import too_little
 
 if TYPE_CHECKING:
-    from rap_env.models.live.elastic import ElasticLLM
     from rap_env.runtime.controller import RuntimeController
+    from rap_env.runtime.memory_monitor import MemoryMonitor
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,6 @@ _SETTLE_S = 0.05  # for which a file must be unchanged: a half-written one chang
 _LONGEST_TEXT = 64
 _MOST_RETRY_S = 60
 _MIB = 2**20
-_SLACK_BYTES = 20 * _MIB
-"""Allowance for what the estimate of the bytes that loading takes leaves out, such as the
-vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
 
 
 class LiveLimit:
@@ -107,7 +106,7 @@ class LiveLimit:
             if (limit_bytes, source) == (self._bytes, self.source):
                 return
             self._bytes, self.source, self._set_s = limit_bytes, source, time.monotonic()
-            log.info("%s is now %s (%s).", self.name, _mib(limit_bytes), source)
+            log.info("%s is now %s (%s).", self.name, mebibytes(limit_bytes), source)
             if problem := self.nothing_fits():
                 log.warning("%s", problem)
 
@@ -122,7 +121,7 @@ class LiveLimit:
         try:
             self.set(self._read(), "file")
         except ServingSettingsError as error:
-            log.warning("%s stays at %s: %s", self.name, _mib(self._bytes), error)
+            log.warning("%s stays at %s: %s", self.name, mebibytes(self._bytes), error)
 
     def _state(self) -> tuple[int, int, int] | None:
         """What changes with the content of the file; None if there is none."""
@@ -148,94 +147,10 @@ class LiveLimit:
         return parse_bytes(f"memory_file {self._file}", text)
 
 
-def open_limit(settings: ServerSettings) -> LiveLimit | None:
-    """The limit of the settings; None if the budget is the system's free memory.
-
-    Raises:
-        ServingSettingsError: `memory_file` exists and does not hold a size, or the memory of the
-            process is limited and the model is not on a CPU under Linux.
-    """
-    if settings.model_bytes is not None:
-        return LiveLimit("model_memory", settings.model_bytes, settings.memory_file)
-    if settings.process_bytes is None:
-        return None
-    device = choose_device(settings.device)
-    if device.type != "cpu" or sys.platform != "linux":
-        raise ServingSettingsError(
-            f"memory={settings.memory} limits the resident memory of the process, which is measured"
-            f" only for a model on a CPU under Linux, not on {device} under {sys.platform}; set "
-            "model_memory, the bytes of the model alone, instead."
-        )
-    return LiveLimit("memory", settings.process_bytes, settings.memory_file)
-
-
-def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
-    """Check that the process will stay within its limit while it loads the model.
-
-    Args:
-        model: What messages call the model.
-        limit: The limit of the process.
-        loading_bytes: Bytes that loading still takes at its peak.
-
-    Raises:
-        ServingSettingsError: It would not; the message says how much is needed.
-    """
-    import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
-
-    drop_unused_pages()
-    resident = resident_bytes()[1]
-    need = resident + loading_bytes + _SLACK_BYTES
-    if need > limit():
-        raise ServingSettingsError(
-            f"memory is {_mib(limit())}, but the process needs {_mib(need)} to "
-            f"start with {model}: {_mib(resident)} without it, and "
-            f"{_mib(need - resident)} while it is loaded. Set memory to at least that, or "
-            "model_memory to limit the model alone."
-        )
-
-
-def other_bytes(llm: ElasticLLM) -> int:
-    """Bytes of the process now that are not the model's weights and caches."""
-    return max(0, resident_bytes()[0] - llm.held_bytes.total)
-
-
-def check_started(model: str, limit: LiveLimit) -> None:
-    """Check that the process stayed within its limit while it started.
-
-    Raises:
-        ServingSettingsError: It did not; the message says how much it took.
-    """
-    peak = resident_bytes()[0]
-    if peak > limit():
-        raise ServingSettingsError(
-            f"memory is {_mib(limit())}, but the process took {_mib(peak)} to start with "
-            f"{model}; set memory to at least that, or model_memory to limit the model alone."
-        )
-
-
-def open_budget(
-    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter
-) -> MemorySource:
-    """The source of the model's budget; `meter` measures what the model uses.
-
-    Raises:
-        MemorySourceError: The system does not report its free memory.
-    """
-    if limit is None:
-        reserve = settings.reserve_bytes
-        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
-    resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
-    return GivenMemory(limit, meter=resident)
-
-
-def least_check(
-    model: str, llm: ElasticLLM, controller: RuntimeController
-) -> Callable[[int], None]:
+def least_check(model: str, controller: RuntimeController) -> Callable[[int], None]:
     """What rejects a limit in which not even one token fits with every block removed."""
-    least, source = (
-        MemoryModel(llm).peak_bytes_without_blocks(Request(1, 1, 1)),
-        controller.monitor.source,
-    )
+    least = controller.estimator.memory.peak_bytes_without_blocks(ModelRequest(1, 1, 1))
+    source = controller.monitor.source
 
     def check(limit_bytes: int) -> None:
         if source.other_bytes is None:
@@ -245,29 +160,59 @@ def least_check(
         others = source.other_bytes + HEADROOM_BYTES
         if limit_bytes < least + others:
             raise ServingSettingsError(
-                f"memory must be at least {_mib(others + least)} for {model}: {_mib(least)} for "
-                f"one token without any block and {_mib(others)} for everything else in the "
-                f"process, not {_mib(limit_bytes)}; give more."
+                f"memory must be at least {mebibytes(others + least)} for {model}: "
+                f"{mebibytes(least)} for one token without any block and {mebibytes(others)} for "
+                f"everything else in the process, not {mebibytes(limit_bytes)}; give more."
             )
 
     return check
 
 
-def limit_text(controller: RuntimeController) -> str:
-    """What a user should know of the memory limit, as a sentence."""
-    monitor = controller.monitor
-    source, budget = monitor.source, _mib(max(0, monitor.budget_bytes))
-    if source.process_bytes is not None and source.other_bytes is not None:
-        return (
-            f"Memory: at most {_mib(source.process_bytes)} for the whole process, of which "
-            f"{_mib(source.other_bytes)} are everything but the model; it may take {budget} now."
-        )
-    text = f"Memory: at most {budget} for the model now ({source.name})"
-    if isinstance(monitor.meter, ResidentMeter):
-        return f"{text}; the rest of the process takes {_mib(monitor.meter.baseline_bytes)} more."
-    return f"{text}."
+def admin_router(monitor: MemoryMonitor, limit: LiveLimit | None) -> APIRouter:
+    """Make the routes that show and set the memory limit, for administrators.
+
+    `limit` is None if the system's free memory is the budget, which cannot be set.
+    """
+    router = APIRouter()
+
+    def present() -> Response:
+        answer: dict[str, Any] = {
+            "limit": None if limit is None else limit.name,
+            "bytes": None if limit is None else limit(),
+            "source": monitor.source.name if limit is None else limit.source,
+            "budget_bytes": monitor.budget_now_bytes(),
+            "used_bytes": monitor.used_bytes,
+        }
+        others = monitor.source.other_bytes
+        return JSONResponse(answer if others is None else {**answer, "other_bytes": others})
+
+    @router.get("/admin/budget")
+    async def show_budget() -> Response:
+        return present()
+
+    @router.put("/admin/budget")
+    async def set_budget(request: Request) -> Response:
+        if limit is None:
+            raise ApiError(
+                409,
+                "The budget is the system's free memory, which cannot be set; start the server "
+                "with memory or model_memory as a number of bytes.",
+                code="budget_not_settable",
+            )
+        body = parse_json(await request.body())
+        size = body.get(limit.name) if len(body) == 1 else None
+        if not isinstance(size, str | int) or isinstance(size, bool):
+            example = f'{{"{limit.name}": "500MiB"}}'
+            raise invalid(f"The body must be a JSON object such as {example}.", limit.name)
+        try:
+            await asyncio.to_thread(limit.set, parse_bytes(limit.name, size), "admin")
+        except ServingSettingsError as error:
+            raise invalid(str(error), limit.name) from None
+        return present()
+
+    return router
 
 
-def _mib(number: int) -> str:
+def mebibytes(number: int) -> str:
     """A number of bytes, rounded up to whole MiB, as settings accept it."""
     return f"{-(-number // _MIB)}MiB"

@@ -21,7 +21,6 @@ from rap_env.blocks import KINDS
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__
 
@@ -92,51 +91,6 @@ class ServingMetrics:
     def render(self) -> bytes:
         """Return the metrics in the Prometheus text format."""
         return generate_latest(self._registry)
-
-
-class AnswerTimer:
-    """Times of one answer in seconds since its arrival, from the engine's events.
-
-    Args:
-        metrics: Where the times are observed as they become known.
-        prompt_tokens: Tokens of the prompt.
-        arrived_s: Time of arrival on the engine's clock.
-    """
-
-    def __init__(self, metrics: ServingMetrics, prompt_tokens: int, arrived_s: float) -> None:
-        self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
-        self._arrived_s = self._last_s = arrived_s
-        self._tokens = 0
-        self.queue_s: float | None = None
-        self.first_token_s: float | None = None
-
-    def add(self, event: Event) -> None:
-        """Take in an event; in their order."""
-        seconds = max(0.0, event.time_s - self._arrived_s)
-        if isinstance(event, TokenEvent):
-            self._tokens += 1
-            if self.first_token_s is None:
-                self.first_token_s = seconds
-                self._metrics.first_token_s.observe(seconds)
-            else:
-                self._metrics.between_tokens_s.observe(max(0.0, event.time_s - self._last_s))
-            self._last_s = event.time_s
-        elif isinstance(event, AdmitEvent | EndEvent):
-            if self.queue_s is None:
-                self.queue_s = seconds
-                self._metrics.queue_s.observe(seconds)
-            if isinstance(event, EndEvent):
-                self._end(seconds)
-
-    def _end(self, seconds: float) -> None:
-        metrics = self._metrics
-        metrics.answer_s.observe(seconds)
-        metrics.prompt_tokens.observe(self._prompt_tokens)
-        metrics.answer_tokens.observe(self._tokens)
-        if self._tokens > 1 and self.first_token_s is not None:
-            after_first_s = self._last_s - self._arrived_s - self.first_token_s
-            metrics.per_token_s.observe(max(0.0, after_first_s) / (self._tokens - 1))
 
 
 _Values = dict[str, tuple[str, float | Mapping[str, float]]]

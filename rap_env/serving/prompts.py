@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rap_env.errors import InvalidGrammarError, MissingDependencyError, UnsupportedModelError
 from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.sampling import SamplingParams
-from rap_env.runtime.structured_output import GrammarCompiler
-from rap_env.serving.detokenizer import plain_text
-from rap_env.serving.errors import ApiError, invalid, shown, unknown_model
-from rap_env.serving.generation import GenerationRequest
+from rap_env.runtime.structured_output import GrammarCompiler, GrammarMatcher
+from rap_env.serving.answers import plain_text
+from rap_env.serving.http import ApiError, invalid, shown
 from rap_env.serving.schemas import (
     BaseCompletionRequest,
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
+    grammar_of,
 )
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.structured import constraint_of
 
 if TYPE_CHECKING:
     from rap_env.runtime.engine import Engine
@@ -28,6 +29,55 @@ Body = ChatCompletionRequest | CompletionRequest
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Most tokens of a plain completion that does not set a number, as in the OpenAI API."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Generation settings and response format of one HTTP request.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        n: Number of answers to each prompt.
+        echo: Text of each prompt, which the answers begin with; empty for no such texts.
+        prompt_only: Whether the answers are prompts alone.
+        include_usage: Whether a stream ends with the numbers of tokens.
+        max_delta_nll: Floor of quality of its answers, nats per token; None for the server's alone.
+        text_shares: Kinds of text in each prompt; empty if the policy does not choose by them.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    n: int = 1
+    stop_strings: Sequence[str] = ()
+    logprobs: bool = False
+    echo: Sequence[str] = ()
+    prompt_only: bool = False
+    chat: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    max_delta_nll: float | None = None
+    text_shares: Sequence[Shares] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of answers."""
+        return len(self.prompts) * self.n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def final_tokens(self) -> int:
+        """Most tokens that the cache of one of its answers will hold."""
+        return max(map(len, self.prompts)) + self.params.max_new_tokens - 1
+
+    def params_of(self, number: int) -> SamplingParams:
+        """Sampling parameters of answer `number`; with a seed, each answer has its own seed."""
+        if self.params.seed is None:
+            return self.params
+        return replace(self.params, seed=(self.params.seed + number) % 2**63)
 
 
 class RequestBuilder:
@@ -43,6 +93,7 @@ class RequestBuilder:
         self, engine: Engine, tokenizer: Any, settings: ServerSettings, grammars: GrammarCompiler
     ) -> None:
         self._settings = settings
+        self._model = settings.served_name
         self._longest_prompt = engine.longest_prompt_tokens
         self._text_kinds = engine.controller.chooser.policy.text_kinds
         self._stop_token_ids = stop_tokens(engine.llm, tokenizer)
@@ -102,8 +153,14 @@ class RequestBuilder:
 
     def check_model(self, name: str | None) -> None:
         """Raise an `ApiError` (404) unless a name is that of the served model, or not given."""
-        if name not in (None, self._settings.served_name):
-            raise unknown_model(name, self._settings.served_name)
+        if name not in (None, self._model):
+            raise ApiError(
+                404,
+                f"The model `{shown(name)}` does not exist or you do not have access to it; "
+                f"this server has `{self._model}`.",
+                param="model",
+                code="model_not_found",
+            )
 
     def _check_new_tokens(self, new_tokens: int | None) -> None:
         most = self._settings.max_new_tokens
@@ -176,7 +233,7 @@ class RequestBuilder:
             top, echoed = body.top_logprobs or 0, False
         else:
             top, echoed = body.logprobs or 0, bool(body.echo) and body.logprobs is not None
-        constraint = constraint_of(body, self.grammars)
+        constraint = self._constraint(body)
         if body.ignore_eos and constraint is not None:
             raise invalid(
                 "'ignore_eos' is not supported with structured output, which the end token ends.",
@@ -196,6 +253,22 @@ class RequestBuilder:
             prompt_logprobs=top if echoed else None,
             constraint=constraint,
         )
+
+    def _constraint(self, body: Body) -> Callable[[], GrammarMatcher] | None:
+        """Compile what the answers have to follow; errors are `ApiError` (400)."""
+        if (found := grammar_of(body)) is None:
+            return None
+        field, kind, text = found
+        try:
+            return self.grammars.compile(kind, text)
+        except InvalidGrammarError as error:
+            raise invalid(f"Invalid value for '{field}': {shown(str(error), 400)}", field) from None
+        except (MissingDependencyError, UnsupportedModelError) as error:
+            raise invalid(
+                f"'{field}' is not supported with this server: {shown(str(error), 400)}",
+                field,
+                "unsupported_parameter",
+            ) from None
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text."""

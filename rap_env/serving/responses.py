@@ -14,14 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.errors import ApiError
-from rap_env.serving.generation import (
-    Generation,
-    GenerationRequest,
-    OutputDelta,
-    TokenLogprob,
-)
+from rap_env.serving.answers import AnswerPlans
+from rap_env.serving.generation import Generation, OutputDelta, TokenLogprob
+from rap_env.serving.http import ApiError
+from rap_env.serving.prompts import GenerationRequest
 
 DONE = b"data: [DONE]\n\n"
 """Last event of a stream."""

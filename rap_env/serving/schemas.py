@@ -1,4 +1,4 @@
-"""Request bodies: read within limits of size and time, parsed, and validated.
+"""Request bodies: their fields, and how these are validated.
 
 The models declare the fields that this server acts on. Of all other fields, those that cannot
 change the answer are ignored, and the rest is rejected: silently ignoring them would give a
@@ -7,11 +7,9 @@ wrong answer, and an unknown field is most likely misspelt.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,17 +23,10 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from starlette.requests import ClientDisconnect, Request
 
 from rap_env.artifacts import package_json
-from rap_env.serving.errors import ApiError, invalid, shown, too_large
-from rap_env.serving.settings import ServerSettings
-
-LINGER_BYTES = 8 * 1024 * 1024
-"""Bytes of a rejected body that are still read and dropped: a client that is cut off while it
-sends seldom reads the error response."""
-LINGER_S = 2.0
-"""Longest time for that, in seconds."""
+from rap_env.runtime.structured_output import GrammarKind
+from rap_env.serving.http import ApiError, invalid, shown
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
@@ -202,80 +193,6 @@ BodyT = TypeVar("BodyT", bound=BaseCompletionRequest)
 FieldsT = TypeVar("FieldsT", bound=BaseModel)
 
 
-async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
-    """Read the body of an HTTP request, a JSON object.
-
-    Raises:
-        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
-            length, 408 if it is too slow.
-        ClientDisconnect: The client disconnected.
-    """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if kind.lower() != "application/json":
-        raise invalid(
-            f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
-            code="unsupported_content_type",
-        )
-    most = settings.max_body_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > most:
-        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
-            await _drop_rest(request)
-        raise too_large(most)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    break
-    except TimeoutError:
-        raise ApiError(
-            408,
-            f"The request body was not complete after {settings.body_timeout_s:g} seconds.",
-            code="request_timeout",
-            headers={"connection": "close"},
-        ) from None
-    if len(body) > most:
-        await _drop_rest(request)
-        raise too_large(most)
-    return parse_json(bytes(body))
-
-
-async def _drop_rest(request: Request) -> None:
-    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
-    seen = 0
-    with contextlib.suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(LINGER_S):
-            while seen < LINGER_BYTES:
-                message = await request.receive()
-                if message["type"] != "http.request" or not message.get("more_body", False):
-                    return
-                seen += len(message.get("body", b""))
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object; anything else is an `ApiError` (400)."""
-    try:
-        value = json.loads(body, parse_constant=_reject_constant)
-        if b"\\u" in body:  # may be half of a surrogate pair, which no response could quote
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise invalid(
-            f"We could not parse the JSON body of your request: {shown(str(error))}.",
-            code="invalid_json",
-        ) from None
-    if not isinstance(value, dict):
-        raise invalid(
-            f"The body must be a JSON object, not {type(value).__name__}.", code="invalid_json"
-        )
-    return value
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def validate(schema: type[BodyT], body: dict[str, Any]) -> BodyT:
     """Validate a parsed body; a missing, invalid or unsupported field is an `ApiError` (400)."""
     request = validate_fields(schema, body)
@@ -340,3 +257,86 @@ def _check_other_fields(fields: Mapping[str, Any], *, chat: bool) -> None:
             hint = limits[name]["hint"]
             message = f"Unsupported parameter: '{name}' is not supported with this server; {hint}"
             raise invalid(message, name, "unsupported_parameter")
+
+
+_ANY_OBJECT = '{"type": "object"}'
+_FORMATS = ("text", "json_object", "json_schema")
+_OPTIONS: dict[str, GrammarKind] = {
+    "json": "json_schema",
+    "json_object": "json_schema",
+    "regex": "regex",
+    "choice": "choice",
+    "grammar": "grammar",
+}
+
+
+def grammar_of(body: BaseCompletionRequest) -> tuple[str, GrammarKind, str] | None:
+    """What the answers have to follow: the field that says so, and a grammar; None for free text.
+
+    Raises:
+        ApiError: A field is invalid, or both fields ask for a grammar (400).
+    """
+    by_field = {
+        "response_format": _of_format(body.response_format),
+        "structured_outputs": _of_options(body.structured_outputs),
+    }
+    given = [(field, *grammar) for field, grammar in by_field.items() if grammar is not None]
+    if len(given) > 1:
+        raise invalid(
+            "Only one of 'response_format' and 'structured_outputs' is allowed.",
+            "structured_outputs",
+        )
+    return given[0] if given else None
+
+
+def _of_format(given: dict[str, Any] | None) -> tuple[GrammarKind, str] | None:
+    """The grammar of a `response_format`, as in OpenAI's API."""
+    if given is None or given.get("type") == "text":
+        return None
+    kind = given.get("type")
+    if kind == "json_object":
+        return "json_schema", _ANY_OBJECT
+    if kind != "json_schema":
+        raise invalid(
+            f"Invalid value for 'response_format.type': {shown(repr(kind))}; supported are "
+            f"{', '.join(map(repr, _FORMATS))}.",
+            "response_format.type",
+        )
+    named = given.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid(
+            "'response_format.json_schema.schema' must be a JSON schema, an object.",
+            "response_format.json_schema.schema",
+            "invalid_type",
+        )
+    return "json_schema", json.dumps(schema)
+
+
+def _of_options(given: dict[str, Any] | None) -> tuple[GrammarKind, str] | None:
+    """The grammar of `structured_outputs`, as in vLLM's server."""
+    options = {name: value for name, value in (given or {}).items() if value not in (None, False)}
+    if not options:
+        return None
+    (name, value), *more = options.items()
+    if more or name not in _OPTIONS:
+        raise invalid(
+            f"'structured_outputs' must have exactly one of {', '.join(map(repr, _OPTIONS))}, "
+            f"not {shown(', '.join(map(repr, options)))}.",
+            "structured_outputs",
+        )
+    if name == "json_object":
+        return "json_schema", _ANY_OBJECT
+    if name == "json" and isinstance(value, dict):
+        return "json_schema", json.dumps(value)
+    if name == "choice":
+        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            return "choice", json.dumps(value)
+    elif isinstance(value, str):
+        return _OPTIONS[name], value
+    expected = {"json": "a JSON schema", "choice": "a list of strings"}.get(name, "a string")
+    raise invalid(
+        f"'structured_outputs.{name}' must be {expected}, not {shown(repr(value))}.",
+        f"structured_outputs.{name}",
+        "invalid_type",
+    )

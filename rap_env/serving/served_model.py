@@ -1,4 +1,4 @@
-"""What a server serves: the model of its settings, the policy, and the floor of quality."""
+"""What a server serves: model, policy and floor of quality, within its limit from the start."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from rap_env.errors import ArtifactError
+from rap_env.errors import ArtifactError, ServingSettingsError
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import HasFacts
+from rap_env.models.device import drop_unused_pages
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.model_folder import made_apart
 from rap_env.models.live.elastic import ElasticLLM
@@ -19,8 +20,9 @@ from rap_env.policies.loading import OrderPolicy, load_policy
 from rap_env.policies.packaged_files import KNAPSACKS
 from rap_env.policies.uniform import middle_first, uniform_plans
 from rap_env.request import Request
+from rap_env.runtime.memory_meter import resident_bytes
 from rap_env.runtime.plan_chooser import predicts
-from rap_env.serving import limits
+from rap_env.serving.limits import LiveLimit, mebibytes
 from rap_env.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -30,11 +32,12 @@ log = logging.getLogger(__name__)
 
 _SHORT_TOKENS = 256
 """Tokens of the request that a server should be able to serve."""
+_SLACK_BYTES = 20 * 2**20
+"""Allowance for what the estimate of the bytes that loading takes leaves out, such as the
+vocabulary of grammars: 10 MiB for the default model's 49,152 tokens."""
 
 
-def load_served_model(
-    settings: ServerSettings, limit: limits.LiveLimit | None = None
-) -> ElasticLLM:
+def load_served_model(settings: ServerSettings, limit: LiveLimit | None = None) -> ElasticLLM:
     """Load the model and set its residency.
 
     With a limit of the process, the start is checked before the weights are read, and a model that
@@ -48,7 +51,7 @@ def load_served_model(
             dtype=settings.dtype,
             weights=settings.weights,
             lean=True,
-            before_weights=partial(limits.check_start, settings.model, limit)
+            before_weights=partial(check_start, settings.model, limit)
             if limit is not None and limits_process
             else None,
         )
@@ -58,9 +61,46 @@ def load_served_model(
     return llm
 
 
-def choose_policy(
-    settings: ServerSettings, llm: ElasticLLM, limit: limits.LiveLimit | None
-) -> Policy:
+def check_start(model: str, limit: LiveLimit, loading_bytes: int) -> None:
+    """Check that the process will stay within its limit while it loads the model.
+
+    Args:
+        model: What messages call the model.
+        limit: The limit of the process.
+        loading_bytes: Bytes that loading still takes at its peak.
+
+    Raises:
+        ServingSettingsError: It would not; the message says how much is needed.
+    """
+    import rap_env.runtime.sampling  # noqa: F401  it takes tens of megabytes
+
+    drop_unused_pages()
+    resident = resident_bytes()[1]
+    need = resident + loading_bytes + _SLACK_BYTES
+    if need > limit():
+        raise ServingSettingsError(
+            f"memory is {mebibytes(limit())}, but the process needs {mebibytes(need)} to "
+            f"start with {model}: {mebibytes(resident)} without it, and "
+            f"{mebibytes(need - resident)} while it is loaded. Set memory to at least that, or "
+            "model_memory to limit the model alone."
+        )
+
+
+def check_started(model: str, limit: LiveLimit) -> None:
+    """Check that the process stayed within its limit while it started.
+
+    Raises:
+        ServingSettingsError: It did not; the message says how much it took.
+    """
+    peak = resident_bytes()[0]
+    if peak > limit():
+        raise ServingSettingsError(
+            f"memory is {mebibytes(limit())}, but the process took {mebibytes(peak)} to start with "
+            f"{model}; set memory to at least that, or model_memory to limit the model alone."
+        )
+
+
+def choose_policy(settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None) -> Policy:
     """The policy of the settings, without levels that take minutes to make and are not needed.
 
     They are needed if without them one short request does not fit the limit within the floor.
@@ -70,7 +110,7 @@ def choose_policy(
         return chosen
     fewer = load_serving_policy(settings, MemoryModel(llm.facts.without_levels(absent)))
     if limit is not None:
-        budget_bytes = limit() - (limits.other_bytes(llm) if limit.of_process else 0)
+        budget_bytes = limit() - (_other_bytes(llm) if limit.of_process else 0)
         request = Request(1, _SHORT_TOKENS, max(1, budget_bytes))
         plan = fewer.choose(request)
         rise, floor = fewer.delta_nll(plan, _SHORT_TOKENS), floor_of(settings, fewer)
@@ -82,6 +122,11 @@ def choose_policy(
         "once, in minutes.", ", ".join(sorted(absent)), settings.model,
     )  # fmt: skip
     return fewer
+
+
+def _other_bytes(llm: ElasticLLM) -> int:
+    """Bytes of the process now that are not the model's weights and caches."""
+    return max(0, resident_bytes()[0] - llm.held_bytes.total)
 
 
 def load_serving_policy(settings: ServerSettings, model: HasFacts) -> Policy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import signal
 import socket
 import threading
@@ -15,10 +14,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from rap_env.errors import ServingSettingsError
-from rap_env.serving.access import UNLIMITED_PATHS
 from rap_env.serving.app import Service
-from rap_env.serving.errors import unavailable
+from rap_env.serving.http import UNLIMITED_PATHS, unavailable
 from rap_env.serving.settings import ServerSettings
 
 _MAX_HEADER_BYTES = 64 * 1024
@@ -188,38 +185,3 @@ class Server(uvicorn.Server):
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
         self._service.closing = True
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address, without listening; port 0 takes a free one.
-
-    Raises:
-        ServingSettingsError: The address is in use, forbidden, or not of this machine.
-    """
-    try:
-        if not 0 <= port <= 65535:  # the system would take its lower 16 bits
-            raise OverflowError("a port is a number from 0 to 65535")
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = addresses[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except (OSError, OverflowError) as error:
-        remedy = "check host and port"
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            remedy = "stop the program that listens there, or choose another port"
-        raise ServingSettingsError(f"Cannot listen at {host}:{port} ({error}); {remedy}.") from None
-    return bound
-
-
-def url_of(bound: socket.socket, *, tls: bool = False) -> str:
-    """URL of a bound socket, for clients."""
-    host, port = bound.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    scheme = "https" if tls else "http"
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

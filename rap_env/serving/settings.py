@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from rap_env.errors import ServingSettingsError
 from rap_env.extras import require_extra
+from rap_env.request import parse_bytes
 from rap_env.specs import check, check_settings, setting, settings_of
 
 MEMORY_SOURCES = ("auto", "cgroup", "cuda")
@@ -23,30 +23,6 @@ hellaswag; one with 0.15 loses five on piqa (`docs/results/plan_tasks.md`).
 """
 DEFAULT_MOST_DELTA_NLL = 0.3
 """What the default floor rises to while requests wait; see `PlanChooser.follow_queue`."""
-_UNITS = {
-    "": 1, "B": 1, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4,
-    "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4,
-}  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)")
-
-
-def parse_bytes(name: str, text: str | int) -> int:
-    """Convert ``"2.5GiB"``, ``"800 MB"`` or ``"1048576"`` to a number of bytes.
-
-    Args:
-        name: What error messages call the value.
-        text: The text, or a number of bytes.
-
-    Raises:
-        ServingSettingsError: The text has another form.
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None or match[2] not in _UNITS:
-        raise ServingSettingsError(
-            f"{name} must be a number of bytes such as 2.5GiB, 800MB or 1048576, not {text!r}; "
-            "instead of 200M, write 200MB or 200MiB."
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +233,14 @@ class ServerSettings:
     def reserve_bytes(self) -> int:
         """Bytes to leave free."""
         return parse_bytes("reserve", self.reserve)
+
+
+def too_little(model: str, least_bytes: int, given_bytes: int) -> str:
+    """The message for a limit of the model in which its smallest plan does not fit."""
+    return (
+        f"model_memory must be at least {least_bytes:,} bytes for {model}, which it needs for one "
+        f"token without any block, not {given_bytes:,}; give more."
+    )
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

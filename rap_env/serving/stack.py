@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from fastapi import FastAPI
 
 from rap_env.errors import ServingSettingsError, counted
-from rap_env.extras import require_extra
-from rap_env.models.device import drop_unused_pages, use_threads
+from rap_env.models.device import choose_device, drop_unused_pages
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.policies.base import Policy, PolicyLike, as_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_meter import make_levels, process_meter
-from rap_env.runtime.memory_source import MemorySource
+from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
+from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
 from rap_env.runtime.records import DecisionLog
-from rap_env.serving import limits
-from rap_env.serving.preflight import check_before_loading
-from rap_env.serving.served_model import choose_policy, floor_of, load_served_model
+from rap_env.runtime.running import Restore
+from rap_env.runtime.structured_output import GrammarCompiler
+from rap_env.serving.app import create_app
+from rap_env.serving.limits import LiveLimit, least_check, mebibytes
+from rap_env.serving.prompts import grammar_compiler
+from rap_env.serving.served_model import check_started, choose_policy, floor_of, load_served_model
 from rap_env.serving.settings import DEFAULT_MOST_DELTA_NLL, ServerSettings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from rap_env.runtime.running import Restore
-    from rap_env.runtime.structured_output import GrammarCompiler
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class ServerStack:
     engine: Engine
     app: FastAPI
     decisions: DecisionLog | None
-    limit: limits.LiveLimit | None
+    limit: LiveLimit | None
 
     def close(self) -> None:
         """Close the log of decisions."""
@@ -58,20 +56,18 @@ def build_stack(
     The residency of `llm` must be set. `controls` are further arguments of `RuntimeController`.
 
     Raises:
-        RapError: The model, the policy or the memory source is not available, a limit does not
-            suit the model, or the extra ``serve`` is not installed.
+        RapError: The model, the policy or the memory source is not available, or a limit does not
+            suit the model.
     """
-    require_extra("serve", "Serving")
     decisions = DecisionLog(settings.decisions) if settings.decisions else None
-    limit = None
     try:
-        if memory is None:
-            limit = limits.open_limit(settings)
-        served = _load(settings, limit, llm, policy)
-        controller = _fund(settings, limit, served, memory, log=decisions, **controls)
-        engine, app = _start(settings, limit, served, controller)
+        limit = open_limit(settings) if memory is None else None
+        live, chosen, grammars = _load(settings, limit, llm, policy)
+        controller = _controller(settings, limit, live, chosen, memory, log=decisions, **controls)
+        engine = _engine(settings, limit, controller)
+        app = create_app(engine, live.tokenizer, settings, limit, grammars)
         if llm is None and limit is not None and limit.of_process:
-            limits.check_started(settings.model, limit)
+            check_started(settings.model, limit)
     except BaseException:
         if decisions is not None:
             decisions.close()
@@ -79,24 +75,34 @@ def build_stack(
     return ServerStack(settings, engine, app, decisions, limit)
 
 
-@dataclass(frozen=True)
-class _Served:
-    """What is loaded: the model, its policy, and what compiles the grammars of answers."""
+def open_limit(settings: ServerSettings) -> LiveLimit | None:
+    """The limit of the settings; None if the budget is the system's free memory.
 
-    llm: ElasticLLM
-    policy: Policy
-    grammars: GrammarCompiler
+    Raises:
+        ServingSettingsError: `memory_file` exists and does not hold a size, or the memory of the
+            process is limited and the model is not on a CPU under Linux.
+    """
+    if settings.model_bytes is not None:
+        return LiveLimit("model_memory", settings.model_bytes, settings.memory_file)
+    if settings.process_bytes is None:
+        return None
+    device = choose_device(settings.device)
+    if device.type != "cpu" or sys.platform != "linux":
+        raise ServingSettingsError(
+            f"memory={settings.memory} limits the resident memory of the process, which is measured"
+            f" only for a model on a CPU under Linux, not on {device} under {sys.platform}; set "
+            "model_memory, the bytes of the model alone, instead."
+        )
+    return LiveLimit("memory", settings.process_bytes, settings.memory_file)
 
 
 def _load(
     settings: ServerSettings,
-    limit: limits.LiveLimit | None,
+    limit: LiveLimit | None,
     llm: ElasticLLM | None,
     policy: PolicyLike | None,
-) -> _Served:
+) -> tuple[ElasticLLM, Policy, GrammarCompiler]:
     """Load all that takes memory besides requests, so that no later request pays for it."""
-    from rap_env.serving.prompts import grammar_compiler
-
     llm = load_served_model(settings, limit) if llm is None else llm
     if llm.tokenizer is None:
         raise ServingSettingsError(
@@ -108,22 +114,22 @@ def _load(
     chosen = choose_policy(settings, llm, limit) if policy is None else as_policy(policy)
     make_levels(llm, chosen)
     drop_unused_pages()
-    return _Served(llm, chosen, grammars)
+    return llm, chosen, grammars
 
 
-def _fund(
+def _controller(
     settings: ServerSettings,
-    limit: limits.LiveLimit | None,
-    served: _Served,
+    limit: LiveLimit | None,
+    llm: ElasticLLM,
+    policy: Policy,
     memory: MemorySource | None,
     **controls: Any,
 ) -> RuntimeController:
     """Make the controller, which keeps the model within its memory and its floor of quality."""
-    llm, policy = served.llm, served.policy
     if memory is None:
         if controls.get("meter") is None:
             controls["meter"] = process_meter(llm)
-        memory = limits.open_budget(settings, llm, limit, controls["meter"])
+        memory = _open_budget(settings, llm, limit, controls["meter"])
     controller = RuntimeController(
         llm,
         policy,
@@ -139,18 +145,12 @@ def _fund(
     return controller
 
 
-def _start(
-    settings: ServerSettings,
-    limit: limits.LiveLimit | None,
-    served: _Served,
-    controller: RuntimeController,
-) -> tuple[Engine, FastAPI]:
-    """Make the engine and the application, unless no request fits the limit."""
-    from rap_env.serving.app import create_app
-
-    llm = served.llm
+def _engine(
+    settings: ServerSettings, limit: LiveLimit | None, controller: RuntimeController
+) -> Engine:
+    """Make the engine, unless no request fits the limit."""
     engine = Engine(
-        llm,
+        controller.llm,
         controller,
         max_batch_size=settings.max_batch_size,
         max_queue=settings.max_queue,
@@ -161,44 +161,25 @@ def _start(
         target_itl_s=settings.target_itl_s,
     )
     if limit is not None:
-        limit.attach(limits.least_check(settings.model, llm, controller), engine.nothing_fits)
+        limit.attach(least_check(settings.model, controller), engine.nothing_fits)
         if controller.chooser.max_delta_nll is not None and (problem := limit.nothing_fits()):
             raise ServingSettingsError(problem)
-    return engine, create_app(engine, llm.tokenizer, settings, limit, served.grammars)
+    return engine
 
 
-def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
-
-    Args:
-        settings: Settings of the server.
-        say: Shows a text to the user.
+def _open_budget(
+    settings: ServerSettings, llm: ElasticLLM, limit: LiveLimit | None, meter: Meter
+) -> MemorySource:
+    """The source of the model's budget; `meter` measures what the model uses.
 
     Raises:
-        RapError: As for `build_stack`, the address is not available, or `check_access`,
-            `check_address` or `check_before_loading` rejects the settings.
+        MemorySourceError: The system does not report its free memory.
     """
-    require_extra("serve", "Serving")
-    from rap_env.serving.access import check_access, check_address
-    from rap_env.serving.logs import server_logging
-    from rap_env.serving.server import Server, bind, url_of
-
-    check_access(settings)
-    # These fail before the model is loaded.
-    with server_logging(settings), bind(settings.host, settings.port) as bound:
-        check_address(bound, settings)
-        check_before_loading(settings)
-        if settings.threads is not None:
-            use_threads(settings.threads)
-        stack = build_stack(settings)
-        try:
-            text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
-            has_keys = settings.api_key_file or settings.admin_key_file
-            on_hangup = stack.app.state.service.reload_keys if has_keys else None
-            Server(stack.app, lambda: say(text), on_hangup).run(sockets=[bound])
-            say(farewell(stack.engine))
-        finally:
-            stack.close()
+    if limit is None:
+        reserve = settings.reserve_bytes
+        return open_memory(settings.memory, device=llm.device, reserve_bytes=reserve)
+    resident = meter if limit.of_process and isinstance(meter, ResidentMeter) else None
+    return GivenMemory(limit, meter=resident)
 
 
 def greeting(stack: ServerStack, url: str) -> str:
@@ -211,7 +192,7 @@ def greeting(stack: ServerStack, url: str) -> str:
         route, body = "chat/completions", {"model": name, "messages": [message]}
     lines = [
         f"{name} is served at {url} (Ctrl+C ends it).",
-        limits.limit_text(controller),
+        _limit_text(controller),
         f"Policy: {controller.chooser.policy.name}; unused weights: {stack.settings.residency}.",
     ]
     chooser = controller.chooser
@@ -234,6 +215,24 @@ def greeting(stack: ServerStack, url: str) -> str:
         f"  curl {url}/v1/{route} {headers} -d '{json.dumps(body)}'",
     ]
     return "\n".join(lines)
+
+
+def _limit_text(controller: RuntimeController) -> str:
+    """What a user should know of the memory limit, as a sentence."""
+    monitor = controller.monitor
+    source, budget = monitor.source, mebibytes(max(0, monitor.budget_bytes))
+    if source.process_bytes is not None and source.other_bytes is not None:
+        whole, others = mebibytes(source.process_bytes), mebibytes(source.other_bytes)
+        return (
+            f"Memory: at most {whole} for the whole process, of which {others} are everything but "
+            f"the model; it may take {budget} now."
+        )
+    text = f"Memory: at most {budget} for the model now ({source.name})"
+    if isinstance(monitor.meter, ResidentMeter):
+        return (
+            f"{text}; the rest of the process takes {mebibytes(monitor.meter.baseline_bytes)} more."
+        )
+    return f"{text}."
 
 
 def farewell(engine: Engine) -> str:

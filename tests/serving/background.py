@@ -4,7 +4,8 @@ import signal
 import threading
 import time
 
-from rap_env.serving.server import Server, bind, url_of
+from rap_env.serving.server import Server
+from rap_env.serving.startup import bind, url_of
 
 START_TIMEOUT_S = 60.0
 

@@ -9,10 +9,10 @@ import openai
 import pytest
 
 from rap_env.errors import ServingSettingsError
-from rap_env.serving import stack
-from rap_env.serving.access import ApiKeys, check_access, check_address
-from rap_env.serving.server import bind
+from rap_env.serving import stack, startup
+from rap_env.serving.http import ApiKeys
 from rap_env.serving.settings import ServerSettings
+from rap_env.serving.startup import bind, check_access, check_address
 from tests.serving.conftest import client_of, served
 from tests.serving.fake_engine import FakeEngine
 
@@ -178,4 +178,4 @@ def test_access_is_checked_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(stack, "build_stack", lambda _settings: pytest.fail("a model was loaded"))
     for wrong in ({"host": "0.0.0.0", "port": 0}, {"api_key_file": "/no"}, {"ssl_keyfile": "/no"}):
         with pytest.raises(ServingSettingsError):
-            stack.serve(ServerSettings(**wrong), print)
+            startup.serve(ServerSettings(**wrong), print)

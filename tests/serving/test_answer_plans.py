@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rap_env.plan import Plan
 from rap_env.runtime.request_handle import AdmitEvent, EndEvent, PlanEvent, TokenEvent
-from rap_env.serving.answer_plans import AnswerPlans
-from rap_env.serving.metrics import AnswerTimer, ServingMetrics
+from rap_env.serving.answers import AnswerPlans, AnswerTimer
+from rap_env.serving.metrics import ServingMetrics
 from rap_env.serving.settings import ServerSettings
 from tests.serving.conftest import served
 from tests.serving.fake_engine import NATIVE, PLAN, FakeEngine, delta_nll

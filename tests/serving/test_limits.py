@@ -15,12 +15,13 @@ from rap_env.models.device import drop_unused_pages
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
 from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
-from rap_env.serving import limits
-from rap_env.serving.access import check_access
+from rap_env.serving import limits, stack
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit
+from rap_env.serving.served_model import check_started
 from rap_env.serving.settings import ServerSettings
-from rap_env.serving.stack import build_stack, greeting
+from rap_env.serving.stack import build_stack, greeting, open_limit
+from rap_env.serving.startup import check_access
 from tests.serving.background import BackgroundServer
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.test_app import PLAIN, error_of, post
@@ -82,7 +83,7 @@ def test_the_server_starts_within_a_limit_that_is_large_enough_and_reports_it(fo
 def test_a_start_that_took_more_than_the_limit_ends(tokenizer):
     settings = ServerSettings(memory=resident_bytes()[0] // 2)
     with pytest.raises(ServingSettingsError, match=r"the process took \d+MiB to start"):
-        limits.check_started("tiny", limits.open_limit(settings))
+        check_started("tiny", open_limit(settings))
     llm = tiny_llm(tokenizer=tokenizer)
     settings = ServerSettings(memory=resident_bytes()[1] // 2, policy="dense")
     with pytest.raises(ServingSettingsError, match=r"memory must be at least \d+MiB .* not"):
@@ -90,10 +91,10 @@ def test_a_start_that_took_more_than_the_limit_ends(tokenizer):
 
 
 def test_a_limit_of_the_process_needs_a_system_that_measures_it(monkeypatch):
-    monkeypatch.setattr(limits.sys, "platform", "darwin")
-    limits.open_limit(ServerSettings(model_memory="1GiB"))
+    monkeypatch.setattr(stack.sys, "platform", "darwin")
+    open_limit(ServerSettings(model_memory="1GiB"))
     with pytest.raises(ServingSettingsError, match="on cpu under darwin; set model_memory"):
-        limits.open_limit(ServerSettings(memory="1GiB", device="cpu"))
+        open_limit(ServerSettings(memory="1GiB", device="cpu"))
 
 
 def settled(limit):

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from rap_env.errors import InfeasibleBudgetError
-from rap_env.serving.logs import server_logging
 from rap_env.serving.settings import ServerSettings
+from rap_env.serving.startup import server_logging
 from tests.serving.conftest import served
 from tests.serving.fake_engine import PLAN, FakeEngine
 
@@ -73,14 +73,14 @@ def test_the_line_of_a_request_says_its_times_tokens_and_plan(tokenizer, capsys,
         ask(server, "line", path="/a%0Ab?secret=1")
         httpx.get(f"{server.url}/readyz")
         httpx.get(f"{server.url}/metrics")
-    first, _, last = [r.message for r in caplog.records if r.name == "rap_env.serving.logs"]
+    first, _, last = [r.message for r in caplog.records if r.name == "rap_env.serving.http"]
     assert first.startswith("mine POST /v1/completions 200 ")
     assert " outcome=ok " in first
     assert " prompt_tokens=2 answer_tokens=3 plan=" in first
     assert ' levels="removed attn 0-1; removed ffn 1; ' in first
     assert last.startswith("line POST /a%0Ab 404 ")
     answered, rejected, _ = map(json.loads, capsys.readouterr().err.splitlines())
-    assert answered["logger"] == "rap_env.serving.logs"
+    assert answered["logger"] == "rap_env.serving.http"
     for line in (answered, rejected):
         assert (line["request_id"], line["method"], line["path"]) == (
             "mine", "POST", "/v1/completions",
@@ -119,6 +119,6 @@ def test_the_line_of_a_503_has_its_reason(tokenizer, caplog):
     assert response.status_code == 503
     assert "retry-after" not in response.headers
     assert response.headers["x-should-retry"] == "false"
-    (line,) = [r for r in caplog.records if r.name == "rap_env.serving.logs"]
+    (line,) = [r for r in caplog.records if r.name == "rap_env.serving.http"]
     assert line.fields["reason"] == "40 tokens do not fit 3 bytes."
     assert 'reason="40 tokens do not fit 3 bytes."' in line.message

@@ -12,11 +12,12 @@ from rap_env.plan import Plan
 from rap_env.policies.by_text import TextPolicy
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.packaged_files import default_facts
+from rap_env.request import parse_bytes
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import choose_policy
-from rap_env.serving.settings import ServerSettings, parse_bytes
+from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack, greeting
 from tests.importance.test_kind_costs import kind_costs
 from tests.policies.test_knapsack import costs

@@ -20,15 +20,14 @@ from rap_env.models.weights.residency import RESIDENCIES
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import PACKAGED, default_facts
 from rap_env.policies.registry import packaged_policies
+from rap_env.request import parse_bytes
 from rap_env.runtime.plan_chooser import predicts
 from rap_env.runtime.running import RESTORES
-from rap_env.serving.preflight import _PREDICTING, check_before_loading
-from rap_env.serving.server import bind, url_of
 from rap_env.serving.settings import (
     ServerSettings,
-    parse_bytes,
     read_settings_file,
 )
+from rap_env.serving.startup import _PREDICTING, bind, check_before_loading, url_of
 from rap_env.specs import settings_of
 
 

@@ -1,0 +1,218 @@
+"""One answer on its way to a client: its text, its times, and the plans that computed it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rap_env.plan import Plan
+from rap_env.runtime.request_handle import AdmitEvent, EndEvent, Event, TokenEvent
+from rap_env.serving.metrics import ServingMetrics
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer writes for bytes that are not a whole character (yet)."""
+_MAX_UNFINISHED = 3
+"""Bytes of a UTF-8 character without its last one: so many may wait for it."""
+_MAX_TOKENS = 64
+"""Tokens after which bytes that never became a character are returned as they are."""
+
+
+class Detokenizer:
+    """Decodes a growing sequence of tokens; text that it has returned never changes.
+
+    The text of a token depends on the tokens before it (a leading space is dropped at the start
+    of a text) and, if a character has several bytes, on the tokens after it. So each step decodes
+    a short window that begins with tokens whose text was already returned, and holds back text
+    that may still change. The work per step does not grow with the sequence.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._context = 0  # leading tokens of the window whose text was returned
+        self._given = 0  # characters of the window's text that were returned
+
+    def add(self, token_id: int) -> str:
+        """Add a token and return the text that is final now, often that of the token alone."""
+        self._window.append(token_id)
+        text = plain_text(self._tokenizer, self._window)
+        waiting = min(len(text) - len(text.rstrip(UNFINISHED)), _MAX_UNFINISHED)
+        if len(self._window) - self._context > _MAX_TOKENS:
+            waiting = 0
+        certain = len(text) - waiting
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if not waiting:
+            self._move_on()
+        return piece
+
+    def finish(self) -> str:
+        """Return the text that was held back; call it after the last token."""
+        text = plain_text(self._tokenizer, self._window)
+        piece = text[self._given :]
+        self._given = len(text)
+        return piece
+
+    def _move_on(self) -> None:
+        recent = self._window[self._context :]
+        if text := plain_text(self._tokenizer, recent):  # a window without text would be no context
+            self._window, self._given = recent, len(text)
+        self._context = len(self._window)
+
+
+def plain_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Decode tokens, without special tokens and without cleaning up spaces."""
+    text: str = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+class StopStrings:
+    """Truncates streamed text before the first of several stop strings, none of them empty.
+
+    After one has `matched`, no text is returned.
+    """
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        self._strings = tuple(strings)
+        self._waiting = ""
+        self.matched = False
+
+    def add(self, piece: str) -> str:
+        """Add text and return the part that cannot belong to a stop string."""
+        if self.matched:
+            return ""
+        text = self._waiting + piece
+        starts = [start for start in map(text.find, self._strings) if start >= 0]
+        if starts:
+            self.matched = True
+            self._waiting = ""
+            return text[: min(starts)]
+        keep = self._partial_match(text)
+        self._waiting = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return the text that was held back; call it after the last text."""
+        text, self._waiting = self._waiting, ""
+        return text
+
+    def _partial_match(self, text: str) -> int:
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
+        longest = min(len(text), max((len(string) - 1 for string in self._strings), default=0))
+        for length in range(longest, 0, -1):
+            if any(string.startswith(text[-length:]) for string in self._strings):
+                return length
+        return 0
+
+
+class AnswerTimer:
+    """Times of one answer in seconds since its arrival, from the engine's events.
+
+    Args:
+        metrics: Where the times are observed as they become known.
+        prompt_tokens: Tokens of the prompt.
+        arrived_s: Time of arrival on the engine's clock.
+    """
+
+    def __init__(self, metrics: ServingMetrics, prompt_tokens: int, arrived_s: float) -> None:
+        self._metrics = metrics
+        self._prompt_tokens = prompt_tokens
+        self._arrived_s = self._last_s = arrived_s
+        self._tokens = 0
+        self.queue_s: float | None = None
+        self.first_token_s: float | None = None
+
+    def add(self, event: Event) -> None:
+        """Take in an event; in their order."""
+        seconds = max(0.0, event.time_s - self._arrived_s)
+        if isinstance(event, TokenEvent):
+            self._tokens += 1
+            if self.first_token_s is None:
+                self.first_token_s = seconds
+                self._metrics.first_token_s.observe(seconds)
+            else:
+                self._metrics.between_tokens_s.observe(max(0.0, event.time_s - self._last_s))
+            self._last_s = event.time_s
+        elif isinstance(event, AdmitEvent | EndEvent):
+            if self.queue_s is None:
+                self.queue_s = seconds
+                self._metrics.queue_s.observe(seconds)
+            if isinstance(event, EndEvent):
+                self._end(seconds)
+
+    def _end(self, seconds: float) -> None:
+        metrics = self._metrics
+        metrics.answer_s.observe(seconds)
+        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.answer_tokens.observe(self._tokens)
+        if self._tokens > 1 and self.first_token_s is not None:
+            after_first_s = self._last_s - self._arrived_s - self.first_token_s
+            metrics.per_token_s.observe(max(0.0, after_first_s) / (self._tokens - 1))
+
+
+class AnswerPlans:
+    """The plans that computed the answers to one request, in the order of their passes.
+
+    What is reported describes one of them: the plan with the largest predicted rise in NLL. A plan
+    without a prediction counts as larger than any other, and of equal ones the last is reported.
+
+    Args:
+        predict: Gives the rise in NLL of a plan in nats per token, None without a prediction.
+        server: Names what else determines the answers, such as the model's weights.
+
+    Attributes:
+        fingerprint: The API's ``system_fingerprint``: equal for equal `server` and equal plans.
+        changed: Whether the plan changed from one pass to the next.
+    """
+
+    def __init__(self, predict: Callable[[Plan], float | None], server: str) -> None:
+        self._predict = predict
+        self._digest = server
+        self._last: Plan | None = None
+        self._reported = Plan()
+        self._delta_nll: float | None = 0.0
+        self.fingerprint = ""
+        self.changed = False
+
+    def add(self, plan: Plan) -> None:
+        """Add the plan of the next pass."""
+        if plan == self._last:
+            return
+        rise = self._predict(plan)
+        if self._last is None or _order(rise) >= _order(self._delta_nll):
+            self._reported, self._delta_nll = plan, rise
+        self.changed = self._last is not None
+        self._last = plan
+        self._digest = hashlib.sha256(f"{self._digest} {plan.digest}".encode()).hexdigest()
+        self.fingerprint = f"fp_{self._digest[:10]}"
+
+    def report(self) -> dict[str, Any]:
+        """The object ``rap`` of a response; ``delta_nll`` is in nats per token."""
+        return {
+            "plan": self._reported.digest,
+            "levels": self._reported.summary,
+            "delta_nll": self._delta_nll,
+            "plan_changed": self.changed,
+        }
+
+    def headers(self) -> dict[str, str]:
+        """The report as response headers; what is null there has no header."""
+        return {
+            f"x-rap-{name.replace('_', '-')}": value
+            if isinstance(value, str)
+            else json.dumps(value)
+            for name, value in self.report().items()
+            if value is not None
+        }
+
+
+def _order(rise: float | None) -> float:
+    return math.inf if rise is None else rise

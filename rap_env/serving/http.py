@@ -1,0 +1,381 @@
+"""What all routes share: request ids, API keys, bodies within limits, and the API's errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rap_env.errors import RapError, ServingSettingsError
+from rap_env.serving.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response that no client receives, as in nginx's log."""
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health"})
+"""Paths of the probes, which need no key."""
+UNLIMITED_PATHS = PROBE_PATHS | {"/metrics", "/admin/budget"}
+"""Paths that are answered above the connection limit too."""
+LINGER_BYTES = 8 * 1024 * 1024
+"""Bytes of a rejected body that are still read and dropped: a client that is cut off while it
+sends seldom reads the error response."""
+LINGER_S = 2.0
+"""Longest time for that, in seconds."""
+_VALID_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_KEY = re.compile(r"[!-~]+")  # what a header can hold without quotes
+
+
+# Errors
+
+
+@dataclass(eq=False)
+class ApiError(RapError):
+    """Error response: an HTTP status, and the API's message, type, field (`param`) and code."""
+
+    status: int
+    message: str
+    _: KW_ONLY
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def outcome(self) -> str:
+        """Label in the metrics: the code, or a name for the status."""
+        return self.code or ("invalid" if self.status < 500 else "error")
+
+    def to_json(self, scope: Scope) -> dict[str, Any]:
+        """Body of the response to the request of an ASGI scope, which has the request's id."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+                "request_id": scope.get("state", {}).get("request_id"),
+            }
+        }
+
+    def response(self, scope: Scope) -> JSONResponse:
+        """Response to the request of an ASGI scope."""
+        return JSONResponse(self.to_json(scope), self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    """400: the request is invalid."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    """413: the body is longer than the limit."""
+    return ApiError(
+        413,
+        f"The request body is longer than {limit_bytes} bytes, the most that this server reads.",
+        code="request_too_large",
+        headers={"connection": "close"},
+    )
+
+
+def unavailable(
+    message: str, code: str = "service_unavailable", *, retry_after_s: int | None = 1
+) -> ApiError:
+    """503: the server cannot answer this request now, but may after some seconds.
+
+    Without these, it cannot as long as its limits stay, and OpenAI's clients do not ask again.
+    """
+    if retry_after_s is None:
+        headers = {"x-should-retry": "false"}
+    else:
+        headers = {"retry-after": str(retry_after_s)}
+    return ApiError(503, message, kind="server_error", code=code, headers=headers)
+
+
+def failed(message: str) -> ApiError:
+    """500: an unexpected error."""
+    return ApiError(500, message, kind="server_error", code="internal_error")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Text of a value for an error message, shortened to `most` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+# Keys
+
+
+class ApiKeys:
+    """The keys of a file, of which only the SHA-256 stays in memory.
+
+    Args:
+        path: The file: one key per line; empty lines and those that begin with # are skipped.
+        name: The setting that names the file.
+
+    Raises:
+        ServingSettingsError: The file cannot be read, has no key, or a line is not a key. The
+            message does not quote the line.
+    """
+
+    def __init__(self, path: str, name: str = "api_key_file") -> None:
+        self._path = path
+        self._name = name
+        self._digests = self._read()
+
+    def reload(self) -> None:
+        """Read the file again; if it is not valid, log why, and keep the keys."""
+        try:
+            self._digests = self._read()
+        except ServingSettingsError as error:
+            log.error("The keys stay as they were: %s", error)
+        else:
+            log.info("Read %d keys from %s.", len(self._digests), self._path)
+
+    def shares_with(self, other: ApiKeys) -> bool:
+        """Whether some key is in both files."""
+        return not self._digests.isdisjoint(other._digests)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a key is one of them; takes the same time for every key."""
+        given = _digest(key)
+        return sum(hmac.compare_digest(known, given) for known in self._digests) > 0
+
+    def _read(self) -> frozenset[bytes]:
+        name, path = self._name, self._path
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise ServingSettingsError(f"{name} {path} must be a text file in UTF-8.") from None
+        digests = set()
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            if not line or line.startswith("#"):
+                continue
+            if not _KEY.fullmatch(line):
+                raise ServingSettingsError(
+                    f"Line {number} of {name} {path} must be a key of visible ASCII characters "
+                    "without spaces, or a comment that begins with #."
+                )
+            digests.add(_digest(line))
+        if not digests:
+            raise ServingSettingsError(
+                f"{name} {path} has no key; write one per line, for example the output of "
+                "'openssl rand -hex 32'."
+            )
+        return frozenset(digests)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def open_keys(settings: ServerSettings) -> tuple[ApiKeys | None, ApiKeys | None]:
+    """The keys of clients and those of administrators; None for a file that is not set.
+
+    Raises:
+        ServingSettingsError: As for `ApiKeys`, or both files have a key in common.
+    """
+    clients, admins = settings.api_key_file, settings.admin_key_file
+    keys = None if clients is None else ApiKeys(clients)
+    admin_keys = None if admins is None else ApiKeys(admins, "admin_key_file")
+    if keys is not None and admin_keys is not None and keys.shares_with(admin_keys):
+        raise ServingSettingsError(
+            f"api_key_file {clients} and admin_key_file {admins} must have no key in common: with "
+            "it a client could set the memory limit."
+        )
+    return keys, admin_keys
+
+
+class RequestGate:
+    """ASGI middleware that gives each request an id, checks its key, and logs a line at its end.
+
+    A client's own id is kept if it has 1 to 128 letters, digits or characters of ``._:/+=@-``.
+    Requests without a valid key get status 401, except probes. Applications find the id as
+    ``request.state.request_id``, and may add to the line: ``request.state.outcome``,
+    ``request.state.reason`` (why it was not answered), and what the function
+    ``request.state.log_fields`` returns.
+
+    Args:
+        app: The application.
+        keys: The keys of clients, who send ``Authorization: Bearer KEY``; None if none is needed.
+        admin_keys: The keys of administrators, which the paths below ``/admin`` need instead.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: ApiKeys | None = None, admin_keys: ApiKeys | None = None
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._admin_keys = admin_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
+        request_id = given if _VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.monotonic(), CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                header = REQUEST_ID_HEADER.encode(), request_id.encode()
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        refusal = self._refusal(scope["path"], headers.get("authorization", ""))
+        app = self._app if refusal is None else refusal.response(scope)
+        try:
+            await app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            _log_request(scope, status, time.monotonic() - started)
+
+    def _refusal(self, path: str, authorization: str) -> ApiError | None:
+        """The error for a request without a valid key; None if it has one, or needs none."""
+        keys = self._keys
+        if self._admin_keys is not None and path.startswith("/admin"):
+            keys = self._admin_keys
+        scheme, _, key = authorization.partition(" ")
+        if keys is None or path in PROBE_PATHS:
+            return None
+        if scheme.lower() == "bearer" and key.strip() in keys:
+            return None
+        seen = "Incorrect API key provided" if key else "You didn't provide an API key"
+        return ApiError(
+            401,
+            f"{seen}; send a key of this server in the header 'Authorization: Bearer KEY'.",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    state, method = scope["state"], scope["method"]
+    path = shown(scope["raw_path"].decode("ascii"))  # as sent: no line breaks
+    known = {name: state.get(name) for name in ("outcome", "reason")}
+    known |= state.get("log_fields", dict)()
+    known = {name: value for name, value in known.items() if value is not None}
+    words = [f" {name}={_quoted(value)}" for name, value in known.items()]
+    fields = {
+        "request_id": state["request_id"],
+        "method": method,
+        "path": path,
+        "status": status,
+        "seconds": round(seconds, 3),
+        **known,
+    }
+    log.log(
+        logging.DEBUG if scope["path"] in UNLIMITED_PATHS else logging.INFO,
+        f"{state['request_id']} {method} {path} {status} {seconds:.3f} s{''.join(words)}",
+        extra={"fields": fields, "event": "request ended"},
+    )
+
+
+def _quoted(value: object) -> str:
+    """Text of a value, in quotes if it has spaces."""
+    text = str(value)
+    return json.dumps(text) if " " in text else text
+
+
+# Bodies
+
+
+async def read_json(request: Request, settings: ServerSettings) -> dict[str, Any]:
+    """Read the body of an HTTP request, a JSON object.
+
+    Raises:
+        ApiError: 400 if the body is invalid, 413 if it is too long, whether or not it declares its
+            length, 408 if it is too slow.
+        ClientDisconnect: The client disconnected.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if kind.lower() != "application/json":
+        raise invalid(
+            f"Unsupported content type: '{shown(kind)}'; send 'Content-Type: application/json'.",
+            code="unsupported_content_type",
+        )
+    most = settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > most:
+        if "expect" not in request.headers and int(declared) <= LINGER_BYTES:
+            await _drop_rest(request)
+        raise too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    break
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"The request body was not complete after {settings.body_timeout_s:g} seconds.",
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
+    if len(body) > most:
+        await _drop_rest(request)
+        raise too_large(most)
+    return parse_json(bytes(body))
+
+
+async def _drop_rest(request: Request) -> None:
+    """Read and drop the rest of a body, within `LINGER_BYTES` and `LINGER_S`."""
+    seen = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_S):
+            while seen < LINGER_BYTES:
+                message = await request.receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                seen += len(message.get("body", b""))
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object; anything else is an `ApiError` (400)."""
+    try:
+        value = json.loads(body, parse_constant=_reject_constant)
+        if b"\\u" in body:  # may be half of a surrogate pair, which no response could quote
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise invalid(
+            f"We could not parse the JSON body of your request: {shown(str(error))}.",
+            code="invalid_json",
+        ) from None
+    if not isinstance(value, dict):
+        raise invalid(
+            f"The body must be a JSON object, not {type(value).__name__}.", code="invalid_json"
+        )
+    return value
+
+
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,256 @@
+"""The command ``rap serve``: checks before anything that takes time, then serves until a signal.
+
+Importing it loads no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import json
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rap_env.errors import ServingSettingsError, check_name
+from rap_env.extras import require_extra
+from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
+from rap_env.policies.loading import check_policy, load_policy
+from rap_env.policies.packaged_files import KNAPSACKS, default_facts
+from rap_env.policies.registry import policy_names
+from rap_env.request import Request
+from rap_env.runtime.plan_chooser import no_prediction_text
+from rap_env.serving.settings import ServerSettings, too_little
+
+log = logging.getLogger(__name__)
+
+_PREDICTING = (*KNAPSACKS, "rap", "rap-low-bits", "rap-recall")
+"""Names of the policies that predict the rise in NLL of their plans."""
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_TEXT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
+_TIME = "%Y-%m-%dT%H:%M:%S"
+
+
+def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        settings: Settings of the server.
+        say: Shows a text to the user.
+
+    Raises:
+        RapError: As for `rap_env.serving.stack.build_stack`, the address is not available, or
+            `check_access`, `check_address` or `check_before_loading` rejects the settings.
+    """
+    require_extra("serve", "Serving")
+    check_access(settings)
+    check_before_loading(settings)
+    with server_logging(settings), bind(settings.host, settings.port) as bound:
+        check_address(bound, settings)
+        # These import torch, which takes seconds.
+        from rap_env.models.device import use_threads
+        from rap_env.serving.server import Server
+        from rap_env.serving.stack import build_stack, farewell, greeting
+
+        if settings.threads is not None:
+            use_threads(settings.threads)
+        stack = build_stack(settings)
+        try:
+            text = greeting(stack, url_of(bound, tls=settings.ssl_certfile is not None))
+            has_keys = settings.api_key_file or settings.admin_key_file
+            on_hangup = stack.app.state.service.reload_keys if has_keys else None
+            Server(stack.app, lambda: say(text), on_hangup).run(sockets=[bound])
+            say(farewell(stack.engine))
+        finally:
+            stack.close()
+
+
+# The address
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket to an address, without listening; port 0 takes a free one.
+
+    Raises:
+        ServingSettingsError: The address is in use, forbidden, or not of this machine.
+    """
+    try:
+        if not 0 <= port <= 65535:  # the system would take its lower 16 bits
+            raise OverflowError("a port is a number from 0 to 65535")
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = addresses[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        remedy = "check host and port"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            remedy = "stop the program that listens there, or choose another port"
+        raise ServingSettingsError(f"Cannot listen at {host}:{port} ({error}); {remedy}.") from None
+    return bound
+
+
+def url_of(bound: socket.socket, *, tls: bool = False) -> str:
+    """URL of a bound socket, for clients."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+# Checks
+
+
+def check_access(settings: ServerSettings) -> None:
+    """Check the files of keys and certificates.
+
+    Raises:
+        ServingSettingsError: As for `rap_env.serving.http.open_keys`, or the certificate and its
+            key are not usable.
+    """
+    from rap_env.serving.http import open_keys
+
+    open_keys(settings)
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    if certificate is None:
+        if key is not None:
+            raise ServingSettingsError(
+                "ssl_keyfile needs ssl_certfile, the certificate that belongs to the key."
+            )
+        return
+    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
+        try:
+            if path is not None:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise ServingSettingsError(f"Cannot read {name} {path}: {error.strerror}.") from None
+    try:
+        # A password callback, so that an encrypted key is an error instead of a question.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise ServingSettingsError(
+            f"ssl_certfile {certificate} and ssl_keyfile {key or '(the same file)'} must be a "
+            f"certificate and its unencrypted private key in PEM format ({error})."
+        ) from None
+
+
+def check_address(bound: socket.socket, settings: ServerSettings) -> None:
+    """Refuse to serve without keys at an address that others can reach, unless `insecure` is set.
+
+    Raises:
+        ServingSettingsError: The address is no loopback address, and there are no keys.
+    """
+    host, port = bound.getsockname()[:2]
+    if ipaddress.ip_address(host).is_loopback or settings.api_key_file is not None:
+        return
+    if not settings.insecure:
+        raise ServingSettingsError(
+            f"Others can reach {host}:{port}, and no API key is required: set api_key_file to a "
+            "file of keys (one per line) or host to 127.0.0.1, or set insecure to serve without."
+        )
+    log.warning("Every client that reaches %s:%d can use it: it requires no API key.", host, port)
+
+
+def check_before_loading(settings: ServerSettings) -> None:
+    """Check policy, model and memory as far as files and the facts in the package tell.
+
+    The facts of the default model are known. `build_stack` checks the rest.
+
+    Raises:
+        UnknownNameError: There is no such dtype, or no policy of this name and no such file.
+        ArtifactError: The policy file is damaged, or of another model.
+        PluginError: Several packages offer the policy.
+        ServingSettingsError: `model_memory` is less than the smallest plan needs, or the policy
+            predicts nothing for a floor of quality.
+    """
+    check_name("dtype", settings.dtype, _DTYPES)
+    known = {*policy_names()}
+    for name in ("max_delta_nll", "min_quality_per_request"):
+        bound = getattr(settings, name)
+        if bound not in (None, "auto") and settings.policy in known - {*_PREDICTING}:
+            raise ServingSettingsError(no_prediction_text(name, bound, settings.policy))
+    check_policy(settings.policy)
+    facts = _known_facts(settings)
+    if facts is None:
+        return
+    memory = MemoryModel(facts)
+    least = memory.peak_bytes_without_blocks(Request(1, 1, 1))
+    if settings.model_bytes is not None and settings.model_bytes < least:
+        raise ServingSettingsError(too_little(settings.model, least, settings.model_bytes))
+    certain = settings.policy in known or settings.dtype == facts.dtype
+    if certain and settings.policy not in ("dense", *KNAPSACKS):  # these serve any model
+        load_policy(settings.policy, memory)
+
+
+def _known_facts(settings: ServerSettings) -> ModelFacts | None:
+    """Facts of the default model in bfloat16, whatever its dtype; None for any other."""
+    if settings.weights not in ("native", "bf16"):
+        return None
+    facts = default_facts(settings.weights)
+    same = settings.model.partition("@")[0] == facts.name.partition("@")[0]
+    return facts if same else None
+
+
+# The log
+
+
+class TextFormatter(logging.Formatter):
+    """A line with time (UTC), level and message; a traceback follows in lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT, _TIME)
+        self.converter = time.gmtime
+
+
+class JsonFormatter(TextFormatter):
+    """A JSON object per line: ``time``, ``level``, ``logger`` and ``message``.
+
+    A record's ``fields``, given as ``extra={"fields": {...}, "event": "..."}``, are further keys,
+    and its ``event`` is the message then, which repeats none of them. A traceback is in
+    ``exception``.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        entry = {
+            "time": f"{self.formatTime(record, _TIME)}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": vars(record).get("event") or record.getMessage(),
+            **vars(record).get("fields", {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+@contextlib.contextmanager
+def server_logging(settings: ServerSettings) -> Iterator[None]:
+    """Log to standard error as the settings say, within a ``with`` block.
+
+    The process's handlers for the console are replaced; others, such as files, stay.
+    """
+    root, package = logging.getLogger(), logging.getLogger("rap_env")
+    level = settings.log_level.upper()
+    handlers, package_level = root.handlers[:], package.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
+    handler.setLevel(level)
+    package.setLevel(level)
+    root.handlers[:] = [*(h for h in handlers if type(h) is not logging.StreamHandler), handler]
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        package.setLevel(package_level)
+        handler.close()
