@@ -123,8 +123,8 @@ class LongContextConfig(Section):
     """Generated tasks by kind: the ``lengths`` of their texts in tokens, and the number of
     ``questions`` at each length; a text has 3 to 12 of them."""
     documents: list[TextConfig] = field(default_factory=list)
-    """Documents for the loss: those of a JSONL file that are long enough, or written by the model
-    (``self``). `windows` is their number, `window_tokens` what they are cut to."""
+    """Documents for the loss, of JSONL files: `windows` of those with at least `window_tokens`
+    tokens, cut to these."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ made with. Bytes are those of the model as shipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,17 +112,20 @@ def equal_bytes_jobs(config: Config, folder: Path) -> Iterator[Job[EqualBytesRow
 
     def measure_file(source: Path, kind: str) -> EqualBytesRow:
         tokens = report.corpus.tokens.shape[1]
-        with (
-            quantised(source, kind, context.llm, calibration_windows(shipped)) as file,
-            closing(LlamaCpp(str(file), "f16", 1, tokens, threads=1)) as engine,
-        ):
-            return EqualBytesRow(
-                method="llama.cpp",
-                name=kind,
-                weight_bytes=engine.model_bytes,
-                tensor_types=engine.tensor_types,
-                **compare(partial(logits_of, engine)),
-            )
+        with TemporaryDirectory() as folder:
+            file = source
+            if kind != AS_SHIPPED:
+                file = Path(folder, "quantised.gguf")
+                squares = input_squares(context.llm, calibration_windows(shipped))
+                write_quantised_file(source, file, kind, squares)
+            with closing(LlamaCpp(str(file), "f16", 1, tokens, threads=1)) as engine:
+                return EqualBytesRow(
+                    method="llama.cpp",
+                    name=kind,
+                    weight_bytes=engine.model_bytes,
+                    tensor_types=engine.tensor_types,
+                    **compare(partial(logits_of, engine)),
+                )
 
     depends_on = measured_on(report)
     for kind in settings.llama_cpp_files:
@@ -197,21 +200,6 @@ def logits_of(engine: LlamaCpp, window: torch.Tensor) -> torch.Tensor:
     """The same as `window_logits` in llama.cpp."""
     parts = [part for part, _ in engine.logits(window.numpy().astype(np.int32))]
     return torch.from_numpy(np.concatenate(parts))
-
-
-@contextmanager
-def quantised(source: Path, kind: str, llm: ElasticLLM, text: torch.Tensor) -> Iterator[Path]:
-    """A file that llama.cpp's quantiser makes from a model's file, in a ``with`` block.
-
-    Its importance matrix is that of `input_squares`.
-    """
-    if kind == AS_SHIPPED:
-        yield source
-        return
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "quantised.gguf")
-        write_quantised_file(source, file, kind, input_squares(llm, text))
-        yield file
 
 
 def input_squares(llm: ElasticLLM, text: torch.Tensor) -> dict[str, list[float]]:

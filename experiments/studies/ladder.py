@@ -5,13 +5,13 @@ Beside them stand the formats of llama.cpp's cache, on the same file and windows
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,8 +30,14 @@ from experiments.study.json_records import (
 )
 from experiments.study.pages import Published, first_section
 from experiments.study.plotting import Panel, panel_figure, plain_log_ticks, scale_delta_nll
-from experiments.study.table_format import TitledTable, columns_table, percent, precise, shape_words
-from rap_env.context.base import PruningContext
+from experiments.study.table_format import (
+    TitledTable,
+    columns_table,
+    crossed_table,
+    percent,
+    precise,
+    shape_words,
+)
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
@@ -74,10 +80,8 @@ class LadderRow(RequestRecord, DeltaNLLRecord):
             blocks are removed and nothing else; ``"knapsack"``: over the levels of all items;
             ``"llama.cpp"``.
         name: The setting, such as ``"int4 / int8"`` (weights / caches) or ``"q8_0"``; of a policy
-            its budget.
+            its budget, as a share of the unquantised model's peak.
         held_bytes: Bytes of weights and KV cache, as llama.cpp allocates them or as computed.
-        budget_fraction: Budget as a fraction of the unquantised model's peak; None for a setting.
-        budget_bytes: The budget itself; None for a setting.
         fits: Whether the peak is within the budget; always true for a setting.
         levels: Levels of all items that are not native, by name.
     """
@@ -88,25 +92,15 @@ class LadderRow(RequestRecord, DeltaNLLRecord):
     method: str
     name: str
     held_bytes: int
-    budget_fraction: float | None = None
-    budget_bytes: int | None = None
     fits: bool = True
     levels: dict[str, str] = field(default_factory=dict)
 
 
-class Chosen(NamedTuple):
-    """A plan of a method for a request, and what scores it; see `LadderRow`."""
-
-    method: str
-    name: str
-    plan: Plan
-    request: Request
-    scorer: MaskScorer
-    budget_fraction: float | None = None
-
-
 def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
     """Yield the plans of all methods, and llama.cpp's caches, for all requests.
+
+    The knapsack starts from the model as shipped, if its weights are packed, and its uniform
+    settings are measured as well. Packaged policies of another model are left out, with a warning.
 
     Raises:
         UnknownNameError: There is no such policy or level.
@@ -114,62 +108,51 @@ def ladder_jobs(config: Config, folder: Path) -> Iterator[Job[LadderRow]]:
         ExperimentError: ``ladder.llama_cpp_caches`` has entries, but llama.cpp is not installed, or
             the model comes from no GGUF file.
     """
-    context = build_context(config)
+    settings, model, context = config.ladder, config.model, build_context(config)
     report = held_out_scorer(config.evaluate.text, "report", context)
-    if config.ladder.llama_cpp_caches:
+    if settings.llama_cpp_caches:
         yield from _llama_cpp_jobs(config, report)
-
-    def measure(chosen: Chosen) -> LadderRow:
-        plan, request, fraction = chosen.plan, chosen.request, chosen.budget_fraction
-        sizes = MemoryModel(chosen.scorer.llm).breakdown(plan, request)
-        delta_nll = chosen.scorer.window_nll(plan) - report.window_nll(Plan())
-        return LadderRow(
-            method=chosen.method,
-            name=chosen.name,
-            request=request_field((request.batch_size, request.seq_len_tokens)),
-            held_bytes=sizes.peak - sizes.workspace,
-            budget_fraction=fraction,
-            budget_bytes=None if fraction is None else request.budget_bytes,
-            fits=fraction is None or sizes.peak <= request.budget_bytes,
-            levels=plan.levels,
-            **delta_nll_fields(delta_nll),
-        )
-
-    for chosen in chosen_plans(config, context, report):
-        shape = chosen.request.batch_size, chosen.request.seq_len_tokens
-        depends_on = {**measured_on(chosen.scorer), "plan": chosen.plan.levels}
-        identity = chosen.method, chosen.name, shape
-        yield Job(LadderRow, identity, depends_on, partial(measure, chosen))
-
-
-def chosen_plans(config: Config, context: PruningContext, report: MaskScorer) -> Iterator[Chosen]:
-    """Yield the plans of all methods for all requests; `report` scores the unquantised model.
-
-    The knapsack starts from the model as shipped, if its weights are packed, and its uniform
-    settings are measured as well. Packaged policies of another model are left out, with a warning.
-    """
-    settings, model, memory = config.ladder, config.model, context.memory
     shipped = shared_llm(model.name, device=model.device, dtype=model.dtype, weights="native")
     packed = report
     if shipped.facts.packed:
         packed = MaskScorer(shipped, report.corpus, context.store)
-    removing = named_policy(settings.removing_policy, context, memory)
-    knapsack = named_policy(settings.knapsack, context, MemoryModel(packed.llm))
+
+    def job(
+        method: str, name: str, plan: Plan, request: Request, scorer: MaskScorer
+    ) -> Job[LadderRow]:
+        def measure() -> LadderRow:
+            sizes = MemoryModel(scorer.llm).breakdown(plan, request)
+            return LadderRow(
+                method=method,
+                name=name,
+                request=request_field(shape),
+                held_bytes=sizes.peak - sizes.workspace,
+                fits=sizes.peak <= request.budget_bytes,
+                levels=plan.levels,
+                **delta_nll_fields(scorer.window_nll(plan) - report.window_nll(Plan())),
+            )
+
+        shape = request.batch_size, request.seq_len_tokens
+        depends_on = {**measured_on(scorer), "plan": plan.levels}
+        return Job(LadderRow, (method, name, shape), depends_on, measure)
+
+    methods = {
+        "removal": (settings.removing_policy, settings.removal_budgets, report),
+        "knapsack": (settings.knapsack, settings.budgets, packed),
+    }
     for shape in settings.shapes:
-        whole = Request.at_fraction(memory, *shape, 1.0)
-        for name, plan in uniform_settings(settings, memory.facts).items():
-            yield Chosen("uniform", name, plan, whole, report)
-        for caches in settings.caches if packed is not report else ():
-            plan = Plan.uniform(memory.facts.num_layers, caches=caches)
-            yield Chosen("uniform", f"as shipped / {caches}", plan, whole, packed)
-        for method, policy, budgets, scorer in (
-            ("removal", removing, settings.removal_budgets, report),
-            ("knapsack", knapsack, settings.budgets, packed),
-        ):
-            for fraction in budgets if policy else ():
-                request = Request.at_fraction(memory, *shape, fraction)
-                plan = policy.choose(request) if policy else Plan()
-                yield Chosen(method, percent(fraction, 0), plan, request, scorer, fraction)
+        whole = Request.at_fraction(context.memory, *shape, 1.0)
+        for name, plan in uniform_settings(settings, context.memory.facts).items():
+            yield job("uniform", name, plan, whole, report)
+        for caches in settings.caches if shipped.facts.packed else ():
+            plan = Plan.uniform(shipped.facts.num_layers, caches=caches)
+            yield job("uniform", f"as shipped / {caches}", plan, whole, packed)
+        for method, (policy_name, budgets, scorer) in methods.items():
+            if policy := named_policy(policy_name, context, MemoryModel(scorer.llm)):
+                for fraction in budgets:
+                    request = Request.at_fraction(context.memory, *shape, fraction)
+                    plan = policy.choose(request)
+                    yield job(method, percent(fraction, 0), plan, request, scorer)
 
 
 def uniform_settings(settings: LadderConfig, facts: ModelFacts) -> dict[str, Plan]:
@@ -218,41 +201,35 @@ def _llama_cpp_jobs(config: Config, report: MaskScorer) -> Iterator[Job[LadderRo
 
 
 def ladder_tables(rows: Sequence[LadderRow]) -> list[TitledTable]:
-    """Settings with the bytes for each request; removal beside the knapsack at each budget."""
+    """Settings with their bytes for each request; removal beside the knapsack at each budget."""
     by_key = {(row.method, row.name, row.shape): row for row in rows}
-    at_budget = {(row.method, row.shape, row.budget_fraction): row for row in rows}
+    settings = [row for row in rows if row.method in ("uniform", "llama.cpp")]
+    budgets = {
+        f"{shape_words(row.shape)}, {row.name}": (row.name, row.shape)
+        for row in sorted(rows, key=lambda row: row.shape)
+        if row not in settings
+    }
     shapes = sorted({row.shape for row in rows})
 
     def mib(shape: Shape, row: LadderRow) -> str:
         return f"{by_key[row.method, row.name, shape].held_bytes / 2**20:,.0f}"
 
-    def chosen(method: str, cell: LadderRow) -> str:
-        row = at_budget.get((method, cell.shape, cell.budget_fraction))
+    def at_budget(budget: tuple[str, Shape], method: str) -> str:
+        row = by_key.get((method, *budget))
         return "-" if row is None else f"{precise(row.estimate)}{'' if row.fits else ' *'}"
 
-    settings = [row for row in rows if row.budget_bytes is None and row.shape == shapes[0]]
-    cells = {(row.shape, -row.budget_fraction): row for row in rows if row.budget_fraction}
-    settings_table = columns_table(
-        sorted(settings, key=lambda row: (row.method == "llama.cpp", -row.held_bytes)),
-        {
-            "Weights / caches": _label,
-            "ΔNLL": lambda row: precise(row.estimate),
-            **{f"{shape_words(shape)}, MiB": partial(mib, shape) for shape in shapes},
-        },
-    )
-    budgets_table = columns_table(
-        [cells[key] for key in sorted(cells)],
-        {
-            "Request": lambda row: shape_words(row.shape),
-            "Budget": lambda row: percent(row.budget_fraction, 0),
-            "MiB": lambda row: f"{(row.budget_bytes or 0) / 2**20:,.0f}",
-            "Removal alone": partial(chosen, "removal"),
-            "Knapsack over levels": partial(chosen, "knapsack"),
-        },
-    )
+    columns: dict[str, Callable[[LadderRow], str]] = {
+        "Weights / caches": _label,
+        "ΔNLL": lambda row: precise(row.estimate),
+        **{f"{shape_words(shape)}, MiB": partial(mib, shape) for shape in shapes},
+    }
+    first = [row for row in settings if row.shape == shapes[0]]
+    first.sort(key=lambda row: (row.method == "llama.cpp", -row.held_bytes))
+    methods = {"Removal alone": "removal", "Knapsack over levels": "knapsack"}
+    by_budget = crossed_table("Request, budget", budgets, methods, at_budget)
     return [
-        TitledTable(settings_table, "Uniform settings", SETTINGS_CAPTION),
-        TitledTable(budgets_table, "Removal alone, and the ladder", BUDGETS_CAPTION),
+        TitledTable(columns_table(first, columns), "Uniform settings", SETTINGS_CAPTION),
+        TitledTable(by_budget, "Removal alone, and the ladder", BUDGETS_CAPTION),
     ]
 
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from experiments.config import Config
@@ -25,12 +23,8 @@ from experiments.study.pages import Published
 from experiments.study.table_format import TitledTable, columns_table, precise
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
-from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import gguf_source
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights.gptq import DampedHessian, hessians, quantise_gptq
-from rap_env.models.weights.packing import PackedMatrix
-from rap_env.models.weights.quantisers import round_to_nearest
 from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer
@@ -44,10 +38,9 @@ CAPTION = (
     "their FFN, for embeddings with the head, or for all caches; in brackets the file's format. "
     "A file with four bits loses nothing at four; that says little about models shipped in more."
 )
-ROUNDINGS = {"nearest": ", rounded to nearest", "calibrated": ", GPTQ on calibration text"}
 
-Lowered = tuple[str, str, str]
-"""What is lowered (`LevelCostRow.what`), to which level, and how weights are rounded."""
+Lowered = tuple[str, str]
+"""What is lowered (`LevelCostRow.what`), and to which level."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +53,24 @@ class LevelCostRow(DeltaNLLRecord):
         what: What was lowered: ``"weights"`` (of all blocks), ``"FFN"``, ``"embeddings"`` or
             ``"caches"``.
         level: To which level.
-        rounding: How weights were quantised: ``"fitted"`` (least error, as the model does it),
-            ``"nearest"``, or ``"calibrated"`` (GPTQ on the calibration text); empty for caches.
         text: Name of the report text.
         lowered_bytes: Bytes of the weights that were lowered; 0 for caches.
     """
 
     file = "level_costs_by_model.jsonl"
-    identity = ("model", "what", "level", "rounding", "text")
+    identity = ("model", "what", "level", "text")
 
     model: str
     shipped_format: str
     what: str
     level: str
-    rounding: str
     text: str
     lowered_bytes: int
 
     @property
     def lowered(self) -> Lowered:
-        """What was lowered, to which level, and how weights were rounded."""
-        return self.what, self.level, self.rounding
+        """What was lowered, and to which level."""
+        return self.what, self.level
 
 
 def level_cost_jobs(config: Config, folder: Path) -> Iterator[Job[LevelCostRow]]:
@@ -91,17 +81,11 @@ def level_cost_jobs(config: Config, folder: Path) -> Iterator[Job[LevelCostRow]]
     context = build_context(config)
     llm, held_out = context.llm, held_out_scorer(config.evaluate.text, "report", context)
     report = MaskScorer(llm, with_start(llm, held_out.corpus.tokens))
-    calibration = with_start(llm, context.corpus.tokens)
     name = Path(config.model.name).name
     text = Path(config.evaluate.text.source).parent.name or "self"
     request = Request(1, report.corpus.tokens.shape[1], budget_bytes=2**62)
 
-    def measure(lowered: Lowered, plan: Plan) -> LevelCostRow:
-        what, level, rounding = lowered
-        if rounding in ROUNDINGS:
-            nll = rounded_nll(config, rounding, report, calibration)
-        else:
-            nll = report.window_nll(plan)
+    def measure(what: str, level: str, plan: Plan) -> LevelCostRow:
         sizes = context.memory.breakdown(plan, request)
         bytes_of = {
             "weights": sizes.weights,
@@ -113,15 +97,14 @@ def level_cost_jobs(config: Config, folder: Path) -> Iterator[Job[LevelCostRow]]
             shipped_format=shipped_format(config.model.name, llm),
             what=what,
             level=level,
-            rounding=rounding,
             text=text,
             lowered_bytes=bytes_of.get(what, 0),
-            **delta_nll_fields(nll - report.window_nll(Plan())),
+            **delta_nll_fields(report.window_nll(plan) - report.window_nll(Plan())),
         )
 
-    for lowered, plan in lowered_everywhere(context.memory.facts):
+    for lowered, plan in lowered_everywhere(context.memory.facts).items():
         identity = name, *lowered, text
-        yield Job(LevelCostRow, identity, measured_on(report), partial(measure, lowered, plan))
+        yield Job(LevelCostRow, identity, measured_on(report), partial(measure, *lowered, plan))
 
 
 def with_start(llm: ElasticLLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -132,44 +115,22 @@ def with_start(llm: ElasticLLM, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat((start, tokens[:, :-1]), dim=1)
 
 
-def lowered_everywhere(facts: ModelFacts) -> Iterator[tuple[Lowered, Plan]]:
-    """Yield every level of all weights, of the embeddings, and of all caches that exists."""
+def lowered_everywhere(facts: ModelFacts) -> dict[Lowered, Plan]:
+    """Every level of all weights, of the embeddings, and of all caches that exists."""
+    plans: dict[Lowered, Plan] = {}
     for level in WEIGHTS:
         blocks = facts.blocks_at(level)
-        roundings = (*ROUNDINGS, "fitted") if level == "int4" else ("fitted",)
-        for rounding in roundings if blocks else ():
-            yield ("weights", level, rounding), Plan.of(blocks)
+        if blocks:
+            plans["weights", level] = Plan.of(blocks)
         ffn = {name: level for name in blocks if name.endswith(".ffn")}
         if ffn and level in FFN_LEVELS:
-            yield ("FFN", level, "fitted"), Plan.of(ffn)
-    for level in WEIGHTS:
-        if level in facts.embedding_levels:
-            yield ("embeddings", level, "fitted"), Plan(embeddings=level)
+            plans["FFN", level] = Plan.of(ffn)
+    for level in facts.embedding_levels:
+        if level != "native":
+            plans["embeddings", level] = Plan(embeddings=level)
     for cache in CACHES if facts.kv_heads else ():
-        yield ("caches", cache, ""), Plan.uniform(facts.num_layers, caches=cache)
-
-
-def rounded_nll(
-    config: Config, rounding: str, report: MaskScorer, calibration: torch.Tensor
-) -> npt.NDArray[np.float64]:
-    """NLL of each window with all matrices of blocks at int4, on a copy of the model."""
-    model = config.model
-    llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-    modules = llm.model.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
-    with torch.no_grad():
-        with hessians(layers) as sums:
-            for window in calibration:
-                llm.hidden(window[None].to(llm.device))  # which leaves out the head
-        for name, total in sums.items():
-            weight = layers[name].weight
-            packed: PackedMatrix
-            if rounding == "nearest":
-                packed = round_to_nearest(weight)
-            else:
-                packed = quantise_gptq(weight, "int4", DampedHessian.of(total))
-            weight.copy_(packed.widened(weight.dtype))
-    return MaskScorer(llm, report.corpus).window_nll(Plan())
+        plans["caches", cache] = Plan.uniform(facts.num_layers, caches=cache)
+    return plans
 
 
 def shipped_format(model: str, llm: ElasticLLM) -> str:
@@ -190,9 +151,7 @@ def level_cost_tables(rows: list[LevelCostRow]) -> list[TitledTable]:
     def mib(row: LevelCostRow) -> str:
         return f"{row.lowered_bytes / 2**20:.1f}" if row.lowered_bytes else "-"
 
-    columns: dict[str, Callable[[Lowered], str]] = {
-        "Lowered everywhere": lambda key: f"{key[0]} {key[1]}{ROUNDINGS.get(key[2], '')}"
-    }
+    columns: dict[str, Callable[[Lowered], str]] = {"Lowered everywhere": " ".join}
     for model, form in {row.model: row.shipped_format for row in rows}.items():
         columns[f"{model} ({form}), MiB"] = partial(shown, model, mib)
         columns[f"{model}, ΔNLL"] = partial(shown, model, lambda row: precise(row.estimate))

@@ -13,7 +13,7 @@ import torch
 
 from experiments.config import Config
 from experiments.config.common import TextConfig
-from experiments.contexts import build_context, load_text, named_policy
+from experiments.contexts import build_context, named_policy
 from experiments.launch import launch
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import Record
@@ -176,10 +176,6 @@ def measures(config: Config, context: PruningContext) -> Iterator[Measure]:
 
 def documents_of(llm: ElasticLLM, text: TextConfig) -> Corpus:
     """Documents that are long enough, cut to the tokens of a window."""
-    if text.source == "self":
-        return load_text(text, "report", llm)
-    if llm.tokenizer is None:
-        raise CorpusError(f"{llm.name} has no tokenizer to read documents with.")
     rows = read_rows(Path(text.source).expanduser(), (text.field,))
     texts = list(dict.fromkeys(str(row[text.field]) for row in rows))
     tokenised = llm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -213,9 +209,10 @@ def plan_names(rows: Rows) -> dict[str, str]:
 
 
 def compared_lengths(rows: Rows) -> list[int]:
-    """Lengths from 1,024 tokens that all tasks about facts have, or all that they have."""
+    """Lengths from 1,024 tokens that all tasks about facts have, or all that there are."""
     by_kind = [set(found) for kind in FACTS if (found := lengths_of(rows, kind))]
-    lengths = sorted(set.intersection(*by_kind) or set.union(*by_kind))
+    shared = set.intersection(*by_kind) if by_kind else set()
+    lengths = sorted(shared or {length for *_, length in rows})
     return [length for length in lengths if length >= 1024] or lengths
 
 
@@ -261,7 +258,9 @@ def long_context_tables(rows: Rows) -> list[TitledTable]:
 
 
 def right_words(right: Sequence[float]) -> str:
-    """Format the share of right answers with its interval in per cent."""
+    """Format the share of right answers with its interval in per cent; a dash without any."""
+    if not right:
+        return "-"
     share = float(np.mean(right))
     low, high = wilson_interval(share, len(right))
     return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"

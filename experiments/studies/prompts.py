@@ -6,10 +6,10 @@ some requests and budgets, and measured on the whole window.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,11 @@ from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import Record
 from experiments.study.pages import Published
-from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.table_format import Table, TitledTable, crossed_table, relative_words
+from experiments.study.statistics import bootstrap_mean, relative_ratio
+from experiments.study.table_format import TitledTable, crossed_table, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
+from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.by_text import BY_TEXT, TextPolicy
@@ -80,128 +81,97 @@ def prompt_jobs(config: Config, folder: Path) -> Iterator[Job[PolicyRow]]:
         ExperimentError: There is no text or no cell.
         RapError: As for `load_policy`; or a text is not available or too short.
     """
-    from rap_env.models.files.loading import load_llm
-
     settings, model = config.prompts, config.model
     if not (settings.texts and settings.cells):
-        raise ExperimentError(
-            "prompts needs texts and cells; give experiment=prompts, or set prompts.texts and "
-            "prompts.cells."
-        )
+        raise ExperimentError("prompts needs texts and cells; give experiment=prompts.")
     reject_table(config)
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
-    policies: dict[str, Policy] = {name: load_policy(name, llm) for name in settings.policies}
-    by_text = {name: own for name, own in policies.items() if isinstance(own, TextPolicy)}
-    policies |= {f"{name}{BLIND}": own.for_text(()) for name, own in by_text.items()}
+    policies = {name: load_policy(name, llm) for name in settings.policies}
+    for name, policy in list(policies.items()):
+        if isinstance(policy, TextPolicy):
+            policies[f"{name}{BLIND}"] = policy.for_text(())
     for name, path in settings.recorded.items():
         policies[name] = RecordedPlans(name, path, llm.facts.fingerprint)
     texts = load_texts(settings.texts, "report", llm, progress=config.progress)
     store = open_store(config.store)
-    for text, corpus in texts.items():
-        scorer = MaskScorer(llm, corpus, store)
-        starts = corpus.tokens[:, : settings.prompt_tokens].tolist()
-        for (name, policy), cell in itertools.product(policies.items(), settings.cells):
-            pinned = parse_pinned(cell)
-            request = Request(*pinned.shape, pinned.budget_bytes)
-            plans = [_seeing(policy, start).choose(request) for start in starts]
-            hashed = digest([plan.levels for plan in plans])
-            yield Job(
-                PolicyRow,
-                (name, text, cell),
-                {**with_levels(scorer.context), "plans": hashed},
-                partial(
-                    _row, scorer, plans, (name, text, cell), settings.prompt_tokens,
-                    name in settings.recorded,
-                ),
-                scorer=scorer,
-                plans=[Plan(), *plans],
-            )  # fmt: skip
+    scorers = {name: MaskScorer(llm, text, store) for name, text in texts.items()}
+
+    def measure(name: str, text: str, cell: str, plans: Sequence[Plan]) -> PolicyRow:
+        scorer = scorers[text]
+        delta_nll = {plan: scorer.window_nll(plan) - scorer.window_nll(Plan()) for plan in plans}
+        own = [float(delta_nll[plan][window]) for window, plan in enumerate(plans)]
+        recorded = name in settings.recorded
+        return PolicyRow(name, text, cell, settings.prompt_tokens, recorded, own)
+
+    for text, name, cell in product(texts, policies, settings.cells):
+        pinned, scorer = parse_pinned(cell), scorers[text]
+        request = Request(*pinned.shape, pinned.budget_bytes)
+        starts = texts[text].tokens[:, : settings.prompt_tokens].tolist()
+        plans = [seeing(policies[name], start).choose(request) for start in starts]
+        hashed = digest([plan.levels for plan in plans])
+        depends_on = {**with_levels(scorer.context), "plans": hashed}
+        make, identity = partial(measure, name, text, cell, plans), (name, text, cell)
+        needed = [Plan(), *plans]
+        yield Job(PolicyRow, identity, depends_on, make, scorer=scorer, plans=needed)
 
 
-def _seeing(policy: Policy, prompt: Sequence[int]) -> Policy:
+def seeing(policy: Policy, prompt: Sequence[int]) -> Policy:
     """The policy for a prompt; itself if it does not look at prompts."""
     if not isinstance(policy, TextPolicy):
         return policy
     return policy.for_text(policy.text_kinds.shares(prompt))
 
 
-def _row(
-    scorer: MaskScorer,
-    plans: Sequence[Plan],
-    names: tuple[str, str, str],
-    prompt_tokens: int,
-    recorded: bool,
-) -> PolicyRow:
-    """The row of a policy, whose plan of each window is measured on it."""
-    native = scorer.window_nll(Plan())
-    by_plan = {plan: scorer.window_nll(plan) - native for plan in dict.fromkeys(plans)}
-    delta_nll = [float(by_plan[plan][window]) for window, plan in enumerate(plans)]
-    return PolicyRow(*names, prompt_tokens, recorded, delta_nll)
-
-
-class PromptStudy:
-    """The rows of a study of prompts, by policy, text and cell."""
-
-    def __init__(self, rows: Sequence[PolicyRow]) -> None:
-        self._rows = {(row.policy, row.text, row.cell): row for row in rows}
-        self.policies, self.texts, self.cells = (
-            list(dict.fromkeys(key[part] for key in self._rows)) for part in range(3)
-        )
-        self.prompt_tokens = rows[0].prompt_tokens if rows else 0
-        self._rivals = list(dict.fromkeys(row.policy for row in rows if row.recorded))
-
-    def losses(self, policy: str, text: str, cells: Sequence[str]) -> npt.NDArray[np.float64]:
-        """ΔNLL of each window, mean over some cells, nats per token, (windows,)."""
-        rows = [self._rows[policy, text, cell] for cell in cells]
-        return np.asarray(np.mean([row.window_delta_nll for row in rows], axis=0))
-
-    def relative(self, policy: str, rival: str, texts: Sequence[str]) -> Estimate | None:
-        """ΔNLL of a policy divided by that of another one, minus 1, over some texts."""
-        pairs = [(text, cell) for text in texts for cell in self.cells]
-        return relative_ratio(
-            [self.losses(policy, text, [cell]) for text, cell in pairs],
-            [self.losses(rival, text, [cell]) for text, cell in pairs],
-        )
-
-    def loss_table(self) -> Table:
-        """Table of ΔNLL by policy and text."""
-        rows = []
-        for policy in self.policies:
-            losses = [self.losses(policy, text, self.cells) for text in self.texts]
-            shown = (str(bootstrap_mean(values)) for values in losses)
-            rows.append([policy, f"{np.mean(losses):.3f}", *shown])
-        return ["Policy", "Mean", *self.texts], rows
-
-    def relative_table(self) -> Table:
-        """Table of ΔNLL relative to the first policy; policies by text also among themselves."""
-        first, *others = self.policies
-        pairs = [(policy, first) for policy in others if policy not in self._rivals]
-        seeing = [policy for policy in self.policies if not policy.endswith(BLIND)]
-        pairs += [(p, rival) for rival in self._rivals for p in seeing if p not in self._rivals]
-        by_text = [policy for policy in self.policies if policy.endswith(BY_TEXT)]
-        pairs += [(policy, rival) for rival, policy in itertools.combinations(by_text, 2)]
-        pairs += [
-            (policy, rival)
-            for policy in others
-            for rival in (policy.removesuffix(BY_TEXT), f"{policy}{BLIND}")
-            if rival != policy and rival in others
-        ]
-
-        def shown(pair: tuple[str, str], texts: Sequence[str]) -> str:
-            return relative_words(self.relative(*pair, texts))
-
-        lines = {f"{policy} / {rival}": (policy, rival) for policy, rival in pairs}
-        columns = {"All": self.texts, **{text: [text] for text in self.texts}}
-        return crossed_table("Policies", lines, columns, shown)
-
-
-def prompt_tables(study: PromptStudy) -> list[TitledTable]:
+def prompt_tables(rows: Sequence[PolicyRow]) -> list[TitledTable]:
     """ΔNLL of the policies, and relative to each other."""
-    caption = CAPTION.format(cells=len(study.cells), tokens=study.prompt_tokens)
+    policies, texts, cells = (
+        list(dict.fromkeys(getattr(row, name) for row in rows)) for name in PolicyRow.identity
+    )
+    windows = {(row.policy, row.text, row.cell): row.window_delta_nll for row in rows}
+
+    def losses(policy: str, text: str) -> npt.NDArray[np.float64]:
+        """ΔNLL, nats per token, (cells, windows)."""
+        return np.array([windows[policy, text, cell] for cell in cells])
+
+    def on_text(policy: str, text: str | None) -> str:
+        if text is None:
+            return f"{np.mean([losses(policy, text) for text in texts]):.3f}"
+        return str(bootstrap_mean(losses(policy, text).mean(axis=0)))
+
+    def relative(pair: tuple[str, str], of_texts: Sequence[str]) -> str:
+        own, rival = (np.concatenate([losses(name, text) for text in of_texts]) for name in pair)
+        return relative_words(relative_ratio(list(own), list(rival)))
+
+    recorded = list(dict.fromkeys(row.policy for row in rows if row.recorded))
+    pairs = {f"{own} / {rival}": (own, rival) for own, rival in compared(policies, recorded)}
+    caption = CAPTION.format(cells=len(cells), tokens=rows[0].prompt_tokens)
+    columns = {"Mean": None, **{text: text for text in texts}}
+    loss_table = crossed_table("Policy", {name: name for name in policies}, columns, on_text)
+    columns = {"All": texts, **{text: [text] for text in texts}}
+    relative_table = crossed_table("Policies", pairs, columns, relative)
     return [
-        TitledTable(study.loss_table(), "Policies on held-out text", caption),
-        TitledTable(study.relative_table(), "Relative", RELATIVE),
+        TitledTable(loss_table, "Policies on held-out text", caption),
+        TitledTable(relative_table, "Relative", RELATIVE),
     ]
+
+
+def compared(policies: Sequence[str], recorded: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each pair of policies of which the first is shown relative to the second.
+
+    All are compared with the first policy and those that see the prompt with recorded plans;
+    policies by text also with each other, without the text, and with the blind ones.
+    """
+    first, *others = policies
+    yield from ((policy, first) for policy in others if policy not in recorded)
+    for rival, policy in product(recorded, policies):
+        if policy not in recorded and not policy.endswith(BLIND):
+            yield policy, rival
+    by_text = [policy for policy in policies if policy.endswith(BY_TEXT)]
+    yield from ((policy, rival) for rival, policy in combinations(by_text, 2))
+    for policy in others:
+        for rival in (policy.removesuffix(BY_TEXT), f"{policy}{BLIND}"):
+            if rival != policy and rival in others:
+                yield policy, rival
 
 
 STUDY = Study(
@@ -210,7 +180,6 @@ STUDY = Study(
     [PolicyRow],
     prompt_jobs,
     prompt_tables,
-    data=PromptStudy,
     frozen=("model", "prompts.texts", "prompts.prompt_tokens"),
     published=[Published("prompts", "prompts")],
 )

@@ -6,10 +6,10 @@ on each draw, and from their mean over kinds; all plans are measured on report t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from experiments.config import Config
 from experiments.config.common import parse_pinned
 from experiments.contexts import load_text, reject_table
 from experiments.launch import launch
+from experiments.study.experiment_errors import ExperimentError
 from experiments.study.harness import Job, Study, measured
 from experiments.study.json_records import Record
 from experiments.study.pages import Published, untitled
 from experiments.study.statistics import Estimate, bootstrap_mean, relative_ratio
-from experiments.study.table_format import TitledTable, relative_words
+from experiments.study.table_format import Table, TitledTable, relative_words
 from rap_env.artifacts import digest
 from rap_env.context.opening import open_store
 from rap_env.importance.level_costs import LevelCosts
@@ -99,10 +100,13 @@ def text_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
     """Measure the costs on every draw, then yield them and their plans.
 
     Raises:
+        ExperimentError: There are fewer than two kinds of text, or no cell.
         InfeasibleBudgetError: A budget is below what the lowest levels need.
         CorpusError: A text is too short, or a report text overlaps with a calibration text.
     """
     settings, model = config.texts, config.model
+    if len(settings.kinds) < 2 or not settings.cells:
+        raise ExperimentError("texts needs two kinds and a cell; give experiment=texts.")
     reject_table(config)
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     memory, ladder = MemoryModel(llm), Ladder.of(llm.facts, **config.env.ladder)
@@ -160,87 +164,86 @@ def text_jobs(config: Config, folder: Path) -> Iterator[Job[Any]]:
                 yield Job(PlanRow, identity, made_of, make, scorer=report, plans=[Plan(), plan])
 
 
-class TextStudy:
-    """All rows of a study of texts.
+def losses_of(rows: Sequence[Record]) -> tuple[list[str], npt.NDArray[np.float64]]:
+    """The kinds of text, K of them, and ΔNLL of each plan on each kind, nats per token.
 
-    Attributes:
-        kinds: Kinds of text.
-        cells: Requests with budgets.
+    Returns:
+        The kinds; ΔNLL by what plans were chosen on (each kind, then `ALL`), kind of report text,
+        cell, seed and window, (K + 1, K, cells, seeds, windows).
     """
+    plans = {
+        (row.chosen_on, row.judged_on, row.cell, row.seed): row.window_delta_nll
+        for row in rows
+        if isinstance(row, PlanRow)
+    }
+    _, kinds, cells, seeds = (list(dict.fromkeys(part)) for part in zip(*plans, strict=True))
+    windows = [plans[key] for key in product([*kinds, ALL], kinds, cells, seeds)]
+    return kinds, np.reshape(windows, (len(kinds) + 1, len(kinds), len(cells), len(seeds), -1))
 
-    def __init__(self, rows: Sequence[Record]) -> None:
-        self._costs = [row for row in rows if isinstance(row, CostRow)]
-        plans = [row for row in rows if isinstance(row, PlanRow)]
-        self._windows = {
-            (row.chosen_on, row.seed, row.cell, row.judged_on): row.window_delta_nll
-            for row in plans
-        }
-        self.kinds = list(dict.fromkeys(row.judged_on for row in plans))
-        self.cells = list(dict.fromkeys(row.cell for row in plans))
-        self._seeds = list(dict.fromkeys(row.seed for row in plans))
 
-    def losses(
-        self, chosen_on: str, judged_on: str, cells: Sequence[str] = ()
-    ) -> npt.NDArray[np.float64]:
-        """ΔNLL of plans, mean over some cells (all by default), (seeds, windows)."""
-        windows = [
-            [self._windows[chosen_on, seed, cell, judged_on] for cell in cells or self.cells]
-            for seed in self._seeds
-        ]
-        return np.asarray(np.mean(windows, axis=1))
+def gap(losses: npt.NDArray[np.float64], rival: str) -> Estimate | None:
+    """ΔNLL of the plans of `ALL` or `OTHERS` divided by that of the own kind's, minus 1.
 
-    def gap(self, rival: str) -> Estimate | None:
-        """ΔNLL of the plans of `ALL` or `OTHERS` divided by that of the own kind's, minus 1.
+    The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have equally
+    many windows, drawn independently, so that they may be resampled jointly.
 
-        The geometric mean over kinds and cells; None where `paired_ratio` has none. Kinds have
-        equally many windows, drawn independently, so that they may be resampled jointly.
-        """
-        firsts, seconds = [], []
-        for kind in self.kinds:
-            rivals = [ALL] if rival == ALL else [name for name in self.kinds if name != kind]
-            for cell in self.cells:
-                firsts.append(np.concatenate([self.losses(r, kind, [cell]) for r in rivals]))
-                seconds.append(self.losses(kind, kind, [cell]))
-        return relative_ratio(firsts, seconds)
+    Args:
+        losses: As `losses_of` returns it.
+        rival: `ALL` or `OTHERS`.
+    """
+    _, kinds, cells, *_ = losses.shape
+    firsts, seconds = [], []
+    for kind, cell in product(range(kinds), range(cells)):
+        rivals = [kinds] if rival == ALL else [other for other in range(kinds) if other != kind]
+        firsts.append(np.concatenate(losses[rivals, kind, cell]))
+        seconds.append(losses[kind, kind, cell])
+    return relative_ratio(firsts, seconds)
 
-    @property
-    def words(self) -> str:
-        """What a policy would gain that sees the kind of text."""
-        return (
-            "Relative to plans from costs on the text's own kind, plans from costs on all kinds "
-            f"have a ΔNLL of {relative_words(self.gap(ALL))}, and those from costs on one of "
-            f"{OTHERS} of {relative_words(self.gap(OTHERS))} (geometric mean over kinds and "
-            "requests, with a 95 % interval over windows and draws)."
+
+def text_words(rows: Sequence[Record]) -> str:
+    """What a policy would gain that sees the kind of text."""
+    _, losses = losses_of(rows)
+    return (
+        "Relative to plans from costs on the text's own kind, plans from costs on all kinds have a "
+        f"ΔNLL of {relative_words(gap(losses, ALL))}, and those from costs on one of {OTHERS} of "
+        f"{relative_words(gap(losses, OTHERS))} (geometric mean over kinds and requests, with a "
+        "95 % interval over windows and draws)."
+    )
+
+
+def text_tables(rows: Sequence[Record]) -> list[TitledTable]:
+    """Agreement of costs, and ΔNLL by the texts that plans were chosen on and judged on."""
+    kinds, losses = losses_of(rows)
+    matrix = [
+        [name, *(str(bootstrap_mean(part.mean(axis=0))) for part in parts), f"{parts.mean():.3f}"]
+        for name, parts in zip([*kinds, ALL], losses, strict=True)
+    ]
+    return [
+        TitledTable(agreement_table(rows), "Agreement of costs", AGREEMENT),
+        TitledTable((["Chosen on", *kinds, "mean"], matrix), "Plans by kind of text", MATRIX),
+    ]
+
+
+def agreement_table(rows: Sequence[Record]) -> Table:
+    """Kendall's tau of the costs of two draws, by kind of item and level."""
+    # Two seeds may draw the same windows, which agree by themselves.
+    draws = {
+        (row.kind, row.costs["provenance"]["text"]["sha256"]): by_level(row)
+        for row in rows
+        if isinstance(row, CostRow)
+    }
+    lines = []
+    for level in (name for name, costs in next(iter(draws.values())).items() if len(costs) > 1):
+        taus: dict[bool, list[float]] = {True: [], False: []}
+        for first, second in combinations(draws, 2):
+            tau = kendall_tau(draws[first][level], draws[second][level])
+            taus[first[0] == second[0]].append(tau)
+        shown = (
+            f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
+            for values in taus.values()
         )
-
-    @property
-    def tables(self) -> list[TitledTable]:
-        """Agreement of costs, and ΔNLL by the texts that plans were chosen on and judged on."""
-        # Two seeds may draw the same windows, which agree by themselves.
-        different = {(r.kind, r.costs["provenance"]["text"]["sha256"]): r for r in self._costs}
-        draws = [(row.kind, by_level(row)) for row in different.values()]
-        agreement = []
-        for level in (level for level, costs in draws[0][1].items() if len(costs) > 1):
-            taus: Mapping[bool, list[float]] = {True: [], False: []}
-            for (kind, first), (other, second) in combinations(draws, 2):
-                taus[kind == other].append(kendall_tau(first[level], second[level]))
-            shown = (
-                f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else "-"
-                for values in taus.values()
-            )
-            agreement.append([level, *shown])
-        matrix = []
-        for chosen_on in (*self.kinds, ALL):
-            losses = [self.losses(chosen_on, kind) for kind in self.kinds]
-            shown = (str(bootstrap_mean(values)) for values in losses)
-            matrix.append([chosen_on, *shown, f"{np.mean(losses):.3f}"])
-        header = ["Items and level", "Within a kind", "Between kinds"]
-        return [
-            TitledTable((header, agreement), "Agreement of costs", AGREEMENT),
-            TitledTable(
-                (["Chosen on", *self.kinds, "mean"], matrix), "Plans by kind of text", MATRIX
-            ),
-        ]
+        lines.append([level, *shown])
+    return ["Items and level", "Within a kind", "Between kinds"], lines
 
 
 def by_level(row: CostRow) -> dict[str, list[float]]:
@@ -276,9 +279,8 @@ STUDY = Study(
     "Plans and the calibration text",
     [CostRow, PlanRow],
     text_jobs,
-    lambda study: study.tables,
-    data=TextStudy,
-    words=lambda study: study.words,
+    text_tables,
+    words=text_words,
     frozen=("model", "env.levels", "env.together", "texts.kinds"),
     published=[Published("texts", "texts", untitled)],
 )

@@ -10,7 +10,7 @@ from experiments.launch import _composed, _mistake, register_program
 from experiments.study.help import READS, guess, help_text, settings_of
 from tests.programs import run_python
 
-PROGRAMS = sorted({*READS, "levels", "long_context", "tight_grid"})
+PROGRAMS = sorted({*READS, "levels", "long_context", "prompts", "tight_grid"})
 MOST_LINES = 80
 
 

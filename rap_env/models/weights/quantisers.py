@@ -146,7 +146,7 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
     if level == "int8":
         return _quantise_int8(weight)
     level = stored_level(level, (weight.shape[0], weight.shape[1]))
-    return _packed(torch.split(weight, _ROWS), level, searched)
+    return _packed(torch.split(weight, _ROWS), level)
 
 
 def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
@@ -161,12 +161,7 @@ def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
             matrix.widen(wide, first)
             yield wide
 
-    return _packed(widened(), stored_level(level, matrix.shape), searched)
-
-
-def round_to_nearest(weight: torch.Tensor) -> PackedMatrix:
-    """Pack a matrix at int4 with scales from the least and greatest weight; for comparisons."""
-    return _packed(torch.split(weight.detach(), _ROWS), "int4", _whole_range)
+    return _packed(widened(), stored_level(level, matrix.shape))
 
 
 def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
@@ -176,10 +171,7 @@ def _quantise_int8(weight: torch.Tensor) -> PackedMatrix:
     return PackedMatrix.from_codes(codes.to(torch.int8), scale)
 
 
-_Fit = Callable[[Grid, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _packed(parts: Iterable[torch.Tensor], level: PackedLevel, fit: _Fit) -> PackedMatrix:
+def _packed(parts: Iterable[torch.Tensor], level: PackedLevel) -> PackedMatrix:
     """Pack the rows of a matrix, some at a time, (rows, in) each."""
     coded = []
     for part in parts:
@@ -188,7 +180,7 @@ def _packed(parts: Iterable[torch.Tensor], level: PackedLevel, fit: _Fit) -> Pac
         groups = grouped(rows, grid.group_inputs)
         counted = torch.ones(inputs, device=rows.device)
         counted = functional.pad(counted, (0, -inputs % grid.group_inputs))
-        scale, zero = fit(grid, groups, counted.view(-1, grid.group_inputs))
+        scale, zero = searched(grid, groups, counted.view(-1, grid.group_inputs))
         codes = grid.centred_codes(groups, scale, zero).flatten(1)[:, :inputs]
         coded.append(CodedRows(grid, codes.to(torch.int8), scale, zero))
     return concatenated(coded)
@@ -205,14 +197,6 @@ def grouped(weight: torch.Tensor, group_inputs: int) -> torch.Tensor:
     if missing := -inputs % group_inputs:
         weight = functional.pad(weight[None], (0, missing), mode="replicate")[0]
     return weight.view(rows, -1, group_inputs)
-
-
-def _whole_range(
-    grid: Grid, groups: torch.Tensor, _: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    low, high = groups.aminmax(dim=-1)
-    scale = (high - low) / grid.largest
-    return grid.rounded(scale, low + grid.middle * scale)
 
 
 def searched(
@@ -232,7 +216,8 @@ def searched(
     share = importance.expand(groups.shape)
     share = share / share.sum(dim=-1, keepdim=True)
     low, high = groups.aminmax(dim=-1)
-    best_scale, best_zero = _whole_range(grid, groups)
+    whole = (high - low) / grid.largest
+    best_scale, best_zero = grid.rounded(whole, low + grid.middle * whole)
     least = torch.full_like(low, torch.inf)
     exact = _EXACT * groups.square().mul_(share).sum(dim=-1)
     mean = (groups * share).sum(dim=-1)

@@ -115,6 +115,7 @@ def test_the_summary_of_recall_takes_the_lengths_that_all_tasks_have(rows):
     both = lengths(recall=[512, 1024, 2048, 8192], tracking=[512, 1024, 2048])
     assert both == [1024, 2048]
     assert lengths(recall=[4096], tracking=[2048]) == [2048, 4096]
+    assert lengths(counting=[512]) == [512]
     assert lengths(recall=[256, 512], counting=[1024]) == [256, 512]
 
 

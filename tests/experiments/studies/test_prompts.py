@@ -8,7 +8,7 @@ from experiments.comparison.result_rows import RecordedPlans
 from experiments.config.common import TextConfig
 from experiments.config.study_settings import PromptsConfig
 from experiments.config.training_settings import ModelConfig
-from experiments.studies.prompts import BLIND, STUDY, PolicyRow, PromptStudy, prompt_jobs
+from experiments.studies.prompts import BLIND, STUDY, PolicyRow, prompt_jobs, prompt_tables
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import append_record
 from rap_env.importance.text_kinds import KindCosts, TextKinds
@@ -76,17 +76,13 @@ def test_each_window_is_measured_with_the_plan_of_its_prompt(config, rows):
 
 
 def test_tables_compare_with_the_first_policy(config, rows):
-    folder = config.stage_dir("prompts")
-    assert "Policies on held-out text" in (folder / "tables.md").read_text()
-    study = PromptStudy(rows)
-    halved = [replace(row, window_delta_nll=[1.0, 2.0, 3.0]) for row in rows]
-    for row in halved:
-        if row.policy == study.policies[1]:
-            row.window_delta_nll[:] = [0.5, 1.0, 1.5]
-    study = PromptStudy(halved)
-    gain = study.relative(study.policies[1], study.policies[0], study.texts)
-    assert (gain.mean, gain.low, gain.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert "-50.0 %" in STUDY.markdown(study)
+    assert (config.stage_dir("prompts") / "tables.md").read_text() == STUDY.markdown(rows)
+    first, second = config.prompts.policies
+    windows = {first: [1.0, 2.0, 3.0], second: [0.5, 1.0, 1.5]}
+    halved = [replace(r, window_delta_nll=windows.get(r.policy, [4.0] * 3)) for r in rows]
+    losses, relative = ({line[0]: line[1:] for line in t.table[1]} for t in prompt_tables(halved))
+    assert [line[0] for line in losses.values()] == ["2.000", "1.000", "4.000"]
+    assert set(relative[f"{second} / {first}"]) == {"-50.0 % [-50.0, -50.0]"}
 
 
 def test_a_second_run_measures_nothing_and_wrong_settings_are_rejected(config, rows, tmp_path):
@@ -121,13 +117,8 @@ def test_recorded_plans_of_another_method_are_measured_too(config, rows, tmp_pat
     measured = [row for row in read if row.policy == "gsi"]
     assert {row.text for row in measured} == set(LETTERS)
     assert all(other.recorded for other in measured)
-    study = PromptStudy(read)
-    names = [line[0] for line in study.relative_table()[1]]
+    names = [line[0] for line in prompt_tables(read)[1].table[1]]
     assert names[0] == f"{config.prompts.policies[1]} / {config.prompts.policies[0]}"
     assert f"{config.prompts.policies[0]} / gsi" in names
     with pytest.raises(ExperimentError, match="no plans of beam for this model"):
         RecordedPlans("beam", str(tmp_path), llm.facts.fingerprint)
-    with pytest.raises(ExperimentError, match="no plan of gsi for Request"):
-        RecordedPlans("gsi", str(tmp_path), llm.facts.fingerprint).choose(
-            replace(request, batch_size=3)
-        )

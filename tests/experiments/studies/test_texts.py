@@ -16,8 +16,10 @@ from experiments.studies.texts import (
     STUDY,
     CostRow,
     PlanRow,
-    TextStudy,
+    agreement_table,
+    gap,
     kendall_tau,
+    losses_of,
     text_jobs,
 )
 from experiments.study.experiment_errors import ExperimentError
@@ -107,24 +109,22 @@ def test_tables_are_made_from_the_record(folder):
     for part in ("attn removed", "cache int2", "| all |", "those from costs on one of the other"):
         assert part in shown
     assert "cache int4" not in shown, "its costs are shares of one measurement"
-    assert STUDY.read(folder).losses("few", "many").shape == (2, 4)
+    kinds, losses = losses_of(STUDY.read(folder))
+    assert (kinds, losses.shape) == (list(KINDS), (3, 2, 2, 2, 4))
+    rows = [row for row in PlanRow.read(folder) if (row.chosen_on, row.judged_on) == (ALL, "few")]
+    expected = np.mean([row.window_delta_nll for row in rows])
+    assert losses[2, 0].mean() == pytest.approx(expected)
 
 
 class AdditiveScorer:
-    """Costs add up, and are high for the first layers on one kind, for the last on the other.
+    """Costs add up, and are high for the first layers on one kind, for the last on the other."""
 
-    `contrast` 0 makes the kinds alike. `measured` counts plans.
-    """
-
-    contrast, measured = 1.0, 0
-
-    def __init__(self, llm, corpus, store=None, workers=None):
+    def __init__(self, llm, corpus, store=None):
         self.llm, self.corpus, self.evaluations, self.block_forwards = llm, corpus, 0, 0.0
         self.provenance = {"text": corpus.provenance, "scoring": {}}
         self.context = {"tokens": corpus.sha256}
         reverse = corpus.provenance["source"].endswith("many.txt")
-        slope = np.arange(4)[::-1] if reverse else np.arange(4)
-        self.cost = 0.05 + 0.1 * self.contrast * slope
+        self.cost = 0.05 + 0.1 * (np.arange(4)[::-1] if reverse else np.arange(4))
         self.release = lambda: None
 
     def window_nll(self, plan):
@@ -138,42 +138,28 @@ class AdditiveScorer:
         return float(self.window_nll(plan).mean())
 
     def nll_many(self, plans, on_score=None):
-        type(self).measured += len(plans)
         return [self.nll(plan) for plan in plans]
 
 
-def synthetic(config, monkeypatch, contrast, name):
-    """Run the program with `AdditiveScorer` in a new folder."""
-    scorer = type("Scorer", (AdditiveScorer,), {"contrast": contrast, "measured": 0})
-    monkeypatch.setattr(program, "MaskScorer", scorer)
-    other = replace(config, name=name, store=None)
-    return scorer, other, STUDY.read(STUDY.run(other, other.stage_dir("texts")))
-
-
 def test_the_gap_is_positive_if_costs_depend_on_the_kind(config, monkeypatch):
-    _, _, study = synthetic(config, monkeypatch, 1.0, "apart")
-    assert study.gap(ALL).low > 0.03
-    assert study.gap(OTHERS).mean > study.gap(ALL).mean
-    for kind, other in (KINDS, KINDS[::-1]):
-        own, foreign = (study.losses(name, kind).mean() for name in (kind, other))
-        assert own < foreign
-    rows = {row[0]: row[1:] for row in study.tables[0].table[1]}
-    assert rows["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
-
-
-def test_draws_of_the_same_windows_do_not_count_as_agreement(config, monkeypatch):
-    _, changed, _ = synthetic(config, monkeypatch, 1.0, "twice")
-    folder = changed.stage_dir("texts")
-    costs = CostRow.read(folder)
-    for row in costs:
-        row.costs["provenance"]["text"]["sha256"] = row.kind
-    for _, within, between in TextStudy([*costs, *PlanRow.read(folder)]).tables[0].table[1]:
+    monkeypatch.setattr(program, "MaskScorer", AdditiveScorer)
+    other = replace(config, name="apart", store=None)
+    rows = STUDY.read(STUDY.run(other, other.stage_dir("texts")))
+    _, losses = losses_of(rows)
+    assert gap(losses, ALL).low > 0.03
+    assert gap(losses, OTHERS).mean > gap(losses, ALL).mean
+    by_plan = losses.mean(axis=(2, 3, 4))
+    assert by_plan[0, 0] < by_plan[1, 0]
+    assert by_plan[1, 1] < by_plan[0, 1]
+    taus = {line[0]: line[1:] for line in agreement_table(rows)[1]}
+    assert taus["attn removed"] == ["1.00 [1.00, 1.00]", "-1.00 [-1.00, -1.00]"]
+    for row in rows:
+        if isinstance(row, CostRow):  # draws of the same windows do not count as agreement
+            row.costs["provenance"]["text"]["sha256"] = row.kind
+    for _, within, between in agreement_table(rows)[1]:
         assert within == "-" != between
-
-
-def test_there_is_no_gap_if_costs_do_not_depend_on_the_kind(config, monkeypatch):
-    _, _, study = synthetic(config, monkeypatch, 0.0, "alike")
-    assert study.gap(ALL).mean == study.gap(OTHERS).mean == 0
+    alike = np.broadcast_to(losses[0, 0], losses.shape)
+    assert gap(alike, ALL).mean == gap(alike, OTHERS).mean == 0
 
 
 def test_kendalls_tau_has_its_known_values():
@@ -188,6 +174,8 @@ def test_impossible_settings_are_rejected(config, tmp_path):
         with pytest.raises(error, match=match):
             list(text_jobs(replace(config, texts=replace(config.texts, **changes)), tmp_path))
 
+    refused("two kinds and a cell", ExperimentError, kinds={"few": config.texts.kinds["few"]})
+    refused("two kinds and a cell", ExperimentError, cells=[])
     refused("Raise the budget", InfeasibleBudgetError, cells=["1x16@10"])
     refused("enough for", CorpusError, report_windows=1000)
     with pytest.raises(ExperimentError, match="needs a live model"):
