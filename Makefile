@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=8 --dist worksteal
-BENCHMARKS := step decide scoring levels memory engine_steps engines
+BENCHMARKS := step decide scoring levels memory engine_steps
 GPU_BENCHMARKS := scoring levels memory
 
 # Some containers turn compiled modules off; then each process of a test compiles all it imports.
@@ -36,11 +36,11 @@ test-network: setup  ## Run the tests that download the default model or install
 gpu: setup  ## On a CUDA device: run the GPU tests and benchmarks, print their table.
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m gpu --all-cases
 	@for name in $(GPU_BENCHMARKS); do $(RUN) -m benchmarks.$$name device=cuda || exit 1; done
-	@$(RUN) -m benchmarks.record
+	@$(RUN) -m benchmarks.harness
 
 bench: setup  ## Run all benchmarks and print their table (needs an idle machine).
 	@for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name || exit 1; done
-	@$(RUN) -m benchmarks.record
+	@$(RUN) -m benchmarks.harness
 
 soak: setup  ## Serve 10,000 valid and invalid requests under a changing budget (at most an hour).
 	@OMP_NUM_THREADS=1 RAP_SOAK_REQUESTS=10000 RAP_SOAK_MODEL=smollm2-135m \

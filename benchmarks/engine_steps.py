@@ -6,72 +6,60 @@ process, in turn: a prefill in each, then the decode steps in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.measuring import Settings, alternate, ratios, spread
-from benchmarks.record import Target, write_record
-from experiments.config.common import parse_shape
+from benchmarks.harness import Settings, alternate, ratios, spread, target, write_record
 from experiments.llama_cpp import PACKAGE, LlamaCpp, gguf_file, need_llama_cpp
 from experiments.study.console import run_with_settings
 from experiments.study.run_folder import package_versions
+from rap_env.models.live.elastic import ElasticLLM
+
+Call = Callable[[], None]
+
+CELLS = ((1, 128), (1, 512), (1, 1024), (4, 128), (8, 128))
+"""What is timed: rows, and tokens of each row before the first step."""
 
 _STEP_AT_MOST = {1: 1.8, 4: 1.0, 8: 0.8}
 """Wanted times of llama.cpp's decode step, by rows."""
-_PREFILL_TOKENS, _PREFILL_AT_MOST = 512, 0.35
-_AGAINST = "llama.cpp, the same file, one thread"
+_PREFILL_CELL, _PREFILL_AT_MOST = (1, 512), 0.35
 
 
-class InLlamaCpp:
-    """A GGUF file in llama.cpp, with its default cache (float16)."""
+def in_llama_cpp(file: str, rows: int, tokens: int, steps: int, threads: int) -> list[Call]:
+    """Prefill and decode steps of a GGUF file in llama.cpp, with its default cache (float16)."""
+    engine = LlamaCpp(file, "f16", rows, tokens + steps, threads)
 
-    def __init__(self, task: dict[str, Any]) -> None:
-        self._prompt, self._steps = task["context_tokens"], task["steps"]
-        self._rows, tokens = task["rows"], self._prompt + self._steps
-        self._engine = LlamaCpp(task["file"], "f16", self._rows, tokens, task["threads"])
+    def prefill() -> None:
+        engine.clear()
+        for row in range(rows):
+            engine.fill(tokens, row)
 
-    def prefill(self) -> None:
-        """Run the prompts with an empty cache."""
-        self._engine.clear()
-        for row in range(self._rows):
-            self._engine.fill(self._prompt, row)
+    def decode() -> None:
+        for at in range(tokens, tokens + steps):
+            engine.step(np.ones(rows, dtype=np.int32), at)
 
-    def decode(self) -> None:
-        """Run the decode steps."""
-        for at in range(self._prompt, self._prompt + self._steps):
-            self._engine.step(np.ones(self._rows, dtype=np.int32), at)
+    return [prefill, decode]
 
 
-class InOurRuntime:
-    """The model as ``rap serve`` runs it, with the file's own weights."""
+def in_our_runtime(llm: ElasticLLM, rows: int, tokens: int, steps: int) -> list[Call]:
+    """Prefill and decode steps of the model as ``rap serve`` runs it."""
+    from rap_env.models.live.live_batch import LiveBatch
 
-    def __init__(self, task: dict[str, Any]) -> None:
-        from rap_env.models.device import free_memory_early, return_freed_memory
-        from rap_env.models.live.live_batch import LiveBatch
-        from rap_env.serving.served_model import load_served_model
-        from rap_env.serving.settings import ServerSettings
+    batch = LiveBatch(llm)
+    batch.reserve_tokens = tokens + steps
 
-        settings = ServerSettings(model=task["model"], weights="native", device="cpu")
-        llm = load_served_model(settings)
-        free_memory_early()
-        return_freed_memory()
-        self._batch = LiveBatch(llm)
-        self._prompts = [[1] * task["context_tokens"]] * task["rows"]
-        self._steps = task["steps"]
-        self._batch.reserve_tokens = task["context_tokens"] + self._steps
+    def prefill() -> None:
+        batch.keep([])
+        batch.prefill([[1] * tokens] * rows)
 
-    def prefill(self) -> None:
-        """Run the prompts with an empty cache."""
-        self._batch.keep([])
-        self._batch.prefill(self._prompts)
+    def decode() -> None:
+        for _ in range(steps):
+            batch.extend([1] * rows)
 
-    def decode(self) -> None:
-        """Run the decode steps."""
-        for _ in range(self._steps):
-            self._batch.extend([1] * len(self._prompts))
+    return [prefill, decode]
 
 
 @dataclass
@@ -80,71 +68,46 @@ class EngineStepsSettings(Settings):
 
     model: str = "smollm2-135m"
     """A model that has a GGUF file of its own."""
-    cells: list[str] = field(default_factory=lambda: ["1x128", "1x512", "1x1024", "4x128", "8x128"])
-    """What is timed: rows x tokens of each row before the first step."""
     steps: int = 24
     """Decode steps of one measurement."""
 
 
 def main(settings: EngineStepsSettings) -> None:
     """Measure, and write the record."""
-    from rap_env.models.device import use_threads  # loads torch
+    from rap_env.models.device import free_memory_early, return_freed_memory, use_threads
+    from rap_env.serving.served_model import load_served_model
+    from rap_env.serving.settings import ServerSettings
 
     need_llama_cpp()
-    threads = settings.threads or 1
+    threads, steps = settings.threads or 1, settings.steps
     use_threads(threads)
-    common = {"threads": threads, "steps": settings.steps}
-    own = {"model": settings.model, **common}
-    other = {"file": str(gguf_file(settings.model)), **common}
-    seconds = {}
-    targets: list[Target] = []
-    for cell in settings.cells:
-        rows, tokens = parse_shape(cell)
-        size = {"rows": rows, "context_tokens": tokens}
-        ours, theirs = InOurRuntime({**own, **size}), InLlamaCpp({**other, **size})
-        sides = {
-            "own prefill_s": ours.prefill, "llama.cpp prefill_s": theirs.prefill,
-            "own decode_s": ours.decode, "llama.cpp decode_s": theirs.decode,
-        }  # fmt: skip
-        seconds[cell] = alternate(sides, settings.repeats)
-        targets += targets_of(seconds[cell], rows, tokens)
-    write_record(
-        "engine_steps",
-        device="cpu",
-        settings=settings,
-        targets=targets,
-        measured={
-            "cells": {
-                cell: {name: spread(each) for name, each in sides.items()}
-                for cell, sides in seconds.items()
-            },
-            "llama_cpp": package_versions([PACKAGE]).get(PACKAGE),
-        },
-        notes=[
-            f"decode_s: seconds of {settings.steps} decode steps behind the prompts; prefill_s: of "
-            "all prompts of the cell."
-        ],
-    )
-
-
-def targets_of(seconds: Mapping[str, list[float]], rows: int, tokens: int) -> Iterator[Target]:
-    """The targets of one cell.
-
-    Args:
-        seconds: ``ENGINE prefill_s`` and ``ENGINE decode_s`` of both engines, paired.
-        rows: Rows of the cell.
-        tokens: Tokens of each.
-    """
-
-    def target(what: str, name: str, at_most: float) -> Target:
-        measured = ratios(seconds[f"own {name}"], seconds[f"llama.cpp {name}"])
-        what = f"{what} against llama.cpp's, {rows} x {tokens} tokens"
-        return Target.of(what, measured, at_most=at_most, against=_AGAINST)
-
-    if rows in _STEP_AT_MOST:
-        yield target("decode step", "decode_s", _STEP_AT_MOST[rows])
-    if (rows, tokens) == (1, _PREFILL_TOKENS):
-        yield target("prefill", "prefill_s", _PREFILL_AT_MOST)
+    file = str(gguf_file(settings.model))
+    llm = load_served_model(ServerSettings(model=settings.model, weights="native", device="cpu"))
+    free_memory_early()
+    return_freed_memory()
+    cells, targets = {}, []
+    for rows, tokens in CELLS:
+        ours = in_our_runtime(llm, rows, tokens, steps)
+        theirs = in_llama_cpp(file, rows, tokens, steps, threads)
+        names = ("own prefill_s", "llama.cpp prefill_s", "own decode_s", "llama.cpp decode_s")
+        calls = itertools.chain(*zip(ours, theirs, strict=True))
+        sides = dict(zip(names, calls, strict=True))
+        seconds = alternate(sides, settings.repeats)
+        cells[f"{rows}x{tokens}"] = {name: spread(each) for name, each in seconds.items()}
+        wanted = {"decode": ("decode step", _STEP_AT_MOST[rows])}
+        if (rows, tokens) == _PREFILL_CELL:
+            wanted["prefill"] = ("prefill", _PREFILL_AT_MOST)
+        targets += [
+            target(
+                f"{what} against llama.cpp's, {rows} x {tokens} tokens",
+                *ratios(seconds[f"own {side}_s"], seconds[f"llama.cpp {side}_s"]),
+                at_most=at_most,
+                against="llama.cpp, the same file, one thread",
+            )
+            for side, (what, at_most) in wanted.items()
+        ]
+    version = package_versions([PACKAGE]).get(PACKAGE)
+    write_record("engine_steps", settings, targets, cells=cells, llama_cpp=version)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from record_tables import (
 )
 
 import rap_env
-from benchmarks.record import committed_records, targets_table
+from benchmarks.harness import committed_records, targets_table
 from experiments import studies
 from experiments.study.harness import Study
 from experiments.study.pages import (
@@ -116,8 +116,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **{page: partial(environment_text, kind) for page, (_, kind) in ENVIRONMENTS.items()},
     "load_generator": record_tables.load_generator_text,
     "benchmarks": lambda: targets_table(committed_records()),
-    "engine_features": record_tables.features_text,
-    "engines": record_tables.agreement_text,
 }
 """What stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page, by name."""
 

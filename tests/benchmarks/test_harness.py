@@ -1,0 +1,131 @@
+import json
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from benchmarks.harness import (
+    Settings,
+    alternate,
+    committed_records,
+    ratios,
+    spread,
+    target,
+    targets_table,
+    write_record,
+)
+from experiments.study.console import run_with_settings
+from rap_env.errors import InvalidRequestError
+
+
+@dataclass
+class _Settings(Settings):
+    batch_size: int = 3
+
+
+def _given(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", *words])
+
+
+def test_settings_come_from_the_command_line(monkeypatch):
+    settings: list[_Settings] = []
+    _given(monkeypatch, "batch_size=4", "threads=1")
+    run_with_settings(_Settings, settings.append)
+    assert settings == [_Settings(batch_size=4, threads=1)]
+
+
+def _reject(settings: _Settings) -> None:
+    raise InvalidRequestError(f"No batch of {settings.batch_size}.")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("batch_sise=4", "Key 'batch_sise' not in '_Settings'"),
+        ("batch_size=many", "Value 'many'"),
+        ("batch_size", "None"),
+        ("repeats=0", "repeats must be at least 1, not 0"),
+        ("batch_size=0", "Error: No batch of 0.\n"),
+    ],
+)
+def test_a_wrong_setting_gives_a_short_error(word, message, monkeypatch, capsys):
+    _given(monkeypatch, word)
+    with pytest.raises(SystemExit) as ended:
+        run_with_settings(_Settings, _reject)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_help_says_what_is_measured_and_lists_the_settings(monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "__doc__", "What this measures.")
+    _given(monkeypatch, "--help", "batch_size=2")
+    run_with_settings(_Settings, _reject)
+    said = capsys.readouterr().out
+    assert said.startswith("What this measures.\n")
+    assert "\nbatch_size: 3\n" in said
+
+
+def test_sides_take_turns_after_the_warm_up():
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in "AB"}
+    seconds = alternate(sides, repeats=3, warm_up=2)
+    assert "".join(calls) == "ABAB" + "ABABAB"
+    assert {name: len(values) for name, values in seconds.items()} == {"A": 3, "B": 3}
+    assert all(value > 0 for side in seconds.values() for value in side)
+
+
+def test_ratios_are_paired():
+    assert ratios([4.0, 2.0, 9.0], [4.0, 2.0, 1.0]) == [1.0, 1.0, 9.0]
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("at_least", "at_most", "reached", "met"),
+    [
+        (2.0, None, 2.0, True),
+        (2.0, None, 1.9, False),
+        (None, 3.0, 3.0, True),
+        (None, 3.0, 3.1, False),
+        (2.0, 3.0, 2.5, True),
+        (2.0, 3.0, 1.0, False),
+    ],
+)
+def test_a_target_is_met_within_its_bounds(at_least, at_most, reached, met):
+    assert target("ratio", reached, at_least=at_least, at_most=at_most)["met"] is met
+
+
+def test_a_record_states_how_the_numbers_were_measured_and_makes_the_rows_of_its_targets(
+    tmp_path, capsys
+):
+    fast = target("times as fast", 2.4, 2.6, 2.5, at_least=2.2, against="naive loop")
+    write_record(
+        "toy",
+        _Settings(results_dir=str(tmp_path), batch_size=7),
+        [fast, target("seconds", 4.0, at_most=3.0)],
+        step_s=spread([3.0, 1.0, 2.0]),
+    )
+    record = json.loads((tmp_path / "toy-cpu.json").read_text())
+    assert record["settings"] == {"repeats": 5, "threads": None, "batch_size": 7}
+    assert record["measured"]["step_s"] == {"median": 2, "low": 1, "high": 3, "repeats": 3}
+    assert {"cpu", "cores", "instruction_sets"} <= record["machine"].keys()
+    assert {"python", "torch", "transformers", "gymnasium", "rap_env"} <= record["versions"].keys()
+    assert {"commit", "dirty", "date"} <= record.keys()
+    record["machine"] = {"cpu": "Toy", "threads": 2}
+    assert targets_table([record]).split("\n")[2:] == [
+        "| `toy` | times as fast | naive loop | 2.5 [2.4, 2.6] | ≥ 2.2 | yes | Toy, 2 threads |",
+        "| `toy` | seconds | - | 4 | ≤ 3 | no | Toy, 2 threads |",
+    ]
+    assert "| `toy` | seconds | - | 4 | ≤ 3 | no |" in capsys.readouterr().out
+
+
+def test_records_of_a_gpu_have_names_of_their_own(tmp_path):
+    settings = _Settings(results_dir=str(tmp_path))
+    write_record("toy", settings, [target("seconds", 1.0, at_most=3.0)], device="cuda:1")
+    (record,) = committed_records(tmp_path)
+    assert (tmp_path / "toy-cuda.json").exists()
+    record["machine"]["gpu"] = "Toy GPU"
+    assert targets_table([record]).endswith("| yes | Toy GPU |")

@@ -1,0 +1,160 @@
+"""Every benchmark on a tiny model: what it counts, and that it ends in a record."""
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks import decide, levels, memory, scoring, step
+from benchmarks.memory import measured_peak
+from rap_env.memory import MemoryModel
+from rap_env.models.files.loading import load_llm
+from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
+from rap_env.plan import Plan
+from rap_env.request import Request
+from tests.policies import made_ladder
+from tests.tiny import tiny_llm, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+KIB = 1024
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama_tied", layers=LAYERS).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs a benchmark; its records by name."""
+
+    def run(module, schema, **settings):
+        common = {"repeats": 1, "threads": 1, "results_dir": str(tmp_path)}
+        module.main(schema(**{**common, **settings}))
+        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+
+    return run
+
+
+def test_every_benchmark_has_a_docstring_and_stands_in_the_makefile():
+    lines = Path("Makefile").read_text().splitlines()
+    listed = next(line for line in lines if line.startswith("BENCHMARKS :=")).split(":=")[1].split()
+    names = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names}
+    assert all(module.__doc__ for module in modules.values())
+    assert {*listed} == {name for name, module in modules.items() if hasattr(module, "main")}
+
+
+def test_the_decisions_of_a_policy_are_timed(folder, measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(decide, "SHAPES", ((1, 8), (2, 16)))
+    model = MemoryModel(load_llm(folder, weights="native").facts)
+    path = tmp_path / "policy.safetensors"
+    made_ladder.policy_file(model, vectors=3).save(path)
+    records = measured(
+        decide, decide.DecideSettings, model=str(folder), weights="native", policy=str(path),
+        rounds=1,
+    )  # fmt: skip
+    (decision,) = records["decide-cpu"]["targets"]
+    assert decision["what"] == "ms of a decision on 8 blocks, p99 of 18 requests"
+    assert 0 < records["decide-cpu"]["measured"]["p50_ms"]["median"] <= decision["reached"]
+
+
+def test_steps_of_the_environments_are_timed_beside_cart_pole(measured):
+    records = measured(
+        step, step.StepSettings, steps=40, table_steps=3, num_envs=3, vector_steps=12
+    )
+    ratio, rate = records["step-cpu"]["targets"]
+    assert ratio["reached"] > 0 < rate["reached"]
+    assert "CartPole" in ratio["against"]
+    ladder, prune = records["table_steps-cpu"]["targets"]
+    assert "RAPLadder" in ladder["what"]
+    assert "RAPPrune" in prune["what"]
+
+
+class TestMemory:
+    @pytest.mark.parametrize("removed", [(), ("layer00.attn", "layer02.ffn")])
+    def test_weights_and_cache_of_a_pruned_model_are_as_predicted(self, removed, tmp_path):
+        llm, plan = tiny_llm("llama_tied", layers=LAYERS), Plan.removing(*removed)
+        request = Request(2, 12, budget_bytes=2**62)
+        predicted = MemoryModel(llm).breakdown(plan, request)
+        pruned = load_pruned(save_pruned(llm, plan, tmp_path / "pruned"))
+        weights, kv_cache, peak = memory.measure(pruned, request)
+        assert weights == predicted.weights + predicted.embeddings
+        assert kv_cache == predicted.kv_cache
+        logits = 2 * llm.facts.vocab_size * 4
+        assert weights + kv_cache + logits <= peak < 2 * (weights + kv_cache)
+
+    def test_the_benchmark_writes_a_record(self, folder, measured, monkeypatch):
+        monkeypatch.setattr(memory, "REQUESTS", ("1x8", "2x12"))
+        records = measured(memory, memory.ModelSettings, model=str(folder), dtype="float32")
+        weights, cache, peak = records["memory-cpu"]["targets"]
+        assert (weights["reached"], cache["reached"]) == (0, 0)
+        cells = records["memory-cpu"]["measured"]["cells"].values()
+        assert peak["reached"] == max(abs(cell["peak_off_%"]) for cell in cells)
+        assert len(cells) == 8
+
+
+def test_levels_are_compared_and_changed(folder, measured):
+    records = measured(
+        levels, levels.LevelsSettings, model=str(folder), context_tokens=40, cache_tokens=48,
+        steps=2,
+    )  # fmt: skip
+    bounds = [target["at_most"] for target in records["levels-cpu"]["targets"]]
+    assert bounds == [0.85, 1.0, 1.15, 1.3, 3.0]
+
+
+@pytest.mark.slow
+def test_scoring_checks_scores_and_orders_against_a_plain_model(folder, measured):
+    records = measured(
+        scoring, scoring.ScoringSettings, model=str(folder), windows=2, window_tokens=24, plans=12,
+        removals=3, dtype="float32",
+    )  # fmt: skip
+    assert records["nll_many-cpu"]["measured"]["largest_nll_difference_to_naive"] < 1e-4
+    gsi = records["gsi-cpu"]["measured"]
+    assert len(gsi["order"]) == 3
+    assert gsi["candidates"]["lazy"] <= gsi["candidates"]["exact"] == 8 + 7 + 6
+
+
+def floats(kib):
+    return torch.ones(kib * KIB // 4)
+
+
+class TestMeasuredPeak:
+    def test_it_counts_tensors_that_are_allocated_inside_and_alive_at_one_time(self):
+        before = floats(64)
+        with measured_peak(CPU) as peak:
+            first = floats(8)
+            second = floats(4)
+            del first
+            third = floats(2)
+        assert peak == [12 * KIB]
+        assert (second.numel(), third.numel()) == (KIB, KIB // 2)
+        assert before.numel() == 16 * KIB
+
+    def test_temporary_tensors_inside_an_operation_count(self):
+        logits, targets = torch.randn(64, 100), torch.zeros(64, dtype=torch.long)
+        with measured_peak(CPU) as peak:
+            torch.nn.functional.cross_entropy(logits, targets)
+        assert peak[0] >= logits.numel() * 4  # log-probabilities, not returned
+
+    @pytest.mark.gpu
+    def test_the_cuda_allocator_gives_the_same_peak(self):
+        with measured_peak(torch.device("cuda:0")) as peak:
+            first = torch.ones(1 << 20, device="cuda:0")
+            del first
+        assert peak == [4 << 20]
