@@ -1,9 +1,9 @@
 """The best known plans: every measured plan of one model on one text, looked up by request.
 
 The ΔNLL of a plan does not depend on the request: the request only sets the bytes that each item
-costs. So a table of measured plans answers any request by a lookup. Of masks, the best one for each
-pair of counts (attn blocks removed, ffn blocks removed) is enough where all blocks of a kind cost
-the same. Files are read without torch.
+costs. So a table of measured plans answers any request by a lookup. Of plans that only remove
+blocks, the best one for each pair of counts (attn blocks removed, ffn blocks removed) is enough
+where all blocks of a kind need the same bytes. Files are read without torch.
 """
 
 from __future__ import annotations
@@ -63,23 +63,17 @@ class PlanTable:
         """Hash of all plans and their scores, in hex."""
         return digest([[plan.to_json(), nll] for plan, nll in self.scores.items()])
 
-    @property
-    def has_masks_only(self) -> bool:
-        """Whether no plan lowers an item that it keeps."""
-        return len(self._masks) == len(self.scores)
-
-    @cached_property
-    def _masks(self) -> list[Plan]:
-        return [plan for plan in self.scores if plan.is_mask]
-
     @cached_property
     def entries(self) -> tuple[tuple[Plan, float], ...]:
-        """The best mask of each pair of counts with its ΔNLL, nats per token; least first."""
+        """The best plan of each pair of counts with its ΔNLL, nats per token; least first.
+
+        Plans that lower other items are left out.
+        """
         best: dict[tuple[int, int], Plan] = {}
-        for mask in self._masks:
-            counts = mask.count_removed("attn"), mask.count_removed("ffn")
-            if counts not in best or self.scores[mask] < self.scores[best[counts]]:
-                best[counts] = mask
+        for plan, nll in self.scores.items():
+            counts = plan.count_removed("attn"), plan.count_removed("ffn")
+            if plan.is_mask and (counts not in best or nll < self.scores[best[counts]]):
+                best[counts] = plan
         rises = [(mask, self.scores[mask] - self.dense_nll) for mask in best.values()]
         return tuple(sorted(rises, key=lambda entry: (entry[1], len(entry[0].removed))))
 

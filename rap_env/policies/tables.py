@@ -10,12 +10,13 @@ import numpy as np
 
 from rap_env.errors import ArtifactError
 from rap_env.importance.plan_search import PlanSearch, fit_plan_predictor
-from rap_env.importance.plan_table import KnownPlans, PlanTable
+from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.named_ladders import CACHE_LEVELS, LevelSpec
+from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.levels import WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
+from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.knapsack import knapsack
@@ -34,7 +35,7 @@ class TablePolicy(Policy):
 
     Args:
         memory: The model's byte arithmetic.
-        table: The measured plans; of masks, the best one for each pair of counts is used.
+        table: The measured plans.
         ladder: The levels that its plans may have; None allows all.
         make_fallback: Makes the policy that chooses where no measured plan fits; None chooses the
             smallest one.
@@ -60,8 +61,8 @@ class TablePolicy(Policy):
             )
         self.table = table
         self.setup_evaluations = table.evaluations
-        self._bytes = LadderBytes(memory, ladder or Ladder.of(memory.facts, _levels_of(table)))
-        self._known = _known_plans(table, self._bytes.ladder)
+        self._bytes = LadderBytes(memory, ladder or _all_levels(memory.facts))
+        self._known = table.on(self._bytes.ladder)
         self._make_fallback = make_fallback
         self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
 
@@ -87,18 +88,11 @@ class TablePolicy(Policy):
         return self._make_fallback()
 
 
-def _levels_of(table: PlanTable) -> LevelSpec:
+def _all_levels(facts: ModelFacts) -> Ladder:
     """All levels that plans of a table may have."""
-    if table.has_masks_only:
-        return "masks"
-    return {"weights": WEIGHT_LEVELS, "embeddings": WEIGHT_LEVELS[:-1], "caches": CACHE_LEVELS}
-
-
-def _known_plans(table: PlanTable, ladder: Ladder) -> KnownPlans:
-    """The plans of a table that a ladder has, for lookups."""
-    if table.has_masks_only:
-        return KnownPlans.of(ladder, dict(table.entries), 0.0)
-    return table.on(ladder)
+    caches = CACHE_LEVELS if facts.kv_heads else ()
+    levels = {"weights": WEIGHT_LEVELS, "caches": caches, "embeddings": WEIGHT_LEVELS[:-1]}
+    return Ladder.of(facts, levels)
 
 
 @makes("frontier")
@@ -106,11 +100,10 @@ def _frontier(memory: MemoryModel, basis: Basis | None) -> Policy:
     """On the table of the context, with the GSI order of blocks or the knapsack as a fallback."""
     if basis is None:
         return _read_table(packaged_file("frontier.json"), memory)
-    table = basis.context.frontier
-    fallback = partial(GSI, basis) if table.has_masks_only else partial(knapsack, memory, basis)
-    policy = TablePolicy(memory, table, basis.ladder_bytes.ladder, fallback)
-    if not table.has_masks_only:
-        policy.table_sha256 = table.sha256
+    table, ladder = basis.context.frontier, basis.ladder_bytes.ladder
+    fallback = partial(GSI, basis) if ladder.removes_only else partial(knapsack, memory, basis)
+    policy = TablePolicy(memory, table, ladder, fallback)
+    policy.table_sha256 = table.sha256
     return policy
 
 

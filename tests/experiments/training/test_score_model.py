@@ -8,7 +8,7 @@ import pytest
 from agents.trained_policy import TrainedPolicy
 from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.config.training_settings import AgentConfig
-from experiments.contexts import build_context
+from experiments.contexts import build_context, make_ladder_bytes
 from experiments.profile import profile
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import read_records
@@ -66,13 +66,13 @@ def test_the_policy_starts_at_its_teacher(config):
 
 def test_demonstrations_fit_and_come_from_the_frontier(config):
     context = build_context(config)
+    ladder_bytes = make_ladder_bytes(config, context)
+    known = context.frontier.on(ladder_bytes.ladder)
     for shown in demonstrations(config, context):
-        fitting = (
-            mask
-            for mask, _ in context.frontier.entries
-            if context.memory.peak_bytes(mask, shown.request) <= shown.request.budget_bytes
-        )
-        assert shown.plan == next(fitting)
+        costs = ladder_bytes.costs(shown.request.batch_size, shown.request.seq_len_tokens)
+        assert shown.plan == known.best(costs, shown.request.budget_bytes)
+        peak = context.memory.peak_bytes(shown.plan, shown.request)
+        assert peak <= shown.request.budget_bytes
 
 
 @pytest.mark.slow
