@@ -16,14 +16,13 @@ import numpy as np
 from experiments.study.json_records import write_text
 from experiments.study.looks import LEVEL_COLOURS, look
 from rap_env.artifacts import canonical_json
-from rap_env.blocks import block_name
 from rap_env.context.table import TableContext
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.models.progress import progress_bar
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import make_method
 from rap_env.policies.packaged_files import default_facts, packaged_context

@@ -35,7 +35,7 @@ from experiments.training.score_tables import (
     table_of,
 )
 from rap_env.context.base import PruningContext
-from rap_env.ladder.named_ladders import LADDERS
+from rap_env.levels import LADDERS
 from rap_env.models.progress import progress_bar
 from rap_env.plan import Plan, every_mask
 from rap_env.scoring.held_out import Fidelity, FidelityRow

@@ -174,8 +174,8 @@ def choose(
 
     The default model needs neither its weights nor torch.
     """
-    from rap_env.policies.delta_nll import find_delta_nll
     from rap_env.policies.loading import load_policy
+    from rap_env.policies.packaged_files import find_delta_nll
 
     request = Request(batch, seq, parse_bytes("--budget", budget))
     facts = facts_of(model, device, dtype, weights)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rap_env.artifacts import with_tuples
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError
 from rap_env.levels import WEIGHT_LEVELS, WeightLevel
+from rap_env.plan import block_name
 
 
 @dataclass(frozen=True)

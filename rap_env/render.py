@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import KINDS
 from rap_env.memory import MemoryModel
-from rap_env.plan import EMBEDDINGS, Plan, is_cache
+from rap_env.plan import EMBEDDINGS, KINDS, Plan, is_cache
 from rap_env.request import Request, human_bytes
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ from rap_env.errors import ServingSettingsError
 from rap_env.installation import describe, description
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, load_policy
-from rap_env.policies.packaged_files import default_facts, packaged_scores
+from rap_env.policies.packaged_files import default_facts, find_delta_nll, packaged_scores
 from rap_env.request import Request
 from rap_env.serving.settings import ServerSettings
 from rap_env.serving.stack import build_stack

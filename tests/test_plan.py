@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.levels import GROUP_TOKENS, CacheLevel
-from rap_env.plan import Plan, item_names
+from rap_env.plan import Plan, block_index, block_name, item_names
 
 LEVELS = {
     "layer03.ffn": "removed",

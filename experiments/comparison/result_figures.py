@@ -22,8 +22,7 @@ from experiments.study.plotting import (
     style,
 )
 from experiments.study.table_format import shape_words
-from rap_env.blocks import block_name
-from rap_env.plan import EMBEDDINGS, cache_name
+from rap_env.plan import EMBEDDINGS, block_name, cache_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -39,7 +39,7 @@ class EnvConfig(Section):
     id: Annotated[str, among(*ENVIRONMENTS)] = "RAPPrune-v0"
     """``RAPPrune-v0`` removes blocks; ``RAPLadder-v0`` lowers items by one level."""
     levels: Any = "all"
-    """Levels of ``RAPLadder-v0``: a name of `rap_env.ladder.items.LADDERS`, or lists by kind."""
+    """Levels of ``RAPLadder-v0``: a name of `rap_env.levels.LADDERS`, or lists by kind."""
     together: list[str] = field(default_factory=lambda: ["int8", "int4"])
     """Levels of ``RAPLadder-v0`` that all caches take together."""
     invalid_action_penalty: float = 0.1

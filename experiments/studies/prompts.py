@@ -31,7 +31,7 @@ from rap_env.context.opening import open_store
 from rap_env.models.files.loading import load_llm
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.by_text import BY_TEXT, TextPolicy
+from rap_env.policies.knapsack import BY_TEXT, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.request import Request
 from rap_env.scoring.scorer import MaskScorer

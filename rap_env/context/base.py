@@ -20,8 +20,8 @@ from rap_env.importance.profiles import GSI_METHODS, GSIProfile, OneShotProfile
 from rap_env.ladder.features import ImportanceFeatures, ItemImportance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes, mask_bytes
-from rap_env.ladder.named_ladders import LevelSpec
 from rap_env.ladder.observation import ObservationEncoder
+from rap_env.levels import LevelSpec
 from rap_env.memory import MemoryModel
 from rap_env.scoring.corpus import Corpus, CorpusConfig
 from rap_env.scoring.store import ScoreStore

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from rap_env.context.base import ContextConfig
 from rap_env.errors import check_name
 from rap_env.importance.profiles import GSI_METHODS
-from rap_env.ladder.named_ladders import parse_levels, parse_together
+from rap_env.levels import parse_levels, parse_together
 from rap_env.reward import parse_reward
 from rap_env.scoring.corpus import CorpusConfig
 from rap_env.scoring.generated_tasks import GENERATED_TASKS

@@ -15,8 +15,12 @@ from rap_env.importance.plan_table import PlanTable
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
-from rap_env.policies.delta_nll import delta_nll_from_scores
-from rap_env.policies.packaged_files import default_facts, packaged_file, packaged_scores
+from rap_env.policies.packaged_files import (
+    default_facts,
+    delta_nll_from_scores,
+    packaged_file,
+    packaged_scores,
+)
 from rap_env.request import Request, human_bytes
 
 _TYPE_OF_LEVEL = {"native": "f16", "int8": "q8_0", "int4": "q4_1"}

@@ -11,8 +11,8 @@ from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy, load_policy
+from rap_env.policies.packaged_files import find_delta_nll
 from rap_env.request import Request, parse_bytes
 
 DEFAULT_POLICY = "rap-v0"

@@ -21,12 +21,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.profiles import OneShotProfile, Profile
 from rap_env.levels import GROUP_TOKENS, NATIVE_CACHE, SINK_GROUPS, WEIGHT_LEVELS, CacheLevel
 from rap_env.model_facts import HasFacts
-from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache, item_names
 
 CACHE_LEVELS = (
     "int8", "int4", "int2", "int4-window512", "int4-window256", "int4-window128",

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rap_env.blocks import block_name
 from rap_env.importance.level_costs import (
     CACHE_LEVELS,
     TOGETHER,
@@ -28,7 +27,7 @@ from rap_env.model_facts import ModelFacts
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.progress import progress_bar
-from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache
 from rap_env.scoring.interface import bar_callback
 from rap_env.scoring.scorer import MaskScorer
 

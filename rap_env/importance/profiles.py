@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import ArtifactError
 from rap_env.model_facts import HasFacts, reject_stubs
+from rap_env.plan import block_index, block_name
 
 if TYPE_CHECKING:
     from rap_env.scoring.scorer import MaskScorer

@@ -11,12 +11,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rap_env.blocks import block_name
 from rap_env.errors import InvalidRequestError, UnknownNameError, check_name
-from rap_env.ladder.named_ladders import LevelSpec, parse_levels, parse_together
-from rap_env.levels import WEIGHT_LEVELS, CacheLevel, WeightLevel
+from rap_env.levels import (
+    WEIGHT_LEVELS,
+    CacheLevel,
+    LevelSpec,
+    WeightLevel,
+    parse_levels,
+    parse_together,
+)
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, Plan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name
 
 _BITS = (1, 2, 4)
 

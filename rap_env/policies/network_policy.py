@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,9 +31,10 @@ from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
+from rap_env.policies.method import Basis
 from rap_env.policies.network import NetworkWeights, PolicyNetwork
 from rap_env.policies.packaged_files import packaged_file
-from rap_env.policies.registry import packaged, reads
+from rap_env.policies.registry import makes, packaged, reads
 from rap_env.request import Request
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,9 @@ KIND = "exported policy"
 
 _PACKAGED = {"rap": "ladder", "rap-low-bits": "low-bits", "rap-recall": "recall"}
 """The trained policies over levels in the package, and the names of their files."""
+
+_REMOVES = "rap-v0"
+"""The trained policy in the package that removes blocks."""
 
 _FORMAT = 2
 _HEADER = "rap_policy"
@@ -325,3 +330,44 @@ def packaged_network(file_name: str) -> PolicyFile:
 
 for _name in _PACKAGED:
     packaged(_name)(partial(_packaged_policy, _name))
+
+
+class MasksOnLoweredCaches(Policy):
+    """A policy over masks on lowered caches, whose bytes it sees.
+
+    Where the request does not fit even with every block removed, the caches are at the next level.
+
+    Args:
+        memory: The model's byte arithmetic.
+        file: The exported policy.
+        levels: Levels of all caches, from the most to the least exact one.
+
+    Raises:
+        ArtifactError: The policy is not for a model of this shape.
+    """
+
+    name = _REMOVES
+
+    def __init__(self, memory: MemoryModel, file: PolicyFile, levels: Iterable[str]) -> None:
+        self.memory = memory
+        bases = [Plan.uniform(memory.facts.num_layers, caches=level) for level in levels]
+        self._policies = [(NetworkPolicy(memory, file, base=base), base) for base in bases]
+
+    def choose(self, request: Request) -> Plan:
+        """Return the native plan if it fits, else lowered caches without some blocks."""
+        if self.memory.peak_bytes(Plan(), request) <= request.budget_bytes:
+            return Plan()
+        fitting = (pair for pair in self._policies if pair[0].can_fit(request))
+        policy, base = next(fitting, self._policies[-1])
+        return base.without(*policy.choose(request).removed)
+
+
+@makes(_REMOVES)
+def _packaged_masks(memory: MemoryModel, basis: Basis | None) -> Policy:
+    """On caches at int8, else at int4, if they have these levels in a comparison."""
+    file = packaged_network("blocks")
+    levels = () if basis is None else basis.ladder_bytes.ladder.cache_levels
+    lowered = [level for level in ("int8", "int4") if level in levels]
+    if lowered:
+        return MasksOnLoweredCaches(memory, file, lowered)
+    return NetworkPolicy(memory, file, name=_REMOVES)

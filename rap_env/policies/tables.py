@@ -13,8 +13,7 @@ from rap_env.importance.plan_search import PlanSearch, fit_plan_predictor
 from rap_env.importance.plan_table import PlanTable
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.named_ladders import CACHE_LEVELS
-from rap_env.levels import WEIGHT_LEVELS
+from rap_env.levels import CACHE_LEVELS, WEIGHT_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
 from rap_env.plan import Plan

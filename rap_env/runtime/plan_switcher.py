@@ -10,12 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from rap_env.blocks import block_index, block_name
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
 from rap_env.levels import WeightLevel
 from rap_env.model_facts import ModelFacts
 from rap_env.models.device import synchronise
-from rap_env.plan import EMBEDDINGS, Plan, cache_name
+from rap_env.plan import EMBEDDINGS, Plan, block_index, block_name, cache_name
 from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rap_env.artifacts import load_artifact, save_artifact, with_tuples
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, ModelNotAvailableError
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.scoring.held_out import Fidelity, HeldOutLosses
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import CorrectionNetwork, DeltaNLLPredictor, ScoreModel

@@ -17,9 +17,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rap_env.blocks import KINDS
 from rap_env.levels import WEIGHT_LEVELS
-from rap_env.plan import EMBEDDINGS, Plan, cache_name, is_cache, item_names
+from rap_env.plan import EMBEDDINGS, KINDS, Plan, cache_name, is_cache, item_names
 from rap_env.runtime.memory_meter import ResidentMeter
 from rap_env.serving.settings import ServerSettings
 from rap_env.version import __version__

@@ -14,7 +14,7 @@ import numpy as np
 
 from rap_env.errors import InvalidRequestError
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.named_ladders import LevelSpec, parse_levels
+from rap_env.levels import LevelSpec, parse_levels
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request, whole_number

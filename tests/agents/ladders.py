@@ -6,8 +6,8 @@ import numpy as np
 
 from rap_env.context.base import make_encoder
 from rap_env.envs.ladder import RAPLadderVectorEnv
-from rap_env.ladder.named_ladders import CACHE_LEVELS
 from rap_env.ladder.observation import ObservationEncoder
+from rap_env.levels import CACHE_LEVELS
 from rap_env.memory import MemoryModel
 from rap_env.request import Request
 from tests.policies.test_knapsack import costs as costs_of

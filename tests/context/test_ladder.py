@@ -14,7 +14,7 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.ladder.named_ladders import LADDERS
+from rap_env.levels import LADDERS
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.packaged_files import default_facts

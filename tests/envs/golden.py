@@ -20,10 +20,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from rap_env.blocks import block_name
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
+from rap_env.plan import block_name
 
 PATH = Path(__file__).with_name("golden.json.gz")
 SEEDS = {"prune": 200, "ladder": 50}

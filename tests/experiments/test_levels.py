@@ -13,7 +13,7 @@ from experiments.study.experiment_errors import ExperimentError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.importance.text_kinds import KindCosts
 from rap_env.plan import Plan
-from rap_env.policies.by_text import TextPolicy
+from rap_env.policies.knapsack import TextPolicy
 from rap_env.policies.loading import load_policy
 from tests.experiments.letter_texts import write_letters
 from tests.experiments.tiny_study import own_text, tiny_study

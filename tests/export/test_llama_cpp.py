@@ -16,9 +16,8 @@ from rap_env.export.llama_cpp import (
 )
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import StaticPolicy
-from rap_env.policies.packaged_files import default_facts
+from rap_env.policies.packaged_files import default_facts, find_delta_nll
 from rap_env.request import Request
 from tests.tiny import tiny_llm
 

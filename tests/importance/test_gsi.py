@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.blocks import block_name
 from rap_env.context.base import item_order
 from rap_env.errors import ArtifactError
 from rap_env.importance.gsi_search import gsi
@@ -14,7 +13,7 @@ from rap_env.importance.orders import PricedState, greedy_order, one_shot_costs,
 from rap_env.importance.profiles import GSIProfile
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.scoring.scorer import MaskScorer
 from rap_env.scoring.store import ScoreStore
 from tests.envs.playing import LEVELS, make_v1, play

@@ -7,8 +7,8 @@ import pytest
 
 from rap_env.errors import InvalidRequestError, RapError, UnknownNameError
 from rap_env.ladder.items import Ladder
-from rap_env.ladder.named_ladders import LADDERS, parse_levels
 from rap_env.ladder.steps import LevelSteps
+from rap_env.levels import LADDERS, parse_levels
 from rap_env.plan import Plan, item_names
 from tests.policies.test_knapsack import facts
 

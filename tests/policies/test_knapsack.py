@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rap_env.blocks import block_name
 from rap_env.errors import ArtifactError, InvalidRequestError
 from rap_env.importance.level_costs import LevelCosts
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.memory import MemoryModel
 from rap_env.model_facts import ModelFacts
-from rap_env.plan import EMBEDDINGS, Plan, cache_name, every_mask
+from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, every_mask
 from rap_env.policies.knapsack import KnapsackPolicy
 from rap_env.policies.loading import make_method
 from rap_env.request import Request

@@ -14,10 +14,10 @@ from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.ladder.features import ImportanceFeatures
 from rap_env.plan import Plan
 from rap_env.policies import packaged_files
-from rap_env.policies.delta_nll import find_delta_nll
 from rap_env.policies.loading import load_policy
 from rap_env.policies.network_policy import NetworkPolicy, PolicyFile
 from rap_env.policies.network_rows import ROWS
+from rap_env.policies.packaged_files import find_delta_nll
 from rap_env.request import Request
 from tests.policies import made_ladder, made_policies
 from tests.policies.made_ladder import ladder

@@ -9,8 +9,7 @@ from rap_env.errors import ArtifactError
 from rap_env.importance.text_kinds import KindCosts
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.by_text import TextPolicy
-from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import default_facts, packaged_costs
 from rap_env.request import Request

@@ -4,10 +4,9 @@ import pytest
 import torch
 import transformers as tf
 
-from rap_env.blocks import block_name
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
 from tests.tiny import (

@@ -5,14 +5,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.blocks import block_name
 from rap_env.errors import (
     CorpusError,
     NonFiniteScoreError,
     UnknownNameError,
 )
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.scoring import plan_runner
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.score_table import TableScorer

@@ -9,8 +9,7 @@ import pytest
 from rap_env.errors import RapError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
-from rap_env.policies.by_text import TextPolicy
-from rap_env.policies.knapsack import KnapsackPolicy
+from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import parse_bytes
 from rap_env.runtime.batch_shape import BatchShape

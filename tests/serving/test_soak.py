@@ -20,12 +20,11 @@ import httpx
 import pytest
 import torch
 
-from rap_env.blocks import block_name
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.kv_cache import cache_argument
 from rap_env.models.device import return_freed_memory
 from rap_env.models.files.loading import load_llm
-from rap_env.plan import Plan, cache_name
+from rap_env.plan import Plan, block_name, cache_name
 from rap_env.policies.base import Policy
 from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine

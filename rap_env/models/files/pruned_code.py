@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rap_env.blocks import block_index
 from rap_env.errors import UnsupportedModelError
 from rap_env.models.families import placeholders
 from rap_env.models.families.adapter import FamilyAdapter
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_index
 from rap_env.version import __version__
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")

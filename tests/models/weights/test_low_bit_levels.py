@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rap_env.blocks import block_name
 from rap_env.errors import UnsupportedModelError
 from rap_env.ladder.items import Ladder
 from rap_env.memory import MemoryModel
@@ -15,7 +14,7 @@ from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.models.weights.packed_layout import LOW_BIT_FORMATS
 from rap_env.models.weights.residency import Residency
-from rap_env.plan import Plan
+from rap_env.plan import Plan, block_name
 from rap_env.request import Request
 from tests.models.states import apply_to, logits, opened, saved, tensor_bytes, weights_hash
 from tests.models.weights.test_weight_levels import replace_by_widened
