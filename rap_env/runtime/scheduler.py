@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rap_env.models.caches.batch_cache import PassInterruptedError
+from rap_env.models.caches.kv_cache import PassInterruptedError
 from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan

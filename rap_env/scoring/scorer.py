@@ -15,10 +15,9 @@ import transformers
 from rap_env.errors import CorpusError, NonFiniteScoreError
 from rap_env.memory import MemoryModel
 from rap_env.models.caches.attention import attention_name
-from rap_env.models.device import device_kind, free_bytes, keep_freed_memory
+from rap_env.models.device import device_kind, free_bytes, keep_freed_memory, uses_float32
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.partial_forward import PartialForward
-from rap_env.models.weights.bfloat16_products import uses_float32
 from rap_env.plan import Plan
 from rap_env.scoring.corpus import Corpus
 from rap_env.scoring.interface import Measured, OnScore, ScoringJob, notify

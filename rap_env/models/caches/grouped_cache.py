@@ -25,7 +25,7 @@ layer itself. Else it has a *bundle* for rows with equal numbers of tokens befor
 tail and new tokens, the slots as they were before, and the groups that the new tokens completed.
 
 Before a group is packed, its native keys and values may be copied to a file (`copies`), from which
-`caches.layers.read_back` restores them.
+`caches.kv_cache.read_back` restores them.
 """
 
 from __future__ import annotations

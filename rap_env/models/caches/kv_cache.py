@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens cached, K key and value heads, D values in a head.
 
 A plan changes between two steps (`ElasticLLM.apply`), and each cache in use follows: `apply`
 immediately evicts the keys and values of a removed attention block, and quantises what is above its
-level in place of the old (`layers.lower`). A layer whose cache is below native is a `GroupedLayer`;
+level in place of the old (`lower`). A layer whose cache is below native is a `GroupedLayer`;
 it is brought up to a higher level where what was lowered was copied to a file
 (`BatchCache.copies`), else it stays as it is.
 
@@ -20,23 +20,90 @@ therefore shows which layers are missing; no other record of it exists.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from rap_env.errors import UnsupportedCacheError
+from rap_env.levels import NATIVE_CACHE, CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.layers import (
-    filled_layers,
-    lower,
+    DYNAMIC_LAYERS,
     native_layer,
-    read_back,
-    tensors_of,
+    reserved_tokens,
+    with_room,
 )
+from rap_env.models.caches.tensor_file import NativeCopy, NewCopies, TensorFile, native_states
 from rap_env.models.families.placeholders import PLACEHOLDER_DTYPE, placeholder_entries
+
+
+class PassInterruptedError(Exception):
+    """A pass was told to end before its last layer; it has no result."""
+
+
+class BatchCache(DynamicCache):
+    """A dynamic cache; in an `interruptible` block its updates may end the pass.
+
+    Args:
+        config: The config of the model.
+        copies: Folder of files with copies of what is lowered, for `read_back`; None
+            for no copies.
+    """
+
+    def __init__(self, config: Any, copies: Path | None) -> None:
+        super().__init__(config=config)
+        self.copies = copies
+        self._interrupt: Callable[[], bool] | None = None
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own."""
+        if self._interrupt is not None and self._interrupt():
+            raise PassInterruptedError
+        return super().update(*args, **kwargs)
+
+    @contextmanager
+    def interruptible(self, interrupt: Callable[[], bool]) -> Iterator[None]:
+        """Let `interrupt`, which is called before each layer, end a pass in a ``with`` block.
+
+        After a `PassInterruptedError` all layers have the tokens that they had before.
+        """
+        layers: list[Any] = self.layers
+        undos = [_undo(layer) for layer in layers if layer.is_initialized]
+        self._interrupt = interrupt
+        try:
+            yield
+        except PassInterruptedError:
+            for undo in undos:
+                undo()
+            raise
+        finally:
+            self._interrupt = None
+
+
+def _undo(layer: Any) -> Callable[[], None]:
+    """What takes tokens that are appended from now on off a layer again."""
+    if isinstance(layer, GroupedLayer):
+        return layer.undo()
+    cached = layer.get_seq_length()
+    window = (layer.keys, layer.values) if layer.is_sliding else None  # it loses its first tokens
+
+    def undo() -> None:
+        if window is None:
+            layer.keys, layer.values = layer.keys[:, :, :cached], layer.values[:, :, :cached]
+        else:
+            layer.keys, layer.values = window
+            layer.cumulative_length = cached
+
+    return undo
 
 
 @dataclass(frozen=True)
@@ -145,3 +212,172 @@ def cache_argument(module: torch.nn.Module) -> str:
     """The cache's argument name in this transformers version: ``cache`` or ``past_key_values``."""
     known = inspect.signature(module.forward).parameters
     return "cache" if "cache" in known else "past_key_values"
+
+
+_ROWS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _new_copies(cache: Any) -> NewCopies | None:
+    folder = cache.copies if isinstance(cache, BatchCache) else None
+    if folder is None:
+        return None
+    files = functools.cache(lambda rows: [TensorFile(folder) for _ in range(rows)])
+    return lambda rows: [NativeCopy(file) for file in files(rows)]  # layers of a row share a file
+
+
+def note_rows(cache: Any, rows: torch.Tensor | Sequence[int] | None) -> None:
+    """Remember the rows of a cache in use, for `lower`.
+
+    Args:
+        cache: The cache.
+        rows: The padding mask of all its columns, the length of each row, or None for no padding.
+    """
+    _ROWS[cache] = rows
+
+
+def known_lengths(cache: Any, batch: int, columns: int) -> list[int] | None:
+    """The length of each row after a pass, if it was noted before it; reads no mask."""
+    rows = None if cache is None else _ROWS.get(cache)
+    if rows is None or isinstance(rows, torch.Tensor):
+        return None
+    return list(rows) if len(rows) == batch and max(rows) == columns else None
+
+
+def _lengths(cache: Any, batch: int, columns: int) -> list[int] | None:
+    """Tokens of each row without padding; None if they are not known."""
+    if cache not in _ROWS:
+        return None
+    rows = _ROWS[cache]
+    if rows is None:
+        return [columns] * batch
+    if isinstance(rows, torch.Tensor):
+        return rows.sum(dim=1).tolist() if rows.shape == (batch, columns) else None
+    return list(rows) if len(rows) == batch else None
+
+
+def lower(
+    cache: Any, levels: Mapping[int, CacheLevel], lengths: Sequence[int] | None = None
+) -> None:
+    """Bring layers of a cache that are above their level down to it, one at a time.
+
+    A layer that would be higher at its level in one respect (width or window) and lower in the
+    other gets the lower of both. An empty layer gets its level. A removed block's stays as it is.
+
+    Args:
+        cache: The cache.
+        levels: Levels of layers; others are native.
+        lengths: Tokens of each row in the cache, without padding; by default those noted by
+            `note_rows`. If they are not known, layers with tokens are left for the next pass.
+    """
+    new_copies = _new_copies(cache)
+    for number, level in level_changes(cache, levels):
+        while len(cache.layers) <= number:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[number]
+        copies = None if layer.is_sliding else new_copies
+        if not _has_tokens(layer) and level.native:
+            cache.layers[number] = native_layer(layer)
+        elif not _has_tokens(layer):
+            made = GroupedLayer(level, layer.sliding_window if layer.is_sliding else None)
+            made.new_copies = copies
+            cache.layers[number] = made
+        elif isinstance(layer, GroupedLayer):
+            cache.layers[number] = layer.lowered(level)
+        else:
+            rows = lengths
+            if rows is None:
+                rows = _lengths(cache, layer.keys.shape[0], layer.get_seq_length())
+            if rows is not None:
+                made = GroupedLayer.of_native(level, layer, rows, copies)
+                made.reserve_tokens = reserved_tokens(layer)
+                cache.layers[number] = made
+
+
+def read_back(cache: Any, levels: Mapping[int, CacheLevel]) -> None:
+    """Bring layers of a cache that are below their level up to it, where there are copies.
+
+    Tokens that came while a layer was lowered get keys and values as they were computed then.
+    """
+    for number, layer in filled_layers(cache):
+        level = levels.get(number, NATIVE_CACHE)
+        if not isinstance(layer, GroupedLayer) or layer.level == level or not all(layer.copies):
+            continue
+        states = native_states(layer)
+        if states is None:
+            layer.copies = [None] * len(layer.copies)
+            continue
+        made: Any = native_layer(layer)
+        made.lazy_initialization(*states)
+        room = made.reserve_tokens
+        made.keys, made.values = (with_room([part], part.shape[2], room) for part in states)
+        if not level.native:
+            made = GroupedLayer.of_native(level, made, layer.lengths)
+            made.copies, made.reserve_tokens = layer.copies, room
+        cache.layers[number] = made
+
+
+def level_changes(cache: Any, levels: Mapping[int, CacheLevel]) -> list[tuple[int, CacheLevel]]:
+    """Layers that `lower` changes, with their new levels; raises the errors of `lower`."""
+    changes: list[tuple[int, CacheLevel]] = []
+    layers = getattr(cache, "layers", ())
+    for number in range(max(len(layers), *(layer + 1 for layer in levels), 0)):
+        layer = layers[number] if number < len(layers) else None
+        level = levels.get(number, NATIVE_CACHE)
+        current = layer.level if isinstance(layer, GroupedLayer) else NATIVE_CACHE
+        if level is current or level == current:
+            continue
+        if layer is not None and _has_tokens(layer):
+            if layer.keys.dtype == PLACEHOLDER_DTYPE:
+                continue
+            level = current.lowest(level)
+        if level != current:
+            changes.append((number, level))
+    if changes:
+        _check_layers(cache, [number for number, _ in changes])
+    return changes
+
+
+def levels_of(cache: Any, *, lasting: bool = False) -> tuple[tuple[int, CacheLevel], ...]:
+    """The layers of a cache that hold tokens below native, with their levels.
+
+    Args:
+        cache: The cache.
+        lasting: Leave out those that `read_back` can raise.
+    """
+    return tuple(
+        (number, layer.level)
+        for number, layer in filled_layers(cache)
+        if isinstance(layer, GroupedLayer) and not (lasting and all(layer.copies))
+    )
+
+
+def filled_layers(cache: Any) -> Iterator[tuple[int, Any]]:
+    """Layers that hold anything, with their indices."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.keys.dim() == 4:
+            yield number, layer
+
+
+def tensors_of(layer: Any) -> tuple[torch.Tensor, ...]:
+    """All tensors of a layer that holds anything."""
+    return layer.tensors if isinstance(layer, GroupedLayer) else (layer.keys, layer.values)
+
+
+def _has_tokens(layer: Any) -> bool:
+    return isinstance(getattr(layer, "keys", None), torch.Tensor) and layer.get_seq_length() > 0
+
+
+def _check_layers(cache: Any, numbers: Sequence[int]) -> None:
+    layers = getattr(cache, "layers", None)
+    kinds: set[Any] = set()
+    for number in numbers:
+        if layers is not None and number < len(layers):
+            kinds.add(type(layers[number]))
+        else:
+            kinds.add(getattr(cache, "layer_class_to_replicate", None))
+    wrong = sorted(getattr(kind, "__name__", "no layers") for kind in kinds - set(DYNAMIC_LAYERS))
+    if wrong or getattr(cache, "offloading", False):
+        raise UnsupportedCacheError(
+            f"A {type(cache).__name__} with {', '.join(wrong) or 'offloaded layers'} cannot be "
+            "quantised or windowed; use a DynamicCache, which is the default, or native caches."
+        )

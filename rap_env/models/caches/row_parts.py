@@ -23,16 +23,16 @@ from transformers import DynamicCache
 from rap_env.levels import CacheLevel
 from rap_env.models.caches.grouped_cache import GroupedLayer
 from rap_env.models.caches.groups import Step, current_step, set_current_step
-from rap_env.models.caches.kv_cache import Past, missing
-from rap_env.models.caches.layers import (
+from rap_env.models.caches.kv_cache import (
+    Past,
     filled_layers,
     levels_of,
     lower,
+    missing,
     note_rows,
-    reserved_tokens,
     tensors_of,
-    with_room,
 )
+from rap_env.models.caches.layers import reserved_tokens, with_room
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.device import send
 from rap_env.plan import Plan

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from rap_env.errors import UnsupportedModelError, check_name
+from rap_env.models.caches.attention import speed_up_decoding
 from rap_env.models.device import (
     DTYPES,
     bound_kernel_caches,
@@ -41,7 +42,6 @@ from rap_env.models.live.calibration import (
     use_packaged_text,
     use_text,
 )
-from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import LeanLlama, lean_config
 from rap_env.models.weights.packed_layout import PACKED_LEVELS

@@ -24,13 +24,12 @@ import torch
 from rap_env.artifacts import disk_errors, load_artifact, save_artifact
 from rap_env.errors import ArtifactError, UnsupportedModelError
 from rap_env.model_facts import reject_stubs
-from rap_env.models.caches.attention import attention_name
+from rap_env.models.caches.attention import attention_name, speed_up_decoding
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for
 from rap_env.models.families.placeholders import remove_blocks
 from rap_env.models.files.model_folder import file_sha256
 from rap_env.models.files.pruned_code import code_files, removed_entries, with_code, without_code
 from rap_env.models.files.weight_files import load_complete
-from rap_env.models.live.cpu_decode import speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.progress import transformers_bars
 from rap_env.plan import Plan

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rap_env.artifacts import disk_errors
 from rap_env.errors import ModelNotAvailableError, UnsupportedModelError
 from rap_env.models.families.adapter import FamilyAdapter, adapter_for, read_config
 from rap_env.models.files.hub import has_all_weights
-from rap_env.models.live.placement import remove_hooks
 from rap_env.models.progress import transformers_bars
 from rap_env.models.weights.tensors import damaged_weights, read_header, stored_dtype
 
@@ -48,9 +48,20 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device, work:
     wrong = {name: pair for name, pair in wrong.items() if pair[0] != pair[1]}
     _reject_other_shapes(folder, wrong)
     del model.hf_device_map
-    remove_hooks(m for m in model.modules() if not any(p.is_meta for p in m.parameters(False)))
+    _remove_hooks(m for m in model.modules() if not any(p.is_meta for p in m.parameters(False)))
     _set_dtype(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _remove_hooks(modules: Iterable[nn.Module]) -> None:
+    """Remove accelerate's hooks from modules, and the `forward` that they leave there."""
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in modules:
+        remove_hook_from_module(module)
+        left = getattr(module.__dict__.get("forward"), "__func__", None)
+        if left is type(module).forward:  # a shallow copy would run that of the original
+            del module.forward
 
 
 def offloaded_weights(model: Any) -> Any:

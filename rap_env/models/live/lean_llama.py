@@ -25,8 +25,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from rap_env.errors import UnsupportedModelError
-from rap_env.models.caches.attention import with_levels
-from rap_env.models.live.cpu_decode import PACKED_ATTENTION, grouped_query_attention
+from rap_env.models.caches.attention import PACKED_ATTENTION, grouped_query_attention, with_levels
 from rap_env.models.weights.packed_modules import meta_embedding
 
 _SIZES = (

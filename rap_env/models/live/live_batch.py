@@ -16,15 +16,17 @@ import torch
 
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
-from rap_env.models.caches.batch_cache import BatchCache, PassInterruptedError
 from rap_env.models.caches.kv_cache import (
+    BatchCache,
+    PassInterruptedError,
     cache_argument,
     cache_bytes,
     missing,
+    note_rows,
     refill,
     update_cache,
 )
-from rap_env.models.caches.layers import ReservedLayer, note_rows, reserve
+from rap_env.models.caches.layers import ReservedLayer, reserve
 from rap_env.models.caches.row_parts import PartedCache, RowPart, columns_of, merged
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan

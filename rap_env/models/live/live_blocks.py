@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from rap_env.levels import NATIVE_CACHE, CacheLevel, WeightLevel
-from rap_env.models.caches.kv_cache import cache_bytes, evict
-from rap_env.models.caches.layers import lower
+from rap_env.models.caches.kv_cache import cache_bytes, evict, lower
 from rap_env.models.families.adapter import BlockSite, FamilyAdapter
 from rap_env.models.weights.packed_modules import PackedModule
 from rap_env.models.weights.residency import WeightStore

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from rap_env.levels import WeightLevel
+from rap_env.models import device
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.lean_llama import reject_lean
-from rap_env.models.weights import bfloat16_products
 from rap_env.models.weights.packed_modules import PackedEmbedding, PackedModule
 from rap_env.plan import Plan
 
@@ -163,7 +163,7 @@ class PartialForward:
             return state
         args, kwargs = self._calls_for(state)[layer]
         wide = self._wide(self._layers[layer])
-        with self._llm.masked(inside), wide, bfloat16_products.in_float32():
+        with self._llm.masked(inside), wide, device.in_float32():
             output = self._layers[layer](state, *args, **kwargs)
         left: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return left
@@ -185,7 +185,7 @@ class PartialForward:
 
         Contiguous rows, not (B, T, H): torch multiplies a slice of a batch at half the speed.
         """
-        with bfloat16_products.in_float32():
+        with device.in_float32():
             logits: torch.Tensor = self.head(hidden)
         return self.adapter.cap_logits(logits)
 
@@ -203,7 +203,7 @@ class PartialForward:
 
     def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The decoder's output under the applied plan, (B, T) -> (B, T, H)."""
-        with self._llm.exclusive(), self._wide(self._decoder), bfloat16_products.in_float32():
+        with self._llm.exclusive(), self._wide(self._decoder), device.in_float32():
             output = self._decoder(input_ids=input_ids.to(self._llm.device), use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state
         return hidden

@@ -28,8 +28,7 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from rap_env.models.device import choose_dtype
-from rap_env.models.weights.bfloat16_products import TOKENS_AT_ONCE, uses_float32
+from rap_env.models.device import TOKENS_AT_ONCE, choose_dtype, uses_float32
 from rap_env.models.weights.packed_layout import (
     BLOCK,
     GROUP_INPUTS,

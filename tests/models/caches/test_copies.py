@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rap_env.levels import GROUP_TOKENS
-from rap_env.models.caches.batch_cache import PassInterruptedError
+from rap_env.models.caches.kv_cache import PassInterruptedError
 from rap_env.models.caches.tensor_file import TensorFile
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan

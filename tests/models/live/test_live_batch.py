@@ -6,7 +6,7 @@ import torch
 from rap_env.errors import InvalidRequestError
 from rap_env.levels import CacheLevel
 from rap_env.models.caches import row_parts
-from rap_env.models.caches.batch_cache import PassInterruptedError
+from rap_env.models.caches.kv_cache import PassInterruptedError
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
 from tests.models.generation import gated_logits

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rap_env.errors import ArtifactError, UnknownNameError
 from rap_env.models import device
-from rap_env.models.weights import bfloat16_products, packed_layout, packing
+from rap_env.models.weights import packed_layout, packing
 from rap_env.models.weights.low_bits import matrix_from_tensors
 from rap_env.models.weights.packed_layout import (
     PACKED_LEVELS,
@@ -109,7 +109,7 @@ def test_widening_in_pieces_changes_nothing(level, dtype, monkeypatch) -> None:
 def test_a_cpu_that_emulates_bfloat16_multiplies_exact_weights_and_rounds_once(
     level: PackedLevel, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bfloat16_products, "emulated", lambda: True)
+    monkeypatch.setattr(device, "emulated", lambda: True)
     monkeypatch.setattr(packed_layout, "PIECE_VALUES", 128 * 64)
     matrix = quantise(_random((320, 64)), level)
     states = _random((tokens, 64), seed=3).bfloat16()

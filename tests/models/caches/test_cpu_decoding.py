@@ -2,10 +2,9 @@
 
 import torch
 
-from rap_env.models.caches.attention import attention_name
+from rap_env.models.caches.attention import PACKED_ATTENTION, attention_name, speed_up_decoding
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.pruned_checkpoint import load_pruned, save_pruned
-from rap_env.models.live.cpu_decode import PACKED_ATTENTION, speed_up_decoding
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan

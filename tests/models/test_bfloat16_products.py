@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from rap_env.models import device
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.weights import bfloat16_products
 from rap_env.plan import Plan
 from rap_env.scoring.scorer import MaskScorer
 from tests.scoring.test_scorer import tokens
@@ -20,7 +20,7 @@ def on_a_cpu(monkeypatch):
     """Sets whether the CPU emulates products of bfloat16 matrices."""
 
     def emulates(answer):
-        monkeypatch.setattr(bfloat16_products, "emulated", lambda: answer)
+        monkeypatch.setattr(device, "emulated", lambda: answer)
 
     emulates(True)
     return emulates
@@ -41,13 +41,13 @@ def wide_product(states, weight, bias=None):
     ],
 )
 def test_only_an_x86_cpu_without_the_instructions_emulates(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(bfloat16_products, "cpu_capabilities", lambda: capabilities)
-    bfloat16_products.emulated.cache_clear()
-    assert bfloat16_products.emulated() is expected
-    assert bfloat16_products.uses_float32(CPU, torch.bfloat16) is expected
-    assert not bfloat16_products.uses_float32(CPU, torch.float32)
-    assert not bfloat16_products.uses_float32(META, torch.bfloat16)
-    bfloat16_products.emulated.cache_clear()
+    monkeypatch.setattr(device, "cpu_capabilities", lambda: capabilities)
+    device.emulated.cache_clear()
+    assert device.emulated() is expected
+    assert device.uses_float32(CPU, torch.bfloat16) is expected
+    assert not device.uses_float32(CPU, torch.float32)
+    assert not device.uses_float32(META, torch.bfloat16)
+    device.emulated.cache_clear()
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "GPT-2"])
@@ -55,21 +55,21 @@ def test_sums_are_those_of_float32_rounded_once(on_a_cpu, transposed):
     layer = (Conv1D(40, 48) if transposed else torch.nn.Linear(48, 40)).bfloat16()
     weight = layer.weight.T if transposed else layer.weight
     states = torch.randn(3, 20, 48).bfloat16()
-    with bfloat16_products.in_float32():
+    with device.in_float32():
         actual = layer(states)
     assert actual.dtype == torch.bfloat16
     assert torch.equal(actual, wide_product(states, weight, layer.bias).bfloat16())
     on_a_cpu(False)
     expected = layer(states)
-    with bfloat16_products.in_float32():
+    with device.in_float32():
         assert torch.equal(layer(states), expected)
 
 
 def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
-    monkeypatch.setattr(bfloat16_products, "_WEIGHTS", 16 * 10)
-    monkeypatch.setattr(bfloat16_products, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(device, "_WEIGHTS", 16 * 10)
+    monkeypatch.setattr(device, "TOKENS_AT_ONCE", 4)
     layer, states = torch.nn.Linear(16, 37).bfloat16(), torch.randn(2, 5, 16).bfloat16()
-    with bfloat16_products.in_float32():
+    with device.in_float32():
         actual = layer(states)
     expected = wide_product(states, layer.weight, layer.bias).bfloat16()
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3)
@@ -78,7 +78,7 @@ def test_large_weights_are_widened_in_pieces(on_a_cpu, monkeypatch):
 def test_gradients_are_those_of_the_float32_product(on_a_cpu):
     weight = torch.randn(24, 16).bfloat16().requires_grad_()
     states = torch.randn(9, 16).bfloat16().requires_grad_()
-    with bfloat16_products.in_float32():
+    with device.in_float32():
         functional.linear(states, weight).sum().backward()
     ones = torch.ones(9, 24)
     assert torch.equal(weight.grad, (ones.T @ states.detach().float()).bfloat16())
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_float32_product(on_a_cpu):
 def test_other_dtypes_are_left_alone(on_a_cpu, dtype):
     layer, states = torch.nn.Linear(8, 4).to(dtype), torch.randn(3, 8).to(dtype)
     expected = layer(states)
-    with bfloat16_products.in_float32():
+    with device.in_float32():
         assert torch.equal(layer(states), expected)
 
 
