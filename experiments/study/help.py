@@ -31,7 +31,7 @@ READS: dict[str, tuple[str, ...]] = {
     "export_scores": (*MODEL, "export", "env.id"),
     **dict.fromkeys(("ladder", "equal_bytes"), (*MODEL, "ladder", "evaluate.text")),
     "level_costs_by_model": (*MODEL, "evaluate.text"),
-    "replay": (*MODEL, "replay", "budget"),
+    "replay": ("model", "store", "threads", "replay", "budget"),
     "cgroup": ("model.name", "cgroup"),
     "texts": (*MODEL, "texts", "env"),
 }  # fmt: skip

@@ -12,12 +12,13 @@ from experiments.config.replay_settings import ReplayConfig
 from experiments.studies.replay.workload import Budget, ReplayRequest
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError, QueueFullError
+from rap_env.levels import CacheLevel
 from rap_env.memory import MemoryModel
 from rap_env.models.device import return_freed_memory
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.policies.loading import OrderPolicy, StaticPolicy, load_policy
+from rap_env.policies.loading import OrderPolicy, StaticPolicy, check_policy, load_policy
 from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
@@ -27,8 +28,8 @@ from rap_env.runtime.records import EngineStats, StepRecord
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams
 
-UNIFORM = "uniform_native_"
-"""Start of the names of systems with one level for all caches."""
+STATIC, UNIFORM = ("static_gsi", "static_gsi_lean"), "uniform_native_"
+"""Names of systems with one mask, and how those of systems with one level of caches begin."""
 
 _IDLE_S, _MIN_IDLE_S = 0.25, 1e-3  # at most and at least skipped between two turns
 _STOPWATCHES = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -181,6 +182,19 @@ class SystemRun:
         return waiting or now_s < self.horizon_s
 
 
+def check_system(name: str) -> None:
+    """Check that there is a system of a name, without a model.
+
+    Raises:
+        UnknownNameError: There is none.
+        ArtifactError: It is a damaged file.
+    """
+    if name.startswith(UNIFORM):
+        CacheLevel.of(name.removeprefix(UNIFORM))
+    elif name not in STATIC:
+        check_policy(name)
+
+
 def make_system(name: str, run: SystemRun) -> System:
     """Make a system, as ``replay.systems`` names it, that `run` is to serve.
 
@@ -189,7 +203,7 @@ def make_system(name: str, run: SystemRun) -> System:
         RapError: There is no such policy, or it is of another model.
     """
     settings, memory = run.settings, MemoryModel(run.llm)
-    if not name.startswith(("static_gsi", UNIFORM)):
+    if name not in STATIC and not name.startswith(UNIFORM):
         return System(load_policy(name, memory), () if name == "dense" else None)
     order = load_policy(settings.order, memory).order or ()
     if name.startswith(UNIFORM):
@@ -197,7 +211,7 @@ def make_system(name: str, run: SystemRun) -> System:
         return System(OrderPolicy(memory, order, [plan]), start=plan)
     # A large batch never waits; a batch of one keeps the largest model that can serve every request
     # at any time, and further requests wait for memory.
-    rows = 1 if name == "static_gsi_lean" else settings.max_batch_size
+    rows = 1 if name == STATIC[1] else settings.max_batch_size
     longest = max(len(request.prompt_ids) + request.new_tokens for request in run.requests)
     request = Request(rows, longest, min(run.budget.between(0.0, run.horizon_s)))
     plan = OrderPolicy(memory, order).choose(request)

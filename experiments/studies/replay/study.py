@@ -20,7 +20,13 @@ import torch
 from experiments.config import Config
 from experiments.config.replay_settings import ReplayConfig
 from experiments.contexts import load_text
-from experiments.studies.replay.serving import Interval, System, SystemRun, make_system
+from experiments.studies.replay.serving import (
+    Interval,
+    System,
+    SystemRun,
+    check_system,
+    make_system,
+)
 from experiments.studies.replay.workload import ReplayRequest, cotenant_budget, make_requests
 from experiments.study.harness import Job, Study
 from experiments.study.json_records import Record
@@ -150,6 +156,8 @@ class ReplayRow(Record):
 def replay_jobs(config: Config, folder: Path) -> Iterator[Job[ReplayRow]]:
     """Yield a job for each system; files that a system lacks are an error before any runs."""
     settings, model = config.replay, config.model
+    for name in settings.systems:
+        check_system(name)
     llm = load_llm(model.name, device=model.device, dtype=model.dtype, weights=model.weights)
     memory, judge = MemoryModel(llm), OutputJudge(llm)
     reference_bytes = memory.dense_peak_bytes(*settings.reference_shape)

@@ -169,7 +169,8 @@ def read_arrivals(settings: ReplayConfig, seed: int) -> list[Arrival]:
     Raises:
         TraceError: The trace is missing or malformed, or no request arrives.
     """
-    arrivals = _traced(settings.trace) if settings.trace else _sampled(settings, seed)
+    trace = settings.trace
+    arrivals = _sampled(settings, seed) if trace is None else _traced(trace)
     in_time = itertools.takewhile(lambda arrival: arrival[0] < 60 * settings.minutes, arrivals)
     kept = [
         (

@@ -225,6 +225,8 @@ def test_a_finished_system_is_not_run_again_and_other_settings_are_rejected(conf
     [
         ({"trace": "nothing.csv"}, "cannot be read"),
         ({"systems": ["nothing.safetensors"]}, "Unknown policy"),
+        ({"systems": ["static_gsi_lea"]}, "Unknown policy"),
+        ({"systems": ["uniform_native_int5"]}, "int5"),
         ({"text": TextConfig(source="nothing.txt")}, "Cannot read the text"),
         ({"data_root": "nowhere"}, "Cannot read"),
     ],
@@ -347,6 +349,11 @@ def test_a_trace_counts_from_its_first_request_and_is_thinned_scaled_and_capped(
 def test_a_bad_trace_is_rejected_with_its_line(tmp_path, lines, sentence):
     with pytest.raises(TraceError, match=sentence):
         read_arrivals(thinning(trace=written(tmp_path, *lines)), 0)
+
+
+def test_an_empty_path_of_a_trace_is_no_sampled_traffic():
+    with pytest.raises(TraceError, match="path of the trace is empty"):
+        read_arrivals(thinning(trace=""), 0)
 
 
 def test_sampled_arrivals_have_the_rate_and_the_lengths_of_their_traffic():
