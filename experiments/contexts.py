@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.config import Config
-from experiments.config.common import TextConfig
+from experiments.config.common import TasksConfig, TextConfig
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.context.base import ContextConfig, PruningContext
 from rap_env.context.live import LiveContext
@@ -51,7 +51,7 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         profiled: Whether to read the importance from this comparison's artifact, if it exists, so
             that agents are evaluated with the same numbers that they were trained with.
     """
-    importance = config.importance["method"]
+    importance = config.importance.method
     artifact = config.stage_dir("profile") / GSI_FILE
     of_blocks = config.env.task.layout == "blocks"  # the profile measures GSI over them
     if profiled and of_blocks and importance == "gsi" and artifact.exists():
@@ -65,12 +65,12 @@ def context_config(config: Config, *, profiled: bool = True) -> ContextConfig:
         weights=config.model.weights,
         calibration=CorpusConfig(**asdict(config.calibration), role="calibration"),
         importance=importance,
-        gsi_removals=config.importance["gsi_removals"],
-        gsi_method=config.importance["gsi_method"],
+        gsi_removals=config.importance.gsi_removals,
+        gsi_method=config.importance.gsi_method,
         frontier=None if own else str(frontier),
         store=config.store,
-        workers=config.scoring["workers"],
-        workers_address=config.scoring["address"],
+        workers=config.scoring.workers,
+        workers_address=config.scoring.address,
     )
 
 
@@ -167,8 +167,8 @@ def named_policy(name: str | None, context: PruningContext, memory: MemoryModel)
         return None
 
 
-def task_config(tasks: Mapping[str, Any]) -> TaskConfig:
+def task_config(tasks: TasksConfig) -> TaskConfig:
     """Convert the settings of tasks to those of the scorer."""
     from rap_env.scoring.lm_eval_tasks import TaskConfig
 
-    return TaskConfig(**{**tasks, "names": tuple(tasks["names"])})
+    return TaskConfig(**asdict(tasks))

@@ -69,11 +69,11 @@ def demo(config: Config, folder: Path) -> Path:
         say(f"\n[{number}/5] {text}  ({time.monotonic() - started:.0f} s)")
 
     stage(1, f"{config.model.name} answers a question")
-    on_table = replace(config.model, name=config.demo["table"], device="auto", dtype="auto")
+    on_table = replace(config.model, name=config.demo.table, device="auto", dtype="auto")
     training = replace(config, stage="train", model=on_table, store=None)
     table, model = open_context(context_config(training)), build_context(config)
     context = JudgingContext(table, model)
-    say(f"  {config.demo['question']}\n  {answer(context.llm, config.demo['question'])}")
+    say(f"  {config.demo.question}\n  {answer(context.llm, config.demo.question)}")
 
     stage(2, f"a policy is trained on {len(context.table.scores):,} measured plans of the package")
     run = train(training, config.stage_dir("train") / RUN)
@@ -91,12 +91,10 @@ def demo(config: Config, folder: Path) -> Path:
         Path(text.source).write_text("\n\n".join(topics.values()), encoding="utf-8")
     evaluate(config, config.stage_dir("evaluate"), context)
 
-    stage(4, f"the engine serves for {config.demo['live_s']} s; its memory falls and returns")
+    stage(4, f"the engine serves for {config.demo.live_s} s; its memory falls and returns")
     recording = live.recorded(
         config.stage_dir("live"),
-        lambda: live.record(
-            context.llm, load_policy(policy_file, context.llm), config.demo["live_s"]
-        ),
+        lambda: live.record(context.llm, load_policy(policy_file, context.llm), config.demo.live_s),
     )
     assert recording is not None  # it was made
     say(wrapped(recording.summary))

@@ -49,7 +49,7 @@ class Evaluator:
         self.report = held_out_scorer(config.evaluate.text, "report", context, compare=True)
         corpus = self.report.corpus
         self.tasks = None
-        if config.evaluate.tasks["names"]:
+        if config.evaluate.tasks.names:
             from rap_env.scoring.tasks import TaskScorer
 
             settings = task_config(config.evaluate.tasks)
@@ -159,12 +159,12 @@ class Evaluator:
         encoder = make_encoder(self.context, config.env.task.layout, **config.env.ladder)
         values = vars(encoder.importance).values()
         return {
-            "method": config.importance["method"],
+            "method": config.importance.method,
             "values": digest([array.tolist() for array in values]),
         }
 
     def _tasks(self, config: Config) -> dict[str, Any]:
-        settings = config.evaluate.tasks
+        settings = asdict(config.evaluate.tasks)
         if self.tasks is None:
             return settings
         return {**settings, "chance": self.tasks.chance, "context": digest(self.tasks.context)}
@@ -196,10 +196,10 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
         The path of ``results.jsonl`` in the folder.
     """
     check_names(config)
-    if config.evaluate.tasks["names"]:
+    if config.evaluate.tasks.names:
         from rap_env.scoring.lm_eval_tasks import check_scorable
 
-        check_scorable(config.evaluate.tasks["names"])
+        check_scorable(config.evaluate.tasks.names)
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config) if context is None else context
     again = config.evaluate.plans
@@ -211,7 +211,7 @@ def evaluate(config: Config, folder: Path, context: PruningContext | None = None
         evaluator = Evaluator(config, context)
         jobs = list(evaluator.again(config) if again else evaluator.jobs(config, cells))
         set_aside(run.results, ResultRow, {job.key for job in jobs})
-        at_once = max(1, _ROWS_EACH * config.scoring["workers"])
+        at_once = max(1, _ROWS_EACH * config.scoring.workers)
         rows = measured(
             jobs, folder, "evaluate", config.progress, evaluator.prepare, at_once=at_once
         )

@@ -57,20 +57,20 @@ def export_scores(config: Config, folder: Path) -> Path:
     """
     run, started = RunFolder(folder), time.monotonic()
     context = build_context(config)
-    recorded = recorded_scores(config.export["records"], context)
+    recorded = recorded_scores(config.export.records, context)
     _check(config, context, recorded)
     run.start(config, frozen=("model", "calibration", "importance", "seed"))
     _ = context.one_shot, context.features  # measured first, because the table contains them
-    if config.export["masks"] is not None:
+    if config.export.masks is not None:
         measure(config, context, recorded)
-    levels = context.level_costs(LADDERS["all"]["caches"]) if config.export["levels"] else None
+    levels = context.level_costs(LADDERS["all"]["caches"]) if config.export.levels else None
     # Machines differ in the last digits: what was published keeps its rise over the native model.
     scores = stored_scores(context) | recorded
     if levels is None:
         scores = {plan: nll for plan, nll in scores.items() if plan.is_mask}
-    held_out = held_out_losses(config.export["records"], context)
+    held_out = held_out_losses(config.export.records, context)
     table = table_of(config, context, scores, levels=levels, held_out=held_out)
-    path = Path(config.export["path"]) if config.export["path"] else folder / TABLE_FILE
+    path = Path(config.export.path) if config.export.path else folder / TABLE_FILE
     table.save(path)
     run.finish(started, masks=len(table.scores), fidelity=asdict(table.fidelity))
     say(shown(table.fidelity))
@@ -97,8 +97,8 @@ def shown(fidelity: Fidelity) -> str:
 
 
 def measure(config: Config, context: PruningContext, recorded: Mapping[Plan, float]) -> None:
-    """Score planned masks until the records and the store have `config.export["masks"]`."""
-    num_masks, blocks = config.export["masks"] or 0, context.memory.facts.num_blocks
+    """Score planned masks until the records and the store have `config.export.masks`."""
+    num_masks, blocks = config.export.masks or 0, context.memory.facts.num_blocks
     known = set(recorded) | set(stored_scores(context))
     known = {plan for plan in known if plan.is_mask}
     plan = every_mask(blocks)
@@ -124,7 +124,7 @@ def _check(config: Config, context: PruningContext, recorded: Mapping[Plan, floa
             number of masks is more than half of all masks of the model, and not all of them.
     """
     name, blocks = context.llm.name, context.memory.facts.num_blocks
-    num_masks = config.export["masks"]
+    num_masks = config.export.masks
     if context.store is None:
         raise ExperimentError(
             "A score table is made from a score store, but store is null. Set store=default or "

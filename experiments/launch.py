@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.config import Config, as_config
 from experiments.study.console import fail, message
 from experiments.study.experiment_errors import ExperimentError
-from experiments.study.help import guess, help_text, settings_of
+from experiments.study.help import guess, help_text, read_by
 from experiments.study.json_records import write_text
 from experiments.study.run_folder import run_label
 from rap_env.errors import RapError, UnknownNameError
@@ -174,7 +174,7 @@ def _asks_for_help(program: str) -> bool:
         module = running.__spec__.name.removesuffix(".__main__") if running.__spec__ else program
         about = (running.__doc__ or "").partition("\n\n")[0]
         usage = f"python -m {module} [SETTING=VALUE ...]"
-        text = help_text(settings_of(program), values, groups)
+        text = help_text(read_by(program), values, groups)
         print(f"{' '.join(about.replace('`', '').split())}\n\nUsage: {usage}\n\n{text}")
 
     _run_main(show, program)
@@ -224,7 +224,7 @@ def set_threads(config: Config) -> None:
 
     bound_kernel_caches()  # before the first matrix product
     use_threads(
-        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring["workers"])
+        config.threads or _stored_threads(config.root / _THREADS_FILE, config.scoring.workers)
     )
 
 

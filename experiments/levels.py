@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.common import parse_shape
-from experiments.config.plain import LEVELS_SUFFIX
+from experiments.config.evaluation_settings import LEVELS_SUFFIX
 from experiments.contexts import build_context
 from experiments.launch import launch
 from experiments.study.console import say
@@ -59,7 +59,7 @@ def levels(config: Config, folder: Path) -> Path:
     if config.kinds and not (folder / KINDS_FILE).exists():
         kind_costs(config).save(folder / KINDS_FILE)
     costs = _costs(config, context, reference, path)
-    if (out := settings["out"]) is not None:
+    if (out := settings.out) is not None:
         facts_path = Path(out.removesuffix(LEVELS_SUFFIX) + ".facts.json")
         facts = {"native": asdict(context.memory.facts), "bf16": asdict(unquantised)}
         save_artifact(facts_path, "model facts", FACTS_VERSION, facts)  # for `rap choose`
@@ -74,12 +74,12 @@ def _costs(config: Config, context: LiveContext, reference: MemoryModel, path: P
     settings, progress = config.levels, config.progress
     if path.exists():
         return LevelCosts.load(path, context.memory)
-    costs = scan_levels(context.scorer, settings["caches"], progress=progress)
+    costs = scan_levels(context.scorer, settings.caches, progress=progress)
     policy = KnapsackPolicy(context.memory, costs)
     joint = [
         Request.at_fraction(reference, *shape, fraction)
-        for shape in map(parse_shape, settings["requests"])
-        for fraction in sorted(set(settings["joint_budgets"]), reverse=True)
+        for shape in map(parse_shape, settings.requests)
+        for fraction in sorted(set(settings.joint_budgets), reverse=True)
     ]
     plans = list(dict.fromkeys(map(policy.choose, joint)))
     costs = measure_jointly(costs, context.scorer, plans, progress=progress)
@@ -121,7 +121,7 @@ def kind_costs(config: Config) -> KindCosts:
     costs = {}
     for name, context in contexts.items():
         log.info("Levels on %s.", name)
-        costs[name] = scan_levels(context.scorer, config.levels["caches"], progress=config.progress)
+        costs[name] = scan_levels(context.scorer, config.levels.caches, progress=config.progress)
         context.scorer.release()
     return KindCosts(kinds, costs)
 

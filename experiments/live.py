@@ -330,7 +330,7 @@ def program(config: Config, folder: Path) -> Path:
     from rap_env.policies.loading import load_policy
 
     llm = shared_llm(config.model.name, dtype=config.model.dtype, weights=config.model.weights)
-    seconds = float(config.demo["live_s"])
+    seconds = float(config.demo.live_s)
     recording = recorded(folder, lambda: record(llm, load_policy("rap", llm), seconds))
     assert recording is not None  # it was made
     save_png(live_figure(recording), folder / "live.png")

@@ -44,11 +44,11 @@ def profile(config: Config, folder: Path) -> Path:
     context = build_context(config, profiled=False)
     if not path.exists():
         context.one_shot.save(folder / "one_shot.json")
-        if config.importance["method"] == "gsi":
+        if config.importance.method == "gsi":
             context.gsi.save(folder / GSI_FILE)
         write_text(path, json.dumps(profile_record(context), indent=1, allow_nan=False))
     table = frontier_artifact(config)
-    if config.frontier["evaluations"] and not table.exists():
+    if config.frontier.evaluations and not table.exists():
         build_frontier_table(config, context, table)
     run.finish(started)
     log.info("Importance: %s.", path)
@@ -64,18 +64,18 @@ def build_frontier_table(config: Config, context: PruningContext, path: Path) ->
     settings = config.frontier
     ladder_bytes = make_ladder_bytes(config, context)
     start = None
-    if settings["start"] is not None:
-        start = PlanTable.load(settings["start"], context.memory)
+    if settings.start is not None:
+        start = PlanTable.load(settings.start, context.memory)
     search = PlanSearchConfig(
-        evaluations=settings["evaluations"], deepest_loss=settings["deepest_loss"], seed=config.seed
+        evaluations=settings.evaluations, deepest_loss=settings.deepest_loss, seed=config.seed
     )
     stored = None if context.store is None else stored_scores(context)
-    with progress_bar(config.progress, total=settings["evaluations"], desc="frontier") as bar:
+    with progress_bar(config.progress, total=settings.evaluations, desc="frontier") as bar:
         table = build_plan_table(
             require_live(context).scorer,
             costs_of(context, ladder_bytes.ladder),
             ladder_bytes,
-            draw_requests(config, context, settings["requests"]),
+            draw_requests(config, context, settings.requests),
             search,
             stored,
             bar_callback(bar),

@@ -88,9 +88,9 @@ def tight_grid(config: Config, folder: Path) -> Path:
     context = build_context(config)
     ladder_bytes = make_ladder_bytes(config, context)
     baseline, budgets = Uniform(Basis(context, ladder_bytes)), []
-    shapes = [parse_shape(text) for text in settings["requests"]]
+    shapes = [parse_shape(text) for text in settings.requests]
     for shape in progress_bar(config.progress, shapes, desc="tight grid", unit="request"):
-        budgets += tight_budgets(baseline, shape, settings["losses"])
+        budgets += tight_budgets(baseline, shape, settings.losses)
     facts, text = context.memory.facts, context.corpus.provenance
     head = HEADER.format(
         name=config.name,
@@ -100,7 +100,7 @@ def tight_grid(config: Config, folder: Path) -> Path:
         text=f"{text['source']}, {text['windows']} x {text['window_tokens']} tokens, "
         f"seed {text['seed']}, SHA-256 {context.corpus.sha256[:12]}",
     )
-    path = Path(settings["out"])
+    path = Path(settings.out)
     write_text(path, head + "\n".join(budget.line for budget in budgets) + "\n")
     run.finish(
         started, evaluations=context.scorer.known, evaluations_run=context.scorer.evaluations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, field, fields, is_dataclass
 from functools import partial
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -62,7 +62,7 @@ def setting(default: Any = MISSING, help: str = "", **allowed: Any) -> Any:
     """
     metadata = {"setting": Setting(help, **allowed)}
     if isinstance(default, list | dict):
-        return field(default_factory=partial(copy.copy, default), metadata=metadata)
+        return field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -114,7 +114,7 @@ def check(
     path: str = "",
     none: str = "None",
 ) -> None:
-    """Check the fields of a dataclass; NumPy numbers become Python's.
+    """Check the fields of a dataclass, and of the dataclasses in it; NumPy numbers become Python's.
 
     Args:
         owner: The dataclass. An integer is allowed where a float is; a bool is not a number.
@@ -136,11 +136,18 @@ def check(
         if isinstance(value, Real) and not isinstance(value, int | float):
             value = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(owner, name, value)
+        if isinstance(value, Mapping):
+            for key, part in value.items():
+                if is_dataclass(part):
+                    check(part, error, path=f"{path}{name}.{key}.", none=none)
+            continue
         entries = value if isinstance(value, list | tuple) else [value]
         if rules.distinct and (not entries or len(set(entries)) < len(entries)):
             raise error(f"{path}{name} must have at least one entry and none twice, not {value!r}.")
         for entry in entries:
-            if entry is not None and not _is_allowed(f"{path}{name}", entry, rules, error):
+            if is_dataclass(entry):
+                check(entry, error, path=f"{path}{name}.", none=none)
+            elif entry is not None and not _is_allowed(f"{path}{name}", entry, rules, error):
                 also = f", or {none}" if NoneType in types else ""
                 raise error(f"{path}{name} must be {_range(rules)}{also}, not {entry!r}.")
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidRequestError, RapError, ServingSettingsError, UnknownNameError
-from rap_env.plan import Plan
 from rap_env.specs import check, setting, settings_of
 
 
@@ -73,7 +72,7 @@ def test_a_bad_value_is_named(given, sentence):
 
 
 def test_allowed_values_pass_and_numbers_of_numpy_become_those_of_python():
-    made = Settings(np.int64(3), 1, rate=np.float32(0.5), rise=0.2, other=Plan())
+    made = Settings(np.int64(3), 1, rate=np.float32(0.5), rise=0.2, other=object())
     assert (made.count, made.share, made.rate, made.rise) == (3, 1, 0.5, 0.2)
     assert (type(made.count), type(made.rate)) == (int, float)
 

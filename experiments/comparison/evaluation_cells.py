@@ -236,7 +236,7 @@ def _agent(
 
 def _importance_evaluations(config: Config, context: PruningContext) -> int:
     """Return how many evaluations the importance needed that agents observe."""
-    method = config.importance["method"]
+    method = config.importance.method
     if method == "none":
         return 0
     return method_order(context, make_ladder_bytes(config, context), method)[1]

@@ -1,35 +1,47 @@
 """Settings of all experiments: `Config` defines types and bounds, ``conf/`` holds values.
 
 Hydra merges the YAML files and the command line into `Config`: a misspelt key or a wrong type
-raises an error that names it, and `Section` rejects values that are not allowed.
+raises an error that names it, and values that are not allowed are rejected.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.common import Count, Section, TextConfig
-from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.plain import PLAIN, completed, defaults
-from experiments.config.replay_settings import BudgetConfig, ReplayConfig
+from experiments.config.common import ImportanceConfig, ModelConfig, ScoringConfig, TextConfig
+from experiments.config.evaluation_settings import (
+    DemoConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LevelsConfig,
+    TightGridConfig,
+)
+from experiments.config.replay_settings import BudgetConfig, CgroupConfig, ReplayConfig
 from experiments.config.study_settings import (
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
     TextsConfig,
 )
-from experiments.config.training_settings import AgentConfig, EnvConfig, ModelConfig
+from experiments.config.training_settings import (
+    AgentConfig,
+    EnvConfig,
+    FrontierConfig,
+    LoggerConfig,
+    ScoreModelConfig,
+    WarmStartConfig,
+)
 from experiments.study.experiment_errors import ExperimentError
+from rap_env.specs import check, setting
 
 
 @dataclass
-class Config(Section):
+class Config:
     """All settings; each program reads the sections that it needs."""
 
     stage: str = MISSING
@@ -44,49 +56,45 @@ class Config(Section):
     """Score store: ``default`` (in the user's cache), a file, or null for none."""
     progress: bool = True
     """Whether progress bars are shown."""
-    threads: Count | None = None
+    threads: int | None = setting(None, low=1)
     """Threads of torch; null takes torch's own number, or 1 if workers measure, for all stages of a
     comparison."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    scoring: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["scoring"]))
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     calibration: TextConfig = field(default_factory=TextConfig)
-    kinds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kinds: dict[str, dict[str, Any]] = setting({})
     """Kinds of text by name, for policies that choose by the kind of text of the prompts: what
     differs from ``calibration``, such as ``{source: FILE, field: page, windows: 3}``."""
-    importance: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["importance"]))
-    workload: dict[str, Any] = field(default_factory=dict)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    workload: dict[str, Any] = setting({})
     """Sampler of requests (`rap_env.workload`), and its settings."""
-    reward: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = setting({})
     """Reward (`rap_env.reward`), and its settings."""
     env: EnvConfig = field(default_factory=EnvConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
-    warm_start: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["warm_start"]))
-    score_model: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["score_model"]))
-    frontier: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["frontier"]))
-    logger: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["logger"]))
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    score_model: ScoreModelConfig = field(default_factory=ScoreModelConfig)
+    frontier: FrontierConfig = field(default_factory=FrontierConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    tight_grid: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["tight_grid"]))
+    tight_grid: TightGridConfig = field(default_factory=TightGridConfig)
     texts: TextsConfig = field(default_factory=TextsConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    cgroup: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["cgroup"]))
-    demo: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["demo"]))
-    report: dict[str, str] = field(
-        default_factory=lambda: {"title": "Runtime-adaptive pruning: report"}
-    )
-    levels: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["levels"]))
-    export: dict[str, Any] = field(default_factory=partial(defaults, PLAIN["export"]))
+    cgroup: CgroupConfig = field(default_factory=CgroupConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    report: dict[str, str] = setting({"title": "Runtime-adaptive pruning: report"})
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for section, settings in PLAIN.items():
-            setattr(self, section, completed(section, getattr(self, section), settings))
+        check(self, ExperimentError, none="null")
         if self.model.weights == "auto":
             self.model.weights = self.env.task.weights
-        if self.scoring["address"] is not None and not self.scoring["workers"]:
+        if self.scoring.address is not None and not self.scoring.workers:
             raise ExperimentError(
                 "scoring.address names a Ray cluster, but scoring.workers is 0: nothing would run "
                 "there. Set scoring.workers to the number of workers."

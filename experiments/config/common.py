@@ -1,103 +1,21 @@
-"""Parts that several sections share: allowed values, texts, tasks and requests."""
+"""Settings that most programs read: model, measuring, importance, texts and tasks; parsed forms."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import Cell
-from rap_env.errors import check_name
-
-Rule = Callable[[str, Any], None]
-"""Raises an error that names a setting (first argument) if its value is not allowed."""
+from rap_env.importance.profiles import GSI_METHODS
+from rap_env.scoring.lm_eval_tasks import DOCUMENTS
+from rap_env.specs import setting
 
 _SHAPE = re.compile(r"(\d+)x(\d+)")
 _PINNED = re.compile(r"(\d+x\d+)@(\d+)(?:~(\d*\.?\d+))?")
 _CELL = re.compile(r"(\d+x\d+)@(0?\.\d+|1|1\.0)")
-
-
-def within(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
-    """Return the rule that a number is at least (or, if `above`, above) `low`, at most `high`."""
-
-    def check(name: str, value: Any) -> None:
-        is_number = isinstance(value, int | float)
-        if not (is_number and (low < value <= high or (value == low and not above))):
-            most = "" if high == math.inf else f" and at most {high}"
-            raise ExperimentError(
-                f"{name} must be {'above' if above else 'at least'} {low}{most}, not {value}."
-            )
-
-    return check
-
-
-def among(*known: str) -> Rule:
-    """Return the rule that a name is one of the known ones."""
-    return lambda setting, name: check_name(setting, name, known)
-
-
-def form(parse: Callable[[str], Any]) -> Rule:
-    """Return the rule that a text can be parsed."""
-    return lambda _, text: parse(text)
-
-
-def ending(suffix: str) -> Rule:
-    """Return the rule that the name of a file ends in a suffix."""
-
-    def check(name: str, value: str) -> None:
-        if not value.endswith(suffix):
-            raise ExperimentError(f"{name} must end in {suffix}, not {value!r}.")
-
-    return check
-
-
-def some(name: str, values: list[Any]) -> None:
-    """Check that a list has entries."""
-    if not values:
-        raise ExperimentError(f"{name} needs at least one entry.")
-
-
-def distinct(name: str, values: list[Any]) -> None:
-    """Check that a list has entries, none twice."""
-    if not values or len(set(values)) < len(values):
-        raise ExperimentError(f"{name} must have at least one entry and none twice, not {values}.")
-
-
-class Section:
-    """Base of settings whose annotations say which values are allowed.
-
-    Attributes:
-        section: Name of the section, for messages; empty for settings without a section.
-    """
-
-    section: ClassVar[str] = ""
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """The `requests` as (batch size, sequence length in tokens)."""
-        return [parse_shape(text) for text in vars(self)["requests"]]
-
-    def __post_init__(self) -> None:
-        prefix = f"{self.section}." if self.section else ""
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            _check(f"{prefix}{name}", getattr(self, name), hint)
-
-
-def _check(name: str, value: Any, hint: Any) -> None:
-    if value is None or isinstance(value, dict):
-        return
-    if get_origin(hint) is Annotated:
-        hint, *rules = get_args(hint)
-        for rule in rules:
-            rule(name, value)
-    for part in get_args(hint):
-        for entry in value if isinstance(value, list) else [value]:
-            _check(name, entry, part)
 
 
 def _match(pattern: re.Pattern[str], text: str, what: str) -> re.Match[str]:
@@ -161,29 +79,74 @@ def parse_pinned(text: str) -> Pinned:
     return Pinned(parse_shape(match[1]), int(match[2]), target)
 
 
-Count = Annotated[int, within(1)]
-CountOrZero = Annotated[int, within(0)]
-NotNegative = Annotated[float, within(0)]
-Positive = Annotated[float, within(0, above=True)]
-Share = Annotated[float, within(0, 1)]
-Fraction = Annotated[float, within(0, 1, above=True)]
-CellText = Annotated[str, form(parse_cell)]
-PinnedText = Annotated[str, form(parse_pinned)]
-ShapeText = Annotated[str, form(parse_shape)]
+@dataclass
+class ModelConfig:
+    """The language model that is pruned."""
+
+    name: str = MISSING
+    """An alias such as ``smollm2-135m``, a hub id, a folder, a GGUF file, or
+    ``score_table:PATH`` (for training only)."""
+    device: str = "auto"
+    """``auto`` (CUDA if there is a device), ``cpu``, or ``cuda``."""
+    dtype: str = "auto"
+    """``auto`` (the shortest that the processor has instructions for), ``bfloat16``, ``float16`` or
+    ``float32``."""
+    weights: str = "auto"
+    """``bf16``: unquantised, in `dtype`; ``native``: as the model's file has them; ``int8`` or
+    ``int4``; ``auto``: native if ``env.id`` is ``RAPLadder-v0``, else bf16."""
 
 
 @dataclass
-class TextConfig(Section):
+class ScoringConfig:
+    """Where plans are measured; the scores do not depend on it."""
+
+    workers: int = setting(0, low=0)
+    """Processes that measure, each with a model of its own; 0 measures in this process."""
+    address: str | None = None
+    """HOST:PORT of a Ray cluster, or auto for the one on this machine; null starts the workers on
+    this machine."""
+
+
+@dataclass
+class ImportanceConfig:
+    """Importance scores that the agent observes."""
+
+    method: str = setting("gsi", choices=("gsi", "one_shot", "none"))
+    """``gsi``: greedy sequential importance; ``one_shot``: one measurement for each item."""
+    gsi_removals: int | None = setting(16, low=1)
+    """Number of blocks that GSI removes; null for all."""
+    gsi_method: str = setting("exact", choices=GSI_METHODS)
+    """``lazy`` is several times faster than ``exact``."""
+
+
+@dataclass
+class TextConfig:
     """Text cut into windows."""
 
-    section = "text"
     source: str = MISSING
     """``self`` (written by the dense model), a text or JSONL file, or a hub data set."""
-    windows: Count = 4
+    windows: int = setting(4, low=1)
     """Number of windows."""
-    window_tokens: Annotated[int, within(2)] = 128
+    window_tokens: int = setting(128, low=2)
     """Tokens of each window."""
     seed: int = 0
     """Seed of the choice of windows, or of the model that writes them."""
     field: str = "text"
     """Field of a JSONL file or data set that holds the text."""
+
+
+@dataclass
+class TasksConfig:
+    """lm-eval tasks."""
+
+    names: list[str] = setting([])
+    """None without names."""
+    limit: int | None = setting(None, low=1)
+    """Documents of each task; null for all."""
+    documents: str = setting("sample", choices=DOCUMENTS)
+    """Which ones: a ``sample`` that the seed draws, or the ``first`` ones, as of generated
+    tasks."""
+    data_root: str | None = None
+    """Folder with local files of hub tasks; null for the hub's."""
+    num_fewshot: int = setting(0, low=0)
+    """Solved examples before each question."""

@@ -1,74 +1,73 @@
-"""Settings of evaluations, reports, comparisons of runs, and exported policies."""
+"""Settings of evaluations, comparisons of runs, grids, levels, exports and the demo."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from omegaconf import MISSING
 
 from experiments.config.common import (
-    CellText,
-    Count,
-    Fraction,
     Pinned,
-    PinnedText,
-    Section,
-    ShapeText,
+    TasksConfig,
     TextConfig,
-    among,
+    parse_cell,
     parse_pinned,
-    some,
+    parse_shape,
 )
-from experiments.config.plain import TASKS, completed, defaults
 from experiments.study.experiment_errors import ExperimentError
+from rap_env.importance.level_costs import CACHE_LEVELS
+from rap_env.levels import CacheLevel
+from rap_env.specs import check, setting
 
 CALIBRATION = "calibration"
 """Value of a text setting that selects the calibration text."""
 POLICY_SUFFIX = ".safetensors"
+LEVELS_SUFFIX = ".levels.json"
 
 
 @dataclass
-class EvaluateConfig(Section):
+class EvaluateConfig:
     """Requests and budgets of an evaluation, the methods, and the text to measure on."""
 
-    section = "evaluate"
-    requests: list[ShapeText] = field(default_factory=lambda: ["1x128"])
+    requests: list[str] = setting(["1x128"], parse=parse_shape)
     """Batch size x sequence length in tokens."""
-    budgets: list[Fraction] = field(default_factory=lambda: [0.9, 0.8])
+    budgets: list[float] = setting([0.9, 0.8], above=0, high=1)
     """Fractions of the dense model's peak bytes."""
-    pinned: list[PinnedText] = field(default_factory=list)
+    pinned: list[str] = setting([], parse=parse_pinned)
     """Requests with budgets in bytes, such as 8x2048@101234567, beside `requests` x `budgets`;
     8x2048@101234567~0.5 also names the ΔNLL that the budget stands for."""
-    sparsities: list[Fraction] = field(default_factory=list)
+    sparsities: list[float] = setting([], above=0, high=1)
     """Fractions of all block bytes to free at least, at the request with the fewest tokens."""
-    outside: list[CellText] = field(default_factory=list)
+    outside: list[str] = setting([], parse=parse_cell)
     """Cells outside the training range of policies, such as 8x8192@0.5."""
     agents: list[str] | None = None
     """Run folders of trained agents; null for all of this comparison, [] for none."""
-    best_of: Annotated[list[Count], some] = field(default_factory=lambda: [1])
+    best_of: list[int] = setting([1], distinct=True, low=1)
     """Number of masks that an agent samples before it takes the best by its scores; 1 uses no
     scores. The first entry is the agent's method; each other entry is a separate method."""
-    baselines: list[str] = field(default_factory=list)
-    plans: list[str] = field(default_factory=list)
+    baselines: list[str] = setting([])
+    plans: list[str] = setting([])
     """Earlier results (folders or files) whose plans are measured again, on this text and these
     tasks; nothing chooses plans then."""
-    random_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    random_seeds: list[int] = setting([0, 1, 2])
     text: TextConfig = field(default_factory=lambda: TextConfig(source="self"))
     selection: TextConfig | None = field(
         default_factory=lambda: TextConfig(source=CALIBRATION)  # Hydra merges no dict into a null
     )
     """Text on which a sweep's objective is measured; ``calibration`` or null for that text."""
-    tasks: dict[str, Any] = field(default_factory=partial(defaults, TASKS))
+    tasks: TasksConfig = field(default_factory=TasksConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self.tasks = completed("tasks", self.tasks, TASKS)
         for name in ("requests", "budgets"):
-            if not self.pinned:
-                some(f"evaluate.{name}", getattr(self, name))
+            if not self.pinned and not getattr(self, name):
+                raise ExperimentError(f"evaluate.{name} needs at least one entry.")
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The `requests` as (batch size, sequence length in tokens)."""
+        return list(map(parse_shape, self.requests))
 
     @property
     def selection_text(self) -> TextConfig | None:
@@ -83,15 +82,75 @@ class EvaluateConfig(Section):
 
 
 @dataclass
-class CompareConfig(Section):
+class LevelsConfig:
+    """Levels to measure, and plans of the knapsack over them."""
+
+    caches: list[str] = setting(list(CACHE_LEVELS), parse=CacheLevel.of)
+    """Levels of KV caches, such as int4 or int4-window512."""
+    requests: list[str] = setting(["1x128"], parse=parse_shape, distinct=True)
+    """Batch size x sequence length in tokens, for `joint_budgets`."""
+    joint_budgets: list[float] = setting([], above=0, high=1)
+    """Fractions of the unquantised model's peak bytes at which the knapsack's plans are measured
+    on the calibration text, to correct costs."""
+    out: str | None = None
+    """File for the costs of levels, ending in .levels.json; the model's facts are written next to
+    it. null for none."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None and not self.out.endswith(LEVELS_SUFFIX):
+            raise ExperimentError(f"levels.out must end in {LEVELS_SUFFIX}, not {self.out!r}.")
+
+
+@dataclass
+class TightGridConfig:
+    """Budgets in bytes at which uniform settings lose given amounts."""
+
+    requests: list[str] = setting(
+        ["1x128", "4x512", "4x2048", "8x2048", "16x4096"], parse=parse_shape, distinct=True
+    )
+    """Batch size x sequence length in tokens."""
+    losses: list[float] = setting([0.05, 0.1, 0.2, 0.5, 1.0, 2.0], above=0, distinct=True)
+    """ΔNLL of the best uniform setting on the calibration text, nats per token."""
+    out: str = "conf/grid/tight.yaml"
+    """File to write."""
+
+
+@dataclass
+class ExportConfig:
+    """The score table that ``experiments.export_scores`` writes."""
+
+    masks: int | None = setting(None, low=1)
+    """Masks that the store must have, all or at most half of them; missing ones are measured
+    first. null measures none."""
+    levels: bool = False
+    """Whether it has the costs of levels and measured plans, as RAPLadder-v0 needs."""
+    records: list[str] = setting([])
+    """Folders of comparisons on the same model and text, whose measured scores are added."""
+    path: str | None = None
+    """The table's file; null for one in the run folder."""
+
+
+@dataclass
+class DemoConfig:
+    """Settings of ``experiments.demo``."""
+
+    table: str = "score_table:smollm2-135m"
+    """What the policy is trained on."""
+    question: str = "What is the capital of France?"
+    live_s: float = setting(60, low=1)
+    """Seconds of service with moving memory."""
+
+
+@dataclass
+class CompareConfig:
     """All settings of ``experiments.compare``."""
 
     runs: Any = "runs"
     """A folder or a list of folders; records are found at any depth."""
-    format: Annotated[str, among("text", "markdown")] = "text"
+    format: str = setting("text", choices=("text", "markdown"))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check(self, ExperimentError)
         names = list(self.runs) if isinstance(self.runs, (list, tuple)) else [self.runs]
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ExperimentError(

@@ -162,9 +162,9 @@ def measures(config: Config, context: PruningContext) -> Iterator[Measure]:
         return [round(nll, 5) for nll in scorer.window_nll(plan).tolist()]
 
     for kind, task in settings.tasks.items():
-        for length in task["lengths"]:
+        for length in task.lengths:
             name = LongContextTask(kind, length).name
-            tasks = TaskConfig((name,), limit=task["questions"], seed=config.seed)
+            tasks = TaskConfig((name,), limit=task.questions, seed=config.seed)
             scorer = TaskScorer(llm, tasks, context.store)
             values = partial(right_answers, scorer, name)
             yield Measure(kind, length, digest(scorer.context), values)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import textwrap
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from itertools import accumulate, chain
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 
 from experiments.config import Config
-from experiments.config.plain import PLAIN
 from experiments.study.run_folder import flatten
+from rap_env.specs import settings_of
 
 MODEL = ("model", "scoring", "calibration", "importance", "store", "threads")
 """What a program reads that measures on a model."""
@@ -39,9 +38,13 @@ READS: dict[str, tuple[str, ...]] = {
 those of a model and the section of its own name."""
 
 _WIDTH, _LONGEST_VALUE = 120, 80
+_EXPLAINED = (
+    "Each setting is explained beside its default in experiments/config, options such as\n"
+    "agent=dqn in conf/agent and conf/choices.yaml. docs/training.md has examples."
+)
 
 
-def settings_of(program: str) -> tuple[str, ...]:
+def read_by(program: str) -> tuple[str, ...]:
     """Return the sections and settings that a program reads."""
     return ("name", "runs_dir", "progress", "seed", *READS.get(program, (*MODEL, program)))
 
@@ -64,25 +67,22 @@ def help_text(
         for part in name.split("."):
             shown = shown[part]
         if isinstance(shown, Mapping) and "." not in name:
-            lines += [f"  {name}.{key}={_short(value)}" for key, value in shown.items()]
+            shown = {f"{name}.{key}": value for key, value in shown.items()}
         else:
-            lines.append(f"  {name}={_short(shown)}")
-    return "\n".join([*lines, "", textwrap.fill(_explained(names), _WIDTH, break_on_hyphens=False)])
+            shown = {name: shown}
+        lines += [f"  {key}={_short(value)}{_choices(key)}" for key, value in shown.items()]
+    return "\n".join([*lines, "", _EXPLAINED])
 
 
-def _explained(names: Sequence[str]) -> str:
-    """Say in which file each of some sections and settings is explained."""
-    types = get_type_hints(Config)
-    files = defaultdict(list)
-    for name in dict.fromkeys(name.partition(".")[0] for name in names):
-        kind = types[name] if is_dataclass(types[name]) else Config
-        module = "experiments.config.plain" if name in PLAIN else kind.__module__
-        files[module.removeprefix("experiments.config").lstrip(".") or "__init__"].append(name)
-    places = "; ".join(f"{file}.py: {', '.join(sections)}" for file, sections in files.items())
-    return (
-        f"Each setting is explained beside its default in experiments/config ({places}), options "
-        "such as agent=dqn in conf/agent and conf/choices.yaml. docs/training.md has examples."
-    )
+def _choices(name: str) -> str:
+    """The names that a setting may be, such as ``"   (gsi|one_shot|none)"``."""
+    section: Any = Config
+    *path, last = name.split(".")
+    for part in path:
+        section = settings_of(section)[part].types[0]
+    is_section = isinstance(section, type) and is_dataclass(section)
+    text = "|".join(settings_of(section)[last].choices) if is_section else ""
+    return f"   ({text})" if 0 < len(text) <= _LONGEST_VALUE else ""
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from experiments.config import Config
 from experiments.study.experiment_errors import ExperimentError, MissingGroupError
-from experiments.study.help import settings_of
+from experiments.study.help import read_by
 from experiments.study.json_records import append_record
 from experiments.study.run_folder import RunFolder, flatten
 
@@ -54,9 +54,9 @@ def open_loggers(config: Config, folder: Path, *, job: str, step: int = 0) -> It
     """
     with ExitStack() as stack:
         parts: list[TensorBoard | Wandb] = []
-        if config.logger["tensorboard"]:
+        if config.logger.tensorboard:
             parts.append(TensorBoard(folder / "tensorboard", step))
-        if config.logger["wandb"]:
+        if config.logger.wandb:
             parts.append(Wandb(config, folder, job))
         for part in parts:
             stack.callback(part.close)
@@ -111,12 +111,12 @@ class Wandb:
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         about = [config.agent.name, f"seed-{config.seed}"] if job == "train" else []
         config.root.mkdir(parents=True, exist_ok=True)
-        mode: Any = wandb_mode(config.logger["wandb_mode"])
+        mode: Any = wandb_mode(config.logger.wandb_mode)
         self._image = wandb.Image
         try:
             self._run = wandb.init(
                 dir=str(config.root),
-                project=config.logger["project"],
+                project=config.logger.project,
                 group=config.name,
                 job_type=job,
                 name=folder.name if job == "train" else f"{job}-{config.name}",
@@ -163,7 +163,7 @@ _OUTPUT = {"runs_dir", "progress", "logger"}
 
 def logged_settings(config: Config, job: str) -> dict[str, Any]:
     """Return the settings that a program reads, under flat names, by which wandb filters runs."""
-    names = {"stage", *settings_of(job)} - _OUTPUT
+    names = {"stage", *read_by(job)} - _OUTPUT
     return {
         key: value
         for key, value in flatten(asdict(config)).items()

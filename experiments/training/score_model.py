@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,14 @@ def learn(
         The result; ``evaluations`` counts the plans scored by the model, also those that
         it scored for a table that is the model here.
     """
-    if not config.score_model["rounds"]:
+    if not config.score_model.rounds:
         result = _train(config, agent, context, folder, sink)
         if not isinstance(context, TableContext):
             return result
         context.table.save(folder / TABLE_FILE)
         return replace(result, evaluations=len(context.table.scores))
     text = _ScoredText(config, context)
-    rounds = config.score_model["rounds"]
+    rounds = config.score_model.rounds
     for number in range(rounds):
         steps = agent.total_timesteps * (number + 1) // rounds
         predicted = text.predicted()
@@ -106,9 +106,9 @@ class _ScoredText:
         settings = self._config.score_model
         table = table_of(
             self._config, self._context, self.known, levels=self._levels,
-            members=settings["members"], pessimism=settings["pessimism"],
+            members=settings.members, pessimism=settings.pessimism,
         )  # fmt: skip
-        importance, frontier = self._config.importance["method"], self._context.frontier_path
+        importance, frontier = self._config.importance.method, self._context.frontier_path
         return TableContext(table, TABLE_FILE, importance=importance, frontier=frontier)
 
     def verify(
@@ -133,7 +133,7 @@ class _ScoredText:
     def _measured(self, policy: TrainedPolicy, predicted: TableContext) -> dict[str, Any]:
         """Measure the policy's favourites for some requests, and the best of its other samples."""
         config, context = self._config, self._context
-        requests = draw_requests(config, context, config.score_model["verify_requests"], 2)
+        requests = draw_requests(config, context, config.score_model.verify_requests, 2)
         favourites, others = [], []
         for request in requests:
             first, *drawn = policy.sample(request, 1 + _DRAWN)
@@ -159,7 +159,7 @@ def make_envs(config: Config, context: PruningContext, num_envs: int) -> VectorE
         context=context,
         workload=config.workload,
         reward=config.reward,
-        tasks=config.env.tasks if config.env.tasks["names"] else None,
+        tasks=asdict(config.env.tasks) if config.env.tasks.names else None,
         infeasible="clip",
         invalid_action_penalty=config.env.invalid_action_penalty,
         max_invalid_actions=config.env.max_invalid_actions,
@@ -199,17 +199,17 @@ def _train(
 
 def _warm_start(config: Config, context: PruningContext) -> WarmStart | None:
     settings = config.warm_start
-    if settings["teacher"] == "none":
+    if settings.teacher == "none":
         return None
 
     def start(model: Any) -> None:
-        how = ImitationConfig(updates=settings["updates"], seed=config.seed)
+        how = ImitationConfig(updates=settings.updates, seed=config.seed)
         shown = demonstrations(config, context)
         encoder = make_encoder(context, config.env.task.layout, **config.env.ladder)
         result = imitate(model, shown, encoder, how, progress=config.progress)
         log.info(
             "Warm start: %d plans of the teacher %s; agreement in %.0f %% of states.",
-            len(shown), settings["teacher"], 100 * result.agreement,
+            len(shown), settings.teacher, 100 * result.agreement,
         )  # fmt: skip
 
     return start
@@ -222,8 +222,8 @@ def demonstrations(config: Config, context: PruningContext) -> list[Demonstratio
         ArtifactError: The teacher is the frontier table, and there is none.
     """
     settings, ladder_bytes = config.warm_start, make_ladder_bytes(config, context)
-    requests = draw_requests(config, context, settings["requests"], 1)
-    name = "greedy_per_byte" if settings["teacher"] == "greedy" else settings["teacher"]
+    requests = draw_requests(config, context, settings.requests, 1)
+    name = "greedy_per_byte" if settings.teacher == "greedy" else settings.teacher
     teacher = make_method(name, context, ladder_bytes, config.seed)
     return [Demonstration(request, teacher.choose(request)) for request in requests]
 
@@ -240,7 +240,7 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
         table = context.frontier
         shift = native_shift(table, str(context.frontier_path), context)
         return {plan: nll + shift for plan, nll in table.scores.items()}
-    blocks, count = context.memory.facts.num_blocks, config.score_model["first_masks"]
+    blocks, count = context.memory.facts.num_blocks, config.score_model.first_masks
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, count))
     return dict(zip(masks, context.scorer.nll_many(masks), strict=True))

@@ -141,7 +141,7 @@ def table_of(
         ArtifactError: There are too few scores.
     """
     scorer, features = context.scorer, context.features
-    with_gsi = config.importance["method"] == "gsi"
+    with_gsi = config.importance.method == "gsi"
     arrays = {name: array.tolist() for name, array in vars(features).items()}
     return ScoreTable.fitted(
         context.memory.facts,
@@ -170,9 +170,9 @@ def _settings(config: Config, context: PruningContext) -> dict[str, Any]:
         "device": context.llm.device.type,
         "dtype": context.memory.facts.dtype,
         "calibration": text,
-        "importance": config.importance["method"],
-        "gsi_removals": config.importance["gsi_removals"],
-        "gsi_method": config.importance["gsi_method"],
+        "importance": config.importance.method,
+        "gsi_removals": config.importance.gsi_removals,
+        "gsi_method": config.importance.gsi_method,
     }
 
 
@@ -190,7 +190,7 @@ def stored_scores(context: PruningContext) -> dict[Plan, float]:
 def importance_orders(context: PruningContext, config: Config) -> list[Sequence[int]]:
     """Return the importance orders from which masks are drawn."""
     alone = np.argsort(context.one_shot.delta_nll, kind="stable").tolist()
-    return [context.gsi.full_order, alone] if config.importance["method"] == "gsi" else [alone]
+    return [context.gsi.full_order, alone] if config.importance.method == "gsi" else [alone]
 
 
 def native_shift(table: PlanTable, path: str, context: PruningContext) -> float:

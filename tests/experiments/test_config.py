@@ -148,7 +148,7 @@ def test_names_in_the_files_exist():
         settings = composed("evaluate", f"experiment={experiment}")
         evaluate = settings.evaluate
         assert set(evaluate.baselines) <= set(methods())
-        assert set(evaluate.tasks["names"]) <= set(GENERATED_TASKS)
+        assert set(evaluate.tasks.names) <= set(GENERATED_TASKS)
 
 
 def test_null_takes_the_value_of_the_agent_file():
@@ -168,6 +168,7 @@ def test_null_takes_the_value_of_the_agent_file():
         ("agent=pppo", "agent/pppo"),
         ("agent.total_timesteps=many", "agent.total_timesteps"),
         ("seed=1.5", "seed"),
+        ("tight_grid.losses=[a]", "tight_grid.losses"),
     ],
 )
 def test_a_misspelt_key_or_wrong_type_is_named(override, named):
@@ -179,19 +180,28 @@ def test_a_misspelt_key_or_wrong_type_is_named(override, named):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("agent.total_timesteps=0", "agent.total_timesteps must be at least 1, not 0"),
-        ("calibration.windows=0", "text.windows must be at least 1, not 0"),
+        (
+            "agent.total_timesteps=0",
+            "agent.total_timesteps must be a whole number of at least 1, not 0",
+        ),
+        (
+            "calibration.windows=0",
+            "calibration.windows must be a whole number of at least 1, not 0",
+        ),
         ("evaluate.budgets=[1.2]", "evaluate.budgets must be above 0 and at most 1, not 1.2"),
         ("evaluate.budgets=[]", "evaluate.budgets needs at least one entry"),
         ("tight_grid.losses=[]", "tight_grid.losses must have at least one entry"),
-        ("tight_grid.losses=[a]", "tight_grid.losses must be above 0, not a"),
-        ("levels.requests=[]", "levels.requests needs at least one entry"),
-        ("evaluate.requests=[8by16]", "such as 8x2048; '8by16' is not"),
+        ("levels.requests=[]", "levels.requests must have at least one entry"),
+        ("evaluate.requests=[8by16]", "evaluate.requests: A request is BATCHxTOKENS, such as"),
+        ("evaluate.outside=[4x48]", "evaluate.outside: A cell is BATCHxTOKENS@BUDGET, such as"),
+        ("evaluate.best_of=[]", "evaluate.best_of must have at least one entry"),
+        ("replay.timing=wal", "Unknown replay.timing 'wal'; known are 'cpu', 'wall'. Did you mean"),
+        ("replay.token_scale=.nan", "replay.token_scale must be above 0, not nan"),
         ("importance.method=gis", "Did you mean 'gsi'?"),
         ("logger.wandb_mode=of", "known are 'auto', 'offline', 'online'"),
         ("name=a/b", "name must be one folder name"),
-        ("threads=0", "threads must be at least 1"),
-        ("scoring.workers=-1", "scoring.workers must be at least 0, not -1"),
+        ("threads=0", "threads must be a whole number of at least 1, or null, not 0"),
+        ("scoring.workers=-1", "scoring.workers must be a whole number of at least 0"),
         ("scoring.address=auto", "Set scoring.workers to the number of workers"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 
 from experiments import live
 from experiments.config.common import TextConfig
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.evaluation_settings import DemoConfig, EvaluateConfig
+from experiments.config.training_settings import WarmStartConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan
@@ -24,12 +25,12 @@ def config(base):
     config = tiny_ladder_study(
         base, stage="demo", name="demo",
         agent=replace(short_training(), label="rap"),
-        warm_start={"teacher": "score_model", "requests": 4, "updates": 20},
+        warm_start=WarmStartConfig(teacher="score_model", requests=4, updates=20),
         evaluate=EvaluateConfig(
             requests=["4x64"], budgets=[0.9, 0.7], baselines=METHODS,
             text=TextConfig(source=str(base / "manual.txt"), windows=2, window_tokens=12),
         ),
-        demo={"table": f"score_table:{base / 'table.json'}", "live_s": 2},
+        demo=DemoConfig(table=f"score_table:{base / 'table.json'}", live_s=2),
     )  # fmt: skip
     context = build_context(config)
     ladder = make_ladder_bytes(config, context).ladder

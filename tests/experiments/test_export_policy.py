@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from agents.trained_policy import TrainedPolicy
+from experiments.config.common import ImportanceConfig
 from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.training_settings import FrontierConfig
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.profile import profile
@@ -29,8 +31,8 @@ def config(base):
     """Settings of a run on a random model of four layers, with a profile and a frontier."""
     return tiny_study(
         base, stage="train", threads=1,
-        importance={"gsi_removals": 3},
-        frontier={"evaluations": 40, "requests": 8},
+        importance=ImportanceConfig(gsi_removals=3),
+        frontier=FrontierConfig(evaluations=40, requests=8),
         agent=short_training(),
         evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], text=own_text()),
     )  # fmt: skip

@@ -10,8 +10,9 @@ import pytest
 from experiments.comparison.evaluation_cells import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import ModelConfig
+from experiments.config.common import ImportanceConfig, ModelConfig
+from experiments.config.evaluation_settings import EvaluateConfig, ExportConfig
+from experiments.config.training_settings import FrontierConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores
@@ -34,10 +35,10 @@ def config(base):
     """Settings for a random model of five layers."""
     return tiny_study(
         base, layers=5, stage="export_scores", threads=1,
-        importance={"gsi_removals": 3},
+        importance=ImportanceConfig(gsi_removals=3),
         agent=short_training(),
         evaluate=EvaluateConfig(requests=["1x16"], budgets=[0.9], baselines=["gsi"]),
-        export={"masks": MASKS},
+        export=ExportConfig(masks=MASKS),
     )  # fmt: skip
 
 
@@ -51,7 +52,10 @@ def exported(config):
 def test_a_table_with_levels_runs_the_environment_of_levels(config, exported):
     calibration = own_text(3, 48)
     levels = replace(
-        config, name="levels", calibration=calibration, export={"masks": MASKS, "levels": True}
+        config,
+        name="levels",
+        calibration=calibration,
+        export=ExportConfig(masks=MASKS, levels=True),
     )
     table = ScoreTable.load(path := export_scores(levels, levels.stage_dir("export_scores")))
     assert ScoreTable.load(exported).levels is None
@@ -97,13 +101,13 @@ def test_without_a_number_the_stored_scores_are_used(config, exported, tmp_path)
     live = build_context(config)
     live.scorer.nll(Plan.removing(0, 2, 4, 6, 7))
     path = tmp_path / "deep" / "mine.json"
-    settings = replace(config, export={"path": str(path)})
+    settings = replace(config, export=ExportConfig(path=str(path)))
     assert export_scores(settings, tmp_path / "run") == path
     assert len(ScoreTable.load(path).scores) >= MASKS
 
 
 def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
-    recorded = replace(config, name="recorded", frontier={"evaluations": 60})
+    recorded = replace(config, name="recorded", frontier=FrontierConfig(evaluations=60))
     profile(recorded, recorded.stage_dir("profile"))
     frontier = PlanTable.load(
         recorded.root / "profile" / "frontier.json", build_context(config).memory
@@ -112,7 +116,7 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     rounds = recorded.root / "train" / "rap-s0" / "rounds.jsonl"
     rounds.parent.mkdir(parents=True)
     rounds.write_text(json.dumps({"round": 0, "scored": [[policys.removed_names, 7.5]]}) + "\n")
-    export = {"records": [str(recorded.root)]}
+    export = ExportConfig(records=[str(recorded.root)])
     fresh = replace(config, store=str(tmp_path / "fresh.sqlite"), export=export)
     scores = ScoreTable.load(export_scores(fresh, tmp_path / "run")).scores
     assert scores[policys] == 7.5
@@ -123,13 +127,13 @@ def test_recorded_scores_are_not_measured_again(config, exported, tmp_path):
     shifted = {mask: nll + shift for mask, nll in frontier.scores.items()}
     moved = replace(frontier, dense_nll=frontier.dense_nll + shift, scores=shifted)
     moved.save(recorded.root / "profile" / "frontier.json")
-    again = recorded_scores(export["records"], context)
+    again = recorded_scores(export.records, context)
     assert again[policys] == 7.5 - shift
     assert again == pytest.approx({**frontier.scores, policys: 7.5 - shift})
     other = replace(fresh, calibration=replace(config.calibration, seed=5))
     with pytest.raises(RapError, match="was measured on other text"):
         export_scores(other, tmp_path / "other")
-    none = replace(fresh, export={"records": [str(tmp_path)]})
+    none = replace(fresh, export=ExportConfig(records=[str(tmp_path)]))
     with pytest.raises(RapError, match="has no recorded scores"):
         export_scores(none, tmp_path / "none")
 
@@ -168,7 +172,7 @@ def test_stages_that_need_the_model_reject_a_table(config, exported, tmp_path):
 
 
 def test_an_empty_store_is_reported_before_measuring(config, tmp_path):
-    empty = replace(config, store=str(tmp_path / "empty.sqlite"), export={})
+    empty = replace(config, store=str(tmp_path / "empty.sqlite"), export=ExportConfig())
     with pytest.raises(RapError, match=r"has no scores of .*export\.masks=20000"):
         export_scores(empty, tmp_path / "run")
     assert build_context(empty).scorer.evaluations == 0
@@ -177,10 +181,10 @@ def test_an_empty_store_is_reported_before_measuring(config, tmp_path):
 
 
 def test_more_masks_than_the_model_has_are_rejected(config, tmp_path):
-    many = replace(config, export={"masks": 600})
+    many = replace(config, export=ExportConfig(masks=600))
     with pytest.raises(
         RapError, match="10 blocks, thus 1024 masks.*all of them or at most half, 512, not 600"
     ):
         export_scores(many, tmp_path / "run")
-    with pytest.raises(RapError, match=r"export\.masks must be at least 1, not 0"):
-        Config(export={"masks": 0})
+    with pytest.raises(RapError, match=r"export\.masks must be .* at least 1, or null, not 0"):
+        Config(export=ExportConfig(masks=0))

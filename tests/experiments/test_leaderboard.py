@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow
 from experiments.config import Config
-from experiments.config.common import TextConfig
+from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
 from experiments.config.evaluation_settings import CompareConfig
-from experiments.config.training_settings import AgentConfig, ModelConfig
+from experiments.config.training_settings import AgentConfig
 from experiments.leaderboard import (
     TASKS_FILE,
     check_entry,
@@ -120,7 +120,7 @@ def test_trained_policies_are_judged_on_a_pinned_task(tmp_path):
         config = Config(
             stage="train", name="mine", runs_dir=str(tmp_path), seed=seed, progress=False,
             store=None, model=ModelConfig(name="score_table:smollm2-135m"),
-            importance={"gsi_removals": 24}, calibration=TextConfig(source="self"),
+            importance=ImportanceConfig(gsi_removals=24), calibration=TextConfig(source="self"),
             workload={"name": "fixed", "batch_size": 4, "seq_len_tokens": 512,
                       "budget_fraction": 0.9},
             reward={"name": "perplexity"},

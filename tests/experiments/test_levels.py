@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.common import TextConfig
+from experiments.config.evaluation_settings import LevelsConfig
 from experiments.contexts import build_context
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
 from experiments.study.experiment_errors import ExperimentError
@@ -24,10 +25,10 @@ def config(base):
     """Settings for a random model of two layers in a separate folder."""
     return tiny_study(
         base, layers=2, stage="levels", calibration=own_text(2, 48),
-        levels={
-            "caches": ["int8", "int2", "int2-window512"], "requests": ["1x16", "2x60"],
-            "joint_budgets": [0.8], "out": str(base / "saved" / "tiny.levels.json"),
-        },
+        levels=LevelsConfig(
+            caches=["int8", "int2", "int2-window512"], requests=["1x16", "2x60"],
+            joint_budgets=[0.8], out=str(base / "saved" / "tiny.levels.json"),
+        ),
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_costs_are_measured_on_the_model(measured):
 
 
 def test_facts_are_written_beside_the_costs(measured):
-    path = Path(measured.levels["out"]).with_name("tiny.facts.json")
+    path = Path(measured.levels.out).with_name("tiny.facts.json")
     body = json.loads(path.read_text())["body"]
     assert set(body) == {"native", "bf16"}
     facts = build_context(measured, profiled=False).memory.facts
@@ -67,7 +68,7 @@ def test_a_second_run_measures_nothing_and_other_levels_are_rejected(measured):
     assert COSTS_FILE in before
     levels(measured, folder)
     assert before == {name: (folder / name).read_bytes() for name in before}
-    other = replace(measured, levels={**measured.levels, "caches": ["int4"]})
+    other = replace(measured, levels=replace(measured.levels, caches=["int4"]))
     with pytest.raises(ExperimentError, match=r"levels\.caches"):
         levels(other, folder)
 
@@ -76,7 +77,7 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
     kinds = {}
     for name, letters in (("prose", "abcdefgh ."), ("code", "(){}=;_01 ")):
         kinds[name] = {"source": write_letters(tmp_path, name, letters, seed=len(kinds))}
-    settings = {**measured.levels, "out": None}
+    settings = replace(measured.levels, out=None)
     calibration = TextConfig(kinds["prose"]["source"], windows=6, window_tokens=48)
     config = replace(measured, name="kinds", calibration=calibration, kinds=kinds, levels=settings)
     levels(config, folder := config.stage_dir("levels"))
@@ -110,6 +111,6 @@ def test_costs_by_kind_of_text_become_a_policy(measured, tmp_path):
 
 def test_wrong_settings_are_rejected(config):
     with pytest.raises(ExperimentError, match=r"must end in \.levels\.json, not 'costs\.json'"):
-        replace(config, levels={"out": "costs.json"})
+        replace(config, levels=LevelsConfig(out="costs.json"))
     with pytest.raises(Exception, match="Unknown level of a cache 'int3'"):
-        replace(config, levels={"caches": ["int3"]})
+        replace(config, levels=LevelsConfig(caches=["int3"]))

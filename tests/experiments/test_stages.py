@@ -10,6 +10,7 @@ import pytest
 from experiments.comparison.evaluation_cells import check_names
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import training_dirs
+from experiments.config.common import ImportanceConfig, ScoringConfig
 from experiments.config.evaluation_settings import EvaluateConfig
 from experiments.config.study_settings import LadderConfig
 from experiments.evaluate import evaluate
@@ -30,7 +31,7 @@ BASELINES = ["random", "gsi", "greedy_per_byte", "knapsack"]
 def config(base):
     """Settings for a random model of four layers in a separate folder."""
     return tiny_study(
-        base, stage="test", importance={"gsi_removals": 3},
+        base, stage="test", importance=ImportanceConfig(gsi_removals=3),
         agent=short_training(gamma=None),
         evaluate=EvaluateConfig(
             requests=["1x16", "2x32"], budgets=[0.9, 0.8], baselines=BASELINES,
@@ -133,7 +134,7 @@ def test_workers_give_the_same_rows(evaluated, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake)
     folder = str(evaluated.stage_dir("train") / "maskable_ppo-s0")
     spread = replace(
-        evaluated, name="spread", store=None, scoring={"workers": 2},
+        evaluated, name="spread", store=None, scoring=ScoringConfig(workers=2),
         evaluate=replace(evaluated.evaluate, agents=[folder]),
     )  # fmt: skip
     evaluate(spread, spread.stage_dir("evaluate"))

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from experiments.config.common import parse_pinned
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.common import ImportanceConfig, parse_pinned
+from experiments.config.evaluation_settings import EvaluateConfig, TightGridConfig
 from experiments.config.training_settings import EnvConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.study.experiment_errors import ExperimentError
@@ -23,12 +23,11 @@ LOSSES = [0.06, 0.15, 0.3]
 def config(base):
     return tiny_study(
         base, stage="tight_grid", calibration=own_text(2, 48),
-        importance={"method": "one_shot", "gsi_method": "lazy"},
+        importance=ImportanceConfig(method="one_shot", gsi_method="lazy"),
         env=EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]),
-        tight_grid={
-            "requests": [f"{b}x{t}" for b, t in SHAPES], "losses": LOSSES,
-            "out": str(base / "tight.yaml"),
-        },
+        tight_grid=TightGridConfig(
+            requests=[f"{b}x{t}" for b, t in SHAPES], losses=LOSSES, out=str(base / "tight.yaml")
+        ),
     )  # fmt: skip
 
 

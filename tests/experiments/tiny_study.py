@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Config
-from experiments.config.common import TextConfig
-from experiments.config.training_settings import AgentConfig, EnvConfig, ModelConfig
+from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
+from experiments.config.training_settings import AgentConfig, EnvConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],
@@ -30,7 +30,7 @@ def tiny_study(base: Path, layers: int = 4, **settings: Any) -> Config:
     common = {
         "name": "tiny", "runs_dir": str(base / "runs"), "store": str(base / "scores.sqlite"),
         "workload": WORKLOAD, "reward": {"name": "perplexity"}, "progress": False,
-        "calibration": own_text(), "importance": {"method": "none"},
+        "calibration": own_text(), "importance": ImportanceConfig(method="none"),
         "model": ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
     }  # fmt: skip
     return Config(**{**common, **settings})
@@ -44,7 +44,7 @@ def tiny_ladder_study(base: Path, **settings: Any) -> Config:
     common = {
         "env": EnvConfig(id="RAPLadder-v0", levels=LEVELS, together=["int8"]), "threads": 1,
         "model": ModelConfig(str(base / "model"), "cpu", "float32", weights="native"),
-        "calibration": own_text(2, 12), "importance": {"method": "one_shot"},
+        "calibration": own_text(2, 12), "importance": ImportanceConfig(method="one_shot"),
         "workload": {"name": "grid", "batch_sizes": [1, 4], "seq_lens_tokens": [16, 64],
                      "budget_fractions": [0.6, 0.8, 0.9]},
     }  # fmt: skip

@@ -317,9 +317,9 @@ def command_of(system: str, config: Config, port: int) -> list[str]:
         raise UnknownNameError("system", system, SYSTEMS)
     if (file := gguf_source(name)) is None:
         raise ExperimentError(f"llama.cpp reads a GGUF file, and {name} comes from none.")
-    rows = settings["clients"]
+    rows = settings.clients
     options = ["-np", str(rows), "-c", str(rows * _ROW_TOKENS), "-t", "1", "-cram", "0"]
-    return [settings["llama_server"], "-m", str(file), *at, *options]
+    return [settings.llama_server, "-m", str(file), *at, *options]
 
 
 class TrialRun:
@@ -362,13 +362,13 @@ class TrialRun:
         settings, draw = self._settings, random.Random(self._seed)
         self._began_s = time.monotonic()
         threads = [threading.Thread(target=self._sample, daemon=True)]
-        for client in range(settings["clients"]):
+        for client in range(settings.clients):
             threads.append(threading.Thread(target=self._ask, args=(client,), daemon=True))
         for thread in threads:
             thread.start()
-        least, most = settings["tenant_mib"]
+        least, most = settings.tenant_mib
         size = least
-        while self._now_s() < 60 * settings["minutes"] and tenant.poll() is None:
+        while self._now_s() < 60 * settings.minutes and tenant.poll() is None:
             size = min(most, max(least, size + draw.randint(-_STEP_MIB, _STEP_MIB)))
             print(size, file=tenant.stdin, flush=True)
             if self.server.poll() is not None:
@@ -440,7 +440,7 @@ def run_trial(system: str, config: Config, folder: Path) -> TrialRow:
     log_file = folder / f"{system}.log"
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(log_file.open("w", encoding="utf-8"))
-        group = stack.enter_context(memory_group(config.cgroup["limit_mib"] * _MIB))
+        group = stack.enter_context(memory_group(config.cgroup.limit_mib * _MIB))
         trial = TrialRun(system, config, group, log)
         stack.callback(lambda: ended(trial.server))
         tenant = started(group / "tenant", [sys.executable, "-c", _TENANT], stdin=subprocess.PIPE)
@@ -455,8 +455,9 @@ def trial_jobs(config: Config, folder: Path) -> Iterator[Job[TrialRow]]:
     """Yield the trial of each server."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request
     names = ("limit_mib", "tenant_mib", "minutes", "clients")
-    depends_on = {"model": config.model.name, **{name: config.cgroup[name] for name in names}}
-    for system in config.cgroup["systems"]:
+    settings = {name: getattr(config.cgroup, name) for name in names}
+    depends_on = {"model": config.model.name, **settings}
+    for system in config.cgroup.systems:
         yield Job(TrialRow, (system,), depends_on, partial(run_trial, system, config, folder))
 
 

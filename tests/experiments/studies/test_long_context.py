@@ -10,9 +10,8 @@ import torch
 pytest.importorskip("lm_eval")
 
 from experiments.config import Config
-from experiments.config.common import TextConfig
-from experiments.config.study_settings import LongContextConfig
-from experiments.config.training_settings import ModelConfig
+from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
+from experiments.config.study_settings import LengthsConfig, LongContextConfig
 from experiments.contexts import build_context
 from experiments.studies.long_context import DOCUMENTS, STUDY, compared_lengths, documents_of
 from experiments.study.experiment_errors import ExperimentError
@@ -45,11 +44,10 @@ def config(base):
         stage="long_context", name="tiny", runs_dir=str(base / "runs"), progress=False,
         model=ModelConfig(name=str(base / "model"), device="cpu", dtype="float32"),
         calibration=TextConfig(source="self", windows=2, window_tokens=40),
-        importance={"method": "none"},
+        importance=ImportanceConfig(method="none"),
         long_context=LongContextConfig(
             caches=CACHES, policies=["greedy_per_byte"], budgets=[0.9], batch_size=2,
-            tasks={"recall": {"lengths": [512, 768], "questions": 16},
-                   "counting": {"lengths": [512], "questions": 6}},
+            tasks={"recall": LengthsConfig([512, 768], 16), "counting": LengthsConfig([512], 6)},
             documents=[TextConfig(source=str(base / "documents.jsonl"), field="context",
                                   windows=2, window_tokens=300)],
         ),
@@ -127,6 +125,6 @@ def test_wrong_settings_and_documents_are_named(config):
     with pytest.raises(CorpusError, match="lacks the field 'passage'"):
         documents_of(llm, replace(text, field="passage"))
     with pytest.raises(UnknownNameError, match="kind of long_context.tasks 'recal'"):
-        LongContextConfig(tasks={"recal": {}})
-    with pytest.raises(ExperimentError, match=r"tasks\.recall\.lengths must be at least 512"):
-        LongContextConfig(tasks={"recall": {"lengths": [256]}})
+        LongContextConfig(tasks={"recal": LengthsConfig()})
+    with pytest.raises(ExperimentError, match=r"tasks\.recall\.lengths must be .* at least 512"):
+        Config(long_context=LongContextConfig(tasks={"recall": LengthsConfig([256])}))

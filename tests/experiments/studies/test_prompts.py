@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from experiments.comparison.result_rows import RecordedPlans
-from experiments.config.common import TextConfig
+from experiments.config.common import ModelConfig, TextConfig
 from experiments.config.study_settings import PromptsConfig
-from experiments.config.training_settings import ModelConfig
 from experiments.studies.prompts import BLIND, STUDY, PolicyRow, prompt_jobs, prompt_tables
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import append_record

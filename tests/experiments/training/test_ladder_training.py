@@ -11,7 +11,13 @@ from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import AgentConfig, EnvConfig
+from experiments.config.training_settings import (
+    AgentConfig,
+    EnvConfig,
+    FrontierConfig,
+    ScoreModelConfig,
+    WarmStartConfig,
+)
 from experiments.contexts import build_context, frontier_artifact, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.profile import profile
@@ -36,7 +42,7 @@ def config(base):
         base, stage="train",
         agent=AgentConfig(name="maskable_ppo", total_timesteps=64, n_envs=2,
                           hyperparameters={"n_steps": 16, "learning_rate": 1e-9}),
-        warm_start={"teacher": "one_shot", "requests": 12, "updates": 150},
+        warm_start=WarmStartConfig(teacher="one_shot", requests=12, updates=150),
         evaluate=EvaluateConfig(requests=["4x64"], budgets=[0.9, 0.7]),
     )  # fmt: skip
 
@@ -59,7 +65,7 @@ def test_the_section_env_makes_the_environment_and_feasible_requests(config):
 
 @pytest.mark.parametrize("teacher", ["one_shot", "knapsack", "greedy"])
 def test_teachers_show_plans_that_fit(config, teacher):
-    changed = replace(config, warm_start={**config.warm_start, "teacher": teacher, "requests": 4})
+    changed = replace(config, warm_start=replace(config.warm_start, teacher=teacher, requests=4))
     context = build_context(config)
     shown = demonstrations(changed, context)
     assert len(shown) == 4
@@ -85,9 +91,9 @@ def test_rounds_on_predicted_plans_start_from_a_search_and_measure_what_the_poli
     changed = replace(
         config,
         name="searched",
-        frontier={"evaluations": 50, "requests": 16},
-        warm_start={"teacher": "score_model", "requests": 8, "updates": 50},
-        score_model={"rounds": 2, "verify_requests": 6, "members": 2},
+        frontier=FrontierConfig(evaluations=50, requests=16),
+        warm_start=WarmStartConfig(teacher="score_model", requests=8, updates=50),
+        score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
         reward={"name": "perplexity", "relative_to": "frontier"},
     )
     with pytest.raises(ArtifactError, match="There is no frontier artifact"):
@@ -135,6 +141,6 @@ def test_the_agent_is_evaluated_beside_baselines(config, run):
 
 def test_settings_of_the_environment_are_checked():
     with pytest.raises(UnknownNameError, match="RAPPrune-v2"):
-        EnvConfig(id="RAPPrune-v2")
+        Config(env=EnvConfig(id="RAPPrune-v2"))
     with pytest.raises(UnknownNameError, match="teacher"):
-        Config(warm_start={"teacher": "best"})
+        Config(warm_start=WarmStartConfig(teacher="best"))

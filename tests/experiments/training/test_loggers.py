@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from experiments.config import Config
-from experiments.config.training_settings import AgentConfig, ModelConfig
+from experiments.config.common import ModelConfig
+from experiments.config.training_settings import AgentConfig
 from experiments.study.experiment_errors import ExperimentError
-from experiments.study.help import settings_of
+from experiments.study.help import read_by
 from experiments.study.json_records import read_records
 from experiments.study.run_folder import flatten
 from experiments.training.loggers import has_login, logged_settings, open_loggers, wandb_mode
@@ -58,7 +59,7 @@ def test_json_lines_are_always_written(config):
 def test_tensorboard_gets_scalars_and_image(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config.logger |= {"tensorboard": True}
+    config.logger.tensorboard = True
     folder = config.stage_dir("train") / "ppo-s4"
     with open_loggers(config, folder, job="train") as loggers:
         fill(loggers, folder)
@@ -76,7 +77,7 @@ def test_only_what_the_program_reads_is_its_configuration(config, job):
     assert ("agent.total_timesteps" in logged) == (job == "train")
     assert ("evaluate.baselines" in logged) == (job == "evaluate")
     every = set(flatten(asdict(config)))
-    read = settings_of(job)
+    read = read_by(job)
     assert [n for n in read if not any(f"{k}.".startswith(f"{n}.") for k in every)] == []
 
 
@@ -115,7 +116,7 @@ def inspect(run: Path) -> list[dict]:
 
 def test_a_resumed_run_keeps_its_id_and_continues(config, no_login):
     """Without an account or a network: two offline parts of one run."""
-    config.logger |= {"wandb": True}
+    config.logger.wandb = True
     folder = config.stage_dir("train") / "ppo-s4"
     for step in (0, 20):
         with open_loggers(config, folder, job="train", step=step) as loggers:
@@ -145,7 +146,7 @@ def test_an_unreachable_server_is_one_sentence(config, no_login, monkeypatch):
 
     monkeypatch.setenv("WANDB_API_KEY", "invented-for-this-test")
     monkeypatch.setattr(wandb, "init", fails)
-    config.logger |= {"wandb": True}
+    config.logger.wandb = True
     with (
         pytest.raises(ExperimentError, match=r"no route to host.*logger\.wandb_mode=offline"),
         open_loggers(config, config.stage_dir("train") / "ppo-s4", job="train"),
@@ -173,7 +174,7 @@ def test_the_mode_follows_the_login(no_login, monkeypatch):
 def test_a_missing_package_is_named(config, monkeypatch, package, no_login):
     hidden = "torch.utils.tensorboard" if package == "tensorboard" else package
     monkeypatch.setitem(sys.modules, hidden, None)
-    config.logger |= {package: True}
+    setattr(config.logger, package, True)
     expected = rf"logger={package} needs the package '{package}'; .*`pip install --group agents`"
     with (
         pytest.raises(MissingDependencyError, match=expected),

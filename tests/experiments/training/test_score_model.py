@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from agents.trained_policy import TrainedPolicy
+from experiments.config.common import ImportanceConfig
 from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import AgentConfig
+from experiments.config.training_settings import (
+    AgentConfig,
+    FrontierConfig,
+    ScoreModelConfig,
+    WarmStartConfig,
+)
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.profile import profile
 from experiments.study.experiment_errors import ExperimentError
@@ -31,10 +37,10 @@ def config(base):
     made = tiny_study(
         base, layers=5, stage="train", threads=1, workload=WORKLOAD,
         reward={"name": "perplexity", "relative_to": "frontier"},
-        importance={"gsi_removals": 3},
-        frontier={"evaluations": 120, "requests": 16},
-        warm_start={"teacher": "frontier", "requests": 16, "updates": 150},
-        score_model={"rounds": 2, "verify_requests": 6, "members": 2},
+        importance=ImportanceConfig(gsi_removals=3),
+        frontier=FrontierConfig(evaluations=120, requests=16),
+        warm_start=WarmStartConfig(teacher="frontier", requests=16, updates=150),
+        score_model=ScoreModelConfig(rounds=2, verify_requests=6, members=2),
         agent=AgentConfig(
             name="maskable_ppo", total_timesteps=256, n_envs=4,
             hyperparameters={"n_steps": 16, "learning_rate": 1e-4},
@@ -54,7 +60,7 @@ def test_the_policy_starts_at_its_teacher(config):
     context = build_context(config)
     started = replace(
         config,
-        score_model={},
+        score_model=ScoreModelConfig(),
         agent=replace(config.agent, total_timesteps=64, hyperparameters={"learning_rate": 1e-9}),
     )
     policy = TrainedPolicy.load(train(started, folder_of(config, "warm-s0")), context)
@@ -97,9 +103,9 @@ def test_rounds_refuse_a_frontier_that_was_measured_on_other_text(config):
 
 def test_without_a_frontier_planned_masks_are_scored_first(config):
     alone = replace(
-        config, name="alone", frontier={}, warm_start={},
+        config, name="alone", frontier=FrontierConfig(), warm_start=WarmStartConfig(),
         reward={"name": "perplexity"},
-        score_model={**config.score_model, "first_masks": 60, "rounds": 1},
+        score_model=replace(config.score_model, first_masks=60, rounds=1),
     )  # fmt: skip
     folder = train(alone, folder_of(alone))
     evaluations = RunFolder(folder).read()["evaluations"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
+from experiments.config.replay_settings import CgroupConfig
 from experiments.studies.replay import cgroup
 from experiments.studies.replay.cgroup import STUDY, TrialRow, TrialRun, memory_group, started
 from experiments.study.experiment_errors import ExperimentError
@@ -153,7 +154,7 @@ def test_a_trial_records_answers_and_starts_a_server_again_that_has_ended(
     monkeypatch.setattr(cgroup, "memory_group", lambda _limit: nullcontext(group))
     (group / "server" / "memory.oom_control").write_text("under_oom 0\noom_kill 1\n")
     crash.write_text("")
-    config = Config(stage="cgroup", cgroup={"minutes": 0.08, "clients": 2}, progress=False)
+    config = Config(stage="cgroup", cgroup=CgroupConfig(minutes=0.08, clients=2), progress=False)
     folder = STUDY.run(config, tmp_path / "run")
     (row,) = STUDY.read(folder)
     assert row.kills == 1
