@@ -25,10 +25,7 @@ VERSION = "0.11739"
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 """``ggml_type`` of each format of a cache, from the most to the least exact one."""
 
-FILE_TYPES = {
-    "Q4_0": 2, "Q4_1": 3, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15,
-    "Q2_K_S": 21, "IQ3_XXS": 23, "IQ4_NL": 25, "IQ2_M": 29, "IQ4_XS": 30, "Q2_0": 41,
-}  # fmt: skip
+FILE_TYPES = {"Q2_K": 10, "Q3_K_M": 12, "IQ4_NL": 25, "IQ2_M": 29, "Q2_0": 41}
 """``llama_ftype`` of each kind of quantised file."""
 
 AS_SHIPPED, WITH_EMBEDDINGS = "as shipped", "+embeddings"
