@@ -39,7 +39,7 @@ def in_llama_cpp(file: str, rows: int, tokens: int, steps: int, threads: int) ->
 
     def decode() -> None:
         for at in range(tokens, tokens + steps):
-            engine.step(np.ones(rows, dtype=np.int32), at)
+            engine.decode(np.ones(rows, dtype=np.int32), at, all_logits=True, row=None)
 
     return [prefill, decode]
 

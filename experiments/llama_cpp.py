@@ -7,7 +7,7 @@ transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,43 +175,29 @@ class LlamaCpp:
             self.decode(ids[start : start + _BATCH_TOKENS], start, all_logits=False, row=row)
 
     def decode(
-        self, ids: npt.NDArray[np.int32], start: int, all_logits: bool, row: int = 0
+        self, ids: npt.NDArray[np.int32], start: int, all_logits: bool, row: int | None = 0
     ) -> npt.NDArray[np.float32]:
-        """Run tokens of one sequence.
+        """Run tokens of one sequence, or one token of each sequence.
 
         Args:
             ids: Token ids, (N,).
             start: Position of the first one.
-            all_logits: Whether all positions give logits, or only the last one.
-            row: Number of the sequence, from 0.
+            all_logits: Whether all tokens give logits, or only the last one.
+            row: Number of the sequence, from 0; None for a token of each, all at one position.
 
         Returns:
             Logits, (N, V) or (1, V).
         """
-        positions = range(start, start + len(ids))
-        return self._decode(ids, positions, [row] * len(ids), len(ids) if all_logits else 1)
-
-    def step(self, ids: npt.NDArray[np.int32], position: int) -> npt.NDArray[np.float32]:
-        """Run one token of each sequence, (B,), all at one position; returns logits, (B, V)."""
-        return self._decode(ids, [position] * len(ids), range(len(ids)), len(ids))
-
-    def _decode(
-        self,
-        ids: npt.NDArray[np.int32],
-        positions: Sequence[int],
-        sequences: Sequence[int],
-        rows: int,
-    ) -> npt.NDArray[np.float32]:
-        """Run a batch of tokens; the last `rows` of them give logits."""
         count = len(ids)
         with self._batch(count) as batch:
             batch.n_tokens = count
             for at, token in enumerate(ids):
-                batch.token[at], batch.pos[at] = int(token), positions[at]
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequences[at]
-                batch.logits[at] = at >= count - rows
+                batch.token[at], batch.pos[at] = int(token), start if row is None else start + at
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, at if row is None else row
+                batch.logits[at] = all_logits or at == count - 1
             if (code := self._lib.llama_decode(self._context, batch)) != 0:
                 raise ExperimentError(f"llama.cpp failed to decode (code {code}).")
+        rows = count if all_logits else 1
         logits = self._lib.llama_get_logits(self._context)
         data = self._ffi.buffer(logits, rows * self._vocab_size * 4)
         return np.frombuffer(data, dtype=np.float32).reshape(rows, self._vocab_size)
