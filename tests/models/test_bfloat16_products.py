@@ -85,14 +85,6 @@ def test_gradients_are_those_of_the_float32_product(on_a_cpu):
     assert torch.equal(states.grad, (ones @ weight.detach().float()).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_other_dtypes_are_left_alone(on_a_cpu, dtype):
-    layer, states = torch.nn.Linear(8, 4).to(dtype), torch.randn(3, 8).to(dtype)
-    expected = layer(states)
-    with device.in_float32():
-        assert torch.equal(layer(states), expected)
-
-
 def test_scores_of_both_ways_agree_and_are_kept_apart(on_a_cpu):
     llm = ElasticLLM(tiny_model(dtype=torch.bfloat16), None, name="tiny")
     masks = [Plan(), Plan.removing(1), Plan.removing(0, 3)]

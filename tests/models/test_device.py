@@ -50,11 +50,6 @@ def test_a_missing_device_is_rejected(cuda_devices: None, name: str, known: str)
         choose_device(name)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_a_dtype_by_name(name: str) -> None:
-    assert choose_dtype(name, CPU) is getattr(torch, name)
-
-
 @pytest.mark.parametrize("name", ["int8", "fp16", "torch.float32"])
 def test_another_dtype_is_rejected(name: str) -> None:
     with pytest.raises(UnknownNameError, match=f"dtype '{name}'; known are 'auto', 'bfloat16'"):

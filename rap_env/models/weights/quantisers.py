@@ -150,9 +150,7 @@ def quantise(weight: torch.Tensor, level: PackedLevel) -> PackedMatrix:
 
 
 def requantise(matrix: PackedMatrix, level: PackedLevel) -> PackedMatrix:
-    """As `quantise`, from packed weights; below int8 some rows are widened at a time."""
-    if level == "int8":
-        return _quantise_int8(matrix.widened(torch.float32))
+    """As `quantise` below int8, from packed weights, of which some rows are widened at a time."""
 
     def widened() -> Iterator[torch.Tensor]:
         for first in range(0, matrix.shape[0], _ROWS):

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from tests.models.generation import cached_step
-from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, WINDOW, tiny_llm
+from tests.tiny import FAMILIES, LAYERS, VOCAB_SIZE, WINDOW, each_family, tiny_llm
 
 
 def real_bytes(llm, tokens: int, *, batch: int = 3, chunk: int | None = None) -> list[int]:
@@ -20,35 +20,12 @@ def real_bytes(llm, tokens: int, *, batch: int = 3, chunk: int | None = None) ->
 
 
 @pytest.mark.parametrize("tokens", [WINDOW - 2, WINDOW - 1, WINDOW, 2 * WINDOW + 1])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_bytes_equal_those_of_the_real_cache(name: str, tokens: int) -> None:
-    llm = tiny_llm(name)
+@each_family("name", dtype=[torch.float32, torch.bfloat16])
+def test_bytes_equal_those_of_the_real_cache(name, dtype, tokens: int) -> None:
+    llm = tiny_llm(name, dtype=dtype)
     predicted = MemoryModel(llm).kv_bytes_by_layer(3, tokens).tolist()
     assert predicted == real_bytes(llm, tokens)
     assert predicted == real_bytes(llm, tokens, chunk=1)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
-def test_the_cache_has_the_dtype_of_the_weights(name: str) -> None:
-    llm = tiny_llm(name, dtype=torch.bfloat16)
-    assert MemoryModel(llm).kv_bytes_by_layer(2, 11).tolist() == real_bytes(llm, 11, batch=2)
-    assert 2 * llm.facts.kv_bytes_per_token[0] == tiny_llm(name).facts.kv_bytes_per_token[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "window"),
-    [
-        ("llama", (None, None)),
-        ("mistral", (None, None)),
-        ("mistral_sliding", (WINDOW - 1, WINDOW - 1)),
-        ("qwen2_sliding", (None, WINDOW - 1)),
-        ("gemma2", (WINDOW - 1, None)),
-        ("gemma3", (WINDOW - 1, None)),
-        ("phi3_sliding", (WINDOW - 1, WINDOW - 1)),
-    ],
-)
-def test_a_sliding_layer_keeps_one_token_less_than_its_window(name: str, window: tuple) -> None:
-    assert tiny_llm(name).facts.kv_window_tokens == window
 
 
 @pytest.mark.parametrize("name", FAMILIES)

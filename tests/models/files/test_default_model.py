@@ -83,15 +83,6 @@ def test_a_cache_keeps_its_first_source_unless_another_one_is_forced(index, tmp_
     assert sources.locate("smollm2-135m@pypi").name == "smollm2-135m@pypi"
 
 
-@pytest.mark.slow
-def test_a_change_of_source_is_logged(index, lonely, tmp_path, caplog) -> None:
-    put_into_hub_cache(tmp_path / "hub")
-    sources.locate("smollm2-135m")
-    shutil.rmtree(tmp_path / "hub")
-    assert sources.locate("smollm2-135m").name == "smollm2-135m@pypi"
-    assert "smollm2-135m now comes from pypi, no longer from hub" in caplog.text
-
-
 @pytest.mark.parametrize("how", ["name", "variable"])
 def test_an_unknown_source(how: str, lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "variable":

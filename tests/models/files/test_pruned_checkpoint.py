@@ -79,15 +79,6 @@ def test_the_loaded_model_generates_and_can_be_masked_further(name: str, tmp_pat
     assert again.pruned == MASK.without(*more.removed)
 
 
-def test_memory_of_the_pruned_model_equals_that_of_the_mask(tmp_path) -> None:
-    llm, request = tiny_llm(), Request(2, 16, 1)
-    loaded = load_pruned(save_pruned(llm, MASK, tmp_path / "pruned"))
-    ours = MemoryModel(loaded).breakdown(Plan(), request)
-    assert ours == MemoryModel(llm).breakdown(MASK, request)
-    assert [n == 0 for n in loaded.facts.block_param_bytes] == [True, False, False, True]
-    assert loaded.fingerprint != llm.fingerprint
-
-
 def test_the_empty_mask_saves_the_whole_model(tmp_path) -> None:
     llm = tiny_llm("llama_tied", dtype=torch.bfloat16)
     loaded = load_pruned(save_pruned(llm, Plan(), tmp_path / "pruned"))

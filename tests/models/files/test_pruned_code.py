@@ -70,19 +70,6 @@ def test_without_trust_no_code_is_run_and_no_model_opened(tmp_path) -> None:
     assert load_pruned(folder).pruned == MASK
 
 
-def test_the_config_names_the_modules_of_each_removed_block(tmp_path) -> None:
-    folder = save_pruned(tiny_llm("opt"), MASK, tmp_path / "pruned", readme="# Smaller\n")
-    assert (folder / "README.md").read_text() == "# Smaller\n"
-    entries = json.loads((folder / "config.json").read_text())
-    place = "model.decoder.layers"
-    assert entries["removed_blocks"] == {
-        "layer00.attn": [f"{place}.0.self_attn", f"{place}.0.self_attn_layer_norm"],
-        "layer01.ffn": [
-            f"{place}.1.{name}" for name in ("fc2", "fc1", "activation_fn", "final_layer_norm")
-        ],
-    }
-
-
 @pytest.mark.engine_feature("vLLM", "Families", "Llama, Mistral, Qwen2")
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2"])
 def test_vllm_reads_which_blocks_are_left_out(name: str, tmp_path) -> None:

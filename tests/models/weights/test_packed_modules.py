@@ -116,11 +116,6 @@ def test_experts_hold_no_widened_weights_between_calls() -> None:
         assert all(value is None for value in module._child[0]._parameters.values())
 
 
-def test_a_module_that_is_packed_itself_needs_a_parent() -> None:
-    with pytest.raises(ValueError, match="Linear can be packed only in its parent"):
-        list(packable(nn.Linear(2, 2)))
-
-
 MASKS = [Plan(), Plan.removing(1), Plan.removing(2), Plan.removing(0, 3)]
 
 

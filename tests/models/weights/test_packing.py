@@ -19,7 +19,6 @@ from rap_env.models.weights.packed_layout import (
     PackedLevel,
     buffer_in_use,
     packed_bytes,
-    widening_buffer,
 )
 from rap_env.models.weights.packing import PackedMatrix
 from rap_env.models.weights.quantisers import quantise
@@ -185,15 +184,6 @@ def test_kernels_that_read_half_blocks_compute_the_same_product() -> None:
     if ran.stdout.strip() == "0":
         pytest.skip("this CPU has no int4 kernel that reads blocks of 32 rows")
     assert ran.stdout.strip() == "32"
-
-
-def test_the_buffer_is_shared_and_grows() -> None:
-    device = torch.device("cpu")
-    small = widening_buffer(64, torch.float16, device)
-    large = widening_buffer(4096, torch.float16, device)
-    again = widening_buffer(64, torch.float16, device)
-    assert again.data_ptr() == large.data_ptr()
-    assert len(small) == len(again) == 64
 
 
 def test_products_work_inside_and_after_inference_mode() -> None:

@@ -42,7 +42,7 @@ def test_weights_on_a_grid_do_not_change(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(576, 64), (320, 32), (600, 64), (24, 16)])
 @pytest.mark.parametrize("native", PACKED_LEVELS)
-@pytest.mark.parametrize("level", PACKED_LEVELS)
+@pytest.mark.parametrize("level", PACKED_LEVELS[1:])
 def test_packed_weights_are_quantised_a_few_rows_at_a_time(shape, native, level) -> None:
     matrix = quantise(_random(shape), native)
     actual = requantise(matrix, level)
