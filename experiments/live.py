@@ -142,11 +142,11 @@ def chat_ids(llm: ElasticLLM, text: str) -> list[int]:
 
 def record(llm: ElasticLLM, policy: Policy, seconds: float) -> Recording:
     """Serve for some seconds within the moving limit; the model is native afterwards."""
-    from rap_env.runtime.batch_shape import BatchShape
     from rap_env.runtime.controller import RuntimeController
     from rap_env.runtime.engine import Engine
+    from rap_env.runtime.memory_estimator import BatchShape
     from rap_env.runtime.memory_meter import make_levels
-    from rap_env.runtime.memory_source import GivenMemory
+    from rap_env.runtime.memory_monitor import GivenMemory
     from rap_env.runtime.sampling import SamplingParams
 
     llm.set_residency("offload")

@@ -19,7 +19,7 @@ from rap_env.errors import (
     QueueFullError,
     counted,
 )
-from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.request_handle import AdmitEvent, Rejection, rejection_of
 from rap_env.runtime.running import RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, TokenSequence

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING
 from rap_env.errors import InvalidRequestError
 from rap_env.memory import PREFILL_CHUNK_TOKENS
 from rap_env.policies.base import PolicyLike, as_policy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
-from rap_env.runtime.growth import Growth
-from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_estimator import (
+    EMPTY_BATCH,
+    UNKNOWN_PASS,
+    BatchShape,
+    MemoryEstimator,
+    PassSize,
+)
 from rap_env.runtime.memory_meter import Meter, process_meter
-from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
-from rap_env.runtime.memory_source import MemorySource, open_memory
+from rap_env.runtime.memory_monitor import MemoryMonitor, MemorySource, SafetyMargin
+from rap_env.runtime.memory_source import open_memory
 from rap_env.runtime.plan_chooser import PlanChooser
-from rap_env.runtime.plan_switcher import PlanSwitcher
+from rap_env.runtime.plan_switcher import Growth, PlanSwitcher
 from rap_env.runtime.records import DecisionLog, Trigger
 
 if TYPE_CHECKING:

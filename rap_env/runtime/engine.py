@@ -18,7 +18,7 @@ from rap_env.errors import (
 )
 from rap_env.importance.text_kinds import Shares
 from rap_env.runtime.admission import RequestQueue
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import EngineStats
 from rap_env.runtime.request_handle import Listener, RequestHandle
 from rap_env.runtime.running import RESTORES, Restore

@@ -1,29 +1,138 @@
-"""Measured bytes against the budget, with a safety margin for what predictions miss."""
+"""The memory budget, and measured bytes against it, with a margin for what predictions miss.
+
+A budget is the bytes for weights, KV cache and workspace together.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from rap_env.errors import MemorySourceError
 from rap_env.models.device import return_freed_memory
-from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.memory_estimator import MemoryEstimator
-from rap_env.runtime.memory_meter import Meter
-from rap_env.runtime.memory_source import HEADROOM_BYTES, MemorySource
+from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator, PassSize
+from rap_env.runtime.memory_meter import Meter, ResidentMeter
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM
 
 log = logging.getLogger(__name__)
 
+HEADROOM_BYTES = 8 * 2**20
+"""Bytes below a process's limit that stay free: for request bodies, texts and responses."""
+
 _MOST_FREED_BYTES = 4 * 2**20
 """Freed bytes that a step may leave with the process before they are returned to the system."""
 _LEAST_CHANGE_BYTES = 2**20
 """Change of what the process holds besides the model that is measured while nothing runs."""
+
+
+class MemorySource(ABC):
+    """Gives the budget: how much memory the runtime may use. Only `budget_bytes` is needed.
+
+    Attributes:
+        name: For logs and metrics.
+        is_given: Whether someone sets the budget, so that it holds as soon as it is read.
+        reserve_bytes: Bytes that the budget leaves free of what the system reports.
+    """
+
+    name: str
+    is_given: ClassVar[bool] = False
+    reserve_bytes: int = 0
+
+    @abstractmethod
+    def budget_bytes(self, used_bytes: int) -> int:
+        """Bytes that the runtime may use now.
+
+        Args:
+            used_bytes: Bytes that it uses already.
+
+        Raises:
+            MemorySourceError: The budget cannot be read.
+        """
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The largest budget that it will ever give, if that is known."""
+        return None
+
+    @property
+    def process_bytes(self) -> int | None:
+        """Most resident bytes of the whole process now; None if only the model is limited."""
+        return None
+
+    @property
+    def other_bytes(self) -> int | None:
+        """Bytes that count against `process_bytes` besides the model, as last measured."""
+        return None
+
+
+class GivenMemory(MemorySource):
+    """A budget set from outside: of the model, or of the whole process.
+
+    Of a process, the model may use what is left beside everything else that is resident
+    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which is the
+    meter's baseline (`Meter.measure_others`).
+
+    Args:
+        budget: The budget in bytes, or a function that returns it whenever it is called.
+        limit_bytes: The largest budget that the function will ever return, if known. A request
+            that does not fit it is rejected on arrival; one that does waits.
+        meter: Measures the process, if the budget is that of the process.
+    """
+
+    name = "given"
+    is_given = True
+
+    def __init__(
+        self,
+        budget: Callable[[], float] | int,
+        *,
+        limit_bytes: int | None = None,
+        meter: ResidentMeter | None = None,
+    ) -> None:
+        self._limit_bytes = limit_bytes
+        self._meter = meter
+        if callable(budget):
+            self._read = budget
+        else:
+            fixed = budget
+            self._read = lambda: fixed
+            self._limit_bytes = fixed if limit_bytes is None and meter is None else limit_bytes
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The given limit, or the given number of bytes."""
+        return self._limit_bytes
+
+    @property
+    def process_bytes(self) -> int | None:
+        """The given budget, if it is that of the process."""
+        return None if self._meter is None else int(self._read())
+
+    @property
+    def other_bytes(self) -> int | None:
+        """Resident bytes of all that is not the model, if the budget is that of the process."""
+        return None if self._meter is None else self._meter.baseline_bytes
+
+    def budget_bytes(self, used_bytes: int) -> int:
+        """The given budget; of a process, less `other_bytes` and the headroom.
+
+        Raises:
+            MemorySourceError: The function did not return a finite number.
+        """
+        budget = self._read()
+        if not math.isfinite(budget):
+            raise MemorySourceError(
+                f"The budget function returned {budget!r}; it should return a number of bytes."
+            )
+        others = self.other_bytes
+        return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
 
 
 @dataclass

@@ -1,132 +1,20 @@
-"""The memory budget: given, what the system reports as free, or what a process's limit leaves.
-
-A budget is the bytes for weights, KV cache and workspace together. A system reports what is free,
-so the sources that ask it add what the runtime uses already.
-"""
+"""Budgets that a system reports: the free memory of a device, of control groups, of the machine."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from rap_env.errors import MemorySourceError, UnknownNameError
 from rap_env.models.device import free_bytes
-from rap_env.runtime.memory_meter import ResidentMeter
-
-HEADROOM_BYTES = 8 * 2**20
-"""Bytes below a process's limit that stay free: for request bodies, texts and responses."""
-
+from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
 
 _CPU = torch.device("cpu")
-
-
-class MemorySource(ABC):
-    """Gives the budget: how much memory the runtime may use. Only `budget_bytes` is needed.
-
-    Attributes:
-        name: For logs and metrics.
-        is_given: Whether someone sets the budget, so that it holds as soon as it is read.
-        reserve_bytes: Bytes that the budget leaves free of what the system reports.
-    """
-
-    name: str
-    is_given: ClassVar[bool] = False
-    reserve_bytes: int = 0
-
-    @abstractmethod
-    def budget_bytes(self, used_bytes: int) -> int:
-        """Bytes that the runtime may use now.
-
-        Args:
-            used_bytes: Bytes that it uses already.
-
-        Raises:
-            MemorySourceError: The budget cannot be read.
-        """
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The largest budget that it will ever give, if that is known."""
-        return None
-
-    @property
-    def process_bytes(self) -> int | None:
-        """Most resident bytes of the whole process now; None if only the model is limited."""
-        return None
-
-    @property
-    def other_bytes(self) -> int | None:
-        """Bytes that count against `process_bytes` besides the model, as last measured."""
-        return None
-
-
-class GivenMemory(MemorySource):
-    """A budget set from outside: of the model, or of the whole process.
-
-    Of a process, the model may use what is left beside everything else that is resident
-    (interpreter, libraries, tokenizer, server, freed memory that the C library keeps), which is the
-    meter's baseline (`Meter.measure_others`).
-
-    Args:
-        budget: The budget in bytes, or a function that returns it whenever it is called.
-        limit_bytes: The largest budget that the function will ever return, if known. A request
-            that does not fit it is rejected on arrival; one that does waits.
-        meter: Measures the process, if the budget is that of the process.
-    """
-
-    name = "given"
-    is_given = True
-
-    def __init__(
-        self,
-        budget: Callable[[], float] | int,
-        *,
-        limit_bytes: int | None = None,
-        meter: ResidentMeter | None = None,
-    ) -> None:
-        self._limit_bytes = limit_bytes
-        self._meter = meter
-        if callable(budget):
-            self._read = budget
-        else:
-            fixed = budget
-            self._read = lambda: fixed
-            self._limit_bytes = fixed if limit_bytes is None and meter is None else limit_bytes
-
-    @property
-    def limit_bytes(self) -> int | None:
-        """The given limit, or the given number of bytes."""
-        return self._limit_bytes
-
-    @property
-    def process_bytes(self) -> int | None:
-        """The given budget, if it is that of the process."""
-        return None if self._meter is None else int(self._read())
-
-    @property
-    def other_bytes(self) -> int | None:
-        """Resident bytes of all that is not the model, if the budget is that of the process."""
-        return None if self._meter is None else self._meter.baseline_bytes
-
-    def budget_bytes(self, used_bytes: int) -> int:
-        """The given budget; of a process, less `other_bytes` and the headroom.
-
-        Raises:
-            MemorySourceError: The function did not return a finite number.
-        """
-        budget = self._read()
-        if not math.isfinite(budget):
-            raise MemorySourceError(
-                f"The budget function returned {budget!r}; it should return a number of bytes."
-            )
-        others = self.other_bytes
-        return max(0, int(budget) - (0 if others is None else others + HEADROOM_BYTES))
 
 
 class SystemMemory(MemorySource):

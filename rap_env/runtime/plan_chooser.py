@@ -15,8 +15,7 @@ from rap_env.errors import ArtifactError, InvalidRequestError, UnknownNameError
 from rap_env.importance.text_kinds import Shares
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, QualityBound
-from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator, QualityBound
 
 if TYPE_CHECKING:
     from rap_env.models.live.elastic import ElasticLLM

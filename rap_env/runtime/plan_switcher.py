@@ -7,15 +7,14 @@ import logging
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 from rap_env.errors import ChecksumError, ModelNotAvailableError, RapError
-from rap_env.levels import WeightLevel
-from rap_env.model_facts import ModelFacts
+from rap_env.levels import WEIGHT_LEVELS
 from rap_env.models.device import synchronise
-from rap_env.plan import EMBEDDINGS, Plan, block_index, block_name, cache_name
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.plan import Plan
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.memory_monitor import MemoryMonitor
 from rap_env.runtime.plan_chooser import PlanChoice, PlanChooser
 from rap_env.runtime.records import Decision, DecisionLog, Trigger
@@ -28,54 +27,27 @@ _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256
 
 
-@dataclass(frozen=True)
-class PlanChange:
-    """A change from the plan `before` to the plan `after`."""
-
-    before: Plan
-    after: Plan
-
-    def without_refill(self) -> Plan:
-        """The plan `after`, in which attention stays removed and caches keep their lower level."""
-        caches = dict(self.after.caches) | {
-            layer: level.lowest(self.after.cache_level(layer))
-            for layer, level in self.before.caches
-        }
-        staying = {index for index in self.before.removed - self.after.removed if index % 2 == 0}
-        removed = self.after.removed | staying
-        return replace(self.after, caches=tuple(caches.items()), removed=removed)
-
-    def lowered_items(self, facts: ModelFacts, order: Sequence[int]) -> list[str]:
-        """Items that are lower than before, by the sizes of levels in `facts`.
-
-        Removed blocks come first, the last in `order` before the others.
-        """
-        before, after = self.before, self.after
-        removed = [i for i in reversed(order) if i in after.removed - before.removed]
-        weights = [i for i, level in after.weights if _is_lower(facts, i, level, before)]
-        caches = [
-            n
-            for n, level in after.caches
-            if 2 * n not in before.removed
-            and before.cache_level(n).lowest(level) != before.cache_level(n)
-        ]
-        sizes = facts.embedding_levels
-        embeddings = [EMBEDDINGS] if sizes[after.embeddings] < sizes[before.embeddings] else []
-        return [*map(block_name, (*removed, *weights)), *embeddings, *map(cache_name, caches)]
-
-    def with_item_before(self, item: str) -> Plan:
-        """The plan `after`, in which one item has its level of before, its cache if it returns."""
-        items = [item]
-        if self.after.levels.get(item) == "removed" and item.endswith(".attn"):
-            items.append(cache_name(block_index(item) // 2))
-        levels = self.before.levels
-        changed = self.after.levels | {name: levels.get(name, "native") for name in items}
-        return Plan.of({name: level for name, level in changed.items() if level != "native"})
+def with_lowest_caches(plan: Plan, rows_plan: Plan) -> Plan:
+    """A plan with attention removed and caches lowered where they are in another one, too."""
+    caches = dict(plan.caches) | {
+        layer: level.lowest(plan.cache_level(layer)) for layer, level in rows_plan.caches
+    }
+    removed = plan.removed | {index for index in rows_plan.removed if index % 2 == 0}
+    return replace(plan, caches=tuple(caches.items()), removed=removed)
 
 
-def _is_lower(facts: ModelFacts, index: int, level: WeightLevel, before: Plan) -> bool:
-    sizes = facts.weight_levels(index)
-    return sizes[level] < sizes[before.weight_level(index)]
+def lowers_nothing(plan: Plan, before: Plan) -> bool:
+    """Whether no item has a lower level in a plan than it had before."""
+    weights = [(level, before.weight_level(index)) for index, level in plan.weights]
+    rank = WEIGHT_LEVELS.index
+    return (
+        plan.removed <= before.removed
+        and all(rank(n) <= rank(old) for n, old in [*weights, (plan.embeddings, before.embeddings)])
+        and all(
+            2 * layer in before.removed or level.lowest(old := before.cache_level(layer)) == old
+            for layer, level in plan.caches
+        )
+    )
 
 
 class PlanSwitcher:
@@ -127,28 +99,31 @@ class PlanSwitcher:
         return self.recent[-1].shape if self.recent else EMPTY_BATCH
 
     def choose(self, shape: BatchShape, limit_bytes: int, *, running: bool) -> PlanChoice | None:
-        """The chooser's plan for a limit, which the caches of `running` requests allow too."""
-        choice = self._chooser.choose(shape, limit_bytes)
-        if choice is None or not running:
-            return choice
-        return self._without_refill(choice, shape, limit_bytes)
+        """The chooser's plan for a limit; None if running requests may not go on with it.
 
-    def improves(self, choice: PlanChoice, shape: BatchShape) -> bool:
-        """Whether a choice is better than the present plan.
+        Their caches may have lower levels than the plan, with which the quality floor holds too.
+        """
+        choice = self._chooser.choose(shape, limit_bytes)
+        if choice is not None and running:
+            of_rows = with_lowest_caches(choice.plan, self.rows_plan())
+            return choice if self._chooser.allows(of_rows, shape) else None
+        return choice
+
+    def improves(self, plan: Plan, shape: BatchShape) -> bool:
+        """Whether a plan is better than the present one.
 
         It is if it lowers nothing, else if the policy predicts a smaller rise in NLL. Without a
         prediction, more bytes count as better.
         """
-        plan, before = choice.plan, self._llm.plan
-        if plan == before:
-            return False
-        if plan.removed <= before.removed and not self._lowered_items(plan, shape):
-            return True
-        tokens = shape.at_least_one[1]
-        rise = self._chooser.delta_nll(plan, tokens, shape.text_shares)
-        rise_before = self._chooser.delta_nll(before, tokens, shape.text_shares)
+        before, tokens = self._llm.plan, shape.at_least_one[1]
+        if plan == before or lowers_nothing(plan, before):
+            return plan != before
+        rise, rise_before = (
+            self._chooser.rise(each, tokens, shape.text_shares) for each in (plan, before)
+        )
         if rise is None or rise_before is None:
-            return choice.need_bytes > self._estimator.peak_bytes(before, shape)
+            peak_bytes = self._estimator.peak_bytes
+            return peak_bytes(plan, shape) > peak_bytes(before, shape)
         return rise < rise_before
 
     def settle(
@@ -196,31 +171,6 @@ class PlanSwitcher:
         plan = self._chooser.smallest(EMPTY_BATCH, self._monitor.budget_bytes)
         choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
         self._switch(choice, EMPTY_BATCH, "budget_fell")
-
-    def _without_refill(
-        self, choice: PlanChoice, shape: BatchShape, limit_bytes: int
-    ) -> PlanChoice | None:
-        """Change a choice that is not allowed with the levels that rows keep; None without one.
-
-        In exchange for what stays lowered, as many of the newly removed and lowered items stay as
-        they are as fit.
-        """
-        plan = PlanChange(self.rows_plan(), choice.plan).without_refill()
-        if self._chooser.allows(plan, shape):
-            return choice
-        for item in self._lowered_items(plan, shape):
-            with_item = PlanChange(self._llm.plan, plan).with_item_before(item)
-            if self._estimator.peak_bytes(with_item, shape) <= limit_bytes:
-                plan = with_item
-        if not self._chooser.allows(plan, shape):
-            return None
-        need_bytes = self._estimator.peak_bytes(plan, shape)
-        return PlanChoice(plan, need_bytes, guarded=True, decision_s=choice.decision_s)
-
-    def _lowered_items(self, plan: Plan, shape: BatchShape) -> list[str]:
-        order = self._chooser.guard_order(shape)
-        change = PlanChange(self._llm.plan, plan)
-        return change.lowered_items(self._estimator.memory.facts, order)
 
     def _note_unreadable(self, error: RapError) -> None:
         self._retry_at_s = self._clock() + RETRY_S
@@ -278,3 +228,117 @@ class PlanSwitcher:
         if self._decision_log is not None:
             self._decision_log.append(decision)
         return True
+
+
+IDLE_RESTORE_S = 60.0
+"""Seconds without a request after which everything that fits is restored, without a reserve."""
+
+
+class Growth:
+    """Raises items of the plan; arguments are those and the parts of `RuntimeController`.
+
+    While requests run, headroom has to last for `hold_s`, so that the plan does not flap. Headroom
+    in which nothing could be raised for a batch is not tried again for that batch.
+    """
+
+    def __init__(
+        self,
+        chooser: PlanChooser,
+        switcher: PlanSwitcher,
+        monitor: MemoryMonitor,
+        clock: Callable[[], float],
+        *,
+        hysteresis_share: float,
+        hold_s: float,
+    ) -> None:
+        self._chooser = chooser
+        self._switcher = switcher
+        self._monitor = monitor
+        self._clock = clock
+        self._hysteresis_share = hysteresis_share
+        self._hold_s = hold_s
+        self._since_s: float | None = None  # there has been headroom
+        self._least_bytes = 0  # of headroom since then
+        self._failure: tuple[BatchShape, int] | None = None  # a batch, and enough bytes for it
+        self._idle_since_s: float | None = None  # or of the last attempt to restore everything
+
+    def reset(self) -> None:
+        """Wait for headroom from now on."""
+        self._since_s = self._failure = None
+
+    def forget_failure(self) -> None:
+        """Try again in headroom in which nothing could be raised."""
+        self._failure = None
+
+    def was_idle(self, shape: BatchShape) -> bool:
+        """Whether nothing has run for `IDLE_RESTORE_S`; true once in that time."""
+        now, since_s = self._clock(), self._idle_since_s
+        if not shape and since_s is not None and now - since_s < IDLE_RESTORE_S:
+            return False
+        self._idle_since_s = None if shape else now
+        return not shape and since_s is not None
+
+    def at_arrival(self, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items at once for a request that arrives while nothing runs."""
+        choice = self._chooser.choose(shape, self._limit_bytes(next_pass))
+        self._raise_to(choice, shape, "arrival", next_pass)
+
+    def at_rest(self, next_pass: PassSize) -> None:
+        """Raise all that fits while nothing runs, without a reserve or a debounce."""
+        available = self._monitor.trimmed_bytes(EMPTY_BATCH, next_pass)
+        choice = self._chooser.choose(EMPTY_BATCH, available)
+        self._raise_to(choice, EMPTY_BATCH, "room", next_pass)
+
+    def before_step(self, shape: BatchShape, next_pass: PassSize) -> None:
+        """Raise items once there has been headroom above the present need long enough."""
+        plan, estimator = self._chooser.llm.plan, self._chooser.estimator
+        need = estimator.peak_bytes(plan, shape)
+        headroom = self._limit_bytes(next_pass) - need
+        least = estimator.least_raise_bytes(plan, shape)
+        lasting = self._lasting_bytes(headroom, least)
+        if lasting is None or (
+            self._failure and self._failure[0] == shape and lasting < self._failure[1]
+        ):
+            return
+        available = self._monitor.trimmed_bytes(shape, next_pass) - self._reserve_bytes()
+        choice = self._chooser.choose(shape, min(need + lasting, available))
+        trigger: Trigger = "left" if shape.tokens < self._switcher.last_shape.tokens else "room"
+        if not self._raise_to(choice, shape, trigger, next_pass):
+            self._failure = shape, lasting + least  # with headroom for one more block
+
+    def _raise_to(
+        self, choice: PlanChoice | None, shape: BatchShape, trigger: Trigger, next_pass: PassSize
+    ) -> bool:
+        """Apply a choice if it is better than the present plan; return whether it is."""
+        if choice is None or not self._switcher.improves(choice.plan, shape):
+            return False
+        running = trigger != "arrival" and bool(shape)
+        self._switcher.settle(choice, shape, trigger, next_pass, running=running)
+        self.reset()
+        return True
+
+    def _lasting_bytes(self, headroom_bytes: int, useful_bytes: int) -> int | None:
+        """Bytes that were free throughout `hold_s`, after which a new wait begins; else None.
+
+        Less than `useful_bytes` restarts the wait.
+        """
+        now = self._clock()
+        if headroom_bytes < useful_bytes:
+            self._since_s = None
+            return None
+        if self._since_s is None:
+            self._since_s, self._least_bytes = now, headroom_bytes
+        self._least_bytes = min(self._least_bytes, headroom_bytes)
+        if now - self._since_s < self._hold_s:
+            return None
+        least = self._least_bytes
+        self._since_s, self._least_bytes = now, headroom_bytes
+        return least
+
+    def _limit_bytes(self, next_pass: PassSize) -> int:
+        margin = self._monitor.margin.bytes_for(prefills=next_pass.prefills)
+        return self._monitor.budget_bytes - self._reserve_bytes() - margin
+
+    def _reserve_bytes(self) -> int:
+        spare = int(self._monitor.budget_bytes * self._hysteresis_share)
+        return spare + self._monitor.borrowed_bytes

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from rap_env.artifacts import remove_incomplete_line
 from rap_env.models.live.live_blocks import HeldBytes
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.request_handle import Reason
+from rap_env.runtime.memory_estimator import BatchShape
 
 StepKind = Literal["prefill", "decode"]
 
@@ -79,15 +78,6 @@ class Counters:
     interruptions: int = 0
     overhead_s: float = 0.0
     busy_s: float = 0.0
-
-    def add_end(self, reason: Reason) -> None:
-        """Count a request that ended."""
-        if reason == "cancelled":
-            self.cancelled += 1
-        elif reason == "error":
-            self.failed += 1
-        else:
-            self.served += 1
 
 
 @dataclass(kw_only=True)

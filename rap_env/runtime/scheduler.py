@@ -14,10 +14,9 @@ from rap_env.models.device import synchronise
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
 from rap_env.runtime.admission import Admission, RequestQueue
-from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.pace import Pace
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.records import Counters, StepKind, StepRecord
-from rap_env.runtime.running import KeptCaches, Restore, RunningBatch
+from rap_env.runtime.running import KeptCaches, Pace, Restore, RunningBatch
 from rap_env.runtime.sequence import OutputProcessor, PrefillingSequence, TokenSequence
 
 if TYPE_CHECKING:

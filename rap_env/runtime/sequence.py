@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from rap_env.errors import RapError
+from rap_env.importance.text_kinds import mean_shares
 from rap_env.models.device import send
 from rap_env.models.live.live_batch import LiveBatch
 from rap_env.models.live.partial_forward import PositionLogits
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape, QualityBound
+from rap_env.runtime.memory_estimator import BatchShape, QualityBound
 from rap_env.runtime.records import Counters
 from rap_env.runtime.request_handle import (
     EndEvent,
@@ -218,7 +219,12 @@ class OutputProcessor:
     ) -> None:
         """End a request, unless it has ended."""
         if not sequence.handle.done:
-            self._counters.add_end(reason)
+            if reason == "cancelled":
+                self._counters.cancelled += 1
+            elif reason == "error":
+                self._counters.failed += 1
+            else:
+                self._counters.served += 1
             end = EndEvent(reason, error, self._clock(), rejection, stop_token)
             sequence.handle.emit(end)
 
@@ -291,5 +297,9 @@ def shape_of(
         for handle in handles
         if (floor := handle.max_delta_nll) is not None
     }
-    shape = replace(BatchShape.of(rows, uniform=uniform), bounds=tuple(sorted(bounds)))
-    return shape.with_texts(handle.text_shares for handle in handles)
+    texts = [handle.text_shares for handle in handles]
+    return replace(
+        BatchShape.of(rows, uniform=uniform),
+        bounds=tuple(sorted(bounds)),
+        text_shares=mean_shares(texts) if any(texts) else (),
+    )

@@ -126,7 +126,7 @@ class Service:
         predict = partial(
             self.engine.controller.chooser.delta_nll,
             seq_len_tokens=built.final_tokens,
-            text_shares=mean_shares(built.text_shares),
+            text_shares=mean_shares(built.text_shares) if built.text_shares else (),
         )
         plans = AnswerPlans(predict, self._server)
         generation = Generation(self.engine, self.tokenizer, built, self.metrics, plans)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from rap_env.errors import ServingSettingsError
 from rap_env.request import Request as ModelRequest
 from rap_env.request import parse_bytes
-from rap_env.runtime.memory_source import HEADROOM_BYTES
+from rap_env.runtime.memory_monitor import HEADROOM_BYTES
 from rap_env.serving.http import ApiError, invalid, parse_json
 from rap_env.serving.settings import too_little
 

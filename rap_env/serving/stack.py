@@ -16,7 +16,8 @@ from rap_env.policies.base import Policy, PolicyLike, as_policy
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, ResidentMeter, make_levels, process_meter
-from rap_env.runtime.memory_source import GivenMemory, MemorySource, open_memory
+from rap_env.runtime.memory_monitor import GivenMemory, MemorySource
+from rap_env.runtime.memory_source import open_memory
 from rap_env.runtime.records import DecisionLog
 from rap_env.runtime.running import Restore
 from rap_env.runtime.structured_output import GrammarCompiler

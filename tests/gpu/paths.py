@@ -11,10 +11,9 @@ from rap_env.models.live.partial_forward import PartialForward
 from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy
 from rap_env.policies.uniform import uniform_plans
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from rap_env.scoring.scorer import MaskScorer

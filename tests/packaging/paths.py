@@ -53,7 +53,7 @@ def serving_paths() -> dict[str, set[str]]:
 
     from rap_env.memory import MemoryModel
     from rap_env.plan import Plan
-    from rap_env.runtime.batch_shape import BatchShape
+    from rap_env.runtime.memory_estimator import BatchShape
     from rap_env.runtime.memory_meter import TensorMeter
     from rap_env.serving.settings import ServerSettings
     from rap_env.serving.stack import build_stack

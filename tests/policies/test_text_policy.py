@@ -13,7 +13,7 @@ from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
 from rap_env.policies.loading import load_policy
 from rap_env.policies.packaged_files import default_facts, packaged_costs
 from rap_env.request import Request
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from tests.importance.test_kind_costs import kind_costs
 from tests.runtime.harness import Harness, greedy
 from tests.tiny import VOCAB_SIZE, tiny_llm
@@ -68,7 +68,7 @@ def test_it_is_loaded_from_its_file(memory, costs, policy, tmp_path):
 
 def test_the_floor_is_that_of_the_kind_of_text(memory, costs, policy):
     chooser = Harness(policy=policy, max_delta_nll=1.0).controller.chooser
-    shapes = [BatchShape(2, REQUEST_TOKENS).with_texts([one]) for one in ((1.0, 0.0), (0.0, 1.0))]
+    shapes = [BatchShape(2, REQUEST_TOKENS, text_shares=one) for one in ((1.0, 0.0), (0.0, 1.0))]
     plans = [one.choose(tight(memory)) for one in map(policy.for_text, ((1.0, 0.0), (0.0, 1.0)))]
     for plan in (*plans, Plan()):
         for shape, own in zip(shapes, costs.costs.values(), strict=True):

@@ -9,10 +9,9 @@ import torch
 from rap_env.plan import Plan
 from rap_env.policies.base import Policy
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
-from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_estimator import BatchShape, MemoryEstimator
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.runtime.sampling import SamplingParams
 from tests.tiny import VOCAB_SIZE, tiny_llm

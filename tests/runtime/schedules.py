@@ -9,7 +9,7 @@ from rap_env.errors import InfeasibleBudgetError, QueueFullError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.batch_shape import BatchShape, PassSize
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
 from rap_env.runtime.sequence import shape_of
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import PLENTY, Harness, greedy, prompt

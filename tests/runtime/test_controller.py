@@ -15,7 +15,7 @@ from rap_env.errors import (
 )
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape, PassSize
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, PassSize
 from rap_env.runtime.records import DecisionLog
 from tests.runtime.harness import ORDER, PLENTY, SHAPE, FakePolicy, Harness, between, ordered
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.records import Decision, DecisionLog
 
 

@@ -16,7 +16,7 @@ from rap_env.errors import (
 )
 from rap_env.plan import Plan
 from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.request_handle import (
     AdmitEvent,
     EndEvent,

@@ -9,8 +9,8 @@ import pytest
 
 from rap_env.plan import Plan
 from rap_env.runtime import scheduler
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import BatchShape
 from tests.runtime.harness import (
     ORDER,
     PLENTY,

@@ -3,7 +3,7 @@
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.running import KeptCaches
 from tests.runtime.harness import PLENTY, Harness, alone, greedy, prompt, steps
 from tests.runtime.test_sampling import reading

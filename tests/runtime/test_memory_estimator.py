@@ -8,8 +8,7 @@ from rap_env.errors import InvalidRequestError
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.request import Request
-from rap_env.runtime.batch_shape import EMPTY_BATCH, BatchShape
-from rap_env.runtime.memory_estimator import MemoryEstimator
+from rap_env.runtime.memory_estimator import EMPTY_BATCH, BatchShape, MemoryEstimator
 from tests.tiny import tiny_llm
 
 SHAPE = BatchShape(3, 20)

@@ -16,8 +16,14 @@ from rap_env.plan import Plan
 from rap_env.policies.loading import OrderPolicy, StaticPolicy
 from rap_env.policies.uniform import uniform_plans
 from rap_env.runtime import memory_monitor
-from rap_env.runtime.batch_shape import EMPTY_BATCH, UNKNOWN_PASS, BatchShape, PassSize
-from rap_env.runtime.memory_estimator import MemoryEstimator, PassEstimate
+from rap_env.runtime.memory_estimator import (
+    EMPTY_BATCH,
+    UNKNOWN_PASS,
+    BatchShape,
+    MemoryEstimator,
+    PassEstimate,
+    PassSize,
+)
 from rap_env.runtime.memory_meter import (
     ResidentMeter,
     TensorMeter,
@@ -25,8 +31,7 @@ from rap_env.runtime.memory_meter import (
     process_meter,
     resident_bytes,
 )
-from rap_env.runtime.memory_monitor import MemoryMonitor, SafetyMargin
-from rap_env.runtime.memory_source import GivenMemory
+from rap_env.runtime.memory_monitor import GivenMemory, MemoryMonitor, SafetyMargin
 from tests.runtime.harness import NoisyMeter, set_status
 from tests.tiny import tiny_llm
 

@@ -7,18 +7,12 @@ import torch
 from rap_env.errors import MemorySourceError, UnknownNameError
 from rap_env.models.weights.packed_layout import buffer_bytes
 from rap_env.policies.loading import StaticPolicy
-from rap_env.runtime.batch_shape import BatchShape
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_meter import ResidentMeter
-from rap_env.runtime.memory_source import (
-    HEADROOM_BYTES,
-    CgroupMemory,
-    CudaMemory,
-    GivenMemory,
-    MemorySource,
-    open_memory,
-)
+from rap_env.runtime.memory_monitor import HEADROOM_BYTES, GivenMemory, MemorySource
+from rap_env.runtime.memory_source import CgroupMemory, CudaMemory, open_memory
 from tests.runtime.harness import set_status
 from tests.tiny import tiny_llm
 

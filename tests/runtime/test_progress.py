@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from tests.runtime.harness import Harness, greedy, prompt
 from tests.runtime.schedules import MOST_STALLED_S, Schedule, knapsack
 

@@ -8,8 +8,8 @@ from rap_env.errors import InfeasibleBudgetError, InvalidRequestError, QualityFl
 from rap_env.memory import MemoryModel
 from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy
-from rap_env.runtime.batch_shape import BatchShape, PassSize
-from rap_env.runtime.growth import IDLE_RESTORE_S
+from rap_env.runtime.memory_estimator import BatchShape, PassSize
+from rap_env.runtime.plan_switcher import IDLE_RESTORE_S
 from tests.policies.test_knapsack import costs
 from tests.runtime.harness import (
     ORDER,

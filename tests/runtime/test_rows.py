@@ -3,8 +3,8 @@
 import torch
 
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
-from rap_env.runtime.pace import Pace
+from rap_env.runtime.memory_estimator import BatchShape
+from rap_env.runtime.running import Pace
 from tests.runtime.harness import FakePolicy, Harness, alone, greedy, prompt
 
 INT4 = Plan.uniform(3, caches="int4")

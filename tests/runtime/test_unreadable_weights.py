@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.paths import cache_dir
 from rap_env.plan import Plan
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from tests.models.states import damage_file
 from tests.runtime.harness import ORDER, FakePolicy, Harness, alone, greedy, ordered, prompt
 

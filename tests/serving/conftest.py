@@ -37,7 +37,7 @@ def tiny_stack(tokenizer, policy_of, read_budget, **settings):
     """A whole server of a tiny model, with a policy of its memory and a budget that moves."""
     from rap_env.memory import MemoryModel
     from rap_env.runtime.memory_meter import TensorMeter
-    from rap_env.runtime.memory_source import GivenMemory
+    from rap_env.runtime.memory_monitor import GivenMemory
     from rap_env.serving.settings import ServerSettings
     from rap_env.serving.stack import build_stack
     from tests.tiny import tiny_llm

@@ -14,7 +14,8 @@ from rap_env.memory import MemoryModel
 from rap_env.models.device import drop_unused_pages
 from rap_env.models.files import loading
 from rap_env.runtime.memory_meter import TensorMeter, resident_bytes
-from rap_env.runtime.memory_source import CgroupMemory, GivenMemory
+from rap_env.runtime.memory_monitor import GivenMemory
+from rap_env.runtime.memory_source import CgroupMemory
 from rap_env.serving import limits, stack
 from rap_env.serving.app import create_app
 from rap_env.serving.limits import LiveLimit

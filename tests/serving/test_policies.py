@@ -12,7 +12,7 @@ from rap_env.plan import Plan
 from rap_env.policies.knapsack import KnapsackPolicy, TextPolicy
 from rap_env.policies.packaged_files import default_facts
 from rap_env.request import parse_bytes
-from rap_env.runtime.batch_shape import BatchShape
+from rap_env.runtime.memory_estimator import BatchShape
 from rap_env.runtime.memory_meter import TensorMeter
 from rap_env.serving.limits import LiveLimit
 from rap_env.serving.served_model import choose_policy

@@ -23,7 +23,7 @@ from rap_env.request import Request
 from rap_env.runtime.controller import RuntimeController
 from rap_env.runtime.engine import Engine
 from rap_env.runtime.memory_meter import Meter, make_levels, process_meter
-from rap_env.runtime.memory_source import GivenMemory
+from rap_env.runtime.memory_monitor import GivenMemory
 from rap_env.runtime.records import EngineStats, StepRecord
 from rap_env.runtime.request_handle import RequestHandle
 from rap_env.runtime.sampling import SamplingParams
