@@ -36,6 +36,37 @@ _PACKAGES = ("torch", "transformers", "gguf")
 _MEASURED_WINDOWS, _MEASURED_TOKENS = 4, 256
 
 
+_CARD = """---
+license: {licence}
+---
+# {model} under a plan, for {target}
+
+| | |
+|---|---|
+| Base model | {model} |
+| Its fingerprint | {fingerprint} |
+| Its licence | {licence} |
+| Weights | {weights} |
+| Rise in NLL, predicted | {predicted} ({delta_nll_source}) |
+| Rise in NLL, measured | {measured} |
+| Command | `{command}` |
+| Versions | {versions} |
+
+## Use
+
+{use}
+
+## Plan
+
+Each item of the base model that is not native, and its level:
+
+```json
+{plan}
+```
+"""
+"""The card of an exported model; model hubs read its head."""
+
+
 @dataclass(frozen=True)
 class Export:
     """What a user asks to write.
@@ -53,6 +84,76 @@ class Export:
     command: str
     measure: str | None = None
     gguf_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made: the answer of the command, and the card beside the model.
+
+    Attributes:
+        export: What the user asked for.
+        facts: Facts of the base model.
+        chosen: The plan, in the items of the base model.
+        target: The engine that the export is for.
+        before: Bytes of the base model's weights.
+        after: Bytes of the exported ones.
+        measured: The measured rise in NLL and its text, or None.
+    """
+
+    export: Export
+    facts: ModelFacts
+    chosen: ChosenPlan
+    target: str
+    before: int
+    after: int
+    measured: tuple[float, str] | None
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What the command answers."""
+        after, file = self.after, self.export.gguf_file
+        weights = f"{after:,} bytes, {100 * after / self.before:.1f} % of {self.before:,}"
+        if file is not None and self.target != "llama.cpp":
+            file_mb = file.stat().st_size / 1e6
+            weights += f"; unquantised: {after / 1e6:.0f} MB from a file of {file_mb:.0f} MB"
+        return {
+            "model": self.facts.name,
+            "dtype": self.facts.dtype,
+            "out": str(self.export.out),
+            "removed": list(self.chosen.plan.removed_names),
+            "levels": self.chosen.plan.levels,
+            "weight_bytes_before": self.before,
+            "weight_bytes_after": after,
+            "weights": weights,
+            "delta_nll": self.chosen.rise,
+            "delta_nll_source": self.chosen.source,
+            "measured_delta_nll": None if self.measured is None else self.measured[0],
+        }
+
+    def card(self, licence: str, use: str) -> str:
+        """The model's card.
+
+        Args:
+            licence: The base model's.
+            use: Markdown on how to use it.
+        """
+        rise, measured = self.chosen.rise, "not measured; `rap export --measure TEXT` does"
+        if self.measured is not None:
+            measured = "{:+.4f} nats/token on {}".format(*self.measured)
+        versions = {"rap-env": __version__, "python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+        return _CARD.format(
+            **self.answer,
+            target=self.target,
+            licence=licence,
+            fingerprint=self.facts.fingerprint or "not computed",
+            predicted="unknown" if rise is None else f"{rise:+.4f} nats/token",
+            measured=measured,
+            command=self.export.command,
+            versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+            use=use,
+            plan=self.chosen.plan.to_json(),
+        )
 
 
 def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> dict[str, Any]:
@@ -80,15 +181,17 @@ def write_folder(llm: ElasticLLM, export: Export, *, for_vllm: bool = False) -> 
     sizes = facts.block_param_bytes
     before = facts.base_bytes + sum(sizes)
     after = before - sum(sizes[index] for index in plan.removed)
-    answer, card = _card(
-        export, facts, chosen, "vLLM" if for_vllm else "transformers", (before, after), llm,
-        licence=licence_of(llm.folder, export.gguf_file),
-        use=(f"`vllm serve {export.out.name} --trust-remote-code`, " if for_vllm else "")
-        + "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
-        "`rap_env.load_llm(FOLDER)`.",
-    )  # fmt: skip
-    save_pruned(llm, plan, export.out, readme=card)
-    return answer
+    target, measured = "vLLM" if for_vllm else "transformers", measured_rise(llm, plan, export)
+    result = ExportResult(export, facts, chosen, target, before, after, measured)
+    use = (
+        "`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or "
+        "`rap_env.load_llm(FOLDER)`."
+    )
+    if for_vllm:
+        use = f"`vllm serve {export.out.name} --trust-remote-code`, {use}"
+    licence = licence_of(llm.folder, export.gguf_file)
+    save_pruned(llm, plan, export.out, readme=result.card(licence, use))
+    return result.answer
 
 
 def exportable(name: str, gguf_file: Path | None) -> GgufModel:
@@ -144,11 +247,10 @@ def write_gguf(
     before = sum(tensor.nbytes for tensor in model.tensors.values())
     written = export_gguf(model, plan, export.out)
     after = sum(tensor.nbytes for tensors in written.values() for tensor in tensors)
-    answer, card = _card(
-        export, facts, chosen, "llama.cpp", (before, after), llm,
-        licence=str(model.entries.get("general.license", (UNKNOWN_LICENCE,))[0]),
-        use=f"`llama-server -m {export.out.name} {flags}`",
-    )  # fmt: skip
+    measured = None if llm is None else measured_rise(llm, chosen.plan, export)
+    result = ExportResult(export, facts, chosen, "llama.cpp", before, after, measured)
+    licence = str(model.entries.get("general.license", (UNKNOWN_LICENCE,))[0])
+    card = result.card(licence, f"`llama-server -m {export.out.name} {flags}`")
     types: dict[str, dict[str, Any]] = {
         level: {
             "types": sorted({tensor.kind.name for tensor in tensors if tensor.data.ndim > 1}),
@@ -161,7 +263,7 @@ def write_gguf(
     card += "".join(f"\n{line}\n" for line in type_lines(types))
     with atomic_write(export.out.with_suffix(".md")) as file:
         file.write(card.encode())
-    return answer | {"cache_type": caches, "written": types}
+    return result.answer | {"cache_type": caches, "written": types}
 
 
 def type_lines(written: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -186,110 +288,22 @@ def _plan_bytes(facts: ModelFacts, plan: Plan, level: WeightLevel) -> int:
     return sum(sizes)
 
 
-def measured_rise(llm: ElasticLLM, plan: Plan, source: str) -> tuple[float, str]:
-    """The rise in NLL under a plan on a text, in nats per token, and the text in words.
+def measured_rise(llm: ElasticLLM, plan: Plan, export: Export) -> tuple[float, str] | None:
+    """The rise in NLL on the text that an export names, in nats per token, and the text in words.
 
-    Args:
-        llm: The model.
-        plan: The plan.
-        source: The text; see `rap_env.scoring.corpus.CorpusConfig`.
+    Returns:
+        None if it names none.
 
     Raises:
         CorpusError: There is no such text, or it is too short.
     """
+    if export.measure is None:
+        return None
     tokens = min(_MEASURED_TOKENS, llm.adapter.max_positions)
-    config = CorpusConfig(source, _MEASURED_WINDOWS, tokens, role="report")
+    config = CorpusConfig(export.measure, _MEASURED_WINDOWS, tokens, role="report")
     scorer = MaskScorer(llm, load_corpus(config, llm))
     rise = scorer.nll(plan) - scorer.nll(Plan())
-    return rise, f"{_MEASURED_WINDOWS} x {tokens} tokens of {Path(source).name}"
-
-
-def _card(
-    export: Export,
-    facts: ModelFacts,
-    chosen: ChosenPlan,
-    target: str,
-    sizes: tuple[int, int],
-    llm: ElasticLLM | None,
-    licence: str,
-    use: str,
-) -> tuple[dict[str, Any], str]:
-    """What the command answers, and the card beside the exported model.
-
-    Measures the rise in NLL if the user asked for it.
-
-    Args:
-        export: What the user asked for.
-        facts: Facts of the base model.
-        chosen: The plan, in the items of the base model.
-        target: The engine that the export is for.
-        sizes: Bytes of the base model's weights, and of the exported ones.
-        llm: The live model, or None.
-        licence: The base model's.
-        use: Markdown on how to use it.
-    """
-    measured, shown = None, "not measured; `rap export --measure TEXT` does"
-    if export.measure is not None:
-        assert llm is not None
-        measured, text = measured_rise(llm, chosen.plan, export.measure)
-        shown = f"{measured:+.4f} nats/token on {text}"
-    before, after = sizes
-    weights = f"{after:,} bytes, {100 * after / before:.1f} % of {before:,}"
-    if export.gguf_file is not None and target != "llama.cpp":
-        file_bytes = export.gguf_file.stat().st_size
-        weights += f"; unquantised: {after / 1e6:.0f} MB from a file of {file_bytes / 1e6:.0f} MB"
-    answer = {
-        "model": facts.name,
-        "dtype": facts.dtype,
-        "out": str(export.out),
-        "removed": list(chosen.plan.removed_names),
-        "levels": chosen.plan.levels,
-        "weight_bytes_before": before,
-        "weight_bytes_after": after,
-        "weights": weights,
-        "delta_nll": chosen.rise,
-        "delta_nll_source": chosen.source,
-        "measured_delta_nll": measured,
-    }
-    versions = {"rap-env": __version__, "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    predicted = "unknown" if chosen.rise is None else f"{chosen.rise:+.4f} nats/token"
-    rows = {
-        "Base model": facts.name,
-        "Its fingerprint": facts.fingerprint or "not computed",
-        "Its licence": licence,
-        "Weights": weights,
-        "Rise in NLL, predicted": f"{predicted} ({chosen.source})",
-        "Rise in NLL, measured": shown,
-        "Command": f"`{export.command}`",
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    # Model hubs read the head.
-    return (
-        answer,
-        f"""---
-license: {licence}
----
-# {facts.name} under a plan, for {target}
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-{use}
-
-## Plan
-
-Each item of the base model that is not native, and its level:
-
-```json
-{chosen.plan.to_json()}
-```
-""",
-    )
+    return rise, f"{_MEASURED_WINDOWS} x {tokens} tokens of {Path(export.measure).name}"
 
 
 def licence_of(folder: Path | None, gguf_file: Path | None = None) -> str:
