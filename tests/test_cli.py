@@ -139,7 +139,7 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     def found(mask, chooser=policy):
         return find_delta_nll(memory, chooser, mask)
 
-    assert found(Plan()) == (0.0, "the dense model")
+    assert found(Plan()) == (0.0, "the native model")
     mask = table.choose(request)
     rise, source = found(mask)
     assert rise == frontier.scores[mask] - frontier.dense_nll
@@ -157,7 +157,7 @@ def test_the_rise_in_nll_is_measured_or_predicted():
     unknown = MemoryModel(made_facts(30))
     assert find_delta_nll(unknown, StaticPolicy(near), near) == (
         None,
-        "never measured for this mask",
+        "never measured for this plan",
     )
 
 
@@ -194,7 +194,7 @@ def test_another_model_is_loaded_for_its_bytes(rap, model_folder):
                        "--model", model_folder, "--dtype", "float32")  # fmt: skip
     assert code == 0
     assert "tiny (float32), 1 x 8 tokens, policy dense" in out
-    assert "ΔNLL: +0.0000 nats/token (the dense model)" in out
+    assert "ΔNLL: +0.0000 nats/token (the native model)" in out
 
 
 def test_pruning_saves_a_smaller_checkpoint(rap, model_folder, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,6 +83,15 @@ class ImportanceFeatures:
             "gsi_marginal_loss": squash(self.gsi_marginal_loss)[:, None],
         }
 
+    def removal_order(self, ladder: Ladder) -> tuple[int, ...]:
+        """The blocks by their rank; none if it is not known, which gives all the same one."""
+        order = np.argsort(self.gsi_rank, kind="stable").tolist()
+        return tuple(order) if np.ptp(self.gsi_rank) else ()
+
+    def delta_nll(self, positions: Sequence[int]) -> float | None:
+        """None: it predicts nothing."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class ItemImportance:
@@ -127,9 +136,31 @@ class ItemImportance:
             "order_cost": log_cost(reached - self.reached) * has_next,
         }
 
+    def removal_order(self, ladder: Ladder) -> tuple[int, ...]:
+        """The blocks by the place of their removal; none without an order."""
+        places = {
+            item.block: self.place[number, len(item.levels) - 1]
+            for number, item in enumerate(ladder.items)
+            if item.levels[-1] == "removed"
+        }
+        return tuple(sorted(places, key=places.__getitem__)) if self.place.any() else ()
+
+    def delta_nll(self, positions: Sequence[int]) -> float | None:
+        """What the order adds until items are at some positions of their levels, nats per token.
+
+        None without an order.
+        """
+        rises = self.reached[np.arange(len(positions)), positions]
+        return float(rises.sum()) if self.reached.any() else None
+
 
 Importance = ImportanceFeatures | ItemImportance
 """What is observed of the importance of blocks or of levels; it determines the columns."""
+
+IMPORTANCES: dict[str, type[Importance]] = {
+    kind.key: kind for kind in (ImportanceFeatures, ItemImportance)
+}
+"""By the entry of an observation that shows it: the layout of observations."""
 
 
 def bytes_over(peak_bytes: Any, budget_bytes: Any, dense_peak_bytes: Any) -> Any:

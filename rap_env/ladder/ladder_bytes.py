@@ -123,9 +123,9 @@ class LadderBytes:
 
 
 @lru_cache(maxsize=16)
-def mask_bytes(memory: MemoryModel, base: Plan = Plan()) -> LadderBytes:
-    """The byte arithmetic over blocks that are kept or removed; one for each model and base."""
-    return LadderBytes(memory, Ladder.of(memory.facts, "masks"), base)
+def mask_bytes(memory: MemoryModel) -> LadderBytes:
+    """The byte arithmetic over blocks that are kept or removed; one for each model."""
+    return LadderBytes(memory, Ladder.of(memory.facts, "masks"))
 
 
 def _next_smaller(sizes: Sequence[int]) -> tuple[int, ...]:

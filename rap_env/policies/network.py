@@ -217,6 +217,11 @@ class PolicyNetwork:
         names = ("mean_level", "mean_lowest", "lowest", "lowered_vectors")
         self.level_weights = np.vstack([parts[name] for name in names])
 
+    def can_fit(self, request: Request) -> bool:
+        """Whether the request fits with every item lowered as far as possible."""
+        costs = self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
+        return costs.least_peak_bytes <= request.budget_bytes
+
     def plan(self, request: Request) -> Plan:
         """The plan that fits the request; the lowest levels if none does.
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,8 +22,8 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from rap_env.artifacts import atomic_write, canonical_json, digest
-from rap_env.errors import ArtifactError, UnknownNameError
-from rap_env.ladder.features import Importance, ImportanceFeatures, ItemImportance
+from rap_env.errors import ArtifactError
+from rap_env.ladder.features import IMPORTANCES, Importance
 from rap_env.ladder.items import Ladder
 from rap_env.ladder.ladder_bytes import LadderBytes
 from rap_env.ladder.observation import ObservationEncoder
@@ -58,7 +58,6 @@ _NETWORK, _IMPORTANCE = "network.", "importance."
 _CACHED_CHOICES = 1024
 
 Arrays = dict[str, npt.NDArray[Any]]
-_IMPORTANCES: dict[str, type[Importance]] = {"blocks": ImportanceFeatures, "ladder": ItemImportance}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +177,7 @@ class PolicyFile:
                     f"{path} observes {body['features']}, but this version observes "
                     f"{list(weights.spec.features)}; {_AGAIN}."
                 )
-            importance = _IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
+            importance = IMPORTANCES[weights.rows](**_part(arrays, _IMPORTANCE))
             names = ("ladder", "items", "model", "provenance")
             return cls(weights, importance, *(body[name] for name in names))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
@@ -226,7 +225,8 @@ class NetworkPolicy(Policy):
         memory: The model's byte arithmetic.
         file: The exported policy.
         name: The policy's name.
-        base: Levels of caches that it does not choose.
+        caches: Levels for all caches, from the most to the least exact one, if the network chooses
+            none. It sees the bytes of the first one at which it can make the request fit.
 
     Attributes:
         file: The exported policy.
@@ -240,22 +240,19 @@ class NetworkPolicy(Policy):
     """
 
     def __init__(
-        self,
-        memory: MemoryModel,
-        file: PolicyFile,
-        name: str | None = None,
-        base: Plan = Plan(),
+        self, memory: MemoryModel, file: PolicyFile, name: str = "rap", caches: Sequence[str] = ()
     ) -> None:
-        self.memory = memory
-        self.file = file
-        self.encoder = encoder = file.encoder_for(memory, base)
-        self.ladder = encoder.ladder
+        self.memory, self.file, self.name = memory, file, name
+        self._bases = [Plan.uniform(memory.facts.num_layers, caches=n) for n in caches] or [Plan()]
+        self._networks = [
+            PolicyNetwork(file.weights, file.encoder_for(memory, base)) for base in self._bases
+        ]
+        self.encoder = self._networks[0].encoder
+        self.ladder = self.encoder.ladder
         self.weight_levels = self.ladder.weight_levels
-        lowers = isinstance(encoder.importance, ItemImportance)
-        self.name = name or ("rap" if lowers else "rap-v0")
-        self.order = _removal_order(self.ladder, encoder.importance, memory.facts.num_blocks)
-        self._network = PolicyNetwork(file.weights, encoder)
-        self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._network.plan)
+        order = self.encoder.importance.removal_order(self.ladder)
+        self.order = order if len(order) == memory.facts.num_blocks else None
+        self._cached_choice = lru_cache(maxsize=_CACHED_CHOICES)(self._choose)
 
     def choose(self, request: Request) -> Plan:
         """Return the levels that the network chooses so that the request fits.
@@ -265,10 +262,14 @@ class NetworkPolicy(Policy):
         """
         return self._cached_choice(request)
 
-    def can_fit(self, request: Request) -> bool:
-        """Whether the request fits with every item lowered as far as possible."""
-        costs = self.encoder.ladder_bytes.costs(request.batch_size, request.seq_len_tokens)
-        return costs.least_peak_bytes <= request.budget_bytes
+    def _choose(self, request: Request) -> Plan:
+        if self.memory.peak_bytes(Plan(), request) <= request.budget_bytes:
+            return Plan()
+        pairs = zip(self._networks, self._bases, strict=True)
+        fitting = (pair for pair in pairs if pair[0].can_fit(request))
+        network, base = next(fitting, (self._networks[-1], self._bases[-1]))
+        plan = network.plan(request)
+        return base.without(*plan.removed) if base else plan
 
     def delta_nll(self, plan: Plan, seq_len_tokens: int | None = None) -> float | None:
         """Rise in NLL that the order over items predicts for a plan, nats per token.
@@ -277,32 +278,9 @@ class NetworkPolicy(Policy):
         sequences; None if the policy has no such order, or its ladder does not have the plan's
         levels.
         """
-        importance = self.encoder.importance
-        if isinstance(importance, ImportanceFeatures) or not importance.reached.any():
+        if not self.ladder.has(plan):
             return None
-        try:
-            positions = self.ladder.positions(plan)
-        except UnknownNameError:
-            return None
-        return float(importance.reached[np.arange(len(positions)), positions].sum())
-
-
-def _removal_order(
-    ladder: Ladder, importance: Importance, num_blocks: int
-) -> tuple[int, ...] | None:
-    """The blocks by the place of their removal in the order; None without one."""
-    if isinstance(importance, ImportanceFeatures):
-        ranks = importance.gsi_rank
-        known = bool(np.ptp(ranks))  # all ranks are equal without GSI
-        return tuple(np.argsort(ranks, kind="stable").tolist()) if known else None
-    places = {
-        item.block: importance.place[number, len(item.levels) - 1]
-        for number, item in enumerate(ladder.items)
-        if item.levels[-1] == "removed"
-    }
-    if len(places) < num_blocks or not importance.place.any():
-        return None
-    return tuple(sorted(places, key=places.__getitem__))
+        return self.encoder.importance.delta_nll(self.ladder.positions(plan))
 
 
 @reads(KIND)
@@ -332,42 +310,9 @@ for _name in _PACKAGED:
     packaged(_name)(partial(_packaged_policy, _name))
 
 
-class MasksOnLoweredCaches(Policy):
-    """A policy over masks on lowered caches, whose bytes it sees.
-
-    Where the request does not fit even with every block removed, the caches are at the next level.
-
-    Args:
-        memory: The model's byte arithmetic.
-        file: The exported policy.
-        levels: Levels of all caches, from the most to the least exact one.
-
-    Raises:
-        ArtifactError: The policy is not for a model of this shape.
-    """
-
-    name = _REMOVES
-
-    def __init__(self, memory: MemoryModel, file: PolicyFile, levels: Iterable[str]) -> None:
-        self.memory = memory
-        bases = [Plan.uniform(memory.facts.num_layers, caches=level) for level in levels]
-        self._policies = [(NetworkPolicy(memory, file, base=base), base) for base in bases]
-
-    def choose(self, request: Request) -> Plan:
-        """Return the native plan if it fits, else lowered caches without some blocks."""
-        if self.memory.peak_bytes(Plan(), request) <= request.budget_bytes:
-            return Plan()
-        fitting = (pair for pair in self._policies if pair[0].can_fit(request))
-        policy, base = next(fitting, self._policies[-1])
-        return base.without(*policy.choose(request).removed)
-
-
 @makes(_REMOVES)
-def _packaged_masks(memory: MemoryModel, basis: Basis | None) -> Policy:
-    """On caches at int8, else at int4, if they have these levels in a comparison."""
-    file = packaged_network("blocks")
+def _packaged_removal(memory: MemoryModel, basis: Basis | None) -> Policy:
+    """In a comparison, on caches at int8, else at int4, if its ladder has these levels."""
     levels = () if basis is None else basis.ladder_bytes.ladder.cache_levels
-    lowered = [level for level in ("int8", "int4") if level in levels]
-    if lowered:
-        return MasksOnLoweredCaches(memory, file, lowered)
-    return NetworkPolicy(memory, file, name=_REMOVES)
+    caches = [level for level in ("int8", "int4") if level in levels]
+    return NetworkPolicy(memory, packaged_network("blocks"), _REMOVES, caches)

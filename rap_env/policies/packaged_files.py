@@ -118,20 +118,20 @@ def find_delta_nll(
 ) -> tuple[float | None, str]:
     """Rise in NLL of a plan in nats per token, None if unknown, and where it is from.
 
-    A mask is looked up in the policy's own table, else in the score table of the package, which
-    predicts what was not measured. All else is predicted from level costs, the policy's own or
-    those of the package, for sequences of `seq_len_tokens` tokens (None is the length at which they
-    were measured), or else by the policy itself. Costs by kind of text are taken for equal shares
-    of all kinds.
+    A plan is looked up in the policy's own table; one that only removes blocks else in the score
+    table of the package, which predicts what was not measured. All else is predicted from level
+    costs, the policy's own or those of the package, for sequences of `seq_len_tokens` tokens (None
+    is the length at which they were measured), or else by the policy itself. Costs by kind of text
+    are taken for equal shares of all kinds.
     """
     policy = policy.for_text(())
     if not plan:
-        return 0.0, "the dense model"
+        return 0.0, "the native model"
+    table = policy.table
+    if table is not None and plan in table.scores:
+        text = _text(table.provenance["text"])
+        return table.scores[plan] - table.dense_nll, f"measured on {text}"
     if plan.is_mask and policy.level_costs is None:
-        table = policy.table
-        if table is not None and plan in table.scores:
-            text = _text(table.provenance["text"])
-            return table.scores[plan] - table.dense_nll, f"measured on {text}"
         with contextlib.suppress(ArtifactError):  # another model, or other weights
             return delta_nll_from_scores(packaged_scores(memory), plan)
     with contextlib.suppress(ArtifactError, UnknownNameError):  # other weights; other levels
@@ -141,15 +141,15 @@ def find_delta_nll(
         return rise, f"predicted from one-shot costs of levels on {text}"
     if (predicted := policy.delta_nll(plan, seq_len_tokens)) is not None:
         return predicted, "predicted from the order over items in the policy file"
-    return None, f"never measured for this {'mask' if plan.is_mask else 'plan'}"
+    return None, "never measured for this plan"
 
 
-def delta_nll_from_scores(table: ScoreTable, mask: Plan) -> tuple[float, str]:
-    """Rise in NLL of a mask by a score table, and whether it was measured."""
+def delta_nll_from_scores(table: ScoreTable, plan: Plan) -> tuple[float, str]:
+    """Rise in NLL of a plan that only removes blocks by a score table, and if it was measured."""
     measured = f"measured on {_text(table.text)}"
-    if mask in table.scores:
-        return table.scores[mask] - table.dense_nll, measured
-    return table.predictor.delta_nll(mask), f"predicted from {len(table.scores)} plans {measured}"
+    if plan in table.scores:
+        return table.scores[plan] - table.dense_nll, measured
+    return table.predictor.delta_nll(plan), f"predicted from {len(table.scores)} plans {measured}"
 
 
 def _text(text: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ class _StepSearch(_Search):
             key = item, state.positions[item], state.positions[self.ladder.counterparts[item]]
             predicted, freed = state.step_rise(item), state.step_bytes(item)
             plan = self.ladder.plan(state.positions_after(item))
-            tie = (item,) if self.ladder.removes_only else (-freed, -item)
+            tie = -freed, -item
             steps.append(_Step(plan, freed, rises.get(key, predicted), key, tie))
         return [step for step in steps if step.freed_bytes > 0] or steps
 

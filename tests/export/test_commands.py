@@ -73,7 +73,7 @@ def test_the_card_states_source_plan_bytes_rise_licence_command_and_versions(
     rows = dict(line.strip("| ").split(" | ") for line in card.splitlines() if " | " in line[2:])
     assert rows["Its licence"] == "mit"
     assert rows["Weights"].startswith(f"{answer['weight_bytes_after']:,} bytes, ")
-    assert rows["Rise in NLL, predicted"] == "unknown (never measured for this mask)"
+    assert rows["Rise in NLL, predicted"] == "unknown (never measured for this plan)"
     measured = answer["measured_delta_nll"]
     text = f"{measured:+.4f} nats/token on 4 x 64 tokens of text.txt"
     assert rows["Rise in NLL, measured"] == text

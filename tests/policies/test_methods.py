@@ -204,8 +204,8 @@ def test_the_kv_cache_decides_which_kind_is_removed():
     context = SyntheticContext([0.1] * 8, facts(layers=4))
     greedy = make_method("greedy_per_byte", context)
     short, long = needing(context, 5900), request_at(context, 16, 1000, 0.8)
-    assert greedy.choose(short).removed_names == ("layer00.ffn", "layer01.ffn")
-    assert greedy.choose(long).removed_names == ("layer00.attn",)
+    assert {index % 2 for index in greedy.choose(short).removed} == {1}
+    assert {index % 2 for index in greedy.choose(long).removed} == {0}
 
 
 def test_costs_of_a_choice_are_counted(context):
