@@ -31,7 +31,7 @@ from rap_env.plan import Plan
 from rap_env.request import Request
 from rap_env.scoring.interface import OnScore
 from rap_env.scoring.predictor import Floats
-from rap_env.scoring.predictor_fit import necessary_masks
+from rap_env.scoring.predictor_fit import necessary_plans
 from rap_env.specs import check, setting
 
 if TYPE_CHECKING:  # a search with a predictor loads no torch
@@ -136,7 +136,7 @@ class _Search:
         self._ladder = ladder_bytes.ladder
         self._rng = np.random.default_rng(config.seed)
         self.nll = {plan: nll for plan, nll in known.items() if self._ladder.has(plan)}
-        self.measure(necessary_masks(ladder_bytes.memory.facts.num_blocks))
+        self.measure(necessary_plans(ladder_bytes.memory.facts.num_blocks))
         self.dense_nll = self.nll[Plan()]
 
     def measure(self, plans: Sequence[Plan]) -> None:

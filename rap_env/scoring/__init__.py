@@ -1,1 +1,1 @@
-"""The only package that runs the model for a reward: texts, mask scores, task accuracies."""
+"""The only package that runs the model for a reward: texts, plan scores, task accuracies."""

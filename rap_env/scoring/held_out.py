@@ -37,15 +37,15 @@ _FEW, _SOME = 0.1, 0.25  # shares of the blocks
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """Agreement on the masks of one group.
+    """Agreement on the plans of one group.
 
     Attributes:
         removed: Name of the group, by its number of removed blocks.
-        masks: Number of masks.
+        masks: Number of plans.
         spearman: Rank correlation in [-1, 1]; None if it is not defined.
-        mean_error: Mean absolute error of delta_nll, nats per token; None without masks.
+        mean_error: Mean absolute error of delta_nll, nats per token; None without plans.
         median_relative_error: Median of error / delta_nll, the latter at least
-            `SMALL_DELTA_NLL`; None without masks.
+            `SMALL_DELTA_NLL`; None without plans.
     """
 
     removed: str
@@ -72,14 +72,14 @@ class FidelityRow:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Agreement on masks that a predictor was not fitted to.
+    """Agreement on plans that a predictor was not fitted to.
 
-    The held-out masks come from the same distribution as the fitted ones, so the predictor has
-    seen neighbours of them. Agreement on masks from another distribution is worse.
+    The held-out plans come from the same distribution as the fitted ones, so the predictor has
+    seen neighbours of them. Agreement on plans from another distribution is worse.
 
     Attributes:
-        fitted: Number of masks that the evaluated predictor was fitted to.
-        rows: All held-out masks, then those with few, some and many removals.
+        fitted: Number of plans that the evaluated predictor was fitted to.
+        rows: All held-out plans, then those with few, some and many removals.
     """
 
     fitted: int

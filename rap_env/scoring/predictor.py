@@ -9,8 +9,8 @@ relative error on held-out plans was 3 % with that, 3 to 4 % with a weight for e
 for the sum alone.
 
 An ensemble of predictors is pessimistic where there is little evidence. A policy that is trained
-on a single predictor finds the masks that the predictor has hardly seen and wrongly rates as
-harmless. Members that were fitted to different samples of the measured masks agree where there is
+on a single predictor finds the plans that the predictor has hardly seen and wrongly rates as
+harmless. Members that were fitted to different samples of the measured plans agree where there is
 evidence and disagree elsewhere, so a multiple of their standard deviation is added to their mean
 (bootstraps as in Chua et al. 2018, arXiv 1805.12114; pessimism as in Yu et al. 2020, MOPO, arXiv
 2005.13239).
@@ -36,8 +36,8 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 LEAST_SHARE = 0.5
-"""Lower bound of a mask's delta_nll, as a share of the delta_nll of its worst block alone. In
-4,900 measured masks of the default model whose worst block alone exceeds 0.1 nats, the least
+"""Lower bound of a plan's delta_nll, as a share of the delta_nll of its worst block alone. In
+4,900 measured plans of the default model whose worst block alone exceeds 0.1 nats, the least
 share was 0.67."""
 
 SCALE = 256.0
@@ -49,18 +49,18 @@ _MOST_LOG = 50.0
 
 @dataclass(frozen=True, eq=False)
 class CorrectionNetwork:
-    """Corrects the predicted log(delta_nll + offset) of a mask, from its removed blocks.
+    """Corrects the predicted log(delta_nll + offset) of a plan, from its removed blocks.
 
-    Where tens of thousands of masks were measured, it learns what pairs of blocks do not explain.
-    On 2,000 held-out masks of the default model, of 20,000 that random, searching and learning
+    Where tens of thousands of plans were measured, it learns what pairs of blocks do not explain.
+    On 2,000 held-out plans of the default model, of 20,000 that random, searching and learning
     agents reach, the median relative error of the predictor alone was 6.3 %, 5.7 % with weights for
-    numbers and runs of blocks, and 3.9 % with this network. With a few thousand masks, the
+    numbers and runs of blocks, and 3.9 % with this network. With a few thousand plans, the
     predictor alone is as good.
 
     It is a multilayer perceptron with rectified linear units, and without one at its output.
     Weights and activations are whole multiples of 1/256: sums are then exact in float64, so that
     predictions do not depend on the order of additions, thus neither on the machine nor on how
-    many masks are predicted together.
+    many plans are predicted together.
 
     Attributes:
         weights: Weights of each layer times `SCALE`, (inputs, outputs); the first layer has 2L
@@ -72,7 +72,7 @@ class CorrectionNetwork:
     biases: tuple[Sequence[int], ...]
 
     def of_blocks(self, index: npt.NDArray[np.int64]) -> float:
-        """The correction of the mask that removes these blocks."""
+        """The correction of the plan that removes these blocks."""
         first, *_ = self._layers
         return float(self._output(first[0][index].sum(axis=0) + first[1])[0])
 
@@ -96,17 +96,17 @@ class CorrectionNetwork:
 
 @dataclass(frozen=True, eq=False)
 class DeltaNLLPredictor:
-    """Predicts delta_nll in nats per token, deterministically and for each mask independently.
+    """Predicts delta_nll in nats per token, deterministically and for each plan independently.
 
     With r the removed blocks, a and f the numbers of attention and feed-forward blocks among
     them, and s the sum of their single delta_nll and of what other lowered items cost alone:
     ``log(delta_nll + offset) = intercept + linear[r] + pairs[r, r] + shape . (log(s + offset), its
     square, a², f², a f) + correction(r)``.
 
-    Predictions are clamped. A mask is never predicted to be better than the best measured mask
+    Predictions are clamped. A plan is never predicted to be better than the best measured plan
     with at least as many removals, nor better than `LEAST_SHARE` of the delta_nll of its worst
     block alone, so that an agent gains nothing by finding errors of the predictor. It is never
-    predicted to be worse than the worst measured mask. Where few masks were measured (many
+    predicted to be worse than the worst measured plan. Where few plans were measured (many
     removals), predictions are hardly more precise than these bounds.
 
     Attributes:
@@ -120,7 +120,7 @@ class DeltaNLLPredictor:
         shape: Weights of the five terms above.
         least: Least delta_nll measured with at least 0 ... 2L removals, nats per token, (2L + 1,).
         most: Greatest delta_nll measured, nats per token.
-        correction: Corrects the sum of the other terms; None if there were too few masks to fit it.
+        correction: Corrects the sum of the other terms; None if there were too few plans to fit it.
     """
 
     alone: tuple[float, ...]
@@ -135,17 +135,17 @@ class DeltaNLLPredictor:
     most: float
     correction: CorrectionNetwork | None = None
 
-    def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
+    def delta_nll(self, plan: Plan, lowered: float = 0.0) -> float:
         """The predicted delta_nll of a plan, nats per token.
 
         Args:
-            mask: The removed blocks.
+            plan: The plan, of which only the removed blocks are read.
             lowered: What the other lowered items cost alone, nats per token, at least 0.
         """
-        if not mask and lowered <= 0:
+        if not plan and lowered <= 0:
             return 0.0
         # Ascending: sums of floats depend on their order.
-        index = np.array(sorted(mask.removed), dtype=np.int64)
+        index = np.array(sorted(plan.removed), dtype=np.int64)
         alone = self._alone[index]
         ffn = int((index % 2).sum())
         alone_costs = float(np.maximum(alone, 0).sum()) + lowered
@@ -179,7 +179,7 @@ class ScoreModel:
     """Predicts delta_nll of plans in nats per token, pessimistically.
 
     Attributes:
-        members: E predictors, each fitted to another sample of the measured masks; `alone` and
+        members: E predictors, each fitted to another sample of the measured plans; `alone` and
             `offset` are the same in all.
         pessimism: Standard deviations between members that are added to their mean.
     """
@@ -187,11 +187,11 @@ class ScoreModel:
     members: tuple[DeltaNLLPredictor, ...]
     pessimism: float = 0.0
 
-    def delta_nll(self, mask: Plan, lowered: float = 0.0) -> float:
+    def delta_nll(self, plan: Plan, lowered: float = 0.0) -> float:
         """Mean plus `pessimism` times the standard deviation of the members, nats per token."""
         if len(self.members) == 1:
-            return self.members[0].delta_nll(mask, lowered)
-        predicted = [member.delta_nll(mask, lowered) for member in self.members]
+            return self.members[0].delta_nll(plan, lowered)
+        predicted = [member.delta_nll(plan, lowered) for member in self.members]
         return float(np.mean(predicted) + self.pessimism * np.std(predicted))
 
     def delta_nll_many(
@@ -201,7 +201,7 @@ class ScoreModel:
 
         They equal those of `delta_nll` up to rounding. `lowered` is as there, for all or for each,
         (N,). Without `clamped`, the bounds of `DeltaNLLPredictor` are left out: a search that
-        measures what it proposes needs to tell masks apart beyond the bounds too.
+        measures what it proposes needs to tell plans apart beyond the bounds too.
         """
         mean, spread = self.mean_and_spread(features, lowered, clamped=clamped)
         return mean + self.pessimism * spread
@@ -309,7 +309,7 @@ def pair_indices(num_blocks: int, reach: int) -> tuple[Indices, Indices]:
 
 
 def shape_terms(alone_costs: Any, attn: Any, ffn: Any, offset: float) -> tuple[Any, ...]:
-    """Five summary terms of a mask, as numbers (or arrays) of about the same size."""
+    """Five summary terms of a plan, as numbers (or arrays) of about the same size."""
     level = np.log(alone_costs + offset)
     counts = (attn * attn / _COUNT_SCALE, ffn * ffn / _COUNT_SCALE, attn * ffn / _COUNT_SCALE)
     return (level, 0.3 * level * level, *counts)

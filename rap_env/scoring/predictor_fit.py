@@ -39,7 +39,7 @@ NETWORK_SCORES = 10_000
 """Scores from which a predictor of a score table has a correction network."""
 
 _CHUNK = 2048
-_EVIDENCE = 20  # masks that a bound for their number of removals must rest on
+_EVIDENCE = 20  # plans that a bound for their number of removals must rest on
 _MOST_PAIRS = 2000  # deep models have more; more distant pairs are left out
 # Of a correction network.
 _HIDDEN = (256, 32)
@@ -48,7 +48,7 @@ _BATCH_SIZE = 128
 _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 1e-2
 _QUADRATIC_BELOW = 0.05  # of the loss (Huber), in logarithms of delta_nll
-_SPLIT = (0.8, 0.1, 0.1)  # masks to fit, to choose the settings, to state the fidelity
+_SPLIT = (0.8, 0.1, 0.1)  # plans to fit, to choose the settings, to state the fidelity
 
 
 def fit_score_model(
@@ -62,25 +62,25 @@ def fit_score_model(
     seed: int = 0,
     network: bool = False,
 ) -> tuple[ScoreModel, Fidelity]:
-    """Fit predictors to measured masks and evaluate one on held-out masks.
+    """Fit predictors to measured plans and evaluate one on held-out plans.
 
-    A tenth of the masks is held out for the evaluation; another tenth selects reach and ridge. A
-    single member is then fitted to all masks, so it is no worse than the evaluated one; several are
+    A tenth of the plans is held out for the evaluation; another tenth selects reach and ridge. A
+    single member is then fitted to all plans, so it is no worse than the evaluated one; several are
     fitted to bootstrap samples, with the same settings.
 
     Args:
-        features: The measured masks, from `feature_matrix`, (N, 2L).
+        features: The measured plans, from `feature_matrix`, (N, 2L).
         delta_nll: Their measured values, nats per token, (N,).
         alone: delta_nll without each block alone, nats per token, (2L,).
         lowered: What the other lowered items of each plan cost alone, nats per token, (N,); None
-            for masks.
+            if there are none.
         members: Predictors of the ensemble.
         pessimism: As in `ScoreModel`.
-        seed: Decides which masks are held out, and the samples.
+        seed: Decides which plans are held out, and the samples.
         network: Whether a single member has a `CorrectionNetwork`, which is fitted with torch.
 
     Returns:
-        The ensemble, and the fidelity of a predictor that never saw the held-out masks.
+        The ensemble, and the fidelity of a predictor that never saw the held-out plans.
     """
     order = np.random.default_rng(seed).permutation(len(delta_nll))
     ends = np.round(np.cumsum(_SPLIT[:2]) * len(delta_nll)).astype(int)
@@ -109,7 +109,7 @@ def fit_score_model(
 class PredictorFit:
     """Normal equations of parts of the data, from which predictors of any settings are solved.
 
-    The data are as in `fit_score_model`; each part has the indices of its masks. Of the candidates
+    The data are as in `fit_score_model`; each part has the indices of its plans. Of the candidates
     for the reach, those with too many pairs are left out.
     """
 
@@ -179,7 +179,7 @@ class PredictorFit:
         return np.asarray(np.log(np.maximum(predicted, -self.offset / 2) + self.offset))
 
     def _moments(self, part: npt.NDArray[np.int64]) -> Floats:
-        """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over masks."""
+        """Products of all inputs (blocks, pairs, shape, 1) and the target, summed over plans."""
         rows, columns = self._pairs
         width = len(self.alone) + len(rows) + 7
         total = np.zeros((width, width))
@@ -197,12 +197,12 @@ class PredictorFit:
 
 
 def fit_correction(features: Features, errors: Floats, *, seed: int) -> CorrectionNetwork:
-    """The network that gives a predictor's errors on some masks, fitted with torch in seconds.
+    """The network that gives a predictor's errors on some plans, fitted with torch in seconds.
 
     Args:
-        features: The masks, (N, 2L), from `feature_matrix`.
+        features: The plans, (N, 2L), from `feature_matrix`.
         errors: log(delta_nll + offset), measured minus predicted, (N,).
-        seed: Decides first weights and order of the masks.
+        seed: Decides first weights and order of the plans.
     """
     import torch
     from torch import nn
@@ -247,7 +247,7 @@ def fit_scores(
     """`fit_score_model` on measured plans.
 
     Args:
-        scores: NLL of plans, nats per token, with those of `necessary_masks`.
+        scores: NLL of plans, nats per token, with those of `necessary_plans`.
         num_blocks: 2L.
         lowered: What the levels of a plan cost alone; None if the plans lower nothing else.
         **settings: Those of `fit_score_model`.
@@ -255,18 +255,18 @@ def fit_scores(
     Raises:
         UnknownNameError: A plan lowers an item that it keeps, and `lowered` is None.
     """
-    plans, (dense, *singles) = list(scores), necessary_masks(num_blocks)
+    plans, (dense, *singles) = list(scores), necessary_plans(num_blocks)
     return fit_score_model(
         feature_matrix(plans, num_blocks),
         np.array([scores[plan] for plan in plans]) - scores[dense],
-        np.array([scores[mask] for mask in singles]) - scores[dense],
+        np.array([scores[plan] for plan in singles]) - scores[dense],
         lowered_costs(plans, lowered),
         **settings,
     )
 
 
-def necessary_masks(num_blocks: int) -> list[Plan]:
-    """The masks that every fit needs: the dense model's, and every single removal."""
+def necessary_plans(num_blocks: int) -> list[Plan]:
+    """The plans that every fit needs: the native one, and every single removal."""
     return [Plan(), *(Plan.removing(index) for index in range(num_blocks))]
 
 
@@ -302,10 +302,10 @@ def lowered_cost(plan: Plan, lowered: Lowered | None) -> float:
 def _least_by_count(
     counts: npt.NDArray[np.int64], delta_nll: Floats, blocks: int
 ) -> tuple[float, ...]:
-    """For 0 ... 2L removals: the least delta_nll of a mask with at least so many removals.
+    """For 0 ... 2L removals: the least delta_nll of a plan with at least so many removals.
 
-    If fewer than `_EVIDENCE` masks have so many removals, the greatest number that at least
-    `_EVIDENCE` masks have decides.
+    If fewer than `_EVIDENCE` plans have so many removals, the greatest number that at least
+    `_EVIDENCE` plans have decides.
     """
     deepest = np.sort(counts)[-min(_EVIDENCE, len(counts))]
     least = np.full(blocks + 1, np.inf)

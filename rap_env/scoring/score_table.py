@@ -28,7 +28,7 @@ from rap_env.scoring.predictor_fit import (
     Lowered,
     fit_scores,
     lowered_cost,
-    necessary_masks,
+    necessary_plans,
 )
 
 PREFIX = "score_table:"
@@ -135,7 +135,7 @@ class ScoreTable:
         # The samples that predictors are fitted to depend on the order.
         order = sorted(scores, key=lambda p: (not p.is_mask, sorted(p.removed) * p.is_mask))
         measured = {plan: float(scores[plan]) for plan in order}
-        needed = necessary_masks(facts.num_blocks)
+        needed = necessary_plans(facts.num_blocks)
         missing = [str(mask) for mask in needed if mask not in scores]
         if missing or len(measured) < 2 * facts.num_blocks:
             lacks = f" ({missing[0]}: not measured)" if missing else ""

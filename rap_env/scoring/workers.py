@@ -78,7 +78,7 @@ class WorkerPool:
     """Ray actors that score plans for the scorers of one model.
 
     Each loads the model when the first batch is handed out, and ends with this process. Scores
-    equal those of this process bit for bit on a CPU: each mask has its own batch, and a worker has
+    equal those of this process bit for bit on a CPU: each plan has its own batch, and a worker has
     as many threads of torch as this process had when the pool was made; let workers times threads
     be at most the number of cores. The batch of a worker that dies is handed out again; a new
     worker starts where the cluster has room.
