@@ -28,8 +28,13 @@ from rap_env.model_facts import HasFacts
 from rap_env.plan import EMBEDDINGS, Plan, block_name, cache_name, is_cache, item_names
 
 CACHE_LEVELS = (
-    "int8", "int4", "int2", "int4-window512", "int4-window256", "int4-window128",
-)  # fmt: skip
+    "int8",
+    "int4",
+    "int2",
+    "int4-window512",
+    "int4-window256",
+    "int4-window128",
+)
 """Levels of caches that are measured unless others are asked for."""
 
 TOGETHER = ("int8", "int4", "int4-window512", "int4-window128")

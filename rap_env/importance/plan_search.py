@@ -155,9 +155,13 @@ class _Search:
         number, idle = 0, 0
         while idle < len(_PESSIMISM):
             predictor = fit_plan_predictor(
-                self.nll, self._costs, self._ladder, members=self._config.members,
-                pessimism=_PESSIMISM[number % len(_PESSIMISM)], seed=self._config.seed,
-            )  # fmt: skip
+                self.nll,
+                self._costs,
+                self._ladder,
+                members=self._config.members,
+                pessimism=_PESSIMISM[number % len(_PESSIMISM)],
+                seed=self._config.seed,
+            )
             plans = self._proposals(predictor)
             number, idle = number + 1, 0 if plans else idle + 1
             if plans:

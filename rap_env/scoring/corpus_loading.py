@@ -168,8 +168,11 @@ def _cut_text(config: CorpusConfig, llm: ElasticLLM) -> Corpus:
     text_sha256 = hashlib.sha256(text.encode()).hexdigest()
     log.info(
         "%s: the role %r reads the part from %.0f %% to %.0f %% of its %d tokens.",
-        name, config.role, *(100 * share for share in ROLE_SPANS[config.role]), len(ids),
-    )  # fmt: skip
+        name,
+        config.role,
+        *(100 * share for share in ROLE_SPANS[config.role]),
+        len(ids),
+    )
     return Corpus.of_tokens(
         tokens, source=name, role=config.role, seed=config.seed, text_sha256=text_sha256
     )

@@ -95,9 +95,12 @@ def fit_score_model(
 
     evaluated = ScoreModel((fitted([0, 1]),))
     fidelity = Fidelity.of(
-        evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]), delta_nll[held_out],
-        features[held_out].sum(axis=1), features.shape[1], fitted=len(to_fit) + len(to_choose),
-    )  # fmt: skip
+        evaluated.delta_nll_many(features[held_out], fit.lowered[held_out]),
+        delta_nll[held_out],
+        features[held_out].sum(axis=1),
+        features.shape[1],
+        fitted=len(to_fit) + len(to_choose),
+    )
     if members == 1:
         return ScoreModel((fitted([0, 1, 2]),), pessimism), fidelity
     rng = np.random.default_rng([seed, members])
