@@ -24,7 +24,7 @@ from experiments.comparison.result_tables import (  # noqa: E402
 )
 from experiments.comparison.summaries import Comparison  # noqa: E402
 from experiments.comparison.tight_tables import ratio_table  # noqa: E402
-from experiments.config.evaluation_settings import CompareConfig  # noqa: E402
+from experiments.config.program_settings import CompareConfig  # noqa: E402
 from experiments.study.looks import look  # noqa: E402
 from experiments.study.statistics import bootstrap_mean, wilson_interval  # noqa: E402
 from experiments.study.table_format import (  # noqa: E402

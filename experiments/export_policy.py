@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from agents.export import export_policy
 from experiments.config import Config, as_config
-from experiments.config.evaluation_settings import ExportPolicyConfig
+from experiments.config.program_settings import ExportPolicyConfig
 from experiments.contexts import build_context, frontier_artifact
 from experiments.study.console import message, run_with_settings, say
 from experiments.study.experiment_errors import ExperimentError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.config.common import parse_shape
-from experiments.config.evaluation_settings import LEVELS_SUFFIX
+from experiments.config.program_settings import LEVELS_SUFFIX
 from experiments.contexts import build_context
 from experiments.launch import launch
 from experiments.study.console import say

@@ -15,7 +15,7 @@ from experiments.comparison.summaries import REFERENCE
 from experiments.comparison.training_runs import TABLE_FILE, TrainingRun, training_dirs
 from experiments.config import Config
 from experiments.config.common import parse_cell
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import make_ladder_bytes
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import Cell

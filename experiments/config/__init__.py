@@ -14,27 +14,27 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.common import ImportanceConfig, ModelConfig, ScoringConfig, TextConfig
-from experiments.config.evaluation_settings import (
+from experiments.config.program_settings import (
+    AgentConfig,
     DemoConfig,
+    EnvConfig,
     EvaluateConfig,
     ExportConfig,
+    FrontierConfig,
     LevelsConfig,
+    LoggerConfig,
+    ScoreModelConfig,
     TightGridConfig,
+    WarmStartConfig,
 )
-from experiments.config.replay_settings import BudgetConfig, CgroupConfig, ReplayConfig
 from experiments.config.study_settings import (
+    BudgetConfig,
+    CgroupConfig,
     LadderConfig,
     LongContextConfig,
     PromptsConfig,
+    ReplayConfig,
     TextsConfig,
-)
-from experiments.config.training_settings import (
-    AgentConfig,
-    EnvConfig,
-    FrontierConfig,
-    LoggerConfig,
-    ScoreModelConfig,
-    WarmStartConfig,
 )
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.specs import check, setting

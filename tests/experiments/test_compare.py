@@ -8,7 +8,7 @@ import yaml
 
 from experiments.compare import compare
 from experiments.comparison.run_records import read_comparisons
-from experiments.config.evaluation_settings import CompareConfig
+from experiments.config.program_settings import CompareConfig
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.json_records import append_record
 from rap_env.errors import ArtifactError, UnknownNameError

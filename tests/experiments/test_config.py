@@ -14,7 +14,7 @@ from omegaconf.errors import MissingMandatoryValue
 from agents.algorithms import ALGORITHMS
 from experiments.config import as_config
 from experiments.config.common import parse_shape
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import context_config
 from experiments.launch import CHOICES_FILE, CONF_DIR, register, register_program
 from experiments.study.experiment_errors import ExperimentError

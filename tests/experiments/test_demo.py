@@ -6,8 +6,7 @@ import pytest
 
 from experiments import live
 from experiments.config.common import TextConfig
-from experiments.config.evaluation_settings import DemoConfig, EvaluateConfig
-from experiments.config.training_settings import WarmStartConfig
+from experiments.config.program_settings import DemoConfig, EvaluateConfig, WarmStartConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.demo import POLICY_FILE, RUN, demo
 from rap_env.plan import Plan

@@ -7,8 +7,7 @@ import yaml
 
 from agents.trained_policy import TrainedPolicy
 from experiments.config.common import ImportanceConfig
-from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import FrontierConfig
+from experiments.config.program_settings import EvaluateConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.export_policy import ExportPolicyConfig, export, reduced, settings_of
 from experiments.profile import profile

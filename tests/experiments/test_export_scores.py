@@ -11,8 +11,7 @@ from experiments.comparison.evaluation_cells import decision_scores
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig
-from experiments.config.evaluation_settings import EvaluateConfig, ExportConfig
-from experiments.config.training_settings import FrontierConfig
+from experiments.config.program_settings import EvaluateConfig, ExportConfig, FrontierConfig
 from experiments.contexts import build_context
 from experiments.evaluate import evaluate
 from experiments.export_scores import export_scores

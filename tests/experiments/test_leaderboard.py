@@ -13,8 +13,7 @@ from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
-from experiments.config.evaluation_settings import CompareConfig
-from experiments.config.training_settings import AgentConfig
+from experiments.config.program_settings import AgentConfig, CompareConfig
 from experiments.leaderboard import (
     TASKS_FILE,
     check_entry,

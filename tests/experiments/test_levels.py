@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config.common import TextConfig
-from experiments.config.evaluation_settings import LevelsConfig
+from experiments.config.program_settings import LevelsConfig
 from experiments.contexts import build_context
 from experiments.levels import COSTS_FILE, KINDS_FILE, levels
 from experiments.study.experiment_errors import ExperimentError

@@ -11,7 +11,7 @@ from experiments.comparison.evaluation_cells import check_names
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import training_dirs
 from experiments.config.common import ImportanceConfig, ScoringConfig
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.config.study_settings import LadderConfig
 from experiments.evaluate import evaluate
 from experiments.profile import profile

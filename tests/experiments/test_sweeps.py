@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from experiments.compare import compare
-from experiments.config.evaluation_settings import CompareConfig
+from experiments.config.program_settings import CompareConfig
 from experiments.launch import CONF_DIR, register, runs_in_parallel
 from experiments.study.run_folder import RunFolder
 from tests.experiments.tiny_study import tiny_study

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from experiments.config.common import ImportanceConfig, parse_pinned
-from experiments.config.evaluation_settings import EvaluateConfig, TightGridConfig
-from experiments.config.training_settings import EnvConfig
+from experiments.config.program_settings import EnvConfig, EvaluateConfig, TightGridConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.study.experiment_errors import ExperimentError
 from experiments.tight_grid import tight_budgets, tight_grid

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.config import Config
 from experiments.config.common import ImportanceConfig, ModelConfig, TextConfig
-from experiments.config.training_settings import AgentConfig, EnvConfig
+from experiments.config.program_settings import AgentConfig, EnvConfig
 from tests.tiny import tiny_model, tiny_tokenizer
 
 WORKLOAD = {"name": "grid", "batch_sizes": [1, 2], "seq_lens_tokens": [16],

@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 import rap_env
 from experiments.compare import compare
 from experiments.comparison.result_rows import ResultRow
-from experiments.config.evaluation_settings import CompareConfig
+from experiments.config.program_settings import CompareConfig
 from rap_env.envs.config import EnvConfig
 from rap_env.errors import ArtifactError, CorpusError, InvalidRequestError, UnknownNameError
 from rap_env.leaderboard.entries import ENTRIES, Entry, published_entries

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from experiments.config.replay_settings import ReplayConfig
+from experiments.config.study_settings import ReplayConfig
 from experiments.studies.replay.workload import Budget, ReplayRequest
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.errors import InfeasibleBudgetError, QueueFullError

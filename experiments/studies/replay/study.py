@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from experiments.config import Config
-from experiments.config.replay_settings import ReplayConfig
+from experiments.config.study_settings import ReplayConfig
 from experiments.contexts import load_text
 from experiments.studies.replay.serving import (
     Interval,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
-from experiments.config.replay_settings import BudgetConfig, ReplayConfig
+from experiments.config.study_settings import BudgetConfig, ReplayConfig
 from experiments.contexts import load_text
 from experiments.study.experiment_errors import ExperimentError
 from rap_env.artifacts import digest

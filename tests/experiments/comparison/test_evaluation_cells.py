@@ -7,7 +7,7 @@ from experiments.comparison.evaluation_cells import evaluation_cells
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import read_comparisons
 from experiments.config.common import ImportanceConfig
-from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig
+from experiments.config.program_settings import CompareConfig, EvaluateConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.train import train

@@ -9,8 +9,7 @@ from experiments.comparison.evaluation_cells import evaluation_cells, grid_reque
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.run_records import gather
 from experiments.config.common import ImportanceConfig, TasksConfig, parse_pinned
-from experiments.config.evaluation_settings import CompareConfig, EvaluateConfig
-from experiments.config.training_settings import EnvConfig
+from experiments.config.program_settings import CompareConfig, EnvConfig, EvaluateConfig
 from experiments.contexts import build_context, make_ladder_bytes
 from experiments.evaluate import evaluate
 from experiments.study.experiment_errors import ExperimentError

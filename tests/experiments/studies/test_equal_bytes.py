@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies import equal_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.config.study_settings import LadderConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies import ladder

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from experiments.config.evaluation_settings import EvaluateConfig
+from experiments.config.program_settings import EvaluateConfig
 from experiments.contexts import build_context, load_text
 from experiments.studies.level_costs_by_model import STUDY, LevelCostRow, with_start
 from rap_env.models.files.loading import load_llm

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.config.common import ModelConfig, parse_pinned
+from experiments.config.program_settings import EnvConfig
 from experiments.config.study_settings import TextConfig, TextsConfig
-from experiments.config.training_settings import EnvConfig
 from experiments.studies import texts as program
 from experiments.studies.texts import (
     ALL,

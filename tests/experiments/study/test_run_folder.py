@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.config import Config
-from experiments.config.training_settings import AgentConfig
+from experiments.config.program_settings import AgentConfig
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.run_folder import RunFolder, flatten, provenance
 from rap_env.errors import ArtifactError

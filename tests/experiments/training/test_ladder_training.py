@@ -10,10 +10,10 @@ from experiments.comparison.evaluation_cells import decision_scores
 from experiments.comparison.result_rows import ResultRow
 from experiments.comparison.training_runs import TABLE_FILE
 from experiments.config import Config
-from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import (
+from experiments.config.program_settings import (
     AgentConfig,
     EnvConfig,
+    EvaluateConfig,
     FrontierConfig,
     ScoreModelConfig,
     WarmStartConfig,

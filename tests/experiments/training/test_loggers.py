@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments.config import Config
 from experiments.config.common import ModelConfig
-from experiments.config.training_settings import AgentConfig
+from experiments.config.program_settings import AgentConfig
 from experiments.study.experiment_errors import ExperimentError
 from experiments.study.help import read_by
 from experiments.study.json_records import read_records

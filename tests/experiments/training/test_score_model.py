@@ -7,9 +7,9 @@ import pytest
 
 from agents.trained_policy import TrainedPolicy
 from experiments.config.common import ImportanceConfig
-from experiments.config.evaluation_settings import EvaluateConfig
-from experiments.config.training_settings import (
+from experiments.config.program_settings import (
     AgentConfig,
+    EvaluateConfig,
     FrontierConfig,
     ScoreModelConfig,
     WarmStartConfig,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config
-from experiments.config.replay_settings import CgroupConfig
+from experiments.config.study_settings import CgroupConfig
 from experiments.studies.replay import cgroup
 from experiments.studies.replay.cgroup import STUDY, TrialRow, TrialRun, memory_group, started
 from experiments.study.experiment_errors import ExperimentError

@@ -8,7 +8,7 @@ import torch
 
 from experiments.config import Config
 from experiments.config.common import ModelConfig, TextConfig
-from experiments.config.replay_settings import BudgetConfig, ReplayConfig
+from experiments.config.study_settings import BudgetConfig, ReplayConfig
 from experiments.contexts import load_text
 from experiments.studies.replay.serving import Interval, ReplayClock, SystemRun, make_system
 from experiments.studies.replay.study import STUDY, OutputJudge, sampled_steps
