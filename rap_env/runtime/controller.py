@@ -178,7 +178,7 @@ class RuntimeController:
                 return True
             self._rejected = {asked: available}
             return False
-        if self.llm.plan and not running and self.switcher.may_raise:
+        if self.llm.plan and not running and not self.switcher.unreadable:
             self._growth.at_arrival(shape, next_pass)
         return True
 
@@ -198,14 +198,14 @@ class RuntimeController:
                 self.monitor.borrow(0)
                 self.monitor.observe_idle()
             self.chooser.follow_queue(self._waiting, self.llm.plan, shape)
-            if self.switcher.unreadable and self.switcher.may_raise:
+            if self.switcher.retry():
                 self._rejected = {}
                 self._growth.forget_failure()
             was_idle = self._growth.was_idle(shape)
             available = self._repaid_bytes(shape, self.monitor.available_bytes(shape, next_pass))
             if not self.chooser.fits(self.llm.plan, shape, available):
                 return self._lower(shape, available, next_pass)
-            if self.llm.plan and self.switcher.may_raise:
+            if self.llm.plan and not self.switcher.unreadable:
                 if was_idle:
                     self._growth.at_rest(next_pass)
                 else:

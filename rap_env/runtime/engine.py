@@ -273,9 +273,7 @@ class Engine:
         stopped = self._turn_lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
         try:
             scheduler = self._scheduler
-            for sequence in (
-                *scheduler.running, *scheduler.paused, *waiting, *self._queue.close()
-            ):  # fmt: skip
+            for sequence in (*scheduler.running, *scheduler.paused, *waiting, *self._queue.close()):
                 self._scheduler.output.end(sequence, "cancelled", "The engine was closed.")
             if stopped:
                 self._scheduler.drop_all()

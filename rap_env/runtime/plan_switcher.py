@@ -22,7 +22,8 @@ from rap_env.runtime.records import Decision, DecisionLog, Trigger
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Seconds after which a plan is raised again whose weights could not be read."""
+"""Seconds between two looks at weights that could not be read."""
+_UNREADABLE = (ChecksumError, ModelNotAvailableError)
 _ATTEMPTS = 4  # at making a plan fit by measured bytes
 _RECENT = 256
 
@@ -56,8 +57,8 @@ class PlanSwitcher:
     Attributes:
         rows_plan: Gives the plan with the lowest levels that rows have of caches, which may be
             lower than the plan's.
-        unreadable: Why the weights of a chosen plan cannot be read; empty if they can. The plan
-            stays as it is then, or without more blocks; it is not raised for `RETRY_S`.
+        unreadable: Why the weights of a chosen plan cannot be read; empty if they can. Until
+            `retry` finds that they can again, the plan is not to be raised.
         switches: How often the plan changed.
         switch_s: Seconds spent switching.
         recent: The last decisions, the newest at the end.
@@ -78,15 +79,24 @@ class PlanSwitcher:
         self._clock = clock
         self.rows_plan: Callable[[], Plan] = lambda: self._llm.plan
         self.unreadable = ""
-        self._retry_at_s = float("-inf")
+        self._unreadable_plan = Plan()
+        self._retry_at_s = 0.0
         self.switches = 0
         self.switch_s = 0.0
         self.recent: deque[Decision] = deque(maxlen=_RECENT)
 
-    @property
-    def may_raise(self) -> bool:
-        """Whether plans may be raised: always, unless weights could not be read just now."""
-        return self._clock() >= self._retry_at_s
+    def retry(self) -> bool:
+        """Whether weights that could not be read are there again; looked at every `RETRY_S`."""
+        if not self.unreadable or self._clock() < self._retry_at_s:
+            return False
+        try:
+            self._llm.prepare(self._unreadable_plan)
+        except _UNREADABLE as error:
+            self._note_unreadable(self._unreadable_plan, error)
+            return False
+        log.info("The weights of the plan can be read again.")
+        self.unreadable = ""
+        return True
 
     @property
     def lost_decisions(self) -> int:
@@ -157,8 +167,6 @@ class PlanSwitcher:
             readable = self._switch(choice, shape, trigger) and readable
             available = self._monitor.available_after_trim_bytes(shape, next_pass)
             if self._chooser.fits(self._llm.plan, shape, available):
-                if readable and trigger != "budget_fell":
-                    self._note_readable()
                 return True
             if readable:
                 choice = self.choose(shape, available, running=running)
@@ -172,16 +180,11 @@ class PlanSwitcher:
         choice = PlanChoice(plan, self._estimator.peak_bytes(plan, EMPTY_BATCH), guarded=True)
         self._switch(choice, EMPTY_BATCH, "budget_fell")
 
-    def _note_unreadable(self, error: RapError) -> None:
-        self._retry_at_s = self._clock() + RETRY_S
+    def _note_unreadable(self, plan: Plan, error: RapError) -> None:
+        self._unreadable_plan, self._retry_at_s = plan, self._clock() + RETRY_S
         if not self.unreadable:
             log.warning("The plan stays, and a try follows every %g s: %s", RETRY_S, error)
         self.unreadable = str(error)
-
-    def _note_readable(self) -> None:
-        if self.unreadable:
-            log.info("The weights of the plan can be read again.")
-        self.unreadable = ""
 
     def _switch(self, choice: PlanChoice, shape: BatchShape, trigger: Trigger) -> bool:
         """Apply a plan, return freed memory to the system, measure, and record the decision.
@@ -191,12 +194,12 @@ class PlanSwitcher:
         """
         monitor, before = self._monitor, self._llm.plan
         if choice.plan == before:
-            return not self.unreadable
+            return True
         bytes_before, started = monitor.used_bytes, time.perf_counter()
         try:
             self._llm.apply(choice.plan)
-        except (ChecksumError, ModelNotAvailableError) as error:
-            self._note_unreadable(error)
+        except _UNREADABLE as error:
+            self._note_unreadable(choice.plan, error)
             return False
         synchronise(self._llm.device)
         monitor.trim()
@@ -220,10 +223,12 @@ class PlanSwitcher:
         rise = self._chooser.rise(decision.after, shape.at_least_one[1], shape.text_shares)
         log.info(
             "Plan changed (%s): %s; budget %.1f MiB, peak %.1f MiB%s.",
-            trigger, textwrap.shorten(before.summary_of_change(decision.after), 280) or "nothing",
-            monitor.budget_bytes / 2**20, choice.need_bytes / 2**20,
+            trigger,
+            textwrap.shorten(before.summary_of_change(decision.after), 280) or "nothing",
+            monitor.budget_bytes / 2**20,
+            choice.need_bytes / 2**20,
             "" if rise is None else f", ΔNLL {rise:.4g}",
-        )  # fmt: skip
+        )
         self.recent.append(decision)
         if self._decision_log is not None:
             self._decision_log.append(decision)

@@ -117,8 +117,10 @@ class KeptCaches:
             except OSError as error:
                 log.warning(
                     "The caches of preempted requests stay in memory from now on: %s cannot be "
-                    "written to: %s.", self.folder, error,
-                )  # fmt: skip
+                    "written to: %s.",
+                    self.folder,
+                    error,
+                )
                 self.folder = None
         if self.folder is None:
             batch.lower(4)

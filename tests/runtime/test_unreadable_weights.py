@@ -82,20 +82,25 @@ def test_an_engine_is_not_ready_while_its_plan_cannot_be_raised():
         outage.engine.close()
 
 
-def test_a_raise_is_tried_every_five_seconds():
+def test_a_file_is_looked_at_every_five_seconds_whatever_the_budget_is():
     outage = Outage("gone")
     outage.ask()
-    tried, apply = [], outage.harness.llm.apply
+    outage.harness.budget_bytes = outage.harness.need(OUT, SHAPE)
+    tried, prepare = [], outage.harness.llm.prepare
 
     def noted(plan):
         tried.append(outage.harness.time_s)
-        apply(plan)
+        prepare(plan)
 
-    outage.harness.llm.apply = noted
+    outage.harness.llm.prepare = noted
     outage.idle(21)
     waits = [later - sooner for sooner, later in itertools.pairwise(tried)]
     assert len(tried) == 4
     assert waits == pytest.approx([5, 5, 5], abs=0.6)
+    assert outage.reason
+    outage.file.write_bytes(outage.content)
+    outage.idle(6)
+    assert not outage.reason
 
 
 def test_below_the_quality_floor_requests_wait_until_the_file_is_back():

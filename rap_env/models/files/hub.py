@@ -76,8 +76,11 @@ def hub_folder(repo_id: str, revision: str | None, check: Callable[[Path], objec
     total = "size unknown" if None in sizes else f"{sum(sizes) / 1e6:,.0f} MB"
     log.warning(
         "Downloading %s from the Hugging Face hub, %s, into %s. Set %s=1 to forbid downloads.",
-        repo_id, total, constants.HF_HUB_CACHE, OFFLINE_VARIABLE,
-    )  # fmt: skip
+        repo_id,
+        total,
+        constants.HF_HUB_CACHE,
+        OFFLINE_VARIABLE,
+    )
     try:
         with disk_errors(repo_id):
             folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=small))

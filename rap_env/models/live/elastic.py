@@ -118,10 +118,18 @@ class ElasticLLM:
             ModelNotAvailableError: A file of weights is missing or cannot be read; nothing changes.
         """
         with self.exclusive():
-            target = self._target(plan)
-            self._live.prepare(target)
+            self.prepare(plan)
             self._live.lower_caches(plan)
-            self._live.set(target, evict=True)
+            self._live.set(plan, evict=True)
+
+    def prepare(self, plan: Plan) -> None:
+        """Check that a plan can be applied now, and make levels that did not exist so far.
+
+        Raises:
+            RapError: As for `apply`.
+        """
+        with self.exclusive():
+            self._live.prepare(self._target(plan))
 
     @contextlib.contextmanager
     def masked(self, plan: Plan) -> Iterator[ElasticLLM]:

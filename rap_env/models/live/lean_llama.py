@@ -29,9 +29,15 @@ from rap_env.models.caches.attention import PACKED_ATTENTION, grouped_query_atte
 from rap_env.models.weights.packed_modules import meta_embedding
 
 _SIZES = (
-    "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",
-)  # fmt: skip
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
 _FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 _Rotation = tuple[torch.Tensor, torch.Tensor]
 
