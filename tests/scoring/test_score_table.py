@@ -1,6 +1,5 @@
 """Score tables: measured scores are exact, other scores are predicted and flagged."""
 
-import gzip
 import json
 from dataclasses import asdict
 
@@ -84,32 +83,15 @@ def test_too_few_scores(context):
         table_of(context, all_masks(BLOCKS, 1))
 
 
-def test_damaged_files_are_rejected(table, path, tmp_path):
-    packed = path.read_bytes()
-    for damaged in (
-        packed[: len(packed) // 2],
-        packed[:-1] + b"x",
-        packed[:40] + b"x" + packed[41:],
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(ArtifactError, match="truncated or no artifact"):
-            ScoreTable.load(path)
-    whole = gzip.decompress(packed).decode()
-    number = repr(table.dense_nll)
-    assert number in whole
-    path.write_text(whole.replace(number, repr(table.dense_nll + 1), 1))
-    with pytest.raises(ArtifactError, match=r"altered .*checksum"):
-        ScoreTable.load(path)
-    path.write_text(whole.replace('"version": 8', '"version": 9', 1))
-    with pytest.raises(ArtifactError, match="has format 9, but this version reads 8"):
+def test_files_that_are_no_tables_are_rejected(path, tmp_path):
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated or no artifact"):
         ScoreTable.load(path)
     save_artifact(path, "corpus", 1, {})
     with pytest.raises(ArtifactError, match="of the kind 'corpus', but 'score table'"):
         ScoreTable.load(path)
     with pytest.raises(ModelNotAvailableError, match=r"none\.json .*ScoreTable\.fitted"):
         ScoreTable.load(tmp_path / "none.json")
-    with pytest.raises(ModelNotAvailableError, match="Cannot read"):
-        ScoreTable.load(tmp_path)
     only = "RAPPrune-v0 has no .* of gemma3-270m, only of .*smollm2-135m; .* is for RAPLadder-v0"
     with pytest.raises(ModelNotAvailableError, match=only):
         ScoreTable.load(table_path("score_table:gemma3-270m"))
