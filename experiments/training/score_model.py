@@ -239,7 +239,12 @@ def _known(config: Config, context: PruningContext) -> dict[Plan, float]:
     if not ladder.removes_only or Path(context.frontier_path or "").is_file():
         table = context.frontier
         shift = native_shift(table, str(context.frontier_path), context)
-        return {plan: nll + shift for plan, nll in table.scores.items()}
+        # Without costs of levels, the scores of plans that lower items are of no use.
+        return {
+            plan: nll + shift
+            for plan, nll in table.scores.items()
+            if not ladder.removes_only or ladder.has(plan)
+        }
     blocks, count = context.memory.facts.num_blocks, config.score_model.first_masks
     plan = planned_masks(blocks, importance_orders(context, config), config.seed)
     masks = list(islice(plan, count))
