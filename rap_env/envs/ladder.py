@@ -98,11 +98,10 @@ class RAPLadderEnv(PruningEnv):
       so such a step alone can raise the peak.
 
     ## Rewards
-    Those of `RAPPrune-v0`, with plans in the place of masks: minus the ΔNLL of the final plan by
-    default, paid at the end or step by step, in nats or on a log scale, capped, combined with
-    accuracies or recall, which are measured with the caches of the plan. `relative_to` may be
-    `"one_shot"` (the greedy order, followed until the request fits), `"gsi"` (likewise), or
-    `"frontier"` (the best known mask).
+    Those of `RAPPrune-v0`: minus the ΔNLL of the final plan by default, paid at the end or step by
+    step, in nats or on a log scale, capped, combined with accuracies or recall, which are measured
+    with the caches of the plan. `relative_to` may be `"one_shot"` (the greedy order, followed until
+    the request fits), `"gsi"` (likewise), or `"frontier"` (the best known plan).
 
     A truncated episode is worth less than any plan that fits (`over_budget="worst"`): the ΔNLL of a
     plan that fits counts as at most C, the logarithm of the vocabulary's size (the NLL of a uniform
@@ -192,9 +191,9 @@ class RAPLadderEnv(PruningEnv):
     ## Version History
     - v0: First version. With `levels="masks"` on an unquantised model, and the workload, text,
       `infeasible` and `over_budget` of `RAPPrune-v0`, episodes are those of `RAPPrune-v0`: the same
-      requests, actions, bytes, ends and rewards. Only a reward relative to an order differs, since
-      the order here weighs costs against bytes. A truncated episode first paid for the plan that it
-      reached, as with `over_budget="measured"`.
+      requests, actions, bytes, ends and rewards. With these levels a reward relative to an order
+      first followed one that weighs costs against bytes. A truncated episode first paid for the
+      plan that it reached, as with `over_budget="measured"`.
     """
 
     config_type = LadderEnvConfig

@@ -11,16 +11,17 @@ class RAPPruneEnv(PruningEnv):
     ## Description
     A decoder-only language model with L layers has 2L blocks: each layer has an attention block
     (`attn`) and a feed-forward block (`ffn`). A request has a batch size, a sequence length and a
-    budget in bytes that is too small for the dense model with its KV cache. The agent removes one
+    budget in bytes that is too small for the native model with its KV cache. The agent removes one
     block after another until the rest fits the budget. Its goal is to lose as little quality as
     possible. Quality is measured by running the real model. Which kind of block frees more bytes
     depends on the request: FFN blocks hold most of the weights, while the KV cache belongs to the
     attention blocks and grows with batch size times sequence length. The problem is that of
     "RAP: Runtime-Adaptive Pruning" (arXiv 2505.17138).
 
-    Terms: the *dense peak* is the number of bytes that the unpruned model needs for the request.
-    The NLL of a mask is the mean negative log-likelihood of the calibration text, in nats per
-    token. The *ΔNLL* of a mask is its NLL minus the dense model's; `info` calls it `loss`.
+    Terms: the *native peak* is the number of bytes that the native model, from which nothing is
+    removed, needs for the request. A *plan* says which blocks are removed. Its NLL is the mean
+    negative log-likelihood of the calibration text, in nats per token, and its *ΔNLL* its NLL minus
+    the native model's; `info` calls it `loss`.
 
     ## Observation Space
     A `Dict`. All numbers are finite. `gymnasium.wrappers.FlattenObservation` turns it into one
@@ -30,11 +31,11 @@ class RAPPruneEnv(PruningEnv):
 
     | Index | Observation | Min | Max |
     |-------|-------------|-----|-----|
-    | 0 | budget, as a share of the dense peak | 0 | 1 |
+    | 0 | budget, as a share of the native peak | 0 | 1 |
     | 1 | log2 of the batch size, divided by 8 | 0 (1 sequence) | 1 (256 or more) |
     | 2 | log of the sequence length, divided by log of the model's positions | 0 | 1 |
-    | 3 | bytes over the budget, as a share of the dense peak | 0 (the request fits) | 1 |
-    | 4 | KV cache of the dense model, as a share of the dense peak | 0 | 1 |
+    | 3 | bytes over the budget, as a share of the native peak | 0 (the request fits) | 1 |
+    | 4 | KV cache of the native model, as a share of the native peak | 0 | 1 |
 
     `blocks`: `Box(0, 1, (2L, 7), float32)`. Row `2 * layer` is the layer's attention block, row
     `2 * layer + 1` its FFN block.
@@ -44,7 +45,7 @@ class RAPPruneEnv(PruningEnv):
     | [:, 0] | kind | 0 (attention) | 1 (FFN) |
     | [:, 1] | depth: layer divided by L - 1 | 0 (first layer) | 1 (last layer) |
     | [:, 2] | kept | 0 (removed) | 1 |
-    | [:, 3] | bytes its removal frees, as a share of the dense peak; 0 if removed | 0 | 1 |
+    | [:, 3] | bytes its removal frees, as a share of the native peak; 0 if removed | 0 | 1 |
     | [:, 4] | one-shot importance x, in nats per token, as x / (1 + x); 0 if negative | 0 | 1 |
     | [:, 5] | position in the GSI order | 0 (removed first) | 1 (removed last) |
     | [:, 6] | ΔNLL added by its removal in the GSI order, as x / (1 + x) | 0 | 1 |
@@ -65,7 +66,7 @@ class RAPPruneEnv(PruningEnv):
     `action_masks()` returns the valid actions as booleans, as sb3-contrib's MaskablePPO expects.
 
     ## Rewards
-    With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final mask on
+    With the default `reward="perplexity"`, the last step pays minus the ΔNLL of the final plan on
     the calibration text (there is no reward named `nll`). Reasons for this form:
     - Fitting the budget ends the episode and is not rewarded separately, so no weight between
       quality and memory has to be chosen: every complete episode meets the budget.
@@ -74,7 +75,7 @@ class RAPPruneEnv(PruningEnv):
     - Paid at the end (`timing="terminal"`), an episode needs one model evaluation. With
       `{"name": "perplexity", "timing": "dense"}` each step pays the ΔNLL that it adds. The
       undiscounted return is the same with less delay, at the cost of one evaluation per step.
-    - A truncated episode pays the ΔNLL of the mask that it reached, unless `over_budget` says
+    - A truncated episode pays the ΔNLL of the plan that it reached, unless `over_budget` says
       otherwise (see below).
 
     The ΔNLL differs between requests by orders of magnitude. Two settings of this reward keep a
@@ -83,19 +84,19 @@ class RAPPruneEnv(PruningEnv):
       `log_offset` is 0.05 nats per token by default. Where the ΔNLL is negative, the tangent at 0
       is used.
     - `relative_to="gsi"`, `"one_shot"` (that order, followed until the request fits) or
-      `"frontier"` (the best known mask): the last step also pays the baseline's cost at the same
+      `"frontier"` (the best known plan): the last step also pays the baseline's cost at the same
       request, so that the return is the advantage over the baseline. This needs one more
       evaluation for each new request. With `scale="log"` the return is a log ratio.
 
-    An episode that fails is paid like any other (`over_budget="measured"`), and its mask may have a
-    lower ΔNLL than a mask that fits. If invalid actions are not masked, failing may therefore pay.
+    An episode that fails is paid like any other (`over_budget="measured"`), and its plan may have a
+    lower ΔNLL than a plan that fits. If invalid actions are not masked, failing may therefore pay.
     With `over_budget="worst"`, as in the pinned tasks, a plan over its budget is worth less than
     any plan that fits: the ΔNLL of a plan that fits counts as at most C, the logarithm of the
     vocabulary's size (the NLL of a uniform guess; C is `loss_cap`, if that is less), and a
     truncated episode as 2 C, in nats or on the log scale. In the same way, accuracy pays -2 then,
     and recall -2 C. Penalties of invalid actions are paid on top.
 
-    `"accuracy"` pays the final mask's mean accuracy on `tasks` minus the dense model's.
+    `"accuracy"` pays the final plan's mean accuracy on `tasks` minus the native model's.
     `"recall"` pays minus the rise in the NLL that the right choices of `tasks` have among the
     choices, which is smooth where the accuracy of few documents is coarse; choose tasks of long
     contexts for it, such as `rap_recall_1024`.
@@ -104,11 +105,11 @@ class RAPPruneEnv(PruningEnv):
     `rap_env.reward` states the range of each term and its value on failure.
 
     ## Starting State
-    The dense model and a request drawn from `workload` that the dense model does not fit (up to
+    The native model and a request drawn from `workload` that the native model does not fit (up to
     100 requests are drawn to find one). `reset(options={"request": ...})` sets the request of the
     episode: a `Request`, or a dict of `batch_size`, `seq_len_tokens` and either `budget_bytes` or
-    `budget_fraction` (of the dense peak). A budget that no mask can meet is raised to the least
-    budget that a mask can meet (`infeasible="clip"`). With `infeasible="error"`, a request with
+    `budget_fraction` (of the native peak). A budget that no plan can meet is raised to the least
+    budget that a plan can meet (`infeasible="clip"`). With `infeasible="error"`, a request with
     such a budget is drawn again; it is an error if it was given in `options`, or if none of 100
     drawn requests can be met.
 
@@ -118,7 +119,7 @@ class RAPPruneEnv(PruningEnv):
     - Truncation: `max_invalid_actions` actions were invalid. This never happens on the first step,
       since no block is removed before it.
     - Truncation: `max_steps` steps were taken, if it is given. Such an episode pays as if every
-      block were removed (with `over_budget="worst"`, less than any mask that fits), so that not
+      block were removed (with `over_budget="worst"`, less than any plan that fits), so that not
       finishing is never better than finishing; `nll` and `loss` are not measured then. Use it in
       the place of `max_episode_steps` of `gymnasium.make` and of the wrapper `TimeLimit`: they end
       an episode before its reward, which makes not finishing the best return. The environment
@@ -131,10 +132,10 @@ class RAPPruneEnv(PruningEnv):
       fixed, for frameworks that stack infos.
     - `peak_bytes`: bytes that the request needs with these blocks removed.
     - `request`: dict of `batch_size`, `seq_len_tokens` and `budget_bytes`.
-    - `nll` and `loss`: NLL and ΔNLL of the mask in nats per token; present at the reset, on the
+    - `nll` and `loss`: NLL and ΔNLL of the plan in nats per token; present at the reset, on the
       last step, and on each step where the reward measures them (`timing="dense"`).
     - `baseline_loss`: present on the last step if the reward is `relative_to` a baseline: the
-      ΔNLL of that baseline's mask at the same request.
+      ΔNLL of that baseline's plan at the same request.
     - `predicted`: true; present only if a score table predicted `nll` instead of
       measuring it.
     - `reward_terms`: dict of each term's share of the reward by name, `invalid_action` included;
@@ -161,7 +162,7 @@ class RAPPruneEnv(PruningEnv):
     | `gsi_method` | `"exact"` | `"lazy"` is several times faster, see `gsi` |
     | `frontier` | `None` | path of a frontier artifact, for a reward relative to it |
     | `tasks` | `None` | of accuracy and recall: names or dict of `TaskConfig`; `None`: generated |
-    | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no mask can meet, see above |
+    | `infeasible` | `"error"` | `"error"` or `"clip"`: budgets that no plan can meet, see above |
     | `over_budget` | `"measured"` | `"measured"` or `"worst"`: what a truncated episode pays |
     | `invalid_action_penalty` | `0.1` | what an invalid action costs, in units of the reward |
     | `max_invalid_actions` | `10` | number of invalid actions that ends an episode |
