@@ -1,9 +1,9 @@
 """Imitation learning: a policy learns a teacher's plans before it learns from rewards.
 
-A mask says which blocks are removed, a plan which level each item has, not in which order. In a
-state on the way there, each remaining step is therefore a right action, and the policy is trained
-to choose one of them. States are random subsets of the teacher's masks, or random plans between
-the native one and the teacher's; they are drawn again for each update.
+A plan says which level each item has, not in which order they were lowered. In a state on the way
+there, each remaining step is therefore a right action, and the policy is trained to choose one of
+them. States are random plans between the native one and the teacher's; they are drawn again for
+each update.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TeacherStates:
             self.steps = self._observer.distance(np.arange(len(shown)), self._targets)
         if not self.steps.any():
             raise AgentConfigError(
-                f"Nothing to imitate: none of {len(shown)} demonstrations lowers or removes "
+                f"Nothing to imitate: none of {len(shown)} demonstrations lowers "
                 "anything. Give requests whose budgets are below the native peak."
             )
         self._sampled = np.flatnonzero(self.steps)
@@ -161,9 +161,9 @@ def imitate(
         progress: Show a progress bar on a terminal.
 
     Raises:
-        AgentConfigError: No demonstration removes or lowers anything.
+        AgentConfigError: No demonstration lowers anything.
         InvalidRequestError: The model cannot serve a request.
-        UnknownNameError: It lacks blocks of a mask, or levels of a plan.
+        UnknownNameError: It lacks levels of a plan.
     """
     config = config or ImitationConfig()
     policy: Any = model.policy

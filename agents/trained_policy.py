@@ -26,7 +26,7 @@ from rap_env.request import Request
 if TYPE_CHECKING:
     from rap_env.context.base import PruningContext, Scorer
 
-ScoreMasks = Callable[[Sequence[Any]], Sequence[float]]
+ScorePlans = Callable[[Sequence[Any]], Sequence[float]]
 """Returns a number for each plan, lower is better: its delta_nll or its NLL."""
 
 _Q_TEMPERATURE = 0.25
@@ -45,9 +45,9 @@ class TrainedPolicy(Policy):
         policy: The network.
         encoder: Encodes its observations.
         best_of: Number of plans among which it chooses: the greedy one and samples.
-        score_masks: Predicts scores of plans; if `best_of` is above 1, this or `scorer`
+        score_plans: Predicts scores of plans; if `best_of` is above 1, this or `scorer`
             is needed.
-        scorer: Measures scores instead, if there is no `score_masks`; each plan then
+        scorer: Measures scores instead, if there is no `score_plans`; each plan then
             counts in `evaluations`.
         seed: Seed of the samples; the same request always gets the same samples.
 
@@ -68,7 +68,7 @@ class TrainedPolicy(Policy):
         encoder: ObservationEncoder,
         *,
         best_of: int = 1,
-        score_masks: ScoreMasks | None = None,
+        score_plans: ScorePlans | None = None,
         scorer: Scorer | None = None,
         seed: int = 0,
     ) -> None:
@@ -76,9 +76,9 @@ class TrainedPolicy(Policy):
             raise AgentConfigError(
                 f"best_of must be a whole number of at least 1, not {best_of!r}."
             )
-        if best_of > 1 and score_masks is None and scorer is None:
+        if best_of > 1 and score_plans is None and scorer is None:
             raise AgentConfigError(
-                f"best_of={best_of} needs a way to score masks; pass score_masks (predictions) "
+                f"best_of={best_of} needs a way to score plans; pass score_plans (predictions) "
                 "or scorer (measurements)."
             )
         self._policy = policy
@@ -86,7 +86,7 @@ class TrainedPolicy(Policy):
         self._encoder = encoder
         self.weight_levels = encoder.ladder.weight_levels
         self._best_of = best_of
-        self._score_masks = score_masks
+        self._score_plans = score_plans
         self._scorer = scorer
         self._seed = seed
         self.evaluations = 0
@@ -113,13 +113,13 @@ class TrainedPolicy(Policy):
 
         Raises:
             InvalidRequestError: The model cannot serve the batch size or the length.
-            InfeasibleBudgetError: No mask, or no plan of the ladder, fits the budget.
+            InfeasibleBudgetError: No plan of the ladder fits the budget.
         """
         self._encoder.ladder_bytes.check_feasible(request)
         plans = list(dict.fromkeys(self.sample(request, self._best_of)))
         if len(plans) == 1:
             return plans[0]
-        score = self._score_masks
+        score = self._score_plans
         if score is None:
             assert self._scorer is not None  # checked by __init__
             score = self._scorer.nll_many

@@ -257,7 +257,7 @@ class Recorder(BaseCallback):
             "time/seconds": self.totals["seconds"],
             "time/steps_per_s": self._steps_per_s(),
         }
-        if fits:  # the NLL of a mask that does not fit means nothing
+        if fits:  # the NLL of a plan that does not fit means nothing
             delta_nll = float(info[self._delta_key])
             metrics["episode/delta_nll"] = delta_nll
             self._recent.append(delta_nll)

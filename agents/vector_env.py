@@ -22,7 +22,7 @@ class GymVecEnv(VecEnv):
 
     An agent sees the same seeds, observations, rewards and infos as with `DummyVecEnv` over single
     environments. It works with gymnasium's own vector environments and with
-    `rap_env.RAPPruneVectorEnv`, which scores the masks of all sub-environments together.
+    `rap_env.RAPPruneVectorEnv`, which scores the plans of all sub-environments together.
 
     Raises:
         UnknownNameError: The autoreset mode is not ``SAME_STEP``.

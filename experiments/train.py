@@ -48,7 +48,7 @@ FROZEN = (
 
 
 def train(config: Config, folder: Path, *, swept: dict[str, Any] | None = None) -> Path:
-    """Train an agent, or resume its training, and record the masks that its policy chooses.
+    """Train an agent, or resume its training, and record the plans that its policy chooses.
 
     Args:
         config: All settings.
@@ -126,7 +126,7 @@ def show_policy(
 
 
 class ObjectiveScorer:
-    """Computes a sweep's objective: mean ΔNLL of the chosen masks on the selection text.
+    """Computes a sweep's objective: mean ΔNLL of the chosen plans on the selection text.
 
     The selection text is ``evaluate.selection``, or the calibration text where none is given.
 

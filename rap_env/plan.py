@@ -149,7 +149,7 @@ class Plan:
 
     @classmethod
     def removing(cls, *blocks: str | int) -> Plan:
-        """The mask that removes the given blocks (objects, names or indices).
+        """The plan that removes the given blocks (objects, names or indices).
 
         Raises:
             UnknownNameError: One of them does not name a block.
@@ -333,7 +333,7 @@ class Plan:
 
 
 def every_mask(num_blocks: int) -> Iterator[Plan]:
-    """All masks of a model, those that remove few blocks first."""
+    """All plans that only remove blocks, those that remove few first."""
     for count in range(num_blocks + 1):
         yield from (Plan.removing(*chosen) for chosen in combinations(range(num_blocks), count))
 

@@ -78,9 +78,9 @@ class Scene:
     @property
     def budget_words(self) -> str:
         """The budget in words."""
-        dense = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
+        native = self.memory.dense_peak_bytes(self.request.batch_size, self.request.seq_len_tokens)
         budget = self.request.budget_bytes
-        return f"{human_bytes(budget)}, {budget / dense:.0%} of the native peak"
+        return f"{human_bytes(budget)}, {budget / native:.0%} of the native peak"
 
     @property
     def verdict(self) -> str:
@@ -106,7 +106,7 @@ class Scene:
 
     @property
     def lowered_words(self) -> str:
-        """The number of lowered items of each kind and level, in words; empty for a mask."""
+        """The number of lowered items of each kind and level, in words; empty if there are none."""
         kept = ((item, level) for item, level in self.plan.levels.items() if level != "removed")
         counts = Counter((_kind(item), level) for item, level in kept)
         named = {pair: pair[0] for pair in counts if pair[0] == EMBEDDINGS}

@@ -100,15 +100,15 @@ def _checked(cells: list[EvaluationCell], ladder_bytes: LadderBytes) -> list[Eva
 
 
 def _at_sparsity(memory: MemoryModel, shape: tuple[int, int], share: float) -> EvaluationCell:
-    """Return a cell whose budget is below the dense peak by a share of all block bytes.
+    """Return a cell whose budget is below the native peak by a share of all block bytes.
 
-    At a short request, nearly all bytes that a mask frees are weights, so a mask that meets the
+    At a short request, nearly all bytes that a plan frees are weights, so a plan that meets the
     budget removes this share of the parameters, embeddings and head not counted.
     """
-    dense = memory.dense_peak_bytes(*shape)
-    budget = dense - math.ceil(share * sum(memory.facts.block_param_bytes))
+    native = memory.dense_peak_bytes(*shape)
+    budget = native - math.ceil(share * sum(memory.facts.block_param_bytes))
     request = Request(*shape, budget_bytes=max(1, budget))
-    return EvaluationCell((*shape, budget / dense), request, sparsity=share)
+    return EvaluationCell((*shape, budget / native), request, sparsity=share)
 
 
 Scores = Callable[[Sequence[Plan]], Sequence[float]]
@@ -223,7 +223,7 @@ def _agent(
         digest = hashlib.sha256(table.read_bytes()).hexdigest() if scores else "real"
         identity |= {"best_of": best_of, "scores": digest}
     policy = TrainedPolicy.load(
-        folder, context, best_of=best_of, score_masks=scores, scorer=context.scorer
+        folder, context, best_of=best_of, score_plans=scores, scorer=context.scorer
     )
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None  # the policy was loaded from it

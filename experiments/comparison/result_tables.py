@@ -192,7 +192,7 @@ def budget_words(comparison: Comparison) -> str:
 
 
 def accuracy_table(comparison: Comparison) -> Table | None:
-    """Return the accuracies of each task over the grid, dense first, chance last; None without.
+    """Return the accuracies of each task over the grid, native first, chance last; None without.
 
     Tasks have a column for ``acc`` and, if it was measured, one for ``acc_norm``. The mean is that
     of ``acc``.
@@ -204,8 +204,8 @@ def accuracy_table(comparison: Comparison) -> Table | None:
     columns = [(t, m) for t in tasks for m in ("acc", "acc_norm") if m == "acc" or t in normed]
     names = [f"{task} {metric}" if normed else task for task, metric in columns]
     rows = []
-    dense = [REFERENCE] if REFERENCE in comparison.methods else []
-    for method in [*dense, *[s.method for s in comparison.summaries]]:
+    reference = [REFERENCE] if REFERENCE in comparison.methods else []
+    for method in [*reference, *[s.method for s in comparison.summaries]]:
         scored = [row for row in comparison.rows if row.method == method and row.accuracies]
         if method != REFERENCE:
             scored = [row for row in scored if row.cell in comparison.cells]

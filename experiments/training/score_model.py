@@ -2,7 +2,7 @@
 
 Training may start with imitation of a teacher (`warm_start`). With `score_model.rounds`, each
 round fits the score model to all scores measured so far, trains the agent on its predictions, and
-then measures the masks that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
+then measures the plans that the policy chooses (Sutton 1991, Dyna; Anthony et al. 2017, expert
 iteration, arXiv 1705.08439). If the policy exploits an error of the score model, the next round
 corrects it.
 """
@@ -46,7 +46,7 @@ from rap_env.workload import make_sampler
 
 log = logging.getLogger(__name__)
 
-_DRAWN = 4  # sampled masks for each verified request; the best by prediction is measured
+_DRAWN = 4  # sampled plans for each verified request; the best by prediction is measured
 
 
 def learn(
@@ -139,14 +139,14 @@ class _ScoredText:
             first, *drawn = policy.sample(request, 1 + _DRAWN)
             favourites.append(first)
             others.append(min(drawn, key=predicted.scorer.nll))
-        masks = list(dict.fromkeys([*favourites, *others]))
-        real = dict(zip(masks, context.scorer.nll_many(masks), strict=True))
-        dense = context.scorer.dense_nll
-        rises = [predicted.scorer.nll(mask) - dense for mask in favourites]
+        plans = list(dict.fromkeys([*favourites, *others]))
+        real = dict(zip(plans, context.scorer.nll_many(plans), strict=True))
+        native = context.scorer.dense_nll
+        rises = [predicted.scorer.nll(plan) - native for plan in favourites]
         return {
-            "delta_nll": float(np.mean([real[mask] - dense for mask in favourites])),
+            "delta_nll": float(np.mean([real[plan] - native for plan in favourites])),
             "predicted_delta_nll": float(np.mean(rises)),
-            "scored": [[json.loads(mask.to_json()), nll] for mask, nll in real.items()],
+            "scored": [[json.loads(plan.to_json()), nll] for plan, nll in real.items()],
         }
 
 

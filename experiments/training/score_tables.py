@@ -1,6 +1,6 @@
 """Score tables: which masks are measured for them, which scores are recorded, how they are made.
 
-The plan contains the dense model, every single removal, and the model without all attention
+The first ones are the native model, every single removal, and the model without all attention
 blocks, all FFN blocks or all blocks. Further masks are drawn in fixed shares:
 
 | kind | share | masks |
@@ -51,7 +51,7 @@ DEEPEST = 0.6
 """Maximum share of blocks that `order` and `episode` remove."""
 
 ROUNDS_FILE = "rounds.jsonl"
-"""Measured and predicted scores of the policy's masks after each round."""
+"""Measured and predicted scores of the policy's plans after each round."""
 
 Folders = Sequence[str | os.PathLike[str]]
 

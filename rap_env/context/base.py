@@ -49,14 +49,14 @@ class ContextConfig:
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` ...
         dtype: ``"auto"``, ``"float32"``, ``"bfloat16"`` ...
         weights: ``"bf16"`` (unquantised, in `dtype`), or another value of `rap_env.load_llm`.
-        calibration: The text that masks are searched on.
+        calibration: The text that plans are searched on.
         importance: ``"gsi"`` (measured once, then cached), ``"one_shot"`` (2L evaluations),
             ``"none"``, or the path of a GSI artifact.
         gsi_removals: Number of removals, or of actions on items, after which GSI stops; None
             orders all blocks or items.
         gsi_method: ``"exact"`` or ``"lazy"``, see `rap_env.gsi`.
         frontier: Path of a frontier artifact (`rap_env.importance.plan_table`); None if
-            nothing needs the best known masks.
+            nothing needs the best known plans.
         store: ``"default"`` (in the cache), a path, or None to keep scores in memory.
         workers: Number of workers that measure, each with a model (see
             `rap_env.scoring.workers.WorkerPool`); 0 measures in this process.
@@ -89,13 +89,13 @@ class PruningContext(ABC):
     """A model with its memory arithmetic, calibration text, scorer and importance.
 
     Environments, agents, baselines and experiments take a context, so that all of them measure
-    the same masks on the same text and share one model and one score store. `LiveContext` has a
+    the same plans on the same text and share one model and one score store. `LiveContext` has a
     live model. `TableContext` has a score table instead; there, `llm`, `corpus` and
     `layer_influence` raise `ModelNotAvailableError`.
 
     Attributes:
         memory: The model's byte arithmetic.
-        scorer: Scores masks on the calibration text.
+        scorer: Scores plans on the calibration text.
         store: The store of scores; None if they are kept in memory or come from a table.
         importance: The kind of importance that an agent observes, see `ContextConfig`.
         frontier_path: Path of the frontier artifact, if one was given.
@@ -192,7 +192,7 @@ def item_order(
 
 
 def costs_of(context: PruningContext, ladder: Ladder) -> LevelCosts:
-    """The costs of a ladder's levels; over masks, the one-shot importance of the blocks."""
+    """The costs of a ladder's levels; if it only removes, the one-shot importance of the blocks."""
     if ladder.removes_only:
         return RemovalCosts.of_removals(context.one_shot)
     return context.level_costs(ladder.cache_levels)
@@ -203,8 +203,8 @@ def method_order(
 ) -> tuple[Sequence[Step], int]:
     """The steps of an order that a method follows, and the evaluations that it needed.
 
-    Over masks it is the order of the rise in NLL alone, one-shot or by GSI (`full_order`). Where
-    items have further levels, it is `item_order`, by the rise per byte.
+    If the ladder only removes, it is the order of the rise in NLL alone, one-shot or by GSI
+    (`full_order`). Where items have further levels, it is `item_order`, by the rise per byte.
     """
     by_gsi, ladder = importance == "gsi", ladder_bytes.ladder
     if not ladder.removes_only:

@@ -47,7 +47,7 @@ class LiveContext(PruningContext):
 
     Args:
         llm: The live model.
-        calibration: The text that masks are searched on.
+        calibration: The text that plans are searched on.
         store: Where scores are stored; None keeps them in memory.
         folder: Where importance artifacts are cached; None keeps them in memory.
         progress: Whether long measurements show progress bars.

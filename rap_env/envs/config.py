@@ -19,7 +19,7 @@ from rap_env.specs import check, check_settings, setting, settings_of
 from rap_env.workload.registry import parse_sampler
 
 INFEASIBLE = ("error", "clip")
-"""What to do with a budget that no mask can meet: reject the request (one that was drawn is drawn
+"""What to do with a budget that no plan can meet: reject the request (one that was drawn is drawn
 again), or raise the budget to the least one."""
 
 OVER_BUDGET = ("measured", "worst")
@@ -32,7 +32,7 @@ INFO_FORMS = ("names", "arrays")
 RENDER_MODES = ("ansi", "rgb_array")
 
 TASK_DOCUMENTS = 20
-"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per mask on a CPU."""
+"""Documents of each task in an accuracy reward: 3 tasks of 20 take seconds per plan on a CPU."""
 
 _OF_CONTEXT = (
     "model", "device", "dtype", "importance", "gsi_removals", "gsi_method", "frontier",

@@ -164,7 +164,7 @@ IMPORTANCES: dict[str, type[Importance]] = {
 
 
 def bytes_over(peak_bytes: Any, budget_bytes: Any, dense_peak_bytes: Any) -> Any:
-    """Bytes above the budget as a share of the dense peak, in [0, 1]; numbers or arrays.
+    """Bytes above the budget as a share of the native peak, in [0, 1]; numbers or arrays.
 
     Products with conditions take both, and are faster than NumPy's functions for a number.
     """

@@ -151,7 +151,7 @@ class Ladder:
 
     @cached_property
     def removes_only(self) -> bool:
-        """Whether native and removed are the only levels, so that its plans are masks."""
+        """Whether native and removed are the only levels."""
         return all(item.levels[1:] == ("removed",) for item in self.items)
 
     @cached_property

@@ -47,7 +47,7 @@ class ObservationEncoder:
     """Encodes requests and plans on a ladder as observations.
 
     Args:
-        ladder_bytes: The model's byte arithmetic over the ladder; over masks (`mask_bytes`) for the
+        ladder_bytes: The model's byte arithmetic over the ladder; that of `mask_bytes` for the
             importance of blocks.
         importance: What is observed of the importance of blocks or of levels.
 

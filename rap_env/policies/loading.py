@@ -107,7 +107,7 @@ def load_policy(
             for answers that need facts from far back in the prompt), ``"knapsack"`` (the packaged
             level costs) and ``"knapsack-by-text"``, which chooses by the kinds of text of the
             prompts. With ``weights="bf16"``: ``"rap-v0"`` (the trained policy that removes blocks)
-            and ``"frontier"`` (the packaged table of masks).
+            and ``"frontier"`` (the packaged table of removals).
             Any other method of `rap_env.policies.registry.methods`, on the packaged scores of the
             default model. For any model: ``"dense"``. Other packages may offer further names (entry
             points ``rap_env.policies``); ``"package.module:name"`` names any `Method`, or any

@@ -47,7 +47,7 @@ class _OrderOfSteps(Method):
 
 @register
 class OneShot(_OrderOfSteps):
-    """Follows one-shot importance, which is measured once, from the dense model.
+    """Follows one-shot importance, which is measured once, from the native model.
 
     Blocks are removed in ascending order of it. Where items have further levels, the order is
     greedy by one-shot cost per byte, at a reference request.
@@ -123,7 +123,7 @@ class BlockInfluence(Method):
     """
 
     name = "block_influence"
-    setup_evaluations = 1  # one pass of the dense model measures all blocks
+    setup_evaluations = 1  # one pass of the native model measures all blocks
 
     def _choose(self, request: Request, scores: CountingScorer) -> Plan:
         return self.remove(one_by_one(ascending(self.context.one_shot.block_influence)), request)
@@ -133,13 +133,13 @@ class BlockInfluence(Method):
 class ShortGPT(Method):
     """Removes the layers that change the hidden state least (Men et al. 2024).
 
-    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the dense model, measured
+    arXiv 2403.03853: block influence (eq. 1) of each whole layer of the native model, measured
     once. Deviates from the paper: layers are removed until the request fits and not until a
     given number is removed.
     """
 
     name = "shortgpt"
-    setup_evaluations = 1  # one pass of the dense model measures all layers
+    setup_evaluations = 1  # one pass of the native model measures all layers
 
     def __init__(self, basis: Basis) -> None:
         super().__init__(basis)

@@ -19,7 +19,7 @@ from rap_env.policies.registry import register
 from rap_env.request import Request
 
 MOST_BLOCKS = 12
-"""Largest number of blocks for which `Oracle` scores all masks (4,096)."""
+"""Largest number of blocks for which `Oracle` scores all removals (4,096)."""
 
 _LAZY_BATCH = 6
 _CHILDREN = 3  # of each plan of a beam, times its width
@@ -107,7 +107,8 @@ class _StepSearch(_Search):
     """A search that takes measured steps of a ladder.
 
     Over a ladder with several levels, only the most promising steps are measured; a step that was
-    not measured yet is expected to cost its one-shot cost. Over masks all steps are measured.
+    not measured yet is expected to cost its one-shot cost. If blocks are only removed, all steps
+    are measured.
     """
 
     exact = False
@@ -159,7 +160,7 @@ class GreedyPerByte(_StepSearch):
     if several blocks each suffice alone, the one with the lowest rise is removed last, whatever its
     size. Over a ladder with several levels, the most promising steps are measured in each round, a
     few at a time, until the best of them is no worse than the last known price of the next one
-    (Minoux 1978); over masks all are measured.
+    (Minoux 1978); where blocks are only removed, all are measured.
     """
 
     name = "greedy_per_byte"
@@ -189,11 +190,11 @@ class ExactGreedyPerByte(GreedyPerByte):
 
 @register
 class GreedySwaps(GreedyPerByte):
-    """Improves the mask of `GreedyPerByte` by swaps at equal bytes.
+    """Improves the plan of `GreedyPerByte` by swaps at equal bytes.
 
     Every removed block is restored in turn, starting with the one whose return lowers the NLL
-    most. The mask without it, and with any other block removed instead, is scored where it fits.
-    The best of these is taken if it is better than the current mask, and the search starts
+    most. The plan without it, and with any other block removed instead, is scored where it fits.
+    The best of these is taken if it is better than the current plan, and the search starts
     again. It ends when no swap helps, or when `extra_evaluations` are used up, beyond those of the
     greedy search, for each request.
     """
@@ -283,10 +284,10 @@ class SLEB(_Search):
 
 @register
 class Oracle(Method):
-    """Finds the mask of lowest NLL under which the request fits by brute force.
+    """Finds the removals of lowest NLL under which the request fits by brute force.
 
-    Masks that remove more than necessary are tried too, since a removal may lower the NLL.
-    Requests share the stored scores: with 12 blocks at most 4,096 masks are ever run.
+    Plans that remove more than necessary are tried too, since a removal may lower the NLL.
+    Requests share the stored scores: with 12 blocks at most 4,096 plans are ever run.
 
     Raises:
         SearchTooLargeError: The model has more than `MOST_BLOCKS` blocks.
@@ -299,8 +300,8 @@ class Oracle(Method):
         blocks = self.memory.facts.num_blocks
         if blocks > MOST_BLOCKS:
             raise SearchTooLargeError(
-                f"The method 'oracle' scores every mask, but {self.memory.facts.name} has "
-                f"{blocks} blocks and so 2^{blocks} masks. Use a model of at most {MOST_BLOCKS} "
+                f"The method 'oracle' scores all removals, but {self.memory.facts.name} has "
+                f"{blocks} blocks and so 2^{blocks} of them. Use a model of at most {MOST_BLOCKS} "
                 "blocks, or another method such as 'evolutionary'."
             )
         self._masks = list(every_mask(blocks))

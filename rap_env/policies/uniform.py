@@ -86,12 +86,12 @@ class Uniform(Method):
 
     def __init__(self, basis: Basis) -> None:
         super().__init__(basis)
-        masks = mask_bytes(self.memory)
-        profile = self.context.item_gsi(masks)
+        removals = mask_bytes(self.memory)
+        profile = self.context.item_gsi(removals)
         self.setup_evaluations = profile.evaluations
         self._native_nll = profile.dense_nll
         self._order, self._rises = self._removal_order(
-            greedy_order(self.context.level_costs(()), masks, profile)
+            greedy_order(self.context.level_costs(()), removals, profile)
         )
         self._kept = self._kept_settings()
 

@@ -88,7 +88,7 @@ def test_best_of_takes_the_plan_with_the_lowest_score(any_context, monkeypatch, 
         judged.append(masks)
         return [float(context.scorer.loss(mask)) for mask in masks]
 
-    trained = trained_policy(name, context, spread=0.1, best_of=16, score_masks=score)
+    trained = trained_policy(name, context, spread=0.1, best_of=16, score_plans=score)
     request = request_at(context, 2, 300, 0.6)
     (greedy,) = trained.sample(request, 1)
     assert not judged
@@ -143,14 +143,14 @@ def test_a_nan_score_never_wins(context):
     def score(masks):
         return [np.nan, *range(len(masks), 1, -1)]
 
-    trained = trained_policy("ppo", context, best_of=8, score_masks=score)
+    trained = trained_policy("ppo", context, best_of=8, score_plans=score)
     request = request_at(context, 2, 300, 0.6)
     last = list(dict.fromkeys(trained.sample(request, 8)))[-1]
     assert trained.choose(request) == last
 
 
 @pytest.mark.parametrize(
-    ("best_of", "text"), [(4, "needs a way to score masks"), (0, "at least 1")]
+    ("best_of", "text"), [(4, "needs a way to score plans"), (0, "at least 1")]
 )
 def test_best_of_needs_a_scorer(context, best_of, text):
     with pytest.raises(AgentConfigError, match=text):

@@ -172,7 +172,7 @@ def test_the_oracle_is_the_best_of_all_masks_of_a_real_model(real_context, shape
 
 def test_the_oracle_rejects_a_larger_model():
     context = SyntheticContext([0.1] * (MOST_BLOCKS + 2))
-    with pytest.raises(SearchTooLargeError, match="synthetic has 14 blocks and so 2.14 masks"):
+    with pytest.raises(SearchTooLargeError, match="synthetic has 14 blocks and so 2.14 of them"):
         make_method("oracle", context)
 
 
