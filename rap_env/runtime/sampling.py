@@ -20,6 +20,8 @@ from transformers.generation.logits_process import (
 
 from rap_env.errors import InvalidGrammarError, InvalidRequestError
 from rap_env.models.device import send
+from rap_env.request import whole_number
+from rap_env.specs import check, setting
 
 
 class TokenMatcher(Protocol):
@@ -56,44 +58,26 @@ class SamplingParams:
         InvalidRequestError: A value is out of its range.
     """
 
-    max_new_tokens: int = 16
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
+    max_new_tokens: int = setting(16, low=1)
+    temperature: float = setting(0.0, low=0, high=100)
+    top_p: float = setting(1.0, above=0, high=1)
+    top_k: int = setting(0, low=0)
+    seed: int | None = setting(None, low=-(2**63))
     stop_token_ids: tuple[int, ...] = ()
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float = setting(0.0, low=-2, high=2)
+    frequency_penalty: float = setting(0.0, low=-2, high=2)
     logit_bias: tuple[tuple[int, float], ...] = ()
-    top_logprobs: int = 0
-    prompt_logprobs: int | None = None
+    top_logprobs: int = setting(0, low=0)
+    prompt_logprobs: int | None = setting(None, low=0)
     constraint: Callable[[], TokenMatcher] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
-        checks = (
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number of at least 1"),
-            ("temperature", _between(self.temperature, 0, 100), "from 0 to 100"),
-            ("top_p", self.top_p > 0 and _between(self.top_p, 0, 1), "above 0 and at most 1"),
-            ("top_k", _whole(self.top_k, 0), "a whole number of at least 0"),
-            ("seed", self.seed is None or _whole(self.seed, -(2**63)), "a whole number or None"),
-            ("presence_penalty", _between(self.presence_penalty, -2, 2), "from -2 to 2"),
-            ("frequency_penalty", _between(self.frequency_penalty, -2, 2), "from -2 to 2"),
-            (
-                "logit_bias",
-                all(_whole(token, 0) and _between(b, -100, 100) for token, b in self.logit_bias),
-                "pairs of token ids and numbers from -100 to 100",
-            ),
-            ("top_logprobs", _whole(self.top_logprobs, 0), "a whole number of at least 0"),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or _whole(self.prompt_logprobs, 0),
-                "a whole number of at least 0, or None",
-            ),
-        )
-        for name, valid, allowed in checks:
-            if not valid:
-                raise InvalidRequestError(f"{name} must be {allowed}, not {getattr(self, name)!r}.")
+        check(self)
+        for token, bias in self.logit_bias:
+            whole_number("A token of logit_bias", token, 0)
+            if not -100 <= bias <= 100:
+                raise InvalidRequestError(f"logit_bias must be from -100 to 100, not {bias!r}.")
 
     @property
     def greedy(self) -> bool:
@@ -256,11 +240,3 @@ def scored(logits: torch.Tensor, tokens: torch.Tensor, top: Sequence[int]) -> li
 def _add(logits: torch.Tensor, tokens: Sequence[int], amounts: torch.Tensor) -> None:
     index = send(torch.tensor(tokens), logits.device)
     logits.index_add_(0, index, send(amounts, logits.device))
-
-
-def _whole(value: Any, least: int) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool) and value >= least
-
-
-def _between(value: float, least: float, most: float) -> bool:
-    return bool(least <= value <= most)

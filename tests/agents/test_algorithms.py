@@ -15,17 +15,6 @@ from tests.agents.synthetic import make_env
         ({"total_timesteps": 0}, AgentConfigError, "total_timesteps.*at least 1, not 0"),
         ({"n_envs": 1.5}, AgentConfigError, "n_envs must be of type int, not 1.5"),
         ({"seed": -1}, AgentConfigError, "seed.*at least 0, not -1"),
-        (
-            {"hyperparameters": {"learning_rat": 1e-3}},
-            UnknownNameError,
-            "setting of the agent 'maskable_ppo': 'learning_rat'.*Did you mean 'learning_rate'",
-        ),
-        ({"hyperparameters": {"gamma": 1.5}}, AgentConfigError, "gamma.*0 to 1, not 1.5"),
-        (
-            {"policy_settings": {"block_vector": 3}},
-            UnknownNameError,
-            "of the block-wise policy: 'block_vector'.*Did you mean 'block_vectors'",
-        ),
     ],
 )
 def test_impossible_settings_are_named(settings, error, text):
